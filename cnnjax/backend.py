@@ -1,0 +1,99 @@
+"""Start-up of the numerical backend: XLA flags, the numerics canary, the compilation cache.
+
+`set_flags` runs on `import cnnjax` and imports nothing heavy; `start` is called once by every command before it computes.
+"""
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import sys
+import warnings
+
+_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+# jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them wrongly
+# (github.com/jax-ml/jax/issues/39103); 0.11 crashes on others (issues/39257). `individual_dot` keeps YNNPACK's matrix
+# products, which are the fastest here, and gives it neither reductions nor convolutions.
+_FLAG_VALUE = "individual_dot"
+# XLA aborts the process on a flag that it does not know, so only releases that were seen to have it are given it.
+_FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 12, 0)
+
+
+def set_flags() -> None:
+    """Appends the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it; warns where it comes too late."""
+    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
+    if not _FLAG_SINCE <= version < _FLAG_BEFORE or _FLAG in os.environ.get("XLA_FLAGS", ""):
+        return
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and bridge.backends_are_initialized():
+        warnings.warn(
+            f"cnnjax was imported after jax had started its backend, so the XLA flag {_FLAG}={_FLAG_VALUE} can no longer take "
+            "effect and convolutional training on the CPU may be slow or wrong: import cnnjax before the first jax "
+            "computation, or put the flag into XLA_FLAGS",
+            RuntimeWarning, stacklevel=3)
+        return
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}={_FLAG_VALUE}".strip()
+
+
+def check_numerics() -> None:
+    """Raises `RuntimeError` if compiled code disagrees with NumPy on a reduction and a convolution known to break."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    # Exact in float32: the last row's squared norm is 2^30 (the case of jax issue 39103).
+    rows = np.zeros((32769, 3), np.float32)
+    rows[:, 0] = np.arange(32769)
+    norm = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
+    # Small integers, so that every order of summation and every matrix precision gives the same result.
+    image = np.arange(2 * 6 * 6 * 3, dtype=np.float32).reshape(2, 6, 6, 3) % 7
+    kernel = np.arange(3 * 3 * 3 * 4, dtype=np.float32).reshape(3, 3, 3, 4) % 5
+    conv = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+    expected = sum(np.einsum("nhwi,io->nhwo", image[:, i:i + 4, j:j + 4], kernel[i, j]) for i in range(3) for j in range(3))
+    for what, got, want in (("reduction", norm[-1], 2.0**30), ("convolution", conv(image, kernel), expected)):
+        if not np.array_equal(got, want):
+            worst = float(np.max(np.abs(np.asarray(got) - want)))
+            raise RuntimeError(
+                f"the {jax.default_backend()} backend of jaxlib {importlib.metadata.version('jaxlib')} computes a {what} wrongly "
+                f"(off by {worst:g}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}): nothing it prints can be trusted; "
+                "unset flags of your own or install another jaxlib")
+
+
+def _cache_dir() -> pathlib.Path:
+    """The compilation cache's folder: one per jaxlib and host processor, whose compiled code does not run on another (jax issue 38445)."""
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        host = "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+    except OSError:
+        host = platform.processor()
+    key = hashlib.sha256(f"{platform.machine()}{host}".encode()).hexdigest()[:12]
+    return home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}"
+
+
+@functools.cache
+def start() -> None:
+    """Makes the process ready to compute: turns on the persistent compilation cache and checks the numerics once."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR, set by the user, comes first
+        jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
+    check_numerics()
+
+
+def describe() -> dict:
+    """The environment that produced a result: versions, device, flags."""
+    import jax
+
+    packages = ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in packages[1:]},
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }

@@ -1,0 +1,75 @@
+"""ResNet: He et al. 2015 (arXiv 1512.03385), table 1, in torchvision's structure and names.
+
+As in torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
+"""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, crop_to_branch, global_avg_pool, he_normal_fan_out, max_pool
+
+
+class Block(nn.Module):
+    """A residual block: its branch's convolutions are (features, kernel, stride), the skip is projected where shapes differ."""
+
+    layers: tuple[tuple[int, int, int], ...]
+    fill: str
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = functools.partial(Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out)
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        y = x
+        for number, (features, size, stride) in enumerate(self.layers, 1):
+            y = conv(features, size, stride, padding=size // 2, name=f"conv{number}")(y)
+            y = norm(name=f"bn{number}")(y, train)
+            if number < len(self.layers):
+                y = nn.relu(y)
+        stride = max(stride for _, _, stride in self.layers)
+        x = crop_to_branch(x, y, stride)
+        if x.shape != y.shape:
+            x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
+            x = norm(name="downsample.1")(x, train)
+        return nn.relu(x + y)
+
+
+def basic(width: int, stride: int) -> tuple:
+    """Two 3x3 convolutions (table 1, 18 and 34 layers)."""
+    return (width, 3, stride), (width, 3, 1)
+
+
+def bottleneck(width: int, stride: int) -> tuple:
+    """1x1, 3x3, 1x1 with four times the width out (table 1, 50 layers and more)."""
+    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+
+
+class ResNet(Network):
+    """Stages `stem` (before the max-pool) and `layer1` ... `layer4`, at strides 2, 4, 8, 16, 32."""
+
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    block: callable = basic
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"dtype": self.dtype, "fill": self.padding}
+        x = Conv(64, 7, 2, padding=3, use_bias=False, kernel_init=he_normal_fan_out, name="conv1", **shared)(x)
+        x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
+        yield "stem", x
+        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        for stage, depth in enumerate(self.depths):
+            for number in range(depth):
+                layers = self.block(64 * 2**stage, 2 if stage > 0 and number == 0 else 1)
+                x = Block(layers, axis_name=self.axis_name, name=f"layer{stage + 1}.{number}", **shared)(x, train)
+            yield f"layer{stage + 1}", x
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+
+
+register("resnet18", functools.partial(ResNet, depths=(2, 2, 2, 2), block=basic))
+register("resnet34", functools.partial(ResNet, depths=(3, 4, 6, 3), block=basic))
+register("resnet50", functools.partial(ResNet, depths=(3, 4, 6, 3), block=bottleneck))
+register("resnet101", functools.partial(ResNet, depths=(3, 4, 23, 3), block=bottleneck))
+register("resnet152", functools.partial(ResNet, depths=(3, 8, 36, 3), block=bottleneck))

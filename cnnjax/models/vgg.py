@@ -1,0 +1,63 @@
+"""VGG: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1, in torchvision's structure and names."""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, he_normal_fan_out, local_response_norm, max_pool
+
+# Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1 one, "LRN" the
+# normalisation; a max-pool closes every block.
+_TABLE = {
+    "A": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    "A-LRN": ((64, "LRN"), (128,), (256, 256), (512, 512), (512, 512)),
+    "B": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    "C": ((64, 64), (128, 128), (256, 256, (256, 1)), (512, 512, (512, 1)), (512, 512, (512, 1))),
+    "D": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    "E": ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512, 512, 512)),
+}
+
+
+class VGG(Network):
+    """Stages `block1` ... `block5`: each block's last activation before its max-pool, at strides 1, 2, 4, 8, 16."""
+
+    blocks: tuple = _TABLE["D"]
+    batch_norm: bool = False
+    dropout: float = 0.5
+
+    @nn.nowrap
+    def walk(self, x, train):
+        index = 0  # torchvision numbers every layer of `features`: convolution, normalisation, ReLU and pool alike
+        for number, block in enumerate(self.blocks, 1):
+            for layer in block:
+                if layer == "LRN":
+                    x = local_response_norm(x)  # section 2.1: the parameters of Krizhevsky et al. 2012
+                    index += 1
+                    continue
+                features, size = layer if isinstance(layer, tuple) else (layer, 3)
+                x = Conv(features, size, padding=size // 2, fill=self.padding, dtype=self.dtype, kernel_init=he_normal_fan_out,
+                         bias_init=nn.initializers.zeros, name=f"features.{index}")(x)
+                index += 1
+                if self.batch_norm:
+                    x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}")(x, train)
+                    index += 1
+                x = nn.relu(x)
+                index += 1
+            yield f"block{number}", x
+            x = max_pool(x, 2, fill=self.padding)
+            index += 1
+        x = adaptive_avg_pool(x, 7)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        dense = functools.partial(Dense, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros, dtype=self.dtype)
+        for layer in (0, 3):
+            x = nn.relu(dense(4096, name=f"classifier.{layer}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        yield "logits", dense(self.num_classes, name="classifier.6")(x)
+
+
+for _name, _column in (("vgg11", "A"), ("vgg13", "B"), ("vgg16", "D"), ("vgg19", "E")):
+    register(_name, functools.partial(VGG, blocks=_TABLE[_column]))
+    register(f"{_name}_bn", functools.partial(VGG, blocks=_TABLE[_column], batch_norm=True))
+register("vgg11_lrn", functools.partial(VGG, blocks=_TABLE["A-LRN"]))
+register("vgg16_c", functools.partial(VGG, blocks=_TABLE["C"]))

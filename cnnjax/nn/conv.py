@@ -1,0 +1,170 @@
+"""Convolution and dense layers: PyTorch's semantics and initialisation, gradients that are fast on the CPU too.
+
+XLA's CPU backend runs a convolution fast only when it is written as NHWC x HWIO -> NHWC, ungrouped, and it rewrites other
+forms into that one only outside loops. The two gradients that JAX derives are of other forms, so a training step inside
+`lax.scan` runs on a naive loop nest, and a grouped kernel gradient does so everywhere. `_dense_conv` therefore states its
+gradients in the fast form itself. On other platforms the compiler's own choice is better and is left alone.
+"""
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cnnjax.nn.padding import check_fill, output_size, pad, pair, valid_counts
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _native(x, kernel, stride, padding, dilation, groups=1):
+    return lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
+                                    dimension_numbers=_LAYOUT, feature_group_count=groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _dense_conv(x, kernel, stride, padding, dilation):
+    """An ungrouped convolution whose gradients are themselves NHWC x HWIO -> NHWC convolutions."""
+    return _native(x, kernel, stride, padding, dilation)
+
+
+def _dense_conv_forward(x, kernel, stride, padding, dilation):
+    return _native(x, kernel, stride, padding, dilation), (x, kernel)
+
+
+def _dense_conv_backward(stride, padding, dilation, residuals, dy):
+    x, kernel = residuals
+    return _input_gradient(x.shape, kernel, stride, padding, dilation, dy), _kernel_gradient(x, kernel.shape, stride, padding, dilation, dy)
+
+
+def _input_gradient(shape, kernel, stride, padding, dilation, dy):
+    """Correlates the output gradient, spread out by the stride, with the flipped kernel."""
+    widths = []
+    for axis in (0, 1):
+        reach = dilation[axis] * (kernel.shape[axis] - 1)
+        low = reach - padding[axis]
+        spread = (dy.shape[axis + 1] - 1) * stride[axis] + 1
+        widths.append((low, shape[axis + 1] + reach - spread - low, stride[axis] - 1))
+    # Interior padding as an operation of its own: a convolution with input dilation leaves the fast path (jax issue 23783).
+    spread = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+    return _native(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
+
+
+def _kernel_gradient(x, shape, stride, padding, dilation, dy):
+    """Correlates the input with the output gradient: the batch is summed over, so it takes the place of the channels."""
+    needed = [(dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1 for axis in (0, 1)]
+    x = pad(x, padding, "zeros")[:, :needed[0], :needed[1]]  # a stride may leave a margin that no window reads
+    gradient = lax.conv_general_dilated(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), dilation, "VALID",
+                                        rhs_dilation=stride, dimension_numbers=_LAYOUT)
+    return gradient.transpose(1, 2, 0, 3)
+
+
+_dense_conv.defvjp(_dense_conv_forward, _dense_conv_backward)
+
+
+def _depthwise(x, kernel, stride, padding, dilation):
+    """A convolution with one input channel per group as a sum of shifted, scaled copies of the image."""
+    height, width = (output_size(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1))
+    x = pad(x, padding, "zeros")
+    x = jnp.repeat(x, kernel.shape[3] // x.shape[3], axis=3)
+    total = 0
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            top, left = i * dilation[0], j * dilation[1]
+            total += kernel[i, j, 0] * x[:, top:top + (height - 1) * stride[0] + 1:stride[0], left:left + (width - 1) * stride[1] + 1:stride[1]]
+    return total
+
+
+def _zero_padded(x, kernel, stride, padding, dilation, groups):
+    if jax.default_backend() != "cpu":
+        return _native(x, kernel, stride, padding, dilation, groups)
+    if groups == 1:
+        return _dense_conv(x, kernel, stride, padding, dilation)
+    if groups == x.shape[3]:
+        return _depthwise(x, kernel, stride, padding, dilation)
+    parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3))
+    return jnp.concatenate([_dense_conv(a, b, stride, padding, dilation) for a, b in parts], axis=3)
+
+
+def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1, groups: int = 1, fill: str = "zeros") -> jnp.ndarray:
+    """Convolves `x` [batch, height, width, in] with `kernel` [height, width, in / groups, out] -> [batch, height', width', out].
+
+    `stride`, `padding` (the amount on each side) and `dilation` are integers or (height, width) pairs; `fill` is what the
+    amount is padded with (`cnnjax.nn.padding`). Raises `ValueError` where shapes do not fit or nothing would be left.
+    """
+    check_fill(fill)
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2] * groups or kernel.shape[3] % groups:
+        raise ValueError(f"a kernel of shape {kernel.shape} with groups={groups} does not fit an input of shape {x.shape}; expected "
+                         "[batch, height, width, in] and [height, width, in / groups, out], out divisible by groups")
+    geometry = [(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)]
+    if min(output_size(*axis) for axis in geometry) < 1:
+        raise ValueError(f"a {kernel.shape[0]}x{kernel.shape[1]} convolution with padding={fill!r} has no output on a "
+                         f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network")
+    if fill in ("zeros", "none"):
+        return _zero_padded(x, kernel, stride, padding, dilation, groups)
+    if fill == "partial":
+        inside = np.multiply.outer(*(valid_counts(*axis) for axis in geometry))
+        ratio = kernel.shape[0] * kernel.shape[1] / np.maximum(inside, 1)
+        return _zero_padded(x, kernel, stride, padding, dilation, groups) * jnp.asarray(ratio[None, :, :, None], x.dtype)
+    return _zero_padded(pad(x, padding, fill), kernel, stride, (0, 0), dilation, groups)
+
+
+def uniform_fan_in(fan_in: int) -> Callable:
+    """PyTorch's default initialisation of weights and biases: uniform in +-1/sqrt(fan_in)."""
+    bound = float(fan_in) ** -0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# He et al. 2015, "fan out" as torchvision's VGG and ResNet use it.
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """`conv` with parameters; PyTorch's default initialisation unless `kernel_init` or `bias_init` is given."""
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    fill: str = "zeros"
+    use_bias: bool = True
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        size = pair(self.kernel_size, "kernel_size", 1)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
+        default = uniform_fan_in(np.prod(shape[:3]))
+        kernel = self.param("kernel", self.kernel_init or default, shape)
+        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding,
+                 dilation=self.dilation, groups=self.groups, fill=self.fill)
+        if self.use_bias:
+            y += self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype)
+        return y
+
+
+class Dense(nn.Module):
+    """A fully connected layer [..., in] -> [..., features]; PyTorch's default initialisation unless others are given."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Callable | None = None
+    bias_init: Callable | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+        default = uniform_fan_in(x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init or default, (x.shape[-1], self.features))
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype)
+        return y

@@ -1,0 +1,125 @@
+"""Weights under torchvision's names, in safetensors files: no PyTorch, no pickle.
+
+A model's parameter tree *is* torchvision's state dict with other leaf names and axes: the path joined with dots, `kernel` and
+`scale` called weight, `mean` and `var` called running_mean and running_var; kernels [height, width, in, out] stored as
+[out, in, height, width], dense kernels transposed. So one mechanical mapping serves every model.
+"""
+import os
+import pathlib
+from collections.abc import Sequence
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cnnjax.models import Network
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# timm stores torchvision's VGG with a convolutional classifier of the same numbers.
+_TIMM_VGG = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
+
+
+def _keys(variables: dict) -> dict[str, tuple]:
+    """torchvision's key -> path in the tree of variables."""
+    flat = flax.traverse_util.flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    return {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in flat}
+
+
+def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """`array` in our axes, or None if it does not have the transposed `shape`."""
+    if len(shape) == 4:
+        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    elif len(shape) == 2:
+        array = array.reshape(array.shape[0], -1).T if array.ndim in (2, 4) else array
+    return np.ascontiguousarray(array, np.float32) if array.shape == shape else None
+
+
+def _to_torchvision(array: np.ndarray) -> np.ndarray:
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
+    return np.ascontiguousarray(array.transpose(axes) if axes else array)
+
+
+def variable_shapes(model: Network) -> dict:
+    """The shapes of a model's variables, which do not depend on its padding, without computing anything."""
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
+    return jax.eval_shape(model.clone(padding="zeros").init, jax.random.key(0), image)
+
+
+def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={str(path)!r} is not a file; expected a safetensors file with torchvision's names")
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"weights={str(path)!r} is not a readable safetensors file ({error}); pickled .pth files are not "
+                         "read, since they can run code") from error
+    if any(key.startswith("pre_logits.") for key in tensors):
+        for theirs, ours in _TIMM_VGG.items():
+            tensors = {key.replace(theirs, ours, 1) if key.startswith(theirs + ".") else key: value for key, value in tensors.items()}
+    return {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
+    """Reads a safetensors file with torchvision's (or, for VGG, timm's) names into {"params": ..., "batch_stats": ...}.
+
+    Every key must be used, every parameter filled, every shape right: otherwise one `ValueError` lists all that is wrong.
+    `missing` names top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the result then lacks
+    them. Raises `FileNotFoundError` if there is no such file.
+    """
+    tensors = _read(path)
+    shapes = variable_shapes(model)
+    flat = flax.traverse_util.flatten_dict(shapes)
+    keys = _keys(shapes)
+    modules = {key.split(".")[0] for key in keys}
+    if isinstance(missing, str):
+        missing = (missing,)
+    if unknown := set(missing) - modules:
+        raise ValueError(f"missing={sorted(unknown)} are not modules of this model; its modules are {', '.join(sorted(modules))}")
+    keys = {key: where for key, where in keys.items() if key.split(".")[0] not in missing}
+
+    problems = [f"not in the file: {key} {flat[where].shape}" for key, where in keys.items() if key not in tensors]
+    problems += [f"not in the model: {key} {value.shape}" for key, value in tensors.items() if key not in keys]
+    loaded = {}
+    for key in keys.keys() & tensors.keys():
+        loaded[keys[key]] = _to_ours(tensors[key], flat[keys[key]].shape)
+        if loaded[keys[key]] is None:
+            problems.append(f"of another shape: {key} is {tensors[key].shape} in the file and {flat[keys[key]].shape} (other axis order) in the model")
+    if problems:
+        raise ValueError(f"weights={str(path)!r} do not fit the model ({len(problems)} keys; name modules known to be absent in `missing`):\n  "
+                         + "\n  ".join(sorted(problems)))
+    return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
+
+
+def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
+    """Writes variables to a safetensors file that torchvision's `load_state_dict` accepts; the file appears whole or not at all."""
+    flat = flax.traverse_util.flatten_dict(variables)
+    tensors = {key: _to_torchvision(np.asarray(flat[where], np.float32)) for key, where in _keys(variables).items()}
+    for key in [key for key in tensors if key.endswith("running_mean")]:
+        tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        safetensors.numpy.save_file(tensors, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fetch(name: str) -> str:
+    """Downloads torchvision's ImageNet weights of the model `name` from timm's repository on the Hugging Face hub -> path of the file.
+
+    The file stays in the standard Hugging Face cache. Raises `RuntimeError`, saying what to do, where it cannot be had.
+    """
+    import huggingface_hub
+
+    repository = f"timm/{name}.tv_in1k"
+    try:
+        return huggingface_hub.hf_hub_download(repository, "model.safetensors")
+    except Exception as error:  # the hub's client raises errors of many libraries: network, proxy, offline mode, no such repository
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(
+            f"weights='imagenet': {repository} is neither in the Hugging Face cache nor to be had from the hub ({reason}). Offline, "
+            "fetch its model.safetensors on another machine and give its path as the weights") from error

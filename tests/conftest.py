@@ -1,0 +1,19 @@
+import os
+import pathlib
+
+import cnnjax  # noqa: F401  (before jax: it sets the flags)
+import jax
+import pytest
+
+from cnnjax import backend
+
+backend.start()
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """Real data sets laid out under $CNNJAX_DATA; tests that need them are skipped where it is not set."""
+    if "CNNJAX_DATA" not in os.environ:
+        pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
+    return pathlib.Path(os.environ["CNNJAX_DATA"])

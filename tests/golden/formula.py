@@ -1,0 +1,30 @@
+"""Weights and inputs that any framework can regenerate: a formula of a parameter's name and an element's index."""
+import zlib
+
+import numpy as np
+
+
+def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 values in [-1, 1): the 32-bit finaliser of MurmurHash3 over crc32(key) + index * 2654435761."""
+    h = np.arange(int(np.prod(shape)), dtype=np.uint32)
+    h *= np.uint32(2654435761)
+    h += np.uint32(zlib.crc32(key.encode()))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h ^= h >> np.uint32(shift)
+        h *= np.uint32(factor)
+    return (h.astype(np.float32) * np.float32(2.0**-31) - np.float32(1)).reshape(shape)
+
+
+def parameter(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The value of torchvision's parameter `key`, at the scale of a well-initialised network (He et al. 2015)."""
+    u = uniform(key, shape)
+    if key.endswith("running_var"):
+        return 1.25 + 0.25 * u
+    if len(shape) == 1:
+        return 1 + 0.2 * u if key.endswith("weight") else 0.1 * u  # BatchNorm's scale; any bias or running mean
+    return u * np.float32(np.sqrt(6 / np.prod(shape[1:])))
+
+
+def images(batch: int, size: int) -> np.ndarray:
+    """An input in PyTorch's layout [batch, channels, height, width]."""
+    return uniform("input", (batch, 3, size, size))

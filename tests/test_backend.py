@@ -1,0 +1,53 @@
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from cnnjax import backend
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+def python(code: str, **environment) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_flag_is_set_before_jax_and_appended_to_the_users():
+    code = "import cnnjax, os, sys; print('jax' in sys.modules, os.environ['XLA_FLAGS'])"
+    assert python(code) == f"False {FLAG}=individual_dot"
+    assert python(code, XLA_FLAGS="--xla_cpu_enable_fast_math=false") == f"False --xla_cpu_enable_fast_math=false {FLAG}=individual_dot"
+    assert python(code, XLA_FLAGS=f"{FLAG}=-reduce") == f"False {FLAG}=-reduce"
+
+
+def test_warns_only_when_jax_has_started():
+    code = "import warnings, jax; {}; warnings.simplefilter('always')\nwith warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
+    assert python(code.format("jax.numpy.zeros(1) + 1")) == "1"
+    assert python(code.format("pass")) == "0"
+
+
+@pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the miscompilation is of jaxlib 0.10.2")
+def test_canary_sings_on_the_default_of_this_jaxlib():
+    code = f"""
+import os
+os.environ["XLA_FLAGS"] = "{FLAG}=dot"
+from cnnjax import backend
+try:
+    backend.check_numerics()
+except RuntimeError as error:
+    print(error)
+"""
+    assert "computes a reduction wrongly (off by 8.37222e+06" in python(code)
+
+
+def test_canary_is_silent_here():
+    backend.check_numerics()
+
+
+def test_cache_is_keyed_by_jaxlib_and_the_users_comes_first(tmp_path):
+    code = "from cnnjax import backend; backend.start(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    own = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="")
+    assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
+    assert python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")

@@ -1,0 +1,231 @@
+"""Convolution, pooling and padding: algebra and comparison with the native operations."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax import nn as cnn
+from cnnjax.nn.conv import _native
+from cnnjax.nn.pooling import _max_pool
+
+FILL_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
+    """The native convolution of an image that NumPy has padded."""
+    if fill == "none":
+        padding = 0
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode=FILL_MODES.get(fill, "constant"))
+    y = _native(jnp.asarray(x), kernel, (stride, stride), (0, 0), (dilation, dilation), groups)
+    if fill == "partial":
+        inside = jnp.pad(jnp.ones((1, x.shape[1] - 2 * padding, x.shape[2] - 2 * padding, 1)), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        count = _native(inside, jnp.ones((*kernel.shape[:2], 1, 1)), (stride, stride), (0, 0), (dilation, dilation))
+        y = y * kernel.shape[0] * kernel.shape[1] / count
+    return y
+
+
+CASES = [(k, s, g, d, fill) for k in (1, 2, 3, 5, 7, 11) for s in (1, 2, 3, 4) for g, d, fill in (
+    (1, 1, "zeros"), (1, 1, "partial"), (1, 1, "reflect"), (1, 2, "zeros"), (2, 1, "circular"), (4, 1, "zeros"), (2, 2, "none"), (4, 3, "replicate"))]
+
+
+@pytest.mark.parametrize("kernel_size, stride, groups, dilation, fill", CASES)
+def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, groups, dilation, fill):
+    size = dilation * (kernel_size - 1) + 1 + 2 * stride + 1
+    padding = min(kernel_size // 2, size // 2)
+    x, kernel = normal(0, 2, size, size + 1, 4), normal(1, kernel_size, kernel_size, 4 // groups, 8)
+    ours = lambda x, kernel: cnn.conv(x, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill)
+    if fill in FILL_MODES and fill != "zeros" or fill == "none":
+        theirs = lambda x, kernel: _native(cnn.pad(x, (padding, padding), fill), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups)
+    elif fill == "zeros":
+        theirs = lambda x, kernel: _native(x, kernel, (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups)
+    else:
+        theirs = lambda x, kernel: reference_conv_partial(x, kernel, stride, padding, dilation)
+    y, vjp = jax.vjp(jax.jit(ours), x, kernel)
+    want, want_vjp = jax.vjp(jax.jit(theirs), x, kernel)
+    np.testing.assert_allclose(y, reference_conv(x, kernel, stride, padding, dilation, groups, fill), rtol=1e-5, atol=1e-4)
+    cotangent = normal(2, *y.shape)
+    for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def reference_conv_partial(x, kernel, stride, padding, dilation):
+    count = _native(jnp.ones((1, *x.shape[1:3], 1)), jnp.ones((*kernel.shape[:2], 1, 1)), (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    return _native(x, kernel, (stride,) * 2, (padding,) * 2, (dilation,) * 2) * (kernel.shape[0] * kernel.shape[1] / count)
+
+
+@pytest.mark.parametrize("window, stride, padding", [(k, s, p) for k in (1, 2, 3, 5) for s in (1, 2, 3, 4) for p in (0, 1) if p <= k // 2])
+def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding):
+    x = jnp.maximum(jnp.round(2 * normal(0, 2, 11, 14, 3)), 0)  # many ties, as after a ReLU
+    native = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1),
+                                             ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+    y, vjp = jax.vjp(jax.jit(lambda x: cnn.max_pool(x, window, stride, padding)), x)
+    want, want_vjp = jax.vjp(jax.jit(native), x)
+    cotangent = normal(1, *y.shape)
+    assert np.array_equal(y, want)
+    assert np.array_equal(vjp(cotangent)[0], want_vjp(cotangent)[0])
+
+
+@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
+def test_pools_pad_as_numpy_does(fill):
+    x = normal(0, 1, 6, 7, 2)
+    amount = 0 if fill == "none" else 1
+    widths = ((0, 0), (amount,) * 2, (amount,) * 2, (0, 0))
+    mode = FILL_MODES.get(fill, "constant")
+    largest = np.pad(x, widths, mode=mode, **({"constant_values": -np.inf} if mode == "constant" else {}))
+    total, count = np.pad(x, widths, mode=mode), np.pad(np.ones_like(x), widths, mode=mode) if fill == "partial" else None
+    tap = lambda a: np.stack([a[:, i:i + 2 * ((a.shape[1] - 3) // 2) + 1:2, j:j + 2 * ((a.shape[2] - 3) // 2) + 1:2] for i in range(3) for j in range(3)])
+    assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), tap(largest).max(0))
+    mean = tap(total).mean(0) if count is None else tap(total).sum(0) / tap(count).sum(0)
+    np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
+
+
+def test_fills_are_what_the_documentation_shows():
+    row = jnp.asarray([1.0, 2, 3, 4]).reshape(1, 1, 4, 1)
+    shown = {"zeros": "00123400", "none": "1234", "reflect": "32123432", "replicate": "11123444", "circular": "34123412", "partial": "00123400"}
+    assert tuple(shown) == cnn.FILLS
+    for fill, digits in shown.items():
+        assert "".join(str(int(v)) for v in cnn.pad(row, (0, 2), fill).ravel()) == digits
+
+
+def test_circular_convolution_commutes_with_roll():
+    x, kernel = normal(0, 1, 8, 9, 2), normal(1, 3, 3, 2, 4)
+    roll = lambda a: jnp.roll(a, (3, 5), (1, 2))
+    conv = lambda a: cnn.conv(a, kernel, padding=1, fill="circular")
+    np.testing.assert_allclose(conv(roll(x)), roll(conv(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", cnn.FILLS)
+def test_which_fills_show_the_border_of_a_constant_image(fill):
+    ones, kernel = jnp.ones((1, 6, 6, 1)), normal(0, 3, 3, 1, 1)
+    assert (np.ptp(cnn.conv(ones, kernel, padding=1, fill=fill)) > 0.1) == (fill in ("zeros", "partial"))
+    box = jnp.ones((3, 3, 1, 1))  # partial convolution hides it only from a mean
+    assert (np.ptp(cnn.conv(ones, box, padding=1, fill=fill)) > 1e-6) == (fill == "zeros")
+
+
+@pytest.mark.parametrize("fill", cnn.FILLS)
+def test_padding_does_not_move_the_sampling_grid(fill):
+    x = normal(0, 1, 12, 12, 1)
+    identity = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
+    y = cnn.conv(x, identity, stride=2, padding=1, fill=fill)
+    inner = x[:, 1::2, 1::2][:, :5, :5] if fill == "none" else x[:, ::2, ::2]
+    ratio = y / inner if fill == "partial" else None
+    if fill == "partial":
+        assert np.isclose(ratio[0, 1:, 1:], 1).all() and np.isclose(ratio[0, 0, 0, 0], 9 / 4)
+    else:
+        np.testing.assert_array_equal(y, inner)
+
+
+def test_seven_shift_layers_count_columns():
+    """The lectures' demonstration that zero padding writes the position: one channel, weight on the left neighbour, bias 1."""
+    x = normal(0, 1, 7, 7, 1)
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 0].set(1)
+    y = x
+    for _ in range(7):
+        y = cnn.conv(y, kernel, padding=1) + 1
+    np.testing.assert_array_equal(y[0, :, :, 0], np.tile(np.arange(1.0, 8), (7, 1)))
+
+
+def test_adaptive_pool_averages_pytorchs_bins():
+    x = normal(0, 2, 10, 7, 3)
+    y = cnn.adaptive_avg_pool(x, (4, 3))
+    for i in range(4):
+        for j in range(3):
+            rows, columns = slice(i * 10 // 4, -(-(i + 1) * 10 // 4)), slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
+            np.testing.assert_allclose(y[:, i, j], x[:, rows, columns].mean((1, 2)), atol=1e-6)
+    assert cnn.adaptive_avg_pool(x[:, :1, :1], 7).shape == (2, 7, 7, 3)
+
+
+def test_resize_is_pytorchs_align_corners():
+    x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
+    np.testing.assert_allclose(cnn.resize(x, (1, 5)).ravel(), [0, 1.5, 3, 4.5, 6])
+    assert np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0  # a constant stays one, to the last bit
+
+
+def test_batch_norm_keeps_pytorchs_running_statistics():
+    x = 3 * normal(0, 4, 2, 3, 5) + 1
+    layer = cnn.BatchNorm()
+    variables = layer.init(jax.random.key(0), x)
+    y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    flat = np.asarray(x).reshape(-1, 5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * flat.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-5)
+    with pytest.raises(ValueError, match="one value per channel"):
+        layer.apply(variables, x[:1, :1, :1], train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_local_response_norm_is_the_papers_formula(size):
+    x = normal(0, 2, 3, 3, 8)
+    want = np.empty_like(x)
+    for c in range(8):
+        low, high = max(0, c - size // 2), min(8, c + (size - 1) // 2 + 1)
+        want[..., c] = x[..., c] / (2 + 1e-1 * np.square(x[..., low:high]).sum(-1)) ** 0.75
+    np.testing.assert_allclose(cnn.local_response_norm(x, size, alpha=1e-1), want, rtol=1e-5)
+
+
+class Small(nn.Module):
+    """Every kind of layer whose gradient the CPU backend makes slow by default."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = cnn.Conv(8, 3, padding=1)(x)
+        x = cnn.max_pool(nn.relu(x), 3, 2, padding=1)
+        x = cnn.Conv(8, 3, stride=2, padding=1, groups=2)(x)
+        x = cnn.Conv(8, 3, padding=1, groups=8)(nn.relu(x))
+        return cnn.Dense(3)(cnn.Conv(4, 1)(x).mean((1, 2)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path")
+@pytest.mark.parametrize("in_scan", [False, True])
+def test_compiled_training_step_has_only_fast_operations(in_scan):
+    model, x = Small(), normal(0, 4, 16, 16, 3)
+    params = model.init(jax.random.key(0), x)
+
+    def step(params, _):
+        loss, grads = jax.value_and_grad(lambda p: jnp.square(model.apply(p, x)).mean())(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
+
+    run = (lambda p: jax.lax.scan(step, p, None, length=3)) if in_scan else (lambda p: step(p, None))
+    text = jax.jit(run).lower(params).compile().as_text()
+    convolutions = [line for line in text.splitlines() if " convolution(" in line]
+    assert convolutions and all("dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line for line in convolutions)
+    assert "select-and-scatter" not in text
+
+
+def test_a_step_in_scan_equals_a_loop():
+    model, x = Small(), normal(0, 4, 16, 16, 3)
+    params = model.init(jax.random.key(0), x)
+    step = lambda p: jax.tree.map(lambda a, g: a - 0.1 * g, p, jax.grad(lambda p: jnp.square(model.apply(p, x)).mean())(p))
+    scanned = jax.jit(lambda p: jax.lax.scan(lambda p, _: (step(p), None), p, None, length=3)[0])(params)
+    looped = params
+    for _ in range(3):
+        looped = jax.jit(step)(looped)
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_name_themselves():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
+    for message, call in {
+        "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(x, kernel, padding=1, fill="mirror"),
+        "stride=0 is not an integer": lambda: cnn.conv(x, kernel, stride=0),
+        "does not fit an input of shape": lambda: cnn.conv(x, kernel, groups=2),
+        "no output on a 4x4 map": lambda: cnn.conv(x, jnp.ones((5, 5, 2, 4)), fill="none"),
+        "cannot pad a 1x1 map by 1x1": lambda: cnn.pad(x[:, :1, :1], (1, 1), "reflect"),
+        "a 5x5 pool with padding='zeros' has no output": lambda: cnn.max_pool(x, 5),
+        "size=0 is not a positive number of channels": lambda: cnn.local_response_norm(x, 0),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_max_pool_core_is_differentiable_in_bfloat16():
+    x = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16)
+    grad = jax.grad(lambda x: _max_pool(x, (2, 2), (2, 2)).astype(jnp.float32).sum())(x)
+    assert grad.dtype == jnp.bfloat16 and float(grad.astype(jnp.float32).sum()) == 8
