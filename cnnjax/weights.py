@@ -21,7 +21,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 _TIMM_VGG = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
 
 
-def _keys(variables: dict) -> dict[str, tuple]:
+def torchvision_keys(variables: dict) -> dict[str, tuple]:
     """torchvision's key -> path in the tree of variables."""
     flat = flax.traverse_util.flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
     return {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in flat}
@@ -72,7 +72,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
     tensors = _read(path)
     shapes = variable_shapes(model)
     flat = flax.traverse_util.flatten_dict(shapes)
-    keys = _keys(shapes)
+    keys = torchvision_keys(shapes)
     modules = {key.split(".")[0] for key in keys}
     if isinstance(missing, str):
         missing = (missing,)
@@ -96,7 +96,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
 def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
     """Writes variables to a safetensors file that torchvision's `load_state_dict` accepts; the file appears whole or not at all."""
     flat = flax.traverse_util.flatten_dict(variables)
-    tensors = {key: _to_torchvision(np.asarray(flat[where], np.float32)) for key, where in _keys(variables).items()}
+    tensors = {key: _to_torchvision(np.asarray(flat[where], np.float32)) for key, where in torchvision_keys(variables).items()}
     for key in [key for key in tensors if key.endswith("running_mean")]:
         tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     path = pathlib.Path(path)

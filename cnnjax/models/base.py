@@ -1,4 +1,5 @@
 """What every network has in common: stages, an input size, a name in the registry."""
+import collections
 import difflib
 import fnmatch
 import inspect
@@ -39,7 +40,7 @@ class Network(nn.Module):
     def _run(self, x, train, last):
         if x.ndim != 4:
             raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
-        maps = {}
+        maps = collections.OrderedDict()  # a plain dict would come out of jit in alphabetical order
         for name, y in self.walk(x, train):
             maps[name] = y
             if name == last:
@@ -50,7 +51,7 @@ class Network(nn.Module):
         """Returns logits; `train` turns on dropout and BatchNorm's batch statistics."""
         return self._run(x, train, "logits")["logits"].astype(jnp.float32)
 
-    def stages(self, x: jnp.ndarray, train: bool = False, last: str | None = None) -> dict[str, jnp.ndarray]:
+    def stages(self, x: jnp.ndarray, train: bool = False, last: str | None = None) -> collections.OrderedDict:
         """Returns the named activations in order, up to the stage `last`, which need no parameters of what comes after it.
 
         Raises `ValueError` if there is no stage of that name.

@@ -42,7 +42,7 @@ class BatchNorm(nn.Module):
                 mean.value += self.momentum * (m - mean.value)
                 var.value += self.momentum * (v * count / (count - 1) - var.value)
         factor = scale / jnp.sqrt(v + self.eps)
-        return (x * factor + (bias - m * factor)).astype(self.dtype)
+        return (x.astype(jnp.float32) * factor + (bias - m * factor)).astype(self.dtype)
 
 
 def local_response_norm(x: jnp.ndarray, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> jnp.ndarray:
