@@ -1,0 +1,102 @@
+"""Photographs, from a folder or from the packages that carry some, and the synthetic images that control for them.
+
+Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
+"""
+import os
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Photographs inside the scikit-image and scikit-learn wheels (no download); the last three are of textures.
+_SKIMAGE = ("astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "motorcycle_left", "rocket", "brick", "grass", "gravel")
+_SKLEARN = ("china", "flower")
+
+
+def _embedded() -> list[pathlib.Path]:
+    import skimage
+    import sklearn
+
+    folders = ((pathlib.Path(skimage.__file__).parent / "data", _SKIMAGE), (pathlib.Path(sklearn.__file__).parent / "datasets" / "images", _SKLEARN))
+    return [next(folder.glob(f"{name}.*")) for folder, names in folders for name in names]
+
+
+def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
+    """The image files of a folder and its subfolders, in order of name; without a folder, those that scikit-image and scikit-learn carry.
+
+    Raises `ValueError` if the folder does not exist or holds no image.
+    """
+    if not folder:
+        return _embedded()
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"photographs={str(folder)!r} is not a folder")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"photographs={str(folder)!r} holds no image file; expected {', '.join(_SUFFIXES)}")
+    return found
+
+
+def image_size(path: pathlib.Path) -> tuple[int, int]:
+    """(height, width) from the file's header; raises `ValueError` if it is no readable image."""
+    try:
+        with PIL.Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+    """An image file as uint8 [height, width, 3]; raises `ValueError` if it cannot be decoded whole."""
+    try:
+        with PIL.Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def split(paths: list[pathlib.Path], shares: tuple[int, ...], seed: int) -> list[list[pathlib.Path]]:
+    """Divides photographs at random into disjoint parts in proportion to `shares`, each of at least one.
+
+    Raises `ValueError` if there are fewer photographs than parts.
+    """
+    if len(paths) < len(shares):
+        raise ValueError(f"{len(paths)} photographs cannot be divided into {len(shares)} disjoint parts")
+    order = np.random.default_rng(seed).permutation(len(paths))
+    ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)
+    for i in range(len(ends)):  # at least one photograph each, from the left and from the right
+        ends[i] = min(max(ends[i], i + 1), len(paths) - len(ends) + i + 1)
+    return [[paths[j] for j in sorted(part)] for part in np.split(order, ends[:-1])]
+
+
+def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
+    """`count` random square crops [count, size, size, 3], the photographs taken in turn.
+
+    Raises `ValueError` if a photograph is smaller than `size` or cannot be read.
+    """
+    rng = np.random.default_rng(seed)
+    out = np.empty((count, size, size, 3), np.uint8)
+    for number, path in enumerate(paths[:count]):
+        image = read_image(path)
+        if min(image.shape[:2]) < size:
+            raise ValueError(f"{path} is {image.shape[0]}x{image.shape[1]}, smaller than image_size={size}")
+        for i in range(number, count, len(paths)):
+            top, left = (rng.integers(0, n - size + 1) for n in image.shape[:2])
+            out[i] = image[top:top + size, left:left + size]
+    return out
+
+
+def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
+    """Images without content: "black" (0), "white" (255), "noise" (Gaussian about 127.5, standard deviation 64, clipped).
+
+    Raises `ValueError` for another kind.
+    """
+    shape = (count, size, size, 3)
+    if kind == "black":
+        return np.zeros(shape, np.uint8)
+    if kind == "white":
+        return np.full(shape, 255, np.uint8)
+    if kind == "noise":
+        return np.clip(np.round(np.random.default_rng(seed).normal(127.5, 64, shape)), 0, 255).astype(np.uint8)
+    raise ValueError(f"data={kind!r} is not one of natural, black, white, noise")

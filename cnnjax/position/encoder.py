@@ -1,0 +1,74 @@
+"""Frozen encoders: a network's stages over images, brought to one grid and kept."""
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax.models import Network
+from cnnjax.nn import resize
+from cnnjax.weights import variable_shapes
+
+FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28
+_BATCH = 8
+# Of the ImageNet training set, RGB in [0, 1]: what torchvision's weights expect.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalize(images: jnp.ndarray) -> jnp.ndarray:
+    """uint8 [batch, height, width, 3] -> float32 with ImageNet's mean and standard deviation taken out.
+
+    Black is then not 0, the value of zero padding: a black image can show its border to a network without biases.
+    """
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
+
+
+def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:
+    """The shape [batch, height, width, channels] of every stage up to `last` for one image, without computing it.
+
+    Raises `ValueError` if the image is too small for the network under its padding.
+    """
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    stages = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=last), variable_shapes(model), image)
+    return {name: stage.shape for name, stage in stages.items()}
+
+
+def reachable_stages(model: Network, size: int) -> list[str]:
+    """The stages of which something is left of an image of `size`: without padding, the last ones may vanish."""
+    names = list(stage_shapes(model.clone(padding="zeros"), size))
+    while names:
+        try:
+            return list(stage_shapes(model, size, names[-1]))
+        except ValueError:
+            names.pop()
+    return names
+
+
+def image_features(images: np.ndarray) -> np.ndarray:
+    """The control without an encoder: the images themselves on the grid, float32 [n, 28, 28, 3]."""
+    return np.asarray(jax.jit(lambda x: resize(normalize(x), FEATURE_SIZE))(images))
+
+
+def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str], step: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Runs a frozen encoder once over uint8 images [n, height, width, 3] -> the named stages, resized and joined, [n, 28, 28, channels].
+
+    `step` is called after every batch. The encoder is in evaluation mode.
+    """
+    order = list(stage_shapes(model, images.shape[1], None if not stages else max(stages, key=list(
+        stage_shapes(model.clone(padding="zeros"), images.shape[1])).index)))
+    last = order[-1]
+
+    @jax.jit
+    def run(variables, batch):
+        maps = model.apply(variables, normalize(batch), method="stages", last=last)
+        return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
+
+    out = None
+    for start in range(0, len(images), _BATCH):
+        batch = images[start:start + _BATCH]
+        full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
+        part = np.asarray(run(variables, full))[:len(batch)]
+        out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
+        out[start:start + len(part)] = part
+        step()
+    return out

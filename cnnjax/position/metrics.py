@@ -1,0 +1,30 @@
+"""How well a predicted map shows position."""
+import numpy as np
+import scipy.stats
+
+# Below this range, in units of a target that spans [0, 1], a map is called constant: ranking its rounding errors would
+# give correlations of up to 0.1 that mean nothing.
+CONSTANT = 1e-4
+
+
+def scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """Per-image scores of `prediction` [..., height, width] against `target` [height, width], each of shape [...].
+
+    `spc` is Spearman's rank correlation (0 where the prediction is constant), `mae` the mean absolute error, `r2` the share
+    of the target's variance that is explained (0 for its mean, negative for worse). Raises `ValueError` where shapes differ.
+    """
+    if prediction.shape[-2:] != target.shape:
+        raise ValueError(f"a prediction of shape {prediction.shape} does not fit a target of shape {target.shape}")
+    flat = prediction.reshape(-1, target.size).astype(np.float64)
+    goal = target.ravel().astype(np.float64)
+    goal_ranks = scipy.stats.rankdata(goal) - (goal.size + 1) / 2
+    ranks = scipy.stats.rankdata(flat, axis=1) - (goal.size + 1) / 2
+    norm = np.linalg.norm(ranks, axis=1) * np.linalg.norm(goal_ranks)
+    varies = np.ptp(flat, axis=1) >= CONSTANT
+    error = flat - goal
+    result = {
+        "spc": np.where(varies, ranks @ goal_ranks / np.where(norm > 0, norm, 1), 0.0),
+        "mae": np.abs(error).mean(1),
+        "r2": 1 - np.square(error).sum(1) / np.square(goal - goal.mean()).sum(),
+    }
+    return {name: value.reshape(prediction.shape[:-2]) for name, value in result.items()}

@@ -1,0 +1,231 @@
+"""Linear readouts of position from frozen features: one k x k convolution without padding per target.
+
+Two ways to find its weights. `fit_exact` solves the ridge regression, which has one solution and no seed. `fit_sgd` trains
+as the authors' code does (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution.
+Each does all targets, and all strengths or seeds, in one program: for given features they are columns of one matrix.
+"""
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from cnnjax.nn import resize
+
+# Ridge strengths on offer, for features of unit variance; the best on held-out photographs is taken for each target.
+STRENGTHS = tuple(10.0**power for power in range(-4, 4))
+# Conjugate gradients stop at this residual relative to the right-hand side.
+_TOLERANCE, _MOST_ITERATIONS = 1e-5, 500
+# The authors' code: SGD, learning rate 0.1 cut to a tenth after two thirds (epoch 10 of 15), batches of 32.
+_LEARNING_RATE, _MOMENTUM, _WEIGHT_DECAY, _BATCH = 0.1, 0.9, 1e-4, 32
+_BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
+
+
+class Scaler(NamedTuple):
+    """Standardises features [..., channels] per channel; channels that do not vary in training are switched off."""
+
+    mean: jnp.ndarray
+    scale: jnp.ndarray
+
+    def __call__(self, features: jnp.ndarray) -> jnp.ndarray:
+        return (features - self.mean) * self.scale
+
+
+@jax.jit
+def fit_scaler(features: jnp.ndarray) -> Scaler:
+    """The scaler of training features [n, height, width, channels]."""
+    mean, std = features.mean((0, 1, 2)), features.std((0, 1, 2))
+    live = std > 1e-6 * std.max()
+    return Scaler(mean, jnp.where(live, 1 / jnp.where(live, std, 1), 0))
+
+
+def _apply(features: jnp.ndarray, kernel: jnp.ndarray) -> jnp.ndarray:
+    """Convolves [n, height, width, channels] with [k, k, channels, columns] as one matrix product and k^2 shifted sums."""
+    size, channels = kernel.shape[0], features.shape[3]
+    products = features.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = products.reshape(*features.shape[:3], size, size, -1)
+    height, width = (n - size + 1 for n in features.shape[1:3])
+    return sum(products[:, i:i + height, j:j + width, i, j] for i in range(size) for j in range(size))
+
+
+def _adjoint(features: jnp.ndarray, maps: jnp.ndarray, size: int) -> jnp.ndarray:
+    """The transpose of `_apply`: [n, height', width', columns] -> [k, k, channels, columns]."""
+    gap = size - 1
+    shifted = jnp.stack([jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))) for i in range(size) for j in range(size)], 3)
+    channels = features.shape[3]
+    product = shifted.reshape(-1, size * size * maps.shape[3]).T @ features.reshape(-1, channels)  # this order is the fast one
+    return product.reshape(size, size, maps.shape[3], channels).transpose(0, 1, 3, 2)
+
+
+class Exact(NamedTuple):
+    """A solved readout: `kernel` [k, k, channels, targets] on features scaled by `scaler`, and `intercept` [targets].
+
+    `strength` [targets] is what was chosen, `residual` the largest relative residual of the linear system left over.
+    """
+
+    scaler: Scaler
+    kernel: jnp.ndarray
+    intercept: jnp.ndarray
+    strength: np.ndarray
+    residual: float
+
+    def __call__(self, features: jnp.ndarray) -> np.ndarray:
+        """Maps [n, targets, height - k + 1, width - k + 1]."""
+        maps = jax.jit(lambda f: _apply(self.scaler(f), self.kernel) + self.intercept)(features)
+        return np.asarray(maps).transpose(0, 3, 1, 2)
+
+
+def _spatial_correlation(features: jnp.ndarray, size: int) -> jnp.ndarray:
+    """How features correlate between the taps of a k x k window, averaged over channels: [k^2, k^2]."""
+    height, width = features.shape[1:3]
+    shift = {}
+    for i in range(-size + 1, size):
+        for j in range(size):
+            a = features[:, max(i, 0):height + min(i, 0), j:]
+            b = features[:, max(-i, 0):height + min(-i, 0), :width - j]
+            shift[i, j] = shift[-i, -j] = (a * b).mean()
+    taps = [(i, j) for i in range(size) for j in range(size)]
+    return jnp.stack([jnp.stack([shift[a[0] - b[0], a[1] - b[1]] for b in taps]) for a in taps]) / shift[0, 0]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _solve_ridge(features, goal, strengths, basis, values, size):
+    """Preconditioned conjugate gradients for all columns (strength x target) at once.
+
+    The preconditioner is the system of features whose channel and spatial correlations are independent; for a 1x1 kernel
+    it is the system itself, and one step solves it up to rounding.
+    """
+    count = features.shape[0] * (features.shape[1] - size + 1) * (features.shape[2] - size + 1)
+    tap_basis, tap_values = jnp.linalg.eigh(_spatial_correlation(features, size))[::-1]
+    spectrum = jnp.maximum(tap_values, 1e-6)[:, None] * values  # [taps, channels]
+    dot = lambda a, b: (a * b).sum((0, 1, 2))
+
+    def system(w):
+        maps = _apply(features, w)
+        return _adjoint(features, maps - maps.mean((0, 1, 2)), size) / count + strengths * w
+
+    def precondition(r):
+        flat = r.reshape(size * size, -1, r.shape[3])
+        flat = jnp.einsum("ta,tcx,cd->adx", tap_basis, flat, basis) / (spectrum[..., None] + strengths)
+        return jnp.einsum("ta,adx,cd->tcx", tap_basis, flat, basis).reshape(r.shape)
+
+    # The target is the same for every image; taking its mean out of it takes the intercept out of the system.
+    maps = jnp.broadcast_to(goal - goal.mean((0, 1)), (features.shape[0], *goal.shape))
+    right = _adjoint(features, maps, size) / count
+    norm = jnp.maximum(jnp.sqrt(dot(right, right)), 1e-30)
+
+    def step(state):
+        w, r, p, rz, n = state
+        q = system(p)
+        alpha = rz / jnp.maximum(dot(p, q), 1e-30)
+        w, r = w + alpha * p, r - alpha * q
+        z = precondition(r)
+        new = dot(r, z)
+        return w, r, z + new / jnp.maximum(rz, 1e-30) * p, new, n + 1
+
+    residual = lambda r: jnp.sqrt(dot(r, r)) / norm
+    start = precondition(right)
+    state = (jnp.zeros_like(right), right, start, dot(right, start), 0)
+    state = lax.while_loop(lambda s: (residual(s[1]).max() > _TOLERANCE) & (s[4] < _MOST_ITERATIONS), step, state)
+    kernel = state[0]
+    return kernel, goal.mean((0, 1)) - _apply(features, kernel).mean((0, 1, 2)), residual(right - system(kernel))
+
+
+def fit_exact(train: np.ndarray, held_out: np.ndarray, targets: np.ndarray, size: int = 1, strengths: Sequence[float] = STRENGTHS) -> Exact:
+    """The ridge readout with kernel `size` of each target, its strength chosen by squared error on held-out features.
+
+    `train` and `held_out` are features [n, height, width, channels]; `targets` [targets, side, side] are brought to the
+    readout's own grid, corners aligned. The mean over training positions of the squared error, plus strength times the
+    squared weights, is least. Raises `ValueError` if the kernel is larger than the map.
+    """
+    if not 1 <= size <= min(train.shape[1:3]):
+        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
+    train = jnp.asarray(train)
+    scaler = fit_scaler(train)
+    scaled = scaler(train)
+    goal = resize(jnp.asarray(targets)[..., None], tuple(n - size + 1 for n in train.shape[1:3]))[..., 0].transpose(1, 2, 0)
+    flat = scaled.reshape(-1, train.shape[3])
+    with jax.default_matmul_precision("highest"):
+        gram = np.asarray(flat.T @ flat, np.float64) / flat.shape[0]
+        values, basis = np.linalg.eigh(gram)
+        columns = jnp.repeat(jnp.asarray(strengths, jnp.float32), len(targets))
+        kernel, intercept, residual = _solve_ridge(
+            scaled, jnp.tile(goal, (1, 1, len(strengths))), columns, jnp.asarray(basis, jnp.float32),
+            jnp.asarray(np.maximum(values, 0), jnp.float32), size)
+        goal = jnp.tile(goal, (1, 1, len(strengths)))
+        error = jnp.square(_apply(scaler(jnp.asarray(held_out)), kernel) + intercept - goal).mean((0, 1, 2))
+    best = np.asarray(error).reshape(len(strengths), len(targets)).argmin(0)
+    chosen = best * len(targets) + np.arange(len(targets))
+    return Exact(scaler, kernel[..., chosen], intercept[chosen], np.asarray(strengths)[best], float(residual[chosen].max()))
+
+
+class Sgd(NamedTuple):
+    """Trained readouts of all seeds and targets: `kernel` [k, k, channels, seeds * targets] and BatchNorm's four vectors."""
+
+    scaler: Scaler
+    params: dict
+    mean: jnp.ndarray
+    var: jnp.ndarray
+    seeds: int
+
+    def __call__(self, features: jnp.ndarray) -> np.ndarray:
+        """Maps [seeds, n, targets, height - k + 1, width - k + 1]."""
+        z = jax.jit(lambda f: _apply(self.scaler(f), self.params["kernel"]))(features)
+        y = np.asarray(jax.nn.sigmoid((z - self.mean) / jnp.sqrt(self.var + _BN_EPS) * self.params["scale"] + self.params["bias"]))
+        return y.reshape(*y.shape[:3], self.seeds, -1).transpose(3, 0, 4, 1, 2)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds"))
+def _train(features, targets, key, size, steps, seeds):
+    side, outputs = features.shape[1] - size + 1, seeds * len(targets)
+    # The loss is the mean squared error of the readout upsampled to the target's size. Upsampling is linear, y = U z U', so
+    # |U z U' - t|^2 = <K z K, z> - 2 <z, U' t U> + |t|^2 with K = U'U: the same number on the small grid.
+    up = resize(jnp.eye(side)[:, None, :, None], (1, targets.shape[1]))[:, 0, :, 0].T
+    overlap = up.T @ up / len(up)
+    pull = jnp.tile(jnp.einsum("ya,tyx,xb->abt", up, targets, up) / len(up) ** 2, (1, 1, seeds))
+    rest = jnp.tile(jnp.square(targets).mean((1, 2)), seeds)
+
+    def loss(params, batch):
+        z = _apply(batch, params["kernel"])
+        mean, var = z.mean((0, 1, 2)), z.var((0, 1, 2))
+        y = jax.nn.sigmoid((z - mean) / jnp.sqrt(var + _BN_EPS) * params["scale"] + params["bias"])
+        smooth = jnp.einsum("ac,ncdo,db->nabo", overlap, y, overlap)
+        # Every output has parameters of its own, so the sum over outputs trains each alone.
+        return ((y * (smooth - 2 * pull)).sum((1, 2)).mean(0) + rest).sum(), (mean, var * (z[..., 0].size / (z[..., 0].size - 1)))
+
+    schedule = optax.piecewise_constant_schedule(_LEARNING_RATE, {steps * 2 // 3: 0.1})
+    optimizer = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.sgd(schedule, momentum=_MOMENTUM))
+    batch_size, (init_key, order_key) = min(_BATCH, len(features)), jax.random.split(key)
+    bound = (6 / (size**2 * (features.shape[3] + 1))) ** 0.5  # Glorot and Bengio 2010, uniform; a bias would vanish in BatchNorm
+    params = {"kernel": jax.random.uniform(init_key, (size, size, features.shape[3], outputs), minval=-bound, maxval=bound),
+              "scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
+
+    def step(carry, number):
+        params, state, mean, var = carry
+        batch = features
+        if batch_size < len(features):
+            batch = features[jax.random.choice(jax.random.fold_in(order_key, number), len(features), (batch_size,), replace=False)]
+        grads, (m, v) = jax.grad(loss, has_aux=True)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state, mean + _BN_MOMENTUM * (m - mean), var + _BN_MOMENTUM * (v - var)), None
+
+    carry = (params, optimizer.init(params), jnp.zeros(outputs), jnp.ones(outputs))
+    (params, _, mean, var), _ = lax.scan(step, carry, jnp.arange(steps))
+    return params, mean, var
+
+
+def fit_sgd(train: np.ndarray, targets: np.ndarray, size: int = 1, steps: int = 540, seeds: int = 1, seed: int = 0) -> Sgd:
+    """The authors' readout with kernel `size` of each target [targets, side, side] and each of `seeds` initialisations.
+
+    `train` are features [n, height, width, channels], standardised first. Raises `ValueError` if the kernel is larger than
+    the map.
+    """
+    if not 1 <= size <= min(train.shape[1:3]):
+        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
+    train = jnp.asarray(train)
+    scaler = fit_scaler(train)
+    return Sgd(scaler, *_train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds), seeds)
