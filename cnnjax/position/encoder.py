@@ -1,5 +1,6 @@
 """Frozen encoders: a network's stages over images, brought to one grid and kept."""
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,26 +50,22 @@ def image_features(images: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: resize(normalize(x), FEATURE_SIZE))(images))
 
 
-def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str], step: Callable[[], None] = lambda: None) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames=("model", "stages"))
+def _joined_stages(model, variables, images, stages):
+    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1])
+    return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
+
+
+def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> np.ndarray:
     """Runs a frozen encoder once over uint8 images [n, height, width, 3] -> the named stages, resized and joined, [n, 28, 28, channels].
 
-    `step` is called after every batch. The encoder is in evaluation mode.
+    `stages` are in the network's order: nothing after the last is computed. The encoder is in evaluation mode.
     """
-    order = list(stage_shapes(model, images.shape[1], None if not stages else max(stages, key=list(
-        stage_shapes(model.clone(padding="zeros"), images.shape[1])).index)))
-    last = order[-1]
-
-    @jax.jit
-    def run(variables, batch):
-        maps = model.apply(variables, normalize(batch), method="stages", last=last)
-        return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
-
     out = None
     for start in range(0, len(images), _BATCH):
         batch = images[start:start + _BATCH]
         full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        part = np.asarray(run(variables, full))[:len(batch)]
+        part = np.asarray(_joined_stages(model, variables, full, tuple(stages)))[:len(batch)]
         out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
         out[start:start + len(part)] = part
-        step()
     return out

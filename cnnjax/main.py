@@ -1,0 +1,80 @@
+"""The command line: reads a configuration and runs it in a work directory.
+
+    python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
+"""
+import hashlib
+import importlib
+import json
+import logging
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+# What a configuration's `kind` may be, and the module whose `check` and `run` do it.
+_JOBS = {"position": "cnnjax.position.study"}
+
+_LOG = logging.getLogger("cnnjax")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, such as configs/posenet.py.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results; by default one under runs/ named after the configuration.")
+
+
+def _default_workdir() -> pathlib.Path:
+    """runs/NAME, and with overrides runs/NAME-DIGEST, so that a changed configuration never meets another's results."""
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    if not config_flags.get_override_values(flags.FLAGS["config"]):
+        return pathlib.Path("runs") / name
+    digest = hashlib.sha256(json.dumps(_CONFIG.value.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    return pathlib.Path("runs") / f"{name}-{digest}"
+
+
+def _parse(argv: list[str]) -> None:
+    """Parses the flags; raises `ValueError` in one line for whatever is wrong with them or the configuration file."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE")
+    if _CONFIG.value is None:
+        raise ValueError("--config is missing; name a configuration file, such as --config configs/posenet.py")
+    if _CONFIG.value.get("kind") not in _JOBS:
+        raise ValueError(f"kind={_CONFIG.value.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}")
+
+
+def main(argv: list[str]) -> int:
+    """Runs a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 130 when interrupted."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _LOG.setLevel(logging.INFO)
+    try:
+        _parse(argv)
+        config = _CONFIG.value
+        job = importlib.import_module(_JOBS[config.kind])
+        job.check(config)
+
+        from cnnjax import backend, workdir
+        backend.start()
+        folder = workdir.prepare(_WORKDIR.value or _default_workdir(), config.to_dict())
+        _LOG.info("running in %s", folder)
+        job.run(config, folder)
+        _LOG.info("finished: see %s", folder / "report.md")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # Not sys.exit: at an interruption, threads of the numerical libraries may still be busy, and nothing is left to save.
+    code = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
