@@ -34,14 +34,21 @@ def _parse(argv: list[str]) -> None:
     """Parses the flags; raises `ValueError` in one line for whatever is wrong with them or the configuration file."""
     try:
         rest = flags.FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE")
+        if not flags.FLAGS["config"].present:
+            raise ValueError("--config is missing; name a configuration file, such as --config configs/posenet.py")
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"config={path!r} is not a file; name a configuration file, such as configs/posenet.py")
+        config = _CONFIG.value  # read and overridden here
+    except (KeyError, AttributeError) as error:
+        quoted = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")  # ml_collections quotes its own message, and again
+        raise ValueError(f"--config has no such key: '{' '.join(quoted.split())}") from error
+    except (flags.Error, TypeError, ImportError, SyntaxError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE")
-    if _CONFIG.value is None:
-        raise ValueError("--config is missing; name a configuration file, such as --config configs/posenet.py")
-    if _CONFIG.value.get("kind") not in _JOBS:
-        raise ValueError(f"kind={_CONFIG.value.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}")
+    if config.get("kind") not in _JOBS:
+        raise ValueError(f"kind={config.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}")
 
 
 def main(argv: list[str]) -> int:

@@ -20,11 +20,11 @@ def target(name: str, size: int) -> np.ndarray:
     if size < 2:
         raise ValueError(f"size={size} is too small for a position map; expected at least 2")
     ramp = np.linspace(0, 1, size)
-    center = (np.arange(size) + 0.5) / size
+    offset = (np.arange(size) - (size - 1) / 2) / size  # of a pixel's centre from the image's, in sides
     if name in ("HS", "VS"):
-        ramp = 0.5 + 0.5 * np.cos(2 * np.pi * _PERIODS * center)
+        ramp = 0.5 + 0.5 * np.cos(2 * np.pi * _PERIODS * (offset + 0.5))
     if name == "G":
-        square = (center - 0.5) ** 2
+        square = offset**2
         bell = np.exp(-(square[:, None] + square) / (2 * _SIGMA**2))
         bell -= bell.min()
         return (bell / bell.max()).astype(np.float32)

@@ -1,0 +1,273 @@
+"""The position study: targets, scores, readouts and the whole job on small images."""
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import scipy.stats
+
+from cnnjax import nn as cnn
+from cnnjax import weights
+from cnnjax.data import photographs
+from cnnjax.models import create_model
+from cnnjax.position import study
+from cnnjax.position.encoder import encode, image_features, reachable_stages
+from cnnjax.position.metrics import scores
+from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
+from cnnjax.position.targets import TARGETS, target
+from configs import posenet
+
+
+def test_targets_are_the_official_maps():
+    maps = {name: target(name, 224) for name in TARGETS}
+    # The errors of the best constant, measured on the official maps at 224 pixels.
+    for name, chance in {"H": 0.2510, "V": 0.2510, "G": 0.1968, "HS": 0.3174, "VS": 0.3174}.items():
+        constant = np.mean(maps[name]) if name == "G" else 0.5
+        assert np.abs(maps[name] - constant).mean() == pytest.approx(chance, abs=2e-3)
+        assert maps[name].min() == pytest.approx(0, abs=1e-4) and maps[name].max() == pytest.approx(1, abs=1e-4)
+    assert np.array_equal(maps["V"], maps["H"].T) and np.array_equal(maps["VS"], maps["HS"].T)
+    assert (np.diff(maps["H"], axis=1) > 0).all() and np.ptp(maps["H"], axis=0).max() == 0
+    assert np.ptp(maps["HS"], axis=1).max() == 0 and maps["HS"][0, 0] > 0.99 and maps["HS"][-1, 0] < 0.01  # 2.5 periods down
+    np.testing.assert_allclose(maps["G"], maps["G"][::-1, ::-1], atol=1e-6)
+    at = np.arange(224) + 0.5
+    bell = np.exp(-((at[:, None] - 112) ** 2 + (at - 112) ** 2) / (2 * (0.495 * 224) ** 2))
+    np.testing.assert_allclose(maps["G"], (bell - bell.min()) / np.ptp(bell), atol=2e-3)
+    with pytest.raises(ValueError, match="target='D' is not one of H, V, G, HS, VS"):
+        target("D", 28)
+
+
+def test_scores_are_scipys_and_the_definitions():
+    goal = target("G", 12)
+    rng = np.random.default_rng(0)
+    predictions = np.stack([goal + 0.1 * rng.standard_normal(goal.shape), np.round(2 * goal + rng.random(goal.shape)), 1 - goal])
+    result = scores(predictions, goal)
+    for i, prediction in enumerate(predictions):
+        assert result["spc"][i] == pytest.approx(scipy.stats.spearmanr(prediction.ravel(), goal.ravel()).statistic, abs=1e-6)
+        assert result["mae"][i] == pytest.approx(np.abs(prediction - goal).mean(), abs=1e-6)
+    assert result["spc"][2] == pytest.approx(-1, abs=1e-3) and result["r2"][2] < 0
+    flat = scores(np.stack([np.full_like(goal, goal.mean()), goal.mean() + 4e-5 * goal]), goal)
+    assert np.array_equal(flat["spc"], [0, 0]) and abs(flat["r2"][0]) < 1e-6  # a constant scores 0, never NaN
+    with pytest.raises(ValueError, match="does not fit a target"):
+        scores(predictions, target("H", 13))
+
+
+def features_with_position(n, seed, side=9, channels=6, noise=1.0):
+    """Features of which one channel holds the column, under noise."""
+    rng = np.random.default_rng(seed)
+    f = rng.standard_normal((n, side, side, channels)).astype(np.float32)
+    f[..., 0] = 3 * np.linspace(-1, 1, side) + noise * rng.standard_normal((n, side, side))
+    return f
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_exact_readout_is_the_ridge_solution(size):
+    train, held_out = features_with_position(5, 0), features_with_position(3, 1)
+    goals = np.stack([target("H", 9), target("G", 9)])
+    out = 9 - size + 1
+    scale = lambda f: (f - train.mean((0, 1, 2))) / train.std((0, 1, 2))
+    patches = lambda f: np.stack([scale(f)[:, i:i + out, j:j + out] for i in range(size) for j in range(size)], 3).reshape(-1, size * size * 6)
+    goal = np.asarray(cnn.resize(jnp.asarray(goals)[..., None], out))[..., 0]
+    x, y = patches(train).astype(np.float64), np.tile(goal.reshape(2, -1), 5).T.astype(np.float64)
+    mean = x.mean(0)
+    errors, solutions = [], []
+    for strength in STRENGTHS:
+        w = np.linalg.solve((x - mean).T @ (x - mean) / len(x) + strength * np.eye(x.shape[1]), (x - mean).T @ (y - y.mean(0)) / len(x))
+        solutions.append((w, y.mean(0) - mean @ w))
+        errors.append(np.square(patches(held_out) @ w + solutions[-1][1] - np.tile(goal.reshape(2, -1), 3).T).mean(0))
+    readout = fit_exact(train, held_out, goals, size)
+    best = [STRENGTHS.index(strength) for strength in readout.strength]
+    for t in range(2):  # the best on offer; below the noise of the features, strengths may tie
+        assert errors[best[t]][t] <= 1.01 * np.min(errors, 0)[t]
+    assert readout.residual < 1e-3
+    predicted = readout(jnp.asarray(held_out))
+    for t in range(2):
+        w, intercept = solutions[best[t]]
+        want = (patches(held_out) @ w[:, t] + intercept[t]).reshape(3, out, out)
+        np.testing.assert_allclose(predicted[:, t], want, atol=1e-4 if size == 1 else 5e-3)
+
+
+def test_exact_readout_of_nothing_is_a_constant():
+    rng = np.random.default_rng(0)
+    noise = lambda n: rng.standard_normal((n, 9, 9, 4)).astype(np.float32)
+    readout = fit_exact(noise(4), noise(4), target("H", 9)[None])
+    assert readout.strength[0] >= 1 and abs(scores(readout(jnp.asarray(noise(20)))[:, 0], target("H", 9))["r2"].mean()) < 0.05
+    dead = np.zeros((4, 9, 9, 3), np.float32)
+    assert np.isfinite(fit_exact(dead, dead, target("H", 9)[None])(jnp.asarray(dead))).all()
+    with pytest.raises(ValueError, match="kernel=10 does not fit 9x9 features"):
+        fit_exact(noise(2), noise(2), target("H", 9)[None], size=10)
+
+
+def test_small_grid_loss_is_the_error_at_full_size():
+    goals = jnp.stack([jnp.asarray(target(name, 50)) for name in TARGETS])
+    maps = jax.random.uniform(jax.random.key(0), (3, 7, 7, 2, 5))
+    direct = [[jnp.square(cnn.resize(maps[:, :, :, s, t, None], 50)[..., 0] - goals[t]).mean() for t in range(5)] for s in range(2)]
+    np.testing.assert_allclose(full_size_error(goals, 7)(maps), jnp.asarray(direct), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_sgd_readout_learns_and_its_seeds_are_independent(size):
+    train, test = features_with_position(40, 0, noise=0.3), features_with_position(4, 1, noise=0.3)
+    goals = np.stack([target("H", 9), target("V", 9)])
+    readout = fit_sgd(train, goals, size, steps=300, seeds=2)
+    maps = readout(jnp.asarray(test))
+    assert maps.shape == (2, 4, 2, 9 - size + 1, 9 - size + 1) and 0 <= maps.min() and maps.max() <= 1
+    goal = target("H", 9 - size + 1)
+    assert scores(maps[:, :, 0], goal)["spc"].min() > 0.9 > 0.3 > abs(scores(maps[:, :, 1], goal.T)["spc"]).mean()
+    assert not np.allclose(maps[0], maps[1], atol=1e-6)
+    assert np.array_equal(maps, fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test)))  # the same twice
+
+
+def test_stages_that_survive_without_padding():
+    assert reachable_stages(create_model("vgg16", padding="none"), 224) == [f"block{i}" for i in range(1, 6)]
+    assert reachable_stages(create_model("resnet18", padding="none"), 224) == ["stem", "layer1", "layer2", "layer3"]
+    assert reachable_stages(create_model("resnet18"), 64) == ["stem", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_encoding_is_the_stages_resized_and_joined():
+    model, images = create_model("vgg11"), photographs.synthetic("noise", 9, 40, 0)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 40, 40, 3)), method="stages", last="block3"))()
+    features = encode(model, variables, images, ["block1", "block3"])
+    assert features.shape == (9, 28, 28, 64 + 256)
+    x = (images[8:] / np.float32(255) - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    stages = model.apply(variables, x, method="stages", last="block3")
+    np.testing.assert_allclose(features[8:, ..., 64:], cnn.resize(stages["block3"], 28), atol=1e-4)
+    assert image_features(images).shape == (9, 28, 28, 3)
+
+
+@pytest.fixture(scope="module")
+def small_config() -> ml_collections.ConfigDict:
+    config = posenet.get_config()
+    with config.unlocked():
+        config.update({"encoders": ("vgg11",), "paddings": ("zeros", "none", "circular"), "image_size": 96, "n_train": 6, "n_held_out": 3,
+                       "n_test": 4, "n_noise": 2, "sgd_steps": 60, "seeds": 2})
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(small_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("position")
+    for name in ("config", "environment"):
+        (folder / f"{name}.json").write_text(json.dumps({"backend": "cpu", "devices": ["cpu"], "cpus": 2, "python": "3", "packages": {},
+                                                         "xla_flags": "", "seed": 0, "git_revision": None}))
+    study.check(small_config)
+    study.run(small_config, folder)
+    return folder
+
+
+def test_the_job_writes_every_row(finished, small_config):
+    results = json.loads((finished / "results.json").read_text())
+    rows = results["rows"]
+    columns = ("encoder", "weights", "padding", "stages", "kernel", "readout", "target", "data", "spc", "spc_std", "mae", "mae_std", "r2",
+               "r2_std", "n_images", "n_seeds")
+    assert results["kind"] == "position" and all(tuple(row) == columns for row in rows)
+    combinations = {tuple(row[key] for key in ("encoder", "padding", "readout", "target", "data")) for row in rows}
+    settings = [("posenet", "none", "exact"), ("posenet", "none", "sgd")]
+    settings += [("vgg11", "zeros", "exact"), ("vgg11", "zeros", "sgd"), ("vgg11", "none", "exact"), ("vgg11", "none", "sgd"), ("vgg11", "circular", "exact")]
+    assert combinations == {(*s, t, d) for s in settings for t in TARGETS for d in study.DATA} and len(rows) == len(combinations)
+    count = {"natural": 4, "black": 1, "white": 1, "noise": 2}
+    assert all(row["n_images"] == count[row["data"]] and row["n_seeds"] == 2 for row in rows)
+
+
+def test_only_zeros_show_position_on_an_image_without_content(finished):
+    rows = json.loads((finished / "results.json").read_text())["rows"]
+    for row in rows:
+        if row["data"] in ("black", "white"):
+            if row["encoder"] == "vgg11" and row["padding"] == "zeros":
+                assert row["spc"] > (0.3 if row["target"] in ("HS", "VS") else 0.6), row
+            else:
+                assert row["spc"] == 0 and row["spc_std"] == 0, row
+
+
+def test_report_and_figures_are_there_and_readable(finished):
+    import PIL.Image
+    report = (finished / "report.md").read_text()
+    figures = [f"maps_{encoder}_{data}.png" for encoder in ("posenet", "vgg11") for data in study.DATA] + ["spc_by_padding.png"]
+    for name in figures:
+        assert f"]({name})" in report
+        with PIL.Image.open(finished / name) as image:
+            assert min(image.size) > 100 and len(set(image.convert("L").tobytes())) > 10
+    assert all(decision in report for decision in study.DECISIONS)
+    assert sorted(path.name for path in finished.iterdir()) == sorted([*figures, "config.json", "environment.json", "maps.npz", "report.md", "results.json"])
+
+
+def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
+    for name in ("config", "environment"):
+        (tmp_path / f"{name}.json").write_text((finished / f"{name}.json").read_text())
+    study.run(small_config, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads((finished / "results.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"encoders": ("vgg61",)}, "model='vgg61' is not known; did you mean vgg19"),
+    ({"paddings": ("zeros", "mirror")}, "padding='mirror' is not one of zeros, none, reflect"),
+    ({"sgd_paddings": ("mirror",)}, "padding='mirror' is not one of zeros, none, reflect"),
+    ({"paddings": ()}, r"paddings=\(\) must name at least one"),
+    ({"targets": ("H", "D")}, "targets='D' is not one of H, V, G, HS, VS"),
+    ({"data": ("natural", "grey")}, "data='grey' is not one of natural, black, white, noise"),
+    ({"targets": ("H", "H")}, "must name at least one, each once"),
+    ({"n_train": 0}, "n_train=0 is not a positive number"),
+    ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+    ({"stages": ("block9",)}, "stages='block9' is not a stage that vgg11 reaches with padding='zeros' at image_size=96; it reaches block1"),
+    ({"image_size": 400}, r"smaller than image_size=400"),
+    ({"weights": "nowhere.safetensors"}, "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors file"),
+    ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
+    ({"encoders": ("resnet18",), "image_size": 6}, "image_size=6 leaves nothing of any stage of resnet18"),
+])
+def test_a_wrong_configuration_is_refused_before_anything_is_computed(small_config, change, message):
+    config = small_config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.update(change)
+    with pytest.raises(ValueError, match=message):
+        study.check(config)
+
+
+def test_photographs_from_a_folder(tmp_path):
+    import PIL.Image
+    with pytest.raises(ValueError, match="holds no image file"):
+        photographs.list_photographs(tmp_path)
+    for i in range(5):
+        PIL.Image.fromarray(np.full((20 + i, 30, 3), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    paths = photographs.list_photographs(tmp_path)
+    parts = photographs.split(paths, (6, 2, 2), 0)
+    assert [len(part) for part in parts] == [3, 1, 1] and sorted(sum(parts, [])) == paths
+    images = photographs.crops(paths, 7, 20, 0)
+    assert images.shape == (7, 20, 20, 3) and [int(image[0, 0, 0]) for image in images] == [0, 10, 20, 30, 40, 0, 10]
+    with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than image_size=21"):
+        photographs.crops(paths, 7, 21, 0)
+    with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
+        photographs.split(paths[:2], (1, 1, 1), 0)
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8 torn")
+    with pytest.raises(ValueError, match=r"torn.jpg is not a readable image"):
+        photographs.image_size(tmp_path / "torn.jpg")
+
+
+@pytest.mark.parametrize("counts", [(24, 6, 12), (1, 1, 1), (100, 1, 1)])
+def test_embedded_photographs_divide_into_disjoint_parts(counts):
+    paths = photographs.list_photographs()
+    assert len(paths) == 13
+    for seed in range(5):
+        parts = photographs.split(paths, counts, seed)
+        assert all(parts) and sorted(sum(parts, [])) == sorted(paths)
+
+
+def test_imagenet_weights_on_real_photographs(data_dir):
+    """ResNet-18's ImageNet weights (conv1 to layer3): position from zeros, little without padding, and on black from zeros only."""
+    counts = (48, 12, 16)
+    parts = photographs.split(photographs.list_photographs(data_dir / "imagenet_sample"), counts, 0)
+    images = {name: photographs.crops(part, n, 224, 0) for name, part, n in zip(("train", "held_out", "natural"), parts, counts)}
+    images["black"] = photographs.synthetic("black", 1, 224, 0)
+    goal = target("H", 28)
+    mean = {}
+    for fill in ("zeros", "none", "reflect"):
+        model = create_model("resnet18", padding=fill)
+        variables = weights.load_torchvision(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors", model, missing=("layer4", "fc"))
+        features = {name: encode(model, variables, part, ["stem", "layer1", "layer2", "layer3"]) for name, part in images.items()}
+        readout = fit_exact(features["train"], features["held_out"], goal[None])
+        for data in ("natural", "black"):
+            for metric, values in scores(readout(jnp.asarray(features[data]))[:, 0], goal).items():
+                mean[fill, data, metric] = values.mean()
+    assert mean["zeros", "natural", "spc"] > 0.5 and mean["zeros", "natural", "r2"] > 0.3 and mean["zeros", "black", "spc"] > 0.2
+    assert mean["none", "natural", "r2"] < 0.1 < mean["reflect", "natural", "r2"]
+    assert mean["none", "black", "spc"] == 0 and mean["reflect", "black", "spc"] == 0
