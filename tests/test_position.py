@@ -63,13 +63,13 @@ def features_with_position(n, seed, side=9, channels=6, noise=1.0):
 
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_exact_readout_is_the_ridge_solution(size):
-    train, held_out = features_with_position(5, 0), features_with_position(3, 1)
+    train, held_out = features_with_position(40, 0), features_with_position(3, 1)
     goals = np.stack([target("H", 9), target("G", 9)])
     out = 9 - size + 1
     scale = lambda f: (f - train.mean((0, 1, 2))) / train.std((0, 1, 2))
     patches = lambda f: np.stack([scale(f)[:, i:i + out, j:j + out] for i in range(size) for j in range(size)], 3).reshape(-1, size * size * 6)
     goal = np.asarray(cnn.resize(jnp.asarray(goals)[..., None], out))[..., 0]
-    x, y = patches(train).astype(np.float64), np.tile(goal.reshape(2, -1), 5).T.astype(np.float64)
+    x, y = patches(train).astype(np.float64), np.tile(goal.reshape(2, -1), 40).T.astype(np.float64)
     mean = x.mean(0)
     errors, solutions = [], []
     for strength in STRENGTHS:
