@@ -15,7 +15,7 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them wrongly
 # (github.com/jax-ml/jax/issues/39103); 0.11 crashes on others (issues/39257). `individual_dot` keeps YNNPACK's matrix
 # products, which are the fastest here, and gives it neither reductions nor convolutions.
-_FLAG_VALUE = "individual_dot"
+CPU_FLAG = f"{_FLAG}=individual_dot"
 # XLA aborts the process on a flag that it does not know, so only releases that were seen to have it are given it.
 _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 12, 0)
 
@@ -28,12 +28,12 @@ def set_flags() -> None:
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
-            f"cnnjax was imported after jax had started its backend, so the XLA flag {_FLAG}={_FLAG_VALUE} can no longer take "
+            f"cnnjax was imported after jax had started its backend, so the XLA flag {CPU_FLAG} can no longer take "
             "effect and convolutional training on the CPU may be slow or wrong: import cnnjax before the first jax "
             "computation, or put the flag into XLA_FLAGS",
             RuntimeWarning, stacklevel=3)
         return
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}={_FLAG_VALUE}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
 
 
 def check_numerics() -> None:

@@ -33,15 +33,17 @@ def _table(header: list[str], lines: list[list[str]]) -> str:
 
 def _position_tables(results: dict) -> str:
     rows = results["rows"]
-    targets, encoders, data = ([key for key, in _unique(rows, name)] for name in ("target", "encoder", "data"))
+    targets, data = ([key for key, in _unique(rows, name)] for name in ("target", "data"))
     find = {(r["encoder"], r["padding"], r["readout"], r["target"], r["data"]): r for r in rows}
     settings = _unique(rows, "encoder", "padding", "readout")
     first = targets[0]
     text = [f"## {first}: what padding changes\n",
             f"Exact readout, SPC (R2) of target {first}. On an image without content only a border can tell the position.\n"]
-    lines = [[encoder, fill, *(f"{_signed(find[encoder, fill, 'exact', first, kind]['spc'])} ({_signed(find[encoder, fill, 'exact', first, kind]['r2'])})"
-                               for kind in data)]
-             for encoder, fill, readout in settings if readout == "exact"]
+    lines = []
+    for encoder, fill, readout in settings:
+        if readout == "exact":
+            found = [find[encoder, fill, readout, first, kind] for kind in data]
+            lines.append([encoder, fill, *(f"{_signed(row['spc'])} ({_signed(row['r2'])})" for row in found)])
     text.append(_table(["encoder", "padding", *data], lines))
     for kind in data:
         counted = next(row for row in rows if row["data"] == kind)
@@ -51,9 +53,9 @@ def _position_tables(results: dict) -> str:
         lines = [[encoder, fill, readout, *(_cell(find[encoder, fill, readout, name, kind]) for name in targets)]
                  for encoder, fill, readout in settings]
         text.append(_table(["encoder", "padding", "readout", *targets], [chance, *lines]))
-    origin = [f"- {encoder}: {origin} weights, stages {', '.join(stages)}" for encoder, origin, stages in dict.fromkeys(
-        (row["encoder"], row["weights"], tuple(row["stages"])) for row in rows if row["encoder"] in encoders)]
-    text += ["\n## Encoders\n", "\n".join(origin), "\n\n## What was decided\n", "\n".join(f"- {line}" for line in results["decisions"]),
+    sources = dict.fromkeys((row["encoder"], row["weights"], ", ".join(row["stages"])) for row in rows)
+    text += ["\n## Encoders\n", "\n".join(f"- {encoder}: {weights} weights, stages {stages}" for encoder, weights, stages in sources),
+             "\n\n## What was decided\n", "\n".join(f"- {line}" for line in results["decisions"]),
              f"\n- Largest relative residual of the ridge systems solved: {results['ridge_residual']:.1g}.\n"]
     return "\n".join(text)
 
@@ -73,8 +75,10 @@ def _spc_figure(results: dict):
             groups.append(("image\nalone", [row for row in control if row["data"] == kind]))
             for number, name in enumerate(targets):
                 bars = [next(row for row in group if row["target"] == name) for _, group in groups]
-                axis.bar(np.arange(len(groups)) + (number - (len(targets) - 1) / 2) * 0.8 / len(targets), [row["spc"] for row in bars],
-                         0.8 / len(targets), yerr=[row["spc_std"] or 0 for row in bars], error_kw={"lw": 0.6}, color=f"C{number}", label=name)
+                width = 0.8 / len(targets)
+                place = np.arange(len(groups)) + (number - (len(targets) - 1) / 2) * width
+                spread = [row["spc_std"] or 0 for row in bars]
+                axis.bar(place, [row["spc"] for row in bars], width, yerr=spread, error_kw={"lw": 0.6}, color=f"C{number}", label=name)
             axis.axhline(0, color="black", lw=0.5)
             axis.set_xticks(range(len(groups)), [fill for fill, _ in groups], fontsize=8)
             axis.set_ylim(-0.6, 1.05)
@@ -89,7 +93,8 @@ def _maps_figure(maps, encoder: str, kind: str, targets: list[str], goals: dict[
     """One image's predicted maps: the targets in the first row, then a row for each padding and readout."""
     shown = sorted((key for key in maps if key.startswith(f"{encoder}/") and key.endswith(f"/{kind}")),
                    key=lambda key: (key.split("/")[2], _ORDER.index(key.split("/")[1])))
-    figure, axes = plt.subplots(len(shown) + 1, len(targets) + 1, figsize=(1.25 * (len(targets) + 1), 1.3 * (len(shown) + 1)), squeeze=False)
+    height, width = len(shown) + 1, len(targets) + 1
+    figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.3 * height), squeeze=False)
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
@@ -141,7 +146,8 @@ def write(folder: pathlib.Path) -> None:
         raise ValueError(f"kind={results.get('kind')!r} of {folder / 'results.json'} is not one of {', '.join(_KINDS)}")
     body = _KINDS[results["kind"]](folder, config, results)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    footer = (f"\n## Environment\n\n{environment['backend']} ({', '.join(sorted(set(environment['devices'])))}), {environment['cpus']} CPUs, "
+    devices = ", ".join(sorted(set(environment["devices"])))
+    footer = (f"\n## Environment\n\n{environment['backend']} ({devices}), {environment['cpus']} CPUs, "
               f"Python {environment['python']}, {packages}; XLA_FLAGS `{environment['xla_flags']}`; seed {environment['seed']}; revision "
               f"{environment['git_revision'] or 'unknown'}; {results['seconds']} s.\n\n```json\n{json.dumps(config, indent=1)}\n```\n")
     workdir.write(folder / "report.md", body + footer)

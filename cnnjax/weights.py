@@ -27,18 +27,23 @@ def torchvision_keys(variables: dict) -> dict[str, tuple]:
     return {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in flat}
 
 
-def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """`array` in our axes, or None if it does not have the transposed `shape`."""
-    if len(shape) == 4:
-        array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-    elif len(shape) == 2:
-        array = array.reshape(array.shape[0], -1).T if array.ndim in (2, 4) else array
-    return np.ascontiguousarray(array, np.float32) if array.shape == shape else None
+def _axes(rank: int) -> tuple[int, ...]:
+    """torchvision's axes of a tensor in terms of ours."""
+    return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
 
 
 def _to_torchvision(array: np.ndarray) -> np.ndarray:
-    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)
-    return np.ascontiguousarray(array.transpose(axes) if axes else array)
+    return np.ascontiguousarray(array.transpose(_axes(array.ndim)))
+
+
+def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`array`, which has torchvision's `shape`, in our axes."""
+    return np.ascontiguousarray(array.reshape(shape).transpose(np.argsort(_axes(len(shape)))), np.float32)
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor can fill a parameter: of its shape, or the kernel of a convolution that reads the whole map of a dense layer."""
+    return found == wanted or (len(found) == 4 and len(wanted) == 2 and (found[0], np.prod(found[1:])) == wanted)
 
 
 def variable_shapes(model: Network) -> dict:
@@ -80,16 +85,16 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         raise ValueError(f"missing={sorted(unknown)} are not modules of this model; its modules are {', '.join(sorted(modules))}")
     keys = {key: where for key, where in keys.items() if key.split(".")[0] not in missing}
 
-    problems = [f"not in the file: {key} {flat[where].shape}" for key, where in keys.items() if key not in tensors]
-    problems += [f"not in the model: {key} {value.shape}" for key, value in tensors.items() if key not in keys]
-    loaded = {}
-    for key in keys.keys() & tensors.keys():
-        loaded[keys[key]] = _to_ours(tensors[key], flat[keys[key]].shape)
-        if loaded[keys[key]] is None:
-            problems.append(f"of another shape: {key} is {tensors[key].shape} in the file and {flat[keys[key]].shape} (other axis order) in the model")
+    wanted = {key: tuple(flat[where].shape[axis] for axis in _axes(flat[where].ndim)) for key, where in keys.items()}
+    problems = [f"not in the file: {key} {shape}" for key, shape in wanted.items() if key not in tensors]
+    problems += [f"not in the model: {key} {value.shape}" for key, value in tensors.items() if key not in wanted]
+    for key, shape in wanted.items():
+        if key in tensors and not _fits(tensors[key].shape, shape):
+            problems.append(f"of another shape: {key} is {tensors[key].shape} in the file and {shape} in the model")
     if problems:
-        raise ValueError(f"weights={str(path)!r} do not fit the model ({len(problems)} keys; name modules known to be absent in `missing`):\n  "
-                         + "\n  ".join(sorted(problems)))
+        raise ValueError(f"weights={str(path)!r} do not fit the model ({len(problems)} keys; name modules known to be absent in "
+                         "`missing`):\n  " + "\n  ".join(sorted(problems)))
+    loaded = {where: _to_ours(tensors[key], wanted[key]) for key, where in keys.items()}
     return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
 
 

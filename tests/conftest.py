@@ -1,7 +1,6 @@
 import os
 import pathlib
 
-import cnnjax  # noqa: F401  (before jax: it sets the flags)
 import jax
 import pytest
 

@@ -1,78 +1,90 @@
-"""Every model held to one contract, and to torchvision's own outputs."""
-import pathlib
-
+"""Every model held to one contract; what torchvision has is held to torchvision's outputs in test_torchvision.py."""
 import flax.traverse_util
-import formula
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_lectures
 
 from cnnjax import weights
-from cnnjax.models import create_model, list_models
-
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
+from cnnjax.models import create_model, inception, list_models
 
 # Published counts; torchvision's where it has the network.
 PARAMETERS = {
     "vgg11": 132_863_336, "vgg11_bn": 132_868_840, "vgg11_lrn": 132_863_336, "vgg13": 133_047_848, "vgg13_bn": 133_053_736,
     "vgg16": 138_357_544, "vgg16_bn": 138_365_992, "vgg16_c": 133_638_952, "vgg19": 143_667_240, "vgg19_bn": 143_678_248,
+    "alexnet": 61_100_840, "squeezenet1_0": 1_248_424, "squeezenet1_1": 1_235_496, "googlenet": 13_004_888, "inception_v3": 27_161_264,
+    "densenet121": 7_978_856, "densenet161": 28_681_000, "densenet169": 14_149_480, "densenet201": 20_013_928,
+    "mobilenet_v2": 3_504_872, "mnasnet0_5": 2_218_512, "mnasnet0_75": 3_170_208, "mnasnet1_0": 4_383_312, "mnasnet1_3": 6_282_256,
+    "shufflenet_v2_x0_5": 1_366_792, "shufflenet_v2_x1_0": 2_278_604, "shufflenet_v2_x1_5": 3_503_624, "shufflenet_v2_x2_0": 7_393_996,
+    "resnext50_32x4d": 25_028_904, "wide_resnet50_2": 68_883_240,
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
 }
 
 
-def small_size(name: str) -> int:
-    """An image small enough for a quick test that every stage still has something of."""
-    return 64 if name.startswith("resnet") else 32
-
-
-def golden_variables(model) -> dict:
-    """A model's variables with the values of tests/golden/formula.py."""
-    flat = flax.traverse_util.flatten_dict(weights.variable_shapes(model))
-    axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
-    values = {}
-    for key, path in weights.torchvision_keys(weights.variable_shapes(model)).items():
-        order = axes[len(flat[path].shape)]
-        theirs = formula.parameter(key, tuple(flat[path].shape[axis] for axis in order))
-        values[path] = jnp.asarray(theirs.transpose(np.argsort(order)))
-    return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(values)}
-
-
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
     shapes = weights.variable_shapes(create_model(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
-def test_logits_are_torchvisions(case):
-    name, size, _ = case.split("/")
-    model = create_model(name)
-    logits = jax.jit(model.apply)(golden_variables(model), formula.images(2, int(size)).transpose(0, 2, 3, 1))
-    assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * np.abs(GOLDEN[case]).max()
+def test_every_model_is_under_contract():
+    """Here, or, where it is the lectures' own, in test_lectures.py."""
+    assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_head_and_stages(name):
+    """`num_classes` changes the classifiers' last layers and nothing else; stages fall in resolution from one to the next."""
+    whole, small = create_model(name), create_model(name, num_classes=7)
+    shapes = [flax.traverse_util.flatten_dict(weights.variable_shapes(model), sep="/") for model in (whole, small)]
+    changed = {path.split("/")[1] for path in shapes[0] if shapes[0][path].shape != shapes[1][path].shape}
+    assert shapes[0].keys() == shapes[1].keys()
+    assert changed in ({"fc"}, {"fc", "aux1", "aux2"}, {"fc", "AuxLogits"}, {"classifier"}, {"classifier.1"}, {"classifier.6"})
+    x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
+    variables = weights.variable_shapes(small)
+    logits = jax.eval_shape(small.apply, variables, x)
+    assert logits.shape == (2, 7) and logits.dtype == jnp.float32
+    stages = jax.eval_shape(lambda v, x: small.apply(v, x, method="stages"), variables, x)
+    sizes = [x.shape[1], *(y.shape[1] for y in stages.values())]
+    first = {"vgg": 1, "alexnet": 4}.get(name.split("1")[0], 2)
+    assert all(round(before / after) in ((first,) if at == 0 else (2, 4)) for at, (before, after) in enumerate(zip(sizes, sizes[1:])))
+
+
+@pytest.mark.parametrize("name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"])  # the others, without dropout: test_torchvision.py
 def test_every_parameter_receives_a_finite_gradient(name):
     model = create_model(name, num_classes=7)
-    x = jax.random.normal(jax.random.key(1), (2, small_size(name), small_size(name), 3))
+    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
-
-    @jax.jit
-    def loss(params):
-        logits, _ = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)})
-        assert logits.shape == (2, 7) and logits.dtype == jnp.float32
-        return jnp.square(logits).sum()
-
+    loss = lambda params: jnp.square(model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()
     value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "shufflenet_v2_x0_5"])
+def test_compiled_equals_eager(name):
+    model = create_model(name, num_classes=7)
+    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    eager, compiled = model.apply(variables, x), jax.jit(model.apply)(variables, x)
+    np.testing.assert_allclose(eager, compiled, rtol=0, atol=1e-5 * float(jnp.abs(eager).max()))
+
+
 @pytest.mark.parametrize("name, size, shapes", [
     ("vgg16", 64, {"block1": (64, 64), "block2": (32, 128), "block3": (16, 256), "block4": (8, 512), "block5": (4, 512)}),
     ("vgg11_lrn", 64, {"block1": (64, 64), "block2": (32, 128), "block3": (16, 256), "block4": (8, 512), "block5": (4, 512)}),
+    ("alexnet", 224, {"conv1": (55, 64), "conv2": (27, 192), "conv5": (13, 256)}),
+    ("squeezenet1_0", 224, {"conv1": (109, 96), "fire4": (54, 256), "fire8": (27, 512), "fire9": (13, 512)}),
+    ("squeezenet1_1", 224, {"conv1": (111, 64), "fire3": (55, 128), "fire5": (27, 256), "fire9": (13, 512)}),
+    ("densenet121", 224, {"stem": (112, 64), "denseblock1": (56, 256), "denseblock2": (28, 512), "denseblock3": (14, 1024), "denseblock4": (7, 1024)}),
+    ("mobilenet_v2", 224, {"stage1": (112, 16), "stage2": (56, 24), "stage3": (28, 32), "stage4": (14, 96), "stage5": (7, 320)}),
+    ("mnasnet1_0", 224, {"stage1": (112, 16), "stage2": (56, 24), "stage3": (28, 40), "stage4": (14, 96), "stage5": (7, 320)}),
+    ("shufflenet_v2_x1_0", 224, {"conv1": (112, 24), "stage2": (28, 116), "stage3": (14, 232), "stage4": (7, 464)}),
+    ("googlenet", 224, {"conv1": (112, 64), "conv3": (56, 192), "inception3b": (28, 480), "inception4e": (14, 832), "inception5b": (7, 1024)}),
+    ("inception_v3", 299, {"Conv2d_2b_3x3": (147, 64), "Conv2d_4a_3x3": (71, 192), "Mixed_5d": (35, 288), "Mixed_6e": (17, 768), "Mixed_7c": (8, 2048)}),
+    ("resnext50_32x4d", 64, {"stem": (32, 64), "layer1": (16, 256), "layer2": (8, 512), "layer3": (4, 1024), "layer4": (2, 2048)}),
     ("resnet18", 64, {"stem": (32, 64), "layer1": (16, 64), "layer2": (8, 128), "layer3": (4, 256), "layer4": (2, 512)}),
     ("resnet50", 64, {"stem": (32, 64), "layer1": (16, 256), "layer2": (8, 512), "layer3": (4, 1024), "layer4": (2, 2048)}),
 ])
@@ -101,13 +113,14 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
             shapes(size - 1)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_cropped_skip_is_centred_on_its_branch(name):
+@pytest.mark.parametrize("name, last", [("resnet18", "layer2"), ("resnet50", "layer2"), ("mobilenet_v2", "stage3"), ("shufflenet_v2_x0_5", "stage2"),
+                                        ("densenet121", "denseblock1")])
+def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
-    variables = jax.jit(lambda x: model.init(jax.random.key(1), x, method="stages", last="layer2"))(image)
-    run = jax.jit(lambda x: model.apply(variables, x, method="stages", last="layer2")["layer2"])
+    variables = jax.jit(lambda x: model.init(jax.random.key(1), x, method="stages", last=last))(image)
+    run = jax.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
     whole, part = run(image), run(image[:, 8:, 8:])
     np.testing.assert_allclose(whole[:, 1:, 1:][:, :part.shape[1], :part.shape[2]], part, atol=1e-4 * float(jnp.abs(part).max()))
     flipped = run(image[:, ::-1, ::-1])
@@ -115,19 +128,35 @@ def test_a_cropped_skip_is_centred_on_its_branch(name):
 
 
 @pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
-@pytest.mark.parametrize("name", ["vgg11", "vgg16_bn", "resnet18", "resnet50"])
-def test_every_fill_reaches_every_convolution_and_pool(name, fill):
+@pytest.mark.parametrize("name, last, size", [
+    ("vgg11", "block4", 160), ("vgg16_bn", "block4", 160), ("resnet18", "layer2", 160), ("resnet50", "layer2", 160), ("resnext50_32x4d", "layer2", 160),
+    ("alexnet", "conv5", 224), ("squeezenet1_0", "fire9", 224), ("squeezenet1_1", "fire9", 224), ("densenet121", "denseblock2", 224),
+    ("mobilenet_v2", "stage4", 432), ("mnasnet0_5", "stage3", 224), ("shufflenet_v2_x0_5", "stage3", 400), ("googlenet", "inception4e", 320)])
+def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     """On a constant image only zeros (and partial) can make a feature map vary: one layer left out would show."""
-    last = "layer2" if name.startswith("resnet") else "block4"
     model = create_model(name, padding=fill)
-    x = jnp.full((1, 160, 160, 3), 0.7)
-    variables = jax.jit(lambda: create_model(name).init(jax.random.key(0), x, method="stages", last=last))()
+    x = jnp.full((1, size, size, 3), 0.7)
+    variables = jax.jit(lambda: create_model(name).init(jax.random.key(0), x[:, :160, :160], method="stages", last=last))()
     y = jax.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])(x)
     varies = float(jnp.ptp(y, axis=(1, 2)).max() / jnp.abs(y).max())
     assert varies > 0.1 if fill in ("zeros", "partial") else varies < 1e-5
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
+@pytest.mark.parametrize("name", [name for name, block in inception._TABLE.items() if name in ("Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b")])
+def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
+    """Block by block, since without padding the whole needs an image of some two thousand pixels."""
+    block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
+    x = jnp.full((1, 31, 31, 64), 0.7)
+    variables = jax.jit(lambda: block("zeros").init(jax.random.key(0), x, False))()
+    y = jax.jit(lambda x: block(fill).apply(variables, x, False))(x)
+    varies = float(jnp.ptp(y, axis=(1, 2)).max() / jnp.abs(y).max())
+    assert varies > 0.1 if fill in ("zeros", "partial") else varies < 1e-5
+    assert y.shape[1] == {"none": {"Mixed_5b": 27, "Mixed_6a": 14, "Mixed_6b": 19, "Mixed_7a": 12, "Mixed_7b": 27}}.get(fill, {}).get(
+        name, 15 if name in ("Mixed_6a", "Mixed_7a") else 31)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "googlenet", "shufflenet_v2_x0_5"])
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     variables = jax.jit(create_model(name).init)(jax.random.key(0), x)

@@ -8,6 +8,7 @@ import pytest
 from cnnjax import nn as cnn
 from cnnjax.nn.conv import _native
 from cnnjax.nn.pooling import _max_pool
+from cnnjax.nn.sums import channel_sum
 
 FILL_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -82,6 +83,38 @@ def test_pools_pad_as_numpy_does(fill):
     assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), tap(largest).max(0))
     mean = tap(total).mean(0) if count is None else tap(total).sum(0) / tap(count).sum(0)
     np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("window, stride, padding", [(3, 2, 0), (3, 2, 1), (2, 2, 0), (2, 3, 1), (3, 1, 1), (5, 4, 2)])
+@pytest.mark.parametrize("height, width", [(2, 3), (7, 8), (9, 10), (11, 13)])
+def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, window, stride, padding):
+    """PyTorch's rule: windows are counted with the quotient rounded up, and one that begins beyond the image and its border is dropped."""
+    x = normal(0, 2, height, width, 3) - 10  # a zero in the added cells would win
+    y = cnn.max_pool(x, window, stride, padding, ceil=True)
+    for size, got in zip((height, width), y.shape[1:3]):
+        count = -(-(size + 2 * padding - window) // stride) + 1
+        assert got == count - ((count - 1) * stride >= size + padding)
+    for i, j in np.ndindex(*y.shape[1:3]):
+        rows, columns = (slice(max(0, at * stride - padding), at * stride - padding + window) for at in (i, j))
+        assert np.array_equal(y[:, i, j], x[:, rows, columns].max((1, 2)))
+    for fill in ("reflect", "replicate", "circular"):
+        if min(height, width) > padding + 1:
+            assert cnn.max_pool(x, window, stride, padding, ceil=True, fill=fill).shape == y.shape
+    assert np.array_equal(cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none"), cnn.max_pool(x[:, :7], 2, 2))
+
+
+def test_branches_are_joined_about_their_centres():
+    x = normal(0, 1, 7, 9, 2)
+    joined = cnn.concatenate([x, x[:, 1:-1], x[:, 2:-2, 1:-1]])
+    np.testing.assert_array_equal(joined, jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 5), (6, 4, 5, 3), (16, 2, 2, 7), (8, 4)])
+def test_channel_sums(shape):
+    x, y = normal(0, *shape), normal(1, *shape)
+    axes = tuple(range(len(shape) - 1))
+    np.testing.assert_allclose(channel_sum(x), np.asarray(x, np.float64).sum(axes), atol=1e-5)
+    np.testing.assert_allclose(channel_sum(x, y), (np.asarray(x, np.float64) * np.asarray(y)).sum(axes), atol=1e-5)
 
 
 def test_fills_are_what_the_documentation_shows():

@@ -18,12 +18,13 @@ def _embedded() -> list[pathlib.Path]:
     import skimage
     import sklearn
 
-    folders = ((pathlib.Path(skimage.__file__).parent / "data", _SKIMAGE), (pathlib.Path(sklearn.__file__).parent / "datasets" / "images", _SKLEARN))
-    return [next(folder.glob(f"{name}.*")) for folder, names in folders for name in names]
+    skimage_data = pathlib.Path(skimage.__file__).parent / "data"
+    sklearn_data = pathlib.Path(sklearn.__file__).parent / "datasets" / "images"
+    return [next(folder.glob(f"{name}.*")) for folder, names in ((skimage_data, _SKIMAGE), (sklearn_data, _SKLEARN)) for name in names]
 
 
 def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
-    """The image files of a folder and its subfolders, in order of name; without a folder, those that scikit-image and scikit-learn carry.
+    """The image files of a folder and its subfolders, in order of name; without one, those that scikit-image and scikit-learn carry.
 
     Raises `ValueError` if the folder does not exist or holds no image.
     """

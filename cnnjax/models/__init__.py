@@ -1,5 +1,21 @@
 """Networks by name: one file per published family."""
-from cnnjax.models import resnet, vgg  # noqa: F401  (each registers its networks)
+from cnnjax.models import (  # noqa: F401  (each registers its networks)
+    alexnet,
+    alexnet_2012,
+    densenet,
+    googlenet,
+    googlenet_2014,
+    inception,
+    lectures,
+    lenet,
+    mlp,
+    mnasnet,
+    mobilenet,
+    resnet,
+    shufflenet,
+    squeezenet,
+    vgg,
+)
 from cnnjax.models.base import Network, create_model, list_models
 
 __all__ = ["Network", "create_model", "list_models"]

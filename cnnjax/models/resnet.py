@@ -1,6 +1,7 @@
-"""ResNet: He et al. 2015 (arXiv 1512.03385), table 1, in torchvision's structure and names.
+"""ResNet, ResNeXt and Wide ResNet in torchvision's structure and names.
 
-As in torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
+ResNet is He et al. 2015 (arXiv 1512.03385), table 1; ResNeXt, Xie et al. 2016 (arXiv 1611.05431), table 1, splits the 3x3
+convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.07146), table 9, widens it. As in torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
 """
 import functools
 
@@ -12,9 +13,9 @@ from cnnjax.nn import BatchNorm, Conv, Dense, crop_to_branch, global_avg_pool, h
 
 
 class Block(nn.Module):
-    """A residual block: its branch's convolutions are (features, kernel, stride), the skip is projected where shapes differ."""
+    """A residual block: its branch's convolutions are (features, kernel, stride, groups), the skip is projected where shapes differ."""
 
-    layers: tuple[tuple[int, int, int], ...]
+    layers: tuple[tuple[int, int, int, int], ...]
     fill: str
     dtype: jnp.dtype
     axis_name: str | None
@@ -24,12 +25,12 @@ class Block(nn.Module):
         conv = functools.partial(Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         y = x
-        for number, (features, size, stride) in enumerate(self.layers, 1):
-            y = conv(features, size, stride, padding=size // 2, name=f"conv{number}")(y)
+        for number, (features, size, stride, groups) in enumerate(self.layers, 1):
+            y = conv(features, size, stride, padding=size // 2, groups=groups, name=f"conv{number}")(y)
             y = norm(name=f"bn{number}")(y, train)
             if number < len(self.layers):
                 y = nn.relu(y)
-        stride = max(stride for _, _, stride in self.layers)
+        stride = max(stride for _, _, stride, _ in self.layers)
         x = crop_to_branch(x, y, stride)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
@@ -39,12 +40,12 @@ class Block(nn.Module):
 
 def basic(width: int, stride: int) -> tuple:
     """Two 3x3 convolutions (table 1, 18 and 34 layers)."""
-    return (width, 3, stride), (width, 3, 1)
+    return (width, 3, stride, 1), (width, 3, 1, 1)
 
 
-def bottleneck(width: int, stride: int) -> tuple:
-    """1x1, 3x3, 1x1 with four times the width out (table 1, 50 layers and more)."""
-    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+def bottleneck(width: int, stride: int, inner: int = 1, groups: int = 1) -> tuple:
+    """1x1, 3x3 of `inner` times the width in `groups`, 1x1 with four times the width out (table 1, 50 layers and more)."""
+    return (inner * width, 1, 1, 1), (inner * width, 3, stride, groups), (4 * width, 1, 1, 1)
 
 
 class ResNet(Network):
@@ -73,3 +74,5 @@ register("resnet34", functools.partial(ResNet, depths=(3, 4, 6, 3), block=basic)
 register("resnet50", functools.partial(ResNet, depths=(3, 4, 6, 3), block=bottleneck))
 register("resnet101", functools.partial(ResNet, depths=(3, 4, 23, 3), block=bottleneck))
 register("resnet152", functools.partial(ResNet, depths=(3, 8, 36, 3), block=bottleneck))
+register("resnext50_32x4d", functools.partial(ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2, groups=32)))
+register("wide_resnet50_2", functools.partial(ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2)))

@@ -2,7 +2,6 @@
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, he_normal_fan_out, local_response_norm, max_pool

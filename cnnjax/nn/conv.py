@@ -6,6 +6,7 @@ forms into that one only outside loops. The two gradients that JAX derives are o
 gradients in the fast form itself. On other platforms the compiler's own choice is better and is left alone.
 """
 import functools
+import operator
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -15,8 +16,10 @@ import numpy as np
 from jax import lax
 
 from cnnjax.nn.padding import check_fill, output_size, pad, pair, valid_counts
+from cnnjax.nn.sums import channel_sum
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_TOGETHER = 32  # channels of a convolution that stands for several groups
 
 
 def _native(x, kernel, stride, padding, dilation, groups=1):
@@ -39,16 +42,21 @@ def _dense_conv_backward(stride, padding, dilation, residuals, dy):
     return _input_gradient(x.shape, kernel, stride, padding, dilation, dy), _kernel_gradient(x, kernel.shape, stride, padding, dilation, dy)
 
 
-def _input_gradient(shape, kernel, stride, padding, dilation, dy):
-    """Correlates the output gradient, spread out by the stride, with the flipped kernel."""
+def _spread(shape, kernel_shape, stride, padding, dilation, dy):
+    """The output gradient, spread out by the stride and padded so that the flipped kernel turns it into the input's."""
     widths = []
     for axis in (0, 1):
-        reach = dilation[axis] * (kernel.shape[axis] - 1)
+        reach = dilation[axis] * (kernel_shape[axis] - 1)
         low = reach - padding[axis]
         spread = (dy.shape[axis + 1] - 1) * stride[axis] + 1
         widths.append((low, shape[axis + 1] + reach - spread - low, stride[axis] - 1))
     # Interior padding as an operation of its own: a convolution with input dilation leaves the fast path (jax issue 23783).
-    spread = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+    return lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+
+
+def _input_gradient(shape, kernel, stride, padding, dilation, dy):
+    """Correlates the output gradient, spread out by the stride, with the flipped kernel."""
+    spread = _spread(shape, kernel.shape, stride, padding, dilation, dy)
     return _native(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
 
 
@@ -64,17 +72,47 @@ def _kernel_gradient(x, shape, stride, padding, dilation, dy):
 _dense_conv.defvjp(_dense_conv_forward, _dense_conv_backward)
 
 
+def _taps(x, kernel_size, stride, dilation, size):
+    """What each of a kernel's cells sees of a padded image, as strided views [batch, height', width', channels], row by row."""
+    for i, j in np.ndindex(*kernel_size):
+        top, left = i * dilation[0], j * dilation[1]
+        yield x[:, top:top + (size[0] - 1) * stride[0] + 1:stride[0], left:left + (size[1] - 1) * stride[1] + 1:stride[1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, padding, dilation):
-    """A convolution with one input channel per group as a sum of shifted, scaled copies of the image."""
-    height, width = (output_size(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1))
-    x = pad(x, padding, "zeros")
-    x = jnp.repeat(x, kernel.shape[3] // x.shape[3], axis=3)
-    total = 0
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            top, left = i * dilation[0], j * dilation[1]
-            total += kernel[i, j, 0] * x[:, top:top + (height - 1) * stride[0] + 1:stride[0], left:left + (width - 1) * stride[1] + 1:stride[1]]
-    return total
+    """A convolution with one input and one output channel per group, as a sum of shifted, scaled copies of the image."""
+    size = [output_size(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)]
+    taps = _taps(pad(x, padding, "zeros"), kernel.shape[:2], stride, dilation, size)
+    return functools.reduce(operator.add, (tap * scale for tap, scale in zip(taps, kernel.reshape(-1, kernel.shape[3]))))
+
+
+def _depthwise_forward(x, kernel, stride, padding, dilation):
+    return _depthwise(x, kernel, stride, padding, dilation), (x, kernel)
+
+
+def _depthwise_backward(stride, padding, dilation, residuals, dy):
+    x, kernel = residuals
+    spread, flipped = _spread(x.shape, kernel.shape, stride, padding, dilation, dy), kernel[::-1, ::-1]
+    taps = _taps(pad(x, padding, "zeros"), kernel.shape[:2], stride, dilation, dy.shape[1:3])
+    return _depthwise(spread, flipped, (1, 1), (0, 0), dilation), jnp.stack([channel_sum(tap, dy) for tap in taps]).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _grouped(x, kernel, groups, stride, padding, dilation):
+    """A grouped convolution as ungrouped ones of some 32 channels, whose kernels hold several groups on their diagonal.
+
+    Matrix products on fewer channels waste more than the zeros do, and so does compiling one convolution per group.
+    """
+    depth, width = kernel.shape[2], kernel.shape[3] // groups
+    together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * max(depth, width) <= _TOGETHER))
+    diagonal = np.kron(np.eye(together), np.ones((depth, width))) > 0
+    outputs = []
+    for a, b in zip(jnp.split(x, groups // together, axis=3), jnp.split(kernel, groups // together, axis=3)):
+        outputs.append(_dense_conv(a, jnp.where(diagonal, jnp.tile(b, (1, 1, together, 1)), 0), stride, padding, dilation))
+    return jnp.concatenate(outputs, axis=3)
 
 
 def _zero_padded(x, kernel, stride, padding, dilation, groups):
@@ -83,9 +121,8 @@ def _zero_padded(x, kernel, stride, padding, dilation, groups):
     if groups == 1:
         return _dense_conv(x, kernel, stride, padding, dilation)
     if groups == x.shape[3]:
-        return _depthwise(x, kernel, stride, padding, dilation)
-    parts = zip(jnp.split(x, groups, axis=3), jnp.split(kernel, groups, axis=3))
-    return jnp.concatenate([_dense_conv(a, b, stride, padding, dilation) for a, b in parts], axis=3)
+        return _depthwise(jnp.repeat(x, kernel.shape[3] // groups, axis=3), kernel, stride, padding, dilation)
+    return _grouped(x, kernel, groups, stride, padding, dilation)
 
 
 def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1, groups: int = 1, fill: str = "zeros") -> jnp.ndarray:

@@ -13,6 +13,8 @@ The fills, shown on the row 1234 with an amount of 2:
 Because the amount never depends on the fill (no 'SAME'), the sampling grid of a strided network is the same under all
 fills that pad, and a comparison of fills is a comparison of nothing else.
 """
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,6 +74,12 @@ def center_crop(x: jnp.ndarray, height: int, width: int) -> jnp.ndarray:
     if top < 0 or left < 0:
         raise ValueError(f"a {x.shape[1]}x{x.shape[2]} map cannot be cropped to {height}x{width}")
     return x[:, top // 2:top // 2 + height, left // 2:left // 2 + width]
+
+
+def concatenate(branches: Sequence[jnp.ndarray]) -> jnp.ndarray:
+    """Joins maps along their channels, each cropped about its centre to the smallest, as they differ where nothing is padded."""
+    height, width = (min(y.shape[axis] for y in branches) for axis in (1, 2))
+    return jnp.concatenate([center_crop(y, height, width) for y in branches], axis=3)
 
 
 def crop_to_branch(x: jnp.ndarray, branch: jnp.ndarray, stride: int = 1) -> jnp.ndarray:

@@ -48,25 +48,39 @@ def _max_pool_backward(window, stride, residuals, dy):
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def _geometry(x, window, stride, padding, fill):
+def _lacking(size: int, window: int, stride: int, padding: int) -> int:
+    """How many cells a last, incomplete window lacks, if it begins inside the image or its first border (PyTorch's ceil_mode)."""
+    windows = -(-(size + 2 * padding - window) // stride) + 1
+    if (windows - 1) * stride >= size + padding:
+        windows -= 1
+    return max(0, (windows - 1) * stride + window - size - 2 * padding)
+
+
+def _geometry(x, window, stride, padding, fill, ceil=False):
     check_fill(fill)
     window = pair(window, "window", 1)
     stride = window if stride is None else pair(stride, "stride", 1)
     padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
-    if any(output_size(x.shape[axis + 1], window[axis], stride[axis], padding[axis]) < 1 for axis in (0, 1)):
+    axes = list(zip(x.shape[1:3], window, stride, padding))
+    lacking = [_lacking(*axis) if ceil and fill != "none" else 0 for axis in axes]
+    if any(output_size(size + more, *rest) < 1 for more, (size, *rest) in zip(lacking, axes)):
         raise ValueError(f"a {window[0]}x{window[1]} pool with padding={fill!r} has no output on a {x.shape[1]}x{x.shape[2]} map: "
                          "the image is too small for this network")
-    return window, stride, padding
+    return window, stride, padding, lacking
 
 
-def max_pool(x: jnp.ndarray, window, stride=None, padding=0, *, fill: str = "zeros") -> jnp.ndarray:
+def max_pool(x: jnp.ndarray, window, stride=None, padding=0, *, ceil: bool = False, fill: str = "zeros") -> jnp.ndarray:
     """The largest value of each window of `x` [batch, height, width, channels]; `stride` defaults to `window`.
 
-    Under 'zeros' and 'partial' the border never wins, as in PyTorch; under other fills it takes part. Raises `ValueError`
+    Under 'zeros' and 'partial' the border never wins, as in PyTorch; under other fills it takes part. With `ceil` an
+    incomplete window at the end counts, the cells it lacks never winning; 'none' adds no such cells. Raises `ValueError`
     where nothing would be left.
     """
-    window, stride, padding = _geometry(x, window, stride, padding, fill)
-    return _max_pool(pad(x, padding, fill, value=-jnp.inf), window, stride)
+    window, stride, padding, lacking = _geometry(x, window, stride, padding, fill, ceil)
+    x = pad(x, padding, fill, value=-jnp.inf)
+    if any(lacking):
+        x = jnp.pad(x, ((0, 0), *((0, n) for n in lacking), (0, 0)), constant_values=jnp.asarray(-jnp.inf, x.dtype))
+    return _max_pool(x, window, stride)
 
 
 def avg_pool(x: jnp.ndarray, window, stride=None, padding=0, *, fill: str = "zeros") -> jnp.ndarray:
@@ -75,7 +89,7 @@ def avg_pool(x: jnp.ndarray, window, stride=None, padding=0, *, fill: str = "zer
     Under 'zeros' the border counts, as PyTorch's default has it; under 'partial' only cells inside the image do. Raises
     `ValueError` where nothing would be left.
     """
-    window, stride, padding = _geometry(x, window, stride, padding, fill)
+    window, stride, padding, _ = _geometry(x, window, stride, padding, fill)
     total = functools.reduce(jnp.add, (tap for _, tap in _window_taps(pad(x, padding, fill), window, stride)))
     if fill == "partial":
         inside = np.multiply.outer(*(valid_counts(x.shape[axis + 1], window[axis], stride[axis], padding[axis]) for axis in (0, 1)))

@@ -38,7 +38,8 @@ DECISIONS = (
     "'none' pads nothing anywhere (residual skips are cropped to their branch); the readout itself is never padded.",
     "Readout 'sgd' is the authors' code: convolution, BatchNorm, sigmoid; SGD of learning rate 0.1 (a tenth after two thirds of the "
     "steps), momentum 0.9, weight decay 1e-4, batches of 32, mean squared error at the image's size. Readout 'exact' is the ridge "
-    f"solution on the readout's own grid, its strength chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} per target on held-out photographs.",
+    f"solution on the readout's own grid, its strength chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} for each target on held-out "
+    "photographs.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned) and scored there, image by image.",
     f"SPC is Spearman's rank correlation; a map whose range is under {CONSTANT:g} of the target's counts as constant and scores 0. SPC "
     "is blind to amplitude: read it beside R2, the share of the target's variance explained (0 for a constant, negative for worse).",
@@ -59,8 +60,8 @@ def _stages(config: ml_collections.ConfigDict, name: str) -> list[str]:
     for fill, names in reachable.items():
         for stage in config.stages:
             if stage not in names:
-                raise ValueError(f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at image_size={config.image_size}; "
-                                 f"it reaches {', '.join(names) or 'none'}")
+                raise ValueError(f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at image_size="
+                                 f"{config.image_size}; it reaches {', '.join(names) or 'none'}")
     return [stage for stage in names if stage in config.stages]  # in the network's order
 
 

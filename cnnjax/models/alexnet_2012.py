@@ -1,0 +1,60 @@
+"""AlexNet (Krizhevsky, Sutskever and Hinton 2012) and ZFNet (Zeiler and Fergus 2013, arXiv 1311.2901), as the lectures print them."""
+import functools
+
+import flax.linen as nn
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import Conv, Dense, local_response_norm, max_pool
+
+# Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky et al.:
+_ALEXNET = ((96, 11, 4, 0), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1))
+# Figure 3 of Zeiler and Fergus, whose maps are 110, 55, 26, 13 and 6 wide; the lectures' 512, 1024, 512 filters in
+# convolutions 3 to 5 are those of their section 4.3 (figure 3 itself has 384, 384, 256).
+_ZFNET = ((96, 7, 2, 1), (256, 5, 2, 0), (512, 3, 1, 1), (1024, 3, 1, 1), (512, 3, 1, 1))
+# Section 3.5: the convolutions that see only the maps of their own GPU. Section 5: the layers whose biases start at 1.
+_SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
+
+
+class AlexNet2012(Network):
+    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16 of a 227x227 image.
+
+    Pools overlap (3x3, stride 2) and come before LRN, as the lectures and Caffe have it (the publication normalises first).
+    `groups` is 1, as the lectures count, or 2, as the two GPUs of the publication split convolutions 2, 4 and 5.
+    """
+
+    input_shape: tuple[int, int, int] = (227, 227, 3)
+    convolutions: tuple = _ALEXNET
+    pool_padding: tuple[int, int, int] = (0, 0, 0)
+    biased: tuple[int, ...] = _BIASED
+    groups: int = 1
+    dropout: float = 0.5
+
+    def __post_init__(self):
+        if self.groups not in (1, 2):
+            raise ValueError(f"groups={self.groups!r} is not 1 or 2")
+        super().__post_init__()
+
+    @nn.nowrap
+    def walk(self, x, train):
+        def shared(number):
+            bias = nn.initializers.constant(1.0 if number in self.biased else 0.0)
+            return {"kernel_init": nn.initializers.normal(0.01), "bias_init": bias, "dtype": self.dtype}
+
+        pools = dict(zip((1, 2, 5), self.pool_padding))
+        for number, (features, size, stride, padding) in enumerate(self.convolutions, 1):
+            groups = self.groups if number in _SPLIT else 1
+            x = nn.relu(Conv(features, size, stride, padding, groups=groups, fill=self.padding, name=f"conv{number}", **shared(number))(x))
+            if number in pools:
+                yield f"conv{number}", x
+                x = max_pool(x, 3, 2, pools[number], fill=self.padding)
+            if number <= 2:
+                x = local_response_norm(x)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        for number in (6, 7):
+            x = nn.relu(Dense(4096, name=f"fc{number}", **shared(number))(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        yield "logits", Dense(self.num_classes, name="fc8", **shared(8))(x)
+
+
+register("alexnet_2012", AlexNet2012)
+register("zfnet", functools.partial(AlexNet2012, convolutions=_ZFNET, pool_padding=(1, 1, 0), biased=(), input_shape=(224, 224, 3)))

@@ -1,0 +1,62 @@
+"""DenseNet-BC: Huang et al. 2016 (arXiv 1608.06993), table 1, in torchvision's structure and names."""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, avg_pool, concatenate, global_avg_pool, max_pool
+
+_conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input's channels (section 3)."""
+
+    growth: int
+    dropout: float
+    fill: str
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        y = conv(4 * self.growth, 1, name="conv1")(nn.relu(norm(name="norm1")(x, train)))
+        y = conv(self.growth, 3, padding=1, name="conv2")(nn.relu(norm(name="norm2")(y, train)))
+        return concatenate([x, nn.Dropout(self.dropout, deterministic=not train)(y)])
+
+
+class DenseNet(Network):
+    """Stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4`, at strides 2, 4, 8, 16, 32."""
+
+    depths: tuple[int, int, int, int] = (6, 12, 24, 16)
+    growth: int = 32
+    dropout: float = 0.0  # the publication's 0.2 is for data without augmentation
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype}
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        x = _conv(2 * self.growth, 7, 2, padding=3, name="features.conv0", **shared)(x)
+        x = nn.relu(norm(name="features.norm0")(x, train))
+        yield "stem", x
+        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        for block, depth in enumerate(self.depths, 1):
+            for layer in range(1, depth + 1):
+                x = DenseLayer(self.growth, self.dropout, axis_name=self.axis_name,
+                               name=f"features.denseblock{block}.denselayer{layer}", **shared)(x, train)
+            yield f"denseblock{block}", x
+            if block < len(self.depths):
+                x = nn.relu(norm(name=f"features.transition{block}.norm")(x, train))
+                x = _conv(x.shape[-1] // 2, 1, name=f"features.transition{block}.conv", **shared)(x)
+                x = avg_pool(x, 2, fill=self.padding)
+        x = global_avg_pool(nn.relu(norm(name="features.norm5")(x, train)))
+        yield "logits", Dense(self.num_classes, bias_init=nn.initializers.zeros, dtype=self.dtype, name="classifier")(x)
+
+
+register("densenet121", functools.partial(DenseNet, depths=(6, 12, 24, 16)))
+register("densenet161", functools.partial(DenseNet, depths=(6, 12, 36, 24), growth=48))
+register("densenet169", functools.partial(DenseNet, depths=(6, 12, 32, 32)))
+register("densenet201", functools.partial(DenseNet, depths=(6, 12, 48, 32)))

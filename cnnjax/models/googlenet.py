@@ -1,0 +1,126 @@
+"""GoogLeNet with BatchNorm: Szegedy et al. 2014 (arXiv 1409.4842), table 1, in torchvision's structure and names.
+
+As in torchvision, the "5x5" branch is a 3x3 convolution (pytorch/vision issue 906).
+"""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, concatenate, global_avg_pool, max_pool
+
+# torchvision truncates at +-2, two hundred standard deviations away.
+_normal = nn.initializers.normal(0.01)
+
+# Table 1: filters of the 1x1, the 3x3 with its reduction, the "5x5" with its reduction, and the projection after the pool.
+_TABLE = {
+    "inception3a": (64, 96, 128, 16, 32, 32),
+    "inception3b": (128, 128, 192, 32, 96, 64),
+    "inception4a": (192, 96, 208, 16, 48, 64),
+    "inception4b": (160, 112, 224, 24, 64, 64),
+    "inception4c": (128, 128, 256, 24, 64, 64),
+    "inception4d": (112, 144, 288, 32, 64, 64),
+    "inception4e": (256, 160, 320, 32, 128, 128),
+    "inception5a": (256, 160, 320, 32, 128, 128),
+    "inception5b": (384, 192, 384, 48, 128, 128),
+}
+_POOLED = {"inception3b": 3, "inception4e": 2}  # the window of the max-pool, of stride 2, that follows
+_AUXILIARY = {"inception4a": "aux1", "inception4d": "aux2"}
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, BatchNorm, ReLU."""
+
+    features: int
+    size: int | tuple[int, int]
+    stride: int = 1
+    padding: int | tuple[int, int] = 0
+    kernel_init: callable = _normal
+    fill: str = "zeros"
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = Conv(self.features, self.size, self.stride, self.padding, use_bias=False, kernel_init=self.kernel_init,
+                 fill=self.fill, dtype=self.dtype, name="conv")(x)
+        return nn.relu(BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train))
+
+
+class Inception(nn.Module):
+    """Four branches side by side (figure 2b); `widths` is a row of table 1."""
+
+    widths: tuple[int, int, int, int, int, int]
+    fill: str
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = functools.partial(ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name)
+        one, reduce3, three, reduce5, five, projection = self.widths
+        pooled = max_pool(x, 3, 1, padding=1, fill=self.fill)
+        return concatenate([
+            conv(one, 1, name="branch1")(x, train),
+            conv(three, 3, padding=1, name="branch2.1")(conv(reduce3, 1, name="branch2.0")(x, train), train),
+            conv(five, 3, padding=1, name="branch3.1")(conv(reduce5, 1, name="branch3.0")(x, train), train),
+            conv(projection, 1, name="branch4.1")(pooled, train),
+        ])
+
+
+class Auxiliary(nn.Module):
+    """A classifier on an intermediate map (section 5), which sows its logits into the collection "auxiliary"."""
+
+    num_classes: int
+    dropout: float
+    fill: str
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        dense = functools.partial(Dense, kernel_init=_normal, dtype=self.dtype)
+        x = adaptive_avg_pool(x, 4)
+        x = ConvNorm(128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv")(x, train)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(1024, name="fc1")(x)))
+        logits = dense(self.num_classes, name="fc2")(x).astype(jnp.float32)
+        if not self.is_initializing():
+            self.sow("auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+class GoogLeNet(Network):
+    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`, at strides 2, 4, 8, 16, 32.
+
+    In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; whoever
+    makes it mutable can add their losses (weighted 0.3 in section 5). Without `aux_logits` there are none, nor their parameters.
+    """
+
+    dropout: float = 0.2  # torchvision's; the publication has 0.4
+    dropout_aux: float = 0.7
+    aux_logits: bool = True
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
+        pool = functools.partial(max_pool, stride=2, ceil=True, fill=self.padding)
+        x = ConvNorm(64, 7, 2, padding=3, name="conv1", **shared)(x, train)
+        yield "conv1", x
+        x = ConvNorm(64, 1, name="conv2", **shared)(pool(x, 3), train)
+        x = ConvNorm(192, 3, padding=1, name="conv3", **shared)(x, train)
+        yield "conv3", x
+        x = pool(x, 3)
+        for name, widths in _TABLE.items():
+            x = Inception(widths, name=name, **shared)(x, train)
+            if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
+                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(x, train)
+            if name in _POOLED:
+                yield name, x
+                x = pool(x, _POOLED[name])
+        yield name, x
+        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
+        yield "logits", Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")(x)
+
+
+register("googlenet", GoogLeNet)

@@ -1,0 +1,102 @@
+"""GoogLeNet as published: Szegedy et al. 2014 (arXiv 1409.4842), table 1 and section 5, with LRN and without BatchNorm.
+
+Parameters are named as torchvision's form of the network names them (`cnnjax.models.googlenet`).
+"""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.models.googlenet import _AUXILIARY, _TABLE
+from cnnjax.nn import Conv, Dense, avg_pool, concatenate, global_avg_pool, local_response_norm, max_pool
+
+
+class NaiveInception(nn.Module):
+    """Figure 2(a): 1x1, 3x3 and 5x5 convolutions and a 3x3 max-pool side by side, on the input itself."""
+
+    widths: tuple[int, int, int]
+    fill: str = "zeros"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        branches = [nn.relu(Conv(features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=f"branch{number}")(x))
+                    for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1)]
+        return concatenate([*branches, max_pool(x, 3, 1, padding=1, fill=self.fill)])
+
+
+class Inception(nn.Module):
+    """Figure 2(b): as `NaiveInception`, with 1x1 convolutions before the large ones and after the pool; `widths` is a row of table 1."""
+
+    widths: tuple[int, int, int, int, int, int]
+    fill: str = "zeros"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(x, features, size, name):
+            return nn.relu(Conv(features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name)(x))
+
+        one, reduce3, three, reduce5, five, projection = self.widths
+        return concatenate([
+            conv(x, one, 1, "branch1"),
+            conv(conv(x, reduce3, 1, "branch2.0"), three, 3, "branch2.1"),
+            conv(conv(x, reduce5, 1, "branch3.0"), five, 5, "branch3.1"),
+            conv(max_pool(x, 3, 1, padding=1, fill=self.fill), projection, 1, "branch4.1"),
+        ])
+
+
+class Auxiliary(nn.Module):
+    """A classifier on an intermediate map (section 5), which sows its logits into the collection "auxiliary"."""
+
+    num_classes: int
+    dropout: float
+    fill: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(avg_pool(x, 5, 3, fill=self.fill)))
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(Dense(1024, dtype=self.dtype, name="fc1")(x)))
+        logits = Dense(self.num_classes, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
+        if not self.is_initializing():
+            self.sow("auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+class GoogLeNet2014(Network):
+    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`, at strides 2, 4, 8, 16, 32.
+
+    In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; the
+    publication adds their losses weighted 0.3. With them it needs images of at least 79 pixels.
+    """
+
+    dropout: float = 0.4
+    dropout_aux: float = 0.7
+    aux_logits: bool = True
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype}
+        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, fill=self.padding)  # table 1's 56, 28, 14 and 7
+        x = nn.relu(Conv(64, 7, 2, padding=3, name="conv1", **shared)(x))
+        yield "conv1", x
+        x = local_response_norm(pool(x))
+        x = nn.relu(Conv(64, 1, name="conv2", **shared)(x))
+        x = nn.relu(Conv(192, 3, padding=1, name="conv3", **shared)(x))
+        yield "conv3", x
+        x = pool(local_response_norm(x))
+        for name, widths in _TABLE.items():
+            x = Inception(widths, name=name, **shared)(x)
+            if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
+                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(x, train)
+            if name in ("inception3b", "inception4e"):
+                yield name, x
+                x = pool(x)
+        yield name, x
+        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
+
+
+register("googlenet_2014", GoogLeNet2014)

@@ -1,0 +1,77 @@
+"""Networks that the lectures and their tutorials define themselves, in PyTorch's initialisation unless stated."""
+import functools
+
+import flax.linen as nn
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import Conv, Dense, max_pool
+
+
+class TutorialNet(Network):
+    """`Net` of PyTorch's "Training a classifier" tutorial (WPI CS 539): 6-16-120-84-10. Stages `conv1`, `conv2`, before each pool."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, features in enumerate((6, 16), 1):
+            x = nn.relu(Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x))
+            yield f"conv{number}", x
+            x = max_pool(x, 2, fill=self.padding)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        for number, features in enumerate((120, 84), 1):
+            x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc3")(x)
+
+
+class KerasConvNet(Network):
+    """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539), in Keras's initialisation.
+
+    Stages `conv1` ... `conv4`, before each pool. Its one logit is that of the second class, for a sigmoid.
+    """
+
+    num_classes: int = 1
+    input_shape: tuple[int, int, int] = (150, 150, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros, "dtype": self.dtype}
+        for number, features in enumerate((32, 64, 128, 128), 1):
+            x = nn.relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
+            yield f"conv{number}", x
+            x = max_pool(x, 2, fill=self.padding)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = nn.relu(Dense(512, name="fc1", **shared)(x))
+        yield "logits", Dense(self.num_classes, name="fc2", **shared)(x)
+
+
+class ConvNet(Network):
+    """The VGG for CIFAR-10 of NUS CS5242, lecture 8. Stages `block1` ... `block4`, before each pool, at strides 1, 2, 4, 8.
+
+    Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the printed 25.2 M parameters.
+    """
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+    blocks: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256), (512,))
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, block in enumerate(self.blocks, 1):
+            for letter, features in zip("abcd", block):
+                x = nn.relu(Conv(features, 3, padding=1, fill=self.padding, dtype=self.dtype, name=f"conv{number}{letter}")(x))
+            yield f"block{number}", x
+            x = max_pool(x, 2, fill=self.padding)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        for number in (1, 2):
+            x = nn.relu(Dense(4096, dtype=self.dtype, name=f"linear{number}")(x))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear3")(x)
+
+
+register("tutorial_net", TutorialNet)
+register("keras_convnet", KerasConvNet)
+# The lecture draws one convolution in the fourth block and calls the network ten layers deep (27.5 M parameters), but prints
+# two convolutions and 30 M in total (29.9 M): each is a network here.
+register("convnet", ConvNet)
+register("convnet_512x2", functools.partial(ConvNet, blocks=((64, 64), (128, 128), (256, 256), (512, 512))))

@@ -1,0 +1,133 @@
+"""LeNet: LeNet-5 as LeCun, Bottou, Bengio and Haffner published it (1998), and the NUS lecture's LeNet for MNIST."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import Conv, Dense, avg_pool, conv, max_pool
+
+# Table I: which of S2's six maps (rows) each of C3's sixteen maps (columns) reads.
+_TABLE = """
+    X...XXX..XXXX.XX
+    XX...XXX..XXXX.X
+    XXX...XXX..X.XXX
+    .XXX..XXXX..X.XX
+    ..XXX..XXXX.XX.X
+    ...XXX..XXXX.XXX
+"""
+CONNECTIONS = np.array([[cell == "X" for cell in row] for row in _TABLE.split()])
+
+# The output units' target codes: digits drawn on 7x12 bitmaps, as section II.B describes them (its own drawings are printed
+# only in part, in figure 3; these are new).
+_DIGITS = """
+    ..###.. ...#... .#####. .#####. .....#. ####### ..####. ####### .#####. .#####.
+    .#...#. ..##... #.....# #.....# ....##. #...... .#..... ......# #.....# #.....#
+    #.....# .#.#... ......# ......# ...#.#. #...... #...... ......# #.....# #.....#
+    #.....# ...#... ......# ......# ..#..#. #...... #...... .....#. #.....# #.....#
+    #.....# ...#... .....#. ......# .#...#. #...... #...... .....#. #.....# #.....#
+    #.....# ...#... ....#.. ..####. #....#. ######. ######. ....#.. .#####. .######
+    #.....# ...#... ...#... ......# #....#. ......# #.....# ....#.. #.....# ......#
+    #.....# ...#... ..#.... ......# ####### ......# #.....# ...#... #.....# ......#
+    #.....# ...#... .#..... ......# .....#. ......# #.....# ...#... #.....# ......#
+    #.....# ...#... #...... ......# .....#. ......# #.....# ..#.... #.....# ......#
+    .#...#. ...#... #...... #.....# .....#. #.....# #.....# ..#.... #.....# .....#.
+    ..###.. .#####. ####### .#####. .....#. .#####. .#####. ..#.... .#####. .####..
+"""
+CODES = np.array([[1.0 if cell == "#" else -1.0 for row in _DIGITS.split()[digit::10] for cell in row] for digit in range(10)], np.float32)
+
+
+def squash(x: jnp.ndarray) -> jnp.ndarray:
+    """The scaled hyperbolic tangent, which maps 1 to 1 and -1 to -1 (appendix A)."""
+    return 1.7159 * jnp.tanh(x * (2 / 3))
+
+
+def uniform(fan_in):
+    """Appendix A: weights uniform in +-2.4 / fan-in; an array of fan-ins serves one unit each along the last axis."""
+    bound = jnp.asarray(2.4 / np.asarray(fan_in), jnp.float32)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Subsample(nn.Module):
+    """The sum of each 2x2 square, times one trainable coefficient per map, plus one trainable bias."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", uniform(4), (x.shape[-1],)).astype(self.dtype)
+        bias = self.param("bias", uniform(4), (x.shape[-1],)).astype(self.dtype)
+        return 4 * avg_pool(x, 2) * scale + bias
+
+
+class TableConv(nn.Module):
+    """A 5x5 convolution along the table's connections only: `kernel` [5, 5, connections], one plane for each of them."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        sources, targets = np.nonzero(CONNECTIONS)
+        fan_in = 25 * CONNECTIONS.sum(0)
+        planes = self.param("kernel", uniform(fan_in[targets]), (5, 5, len(sources)))
+        bias = self.param("bias", uniform(fan_in), (CONNECTIONS.shape[1],))
+        kernel = jnp.zeros((5, 5, *CONNECTIONS.shape), planes.dtype).at[:, :, sources, targets].set(planes)
+        return conv(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class LeNet5(Network):
+    """The network of 1998, figure 2: 60,000 trainable parameters. Stages `c1`, `c3`, `c5`, before each subsampling.
+
+    `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its class's fixed code; or
+    "linear". Its convolutions are not padded, so `padding` has nothing to fill.
+    """
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (32, 32, 1)
+    output: str = "rbf"
+
+    def __post_init__(self):
+        if self.output not in ("rbf", "linear"):
+            raise ValueError(f"output={self.output!r} is not one of rbf, linear")
+        if self.output == "rbf" and self.num_classes > len(CODES):
+            raise ValueError(f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have a code; use output='linear'")
+        super().__post_init__()
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = squash(Conv(6, 5, kernel_init=uniform(25), bias_init=uniform(25), dtype=self.dtype, fill=self.padding, name="c1")(x))
+        yield "c1", x
+        x = squash(Subsample(self.dtype, name="s2")(x))
+        x = squash(TableConv(self.dtype, name="c3")(x))
+        yield "c3", x
+        x = squash(Subsample(self.dtype, name="s4")(x))
+        x = squash(Conv(120, 5, kernel_init=uniform(400), bias_init=uniform(400), dtype=self.dtype, fill=self.padding, name="c5")(x))
+        yield "c5", x
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = squash(Dense(84, kernel_init=uniform(x.shape[1]), bias_init=uniform(x.shape[1]), dtype=self.dtype, name="f6")(x))
+        if self.output == "linear":
+            yield "logits", Dense(self.num_classes, kernel_init=uniform(84), bias_init=uniform(84), dtype=self.dtype, name="output")(x)
+        else:
+            codes = jnp.asarray(CODES[:self.num_classes], x.dtype)
+            yield "logits", -jnp.square(x[:, None] - codes).sum(-1)
+
+
+class LeNet(Network):
+    """50-100-100 (NUS CS5242, lecture 8): 500 + 45,100 + 490,100 + 1,010 parameters. Stages `conv1`, `conv2`, before each pool."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (28, 28, 1)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, features in enumerate((50, 100), 1):
+            x = nn.relu(Conv(features, 3, padding=1, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x))
+            yield f"conv{number}", x
+            x = max_pool(x, 2, fill=self.padding)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = nn.relu(Dense(100, dtype=self.dtype, name="linear1")(x))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear2")(x)
+
+
+register("lenet", LeNet)
+register("lenet5", LeNet5)

@@ -1,0 +1,29 @@
+"""Multi-layer perceptrons, the baselines of the NUS lecture (CS5242, lecture 8): 0.03 M and 2 M parameters on CIFAR-10."""
+import functools
+
+import flax.linen as nn
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import Dense
+
+
+class MLP(Network):
+    """Fully connected layers `fc1`, `fc2`, ... with ReLUs and dropout between them; no stages, since it has no maps."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        for number, features in enumerate(self.hidden, 1):
+            x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name=f"fc{len(self.hidden) + 1}")(x)
+
+
+register("mlp1", MLP)
+# The lecture prints "2 M" and no widths: two hidden layers of 512 make 1.84 M, the nearest power of two.
+register("mlp3", functools.partial(MLP, hidden=(512, 512)))

@@ -1,0 +1,73 @@
+"""ShuffleNetV2: Ma et al. 2018 (arXiv 1807.11164), table 5, in torchvision's structure and names."""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, concatenate, global_avg_pool, max_pool
+
+_conv = functools.partial(Conv, use_bias=False)
+
+
+def channel_shuffle(x: jnp.ndarray, groups: int = 2) -> jnp.ndarray:
+    """Interleaves the channels of `groups` equal parts, so that the next unit's halves mix what this one's parts hold."""
+    *shape, channels = x.shape
+    return x.reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
+
+
+class Unit(nn.Module):
+    """At stride 1 one half of the channels passes by (figure 3c); at stride 2 both branches see all of them (figure 3d)."""
+
+    features: int
+    stride: int
+    fill: str
+    dtype: jnp.dtype
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+
+        def depthwise(y, name):
+            return conv(y.shape[-1], 3, self.stride, padding=1, groups=y.shape[-1], name=name)(y)
+
+        half = self.features // 2
+        if self.stride == 1:
+            left, right = jnp.split(x, 2, axis=3)
+        else:
+            left = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
+            left = nn.relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
+            right = x
+        right = nn.relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
+        right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
+        right = nn.relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
+        return channel_shuffle(concatenate([left, right]))
+
+
+class ShuffleNetV2(Network):
+    """Stages `conv1` (before the max-pool) and `stage2`, `stage3`, `stage4`, at strides 2, 8, 16, 32."""
+
+    widths: tuple[int, int, int] = (116, 232, 464)  # of stages 2, 3, 4
+    last: int = 1024
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype}
+        norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        x = nn.relu(norm(name="conv1.1")(_conv(24, 3, 2, padding=1, name="conv1.0", **shared)(x), train))
+        yield "conv1", x
+        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        for stage, depth, width in zip((2, 3, 4), (4, 8, 4), self.widths):
+            for number in range(depth):
+                x = Unit(width, 2 if number == 0 else 1, axis_name=self.axis_name, name=f"stage{stage}.{number}", **shared)(x, train)
+            yield f"stage{stage}", x
+        x = nn.relu(norm(name="conv5.1")(_conv(self.last, 1, name="conv5.0", **shared)(x), train))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+
+
+register("shufflenet_v2_x0_5", functools.partial(ShuffleNetV2, widths=(48, 96, 192)))
+register("shufflenet_v2_x1_0", functools.partial(ShuffleNetV2, widths=(116, 232, 464)))
+register("shufflenet_v2_x1_5", functools.partial(ShuffleNetV2, widths=(176, 352, 704)))
+register("shufflenet_v2_x2_0", functools.partial(ShuffleNetV2, widths=(244, 488, 976), last=2048))

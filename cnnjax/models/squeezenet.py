@@ -1,0 +1,59 @@
+"""SqueezeNet: Iandola et al. 2016 (arXiv 1602.07360), table 1, and its authors' version 1.1, in torchvision's structure and names."""
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool
+
+_conv = functools.partial(Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros)
+
+# (squeeze, expand) filters of the fire modules 2 ... 9, each of the two expanding convolutions.
+_FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
+
+
+class Fire(nn.Module):
+    """A 1x1 convolution to few channels, then 1x1 and 3x3 ones side by side (figure 1)."""
+
+    squeeze: int
+    expand: int
+    fill: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
+        x = nn.relu(conv(self.squeeze, 1, name="squeeze")(x))
+        return nn.relu(concatenate([conv(self.expand, 1, name="expand1x1")(x), conv(self.expand, 3, padding=1, name="expand3x3")(x)]))
+
+
+class SqueezeNet(Network):
+    """Stages `conv1` and the last fire module before each max-pool and at the end, at strides 2, 4, 8, 16."""
+
+    stem: tuple[int, int] = (96, 7)  # filters and kernel of the first convolution
+    pools: tuple[int, ...] = (1, 4, 8)  # the layers, counted as in table 1, that a max-pool follows
+    dropout: float = 0.5
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype}
+        features, size = self.stem
+        x = nn.relu(_conv(features, size, 2, name="features.0", **shared)(x))
+        index = 2  # torchvision numbers convolution, ReLU, pools and fire modules alike
+        for number, widths in enumerate((None, *_FIRES), 1):
+            if widths:
+                x = Fire(*widths, name=f"features.{index}", **shared)(x)
+                index += 1
+            if number in self.pools or number == 9:
+                yield f"fire{number}" if widths else "conv1", x
+            if number in self.pools:
+                x = max_pool(x, 3, 2, ceil=True, fill=self.padding)
+                index += 1
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = nn.relu(_conv(self.num_classes, 1, kernel_init=nn.initializers.normal(0.01), name="classifier.1", **shared)(x))
+        yield "logits", global_avg_pool(x)
+
+
+register("squeezenet1_0", SqueezeNet)
+register("squeezenet1_1", functools.partial(SqueezeNet, stem=(64, 3), pools=(1, 3, 5)))

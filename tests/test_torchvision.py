@@ -1,0 +1,165 @@
+"""Every network that torchvision has, held to torchvision's own outputs (tests/golden) and to real weights."""
+import inspect
+import pathlib
+
+import flax.traverse_util
+import formula
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from cnnjax import weights
+from cnnjax.models import base, create_model
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
+NAMES = sorted(case.split("/")[0] for case in GOLDEN.files if case.endswith("/keys"))
+AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def golden_variables(model) -> dict:
+    """A model's variables with the values of tests/golden/formula.py."""
+    shapes, values = weights.variable_shapes(model), {}
+    flat = flax.traverse_util.flatten_dict(shapes)
+    for key, path in weights.torchvision_keys(shapes).items():
+        order = AXES[len(flat[path].shape)]
+        theirs = formula.parameter(key, tuple(flat[path].shape[axis] for axis in order))
+        values[path] = jnp.asarray(theirs.transpose(np.argsort(order)))
+    return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(values)}
+
+
+def golden_images(batch: int, size: int, key: str = "input") -> np.ndarray:
+    return formula.images(batch, size, key).transpose(0, 2, 3, 1)
+
+
+def golden_keys(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """torchvision's keys and shapes, in its order."""
+    lines = [line.split() for line in bytes(GOLDEN[f"{name}/keys"]).decode().splitlines()]
+    return [(key, tuple(map(int, shape.split("x")))) for key, shape in lines]
+
+
+def without_dropout(name: str, **fields):
+    rates = [field for field in ("dropout", "dropout_aux") if field in inspect.signature(base._REGISTRY[name]).parameters]
+    return create_model(name, **dict.fromkeys(rates, 0.0), **fields)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_shapes_are_torchvisions(name):
+    shapes = weights.variable_shapes(create_model(name))
+    flat = flax.traverse_util.flatten_dict(shapes)
+    ours = {key: tuple(flat[path].shape[axis] for axis in AXES[len(flat[path].shape)]) for key, path in weights.torchvision_keys(shapes).items()}
+    assert ours == dict(golden_keys(name))
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
+def test_evaluation_is_torchvisions(case):
+    """Logits equal the golden ones, and an image's do not depend on its neighbour in the batch."""
+    name, size, _ = case.split("/")
+    apply, variables = jax.jit(create_model(name).apply), golden_variables(create_model(name))
+    images = golden_images(2, int(size))
+    logits = np.asarray(apply(variables, images))
+    scale = np.abs(GOLDEN[case]).max()
+    assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
+    images[1] = golden_images(1, int(size), "another input")[0]
+    other = np.asarray(apply(variables, images))
+    assert np.abs(other[0] - logits[0]).max() <= 1e-5 * scale < np.abs(other[1] - logits[1]).max()
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train")])
+def test_training_is_torchvisions(case):
+    """After three passes in training mode logits and running statistics equal the golden ones; all parameters receive gradients."""
+    name, size, _ = case.split("/")
+    model = without_dropout(name)
+    variables = golden_variables(model)
+    params, state = variables["params"], {"batch_stats": variables["batch_stats"]}
+
+    def loss(params, state, images):
+        logits, new = model.apply({"params": params, **state}, images, train=True, mutable=["batch_stats", "auxiliary"])
+        outputs = {"train": logits, **{head: sown["logits"] for head, sown in new.get("auxiliary", {}).items()}}
+        return sum(jnp.square(output).sum() for output in outputs.values()), (outputs, {"batch_stats": new.get("batch_stats", {})})
+
+    images = [golden_images(len(GOLDEN[case]), int(size), f"input {step}") for step in range(3)]
+    # Compiling is what takes the time: without LLVM's optimisation it takes half. The evaluation test has the optimised code.
+    run = jax.jit(jax.grad(loss, has_aux=True)).lower(params, state, images[0]).compile({"xla_backend_optimization_level": 0})
+    for batch in images:
+        grads, (outputs, state) = run(params, state, batch)
+
+    assert set(outputs) == {case.split("/")[2] for case in GOLDEN.files if case.startswith(f"{name}/{size}/")} - {"eval", "statistics"}
+    for head, logits in outputs.items():
+        expected = GOLDEN[f"{name}/{size}/{head}"]
+        assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max(), head
+    paths, flat = weights.torchvision_keys(state), flax.traverse_util.flatten_dict(state)
+    running = [key for key, _ in golden_keys(name) if "running_" in key]
+    assert (f"{name}/{size}/statistics" in GOLDEN.files) == bool(running) == bool(flat)
+    for key, expected in zip(running, GOLDEN[f"{name}/{size}/statistics"] if running else ()):
+        np.testing.assert_allclose(formula.digest(key, flat[paths[key]]), expected, rtol=0, atol=1e-4 * expected[2], err_msg=key)
+    for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
+        assert np.isfinite(grad).all() and np.any(grad != 0), path
+
+
+@pytest.mark.parametrize("name", ["alexnet", "densenet121", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d",
+                                  "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"])  # one of each family: the others differ in sizes
+def test_initialisation_has_torchvisions_distributions(name):
+    """Mean, spread and family: a uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500 draws."""
+    model = create_model(name)
+    shapes = weights.variable_shapes(model)
+    image = jnp.zeros((1, *model.input_shape))
+    variables = jax.jit(lambda key: model.init(key, image)).lower(jax.random.key(0)).compile({"xla_backend_optimization_level": 0})(jax.random.key(0))
+    flat, paths = flax.traverse_util.flatten_dict(variables), weights.torchvision_keys(shapes)
+    keys = [key for key, _ in golden_keys(name) if "running_" not in key]
+    for key, (mean, std, largest) in zip(keys, GOLDEN[f"{name}/moments"], strict=True):
+        values = np.asarray(flat[paths[key]], np.float64)
+        if std == 0:
+            assert (values == mean).all(), key
+            continue
+        error = 6 * np.sqrt(2 / values.size)  # six standard errors of the difference of two samples
+        assert abs(values.mean() - mean) <= error * std, key
+        assert abs(values.std() / std - 1) <= error, key
+        if values.size >= 500:
+            assert (np.abs(values).max() / values.std() < 2.2) == (largest / std < 2.2), key
+    for path, values in flat.items():
+        if path[0] == "batch_stats":
+            assert (values == (0 if path[-1] == "mean" else 1)).all(), path
+
+
+def test_squeezenet_with_real_weights(data_dir):
+    """The published network's reference output, and its accuracy on half a thousand photographs."""
+    model = create_model("squeezenet1_1")
+    variables = weights.load_torchvision(data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model)
+    apply = jax.jit(model.apply)
+    pair = np.load(data_dir / "weights" / "squeezenet1_1_test_vector.npz")
+    logits = apply(variables, pair["input_0"].transpose(0, 2, 3, 1))
+    assert np.abs(logits - pair["output_0"].reshape(logits.shape)).max() <= 2e-4 * 290  # the largest logit is 290
+    files = sorted((data_dir / "imagenet_sample").glob("*.*"))
+    assert len(files) == 500
+    right = 0
+    for start in range(0, 500, 50):
+        images = np.stack([np.asarray(PIL.Image.open(file).convert("RGB")) for file in files[start:start + 50]])
+        answers = apply(variables, (images / np.float32(255) - MEAN) / STD).argmax(1)
+        right += sum(int(answer) == int(file.name.split("_")[0]) for answer, file in zip(answers, files[start:start + 50]))
+    assert right == 306
+
+
+def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir):
+    """A linear probe on a few hundred images: far above what the same probe gets from the untrained network."""
+    file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
+    model = create_model("mobilenet_v2")
+    with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
+        weights.load_torchvision(file, model)
+    loaded = weights.load_torchvision(file, model, missing="classifier")
+    record = np.fromfile(data_dir / "cifar-10-batches-bin" / "test_batch.bin", np.uint8, 600 * 3073).reshape(600, 3073)
+    labels, images = record[:, 0], record[:, 1:].reshape(600, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = jax.image.resize((images / np.float32(255) - MEAN) / STD, (600, 96, 96, 3), "bilinear")
+    features = jax.jit(lambda variables, x: model.apply(variables, x, method="stages", last="stage5")["stage5"].mean((1, 2)))
+
+    def accuracy(variables):
+        x = np.concatenate([features(variables, images[start:start + 100]) for start in range(0, 600, 100)])
+        x = np.pad((x - x.mean(0)) / (x.std(0) + 1e-6), ((0, 0), (0, 1)), constant_values=1)
+        train, test = x[:400], x[400:]
+        answers = test @ np.linalg.solve(train.T @ train + 100 * np.eye(x.shape[1]), train.T @ np.eye(10)[labels[:400]])
+        return (answers.argmax(1) == labels[400:]).mean()
+
+    untrained = jax.jit(model.init)(jax.random.key(0), images[:1])
+    assert accuracy(loaded) > 0.5 > 0.3 > accuracy(untrained)
