@@ -1,6 +1,6 @@
 """The ledger: what five lectures on convolutional networks state about them, computed from this library's modules and judged.
 
-    python experiments/claims.py --workdir runs/claims
+    python -m experiments.claims --workdir runs/claims
 
 writes `report.md`, `claims.json` and the figure of section B, `position.png`: in under a minute on two CPU cores. Lectures: WPI CS 539,
 UBC CPSC 532S (lecture 6), UTSA EE 6973, NUS CS5242 (lecture 8), Inha. A claim "holds", "holds under a stated reading" (its
@@ -9,7 +9,6 @@ source leaves something open, or is right only in one sense: the note says in wh
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -19,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import cnnjax.backend
-from cnnjax import summary
+from cnnjax import backend, summary, workdir
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.mlp import MLP
@@ -547,8 +545,8 @@ def findings() -> list[Finding]:
     return [find() for find in _CLAIMS]
 
 
-def draw(path: pathlib.Path) -> None:
-    """Draws what seven layers make of one image, for every direction and fill."""
+def draw():
+    """A figure of what seven layers make of one image, for every direction and fill."""
     from matplotlib.figure import Figure
 
     image = example_images(1)[0]
@@ -565,7 +563,7 @@ def draw(path: pathlib.Path) -> None:
                 ax.set_ylabel(label)
         axes[0, column].set_title(fill)
     figure.suptitle("Seven layers that move the image by one pixel and add 1: padded with zeros, they forget it and know the position")
-    figure.savefig(path, dpi=120, format="png")
+    return figure
 
 
 def _value(value) -> str:
@@ -587,28 +585,17 @@ def report(found: list[Finding]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: pathlib.Path, save: Callable[[pathlib.Path], object]) -> None:
-    """Lets `save` write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Computes and judges the lectures' claims.")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/claims"), help="where to write (default: %(default)s)")
-    workdir = parser.parse_args(arguments).workdir
-    cnnjax.backend.start()
+    folder = parser.parse_args(arguments).workdir
+    backend.start()
     found = findings()
-    workdir.mkdir(parents=True, exist_ok=True)
-    ledger = json.dumps([dataclasses.asdict(finding) for finding in found], indent=1) + "\n"
-    write(workdir / "claims.json", lambda path: path.write_text(ledger))
-    write(workdir / "position.png", draw)
-    write(workdir / "report.md", lambda path: path.write_text(report(found)))
-    print(f"{len(found)} claims: see {workdir / 'report.md'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(folder / "claims.json", [dataclasses.asdict(finding) for finding in found])
+    workdir.write_figure(folder / "position.png", draw())
+    workdir.write(folder / "report.md", report(found))
+    print(f"{len(found)} claims: see {folder / 'report.md'}")
 
 
 if __name__ == "__main__":

@@ -64,18 +64,6 @@ def test_report_and_figure(workdir, ledger):
     assert sorted(path.name for path in workdir.iterdir()) == ["claims.json", "position.png", "report.md"]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    (tmp_path / "kept").write_text("old")
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        claims.write(tmp_path / "kept", fail)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept", "old")]
-
-
 @pytest.mark.parametrize("direction, turns", [("from the left", 0), ("from the bottom", 1), ("from the right", 2), ("from the top", 3)])
 def test_the_demo_counts_with_zeros_and_carries_the_image_otherwise(direction, turns):
     image = claims.example_images(1)[0]
