@@ -17,7 +17,7 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # products, which are the fastest here, and gives it neither reductions nor convolutions.
 CPU_FLAG = f"{_FLAG}=individual_dot"
 # XLA aborts the process on a flag that it does not know, so only releases that were seen to have it are given it.
-_FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 12, 0)
+_FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13, 0)
 
 
 def set_flags() -> None:

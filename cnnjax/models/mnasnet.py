@@ -73,7 +73,8 @@ class MNASNet(Network):
         x = nn.relu(norm(name="layers.15")(_conv(1280, 1, name="layers.14", **shared)(x), train))
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         uniform = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
-        yield "logits", Dense(self.num_classes, kernel_init=uniform, bias_init=nn.initializers.zeros, dtype=self.dtype, name="classifier.1")(x)
+        yield "logits", Dense(self.num_classes, kernel_init=uniform, bias_init=nn.initializers.zeros, dtype=self.dtype,
+                              name="classifier.1")(x)
 
 
 for _width in (0.5, 0.75, 1.0, 1.3):

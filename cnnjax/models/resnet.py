@@ -1,7 +1,8 @@
 """ResNet, ResNeXt and Wide ResNet in torchvision's structure and names.
 
 ResNet is He et al. 2015 (arXiv 1512.03385), table 1; ResNeXt, Xie et al. 2016 (arXiv 1611.05431), table 1, splits the 3x3
-convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.07146), table 9, widens it. As in torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
+convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.07146), table 9, widens it. As in
+torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
 """
 import functools
 
