@@ -47,7 +47,10 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def variable_shapes(model: Network) -> dict:
-    """The shapes of a model's variables, which do not depend on its padding, without computing anything."""
+    """The shapes of a model's variables as published (zero padding, its own image size), without computing anything.
+
+    Padding changes no shape but that of a dense layer on a flattened, unpooled map (LeNet), which 'none' shrinks.
+    """
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     return jax.eval_shape(model.clone(padding="zeros").init, jax.random.key(0), image)
 
