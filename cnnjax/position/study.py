@@ -137,9 +137,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     combinations = list(itertools.product(range(config.seed, config.seed + config.seeds), _encoders(config)))
     with progress(len(combinations), "encoders read out") as advance:
         for seed, (name, origin, fill) in combinations:
-            images = _images(config, seed)
-            everything = np.concatenate(list(images.values()))
-            if name == CONTROL:
+            if name == CONTROL:  # the first of each seed
+                images = _images(config, seed)
+                everything = np.concatenate(list(images.values()))
                 features = image_features(everything)
             else:
                 if fill == config.paddings[0]:
