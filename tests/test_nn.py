@@ -192,6 +192,45 @@ def test_batch_norm_keeps_pytorchs_running_statistics():
         layer.apply(variables, x[:1, :1, :1], train=True, mutable=["batch_stats"])
 
 
+def test_batch_norm_has_the_gradient_of_its_formula():
+    """Of the output and of the running statistics, whose gradient nothing in training asks for."""
+    x, weight = 3 * normal(0, 4, 5, 3, 6) + 1, normal(1, 4, 5, 3, 6)
+    layer = cnn.BatchNorm()
+    variables = {"params": {"scale": normal(2, 6) + 2, "bias": normal(3, 6)}, "batch_stats": layer.init(jax.random.key(0), x)["batch_stats"]}
+
+    def loss(params, x):
+        y, new = layer.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        return (y * weight).sum() + 7 * jnp.cos(new["batch_stats"]["mean"]).sum() + 5 * jnp.sin(new["batch_stats"]["var"]).sum()
+
+    def formula(params, x):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        y = (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+        return (y * weight).sum() + 7 * jnp.cos(0.1 * mean).sum() + 5 * jnp.sin(0.9 + 0.1 * var * 60 / 59).sum()
+
+    jax.tree.map(lambda ours, want: np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4),
+                 jax.value_and_grad(loss, (0, 1))(variables["params"], x), jax.value_and_grad(formula, (0, 1))(variables["params"], x))
+
+
+def test_batch_norm_over_devices_is_that_of_the_whole_batch():
+    x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)
+    variables = cnn.BatchNorm().init(jax.random.key(0), x)
+
+    def run(layer, x, weight):
+        def loss(params, x):
+            y, new = layer.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+            return (y * weight).sum(), (y, new)
+        return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+
+    (dparams, dx), (y, new) = run(cnn.BatchNorm(), x, weight)
+    parts = lambda a: a.reshape(4, 2, 5, 3, 6)
+    (all_dparams, all_dx), (all_y, all_new) = jax.vmap(lambda x, w: run(cnn.BatchNorm(axis_name="devices"), x, w),
+                                                       axis_name="devices")(parts(x), parts(weight))
+    np.testing.assert_allclose(all_y, parts(y), atol=1e-5)
+    np.testing.assert_allclose(all_dx, parts(dx), atol=1e-5)
+    jax.tree.map(lambda per_device, whole: np.testing.assert_allclose(per_device.sum(0), whole, rtol=1e-4, atol=1e-4), all_dparams, dparams)
+    jax.tree.map(lambda per_device, whole: np.testing.assert_allclose(per_device, np.broadcast_to(whole, per_device.shape), rtol=1e-5), all_new, new)
+
+
 @pytest.mark.parametrize("size", [1, 4, 5])
 def test_local_response_norm_is_the_papers_formula(size):
     x = normal(0, 2, 3, 3, 8)
