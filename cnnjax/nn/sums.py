@@ -1,4 +1,4 @@
-"""Sums over all positions, channel by channel, fast on the CPU: what BatchNorm and a depthwise kernel's gradient are made of."""
+"""Sums over all positions, channel by channel, fast on the CPU: of them are BatchNorm and the gradients of biases made."""
 import functools
 import math
 import operator
@@ -19,3 +19,12 @@ def channel_sum(*factors: jnp.ndarray) -> jnp.ndarray:
     parts = zip(*(jnp.split(factor, math.gcd(factor.shape[0], 8)) for factor in factors))
     total = functools.reduce(operator.add, map(product, parts)).reshape(-1, factors[0].shape[-1])
     return (jnp.ones((1, total.shape[0]), total.dtype) @ total)[0]
+
+
+@jax.custom_vjp
+def add_bias(x: jnp.ndarray, bias: jnp.ndarray) -> jnp.ndarray:
+    """Adds `bias` [channels] to `x` [batch, ..., channels]; the gradient of the bias is a `channel_sum`."""
+    return x + bias
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), lambda _, dy: (dy, channel_sum(dy)))
