@@ -13,8 +13,11 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from cnnjax import backend, workdir
+
 # What a configuration's `kind` may be, and the module whose `check` and `run` do it.
-_JOBS = {"position": "cnnjax.position.study"}
+_JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
+_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 _LOG = logging.getLogger("cnnjax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, such as configs/posenet.py.", lock_config=True)
@@ -52,7 +55,8 @@ def _parse(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 130 when interrupted."""
+    """Runs a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 75 when a run was stopped that the same
+    command will resume, 130 when one was that it will not."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     _LOG.setLevel(logging.INFO)
     try:
@@ -61,7 +65,6 @@ def main(argv: list[str]) -> int:
         job = importlib.import_module(_JOBS[config.kind])
         job.check(config)
 
-        from cnnjax import backend, workdir
         backend.start()
         folder = workdir.prepare(_WORKDIR.value or _default_workdir(), config.to_dict())
         _LOG.info("running in %s", folder)
@@ -70,9 +73,12 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except workdir.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return _RESUMABLE
     except KeyboardInterrupt:
         print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
         return 130

@@ -8,6 +8,10 @@ import subprocess
 from cnnjax import backend
 
 
+class Interrupted(Exception):
+    """A run was stopped and has saved where it was: the same command goes on from there."""
+
+
 def write(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file by way of a temporary name beside it, so that an interruption leaves the old file or none."""
     partial = path.with_name(f".{path.name}.partial")

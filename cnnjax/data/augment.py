@@ -1,0 +1,69 @@
+"""Augmentation inside jit: each image from a key of its own, so that how a batch is divided over devices changes nothing."""
+import jax
+import jax.numpy as jnp
+
+# Of ImageNet's RGB values between 0 and 1, as fb.resnet.torch and Caffe's AlexNet use them (Krizhevsky et al. 2012, section 4.1).
+_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+FILLS = {"zeros": "constant", "reflect": "reflect"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(images: jnp.ndarray, mean: jnp.ndarray, std: jnp.ndarray) -> jnp.ndarray:
+    """Images [batch, height, width, channels] of 0 to 255 -> (images / 255 - mean) / std, float32."""
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _crop(key, image, padding, fill):
+    height, width, channels = image.shape
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill])
+    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return jax.lax.dynamic_slice(padded, (top, left, 0), (height, width, channels))
+
+
+def _cutout(key, image, size):
+    """Blackens a square whose centre is anywhere in the image (DeVries and Taylor 2017)."""
+    centre = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
+    away = [jnp.arange(n) - c for n, c in zip(image.shape[:2], centre)]
+    inside = [(a >= -(size // 2)) & (a < size - size // 2) for a in away]
+    return jnp.where((inside[0][:, None] & inside[1])[:, :, None], 0, image)
+
+
+def augment(keys: jnp.ndarray, images: jnp.ndarray, *, flip: bool = False, crop: int = 0, fill: str = "zeros", cutout: int = 0,
+            colour: float = 0.0) -> jnp.ndarray:
+    """Augments uint8 images [batch, height, width, channels], each with its key -> float32 of 0 to 255.
+
+    `flip` mirrors one image in two, by chance, left to right; `crop` shifts by up to that many pixels in both directions, over a border
+    of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of colour, each times a
+    normal number of that standard deviation (0.1 in Krizhevsky et al. 2012); `cutout` blackens a square of that side.
+    """
+    def one(key, image):
+        keys = jax.random.split(key, 4)
+        if flip:
+            image = jnp.where(jax.random.bernoulli(keys[0]), image[:, ::-1], image)
+        if crop:
+            image = _crop(keys[1], image, crop, fill)
+        image = image.astype(jnp.float32)
+        if colour:
+            amounts = colour * jax.random.normal(keys[2], (3,)) * jnp.asarray(_EIGENVALUES)
+            image = jnp.clip(image + 255 * jnp.asarray(_EIGENVECTORS) @ amounts, 0, 255)
+        if cutout:
+            image = _cutout(keys[3], image, cutout)
+        return image
+
+    return jax.vmap(one)(keys, images)
+
+
+def views(images: jnp.ndarray, count: int, size: int) -> list[jnp.ndarray]:
+    """The views of images [batch, height, width, channels] that a test averages over, each [batch, size, size, channels].
+
+    1: the centre; 2: the centre and its mirror image; 10: the corners, the centre and their mirror images (Krizhevsky et
+    al. 2012, section 4.1).
+    """
+    height, width = images.shape[1:3]
+    bottom, right = height - size, width - size
+    middle = (bottom // 2, right // 2)
+    places = [middle] if count < 10 else [(0, 0), (0, right), (bottom, 0), (bottom, right), middle]
+    crops = [images[:, top:top + size, left:left + size] for top, left in places]
+    return crops if count == 1 else crops + [crop[:, :, ::-1] for crop in crops]

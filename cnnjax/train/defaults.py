@@ -1,0 +1,39 @@
+"""The keys that every training configuration has; a file in configs/ changes the ones that make it what it is."""
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.kind = "train"
+    config.model = "lenet"
+    config.model_fields = ml_collections.ConfigDict({"padding": "zeros"})  # fields of the model, such as dropout
+    config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
+
+    config.dataset = "digits"  # or cifar10, cifar100, mnist, fashion_mnist, tfds:NAME, folder
+    config.data_dir = ""  # the folder of the original files; they are downloaded where they are absent
+    config.n_validation = 0  # training images held out, of which the plateau rule and the best checkpoint are chosen
+    config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
+    config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
+    config.workers = 2  # processes that decode them
+    config.augment = ml_collections.ConfigDict({"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0})
+    config.mixup = 0.0
+    config.test_views = 1  # or 2 with the mirror image, or 10 with corners
+
+    config.loss = "cross_entropy"
+    config.label_smoothing = 0.0
+    config.optimizer = "sgd"
+    config.momentum = 0.9
+    config.weight_decay = 0.0
+    config.decay_all = True  # False spares biases and normalisation
+    config.schedule = ml_collections.ConfigDict({"name": "constant", "learning_rate": 0.1})
+    config.ema_decay = 0.0  # of the average of the parameters that is then evaluated; 0 for none
+    config.accumulate = 1  # parts that each device's batch is computed in
+    config.epochs = 10
+    config.batch_size = 128
+    config.seed = 0
+
+    config.parallel = "auto"  # jit on one device, pmap on many; or jit, pmap, shard_map
+    config.sync_batch_norm = True  # statistics over all devices
+    config.checkpoint_every_steps = 1000
+    config.keep_checkpoints = 2
+    return config

@@ -1,0 +1,292 @@
+"""Training from a configuration: data, steps, evaluation, checkpoints; the same engine for every network.
+
+`check` refuses a bad configuration before anything is computed; `run` trains in a work directory, and goes on where an earlier
+run in it stopped.
+"""
+import contextlib
+import io
+import json
+import logging
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tensorboardX
+
+from cnnjax import report, workdir
+from cnnjax.data import arrays, augment, stream
+from cnnjax.models import create_model
+from cnnjax.train import evaluate, step
+from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.optimizers import optimizer
+from cnnjax.train.parallel import WAYS, Parallel
+from cnnjax.train.schedules import Plateau, learning_rates
+
+_LOG = logging.getLogger("cnnjax")
+_SECONDS_A_CALL = 0.5  # how long the devices are left alone: signals are heeded, and losses looked at, that often
+_MISTAKES = 36  # shown in the report
+
+
+def _is_streamed(config: ml_collections.ConfigDict) -> bool:
+    return config.dataset == "folder" or config.dataset.startswith("tfds:")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError`, naming the key, its value and what is accepted, for whatever can be seen to be wrong before computing."""
+    least = dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every_steps", "keep_checkpoints", "image_size"), 1)
+    least |= dict.fromkeys(("n_validation", "resize", "workers", "mixup", "weight_decay", "seed"), 0)
+    for key, value in least.items():
+        if config[key] < value:
+            raise ValueError(f"{key}={config[key]} is not a number of at least {value}")
+    for key in ("label_smoothing", "ema_decay", "momentum"):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
+    for key, accepted in (("loss", ("cross_entropy",)), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS)):
+        if config[key] not in accepted:
+            raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
+    if config.augment.fill not in augment.FILLS:
+        raise ValueError(f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}")
+    optimizer(config.optimizer, 0.0)
+    learning_rates(config.schedule, 1, config.epochs)
+    if config.schedule.name == "plateau" and not config.n_validation and not _is_streamed(config):
+        raise ValueError("schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number")
+    create_model(config.model, **config.model_fields)
+    if not _is_streamed(config):
+        arrays.check_name(config.dataset)
+
+
+class _Resident:
+    """A data set that lives on the devices; one call takes many steps."""
+
+    def __init__(self, config, parallel: Parallel):
+        self.config, self.parallel = config, parallel
+        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation, config.seed)
+        self.classes, self.count, self.shape = self.data.classes, len(self.data.train.images), self.data.train.images.shape[1:]
+        self.moments = parallel.replicate(arrays.normalisation(self.data.train.images))
+        self._placed = parallel.replicate(tuple(self.data.train))
+        self._epoch, self._order = None, None
+        self._seconds = []  # of one step, call by call
+
+    def advance(self, recipe, state, rates, numbers, first: int, last: int):
+        """Takes steps from `first` to `last`, of one epoch, or as many of them as fill a call -> (state, the step reached)."""
+        epoch = first // (self.count // self.config.batch_size)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, self.parallel.replicate(step.epoch_order(self.count, epoch, self.config.seed))
+        # The first call compiles and the second times one step.
+        last = min(last, first + (max(1, int(_SECONDS_A_CALL / min(self._seconds))) if len(self._seconds) > 1 else 1))
+        began = time.monotonic()
+        state = step.resident_steps(self.parallel, recipe, self.config.batch_size)(
+            state, self._placed, self._order, self.moments, rates, np.int32(last), numbers)
+        jax.block_until_ready(state)
+        self._seconds = [*self._seconds, (time.monotonic() - began) / (last - first)][-3:]
+        return state, last
+
+    def evaluation(self, name: str):
+        """A split's batches of images and its labels; None where there is no such split."""
+        split = getattr(self.data, name)
+        return split and (evaluate.batches_of(split.images, self.config.batch_size), split.labels)
+
+
+class _Streamed:
+    """A data set that is read and decoded as it is needed; one call takes one step."""
+
+    def __init__(self, config, parallel: Parallel):
+        self.config, self.parallel = config, parallel
+        self.sources = {name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
+        self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
+        self.shape = (config.image_size, config.image_size, 3)
+        self.moments = parallel.replicate((np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)))
+        self._batches = None
+
+    def _read(self, name: str, **options):
+        return stream.batches(self.sources[name], self.config.batch_size, self.config.seed, self.config.image_size,
+                              resize=self.config.resize, workers=self.config.workers, **options)
+
+    def advance(self, recipe, state, rates, numbers, first: int, last: int):
+        if self._batches is None:
+            self._batches = self._read("train", train=True, start_step=first, process_index=jax.process_index(),
+                                       process_count=jax.process_count())
+        images, labels = self.parallel.share(next(self._batches))
+        per_epoch = np.int32(self.count // self.config.batch_size)
+        return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1
+
+    def evaluation(self, name: str):
+        if name != "test":
+            return None
+        pairs = list(self._read("test", train=False))
+        return (images for images, _ in pairs), np.concatenate([labels for _, labels in pairs])
+
+
+@contextlib.contextmanager
+def _heed_signals() -> Iterator[list[int]]:
+    """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process at once."""
+    received = []
+
+    def receive(number, frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """A training run under way: what `run` would otherwise pass from function to function."""
+
+    def __init__(self, config, folder: pathlib.Path):
+        self.config, self.folder, self.parallel = config, folder, Parallel(config.parallel)
+        if config.batch_size % (self.parallel.size * config.accumulate):
+            raise ValueError(f"batch_size={config.batch_size} is not a multiple of {self.parallel.size} device(s) times "
+                             f"accumulate={config.accumulate}")
+        self.data = (_Streamed if _is_streamed(config) else _Resident)(config, self.parallel)
+        self.steps_per_epoch = self.data.count // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"batch_size={config.batch_size} is more than the {self.data.count} training images")
+        self.model = create_model(
+            config.model, num_classes=len(self.data.classes), dtype=jnp.dtype(config.dtype).type, input_shape=self.data.shape,
+            axis_name=self.parallel.axis_name if config.sync_batch_norm else None, **config.model_fields)
+        self.recipe = step.Recipe(self.model, config.optimizer, config.decay_all, config.loss, tuple(sorted(config.augment.items())),
+                                  config.mixup > 0, config.ema_decay > 0, config.accumulate)
+        self.numbers = step.Numbers(config.seed, config.momentum, config.weight_decay, config.label_smoothing, config.mixup, config.ema_decay)
+        self.rates = learning_rates(config.schedule, self.steps_per_epoch, config.epochs)
+        self.plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
+        self.history, self.seconds = [], 0.0
+
+    def score(self, state, name: str, views: int = 1):
+        """The score on a split, in evaluation mode, and the logits and labels; None where there is no such split."""
+        found = self.data.evaluation(name)
+        if found is None:
+            return None
+        batches, labels = found
+        variables = {"params": state.ema if self.recipe.ema else state.params, "batch_stats": state.batch_stats}
+        outputs = evaluate.predict(self.parallel, self.model, variables, self.data.moments, batches, self.config.batch_size,
+                                   evaluate.averaged(views))
+        return evaluate.score(self.config.loss, outputs, labels), outputs, labels
+
+    def end_epoch(self, state, seconds: float) -> None:
+        """Scores the epoch, lets the plateau rule decide, and tells the person and the files."""
+        totals = {name: float(value) for name, value in self.parallel.fetch(state.totals).items()}
+        epoch = len(self.history) + 1
+        rate = float(self.rates[epoch * self.steps_per_epoch - 1] * (self.plateau.scale if self.plateau else 1))
+        line = {"epoch": epoch, "step": epoch * self.steps_per_epoch, "learning_rate": rate,
+                "train_loss": totals["loss"] / totals["count"], "train_error": totals["errors"] / totals["count"]}
+        if scored := self.score(state, "validation"):
+            line |= {f"validation_{name}": value for name, value in scored[0].items()}
+            if self.plateau:
+                self.plateau.update(line["validation_error"])
+        self.history.append(line)
+        self.seconds += seconds
+        left = self.seconds / epoch * (self.config.epochs - epoch)
+        percent = ", ".join(f"{name.replace('_', ' ')} {100 * line[name]:.2f} %" for name in line if name.endswith("_error"))
+        _LOG.info("epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left", epoch, self.config.epochs, line["train_loss"], percent,
+                  rate, f"{totals['count'] / seconds:,.0f}", time.strftime("%H:%M:%S", time.gmtime(left)))
+        workdir.write(self.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def record(self) -> dict:
+        """What a checkpoint holds besides the state."""
+        return {"history": self.history, "plateau": self.plateau and self.plateau.state(), "seconds": self.seconds}
+
+    def train(self) -> step.State:
+        """Trains to the end -> the state, on the devices. Raises `workdir.Interrupted` or `FloatingPointError`."""
+        every, total = self.config.checkpoint_every_steps, len(self.rates)
+        state, at = step.init(self.recipe, self.data.shape, self.numbers), 0
+        with Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints, _heed_signals() as signals:
+            if found := checkpoints.restore(state):
+                at, state, record = found
+                self.history, self.seconds = record["history"], record["seconds"]
+                if self.plateau:
+                    self.plateau.restore(record["plateau"])
+                _LOG.info("going on from step %d of %d", at, total)
+            state = self.parallel.replicate(state)
+            began, scale, rates = time.monotonic(), 1.0, self.parallel.replicate(self.rates)
+            while at < total:
+                if self.plateau and self.plateau.scale != scale:
+                    scale = self.plateau.scale
+                    rates = self.parallel.replicate(self.rates * np.float32(scale))
+                last = min(at // self.steps_per_epoch * self.steps_per_epoch + self.steps_per_epoch, at // every * every + every)
+                state, at = self.data.advance(self.recipe, state, rates, self.numbers, at, last)
+                bad = int(self.parallel.fetch(state.bad_step))
+                if bad >= 0:
+                    kept = checkpoints.steps()
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {bad} (learning rate {self.rates[bad] * scale:g}); "
+                        + (f"the last checkpoint is that of step {kept[-1]}, in {self.folder / 'checkpoints'}" if kept else "there is no checkpoint yet"))
+                improved = None
+                if at % self.steps_per_epoch == 0:
+                    best = min((entry.get("validation_error", 1.0) for entry in self.history), default=2.0)
+                    self.end_epoch(state, time.monotonic() - began)
+                    began = time.monotonic()
+                    error = self.history[-1].get("validation_error")
+                    improved = error if error is not None and error < best else None
+                if at % every == 0 or at == total or improved is not None or signals:
+                    checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
+                if signals and at < total:
+                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}; the same command goes on from there")
+        return state
+
+
+def _write_mistakes(folder: pathlib.Path, data, outputs: np.ndarray, labels: np.ndarray) -> None:
+    """Keeps every prediction, and the images of the most confident mistakes, for the report."""
+    shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
+    predicted, confidence = outputs.argmax(-1), shifted.max(-1) / shifted.sum(-1)
+    wrong = np.flatnonzero(predicted != labels)
+    shown = wrong[np.argsort(-confidence[wrong])][:_MISTAKES]
+    batches, _ = data.evaluation("test")
+    kept, start = {}, 0
+    for images in batches:
+        kept |= {index: images[index - start] for index in shown if start <= index < start + len(images)}
+        start += len(images)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, labels=labels, predicted=predicted, confidence=confidence, shown=shown,
+                        images=np.stack([kept[index] for index in shown]) if len(shown) else np.zeros((0, 1, 1, 1), np.uint8))
+    workdir.write(folder / "test.npz", buffer.getvalue())
+
+
+def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
+    """The history as TensorBoard events."""
+    for old in folder.glob("events.*"):
+        old.unlink()
+    with tensorboardX.SummaryWriter(str(folder)) as writer:
+        for entry in history:
+            for name, value in entry.items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(name, value, entry["step"])
+
+
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report."""
+    if (folder / "results.json").exists():
+        _LOG.info("%s holds the finished run", folder)
+        report.write(folder)
+        return
+    began = time.monotonic()
+    current = _Run(config, folder)
+    state = current.train()
+    tested, outputs, labels = current.score(state, "test", config.test_views)
+    trained = current.score(state, "train")
+    final = {name: current.history[-1][name] for name in ("epoch", "step", "train_loss", "train_error")}
+    if trained:  # in evaluation mode, without augmentation; of streamed data the last epoch's running mean stays
+        final |= {"train_loss": trained[0]["loss"], "train_error": trained[0]["error"]}
+    final |= {name: value for name, value in current.history[-1].items() if name.startswith("validation_")}
+    final |= {f"test_{name}": value for name, value in tested.items()}
+    _LOG.info("final: train error %.2f %%, test error %.2f %%", 100 * final["train_error"], 100 * final["test_error"])
+    _write_mistakes(folder, current.data, outputs, labels)
+    _write_events(folder / "tensorboard", current.history)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(current.parallel.fetch(state.params)))
+    workdir.write_json(folder / "results.json", {
+        "kind": "train", "final": final, "history": current.history, "classes": list(current.data.classes), "parameters": parameters,
+        "n_train": current.data.count, "n_test": len(labels), "training_seconds": round(current.seconds, 1),
+        "seconds": round(time.monotonic() - began, 1)})
+    report.write(folder)
