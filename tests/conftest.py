@@ -16,3 +16,10 @@ def data_dir() -> pathlib.Path:
     if "CNNJAX_DATA" not in os.environ:
         pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
     return pathlib.Path(os.environ["CNNJAX_DATA"])
+
+
+@pytest.fixture
+def standard_promotion():
+    """For what runs through optax, which multiplies floats by integers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

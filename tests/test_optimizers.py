@@ -1,0 +1,111 @@
+"""Optimisers, schedules and the plateau rule, against what PyTorch's did (golden/make_optimizers.py)."""
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax.train.optimizers import OPTIMIZERS, optimizer
+from cnnjax.train.schedules import Plateau, learning_rates, settings
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "optimizers.json").read_text())
+RATES = [0.1] * 3 + [0.05] * 4 + [0.01] * 3
+
+
+@pytest.mark.parametrize("name, tolerance", [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)])
+def test_ten_steps_are_pytorchs(name, tolerance):
+    """Weight decay and a changing rate included; float32 differs by some 3e-6 after ten steps of Adam. PyTorch's Muon takes its Newton-Schulz
+    steps in bfloat16, ours are in float32: a hundredth of each step of 0.1."""
+    generator = np.random.default_rng(0)
+    w, a = (jnp.asarray(generator.normal(size=(6, 4)), jnp.float32) for _ in range(2))
+    traced = []
+
+    @jax.jit
+    def step(w, state, rate, momentum, decay):
+        traced.append(name)
+        grad = jax.grad(lambda w: (jnp.sin(3 * w) * a).sum())(w)
+        updates, state = optimizer(name, rate, momentum, decay).update(grad, state, w)
+        return w + updates, state
+
+    state = optimizer(name, 0.0).init(w)
+    for rate, want in zip(RATES, GOLDEN["trajectories"][name]):
+        w, state = step(w, state, rate, 0.8, 0.05)
+        np.testing.assert_allclose(w, want, atol=tolerance)
+    assert traced == [name]  # no number compiled anything anew
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_can_spare_biases(name):
+    params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for decay_all in (True, False):
+        made = optimizer(name, 0.1, 0.9, 0.5, decay_all)
+        updates, _ = made.update(grads, made.init(params), params)
+        assert (updates["kernel"] < 0).all()
+        assert (updates["bias"] < 0).all() == decay_all and (updates["bias"] == 0).all() == (not decay_all)
+
+
+def test_muon_makes_a_convolutions_update_orthogonal():
+    """Newton-Schulz leaves singular values near one, 0.68 to 1.13 by its coefficients, times sqrt(out / in) where that is above 1."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 12))
+    made = optimizer("muon", 1.0)
+    updates, _ = made.update({"kernel": kernel}, made.init({"kernel": kernel}), {"kernel": kernel})
+    values = jnp.linalg.svd(updates["kernel"].reshape(18, 12), compute_uv=False)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="optimizer='sdg' is not one of sgd, nesterov"):
+        optimizer("sdg", 0.1)
+
+
+def test_schedules():
+    # The lectures': 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14 and 18.
+    rates = learning_rates({"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5}, 7, 20)
+    np.testing.assert_allclose(rates, np.repeat([0.25, 0.25 / 1.5, 0.25 / 1.5**2, 0.25 / 1.5**3], 35), rtol=1e-6)
+    rates = learning_rates({"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)}, 3, 20)
+    np.testing.assert_allclose(rates, np.repeat([0.25, 0.125, 0.0625, 0.03125], [30, 12, 12, 6]), rtol=1e-6)
+    assert rates.dtype == np.float32
+    rates = learning_rates({"name": "cosine", "learning_rate": 1.0}, 10, 10)
+    np.testing.assert_allclose(rates, 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100)), atol=1e-6)
+    rates = learning_rates({"name": "step", "learning_rate": 1.0, "factor": 0.5, "epochs": (3,), "warmup_epochs": 1}, 4, 5)
+    np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75] + [1] * 8 + [0.5] * 8, rtol=1e-6)
+    np.testing.assert_array_equal(learning_rates({"name": "plateau", "learning_rate": 0.5}, 2, 2), [0.5] * 4)
+
+
+@pytest.mark.parametrize("schedule, message", [
+    ({"name": "stairs"}, "schedule.name='stairs' is not one of constant, step, cosine, plateau"),
+    ({"name": "constant"}, "schedule.learning_rate=None"),
+    ({"name": "constant", "learning_rate": 0.1, "factor": 2}, "schedule.factor=2 is not a key"),
+    ({"name": "step", "learning_rate": 0.1}, "give one of them"),
+    ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
+    ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),
+    ({"name": "plateau", "learning_rate": 0.1, "factor": 1.0}, "schedule.factor=1.0 is not between 0 and 1"),
+    ({"name": "plateau", "learning_rate": 0.1, "mode": "least"}, "schedule.mode='least' is not one of min, max"),
+    ({"name": "plateau", "learning_rate": 0.1, "patience": -1}, "schedule.patience=-1"),
+])
+def test_wrong_schedules(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        settings(schedule)
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN["plateaus"])))
+def test_plateau_decides_as_pytorch_and_resumes_anywhere(case):
+    case = GOLDEN["plateaus"][case]
+    rule = Plateau(0.25, **case["settings"])
+    for metric, want in zip(case["metrics"], case["rates"]):
+        rule.update(math.nan if metric is None else metric)
+        assert rule.rate == want
+        assert rule.scale == want / 0.25
+        fresh = Plateau(0.25, **case["settings"])
+        fresh.restore(json.loads(json.dumps(rule.state())))
+        rule = fresh
+
+
+def test_the_recorded_plateaus_show_every_behaviour():
+    rates = [case["rates"] for case in GOLDEN["plateaus"]]
+    assert sum(len(set(r)) > 3 for r in rates) > 10 and any(r[-1] == 0.02 for r in rates) and any(None in case["metrics"] for case in GOLDEN["plateaus"])
