@@ -159,7 +159,8 @@ class _Run:
             axis_name=self.parallel.axis_name if config.sync_batch_norm else None, **config.model_fields)
         self.recipe = step.Recipe(self.model, config.optimizer, config.decay_all, config.loss, tuple(sorted(config.augment.items())),
                                   config.mixup > 0, config.ema_decay > 0, config.accumulate)
-        self.numbers = step.Numbers(config.seed, config.momentum, config.weight_decay, config.label_smoothing, config.mixup, config.ema_decay)
+        self.numbers = step.Numbers(config.seed, config.momentum, config.weight_decay, config.label_smoothing, config.mixup,
+                                    config.ema_decay)
         self.rates = learning_rates(config.schedule, self.steps_per_epoch, config.epochs)
         self.plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
         self.history, self.seconds = [], 0.0
@@ -219,10 +220,9 @@ class _Run:
                 state, at = self.data.advance(self.recipe, state, rates, self.numbers, at, last)
                 bad = int(self.parallel.fetch(state.bad_step))
                 if bad >= 0:
-                    kept = checkpoints.steps()
-                    raise FloatingPointError(
-                        f"the loss is not finite at step {bad} (learning rate {self.rates[bad] * scale:g}); "
-                        + (f"the last checkpoint is that of step {kept[-1]}, in {self.folder / 'checkpoints'}" if kept else "there is no checkpoint yet"))
+                    kept = [f"the last checkpoint is that of step {saved}, in {checkpoints.folder}" for saved in checkpoints.steps()[-1:]]
+                    raise FloatingPointError(f"the loss is not finite at step {bad} (learning rate {self.rates[bad] * scale:g}); "
+                                             + (kept or ["there is no checkpoint yet"])[0])
                 improved = None
                 if at % self.steps_per_epoch == 0:
                     best = min((entry.get("validation_error", 1.0) for entry in self.history), default=2.0)
@@ -233,7 +233,8 @@ class _Run:
                 if at % every == 0 or at == total or improved is not None or signals:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
                 if signals and at < total:
-                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}; the same command goes on from there")
+                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}, which is saved; the "
+                                              "same command goes on from there")
         return state
 
 

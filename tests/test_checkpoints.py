@@ -1,0 +1,166 @@
+"""Checkpoints come back bit for bit or not at all."""
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax.train.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def a_state(value: int) -> dict:
+    params = {"features.0": {"kernel": jnp.full((3, 3, 1, 2), value / 3), "bias": jnp.full(2, value, jnp.bfloat16)}}
+    return {"params": params, "opt_state": optax.adam(0.1).init(params), "ema": None, "batch_stats": {}, "step": jnp.int32(value),
+            "seed": jnp.uint32(2**32 - 1 - value)}
+
+
+def assert_equal(found, want):
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("runs/checkpoints", keep=2) as checkpoints:  # a relative path
+        assert checkpoints.restore(a_state(0)) is None
+        for step in range(1, 7):
+            checkpoints.save(step, a_state(step), {"history": [{"loss": 0.1 + step}]}, metric={2: 0.1, 3: 0.4, 5: 0.2}.get(step))
+        checkpoints.save(6, a_state(99), {})  # there already
+        assert checkpoints.steps() == [2, 5, 6]
+    with Checkpoints("runs/checkpoints", keep=2) as checkpoints:
+        step, state, record = checkpoints.restore(a_state(0))
+        assert step == 6 and record == {"history": [{"loss": 6.1}]}
+        assert_equal(state, a_state(6))
+        step, state, _ = checkpoints.restore_best(a_state(0))
+        assert step == 2
+        assert_equal(state, a_state(2))
+
+
+def test_a_states_memory_may_be_given_away_at_once(tmp_path):
+    increase = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((1000, 1000))
+    with Checkpoints(tmp_path, keep=5) as checkpoints:
+        for step in range(1, 6):
+            x = increase(x)
+            checkpoints.save(step, {"x": x}, {})
+        for step in checkpoints.steps():
+            assert (checkpoints._restore(step, {"x": x})[1]["x"] == step).all()
+
+
+def files_of(folder: pathlib.Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
+    """Whichever of its files is harmed, its manifest included."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, a_state(1), {"epoch": 1})
+        checkpoints.save(2, a_state(2), {"epoch": 2})
+    names = [name for name in files_of(tmp_path / "2") if (tmp_path / "2" / name).stat().st_size]
+    assert len(names) > 5
+    for name in names:
+        path = tmp_path / "2" / name
+        content = path.read_bytes()
+        if harm == "flip":
+            path.write_bytes(content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1:])
+        elif harm == "truncate":
+            path.write_bytes(content[:-2])
+        else:
+            path.unlink()
+        caplog.clear()
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            step, state, record = checkpoints.restore(a_state(0))
+            assert step == 1 and record == {"epoch": 1}, name
+            assert_equal(state, a_state(1))
+            assert "checkpoint" in caplog.text and str(tmp_path / "2") in caplog.text and "damaged" in caplog.text
+            aside, = tmp_path.glob("damaged-2-*")
+        (aside / name).write_bytes(content)
+        aside.rename(tmp_path / "2")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(a_state(0))[0] == 2  # mended
+
+
+def test_nothing_starts_again_in_silence(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    (tmp_path / "1" / "manifest.json").write_text("{}")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        checkpoints.restore(a_state(0))
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {}, metric=None)
+        other = a_state(1)
+        other["params"]["features.0"]["kernel"] = jnp.zeros((3, 3, 1, 4))
+        with pytest.raises(ValueError, match=r"holds \[3, 3, 1, 2, 'float32'\] for .*kernel.*, where \[3, 3, 1, 4, 'float32'\]"):
+            checkpoints.restore(other)
+        with pytest.raises(ValueError, match="no checkpoint in .* has a metric"):
+            checkpoints.restore_best(a_state(0))
+
+
+def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
+    """A limit on the size of files stands for the disk: the system refuses to write in the same way."""
+    state = {"x": jax.random.normal(jax.random.key(0), (1000, 1000))}
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints._finish()
+        with pytest.raises(RuntimeError, match=f"could not be written to {tmp_path}.*the earlier ones are whole"):
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+                checkpoints.save(2, state, {})
+                checkpoints._finish()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    with Checkpoints(tmp_path) as checkpoints:
+        step, found, _ = checkpoints.restore(state)
+        assert step == 1
+        assert_equal(found, state)
+
+
+_WRITER = """
+import sys, numpy as np
+from cnnjax.train.checkpoints import Checkpoints
+with Checkpoints(sys.argv[1]) as checkpoints:
+    found = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
+    start = found[0] if found else 0
+    print("ready", flush=True)
+    for step in range(start + 1, start + 10_000):
+        checkpoints.save(step, {"x": np.full((500, 500), step, np.float32)}, {"step": step})
+        print(step, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
+    generator, reached = random.Random(0), 0
+    for _ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)})
+        assert writer.stdout.readline() == "ready\n"
+        time.sleep(generator.uniform(0.05, 0.6))
+        writer.send_signal(signal.SIGKILL)
+        begun = [int(line) for line in writer.communicate()[0].split()]
+        with Checkpoints(tmp_path) as checkpoints:
+            found = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
+        if begun[1:]:  # when a save begins, the one before it is whole
+            assert found[0] >= begun[-1] - 1 >= reached
+        if found:
+            reached, state, record = found
+            assert (state["x"] == reached).all() and record == {"step": reached}
+            assert json.loads((tmp_path / str(reached) / "manifest.json").read_text())
+    assert reached > 6
