@@ -67,7 +67,7 @@ def predict(parallel: Parallel, model: Network, variables, moments, batches: Ite
 def score(kind: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The mean loss and the share of errors of logits against labels, and `top5_error` with more than ten classes."""
     losses, errors = jax.jit(loss_and_errors, static_argnums=0)(kind, outputs, labels)
-    found = {"loss": float(np.mean(losses, dtype=np.float64)), "error": float(np.mean(errors, dtype=np.float64))}
+    found = {"loss": float(np.asarray(losses, np.float64).mean()), "error": float(np.asarray(errors, np.float64).mean())}
     if kind == "cross_entropy" and outputs.shape[-1] > 10:
         best = np.argpartition(outputs, -5, axis=-1)[:, -5:]
         found["top5_error"] = float(np.mean((best != labels[:, None]).all(1)))

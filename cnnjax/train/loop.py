@@ -110,8 +110,8 @@ class _Streamed:
 
     def advance(self, recipe, state, rates, numbers, first: int, last: int):
         if self._batches is None:
-            self._batches = self._read("train", train=True, start_step=first, process_index=jax.process_index(),
-                                       process_count=jax.process_count())
+            steps = range(first, self.config.epochs * (self.count // self.config.batch_size))
+            self._batches = self._read("train", train=True, steps=steps, process_index=jax.process_index(), process_count=jax.process_count())
         images, labels = self.parallel.share(next(self._batches))
         per_epoch = np.int32(self.count // self.config.batch_size)
         return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1

@@ -1,0 +1,309 @@
+"""Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, scikit-learn's digits."""
+import dataclasses
+import gzip
+import hashlib
+import io
+import logging
+import math
+import pathlib
+import pickle
+import sys
+import tarfile
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import pooch
+import requests
+
+DIGITS = tuple("0123456789")
+
+
+class Split(NamedTuple):
+    """uint8 images [n, height, width, channels] and int32 labels [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The parts of a data set; `validation` is None where no images were held out."""
+
+    train: Split
+    validation: Split | None
+    test: Split
+    classes: tuple[str, ...]
+
+
+# ------------------------------------------------------------------ formats: bytes -> arrays, refusing what is not as published
+
+def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An IDX file (LeCun, yann.lecun.com/exdb/mnist) of unsigned bytes -> uint8 of `shape`. Raises `ValueError` for any other."""
+    header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
+    if data[:len(header)] != header:
+        raise ValueError(f"{name} begins with {data[:len(header)].hex()}; the IDX header of unsigned bytes {list(shape)} is {header.hex()}")
+    return _records(data[len(header):], name, shape)
+
+
+def _records(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if len(data) != math.prod(shape):
+        raise ValueError(f"{name} holds {len(data):,} bytes of data where {list(shape)} are {math.prod(shape):,}: it is truncated or of "
+                         "another kind")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _planes(pixels: np.ndarray) -> np.ndarray:
+    """CIFAR's rows of 3072: red, then green, then blue -> [n, 32, 32, 3]."""
+    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) -> Split:
+    """CIFAR's binary layout; of CIFAR-100's two label bytes the second is the fine label. Raises `ValueError` for any other."""
+    rows = _records(data, name, (count, label_bytes + 3072))
+    return Split(_planes(rows[:, label_bytes:]), rows[:, label_bytes - 1].astype(np.int32))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds NumPy arrays and nothing else, so that a file from strangers cannot run code."""
+
+    _ALLOWED = {("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+                ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+                ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+
+    def find_class(self, module, name):
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only NumPy arrays are allowed")
+        return self._ALLOWED[module, name]
+
+
+def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels") -> Split:
+    """CIFAR's Python layout, read without running what it holds. Raises `ValueError` for any other content."""
+    try:
+        found = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+        pixels, labels = np.asarray(found[b"data"]), np.asarray(found[key])
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {error}") from error
+    if pixels.dtype != np.uint8 or pixels.shape != (count, 3072) or labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{name} holds {pixels.dtype} {list(pixels.shape)} and {len(np.atleast_1d(labels))} labels; expected uint8 "
+                         f"[{count}, 3072] and {count} whole numbers")
+    return Split(_planes(pixels), labels.astype(np.int32))
+
+
+# ------------------------------------------------------------------ files: found, or downloaded with their hash checked
+
+class File(NamedTuple):
+    """A published file."""
+
+    name: str
+    urls: tuple[str, ...]
+    md5: str
+
+
+def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
+    """Fetches a file into a folder. Raises `ValueError`, and leaves nothing behind, if no address serves it whole."""
+    pooch.get_logger().setLevel(logging.ERROR)
+    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    failures = []
+    for url in file.urls:
+        try:
+            return pathlib.Path(pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, downloader=fetch))
+        except (requests.RequestException, ValueError, OSError) as error:
+            failures.append(f"{url}: {' '.join(str(error).split())[:200]}")
+    raise ValueError(f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); put it there by hand")
+
+
+def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
+    """A published file, or what was in it if it has been decompressed, but no more than one byte beyond what is expected."""
+    if path.suffix != ".gz":
+        with path.open("rb") as stream:
+            return stream.read(limit + 1)
+    content = path.read_bytes()
+    if (found := hashlib.md5(content).hexdigest()) != file.md5:
+        raise ValueError(f"{path} has the MD5 hash {found}, and the published file has {file.md5}: it is damaged or another file")
+    with gzip.open(io.BytesIO(content)) as stream:
+        return stream.read(limit + 1)
+
+
+# ------------------------------------------------------------------ data sets
+
+@dataclasses.dataclass(frozen=True)
+class Idx:
+    """A data set in the layout of MNIST: four IDX files, compressed or not."""
+
+    folders: tuple[str, ...]  # where the files are looked for; the first is where they are downloaded to
+    files: tuple[File, File, File, File]  # images and labels, of training and test
+    classes: tuple[str, ...]
+    counts: tuple[int, int] = (60_000, 10_000)
+    shape: tuple[int, int, int] = (28, 28, 1)
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
+        arrays = []
+        for number, file in enumerate(self.files):
+            shape = (self.counts[number // 2], *(self.shape[:2] if number % 2 == 0 else ()))
+            places = [data_dir / folder / name for folder in self.folders for name in (file.name, file.name.removesuffix(".gz"))]
+            places.append(data_dir / file.name)  # compressed only: of the hash alone it is known whose it is
+            path = next((path for path in places if path.is_file()), None) or _download(file, data_dir / self.folders[0])
+            arrays.append(read_idx(_read(path, file, 4 + 4 * len(shape) + math.prod(shape)), str(path), shape))
+        images, labels = arrays[::2], arrays[1::2]
+        return tuple(Split(x[..., None], y.astype(np.int32)) for x, y in zip(images, labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cifar:
+    """A data set in the layouts of CIFAR: binary or Python batches, in a folder or in the published archive."""
+
+    binary: str  # the folders' names, which the archives hold as well
+    python: str
+    archives: tuple[File, File]  # of the binary layout, which is the one downloaded, and of the Python layout
+    train: tuple[str, ...]  # the batches' names, without ".bin"
+    test: str
+    classes: tuple[str, ...]
+    label_bytes: int = 1
+    key: bytes = b"labels"
+    counts: tuple[int, int] = (50_000, 10_000)
+
+    def _batch(self, binary: bool, data: bytes, name: str, count: int) -> Split:
+        return read_cifar_binary(data, name, count, self.label_bytes) if binary else read_cifar_pickle(data, name, count, self.key)
+
+    def _contents(self, data_dir: pathlib.Path):
+        """(whether the layout is the binary one, a function of a batch's name that gives its bytes, and where they come from)."""
+        names = (*self.train, self.test)
+        for binary, folder in ((True, self.binary), (False, self.python)):
+            suffix = ".bin" if binary else ""
+            for place in (data_dir / folder, data_dir):
+                if any((place / f"{name}{suffix}").is_file() for name in names):
+                    missing = [f"{name}{suffix}" for name in names if not (place / f"{name}{suffix}").is_file()]
+                    if missing:
+                        raise ValueError(f"{place} lacks {', '.join(missing)}; it has other batches of the same data set")
+                    return binary, lambda name, place=place, suffix=suffix: (place / f"{name}{suffix}").read_bytes(), str(place)
+        present = [(binary, data_dir / file.name) for binary, file in zip((True, False), self.archives) if (data_dir / file.name).is_file()]
+        binary, archive = present[0] if present else (True, _download(self.archives[0], data_dir))
+        return binary, lambda name: self._member(archive, binary, name), str(archive)
+
+    def _member(self, archive: pathlib.Path, binary: bool, name: str) -> bytes:
+        """One batch, read from within the archive: nothing is unpacked to the disk."""
+        wanted = f"{self.binary if binary else self.python}/{name}{'.bin' if binary else ''}"
+        try:
+            with tarfile.open(archive) as file:
+                member = file.getmember(wanted)
+                if not member.isfile():
+                    raise ValueError(f"{archive} holds {wanted} as something other than a file")
+                return file.extractfile(member).read(2 * 3074 * max(self.counts))
+        except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{archive} is not the whole published archive: {error}") from error
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
+        binary, content, place = self._contents(data_dir)
+        share = self.counts[0] // len(self.train)
+        parts = [self._batch(binary, content(name), f"{place}/{name}", share) for name in self.train]
+        train = Split(*map(np.concatenate, zip(*parts)))
+        return train, self._batch(binary, content(self.test), f"{place}/{self.test}", self.counts[1])
+
+
+class Digits:
+    """scikit-learn's 1,797 digits of 8x8 pixels, which need no file: the first 1,437 are for training, the last 360 for the test."""
+
+    classes = DIGITS
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
+        import sklearn.datasets
+        found = sklearn.datasets.load_digits()
+        images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
+        labels = found.target.astype(np.int32)
+        return Split(images[:1437], labels[:1437]), Split(images[1437:], labels[1437:])
+
+
+def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ...]:
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    return tuple(File(name, tuple(url + name for url in urls), md5) for name, md5 in zip(names, hashes))
+
+
+def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, File]:
+    """Krizhevsky's page, www.cs.toronto.edu/~kriz/cifar.html, prints these hashes."""
+    names = [f"cifar-{number}-{layout}.tar.gz" for layout in ("binary", "python")]
+    return tuple(File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5) for name, md5 in zip(names, (binary_md5, python_md5)))
+
+
+_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar
+    cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
+    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew
+    skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
+    tulip turtle wardrobe whale willow_tree wolf woman worm"""
+
+DATASETS = {
+    "digits": Digits(),
+    # The hashes are those of torchvision's lists.
+    "mnist": Idx(("mnist", "MNIST/raw"), _idx_files(
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+         "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c")), DIGITS),
+    "fashion_mnist": Idx(("fashion_mnist", "FashionMNIST/raw"), _idx_files(
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+         "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310")),
+        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")),
+    "cifar10": Cifar(
+        "cifar-10-batches-bin", "cifar-10-batches-py",
+        _cifar_files(10, "c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"),
+        tuple(f"data_batch_{number}" for number in range(1, 6)), "test_batch",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
+    "cifar100": Cifar(
+        "cifar-100-binary", "cifar-100-python",
+        _cifar_files(100, "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"),
+        ("train",), "test", tuple(_CIFAR100.split()), label_bytes=2, key=b"fine_labels"),
+}
+
+
+def check_name(name: str) -> None:
+    """Raises `ValueError` for a name that is not in `DATASETS`."""
+    if name not in DATASETS:
+        raise ValueError(f"dataset={name!r} is not one of {', '.join(DATASETS)}, tfds:NAME, folder")
+
+
+def hold_out(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Chooses `count` images, of every class as many as the next -> a mask [n]; the same for the same seed, whatever else changes."""
+    generator = np.random.default_rng([seed, 0])
+    classes = generator.permutation(np.unique(labels))
+    mask = np.zeros(len(labels), bool)
+    for rank, label in enumerate(classes):
+        share = count // len(classes) + (rank < count % len(classes))
+        members = np.flatnonzero(labels == label)
+        if share > len(members):
+            raise ValueError(f"n_validation={count} asks for {share} images of class {label}, which has {len(members)}")
+        mask[generator.permutation(members)[:share]] = True
+    return mask
+
+
+def load(name: str, data_dir: str = "", n_validation: int = 0, seed: int = 0) -> Dataset:
+    """Reads a data set from its original files in `data_dir`, downloading those that are absent.
+
+    `n_validation` training images, balanced over the classes, are held out by the seed. Raises `ValueError` for an unknown
+    name, for files that are absent and cannot be downloaded, and for files that are not as published.
+    """
+    check_name(name)
+    source = DATASETS[name]
+    train, test = source.read(pathlib.Path(data_dir or "data"))
+    for part, split in (("training", train), ("test", test)):
+        if split.labels.min() < 0 or split.labels.max() >= len(source.classes):
+            raise ValueError(f"the {part} labels of {name} in data_dir={data_dir!r} reach from {split.labels.min()} to "
+                             f"{split.labels.max()}; expected 0 to {len(source.classes) - 1}")
+    if not 0 <= n_validation < len(train.labels):
+        raise ValueError(f"n_validation={n_validation} is not between 0 and {len(train.labels) - 1}, the training images but one")
+    if not n_validation:
+        return Dataset(train, None, test, source.classes)
+    mask = hold_out(train.labels, n_validation, seed)
+    return Dataset(Split(train.images[~mask], train.labels[~mask]), Split(train.images[mask], train.labels[mask]), test, source.classes)
+
+
+def normalisation(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the standard deviation of each channel of uint8 images [n, height, width, channels], in units of 0 to 1."""
+    levels = np.arange(256) / 255
+    moments = []
+    for channel in range(images.shape[-1]):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean = share @ levels
+        moments.append((mean, np.sqrt(share @ np.square(levels - mean))))
+    mean, std = np.transpose(moments)
+    return mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)

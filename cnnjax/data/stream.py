@@ -1,0 +1,187 @@
+"""Large data sets, read and decoded as they are needed: folders of images and prepared tensorflow-datasets, streamed by grain.
+
+A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a step gives what an
+uninterrupted one gives from there.
+"""
+import functools
+import os
+import pathlib
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+import PIL.Image
+from absl import flags
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # ImageNet's labelled test is called validation
+
+
+class Folder:
+    """Images under ROOT/CLASS/, in the order of their names; the classes are the names of the folders.
+
+    Raises `ValueError` where there are none.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        root = pathlib.Path(root)
+        self.classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir())) if root.is_dir() else ()
+        self._files = [(path, label) for label, name in enumerate(self.classes)
+                       for path in sorted((root / name).iterdir()) if path.suffix.lower() in _SUFFIXES]
+        if not self._files:
+            raise ValueError(f"{root} has no images; expected {root}/CLASS/IMAGE with {', '.join(_SUFFIXES)}")
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        path, label = self._files[index]
+        try:
+            with PIL.Image.open(path) as image:
+                return image.convert("RGB"), label
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+class Tfds:
+    """A split of a data set that tensorflow-datasets has prepared for random access; TensorFlow is not needed to read it.
+
+    Raises `ValueError` where it is unknown, not prepared, or not of labelled images.
+    """
+
+    def __init__(self, name: str, data_dir: str, split: str):
+        import tensorflow_datasets as tfds
+        where = data_dir or None
+        try:
+            builder = tfds.builder(name, data_dir=where)
+            self._records = builder.as_data_source(split=split)
+        except Exception as error:  # it raises errors of many kinds, and of TensorFlow's absence
+            raise ValueError(
+                f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can be read ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); prepare it, where TensorFlow is installed, with: "
+                f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")) from error
+        keys = builder.info.supervised_keys
+        if not keys or keys[0] not in builder.info.features or not hasattr(builder.info.features[keys[1]], "names"):
+            raise ValueError(f"dataset='tfds:{name}' is not of labelled images: its supervised keys are {keys}")
+        self._image, self._label = keys[:2]
+        self.classes = tuple(builder.info.features[self._label].names)
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        record = self._records[index]
+        pixels = record[self._image]
+        return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB"), int(record[self._label])
+
+
+def open_source(dataset: str, data_dir: str, split: str) -> Folder | Tfds:
+    """The "train" or "test" split of "folder" (data_dir/train and data_dir/val, validation or test) or of "tfds:NAME"."""
+    if dataset == "folder":
+        root = pathlib.Path(data_dir)
+        found = [root / name for name in _SPLITS[split] if (root / name).is_dir()]
+        if not found:
+            raise ValueError(f"data_dir={data_dir!r} has no folder {' or '.join(_SPLITS[split])} of images by class")
+        return Folder(found[0])
+    name = dataset.removeprefix("tfds:")
+    if split == "train":
+        return Tfds(name, data_dir, "train")
+    try:
+        return Tfds(name, data_dir, "test")
+    except ValueError:
+        return Tfds(name, data_dir, "validation")
+
+
+def _area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator) -> PIL.Image.Image:
+    """A crop of 8 to 100 % of the area and an aspect of 3/4 to 4/3, resized (Szegedy et al. 2014; torchvision's RandomResizedCrop)."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * generator.uniform(0.08, 1.0)
+        aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = generator.integers(0, width - w + 1), generator.integers(0, height - h + 1)
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    return image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+
+
+def _crop(image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None) -> PIL.Image.Image:
+    """The image with its shorter side resized to `shorter`, cropped to a square at random, or in the centre without a generator."""
+    scale = shorter / min(image.size)
+    image = image.resize([max(size, round(n * scale)) for n in image.size], PIL.Image.Resampling.BILINEAR)
+    room = [n - size for n in image.size]
+    left, top = [n // 2 for n in room] if generator is None else generator.integers(0, np.add(room, 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+class _Batches:
+    """The batches of a source as a sequence: grain's workers each take their steps of it."""
+
+    def __init__(self, source, batch_size, steps, seed, size, resize, train, process_index, process_count):
+        self.source, self.batch_size, self.steps, self.seed, self.size, self.resize = source, batch_size, steps, seed, size, resize
+        self.train, self.process_index, self.process_count = train, process_index, process_count
+
+    def __len__(self):
+        return len(self.steps)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its worker
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+
+    def __getitem__(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+        step = self.steps[at]
+        if not self.train:
+            chosen, generators = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source))), None
+        else:
+            epoch, within = divmod(step, len(self.source) // self.batch_size)
+            share = self.batch_size // self.process_count
+            start = within * self.batch_size + self.process_index * share
+            chosen = self._order(epoch)[start:start + share]
+            generators = [np.random.default_rng([self.seed, epoch, int(index)]) for index in chosen]
+        images, labels = [], []
+        for place, index in enumerate(chosen):
+            image, label = self.source[int(index)]
+            if self.resize:
+                image = _crop(image, self.size, self.resize, generators and generators[place])
+            elif self.train:
+                image = _area_crop(image, self.size, generators[place])
+            else:
+                image = _crop(image, self.size, round(self.size * 256 / 224), None)  # the customary ratio
+            images.append(np.asarray(image))
+            labels.append(label)
+        return np.stack(images), np.asarray(labels, np.int32)
+
+
+def batches(source, batch_size: int, seed: int, image_size: int, *, resize: int, train: bool, steps: range | None = None, workers: int = 0,
+            process_index: int = 0, process_count: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Streams batches of (uint8 images [batch, image_size, image_size, 3], int32 labels [batch]).
+
+    In training, `steps` says which; every epoch has its own order, drops the remainder, and each process gets its own part of
+    each batch. Otherwise the source is gone through once, in order, the last batch being shorter. Crops are squares of the
+    image with its shorter side at `resize`, at random places in training and in the centre otherwise; with `resize` 0 they are
+    of random area and aspect. Raises `ValueError` for an image that cannot be decoded, and if the processes do not divide the
+    batch.
+    """
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
+    if resize and resize < image_size:
+        raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
+    steps = steps if train else range(-(-len(source) // batch_size))
+    made = _Batches(source, batch_size, steps, seed, image_size, resize, train, process_index, process_count)
+    stream = grain.MapDataset.source(made).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks for flags, which a program that has none never parses
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return _closing(iter(stream))
+
+
+def _closing(iterator) -> Iterator:
+    """Ends the worker processes with the stream, or when it is let go of before its end."""
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
