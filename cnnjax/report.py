@@ -130,7 +130,90 @@ def _position(folder: pathlib.Path, config: dict, results: dict) -> str:
     return f"# Position read from frozen features\n\n{_position_tables(results)}\n## Figures\n\n{pictures}\n"
 
 
-_KINDS = {"position": _position}
+def _curves_figure(history: list[dict]):
+    """Loss, error and learning rate by epoch."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    epochs = [entry["epoch"] for entry in history]
+    for axis, kind in zip(axes, ("loss", "error")):
+        for name in (f"train_{kind}", f"validation_{kind}"):
+            if name in history[0]:
+                axis.plot(epochs, [entry[name] for entry in history], label=name.replace("_", " "))
+        axis.set_ylabel(kind)
+        axis.set_yscale("log" if kind == "loss" else "linear")
+        axis.legend(fontsize=8)
+    axes[1].set_ylim(bottom=0)
+    axes[2].plot(epochs, [entry["learning_rate"] for entry in history], color="black", drawstyle="steps-post")
+    axes[2].set_ylabel("learning rate")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+    figure.tight_layout()
+    return figure
+
+
+def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
+    """How many test images of each class (row) were taken for each class (column)."""
+    counts = np.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    figure, axis = plt.subplots(figsize=(5.5, 5.5))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if len(classes) <= 20:
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(classes)), classes, fontsize=8)
+        for row, column in np.ndindex(counts.shape):
+            axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=7,
+                      color="white" if shares[row, column] > 0.5 else "black")
+    figure.tight_layout()
+    return figure
+
+
+def _mistakes_figure(test: dict, classes: list[str]):
+    """The test images that were taken, with the most confidence, for something else."""
+    shown = test["shown"]
+    columns = 9
+    rows = max(1, -(-len(shown) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for axis, index, image in zip(axes.ravel(), shown, test["images"]):
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        names = [classes[test[kind][index]] for kind in ("labels", "predicted")]
+        axis.set_title(f"{names[0]}\nas {names[1]}\n{test['confidence'][index]:.3f}", fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
+    final, history = results["final"], results["history"]
+    with np.load(folder / "test.npz") as archive:
+        test = dict(archive)
+    figures = {"curves.png": _curves_figure(history),
+               "confusion.png": _confusion_figure(test["labels"], test["predicted"], results["classes"]),
+               "mistakes.png": _mistakes_figure(test, results["classes"])}
+    for name, figure in figures.items():
+        workdir.write_figure(folder / name, figure)
+        plt.close(figure)
+
+    def line(part, count):
+        error = f"{100 * final[f'{part}_error']:.2f} %"
+        top5 = f"{100 * final[f'{part}_top5_error']:.2f} %" if f"{part}_top5_error" in final else ""
+        return [part, count, f"{final[f'{part}_loss']:.4f}", error, top5]
+
+    lines = [line("train", f"{results['n_train']:,}")]
+    if "validation_error" in final:
+        lines.append(line("validation", f"{config['n_validation']:,}"))
+    lines.append(line("test", f"{results['n_test']:,}"))
+    streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
+    measured = "the mean over the last epoch's steps" if streamed else "measured after training, without augmentation"
+    return (f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
+            f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
+            + _table(["part", "images", "loss", "error", "top-5 error"], lines)
+            + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
+            "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n")
+
+
+_KINDS = {"position": _position, "train": _train}
 
 
 def write(folder: pathlib.Path) -> None:

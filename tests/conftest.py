@@ -6,6 +6,7 @@ import pytest
 
 from cnnjax import backend
 
+jax.config.update("jax_num_cpu_devices", 8)  # for what runs on many devices; the rest uses the first
 backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -111,7 +111,8 @@ class _Streamed:
     def advance(self, recipe, state, rates, numbers, first: int, last: int):
         if self._batches is None:
             steps = range(first, self.config.epochs * (self.count // self.config.batch_size))
-            self._batches = self._read("train", train=True, steps=steps, process_index=jax.process_index(), process_count=jax.process_count())
+            self._batches = self._read("train", train=True, steps=steps, process_index=jax.process_index(),
+                                       process_count=jax.process_count())
         images, labels = self.parallel.share(next(self._batches))
         per_epoch = np.int32(self.count // self.config.batch_size)
         return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1
@@ -233,8 +234,8 @@ class _Run:
                 if at % every == 0 or at == total or improved is not None or signals:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
                 if signals and at < total:
-                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}, which is saved; the "
-                                              "same command goes on from there")
+                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}, which is saved; "
+                                              "the same command goes on from there")
         return state
 
 
