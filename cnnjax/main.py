@@ -9,7 +9,9 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -54,22 +56,25 @@ def _parse(argv: list[str]) -> None:
         raise ValueError(f"kind={config.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}")
 
 
-def main(argv: list[str]) -> int:
-    """Runs a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 75 when a run was stopped that the same
-    command will resume, 130 when one was that it will not."""
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Runs one configuration in a work directory."""
+    job = importlib.import_module(_JOBS[config.kind])
+    job.check(config)
+    backend.start()
+    folder = workdir.prepare(folder, config.to_dict())
+    _LOG.info("running in %s", folder)
+    job.run(config, folder)
+    _LOG.info("finished: see %s", folder / "report.md")
+
+
+def main(argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run) -> int:
+    """Does `work` with a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 75 when a run was stopped
+    that the same command will resume, 130 when one was that it will not."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     _LOG.setLevel(logging.INFO)
     try:
         _parse(argv)
-        config = _CONFIG.value
-        job = importlib.import_module(_JOBS[config.kind])
-        job.check(config)
-
-        backend.start()
-        folder = workdir.prepare(_WORKDIR.value or _default_workdir(), config.to_dict())
-        _LOG.info("running in %s", folder)
-        job.run(config, folder)
-        _LOG.info("finished: see %s", folder / "report.md")
+        work(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,9 +90,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # Not sys.exit: at an interruption, threads of the numerical libraries may still be busy, and nothing is left to save.
-    code = main(sys.argv)
+def leave(code: int) -> None:
+    """Ends the process at once: at an interruption, threads of the numerical libraries may still be busy, and nothing is left to save."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv))

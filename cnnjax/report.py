@@ -27,7 +27,8 @@ def _cell(row: dict) -> str:
     return f"{_signed(row['spc'])}{spread} / {row['mae']:.3f} / {_signed(row['r2'])}"
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
 
 
@@ -44,7 +45,7 @@ def _position_tables(results: dict) -> str:
         if readout == "exact":
             found = [find[encoder, fill, readout, first, kind] for kind in data]
             lines.append([encoder, fill, *(f"{_signed(row['spc'])} ({_signed(row['r2'])})" for row in found)])
-    text.append(_table(["encoder", "padding", *data], lines))
+    text.append(table(["encoder", "padding", *data], lines))
     for kind in data:
         counted = next(row for row in rows if row["data"] == kind)
         text.append(f"\n## All targets, {kind} images\n")
@@ -52,7 +53,7 @@ def _position_tables(results: dict) -> str:
         chance = ["*the best constant*", "", "", *(f".00 / {results['chance_mae'][name]:.3f} / .00" for name in targets)]
         lines = [[encoder, fill, readout, *(_cell(find[encoder, fill, readout, name, kind]) for name in targets)]
                  for encoder, fill, readout in settings]
-        text.append(_table(["encoder", "padding", "readout", *targets], [chance, *lines]))
+        text.append(table(["encoder", "padding", "readout", *targets], [chance, *lines]))
     sources = dict.fromkeys((row["encoder"], row["weights"], ", ".join(row["stages"])) for row in rows)
     text += ["\n## Encoders\n", "\n".join(f"- {encoder}: {weights} weights, stages {stages}" for encoder, weights, stages in sources),
              "\n\n## What was decided\n", "\n".join(f"- {line}" for line in results["decisions"]),
@@ -208,7 +209,7 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
     measured = "the mean over the last epoch's steps" if streamed else "measured after training, without augmentation"
     return (f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
             f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-            + _table(["part", "images", "loss", "error", "top-5 error"], lines)
+            + table(["part", "images", "loss", "error", "top-5 error"], lines)
             + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
             "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n")
 

@@ -2,10 +2,14 @@
 
     python -m cnnjax.main --config configs/lenet_digits.py
 """
-from cnnjax.train.defaults import get_config as _defaults
+from cnnjax.train import defaults
 
 
 def get_config():
-    config = _defaults()
+    config = defaults.get_config()
     config.epochs = 30
     return config
+
+
+def sweep():
+    return defaults.product({"schedule.learning_rate": (0.03, 0.1), "seed": range(3)})

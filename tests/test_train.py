@@ -280,8 +280,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     for _ in range(20 * int(os.environ.get("CNNJAX_KILLS", 3))):
         process = subprocess.Popen([*SMALL, "--workdir", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env=CPU_ENVIRONMENT)
-        while (line := process.stdout.readline()) and "running in" not in line:
-            pass
+        assert any("running in" in line for line in process.stdout)
         time.sleep(generator.uniform(0.5, 5.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -301,8 +300,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
     process = subprocess.Popen([*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE,
                                text=True, env=CPU_ENVIRONMENT)
-    while "epoch 1/3" not in process.stderr.readline():
-        pass
+    assert any("epoch 1/3" in line for line in process.stderr)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
     if process.returncode != 0:  # else it was done before the signal came

@@ -1,4 +1,6 @@
 """The keys that every training configuration has; a file in configs/ changes the ones that make it what it is."""
+import itertools
+
 import ml_collections
 
 
@@ -37,3 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 2
     return config
+
+
+def product(axes: dict) -> list[dict]:
+    """Every combination of the axes' values, as overrides: {"schedule.learning_rate": (0.1, 0.2), "seed": range(5)} -> ten."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]

@@ -1,0 +1,19 @@
+"""A one-layer perceptron on CIFAR-10: the lecture's first baseline (0.03 M parameters; it prints 59 % train and 65 % test error).
+
+    python -m cnnjax.main --config configs/mlp1_cifar10.py --config.data_dir=FOLDER
+"""
+from cnnjax.train import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.model = "mlp1"
+    config.dataset = "cifar10"
+    config.epochs = 20
+    config.momentum = 0.0  # the lecture names none
+    config.schedule = {"name": "step", "learning_rate": 0.01, "factor": 1 / 1.5, "every": 5}
+    return config
+
+
+def sweep():
+    return defaults.product({"seed": range(5)})

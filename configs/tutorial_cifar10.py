@@ -1,0 +1,20 @@
+"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there: 2 epochs, batches of 4, rate 0.001.
+
+    python -m cnnjax.main --config configs/tutorial_cifar10.py --config.data_dir=FOLDER
+"""
+from cnnjax.train import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.model = "tutorial_net"
+    config.dataset = "cifar10"
+    config.epochs = 2
+    config.batch_size = 4
+    config.schedule.learning_rate = 0.001
+    config.checkpoint_every_steps = 5000
+    return config
+
+
+def sweep():
+    return defaults.product({"seed": range(5)})
