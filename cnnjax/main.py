@@ -49,7 +49,8 @@ def _parse(argv: list[str]) -> None:
         config = _CONFIG.value  # read and overridden here
     except (KeyError, AttributeError) as error:
         quoted = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")  # ml_collections quotes its own message, and again
-        raise ValueError(f"--config has no such key: '{' '.join(quoted.split())}") from error
+        key, _, advice = " ".join(quoted.split()).partition("'")
+        raise ValueError(f"--config has no such key: {key!r}{advice}") from error
     except (flags.Error, TypeError, ImportError, SyntaxError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if config.get("kind") not in _JOBS:

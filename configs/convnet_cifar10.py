@@ -11,7 +11,7 @@ def get_config():
     config.dataset = "cifar10"
     config.epochs = 20
     config.momentum = 0.0  # the lecture names none
-    config.schedule = {"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)}
+    config.schedule.update({"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)})
     config.checkpoint_every_steps = 200
     return config
 

@@ -10,7 +10,7 @@ def get_config():
     config.dataset = "mnist"
     config.epochs = 20
     config.momentum = 0.0  # the lecture names none
-    config.schedule = {"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5}
+    config.schedule.update({"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5})
     return config
 
 

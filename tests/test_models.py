@@ -1,10 +1,13 @@
 """Every model held to one contract; what torchvision has is held to torchvision's outputs in test_torchvision.py."""
+import functools
+
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_lectures
+import test_torchvision
 
 from cnnjax import weights
 from cnnjax.models import create_model, inception, list_models
@@ -20,12 +23,27 @@ PARAMETERS = {
     "resnext50_32x4d": 25_028_904, "wide_resnet50_2": 68_883_240,
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
 }
+FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
     shapes = weights.variable_shapes(create_model(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
+
+
+def random_variables(model, x) -> dict:
+    """Variables drawn without compiling an initialiser: He normal kernels, all else as a network starts."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        if kind in ("scale", "var"):
+            return jnp.ones(leaf.shape)
+        spread = {"mean": 0.1, "bias": 0.1}.get(kind, np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1)))
+        return jnp.asarray(spread * rng.standard_normal(leaf.shape, np.float32))
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0), x))
 
 
 def test_every_model_is_under_contract():
@@ -63,13 +81,36 @@ def test_every_parameter_receives_a_finite_gradient(name):
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "shufflenet_v2_x0_5"])
-def test_compiled_equals_eager(name):
+@pytest.mark.parametrize("name", sorted(set(list_models()) - set(test_torchvision.NAMES)))  # those are held to it there
+def test_compiled_equals_eager_whatever_the_batch(name):
+    """A network run operation by operation on one image gives what it gives compiled on that image and another."""
     model = create_model(name, num_classes=7)
-    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    eager, compiled = model.apply(variables, x), jax.jit(model.apply)(variables, x)
-    np.testing.assert_allclose(eager, compiled, rtol=0, atol=1e-5 * float(jnp.abs(eager).max()))
+    height, width, channels = model.input_shape
+    size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
+    x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
+    variables = random_variables(model, x)
+    compiled, eager = jax.jit(model.apply)(variables, x), model.apply(variables, x[:1])
+    assert np.isfinite(compiled).all() and np.abs(compiled[0] - compiled[1]).max() > 1e-3 * np.abs(compiled).max()
+    np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_fill_and_bfloat16(name):
+    """Every fill gives every network logits and the stages of zero padding; stages are computed in bfloat16, all else is float32."""
+    stages = {}
+    for fill in FILLS:
+        model = create_model(name, num_classes=7, padding=fill, dtype=jnp.bfloat16)
+        size = 4000 if fill == "none" else model.input_shape[0]  # without padding DenseNet-201 needs that much
+        x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
+        logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+        maps = jax.eval_shape(functools.partial(model.apply, method="stages"), variables, x)
+        assert logits.shape == (2, 7) and {logits.dtype, *(leaf.dtype for leaf in jax.tree.leaves(variables))} == {jnp.dtype(jnp.float32)}
+        assert {stage.dtype for stage in maps.values()} <= {jnp.dtype(jnp.bfloat16)}
+        stages[fill] = {stage: y.shape for stage, y in maps.items()}
+        if fill == "none":
+            assert list(stages[fill]) == list(stages["zeros"])
+        else:
+            assert stages[fill] == stages["zeros"]
 
 
 @pytest.mark.parametrize("name, size, shapes", [
@@ -126,7 +167,7 @@ def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     assert flipped.shape == whole.shape
 
 
-@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name, last, size", [
     ("vgg11", "block4", 160), ("vgg16_bn", "block4", 160), ("resnet18", "layer2", 160), ("resnet50", "layer2", 160), ("resnext50_32x4d", "layer2", 160),
     ("alexnet", "conv5", 224), ("squeezenet1_0", "fire9", 224), ("squeezenet1_1", "fire9", 224), ("densenet121", "denseblock1", 224),
@@ -141,7 +182,7 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     assert varies > 0.1 if fill in ("zeros", "partial") else varies < 1e-5
 
 
-@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"])
 def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     """Block by block, since without padding the whole needs an image of some two thousand pixels."""

@@ -80,13 +80,15 @@ def test_schedules():
 @pytest.mark.parametrize("schedule, message", [
     ({"name": "stairs"}, "schedule.name='stairs' is not one of constant, step, cosine, plateau"),
     ({"name": "constant"}, "schedule.learning_rate=None"),
-    ({"name": "constant", "learning_rate": 0.1, "factor": 2}, "schedule.factor=2 is not a key"),
+    ({"name": "constant", "learning_rate": 0.1, "gamma": 2}, "schedule.gamma=2 is not a key of schedules; they have learning_rate, warmup"),
     ({"name": "step", "learning_rate": 0.1}, "give one of them"),
     ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
     ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),
     ({"name": "plateau", "learning_rate": 0.1, "factor": 1.0}, "schedule.factor=1.0 is not between 0 and 1"),
     ({"name": "plateau", "learning_rate": 0.1, "mode": "least"}, "schedule.mode='least' is not one of min, max"),
     ({"name": "plateau", "learning_rate": 0.1, "patience": -1}, "schedule.patience=-1"),
+    ({"name": "plateau", "learning_rate": 0.1, "metric": "accuracy"}, "schedule.metric='accuracy' with schedule.mode='min' is not one of"),
+    ({"name": "plateau", "learning_rate": 0.1, "mode": "max"}, "schedule.metric='error' with schedule.mode='max' is not one of"),
 ])
 def test_wrong_schedules(schedule, message):
     with pytest.raises(ValueError, match=message):

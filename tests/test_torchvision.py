@@ -1,5 +1,6 @@
 """Every network that torchvision has, held to torchvision's own outputs (tests/golden) and to real weights."""
 import inspect
+import json
 import pathlib
 
 import flax.traverse_util
@@ -12,6 +13,7 @@ import pytest
 
 from cnnjax import weights
 from cnnjax.models import base, create_model
+from experiments import probe
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
 NAMES = sorted(case.split("/")[0] for case in GOLDEN.files if case.endswith("/keys"))
@@ -55,16 +57,14 @@ def test_keys_and_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
-    """Logits equal the golden ones, and an image's do not depend on its neighbour in the batch."""
+    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same."""
     name, size, _ = case.split("/")
-    apply, variables = jax.jit(create_model(name).apply), golden_variables(create_model(name))
-    images = golden_images(2, int(size))
-    logits = np.asarray(apply(variables, images))
+    model, images = create_model(name), golden_images(2, int(size))
+    variables = golden_variables(model)
+    logits = jax.jit(model.apply)(variables, images)
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
-    images[1] = golden_images(1, int(size), "another input")[0]
-    other = np.asarray(apply(variables, images))
-    assert np.abs(other[0] - logits[0]).max() <= 1e-5 * scale < np.abs(other[1] - logits[1]).max()
+    assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train")])
@@ -99,10 +99,12 @@ def test_training_is_torchvisions(case):
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
-@pytest.mark.parametrize("name", ["alexnet", "densenet121", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnext50_32x4d",
-                                  "shufflenet_v2_x0_5", "squeezenet1_0", "vgg11_bn"])  # one of each family: the others differ in sizes
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"densenet161", "densenet169", "densenet201", "resnet101", "resnet152"}))
 def test_initialisation_has_torchvisions_distributions(name):
-    """Mean, spread and family: a uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500 draws."""
+    """Mean, spread and family: a uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500 draws.
+
+    Left out are the deepest, which take longest to compile and are the same code as DenseNet-121 and ResNet-50.
+    """
     model = create_model(name)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
@@ -142,24 +144,12 @@ def test_squeezenet_with_real_weights(data_dir):
     assert right == 306
 
 
-def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir):
-    """A linear probe on a few hundred images: far above what the same probe gets from the untrained network."""
+def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
+    """The linear probe on a few hundred images: far above what the same probe gets from the untrained network."""
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
-    model = create_model("mobilenet_v2")
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
-        weights.load_torchvision(file, model)
-    loaded = weights.load_torchvision(file, model, missing="classifier")
-    record = np.fromfile(data_dir / "cifar-10-batches-bin" / "test_batch.bin", np.uint8, 600 * 3073).reshape(600, 3073)
-    labels, images = record[:, 0], record[:, 1:].reshape(600, 3, 32, 32).transpose(0, 2, 3, 1)
-    images = jax.image.resize((images / np.float32(255) - MEAN) / STD, (600, 96, 96, 3), "bilinear")
-    features = jax.jit(lambda variables, x: model.apply(variables, x, method="stages", last="stage5")["stage5"].mean((1, 2)))
-
-    def accuracy(variables):
-        x = np.concatenate([features(variables, images[start:start + 100]) for start in range(0, 600, 100)])
-        x = np.pad((x - x.mean(0)) / (x.std(0) + 1e-6), ((0, 0), (0, 1)), constant_values=1)
-        train, test = x[:400], x[400:]
-        answers = test @ np.linalg.solve(train.T @ train + 100 * np.eye(x.shape[1]), train.T @ np.eye(10)[labels[:400]])
-        return (answers.argmax(1) == labels[400:]).mean()
-
-    untrained = jax.jit(model.init)(jax.random.key(0), images[:1])
-    assert accuracy(loaded) > 0.5 > 0.3 > accuracy(untrained)
+        weights.load_torchvision(file, create_model("mobilenet_v2"))
+    probe.main(["--weights", str(file), "--data_dir", str(data_dir), "--workdir", str(tmp_path), "--train", "400", "--test", "400", "--repeats", "1"])
+    trained, untrained = [row["accuracy"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]]
+    assert trained > 0.5 > 0.35 > untrained
+    assert "| ImageNet | " in (tmp_path / "report.md").read_text()

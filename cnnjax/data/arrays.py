@@ -1,4 +1,5 @@
 """Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, scikit-learn's digits."""
+import codecs
 import dataclasses
 import gzip
 import hashlib
@@ -67,7 +68,8 @@ def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) 
 class _ArraysOnly(pickle.Unpickler):
     """Builds NumPy arrays and nothing else, so that a file from strangers cannot run code."""
 
-    _ALLOWED = {("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    _ALLOWED = {("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes in protocol 2
+                ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
                 ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
                 ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
 

@@ -3,9 +3,15 @@
 A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a step gives what an
 uninterrupted one gives from there.
 """
+import atexit
 import functools
+import gc
+import multiprocessing
 import os
 import pathlib
+import signal
+import threading
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -14,6 +20,7 @@ import PIL.Image
 from absl import flags
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_open = weakref.WeakSet()  # streams that may have processes under way
 _SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # ImageNet's labelled test is called validation
 
 
@@ -58,7 +65,7 @@ class Tfds:
         except Exception as error:  # it raises errors of many kinds, and of TensorFlow's absence
             raise ValueError(
                 f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can be read ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); prepare it, where TensorFlow is installed, with: "
+                f"{str(error).strip().partition(chr(10))[0][:200]}); prepare it, where TensorFlow is installed, with: "
                 f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")) from error
         keys = builder.info.supervised_keys
         if not keys or keys[0] not in builder.info.features or not hasattr(builder.info.features[keys[1]], "names"):
@@ -73,6 +80,27 @@ class Tfds:
         record = self._records[index]
         pixels = record[self._image]
         return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB"), int(record[self._label])
+
+
+class Part:
+    """Some of a source's images, by their numbers in it."""
+
+    def __init__(self, source: Folder | Tfds, numbers: np.ndarray):
+        self.classes, self._source, self._numbers = source.classes, source, numbers
+
+    def __len__(self):
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        return self._source[int(self._numbers[index])]
+
+
+def hold_out(source: Folder | Tfds, count: int, seed: int) -> tuple[Part, Part]:
+    """Divides a source by the seed into (the rest, `count` images). Raises `ValueError` if that leaves none."""
+    if not 0 < count < len(source):
+        raise ValueError(f"n_validation={count} is not between 1 and {len(source) - 1}, the training images but one")
+    order = np.random.default_rng([seed, 0]).permutation(len(source))
+    return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
 
 
 def open_source(dataset: str, data_dir: str, split: str) -> Folder | Tfds:
@@ -117,6 +145,11 @@ def _crop(image: PIL.Image.Image, size: int, shorter: int, generator: np.random.
     return image.crop((left, top, left + size, top + size))
 
 
+def centre(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
+    """What evaluation sees of an image: the centre, with the shorter side at `resize`, or at the customary 256/224 of `size` for 0."""
+    return _crop(image, size, resize or round(size * 256 / 224), None)
+
+
 class _Batches:
     """The batches of a source as a sequence: grain's workers each take their steps of it."""
 
@@ -144,12 +177,12 @@ class _Batches:
         images, labels = [], []
         for place, index in enumerate(chosen):
             image, label = self.source[int(index)]
-            if self.resize:
-                image = _crop(image, self.size, self.resize, generators and generators[place])
-            elif self.train:
-                image = _area_crop(image, self.size, generators[place])
+            if generators is None:
+                image = centre(image, self.size, self.resize)
+            elif self.resize:
+                image = _crop(image, self.size, self.resize, generators[place])
             else:
-                image = _crop(image, self.size, round(self.size * 256 / 224), None)  # the customary ratio
+                image = _area_crop(image, self.size, generators[place])
             images.append(np.asarray(image))
             labels.append(label)
         return np.stack(images), np.asarray(labels, np.int32)
@@ -175,13 +208,36 @@ def batches(source, batch_size: int, seed: int, image_size: int, *, resize: int,
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks for flags, which a program that has none never parses
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _closing(iter(stream))
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _start_worker)
+    found = _closing(iter(stream), workers > 0)
+    _open.add(found)
+    return found
 
 
-def _closing(iterator) -> Iterator:
+def _closing(iterator, has_workers: bool) -> Iterator:
     """Ends the worker processes with the stream, or when it is let go of before its end."""
+    images = labels = None
     try:
-        yield from iterator
+        for images, labels in iterator:
+            # Workers' arrays lie in shared memory, which must not outlive the stream.
+            yield (np.array(images), np.array(labels)) if has_workers else (images, labels)
     finally:
         iterator.close()
+        if has_workers:
+            del iterator, images, labels
+            gc.collect()  # grain leaves its iterators in reference cycles, each with semaphores and a batch in shared memory
+
+
+@atexit.register
+def _close_open() -> None:
+    """Closes what is still open while the modules that this needs are there."""
+    for stream in list(_open):
+        stream.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """What a worker process does first: leaves signals, which reach all of a group, to its parent, and ends when that has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()

@@ -3,6 +3,8 @@ import itertools
 
 import ml_collections
 
+from cnnjax.train import schedules
+
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
@@ -17,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
     config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
     config.workers = 2  # processes that decode them
+    config.pixels = "standardised"  # by the data's mean and deviation, or "centred": of 0 to 255, less the mean
     config.augment = ml_collections.ConfigDict({"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0})
     config.mixup = 0.0
     config.test_views = 1  # or 2 with the mirror image, or 10 with corners
@@ -27,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.momentum = 0.9
     config.weight_decay = 0.0
     config.decay_all = True  # False spares biases and normalisation
-    config.schedule = ml_collections.ConfigDict({"name": "constant", "learning_rate": 0.1})
+    config.schedule = ml_collections.ConfigDict({"name": "constant", **schedules.DEFAULTS, "learning_rate": 0.1})
     config.ema_decay = 0.0  # of the average of the parameters that is then evaluated; 0 for none
     config.accumulate = 1  # parts that each device's batch is computed in
     config.epochs = 10

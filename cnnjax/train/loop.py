@@ -47,18 +47,27 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("label_smoothing", "ema_decay", "momentum"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
-    for key, accepted in (("loss", ("cross_entropy",)), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS)):
+    for key, accepted in (("loss", ("cross_entropy",)), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS),
+                          ("pixels", ("standardised", "centred"))):
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
     if config.augment.fill not in augment.FILLS:
         raise ValueError(f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}")
     optimizer(config.optimizer, 0.0)
     learning_rates(config.schedule, 1, config.epochs)
-    if config.schedule.name == "plateau" and not config.n_validation and not _is_streamed(config):
+    if config.schedule.name == "plateau" and not config.n_validation:
         raise ValueError("schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number")
     create_model(config.model, **config.model_fields)
     if not _is_streamed(config):
         arrays.check_name(config.dataset)
+    if config.test_views == 10 and (not _is_streamed(config) or 0 < config.resize <= config.image_size):
+        raise ValueError("test_views=10 takes corners, which needs a streamed dataset and a resize above image_size: "
+                         f"dataset={config.dataset!r}, resize={config.resize}, image_size={config.image_size}")
+
+
+def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
+    """What pixels of 0 to 1 are normalised by."""
+    return np.float32(mean), np.float32(std if config.pixels == "standardised" else np.full(len(std), 1 / 255))
 
 
 class _Resident:
@@ -68,7 +77,7 @@ class _Resident:
         self.config, self.parallel = config, parallel
         self.data = arrays.load(config.dataset, config.data_dir, config.n_validation, config.seed)
         self.classes, self.count, self.shape = self.data.classes, len(self.data.train.images), self.data.train.images.shape[1:]
-        self.moments = parallel.replicate(arrays.normalisation(self.data.train.images))
+        self.moments = parallel.replicate(_moments(config, *arrays.normalisation(self.data.train.images)))
         self._placed = parallel.replicate(tuple(self.data.train))
         self._epoch, self._order = None, None
         self._seconds = []  # of one step, call by call
@@ -87,10 +96,13 @@ class _Resident:
         self._seconds = [*self._seconds, (time.monotonic() - began) / (last - first)][-3:]
         return state, last
 
-    def evaluation(self, name: str):
-        """A split's batches of images and its labels; None where there is no such split."""
-        split = getattr(self.data, name)
-        return split and (evaluate.batches_of(split.images, self.config.batch_size), split.labels)
+    def evaluation(self, name: str, views: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+        """A split's batches of images and labels, in order; None where there is no such split."""
+        split, size = getattr(self.data, name), self.config.batch_size
+        return split and zip(evaluate.batches_of(split.images, size), evaluate.batches_of(split.labels, size))
+
+    def test_images(self, numbers: np.ndarray) -> np.ndarray:
+        return self.data.test.images[numbers]
 
 
 class _Streamed:
@@ -99,29 +111,36 @@ class _Streamed:
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.sources = {name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
+        if config.n_validation:
+            self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation, config.seed)
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.shape = (config.image_size, config.image_size, 3)
-        self.moments = parallel.replicate((np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)))
+        self.moments = parallel.replicate(_moments(config, augment.IMAGENET_MEAN, augment.IMAGENET_STD))
         self._batches = None
 
-    def _read(self, name: str, **options):
-        return stream.batches(self.sources[name], self.config.batch_size, self.config.seed, self.config.image_size,
-                              resize=self.config.resize, workers=self.config.workers, **options)
+    def _read(self, name: str, size: int, **options):
+        return stream.batches(self.sources[name], self.config.batch_size, self.config.seed, size, resize=self.config.resize,
+                              workers=self.config.workers, **options)
 
     def advance(self, recipe, state, rates, numbers, first: int, last: int):
         if self._batches is None:
             steps = range(first, self.config.epochs * (self.count // self.config.batch_size))
-            self._batches = self._read("train", train=True, steps=steps, process_index=jax.process_index(),
+            self._batches = self._read("train", self.config.image_size, train=True, steps=steps, process_index=jax.process_index(),
                                        process_count=jax.process_count())
         images, labels = self.parallel.share(next(self._batches))
         per_epoch = np.int32(self.count // self.config.batch_size)
         return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1
 
-    def evaluation(self, name: str):
-        if name != "test":
+    def evaluation(self, name: str, views: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+        """As `_Resident.evaluation`, but the training images are not gone through again; of ten views, the corners are to be had."""
+        if name == "train" or name not in self.sources:
             return None
-        pairs = list(self._read("test", train=False))
-        return (images for images, _ in pairs), np.concatenate([labels for _, labels in pairs])
+        size = self.config.image_size
+        return self._read(name, size if views < 10 else self.config.resize or round(size * 256 / 224), train=False)
+
+    def test_images(self, numbers: np.ndarray) -> np.ndarray:
+        size, source = self.config.image_size, self.sources["test"]
+        return np.stack([np.asarray(stream.centre(source[int(number)][0], size, self.config.resize)) for number in numbers])
 
 
 @contextlib.contextmanager
@@ -168,13 +187,19 @@ class _Run:
 
     def score(self, state, name: str, views: int = 1):
         """The score on a split, in evaluation mode, and the logits and labels; None where there is no such split."""
-        found = self.data.evaluation(name)
-        if found is None:
+        pairs, labels = self.data.evaluation(name, views), []
+        if pairs is None:
             return None
-        batches, labels = found
+
+        def batches():
+            for images, theirs in pairs:
+                labels.append(theirs)
+                yield images
+
         variables = {"params": state.ema if self.recipe.ema else state.params, "batch_stats": state.batch_stats}
-        outputs = evaluate.predict(self.parallel, self.model, variables, self.data.moments, batches, self.config.batch_size,
+        outputs = evaluate.predict(self.parallel, self.model, variables, self.data.moments, batches(), self.config.batch_size,
                                    evaluate.averaged(views))
+        labels = np.concatenate(labels)
         return evaluate.score(self.config.loss, outputs, labels), outputs, labels
 
     def end_epoch(self, state, seconds: float) -> None:
@@ -187,7 +212,8 @@ class _Run:
         if scored := self.score(state, "validation"):
             line |= {f"validation_{name}": value for name, value in scored[0].items()}
             if self.plateau:
-                self.plateau.update(line["validation_error"])
+                watched = line | {"validation_accuracy": 1 - line["validation_error"]}
+                self.plateau.update(watched[f"validation_{self.config.schedule.metric}"])
         self.history.append(line)
         self.seconds += seconds
         left = self.seconds / epoch * (self.config.epochs - epoch)
@@ -245,14 +271,9 @@ def _write_mistakes(folder: pathlib.Path, data, outputs: np.ndarray, labels: np.
     predicted, confidence = outputs.argmax(-1), shifted.max(-1) / shifted.sum(-1)
     wrong = np.flatnonzero(predicted != labels)
     shown = wrong[np.argsort(-confidence[wrong])][:_MISTAKES]
-    batches, _ = data.evaluation("test")
-    kept, start = {}, 0
-    for images in batches:
-        kept |= {index: images[index - start] for index in shown if start <= index < start + len(images)}
-        start += len(images)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, labels=labels, predicted=predicted, confidence=confidence, shown=shown,
-                        images=np.stack([kept[index] for index in shown]) if len(shown) else np.zeros((0, 1, 1, 1), np.uint8))
+                        images=data.test_images(shown) if len(shown) else np.zeros((0, 1, 1, 1), np.uint8))
     workdir.write(folder / "test.npz", buffer.getvalue())
 
 

@@ -6,31 +6,36 @@ from collections.abc import Mapping
 import numpy as np
 import optax
 
-# Each schedule's own keys and their defaults; every one has `learning_rate` and `warmup_epochs`.
-SCHEDULES = {
-    "constant": {},
-    "step": {"factor": 0.1, "epochs": (), "every": 0},
-    "cosine": {},
-    "plateau": {"factor": 0.1, "patience": 10, "mode": "min", "threshold": 1e-4, "threshold_mode": "rel", "cooldown": 0, "min_lr": 0.0},
+NAMES = ("constant", "step", "cosine", "plateau")
+# Keys of all schedules, so that a configuration can change from one to another; each looks at its own.
+DEFAULTS = {
+    "learning_rate": None, "warmup_epochs": 0,
+    "factor": 0.1,  # of step and plateau
+    "epochs": (), "every": 0,  # of step: one of them
+    "metric": "error", "patience": 10, "mode": "min", "threshold": 1e-4, "threshold_mode": "rel", "cooldown": 0,  # of plateau
+    "min_lr": 0.0,
 }
 
 
 def settings(schedule: Mapping) -> dict:
-    """A schedule's settings with its defaults. Raises `ValueError` for a wrong name, key or value."""
+    """A schedule's settings with their defaults. Raises `ValueError` for a wrong name, key or value."""
     name = schedule.get("name")
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule.name={name!r} is not one of {', '.join(SCHEDULES)}")
-    defaults = {"learning_rate": None, "warmup_epochs": 0} | SCHEDULES[name]
+    if name not in NAMES:
+        raise ValueError(f"schedule.name={name!r} is not one of {', '.join(NAMES)}")
     for key in schedule:
-        if key != "name" and key not in defaults:
-            raise ValueError(f"schedule.{key}={schedule[key]!r} is not a key of schedule.name={name!r}; it has {', '.join(defaults)}")
-    found = defaults | {key: schedule[key] for key in schedule if key != "name"}
+        if key != "name" and key not in DEFAULTS:
+            raise ValueError(f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(DEFAULTS)}")
+    found = DEFAULTS | dict(schedule)
     if found["learning_rate"] is None or not found["learning_rate"] >= 0:
         raise ValueError(f"schedule.learning_rate={found['learning_rate']!r} is not a number of at least 0")
     if found["warmup_epochs"] < 0:
         raise ValueError(f"schedule.warmup_epochs={found['warmup_epochs']!r} is not a number of at least 0")
     if name == "plateau":
         Plateau(**{field.name: found[field.name] for field in dataclasses.fields(Plateau)})
+        modes = {"error": "min", "loss": "min", "accuracy": "max"}  # of the validation images
+        if modes.get(found["metric"]) != found["mode"]:
+            raise ValueError(f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is not one of "
+                             + ", ".join(f"{metric!r} with {mode!r}" for metric, mode in modes.items()))
     if name == "step":
         epochs = list(found["epochs"])
         if not 0 < found["factor"]:

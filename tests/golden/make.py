@@ -5,11 +5,12 @@
 A CPU-only PyTorch has none of torchvision's compiled operators, which no classifier uses; where importing torchvision
 fails for want of `torchvision::nms`, declare their signatures first.
 
-Per network `name` and image size: "name/size/eval" holds logits in evaluation mode; "name/size/train" the logits of the last
-of three forward passes in training mode, without dropout, on three inputs; "name/size/statistics" a digest of each running
-statistic after them, in the order of the state dict; "name/size/aux" the auxiliary logits of the last pass, where there are
-any. "name/keys" is the text of the state dict's keys and shapes; "name/moments" the mean, standard deviation and largest
-magnitude of each parameter that is newly initialised.
+Per network `name` and image size, all computed in float64, so that only the network's own rounding is left to see:
+"name/size/eval" holds logits in evaluation mode; "name/size/train" the logits of the last of three forward passes in training
+mode, without dropout, on three inputs; "name/size/statistics" a digest of each running statistic after them, in the order of
+the state dict; "name/size/aux" the auxiliary logits of the last pass, where there are any. "name/keys" is the text of the
+state dict's keys and shapes; "name/moments" the mean, standard deviation and largest magnitude of each parameter that is newly
+initialised.
 """
 import pathlib
 
@@ -45,6 +46,10 @@ def fill(model) -> None:
             value.copy_(torch.from_numpy(formula.parameter(key, tuple(value.shape))))
 
 
+def images(batch: int, size: int, key: str = "input"):
+    return torch.from_numpy(formula.images(batch, size, key)).double()
+
+
 @torch.no_grad()
 def main() -> None:
     golden = {"versions": np.array(f"torch {torch.__version__}, torchvision {torchvision.__version__}")}
@@ -57,12 +62,12 @@ def main() -> None:
                  if not key.endswith("num_batches_tracked")]
         golden[f"{name}/keys"] = np.frombuffer("\n".join(lines).encode(), np.uint8)
         for size in [SIZES.get(name, 97), *(size for other, size in LARGE if other == name)]:
-            fill(model)
-            golden[f"{name}/{size}/eval"] = model.eval()(torch.from_numpy(formula.images(2, size))).numpy()
+            fill(model.double())
+            golden[f"{name}/{size}/eval"] = model.eval()(images(2, size)).numpy()
         size = TRAIN_SIZES.get(name, SIZES.get(name, 97))
         model.train()
         for step in range(3):
-            output = model(torch.from_numpy(formula.images(TRAIN_BATCHES.get(name, 2), size, f"input {step}")))
+            output = model(images(TRAIN_BATCHES.get(name, 2), size, f"input {step}"))
         logits = output if isinstance(output, torch.Tensor) else output.logits
         golden[f"{name}/{size}/train"] = logits.numpy()
         for field, attribute in (("aux1", "aux_logits1"), ("aux2", "aux_logits2"), ("AuxLogits", "aux_logits")):
@@ -72,7 +77,8 @@ def main() -> None:
         if running:
             golden[f"{name}/{size}/statistics"] = np.array(running, np.float32)
         print(name, size, float(logits.abs().max()), flush=True)
-    np.savez_compressed(pathlib.Path(__file__).with_name("torchvision.npz"), **golden)
+    arrays = {key: value.astype(np.float32) if value.dtype == np.float64 else value for key, value in golden.items()}
+    np.savez_compressed(pathlib.Path(__file__).with_name("torchvision.npz"), **arrays)
 
 
 if __name__ == "__main__":

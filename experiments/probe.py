@@ -1,0 +1,112 @@
+"""What MobileNetV2's ImageNet features know of CIFAR-10: a linear probe on them, beside the same probe on untrained features.
+
+    python -m experiments.probe --weights FILE --data_dir data --workdir runs/probe [--train 10000] [--size 96] [--repeats 3]
+
+FILE holds torchvision's features of MobileNetV2, with or without the classifier, which is not used. Images are resized to
+`size` pixels; the probe is ridge regression on the 1280 pooled features, its strength chosen on a fifth of the training
+images, held out, and the test set is read once per probe. Every repetition has training images of its own. Writes report.md
+and probe.json.
+"""
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax import backend, report, weights, workdir
+from cnnjax.data import arrays, augment
+from cnnjax.models import Network, create_model
+from cnnjax.progress import progress
+from cnnjax.train import evaluate
+from cnnjax.train.parallel import Parallel
+
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
+_BATCH = 100
+
+
+def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
+    """MobileNetV2 whose logits are its pooled features, with a file's weights, or untrained without one."""
+    model = create_model("mobilenet_v2", num_classes=1280)
+    if path is None:
+        variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.input_shape)))
+    else:
+        variables = weights.load_torchvision(path, model, missing="classifier")
+    return model, variables | {"params": variables["params"] | {"classifier.1": {"kernel": jnp.eye(1280), "bias": jnp.zeros(1280)}}}
+
+
+def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> np.ndarray:
+    """Features [n, 1280] of uint8 images, resized to `size` pixels."""
+    def resized(model, variables, images):
+        return model.apply(variables, jax.image.resize(images, (len(images), size, size, 3), "bilinear"))
+
+    parallel = Parallel()
+    variables, moments = parallel.replicate((variables, (np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD))))
+    with progress(len(images), "images") as done:
+        def batches():
+            for batch in evaluate.batches_of(images, _BATCH):
+                yield batch
+                done(len(batch))
+        return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, resized)
+
+
+def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> tuple[float, float]:
+    """The accuracy of ridge regression on standardised features, and the strength that a held-out fifth chose."""
+    def fit(x, y, strength):
+        mean, std = x.mean(0), x.std(0)
+        std = np.where(std > 1e-6 * std.max(), std, np.inf)  # a constant feature says nothing
+        x = (x - mean) / std
+        goal = np.eye(10)[y]
+        w = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (goal - goal.mean(0)))
+        return lambda z: ((z - mean) / std @ w + goal.mean(0)).argmax(1)
+
+    train, test = train.astype(np.float64), test.astype(np.float64)
+    part = len(train) * 4 // 5
+    held_out = {strength: (fit(train[:part], labels[:part], strength)(train[part:]) == labels[part:]).mean() for strength in STRENGTHS}
+    strength = max(held_out, key=held_out.get)
+    return float((fit(train, labels, strength)(test) == test_labels).mean()), strength
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=pathlib.Path, required=True, help="a safetensors file with torchvision's names")
+    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/probe"), help="where to write (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=10_000, help="training images of one probe (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=10_000, help="test images (default: all %(default)s)")
+    parser.add_argument("--size", type=int, default=96, help="pixels that images are resized to (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="probes, each on other training images (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    backend.start()
+    try:
+        data = arrays.load("cifar10", options.data_dir)
+        networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    wanted, at_hand = options.train * options.repeats, [len(split.images) for split in (data.train, data.test)]
+    if not (50 <= options.train and 1 <= options.repeats and wanted <= at_hand[0] and 1 <= options.test <= at_hand[1]):
+        raise SystemExit(f"error: train={options.train} times repeats={options.repeats} and test={options.test} do not fit: CIFAR-10 "
+                         f"has {at_hand[0]} training and {at_hand[1]} test images, and a probe needs 50")
+    order = np.random.default_rng(0).permutation(len(data.train.images))[:wanted]
+    test_labels, rows = data.test.labels[:options.test], []
+    for name, network in networks.items():
+        train, test = (extract(*network, images, options.size) for images in (data.train.images[order], data.test.images[:options.test]))
+        for number, part in enumerate(np.split(np.arange(wanted), options.repeats)):
+            accuracy, strength = probe(train[part], data.train.labels[order][part], test, test_labels)
+            rows.append({"weights": name, "repetition": number, "accuracy": accuracy, "strength": strength})
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(options.workdir / "probe.json", {"train": options.train, "test": options.test, "size": options.size, "rows": rows})
+    lines = []
+    for name in networks:
+        found, strengths = zip(*((row["accuracy"], f"{row['strength']:g}") for row in rows if row["weights"] == name))
+        spread = f"{100 * np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
+        lines.append([name, f"{100 * np.mean(found):.2f}", spread, str(len(found)), ", ".join(strengths)])
+    text = (f"# A linear probe on MobileNetV2's features\n\nCIFAR-10 at {options.size} px, {options.train:,} training and "
+            f"{options.test:,} test images; accuracy in percent, over disjoint sets of training images.\n\n")
+    table = report.table(["weights", "mean", "std", "n", "strengths chosen"], lines)
+    workdir.write(options.workdir / "report.md", text + table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

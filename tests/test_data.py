@@ -1,0 +1,291 @@
+"""Data sets come from their original files, in every published layout, whole or not at all."""
+import dataclasses
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from cnnjax.data import arrays
+
+
+def test_cifar10_is_the_published_one(data_dir):
+    found = arrays.load("cifar10", str(data_dir))
+    for split, each in ((found.train, 5000), (found.test, 1000)):
+        assert split.images.shape == (10 * each, 32, 32, 3) and split.images.dtype == np.uint8
+        assert np.bincount(split.labels).tolist() == [each] * 10
+    mean, std = arrays.normalisation(found.train.images)
+    np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=5e-5)  # as printed everywhere
+    np.testing.assert_allclose(std, [0.2470, 0.2435, 0.2616], atol=5e-5)
+
+
+def test_mnist_is_the_published_one(data_dir):
+    found = arrays.load("mnist", str(data_dir))
+    assert found.train.images.shape == (60_000, 28, 28, 1) and found.test.images.shape == (10_000, 28, 28, 1)
+    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and found.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    np.testing.assert_allclose(arrays.normalisation(found.train.images), [[0.1307], [0.3081]], atol=5e-5)
+
+
+def test_the_default_needs_no_file():
+    found = arrays.load("digits", "/nowhere")
+    assert found.train.images.shape == (1437, 8, 8, 1) and found.test.images.shape == (360, 8, 8, 1)
+    assert found.train.images.max() == 255 and found.validation is None
+
+
+# ------------------------------------------------------------------ every layout, on small files made here
+
+RANDOM = np.random.default_rng(0)
+IMAGES = RANDOM.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+LABELS = RANDOM.permutation(np.arange(20) % 10).astype(np.int32)
+ROWS = IMAGES.transpose(0, 3, 1, 2).reshape(20, 3072)
+SMALL = dataclasses.replace(arrays.DATASETS["cifar10"], counts=(15, 5))
+FINE = dataclasses.replace(arrays.DATASETS["cifar100"], counts=(15, 5))
+
+
+def binary(first, last, coarse=False):
+    labels = LABELS[first:last, None].astype(np.uint8)
+    return np.concatenate([labels // 2, labels, ROWS[first:last]] if coarse else [labels, ROWS[first:last]], 1).tobytes()
+
+
+def python(first, last, key=b"labels"):
+    return pickle.dumps({b"batch_label": b"x", key: LABELS[first:last].tolist(), b"data": ROWS[first:last]}, protocol=2)
+
+
+def batches(is_binary):
+    make, suffix = (binary, ".bin") if is_binary else (python, "")
+    parts = {f"data_batch_{n + 1}{suffix}": make(3 * n, 3 * n + 3) for n in range(5)}
+    return parts | {f"test_batch{suffix}": make(15, 20)}
+
+
+def fine_batches(is_binary):
+    if is_binary:
+        return {"train.bin": binary(0, 15, coarse=True), "test.bin": binary(15, 20, coarse=True)}
+    return {"train": python(0, 15, b"fine_labels"), "test": python(15, 20, b"fine_labels")}
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def archive(path, folder, files):
+    with tarfile.open(path, "w:gz") as file:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+
+def assert_ours(found):
+    for split, part in zip(found, (slice(0, 15), slice(15, 20))):
+        np.testing.assert_array_equal(split.images, IMAGES[part])
+        np.testing.assert_array_equal(split.labels, LABELS[part])
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+@pytest.mark.parametrize("source, make", [(SMALL, batches), (FINE, fine_batches)])
+@pytest.mark.parametrize("place", ["folder", "itself", "archive"])
+def test_cifars_layouts(tmp_path, source, make, is_binary, place):
+    folder = source.binary if is_binary else source.python
+    if place == "archive":
+        archive(tmp_path / source.archives[0 if is_binary else 1].name, folder, make(is_binary))
+    else:
+        write(tmp_path / folder if place == "folder" else tmp_path, make(is_binary))
+    assert_ours(source.read(tmp_path))
+
+
+def idx(values):
+    return bytes((0, 0, 8, values.ndim)) + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+
+
+def small_idx(url="http://localhost:1/"):
+    """MNIST's layout with 15 and 5 images, its four files' contents, compressed, and a source that knows their hashes."""
+    files = {}
+    for part, where in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
+        files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[where, ..., 0]))
+        files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(LABELS[where].astype(np.uint8)))
+    entries = tuple(arrays.File(name, (url + name,), hashlib.md5(content).hexdigest()) for name, content in files.items())
+    return dataclasses.replace(arrays.DATASETS["mnist"], files=entries, counts=(15, 5), shape=(32, 32, 1)), files
+
+
+@pytest.mark.parametrize("place", ["mnist", "MNIST/raw", ""])
+def test_mnists_layout_compressed_or_not(tmp_path, place):
+    source, files = small_idx()
+    write(tmp_path / place, files)
+    np.testing.assert_array_equal(source.read(tmp_path)[0].images, IMAGES[:15, ..., :1])
+    if place:
+        for name in files:
+            (tmp_path / place / name).unlink()
+        write(tmp_path / place, {name.removesuffix(".gz"): gzip.decompress(content) for name, content in files.items()})
+        np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
+
+
+# ------------------------------------------------------------------ files that are not as published
+
+def test_a_pickle_runs_nothing(tmp_path):
+    marker = tmp_path / "ran"
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {marker}",))})
+    for content in ({b"data": evil(), b"labels": [1]}, evil()):
+        with pytest.raises(ValueError, match="not a CIFAR batch in the Python layout: UnpicklingError: it asks for .*system") as caught:
+            arrays.read_cifar_pickle(pickle.dumps(content, protocol=2), "batch", 1)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_damage_is_named(tmp_path):
+    write(tmp_path / SMALL.binary, batches(True))
+    path = tmp_path / SMALL.binary / "data_batch_3.bin"
+    whole = path.read_bytes()
+    for content, message in ((whole[:-1], r"data_batch_3 holds 9,218 bytes of data where \[3, 3073\] are 9,219"), (whole + b"x", "9,220 bytes")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            SMALL.read(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks data_batch_3.bin; it has other batches"):
+        SMALL.read(tmp_path)
+
+
+def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
+    files = batches(True)
+    files["data_batch_2.bin"] = bytes([10]) + files["data_batch_2.bin"][1:]
+    write(tmp_path / SMALL.binary, files)
+    monkeypatch.setitem(arrays.DATASETS, "cifar10", SMALL)
+    with pytest.raises(ValueError, match="the training labels of cifar10 in data_dir=.* to 10; expected 0 to 9"):
+        arrays.load("cifar10", str(tmp_path))
+
+
+def test_a_damaged_gzip_and_a_wrong_header_are_named(tmp_path):
+    source, files = small_idx()
+    write(tmp_path / "mnist", files)
+    name = "t10k-images-idx3-ubyte.gz"
+    (tmp_path / "mnist" / name).write_bytes(files[name][:-3])
+    with pytest.raises(ValueError, match=f"{name} has the MD5 hash .*, and the published file has"):
+        source.read(tmp_path)
+    with pytest.raises(ValueError, match="x begins with .*; the IDX header of unsigned bytes"):
+        arrays.read_idx(idx(IMAGES[:15, ..., 0]), "x", (14, 32, 32))
+
+
+def test_an_archive_with_something_else_than_a_file_is_refused(tmp_path):
+    path = tmp_path / SMALL.archives[0].name
+    with tarfile.open(path, "w:gz") as file:
+        member = tarfile.TarInfo(f"{SMALL.binary}/data_batch_1.bin")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        file.addfile(member)
+    with pytest.raises(ValueError, match="as something other than a file"):
+        SMALL.read(tmp_path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="not the whole published archive"):
+        SMALL.read(tmp_path)
+
+
+@pytest.mark.parametrize("reader, content", [
+    (lambda data: arrays.read_idx(data, "x", (15, 32, 32)), idx(IMAGES[:15, ..., 0])),
+    (lambda data: arrays.read_cifar_binary(data, "x", 3), binary(0, 3)),
+    (lambda data: arrays.read_cifar_pickle(data, "x", 3), python(0, 3)),
+])
+def test_readers_of_mutated_files_raise_nothing_but_value_errors(reader, content):
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(1000):
+        mutated = bytearray(content)
+        for place in generator.integers(0, min(len(content), generator.choice([60, len(content)])), generator.integers(1, 5)):
+            mutated[place] = generator.integers(256)
+        try:
+            reader(bytes(mutated[:generator.integers(len(content)) if generator.random() < 0.2 else None]))
+        except ValueError:
+            refused += 1
+    assert refused > 150
+
+
+# ------------------------------------------------------------------ downloads
+
+@pytest.fixture
+def server():
+    """Serves `files`, and breaks off after `cut` bytes of any; yields (its address, files, settings)."""
+    files, settings = {}, {"cut": None}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = files.get(self.path[1:])
+            if content is None:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:settings["cut"]])
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://localhost:{running.server_address[1]}/", files, settings
+        running.shutdown()
+
+
+def test_absent_files_are_downloaded_once(tmp_path, server):
+    address, served, _ = server
+    source, files = small_idx(address)
+    served |= files
+    np.testing.assert_array_equal(source.read(tmp_path)[0].images, IMAGES[:15, ..., :1])
+    assert sorted(path.name for path in (tmp_path / "mnist").iterdir()) == sorted(files)
+    served.clear()
+    np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
+
+
+def test_a_second_address_serves_where_the_first_does_not(tmp_path, server):
+    address, served, _ = server
+    source, files = small_idx(address)
+    served |= files
+    source = dataclasses.replace(source, files=tuple(file._replace(urls=("http://localhost:1/x", *file.urls)) for file in source.files))
+    np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
+
+
+@pytest.mark.parametrize("fault", ["cut", "other", "absent", "unreachable"])
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, fault):
+    address, served, settings = server
+    source, files = small_idx("http://localhost:1/" if fault == "unreachable" else address)
+    served |= {} if fault == "absent" else {name: gzip.compress(b"another file") for name in files} if fault == "other" else files
+    settings["cut"] = 50 if fault == "cut" else None
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded .*http://localhost.*; put it there by hand") as caught:
+        source.read(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ------------------------------------------------------------------ validation
+
+def test_the_held_out_images_are_balanced_and_the_same_each_time():
+    found, again, other = (arrays.load("digits", n_validation=101, seed=seed) for seed in (0, 0, 1))
+    assert len(found.train.labels) == 1437 - 101 and len(found.validation.labels) == 101
+    assert set(np.bincount(found.validation.labels)) == {10, 11}
+    np.testing.assert_array_equal(found.validation.images, again.validation.images)
+    assert (found.validation.images != other.validation.images).any()
+    whole = arrays.load("digits").train
+    mask = arrays.hold_out(whole.labels, 101, 0)
+    np.testing.assert_array_equal(found.train.images, whole.images[~mask])  # in their order
+    np.testing.assert_array_equal(found.validation.images, whole.images[mask])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"name": "cifar11"}, "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, tfds:NAME, folder"),
+    ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 0 and 1436"),
+    ({"name": "digits", "n_validation": 1436}, "n_validation=1436 asks for 144 images of class"),
+])
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        arrays.load(**arguments)
+
+
+def test_normalisation_is_numpys():
+    mean, std = arrays.normalisation(IMAGES)
+    np.testing.assert_allclose(mean, (IMAGES / 255).mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, (IMAGES / 255).std((0, 1, 2)), rtol=1e-6)
