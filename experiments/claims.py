@@ -22,9 +22,10 @@ from cnnjax import backend, summary, workdir
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.mlp import MLP
-from cnnjax.nn import FILLS, Conv, Dense, conv, local_response_norm, max_pool
+from cnnjax.nn import Conv, Dense, conv, local_response_norm, max_pool
 from cnnjax.weights import variable_shapes
 
+FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial")  # those that the lectures' section on padding is held against
 HOLDS, READING, WRONG = "holds", "holds under a stated reading", "wrong"
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from cnnjax import sweep
 from cnnjax.train import loop
+from cnnjax.train.parallel import Parallel
 from experiments import mlp_vs_convnet
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -64,6 +65,16 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colours, tmp_path):
     assert {"validation_loss", "validation_error"} <= results["history"][0].keys() and results["final"]["test_error"] < 0.5
     with np.load(tmp_path / "test.npz") as kept:
         assert len(kept["labels"]) == 12 and kept["images"].shape[0] == (kept["labels"] != kept["predicted"]).sum()
+
+
+def test_splits_of_other_classes_are_refused(colours, tmp_path):
+    (tmp_path / "train").symlink_to(colours / "train")
+    (tmp_path / "val" / "red").mkdir(parents=True)
+    (tmp_path / "val" / "red" / "0.png").write_bytes((colours / "val" / "red" / "0.png").read_bytes())
+    config = importlib.import_module("configs.resnet50_imagenet").get_config()
+    config.data_dir = str(tmp_path)
+    with pytest.raises(ValueError, match="the test split has the classes red, and the training split blue, red; expected the same"):
+        loop._Streamed(config, Parallel("jit"))
 
 
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):

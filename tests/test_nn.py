@@ -1,4 +1,6 @@
 """Convolution, pooling and padding: algebra and comparison with the native operations."""
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,8 +107,10 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
 
 def test_branches_are_joined_about_their_centres():
     x = normal(0, 1, 7, 9, 2)
-    joined = cnn.concatenate([x, x[:, 1:-1], x[:, 2:-2, 1:-1]])
-    np.testing.assert_array_equal(joined, jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3)))
+    parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
+    np.testing.assert_array_equal(cnn.concatenate(parts, "none"), jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3)))
+    framed = [np.pad(part, ((0, 0), *(((a - b) // 2,) * 2 for a, b in zip(x.shape[1:3], part.shape[1:3])), (0, 0))) for part in parts]
+    np.testing.assert_array_equal(cnn.concatenate(parts, "full"), np.concatenate(framed, 3))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 5), (6, 4, 5, 3), (16, 2, 2, 7), (8, 4)])
@@ -119,10 +123,65 @@ def test_channel_sums(shape):
 
 def test_fills_are_what_the_documentation_shows():
     row = jnp.asarray([1.0, 2, 3, 4]).reshape(1, 1, 4, 1)
-    shown = {"zeros": "00123400", "none": "1234", "reflect": "32123432", "replicate": "11123444", "circular": "34123412", "partial": "00123400"}
-    assert tuple(shown) == cnn.FILLS
+    shown = {"zeros": "00123400", "none": "1234", "reflect": "32123432", "replicate": "11123444", "circular": "34123412", "partial": "00123400",
+             "mean": "22123422", "interpolate": "11122334", "full": "00123400", "one-sided": "00001234"}
+    assert {*shown, "random"} == {*cnn.FILLS}
     for fill, digits in shown.items():
         assert "".join(str(int(v)) for v in cnn.pad(row, (0, 2), fill).ravel()) == digits
+    assert cnn.pad(row, (0, 2), "mean")[0, 0, 0, 0] == 2.5
+    np.testing.assert_allclose(cnn.pad(row, (0, 2), "interpolate").ravel(), np.linspace(1, 4, 8), rtol=1e-6)
+
+
+def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
+    x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
+    for fill in ("mean", "interpolate"):
+        constant = cnn.conv(jnp.ones_like(x), kernel, padding=1, fill=fill)
+        assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
+        run = lambda x, kernel, fill=fill: cnn.conv(x, kernel, padding=1, fill=fill)
+        np.testing.assert_allclose(run(x[:, ::-1, ::-1], kernel[::-1, ::-1]), run(x, kernel)[:, ::-1, ::-1], atol=1e-5)
+        np.testing.assert_allclose(cnn.pad(x + 3, (1, 2), fill), cnn.pad(x, (1, 2), fill) + 3, atol=1e-5)
+    assert np.array_equal(cnn.pad(x, (1, 2), "mean")[:, 1:-1, 2:-2], x)
+
+
+def test_random_draws_a_border_of_the_maps_own_moments():
+    x = 5 + 2 * normal(0, 2, 64, 64, 3)
+    padded, again, other = (cnn.pad(x, (40, 40), "random", key=jax.random.key(seed)) for seed in (0, 0, 1))
+    assert np.array_equal(padded, again) and np.array_equal(padded[:, 40:-40, 40:-40], x)
+    assert not np.any(np.all(padded[:, :40] == other[:, :40], axis=-1)) and not np.any(padded[0, :40] == padded[1, :40])
+    border = np.concatenate([padded[:, :40].reshape(-1, 3), padded[:, -40:].reshape(-1, 3)])
+    np.testing.assert_allclose(border.mean(0), 5, atol=0.1)
+    np.testing.assert_allclose(border.std(0), 2, atol=0.1)
+    with pytest.raises(ValueError, match="padding='random' draws noise: a network needs rngs="):
+        cnn.pad(x, (1, 1), "random")
+    layer = cnn.Conv(4, 3, padding=1, fill="random")
+    variables = layer.init(jax.random.key(0), x)
+    draws = [layer.apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1)]
+    assert np.array_equal(draws[0][:, 1:-1, 1:-1], draws[1][:, 1:-1, 1:-1]) and not np.array_equal(*draws)
+    with pytest.raises(ValueError, match="padding='random' draws noise"):
+        layer.apply(variables, x)
+
+
+def test_full_brings_every_weight_to_every_pixel():
+    """What Kayhan and van Gemert ask of it: wherever a pixel is, its responses are the same, so that sums and maxima do not know the place."""
+    kernel = normal(1, 3, 5, 2, 4)
+    for stride, dilation in ((1, 1), (1, 2)):
+        run = lambda x, s=stride, d=dilation: cnn.conv(x, kernel, stride=s, dilation=d, padding=0, fill="full")
+        x = normal(0, 1, 8, 9, 2)
+        y = run(x)
+        assert y.shape[1:3] == (8 + dilation * 2, 9 + dilation * 4)
+        np.testing.assert_allclose(y.sum((1, 2)), jnp.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
+        corners = [jnp.zeros((1, 8, 9, 2)).at[0, i, j].set(1.0) for i, j in ((0, 0), (3, 4), (7, 8))]
+        for corner in corners:
+            assert np.array_equal(jnp.sort(run(corner).ravel()), jnp.sort(run(corners[0]).ravel()))
+
+
+def test_one_sided_is_zeros_moved_by_the_amount():
+    x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
+    one, both = (cnn.conv(x, kernel, padding=1, fill=fill) for fill in ("one-sided", "zeros"))
+    assert one.shape == both.shape
+    np.testing.assert_allclose(one[:, 1:, 1:], both[:, :-1, :-1], atol=1e-5)
+    pooled = cnn.max_pool(x, 3, 1, 1, fill="one-sided")
+    assert np.array_equal(pooled[:, 1:, 1:], cnn.max_pool(x, 3, 1, 1)[:, :-1, :-1])
 
 
 def test_circular_convolution_commutes_with_roll():
@@ -135,16 +194,17 @@ def test_circular_convolution_commutes_with_roll():
 @pytest.mark.parametrize("fill", cnn.FILLS)
 def test_which_fills_show_the_border_of_a_constant_image(fill):
     ones, kernel = jnp.ones((1, 6, 6, 1)), normal(0, 3, 3, 1, 1)
-    assert (np.ptp(cnn.conv(ones, kernel, padding=1, fill=fill)) > 0.1) == (fill in ("zeros", "partial"))
+    conv = functools.partial(cnn.conv, padding=1, fill=fill, key=jax.random.key(0))
+    assert (np.ptp(conv(ones, kernel)) > 0.1) == (fill in ("zeros", "partial", "full", "one-sided"))
     box = jnp.ones((3, 3, 1, 1))  # partial convolution hides it only from a mean
-    assert (np.ptp(cnn.conv(ones, box, padding=1, fill=fill)) > 1e-6) == (fill == "zeros")
+    assert (np.ptp(conv(ones, box)) > 1e-6) == (fill in ("zeros", "full", "one-sided"))
 
 
-@pytest.mark.parametrize("fill", cnn.FILLS)
+@pytest.mark.parametrize("fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"}))  # the first has no grid, the others another
 def test_padding_does_not_move_the_sampling_grid(fill):
     x = normal(0, 1, 12, 12, 1)
     identity = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
-    y = cnn.conv(x, identity, stride=2, padding=1, fill=fill)
+    y = cnn.conv(x, identity, stride=2, padding=1, fill=fill, key=jax.random.key(0))
     inner = x[:, 1::2, 1::2][:, :5, :5] if fill == "none" else x[:, ::2, ::2]
     ratio = y / inner if fill == "partial" else None
     if fill == "partial":

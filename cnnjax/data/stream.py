@@ -45,6 +45,8 @@ class Folder:
         path, label = self._files[index]
         try:
             with PIL.Image.open(path) as image:
+                if image.mode[0] in "IF":  # which Pillow would clip to 255
+                    raise ValueError(f"{path} has pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
                 return image.convert("RGB"), label
         except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be decoded: {error}") from error
@@ -67,11 +69,11 @@ class Tfds:
                 f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can be read ({type(error).__name__}: "
                 f"{str(error).strip().partition(chr(10))[0][:200]}); prepare it, where TensorFlow is installed, with: "
                 f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")) from error
-        keys = builder.info.supervised_keys
-        if not keys or keys[0] not in builder.info.features or not hasattr(builder.info.features[keys[1]], "names"):
+        keys, features = builder.info.supervised_keys, builder.info.features
+        if not keys or not isinstance(features[keys[0]], tfds.features.Image) or not hasattr(features[keys[1]], "names"):
             raise ValueError(f"dataset='tfds:{name}' is not of labelled images: its supervised keys are {keys}")
         self._image, self._label = keys[:2]
-        self.classes = tuple(builder.info.features[self._label].names)
+        self.classes = tuple(features[self._label].names)
 
     def __len__(self):
         return len(self._records)
@@ -209,23 +211,27 @@ def batches(source, batch_size: int, seed: int, image_size: int, *, resize: int,
         if not flags.FLAGS.is_parsed():  # grain asks for flags, which a program that has none never parses
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _start_worker)
-    found = _closing(iter(stream), workers > 0)
+    found = _closing(iter(stream), len(made), workers > 0)
     _open.add(found)
     return found
 
 
-def _closing(iterator, has_workers: bool) -> Iterator:
-    """Ends the worker processes with the stream, or when it is let go of before its end."""
-    images = labels = None
+def _closing(iterator, count: int, has_workers: bool) -> Iterator:
+    """Ends the worker processes before it gives the last of `count` batches, or when it is let go of earlier."""
     try:
-        for images, labels in iterator:
-            # Workers' arrays lie in shared memory, which must not outlive the stream.
-            yield (np.array(images), np.array(labels)) if has_workers else (images, labels)
+        for left in reversed(range(count)):
+            batch = next(iterator)
+            if has_workers:  # its arrays lie in shared memory, which must not outlive the workers
+                batch = tuple(map(np.array, batch))
+            if left:
+                yield batch
     finally:
         iterator.close()
         if has_workers:
-            del iterator, images, labels
+            del iterator
             gc.collect()  # grain leaves its iterators in reference cycles, each with semaphores and a batch in shared memory
+    if count:
+        yield batch
 
 
 @atexit.register

@@ -25,7 +25,7 @@ class DenseLayer(nn.Module):
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         y = conv(4 * self.growth, 1, name="conv1")(nn.relu(norm(name="norm1")(x, train)))
         y = conv(self.growth, 3, padding=1, name="conv2")(nn.relu(norm(name="norm2")(y, train)))
-        return concatenate([x, nn.Dropout(self.dropout, deterministic=not train)(y)])
+        return concatenate([x, nn.Dropout(self.dropout, deterministic=not train)(y)], self.fill)
 
 
 class DenseNet(Network):

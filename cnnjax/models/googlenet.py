@@ -66,7 +66,7 @@ class Inception(nn.Module):
             conv(three, 3, padding=1, name="branch2.1")(conv(reduce3, 1, name="branch2.0")(x, train), train),
             conv(five, 3, padding=1, name="branch3.1")(conv(reduce5, 1, name="branch3.0")(x, train), train),
             conv(projection, 1, name="branch4.1")(pooled, train),
-        ])
+        ], self.fill)
 
 
 class Auxiliary(nn.Module):

@@ -23,7 +23,7 @@ class NaiveInception(nn.Module):
     def __call__(self, x):
         branches = [nn.relu(Conv(features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=f"branch{number}")(x))
                     for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1)]
-        return concatenate([*branches, max_pool(x, 3, 1, padding=1, fill=self.fill)])
+        return concatenate([*branches, max_pool(x, 3, 1, padding=1, fill=self.fill)], self.fill)
 
 
 class Inception(nn.Module):
@@ -44,7 +44,7 @@ class Inception(nn.Module):
             conv(conv(x, reduce3, 1, "branch2.0"), three, 3, "branch2.1"),
             conv(conv(x, reduce5, 1, "branch3.0"), five, 5, "branch3.1"),
             conv(max_pool(x, 3, 1, padding=1, fill=self.fill), projection, 1, "branch4.1"),
-        ])
+        ], self.fill)
 
 
 class Auxiliary(nn.Module):

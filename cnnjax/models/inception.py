@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from cnnjax.models.base import Network, register
 from cnnjax.models.googlenet import ConvNorm
-from cnnjax.nn import Dense, avg_pool, center_crop, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import Dense, align, avg_pool, concatenate, global_avg_pool, max_pool
 
 # torchvision truncates at +-2, twenty standard deviations away.
 _normal = nn.initializers.normal(0.1)
@@ -64,7 +64,7 @@ class Block(nn.Module):
     @nn.nowrap
     def step(self, step, x, train):
         if isinstance(step[0], tuple):
-            return concatenate([self.step(part, x, train) for part in step])
+            return concatenate([self.step(part, x, train) for part in step], self.fill)
         if step == _AVERAGE:
             return avg_pool(x, 3, 1, padding=1, fill=self.fill)
         if step == _MAXIMUM:
@@ -83,9 +83,8 @@ class Block(nn.Module):
                 y = self.step(step, y, train)
             maps.append(y)
         if self.branches[-1] == (_MAXIMUM,):  # strided last steps see the same cells, though an unpadded branch has lost some
-            height, width = (min(y.shape[axis] for y in maps) for axis in (1, 2))
-            maps = [center_crop(y, height, width) for y in maps]
-        return concatenate([self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)])
+            maps = align(maps, self.fill)
+        return concatenate([self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill)
 
 
 class Auxiliary(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, crop_to_branch, global_avg_pool, he_normal_fan_out
+from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 _norm = functools.partial(BatchNorm, momentum=1 - 0.9997)  # the publication's 0.9997 weighs the old statistics
@@ -44,7 +44,7 @@ class InvertedResidual(nn.Module):
         y = conv(width, self.size, self.stride, padding=self.size // 2, groups=width, name="layers.3")(y)
         y = nn.relu(norm(name="layers.4")(y, train))
         y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
-        return crop_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
+        return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
 class MNASNet(Network):

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, crop_to_branch, global_avg_pool, he_normal_fan_out
+from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
@@ -39,7 +39,7 @@ class InvertedResidual(nn.Module):
         y = conv(width, 3, self.stride, padding=1, groups=width, name=f"conv.{index}.0")(y)
         y = relu6(norm(name=f"conv.{index}.1")(y, train))
         y = norm(name=f"conv.{index + 2}")(conv(self.features, 1, name=f"conv.{index + 1}")(y), train)
-        return crop_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
+        return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
 class MobileNetV2(Network):

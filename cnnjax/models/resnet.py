@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, crop_to_branch, global_avg_pool, he_normal_fan_out, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out, max_pool
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ class Block(nn.Module):
             if number < len(self.layers):
                 y = nn.relu(y)
         stride = max(stride for _, _, stride, _ in self.layers)
-        x = crop_to_branch(x, y, stride)
+        x = fit_to_branch(x, y, stride)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)

@@ -43,7 +43,7 @@ class Unit(nn.Module):
         right = nn.relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
         right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
         right = nn.relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
-        return channel_shuffle(concatenate([left, right]))
+        return channel_shuffle(concatenate([left, right], self.fill))
 
 
 class ShuffleNetV2(Network):

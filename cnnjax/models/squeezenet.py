@@ -25,7 +25,8 @@ class Fire(nn.Module):
     def __call__(self, x):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         x = nn.relu(conv(self.squeeze, 1, name="squeeze")(x))
-        return nn.relu(concatenate([conv(self.expand, 1, name="expand1x1")(x), conv(self.expand, 3, padding=1, name="expand3x3")(x)]))
+        expanded = [conv(self.expand, 1, name="expand1x1")(x), conv(self.expand, 3, padding=1, name="expand3x3")(x)]
+        return nn.relu(concatenate(expanded, self.fill))
 
 
 class SqueezeNet(Network):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnnjax.nn.padding import check_fill, output_size, pad, pair, valid_counts
+from cnnjax.nn.geometry import output_size, pair, valid_counts
+from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.sums import add_bias, channel_sum
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -129,15 +130,19 @@ def _zero_padded(x, kernel, stride, padding, dilation, groups):
     return _grouped(x, kernel, groups, stride, padding, dilation)
 
 
-def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1, groups: int = 1, fill: str = "zeros") -> jnp.ndarray:
+def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1, groups: int = 1, fill: str = "zeros",
+         key: jnp.ndarray | None = None) -> jnp.ndarray:
     """Convolves `x` [batch, height, width, in] with `kernel` [height, width, in / groups, out] -> [batch, height', width', out].
 
     `stride`, `padding` (the amount on each side) and `dilation` are integers or (height, width) pairs; `fill` is what the
-    amount is padded with (`cnnjax.nn.padding`). Raises `ValueError` where shapes do not fit or nothing would be left.
+    amount is padded with (`cnnjax.nn.padding`), or what it becomes: 0 under 'none', d(k - 1) under 'full'. 'random' draws from
+    `key`. Raises `ValueError` where shapes do not fit or nothing would be left.
     """
     check_fill(fill)
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
+    if fill == "full":
+        padding = tuple(d * (k - 1) for d, k in zip(dilation, kernel.shape))
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2] * groups or kernel.shape[3] % groups:
         raise ValueError(f"a kernel of shape {kernel.shape} with groups={groups} does not fit an input of shape {x.shape}; expected "
                          "[batch, height, width, in] and [height, width, in / groups, out], out divisible by groups")
@@ -145,13 +150,13 @@ def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1
     if min(output_size(*axis) for axis in geometry) < 1:
         raise ValueError(f"a {kernel.shape[0]}x{kernel.shape[1]} convolution with padding={fill!r} has no output on a "
                          f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network")
-    if fill in ("zeros", "none"):
+    if fill in ("zeros", "none", "full"):
         return _zero_padded(x, kernel, stride, padding, dilation, groups)
     if fill == "partial":
         inside = np.multiply.outer(*(valid_counts(*axis) for axis in geometry))
         ratio = kernel.shape[0] * kernel.shape[1] / np.maximum(inside, 1)
         return _zero_padded(x, kernel, stride, padding, dilation, groups) * jnp.asarray(ratio[None, :, :, None], x.dtype)
-    return _zero_padded(pad(x, padding, fill), kernel, stride, (0, 0), dilation, groups)
+    return _zero_padded(pad(x, padding, fill, key=key), kernel, stride, (0, 0), dilation, groups)
 
 
 def uniform_fan_in(fan_in: int) -> Callable:
@@ -185,8 +190,9 @@ class Conv(nn.Module):
         shape = (*size, x.shape[-1] // self.groups, self.features)
         default = uniform_fan_in(np.prod(shape[:3]))
         kernel = self.param("kernel", self.kernel_init or default, shape)
+        key = self.make_rng("padding") if self.fill == "random" and (self.has_rng("padding") or self.is_initializing()) else None
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding,
-                 dilation=self.dilation, groups=self.groups, fill=self.fill)
+                 dilation=self.dilation, groups=self.groups, fill=self.fill, key=key)
         if self.use_bias:
             y = add_bias(y, self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype))
         return y

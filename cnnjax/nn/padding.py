@@ -2,23 +2,31 @@
 
 The fills, shown on the row 1234 with an amount of 2:
 
-    zeros      00 1234 00
-    none          1234       nothing is padded anywhere, whatever the amount: maps shrink
-    reflect    32 1234 32    mirrored about the border pixel
-    replicate  11 1234 44    the border pixel repeated
-    circular   34 1234 12    wrapped around
-    partial    00 1234 00    zeros, and a convolution is rescaled by (kernel cells / cells inside the image): partial
-                             convolution, Liu et al. 2018 (arXiv 1811.11718)
+    zeros          00 1234 00
+    none              1234         nothing is padded anywhere, whatever the amount: maps shrink
+    reflect        32 1234 32      mirrored about the border pixel
+    replicate      11 1234 44      the border pixel repeated
+    circular       34 1234 12      wrapped around
+    partial        00 1234 00      zeros, and a convolution is rescaled by (kernel cells / cells inside the image): partial
+                                   convolution, Liu et al. 2018 (arXiv 1811.11718)
+    mean           mm 1234 mm      each channel's mean over the map, here 2.5
+    random         rr 1234 rr      noise of each channel's mean and deviation over the map, drawn anew for every call
+    interpolate  1 1.4 1.9 ... 4   no border: the map is stretched to the padded size (Islam et al. 2021, arXiv 2101.12322)
+    full           00 1234 00      zeros, for a convolution always as many as bring every weight to every pixel, d(k - 1) on each
+                                   side: maps grow (F-Conv, Kayhan and van Gemert 2020, arXiv 2003.07064)
+    one-sided    0000 1234         the zeros of both sides above and to the left
 
-Because the amount never depends on the fill (no 'SAME'), the sampling grid of a strided network is the same under all
-fills that pad, and a comparison of fills is a comparison of nothing else.
+But for 'none' and 'full' the amount does not depend on the fill (no 'SAME'): the sampling grid of a strided network is the
+same under all of them, and a comparison of fills is a comparison of nothing else.
 """
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
-FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial")
+from cnnjax.nn.resize import resize
+
+FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial", "mean", "random", "interpolate", "full", "one-sided")
 _NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -29,24 +37,34 @@ def check_fill(fill: str) -> str:
     return fill
 
 
-def pair(value: int | tuple[int, int], name: str, least: int) -> tuple[int, int]:
-    """A (height, width) pair from an integer or a pair; raises `ValueError` below `least`."""
-    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(both) != 2 or any(not isinstance(v, (int, np.integer)) or v < least for v in both):
-        raise ValueError(f"{name}={value!r} is not an integer, or a pair of integers, of at least {least}")
-    return both
+def _framed(x: jnp.ndarray, widths, frame: jnp.ndarray) -> jnp.ndarray:
+    """`x` inside a larger map `frame`."""
+    inside = jnp.pad(jnp.ones((1, *x.shape[1:3], 1), bool), widths)
+    return jnp.where(inside, jnp.pad(x, widths), frame.astype(x.dtype))
 
 
-def pad(x: jnp.ndarray, amount: tuple[int, int], fill: str, value: float = 0.0) -> jnp.ndarray:
+def pad(x: jnp.ndarray, amount: tuple[int, int], fill: str, value: float = 0.0, key: jnp.ndarray | None = None) -> jnp.ndarray:
     """Pads `x` [batch, height, width, channels] by `amount` (rows on each side, columns on each side).
 
-    `value` is what 'zeros' and 'partial' fill with (-inf before a max-pool). Raises `ValueError` for an unknown fill, and
-    where a map is too small for its own border to be mirrored or wrapped.
+    `value` is what fills of zeros fill with (-inf before a max-pool), `key` what 'random' draws from. Raises `ValueError` for
+    an unknown fill, for 'random' without a key, and where a map is too small for its own border to be mirrored or wrapped.
     """
     check_fill(fill)
     if fill == "none" or amount == (0, 0):
         return x
     widths = ((0, 0), (amount[0],) * 2, (amount[1],) * 2, (0, 0))
+    if fill == "interpolate":
+        return resize(x, (x.shape[1] + 2 * amount[0], x.shape[2] + 2 * amount[1]))
+    if fill in ("mean", "random"):
+        mean = x.mean((1, 2), keepdims=True)
+        if fill == "mean":
+            return _framed(x, widths, mean)
+        if key is None:
+            raise ValueError("padding='random' draws noise: a network needs rngs={'padding': key} to be applied")
+        shape = (len(x), x.shape[1] + 2 * amount[0], x.shape[2] + 2 * amount[1], x.shape[3])
+        return _framed(x, widths, mean + x.std((1, 2), keepdims=True) * jax.random.normal(key, shape, x.dtype))
+    if fill == "one-sided":
+        widths = ((0, 0), (2 * amount[0], 0), (2 * amount[1], 0), (0, 0))
     if fill not in _NUMPY_MODES:
         return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
     least = {"reflect": 1, "replicate": 1 - max(amount), "circular": 0}[fill]
@@ -56,38 +74,36 @@ def pad(x: jnp.ndarray, amount: tuple[int, int], fill: str, value: float = 0.0) 
     return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
 
 
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    """The number of output positions along one axis: floor((n + 2p - d(k - 1) - 1) / s) + 1."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def center(x: jnp.ndarray, height: int, width: int) -> jnp.ndarray:
+    """Crops `x` [batch, height, width, channels] about its centre, or sets it into zeros, until it has this size."""
+    for axis, size in ((1, height), (2, width)):
+        less = x.shape[axis] - size
+        if less >= 0:
+            x = jax.lax.slice_in_dim(x, less // 2, less // 2 + size, axis=axis)
+        else:
+            x = jnp.pad(x, [((-less + 1) // 2, -less // 2) if at == axis else (0, 0) for at in range(4)])
+    return x
 
 
-def valid_counts(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> np.ndarray:
-    """How many of a window's `kernel` taps lie inside the image, for each output position along one axis."""
-    starts = np.arange(output_size(size, kernel, stride, padding, dilation)) * stride - padding
-    taps = starts[:, None] + np.arange(kernel) * dilation
-    return ((taps >= 0) & (taps < size)).sum(1)
+def align(branches: Sequence[jnp.ndarray], fill: str) -> list[jnp.ndarray]:
+    """Brings maps to one size about their centres: the smallest where nothing is padded, the largest, in zeros, under 'full'."""
+    choose = max if fill == "full" else min
+    height, width = (choose(y.shape[axis] for y in branches) for axis in (1, 2))
+    return [center(y, height, width) for y in branches]
 
 
-def center_crop(x: jnp.ndarray, height: int, width: int) -> jnp.ndarray:
-    """Crops `x` [batch, height, width, channels] about its centre; raises `ValueError` if it is smaller than asked."""
-    top, left = x.shape[1] - height, x.shape[2] - width
-    if top < 0 or left < 0:
-        raise ValueError(f"a {x.shape[1]}x{x.shape[2]} map cannot be cropped to {height}x{width}")
-    return x[:, top // 2:top // 2 + height, left // 2:left // 2 + width]
+def concatenate(branches: Sequence[jnp.ndarray], fill: str) -> jnp.ndarray:
+    """Joins maps along their channels, brought to one size first, as they differ under 'none' and 'full'."""
+    return jnp.concatenate(align(branches, fill), axis=3)
 
 
-def concatenate(branches: Sequence[jnp.ndarray]) -> jnp.ndarray:
-    """Joins maps along their channels, each cropped about its centre to the smallest, as they differ where nothing is padded."""
-    height, width = (min(y.shape[axis] for y in branches) for axis in (1, 2))
-    return jnp.concatenate([center_crop(y, height, width) for y in branches], axis=3)
+def fit_to_branch(x: jnp.ndarray, branch: jnp.ndarray, stride: int = 1) -> jnp.ndarray:
+    """Fits a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, centre on centre.
 
-
-def crop_to_branch(x: jnp.ndarray, branch: jnp.ndarray, stride: int = 1) -> jnp.ndarray:
-    """Crops a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, centre on centre.
-
-    With any fill but 'none' this changes nothing that the strided convolution reads.
+    It is cropped under 'none' and set into zeros under 'full'; with any other fill this changes nothing that the strided
+    convolution reads.
     """
     height, width = ((size - 1) * stride + 1 for size in branch.shape[1:3])
-    if x.shape[1] < height + stride and x.shape[2] < width + stride:
+    if all(size <= has < size + stride for size, has in zip((height, width), x.shape[1:3])):
         return x
-    return center_crop(x, height, width)
+    return center(x, height, width)

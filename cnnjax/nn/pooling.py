@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnnjax.nn.padding import check_fill, output_size, pad, pair, valid_counts
+from cnnjax.nn.geometry import output_size, pair, valid_counts
+from cnnjax.nn.padding import check_fill, pad
 
 
 def _window_taps(x, window, stride):
@@ -72,11 +73,12 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
 def max_pool(x: jnp.ndarray, window, stride=None, padding=0, *, ceil: bool = False, fill: str = "zeros") -> jnp.ndarray:
     """The largest value of each window of `x` [batch, height, width, channels]; `stride` defaults to `window`.
 
-    Under 'zeros' and 'partial' the border never wins, as in PyTorch; under other fills it takes part. With `ceil` an
+    Under fills of zeros, and 'random', the border never wins, as in PyTorch; under other fills it takes part. With `ceil` an
     incomplete window at the end counts, the cells it lacks never winning; 'none' adds no such cells. Raises `ValueError`
     where nothing would be left.
     """
     window, stride, padding, lacking = _geometry(x, window, stride, padding, fill, ceil)
+    fill = "zeros" if fill == "random" else fill
     x = pad(x, padding, fill, value=-jnp.inf)
     if any(lacking):
         x = jnp.pad(x, ((0, 0), *((0, n) for n in lacking), (0, 0)), constant_values=jnp.asarray(-jnp.inf, x.dtype))
@@ -86,10 +88,11 @@ def max_pool(x: jnp.ndarray, window, stride=None, padding=0, *, ceil: bool = Fal
 def avg_pool(x: jnp.ndarray, window, stride=None, padding=0, *, fill: str = "zeros") -> jnp.ndarray:
     """The mean of each window of `x` [batch, height, width, channels]; `stride` defaults to `window`.
 
-    Under 'zeros' the border counts, as PyTorch's default has it; under 'partial' only cells inside the image do. Raises
-    `ValueError` where nothing would be left.
+    Under fills of zeros the border counts, as PyTorch's default has it; under 'partial' and 'random' only cells inside the image
+    do. Raises `ValueError` where nothing would be left.
     """
     window, stride, padding, _ = _geometry(x, window, stride, padding, fill)
+    fill = "partial" if fill == "random" else fill
     total = functools.reduce(jnp.add, (tap for _, tap in _window_taps(pad(x, padding, fill), window, stride)))
     if fill == "partial":
         inside = np.multiply.outer(*(valid_counts(x.shape[axis + 1], window[axis], stride[axis], padding[axis]) for axis in (0, 1)))

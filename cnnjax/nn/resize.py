@@ -2,7 +2,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax.nn.padding import pair
+from cnnjax.nn.geometry import pair
 
 
 def resize(x: jnp.ndarray, size: int | tuple[int, int]) -> jnp.ndarray:

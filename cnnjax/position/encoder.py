@@ -51,21 +51,22 @@ def image_features(images: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages"))
-def _joined_stages(model, variables, images, stages):
-    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1])
+def _joined_stages(model, variables, images, stages, key):
+    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key})
     return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
 
 
 def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> np.ndarray:
     """Runs a frozen encoder once over uint8 images [n, height, width, 3] -> the named stages, resized and joined, [n, 28, 28, channels].
 
-    `stages` are in the network's order: nothing after the last is computed. The encoder is in evaluation mode.
+    `stages` are in the network's order: nothing after the last is computed. The encoder is in evaluation mode; padding='random'
+    draws other noise for every image.
     """
     out = None
     for start in range(0, len(images), _BATCH):
         batch = images[start:start + _BATCH]
         full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        part = np.asarray(_joined_stages(model, variables, full, tuple(stages)))[:len(batch)]
+        part = np.asarray(_joined_stages(model, variables, full, tuple(stages), jax.random.key(start)))[:len(batch)]
         out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
         out[start:start + len(part)] = part
     return out

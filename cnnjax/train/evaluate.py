@@ -12,15 +12,20 @@ from cnnjax.train.parallel import Parallel
 from cnnjax.train.step import loss_and_errors
 
 
+def _rngs() -> dict:
+    """What padding='random' draws from: the same noise for every batch, other noise for each image in it."""
+    return {"padding": jax.random.key(0)}
+
+
 def logits(model: Network, variables, images) -> jnp.ndarray:
     """Logits in evaluation mode."""
-    return model.apply(variables, images)
+    return model.apply(variables, images, rngs=_rngs())
 
 
 @functools.cache
 def features(stage: str) -> Callable:
     """A function of (model, variables, images) that gives one stage's activations: what a frozen network is used for."""
-    return lambda model, variables, images: model.apply(variables, images, method="stages", last=stage)[stage]
+    return lambda model, variables, images: model.apply(variables, images, method="stages", last=stage, rngs=_rngs())[stage]
 
 
 @functools.cache
@@ -28,7 +33,7 @@ def averaged(count: int) -> Callable:
     """Logits as the logarithm of the mean probability over `count` views of each image (`cnnjax.data.augment.views`)."""
     def run(model, variables, images):
         size = model.input_shape[0] if count == 10 else images.shape[1]
-        probabilities = [jax.nn.softmax(model.apply(variables, view)) for view in views(images, count, size)]
+        probabilities = [jax.nn.softmax(logits(model, variables, view)) for view in views(images, count, size)]
         return jnp.log(sum(probabilities) / count)
     return logits if count == 1 else run
 

@@ -111,6 +111,9 @@ class _Streamed:
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.sources = {name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
+        if (tested := self.sources["test"].classes) != (trained := self.sources["train"].classes):
+            raise ValueError(f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
+                             f"{', '.join(trained)}; expected the same")
         if config.n_validation:
             self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation, config.seed)
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])

@@ -107,7 +107,7 @@ def _gradients(recipe: Recipe, numbers: Numbers, params, batch_stats, images, la
 
     def loss(params):
         logits, new = recipe.model.apply({"params": params, "batch_stats": batch_stats}, images, train=True,
-                                         mutable=["batch_stats", "auxiliary"], rngs={"dropout": keys[0]})
+                                         mutable=["batch_stats", "auxiliary"], rngs={"dropout": keys[0], "padding": keys[0]})
 
         def of(logits):
             losses, errors = loss_and_errors(recipe.loss, logits, labels, numbers.label_smoothing)

@@ -1,0 +1,436 @@
+"""Streams: what is read from folders and prepared data sets, in which order, cropped how, by how many processes."""
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import make_tfds
+import numpy as np
+import PIL.Image
+import pytest
+
+from cnnjax.data import stream
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def ramp(width: int, height: int, number: int = 0, x: int = 1, y: int = 1) -> np.ndarray:
+    """An image whose pixels say where they are: [x * column, y * row, number]."""
+    columns, rows = np.meshgrid(x * np.arange(width), y * np.arange(height))
+    return np.stack([columns, rows, np.full_like(rows, number)], -1).astype(np.uint8)
+
+
+def write(root: pathlib.Path, **classes: list[np.ndarray]) -> pathlib.Path:
+    for name, images in classes.items():
+        (root / name).mkdir(parents=True)
+        for number, image in enumerate(images):
+            PIL.Image.fromarray(image).save(root / name / f"{number:03}.png")
+    return root
+
+
+def read(source, *, size=16, resize=20, batch=4, seed=0, train=True, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(stream.batches(source, batch, seed, size, resize=resize, train=train, **options))
+
+
+def numbers(found) -> list[list[int]]:
+    """Which images are in each batch."""
+    return [images[:, 0, 0, 2].tolist() for images, _ in found]
+
+
+def assert_same(found, want):
+    assert len(found) == len(want)
+    for pair, expected in zip(found, want):
+        for array, other in zip(pair, expected):
+            assert type(array) is np.ndarray and array.dtype == other.dtype
+            np.testing.assert_array_equal(array, other)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Fourteen numbered ramps of three classes, 24 x 20 and 20 x 24 pixels."""
+    images = [ramp(*((24, 20) if number % 2 else (20, 24)), number, x=10, y=10) for number in range(14)]
+    return stream.Folder(write(tmp_path_factory.mktemp("images"), ant=images[:3], bee=images[3:8], cat=images[8:]))
+
+
+LABELS = np.repeat(np.int32([0, 1, 2]), [3, 5, 6])
+
+
+# ------------------------------------------------------------------ sources
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for name, color in (("b/10.png", 10), ("b/2.PNG", 20), ("b/note.txt", 0), ("a/x.jpeg", 30), ("a/w.jpg", 40), (".git/k.txt", 0)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PIL.Image.new("L", (8, 9), color).save(tmp_path / name, format="JPEG" if name[-1] == "g" and "j" in name else "PNG")
+    shutil.rmtree(tmp_path / ".git")
+    found = stream.Folder(tmp_path)
+    assert found.classes == ("a", "b") and len(found) == 4
+    assert [found[index][1] for index in range(4)] == [0, 0, 1, 1]
+    for index, color in enumerate((40, 30, 10, 20)):
+        assert found[index][0].mode == "RGB" and found[index][0].size == (8, 9)
+        np.testing.assert_allclose(np.asarray(found[index][0]), color, atol=1)
+
+
+def test_a_folders_mistakes_are_named(tmp_path):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    (tmp_path / "empty" / "class" / "image.gif").touch()
+    for root in (tmp_path / "none", tmp_path / "empty"):
+        with pytest.raises(ValueError, match=f"^{root} has no images; expected {root}/CLASS/IMAGE with .jpg, .jpeg, .png$"):
+            stream.Folder(root)
+    for split, folders in (("train", "train"), ("test", "val or validation or test")):
+        with pytest.raises(ValueError, match=f"^data_dir='{tmp_path}' has no folder {folders} of images by class$"):
+            stream.open_source("folder", str(tmp_path), split)
+
+
+@pytest.mark.parametrize("test", ["val", "validation", "test"])
+def test_the_splits_of_a_folder(tmp_path, test):
+    write(tmp_path, **{"train/a": [ramp(8, 8)] * 2, f"{test}/a": [ramp(8, 8)] * 3})
+    assert [len(stream.open_source("folder", str(tmp_path), split)) for split in ("train", "test")] == [2, 3]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_damaged_images_are_named(tmp_path, suffix):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3)).astype(np.uint8)
+    PIL.Image.fromarray(noise).save(buffer, {"jpg": "JPEG", "png": "PNG"}[suffix])
+    whole, path, generator = buffer.getvalue(), tmp_path / "a" / f"x.{suffix}", np.random.default_rng(1)
+    path.parent.mkdir()
+    path.write_bytes(whole)
+    source, refused = stream.Folder(tmp_path), 0
+    for cut in (0, 1, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"^{path} cannot be decoded: .*"):
+            source[0]
+    for _ in range(300):
+        mutated = bytearray(whole)
+        for place in generator.integers(0, len(whole), 3):
+            mutated[place] = generator.integers(256)
+        path.write_bytes(mutated)
+        try:
+            source[0]
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 50
+
+
+def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
+    write(tmp_path, a=[np.full((8, 8), 1000, np.uint16)])
+    with pytest.raises(ValueError, match=r"000.png has pixels of more than 8 bits \(Pillow's mode I;16\); expected 8"):
+        stream.Folder(tmp_path)[0]
+
+
+def test_images_held_out_of_a_source(folder):
+    rest, held = stream.hold_out(folder, 5, seed=1)
+    assert len(rest) == 9 and len(held) == 5 and rest.classes == held.classes == folder.classes
+    found = [[np.asarray(image)[0, 0, 2] for image, _ in map(part.__getitem__, range(len(part)))] for part in (rest, held)]
+    assert sorted(sum(found, [])) == list(range(14)) and found == [sorted(part) for part in found]
+    assert [label for _, label in map(held.__getitem__, range(5))] == LABELS[found[1]].tolist()
+    again, other = ([np.asarray(stream.hold_out(folder, 5, seed)[1][index][0])[0, 0, 2] for index in range(5)] for seed in (1, 2))
+    assert again == found[1] != other
+    for count in (0, 14):
+        with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 13"):
+            stream.hold_out(folder, count, seed=1)
+
+
+# ------------------------------------------------------------------ tensorflow-datasets
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data_dir of tensorflow-datasets with one data set, whose code is not at hand."""
+    found = tmp_path_factory.mktemp("tfds")
+    shutil.unpack_archive(ROOT / "tests" / "golden" / "tfds.zip", found)
+    return found
+
+
+READ_TFDS = """
+import json, sys
+import numpy as np
+from cnnjax.data import stream
+found = {"tensorflow": False}
+for split in ("train", "test"):
+    source = stream.open_source("tfds:NAME", sys.argv[1], split)
+    found[split] = [[np.asarray(image).tolist(), label] for image, label in map(source.__getitem__, range(len(source)))]
+    found["classes"] = source.classes
+    found[split + " labels"] = np.concatenate([labels for _, labels in stream.batches(source, 4, 0, 8, resize=8, train=False)]).tolist()
+found["tensorflow"] = "tensorflow" in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
+    """Every pixel and label as they were written; tensorflow-datasets shuffles them by their keys."""
+    done = subprocess.run([sys.executable, "-c", READ_TFDS.replace("NAME", make_tfds.NAME), str(prepared)], capture_output=True, text=True,
+                          env=ENVIRONMENT, check=True)
+    found = json.loads(done.stdout)
+    assert found["tensorflow"] is False
+    assert found["classes"] == ["red", "green", "blue"]
+    for split in ("train", "test"):
+        want = [[image.tolist(), label] for image, label in make_tfds.examples(split)]
+        assert len(found[split]) == len(want) and sorted(found[split]) == sorted(want)
+        assert found[f"{split} labels"] == [label for _, label in found[split]]
+
+
+@pytest.mark.parametrize("name, folder, split, reason", [
+    (make_tfds.NAME, "", "validation", "ValueError: Unknown split 'validation'. Should be one of ['train', 'test']."),
+    ("colored_ramps", "", "train", "DatasetNotFoundError: Dataset colored_ramps not found."),
+    (make_tfds.NAME, "none", "train", f"DatasetNotFoundError: Dataset {make_tfds.NAME} not found."),
+    ("mnist", "", "train", "NotImplementedError: Random access data source for file format FileFormat.TFRECORD is not supported."),
+])
+def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, split, reason):
+    where = str(prepared / folder) if folder else str(prepared)
+    with pytest.raises(ValueError) as caught:
+        stream.Tfds(name, where, split)
+    message = str(caught.value)
+    assert message.startswith(f"dataset='tfds:{name}' has no split '{split}' in data_dir='{where}' that can be read ({reason}")
+    assert message.endswith(f"tfds build {name} --file_format=array_record --data_dir={where}") and "\n" not in message
+
+
+def test_the_test_split_may_be_called_validation(prepared, tmp_path):
+    """ImageNet's is; a data set with neither says so."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    where = copy / make_tfds.NAME / "1.0.0"
+    info = where / "dataset_info.json"
+    info.write_text(info.read_text().replace('"name": "test"', '"name": "validation"'))
+    shard = where / f"{make_tfds.NAME}-test.array_record-00000-of-00001"
+    shard.rename(where / shard.name.replace("test", "validation"))
+    assert len(stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")) == make_tfds.COUNTS["test"]
+    entry = json.loads(info.read_text())
+    info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
+    with pytest.raises(ValueError, match="tfds build coloured_ramps --file_format=array_record"):
+        stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")
+    info.write_text(json.dumps({key: value for key, value in entry.items() if key != "supervisedKeys"}))
+    with pytest.raises(ValueError, match="^dataset='tfds:coloured_ramps' is not of labelled images: its supervised keys are None$"):
+        stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "train")
+
+
+# ------------------------------------------------------------------ which images, in which order
+
+@pytest.mark.parametrize("resize", [0, 20])
+def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, resize):
+    whole = read(folder, resize=resize, steps=range(8))
+    for start in (1, 3, 4):  # an epoch has three steps
+        assert_same(read(folder, resize=resize, steps=range(start, 8)), whole[start:])
+    other = read(folder, resize=resize, steps=range(8), seed=1)
+    assert all((images != theirs).any() for (images, _), (theirs, _) in zip(whole, other))
+
+
+def test_workers_change_nothing(prepared):
+    source = stream.open_source(f"tfds:{make_tfds.NAME}", str(prepared), "train")
+    want = read(source, size=8, resize=0, steps=range(9))
+    assert_same(read(source, size=8, resize=0, steps=range(2, 9), workers=2), want[2:])
+
+
+def test_every_epoch_is_a_permutation(folder):
+    steps = read(folder, steps=range(12))
+    for images, labels in steps:
+        assert images.shape == (4, 16, 16, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
+        np.testing.assert_array_equal(labels, LABELS[images[:, 0, 0, 2]])
+    epochs = [sum(numbers(steps[start:start + 3]), []) for start in (0, 3, 6, 9)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert set(sum(epochs, [])) == set(range(14))  # not the same two are left over each time
+    assert sum(numbers(read(folder, steps=range(3), seed=1)), []) != epochs[0]
+
+
+@pytest.mark.parametrize("resize", [0, 20])
+def test_processes_share_every_batch(folder, resize):
+    whole = read(folder, resize=resize, steps=range(5))
+    parts = [read(folder, resize=resize, steps=range(5), process_index=index, process_count=2) for index in (0, 1)]
+    assert all(len(labels) == 2 for part in parts for _, labels in part)
+    assert_same([tuple(map(np.concatenate, zip(*pairs))) for pairs in zip(*parts)], whole)
+
+
+def test_evaluation_goes_through_everything_once_in_order(folder):
+    found = read(folder, train=False)
+    assert numbers(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in found]), LABELS)
+    assert_same(read(folder, train=False, seed=5), found)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"process_count": 3}, "batch_size=4 is not a multiple of 3 processes"),
+    ({"resize": 15}, "resize=15 is not 0 or at least image_size=16"),
+])
+def test_wrong_arguments(folder, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        read(folder, steps=range(1), **arguments)
+
+
+# ------------------------------------------------------------------ crops
+
+def test_evaluation_sees_the_centre(tmp_path):
+    """Of 24 x 16 pixels, the 14 x 14 in the middle, unscaled: 14 * 256 / 224 is 16."""
+    wide = ramp(24, 16, x=10, y=10)
+    source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
+    for resize in (0, 16):
+        (images, _), = read(source, size=14, resize=resize, train=False)
+        np.testing.assert_array_equal(images[0], wide[1:15, 5:19])
+        np.testing.assert_array_equal(images[1], wide.transpose(1, 0, 2)[5:19, 1:15])
+        np.testing.assert_array_equal(np.asarray(stream.centre(source[0][0], 14, resize)), wide[1:15, 5:19])
+
+
+@pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
+def test_the_centre_of_a_resized_image(tmp_path, width, height, resize):
+    """An output pixel's centre, in the image's own coordinates, is what the ramps say."""
+    source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
+    (images, _), = read(source, size=16, resize=resize, train=False)
+    scale = min(width, height) / resize
+    for channel, length in ((0, width), (1, height)):
+        inner = np.arange(16) + (round(length / scale) - 16) // 2
+        want = 3 * np.clip((inner + 0.5) * scale - 0.5, 0, length - 1)
+        found = images[0, 8, :, 0] if channel == 0 else images[0, :, 8, 1]
+        np.testing.assert_allclose(found[2:-2], want[2:-2], atol=0.51)  # the filter is cut off at the border
+
+
+def test_training_crops_are_windows_at_every_place(folder):
+    """Without a change of scale each is a window of its image, of the room's 5 x 9 places."""
+    places = set()
+    for images, _ in read(folder, steps=range(120)):
+        for image in images:
+            left, top, number = (image[0, 0] // [10, 10, 1]).tolist()
+            whole = np.asarray(folder[number][0])
+            np.testing.assert_array_equal(image, whole[top:top + 16, left:left + 16])
+            places.add((number % 2, left, top))
+    assert {place[1:] for place in places if place[0]} == {(left, top) for left in range(9) for top in range(5)}
+    assert {place[1:] for place in places if not place[0]} == {(left, top) for left in range(5) for top in range(9)}
+
+
+def measured(image: np.ndarray) -> tuple[float, ...]:
+    """Where an area crop of a ramp lay -> (left, top, width, height), from the slopes inside, where no border is."""
+    size = len(image)
+    inner = np.arange(4, size - 4)
+    found = []
+    for values in (image[size // 2, 4:-4, 0], image[4:-4, size // 2, 1]):
+        slope, start = np.polyfit(inner + 0.5, values.astype(float), 1)
+        found.append((start + 0.5, slope * size))
+    (left, width), (top, height) = found
+    return left, top, width, height
+
+
+def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
+    width, height = 250, 170
+    source = stream.Folder(write(tmp_path, a=[ramp(width, height)]))
+    found = np.array([measured(image) for images, _ in read(source, size=48, resize=0, batch=1, steps=range(1500)) for image in images])
+    left, top, w, h = found.T
+    area, aspect = w * h / (width * height), w / h
+    assert 0.078 < area.min() < 0.12 and 0.85 < area.max() < 1.01  # the largest do not fit at every aspect
+    assert 0.74 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.35
+    assert abs(np.log(aspect)[area < 0.5].mean()) < 0.015  # which fit at every aspect; 0.027 if it were uniform
+    for start, length, room in ((left, w, width), (top, h, height)):
+        assert start.min() > -1 and (start + length).max() < room + 1
+        free = length < room - 10
+        share = (start / (room - length))[free]
+        assert share.min() < 0.05 and share.max() > 0.95 and abs(share.mean() - 0.5) < 0.03
+
+
+def test_area_crops_are_interpolated(folder):
+    """Enlarged at least twice, the ramps' steps of 10 are halved."""
+    for images, _ in read(folder, size=48, resize=0, steps=range(3)):
+        for axis, channel in ((2, 0), (1, 1)):
+            assert np.abs(np.diff(images[..., channel].astype(int), axis=axis)).max() <= 6
+
+
+def test_an_area_crop_that_cannot_fit_is_the_centre(tmp_path):
+    """A strip of 200 x 10 pixels has no crop of 8 % of its area at these aspects; the widest at 4/3 is 13 x 10."""
+    source = stream.Folder(write(tmp_path, a=[ramp(200, 10)], b=[ramp(10, 200)]))
+    for images, labels in read(source, size=48, resize=0, batch=2, steps=range(3)):
+        for image, label in zip(images, labels):
+            want = (93, 0, 13, 10) if label == 0 else (0, 93, 10, 13)
+            np.testing.assert_allclose(measured(image), want, atol=0.3)
+
+
+# ------------------------------------------------------------------ processes that read
+
+WORKERS = """
+import multiprocessing, os, signal, sys, time
+from cnnjax.data import stream
+if __name__ == "__main__":
+    images = stream.batches(stream.Folder(sys.argv[1]), 4, 0, 16, resize=20, train=True, steps=range(1000), workers=2)
+    kept = next(images), next(images)  # of both workers
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    time.sleep(0.5)
+    for _ in range(10):
+        next(images)
+    assert all(worker.is_alive() for worker in workers)
+    other = stream.batches(stream.Folder(sys.argv[1]), 4, 0, 16, resize=20, train=False, workers=1)
+    if sys.argv[2] == "exit":
+        assert len(list(other)) == 4
+    else:
+        next(other)
+        del other
+    assert set(multiprocessing.active_children()) == set(workers)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
+    """A signal to the whole group is the parent's to handle; when the parent has ended, however it did, so do they, and quietly."""
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    root = folder._files[0][0].parents[1]
+    # A worker that stayed would hold the output open, and this would time out.
+    done = subprocess.run([sys.executable, script, root, end], capture_output=True, text=True, env=ENVIRONMENT, timeout=40)
+    if end == "exit":
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    else:
+        assert done.returncode == -signal.SIGKILL and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------ a whole run
+
+@pytest.fixture
+def colours(tmp_path):
+    """A data_dir of 36 training and 9 test images, whose classes are their colours."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        noise = generator.integers(0, 100, (3, count, 36, 40, 3)).astype(np.uint8)
+        for label in range(3):
+            noise[label, ..., label] += 150
+        write(tmp_path / "data" / split, red=noise[0], green=noise[1], blue=noise[2])
+    return tmp_path / "data"
+
+
+def run(data_dir, workdir):
+    options = {"dataset": "folder", "data_dir": data_dir, "model": "tutorial_net", "image_size": 32, "resize": 32, "batch_size": 12,
+               "epochs": 2, "workers": 1, "schedule.learning_rate": 0.01}
+    return subprocess.run([sys.executable, "-m", "cnnjax.main", "--config", "configs/lenet_digits.py", f"--workdir={workdir}",
+                           *(f"--config.{key}={value}" for key, value in options.items())],
+                          cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def test_a_run_on_a_folder(colours, tmp_path):
+    done = run(colours, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored" not in done.stderr and "leaked" not in done.stderr and "Traceback" not in done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["classes"] == ["blue", "green", "red"] and (results["n_train"], results["n_test"]) == (36, 9)
+    assert [line["step"] for line in results["history"]] == [3, 6] and results["final"]["epoch"] == 2
+    assert results["history"][1]["train_loss"] < results["history"][0]["train_loss"] < 2
+    with np.load(tmp_path / "run" / "test.npz") as kept:
+        assert kept["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(results["final"]["test_error"])
+
+
+def test_a_damaged_image_ends_a_run_with_its_name(colours, tmp_path):
+    path = colours / "train" / "green" / "005.jpg"
+    PIL.Image.open(path.with_suffix(".png")).save(path)
+    path.write_bytes(path.read_bytes()[:400])
+    path.with_suffix(".png").unlink()
+    done = run(colours, tmp_path / "run")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "cannot be decoded" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {path} cannot be decoded: ") and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
