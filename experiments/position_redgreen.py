@@ -1,0 +1,150 @@
+"""Red/Green (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2): is told apart by place what differs in order?
+
+    python -m experiments.position_redgreen --workdir runs/redgreen [--seeds 10] [--paddings none zeros circular full ...]
+
+Two boxes in a 32x32 image: red left of green in its upper part is one class, green left of red in its lower part the other. The
+test is on images like these, and on dissimilar ones whose rows are exchanged: a network that learned the order is as right there,
+one that learned the place is wrong. Training, validation and test images are drawn with seeds of their own (in the authors' code they
+are not, so that its figures are of images it was trained on). Writes report.md, redgreen.json and redgreen.png.
+"""
+import argparse
+import functools
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+from cnnjax import backend, report, workdir
+from cnnjax.nn import FILLS, Conv, Dense
+from cnnjax.progress import progress
+
+# Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10 seeds.
+PUBLISHED = {"none": ((100.0, 0.0), (0.2, 0.1)), "zeros": ((99.8, 0.1), (8.4, 0.7)), "circular": ((73.7, 1.0), (73.7, 1.0)),
+             "full": ((89.7, 0.5), (89.7, 0.5))}
+# Its recipe: Adadelta of rate 1 and decay 5e-5, batches of 200, at most 50 epochs, stopped after 8 without a better validation accuracy.
+_SIZE, _BOX, _TRAIN, _TEST, _BATCH, _EPOCHS, _PATIENCE, _RATE, _DECAY = 32, 4, 2000, 1000, 200, 50, 8, 1.0, 5e-5
+
+
+class Net(nn.Module):
+    """Four 3x3 convolutions without biases, the largest response of each channel, two classes."""
+
+    padding: str
+
+    @nn.compact
+    def __call__(self, x):
+        for features, stride in ((32, 1), (32, 2), (64, 2), (64, 2)):
+            x = nn.relu(Conv(features, 3, stride, padding=1, fill=self.padding, use_bias=False)(x))
+        return Dense(2)(x.max((1, 2)))
+
+
+def draw(generator: np.random.Generator, count: int, dissimilar: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Images [count, 32, 32, 3] of 0 and 1, and labels: 0 where red is on the left, in rows about 7, or about 23 if `dissimilar`."""
+    labels = generator.integers(0, 2, count)
+    rows = np.where((labels == 1) != dissimilar, 23, 7)[:, None] + generator.integers(-4, 5, (count, 2)) - _BOX // 2
+    columns = np.stack([generator.integers(0, _SIZE // 2 - _BOX + 1, count), generator.integers(_SIZE // 2, _SIZE - _BOX + 1, count)], 1)
+    images = np.zeros((count, _SIZE, _SIZE, 3), np.float32)
+    for image, label, row, column in zip(images, labels, rows, columns):
+        for side in (0, 1):  # left and right
+            channel = side if label == 0 else 1 - side  # red is channel 0, green channel 1
+            image[row[side]:row[side] + _BOX, column[side]:column[side] + _BOX, channel] = 1
+    return images, labels
+
+
+@functools.partial(jax.jit, static_argnames="padding")
+def _run(padding, key, train, validation, tests):
+    """Trains one network with early stopping -> its accuracies on the tests, and the epochs it took."""
+    model, optimizer = Net(padding), optax.chain(optax.add_decayed_weights(_DECAY), optax.adadelta(_RATE))
+    init_key, order_key, noise = jax.random.split(key, 3)
+    apply = lambda params, x: model.apply({"params": params}, x, rngs={"padding": noise})
+    accuracy = lambda params, data: (apply(params, data[0]).argmax(1) == data[1]).mean()
+    params = model.init(init_key, train[0][:1])["params"]
+
+    def epoch(state):
+        params, opt_state, number, best, best_params, waited = state
+        order = jax.random.permutation(jax.random.fold_in(order_key, number), _TRAIN).reshape(-1, _BATCH)
+
+        def step(carry, chosen):
+            params, opt_state = carry
+            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(apply(p, train[0][chosen]), train[1][chosen]).mean()
+            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        (params, opt_state), _ = jax.lax.scan(step, (params, opt_state), order)
+        found = accuracy(params, validation)
+        best_params = jax.tree.map(lambda new, old: jnp.where(found > best, new, old), params, best_params)
+        return params, opt_state, number + 1, jnp.maximum(found, best), best_params, jnp.where(found > best, 0, waited + 1)
+
+    state = (params, optimizer.init(params), 0, jnp.float32(0), params, 0)
+    state = jax.lax.while_loop(lambda state: (state[2] < _EPOCHS) & (state[5] < _PATIENCE), epoch, state)
+    return [accuracy(state[4], test) for test in tests], state[2]
+
+
+def run(padding: str, seed: int) -> dict:
+    """One network on images of its own."""
+    sets = [draw(np.random.default_rng([seed, number]), _TRAIN if number == 0 else _TEST, dissimilar=number == 3) for number in range(4)]
+    train, validation, *tests = jax.tree.map(jnp.asarray, sets)
+    accuracies, epochs = _run(padding, jax.random.key(seed), train, validation, tests)
+    return {"padding": padding, "seed": seed, "similar": float(accuracies[0]), "dissimilar": float(accuracies[1]), "epochs": int(epochs)}
+
+
+def write(folder: pathlib.Path, rows: list[dict]) -> str:
+    """Writes the results, the report and the figure; returns the table."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), width_ratios=(1, 1, 2.5), layout="constrained")
+    for axis, dissimilar in zip(axes, (False, True)):
+        images, labels = draw(np.random.default_rng(0), 20, dissimilar)
+        first = [images[labels == label][0] for label in (0, 1)]
+        axis.imshow(np.concatenate([first[0], np.ones((_SIZE, 2, 3)), first[1]], 1))
+        axis.set(title="dissimilar" if dissimilar else "trained on, similar", xticks=[], yticks=[])
+    lines, paddings = [], list(dict.fromkeys(row["padding"] for row in rows))
+    for number, padding in enumerate(paddings):
+        line = [padding]
+        for shift, kind in ((-0.2, "similar"), (0.2, "dissimilar")):
+            values = [100 * row[kind] for row in rows if row["padding"] == padding]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            published = PUBLISHED.get(padding)
+            line += [f"{np.mean(values):.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""),
+                     "{:.1f} ± {:.1f}".format(*published[kind == "dissimilar"]) if published else ""]
+            colour = "C0" if kind == "similar" else "C1"
+            axes[2].bar(number + shift, np.mean(values), 0.4, yerr=spread, color=colour, label=None if number else kind)
+        lines.append([*line, str(len(values)), f"{np.mean([row['epochs'] for row in rows if row['padding'] == padding]):.0f}"])
+    axes[2].axhline(50, color="black", lw=0.5)
+    axes[2].set_xticks(range(len(paddings)), paddings, fontsize=8)
+    axes[2].set_ylabel("accuracy, %")
+    axes[2].legend(fontsize=8)
+    workdir.write_figure(folder / "redgreen.png", figure)
+    pyplot.close(figure)
+    table = report.table(["padding", "similar, %", "published", "dissimilar, %", "published", "n", "epochs"], lines)
+    workdir.write_json(folder / "redgreen.json", rows)
+    text = ("# Red/Green\n\nAccuracy, mean ± sample standard deviation over seeds; every seed has images and weights of its own. "
+            "Published: Kayhan and van Gemert 2020.\n\n")
+    workdir.write(folder / "report.md", f"{text}{table}\n![Red/Green](redgreen.png)\n")
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/redgreen"), help="where to write (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="networks per padding (default: %(default)s)")
+    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=list(PUBLISHED), help="default: those published")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"seeds={options.seeds} is not a positive number")
+    backend.start()
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with progress(options.seeds * len(options.paddings), "networks") as done:
+        for padding in options.paddings:
+            for seed in range(options.seeds):
+                rows.append(run(padding, seed))
+                done(1)
+    print(write(options.workdir, rows))
+
+
+if __name__ == "__main__":
+    main()
