@@ -2,9 +2,7 @@
 
     python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
 """
-import hashlib
 import importlib
-import json
 import logging
 import os
 import pathlib
@@ -31,8 +29,7 @@ def _default_workdir() -> pathlib.Path:
     name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     if not config_flags.get_override_values(flags.FLAGS["config"]):
         return pathlib.Path("runs") / name
-    digest = hashlib.sha256(json.dumps(_CONFIG.value.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-    return pathlib.Path("runs") / f"{name}-{digest}"
+    return pathlib.Path("runs") / f"{name}-{workdir.digest(_CONFIG.value.to_dict())}"
 
 
 def _parse(argv: list[str]) -> None:

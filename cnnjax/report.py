@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnjax import workdir
 
-_ORDER = ("zeros", "partial", "none", "reflect", "replicate", "circular")
+_ORDER = ("zeros", "partial", "full", "one-sided", "none", "reflect", "replicate", "circular", "mean", "random", "interpolate")
 
 
 def _unique(rows: list[dict], *keys: str) -> list[tuple]:
@@ -90,6 +90,27 @@ def _spc_figure(results: dict):
     return figure
 
 
+def _rings_figure(results: dict):
+    """The error of the first target by the distance to the border: a panel for each encoder and kind of image, a line for each padding."""
+    rows = results["rings"]
+    encoders, data = ([key for key, in _unique(rows, name)] for name in ("encoder", "data"))
+    size = (3 * len(data), 2.2 * len(encoders))
+    figure, axes = plt.subplots(len(encoders), len(data), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis_row, encoder in zip(axes, encoders):
+        for axis, kind in zip(axis_row, data):
+            for row in rows:
+                if row["encoder"] == encoder and row["data"] == kind:
+                    colour = plt.get_cmap("tab20")(_ORDER.index(row["padding"]))
+                    axis.plot(range(1, len(row["mae"]) + 1), row["mae"], marker=".", color=colour, label=row["padding"])
+            axis.set_title(f"{encoder}, {kind} images", fontsize=9)
+        axis_row[0].set_ylabel(f"MAE of {rows[0]['target']}", fontsize=8)
+        axis_row[0].legend(fontsize=6)
+    for axis in axes[-1]:
+        axis.set_xlabel("ring, from the border inwards", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def _maps_figure(maps, encoder: str, kind: str, targets: list[str], goals: dict[str, np.ndarray]):
     """One image's predicted maps: the targets in the first row, then a row for each padding and readout."""
     shown = sorted((key for key in maps if key.startswith(f"{encoder}/") and key.endswith(f"/{kind}")),
@@ -119,7 +140,7 @@ def _position(folder: pathlib.Path, config: dict, results: dict) -> str:
     targets = [name for name, in _unique(results["rows"], "target")]
     with np.load(folder / "maps.npz") as archive:
         maps = dict(archive)
-    figures = {"spc_by_padding.png": _spc_figure(results)}
+    figures = {"spc_by_padding.png": _spc_figure(results), "rings.png": _rings_figure(results)}
     goals = {name: maps[f"target/{name}"] for name in targets}
     for encoder, in _unique(results["rows"], "encoder"):
         for kind, in _unique(results["rows"], "data"):

@@ -1,4 +1,5 @@
 """A work directory: the record of one run, in which every file is whole or absent."""
+import hashlib
 import io
 import json
 import os
@@ -32,6 +33,11 @@ def write_figure(path: pathlib.Path, figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write(path, buffer.getvalue())
+
+
+def digest(config: dict) -> str:
+    """Eight characters that tell a configuration from others."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _git_revision() -> str | None:

@@ -1,4 +1,5 @@
 """The position study: targets, scores, readouts and the whole job on small images."""
+import argparse
 import json
 
 import jax
@@ -14,10 +15,11 @@ from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.position import study
 from cnnjax.position.encoder import encode, image_features, reachable_stages
-from cnnjax.position.metrics import scores
+from cnnjax.position.metrics import by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
 from cnnjax.position.targets import TARGETS, target
 from configs import posenet
+from experiments import position_tables
 
 
 def test_targets_are_the_official_maps():
@@ -183,7 +185,7 @@ def test_only_zeros_show_position_on_an_image_without_content(finished):
 def test_report_and_figures_are_there_and_readable(finished):
     import PIL.Image
     report = (finished / "report.md").read_text()
-    figures = [f"maps_{encoder}_{data}.png" for encoder in ("posenet", "vgg11") for data in study.DATA] + ["spc_by_padding.png"]
+    figures = [f"maps_{encoder}_{data}.png" for encoder in ("posenet", "vgg11") for data in study.DATA] + ["spc_by_padding.png", "rings.png"]
     for name in figures:
         assert f"]({name})" in report
         with PIL.Image.open(finished / name) as image:
@@ -209,6 +211,8 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     ({"targets": ("H", "H")}, "must name at least one, each once"),
     ({"n_train": 0}, "n_train=0 is not a positive number"),
     ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+    ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
+    ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),
     ({"stages": ("block9",)}, "stages='block9' is not a stage that vgg11 reaches with padding='zeros' at image_size=96; it reaches block1"),
     ({"image_size": 400}, r"smaller than image_size=400"),
     ({"weights": "nowhere.safetensors"}, "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors file"),
@@ -271,3 +275,61 @@ def test_imagenet_weights_on_real_photographs(data_dir):
     assert mean["zeros", "natural", "spc"] > 0.5 and mean["zeros", "natural", "r2"] > 0.3 and mean["zeros", "black", "spc"] > 0.2
     assert mean["none", "natural", "r2"] < 0.1 < mean["reflect", "natural", "r2"]
     assert mean["none", "black", "spc"] == 0 and mean["reflect", "black", "spc"] == 0
+
+
+def test_rings_divide_a_map_by_the_distance_to_its_border():
+    where = rings(12, 3)
+    assert [int((where == ring).sum()) for ring in range(3)] == [12**2 - 8**2, 8**2 - 4**2, 4**2]
+    assert where[0, 5] == where[11, 11] == where[5, 1] == 0 and where[2, 2] == 1 and where[6, 6] == 2
+    goal = target("H", 12)
+    prediction = np.where(where == 1, 1 - goal, goal)[None]
+    found = by_ring(prediction, goal, 3)
+    np.testing.assert_allclose(found["spc"], [[1, -1, 1]], atol=1e-6)
+    assert found["mae"][0, 0] == found["mae"][0, 2] == 0 < found["mae"][0, 1]
+
+
+def test_controls_of_the_study(small_config):
+    """Mirrored training crops come in fours, and the test stays as it is."""
+    config = small_config.copy_and_resolve_references()
+    plain = study._images(config, 0)
+    config.mirrored = True
+    mirrored = study._images(config, 0)
+    count = len(plain["train"])
+    assert np.array_equal(mirrored["train"][:count], plain["train"]) and len(mirrored["train"]) == 4 * count
+    assert np.array_equal(mirrored["train"][count:2 * count], plain["train"][:, :, ::-1])
+    assert np.array_equal(mirrored["train"][3 * count:], plain["train"][:, ::-1, ::-1]) and np.array_equal(mirrored["natural"], plain["natural"])
+
+
+def test_the_papers_tables(tmp_path, capsys):
+    """Zeros around the image alone give its position away (the paper's table 4); a second call runs nothing again; wrong settings are named."""
+    arguments = ["readout_padding", "--workdir", str(tmp_path), "--seeds", "2", "--set", "image_size=96", "n_train=8", "n_held_out=4", "n_test=4",
+                 "sgd_steps=20"]
+    position_tables.main(arguments)
+    values = json.loads((tmp_path / "readout_padding.json").read_text())
+    found = {(value["row"], value["target"], value["readout"]): value for value in values}
+    assert len(found) == len(values) == 3 * 3 * 2
+    r2 = [found[f"PosENet, padded by {amount}", "H", "exact"]["r2"] for amount in (0, 1, 2)]
+    assert r2[0] < 0 < 0.02 < r2[1] < 0.1 < r2[2]
+    assert found["PosENet, padded by 1", "HS", "sgd"]["paper"] == [0.148, 0.304]
+    assert found["PosENet, padded by 1", "G", "sgd"]["paper"] == [0.205, 0.184]
+    folders = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
+    assert len(folders) == 3
+    position_tables.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == folders
+    assert "| PosENet, padded by 2 | H | natural | 0.397 / 0.223 |" in (tmp_path / "readout_padding.md").read_text()
+    for setting, message in (("n_trian=3", "'n_trian' is not a key of configs/posenet.py"), ("n_train=three", "'three' is not a value for n_train"),
+                             ("kernel=31", "kernel=31 is not between 1 and")):
+        with pytest.raises(SystemExit, match=message):
+            position_tables.main([*arguments, setting])
+
+
+@pytest.mark.parametrize("name, rows", [("main", 3), ("kernels", 6), ("stages", 6), ("readout_padding", 3), ("encoder_padding", 2), ("controls", 6)])
+def test_every_table_is_a_set_of_studies_that_fit(name, rows):
+    options = argparse.Namespace(photographs="", weights="random", seeds=1, set=[])
+    assert len(position_tables.TABLES[name]) == rows
+    for row in position_tables.TABLES[name]:
+        config = position_tables.configure(row, options)
+        assert row.encoder in ("posenet", *config.encoders) and (row.padding in config.paddings or row.encoder == "posenet")
+        assert all(target in config.targets and data in config.data for target, data in row.paper)
+        if name != "main":  # ResNet-152 takes long to trace
+            study.check(config)

@@ -16,11 +16,16 @@ _BATCH = 8
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalize(images: jnp.ndarray) -> jnp.ndarray:
-    """uint8 [batch, height, width, 3] -> float32 with ImageNet's mean and standard deviation taken out.
+PIXELS = ("imagenet", "unit")
 
-    Black is then not 0, the value of zero padding: a black image can show its border to a network without biases.
+
+def normalize(images: jnp.ndarray, pixels: str = "imagenet") -> jnp.ndarray:
+    """uint8 [batch, height, width, 3] -> float32 with ImageNet's mean and standard deviation taken out, or, as "unit", from 0 to 1.
+
+    Black is not 0, the value of zero padding, in the first: a black image can show its border to a network without biases.
     """
+    if pixels == "unit":
+        return images.astype(jnp.float32) / 255
     return (images.astype(jnp.float32) / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
 
 
@@ -45,18 +50,18 @@ def reachable_stages(model: Network, size: int) -> list[str]:
     return names
 
 
-def image_features(images: np.ndarray) -> np.ndarray:
+def image_features(images: np.ndarray, pixels: str = "imagenet") -> np.ndarray:
     """The control without an encoder: the images themselves on the grid, float32 [n, 28, 28, 3]."""
-    return np.asarray(jax.jit(lambda x: resize(normalize(x), FEATURE_SIZE))(images))
+    return np.asarray(jax.jit(lambda x: resize(normalize(x, pixels), FEATURE_SIZE))(images))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "stages"))
-def _joined_stages(model, variables, images, stages, key):
-    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key})
+@functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
+def _joined_stages(model, variables, images, stages, pixels, key):
+    maps = model.apply(variables, normalize(images, pixels), method="stages", last=stages[-1], rngs={"padding": key})
     return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
 
 
-def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> np.ndarray:
+def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str], pixels: str = "imagenet") -> np.ndarray:
     """Runs a frozen encoder once over uint8 images [n, height, width, 3] -> the named stages, resized and joined, [n, 28, 28, channels].
 
     `stages` are in the network's order: nothing after the last is computed. The encoder is in evaluation mode; padding='random'
@@ -66,7 +71,7 @@ def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence
     for start in range(0, len(images), _BATCH):
         batch = images[start:start + _BATCH]
         full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        part = np.asarray(_joined_stages(model, variables, full, tuple(stages), jax.random.key(start)))[:len(batch)]
+        part = np.asarray(_joined_stages(model, variables, full, tuple(stages), pixels, jax.random.key(start)))[:len(batch)]
         out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
         out[start:start + len(part)] = part
     return out

@@ -28,3 +28,16 @@ def scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
         "r2": 1 - np.square(error).sum(1) / np.square(goal - goal.mean()).sum(),
     }
     return {name: value.reshape(prediction.shape[:-2]) for name, value in result.items()}
+
+
+def rings(size: int, count: int) -> np.ndarray:
+    """Divides a square map by the distance to its border into `count` rings of one width, 0 the outermost: [size, size]."""
+    away = np.minimum(np.arange(size), np.arange(size)[::-1])
+    return np.minimum(np.minimum.outer(away, away) * 2 * count // size, count - 1)
+
+
+def by_ring(prediction: np.ndarray, target: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """`spc` and `mae` of every ring by itself, for `prediction` [n, size, size] against `target` [size, size]: each [n, count]."""
+    where = rings(len(target), count)
+    found = [scores(prediction[:, where == ring][:, None], target[where == ring][None]) for ring in range(count)]
+    return {name: np.stack([ring[name] for ring in found], 1) for name in ("spc", "mae")}

@@ -1,0 +1,180 @@
+"""The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the paper's numbers.
+
+    python -m experiments.position_tables {main,kernels,stages,readout_padding,encoder_padding,controls} --workdir runs/tables
+        [--photographs FOLDER] [--weights random|imagenet|FILE] [--seeds 5] [--set KEY=VALUE ...]
+
+A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are not run again. `--set`
+changes any key of that configuration for all of them. The paper's networks have ImageNet weights; without any at hand the
+encoders have random ones, which is a question of its own. Writes NAME.md and NAME.json to the work directory.
+"""
+import argparse
+import ast
+import json
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_collections
+
+from cnnjax import backend, report, workdir
+from cnnjax.position import study
+from configs import posenet
+
+
+class Row(NamedTuple):
+    """A line of a table: a study's keys, the row of its results that is shown, and what the paper prints for it, by target and data."""
+
+    label: str
+    changes: dict
+    encoder: str
+    padding: str
+    paper: dict[tuple[str, str], tuple[float, float]]
+
+
+def _grid(targets: str, data: str, text: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """The paper's "SPC/MAE" by target and data, read line by line: a line for each target."""
+    return {(target, kind): tuple(map(float, cell.split("/"))) for target, line in zip(targets.split(), text.strip().splitlines())
+            for kind, cell in zip(data.split(), line.split())}
+
+
+_ALL, _DATA = "H V G HS VS", "natural black white noise"
+
+
+def _study(encoder: str = "vgg16", paddings: tuple[str, ...] = ("zeros",), **keys) -> dict:
+    """A study's keys: one encoder, or none for the image alone, under these paddings with both readouts; a 3x3 readout unless told."""
+    return {"encoders": (encoder,) if encoder else (), "paddings": paddings, "sgd_paddings": paddings, "kernel": 3} | keys
+
+
+def _natural(targets: str, text: str, **keys) -> tuple[dict, dict]:
+    """A study on photographs only, and the paper's cells for it."""
+    return {"targets": tuple(targets.split()), "data": ("natural",)} | keys, _grid(targets, "natural", text.replace(" ", "\n"))
+
+
+def _rows() -> Iterator[tuple[str, Row]]:
+    for label, encoder, shown, padding, text in (  # table 1
+            ("PosENet", "vgg16", "posenet", "none", """
+                .012/.251 .0/.251 .0/.251 .001/.251
+                .131/.248 .0/.251 .0/.251 .053/.250
+                -.001/.233 .0/.186 .0/.186 -.034/.214
+                -.001/.712 -.055/.704 .0/.704 .023/.710
+                .006/.723 .081/.709 .081/.709 .018/.714"""),
+            ("VGG-16", "vgg16", "vgg16", "zeros", """
+                .742/.149 .751/.164 .873/.157 .591/.173
+                .816/.129 .846/.146 .927/.138 .771/.150
+                .814/.109 .842/.123 .898/.116 .762/.129
+                .405/.556 .532/.583 .576/.574 .375/.573
+                .374/.567 .538/.575 .437/.578 .526/.566"""),
+            ("ResNet-152", "resnet152", "resnet152", "zeros", """
+                .933/.084 .987/.080 .994/.078 .973/.077
+                .951/.083 .978/.069 .979/.072 .968/.074
+                .936/.070 .953/.068 .964/.064 .971/.055
+                .534/.528 .566/.518 .562/.515 .471/.530
+                .520/.537 .574/.523 .593/.514 .523/.545""")):
+        yield "main", Row(label, _study(encoder), shown, padding, _grid(_ALL, _DATA, text))
+    for size, alone, vgg in (  # table 2b
+            (1, ".013/.251 .017/.188 -.004/.628", ".542/.196 .724/.127 .317/.576"),
+            (3, ".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
+            (7, ".060/.250 .068/.187 .002/.628", ".828/.120 .816/.111 .487/.532")):
+        for label, encoder, padding, text in (("PosENet", "posenet", "none", alone), ("VGG-16", "vgg16", "zeros", vgg)):
+            keys, paper = _natural("H G HS", text, kernel=size)
+            yield "kernels", Row(f"{label}, {size}x{size}", _study(**keys), encoder, padding, paper)
+    for label, stages, text in (  # table 3
+            ("f1", ("block1",), ".101/.249 .241/.182"), ("f2", ("block2",), ".344/.225 .404/.168"),
+            ("f3", ("block3",), ".472/.203 .588/.146"), ("f4", ("block4",), ".610/.181 .653/.138"),
+            ("f5", ("block5",), ".657/.177 .693/.135"), ("all", (), ".742/.149 .814/.109")):
+        keys, paper = _natural("H G", text, stages=stages)
+        yield "stages", Row(f"VGG-16, {label}", _study(**keys), "vgg16", "zeros", paper)
+    for amount, text in (  # table 4, its first rows: on pixels from 0 to 1
+            (0, ".012/.251 -.001/.233 -.001/.712"), (1, ".274/.239 .205/.184 .148/.608"), (2, ".397/.223 .380/.177 .214/.595")):
+        keys, paper = _natural("H G HS", text, readout_padding=amount, pixels="unit")
+        yield "readout_padding", Row(f"PosENet, padded by {amount}", _study("", **keys), "posenet", "none", paper)
+    for padding, text in (("zeros", ".742/.149 .814/.109 .405/.556"), ("none", ".381/.223 .359/.174 .011/.628")):  # its last rows
+        keys, paper = _natural("H G HS", text)
+        yield "encoder_padding", Row(f"VGG-16, {padding}", _study(paddings=("zeros", "none"), **keys), "vgg16", padding, paper)
+    for label, keys in (("as it is", {}), ("mirrored photographs", {"mirrored": True}), ("shuffled targets", {"shuffled": True})):
+        keys |= {"targets": ("H", "V", "G"), "data": ("natural", "black"), "kernel": 1}
+        for padding in ("zeros", "none"):  # not in the paper
+            yield "controls", Row(f"VGG-16, {padding}, {label}", _study(paddings=("zeros", "none"), **keys), "vgg16", padding, {})
+
+
+TABLES = defaultdict(list)
+for _name, _row in _rows():
+    TABLES[_name].append(_row)
+
+
+def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDict:
+    """The configuration of a row's study. Raises `ValueError` for a key that it does not have or a value of another type."""
+    config = posenet.get_config()
+    config.photographs, config.weights, config.seeds = options.photographs, options.weights, options.seeds
+    for key, value in row.changes.items():
+        config[key] = value
+    for setting in options.set:
+        key, _, text = setting.partition("=")
+        if key not in config:
+            raise ValueError(f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has {', '.join(sorted(config))}")
+        try:
+            config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(f"--set {setting}: {text!r} is not a value for {key}, which is {config[key]!r}") from error
+    return config.lock()
+
+
+def results(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict:
+    """The results of a study, which is run if it is not finished."""
+    if not (folder / "results.json").exists():
+        study.check(config)
+        study.run(config, workdir.prepare(folder, config.to_dict()))
+    return json.loads((folder / "results.json").read_text())
+
+
+def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
+    """The table beside the paper's numbers, as text and as values."""
+    lines, values = [], []
+    for row, result in zip(rows, found):
+        mine = [entry for entry in result["rows"] if (entry["encoder"], entry["padding"]) == (row.encoder, row.padding)]
+        for target, data in dict.fromkeys((entry["target"], entry["data"]) for entry in mine):
+            paper = row.paper.get((target, data))
+            if paper and target in ("HS", "VS"):
+                paper = paper[0], paper[1] / 2  # the paper's stripes reach from -1 to 1, ours from 0
+            cells = []
+            for readout in ("sgd", "exact"):
+                entry = next((e for e in mine if (e["target"], e["data"], e["readout"]) == (target, data, readout)), None)
+                if entry is None:
+                    cells.append("")
+                    continue
+                cells.append(f"{entry['spc']:.3f} ± {entry['spc_std'] or 0:.3f} / {entry['mae']:.3f} / {entry['r2']:.2f}")
+                values.append(entry | {"row": row.label, "paper": paper})
+            seeds = mine[0]["n_seeds"]
+            lines.append([row.label, target, data, f"{paper[0]:.3f} / {paper[1]:.3f}" if paper else "", *cells, str(seeds)])
+    header = ["row", "target", "data", "paper: SPC / MAE", "SGD: SPC ± std / MAE / R2", "exact: SPC ± std / MAE / R2", "seeds"]
+    return report.table(header, lines), values
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tables"), help="where to write (default: %(default)s)")
+    parser.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
+    parser.add_argument("--weights", default="random", help="random, imagenet (from the hub) or a safetensors file (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="of weights, photographs and crops (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every study's configuration")
+    options = parser.parse_args(arguments)
+    backend.start()
+    rows = TABLES[options.table]
+    try:
+        configs = [configure(row, options) for row in rows]
+        digests = [workdir.digest(config.to_dict()) for config in configs]
+        found = [results(config, options.workdir / digest) for config, digest in zip(configs, digests)]
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    table, values = tabulate(rows, found)
+    workdir.write_json(options.workdir / f"{options.table}.json", values)
+    text = (f"# {options.table}\n\nWeights: {options.weights}. Std is over images and seeds together; stripes span 0 to 1, for which the "
+            "paper's errors are halved. SPC is blind to amplitude: read R2, the share of variance explained, beside it.\n\n")
+    workdir.write(options.workdir / f"{options.table}.md", text + table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
