@@ -11,6 +11,18 @@ backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# What takes long to make, and would be made once on every worker.
+_SHARED = ("ledger", "finished")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of one module that share a run share a worker."""
+    for item in items:
+        if set(_SHARED) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """Real data sets laid out under $CNNJAX_DATA; tests that need them are skipped where it is not set."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import test_lectures
 import test_torchvision
 
@@ -73,9 +74,9 @@ def test_head_and_stages(name):
 def test_every_parameter_receives_a_finite_gradient(name):
     model = create_model(name, num_classes=7)
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = quick.jit(model.init)(jax.random.key(0), x)
     loss = lambda params: jnp.square(model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()
-    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    value, grads = quick.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
@@ -159,8 +160,8 @@ def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
-    variables = jax.jit(lambda x: model.init(jax.random.key(1), x, method="stages", last=last))(image)
-    run = jax.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
+    variables = quick.jit(lambda x: model.init(jax.random.key(1), x, method="stages", last=last))(image)
+    run = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
     whole, part = run(image), run(image[:, 8:, 8:])
     np.testing.assert_allclose(whole[:, 1:, 1:][:, :part.shape[1], :part.shape[2]], part, atol=1e-4 * float(jnp.abs(part).max()))
     flipped = run(image[:, ::-1, ::-1])
@@ -181,8 +182,8 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     """On a constant image only fills of zeros can make a feature map vary: one layer left out would show."""
     model = create_model(name, padding=fill)
     x = jnp.full((1, size, size, 3), 0.7)
-    variables = jax.jit(lambda: create_model(name).init(jax.random.key(0), x[:, :160, :160], method="stages", last=last))()
-    y = jax.jit(lambda x: model.apply(variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)})[last])(x)
+    variables = quick.jit(lambda: create_model(name).init(jax.random.key(0), x[:, :160, :160], method="stages", last=last))()
+    y = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)})[last])(x)
     varies = float(jnp.ptp(y, axis=(1, 2)).max() / jnp.abs(y).max())
     assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
 
@@ -193,8 +194,8 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     """Block by block, since without padding the whole needs an image of some two thousand pixels."""
     block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
     x = jnp.full((1, 31, 31, 64), 0.7)
-    variables = jax.jit(lambda: block("zeros").init(jax.random.key(0), x, False))()
-    y = jax.jit(lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)}))(x)
+    variables = quick.jit(lambda: block("zeros").init(jax.random.key(0), x, False))()
+    y = quick.jit(lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)}))(x)
     varies = float(jnp.ptp(y, axis=(1, 2)).max() / jnp.abs(y).max())
     assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
     if fill != "full":
@@ -205,9 +206,9 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = jax.jit(create_model(name).init)(jax.random.key(0), x)
-    exact = jax.jit(create_model(name).apply)(variables, x)
-    half = jax.jit(create_model(name, dtype=jnp.bfloat16).apply)(variables, x)
+    variables = quick.jit(create_model(name).init)(jax.random.key(0), x)
+    exact = quick.jit(create_model(name).apply)(variables, x)
+    half = quick.jit(create_model(name, dtype=jnp.bfloat16).apply)(variables, x)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables)) and half.dtype == jnp.float32
     assert 1e-5 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 
 from cnnjax import weights
 from cnnjax.models import base, create_model
@@ -81,8 +82,7 @@ def test_training_is_torchvisions(case):
         return sum(jnp.square(output).sum() for output in outputs.values()), (outputs, {"batch_stats": new.get("batch_stats", {})})
 
     images = [golden_images(len(GOLDEN[case]), int(size), f"input {step}") for step in range(3)]
-    # Compiling is what takes the time: without LLVM's optimisation it takes half. The evaluation test has the optimised code.
-    run = jax.jit(jax.grad(loss, has_aux=True)).lower(params, state, images[0]).compile({"xla_backend_optimization_level": 0})
+    run = quick.jit(jax.grad(loss, has_aux=True))
     for batch in images:
         grads, (outputs, state) = run(params, state, batch)
 
@@ -108,7 +108,7 @@ def test_initialisation_has_torchvisions_distributions(name):
     model = create_model(name)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
-    variables = jax.jit(lambda key: model.init(key, image)).lower(jax.random.key(0)).compile({"xla_backend_optimization_level": 0})(jax.random.key(0))
+    variables = quick.jit(lambda key: model.init(key, image))(jax.random.key(0))
     flat, paths = flax.traverse_util.flatten_dict(variables), weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
     for key, (mean, std, largest) in zip(keys, GOLDEN[f"{name}/moments"], strict=True):
