@@ -1,5 +1,6 @@
 """Convolution, pooling and padding: algebra and comparison with the native operations."""
 import functools
+import importlib
 
 import flax.linen as nn
 import jax
@@ -54,6 +55,26 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
     cotangent = normal(2, *y.shape)
     for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("kernel_size, stride, dilation", [(3, 1, 1), (3, 2, 1), (5, 3, 1), (2, 1, 2)])
+def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation, monkeypatch):
+    """Large maps are transposed in two steps; bit for bit nothing else changes, also under vmap and in a loop."""
+    x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)
+    loss = lambda kernel, x: jnp.square(cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)).sum()
+
+    def gradients():
+        each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x)
+        looped = jax.jit(lambda: jax.lax.map(functools.partial(jax.grad(loss), kernel), x))()
+        return jax.jit(jax.grad(loss))(kernel, x[0]), each, looped
+
+    small = gradients()
+    monkeypatch.setattr(importlib.import_module("cnnjax.nn.conv"), "_LARGE", 0)
+    jax.clear_caches()
+    large = gradients()
+    jax.clear_caches()
+    for one, other in zip(small, large):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
 def reference_conv_partial(x, kernel, stride, padding, dilation):

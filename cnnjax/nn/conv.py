@@ -20,6 +20,7 @@ from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.sums import add_bias, channel_sum
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_LARGE = 2**20  # elements: 4 MB
 _TOGETHER = 32  # channels of a convolution that stands for several groups
 
 
@@ -61,6 +62,16 @@ def _input_gradient(shape, kernel, stride, padding, dilation, dy):
     return _native(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
 
 
+def _batch_last(x):
+    """[batch, height, width, channels] -> [channels, height, width, batch].
+
+    A plain matrix transposition first, which reads memory in order, makes the kernel gradient of a map that is too large for the
+    caches 1.1 to 1.4 times faster, and that of a smaller one up to 1.4 times slower. XLA would join the two to one again.
+    """
+    rows = lax.optimization_barrier(x.reshape(len(x), -1).T)
+    return rows.reshape(*x.shape[1:], len(x)).transpose(2, 0, 1, 3)
+
+
 def _kernel_gradient(x, shape, stride, padding, dilation, dy):
     """Correlates the input with the output gradient: the batch is summed over, so it takes the place of the channels."""
     if shape[:2] == (1, 1):  # a matrix product as it stands: 1.2 to 5 times faster, since neither side is transposed
@@ -68,8 +79,9 @@ def _kernel_gradient(x, shape, stride, padding, dilation, dy):
         rows = [a.reshape(-1, a.shape[3]) for a in (read, dy)]
         return lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(shape)
     needed = [(dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1 for axis in (0, 1)]
-    x = pad(x, padding, "zeros")[:, :needed[0], :needed[1]]  # a stride may leave a margin that no window reads
-    gradient = lax.conv_general_dilated(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), dilation, "VALID",
+    read = lambda x: pad(x, padding, "zeros")[:, :needed[0], :needed[1]]  # a stride may leave a margin that no window reads
+    x = read(x).transpose(3, 1, 2, 0) if x.size < _LARGE else read(_batch_last(x))
+    gradient = lax.conv_general_dilated(x, dy.transpose(1, 2, 0, 3), dilation, "VALID",
                                         rhs_dilation=stride, dimension_numbers=_LAYOUT)
     return gradient.transpose(1, 2, 0, 3)
 
