@@ -55,13 +55,17 @@ def _parse(argv: list[str]) -> None:
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Runs one configuration in a work directory."""
+    """Runs one configuration in a work directory; of a finished run, only the report is written anew."""
     job = importlib.import_module(_JOBS[config.kind])
     job.check(config)
     backend.start()
     folder = workdir.prepare(folder, config.to_dict())
-    _LOG.info("running in %s", folder)
-    job.run(config, folder)
+    if (folder / "results.json").exists():
+        _LOG.info("%s holds the finished run", folder)
+        importlib.import_module("cnnjax.report").write(folder)
+    else:
+        _LOG.info("running in %s", folder)
+        job.run(config, folder)
     _LOG.info("finished: see %s", folder / "report.md")
 
 

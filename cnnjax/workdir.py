@@ -76,5 +76,6 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
         raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); choose another --workdir") from error
-    write_json(folder / "environment.json", backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()})
+    if not (folder / "results.json").exists():  # else it says what made them
+        write_json(folder / "environment.json", backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()})
     return folder

@@ -38,6 +38,9 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     folder = workdir.prepare(tmp_path / "new" / "run", config)
     assert workdir.prepare(folder, config) == folder
     assert json.loads((folder / "environment.json").read_text())["seed"] == 0
+    (folder / "results.json").write_text("{}")
+    (folder / "environment.json").write_text("what made the results")
+    assert workdir.prepare(folder, config) == folder and (folder / "environment.json").read_text() == "what made the results"
     for change, message in (({"seed": 1}, "seed=0 there, 1 now"), ({"paddings": ("zeros",)}, r"paddings=\['zeros', 'none'\] there, \['zeros'\] now"),
                             ({"nested": {"a": 2}}, "nested.a=1 there, 2 now"), ({"extra": 3}, "extra=None there, 3 now")):
         with pytest.raises(ValueError, match=f"holds a run of another configuration \\({message}\\); choose another --workdir"):

@@ -293,10 +293,6 @@ def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report."""
-    if (folder / "results.json").exists():
-        _LOG.info("%s holds the finished run", folder)
-        report.write(folder)
-        return
     began = time.monotonic()
     current = _Run(config, folder)
     state = current.train()
