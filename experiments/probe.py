@@ -22,7 +22,7 @@ from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
-_BATCH = 100
+_BATCH = 128
 
 
 def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:

@@ -60,7 +60,8 @@ def test_bad_input_is_one_clear_line(arguments, message, tmp_path):
 
 def test_interrupted_in_the_middle_leaves_no_half_written_file(tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen([*COMMAND, *SMALL, "--config.seeds=200", "--workdir", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, *SMALL, "--config.seeds=200", "--workdir", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in what a shell runs in the background
     deadline = time.monotonic() + 120
     while not (folder / "environment.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
