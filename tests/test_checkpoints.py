@@ -57,7 +57,7 @@ def test_a_states_memory_may_be_given_away_at_once(tmp_path):
             x = increase(x)
             checkpoints.save(step, {"x": x}, {})
         for step in checkpoints.steps():
-            assert (checkpoints._restore(step, {"x": x})[1]["x"] == step).all()
+            assert (checkpoints.restore_step(step, {"x": x})[1]["x"] == step).all()
 
 
 def files_of(folder: pathlib.Path) -> list[str]:

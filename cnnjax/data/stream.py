@@ -97,11 +97,11 @@ class Part:
         return self._source[int(self._numbers[index])]
 
 
-def hold_out(source: Folder | Tfds, count: int, seed: int) -> tuple[Part, Part]:
-    """Divides a source by the seed into (the rest, `count` images). Raises `ValueError` if that leaves none."""
+def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
+    """Divides a source into (the rest, `count` images), always the same ones. Raises `ValueError` if that leaves none."""
     if not 0 < count < len(source):
         raise ValueError(f"n_validation={count} is not between 1 and {len(source) - 1}, the training images but one")
-    order = np.random.default_rng([seed, 0]).permutation(len(source))
+    order = np.random.default_rng(0).permutation(len(source))
     return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
 
 

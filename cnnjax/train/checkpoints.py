@@ -122,7 +122,7 @@ class Checkpoints:
     def _header(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore()))["header"]
 
-    def _restore(self, step: int, like):
+    def restore_step(self, step: int, like):
         """One checkpoint -> (step, state, record). Raises `ValueError` if it is of another state than `like`."""
         header, expected = self._header(step), _described(like)
         for name in sorted(header["leaves"].keys() | expected.keys()):
@@ -144,7 +144,7 @@ class Checkpoints:
         for step in steps:
             damage = _damage(self.folder / str(step))
             if damage is None:
-                return self._restore(step, like)
+                return self.restore_step(step, like)
             _LOG.warning("checkpoint %s is damaged: %s; it is put aside, and the one before is used", self.folder / str(step), damage)
             if jax.process_index() == 0:
                 (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
@@ -163,4 +163,4 @@ class Checkpoints:
         best = min(measured, key=measured.get)
         if damage := _damage(self.folder / str(best)):
             raise ValueError(f"the best checkpoint, {self.folder / str(best)}, is damaged: {damage}")
-        return self._restore(best, like)
+        return self.restore_step(best, like)

@@ -1,5 +1,6 @@
 """A network's outputs on a whole data set, in the same ways as training runs, and what they are worth."""
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -33,13 +34,13 @@ def averaged(count: int) -> Callable:
     """Logits as the logarithm of the mean probability over `count` views of each image (`cnnjax.data.augment.views`)."""
     def run(model, variables, images):
         size = model.input_shape[0] if count == 10 else images.shape[1]
-        probabilities = [jax.nn.softmax(logits(model, variables, view)) for view in views(images, count, size)]
-        return jnp.log(sum(probabilities) / count)
+        found = jnp.stack([logits(model, variables, view) for view in views(images, count, size)])
+        return jax.nn.logsumexp(jax.nn.log_softmax(found), axis=0) - math.log(count)
     return logits if count == 1 else run
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(parallel: Parallel, model: Network, output: Callable):
+def compiled(parallel: Parallel, model: Network, output: Callable):
     def run(axis_name, variables, moments, images):
         return output(model, variables, normalise(images, *moments))
     return parallel.compile(run, replicated=2, shared=1, shares_output=True)
@@ -57,7 +58,7 @@ def predict(parallel: Parallel, model: Network, variables, moments, batches: Ite
     `variables` and `moments` (mean, std) are replicated (`Parallel.replicate`); `batch_size` is a multiple of the devices of
     this process. `output` is `logits`, `features(stage)` or `averaged(views)`. Processes each see all batches.
     """
-    run, results = _compiled(parallel, model, output), []
+    run, results = compiled(parallel, model, output), []
     for images in batches:
         filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
         filled[:len(images)] = images

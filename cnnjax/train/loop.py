@@ -75,7 +75,7 @@ class _Resident:
 
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
-        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation, config.seed)
+        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
         self.classes, self.count, self.shape = self.data.classes, len(self.data.train.images), self.data.train.images.shape[1:]
         self.moments = parallel.replicate(_moments(config, *arrays.normalisation(self.data.train.images)))
         self._placed = parallel.replicate(tuple(self.data.train))
@@ -115,7 +115,7 @@ class _Streamed:
             raise ValueError(f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
                              f"{', '.join(trained)}; expected the same")
         if config.n_validation:
-            self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation, config.seed)
+            self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation)
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.shape = (config.image_size, config.image_size, 3)
         self.moments = parallel.replicate(_moments(config, augment.IMAGENET_MEAN, augment.IMAGENET_STD))
@@ -165,7 +165,7 @@ def _heed_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Run:
+class Training:
     """A training run under way: what `run` would otherwise pass from function to function."""
 
     def __init__(self, config, folder: pathlib.Path):
@@ -294,7 +294,7 @@ def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report."""
     began = time.monotonic()
-    current = _Run(config, folder)
+    current = Training(config, folder)
     state = current.train()
     tested, outputs, labels = current.score(state, "test", config.test_views)
     trained = current.score(state, "train")
