@@ -5,7 +5,6 @@
 `--runs` matches work directories of finished training runs: several, or for snapshot and polyak one that kept several checkpoints.
 Writes results.json and report.md; the test set is scored once, at the end.
 """
-import argparse
 import functools
 import glob
 import json
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 import scipy.special
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
@@ -44,7 +43,7 @@ METHODS = {
     "greedy": "the average of those that, from the best run down, do not make it worse",
     "learned": "the average with coefficients learned on the validation images, one a run",
     "learned-by-layer": "the same, one a run and layer",
-    "snapshot": "the mean of the probabilities of one run's checkpoints",
+    "snapshot": "the mean of the probabilities of one run's checkpoints, with schedule.name=restarts those at the cycles' ends",
     "polyak": "the average of one run's checkpoints, or the one that it kept itself (ema_decay)",
 }
 _SELECTING = ("best", "greedy", "learned", "learned-by-layer")
@@ -239,6 +238,9 @@ def _read(folder: pathlib.Path, config: dict, method: str) -> tuple[loop.Trainin
         steps = checkpoints.steps() if method in _OF_ONE_RUN else [last]
         if last not in checkpoints.steps():
             raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
+        if method == "snapshot" and config["schedule"]["name"] == "restarts":  # those from the middle of a cycle have a high rate
+            first, period = (round(config["schedule"][key] * run.steps_per_epoch) for key in ("warmup_epochs", "every"))
+            steps = [at for at in steps if at > first and (at - first) % period == 0]
         if len(steps) < 2 and (method == "snapshot" or method == "polyak" and not run.recipe.ema):
             raise ValueError(f"{folder} kept one checkpoint, and method={method!r} takes at least two: train with "
                              "--config.keep_checkpoints=N and --config.checkpoint_every_steps=M")
@@ -384,26 +386,18 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for bad input, 1 for a failure."""
+    """The command line -> the exit code (`cnnjax.command.run`)."""
     methods = "\n".join(f"  {name:18}{text}" for name, text in METHODS.items())
-    parser = argparse.ArgumentParser(prog="python -m cnnjax.combine", description=__doc__, epilog=f"methods:\n{methods}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(prog="python -m cnnjax.combine", description=__doc__, epilog=f"methods:\n{methods}")
     parser.add_argument("--runs", required=True, nargs="+", metavar="FOLDER", help="work directories, or patterns that match them")
     parser.add_argument("--method", required=True, choices=METHODS, metavar="METHOD", help="one of those below")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, metavar="FOLDER", help="where the results are written")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)  # orbax's import has been first
-    _LOG.setLevel(logging.INFO)
-    try:
+
+    def work():
         backend.start()
         run(options.runs, options.method, options.workdir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command.run(work)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cnnjax import backend, workdir
+from cnnjax import backend, command, workdir
 
 # What a configuration's `kind` may be, and the module whose `check` and `run` do it.
 _JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
-_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 _LOG = logging.getLogger("cnnjax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, such as configs/posenet.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results; by default one under runs/ named after the configuration.")
+flags.DEFINE_boolean("debug", False, "Shows the traceback of an error.")
 
 
 def _default_workdir() -> pathlib.Path:
@@ -70,26 +70,11 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def main(argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run) -> int:
-    """Does `work` with a configuration and returns the exit code: 0, 2 for bad input, 1 for a failure, 75 when a run was stopped
-    that the same command will resume, 130 when one was that it will not."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    _LOG.setLevel(logging.INFO)
-    try:
+    """Does `work` with a configuration and returns the exit code (`cnnjax.command.run`)."""
+    def do():
         _parse(argv)
         work(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except workdir.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return _RESUMABLE
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(do)
 
 
 def leave(code: int) -> None:

@@ -11,7 +11,10 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
+
+from cnnjax import command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,41 +199,31 @@ def render(table: list[Layer], style: str = "text") -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; a wrong argument ends it with one line and exit code 2."""
-    parser = _Parser(prog="python -m cnnjax.summary", description="Prints a network's table.")
-    parser.add_argument("model", help="a registered name, such as vgg16")
-    parser.add_argument("--input", type=_positive, metavar="PIXELS", help="height and width of the image (default: the publication's)")
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="images in a batch (default: %(default)s)")
-    parser.add_argument("--padding", default="zeros", help="fill of every convolution and pool: zeros, none, reflect, replicate, "
-                        "circular or partial (default: %(default)s)")
-    parser.add_argument("--format", default="text", help="text, markdown or json (default: %(default)s)")
-    options = parser.parse_args(arguments)
+def _work(options: argparse.Namespace) -> None:
     from cnnjax.models import create_model
-    try:
-        render([], options.format)
-        model = create_model(options.model, padding=options.padding)
-    except ValueError as error:
-        parser.error(str(error))
+    render([], options.format)
+    model = create_model(options.model, padding=options.padding)
     height, width, channels = model.input_shape
     height, width = options.input or height, options.input or width
     try:
         table = layers(model, (height, width, channels), options.batch)
     except ValueError as error:
-        parser.error(f"argument --input: {height}x{width}: {error}")
+        raise ValueError(f"input={height}x{width}: {error}") from error
     print(render(table, options.format))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """The command line -> the exit code (`cnnjax.command.run`)."""
+    parser = command.Parser(prog="python -m cnnjax.summary", description="Prints a network's table.")
+    parser.add_argument("model", help="a registered name, such as vgg16")
+    parser.add_argument("--input", type=command.whole(1), metavar="PIXELS",
+                        help="height and width of the image (default: the publication's)")
+    parser.add_argument("--batch", type=command.whole(1), default=1, metavar="N", help="images in a batch (default: %(default)s)")
+    parser.add_argument("--padding", default="zeros", help="fill of every convolution and pool (default: %(default)s)")
+    parser.add_argument("--format", default="text", help="text, markdown or json (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return command.run(lambda: _work(options))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

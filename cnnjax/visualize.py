@@ -9,8 +9,8 @@ each). A command writes COMMAND.png and results.json to its work directory. The 
 import argparse
 import contextlib
 import functools
-import logging
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ import PIL.ImageOps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import backend, summary, weights, workdir
+from cnnjax import backend, command, summary, weights, workdir
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS
@@ -737,20 +737,6 @@ _COMMANDS: dict[str, tuple[Callable, str, int | None, tuple[str, ...]]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
 def _weight(text: str) -> float:
     try:
         value = float(text)
@@ -762,12 +748,12 @@ def _weight(text: str) -> float:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m cnnjax.visualize", description="Shows what the units of a network look for.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top = command.Parser(prog="python -m cnnjax.visualize", description="Shows what the units of a network look for.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, description, images, groups) in _COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=f"Shows {description}.")
-        add = command.add_argument
-        command.set_defaults(stages=None, channels=None, images=None, parser=command)
+        parser = commands.add_parser(name, help=description, description=f"Shows {description}.")
+        add = parser.add_argument
+        parser.set_defaults(stages=None, channels=None, images=None)
         add("--model", required=True, help="a registered name, such as squeezenet1_1")
         add("--weights", required=True, metavar="FILE",
             help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'")
@@ -776,22 +762,23 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         add("--workdir", required=True, metavar="FOLDER", help="where the figure and the numbers are written")
         if images is not None:
             add("--photographs", default="", metavar="FOLDER", help="default: those that scikit-image and scikit-learn carry")
-            add("--images", type=_whole(1), default=images, metavar="N", help=f"photographs, evenly spread (default: {images or 'all'})")
+            add("--images", type=command.whole(1), default=images, metavar="N",
+                help=f"photographs, evenly spread (default: {images or 'all'})")
         if "stages" in groups:
             add("--stages", nargs="+", metavar="STAGE", help="default: all, or three evenly spread for levels")
         if "stage" in groups:
             add("--stage", dest="stages", nargs=1, required=True, help="a stage of the network")
         if "channels" in groups:
-            add("--channels", nargs="+", type=_whole(0), metavar="N", help="channels of the stages (default: some evenly spread)")
+            add("--channels", nargs="+", type=command.whole(0), metavar="N", help="channels of the stages (default: some evenly spread)")
         if "climb" in groups:
-            add("--steps", type=_whole(1), default=256, metavar="N", help="of gradient ascent (default: %(default)s)")
-            add("--jitter", type=_whole(0), metavar="PIXELS", help="default: a quarter of the stage's stride")
+            add("--steps", type=command.whole(1), default=256, metavar="N", help="of gradient ascent (default: %(default)s)")
+            add("--jitter", type=command.whole(0), metavar="PIXELS", help="default: a quarter of the stage's stride")
             add("--total-variation", type=_weight, default=0.02, metavar="SHARE",
                 help="of the activation, what an edge across the image costs (default: %(default)s)")
         if "square" in groups:
-            add("--size", type=_whole(1), default=48, metavar="PIXELS", help="side of the square (default: %(default)s)")
-            add("--stride", type=_whole(1), default=16, metavar="PIXELS", help="of the square (default: %(default)s)")
-    return parser.parse_args(arguments)
+            add("--size", type=command.whole(1), default=48, metavar="PIXELS", help="side of the square (default: %(default)s)")
+            add("--stride", type=command.whole(1), default=16, metavar="PIXELS", help="of the square (default: %(default)s)")
+    return top.parse_args(arguments)
 
 
 def _plain(value):
@@ -803,29 +790,27 @@ def _plain(value):
     return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, jax.Array)) else value
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; a wrong argument ends it with one message and exit code 2."""
-    options = _parse(arguments)
-    parser = options.parser
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("cnnjax").setLevel(logging.INFO)
+def _work(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    backend.start()
     try:
-        backend.start()
         subject = Subject(options)
-        folder = workdir.prepare(options.workdir, {key: value for key, value in vars(options).items() if key != "parser"})
+        folder = workdir.prepare(options.workdir, {key: value for key, value in vars(options).items() if key != "debug"})
         figure, numbers = _COMMANDS[options.command][0](subject)
-        workdir.write_figure(folder / f"{options.command}.png", figure)
-        workdir.write_json(folder / "results.json", {"kind": options.command} | _plain(numbers)
-                           | {"seconds": round(time.monotonic() - started, 1)})
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
     except flax.errors.FlaxError as error:
-        parser.error(f"weights={options.weights!r} do not hold all that {options.command} needs: {str(error).splitlines()[0]}")
-    except RuntimeError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}") from error
+    workdir.write_figure(folder / f"{options.command}.png", figure)
+    seconds = round(time.monotonic() - started, 1)
+    workdir.write_json(folder / "results.json", {"kind": options.command} | _plain(numbers) | {"seconds": seconds})
     print(f"see {folder / options.command}.png")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """The command line -> the exit code (`cnnjax.command.run`)."""
+    options = _parse(arguments)
+    return command.run(lambda: _work(options))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ import safetensors.numpy
 from cnnjax.models import Network
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_TOLD = 5  # keys that an error names
 # timm stores torchvision's VGG with a convolutional classifier of the same numbers.
 _TIMM_VGG = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
 
@@ -73,7 +74,7 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
     """Reads a safetensors file with torchvision's (or, for VGG, timm's) names into {"params": ..., "batch_stats": ...}.
 
-    Every key must be used, every parameter filled, every shape right: otherwise one `ValueError` lists all that is wrong.
+    Every key must be used, every parameter filled, every shape right: otherwise a `ValueError` says what is wrong.
     `missing` names top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the result then lacks
     them. Raises `FileNotFoundError` if there is no such file.
     """
@@ -95,8 +96,9 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         if key in tensors and not _fits(tensors[key].shape, shape):
             problems.append(f"of another shape: {key} is {tensors[key].shape} in the file and {shape} in the model")
     if problems:
-        raise ValueError(f"weights={str(path)!r} do not fit the model ({len(problems)} keys; name modules known to be absent in "
-                         "`missing`):\n  " + "\n  ".join(sorted(problems)))
+        more = f"; and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+        raise ValueError(f"weights={str(path)!r} do not fit the model (name modules known to be absent in `missing`): "
+                         + "; ".join(sorted(problems)[:_TOLD]) + more)
     loaded = {where: _to_ours(tensors[key], wanted[key]) for key, where in keys.items()}
     return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
 

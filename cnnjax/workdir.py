@@ -69,7 +69,8 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
-        if path.exists() and (difference := _difference(json.loads(path.read_text()), config)):
+        begun = any(other.name not in ("config.json", "environment.json") for other in folder.iterdir())  # else nothing can be mixed up
+        if begun and path.exists() and (difference := _difference(json.loads(path.read_text()), config)):
             raise ValueError(f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir")
         write_json(path, config)
     except OSError as error:

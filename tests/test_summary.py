@@ -146,22 +146,6 @@ def test_the_three_formats_hold_the_same_table(capsys):
     assert len(table["layers"]) == len(written["text"].splitlines()) - 4 == len(written["markdown"].splitlines()) - 3
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["vgg61"], "model='vgg61' is not known; did you mean"),
-    (["vgg16", "--padding", "mirror"], "padding='mirror' is not one of zeros"),
-    (["vgg16", "--format", "csv"], "format='csv' is not one of text, markdown, json"),
-    (["vgg16", "--input", "big"], "argument --input: 'big' is not a positive whole number"),
-    (["vgg16", "--batch", "0"], "argument --batch: '0' is not a positive whole number"),
-    (["vgg16", "--input", "16"], "argument --input: 16x16: a 2x2 pool with padding='zeros' has no output on a 1x1 map"),
-    ([], "the following arguments are required: model"),
-])
-def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        summary.main(arguments)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and message in error and error.count("\n") == 1
-
-
 def test_help_comes_without_jax():
     start = time.perf_counter()
     code = ("import sys\nfrom cnnjax import summary\ntry:\n    summary.main(['--help'])\nexcept SystemExit as end:\n"

@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_listed_whole(resnet, saved, tmp_path):
     safetensors.numpy.save_file(tensors, path)
     with pytest.raises(ValueError) as error:
         weights.load_torchvision(path, model)
-    for line in ("(3 keys;", "not in the file: fc.weight", "not in the model: extra.weight (5, 512)", "of another shape: conv1.weight is (64, 3, 5, 5)"):
+    for line in ("not in the file: fc.weight", "not in the model: extra.weight (5, 512)", "of another shape: conv1.weight is (64, 3, 5, 5)"):
         assert line in str(error.value)
 
 
@@ -121,5 +121,5 @@ def test_real_weights_of_resnet18_load(data_dir):
     model = create_model("resnet18")
     trunk = weights.load_torchvision(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors", model, missing=("layer4", "fc"))
     assert trunk["params"]["layer3.1"]["conv2"]["kernel"].shape == (3, 3, 256, 256)
-    with pytest.raises(ValueError, match="not in the file: layer4.1.conv2.weight"):
+    with pytest.raises(ValueError, match="not in the file: layer4.0.bn1.bias .512,.; .* and 20 more"):
         weights.load_torchvision(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors", model, missing=("fc",))

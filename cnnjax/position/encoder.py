@@ -2,6 +2,7 @@
 import functools
 from collections.abc import Sequence
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,10 +33,14 @@ def normalize(images: jnp.ndarray, pixels: str = "imagenet") -> jnp.ndarray:
 def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:
     """The shape [batch, height, width, channels] of every stage up to `last` for one image, without computing it.
 
-    Raises `ValueError` if the image is too small for the network under its padding.
+    Raises `ValueError` if the image is too small for the network under its padding, or of a size that it does not take.
     """
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    stages = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=last), variable_shapes(model), image)
+    try:
+        stages = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=last), variable_shapes(model), image)
+    except flax.errors.ScopeParamShapeError as error:
+        takes = "x".join(map(str, model.input_shape))
+        raise ValueError(f"image_size={size}: {type(model).__name__} takes images of {takes} alone, not {size}x{size}x3") from error
     return {name: stage.shape for name, stage in stages.items()}
 
 

@@ -1,0 +1,51 @@
+"""What all command lines have in common: an error is one line on standard error, and the exit code says of what kind it was."""
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+
+from cnnjax import workdir
+
+_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose description is shown as it is written, and which tells of an error in one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument("--debug", action="store_true", help="shows the traceback of an error")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of at least `least`."""
+    def parse(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return parse
+
+
+def run(work: Callable[[], None]) -> int:
+    """Does a command's work -> the exit code: 0, 2 for bad input, 1 for a failure, 75 when it was stopped and the same command will go
+    on from there, 130 when it will not. With --debug on the command line an error comes with its traceback."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)  # imports may have set another
+    logging.getLogger("cnnjax").setLevel(logging.INFO)
+    try:
+        work()
+    except workdir.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return _RESUMABLE
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        if "--debug" in sys.argv:
+            raise
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]  # XLA's have many lines
+        print(f"error: {first}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    return 0
