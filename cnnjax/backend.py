@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import sys
 import warnings
 
@@ -80,6 +81,37 @@ def start() -> None:
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR, set by the user, comes first
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     check_numerics()
+
+
+_DISTRIBUTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
+_JOINED = []  # whether this process is one of several, which it learns once
+
+
+def join(how: str) -> None:
+    """Makes this process one of several that compute together: before `start`.
+
+    `how` is "auto" (Slurm, Cloud TPU, GKE, Open MPI: their environment says it all) or "HOST:PORT,PROCESSES,INDEX". Raises
+    `ValueError` for anything else and `RuntimeError` if the others cannot be met.
+    """
+    import jax
+
+    given = _DISTRIBUTED.fullmatch(how)
+    if how != "auto" and not (given and int(given["index"]) < int(given["count"])):
+        raise ValueError(f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES")
+    try:
+        jax.distributed.initialize(*(given["coordinator"], int(given["count"]), int(given["index"])) if given else ())
+    except (ValueError, RuntimeError) as error:
+        raise RuntimeError(f"distributed={how!r}: the processes could not be joined: {' '.join(str(error).split())}") from error
+    _JOINED.append(True)
+
+
+def writes() -> bool:
+    """Whether this process writes files: of several that compute together the first one does."""
+    if not _JOINED:
+        return True
+    import jax
+
+    return jax.process_index() == 0
 
 
 def describe() -> dict:

@@ -21,6 +21,8 @@ _JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
 _LOG = logging.getLogger("cnnjax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, such as configs/posenet.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results; by default one under runs/ named after the configuration.")
+_DISTRIBUTED = flags.DEFINE_string("distributed", None, "Makes this process one of several: auto (Slurm, Cloud TPU, GKE), or "
+                                   "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0.")
 flags.DEFINE_boolean("debug", False, "Shows the traceback of an error.")
 
 
@@ -58,14 +60,17 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Runs one configuration in a work directory; of a finished run, only the report is written anew."""
     job = importlib.import_module(_JOBS[config.kind])
     job.check(config)
+    if _DISTRIBUTED.value:
+        backend.join(_DISTRIBUTED.value)
     backend.start()
     folder = workdir.prepare(folder, config.to_dict())
-    if (folder / "results.json").exists():
-        _LOG.info("%s holds the finished run", folder)
-        importlib.import_module("cnnjax.report").write(folder)
-    else:
-        _LOG.info("running in %s", folder)
-        job.run(config, folder)
+    with workdir.claim(folder):
+        if (folder / "results.json").exists():
+            _LOG.info("%s holds the finished run", folder)
+            importlib.import_module("cnnjax.report").write(folder)
+        else:
+            _LOG.info("running in %s", folder)
+            job.run(config, folder)
     _LOG.info("finished: see %s", folder / "report.md")
 
 

@@ -3,14 +3,18 @@
     python -m cnnjax.sweep --config configs/lenet_mnist.py --workdir runs/lenet_sweep [--config.KEY=VALUE ...]
 
 What is finished is not run again, what was stopped goes on. Cells that differ in seeds and numbers only share one compilation,
-since they run in one process. Writes sweep.json and sweep.md: mean, sample standard deviation, n and 95 % interval (Student's t) of
-the final errors over the seeds of each cell.
+since they run in one process. Any number of processes may work at one sweep: each takes cells that no other is at. With
+`--launcher=slurm --jobs=8` so many are submitted to Slurm (by submitit), with `--launcher=local` started here. Writes sweep.json and
+sweep.md: mean, sample standard deviation, n and 95 % interval (Student's t) of the final errors over the seeds of each cell.
 """
 import copy
 import importlib.util
 import json
 import logging
+import os
 import pathlib
+import re
+import subprocess
 import sys
 from collections import defaultdict
 
@@ -22,6 +26,10 @@ from ml_collections import config_flags
 
 from cnnjax import main, report, workdir
 
+_LAUNCHER = flags.DEFINE_enum("launcher", None, ["slurm", "local"], "Hands the sweep to jobs of its own, and ends.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "How many jobs the launcher starts.", lower_bound=1)
+_SLURM = flags.DEFINE_multi_string("slurm", [], "A parameter of submitit's for every job, such as --slurm=slurm_partition=gpu or "
+                                   "--slurm=timeout_min=60; may be repeated.")
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
 
@@ -87,18 +95,39 @@ def summarise(folder: pathlib.Path, cells: list[dict]) -> None:
     workdir.write(folder / "sweep.md", text + report.table(["cell", *(metric.replace("_", " ") for metric in metrics), "failed"], lines))
 
 
+def launch(folder: pathlib.Path) -> None:
+    """Starts jobs that each run this same command without its launcher."""
+    import submitit
+
+    mine = "|".join(("launcher", "jobs", "slurm"))
+    own = re.sub(f"\0--?({mine})(=|\0)[^\0]*", "", "\0" + "\0".join(sys.argv[1:])).split("\0")[1:]  # --jobs=8 and --jobs 8
+    executor = submitit.AutoExecutor(folder / "jobs", cluster=_LAUNCHER.value)
+    try:
+        executor.update_parameters(name="cnnjax-sweep", **{"timeout_min": 24 * 60} | {
+            key: int(value) if value.isdecimal() else value for key, _, value in (text.partition("=") for text in _SLURM.value)})
+    except NameError as error:
+        raise ValueError(f"slurm={_SLURM.value}: {' '.join(str(error).split())}") from error
+    command = [sys.executable, "-m", "cnnjax.sweep", *own]
+    jobs = [executor.submit(subprocess.run, command, check=True, cwd=os.getcwd()) for _ in range(_JOBS.value)]
+    _LOG.info("started %s; their output is in %s", ", ".join(f"job {job.job_id}" for job in jobs), folder / "jobs")
+
+
 def sweep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Runs every cell that is not done. A cell whose loss is not finite counts as done, and as failed."""
     if config.kind != "train":
         raise ValueError(f"kind={config.kind!r} of the configuration is not 'train', the only kind that is swept")
     cells = _cells(config_flags.get_config_filename(flags.FLAGS["config"]))
     configs = [_config(config, cell) for cell in cells]
+    if _LAUNCHER.value:
+        return launch(folder)
     for number, (cell, changed) in enumerate(zip(cells, configs), 1):
         place = folder / _name(cell)
         if not (place / "results.json").exists() and not (place / "failure.json").exists():
             _LOG.info("cell %d of %d: %s", number, len(cells), _name(cell))
             try:
                 main.run(changed, place)
+            except workdir.Claimed as error:
+                _LOG.info("cell %s is left out: %s", _name(cell), error)
             except ArithmeticError as error:
                 _LOG.warning("cell %s failed: %s", _name(cell), error)
                 workdir.write_json(place / "failure.json", {"error": str(error)})

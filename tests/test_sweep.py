@@ -44,6 +44,25 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     assert "learning_rate=0.1" in (tmp_path / "runs" / "sweep.md").read_text()
 
 
+def test_workers_share_a_sweep(tmp_path):
+    """Two jobs of the local launcher: every cell is run by one of them, once."""
+    config = tmp_path / "swept.py"
+    config.write_text("from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': seed} for seed in range(4)]\n")
+    arguments = [*COMMAND, "--config", str(config), "--config.epochs=2", "--launcher=local", "--jobs", "2", "--workdir", str(tmp_path / "runs")]
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "started job" in done.stderr, done.stderr
+    deadline = time.monotonic() + 240
+    while len(outputs := list((tmp_path / "runs" / "jobs").glob("*_result.pkl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    logs = [path.read_text() for path in (tmp_path / "runs" / "jobs").glob("*.err")]
+    assert len(outputs) == len(logs) == 2
+    for seed in range(4):
+        assert sum(log.count(f"running in {tmp_path / 'runs' / f'seed={seed}'}") for log in logs) == 1
+        assert (tmp_path / "runs" / f"seed={seed}" / "results.json").exists()
+    assert json.loads((tmp_path / "runs" / "sweep.json").read_text())["rows"][0]["test_error"]["n"] == 4
+
+
 @pytest.mark.parametrize("body, message", [
     ("", "has no sweep(): define one"),
     ("def sweep(): return []", "must list at least one cell"),

@@ -1,5 +1,10 @@
 import json
+import os
 import pathlib
+import platform
+import subprocess
+import sys
+import time
 
 import matplotlib.figure
 import pytest
@@ -59,3 +64,51 @@ def test_a_report_needs_results(tmp_path):
     (tmp_path / "results.json").write_text('{"kind": "dance"}')
     with pytest.raises(ValueError, match="kind='dance' of .*results.json is not one of position"):
         report.write(tmp_path)
+
+
+# ------------------------------------------------------------------ claims
+
+def test_one_process_at_a_time(tmp_path):
+    """A second one is refused by name; of twelve at once one gets in, and the folder is left as it was."""
+    code = ("import pathlib, sys, time\nfrom cnnjax import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
+            "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', flush=True)\n        time.sleep(2)\n"
+            "except workdir.Claimed as error:\n    print(error)")
+    with workdir.claim(tmp_path), pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "):
+        workdir.claim(tmp_path).__enter__()
+    at = str(time.time() + 2)
+    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), at], stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    found = sorted(process.communicate()[0].strip() for process in started)
+    assert found[0] == "in" and all("is in use by process" in line for line in found[1:]) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("held, idle, void", [
+    ({"host": platform.node(), "process": 2**22 + 1}, 0, True),  # above the largest number of a process
+    ({"host": platform.node(), "process": os.getpid()}, 0, False),
+    ({"host": "elsewhere", "process": 1}, 100, False),
+    ({"host": "elsewhere", "process": 1}, 130, True),
+    ({"host": "elsewhere", "process": 1}, -1000, False),  # a clock that was set back
+])
+def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
+    path = tmp_path / "run.claim"
+    path.write_text(json.dumps(held))
+    os.utime(path, (time.time() - idle,) * 2)
+    if void:
+        with workdir.claim(tmp_path):
+            assert json.loads(path.read_text())["process"] == os.getpid()
+        assert not list(tmp_path.iterdir())
+    else:
+        with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
+            pass
+        assert [file.name for file in tmp_path.iterdir()] == ["run.claim"]
+
+
+def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    path = tmp_path / "run.claim"
+    with workdir.claim(tmp_path):
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        assert time.time() - path.stat().st_mtime < 60
+        path.unlink()
+        path.write_text("another's")  # who found ours void, say after a long sleep of this machine
+    assert path.read_text() == "another's" and len(list(tmp_path.iterdir())) == 1
