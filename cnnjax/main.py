@@ -59,9 +59,9 @@ def _parse(argv: list[str]) -> None:
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Runs one configuration in a work directory; of a finished run, only the report is written anew."""
     job = importlib.import_module(_JOBS[config.kind])
-    job.check(config)
     if _DISTRIBUTED.value:
         backend.join(_DISTRIBUTED.value)
+    job.check(config)
     backend.start()
     folder = workdir.prepare(folder, config.to_dict())
     with workdir.claim(folder):

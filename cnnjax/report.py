@@ -9,7 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from cnnjax import workdir
+from cnnjax.data.augment import IGNORED
 
+# Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
+_COLOURS = np.array([[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0], [192, 128, 128],
+                     [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192]], np.uint8)
 _ORDER = ("zeros", "partial", "full", "one-sided", "none", "reflect", "replicate", "circular", "mean", "random", "interpolate")
 
 
@@ -30,6 +34,11 @@ def _cell(row: dict) -> str:
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def paint(masks: np.ndarray) -> np.ndarray:
+    """Masks uint8 [..., height, width] in colours, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
+    return np.where(masks[..., None] == IGNORED, 0, _COLOURS[masks % len(_COLOURS)]).astype(np.uint8)
 
 
 def _position_tables(results: dict) -> str:
@@ -174,6 +183,8 @@ def _curves_figure(history: list[dict]):
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
     """How many test images of each class (row) were taken for each class (column)."""
+    if labels.ndim > 1:  # masks
+        labels, predicted = (part[labels != IGNORED].astype(np.int64) for part in (labels, predicted))
     counts = np.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -184,7 +195,8 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axis.set_yticks(range(len(classes)), classes, fontsize=8)
         for row, column in np.ndindex(counts.shape):
-            axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=7,
+            shown = counts[row, column] if counts.max() < 100_000 else f"{shares[row, column]:.2f}"  # of pixels there are too many
+            axis.text(column, row, shown, ha="center", va="center", fontsize=7,
                       color="white" if shares[row, column] > 0.5 else "black")
     figure.tight_layout()
     return figure
@@ -206,31 +218,51 @@ def _mistakes_figure(test: dict, classes: list[str]):
     return figure
 
 
+def _scenes_figure(test: dict):
+    """The test images with most pixels wrong: the image, its mask, and what was predicted, one above the other."""
+    shown = test["shown"]
+    figure, axes = plt.subplots(3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained")
+    for column, pictures in zip(axes.T, zip(test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))):
+        for axis, picture in zip(column, pictures):
+            axis.imshow(picture)
+    for axis in axes.ravel():
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("image", "mask", "predicted")):
+        axis.set_ylabel(name)
+    return figure
+
+
 def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
     final, history = results["final"], results["history"]
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
-    figures = {"curves.png": _curves_figure(history),
-               "confusion.png": _confusion_figure(test["labels"], test["predicted"], results["classes"]),
-               "mistakes.png": _mistakes_figure(test, results["classes"])}
+    figures = {"curves.png": _curves_figure(history)}
+    if config["loss"] != "sigmoid":
+        figures["confusion.png"] = _confusion_figure(test["labels"], test["predicted"], results["classes"])
+        figures["mistakes.png"] = _scenes_figure(test) if config["loss"] == "pixelwise" else _mistakes_figure(test, results["classes"])
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)
 
+    known = {"pixelwise": ("mean_iou", "mean IoU"), "sigmoid": ("mean_ap", "mean AP")}
+    key, metric = known.get(config["loss"], ("top5_error", "top-5 error"))
+
     def line(part, count):
         error = f"{100 * final[f'{part}_error']:.2f} %"
-        top5 = f"{100 * final[f'{part}_top5_error']:.2f} %" if f"{part}_top5_error" in final else ""
-        return [part, count, f"{final[f'{part}_loss']:.4f}", error, top5]
+        more = f"{100 * final[f'{part}_{key}']:.2f} %" if f"{part}_{key}" in final else ""
+        return [part, count, f"{final[f'{part}_loss']:.4f}", error, more]
 
     lines = [line("train", f"{results['n_train']:,}")]
     if "validation_error" in final:
         lines.append(line("validation", f"{config['n_validation']:,}"))
     lines.append(line("test", f"{results['n_test']:,}"))
     streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
+    scores = ["" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])]
+    by_class = f"\n{metric} of each class of the test set, %:\n\n{table(results['classes'], [scores])}" if scores else ""
     measured = "the mean over the last epoch's steps" if streamed else "measured after training, without augmentation"
     return (f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
             f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-            + table(["part", "images", "loss", "error", "top-5 error"], lines)
+            + table(["part", "images", "loss", "error", metric], lines) + by_class
             + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
             "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n")
 

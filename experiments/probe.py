@@ -20,8 +20,8 @@ from cnnjax.models import Network, create_model
 from cnnjax.progress import progress
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
+from cnnjax.transfer import linear_probe
 
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
 _BATCH = 128
 
 
@@ -50,23 +50,6 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
         return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, resized)
 
 
-def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> tuple[float, float]:
-    """The accuracy of ridge regression on standardised features, and the strength that a held-out fifth chose."""
-    def fit(x, y, strength):
-        mean, std = x.mean(0), x.std(0)
-        std = np.where(std > 1e-6 * std.max(), std, np.inf)  # a constant feature says nothing
-        x = (x - mean) / std
-        goal = np.eye(10)[y]
-        w = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ (goal - goal.mean(0)))
-        return lambda z: ((z - mean) / std @ w + goal.mean(0)).argmax(1)
-
-    train, test = train.astype(np.float64), test.astype(np.float64)
-    part = len(train) * 4 // 5
-    held_out = {strength: (fit(train[:part], labels[:part], strength)(train[part:]) == labels[part:]).mean() for strength in STRENGTHS}
-    strength = max(held_out, key=held_out.get)
-    return float((fit(train, labels, strength)(test) == test_labels).mean()), strength
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="a safetensors file with torchvision's names")
@@ -92,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, network in networks.items():
         train, test = (extract(*network, images, options.size) for images in (data.train.images[order], data.test.images[:options.test]))
         for number, part in enumerate(np.split(np.arange(wanted), options.repeats)):
-            accuracy, strength = probe(train[part], data.train.labels[order][part], test, test_labels)
+            accuracy, strength = linear_probe(train[part], data.train.labels[order][part], test, test_labels)
             rows.append({"weights": name, "repetition": number, "accuracy": accuracy, "strength": strength})
     options.workdir.mkdir(parents=True, exist_ok=True)
     workdir.write_json(options.workdir / "probe.json", {"train": options.train, "test": options.test, "size": options.size, "rows": rows})

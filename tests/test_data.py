@@ -143,7 +143,7 @@ def test_damage_is_named(tmp_path):
     write(tmp_path / SMALL.binary, batches(True))
     path = tmp_path / SMALL.binary / "data_batch_3.bin"
     whole = path.read_bytes()
-    for content, message in ((whole[:-1], r"data_batch_3 holds 9,218 bytes of data where \[3, 3073\] are 9,219"), (whole + b"x", "9,220 bytes")):
+    for content, message in ((whole[:-1], r"data_batch_3\.bin holds 9,218 bytes of data where \[3, 3073\] are 9,219"), (whole + b"x", "9,220 bytes")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             SMALL.read(tmp_path)
@@ -275,7 +275,7 @@ def test_the_held_out_images_are_balanced_and_the_same_each_time():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"name": "cifar11"}, "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, tfds:NAME, folder"),
+    ({"name": "cifar11"}, "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, camvid, camvid_scenes, tfds:NAME, folder"),
     ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 0 and 1436"),
     ({"name": "digits", "n_validation": 1436}, "n_validation=1436 asks for 144 images of class"),
 ])

@@ -72,15 +72,19 @@ def test_schedules():
     assert rates.dtype == np.float32
     rates = learning_rates({"name": "cosine", "learning_rate": 1.0}, 10, 10)
     np.testing.assert_allclose(rates, 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100)), atol=1e-6)
+    rates = learning_rates({"name": "restarts", "learning_rate": 1.0, "every": 3, "warmup_epochs": 1}, 10, 8)  # the last cycle is cut short
+    cycle = 0.5 * (1 + np.cos(np.pi * np.arange(30) / 30))
+    np.testing.assert_allclose(rates, [*np.arange(10) / 10, *cycle, *cycle, *cycle[:10]], atol=1e-6)
     rates = learning_rates({"name": "step", "learning_rate": 1.0, "factor": 0.5, "epochs": (3,), "warmup_epochs": 1}, 4, 5)
     np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75] + [1] * 8 + [0.5] * 8, rtol=1e-6)
     np.testing.assert_array_equal(learning_rates({"name": "plateau", "learning_rate": 0.5}, 2, 2), [0.5] * 4)
 
 
 @pytest.mark.parametrize("schedule, message", [
-    ({"name": "stairs"}, "schedule.name='stairs' is not one of constant, step, cosine, plateau"),
+    ({"name": "stairs"}, "schedule.name='stairs' is not one of constant, step, cosine, restarts, plateau"),
     ({"name": "constant"}, "schedule.learning_rate=None"),
     ({"name": "constant", "learning_rate": 0.1, "gamma": 2}, "schedule.gamma=2 is not a key of schedules; they have learning_rate, warmup"),
+    ({"name": "restarts", "learning_rate": 0.1}, "schedule.every=0 is not a positive number of epochs"),
     ({"name": "step", "learning_rate": 0.1}, "give one of them"),
     ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
     ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),

@@ -1,4 +1,4 @@
-"""Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, scikit-learn's digits."""
+"""Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits."""
 import codecs
 import dataclasses
 import gzip
@@ -14,14 +14,19 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import pooch
 import requests
+
+from cnnjax.data.augment import IGNORED
+from cnnjax.data.photographs import read_image
 
 DIGITS = tuple("0123456789")
 
 
 class Split(NamedTuple):
-    """uint8 images [n, height, width, channels] and int32 labels [n]."""
+    """uint8 images [n, height, width, channels] and labels: int32 [n]; of scenes, int32 [n, classes] of 0 and 1; masks, uint8
+    [n, height, width] with 255 where a pixel is of no class."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -198,9 +203,9 @@ class Cifar:
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         binary, content, place = self._contents(data_dir)
         share = self.counts[0] // len(self.train)
-        parts = [self._batch(binary, content(name), f"{place}/{name}", share) for name in self.train]
-        train = Split(*map(np.concatenate, zip(*parts)))
-        return train, self._batch(binary, content(self.test), f"{place}/{self.test}", self.counts[1])
+        batch = lambda name, count: self._batch(binary, content(name), f"{place}/{name}{'.bin' if binary else ''}", count)
+        train = Split(*map(np.concatenate, zip(*(batch(name, share) for name in self.train))))
+        return train, batch(self.test, self.counts[1])
 
 
 class Digits:
@@ -214,6 +219,51 @@ class Digits:
         images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
         labels = found.target.astype(np.int32)
         return Split(images[:1437], labels[:1437]), Split(images[1437:], labels[1437:])
+
+
+@dataclasses.dataclass(frozen=True)
+class CamVid:
+    """CamVid's road scenes (Brostow et al. 2009) in the layout of SegNet's tutorial: folders of images and of masks for each part.
+
+    The masks name eleven classes for each pixel; with `loss="sigmoid"` the labels say which of them appear in a scene instead.
+    """
+
+    loss: str
+    size: tuple[int, int] = (180, 240)  # height and width; the original's are 360 and 480
+    counts: tuple[int, int, int] = (367, 233, 101)  # of training, test and validation images
+    # In the order of their numbers; 11 is void, a pixel of none of them.
+    classes: tuple[str, ...] = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+    present: int = 50  # pixels of a class that make it appear in a scene: a thousandth of it
+
+    def _mask(self, path: pathlib.Path) -> np.ndarray:
+        try:
+            with PIL.Image.open(path) as image:
+                mask = np.array(image)
+        except (OSError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is not a readable image: {error}") from error
+        if mask.dtype != np.uint8 or mask.shape != self.size or mask.max() > len(self.classes):
+            raise ValueError(f"{path} is a mask of {mask.dtype} {list(mask.shape)} up to {mask.max()}; expected uint8 {list(self.size)} up "
+                             f"to {len(self.classes)}")
+        return np.where(mask == len(self.classes), np.uint8(IGNORED), mask)
+
+    def _part(self, folder: pathlib.Path, name: str, count: int) -> Split:
+        found = [{path.stem: path for path in sorted((folder / part).glob("*")) if path.suffix in (".png", ".jpg")}
+                 for part in (name, f"{name}annot")]
+        if found[0].keys() != found[1].keys() or len(found[0]) != count:
+            raise ValueError(f"{folder} holds {len(found[0])} images in {name} and {len(found[1])} masks in {name}annot; expected {count} "
+                             "of either, of the same names (CamVid is not downloaded: put it there by hand)")
+        images = [read_image(path) for path in found[0].values()]
+        for path, image in zip(found[0].values(), images):
+            if image.shape[:2] != self.size:
+                raise ValueError(f"{path} is {image.shape[0]}x{image.shape[1]}; expected {self.size[0]}x{self.size[1]}")
+        masks = np.stack([self._mask(path) for path in found[1].values()])
+        if self.loss == "pixelwise":
+            return Split(np.stack(images), masks)
+        pixels = np.stack([(masks == number).sum((1, 2)) for number in range(len(self.classes))], 1)
+        return Split(np.stack(images), (pixels >= self.present).astype(np.int32))
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split, Split]:
+        return tuple(self._part(data_dir / "camvid", name, count) for name, count in zip(("train", "test", "val"), self.counts))
 
 
 def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ...]:
@@ -255,6 +305,8 @@ DATASETS = {
         "cifar-100-binary", "cifar-100-python",
         _cifar_files(100, "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"),
         ("train",), "test", tuple(_CIFAR100.split()), label_bytes=2, key=b"fine_labels"),
+    "camvid": CamVid("pixelwise"),
+    "camvid_scenes": CamVid("sigmoid"),
 }
 
 
@@ -262,6 +314,11 @@ def check_name(name: str) -> None:
     """Raises `ValueError` for a name that is not in `DATASETS`."""
     if name not in DATASETS:
         raise ValueError(f"dataset={name!r} is not one of {', '.join(DATASETS)}, tfds:NAME, folder")
+
+
+def loss_of(name: str) -> str:
+    """The loss that a data set's labels are made for: those of `CamVid` say their own, all others are one class of an image."""
+    return getattr(DATASETS.get(name), "loss", "cross_entropy")
 
 
 def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
@@ -281,12 +338,18 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
 def load(name: str, data_dir: str = "", n_validation: int = 0) -> Dataset:
     """Reads a data set from its original files in `data_dir`, downloading those that are absent.
 
-    `n_validation` training images, balanced over the classes, are held out. Raises `ValueError` for an unknown
-    name, for files that are absent and cannot be downloaded, and for files that are not as published.
+    `n_validation` training images, balanced over the classes, are held out; a data set with validation images of its own gives all
+    of those or none. Raises `ValueError` for an unknown name, for files that are absent and cannot be downloaded, and for files
+    that are not as published.
     """
     check_name(name)
     source = DATASETS[name]
-    train, test = source.read(pathlib.Path(data_dir or "data"))
+    train, test, *own = source.read(pathlib.Path(data_dir or "data"))
+    if own:
+        if n_validation not in (0, len(own[0].images)):
+            raise ValueError(f"n_validation={n_validation} is not 0 or {len(own[0].images)}, the validation images that {name} has of its "
+                             "own")
+        return Dataset(train, own[0] if n_validation else None, test, source.classes)
     for part, split in (("training", train), ("test", test)):
         if split.labels.min() < 0 or split.labels.max() >= len(source.classes):
             raise ValueError(f"the {part} labels of {name} in data_dir={data_dir!r} reach from {split.labels.min()} to "

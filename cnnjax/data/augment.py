@@ -7,6 +7,7 @@ _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
+IGNORED = 255  # the label of a pixel that counts for nothing
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -15,9 +16,10 @@ def normalise(images: jnp.ndarray, mean: jnp.ndarray, std: jnp.ndarray) -> jnp.n
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _crop(key, image, padding, fill):
+def _crop(key, image, padding, fill, value=0):
     height, width, channels = image.shape
-    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill])
+    options = {"constant_values": value} if fill == "zeros" else {}
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill], **options)
     top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (top, left, 0), (height, width, channels))
 
@@ -53,6 +55,20 @@ def augment(keys: jnp.ndarray, images: jnp.ndarray, *, flip: bool = False, crop:
         return image
 
     return jax.vmap(one)(keys, images)
+
+
+def augment_masks(keys: jnp.ndarray, masks: jnp.ndarray, *, flip: bool = False, crop: int = 0, fill: str = "zeros", **_) -> jnp.ndarray:
+    """Mirrors and shifts the masks uint8 [batch, height, width] of images as `augment` does the images with these keys and arguments.
+
+    What comes in over a border of zeros is ignored; a pixel that is blackened or of another colour is of the same class.
+    """
+    def one(key, mask):
+        keys = jax.random.split(key, 4)
+        if flip:
+            mask = jnp.where(jax.random.bernoulli(keys[0]), mask[:, ::-1], mask)
+        return _crop(keys[1], mask[:, :, None], crop, fill, IGNORED)[:, :, 0] if crop else mask
+
+    return jax.vmap(one)(keys, masks)
 
 
 def views(images: jnp.ndarray, count: int, size: int) -> list[jnp.ndarray]:

@@ -3,6 +3,7 @@ from cnnjax.models import (  # noqa: F401  (each registers its networks)
     alexnet,
     alexnet_2012,
     densenet,
+    fcn,
     googlenet,
     googlenet_2014,
     inception,
@@ -13,6 +14,7 @@ from cnnjax.models import (  # noqa: F401  (each registers its networks)
     mobilenet,
     resnet,
     shufflenet,
+    speedrun,
     squeezenet,
     vgg,
 )

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax.data.augment import normalise, views
+from cnnjax.data.augment import IGNORED, normalise, views
 from cnnjax.models import Network
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.step import loss_and_errors
+
+_MASKS = 32  # masks that are scored together: their logits take many times the room of the images
 
 
 def _rngs() -> dict:
@@ -70,10 +72,49 @@ def predict(parallel: Parallel, model: Network, variables, moments, batches: Ite
     return np.concatenate(results)
 
 
+def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many pixels of each class (row) were taken for each class (column), [classes, classes], but for those whose label is 255."""
+    counted = labels != IGNORED
+    pairs = labels[counted].astype(np.int64) * classes + predicted[counted]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def intersection_over_union(counts: np.ndarray) -> list[float | None]:
+    """Of a confusion matrix, for each class the pixels right over those that are of it or were taken for it; None where there are none."""
+    right, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+    return [float(r / u) if u else None for r, u in zip(right, union)]
+
+
+def average_precision(outputs: np.ndarray, labels: np.ndarray) -> list[float | None]:
+    """For each class, the mean precision over the images that have it, ranked by `outputs` [n, classes]; None where all or none has it."""
+    from sklearn.metrics import average_precision_score
+    return [float(average_precision_score(label, output)) if 0 < label.sum() < len(label) else None
+            for output, label in zip(outputs.T, labels.T)]
+
+
+def by_class(kind: str, outputs: np.ndarray, labels: np.ndarray) -> list[float | None]:
+    """What each class is worth by itself: its IoU where labels are masks ("pixelwise"), its average precision for "sigmoid"."""
+    if kind == "pixelwise":
+        return intersection_over_union(confusion(outputs.argmax(-1), labels, outputs.shape[-1]))
+    return average_precision(outputs, labels)
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def score(kind: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The mean loss and the share of errors of logits against labels, and `top5_error` with more than ten classes."""
-    losses, errors = jax.jit(loss_and_errors, static_argnums=0)(kind, outputs, labels)
-    found = {"loss": float(np.asarray(losses, np.float64).mean()), "error": float(np.asarray(errors, np.float64).mean())}
+    """The mean loss and the share of errors of logits against labels; with more than ten classes `top5_error`, of masks `mean_iou`
+    and of several classes an image `mean_ap`, where they are defined."""
+    size = _MASKS if kind == "pixelwise" else len(labels)
+    compute = jax.jit(loss_and_errors, static_argnums=0)
+    parts = [compute(kind, outputs[at:at + size], labels[at:at + size]) for at in range(0, len(labels), size)]
+    losses, errors = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
+    found = {"loss": float(losses.mean()), "error": float(errors.mean())}
+    if kind != "cross_entropy" and (mean := mean_of_known(by_class(kind, outputs, labels))) is not None:
+        found["mean_iou" if kind == "pixelwise" else "mean_ap"] = mean
     if kind == "cross_entropy" and outputs.shape[-1] > 10:
         best = np.argpartition(outputs, -5, axis=-1)[:, -5:]
         found["top5_error"] = float(np.mean((best != labels[:, None]).all(1)))

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -19,9 +20,9 @@ import ml_collections
 import numpy as np
 import tensorboardX
 
-from cnnjax import report, workdir
+from cnnjax import backend, report, transfer, weights, workdir
 from cnnjax.data import arrays, augment, stream
-from cnnjax.models import create_model
+from cnnjax.models import Network, create_model
 from cnnjax.train import evaluate, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.optimizers import optimizer
@@ -30,7 +31,7 @@ from cnnjax.train.schedules import Plateau, learning_rates
 
 _LOG = logging.getLogger("cnnjax")
 _SECONDS_A_CALL = 0.5  # how long the devices are left alone: signals are heeded, and losses looked at, that often
-_MISTAKES = 36  # shown in the report
+_MISTAKES, _SCENES = 36, 6  # images, and images with masks, that are shown in the report
 
 
 def _is_streamed(config: ml_collections.ConfigDict) -> bool:
@@ -47,8 +48,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("label_smoothing", "ema_decay", "momentum"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
-    for key, accepted in (("loss", ("cross_entropy",)), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS),
-                          ("pixels", ("standardised", "centred"))):
+    for key, accepted in (("loss", step.LOSSES), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS),
+                          ("pixels", ("standardised", "imagenet", "centred"))):
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
     if config.augment.fill not in augment.FILLS:
@@ -57,17 +58,43 @@ def check(config: ml_collections.ConfigDict) -> None:
     learning_rates(config.schedule, 1, config.epochs)
     if config.schedule.name == "plateau" and not config.n_validation:
         raise ValueError("schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number")
-    create_model(config.model, **config.model_fields)
+    _check_parts(config, create_model(config.model, **config.model_fields))
     if not _is_streamed(config):
         arrays.check_name(config.dataset)
+    fitting = "cross_entropy" if _is_streamed(config) else arrays.loss_of(config.dataset)
+    if config.loss != fitting:
+        raise ValueError(f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which are for loss={fitting!r}")
+    if config.test_views > 1 and config.loss != "cross_entropy":
+        raise ValueError(f"test_views={config.test_views} averages the probabilities of classes, for loss='cross_entropy'; loss="
+                         f"{config.loss!r} accepts 1")
     if config.test_views == 10 and (not _is_streamed(config) or 0 < config.resize <= config.image_size):
         raise ValueError("test_views=10 takes corners, which needs a streamed dataset and a resize above image_size: "
                          f"dataset={config.dataset!r}, resize={config.resize}, image_size={config.image_size}")
 
 
+def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
+    """`check` of what is transferred, frozen and trained at rates of its own."""
+    if config.initial_weights:
+        transfer.weights_file(config.initial_weights)
+    elif config.initial_parts:
+        raise ValueError(f"initial_parts={config.initial_parts} needs initial_weights, a file or a run that they are taken from")
+    for pair in config.rates:
+        if not (len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], (int, float)) and 0 < pair[1] < math.inf):
+            raise ValueError(f"rates={pair} is not a pair of a part and a positive number, such as ('conv1', 0.1)")
+    for argument, parts in (("initial_parts", config.initial_parts), ("rates", tuple(part for part, _ in config.rates)),
+                            ("freeze", config.freeze)):
+        transfer.select(model, tuple(parts), argument)
+    if config.freeze and not transfer.split(weights.variable_shapes(model)["params"], transfer.select(model, tuple(config.freeze)))[0]:
+        raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
+
+
 def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
-    """What pixels of 0 to 1 are normalised by."""
-    return np.float32(mean), np.float32(std if config.pixels == "standardised" else np.full(len(std), 1 / 255))
+    """What pixels of 0 to 1 are normalised by. Raises `ValueError` where ImageNet's three channels are not the data's."""
+    if config.pixels == "imagenet":
+        if len(mean) != 3:
+            raise ValueError(f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}")
+        mean, std = augment.IMAGENET_MEAN, augment.IMAGENET_STD
+    return np.float32(mean), np.float32(np.full(len(std), 1 / 255) if config.pixels == "centred" else std)
 
 
 class _Resident:
@@ -88,7 +115,8 @@ class _Resident:
         if self._epoch != epoch:
             self._epoch, self._order = epoch, self.parallel.replicate(step.epoch_order(self.count, epoch, self.config.seed))
         # The first call compiles and the second times one step.
-        last = min(last, first + (max(1, int(_SECONDS_A_CALL / min(self._seconds))) if len(self._seconds) > 1 else 1))
+        at_once = max(1, int(_SECONDS_A_CALL / min(self._seconds))) if len(self._seconds) > 1 else 1
+        last = min(last, first + min(self.parallel.gather(at_once)))
         began = time.monotonic()
         state = step.resident_steps(self.parallel, recipe, self.config.batch_size)(
             state, self._placed, self._order, self.moments, rates, np.int32(last), numbers)
@@ -180,13 +208,24 @@ class Training:
         self.model = create_model(
             config.model, num_classes=len(self.data.classes), dtype=jnp.dtype(config.dtype).type, input_shape=self.data.shape,
             axis_name=self.parallel.axis_name if config.sync_batch_norm else None, **config.model_fields)
+        self._check_output()
         self.recipe = step.Recipe(self.model, config.optimizer, config.decay_all, config.loss, tuple(sorted(config.augment.items())),
-                                  config.mixup > 0, config.ema_decay > 0, config.accumulate)
+                                  config.mixup > 0, config.ema_decay > 0, config.accumulate, tuple(config.freeze),
+                                  tuple(part for part, _ in config.rates))
         self.numbers = step.Numbers(config.seed, config.momentum, config.weight_decay, config.label_smoothing, config.mixup,
-                                    config.ema_decay)
+                                    config.ema_decay, tuple(float(rate) for _, rate in config.rates))
         self.rates = learning_rates(config.schedule, self.steps_per_epoch, config.epochs)
         self.plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
         self.history, self.seconds = [], 0.0
+
+    def _check_output(self) -> None:
+        """Raises `ValueError` if the model's output is not of the kind that the loss is of."""
+        image = jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32)
+        found = jax.eval_shape(self.model.clone(padding="zeros").init_with_output, jax.random.key(0), image)[0].shape[1:]
+        wanted = (*self.data.shape[:2], len(self.data.classes)) if self.config.loss == "pixelwise" else (len(self.data.classes),)
+        if found != wanted:
+            raise ValueError(f"model={self.config.model!r} puts out {list(found)} for an image; loss={self.config.loss!r} accepts "
+                             f"{list(wanted)}")
 
     def score(self, state, name: str, views: int = 1):
         """The score on a split, in evaluation mode, and the logits and labels; None where there is no such split."""
@@ -232,7 +271,8 @@ class Training:
     def train(self) -> step.State:
         """Trains to the end -> the state, on the devices. Raises `workdir.Interrupted` or `FloatingPointError`."""
         every, total = self.config.checkpoint_every_steps, len(self.rates)
-        state, at = step.init(self.recipe, self.data.shape, self.numbers), 0
+        taken = transfer.take(self.config.initial_weights, self.model, self.config.initial_parts) if self.config.initial_weights else None
+        state, at = step.init(self.recipe, self.data.shape, self.numbers, taken), 0
         with Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints, _heed_signals() as signals:
             if found := checkpoints.restore(state):
                 at, state, record = found
@@ -248,6 +288,7 @@ class Training:
                     rates = self.parallel.replicate(self.rates * np.float32(scale))
                 last = min(at // self.steps_per_epoch * self.steps_per_epoch + self.steps_per_epoch, at // every * every + every)
                 state, at = self.data.advance(self.recipe, state, rates, self.numbers, at, last)
+                stop = max(self.parallel.gather(signals[0] if signals else 0))
                 bad = int(self.parallel.fetch(state.bad_step))
                 if bad >= 0:
                     kept = [f"the last checkpoint is that of step {saved}, in {checkpoints.folder}" for saved in checkpoints.steps()[-1:]]
@@ -260,23 +301,32 @@ class Training:
                     began = time.monotonic()
                     error = self.history[-1].get("validation_error")
                     improved = error if error is not None and error < best else None
-                if at % every == 0 or at == total or improved is not None or signals:
+                if at % every == 0 or at == total or improved is not None or stop:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
-                if signals and at < total:
-                    raise workdir.Interrupted(f"stopped by {signal.Signals(signals[0]).name} after step {at} of {total}, which is saved; "
+                if stop and at < total:
+                    raise workdir.Interrupted(f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; "
                                               "the same command goes on from there")
         return state
 
 
-def _write_mistakes(folder: pathlib.Path, data, outputs: np.ndarray, labels: np.ndarray) -> None:
-    """Keeps every prediction, and the images of the most confident mistakes, for the report."""
-    shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
-    predicted, confidence = outputs.argmax(-1), shifted.max(-1) / shifted.sum(-1)
-    wrong = np.flatnonzero(predicted != labels)
-    shown = wrong[np.argsort(-confidence[wrong])][:_MISTAKES]
+def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, labels: np.ndarray) -> None:
+    """Keeps every prediction, and the images of the worst mistakes, for the report: the most confident ones, and of masks those with
+    most pixels wrong. Of several classes an image the outputs are kept."""
+    if loss == "sigmoid":
+        kept = {"outputs": outputs}
+    elif loss == "pixelwise":
+        predicted = outputs.argmax(-1).astype(np.uint8)
+        wrong = ((predicted != labels) & (labels != augment.IGNORED)).mean((1, 2))
+        kept = {"predicted": predicted, "shown": np.argsort(-wrong)[:_SCENES]}
+    else:
+        shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
+        predicted, confidence = outputs.argmax(-1), shifted.max(-1) / shifted.sum(-1)
+        wrong = np.flatnonzero(predicted != labels)
+        kept = {"predicted": predicted, "confidence": confidence, "shown": wrong[np.argsort(-confidence[wrong])][:_MISTAKES]}
+    if "shown" in kept:
+        kept["images"] = data.test_images(kept["shown"]) if len(kept["shown"]) else np.zeros((0, 1, 1, 1), np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, labels=labels, predicted=predicted, confidence=confidence, shown=shown,
-                        images=data.test_images(shown) if len(shown) else np.zeros((0, 1, 1, 1), np.uint8))
+    np.savez_compressed(buffer, labels=labels, **kept)
     workdir.write(folder / "test.npz", buffer.getvalue())
 
 
@@ -295,7 +345,13 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report."""
     began = time.monotonic()
     current = Training(config, folder)
-    state = current.train()
+    try:
+        state = current.train()
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise RuntimeError(f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another is gone "
+                           f"({str(error).splitlines()[0]}); start them all again, and the run goes on from its last checkpoint") from error
     tested, outputs, labels = current.score(state, "test", config.test_views)
     trained = current.score(state, "train")
     final = {name: current.history[-1][name] for name in ("epoch", "step", "train_loss", "train_error")}
@@ -304,11 +360,17 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     final |= {name: value for name, value in current.history[-1].items() if name.startswith("validation_")}
     final |= {f"test_{name}": value for name, value in tested.items()}
     _LOG.info("final: train error %.2f %%, test error %.2f %%", 100 * final["train_error"], 100 * final["test_error"])
-    _write_mistakes(folder, current.data, outputs, labels)
+    end = current.parallel.fetch(state)
+    if not backend.writes():
+        return
+    weights.save_torchvision({"params": end.ema if current.recipe.ema else end.params, "batch_stats": end.batch_stats},
+                             folder / transfer.WEIGHTS)
+    _write_mistakes(folder, config.loss, current.data, outputs, labels)
+    by_class = {} if config.loss == "cross_entropy" else {"by_class": evaluate.by_class(config.loss, outputs, labels)}
     _write_events(folder / "tensorboard", current.history)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(current.parallel.fetch(state.params)))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(end.params))
     workdir.write_json(folder / "results.json", {
         "kind": "train", "final": final, "history": current.history, "classes": list(current.data.classes), "parameters": parameters,
-        "n_train": current.data.count, "n_test": len(labels), "training_seconds": round(current.seconds, 1),
+        **by_class, "n_train": current.data.count, "n_test": len(labels), "training_seconds": round(current.seconds, 1),
         "seconds": round(time.monotonic() - began, 1)})
     report.write(folder)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.jax_utils
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
@@ -36,6 +37,13 @@ class Parallel:
 
     def __hash__(self):
         return hash(self.way)
+
+    @staticmethod
+    def gather(number: int) -> list[int]:
+        """A number of each process, on every process; what they decide by a clock or a signal, they must decide alike."""
+        if jax.process_count() == 1:
+            return [number]
+        return multihost_utils.process_allgather(np.int32(number)).ravel().tolist()
 
     def replicate(self, tree):
         """Host or device arrays -> the same on every device."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 import optax
 
-NAMES = ("constant", "step", "cosine", "plateau")
+NAMES = ("constant", "step", "cosine", "restarts", "plateau")
 # Keys of all schedules, so that a configuration can change from one to another; each looks at its own.
 DEFAULTS = {
     "learning_rate": None, "warmup_epochs": 0,
     "factor": 0.1,  # of step and plateau
-    "epochs": (), "every": 0,  # of step: one of them
+    "epochs": (), "every": 0,  # of step: one of them; of restarts: every
     "metric": "error", "patience": 10, "mode": "min", "threshold": 1e-4, "threshold_mode": "rel", "cooldown": 0,  # of plateau
     "min_lr": 0.0,
 }
@@ -36,6 +36,8 @@ def settings(schedule: Mapping) -> dict:
         if modes.get(found["metric"]) != found["mode"]:
             raise ValueError(f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is not one of "
                              + ", ".join(f"{metric!r} with {mode!r}" for metric, mode in modes.items()))
+    if name == "restarts" and not found["every"] > 0:
+        raise ValueError(f"schedule.every={found['every']!r} is not a positive number of epochs, which schedule.name='restarts' needs")
     if name == "step":
         epochs = list(found["epochs"])
         if not 0 < found["factor"]:
@@ -53,8 +55,9 @@ def learning_rates(schedule: Mapping, steps_per_epoch: int, epochs: int) -> np.n
 
     "step" multiplies by `factor` after each of `epochs` (10: the first 10 epochs have the rate before it) or after `every` so
     many: the lectures' schedules are every=5 with factor=1/1.5, and epochs=(10, 14, 18) with factor=1/2. "cosine" falls to
-    zero at the last step. `warmup_epochs` rise linearly from zero first; a cosine then takes the rest. "plateau" is constant:
-    `Plateau` scales it. Raises `ValueError` for wrong settings.
+    zero at the last step, "restarts" at the end of `every` so many epochs, after which it starts anew (Loshchilov and Hutter 2017,
+    arXiv 1608.03983; the snapshots of Huang et al. 2017, arXiv 1704.00109, are taken there). `warmup_epochs` rise linearly from
+    zero first; a cosine then takes the rest. "plateau" is constant: `Plateau` scales it. Raises `ValueError` for wrong settings.
     """
     found, total = settings(schedule), steps_per_epoch * epochs
     rate, warmup = found["learning_rate"], round(found["warmup_epochs"] * steps_per_epoch)
@@ -63,6 +66,10 @@ def learning_rates(schedule: Mapping, steps_per_epoch: int, epochs: int) -> np.n
         after = optax.piecewise_constant_schedule(rate, {int(epoch * steps_per_epoch) - warmup: found["factor"] for epoch in changes})
     elif schedule["name"] == "cosine":
         after = optax.cosine_decay_schedule(rate, max(1, total - warmup))
+    elif schedule["name"] == "restarts":
+        period = max(1, round(found["every"] * steps_per_epoch))
+        cycle = optax.cosine_decay_schedule(rate, period)
+        after = lambda count: cycle(count % period)
     else:
         after = optax.constant_schedule(rate)
     whole = optax.join_schedules([optax.linear_schedule(0.0, rate, max(1, warmup)), after], [warmup])

@@ -7,18 +7,20 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cnnjax.data.augment import augment, normalise
+from cnnjax import transfer
+from cnnjax.data.augment import IGNORED, augment, augment_masks, normalise
 from cnnjax.models import Network
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
 
 LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
-IGNORED = 255  # the label of a pixel that counts for nothing
 # Weights of the auxiliary heads' losses: Szegedy et al. 2014, section 5. Models without such heads have none.
 _AUXILIARY = 0.3
 
@@ -37,6 +39,8 @@ class Recipe:
     mixup: bool = False
     ema: bool = False
     accumulate: int = 1  # parts of a device's batch that are computed one after the other
+    freeze: tuple[str, ...] = ()  # parts of the model, as in `cnnjax.transfer`
+    rates: tuple[str, ...] = ()  # parts whose learning rates `Numbers.rates` multiply
 
 
 @flax.struct.dataclass
@@ -49,6 +53,7 @@ class Numbers:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # both parameters of the Beta distribution (Zhang et al. 2018)
     ema_decay: float = 0.0
+    rates: tuple[float, ...] = ()  # of several that a parameter has, the last counts
 
 
 @flax.struct.dataclass
@@ -70,13 +75,17 @@ def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def init(recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers) -> State:
-    """The state before the first step, with the model's initial parameters of the seed."""
-    variables = recipe.model.init(jax.random.key(numbers.seed), jnp.zeros((1, *input_shape)))
+def init(recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers, taken: dict | None = None) -> State:
+    """The state before the first step: the model's initial variables of the seed, but for those of the tree `taken`.
+
+    Frozen parameters have no part in the optimiser's state.
+    """
+    variables = transfer.merge(recipe.model.init(jax.random.key(numbers.seed), jnp.zeros((1, *input_shape))), taken or {})
     params = variables["params"]
+    trained, _ = transfer.split(params, transfer.select(recipe.model, recipe.freeze))
     return State(
         step=jnp.int32(0), params=params, batch_stats=variables.get("batch_stats", {}),
-        opt_state=_optimizer(recipe, numbers, 0.0).init(params), ema=params if recipe.ema else None,
+        opt_state=_optimizer(recipe, numbers, 0.0).init(trained), ema=params if recipe.ema else None,
         totals=dict.fromkeys(("loss", "errors", "count"), jnp.float32(0)), bad_step=jnp.int32(-1))
 
 
@@ -90,6 +99,7 @@ def loss_and_errors(kind: str, logits: jnp.ndarray, labels: jnp.ndarray, smoothi
     if kind == "sigmoid":
         targets = labels.astype(jnp.float32) * (1 - smoothing) + smoothing / 2
         return optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1), jnp.mean((logits > 0) != (labels > 0), -1, dtype=jnp.float32)
+    labels = labels.astype(jnp.int32)
     counted = (labels != IGNORED) if kind == "pixelwise" else jnp.ones(labels.shape, bool)
     targets = optax.smooth_labels(jax.nn.one_hot(jnp.where(counted, labels, 0), logits.shape[-1]), smoothing)
     losses, errors = optax.softmax_cross_entropy(logits, targets), logits.argmax(-1) != labels
@@ -98,16 +108,18 @@ def loss_and_errors(kind: str, logits: jnp.ndarray, labels: jnp.ndarray, smoothi
     return (losses * share).sum(axes), (errors * share).sum(axes)
 
 
-def _gradients(recipe: Recipe, numbers: Numbers, params, batch_stats, images, labels, keys):
-    """One part of a device's batch: gradients, new batch statistics, and the sums of loss and errors."""
+def _gradients(recipe: Recipe, numbers: Numbers, trained, fixed, batch_stats, images, labels, keys):
+    """One part of a device's batch: gradients by what is trained, new batch statistics, and the sums of loss and errors."""
     weight = 1.0
     if recipe.mixup:
         weight = jax.random.beta(keys[1], numbers.mixup, numbers.mixup)
         images = weight * images + (1 - weight) * images[::-1]
 
-    def loss(params):
-        logits, new = recipe.model.apply({"params": params, "batch_stats": batch_stats}, images, train=True,
-                                         mutable=["batch_stats", "auxiliary"], rngs={"dropout": keys[0], "padding": keys[0]})
+    def loss(trained):
+        variables = {"params": transfer.merge(trained, fixed), "batch_stats": batch_stats}
+        with nn.intercept_methods(transfer.in_evaluation_mode(transfer.select(recipe.model, recipe.freeze))):
+            logits, new = recipe.model.apply(variables, images, train=True, mutable=["batch_stats", "auxiliary"],
+                                             rngs={"dropout": keys[0], "padding": keys[0]})
 
         def of(logits):
             losses, errors = loss_and_errors(recipe.loss, logits, labels, numbers.label_smoothing)
@@ -119,8 +131,14 @@ def _gradients(recipe: Recipe, numbers: Numbers, params, batch_stats, images, la
         auxiliary = sum(of(head)[0].mean() for head in jax.tree.leaves(new.get("auxiliary", {})))
         return losses.mean() + _AUXILIARY * auxiliary, (new.get("batch_stats", {}), losses.sum(), errors.sum())
 
-    (_, (batch_stats, losses, errors)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (_, (batch_stats, losses, errors)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     return grads, batch_stats, losses, errors
+
+
+def _scaled(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
+    """Updates, which are proportional to the learning rate with every optimiser, times the rates of their parts."""
+    rates = {path[1:]: rate for part, rate in zip(recipe.rates, numbers.rates) for path in transfer.select(recipe.model, (part,))}
+    return unflatten_dict({path: leaf * rates.get(path, 1.0) for path, leaf in flatten_dict(updates).items()})
 
 
 def batch_step(axis_name, recipe: Recipe, state: State, images: jnp.ndarray, labels: jnp.ndarray, moments, learning_rate,
@@ -131,34 +149,44 @@ def batch_step(axis_name, recipe: Recipe, state: State, images: jnp.ndarray, lab
     key = lambda purpose: jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers.seed), state.step), purpose)
     places = jax.vmap(functools.partial(jax.random.fold_in, key(_AUGMENT)))(rank * size + jnp.arange(size))
     images = normalise(augment(places, images, **dict(recipe.augment)), *moments)
+    if recipe.loss == "pixelwise":
+        labels = augment_masks(places, labels, **dict(recipe.augment))
 
     parts = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), (images, labels))
     keys = [jax.random.split(jax.random.fold_in(key(purpose), rank), recipe.accumulate) for purpose in (_DROPOUT, _MIXUP)]
 
+    frozen = transfer.select(recipe.model, recipe.freeze)
+    trained, fixed = transfer.split(state.params, frozen)
+
     def part(carry, inputs):
         total, batch_stats, losses, errors = carry
-        grads, batch_stats, more_losses, more_errors = _gradients(recipe, numbers, state.params, batch_stats, *inputs)
+        grads, batch_stats, more_losses, more_errors = _gradients(recipe, numbers, trained, fixed, batch_stats, *inputs)
         return (jax.tree.map(jnp.add, total, grads), batch_stats, losses + more_losses, errors + more_errors), None
 
     if recipe.accumulate == 1:
-        grads, batch_stats, losses, errors = _gradients(recipe, numbers, state.params, state.batch_stats, images, labels,
+        grads, batch_stats, losses, errors = _gradients(recipe, numbers, trained, fixed, state.batch_stats, images, labels,
                                                         [k[0] for k in keys])
     else:
-        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats, jnp.float32(0), jnp.float32(0))
+        start = (jax.tree.map(jnp.zeros_like, trained), state.batch_stats, jnp.float32(0), jnp.float32(0))
         (grads, batch_stats, losses, errors), _ = jax.lax.scan(part, start, (*parts, keys))
         grads = jax.tree.map(lambda g: g / recipe.accumulate, grads)
     count = jnp.float32(size)
     if axis_name is not None:
         grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
         losses, errors, count = jax.lax.psum((losses, errors, count), axis_name)
+        # Of equal numbers, too, the mean may differ in its last bit.
+        batch_stats = transfer.merge(batch_stats, transfer.split(state.batch_stats, frozen, "batch_stats")[1])
 
-    updates, opt_state = _optimizer(recipe, numbers, learning_rate).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - numbers.ema_decay) if recipe.ema else None
+    updates, opt_state = _optimizer(recipe, numbers, learning_rate).update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, _scaled(recipe, numbers, updates))
+    ema = None
+    if recipe.ema:  # frozen parameters are their own average, to the bit
+        average, _ = transfer.split(state.ema, frozen)
+        ema = transfer.merge(optax.incremental_update(trained, average, 1 - numbers.ema_decay), fixed)
     begins = state.step % steps_per_epoch == 0
     sums = {"loss": losses, "errors": errors, "count": count}
     return State(
-        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema,
+        step=state.step + 1, params=transfer.merge(trained, fixed), batch_stats=batch_stats, opt_state=opt_state, ema=ema,
         totals={name: jnp.where(begins, 0, state.totals[name]) + value for name, value in sums.items()},
         bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(losses), state.step, state.bad_step))
 

@@ -1,0 +1,158 @@
+"""Benchmarks in which every side is measured in the same run.
+
+    python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds} [--workdir FOLDER] [--rounds 9] [--only NAME ...] [--configurations 64]
+
+cpu     forward pass and training step of five networks: cnnjax, the same networks on jax's own operations and gradients under the
+        default XLA flags (stock), and PyTorch, eager with channels last
+gpu     the same of large networks in bfloat16: cnnjax, PyTorch with autocast, eager and through torch.compile
+layers  forward, input gradient and kernel gradient of the convolutions that networks are made of: cnnjax, stock, PyTorch, on the CPU
+study   all readouts on features that are computed once, against one readout at a time with the encoder in every step
+seeds   many seeds and learning rates of LeNet in one program, against one after the other
+
+The first three need PyTorch and torchvision. Each of their sides is a process of its own, since the flags of a process cannot be
+changed; the processes take turns, so that a drift of the machine's speed meets all of them. Inputs are random numbers. Writes report.md
+and benchmark.json.
+"""
+import argparse
+import importlib.metadata
+import os
+import pathlib
+
+from cnnjax import backend, report, workdir
+from cnnjax.benchmark.sides import LAYERS, NETWORKS, SIDES
+
+WHAT = ("cpu", "gpu", "layers", "study", "seeds")
+_LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
+
+
+def check(what: str, rounds: int, configurations: int, only: list[str]) -> None:
+    """Raises `ValueError` where an argument is wrong, or where a side could not be measured: one side's numbers alone say nothing."""
+    if rounds < 1 or configurations < 1:
+        raise ValueError(f"rounds={rounds}, configurations={configurations}; expected at least 1 of each")
+    names = LAYERS if what == "layers" else NETWORKS.get(what, ())
+    for name in only:
+        if name not in names:
+            raise ValueError(f"only={name!r} is not one of {', '.join(names) or 'nothing: ' + what + ' has no parts to choose from'}")
+    if what not in SIDES:
+        return
+    try:
+        import torch
+        import torchvision  # noqa: F401  (its networks are built in the sides' processes)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: builds that do not fit each other
+        raise ValueError(f"{what} compares with PyTorch, which cannot be imported ({error}): pip install torch torchvision") from error
+    if what == "gpu":
+        import jax
+        if jax.default_backend() != "gpu" or not torch.cuda.is_available():
+            raise ValueError(f"gpu needs a GPU that both sides see: jax runs on {jax.default_backend()!r}, torch.cuda.is_available() is "
+                             f"{torch.cuda.is_available()}")
+
+
+def _networks_table(rows: list[dict]) -> str:
+    lines = [[row["name"], str(row["batch"]), f"{row['parameters']:,}", row["pass"], row["side"], f"{row['ms']:.2f}",
+              f"{row['min_ms']:.2f} to {row['max_ms']:.2f}", f"{row['over_cnnjax']:.2f}", f"{row['images_per_s']:,.0f}",
+              f"{row['gflop_per_s']:,.0f}", f"{100 * row['utilisation']:.0f}",
+              "" if row["memory_mb"] is None else f"{row['memory_mb']:,}", f"{row['compile_s']:.1f}"] for row in rows]
+    return report.table(["network", "batch", "parameters", "pass", "side", "ms", "range", "over cnnjax", "img/s", "GFLOP/s", "of peak, %",
+                         "step's memory, MB", "compiled in, s"], lines)
+
+
+def _layers_table(rows: list[dict]) -> str:
+    lines = []
+    for ours, *others in zip(*(rows[at::len(SIDES["layers"])] for at in range(len(SIDES["layers"])))):
+        lines.append([ours["name"], ours["pass"], *(f"{row['ms']:.3f}" for row in (ours, *others)),
+                      *(f"{row['over_cnnjax']:.2f}" for row in others), f"{ours['gflop_per_s']:,.0f}", f"{100 * ours['utilisation']:.0f}"])
+    return report.table(["convolution", "pass", *(f"{side}, ms" for side in SIDES["layers"]),
+                         *(f"{side} / cnnjax" for side in SIDES["layers"][1:]), "GFLOP/s", "of peak, %"], lines)
+
+
+def _layer_flops(shape: tuple) -> float:
+    batch, size, inputs, outputs, kernel, stride, padding, groups = shape
+    return 2.0 * batch * ((size + 2 * padding - kernel) // stride + 1)**2 * kernel**2 * inputs // groups * outputs
+
+
+def compare_sides(what: str, rounds: int, only: list[str], save) -> None:
+    """Measures networks or layers one by one, and saves the table after each."""
+    import torch
+
+    from cnnjax import summary
+    from cnnjax.benchmark import turns
+    from cnnjax.models import create_model
+
+    rows, versions = [], f"jaxlib {importlib.metadata.version('jaxlib')}, PyTorch {torch.__version__}"
+    for name in only or (LAYERS if what == "layers" else NETWORKS[what]):
+        batch = LAYERS[name][0] if what == "layers" else NETWORKS[what][name]
+        flops = _layer_flops(LAYERS[name]) if what == "layers" else (
+            2.0 * summary.totals(summary.layers(create_model(name), batch=batch))["macs"])
+        rows += turns.rows_of(what, name, batch, flops, *turns.measure(what, SIDES[what], name, batch, rounds))
+        text = (f"Median of {rounds} interleaved bursts, {versions}; a ratio above 1 means that cnnjax is faster. Peak: the fastest "
+                f"product of two large matrices on any side, {min(row['peak_gflop_per_s'] for row in rows):,.0f} to "
+                f"{max(row['peak_gflop_per_s'] for row in rows):,.0f} GFLOP/s.")
+        if what != "layers":
+            text += " Operations: two per multiply-add of a kernel, a step three forward passes."
+        for row in rows:
+            if what == "gpu" and row["name"] == "convnet" and row["pass"] == "step":
+                text += f" The ConvNet's epoch, {row['side']}: {50_000 / row['images_per_s']:.2f} s (in the lecture {_LECTURE_EPOCH})."
+        save(text + "\n\n" + (_layers_table if what == "layers" else _networks_table)(rows), rows)
+
+
+def run_study(rounds: int, save) -> None:
+    from cnnjax.benchmark import programs
+
+    found = programs.study(rounds)
+    seconds = found["seconds"]
+    together = f"{seconds['encode all']:.2f} (encoder, once) + {seconds['train all']:.2f} (all targets)"
+    apart = (f"{found['targets']} x ({found['steps']} x {seconds['encode a batch']:.2f} (encoder, {found['batch']} images) + "
+             f"{seconds['train one']:.2f} (one target))")
+    save(f"{found['encoder']}, {found['images']} photographs of {found['size']} px, {found['targets']} targets, {found['steps']} steps, "
+         f"one padding, one seed; medians of {rounds} rounds.\n\n" + report.table(["way", "arithmetic", "seconds"], [
+             ["together", together, f"{found['together_s']:.1f}"], ["authors'", apart, f"{found['authors_way_s']:,.0f}"]])
+         + f"\nThe authors' way takes {found['ratio']:,.0f} times as long; its sum is extrapolated from the parts measured.\n", found)
+
+
+def run_seeds(rounds: int, configurations: int, save) -> None:
+    from cnnjax.benchmark import programs
+
+    rows = programs.seeds(rounds, configurations)
+    lines = [[row["way"], f"{row['ms']:.1f}", f"{row['min_ms']:.1f} to {row['max_ms']:.1f}", f"{row['speedup']:.2f}",
+              f"{row['compile_s']:.1f}"] for row in rows]
+    save(f"A training step of {configurations} LeNets (seed x learning rate), batch {rows[0]['batch']}; median of {rounds} rounds.\n\n"
+         + report.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines), rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m cnnjax.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--workdir", type=pathlib.Path, help="where to write (default: runs/benchmark_WHAT)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)")
+    parser.add_argument("--configurations", type=int, default=64, help="of seeds; 4 suffice on a CPU (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.what in ("cpu", "layers"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share the device
+    folder = options.workdir or pathlib.Path("runs") / f"benchmark_{options.what}"
+    try:
+        check(options.what, options.rounds, options.configurations, options.only)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    backend.start()
+    folder.mkdir(parents=True, exist_ok=True)
+    device = backend.describe()
+
+    def save(text, results):
+        title = f"# Benchmark: {options.what}\n\n{', '.join(device['devices'][:1])}, {device['cpus']} CPU cores. "
+        workdir.write(folder / "report.md", title + text)
+        workdir.write_json(folder / "benchmark.json", {"what": options.what, "environment": device, "results": results})
+
+    if options.what in SIDES:
+        compare_sides(options.what, options.rounds, options.only, save)
+    elif options.what == "study":
+        run_study(options.rounds, save)
+    else:
+        run_seeds(options.rounds, options.configurations, save)
+    print((folder / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

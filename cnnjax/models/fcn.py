@@ -1,0 +1,113 @@
+"""Fully convolutional networks: Long et al. 2015 (arXiv 1411.4038), a score for every class at every pixel, from any network's stages.
+
+Each of the named stages is scored by a 1x1 convolution; the scores of the deepest are brought to the grid of the next by bilinear
+interpolation and added to its own, and so on, and the sum is brought to the pixels (section 4.2; here nothing of that is learned).
+"""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax import summary
+from cnnjax.models.base import Network, create_model, register
+from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool
+
+_LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole map; their grid is that of 'zeros'
+
+
+class SceneNet(Network):
+    """A narrow VGG with BatchNorm for images of a few hundred pixels. Stages `block1` ... `block4` at strides 2, 4, 8, 16."""
+
+    input_shape: tuple[int, int, int] = (180, 240, 3)
+    blocks: tuple[tuple[int, ...], ...] = ((16,), (32, 32), (64, 64), (128,))
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, block in enumerate(self.blocks, 1):
+            x = x if number == 1 else max_pool(x, 2, fill=self.padding)
+            for letter, features in zip("ab", block):
+                x = Conv(features, 3, 2 if number == 1 else 1, padding=1, fill=self.padding, use_bias=False, dtype=self.dtype,
+                         name=f"conv{number}{letter}")(x)
+                x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}")(x, train))
+            yield f"block{number}", x
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+
+
+@functools.cache
+def grids(encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centres.
+
+    They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
+    """
+    encoder = encoder.clone(padding="zeros") if encoder.padding in _LOOK_AROUND else encoder
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(functools.partial(encoder.init, method="stages", last=stages[-1]), jax.random.key(0), image)
+    maps = lambda variables, x: [encoder.apply(variables, x, method="stages", last=stages[-1])[stage] for stage in stages]
+    jaxpr = jax.make_jaxpr(maps)(variables, image).jaxpr
+    follow, found = summary._walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [summary.Field()], {}), []
+
+    def run():
+        found.extend((yield from follow))
+
+    list(run())
+    return tuple(tuple(field.step[axis] * np.arange(output.aval.shape[axis + 1]) + (field.low[axis] + field.high[axis]) / 2
+                       for axis in (0, 1)) for field, output in zip(found, jaxpr.outvars))
+
+
+def _bilinear(to: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The matrix [to, known] of linear interpolation at positions `to`, that of the nearest beyond the first and the last one known."""
+    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(np.float32)
+
+
+def place(x: jnp.ndarray, known: tuple[np.ndarray, np.ndarray], to: tuple[np.ndarray, np.ndarray]) -> jnp.ndarray:
+    """Brings maps [batch, height, width, channels] whose (rows, columns) are at `known` to other rows and columns.
+
+    In between it is bilinear interpolation; what lies beyond the map has the value of the nearest position on its edge.
+    """
+    rows, columns = (jnp.asarray(_bilinear(*axis), x.dtype) for axis in zip(to, known))
+    return jnp.einsum("bw,nawc->nabc", columns, jnp.einsum("ah,nhwc->nawc", rows, x))
+
+
+class FCN(Network):
+    """Scores [batch, height, width, num_classes] of each pixel, from the stages `scored` of the network `encoder`, in its order.
+
+    The stages are those of the encoder, whose parameters keep their names. Where padding leaves a map smaller than the image
+    ('none'), a map lies where its fields' centres are, and pixels beyond it take the scores of the nearest position.
+    """
+
+    encoder: str = "scene_net"
+    scored: tuple[str, ...] = ("block2", "block3", "block4")
+    input_shape: tuple[int, int, int] = (180, 240, 3)
+
+    def __post_init__(self):
+        if not self.scored:
+            raise ValueError("scored=() is not a tuple of at least one of the encoder's stages")
+        super().__post_init__()
+
+    @nn.nowrap
+    def backbone(self) -> Network:
+        return create_model(self.encoder, padding=self.padding, dtype=self.dtype, axis_name=self.axis_name).clone(parent=None)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        encoder, maps, shape = self.backbone(), {}, x.shape[1:]
+        for name, y in encoder.walk(x, train):  # its modules become this network's own
+            if name == "logits":
+                raise ValueError(f"scored={self.scored!r} are not stages of {self.encoder}, in their order; they are {', '.join(maps)}")
+            yield name, y
+            maps[name] = y
+            if [stage for stage in maps if stage in self.scored] == list(self.scored):
+                break
+        places = grids(encoder, shape, tuple(self.scored))
+        scores, known = None, None
+        for stage, here in reversed(list(zip(self.scored, places))):
+            score = Conv(self.num_classes, 1, dtype=self.dtype, name=f"score.{stage}")(maps[stage])
+            scores = score if scores is None else score + place(scores, known, here)
+            known = here
+        yield "logits", place(scores, known, tuple(np.arange(n) for n in shape[:2]))
+
+
+register("scene_net", SceneNet)
+register("fcn", FCN)

@@ -1,0 +1,65 @@
+"""The network of the public CIFAR-10 speed record `airbench94_muon` (Jordan 2024, github.com/KellerJordan/cifar10-airbench)."""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnnjax.models.base import Network, register
+from cnnjax.nn import BatchNorm, Conv, Dense, max_pool
+from cnnjax.nn.conv import uniform_fan_in
+
+# Batch normalisation whose running statistics forget quickly: the runs are 200 steps long.
+_BatchNorm = functools.partial(BatchNorm, momentum=0.4, eps=1e-12)
+_EPS = 5e-4  # added to the eigenvalues of the patches
+_gelu = functools.partial(nn.gelu, approximate=False)
+
+
+def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
+    """Filters [2, 2, channels, 8 * channels] under which the 2x2 patches of normalised images are uncorrelated, and their negatives."""
+    _, height, width, channels = images.shape
+    patches = jnp.concatenate([images[:, i:height - 1 + i, j:width - 1 + j] for i in (0, 1) for j in (0, 1)], 3).reshape(-1, 4 * channels)
+    values, vectors = jnp.linalg.eigh(jnp.matmul(patches.T, patches, precision="highest") / len(patches))
+    filters = (vectors / jnp.sqrt(values + _EPS)).reshape(2, 2, channels, 4 * channels)
+    return jnp.concatenate([filters, -filters], 3)
+
+
+def _partly_identity(key, shape, dtype=jnp.float32):
+    """PyTorch's default, but the first filters copy an input channel each."""
+    kernel = uniform_fan_in(shape[0] * shape[1] * shape[2])(key, shape, dtype)
+    kept = min(shape[2:])
+    identity = jnp.zeros((*shape[:3], kept), dtype).at[shape[0] // 2, shape[1] // 2, jnp.arange(kept), jnp.arange(kept)].set(1)
+    return kernel.at[..., :kept].set(identity)
+
+
+def _unit_variance(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -3**0.5, 3**0.5)
+
+
+class Speedrun(Network):
+    """A 2x2 convolution for whitening, then three groups of two 3x3 convolutions. Stages `block1`, `block2`, `block3`, after each group.
+
+    Training sets the kernel of `whiten` (`whitening_filters`) and leaves it and BatchNorm's scales as they are. `width` is the first
+    group's; the others have four times as many channels.
+    """
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+    width: int = 64
+
+    @nn.nowrap
+    def walk(self, x, train):
+        shared = {"fill": self.padding, "dtype": self.dtype}
+        x = _gelu(Conv(8 * x.shape[3], 2, **shared, name="whiten")(x))
+        for number, features in enumerate((self.width, 4 * self.width, 4 * self.width), 1):
+            for layer in (1, 2):
+                x = Conv(features, 3, padding=1, use_bias=False, kernel_init=_partly_identity, **shared,
+                         name=f"block{number}.conv{layer}")(x)
+                x = max_pool(x, 2, fill=self.padding) if layer == 1 else x
+                x = _gelu(_BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"block{number}.norm{layer}")(x, train))
+            yield f"block{number}", x
+        x = x.max((1, 2))  # of the 3x3 that are left of 32x32
+        yield "logits", Dense(self.num_classes, use_bias=False, kernel_init=_unit_variance, dtype=self.dtype, name="fc")(x) / x.shape[1]
+
+
+register("speedrun", Speedrun)

@@ -1,0 +1,205 @@
+"""What padding alone writes into a network's features, and which pixels a network reads how often: no readout, no training.
+
+The features of a crop differ from those that the same pixels have inside a larger photograph by what the padding did. What these
+differences have in common over photographs is a pattern of positions (Lin et al. 2022, arXiv 2206.01202, whose formulas are not
+public: the metrics here are defined in `strength`). The second half is arithmetic of windows: where a stride leaves cells unread
+(Alsallakh et al. 2021, arXiv 2010.02178), and how often each pixel is read.
+"""
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax.models import Network
+from cnnjax.models.mobilenet import _TABLE as _MOBILENET
+from cnnjax.models.mobilenet import MobileNetV2
+from cnnjax.models.resnet import ResNet
+from cnnjax.models.vgg import VGG
+from cnnjax.nn import check_fill, conv, output_size
+from cnnjax.position.encoder import normalize, stage_shapes
+from cnnjax.visualize import receptive_field
+
+# The fills that leave every position where it is: under the others maps shrink, grow, are stretched or shifted.
+ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
+_BATCH = 4
+
+
+def margin(model: Network, stage: str, size: int) -> int:
+    """How many pixels more a photograph needs on each side of a crop of `size` so that no unit of the crop's map sees its border.
+
+    It is a multiple of the stage's stride, so that the crop's map lies on the grid of the photograph's. Raises `ValueError` if there
+    is no such stage.
+    """
+    field = receptive_field(model, stage)
+    positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
+    before = [-low for low in field.low]
+    after = [step * (n - 1) + high - (size - 1) for step, n, high in zip(field.step, positions, field.high)]
+    return -(-max(before + after) // field.step[0]) * field.step[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stages"))
+def _stages(model, variables, images, stages, key):
+    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key})
+    return [maps[stage] for stage in stages]
+
+
+def features(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named stages, in the network's order, of uint8 images [n, height, width, 3], each [n, height', width', channels]."""
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start:start + _BATCH]
+        full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
+        maps = _stages(model, variables, full, tuple(stages), jax.random.key(start))
+        parts.append([np.asarray(y)[:len(batch)] for y in maps])
+    return {stage: np.concatenate(maps) for stage, maps in zip(stages, zip(*parts))}
+
+
+def features_inside(model: Network, variables: dict, context: np.ndarray, size: int, stages: Sequence[str]) -> dict[str, np.ndarray]:
+    """What `features` would be of the central crop of `size` if it had no border: cut out of those of photographs around it.
+
+    `context` is uint8 [n, side, side, 3]. Raises `ValueError` where it is too small, or where its margin is no multiple of a
+    stage's stride.
+    """
+    have = (context.shape[1] - size) // 2
+    for stage in stages:
+        least, step = margin(model, stage, size), receptive_field(model, stage).step[0]
+        if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
+            raise ValueError(f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
+                             f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}")
+    shapes = stage_shapes(model.clone(padding="zeros"), size, stages[-1])
+    maps = features(model.clone(padding="zeros"), variables, context, stages)  # what it is padded with is not seen
+    cut = {}
+    for stage, y in maps.items():
+        start, (height, width) = have // receptive_field(model, stage).step[0], shapes[stage][1:3]
+        cut[stage] = y[:, start:start + height, start:start + width]
+    return cut
+
+
+class Strength(NamedTuple):
+    """How strong the trace of the padding is in one stage, relative to the features themselves.
+
+    `mae` and `rms` are the mean absolute and the root mean square difference over those of the features; `snr` the mean absolute
+    mean over images of a difference, over their mean standard deviation (with n images and no pattern at all it is about
+    0.8 / sqrt(n)); `shared` the share of the differences' energy that all images have in common, estimated without that bias: 1 if
+    every image has the same difference, 0 if they have nothing in common. `profile` [distances] is `rms` by the distance to the
+    border in positions, `pattern` [height, width] the root mean square over channels of the mean difference, relative as `rms`.
+    """
+
+    mae: float
+    rms: float
+    snr: float
+    shared: float
+    profile: np.ndarray
+    pattern: np.ndarray
+
+
+def strength(padded: np.ndarray, inside: np.ndarray) -> Strength:
+    """Compares the features of crops with those inside their photographs, both [n, height, width, channels].
+
+    Raises `ValueError` for fewer than two images: they could not differ.
+    """
+    if len(padded) < 2 or padded.shape != inside.shape:
+        raise ValueError(f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected two of one shape, of 2 images "
+                         "or more")
+    scale = np.float32(max(np.abs(inside).max(), np.finfo(np.float32).tiny))  # squares of what random weights shrank would underflow
+    inside, delta = inside / scale, (padded - inside) / scale
+    mean, variance, energy = delta.mean(0), delta.var(0, ddof=1), np.square(delta).mean(0)
+    size = float(np.sqrt(np.square(inside).mean()))
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mean.shape[:2])
+    distance = np.minimum.outer(rows, columns).ravel()
+    ring, whole = (np.bincount(distance, x.mean(-1).ravel()) for x in (energy, np.square(inside).mean(0)))
+    common = float((np.square(mean) - variance / len(delta)).mean() / energy.mean()) if energy.any() else 0.0
+    snr = float(np.abs(mean).mean() / np.sqrt(variance).mean()) if energy.any() else 0.0
+    return Strength(float(np.abs(delta).mean() / np.abs(inside).mean()), float(np.sqrt(energy.mean())) / size, snr, common,
+                    np.sqrt(ring / whole), np.sqrt(np.square(mean).mean(-1)) / size)
+
+
+# --- Blind spots ---------------------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """A square convolution or pool, with its padding on each side."""
+
+    name: str
+    kernel: int
+    stride: int
+    padding: int
+    pool: bool = False
+
+
+def windows(model: Network) -> tuple[Window, ...]:
+    """The windows of more than one cell that a ResNet, VGG or MobileNetV2 puts one behind another, skips left out.
+
+    Raises `ValueError` for another network.
+    """
+    if isinstance(model, ResNet):
+        found = [Window("conv1", 7, 2, 3), Window("maxpool", 3, 2, 1, True)]
+        for stage, depth in enumerate(model.depths):
+            for number in range(depth):
+                layers = model.block(64, 2 if stage > 0 and number == 0 else 1)
+                found += [Window(f"layer{stage + 1}.{number}.conv{at}", size, stride, size // 2)
+                          for at, (_, size, stride, _) in enumerate(layers, 1) if size > 1]
+    elif isinstance(model, VGG):
+        found = []
+        for number, block in enumerate(model.blocks, 1):
+            convolutions = [layer for layer in block if isinstance(layer, int)]  # neither 1x1 nor the normalisation
+            found += [Window(f"conv{number}_{at}", 3, 1, 1) for at in range(1, len(convolutions) + 1)]
+            found.append(Window(f"pool{number}", 2, 2, 0, True))
+    elif isinstance(model, MobileNetV2):
+        found, index = [Window("features.0", 3, 2, 1)], 1
+        for _, _, repetitions, first in _MOBILENET:
+            for number in range(repetitions):
+                found.append(Window(f"features.{index}", 3, first if number == 0 else 1, 1))
+                index += 1
+    else:
+        raise ValueError(f"model={type(model).__name__} is not one of ResNet, VGG, MobileNetV2, whose windows are known")
+    return tuple(found)
+
+
+def unread(chain: Sequence[Window], size: int) -> dict[str, int]:
+    """How many padded rows, and columns, each strided window leaves unread at the far side of an image of `size`.
+
+    Only with 0 does the window use its padding, or where it has none the image, as much below as above and right as left. Raises
+    `ValueError` if the image is too small.
+    """
+    left, n = {}, size
+    for window in chain:
+        if window.stride > 1:
+            left[window.name] = (n + 2 * window.padding - window.kernel) % window.stride
+        n = output_size(n, window.kernel, window.stride, window.padding)
+        if n < 1:
+            raise ValueError(f"size={size} is too small: nothing is left of it after {window.name}")
+    return left
+
+
+@functools.partial(jax.jit, static_argnames=("chain", "size", "fill"))
+def _reads(chain, size, fill):
+    def total(x):
+        for window in chain:
+            kernel = jnp.full((window.kernel, window.kernel, 1, 1), 1 / window.kernel**2)
+            # A max-pool's border never wins under these fills, and pools are not padded any further.
+            own = "zeros" if window.pool and fill in ("partial", "full") else fill
+            x = conv(x, kernel, stride=window.stride, padding=window.padding, fill=own)
+        return x.sum()
+
+    return jax.grad(total)(jnp.zeros((1, size, size, 1)))[0, :, :, 0]
+
+
+def reads(chain: Sequence[Window], size: int, fill: str) -> np.ndarray:
+    """How often each pixel is read on all ways through a chain of windows, relative to the average pixel, [size, size].
+
+    All weights of a window are equal and pools sum: the gradient of the last map's sum counts the ways. Raises `ValueError` for an
+    unknown fill, and for 'random', which depends on the image.
+    """
+    if check_fill(fill) == "random":
+        raise ValueError("padding='random' depends on the image: how often a pixel is read is not defined")
+    counts = np.asarray(_reads(tuple(chain), size, fill), np.float64)
+    return counts / counts.mean()
+
+
+def asymmetry(counts: np.ndarray) -> float:
+    """The share of all reading that differs between the left and the right half of a map [height, width]: 0 if they are mirror images."""
+    return float(np.abs(counts - counts[:, ::-1]).sum() / (2 * counts.sum()))

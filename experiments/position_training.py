@@ -1,0 +1,233 @@
+"""Does training add or remove position, and does padding matter for the task? A small ConvNet under each fill, probed as it learns.
+
+    python -m experiments.position_training --data_dir data --workdir runs/position_training [--seeds 3] [--epochs 8] [--paddings zeros ...]
+
+Networks of one seed start from the same weights and see the same batches; only their padding differs. They are trained on the
+middle 24x24 px of CIFAR-10, so that a shift by 4 px in both directions brings in real pixels and needs no filling. At epochs 0, 1, 2,
+5 and the last the exact readout finds H and V in each stage, on test images and on a black one. A cell that is finished is not
+computed again. Writes report.md, training.json and training.png.
+"""
+import functools
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import flax.linen as nn
+import jax
+import matplotlib
+import numpy as np
+
+from cnnjax import backend, command, report, workdir
+from cnnjax.data import arrays, augment
+from cnnjax.models import Network
+from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, he_normal_fan_out
+from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features
+from cnnjax.position.metrics import scores
+from cnnjax.position.readout import fit_exact
+from cnnjax.position.targets import target
+from cnnjax.progress import progress
+from cnnjax.train import step
+from cnnjax.train.parallel import Parallel
+
+_SIZE, _SHIFT, _TARGETS = 24, 4, ("H", "V")
+_EPOCHS = (0, 1, 2, 5)  # probed besides the last
+_PROBE = (64, 16, 48)  # test images that the readout is fitted to, chooses its strength on and is scored on
+_RATE, _BATCH, _TEST_BATCH = 2e-3, 100, 200
+MOMENTS = np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)  # those of `encode`
+
+
+class Net(Network):
+    """3x3 convolutions of (features, stride), stages `conv1`, `conv2`, ..., and a linear layer on their global average."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (_SIZE, _SIZE, 3)
+    layers: tuple[tuple[int, int], ...] = ((16, 1), (32, 2), (32, 2), (64, 1))
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, (features, stride) in enumerate(self.layers, 1):
+            x = nn.relu(Conv(features, 3, stride, padding=1, fill=self.padding, kernel_init=he_normal_fan_out, name=f"conv{number}")(x))
+            yield f"conv{number}", x
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+
+def trained(model: Network, data: arrays.Split, epochs: int, seed: int, rate: float = _RATE, batch: int = _BATCH,
+            momentum: float = 0.9) -> Iterator[dict]:
+    """Trains with Adam, its rate falling to 0 in a straight line: yields the variables before the first and after every epoch.
+
+    They are there until the next are asked for, which take over their memory.
+    """
+    recipe, numbers = step.Recipe(model, "adam"), step.Numbers(seed=seed, momentum=momentum)
+    steps = len(data.labels) // batch
+    run, rates = step.resident_steps(Parallel("jit"), recipe, batch), np.linspace(rate, 0, epochs * steps, dtype=np.float32)
+    state, data = step.init(recipe, data.images.shape[1:], numbers), jax.device_put(tuple(data))
+    for epoch in range(epochs + 1):
+        yield {"params": state.params, "batch_stats": state.batch_stats}
+        if epoch < epochs:
+            state = run(state, data, step.epoch_order(len(data[1]), epoch, seed), MOMENTS, rates, (epoch + 1) * steps, numbers)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _classes(model, variables, images, key):
+    return model.apply(variables, augment.normalise(images, *MOMENTS), rngs={"padding": key, "dropout": key}).argmax(1)
+
+
+def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
+    """The class of each uint8 image; every batch has random numbers of its own, for networks that draw some."""
+    starts = range(0, len(images), _TEST_BATCH)
+    return np.concatenate([_classes(model, variables, images[at:at + _TEST_BATCH], jax.random.key(at)) for at in starts])
+
+
+def finished(path: pathlib.Path, compute: Callable[..., dict], *arguments) -> dict:
+    """What a cell's file holds; it is computed from the arguments and written where there is none."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        workdir.write_json(path, compute(*arguments))
+    return json.loads(path.read_text())
+
+
+def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """32x32 images -> their middles [n, 24, 24, 3], and these shifted by 4 px in both directions, to each corner [4, n, 24, 24, 3]."""
+    at = lambda top, left: images[:, top:top + _SIZE, left:left + _SIZE]
+    return at(_SHIFT, _SHIFT), np.stack([at(top, left) for top in (0, 2 * _SHIFT) for left in (0, 2 * _SHIFT)])
+
+
+def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[dict]:
+    """What the exact readout finds of H and V in every stage of a frozen network, and in all together; None is the image itself."""
+    everything = np.concatenate([images[:sum(_PROBE)], np.zeros((1, *images.shape[1:]), np.uint8)])
+    if model is None:
+        named = {"image": image_features(everything)}
+    else:
+        names = [f"conv{number}" for number in range(1, len(model.layers) + 1)]
+        joined = encode(model, variables, everything, names)
+        ends = np.cumsum([features for features, _ in model.layers])[:-1]
+        named = dict(zip(names, np.split(joined, ends, -1))) | {"all": joined}
+    goals = np.stack([target(name, FEATURE_SIZE) for name in _TARGETS])
+    rows = []
+    for stage, features in named.items():
+        train, held_out, natural, black = np.split(features, np.cumsum(_PROBE))
+        readout = fit_exact(train, held_out, goals)
+        for data, part in (("natural", natural), ("black", black)):
+            predicted = readout(part)
+            for number, name in enumerate(_TARGETS):
+                found = scores(predicted[:, number], goals[number])
+                rows.append({"stage": stage, "target": name, "data": data} | {key: float(found[key].mean()) for key in ("spc", "r2")})
+    return rows
+
+
+def cell(padding: str, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int) -> dict:
+    """One network: trained on `count` images of its seed's choice, probed on its way, tested in place and shifted."""
+    chosen = np.random.default_rng(seed).permutation(len(data.train.labels))[:count]
+    train = arrays.Split(windows(data.train.images[chosen])[0], data.train.labels[chosen])
+    middle, shifted = windows(data.test.images)
+    probed = np.random.default_rng(seed).permutation(len(middle))[:sum(_PROBE)]
+    model, probes = Net(padding=padding), []
+    for epoch, variables in enumerate(trained(model, train, epochs, seed)):
+        if epoch in _EPOCHS or epoch == epochs:
+            probes += [{"epoch": epoch} | row for row in probe(model, variables, middle[probed])]
+    there, moved = classify(model, variables, middle[:tests]), np.stack([classify(model, variables, part[:tests]) for part in shifted])
+    labels = data.test.labels[:tests]
+    return {"padding": padding, "seed": seed, "accuracy": float((there == labels).mean()), "shifted": float((moved == labels).mean()),
+            "agreement": float((moved == there).mean()), "probes": probes}
+
+
+def write(folder: pathlib.Path, rows: list[dict], train: int, image: list[dict]) -> str:
+    """Writes the results, the report and the figure; returns the first table."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    paddings = list(dict.fromkeys(row["padding"] for row in rows))
+    stages = list(dict.fromkeys(entry["stage"] for entry in rows[0]["probes"]))
+    epochs = sorted({entry["epoch"] for entry in rows[0]["probes"]})
+
+    def r2(padding, **keys):
+        """One value for each seed."""
+        return [entry["r2"] for row in rows if row["padding"] == padding for entry in row["probes"] if keys.items() <= entry.items()]
+
+    final = []
+    for padding in paddings:
+        mine = [row for row in rows if row["padding"] == padding]
+        final.append([padding, *(spread([100 * row[key] for row in mine], 1) for key in ("accuracy", "shifted", "agreement")),
+                      *(spread(r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2)
+                        for name in _TARGETS for epoch in (0, epochs[-1])),
+                      *(spread(r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2) for epoch in (0, epochs[-1])),
+                      str(len(mine))])
+    header = ["padding", "accuracy, %", "shifted by 4 px", "same answer", "R2 of H, untrained", "trained", "R2 of V, untrained", "trained",
+              "H on black, untrained", "trained", "n"]
+    table = report.table(header, final)
+    lines = [[padding, stage, *(spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2) for epoch in epochs)]
+             for padding in paddings for stage in stages]
+    by_stage = report.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
+
+    figure, axes = pyplot.subplots(2, len(stages), figsize=(2.6 * len(stages), 5), sharex=True, sharey="row", layout="constrained")
+    for axis_row, data in zip(axes, ("natural", "black")):
+        for axis, stage in zip(axis_row, stages):
+            for number, padding in enumerate(paddings):
+                values = np.array([r2(padding, epoch=epoch, stage=stage, target="H", data=data) for epoch in epochs])
+                mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0 * values[:, 0]
+                axis.plot(epochs, mean, ".-", color=f"C{number}", label=padding)
+                axis.fill_between(epochs, mean - std, mean + std, color=f"C{number}", alpha=0.2, lw=0)
+            axis.axhline(0, color="black", lw=0.5)
+            axis.set_title(f"{stage}, {'test images' if data == 'natural' else 'a black image'}", fontsize=9)
+        axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    axes[0, 0].legend(fontsize=7)
+    workdir.write_figure(folder / "training.png", figure)
+    pyplot.close(figure)
+    workdir.write_json(folder / "training.json", {"rows": rows, "image": image})
+    alone = ", ".join(f"{row['target']} {row['r2']:.2f}" for row in image if row["data"] == "natural")
+    workdir.write(folder / "report.md", f"""# Position before and after training
+
+CIFAR-10, {train:,} training images of 24x24 px, {epochs[-1]} epochs; mean ± sample standard deviation over seeds. R2 is the
+share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages together on unseen test
+images, and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted images
+that are given the class of the unshifted one.
+
+{table}
+## R2 of H by stage and epoch
+
+{by_stage}
+![R2 of H while a network is trained](training.png)
+""")
+    return table
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± sample standard deviation."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
+    """Raises `ValueError` where more images are asked for than there are."""
+    for name, count, split in (("train", train, data.train), ("test", test, data.test)):
+        if count > len(split.labels):
+            raise ValueError(f"{name}={count} is more than the {len(split.labels)} images of that part")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/position_training"), help="default: %(default)s")
+    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "partial", "none", "reflect", "replicate", "circular"])
+    for name, least, default, text in (("seeds", 1, 3, "networks per padding"), ("train", _BATCH, 10_000, "training images of a network"),
+                                       ("epochs", 1, 8, "of training"), ("test", 1, 4000, "test images")):
+        parser.add_argument(f"--{name}", type=command.whole(least), default=default, help=f"{text} (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    def work():
+        backend.start()
+        data, settings = arrays.load("cifar10", options.data_dir), {key: getattr(options, key) for key in ("train", "epochs", "test")}
+        check_counts(data, options.train, options.test)
+        folder, rows = workdir.prepare(options.workdir, settings), []
+        with progress(options.seeds * len(options.paddings), "networks") as done:
+            for seed, padding in itertools.product(range(options.seeds), options.paddings):
+                rows.append(finished(folder / "cells" / f"{padding}_{seed}.json", cell, padding, seed, data, *settings.values()))
+                done(1)
+        print(write(folder, rows, options.train, probe(None, {}, windows(data.test.images)[0])))
+    return command.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Every command of the pages in docs/ and of the README is run, with less to compute."""
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md") if "```sh" in path.read_text())
+# What makes a command of this kind small, where it does not say so itself.
+LESS = {
+    "configs/posenet.py": ["--config.encoders=('vgg11',)", "--config.paddings=('zeros',)", "--config.sgd_paddings=()", "--config.image_size=64",
+                           "--config.n_train=4", "--config.n_held_out=2", "--config.n_test=2", "--config.sgd_steps=5"],
+    "configs/lenet_digits.py": ["--config.epochs=2"],
+    "experiments.position_tables": ["--set", "image_size=64", "n_train=4", "n_held_out=2", "n_test=2", "sgd_steps=5"],
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run(page, tmp_path):
+    """In the page's order, since one may need what another left; results go to a temporary folder instead of runs/."""
+    for words in commands(page):
+        assert words[:2] == ["python", "-m"], words
+        for kind, less in LESS.items():
+            if kind in words:
+                given = {word.partition("=")[0] for word in words}
+                words += [word for word in less if not word.startswith("--config") or word.partition("=")[0] not in given]
+        words = [word.replace("runs/", f"{tmp_path}/") for word in words[1:]]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+    assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
