@@ -112,7 +112,7 @@ def take(path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()) -
     """
     file, shapes = weights_file(path), flatten_dict(_shapes(model))
     chosen = select(model, tuple(parts), "initial_parts") if parts else frozenset(shapes) - head(model)
-    keys, held = weights.torchvision_keys(_shapes(model)), weights._read(file)
+    keys, held = weights.torchvision_keys(_shapes(model)), weights.read(file)
     modules = lambda names: {name.split(".")[0] for name in names}
     classes = next((len(held[key]) for key in sorted(keys) if key in held and keys[key] in head(model)), model.num_classes)
     loaded = flatten_dict(weights.load_torchvision(file, model.clone(num_classes=classes), sorted(modules(keys) - modules(held))))

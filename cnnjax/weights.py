@@ -56,7 +56,7 @@ def variable_shapes(model: Network) -> dict:
     return jax.eval_shape(model.clone(padding="zeros").init, jax.random.key(0), image)
 
 
-def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r} is not a file; expected a safetensors file with torchvision's names")
@@ -78,7 +78,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
     `missing` names top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the result then lacks
     them. Raises `FileNotFoundError` if there is no such file.
     """
-    tensors = _read(path)
+    tensors = read(path)
     shapes = variable_shapes(model)
     flat = flax.traverse_util.flatten_dict(shapes)
     keys = torchvision_keys(shapes)

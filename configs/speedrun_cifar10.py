@@ -1,0 +1,24 @@
+"""CIFAR-10 to 94 % in eight epochs: the recipe of `airbench94_muon` (Jordan 2024), 94.01 % in 2.59 s on an A100 (n=200).
+
+    python -m experiments.speedrun --data_dir FOLDER [--runs 200] [--epochs=8 ...: any key below]
+"""
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.epochs = 8
+    config.batch_size = 2000
+    config.width = 64  # of the first group; 256 in the others
+    config.n_train = 50_000
+    config.n_test = 10_000
+    config.filter_rate = 0.24  # Muon, of momentum 0.6 and 3 Newton-Schulz steps, on the 3x3 filters
+    config.filter_momentum = 0.6
+    config.bias_rate = 0.053  # SGD with Nesterov's momentum on all else; the gradients are those of the summed loss
+    config.head_rate = 0.67
+    config.momentum = 0.85
+    config.weight_decay = 2e-6  # times the batch size, per unit of learning rate
+    config.whiten_epochs = 3  # for which the first layer's bias is trained
+    config.label_smoothing = 0.2
+    config.crop = 2  # pixels, over a reflected border
+    return config
