@@ -12,9 +12,11 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cnnjax import command
+
+_LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole map; all have the grid of 'zeros'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,29 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
         if name not in rows:
             unused[name] = unused.get(name, 0) + value.size
     return table + [Layer(name, "in training only", None, size, 0, 0, None, None) for name, size in unused.items()]
+
+
+def receptive_fields(model, stages: Sequence[str], shape: tuple[int, int, int] | None = None) -> list[tuple[Field, tuple[int, ...]]]:
+    """What a position of each of the named stages, the last of them last, sees of the image at most, and the stage's shape.
+
+    `shape` [height, width, channels] is that of the image, by default the publication's. Under a fill that looks at the whole map, it
+    is what the position sees beside the border.
+    """
+    import jax
+
+    model = model.clone(padding="zeros") if model.padding in _LOOK_AROUND else model
+    image = jax.ShapeDtypeStruct((1, *(shape or model.input_shape)), "float32")
+    run = {"method": "stages", "last": stages[-1]}
+    variables = jax.eval_shape(lambda key, x: model.init(key, x, **run), jax.random.key(0), image)
+    maps = lambda variables, x: [model.apply(variables, x, **run)[stage] for stage in stages]
+    jaxpr = jax.make_jaxpr(maps)(variables, image).jaxpr
+    found = []
+
+    def follow():
+        found.extend((yield from _walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [Field()], {})))
+
+    list(follow())
+    return [(field, output.aval.shape) for field, output in zip(found, jaxpr.outvars)]
 
 
 def totals(table: list[Layer]) -> dict[str, int]:

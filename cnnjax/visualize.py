@@ -54,7 +54,6 @@ _COLOURS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03
 _COLOURS /= np.linalg.norm(_COLOURS, axis=0).max()
 _START, _RATE = 0.01, 0.05  # Lucid's standard deviation of the first spectrum, and its Adam's learning rate
 _RATED = 32  # pixels: below, waves that add up to a pixel become so few that the rate must grow (to 0.5 for a filter of 3x3)
-_LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole map; all have the grid of 'zeros'
 _BATCH = 16
 _FLOOR = 1e-7  # what a logarithmic axis shows for an error of 0
 _CELL = 48  # pixels, the least height of an image in a mosaic
@@ -79,22 +78,9 @@ def _check_stage(model, stage, channels=()):
 
 
 def receptive_field(model: Network, stage: str) -> summary.Field:
-    """What a position of a stage sees of the image at most: pixels step * i + low ... step * i + high along height and width.
-
-    Under a fill that looks at the whole map, it is what the position sees beside the border. Raises `ValueError` if there is no such
-    stage.
-    """
+    """What a position of a stage sees (`summary.receptive_fields`). Raises `ValueError` if there is no such stage."""
     _check_stage(model, stage)
-    model = model.clone(padding="zeros") if model.padding in _LOOK_AROUND else model
-    shapes = weights.variable_shapes(model)
-    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda v, x: _stage(model, v, x, stage))(shapes, image).jaxpr
-
-    def follow():
-        yield from (yield from summary._walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [summary.Field()], {}))
-
-    *_, field = follow()
-    return field
+    return summary.receptive_fields(model, (stage,))[0][0]
 
 
 def _apply(model, variables, images, **options):

@@ -57,6 +57,7 @@ def variable_shapes(model: Network) -> dict:
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by torchvision's names. Raises `FileNotFoundError` or `ValueError` if it is none."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r} is not a file; expected a safetensors file with torchvision's names")

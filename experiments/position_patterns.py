@@ -31,7 +31,7 @@ from cnnjax.nn import output_size
 from cnnjax.position import patterns
 from cnnjax.position.encoder import stage_shapes
 from cnnjax.progress import progress
-from cnnjax.visualize import receptive_field
+from cnnjax.summary import receptive_fields
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")
 READ_BY, SIZES, SHOWN = ("resnet18", "vgg16", "mobilenet_v2"), range(193, 257), (224, 225)
@@ -62,7 +62,7 @@ class Subject:
         self.origin = "random" if file is None else "trained"
         self.stages = known_stages(self.model, size, missing)
         self.margin = max(patterns.margin(self.model, stage, size) for stage in self.stages)
-        step = receptive_field(self.model, self.stages[-1]).step[0]
+        step = receptive_fields(self.model, (self.stages[-1],))[0][0].step[0]
         self.margin = -(-self.margin // step) * step
         image = jnp.zeros((1, 64, 64, 3))
         self.init = jax.jit(lambda key: self.model.init(key, image, method="stages", last=self.stages[-1]))
@@ -84,7 +84,8 @@ class Subject:
             for stage in self.stages:
                 row = patterns.strength(padded[stage], inside[stage])._asdict()
                 small = len(row["pattern"]) <= _LARGEST_MAP
-                rows.append(row | {"stage": stage, "step": receptive_field(self.model, stage).step[0], "profile": row["profile"].tolist(),
+                step = receptive_fields(self.model, (stage,))[0][0].step[0]
+                rows.append(row | {"stage": stage, "step": step, "profile": row["profile"].tolist(),
                                    "pattern": row["pattern"].tolist() if small else None})
             found[padding] = {"encoder": self.name, "weights": self.origin, "padding": padding, "seed": seed, "images": len(paths),
                               "stages": rows}

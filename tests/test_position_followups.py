@@ -14,7 +14,7 @@ from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
 from cnnjax.position import patterns
 from cnnjax.position.encoder import normalize, stage_shapes
-from cnnjax.visualize import receptive_field
+from cnnjax.summary import receptive_fields
 from experiments import position_patterns, position_quadrant
 
 
@@ -72,7 +72,7 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
     assert least == 8  # layer4 sees 8 pixels either side, and its stride is 4
     delta = differences(model, variables, images(size + 2 * least), size, "zeros")
     for stage, d in delta.items():
-        field = receptive_field(model, stage)
+        field = receptive_fields(model, (stage,))[0][0]
         positions = np.arange(d.shape[1]) * field.step[0]
         free = np.flatnonzero((positions + field.low[0] >= 0) & (positions + field.high[0] < size))
         assert np.array_equal(np.unique(d[:, free[0]:free[-1] + 1, free[0]:free[-1] + 1]), [0])
@@ -163,7 +163,7 @@ def test_windows_are_those_of_the_networks(name, stages):
             low, high = low - window.padding * step, high + (window.kernel - 1 - window.padding) * step
             step *= window.stride
             n = (n + 2 * window.padding - window.kernel) // window.stride + 1
-        field = receptive_field(model, stage)
+        field = receptive_fields(model, (stage,))[0][0]
         assert (field.step[0], field.low[0], field.high[0], shapes[stage][1]) == (step, low, high, n), stage
 
 

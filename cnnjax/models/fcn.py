@@ -6,15 +6,12 @@ interpolation and added to its own, and so on, and the sum is brought to the pix
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cnnjax import summary
 from cnnjax.models.base import Network, create_model, register
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool
-
-_LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole map; their grid is that of 'zeros'
 
 
 class SceneNet(Network):
@@ -41,19 +38,8 @@ def grids(encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
 
     They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
     """
-    encoder = encoder.clone(padding="zeros") if encoder.padding in _LOOK_AROUND else encoder
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(functools.partial(encoder.init, method="stages", last=stages[-1]), jax.random.key(0), image)
-    maps = lambda variables, x: [encoder.apply(variables, x, method="stages", last=stages[-1])[stage] for stage in stages]
-    jaxpr = jax.make_jaxpr(maps)(variables, image).jaxpr
-    follow, found = summary._walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [summary.Field()], {}), []
-
-    def run():
-        found.extend((yield from follow))
-
-    list(run())
-    return tuple(tuple(field.step[axis] * np.arange(output.aval.shape[axis + 1]) + (field.low[axis] + field.high[axis]) / 2
-                       for axis in (0, 1)) for field, output in zip(found, jaxpr.outvars))
+    return tuple(tuple(field.step[axis] * np.arange(output[axis + 1]) + (field.low[axis] + field.high[axis]) / 2 for axis in (0, 1))
+                 for field, output in summary.receptive_fields(encoder, stages, shape))
 
 
 def _bilinear(to: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from cnnjax.models.resnet import ResNet
 from cnnjax.models.vgg import VGG
 from cnnjax.nn import check_fill, conv, output_size
 from cnnjax.position.encoder import normalize, stage_shapes
-from cnnjax.visualize import receptive_field
+from cnnjax.summary import receptive_fields
 
 # The fills that leave every position where it is: under the others maps shrink, grow, are stretched or shifted.
 ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
@@ -33,7 +33,7 @@ def margin(model: Network, stage: str, size: int) -> int:
     It is a multiple of the stage's stride, so that the crop's map lies on the grid of the photograph's. Raises `ValueError` if there
     is no such stage.
     """
-    field = receptive_field(model, stage)
+    field = receptive_fields(model, (stage,))[0][0]
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
     before = [-low for low in field.low]
     after = [step * (n - 1) + high - (size - 1) for step, n, high in zip(field.step, positions, field.high)]
@@ -65,7 +65,7 @@ def features_inside(model: Network, variables: dict, context: np.ndarray, size: 
     """
     have = (context.shape[1] - size) // 2
     for stage in stages:
-        least, step = margin(model, stage, size), receptive_field(model, stage).step[0]
+        least, step = margin(model, stage, size), receptive_fields(model, (stage,))[0][0].step[0]
         if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
             raise ValueError(f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
                              f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}")
@@ -73,7 +73,7 @@ def features_inside(model: Network, variables: dict, context: np.ndarray, size: 
     maps = features(model.clone(padding="zeros"), variables, context, stages)  # what it is padded with is not seen
     cut = {}
     for stage, y in maps.items():
-        start, (height, width) = have // receptive_field(model, stage).step[0], shapes[stage][1:3]
+        start, (height, width) = have // receptive_fields(model, (stage,))[0][0].step[0], shapes[stage][1:3]
         cut[stage] = y[:, start:start + height, start:start + width]
     return cut
 
