@@ -3,6 +3,7 @@ import pathlib
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from cnnjax import backend
 
@@ -11,16 +12,20 @@ backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# What takes long to make, and would be made once on every worker.
-_SHARED = ("ledger", "finished")
+# Modules whose tests share what takes long to make, and would be made once on every worker.
+_TOGETHER = tuple(f"tests/test_{name}.py" for name in ("bad_input", "basics", "claims", "combine", "configs", "distributed", "ensemble", "position",
+                                                       "train"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of one module that share a run share a worker."""
-    for item in items:
-        if set(_SHARED) & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+class _Scheduling(LoadScopeScheduling):
+    """Hands out tests one by one, but those of some modules all to one worker."""
+
+    def _split_scope(self, nodeid):
+        return nodeid.split("::")[0] if nodeid.startswith(_TOGETHER) else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

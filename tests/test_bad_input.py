@@ -11,7 +11,6 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
-pytestmark = pytest.mark.xdist_group("bad_input")  # all cases run at once
 ROOT = pathlib.Path(__file__).parents[1]
 # Every case is a process of its own, forked from one that has imported everything and computed nothing.
 DRIVER = """
