@@ -1,5 +1,6 @@
 """Reports from the files of a work directory, and from nothing else: tables in Markdown, figures in PNG."""
 import json
+import math
 import pathlib
 
 import matplotlib
@@ -7,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 
 from cnnjax import workdir
 from cnnjax.data.augment import IGNORED
@@ -34,6 +36,17 @@ def _cell(row: dict) -> str:
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def spread(values, digits: int, sign: str = "") -> str:
+    """Mean ± sample standard deviation; of one value itself. `sign` "+" shows it of positive means too."""
+    return f"{np.mean(values):{sign}.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def half_width(values) -> float:
+    """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
+    n = len(values)
+    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else math.inf
 
 
 def paint(masks: np.ndarray) -> np.ndarray:

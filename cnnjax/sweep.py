@@ -20,7 +20,6 @@ from collections import defaultdict
 
 import ml_collections
 import numpy as np
-import scipy.stats
 from absl import flags
 from ml_collections import config_flags
 
@@ -66,7 +65,7 @@ def _interval(values: list[float]) -> dict:
     n = len(values)
     std = float(np.std(values, ddof=1)) if n > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "n": n,
-            "half_width": float(scipy.stats.t.ppf(0.975, n - 1) * std / np.sqrt(n)) if n > 1 else None}
+            "half_width": report.half_width(values) if n > 1 else None}
 
 
 def summarise(folder: pathlib.Path, cells: list[dict]) -> None:

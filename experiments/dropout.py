@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import matplotlib
 import ml_collections
 import numpy as np
-import scipy.stats
 
 from cnnjax import backend, command, report, transfer, weights, workdir
 from cnnjax.data import arrays, augment
@@ -121,9 +120,9 @@ def verdict(rows: list[dict]) -> str:
             values, costs = saved(rows, way)[:, number], [losses(rows, way, rate)[:, number].mean() for rate in RATES]
             line = f"{text}, {SHARES[number]:.0%}: it costs {costs[0]:.2f} points without and {costs[1]:.2f} with dropout"
             if len(values) > 1:
-                half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+                half = report.half_width(values)
                 word = "holds" if values.mean() > half else "does not hold" if values.mean() < -half else "is not decided"
-                line += f", {values.mean():.2f} ± {values.std(ddof=1):.2f} less (n={len(values)}): that units are made redundant {word}"
+                line += f", {report.spread(values, 2)} less (n={len(values)}): that units are made redundant {word}"
             sentences.append(f"- D10, {line}.\n")
     return "".join(sentences)
 
@@ -153,9 +152,7 @@ def write(folder: pathlib.Path, options: argparse.Namespace, rows: list[dict]) -
     workdir.write_figure(folder / "dropout.png", figure)
     matplotlib.pyplot.close(figure)
 
-    def show(values):
-        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-
+    show = functools.partial(report.spread, digits=2)
     lines = []
     for way, text in WAYS.items():
         for number, share in enumerate(SHARES):

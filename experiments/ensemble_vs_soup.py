@@ -12,14 +12,12 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import pathlib
 import sys
 
 import matplotlib
 import ml_collections
 import numpy as np
-import scipy.stats
 
 from cnnjax import backend, combine, command, report, workdir
 from cnnjax.data import arrays
@@ -116,10 +114,8 @@ def collect(folder: pathlib.Path, options: argparse.Namespace) -> list[dict]:
 
 def summary(values: list[float]) -> dict:
     """Mean, median, n and, from two values on, the sample standard deviation and the ends of the mean's 95 % interval (Student's t)."""
-    mean, n, std, half = float(np.mean(values)), len(values), None, math.inf
-    if n > 1:
-        std = float(np.std(values, ddof=1))
-        half = float(scipy.stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
+    mean, n, half = float(np.mean(values)), len(values), report.half_width(values)
+    std = float(np.std(values, ddof=1)) if n > 1 else None
     return {"mean": mean, "median": float(np.median(values)), "std": std, "n": n, "low": mean - half, "high": mean + half}
 
 

@@ -97,7 +97,7 @@ def write(options, data: arrays.Dataset, rows: list[dict]) -> str:
     names, prevalence = [data.classes[number] for number in told], shares[1][told]
     found = {method: np.array([[row["ap"][number] for number in told] for row in rows if row["method"] == method])
              for method in dict.fromkeys(row["method"] for row in rows)}
-    cell = lambda values: f"{100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    cell = lambda values: report.spread(100 * np.asarray(values), 1)
     lines = [[_BASELINE, cell([prevalence.mean()]), *(cell([value]) for value in prevalence), ""]]
     lines += [[method, cell(values.mean(1)), *map(cell, values.T), str(len(values))] for method, values in found.items()]
     table = report.table(["method", "mean AP", *names, "n"], lines)

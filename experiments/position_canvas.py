@@ -18,7 +18,7 @@ from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays, augment
 from cnnjax.nn import FILLS
 from cnnjax.progress import progress
-from experiments.position_training import Net, check_counts, classify, finished, spread, trained
+from experiments.position_training import Net, check_counts, classify, finished, trained
 
 GRID, _SIDE = 3, 32  # cells along a side, and an image's pixels
 # The normalisation takes this colour to 0, the value of zero padding, up to rounding.
@@ -65,7 +65,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
     for number, column in enumerate(columns):
         for at, padding in enumerate(paddings):
             values = [100 * row["accuracy"] for row in rows if (row["task"], row["canvas"], row["padding"]) == (*column, padding)]
-            lines[at].append(spread(values, 1))
+            lines[at].append(report.spread(values, 1))
             axis.bar(at + 0.8 * (number + 0.5) / len(columns) - 0.4, np.mean(values), 0.8 / len(columns), color=f"C{number}",
                      yerr=np.std(values, ddof=1) if len(values) > 1 else 0, label=None if at else f"{column[0]}, {column[1]} canvas")
     for chance, style in ((100 / GRID**2, "-"), (10, ":")):

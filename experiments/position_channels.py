@@ -27,7 +27,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
 from cnnjax.progress import progress
 from cnnjax.transfer import linear_probe
 from experiments.position_canvas import BATCH, GRID, TASKS, draw
-from experiments.position_training import MOMENTS, check_counts, classify, finished, spread, trained
+from experiments.position_training import MOMENTS, check_counts, classify, finished, trained
 
 NETWORKS = ("gapnet", "permutenet")
 PUBLISHED = {("gapnet", "location"): "100.0"}  # of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand
@@ -104,15 +104,15 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
     for task, axis in zip(TASKS, axes[0]):
         for network in NETWORKS:
             mine = [row for row in rows if (row["network"], row["task"]) == (network, task)]
-            found = [spread([100 * row["accuracy"] for row in mine], 1), PUBLISHED.get((network, task), ""),
-                     *(spread([100 * row["read"][name] for row in mine], 1) for name in TASKS)]
+            found = [report.spread([100 * row["accuracy"] for row in mine], 1), PUBLISHED.get((network, task), ""),
+                     *(report.spread([100 * row["read"][name] for row in mine], 1) for name in TASKS)]
             lines.append([network, task, *found, str(len(mine))])
         mine = [row for row in rows if row["network"] == "gapnet" and row["task"] == task]
         for number, (kind, label) in enumerate((("ranked", "the most position-encoding"), ("random", "at random"))):
             values = 100 * np.array([row[kind] for row in mine])
             std = values.std(0, ddof=1) if len(mine) > 1 else 0
             axis.errorbar(_REMOVED, values.mean(0), std, color=f"C{number}", marker=".", capsize=2, label=label)
-            removed.append([task, label, *(spread(list(column), 1) for column in values.T)])
+            removed.append([task, label, *(report.spread(list(column), 1) for column in values.T)])
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
         axis.set(title=f"GAPNet, {task}", xlabel=f"channels set to zero, of {mine[0]['channels']}", ylabel="accuracy, %", ylim=(0, 105))
         axis.legend(fontsize=8)

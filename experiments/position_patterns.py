@@ -92,11 +92,6 @@ class Subject:
         return found
 
 
-def _mean(values: list[float], digits: int = 3) -> str:
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
 def _strengths(folder: pathlib.Path, cells: list[dict]) -> str:
     """The figures of the patterns and the distances -> the table."""
     subjects = list(dict.fromkeys((row["encoder"], row["weights"]) for row in cells))
@@ -112,8 +107,8 @@ def _strengths(folder: pathlib.Path, cells: list[dict]) -> str:
         for number, stage in enumerate(stages):
             for padding, per_seed in by_padding.items():
                 rows = [of[number] for of in per_seed]
-                lines.append([*subject, stage["stage"], padding, *(_mean([row[key] for row in rows]) for key in ("mae", "snr", "shared")),
-                              str(len(rows))])
+                found = (report.spread([row[key] for row in rows], 3) for key in ("mae", "snr", "shared"))
+                lines.append([*subject, stage["stage"], padding, *found, str(len(rows))])
         shown = max(number for number, stage in enumerate(stages) if len(stage["profile"]) >= 7)  # the last of 14 positions or more
         pictures = [np.mean([of[shown]["pattern"] for of in per_seed], 0) for per_seed in by_padding.values()]
         for axis, padding, picture, per_seed in zip(row_of_axes, paddings, pictures, by_padding.values()):

@@ -169,8 +169,8 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     lines = []
     for padding in paddings:
         accuracy, differ = ([100 * row[key] for row in rook if row["padding"] == padding] for key in ("accuracy", "differ"))
-        lines.append([padding, f"{np.mean(accuracy):.0f} ± {_spread(accuracy):.0f}", str(ROOK_PUBLISHED) if padding == "zeros" else "",
-                      f"{np.mean(differ):.1f} ± {_spread(differ):.1f}", str(len(accuracy))])
+        lines.append([padding, report.spread(accuracy, 0), str(ROOK_PUBLISHED) if padding == "zeros" else "",
+                      report.spread(differ, 1), str(len(accuracy))])
     tables = [report.table(["padding", "trained, %", "published", "untrained kernels that respond differently, %", "n"], lines)]
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
@@ -196,7 +196,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
             at = [[100 * row["accuracy"][stage] for row in cells if (row["padding"], row["border"]) == (padding, border)
                    and stage in row["accuracy"]] for border in borders]
             if any(at):
-                lines.append([padding, stage, *(f"{np.mean(v):.1f} ± {_spread(v):.1f}" if v else "" for v in at), str(max(map(len, at)))])
+                lines.append([padding, stage, *(report.spread(v, 1) if v else "" for v in at), str(max(map(len, at)))])
                 where = [number for number, values in enumerate(at) if values]
                 axis.errorbar(where, [np.mean(at[i]) for i in where], [_spread(at[i]) for i in where], marker=".", capsize=2,
                               color=f"C{FILLS.index(padding) % 10}", label=padding)

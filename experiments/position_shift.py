@@ -26,7 +26,7 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.progress import progress
-from experiments.position_training import finished, spread
+from experiments.position_training import finished
 
 _SIZE, _OBJECT = 192, 64  # px
 _SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))  # px, multiples of every stage's stride; the object goes from the right end to the left
@@ -102,8 +102,8 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
             for panel, kind in enumerate(KINDS):
                 found = [scene for row in mine for scene in row["scenes"] if scene["kind"] == kind]
                 values = {key: [scene[key] for scene in found] for key in ("frame", "scene", "r2")}
-                lines.append([encoder, padding, kind, *(spread(values[key], 2) for key in ("frame", "scene")),
-                              spread(values["r2"], 2) if kind == "photograph" else "", f"{len(found)} ({len(mine)})"])
+                lines.append([encoder, padding, kind, *(report.spread(values[key], 2) for key in ("frame", "scene")),
+                              report.spread(values["r2"], 2) if kind == "photograph" else "", f"{len(found)} ({len(mine)})"])
                 for shift, key in ((-0.2, "frame"), (0.2, "scene")):
                     axis_row[len(paddings) + panel].bar(
                         number + shift, np.mean(values[key]), 0.4, yerr=np.std(values[key], ddof=1) if len(found) > 1 else 0,

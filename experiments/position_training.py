@@ -148,15 +148,15 @@ def write(folder: pathlib.Path, rows: list[dict], train: int, image: list[dict])
     final = []
     for padding in paddings:
         mine = [row for row in rows if row["padding"] == padding]
-        final.append([padding, *(spread([100 * row[key] for row in mine], 1) for key in ("accuracy", "shifted", "agreement")),
-                      *(spread(r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2)
+        final.append([padding, *(report.spread([100 * row[key] for row in mine], 1) for key in ("accuracy", "shifted", "agreement")),
+                      *(report.spread(r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2)
                         for name in _TARGETS for epoch in (0, epochs[-1])),
-                      *(spread(r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2) for epoch in (0, epochs[-1])),
+                      *(report.spread(r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2) for epoch in (0, epochs[-1])),
                       str(len(mine))])
     header = ["padding", "accuracy, %", "shifted by 4 px", "same answer", "R2 of H, untrained", "trained", "R2 of V, untrained", "trained",
               "H on black, untrained", "trained", "n"]
     table = report.table(header, final)
-    lines = [[padding, stage, *(spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2) for epoch in epochs)]
+    lines = [[padding, stage, *(report.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2) for epoch in epochs)]
              for padding in paddings for stage in stages]
     by_stage = report.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
 
@@ -192,11 +192,6 @@ that are given the class of the unshifted one.
 ![R2 of H while a network is trained](training.png)
 """)
     return table
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± sample standard deviation."""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
 def check_counts(data: arrays.Dataset, train: int, test: int) -> None:

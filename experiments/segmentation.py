@@ -14,7 +14,6 @@ import sys
 import matplotlib
 import ml_collections
 import numpy as np
-import scipy.stats
 
 from cnnjax import backend, command, report, weights, workdir
 from cnnjax.data import arrays
@@ -84,7 +83,7 @@ def judge(rows: list[dict]) -> str:
     gains = [found["zeros"][seed] - found["none"][seed] for seed in found["zeros"].keys() & found["none"].keys()]
     if len(gains) < 2:
         return "Two seeds of zeros and of none are needed to judge the lecture's direction.\n"
-    half = scipy.stats.t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / np.sqrt(len(gains))
+    half = report.half_width(gains)
     verdict = "undecided" if abs(np.mean(gains)) <= half else "confirmed" if np.mean(gains) > 0 else "not confirmed: the other way round"
     return (f"Zero padding gains {np.mean(gains):.1f} ± {half:.1f} points over no padding (95 % interval of the mean over {len(gains)} "
             f"pairs of a seed); the lecture's figures differ by {LECTURE['zeros'] - LECTURE['none']:.1f} points on other data. Its "
@@ -130,7 +129,7 @@ def write(options, config: ml_collections.ConfigDict, data: arrays.Dataset, pred
 
     def cell(values):
         known = [100 * value for value in values if value is not None]
-        return (f"{np.mean(known):.1f}" if known else "") + (f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else "")
+        return report.spread(known, 1) if known else ""
 
     lines, per_class = [], []
     for padding, mine in [*((p, [row for row in rows if row["padding"] == p]) for p in options.paddings), ("*position alone*", [alone])]:

@@ -170,7 +170,7 @@ def summarise(rows: list[dict]) -> dict:
              "compile_seconds": rows[0]["compile_seconds"]}
     if n > 1 and (std := float(values.std(ddof=1))) > 0:
         test = scipy.stats.ttest_1samp(values, TARGET, alternative="greater")
-        found |= {"std": std, "half_width": float(scipy.stats.t.ppf(0.975, n - 1) * std / n**0.5), "t": float(test.statistic),
+        found |= {"std": std, "half_width": report.half_width(values), "t": float(test.statistic),
                   "p": float(test.pvalue)}
     return found
 

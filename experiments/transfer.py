@@ -177,7 +177,7 @@ def values(rows: list[dict], key: str = "accuracy", **which) -> np.ndarray:
 
 
 def shown(found: np.ndarray, sign: str = "") -> str:
-    return f"{found.mean():{sign}.1f}" + (f" ± {found.std(ddof=1):.1f}" if len(found) > 1 else "")
+    return report.spread(found, 1, sign)
 
 
 def curve(axis, x, found: list[np.ndarray], **style) -> None:
