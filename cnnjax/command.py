@@ -1,6 +1,8 @@
 """What all command lines have in common: an error is one line on standard error, and the exit code says of what kind it was."""
 import argparse
 import logging
+import pathlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -19,6 +21,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def add_workdir(self, default: str) -> None:
+        self.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(default), help="where to write (default: %(default)s)")
+
+    def add_data_dir(self, files: str = "CIFAR-10's files") -> None:
+        self.add_argument("--data_dir", default="data", help=f"the folder of {files} (default: %(default)s)")
+
+    def add_photographs(self) -> None:
+        self.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
+
+    def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
+        """An option that is a whole number of at least `least`."""
+        self.add_argument(f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)")
+
 
 def whole(least: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number of at least `least`."""
@@ -29,11 +44,21 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _interrupt(number: int, frame) -> None:
+    """What the first SIGINT or SIGTERM does; a second one ends the process at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 def run(work: Callable[[], None]) -> int:
     """Does a command's work -> the exit code: 0, 2 for bad input, 1 for a failure, 75 when it was stopped and the same command will go
     on from there, 130 when it will not. With --debug on the command line an error comes with its traceback."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)  # imports may have set another
     logging.getLogger("cnnjax").setLevel(logging.INFO)
+    # What is ignored stays so, as for a command that a shell runs in the background.
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         work()
     except workdir.Interrupted as stop:
@@ -42,10 +67,13 @@ def run(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+    except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]  # XLA's have many lines
         print(f"error: {first}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0

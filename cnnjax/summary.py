@@ -9,10 +9,11 @@ counts its GFLOPS.
 """
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from cnnjax import command
 
@@ -166,7 +167,9 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     return table + [Layer(name, "in training only", None, size, 0, 0, None, None) for name, size in unused.items()]
 
 
-def receptive_fields(model, stages: Sequence[str], shape: tuple[int, int, int] | None = None) -> list[tuple[Field, tuple[int, ...]]]:
+@functools.cache
+def receptive_fields(model, stages: tuple[str, ...],
+                     shape: tuple[int, int, int] | None = None) -> tuple[tuple[Field, tuple[int, ...]], ...]:
     """What a position of each of the named stages, the last of them last, sees of the image at most, and the stage's shape.
 
     `shape` [height, width, channels] is that of the image, by default the publication's. Under a fill that looks at the whole map, it
@@ -186,7 +189,12 @@ def receptive_fields(model, stages: Sequence[str], shape: tuple[int, int, int] |
         found.extend((yield from _walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [Field()], {})))
 
     list(follow())
-    return [(field, output.aval.shape) for field, output in zip(found, jaxpr.outvars)]
+    return tuple((field, output.aval.shape) for field, output in zip(found, jaxpr.outvars))
+
+
+def receptive_field(model, stage: str) -> Field:
+    """What a position of one stage sees of the image at most. Raises `ValueError` if there is no such stage."""
+    return receptive_fields(model, (stage,))[0][0]
 
 
 def totals(table: list[Layer]) -> dict[str, int]:

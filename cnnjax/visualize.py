@@ -32,6 +32,7 @@ from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS
 from cnnjax.position.encoder import normalize
+from cnnjax.position.metrics import border_distance
 from cnnjax.progress import progress
 
 # Through which ReLUs a signal dy passes on its way back from a map to the image, where x went in. "gradient": the derivative (Simonyan
@@ -78,9 +79,9 @@ def _check_stage(model, stage, channels=()):
 
 
 def receptive_field(model: Network, stage: str) -> summary.Field:
-    """What a position of a stage sees (`summary.receptive_fields`). Raises `ValueError` if there is no such stage."""
+    """What a position of a stage sees (`summary.receptive_field`). Raises `ValueError` if there is no such stage."""
     _check_stage(model, stage)
-    return summary.receptive_fields(model, (stage,))[0][0]
+    return summary.receptive_field(model, stage)
 
 
 def _apply(model, variables, images, **options):
@@ -391,8 +392,7 @@ def equivariance_error(model: Network, variables: dict, images: jnp.ndarray, sta
     if not early.size:
         raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of stage={stage!r} to compare under "
                          f"padding={model.padding!r}; use larger ones or another stage")
-    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in early.shape[1:3])
-    distance = np.minimum.outer(rows, columns).ravel()
+    distance = border_distance(*early.shape[1:3]).ravel()
     different, whole = (np.bincount(distance, np.square(x).sum((0, 3)).ravel()) for x in (late - early, early))
     return np.sqrt(different / np.maximum(whole, np.finfo(np.float64).tiny))
 

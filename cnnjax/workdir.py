@@ -9,10 +9,12 @@ import platform
 import subprocess
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cnnjax import backend
 
+_MANIFEST = "manifest.json"
+_SEALED = (".json", ".jsonl", ".npz", ".safetensors")  # reports and figures are written anew from these
 _RENEWED, _EXPIRES = 15.0, 120.0  # seconds: how often a claim is renewed, and after how long without it is void
 
 
@@ -35,13 +37,25 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk's names none
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: pathlib.Path, value) -> None:
     """Writes a value as JSON; a NaN or an infinity raises `ValueError`, since JSON has neither."""
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def finished(path: pathlib.Path, compute: Callable, *arguments):
+    """What a cell's JSON file holds; where there is none it is computed from the arguments and written."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, compute(*arguments))
+    return json.loads(path.read_text())
 
 
 def write_figure(path: pathlib.Path, figure) -> None:
@@ -92,37 +106,87 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
         write_json(path, config)
     except OSError as error:
         raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); choose another --workdir") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
+                         "configuration, or choose another --workdir") from error
     if not (folder / "results.json").exists():  # else it says what made them
         write_json(folder / "environment.json", backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()})
     return folder
 
 
+def _sealed(folder: pathlib.Path) -> dict[str, str]:
+    """The SHA-256 of the files that a finished run's reports are made from, by name; config.json is compared as it is read."""
+    paths = (path for path in sorted(folder.iterdir()) if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Records in manifest.json what the files of a finished run are."""
+    if backend.writes():
+        write_json(folder / _MANIFEST, _sealed(folder))
+
+
+def check_seal(folder: pathlib.Path) -> None:
+    """Raises `ValueError` if a file of a finished run is not as it was sealed; one that was never sealed passes."""
+    try:
+        recorded = json.loads((folder / _MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(f"{folder / _MANIFEST} cannot be read ({error}): remove it to take the files beside it as they are") from error
+    found = _sealed(folder)
+    if changed := [name for name in recorded if recorded[name] != found.get(name)]:
+        raise ValueError(f"{folder / changed[0]} is not as it was written: remove results.json, and the same command makes all anew")
+
+
+def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
+    """The results of a configuration in its work directory; it is run there unless it has been.
+
+    Raises `ValueError` as `prepare` and `claim` do.
+    """
+    with claim(folder := pathlib.Path(folder)):
+        prepare(folder, config.to_dict())
+        if (folder / "results.json").exists():
+            check_seal(folder)
+        else:
+            run(config, folder)
+            seal(folder)
+        return json.loads((folder / "results.json").read_text())
+
+
 def _holder(path: pathlib.Path, mine: pathlib.Path) -> str | None:
     """Who holds a claim; None if it is void: not renewed for long, or made on this machine by a process that is gone."""
     try:
-        held = json.loads(path.read_text())
+        held = path.read_bytes()
         os.utime(mine)  # both times are the file system's, whatever this machine's clock says
         idle = mine.stat().st_mtime - path.stat().st_mtime
-        here = held["host"] == platform.node() and pathlib.Path("/proc/self").exists()
-        gone = here and not pathlib.Path(f"/proc/{held['process']}").exists()
     except FileNotFoundError:
         return None
-    return None if gone or idle > _EXPIRES else f"process {held['process']} on {held['host']}"
+    try:
+        host, process = (json.loads(held)[key] for key in ("host", "process"))
+    except (ValueError, KeyError, TypeError):  # damaged: it will not be renewed for ever
+        host, process = "a machine", "unknown"
+    here = host == platform.node() and pathlib.Path("/proc/self").exists()
+    gone = here and not pathlib.Path(f"/proc/{process}").exists()
+    return None if gone or idle > _EXPIRES else f"process {process} on {host}"
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a work directory for as long as this one works in it. Raises `Claimed` if one is in it already.
+    """Keeps other processes out of a work directory, which is made, for as long as this one works in it.
 
-    A claim whose process is gone from this machine, or has not renewed it for two minutes, is void.
+    Raises `Claimed` if one is in it already, and `ValueError` if it cannot be written to. A claim whose process is gone from this
+    machine, or has not renewed it for two minutes, is void.
     """
     if not backend.writes():
         yield
         return
     path, mine = folder / "run.claim", folder / f".{uuid.uuid4().hex}.claim"
-    mine.write_text(json.dumps({"host": platform.node(), "process": os.getpid()}))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(mine, json.dumps({"host": platform.node(), "process": os.getpid()}))
+    except OSError as error:
+        raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
     done = threading.Event()
 
     def renew():

@@ -5,10 +5,10 @@
 writes one figure per topic, `basics.json` with the numbers and `report.md` with a sentence beside each figure: in about half a
 minute on two CPU cores. The layers are those of `cnnjax.nn`; ids in brackets, as (D13), are those of the claims ledger.
 """
-import argparse
 import functools
 import itertools
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import backend, report, summary, workdir
+from cnnjax import backend, command, report, summary, workdir
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
@@ -460,21 +460,21 @@ def write(folder: pathlib.Path, found: dict, gray: np.ndarray, name: str) -> Non
     workdir.write(folder / "report.md", "# The lectures' basics\n\n" + "\n".join(parts))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/basics"), help="where to write (default: %(default)s)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/basics")
     known = {path.stem: path for path in photographs.list_photographs()}
     parser.add_argument("--photograph", choices=known, default="camera", help="of those inside scikit-image and scikit-learn")
     options = parser.parse_args(arguments)
-    backend.start()
-    try:
+
+    def work():
+        backend.start()
         folder = workdir.prepare(options.workdir, {"photograph": options.photograph})
-    except ValueError as error:
-        parser.error(str(error))
-    gray = photographs.read_image(known[options.photograph]).astype(np.float32).mean(2)
-    write(folder, compute(gray), gray, options.photograph)
-    print(f"6 figures: see {folder / 'report.md'}")
+        gray = photographs.read_image(known[options.photograph]).astype(np.float32).mean(2)
+        write(folder, compute(gray), gray, options.photograph)
+        print(f"6 figures: see {folder / 'report.md'}")
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,11 +6,10 @@ writes `report.md`, `claims.json` and the figure of section B, `position.png`: i
 UBC CPSC 532S (lecture 6), UTSA EE 6973, NUS CS5242 (lecture 8), Inha. A claim "holds", "holds under a stated reading" (its
 source leaves something open, or is right only in one sense: the note says in which), or is "wrong" (the note has the right value).
 """
-import argparse
 import dataclasses
 import itertools
 import math
-import pathlib
+import sys
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, summary, workdir
+from cnnjax import backend, command, summary, workdir
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.mlp import MLP
@@ -586,18 +585,21 @@ def report(found: list[Finding]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Computes and judges the lectures' claims.")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/claims"), help="where to write (default: %(default)s)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description="Computes and judges the lectures' claims.")
+    parser.add_workdir("runs/claims")
     folder = parser.parse_args(arguments).workdir
-    backend.start()
-    found = findings()
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / "claims.json", [dataclasses.asdict(finding) for finding in found])
-    workdir.write_figure(folder / "position.png", draw())
-    workdir.write(folder / "report.md", report(found))
-    print(f"{len(found)} claims: see {folder / 'report.md'}")
+
+    def work():
+        backend.start()
+        found = findings()
+        folder.mkdir(parents=True, exist_ok=True)
+        workdir.write_json(folder / "claims.json", [dataclasses.asdict(finding) for finding in found])
+        workdir.write_figure(folder / "position.png", draw())
+        workdir.write(folder / "report.md", report(found))
+        print(f"{len(found)} claims: see {folder / 'report.md'}")
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

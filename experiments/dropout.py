@@ -9,7 +9,6 @@ scaled up for what is removed. A call goes on where an earlier one stopped. Writ
 """
 import argparse
 import functools
-import json
 import pathlib
 import sys
 
@@ -92,13 +91,9 @@ def cell(folder: pathlib.Path, options: argparse.Namespace, dropout: float, seed
     config.model_fields.dropout = dropout
     loop.check(config)
     place = folder / f"dropout={dropout:g},seed={seed}"
-    if not (place / "results.json").exists():
-        loop.run(config, workdir.prepare(place, config.to_dict()))
-    if not (place / "removal.json").exists():
-        workdir.write_json(place / "removal.json", measure(place, config, options.removals))
-    final = json.loads((place / "results.json").read_text())["final"]
+    final = workdir.completed(loop.run, config, place)["final"]
     return {"dropout": dropout, "seed": seed, "train_error": final["train_error"], "test_error": final["test_error"],
-            "accuracy": json.loads((place / "removal.json").read_text())}
+            "accuracy": workdir.finished(place / "removal.json", measure, place, config, options.removals)}
 
 
 def losses(rows: list[dict], way: str, rate: float) -> np.ndarray:
@@ -172,11 +167,11 @@ def write(folder: pathlib.Path, options: argparse.Namespace, rows: list[dict]) -
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--data_dir", default="data", help="the folder of MNIST's files (default: %(default)s)")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/dropout"), help="default: %(default)s")
-    for name, default, text in (("seeds", 3, "networks with, and as many without dropout"), ("epochs", 5, "of training"),
-                                ("removals", 5, "random choices of the removed units")):
-        parser.add_argument(f"--{name}", type=command.whole(1), default=default, help=f"{text} (default: %(default)s)")
+    parser.add_data_dir("MNIST's files")
+    parser.add_workdir("runs/dropout")
+    parser.add_count("seeds", 3, "networks with, and as many without dropout")
+    parser.add_count("epochs", 5, "of training")
+    parser.add_count("removals", 5, "random choices of the removed units")
     options = parser.parse_args(arguments)
 
     def work():

@@ -77,10 +77,9 @@ def plan(folder: pathlib.Path, options: argparse.Namespace, repetition: int) -> 
 def repeat(folder: pathlib.Path, options: argparse.Namespace, repetition: int) -> None:
     """Trains and combines what is not yet trained and combined."""
     for place, config in plan(folder, options, repetition).items():
-        if not (place / "results.json").exists():
-            _LOG.info("repetition %d: %s", repetition, place.relative_to(folder))
-            loop.check(config)
-            loop.run(config, workdir.prepare(place, config.to_dict()))
+        _LOG.info("repetition %d: %s", repetition, place.relative_to(folder))
+        loop.check(config)
+        workdir.completed(loop.run, config, place)
     for group, methods in METHODS.items():
         for method in methods:
             if not (folder / "combined" / group / method / "results.json").exists():
@@ -210,14 +209,15 @@ def write(folder: pathlib.Path, options: argparse.Namespace, repetitions: list[l
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/ensemble_vs_soup"), help="default: %(default)s")
+    parser.add_data_dir()
+    parser.add_workdir("runs/ensemble_vs_soup")
     parser.add_argument("--model", default=SETTINGS["model"], help="a registered network for 32x32 images (default: %(default)s)")
-    for name, least, default, text in (
-            ("repetitions", 1, 3, "how often all is done, with other seeds"), ("members", 4, 8, "networks that are fine-tuned"),
-            ("train", SETTINGS["batch_size"], 10_000, "training images"), ("validation", 10, 2_000, "images that methods choose by"),
-            ("start_epochs", 1, 9, "epochs of the common start"), ("epochs", 1, 3, "epochs of fine-tuning, and of a cycle")):
-        parser.add_argument(f"--{name}", type=command.whole(least), default=default, help=f"{text} (default: %(default)s)")
+    parser.add_count("repetitions", 3, "how often all is done, with other seeds")
+    parser.add_count("members", 8, "networks that are fine-tuned", 4)
+    parser.add_count("train", 10_000, "training images", SETTINGS["batch_size"])
+    parser.add_count("validation", 2_000, "images that methods choose by", 10)
+    parser.add_count("start_epochs", 9, "epochs of the common start")
+    parser.add_count("epochs", 3, "epochs of fine-tuning, and of a cycle")
     options = parser.parse_args(arguments)
 
     def work():

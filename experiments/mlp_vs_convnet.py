@@ -6,7 +6,6 @@ Runs the sweep over seeds of each network's configuration in configs/, and goes 
 arguments, such as --config.epochs=2, are given to every sweep. Writes report.md, comparison.json and curves.png of whatever is
 finished. The perceptrons and LeNet take minutes per seed on two CPU cores; the ConvNet takes hours there and belongs on a GPU.
 """
-import argparse
 import contextlib
 import json
 import pathlib
@@ -16,7 +15,7 @@ import sys
 import matplotlib
 import numpy as np
 
-from cnnjax import report, workdir
+from cnnjax import command, report, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); it has no such figures for the tutorial's network.
@@ -84,30 +83,30 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
     return table
 
 
-def _run(command: list[str]) -> int:
+def _run(words: list[str]) -> int:
     """Runs a command to its end, also through Ctrl-C, which it receives as well and is left the time to save at."""
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(words, cwd=ROOT)
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return process.wait()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/mlp_vs_convnet"),
-                        help="where to write (default: %(default)s)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/mlp_vs_convnet")
     parser.add_argument("--networks", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="configurations to run (default: all)")
     options, more = parser.parse_known_args(arguments)
     folder = options.workdir.absolute()
     try:
         for name in options.networks:
-            command = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py", "--workdir", str(folder / name), *more]
-            if code := _run(command):
-                raise SystemExit(code)  # the sweep has said why
+            words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py", "--workdir", str(folder / name), *more]
+            if code := _run(words):
+                return code  # the sweep has said why
+        return 0
     finally:
         if rows := compare(folder):
             print(write(folder, rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ Writes report.md, multilabel.json and multilabel.png.
 """
 import functools
 import itertools
-import json
 import pathlib
 import sys
 
@@ -50,8 +49,8 @@ def features(name: str, file: str | None, seed: int, parts: list[np.ndarray]) ->
     variables = parallel.replicate(transfer.merge(random, transfer.take(file, model) if file else {}))
     moments = parallel.replicate((np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)))
     stage = list(transfer.stage_paths(model))[-2]  # the last is "logits"
-    pooled = lambda *arguments: evaluate.features(stage)(*arguments).mean((1, 2))
-    return [evaluate.predict(parallel, model, variables, moments, evaluate.batches_of(images, _BATCH), _BATCH, pooled) for images in parts]
+    return [evaluate.predict(parallel, model, variables, moments, evaluate.batches_of(images, _BATCH), _BATCH, evaluate.pooled(stage))
+            for images in parts]
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
@@ -123,18 +122,17 @@ def _work(options) -> None:
     folder = workdir.prepare(options.workdir, {"data_dir": options.data_dir, "weights": files, "epochs": options.epochs})
     backend.start()
     for seed, config in enumerate(configs):
-        place = workdir.prepare(folder / f"scene_net,seed={seed}", config.to_dict())
-        if not (place / "results.json").exists():
-            loop.run(config, place)
-        rows.append({"method": _SCRATCH, "seed": seed, "ap": json.loads((place / "results.json").read_text())["by_class"]})
+        found = workdir.completed(loop.run, config, folder / f"scene_net,seed={seed}")
+        rows.append({"method": _SCRATCH, "seed": seed, "ap": found["by_class"]})
     read = functools.cache(lambda name, file, seed: features(name, file, seed, [data.train.images, data.test.images]))
+
+    def frozen(name, file, kind, seed):
+        train, test = read(name, file, 0) if kind == "imagenet" else read(name, None, seed)
+        return evaluate.average_precision(regress(train, data.train.labels, test, seed), data.test.labels)
+
     for (name, file), kind, seed in itertools.product(files.items(), ("imagenet", "random"), range(options.seeds)):
         path = folder / f"{name},{kind},seed={seed}.json"
-        if not path.exists():
-            train, test = read(name, file, 0) if kind == "imagenet" else read(name, None, seed)
-            scores = regress(train, data.train.labels, test, seed)
-            workdir.write_json(path, evaluate.average_precision(scores, data.test.labels))
-        rows.append({"method": f"{name}, {kind}, frozen", "seed": seed, "ap": json.loads(path.read_text())})
+        rows.append({"method": f"{name}, {kind}, frozen", "seed": seed, "ap": workdir.finished(path, frozen, name, file, kind, seed)})
     print(write(options, data, rows))
 
 
@@ -145,12 +143,11 @@ def _named_file(text: str) -> tuple[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/multilabel"),
-                        help="where to write (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data", help="the folder that holds camvid/ (default: %(default)s)")
+    parser.add_workdir("runs/multilabel")
+    parser.add_data_dir("camvid/")
     parser.add_argument("--weights", nargs="+", default=[], type=_named_file, metavar="MODEL=FILE", help="networks whose features are read")
-    parser.add_argument("--seeds", type=command.whole(1), default=3, help="default: %(default)s")
-    parser.add_argument("--epochs", type=command.whole(1), default=12, help="of the network trained from scratch (default: %(default)s)")
+    parser.add_count("seeds", 3, "repetitions")
+    parser.add_count("epochs", 12, "of the network trained from scratch")
     options = parser.parse_args(arguments)
     return command.run(lambda: _work(options))
 

@@ -5,15 +5,15 @@
 A network that cannot bring the loss of one batch to zero has a gradient, an initialisation or a loss that is wrong. Adam at a
 constant rate, in training mode, without dropout, until the loss is below 0.001. Writes overfit.json and report.md.
 """
-import argparse
 import inspect
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays
 from cnnjax.models import base, create_model, list_models
 from cnnjax.train import step
@@ -44,30 +44,35 @@ def overfit(name: str, images: np.ndarray, labels: np.ndarray, rate: float = 3e-
     return {"model": name, "size": size, "steps": int(state.step), "loss": loss, "error": float(state.totals["errors"]) / len(images)}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/overfit"), help="where to write (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+def write(folder: pathlib.Path, rows: list[dict]) -> str:
+    """Writes the results and the report; returns the table."""
+    workdir.write_json(folder / "overfit.json", rows)
+    lines = [[row["model"], str(row["size"]), str(row["steps"]), f"{row['loss']:.1e}", f"{row['error']:.3f}"] for row in rows]
+    table = report.table(["network", "image size", "steps", "loss", "error"], lines)
+    text = f"# One batch learned by heart\n\nEight CIFAR-10 images; the goal is a loss below {GOAL}.\n\n"
+    workdir.write(folder / "report.md", text + table)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/overfit")
+    parser.add_data_dir()
     parser.add_argument("--models", nargs="+", choices=list_models(), default=FAMILIES, metavar="MODEL", help="default: one of each family")
     options = parser.parse_args(arguments)
-    backend.start()
-    try:
+
+    def work():
+        backend.start()
         data = arrays.load("cifar10", options.data_dir)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in options.models:
-        rows.append(overfit(name, data.train.images[:8], data.train.labels[:8]))
-        print(report.table(list(rows[-1]), [[f"{value:.2g}" if isinstance(value, float) else str(value) for value in rows[-1].values()]])
-              .splitlines()[-1], flush=True)
-        workdir.write_json(options.workdir / "overfit.json", rows)
-        lines = [[row["model"], str(row["size"]), str(row["steps"]), f"{row['loss']:.1e}", f"{row['error']:.3f}"] for row in rows]
-        text = f"# One batch learned by heart\n\nEight CIFAR-10 images; the goal is a loss below {GOAL}.\n\n"
-        workdir.write(options.workdir / "report.md", text + report.table(["network", "image size", "steps", "loss", "error"], lines))
-    if missed := [row["model"] for row in rows if row["loss"] >= GOAL]:
-        raise SystemExit(f"not overfitted: {', '.join(missed)}")
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for name in options.models:
+            rows.append(overfit(name, data.train.images[:8], data.train.labels[:8]))
+            print(write(options.workdir, rows).splitlines()[-1], flush=True)
+        if missed := [row["model"] for row in rows if row["loss"] >= GOAL]:
+            raise RuntimeError(f"not overfitted: {', '.join(missed)}")
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

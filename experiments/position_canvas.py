@@ -18,7 +18,7 @@ from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays, augment
 from cnnjax.nn import FILLS
 from cnnjax.progress import progress
-from experiments.position_training import Net, check_counts, classify, finished, trained
+from experiments.position_training import Net, check_counts, classify, trained
 
 GRID, _SIDE = 3, 32  # cells along a side, and an image's pixels
 # The normalisation takes this colour to 0, the value of zero padding, up to rounding.
@@ -95,15 +95,15 @@ is another, and so are its figures.
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/position_canvas"), help="default: %(default)s")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+    parser.add_workdir("runs/position_canvas")
+    parser.add_data_dir()
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "none", "reflect", "replicate", "circular"])
     parser.add_argument("--canvases", nargs="+", choices=CANVASES, default=list(CANVASES))
-    parser.add_argument("--seeds", type=command.whole(1), default=3, help="networks per cell of the table (default: %(default)s)")
+    parser.add_count("seeds", 3, "networks per cell of the table")
     for name, least, default in (("train", BATCH, [2000, 5000]), ("epochs", 1, [6, 6])):
         parser.add_argument(f"--{name}", nargs=2, type=command.whole(least), default=default,
                             help="for the location and for the object (default: %(default)s)")
-    parser.add_argument("--test", type=command.whole(1), default=2000, help="test images (default: %(default)s)")
+    parser.add_count("test", 2000, "test images")
     options = parser.parse_args(arguments)
 
     def work():
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             for (task, canvas), padding, seed in wanted:
                 train, epochs = (values[list(TASKS).index(task)] for values in (options.train, options.epochs))
                 path = folder / "cells" / f"{task}_{canvas}_{padding}_{seed}.json"
-                rows.append(finished(path, cell, task, canvas, padding, seed, data, train, epochs, options.test))
+                rows.append(workdir.finished(path, cell, task, canvas, padding, seed, data, train, epochs, options.test))
                 done(1)
         print(write(folder, rows, settings))
     return command.run(work)

@@ -27,7 +27,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
 from cnnjax.progress import progress
 from cnnjax.transfer import linear_probe
 from experiments.position_canvas import BATCH, GRID, TASKS, draw
-from experiments.position_training import MOMENTS, check_counts, classify, finished, trained
+from experiments.position_training import MOMENTS, check_counts, classify, trained
 
 NETWORKS = ("gapnet", "permutenet")
 PUBLISHED = {("gapnet", "location"): "100.0"}  # of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand
@@ -141,11 +141,12 @@ draws for each network).
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/position_channels"), help="default: %(default)s")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
-    for name, least, default, text in (("seeds", 1, 3, "networks of each kind"), ("train", BATCH, 4000, "training images of a network"),
-                                       ("epochs", 1, 6, "of training"), ("test", 1, 1000, "test images")):
-        parser.add_argument(f"--{name}", type=command.whole(least), default=default, help=f"{text} (default: %(default)s)")
+    parser.add_workdir("runs/position_channels")
+    parser.add_data_dir()
+    parser.add_count("seeds", 3, "networks of each kind")
+    parser.add_count("train", 4000, "training images of a network", BATCH)
+    parser.add_count("epochs", 6, "of training")
+    parser.add_count("test", 1000, "test images")
     options = parser.parse_args(arguments)
 
     def work():
@@ -157,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         with progress(len(wanted), "networks") as done:
             for network, task, seed in wanted:
                 path = folder / "cells" / f"{network}_{task}_{seed}.json"
-                rows.append(finished(path, cell, network, task, seed, data, *settings.values()))
+                rows.append(workdir.finished(path, cell, network, task, seed, data, *settings.values()))
                 done(1)
         print(write(folder, rows, settings))
     return command.run(work)

@@ -10,10 +10,10 @@ that a network needs around the crop. Each seed has random weights and photograp
 sizes every strided layer reads to the same distance on both sides, and the map of how often each pixel is read. Finished cells are
 not computed again. Writes report.md, results.json, patterns.png, distances.png and reads.png.
 """
-import argparse
 import functools
 import json
 import pathlib
+import sys
 
 import flax.errors
 import jax
@@ -24,14 +24,14 @@ import PIL.ImageOps
 import scipy.ndimage
 from matplotlib.figure import Figure
 
-from cnnjax import backend, report, weights, workdir
+from cnnjax import backend, command, report, weights, workdir
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
 from cnnjax.position import patterns
 from cnnjax.position.encoder import stage_shapes
 from cnnjax.progress import progress
-from cnnjax.summary import receptive_fields
+from cnnjax.summary import receptive_field
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")
 READ_BY, SIZES, SHOWN = ("resnet18", "vgg16", "mobilenet_v2"), range(193, 257), (224, 225)
@@ -62,7 +62,7 @@ class Subject:
         self.origin = "random" if file is None else "trained"
         self.stages = known_stages(self.model, size, missing)
         self.margin = max(patterns.margin(self.model, stage, size) for stage in self.stages)
-        step = receptive_fields(self.model, (self.stages[-1],))[0][0].step[0]
+        step = receptive_field(self.model, self.stages[-1]).step[0]
         self.margin = -(-self.margin // step) * step
         image = jnp.zeros((1, 64, 64, 3))
         self.init = jax.jit(lambda key: self.model.init(key, image, method="stages", last=self.stages[-1]))
@@ -84,7 +84,7 @@ class Subject:
             for stage in self.stages:
                 row = patterns.strength(padded[stage], inside[stage])._asdict()
                 small = len(row["pattern"]) <= _LARGEST_MAP
-                step = receptive_fields(self.model, (stage,))[0][0].step[0]
+                step = receptive_field(self.model, stage).step[0]
                 rows.append(row | {"stage": stage, "step": step, "profile": row["profile"].tolist(),
                                    "pattern": row["pattern"].tolist() if small else None})
             found[padding] = {"encoder": self.name, "weights": self.origin, "padding": padding, "seed": seed, "images": len(paths),
@@ -161,20 +161,36 @@ def blind_spots(folder: pathlib.Path) -> tuple[str, dict]:
     return f"{sizes}\n{report.table(['network', 'size', *_READ_FILLS], lines)}", numbers
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/patterns"), help="where to write (default: %(default)s)")
-    parser.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
+def write(folder: pathlib.Path, cells: list[dict]) -> str:
+    """Writes the results, the report and the figures; returns the tables."""
+    table, (sizes, numbers) = _strengths(folder, cells), blind_spots(folder)
+    workdir.write_json(folder / "results.json", {"patterns": cells, "blind_spots": numbers})
+    count = min(row["images"] for row in cells)
+    text = ("# What padding does without a readout\n\n## Patterns\n\nMean ± sample standard deviation over n seeds of photographs, "
+            f"and of weights where they are random; {count} photographs or more each. MAE is the mean absolute difference that the padding "
+            "makes, relative to the features; SNR its mean over photographs, absolute, over its standard deviation (with no pattern at "
+            f"all {0.8 / count**0.5:.2f}); shared is the part of its energy that all photographs have in common, from 0 to 1.\n\n{table}\n"
+            "![patterns](patterns.png)\n\n![distances](distances.png)\n\n## Blind spots\n\nA strided window reads a size evenly if it "
+            "leaves no row and column at the far side unread. The second table is the share of all reading, in percent, that differs "
+            "between the left and the right half; ways through skips are left out, and without padding the windows behind the one that has "
+            f"nothing left to read.\n\n{sizes}\n![reads](reads.png)\n")
+    workdir.write(folder / "report.md", text)
+    return f"{table}\n{sizes}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/patterns")
+    parser.add_photographs()
     parser.add_argument("--encoders", nargs="*", default=["squeezenet1_1", "mobilenet_v2", "resnet18"], help="with random weights")
     parser.add_argument("--trained", nargs="+", action="append", default=[], metavar="NAME", help="an encoder, its file, modules not in it")
     parser.add_argument("--paddings", nargs="+", choices=patterns.ALIGNED, default=list(PADDINGS))
-    parser.add_argument("--size", type=int, default=224, help="pixels of the crop (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=12, help="photographs of one seed, at most (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="of random weights and photographs (default: %(default)s)")
+    parser.add_count("size", 224, "pixels of the crop")
+    parser.add_count("images", 12, "photographs of one seed, at most", 2)
+    parser.add_count("seeds", 3, "of random weights and photographs")
     options = parser.parse_args(arguments)
-    try:
-        if options.seeds < 1:
-            raise ValueError(f"seeds={options.seeds} is not a positive number")
+
+    def work():
         paths = photographs.list_photographs(options.photographs)
         parts = [part[:options.images] for part in photographs.split(paths, (1,) * options.seeds, 0)]
         if min(map(len, parts)) < 2:
@@ -188,33 +204,21 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("encoders= and trained= are empty: there is no network to look at")
         config = {key: getattr(options, key) for key in ("photographs", "size", "images", "seeds", "trained")}
         folder = workdir.prepare(options.workdir, config)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"error: {error}\n")
-    backend.start()
-    cells = []
-    with progress(len(subjects) * options.seeds, "encoders") as done:
-        for subject in subjects:
-            for seed in range(options.seeds):
-                files = {padding: folder / f"{subject.name}-{subject.origin}-{padding}-{seed}.json" for padding in options.paddings}
-                if open_ones := [padding for padding, path in files.items() if not path.exists()]:
-                    for padding, found in subject.cells(seed, parts[seed], open_ones).items():
-                        workdir.write_json(files[padding], found)
-                cells += [json.loads(path.read_text()) for path in files.values()]
-                done(1)
-    table, (sizes, numbers) = _strengths(folder, cells), blind_spots(folder)
-    workdir.write_json(folder / "results.json", {"patterns": cells, "blind_spots": numbers})
-    count = min(row["images"] for row in cells)
-    text = ("# What padding does without a readout\n\n## Patterns\n\nMean ± sample standard deviation over n seeds of photographs, "
-            f"and of weights where they are random; {count} photographs or more each. MAE is the mean absolute difference that the padding "
-            "makes, relative to the features; SNR its mean over photographs, absolute, over its standard deviation (with no pattern at "
-            f"all {0.8 / count**0.5:.2f}); shared is the part of its energy that all photographs have in common, from 0 to 1.\n\n{table}\n"
-            "![patterns](patterns.png)\n\n![distances](distances.png)\n\n## Blind spots\n\nA strided window reads a size evenly if it "
-            "leaves no row and column at the far side unread. The second table is the share of all reading, in percent, that differs "
-            "between the left and the right half; ways through skips are left out, and without padding the windows behind the one that has "
-            f"nothing left to read.\n\n{sizes}\n![reads](reads.png)\n")
-    workdir.write(folder / "report.md", text)
-    print(table, sizes, sep="\n")
+        backend.start()
+        cells = []
+        with progress(len(subjects) * options.seeds, "encoders") as done:
+            for subject in subjects:
+                for seed in range(options.seeds):
+                    files = {padding: folder / f"{subject.name}-{subject.origin}-{padding}-{seed}.json" for padding in options.paddings}
+                    if open_ones := [padding for padding, path in files.items() if not path.exists()]:
+                        for padding, found in subject.cells(seed, parts[seed], open_ones).items():
+                            workdir.write_json(files[padding], found)
+                    cells += [json.loads(path.read_text()) for path in files.values()]
+                    done(1)
+        print(write(folder, cells))
+
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

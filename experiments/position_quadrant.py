@@ -9,10 +9,10 @@ stage is read by ridge regression, trained on one half of the photographs and te
 padding, and the authors' canvas too. Each seed has weights and photographs of its own. Finished cells are not computed again.
 Writes report.md, results.json, rook.png and quadrants.png.
 """
-import argparse
 import functools
-import json
+import itertools
 import pathlib
+import sys
 
 import flax.linen as nn
 import jax
@@ -22,11 +22,11 @@ import optax
 import PIL.Image
 from matplotlib.figure import Figure
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, conv, uniform_fan_in
-from cnnjax.position.encoder import normalize, reachable_stages
+from cnnjax.position.encoder import in_batches, normalize, reachable_stages
 from cnnjax.progress import progress
 
 ROOK_PUBLISHED = 100  # % over 5 seeds, zero padding
@@ -108,11 +108,9 @@ def _largest(model, variables, x, last, key):
 def largest(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[str, np.ndarray]:
     """Each channel's largest response in every stage up to `last`, [2, n, channels]: first the canvases with the content top left."""
     found = []
-    for start in range(0, len(x), _BATCH):
-        batch = x[start:start + _BATCH]
-        full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        maps = _largest(model, variables, full, last, jax.random.key(start))
-        found.append({name: np.asarray(y)[:len(batch)] for name, y in maps.items()})
+    for start, count, batch in in_batches(x, _BATCH):
+        maps = _largest(model, variables, batch, last, jax.random.key(start))
+        found.append({name: np.asarray(y)[:count] for name, y in maps.items()})
     return {name: np.concatenate([part[name] for part in found]).reshape(2, len(x) // 2, -1) for name in found[0]}
 
 
@@ -221,43 +219,34 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     return "\n".join(tables)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/quadrant"), help="where to write (default: %(default)s)")
-    parser.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
-    parser.add_argument("--images", type=int, default=32, help="photographs of one cell at most, half to train on (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="of weights and photographs (default: %(default)s)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/quadrant")
+    parser.add_photographs()
+    parser.add_count("images", 32, "photographs of one cell at most, half to train on", 4)
+    parser.add_count("seeds", 5, "of weights and photographs")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "none", "reflect", "replicate", "circular"])
-    parser.add_argument("--borders", nargs="+", type=int, default=list(PUBLISHED), help="pixels (default: those published)")
+    parser.add_argument("--borders", nargs="+", type=command.whole(0), default=list(PUBLISHED), help="pixels (default: those published)")
     options = parser.parse_args(arguments)
-    try:
+
+    def work():
         paths = photographs.list_photographs(options.photographs)
         images = min(options.images, len(paths))
         if images < 4:
-            raise ValueError(f"images={options.images} of {len(paths)} photographs are not at least 4")
-        if options.seeds < 1:
-            raise ValueError(f"seeds={options.seeds} is not a positive number")
-        if min(options.borders) < 0:
-            raise ValueError(f"borders={options.borders} are not all numbers of at least 0")
+            raise ValueError(f"photographs={options.photographs!r} has {images} photographs; at least 4 are needed")
         folder = workdir.prepare(options.workdir, {"photographs": options.photographs, "images": images})
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    backend.start()
-    rook = [{"padding": padding, "seed": seed, "accuracy": float(_train_rook(padding, jax.random.key(seed))),
-             "differ": kernels_that_differ(padding, seed)}
-            for padding in options.paddings for seed in range(options.seeds)]
-    cells = []
-    with progress(len(options.paddings) * len(options.borders) * options.seeds, "encoders") as done:
-        for padding in options.paddings:
-            for border in options.borders:
-                for seed in range(options.seeds):
-                    path = folder / f"{padding}-{border}-{seed}.json"
-                    if not path.exists():
-                        workdir.write_json(path, cell(padding, border, seed, paths, images))
-                    cells.append(json.loads(path.read_text()))
-                    done(1)
-    print(write(folder, rook, cells))
+        backend.start()
+        rook = [{"padding": padding, "seed": seed, "accuracy": float(_train_rook(padding, jax.random.key(seed))),
+                 "differ": kernels_that_differ(padding, seed)}
+                for padding in options.paddings for seed in range(options.seeds)]
+        cells, wanted = [], list(itertools.product(options.paddings, options.borders, range(options.seeds)))
+        with progress(len(wanted), "encoders") as done:
+            for padding, border, seed in wanted:
+                cells.append(workdir.finished(folder / f"{padding}-{border}-{seed}.json", cell, padding, border, seed, paths, images))
+                done(1)
+        print(write(folder, rook, cells))
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

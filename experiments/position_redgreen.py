@@ -7,9 +7,9 @@ test is on images like these, and on dissimilar ones whose rows are exchanged: a
 one that learned the place is wrong. Training, validation and test images are drawn with seeds of their own (in the authors' code they
 are not, so that its figures are of images it was trained on). Writes report.md, redgreen.json and redgreen.png.
 """
-import argparse
 import functools
 import pathlib
+import sys
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import optax
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.nn import FILLS, Conv, Dense
 from cnnjax.progress import progress
 
@@ -127,24 +127,25 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
     return table
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/redgreen"), help="where to write (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=10, help="networks per padding (default: %(default)s)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/redgreen")
+    parser.add_count("seeds", 10, "networks per padding")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=list(PUBLISHED), help="default: those published")
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"seeds={options.seeds} is not a positive number")
-    backend.start()
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with progress(options.seeds * len(options.paddings), "networks") as done:
-        for padding in options.paddings:
-            for seed in range(options.seeds):
-                rows.append(run(padding, seed))
-                done(1)
-    print(write(options.workdir, rows))
+
+    def work():
+        backend.start()
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        rows = []
+        with progress(options.seeds * len(options.paddings), "networks") as done:
+            for padding in options.paddings:
+                for seed in range(options.seeds):
+                    rows.append(run(padding, seed))
+                    done(1)
+        print(write(options.workdir, rows))
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

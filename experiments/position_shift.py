@@ -26,7 +26,6 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.progress import progress
-from experiments.position_training import finished
 
 _SIZE, _OBJECT = 192, 64  # px
 _SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))  # px, multiples of every stage's stride; the object goes from the right end to the left
@@ -140,9 +139,9 @@ changes as it moves, and "scene" how it changes from its left to its right: its 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/position_shift"), help="default: %(default)s")
-    parser.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
-    parser.add_argument("--seeds", type=command.whole(1), default=3, help="of weights, photographs and crops (default: %(default)s)")
+    parser.add_workdir("runs/position_shift")
+    parser.add_photographs()
+    parser.add_count("seeds", 3, "of weights, photographs and crops")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "none", "reflect", "replicate", "circular"])
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
     options = parser.parse_args(arguments)
@@ -159,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
                 stages = reachable_stages(create_model(encoder, padding="none"), _SIZE)  # the same for every padding
                 for padding, seed in itertools.product(options.paddings, range(options.seeds)):
                     path = folder / "cells" / f"{encoder}_{padding}_{seed}.json"
-                    rows.append(finished(path, cell, encoder, padding, stages, seed, paths))
+                    rows.append(workdir.finished(path, cell, encoder, padding, stages, seed, paths))
                     done(1)
         print(write(folder, rows))
     return command.run(work)

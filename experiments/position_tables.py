@@ -9,15 +9,14 @@ encoders have random ones, which is a question of its own. Writes NAME.md and NA
 """
 import argparse
 import ast
-import json
-import pathlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import ml_collections
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.position import study
 from configs import posenet
 
@@ -120,14 +119,6 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     return config.lock()
 
 
-def results(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict:
-    """The results of a study, which is run if it is not finished."""
-    if not (folder / "results.json").exists():
-        study.check(config)
-        study.run(config, workdir.prepare(folder, config.to_dict()))
-    return json.loads((folder / "results.json").read_text())
-
-
 def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
     """The table beside the paper's numbers, as text and as values."""
     lines, values = [], []
@@ -151,30 +142,35 @@ def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
     return report.table(header, lines), values
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/tables"), help="where to write (default: %(default)s)")
-    parser.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
-    parser.add_argument("--weights", default="random", help="random, imagenet (from the hub) or a safetensors file (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="of weights, photographs and crops (default: %(default)s)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every study's configuration")
-    options = parser.parse_args(arguments)
-    backend.start()
-    rows = TABLES[options.table]
-    try:
-        configs = [configure(row, options) for row in rows]
-        digests = [workdir.digest(config.to_dict()) for config in configs]
-        found = [results(config, options.workdir / digest) for config, digest in zip(configs, digests)]
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
-    table, values = tabulate(rows, found)
+def write(options: argparse.Namespace, table: str, values: list[dict]) -> str:
+    """Writes a table's values and its page; returns the table."""
     workdir.write_json(options.workdir / f"{options.table}.json", values)
     text = (f"# {options.table}\n\nWeights: {options.weights}. Std is over images and seeds together; stripes span 0 to 1, for which the "
             "paper's errors are halved. SPC is blind to amplitude: read R2, the share of variance explained, beside it.\n\n")
     workdir.write(options.workdir / f"{options.table}.md", text + table)
-    print(table)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_workdir("runs/tables")
+    parser.add_photographs()
+    parser.add_argument("--weights", default="random", help="random, imagenet (from the hub) or a safetensors file (default: %(default)s)")
+    parser.add_count("seeds", 5, "of weights, photographs and crops")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every study's configuration")
+    options = parser.parse_args(arguments)
+
+    def work():
+        backend.start()
+        rows = TABLES[options.table]
+        configs = [configure(row, options) for row in rows]
+        for config in configs:
+            study.check(config)
+        found = [workdir.completed(study.run, config, options.workdir / workdir.digest(config.to_dict())) for config in configs]
+        print(write(options, *tabulate(rows, found)))
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,10 +9,9 @@ computed again. Writes report.md, training.json and training.png.
 """
 import functools
 import itertools
-import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -78,14 +77,6 @@ def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
     """The class of each uint8 image; every batch has random numbers of its own, for networks that draw some."""
     starts = range(0, len(images), _TEST_BATCH)
     return np.concatenate([_classes(model, variables, images[at:at + _TEST_BATCH], jax.random.key(at)) for at in starts])
-
-
-def finished(path: pathlib.Path, compute: Callable[..., dict], *arguments) -> dict:
-    """What a cell's file holds; it is computed from the arguments and written where there is none."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        workdir.write_json(path, compute(*arguments))
-    return json.loads(path.read_text())
 
 
 def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,12 +194,13 @@ def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/position_training"), help="default: %(default)s")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+    parser.add_workdir("runs/position_training")
+    parser.add_data_dir()
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "partial", "none", "reflect", "replicate", "circular"])
-    for name, least, default, text in (("seeds", 1, 3, "networks per padding"), ("train", _BATCH, 10_000, "training images of a network"),
-                                       ("epochs", 1, 8, "of training"), ("test", 1, 4000, "test images")):
-        parser.add_argument(f"--{name}", type=command.whole(least), default=default, help=f"{text} (default: %(default)s)")
+    parser.add_count("seeds", 3, "networks per padding")
+    parser.add_count("train", 10_000, "training images of a network", _BATCH)
+    parser.add_count("epochs", 8, "of training")
+    parser.add_count("test", 4000, "test images")
     options = parser.parse_args(arguments)
 
     def work():
@@ -218,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder, rows = workdir.prepare(options.workdir, settings), []
         with progress(options.seeds * len(options.paddings), "networks") as done:
             for seed, padding in itertools.product(range(options.seeds), options.paddings):
-                rows.append(finished(folder / "cells" / f"{padding}_{seed}.json", cell, padding, seed, data, *settings.values()))
+                rows.append(workdir.finished(folder / "cells" / f"{padding}_{seed}.json", cell, padding, seed, data, *settings.values()))
                 done(1)
         print(write(folder, rows, options.train, probe(None, {}, windows(data.test.images)[0])))
     return command.run(work)

@@ -7,14 +7,14 @@ FILE holds torchvision's features of MobileNetV2, with or without the classifier
 images, held out, and the test set is read once per probe. Every repetition has training images of its own. Writes report.md
 and probe.json.
 """
-import argparse
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, report, weights, workdir
+from cnnjax import backend, command, report, weights, workdir
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.progress import progress
@@ -50,46 +50,51 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
         return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, resized)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="a safetensors file with torchvision's names")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/probe"), help="where to write (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=10_000, help="training images of one probe (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=10_000, help="test images (default: all %(default)s)")
-    parser.add_argument("--size", type=int, default=96, help="pixels that images are resized to (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="probes, each on other training images (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    backend.start()
-    try:
-        data = arrays.load("cifar10", options.data_dir)
-        networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    wanted, at_hand = options.train * options.repeats, [len(split.images) for split in (data.train, data.test)]
-    if not (50 <= options.train and 1 <= options.repeats and wanted <= at_hand[0] and 1 <= options.test <= at_hand[1]):
-        raise SystemExit(f"error: train={options.train} times repeats={options.repeats} and test={options.test} do not fit: CIFAR-10 "
-                         f"has {at_hand[0]} training and {at_hand[1]} test images, and a probe needs 50")
-    order = np.random.default_rng(0).permutation(len(data.train.images))[:wanted]
-    test_labels, rows = data.test.labels[:options.test], []
-    for name, network in networks.items():
-        train, test = (extract(*network, images, options.size) for images in (data.train.images[order], data.test.images[:options.test]))
-        for number, part in enumerate(np.split(np.arange(wanted), options.repeats)):
-            accuracy, strength = linear_probe(train[part], data.train.labels[order][part], test, test_labels)
-            rows.append({"weights": name, "repetition": number, "accuracy": accuracy, "strength": strength})
+def write(options, rows: list[dict]) -> str:
+    """Writes the results and the report; returns the table."""
     options.workdir.mkdir(parents=True, exist_ok=True)
     workdir.write_json(options.workdir / "probe.json", {"train": options.train, "test": options.test, "size": options.size, "rows": rows})
     lines = []
-    for name in networks:
+    for name in dict.fromkeys(row["weights"] for row in rows):
         found, strengths = zip(*((row["accuracy"], f"{row['strength']:g}") for row in rows if row["weights"] == name))
-        spread = f"{100 * np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
-        lines.append([name, f"{100 * np.mean(found):.2f}", spread, str(len(found)), ", ".join(strengths)])
+        lines.append([name, report.spread([100 * value for value in found], 2), str(len(found)), ", ".join(strengths)])
     text = (f"# A linear probe on MobileNetV2's features\n\nCIFAR-10 at {options.size} px, {options.train:,} training and "
             f"{options.test:,} test images; accuracy in percent, over disjoint sets of training images.\n\n")
-    table = report.table(["weights", "mean", "std", "n", "strengths chosen"], lines)
+    table = report.table(["weights", "mean ± std", "n", "strengths chosen"], lines)
     workdir.write(options.workdir / "report.md", text + table)
-    print(table)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_argument("--weights", type=pathlib.Path, required=True, help="a safetensors file with torchvision's names")
+    parser.add_data_dir()
+    parser.add_workdir("runs/probe")
+    parser.add_count("train", 10_000, "training images of one probe", 50)
+    parser.add_count("test", 10_000, "test images")
+    parser.add_count("size", 96, "pixels that images are resized to")
+    parser.add_count("repeats", 3, "probes, each on other training images")
+    options = parser.parse_args(arguments)
+
+    def work():
+        backend.start()
+        data = arrays.load("cifar10", options.data_dir)
+        networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
+        wanted, at_hand = options.train * options.repeats, [len(split.images) for split in (data.train, data.test)]
+        if wanted > at_hand[0] or options.test > at_hand[1]:
+            raise ValueError(f"train={options.train} times repeats={options.repeats} and test={options.test} do not fit: CIFAR-10 has "
+                             f"{at_hand[0]} training and {at_hand[1]} test images")
+        order = np.random.default_rng(0).permutation(len(data.train.images))[:wanted]
+        test_labels, rows = data.test.labels[:options.test], []
+        for name, network in networks.items():
+            parts = data.train.images[order], data.test.images[:options.test]
+            train, test = (extract(*network, images, options.size) for images in parts)
+            for number, part in enumerate(np.split(np.arange(wanted), options.repeats)):
+                accuracy, strength = linear_probe(train[part], data.train.labels[order][part], test, test_labels)
+                rows.append({"weights": name, "repetition": number, "accuracy": accuracy, "strength": strength})
+        print(write(options, rows))
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

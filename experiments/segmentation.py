@@ -19,6 +19,7 @@ from cnnjax import backend, command, report, weights, workdir
 from cnnjax.data import arrays
 from cnnjax.models import create_model, fcn
 from cnnjax.nn import FILLS
+from cnnjax.position import metrics
 from cnnjax.train import defaults, evaluate, loop
 
 LECTURE = {"none": 12.3, "zeros": 23.1}  # mean IoU in percent
@@ -51,8 +52,7 @@ def keep_encoder(file: pathlib.Path, folder: pathlib.Path) -> None:
 
 def ring_of(height: int, width: int) -> np.ndarray:
     """The number of each pixel's ring, [height, width], counted from the border."""
-    away = [np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width)]
-    return np.minimum.outer(*away) // _RING
+    return metrics.border_distance(height, width) // _RING
 
 
 def reached(config: ml_collections.ConfigDict, shape: tuple[int, int, int]) -> np.ndarray:
@@ -159,9 +159,8 @@ def _work(options) -> None:
     backend.start()
     predictions = {}
     for (padding, seed), config in configs.items():
-        folder = workdir.prepare(options.workdir / f"{padding},seed={seed}", config.to_dict())
-        if not (folder / "results.json").exists():
-            loop.run(config, folder)
+        folder = options.workdir / f"{padding},seed={seed}"
+        workdir.completed(loop.run, config, folder)
         with np.load(folder / "test.npz") as kept:
             predictions[padding, seed] = kept["predicted"]
     print(write(options, config, data, predictions))
@@ -169,11 +168,10 @@ def _work(options) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/segmentation"),
-                        help="where to write (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data", help="the folder that holds camvid/ (default: %(default)s)")
-    parser.add_argument("--seeds", type=command.whole(1), default=3, help="networks per padding (default: %(default)s)")
-    parser.add_argument("--epochs", type=command.whole(1), default=16, help="default: %(default)s")
+    parser.add_workdir("runs/segmentation")
+    parser.add_data_dir("camvid/")
+    parser.add_count("seeds", 3, "networks per padding")
+    parser.add_count("epochs", 16, "of training")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "none", "reflect", "circular"],
                         help="default: zeros none reflect circular")
     parser.add_argument("--weights", type=pathlib.Path, help="a safetensors file of SqueezeNet 1.1; default: trained from scratch")

@@ -7,10 +7,10 @@ views of each image. The recipe, whose every number is an option, is that of con
 on a CPU in float32. Writes report.md, speedrun.json, speedrun.png and one file a run in runs/; called again, it makes the runs that
 are missing. The time of a run is that of its call, with the data on the device and compilation apart.
 """
-import argparse
 import functools
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import scipy.stats
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalise
 from cnnjax.models import create_model
@@ -211,25 +211,25 @@ def write(folder: pathlib.Path, config, rows: list[dict]) -> str:
     return table
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     config = speedrun_cifar10.get_config()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/speedrun"), help="where to write (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=200, help="runs, of the seeds from 0 (default: %(default)s)")
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/speedrun")
+    parser.add_data_dir()
+    parser.add_count("runs", 200, "runs, of the seeds from 0")
     for key, value in config.items():
         parser.add_argument(f"--{key}", type=type(value), default=value, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    config.update({key: getattr(options, key) for key in config})
-    try:
+
+    def work():
+        config.update({key: getattr(options, key) for key in config})
         check(config, options.runs)
         data = arrays.load("cifar10", options.data_dir)
         backend.start()
         workdir.prepare(options.workdir, config.to_dict() | {"device": jax.devices()[0].device_kind})
-    except ValueError as error:
-        parser.error(str(error))
-    print(write(options.workdir, config, run_all(config, data, options.runs, options.workdir)))
+        print(write(options.workdir, config, run_all(config, data, options.runs, options.workdir)))
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,9 +12,7 @@ layers which no longer fit each other, what AnB loses beyond it is that of layer
 Each network is a run of the ordinary engine in a work directory of its own, and what is finished is not run again. Writes report.md,
 transfer.json, labels.png and halves.png.
 """
-import functools
 import itertools
-import json
 import logging
 import pathlib
 import sys
@@ -76,35 +74,24 @@ def train(folder: pathlib.Path, name: str, source: Memory, seed: int, epochs: in
                   checkpoint_every_steps=100_000)
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
-    if not (folder / "results.json").exists():
-        loop.check(config)
-        loop.run(config, workdir.prepare(folder, config.to_dict()))
-    return 1 - json.loads((folder / "results.json").read_text())["final"]["test_error"]
+    loop.check(config)
+    return 1 - workdir.completed(loop.run, config, folder)["final"]["test_error"]
 
 
 # ------------------------------------------------------------------ ImageNet's features with few labels
 
-@functools.cache
-def pooled(stage: str):
-    """A function of (model, variables, images) that gives a stage's mean over the map."""
-    return lambda *arguments: evaluate.features(stage)(*arguments).mean((1, 2))
-
-
-def probe(folder: pathlib.Path, network: str, file: pathlib.Path, source: Memory) -> float:
-    """The exact linear readout of the frozen network's last stage, unless it has been computed -> the test accuracy."""
-    if not (folder / "results.json").exists():
-        model = create_model(network, num_classes=10, input_shape=source.train.images.shape[1:])
-        last, parallel = list(transfer.stage_paths(model))[-2], Parallel("jit")
-        fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))  # the head, which is not used
-        variables = transfer.merge(fresh, transfer.take(file, model))
-        moments = np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)
-        placed = parallel.replicate((variables, moments))
-        features = [evaluate.predict(parallel, model, *placed, evaluate.batches_of(split.images, 100), 100, pooled(last))
-                    for split in (source.train, source.test)]
-        accuracy, strength = transfer.linear_probe(features[0], source.train.labels, features[1], source.test.labels)
-        folder.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(folder / "results.json", {"kind": "probe", "final": {"test_error": 1 - accuracy}, "strength": strength})
-    return 1 - json.loads((folder / "results.json").read_text())["final"]["test_error"]
+def probe(network: str, file: pathlib.Path, source: Memory) -> dict:
+    """The exact linear readout of a frozen network's last stage: its test accuracy, and the strength chosen."""
+    model = create_model(network, num_classes=10, input_shape=source.train.images.shape[1:])
+    last, parallel = list(transfer.stage_paths(model))[-2], Parallel("jit")
+    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))  # the head, which is not used
+    variables = transfer.merge(fresh, transfer.take(file, model))
+    moments = np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)
+    placed = parallel.replicate((variables, moments))
+    features = [evaluate.predict(parallel, model, *placed, evaluate.batches_of(split.images, 100), 100, evaluate.pooled(last))
+                for split in (source.train, source.test)]
+    accuracy, strength = transfer.linear_probe(features[0], source.train.labels, features[1], source.test.labels)
+    return {"accuracy": accuracy, "strength": strength}
 
 
 def labels(options, data: arrays.Dataset) -> list[dict]:
@@ -124,7 +111,7 @@ def labels(options, data: arrays.Dataset) -> list[dict]:
                 for method in METHODS:
                     place = options.workdir / "labels" / f"{network}-{count}-{method.replace(' ', '-')}-{seed}"
                     if method == "frozen":
-                        accuracy = probe(place, network, file, source)
+                        accuracy = workdir.finished(place.with_suffix(".json"), probe, network, file, source)["accuracy"]
                     else:
                         accuracy = train(place, f"cifar10-{options.size}px-{count}-{seed}", source, seed, options.steps * _BATCH // count,
                                          optimizer="adam", **{"schedule.learning_rate": 1e-3}, **settings[method])
@@ -266,18 +253,19 @@ def _check(options) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/transfer"), help="where to write (default: %(default)s)")
-    parser.add_argument("--data_dir", default="data", help="the folder of CIFAR-10's files (default: %(default)s)")
+    parser.add_workdir("runs/transfer")
+    parser.add_data_dir()
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both")
     parser.add_argument("--weights", type=pathlib.Path, help="the folder of ImageNet's weights, which labels needs")
     parser.add_argument("--networks", nargs="+", choices=("squeezenet1_1", "mobilenet_v2"), default=["squeezenet1_1"],
                         help="of labels (default: squeezenet1_1)")
-    for name, default, least, text in (
-            ("seeds", 3, 1, "repetitions"), ("images", 5000, 100 * _BATCH, "of labels: training images that are 100 percent"),
-            ("test", 2000, 1, "of labels: test images"), ("size", 64, 32, "of labels: pixels that images are resized to"),
-            ("steps", 200, 1, "of labels: training steps of every run"), ("half_images", 10_000, _BATCH, "of halves: training images"),
-            ("epochs", 6, 1, "of halves")):
-        parser.add_argument(f"--{name}", type=command.whole(least), default=default, help=f"{text} (default: %(default)s)")
+    parser.add_count("seeds", 3, "repetitions")
+    parser.add_count("images", 5000, "of labels: training images that are 100 percent", 100 * _BATCH)
+    parser.add_count("test", 2000, "of labels: test images")
+    parser.add_count("size", 64, "of labels: pixels that images are resized to", 32)
+    parser.add_count("steps", 200, "of labels: training steps of every run")
+    parser.add_count("half_images", 10_000, "of halves: training images", _BATCH)
+    parser.add_count("epochs", 6, "of halves")
     options = parser.parse_args(arguments)
 
     def work():

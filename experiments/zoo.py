@@ -9,12 +9,10 @@ alternate between the two, since whatever else the machine does only adds to the
 step on the mean square of the logits. PyTorch runs eagerly, with channels last, on as many threads as JAX has processors.
 Writes zoo.md and zoo.json, a network at a time.
 """
-import argparse
 import copy
 import inspect
-import json
 import os
-import pathlib
+import sys
 import time
 import warnings
 
@@ -23,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, weights
+from cnnjax import backend, command, weights, workdir
 from cnnjax.models import base, create_model, list_models
 
 COLUMNS = {"model": "network", "parameters": "parameters", "torchvision": "torchvision's", "eval": "eval error",
@@ -139,30 +137,33 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines + ["| " + " | ".join(format(row[key], formats.get(key, "")) for key in COLUMNS) + " |" for row in rows]) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the results")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(description=__doc__)
+    parser.add_workdir("runs/zoo")
     parser.add_argument("--models", default="*", help="shell pattern of names")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    backend.start()
-    torch, torchvision = load_torchvision()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    known = set(torchvision.models.list_models(module=torchvision.models))
-    names = [name for name in list_models(options.models) if name in known]
-    if not names:
-        raise SystemExit(f"models={options.models!r} matches no network that torchvision has")
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        rows.append(compare(torch, torchvision, name, options.batch, options.repeats))
-        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-        (options.workdir / "zoo.md").write_text(
-            f"Batch {options.batch}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}, jax {jax.__version__}.\n\n" + markdown(rows))
-        (options.workdir / "zoo.json").write_text(json.dumps(rows, indent=1))
+    parser.add_count("batch", 4, "images")
+    parser.add_count("repeats", 5, "timings, of which the fastest counts")
+    options = parser.parse_args(arguments)
+
+    def work():
+        backend.start()
+        torch, torchvision = load_torchvision()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        known = set(torchvision.models.list_models(module=torchvision.models))
+        names = [name for name in list_models(options.models) if name in known]
+        if not names:
+            raise ValueError(f"models={options.models!r} matches no network that torchvision has")
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for name in names:
+            rows.append(compare(torch, torchvision, name, options.batch, options.repeats))
+            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+            workdir.write(
+                options.workdir / "zoo.md", f"Batch {options.batch}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}, "
+                f"torchvision {torchvision.__version__}, jax {jax.__version__}.\n\n" + markdown(rows))
+            workdir.write_json(options.workdir / "zoo.json", rows)
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from PIL import Image
+from quick import exit_code
 
 from cnnjax import summary
 from cnnjax.models import create_model
@@ -171,6 +172,5 @@ def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
     for arguments, message in ((["--workdir", str(tmp_path / "file" / "new")], "cannot be written to: Not a directory"),
                                (["--workdir", str(tmp_path), "--photograph", "nobody"], "invalid choice: 'nobody' (choose from"),
                                (["--workdir", str(finished), "--photograph", "coins"], "photograph='camera' there, 'coins' now")):
-        with pytest.raises(SystemExit):
-            basics.main(arguments)
+        assert exit_code(basics.main, arguments) == 2
         assert message in capsys.readouterr().err

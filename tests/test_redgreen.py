@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from quick import exit_code
 
 from experiments import position_redgreen
 
@@ -27,5 +28,4 @@ def test_the_experiment_reports_every_network(tmp_path, monkeypatch, standard_pr
     assert all(0 <= row[kind] <= 1 for row in rows for kind in ("similar", "dissimilar"))
     report = (tmp_path / "report.md").read_text()
     assert "| zeros | " in report and "99.8 ± 0.1" in report and (tmp_path / "redgreen.png").stat().st_size > 1000
-    with pytest.raises(SystemExit):
-        position_redgreen.main(["--seeds", "0"])
+    assert exit_code(position_redgreen.main, ["--seeds", "0"]) == 2

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import exit_code
 
 from cnnjax import summary, visualize
 from cnnjax.data import photographs
@@ -450,11 +451,7 @@ def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(folder
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
     """The exit code and what was said, whether the arguments or what they name are wrong."""
     capsys.readouterr()
-    try:
-        code = visualize.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+    return exit_code(visualize.main, arguments), capsys.readouterr().err
 
 
 GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}

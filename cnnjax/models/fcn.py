@@ -3,7 +3,6 @@
 Each of the named stages is scored by a 1x1 convolution; the scores of the deepest are brought to the grid of the next by bilinear
 interpolation and added to its own, and so on, and the sum is brought to the pixels (section 4.2; here nothing of that is learned).
 """
-import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ class SceneNet(Network):
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 
-@functools.cache
 def grids(encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centres.
 

@@ -1,6 +1,6 @@
 """Frozen encoders: a network's stages over images, brought to one grid and kept."""
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.errors
 import jax
@@ -60,6 +60,13 @@ def image_features(images: np.ndarray, pixels: str = "imagenet") -> np.ndarray:
     return np.asarray(jax.jit(lambda x: resize(normalize(x, pixels), FEATURE_SIZE))(images))
 
 
+def in_batches(images: np.ndarray, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields (start, count, batch): `count` images from `start` on, the last batch filled up so that all compile as one shape."""
+    for start in range(0, len(images), size):
+        batch = images[start:start + size]
+        yield start, len(batch), np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
+
+
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
 def _joined_stages(model, variables, images, stages, pixels, key):
     maps = model.apply(variables, normalize(images, pixels), method="stages", last=stages[-1], rngs={"padding": key})
@@ -73,10 +80,8 @@ def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence
     draws other noise for every image.
     """
     out = None
-    for start in range(0, len(images), _BATCH):
-        batch = images[start:start + _BATCH]
-        full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        part = np.asarray(_joined_stages(model, variables, full, tuple(stages), pixels, jax.random.key(start)))[:len(batch)]
+    for start, count, batch in in_batches(images, _BATCH):
+        part = np.asarray(_joined_stages(model, variables, batch, tuple(stages), pixels, jax.random.key(start)))[:count]
         out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
         out[start:start + len(part)] = part
     return out

@@ -30,10 +30,14 @@ def scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value.reshape(prediction.shape[:-2]) for name, value in result.items()}
 
 
+def border_distance(height: int, width: int) -> np.ndarray:
+    """How many positions lie between each position and the nearest border, [height, width]."""
+    return np.minimum.outer(*(np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width)))
+
+
 def rings(size: int, count: int) -> np.ndarray:
     """Divides a square map by the distance to its border into `count` rings of one width, 0 the outermost: [size, size]."""
-    away = np.minimum(np.arange(size), np.arange(size)[::-1])
-    return np.minimum(np.minimum.outer(away, away) * 2 * count // size, count - 1)
+    return np.minimum(border_distance(size, size) * 2 * count // size, count - 1)
 
 
 def by_ring(prediction: np.ndarray, target: np.ndarray, count: int) -> dict[str, np.ndarray]:

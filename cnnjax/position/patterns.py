@@ -19,8 +19,9 @@ from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.models.resnet import ResNet
 from cnnjax.models.vgg import VGG
 from cnnjax.nn import check_fill, conv, output_size
-from cnnjax.position.encoder import normalize, stage_shapes
-from cnnjax.summary import receptive_fields
+from cnnjax.position.encoder import in_batches, normalize, stage_shapes
+from cnnjax.position.metrics import border_distance
+from cnnjax.summary import receptive_field
 
 # The fills that leave every position where it is: under the others maps shrink, grow, are stretched or shifted.
 ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
@@ -33,7 +34,7 @@ def margin(model: Network, stage: str, size: int) -> int:
     It is a multiple of the stage's stride, so that the crop's map lies on the grid of the photograph's. Raises `ValueError` if there
     is no such stage.
     """
-    field = receptive_fields(model, (stage,))[0][0]
+    field = receptive_field(model, stage)
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
     before = [-low for low in field.low]
     after = [step * (n - 1) + high - (size - 1) for step, n, high in zip(field.step, positions, field.high)]
@@ -49,11 +50,9 @@ def _stages(model, variables, images, stages, key):
 def features(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> dict[str, np.ndarray]:
     """The named stages, in the network's order, of uint8 images [n, height, width, 3], each [n, height', width', channels]."""
     parts = []
-    for start in range(0, len(images), _BATCH):
-        batch = images[start:start + _BATCH]
-        full = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), 0)])  # one shape, one compilation
-        maps = _stages(model, variables, full, tuple(stages), jax.random.key(start))
-        parts.append([np.asarray(y)[:len(batch)] for y in maps])
+    for start, count, batch in in_batches(images, _BATCH):
+        maps = _stages(model, variables, batch, tuple(stages), jax.random.key(start))
+        parts.append([np.asarray(y)[:count] for y in maps])
     return {stage: np.concatenate(maps) for stage, maps in zip(stages, zip(*parts))}
 
 
@@ -65,7 +64,7 @@ def features_inside(model: Network, variables: dict, context: np.ndarray, size: 
     """
     have = (context.shape[1] - size) // 2
     for stage in stages:
-        least, step = margin(model, stage, size), receptive_fields(model, (stage,))[0][0].step[0]
+        least, step = margin(model, stage, size), receptive_field(model, stage).step[0]
         if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
             raise ValueError(f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
                              f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}")
@@ -73,7 +72,7 @@ def features_inside(model: Network, variables: dict, context: np.ndarray, size: 
     maps = features(model.clone(padding="zeros"), variables, context, stages)  # what it is padded with is not seen
     cut = {}
     for stage, y in maps.items():
-        start, (height, width) = have // receptive_fields(model, (stage,))[0][0].step[0], shapes[stage][1:3]
+        start, (height, width) = have // receptive_field(model, stage).step[0], shapes[stage][1:3]
         cut[stage] = y[:, start:start + height, start:start + width]
     return cut
 
@@ -108,8 +107,7 @@ def strength(padded: np.ndarray, inside: np.ndarray) -> Strength:
     inside, delta = inside / scale, (padded - inside) / scale
     mean, variance, energy = delta.mean(0), delta.var(0, ddof=1), np.square(delta).mean(0)
     size = float(np.sqrt(np.square(inside).mean()))
-    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in mean.shape[:2])
-    distance = np.minimum.outer(rows, columns).ravel()
+    distance = border_distance(*mean.shape[:2]).ravel()
     ring, whole = (np.bincount(distance, x.mean(-1).ravel()) for x in (energy, np.square(inside).mean(0)))
     common = float((np.square(mean) - variance / len(delta)).mean() / energy.mean()) if energy.any() else 0.0
     snr = float(np.abs(mean).mean() / np.sqrt(variance).mean()) if energy.any() else 0.0

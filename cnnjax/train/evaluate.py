@@ -32,6 +32,12 @@ def features(stage: str) -> Callable:
 
 
 @functools.cache
+def pooled(stage: str) -> Callable:
+    """The same, averaged over the map: what linear probes read."""
+    return lambda model, variables, images: features(stage)(model, variables, images).mean((1, 2))
+
+
+@functools.cache
 def averaged(count: int) -> Callable:
     """Logits as the logarithm of the mean probability over `count` views of each image (`cnnjax.data.augment.views`)."""
     def run(model, variables, images):
