@@ -145,6 +145,19 @@ def test_stages_have_their_names_sizes_and_channels(name, size, shapes):
     assert list(early) == list(shapes)[:3]
 
 
+def test_the_stages_of_a_vgg_by_layer():
+    """Their names are the literature's, and the last of a block is the block."""
+    model = create_model("vgg16", every_layer=True)
+    image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
+    variables = quick.jit(functools.partial(model.init, method="stages", last="conv2_2"))(jax.random.key(1), image)
+    layers, blocks = (quick.jit(functools.partial(m.apply, method="stages", last=last))(variables, image)
+                      for m, last in ((model, "conv2_2"), (create_model("vgg16"), "block2")))
+    assert list(layers) == ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
+    assert np.array_equal(layers["conv1_2"], blocks["block1"]) and np.array_equal(layers["conv2_2"], blocks["block2"])
+    every = jax.eval_shape(functools.partial(model.apply, method="stages"), weights.variable_shapes(model), image)
+    assert [name for name in every if name.startswith("conv5")] == ["conv5_1", "conv5_2", "conv5_3"] and len(every) == 13
+
+
 @pytest.mark.parametrize("name, size", [("vgg16", 224), ("resnet18", 435), ("resnet50", 427)])
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50 reduce to one pixel."""

@@ -19,16 +19,21 @@ _TABLE = {
 
 
 class VGG(Network):
-    """Stages `block1` ... `block5`: each block's last activation before its max-pool, at strides 1, 2, 4, 8, 16."""
+    """Stages `block1` ... `block5`: each block's last activation before its max-pool, at strides 1, 2, 4, 8, 16.
+
+    With `every_layer` the stages are every convolution's activation instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
+    """
 
     blocks: tuple = _TABLE["D"]
     batch_norm: bool = False
+    every_layer: bool = False
     dropout: float = 0.5
 
     @nn.nowrap
     def walk(self, x, train):
         index = 0  # torchvision numbers every layer of `features`: convolution, normalisation, ReLU and pool alike
         for number, block in enumerate(self.blocks, 1):
+            within = 0
             for layer in block:
                 if layer == "LRN":
                     x = local_response_norm(x)  # section 2.1: the parameters of Krizhevsky et al. 2012
@@ -42,8 +47,11 @@ class VGG(Network):
                     x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}")(x, train)
                     index += 1
                 x = nn.relu(x)
-                index += 1
-            yield f"block{number}", x
+                index, within = index + 1, within + 1
+                if self.every_layer:
+                    yield f"conv{number}_{within}", x
+            if not self.every_layer:
+                yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding)
             index += 1
         x = adaptive_avg_pool(x, 7)
