@@ -7,13 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import make_tfds
 import numpy as np
 import PIL.Image
 import pytest
 
-from cnnjax.data import stream
+from cnnjax.benchmark import decoding, sides
+from cnnjax.data import photographs, stream
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -103,7 +105,7 @@ def test_damaged_images_are_named(tmp_path, suffix):
     source, refused = stream.Folder(tmp_path), 0
     for cut in (0, 1, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=f"^{path} cannot be decoded: .*"):
+        with pytest.raises(ValueError, match=f"^{path} is not a readable image: .*"):
             source[0]
     for _ in range(300):
         mutated = bytearray(whole)
@@ -120,7 +122,7 @@ def test_damaged_images_are_named(tmp_path, suffix):
 
 def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
     write(tmp_path, a=[np.full((8, 8), 1000, np.uint16)])
-    with pytest.raises(ValueError, match=r"000.png has pixels of more than 8 bits \(Pillow's mode I;16\); expected 8"):
+    with pytest.raises(ValueError, match=r"000.png is not a readable image: pixels of more than 8 bits \(Pillow's mode I;16\); expected 8"):
         stream.Folder(tmp_path)[0]
 
 
@@ -261,6 +263,60 @@ def test_wrong_arguments(folder, arguments, message):
         read(folder, steps=range(1), **arguments)
 
 
+# ------------------------------------------------------------------ damaged images that are passed over
+
+DAMAGED = (2, 6, 7, 11)
+
+
+@pytest.fixture(scope="module")
+def harmed(folder, tmp_path_factory):
+    """The same fourteen, four of them cut in half."""
+    root = tmp_path_factory.mktemp("harmed") / "images"
+    shutil.copytree(folder._files[0][0].parents[1], root)
+    source = stream.Folder(root)
+    for number in DAMAGED:
+        path = source._files[number][0]
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    return source
+
+
+def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, harmed):
+    whole, found = read(folder, steps=range(12)), read(harmed, steps=range(12), skip_damaged=True)
+    orders = [np.random.default_rng([0, epoch]).permutation(14).tolist() for epoch in range(4)]
+    for step, ((images, _), (theirs, their_labels, damaged)) in enumerate(zip(whole, found)):
+        assert theirs.shape == images.shape and damaged.dtype == np.int32
+        np.testing.assert_array_equal(their_labels, LABELS[theirs[:, 0, 0, 2]])
+        for place, number in enumerate(images[:, 0, 0, 2].tolist()):
+            if number in DAMAGED:
+                order = orders[step // 3]
+                following = (order + order)[order.index(number) + 1:]
+                assert damaged[place] == number and theirs[place, 0, 0, 2] == next(n for n in following if n not in DAMAGED)
+            else:
+                assert damaged[place] == -1
+                np.testing.assert_array_equal(theirs[place], images[place])
+    for start in (1, 3, 4):
+        assert_same(read(harmed, steps=range(start, 12), skip_damaged=True), found[start:])
+    assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=2), found[2:])
+    parts = [read(harmed, steps=range(12), skip_damaged=True, process_index=index, process_count=2) for index in (0, 1)]
+    assert_same([tuple(map(np.concatenate, zip(*pairs))) for pairs in zip(*parts)], found)
+
+
+def test_what_is_never_passed_over(harmed, tmp_path):
+    """Images of an evaluation, files that cannot be read, and a folder of nothing else."""
+    for options in ({"train": False}, {"train": False, "skip_damaged": True}, {"steps": range(6)}):
+        with pytest.raises(ValueError, match="png is not a readable image: "):
+            read(harmed, **options)
+    shutil.copytree(harmed._files[0][0].parents[1], tmp_path / "images")
+    source = stream.Folder(tmp_path / "images")
+    source._files[0][0].unlink()
+    with pytest.raises(ValueError, match="000.png cannot be read: .*No such file"):
+        read(source, steps=range(6), skip_damaged=True)
+    for path, _ in source._files:
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="skip_damaged=True: none of the 14 images can be decoded; .*png is not a readable image: "):
+        read(source, steps=range(6), skip_damaged=True)
+
+
 # ------------------------------------------------------------------ crops
 
 def test_evaluation_sees_the_centre(tmp_path):
@@ -344,6 +400,32 @@ def test_an_area_crop_that_cannot_fit_is_the_centre(tmp_path):
             np.testing.assert_allclose(measured(image), want, atol=0.3)
 
 
+# ------------------------------------------------------------------ the benchmark of all this
+
+def test_the_benchmark_measures_every_way(monkeypatch):
+    """On JPEGs of ImageNet's size; a step that takes 20 ms stands for the network's."""
+    monkeypatch.setattr(decoding, "_SECONDS", 0.05)
+    monkeypatch.setattr(decoding, "_COUNT", 16)
+    monkeypatch.setattr(sides, "_jax_network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {}))
+    found, = decoding.measure("", 1, workers=(0,))
+    assert found["photographs"] == 13 and 200 < found["step_images_per_s"] < 401 and found["step_batch"] == 8
+    for row in found["rows"]:
+        assert row["min"] <= row["images_per_s"] <= row["max"] and row["images_per_s"] > 1
+        assert row["over_step"] == pytest.approx(row["images_per_s"] / found["step_images_per_s"])
+    assert {(row["mode"], row["way"]) for row in found["rows"]} >= {(mode, way) for mode in ("training", "evaluation")
+                                                                  for way in ("Pillow in a loop", "cnnjax")}
+
+
+def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_COUNT", 16)
+    source = decoding.write_folder(photographs.list_photographs(), tmp_path)
+    assert len(source) == 16
+    for number in range(16):
+        width, height = source[number][0].size
+        assert abs(width * height / (500 * 375) - 1) < 0.01
+    np.testing.assert_array_equal(np.asarray(source[0][0]), np.asarray(source[13][0]))  # of thirteen photographs, the first again
+
+
 # ------------------------------------------------------------------ processes that read
 
 WORKERS = """
@@ -402,9 +484,9 @@ def colours(tmp_path):
     return tmp_path / "data"
 
 
-def run(data_dir, workdir):
+def run(data_dir, workdir, **more):
     options = {"dataset": "folder", "data_dir": data_dir, "model": "tutorial_net", "image_size": 32, "resize": 32, "batch_size": 12,
-               "epochs": 2, "workers": 1, "schedule.learning_rate": 0.01}
+               "epochs": 2, "workers": 1, "schedule.learning_rate": 0.01, **more}
     return subprocess.run([sys.executable, "-m", "cnnjax.main", "--config", "configs/lenet_digits.py", f"--workdir={workdir}",
                            *(f"--config.{key}={value}" for key, value in options.items())],
                           cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
@@ -423,13 +505,37 @@ def test_a_run_on_a_folder(colours, tmp_path):
         assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(results["final"]["test_error"])
 
 
+def harm(path: pathlib.Path) -> pathlib.Path:
+    """Puts the first 400 bytes of a JPEG in the place of a PNG."""
+    damaged = path.with_suffix(".jpg")
+    PIL.Image.open(path).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:400])
+    path.unlink()
+    return damaged
+
+
 def test_a_damaged_image_ends_a_run_with_its_name(colours, tmp_path):
-    path = colours / "train" / "green" / "005.jpg"
-    PIL.Image.open(path.with_suffix(".png")).save(path)
-    path.write_bytes(path.read_bytes()[:400])
-    path.with_suffix(".png").unlink()
+    path = harm(colours / "train" / "green" / "005.png")
     done = run(colours, tmp_path / "run")
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if "cannot be decoded" in line]
-    assert len(lines) == 1 and lines[0].startswith(f"error: {path} cannot be decoded: ") and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "is not a readable image" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {path} is not a readable image: ") and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_damaged_images_are_counted_named_and_passed_over(colours, tmp_path):
+    """Also by a run that was stopped within an epoch; one of the test set ends the run all the same, and is all that is left to mend."""
+    paths = [harm(colours / "train" / "green" / f"00{number}.png") for number in (5, 7)]
+    tested = colours / "val" / "red" / "001.png"
+    kept = tested.read_bytes()
+    tested.write_bytes(kept[:-40])
+    done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
+    assert done.returncode == 2 and f"error: {tested} is not a readable image: " in done.stderr and "Traceback" not in done.stderr
+    for path in paths:
+        assert done.stderr.count(f"passed over: {path} is not a readable image: ") == 1
+    assert done.stderr.count(", 2 damaged images passed over") == 2  # the epochs' lines
+    tested.write_bytes(kept)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # back to step 4, within the second epoch
+    done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
+    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
+    assert [line["damaged"] for line in json.loads((tmp_path / "run" / "results.json").read_text())["history"]] == [2, 2]

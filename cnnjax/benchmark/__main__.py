@@ -1,6 +1,7 @@
 """Benchmarks in which every side is measured in the same run.
 
-    python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds} [--workdir FOLDER] [--rounds 9] [--only NAME ...] [--configurations 64]
+    python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds,input} [--workdir FOLDER] [--rounds 9] [--only NAME ...] [--configurations 64]
+                                                                 [--photographs FOLDER]
 
 cpu     forward pass and training step of five networks: cnnjax, the same networks on jax's own operations and gradients under the
         default XLA flags (stock), and PyTorch, eager with channels last
@@ -8,27 +9,28 @@ gpu     the same of large networks in bfloat16: cnnjax, PyTorch with autocast, e
 layers  forward, input gradient and kernel gradient of the convolutions that networks are made of: cnnjax, stock, PyTorch, on the CPU
 study   all readouts on features that are computed once, against one readout at a time with the encoder in every step
 seeds   many seeds and learning rates of LeNet in one program, against one after the other
+input   images a second that streams decode from JPEGs of 500 x 375, with several numbers of worker processes, against Pillow in a loop,
+        PyTorch's DataLoader (where it is installed) and what ResNet-50's training step takes on this device
 
 The first three need PyTorch and torchvision. Each of their sides is a process of its own, since the flags of a process cannot be
-changed; the processes take turns, so that a drift of the machine's speed meets all of them. Inputs are random numbers. Writes report.md
-and benchmark.json.
+changed; the processes take turns, so that a drift of the machine's speed meets all of them. Inputs are random numbers, but for those of
+`input`. Writes report.md and benchmark.json.
 """
-import argparse
 import importlib.metadata
 import os
 import pathlib
+import sys
 
-from cnnjax import backend, report, workdir
+from cnnjax import backend, command, report, workdir
 from cnnjax.benchmark.sides import LAYERS, NETWORKS, SIDES
+from cnnjax.data import photographs
 
-WHAT = ("cpu", "gpu", "layers", "study", "seeds")
+WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
 
 
-def check(what: str, rounds: int, configurations: int, only: list[str]) -> None:
+def check(what: str, only: list[str]) -> None:
     """Raises `ValueError` where an argument is wrong, or where a side could not be measured: one side's numbers alone say nothing."""
-    if rounds < 1 or configurations < 1:
-        raise ValueError(f"rounds={rounds}, configurations={configurations}; expected at least 1 of each")
     names = LAYERS if what == "layers" else NETWORKS.get(what, ())
     for name in only:
         if name not in names:
@@ -119,40 +121,56 @@ def run_seeds(rounds: int, configurations: int, save) -> None:
          + report.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines), rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m cnnjax.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_input(rounds: int, folder: str, save) -> None:
+    from cnnjax.benchmark import decoding
+
+    for found in decoding.measure(folder, rounds):
+        lines = [[row["mode"], row["way"], str(row["workers"]), f"{row['images_per_s']:,.0f}", f"{row['min']:,.0f} to {row['max']:,.0f}",
+                  f"{row['over_loop']:.2f}", f"{row['over_step']:.2f}"] for row in found["rows"]]
+        save(f"JPEGs of {decoding.MEAN_PIXELS:,} pixels and {found['kilobytes']} kB, made of {found['photographs']} photographs, as crops "
+             f"of {decoding.SIZE} px; ResNet-50's training step takes {found['step_images_per_s']:,.1f} img/s in batches of "
+             f"{found['step_batch']}. Median of {found['rounds']} rounds; ratios are of img/s in the same round.\n\n" + report.table(
+                 ["crops", "way", "processes", "img/s", "range", "to the loop", "to the step"], lines), found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(prog="python -m cnnjax.benchmark", description=__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--workdir", type=pathlib.Path, help="where to write (default: runs/benchmark_WHAT)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: %(default)s)")
+    parser.add_count("rounds", 9, "turns of each side")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)")
-    parser.add_argument("--configurations", type=int, default=64, help="of seeds; 4 suffice on a CPU (default: %(default)s)")
+    parser.add_count("configurations", 64, "of seeds; 4 suffice on a CPU")
+    parser.add_photographs()
     options = parser.parse_args(arguments)
     if options.what in ("cpu", "layers"):
         os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share the device
     folder = options.workdir or pathlib.Path("runs") / f"benchmark_{options.what}"
-    try:
-        check(options.what, options.rounds, options.configurations, options.only)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    backend.start()
-    folder.mkdir(parents=True, exist_ok=True)
-    device = backend.describe()
 
-    def save(text, results):
-        title = f"# Benchmark: {options.what}\n\n{', '.join(device['devices'][:1])}, {device['cpus']} CPU cores. "
-        workdir.write(folder / "report.md", title + text)
-        workdir.write_json(folder / "benchmark.json", {"what": options.what, "environment": device, "results": results})
+    def work():
+        check(options.what, options.only)
+        if options.what == "input":
+            photographs.list_photographs(options.photographs)
+        backend.start()
+        folder.mkdir(parents=True, exist_ok=True)
+        device = backend.describe()
 
-    if options.what in SIDES:
-        compare_sides(options.what, options.rounds, options.only, save)
-    elif options.what == "study":
-        run_study(options.rounds, save)
-    else:
-        run_seeds(options.rounds, options.configurations, save)
-    print((folder / "report.md").read_text())
+        def save(text, results):
+            title = f"# Benchmark: {options.what}\n\n{', '.join(device['devices'][:1])}, {device['cpus']} CPU cores. "
+            workdir.write(folder / "report.md", title + text)
+            workdir.write_json(folder / "benchmark.json", {"what": options.what, "environment": device, "results": results})
+
+        if options.what in SIDES:
+            compare_sides(options.what, options.rounds, options.only, save)
+        elif options.what == "study":
+            run_study(options.rounds, save)
+        elif options.what == "input":
+            run_input(options.rounds, options.photographs, save)
+        else:
+            run_seeds(options.rounds, options.configurations, save)
+        print((folder / "report.md").read_text())
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,7 +23,7 @@ def interleaved(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]
     """Seconds of each way, round by round in turns; a first call of each, which compiles, is not counted."""
     for way in ways.values():
         jax.block_until_ready(way())
-    times = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             began = time.perf_counter()
@@ -72,16 +72,17 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     stacked, counted = stack(states), stack(numbers)
 
-    programs = {"one after the other": (one, (states[0], numbers[0], rates[0])), "vmap": (jax.vmap(one), (stacked, counted, rates)),
-                "lax.map": (lambda *all_of: jax.lax.map(lambda a: one(*a), all_of), (stacked, counted, rates)),
-                "unrolled": (lambda *all_of: list(map(one, *all_of)), (states, numbers, list(rates)))}
+    programs: dict[str, tuple[Callable, tuple]] = {
+        "one after the other": (one, (states[0], numbers[0], rates[0])), "vmap": (jax.vmap(one), (stacked, counted, rates)),
+        "lax.map": (lambda *all_of: jax.lax.map(lambda a: one(*a), all_of), (stacked, counted, rates)),
+        "unrolled": (lambda *all_of: list(map(one, *all_of)), (states, numbers, list(rates)))}
     compiled, seconds = {}, {}
     for name, (function, arguments) in programs.items():
         began = time.perf_counter()
         compiled[name] = jax.jit(function).lower(*arguments).compile()
         seconds[name] = time.perf_counter() - began
     each = list(zip(states, numbers, rates))
-    ways = {name: functools.partial(compiled[name], *arguments) for name, (_, arguments) in programs.items()}
+    ways: dict[str, Callable] = {name: functools.partial(compiled[name], *arguments) for name, (_, arguments) in programs.items()}
     ways["one after the other"] = lambda: [compiled["one after the other"](*arguments) for arguments in each]
 
     losses = {name: np.ravel([state.totals["loss"] for state in found] if isinstance(found := way(), list) else found.totals["loss"])

@@ -14,7 +14,7 @@ from cnnjax import backend
 
 # The lectures' networks as PyTorch builds them: image side, channels, then features, kernel and padding of a convolution with its ReLU,
 # "pool", or the features of a linear layer.
-SPECIFICATIONS = {
+SPECIFICATIONS: dict[str, tuple[int, int, tuple]] = {
     "tutorial_net": (32, 3, ((6, 5, 0), "pool", (16, 5, 0), "pool", 120, 84, 10)),
     "lenet": (28, 1, ((50, 3, 1), "pool", (100, 3, 1), "pool", 100, 10)),
     "convnet": (32, 3, ((64, 3, 1), (64, 3, 1), "pool", (128, 3, 1), (128, 3, 1), "pool", (256, 3, 1), (256, 3, 1), "pool", (512, 3, 1),
@@ -189,10 +189,11 @@ def _layer(side: str, shape: tuple) -> tuple[dict, dict]:
 
         from cnnjax.nn import conv
         call = functools.partial(conv, stride=stride, padding=padding, groups=groups)
-        x, w, dy = map(jax.numpy.asarray, (x, w, dy))
-        functions = {"forward": _repeated(jax.jit(call), x, w),
-                     "input gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda x: call(x, w), x)[1](dy)[0]), x, w, dy),
-                     "kernel gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda w: call(x, w), w)[1](dy)[0]), x, w, dy)}
+        both = jax.numpy.asarray(x), jax.numpy.asarray(w)
+        all_three = *both, jax.numpy.asarray(dy)
+        functions = {"forward": _repeated(jax.jit(call), *both),
+                     "input gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda x: call(x, w), x)[1](dy)[0]), *all_three),
+                     "kernel gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda w: call(x, w), w)[1](dy)[0]), *all_three)}
     return functions, {"sizes": [float(np.abs(np.asarray(run(1), np.float64)).mean()) for run in functions.values()]}
 
 
@@ -233,7 +234,8 @@ def _peak_memory(side: str, what: str, run, before: float | None) -> float | Non
         return None
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
     run(1)
-    return _resident("VmHWM") - before
+    peak = _resident("VmHWM")
+    return None if peak is None else peak - before
 
 
 def _work(side: str, what: str, name: str, batch: int) -> None:
@@ -278,4 +280,5 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    _work(*sys.argv[1:4], int(sys.argv[4]))
+    side, what, name, batch = sys.argv[1:]
+    _work(side, what, name, int(batch))

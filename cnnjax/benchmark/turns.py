@@ -13,10 +13,14 @@ def measure(what: str, sides: tuple[str, ...], name: str, batch: int, rounds: in
     workers = {side: subprocess.Popen([sys.executable, "-m", "cnnjax.benchmark.sides", side, what, name, str(batch)], text=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE) for side in sides}
 
-    def answer(side):
-        line = workers[side].stdout.readline()
+    def answer(side, request=""):
+        worker = workers[side]
+        assert worker.stdin and worker.stdout  # pipes, as they were asked for
+        worker.stdin.write(request)
+        worker.stdin.flush()
+        line = worker.stdout.readline()
         if not line:
-            raise RuntimeError(f"the {side} side of {name} stopped with exit code {workers[side].wait()}")
+            raise RuntimeError(f"the {side} side of {name} stopped with exit code {worker.wait()}")
         return json.loads(line)
 
     try:
@@ -26,12 +30,10 @@ def measure(what: str, sides: tuple[str, ...], name: str, batch: int, rounds: in
             if found.get("parameters") != first.get("parameters") or any(
                     not math.isclose(a, b, rel_tol=1e-2) for a, b in zip(found.get("sizes", ()), first.get("sizes", ()))):
                 raise RuntimeError(f"the sides of {name} do not compute the same: {sides[0]} {first}, {side} {found}")
-        times = {(side, key): [] for side in sides for key in (*PASSES[what], "product")}
+        times: dict[tuple[str, str], list[float]] = {(side, key): [] for side in sides for key in (*PASSES[what], "product")}
         for _ in range(rounds):
             for side, key in times:
-                workers[side].stdin.write(f"{key}\n")
-                workers[side].stdin.flush()
-                times[side, key].append(answer(side))
+                times[side, key].append(answer(side, f"{key}\n"))
     finally:
         for worker in workers.values():
             worker.kill()

@@ -1,25 +1,23 @@
 """Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits."""
-import codecs
 import dataclasses
 import gzip
 import hashlib
 import io
 import logging
 import math
+import os
 import pathlib
 import pickle
 import sys
 import tarfile
-import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import PIL.Image
 import pooch
 import requests
 
 from cnnjax.data.augment import IGNORED
-from cnnjax.data.photographs import read_image
+from cnnjax.data.photographs import opened, read_image
 
 DIGITS = tuple("0123456789")
 
@@ -70,31 +68,68 @@ def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) 
     return Split(_planes(rows[:, label_bytes:]), rows[:, label_bytes - 1].astype(np.int32))
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds NumPy arrays and nothing else, so that a file from strangers cannot run code."""
+class _Inert:
+    """What stands for NumPy's objects in a pickle: it keeps the state that the file gives it, and NumPy itself is never called."""
 
-    _ALLOWED = {("_codecs", "encode"): codecs.encode,  # how Python 3 writes bytes in protocol 2
-                ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-                ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
-                ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    state = ()
+
+    def __init__(self, *arguments):
+        pass
+
+
+class _ArraysOnly(pickle._Unpickler):
+    """Builds plain containers and `_Inert` arrays, so that a file from strangers neither runs code nor reaches into memory.
+
+    It is the unpickler in Python, whose memo grows with what is put there (a file of 9 bytes makes the one in C reserve 32 GB), and
+    makes lists of tuples, since those that hold each other as keys of a dictionary take exponential time to hash.
+    """
+
+    _ALLOWED = {("_codecs", "encode"): lambda text, how: text.encode("latin1"),  # how Python 3 writes bytes in protocol 2
+                ("numpy.core.multiarray", "_reconstruct"): _Inert, ("numpy._core.multiarray", "_reconstruct"): _Inert,
+                ("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert}
 
     def find_class(self, module, name):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only NumPy arrays are allowed")
         return self._ALLOWED[module, name]
 
+    def _build(self):
+        state = self.stack.pop()
+        if type(self.stack[-1]) is not _Inert:
+            raise pickle.UnpicklingError("it gives a state to what is no array")
+        self.stack[-1].state = state
+
+    def _marked(self):
+        found = self.pop_mark()  # which changes the stack
+        self.append(found)
+
+    def _last(self, count):
+        self.stack[len(self.stack) - count:] = [self.stack[len(self.stack) - count:]]
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.BUILD[0]: _build, pickle.TUPLE[0]: _marked, pickle.EMPTY_TUPLE[0]: lambda self: self._last(0),
+        pickle.TUPLE1[0]: lambda self: self._last(1), pickle.TUPLE2[0]: lambda self: self._last(2),
+        pickle.TUPLE3[0]: lambda self: self._last(3)}
+    del dispatch[pickle.BYTEARRAY8[0]]  # which is as long as it says before its bytes are looked for
+
 
 def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels") -> Split:
-    """CIFAR's Python layout, read without running what it holds. Raises `ValueError` for any other content."""
+    """CIFAR's Python layout, a dictionary of an array of bytes and a list of labels, read without running what it holds.
+
+    Raises `ValueError` for any other content.
+    """
     try:
         found = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = np.asarray(found[b"data"]), np.asarray(found[key])
+        labels, (_, shape, _, is_fortran, pixels) = found[key], found[b"data"].state
+        if shape != [count, 3072] or type(pixels) is not bytes or len(pixels) != count * 3072:
+            raise ValueError(f"its pixels are not an array of {count} x 3072 bytes")
+        if type(labels) is not list or len(labels) != count or any(type(label) is not int or not 0 <= label < 256 for label in labels):
+            raise ValueError(f"its labels are not a list of {count} whole numbers from 0 to 255")
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {error}") from error
-    if pixels.dtype != np.uint8 or pixels.shape != (count, 3072) or labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{name} holds {pixels.dtype} {list(pixels.shape)} and {len(np.atleast_1d(labels))} labels; expected uint8 "
-                         f"[{count}, 3072] and {count} whole numbers")
-    return Split(_planes(pixels), labels.astype(np.int32))
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {reason}") from error
+    rows = np.frombuffer(pixels, np.uint8).reshape((count, 3072), order="F" if is_fortran else "C")
+    return Split(_planes(rows), np.asarray(labels, np.int32))
 
 
 # ------------------------------------------------------------------ files: found, or downloaded with their hash checked
@@ -120,26 +155,48 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
     raise ValueError(f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); put it there by hand")
 
 
+def _check_hash(path: pathlib.Path, file: File) -> None:
+    """Raises `ValueError` for a compressed file other than the published one, before anything of it is decompressed."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "md5").hexdigest()
+    if found != file.md5:
+        raise ValueError(f"{path} has the MD5 hash {found}, and the published file has {file.md5}: it is damaged or another file")
+
+
+def _begin(path: pathlib.Path, limit: int) -> bytes:
+    """A file's bytes, but no more than one beyond what is expected."""
+    with path.open("rb") as stream:
+        return stream.read(limit + 1)
+
+
 def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
     """A published file, or what was in it if it has been decompressed, but no more than one byte beyond what is expected."""
     if path.suffix != ".gz":
-        with path.open("rb") as stream:
-            return stream.read(limit + 1)
-    content = path.read_bytes()
-    if (found := hashlib.md5(content).hexdigest()) != file.md5:
-        raise ValueError(f"{path} has the MD5 hash {found}, and the published file has {file.md5}: it is damaged or another file")
-    with gzip.open(io.BytesIO(content)) as stream:
+        return _begin(path, limit)
+    _check_hash(path, file)
+    with gzip.open(path) as stream:
         return stream.read(limit + 1)
 
 
 # ------------------------------------------------------------------ data sets
+
+class Source(Protocol):
+    """A data set in its original files."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
+        """The training and the test images, and those for validation where it has some of its own."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Idx:
     """A data set in the layout of MNIST: four IDX files, compressed or not."""
 
     folders: tuple[str, ...]  # where the files are looked for; the first is where they are downloaded to
-    files: tuple[File, File, File, File]  # images and labels, of training and test
+    files: tuple[File, ...]  # images and labels, of training and test
     classes: tuple[str, ...]
     counts: tuple[int, int] = (60_000, 10_000)
     shape: tuple[int, int, int] = (28, 28, 1)
@@ -153,7 +210,8 @@ class Idx:
             path = next((path for path in places if path.is_file()), None) or _download(file, data_dir / self.folders[0])
             arrays.append(read_idx(_read(path, file, 4 + 4 * len(shape) + math.prod(shape)), str(path), shape))
         images, labels = arrays[::2], arrays[1::2]
-        return tuple(Split(x[..., None], y.astype(np.int32)) for x, y in zip(images, labels))
+        train, test = (Split(x[..., None], y.astype(np.int32)) for x, y in zip(images, labels))
+        return train, test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +220,7 @@ class Cifar:
 
     binary: str  # the folders' names, which the archives hold as well
     python: str
-    archives: tuple[File, File]  # of the binary layout, which is the one downloaded, and of the Python layout
+    archives: tuple[File, ...]  # of the binary layout, which is the one downloaded, and of the Python layout
     train: tuple[str, ...]  # the batches' names, without ".bin"
     test: str
     classes: tuple[str, ...]
@@ -175,30 +233,28 @@ class Cifar:
 
     def _contents(self, data_dir: pathlib.Path):
         """(whether the layout is the binary one, a function of a batch's name that gives its bytes, and where they come from)."""
-        names = (*self.train, self.test)
-        for binary, folder in ((True, self.binary), (False, self.python)):
+        names, limit = (*self.train, self.test), 2 * 3074 * max(self.counts)  # a pickle may be longer than what it holds
+        layouts = ((True, self.binary, self.archives[0]), (False, self.python, self.archives[1]))  # the first is downloaded
+        for binary, folder, _ in layouts:
             suffix = ".bin" if binary else ""
             for place in (data_dir / folder, data_dir):
                 if any((place / f"{name}{suffix}").is_file() for name in names):
                     missing = [f"{name}{suffix}" for name in names if not (place / f"{name}{suffix}").is_file()]
                     if missing:
                         raise ValueError(f"{place} lacks {', '.join(missing)}; it has other batches of the same data set")
-                    return binary, lambda name, place=place, suffix=suffix: (place / f"{name}{suffix}").read_bytes(), str(place)
-        present = [(binary, data_dir / file.name) for binary, file in zip((True, False), self.archives) if (data_dir / file.name).is_file()]
-        binary, archive = present[0] if present else (True, _download(self.archives[0], data_dir))
-        return binary, lambda name: self._member(archive, binary, name), str(archive)
+                    return binary, lambda name, place=place, suffix=suffix: _begin(place / f"{name}{suffix}", limit), str(place)
+        present = [layout for layout in layouts if (data_dir / layout[2].name).is_file()]
+        binary, folder, file = (present or layouts)[0]
+        path = data_dir / file.name if present else _download(file, data_dir)
+        _check_hash(path, file)  # of which it then is known what is in it
+        return binary, lambda name: self._member(path, f"{folder}/{name}{'.bin' if binary else ''}"), str(path)
 
-    def _member(self, archive: pathlib.Path, binary: bool, name: str) -> bytes:
+    def _member(self, archive: pathlib.Path, name: str) -> bytes:
         """One batch, read from within the archive: nothing is unpacked to the disk."""
-        wanted = f"{self.binary if binary else self.python}/{name}{'.bin' if binary else ''}"
-        try:
-            with tarfile.open(archive) as file:
-                member = file.getmember(wanted)
-                if not member.isfile():
-                    raise ValueError(f"{archive} holds {wanted} as something other than a file")
-                return file.extractfile(member).read(2 * 3074 * max(self.counts))
-        except (KeyError, tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{archive} is not the whole published archive: {error}") from error
+        with tarfile.open(archive) as file:
+            batch = file.extractfile(name)
+            assert batch is not None  # of an archive of this hash it is known that this is a file in it
+            return batch.read()
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         binary, content, place = self._contents(data_dir)
@@ -236,11 +292,8 @@ class CamVid:
     present: int = 50  # pixels of a class that make it appear in a scene: a thousandth of it
 
     def _mask(self, path: pathlib.Path) -> np.ndarray:
-        try:
-            with PIL.Image.open(path) as image:
-                mask = np.array(image)
-        except (OSError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is not a readable image: {error}") from error
+        with opened(path) as image:
+            mask = np.array(image)
         if mask.dtype != np.uint8 or mask.shape != self.size or mask.max() > len(self.classes):
             raise ValueError(f"{path} is a mask of {mask.dtype} {list(mask.shape)} up to {mask.max()}; expected uint8 {list(self.size)} up "
                              f"to {len(self.classes)}")
@@ -263,7 +316,8 @@ class CamVid:
         return Split(np.stack(images), (pixels >= self.present).astype(np.int32))
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split, Split]:
-        return tuple(self._part(data_dir / "camvid", name, count) for name, count in zip(("train", "test", "val"), self.counts))
+        train, test, validation = (self._part(data_dir / "camvid", *part) for part in zip(("train", "test", "val"), self.counts))
+        return train, test, validation
 
 
 def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ...]:
@@ -271,7 +325,7 @@ def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ..
     return tuple(File(name, tuple(url + name for url in urls), md5) for name, md5 in zip(names, hashes))
 
 
-def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, File]:
+def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, ...]:
     """Krizhevsky's page, www.cs.toronto.edu/~kriz/cifar.html, prints these hashes."""
     names = [f"cifar-{number}-{layout}.tar.gz" for layout in ("binary", "python")]
     return tuple(File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5) for name, md5 in zip(names, (binary_md5, python_md5)))
@@ -284,7 +338,7 @@ _CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottl
     skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
     tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
-DATASETS = {
+DATASETS: dict[str, Source] = {
     "digits": Digits(),
     # The hashes are those of torchvision's lists.
     "mnist": Idx(("mnist", "MNIST/raw"), _idx_files(
@@ -335,7 +389,7 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-def load(name: str, data_dir: str = "", n_validation: int = 0) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
     """Reads a data set from its original files in `data_dir`, downloading those that are absent.
 
     `n_validation` training images, balanced over the classes, are held out; a data set with validation images of its own gives all

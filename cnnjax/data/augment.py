@@ -1,6 +1,9 @@
 """Augmentation inside jit: each image from a key of its own, so that how a batch is divided over devices changes nothing."""
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
+
+from cnnjax.types import AnyArray
 
 # Of ImageNet's RGB values between 0 and 1, as fb.resnet.torch and Caffe's AlexNet use them (Krizhevsky et al. 2012, section 4.1).
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -11,8 +14,9 @@ IGNORED = 255  # the label of a pixel that counts for nothing
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalise(images: jnp.ndarray, mean: jnp.ndarray, std: jnp.ndarray) -> jnp.ndarray:
-    """Images [batch, height, width, channels] of 0 to 255 -> (images / 255 - mean) / std, float32."""
+def normalise(images: Shaped[AnyArray, "batch height width channels"], mean: Float[AnyArray, "*#moments"],
+              std: Float[AnyArray, "*#moments"]) -> Float32[AnyArray, "*members batch height width channels"]:
+    """Images of 0 to 255 -> (images / 255 - mean) / std; moments [members, 1, 1, 1, channels] give one result for each."""
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
@@ -32,9 +36,9 @@ def _cutout(key, image, size):
     return jnp.where((inside[0][:, None] & inside[1])[:, :, None], 0, image)
 
 
-def augment(keys: jnp.ndarray, images: jnp.ndarray, *, flip: bool = False, crop: int = 0, fill: str = "zeros", cutout: int = 0,
-            colour: float = 0.0) -> jnp.ndarray:
-    """Augments uint8 images [batch, height, width, channels], each with its key -> float32 of 0 to 255.
+def augment(keys: Key[Array, " batch"], images: Shaped[AnyArray, "batch height width channels"], *, flip: bool = False, crop: int = 0,
+            fill: str = "zeros", cutout: int = 0, colour: float = 0.0) -> Float32[Array, "batch height width channels"]:
+    """Augments images of 0 to 255, each with its key.
 
     `flip` mirrors one image in two, by chance, left to right; `crop` shifts by up to that many pixels in both directions, over a border
     of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of colour, each times a
@@ -57,8 +61,9 @@ def augment(keys: jnp.ndarray, images: jnp.ndarray, *, flip: bool = False, crop:
     return jax.vmap(one)(keys, images)
 
 
-def augment_masks(keys: jnp.ndarray, masks: jnp.ndarray, *, flip: bool = False, crop: int = 0, fill: str = "zeros", **_) -> jnp.ndarray:
-    """Mirrors and shifts the masks uint8 [batch, height, width] of images as `augment` does the images with these keys and arguments.
+def augment_masks(keys: Key[Array, " batch"], masks: UInt8[AnyArray, "batch height width"], *, flip: bool = False, crop: int = 0,
+                  fill: str = "zeros", **_) -> UInt8[Array, "batch height width"]:
+    """Mirrors and shifts the masks of images as `augment` does the images with these keys and arguments.
 
     What comes in over a border of zeros is ignored; a pixel that is blackened or of another colour is of the same class.
     """
@@ -71,8 +76,9 @@ def augment_masks(keys: jnp.ndarray, masks: jnp.ndarray, *, flip: bool = False, 
     return jax.vmap(one)(keys, masks)
 
 
-def views(images: jnp.ndarray, count: int, size: int) -> list[jnp.ndarray]:
-    """The views of images [batch, height, width, channels] that a test averages over, each [batch, size, size, channels].
+def views(images: Float[Array, "batch height width channels"], count: int,
+          size: int) -> list[Float[Array, "batch {size} {size} channels"]]:
+    """The views of images that a test averages over.
 
     1: the centre; 2: the centre and its mirror image; 10: the corners, the centre and their mirror images (Krizhevsky et
     al. 2012, section 4.1).

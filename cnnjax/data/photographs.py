@@ -2,12 +2,17 @@
 
 Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
 """
+import contextlib
 import os
 import pathlib
+import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
 
+warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)  # else told and then decoded
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Photographs inside the scikit-image and scikit-learn wheels (no download); the last three are of textures.
 _SKIMAGE = ("astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "motorcycle_left", "rocket", "brick", "grass", "gravel")
@@ -39,22 +44,36 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
     return found
 
 
+class Damaged(ValueError):
+    """A file that is there and can be read, and is no image that can be decoded whole."""
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
+    """An image file, open; only JPEG, PNG, WebP and BMP, since Pillow would hand others to programs outside (EPS to Ghostscript).
+
+    Raises `Damaged` if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`, and `ValueError` if it cannot be read.
+    """
+    try:
+        with PIL.Image.open(path, formats=_FORMATS) as image:
+            yield image
+    except Exception as error:  # a damaged image raises nearly anything
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
+            raise ValueError(f"{path} cannot be read: {reason or 'out of memory'}") from error
+        raise Damaged(f"{path} is not a readable image: {reason or type(error).__name__}") from error
+
+
 def image_size(path: pathlib.Path) -> tuple[int, int]:
     """(height, width) from the file's header; raises `ValueError` if it is no readable image."""
-    try:
-        with PIL.Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+    with opened(path) as image:
+        return image.height, image.width
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
     """An image file as uint8 [height, width, 3]; raises `ValueError` if it cannot be decoded whole."""
-    try:
-        with PIL.Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+    with opened(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def split(paths: list[pathlib.Path], shares: tuple[int, ...], seed: int) -> list[list[pathlib.Path]]:

@@ -19,8 +19,10 @@ import numpy as np
 import PIL.Image
 from absl import flags
 
+from cnnjax.data.photographs import Damaged, opened
+
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-_open = weakref.WeakSet()  # streams that may have processes under way
+_open: weakref.WeakSet = weakref.WeakSet()  # streams that may have processes under way
 _SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}  # ImageNet's labelled test is called validation
 
 
@@ -43,13 +45,11 @@ class Folder:
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         path, label = self._files[index]
-        try:
-            with PIL.Image.open(path) as image:
-                if image.mode[0] in "IF":  # which Pillow would clip to 255
-                    raise ValueError(f"{path} has pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
-                return image.convert("RGB"), label
-        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be decoded: {error}") from error
+        with opened(path) as image:
+            if image.mode[0] in "IF":  # which Pillow would clip to 255
+                raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB"), label  # converting would copy it
 
 
 class Tfds:
@@ -60,7 +60,7 @@ class Tfds:
 
     def __init__(self, name: str, data_dir: str, split: str):
         import tensorflow_datasets as tfds
-        where = data_dir or None
+        where, self._name = data_dir or None, f"dataset='tfds:{name}', split {split!r}"
         try:
             builder = tfds.builder(name, data_dir=where)
             self._records = builder.as_data_source(split=split)
@@ -79,7 +79,10 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except Exception as error:  # of array_record, of the example's decoder, of the image's
+            raise Damaged(f"record {index} of {self._name} cannot be decoded: {' '.join(str(error).split())[:200]}") from error
         pixels = record[self._image]
         return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB"), int(record[self._label])
 
@@ -87,8 +90,9 @@ class Tfds:
 class Part:
     """Some of a source's images, by their numbers in it."""
 
-    def __init__(self, source: Folder | Tfds, numbers: np.ndarray):
-        self.classes, self._source, self._numbers = source.classes, source, numbers
+    def __init__(self, source: "Source", numbers: np.ndarray):
+        self.classes: tuple[str, ...] = source.classes
+        self._source, self._numbers = source, numbers
 
     def __len__(self):
         return len(self._numbers)
@@ -97,7 +101,10 @@ class Part:
         return self._source[int(self._numbers[index])]
 
 
-def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
+Source = Folder | Tfds | Part
+
+
+def hold_out(source: Source, count: int) -> tuple[Part, Part]:
     """Divides a source into (the rest, `count` images), always the same ones. Raises `ValueError` if that leaves none."""
     if not 0 < count < len(source):
         raise ValueError(f"n_validation={count} is not between 1 and {len(source) - 1}, the training images but one")
@@ -130,7 +137,7 @@ def _area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator
         aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
         if 0 < w <= width and 0 < h <= height:
-            left, top = generator.integers(0, width - w + 1), generator.integers(0, height - h + 1)
+            left, top = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
             break
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
@@ -155,9 +162,9 @@ def centre(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
 class _Batches:
     """The batches of a source as a sequence: grain's workers each take their steps of it."""
 
-    def __init__(self, source, batch_size, steps, seed, size, resize, train, process_index, process_count):
+    def __init__(self, source, batch_size, steps, seed, size, resize, train, process_index, process_count, skip_damaged):
         self.source, self.batch_size, self.steps, self.seed, self.size, self.resize = source, batch_size, steps, seed, size, resize
-        self.train, self.process_index, self.process_count = train, process_index, process_count
+        self.train, self.process_index, self.process_count, self.skip_damaged = train, process_index, process_count, skip_damaged
 
     def __len__(self):
         return len(self.steps)
@@ -166,46 +173,58 @@ class _Batches:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
 
-    def __getitem__(self, at: int) -> tuple[np.ndarray, np.ndarray]:
+    def _decoded(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
+        """An image of an epoch, its label, and -1; or, for a damaged one, the next in the epoch's order that is whole, and its number."""
+        for after in range(len(order)):
+            try:
+                return *self.source[int(order[(place + after) % len(order)])], int(order[place]) if after else -1
+            except Damaged as error:
+                if not self.skip_damaged:
+                    raise
+                last = error
+        raise ValueError(f"skip_damaged=True: none of the {len(order)} images can be decoded; {last}")
+
+    def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
         step = self.steps[at]
+        images, labels, damaged = [], [], []
         if not self.train:
-            chosen, generators = range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source))), None
-        else:
-            epoch, within = divmod(step, len(self.source) // self.batch_size)
-            share = self.batch_size // self.process_count
-            start = within * self.batch_size + self.process_index * share
-            chosen = self._order(epoch)[start:start + share]
-            generators = [np.random.default_rng([self.seed, epoch, int(index)]) for index in chosen]
-        images, labels = [], []
-        for place, index in enumerate(chosen):
-            image, label = self.source[int(index)]
-            if generators is None:
-                image = centre(image, self.size, self.resize)
-            elif self.resize:
-                image = _crop(image, self.size, self.resize, generators[place])
-            else:
-                image = _area_crop(image, self.size, generators[place])
-            images.append(np.asarray(image))
+            for index in range(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source))):
+                image, label = self.source[index]
+                images.append(np.asarray(centre(image, self.size, self.resize)))
+                labels.append(label)
+            return np.stack(images), np.asarray(labels, np.int32)
+        epoch, within = divmod(step, len(self.source) // self.batch_size)
+        share, order = self.batch_size // self.process_count, self._order(epoch)
+        start = within * self.batch_size + self.process_index * share
+        for place in range(start, start + share):
+            image, label, number = self._decoded(order, place)
+            generator = np.random.default_rng([self.seed, epoch, int(order[place])])
+            crop = _crop(image, self.size, self.resize, generator) if self.resize else _area_crop(image, self.size, generator)
+            images.append(np.asarray(crop))
             labels.append(label)
-        return np.stack(images), np.asarray(labels, np.int32)
+            damaged.append(number)
+        return np.stack(images), np.asarray(labels, np.int32), *([np.asarray(damaged, np.int32)] if self.skip_damaged else [])
 
 
 def batches(source, batch_size: int, seed: int, image_size: int, *, resize: int, train: bool, steps: range | None = None, workers: int = 0,
-            process_index: int = 0, process_count: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            process_index: int = 0, process_count: int = 1, skip_damaged: bool = False) -> Iterator[tuple[np.ndarray, ...]]:
     """Streams batches of (uint8 images [batch, image_size, image_size, 3], int32 labels [batch]).
 
     In training, `steps` says which; every epoch has its own order, drops the remainder, and each process gets its own part of
     each batch. Otherwise the source is gone through once, in order, the last batch being shorter. Crops are squares of the
     image with its shorter side at `resize`, at random places in training and in the centre otherwise; with `resize` 0 they are
-    of random area and aspect. Raises `ValueError` for an image that cannot be decoded, and if the processes do not divide the
-    batch.
+    of random area and aspect.
+
+    With `skip_damaged`, in training, the next whole image of the epoch's order takes the place (and the crop's random numbers) of
+    one that cannot be decoded, and a batch has a third array, int32 [batch]: the number of the damaged image of each place, or -1.
+    Raises `ValueError` for an image that cannot be decoded otherwise, or be read at all, and if the processes do not divide the batch.
     """
     if batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
     if resize and resize < image_size:
         raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
     steps = steps if train else range(-(-len(source) // batch_size))
-    made = _Batches(source, batch_size, steps, seed, image_size, resize, train, process_index, process_count)
+    made = _Batches(source, batch_size, steps, seed, image_size, resize, train, process_index, process_count, skip_damaged)
     stream = grain.MapDataset.source(made).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks for flags, which a program that has none never parses
@@ -246,4 +265,10 @@ def _start_worker(index: int, count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(0)), daemon=True).start()
+    assert parent is not None
+
+    def follow():
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()

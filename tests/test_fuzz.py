@@ -1,0 +1,404 @@
+"""Files from strangers: whatever is in them, a reader gives what it promises or raises a `ValueError` of one line, in bounded memory and
+time, and runs nothing. CNNJAX_FUZZ sets the number of mutants of each reader, CNNJAX_FUZZ_SEED which ones they are."""
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import pickle
+import struct
+import sys
+import tarfile
+import time
+import warnings
+import zlib
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import safetensors.numpy
+from test_data import SMALL, archive, as_published, binary, idx, python
+
+from cnnjax import weights, workdir
+from cnnjax.data import arrays, photographs, stream
+from cnnjax.models import create_model
+from cnnjax.train import checkpoints
+
+CASES, SEED = int(os.environ.get("CNNJAX_FUZZ", 100)), int(os.environ.get("CNNJAX_FUZZ_SEED", 0))
+_SECONDS = 20.0  # of processor time, at most, for one file
+_MOST_PIXELS_MB = 800  # 4 bytes in Pillow and 3 in the array for each of Pillow's MAX_IMAGE_PIXELS, about 90 million
+
+# ------------------------------------------------------------------ watching: what a reader does besides
+
+_FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "ctypes.", "socket.", "shutil.", "os.remove",
+              "os.rename", "os.mkdir", "os.link", "os.symlink")
+_armed, _seen = [], []
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if _armed and (event.startswith(_FORBIDDEN) or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+        _seen.append((event, arguments))
+
+
+sys.addaudithook(_audit)
+
+
+def _memory(field: str) -> float:
+    """This process's memory in MB: "VmRSS" now, "VmHWM" at most since it was last asked for anew."""
+    return next(int(line.split()[1]) / 1024 for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+
+
+class Watch:
+    """Reads files, and counts what is refused; fails where a reader does anything but read or raise a `ValueError` of one line."""
+
+    def __init__(self, most_mb: float):
+        self.refused = self.read = 0
+        self.most_mb, self.before = most_mb, _memory("VmRSS")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
+
+    def __call__(self, reader, *arguments):
+        began, found = time.process_time(), None
+        _armed.append(True)
+        try:
+            found = reader(*arguments)
+            self.read += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error), repr(error)
+            self.refused += 1
+        finally:
+            _armed.clear()
+        assert not _seen, _seen
+        assert time.process_time() - began < _SECONDS
+        return found
+
+    def end(self):
+        assert _memory("VmHWM") - self.before < self.most_mb
+
+
+# ------------------------------------------------------------------ mutants
+
+_EXTREME = [0, 1, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def mutants(seeds: list[bytes], cases: int):
+    """Files that were changed in a few places, most of them near an end, where headers are; some are cut, joined or nothing but noise."""
+    generator = np.random.default_rng([SEED, zlib.crc32(seeds[0])])
+    below = lambda n: int(generator.integers(max(n, 1)))
+    for _ in range(cases):
+        data = bytearray(seeds[below(len(seeds))])
+        if not below(50):
+            data = bytearray(generator.bytes(below(300)))
+        for _ in range(1 + below(4)):
+            size, near = len(data), min(len(data), int(generator.choice([16, 64, 256, len(data) + 1])))
+            at = below(near) if below(4) else size - 1 - below(near)
+            at, kind = max(at, 0), below(9)
+            if kind <= 2:
+                data[at:at + 1] = bytes([below(256)])
+            elif kind == 3:
+                data[at:at + 1] = bytes([(data[at] if size else 0) ^ 1 << below(8)])
+            elif kind == 4:
+                width = int(generator.choice([1, 2, 4, 8]))
+                value = _EXTREME[below(len(_EXTREME))] % 2**(8 * width)
+                data[at:at + width] = value.to_bytes(width, ("little", "big")[below(2)])
+            elif kind == 5:
+                del data[at:at + 1 + below(16)]
+            elif kind == 6:
+                data[at:at] = data[at:at + 1 + below(64)] * (1 + below(3))
+            elif kind == 7:
+                other = seeds[below(len(seeds))]
+                data[at:] = other[min(at, below(len(other))):]
+            else:
+                del data[at if below(2) else below(size):]
+        yield bytes(data)
+
+
+# ------------------------------------------------------------------ readers: the seeds, a function that places a file and gives its reader, and the memory allowed, MB
+
+def idx_files(folder):
+    values = np.arange(5 * 4 * 3).reshape(5, 4, 3).astype(np.uint8)
+
+    def check(content):
+        assert arrays.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
+    return [idx(values)], lambda mutant: lambda: check(mutant), 50
+
+
+def gzipped(folder):
+    content = gzip.compress(idx(np.zeros((5, 4, 3), np.uint8)))
+    file, path = arrays.File("x.gz", (), hashlib.md5(content).hexdigest()), folder / "x.gz"
+
+    def place(mutant):
+        path.write_bytes(mutant)
+        return lambda: arrays.read_idx(arrays._read(path, file, 76), "x", (5, 4, 3))
+    return [content], place, 50
+
+
+def archives(folder):
+    path = folder / SMALL.archives[0].name
+    archive(path, SMALL.binary, {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)} | {"test_batch.bin": binary(15, 20)})
+    content = path.read_bytes()
+    source = as_published(SMALL, path)
+
+    def place(mutant):
+        path.write_bytes(mutant)
+        return lambda: source.read(folder)
+    return [content, gzip.decompress(content)], place, 50
+
+
+def cifar_binary(folder):
+    def check(content):
+        found = arrays.read_cifar_binary(content, "x", 3)
+        assert found.images.shape == (3, 32, 32, 3) and found.labels.shape == (3,)
+    return [binary(0, 3)], lambda mutant: lambda: check(mutant), 50
+
+
+def cifar_pickle(folder):
+    def check(content):
+        found = arrays.read_cifar_pickle(content, "x", 3)
+        assert found.images.shape == (3, 32, 32, 3) and found.images.dtype == np.uint8 and found.labels.shape == (3,)
+    content = {b"batch_label": b"batch 1", b"labels": [1, 2, 3], b"data": np.zeros((3, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
+    return [python(0, 3), *(pickle.dumps(content, protocol) for protocol in (2, 3, 4))], lambda mutant: lambda: check(mutant), 50
+
+
+def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
+    """A photograph as every kind of file that is read, and as some that are not."""
+    image = PIL.Image.open(photographs.list_photographs()[0]).resize((40, 30)).convert("RGB")
+    exif = PIL.Image.Exif()
+    exif[0x0112], exif[0x010e] = 6, "a photograph"
+    found = [encoded(image, "JPEG", exif=exif), encoded(image, "JPEG", progressive=True), encoded(image.convert("L"), "JPEG"),
+             encoded(image.convert("CMYK"), "JPEG"), encoded(image, "PNG"), encoded(image.quantize(16), "PNG", transparency=bytes(8)),
+             encoded(image.convert("RGBA"), "PNG"), encoded(image.convert("I;16"), "PNG"), encoded(image, "WEBP"), encoded(image, "BMP"),
+             encoded(image, "WEBP", lossless=True), encoded(image.convert("1"), "BMP"), encoded(image.convert("L"), "EPS"),
+             encoded(image, "GIF"), encoded(image, "TIFF"), encoded(image, "PPM")]
+    return found + [next((data_dir / "bsds500").rglob("*.jpg")).read_bytes()] if data_dir else found
+
+
+def camvid_masks(folder):
+    mask = np.arange(24 * 32).reshape(24, 32).astype(np.uint8) % 12
+    source, path = arrays.CamVid("pixelwise", size=(24, 32)), folder / "mask.png"
+
+    def place(content):
+        path.write_bytes(content)
+        return check
+
+    def check():
+        found = source._mask(path)
+        assert found.shape == (24, 32) and found.dtype == np.uint8
+    return [encoded(PIL.Image.fromarray(mask), "PNG"), encoded(PIL.Image.fromarray(mask), "PNG", optimize=True)], place, _MOST_PIXELS_MB
+
+
+def images(folder):
+    path = folder / "x.jpg"
+
+    def place(content):
+        path.write_bytes(content)
+        return check
+
+    def check():
+        size = photographs.image_size(path)
+        found = photographs.read_image(path)
+        assert found.shape == (*size, 3) and found.dtype == np.uint8
+    return pictures(_data()), place, _MOST_PIXELS_MB
+
+
+def folders(folder):
+    (folder / "train" / "cat").mkdir(parents=True)
+    path = folder / "train" / "cat" / "x.png"
+    path.touch()
+    source = stream.Folder(folder / "train")
+
+    def place(content):
+        path.write_bytes(content)
+        return check
+
+    def check():
+        image, label = source[0]
+        assert image.mode == "RGB" and label == 0
+    return pictures(None), place, _MOST_PIXELS_MB
+
+
+def weight_files(folder):
+    model = create_model("lenet5", num_classes=2)
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), weights.variable_shapes(model))
+    path = folder / "w.safetensors"
+    weights.save_torchvision(variables, path)
+    small = {"conv1.weight": np.zeros((2, 1, 2, 2), np.float32), "fc.bias": np.zeros(2, np.float16), "n": np.zeros((), np.int64)}
+
+    def place(content):
+        path.write_bytes(content)
+        return check
+
+    def check():
+        assert all(isinstance(value, np.ndarray) for value in weights.read(path).values())
+    return [path.read_bytes(), safetensors.numpy.save(small, {"format": "pt"}), b""], place, 50
+
+
+def _data() -> pathlib.Path | None:
+    return pathlib.Path(os.environ["CNNJAX_DATA"]) if "CNNJAX_DATA" in os.environ else None
+
+
+def checkpoint_files(folder):
+    """One file of a checkpoint is another: it is damaged, and that is said."""
+    with checkpoints.Checkpoints(folder / "checkpoints") as kept:
+        kept.save(1, {"w": np.arange(6.0)}, {"history": [{"loss": 0.5}]})
+    whole = {path: path.read_bytes() for path in sorted((folder / "checkpoints" / "1").rglob("*")) if path.is_file()}
+    generator, changed = np.random.default_rng(SEED), []
+
+    def place(mutant):
+        for path in changed:
+            path.write_bytes(whole[path])
+        path = list(whole)[int(generator.integers(len(whole)))]
+        changed[:] = [path]
+        path.write_bytes(mutant)
+
+        def check():
+            damage = checkpoints._damage(folder / "checkpoints" / "1")
+            if damage is not None:
+                raise ValueError(damage)
+            assert mutant == whole[path] or path.name == "manifest.json" and json.loads(mutant) == json.loads(whole[path])
+        return check
+    return [content for content in whole.values() if content], place, 50
+
+
+READERS = (idx_files, gzipped, archives, cifar_binary, cifar_pickle, camvid_masks, images, folders, weight_files, checkpoint_files)
+
+
+@pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
+def test_mutants_are_read_or_refused(make, tmp_path):
+    seeds, place, most_mb = make(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about metadata
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        watch = Watch(most_mb)
+        for number, mutant in enumerate(mutants(seeds, CASES)):
+            try:
+                watch(place(mutant))
+            except BaseException:
+                kept = tmp_path / f"mutant-{number}"
+                kept.write_bytes(mutant)
+                print(f"the file is {kept}")
+                raise
+        watch.end()
+    assert watch.refused > CASES / 20
+    print(f"{make.__name__}: {watch.read} read, {watch.refused} refused")
+
+
+# ------------------------------------------------------------------ attacks that chance would not find
+
+def pickled(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+_NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
+
+
+@pytest.mark.parametrize("content", [
+    pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),  # a memo of 2^31 places
+    pickled(b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"),  # lists that hold each other: 3^40 numbers
+    pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),  # tuples as a key: 3^40 hashes
+    pickled(b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"),  # an object at an address of choice
+    pickled(b"\x8e" + struct.pack("<Q", 2**40)), pickled(b"\x96" + struct.pack("<Q", 2**34)),  # bytes that are not there
+    pickled(b"c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb"), b"I" + b"9" * 10**6 + b"\n.", b"(" * 10**5,
+    b"\x80\x02" + b"]" * 10**5 + b"a" * 10**5,
+], ids=["memo", "lists", "tuples", "pointer", "bytes", "bytearray", "build", "digits", "marks", "depth"])
+def test_pickles_that_attack(content):
+    watch = Watch(100)
+    watch(lambda: arrays.read_cifar_pickle(content, "x", 1))
+    watch.end()
+    assert watch.refused == 1
+
+
+def test_bombs_are_not_opened(tmp_path):
+    """A gigabyte in a megabyte as gzip and in an archive; an archive whose members climb out; more bytes than a batch has."""
+    bomb = gzip.compress(bytes(2**20), 9) * 1000
+    source = dataclasses.replace(arrays.DATASETS["mnist"], folders=("mnist",))
+    (tmp_path / "mnist").mkdir()
+    for file in source.files:
+        (tmp_path / "mnist" / file.name).write_bytes(bomb)
+    climbing = tmp_path / SMALL.archives[0].name
+    with tarfile.open(climbing, "w:gz") as file:
+        for name in ("../out", "/out", f"{SMALL.binary}/../../out"):
+            file.addfile(tarfile.TarInfo(name))
+    watch = Watch(60)
+    watch(lambda: source.read(tmp_path))
+    watch(lambda: SMALL.read(tmp_path))
+    climbing.write_bytes(bomb)
+    watch(lambda: SMALL.read(tmp_path))
+    long = tmp_path / SMALL.binary / "data_batch_1.bin"
+    long.parent.mkdir()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (long.parent / f"{name}.bin").touch()
+    os.truncate(long, 2**40)  # a terabyte that takes no room
+    watch(lambda: SMALL.read(tmp_path))
+    watch.end()
+    assert watch.refused == 4
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, *more: bytes) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)) + b"".join(more)
+
+
+_TEXT = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**27), 9))
+
+
+@pytest.mark.parametrize("content", [
+    png(12_000, 12_000, chunk(b"IDAT", zlib.compress(bytes(12_000 * 1_501)))), png(2**31 - 1, 2**31 - 1), png(8, 8, *[_TEXT] * 100),
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch ran) system\n%%EOF\n",
+], ids=["large", "overflow", "text", "postscript"])
+def test_images_that_attack(content, tmp_path):
+    path = tmp_path / "cat" / "x.jpg"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    watch = Watch(200)
+    for reader in (photographs.read_image, arrays.CamVid("pixelwise")._mask):
+        watch(lambda: reader(path))  # noqa: B023 - called at once
+    watch(lambda: stream.Folder(tmp_path)[0])
+    watch.end()
+    assert watch.refused == 3
+
+
+def test_weights_that_attack(tmp_path):
+    path = tmp_path / "w.safetensors"
+    model, watch = create_model("lenet5"), Watch(100)
+    weights.variable_shapes(model)
+
+    def tensor(name="conv1.weight", dtype="F32", shape=(1,), size=4):
+        header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+        return struct.pack("<Q", len(header)) + header + bytes(size)
+
+    attacks = [struct.pack("<Q", size) + b"{}" for size in (2**63, 2**64 - 1, 2**40)]
+    attacks += [tensor("a\n\x1b[31mb"), tensor(dtype="C64", size=8), tensor(dtype="F8_E4M3", size=1), tensor(dtype="X\nY"),
+                tensor(shape=[2**63, 2]), tensor(shape=[2**62, 0], size=0), tensor(shape=[1] * 100), tensor(shape=[2**40, 0], size=0),
+                tensor("../../etc/passwd"), b"\x80\x04K\x01."]
+    for content in attacks:
+        path.write_bytes(content)
+        watch(lambda: weights.load_torchvision(path, model))
+    watch.end()
+    assert watch.refused == len(attacks)
+
+
+def test_a_changed_config_is_refused(tmp_path):
+    """A work directory whose config.json says anything else than what is now to be run is left alone."""
+    config = {"kind": "train", "seed": 0, "model_fields": {"padding": "zeros"}, "freeze": []}
+    folder, path = tmp_path / "run", tmp_path / "run" / "config.json"
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")
+    for mutant in mutants([json.dumps(config, indent=1).encode()], CASES):
+        path.write_bytes(mutant)
+        try:
+            workdir.prepare(folder, config)
+            assert json.loads(mutant) == config
+        except ValueError as error:
+            assert "\n" not in str(error) and path.read_bytes() == mutant
