@@ -78,13 +78,14 @@ def start() -> None:
     """Makes the process ready to compute: turns on the persistent compilation cache and checks the numerics once."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR, set by the user, comes first
+    # JAX_COMPILATION_CACHE_DIR, set by the user, comes first.
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds its options when it is imported
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     check_numerics()
 
 
 _DISTRIBUTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
-_JOINED = []  # whether this process is one of several, which it learns once
+_JOINED: list[bool] = []  # whether this process is one of several, which it learns once
 
 
 def join(how: str) -> None:
@@ -127,5 +128,5 @@ def describe() -> dict:
         "devices": [device.device_kind for device in jax.devices()],
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # jax adds its options when it is imported
     }

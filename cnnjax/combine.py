@@ -7,14 +7,13 @@ Writes results.json and report.md; the test set is scored once, at the end.
 """
 import functools
 import glob
-import json
 import logging
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -30,7 +29,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.sums import channel_sum
-from cnnjax.train import evaluate, loop, step
+from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
 
@@ -74,7 +73,8 @@ def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) 
     `accuracies` [models] are their own on validation images, `accuracy(numbers)` is that of the average of some. From the best
     model down, one is kept if the average does not get worse: Wortsman et al. 2022 (arXiv 2203.05482), recipe 1.
     """
-    kept, reached = [], -np.inf
+    kept: list[int] = []
+    reached = -np.inf
     for number in sorted(range(len(accuracies)), key=lambda number: -accuracies[number]):  # of equals the first comes first
         found = accuracy([*kept, number])
         if found >= reached:
@@ -166,7 +166,8 @@ def reestimate_statistics(parallel: Parallel, model: Network, variables, moments
     """
     if not variables["batch_stats"]:
         return {}
-    run, pooled = evaluate.compiled(parallel, model, _input_moments), {}
+    pooled: dict[tuple[str, ...], np.ndarray] = {}
+    run = evaluate.compiled(parallel, model, _input_moments)
     placed, whole = parallel.replicate((variables, moments)), images[:len(images) // batch_size * batch_size]
     parts = [parallel.fetch_shared(run(*placed, parallel.share(batch))) for batch in evaluate.batches_of(whole, batch_size)]
     for path in parts[0]:
@@ -192,10 +193,13 @@ def _find(patterns: Sequence[str]) -> dict[pathlib.Path, dict]:
     paths = sorted({pathlib.Path(name) / "config.json" for pattern in patterns for name in glob.glob(pattern)})
     # Fields of a model are hashed, as lists cannot be.
     tuples = lambda found: {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    configs = {path.parent: json.loads(path.read_text(), object_hook=tuples) for path in paths if path.is_file()}
-    configs = {folder: config for folder, config in configs.items() if config.get("kind") == "train"}
+    configs = {path.parent: workdir.read_json(path, object_hook=tuples) for path in paths if path.is_file()}
+    configs = {folder: config for folder, config in configs.items() if isinstance(config, dict) and config.get("kind") == "train"}
     if not configs:
         raise ValueError(f"runs={' '.join(patterns)!r} matches no work directory of a training run")
+    for folder, config in configs.items():
+        if lacking := sorted(set(defaults.get_config()) - set(config)):
+            raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has")
     return configs
 
 
@@ -233,7 +237,8 @@ def _read(folder: pathlib.Path, config: dict, method: str) -> tuple[loop.Trainin
     the average of parameters (ema) that the run kept itself. Raises `ValueError` if there are too few checkpoints."""
     run = loop.Training(ml_collections.ConfigDict(config), folder)
     like = jax.eval_shape(lambda: step.init(run.recipe, run.data.shape, run.numbers))
-    last = json.loads((folder / "results.json").read_text())["final"]["step"]
+    workdir.check_seal(folder)
+    last = workdir.read_json(folder / "results.json")["final"]["step"]
     with Checkpoints(folder / "checkpoints", config["keep_checkpoints"]) as checkpoints:
         steps = checkpoints.steps() if method in _OF_ONE_RUN else [last]
         if last not in checkpoints.steps():
@@ -259,6 +264,7 @@ class _Kitchen:
     """The members of a combination, what runs them and what scores them."""
 
     def __init__(self, run: loop.Training, members: list[Member]):
+        assert isinstance(run.data, loop._Resident)  # `_check` refuses what is streamed
         self.run, self.members, self.data = run, members, run.data.data
         variables, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *(member[1:] for member in members))
         # With these axes images [batch, ...] leave their normalisation as [members, batch, ...].
@@ -266,8 +272,8 @@ class _Kitchen:
 
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
         parallel, size = self.run.parallel, self.run.config.batch_size
-        placed = parallel.replicate(tuple(member[1:]))
-        return evaluate.predict(parallel, self.run.model, *placed, evaluate.batches_of(images, size), size, output)
+        variables, moments = parallel.replicate((member.variables, member.moments))
+        return evaluate.predict(parallel, self.run.model, variables, moments, evaluate.batches_of(images, size), size, output)
 
     def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
         """Some members' average, by default the uniform one, or `params` in its place, with statistics of its own."""
@@ -292,6 +298,7 @@ class _Kitchen:
     def learn(self, by_layer: bool) -> dict[str, list[float]]:
         """The coefficients that the validation images teach."""
         model, split, (_, variables, moments) = self.run.model.clone(axis_name=None), self.data.validation, self.members[0]
+        assert split is not None  # `_check` refuses runs that held out nothing
 
         def loss(params, batch):
             # A mixture's statistics are not known before it is chosen, so BatchNorm takes those of the batch.
@@ -368,7 +375,7 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
     validation = kitchen.evaluate(chosen, "validation", mean_of) if _validated(configs) else ([None] * len(names), None)
     test = kitchen.evaluate(chosen, "test", mean_of, evaluate.averaged(current.config.test_views))
     errors = {split: [row["error"] for row in rows if row] for split, rows in (("validation", validation[0]), ("test", test[0]))}
-    results = {
+    results: dict[str, Any] = {
         "kind": "combine", "method": method, "runs": [str(path) for path in configs],
         "ingredients": ingredients, "coefficients": coefficients,
         "validation": validation[1], "test": test[1],
@@ -396,7 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
-        run(options.runs, options.method, options.workdir)
+        with workdir.claim(options.workdir):
+            run(options.runs, options.method, options.workdir)
     return command.run(work)
 
 

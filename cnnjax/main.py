@@ -50,6 +50,10 @@ def _parse(argv: list[str]) -> None:
         quoted = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")  # ml_collections quotes its own message, and again
         key, _, advice = " ".join(quoted.split()).partition("'")
         raise ValueError(f"--config has no such key: {key!r}{advice}") from error
+    except flags.UnrecognizedFlagError as error:
+        known = ", ".join(f"--{name}" for name in _options())
+        raise ValueError(f"--{error.flagname} is not an option; there are {known}, and --config.KEY=VALUE for the keys of the "
+                         "configuration") from error
     except (flags.Error, TypeError, ImportError, SyntaxError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if config.get("kind") not in _JOBS:
@@ -63,19 +67,26 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         backend.join(_DISTRIBUTED.value)
     job.check(config)
     backend.start()
-    folder = workdir.prepare(folder, config.to_dict())
-    with workdir.claim(folder):
-        if (folder / "results.json").exists():
-            _LOG.info("%s holds the finished run", folder)
-            importlib.import_module("cnnjax.report").write(folder)
-        else:
-            _LOG.info("running in %s", folder)
-            job.run(config, folder)
+    is_finished = (folder / "results.json").exists()
+    _LOG.info("%s holds the finished run" if is_finished else "running in %s", folder)
+    workdir.completed(job.run, config, folder)
+    if is_finished:
+        importlib.import_module("cnnjax.report").write(folder)
     _LOG.info("finished: see %s", folder / "report.md")
+
+
+def _options() -> list[str]:
+    """The names of this package's own options."""
+    return [name for name in flags.FLAGS if not str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl.")]
 
 
 def main(argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run) -> int:
     """Does `work` with a configuration and returns the exit code (`cnnjax.command.run`)."""
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        told = (f"  --{name:12}{flags.FLAGS[name].help}" for name in _options())
+        print(sys.modules[work.__module__].__doc__, *told, "  --config.KEY=VALUE  changes a key of the configuration.", sep="\n")
+        return 0
+
     def do():
         _parse(argv)
         work(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))

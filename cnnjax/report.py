@@ -208,7 +208,7 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axis.set_yticks(range(len(classes)), classes, fontsize=8)
         for row, column in np.ndindex(counts.shape):
-            shown = counts[row, column] if counts.max() < 100_000 else f"{shares[row, column]:.2f}"  # of pixels there are too many
+            shown = f"{counts[row, column]}" if counts.max() < 100_000 else f"{shares[row, column]:.2f}"  # of pixels there are too many
             axis.text(column, row, shown, ha="center", va="center", fontsize=7,
                       color="white" if shares[row, column] > 0.5 else "black")
     figure.tight_layout()
@@ -291,7 +291,7 @@ def write(folder: pathlib.Path) -> None:
     missing = [name for name in ("config.json", "environment.json", "results.json") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"workdir={str(folder)!r} has no {', '.join(missing)}: there is no finished run to report on")
-    config, environment, results = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "environment", "results"))
+    config, environment, results = (workdir.read_json(folder / f"{name}.json") for name in ("config", "environment", "results"))
     if results.get("kind") not in _KINDS:
         raise ValueError(f"kind={results.get('kind')!r} of {folder / 'results.json'} is not one of {', '.join(_KINDS)}")
     body = _KINDS[results["kind"]](folder, config, results)

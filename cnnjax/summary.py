@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 
 from cnnjax import command
 
@@ -24,23 +24,23 @@ _LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole ma
 class Field:
     """What one output position sees along height and width: position i sees input pixels step * i + low ... step * i + high."""
 
-    step: tuple[int, int] = (1, 1)
-    low: tuple[int, int] = (0, 0)
-    high: tuple[int, int] = (0, 0)
+    step: tuple[int, ...] = (1, 1)
+    low: tuple[int, ...] = (0, 0)
+    high: tuple[int, ...] = (0, 0)
 
-    def shifted(self, by: tuple[int, int]) -> "Field":
+    def shifted(self, by: Sequence[int]) -> "Field":
         """The field of a map that lacks its first `by` positions."""
         low, high = (tuple(at + step * n for at, step, n in zip(side, self.step, by)) for side in (self.low, self.high))
         return Field(self.step, low, high)
 
-    def strided(self, strides: tuple[int, int]) -> "Field":
+    def strided(self, strides: Sequence[int]) -> "Field":
         return Field(tuple(step * n for step, n in zip(self.step, strides)), self.low, self.high)
 
-    def widened(self, by: tuple[int, int]) -> "Field":
+    def widened(self, by: Sequence[int]) -> "Field":
         """The field of a window that reaches `by` positions further."""
         return Field(self.step, self.low, tuple(at + step * n for at, step, n in zip(self.high, self.step, by)))
 
-    def size(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, ...]:
         return tuple(high - low + 1 for low, high in zip(self.low, self.high))
 
 
@@ -61,8 +61,8 @@ class Layer:
     parameters: int
     memory: int
     macs: int
-    receptive_field: tuple[int, int] | None
-    stride: tuple[int, int] | None
+    receptive_field: tuple[int, ...] | None
+    stride: tuple[int, ...] | None
 
 
 def _union(fields: list) -> Field | str | None:
@@ -100,7 +100,7 @@ def _seen(equation, fields: list) -> Field | str | None:
     return _union(fields)
 
 
-def _walk(jaxpr, fields: list, rows: dict[str, Layer]) -> Iterator[Layer]:
+def _walk(jaxpr, fields: list, rows: dict[str, Layer]) -> Generator[Layer, None, list]:
     """Yields the rows of a traced computation in order; `fields` are those of its inputs and, on return, its outputs' are the result.
 
     A layer's output carries its name through the trace, which is where `rows` gets its receptive field.
@@ -141,7 +141,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
 
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    rows = {}
+    rows: dict[str, Layer] = {}
 
     def report(call, args, kwargs, context):
         y, module = call(*args, **kwargs), context.module
@@ -159,7 +159,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     fields = [None] * (len(jaxpr.invars) - 1) + [Field()]
     table = [_row("", "input", jaxpr.invars[-1].aval, Field()), *_walk(jaxpr, fields, rows)]
 
-    unused = {}
+    unused: dict[str, int] = {}
     for path, value in jax.tree.leaves_with_path(variables["params"]):
         name = ".".join(key.key for key in path[:-1])
         if name not in rows:

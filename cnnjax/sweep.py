@@ -9,7 +9,6 @@ sweep.md: mean, sample standard deviation, n and 95 % interval (Student's t) of 
 """
 import copy
 import importlib.util
-import json
 import logging
 import os
 import pathlib
@@ -36,6 +35,8 @@ _METRICS = ("train_error", "validation_error", "test_error")
 def _cells(path: str) -> list[dict]:
     """The overrides that a configuration file's `sweep()` lists. Raises `ValueError` if it has none, or one twice."""
     spec = importlib.util.spec_from_file_location("sweep_config", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"config={path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
@@ -75,8 +76,8 @@ def summarise(folder: pathlib.Path, cells: list[dict]) -> None:
         groups[_name({key: value for key, value in cell.items() if key != "seed"})].append(folder / _name(cell))
     rows = []
     for name, folders in groups.items():
-        done = [json.loads(path.read_text())["final"] for place in folders if (path := place / "results.json").exists()]
-        failed = [json.loads(path.read_text())["error"] for place in folders if (path := place / "failure.json").exists()]
+        done = [workdir.read_json(path)["final"] for place in folders if (path := place / "results.json").exists()]
+        failed = [workdir.read_json(path)["error"] for place in folders if (path := place / "failure.json").exists()]
         row = {"cell": name, "failed": failed}
         measured = [metric for metric in _METRICS if done and metric in done[0]]
         rows.append(row | {metric: _interval([final[metric] for final in done]) for metric in measured})
@@ -119,6 +120,11 @@ def sweep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     configs = [_config(config, cell) for cell in cells]
     if _LAUNCHER.value:
         return launch(folder)
+    for cell, changed in zip(cells, configs):
+        place = folder / _name(cell)
+        if any((place / name).exists() for name in ("results.json", "failure.json")):  # main.run refuses the others
+            workdir.check_config(place, changed.to_dict())
+            workdir.check_seal(place)
     for number, (cell, changed) in enumerate(zip(cells, configs), 1):
         place = folder / _name(cell)
         if not (place / "results.json").exists() and not (place / "failure.json").exists():

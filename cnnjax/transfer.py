@@ -1,20 +1,21 @@
 """Transfer: which part of a network is taken from another one, which is frozen, and what a linear readout makes of its features.
 
 A part is named by a stage ("layer2" is what that stage adds to the one before, "logits" what follows the last) or by a shell
-pattern on torchvision's names of the parameters ("features.*", "*.bias"). BatchNorm's statistics go with its parameters. The head
+pattern on torchvision's names of the parameters (`features.*`, `*.bias`). BatchNorm's statistics go with its parameters. The head
 is what depends on the number of classes; of another network it is taken only where it is named.
 """
 import fnmatch
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float, Integer
 
-from cnnjax import weights
+from cnnjax import weights, workdir
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 
@@ -33,7 +34,8 @@ def stage_paths(model: Network) -> dict[str, frozenset[tuple[str, ...]]]:
     model, image = model.clone(padding="zeros"), jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     run = lambda **options: jax.eval_shape(functools.partial(model.init_with_output, method="stages", **options), jax.random.key(0), image)
     maps, everything = run()
-    found, seen = {}, set()
+    found: dict[str, frozenset[tuple[str, ...]]] = {}
+    seen: set[tuple[str, ...]] = set()
     for name in [*maps, "logits"]:
         variables = run(last=name)[1] if name in maps else everything
         paths = {("params", *path) for path in flatten_dict(variables.get("params", {}))}
@@ -55,7 +57,7 @@ def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> f
     if not parts:
         return frozenset()
     keys = {key: path for key, path in weights.torchvision_keys(_shapes(model)).items() if path[0] == "params"}
-    chosen = set()
+    chosen: set[tuple[str, ...]] = set()
     for part in parts:
         found = stage_paths(model).get(part) or {keys[key] for key in fnmatch.filter(keys, part)}
         if not found:
@@ -74,13 +76,13 @@ def head(model: Network) -> frozenset[tuple[str, ...]]:
 
 def split(tree: dict, paths: frozenset[tuple[str, ...]], collection: str = "params") -> tuple[dict, dict]:
     """Divides a collection's tree into (what is not in `paths`, what is)."""
-    parts = {}, {}
+    parts: tuple[dict, dict] = {}, {}
     for path, leaf in flatten_dict(tree).items():
         parts[(collection, *path) in paths][path] = leaf
-    return tuple(map(unflatten_dict, parts))
+    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
 
 
-def merge(*trees: dict) -> dict:
+def merge(*trees: Mapping) -> dict:
     """Joins trees; where two have a leaf, the later one's counts."""
     return unflatten_dict({path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()})
 
@@ -101,6 +103,8 @@ def weights_file(path: str | os.PathLike) -> pathlib.Path:
     file = pathlib.Path(path) / WEIGHTS if pathlib.Path(path).is_dir() else pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"initial_weights={str(path)!r} is neither a safetensors file nor the work directory of a finished training run")
+    if file != pathlib.Path(path):
+        workdir.check_seal(pathlib.Path(path))
     return file
 
 
@@ -126,8 +130,9 @@ def take(path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()) -
 
 # ------------------------------------------------------------------ frozen features
 
-def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> tuple[float, float]:
-    """The test accuracy of ridge regression on standardised features [n, features], and the strength of `STRENGTHS` that a fifth of the
+def linear_probe(train: Float[np.ndarray, "n features"], labels: Integer[np.ndarray, " n"], test: Float[np.ndarray, "m features"],
+                 test_labels: Integer[np.ndarray, " m"]) -> tuple[float, float]:
+    """The test accuracy of ridge regression on standardised features, and the strength of `STRENGTHS` that a fifth of the
     training features, held out, chose: the exact solution of a linear classifier under squared loss."""
     def fit(x, y, strength):
         mean, std = x.mean(0), x.std(0)
@@ -140,5 +145,5 @@ def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_l
     train, test, classes = train.astype(np.float64), test.astype(np.float64), int(labels.max()) + 1
     part = len(train) * 4 // 5
     held_out = {strength: (fit(train[:part], labels[:part], strength)(train[part:]) == labels[part:]).mean() for strength in STRENGTHS}
-    strength = max(held_out, key=held_out.get)
+    strength = max(held_out, key=held_out.__getitem__)
     return float((fit(train, labels, strength)(test) == test_labels).mean()), strength

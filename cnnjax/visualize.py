@@ -13,7 +13,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.errors
 import flax.linen as nn
@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import PIL.Image
 import PIL.ImageOps
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -34,6 +35,7 @@ from cnnjax.nn import FILLS
 from cnnjax.position.encoder import normalize
 from cnnjax.position.metrics import border_distance
 from cnnjax.progress import progress
+from cnnjax.types import AnyArray
 
 # Through which ReLUs a signal dy passes on its way back from a map to the image, where x went in. "gradient": the derivative (Simonyan
 # et al. 2013, arXiv 1312.6034); "deconvnet": Zeiler and Fergus 2014 (arXiv 1311.2901); "guided": Springenberg et al. 2015 (arXiv
@@ -102,8 +104,8 @@ def _logits(model, variables, images):
     return _apply(model, variables, images)
 
 
-def first_filters(model: Network, variables: dict) -> tuple[str, np.ndarray]:
-    """The name and the kernels [height, width, in, filters] of the convolution that runs first.
+def first_filters(model: Network, variables: dict) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
+    """The name and the kernels of the convolution that runs first.
 
     Raises `ValueError` if the network has none.
     """
@@ -116,17 +118,16 @@ def first_filters(model: Network, variables: dict) -> tuple[str, np.ndarray]:
     return names[0], np.asarray(kernel)
 
 
-def activations(model: Network, variables: dict, images: jnp.ndarray, stage: str) -> jnp.ndarray:
-    """The maps of a stage, [batch, rows, columns, channels].
-
-    Raises `ValueError` if there is no such stage.
-    """
+def activations(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
+                stage: str) -> Float[Array, "batch rows columns units"]:
+    """The maps of a stage. Raises `ValueError` if there is no such stage."""
     _check_stage(model, stage)
     return _activations(model, variables, images, stage)
 
 
-def peaks(model: Network, variables: dict, images: jnp.ndarray, stage: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each channel's largest activation on each image, [batch, channels], and its row and column, [batch, channels, 2].
+def peaks(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
+          stage: str) -> tuple[Float[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
+    """Each channel's largest activation on each image, and its row and column.
 
     Raises `ValueError` if there is no such stage.
     """
@@ -180,8 +181,9 @@ def _saliency(model, variables, images, channels, stage, rule):
     return signal
 
 
-def saliency(model: Network, variables: dict, images: jnp.ndarray, stage: str, channel: int | np.ndarray, rule: str) -> jnp.ndarray:
-    """What of each image excites a channel's strongest unit, by one of `RULES`: a signal back from that unit, of the images' shape.
+def saliency(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"], stage: str,
+             channel: int | Sequence[int] | Int[AnyArray, " batch"], rule: str) -> Float[Array, "batch height width channels"]:
+    """What of each image excites a channel's strongest unit, by one of `RULES`: a signal back from that unit.
 
     `channel` is one for all images or an array with one for each. Max-pools send the signal to where the maximum was, which are the
     deconvnet's switches, and whatever else is not a ReLU passes it back as its derivative does; so does a ReLU6 where it is
@@ -200,8 +202,9 @@ def _occluded_logits(model, variables, image, corners, value, size):
     return _apply(model, variables, jnp.where(hidden[..., None], value, image))
 
 
-def occlusion(model: Network, variables: dict, image: jnp.ndarray, size: int, stride: int, value: float = 0.0) -> np.ndarray:
-    """The logits for an image [height, width, channels] with a square hidden, [rows, columns, num_classes]: one for each place.
+def occlusion(model: Network, variables: dict, image: Float[AnyArray, "height width channels"], size: int, stride: int,
+              value: float = 0.0) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
+    """The logits for an image with a square hidden, for each of its places.
 
     The square [i, j] of `size` pixels, filled with `value` (0 is the mean colour of a normalised image), has its upper left corner at
     (i * stride, j * stride). Raises `ValueError` if it does not fit into the image. Zeiler and Fergus 2014, section 4.2.
@@ -213,8 +216,8 @@ def occlusion(model: Network, variables: dict, image: jnp.ndarray, size: int, st
     grid = [(n - size) // stride + 1 for n in image.shape[:2]]
     corners = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), -1) * stride
     padded = np.resize(corners, (-(-len(corners) // _BATCH) * _BATCH, 2))  # one shape, one compilation
-    value = jnp.asarray(value, image.dtype)
-    logits = [_occluded_logits(model, variables, image, batch, value, size) for batch in padded.reshape(-1, _BATCH, 2)]
+    fill = jnp.asarray(value, image.dtype)
+    logits = [_occluded_logits(model, variables, image, batch, fill, size) for batch in padded.reshape(-1, _BATCH, 2)]
     return np.concatenate(logits)[:len(corners)].reshape(*grid, -1)
 
 
@@ -244,20 +247,21 @@ def _grad_cam(model, variables, images, classes, stage):
     return nn.relu((gradient.mean((1, 2), keepdims=True) * maps).sum(3))
 
 
-def grad_cam(model: Network, variables: dict, images: jnp.ndarray, classes: np.ndarray, stage: str) -> jnp.ndarray:
-    """Where each image speaks for its class: a stage's maps, weighted by the mean gradients of the class's logit, [batch, rows, columns].
+def grad_cam(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
+             classes: Sequence[int] | Int[AnyArray, " batch"], stage: str) -> Float[Array, "batch rows columns"]:
+    """Where each image speaks for its class: a stage's maps, weighted by the mean gradients of the class's logit.
 
-    `classes` are whole numbers [batch]. Raises `ValueError` for an unknown stage or class. Selvaraju et al. 2017 (arXiv 1610.02391),
+    Raises `ValueError` for an unknown stage or class. Selvaraju et al. 2017 (arXiv 1610.02391),
     equations 1 and 2.
     """
     _check_stage(model, stage)
-    classes = jnp.broadcast_to(jnp.asarray(classes), len(images))
-    if not 0 <= classes.min() <= classes.max() < model.num_classes:
-        raise ValueError(f"classes={classes.tolist()} are not all between 0 and {model.num_classes - 1}, the network's classes")
-    return _grad_cam(model, variables, images, classes, stage)
+    chosen = jnp.broadcast_to(jnp.asarray(classes), len(images))
+    if not 0 <= chosen.min() <= chosen.max() < model.num_classes:
+        raise ValueError(f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, the network's classes")
+    return _grad_cam(model, variables, images, chosen, stage)
 
 
-def frame(model: Network, stage: str) -> tuple[tuple[int, int], tuple[int, int], tuple[slice, slice]]:
+def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[slice, ...]]:
     """The least image at the heart of which a unit of a stage sees no border: its (height, width), the unit's place, what it sees.
 
     It is never larger than the image of the network's publication, of which the unit then is the central one and sees everything.
@@ -288,8 +292,8 @@ def _paint(spectrum, size):
     return jnp.broadcast_to(jax.nn.sigmoid(image), (*image.shape[:3], 3))
 
 
-def network_input(model: Network, images: jnp.ndarray) -> jnp.ndarray:
-    """RGB from 0 to 255, [batch, height, width, 3], as the network takes it: ImageNet's mean and standard deviation taken out.
+def network_input(model: Network, images: Shaped[AnyArray, "batch height width 3"]) -> Float[AnyArray, "batch height width channels"]:
+    """RGB from 0 to 255 as the network takes it: ImageNet's mean and standard deviation taken out.
 
     A network of one channel gets the mean of the three.
     """
@@ -326,12 +330,13 @@ def _climb(model, variables, spectrum, channels, key, total_variation, stage, si
     return spectrum
 
 
-def maximise(model: Network, variables: dict, stage: str, channels: np.ndarray, steps: int = 256, jitter: int | None = None,
-             total_variation: float = 0.02, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images that excite a unit of each of the `channels`, found by gradient ascent: RGB in [0, 1], [channels, height, width, 3].
+def maximise(model: Network, variables: dict, stage: str, channels: Sequence[int] | Int[np.ndarray, " units"], steps: int = 256,
+             jitter: int | None = None, total_variation: float = 0.02,
+             seed: int = 0) -> tuple[Float[np.ndarray, "units height width 3"], Float[np.ndarray, "2 units"]]:
+    """Images that excite a unit of each of the `channels`, found by gradient ascent: RGB in [0, 1].
 
     They show what the unit sees of the image, where that is not more than the publication's image. Also returns the units'
-    activations [2, channels]: for the first image, which is noise, and for the result. The image is painted in decorrelated
+    activations: for the first image, which is noise, and for the result. The image is painted in decorrelated
     frequencies and colours and climbed by Adam (Olah et al. 2017, distill.pub/2017/feature-visualization). At each step it is rolled
     by up to `jitter` pixels (a quarter of the stage's stride if None), and `total_variation` is the share of the activation that an
     edge from black to white across the whole image costs. Raises `ValueError` for an unknown stage or channel, or a number out of
@@ -343,13 +348,13 @@ def maximise(model: Network, variables: dict, stage: str, channels: np.ndarray, 
         if value < least:
             raise ValueError(f"{name}={value} is not a number of at least {least}")
     size, at, seen = frame(model, stage)
-    channels = jnp.atleast_1d(jnp.asarray(channels))
+    units = jnp.atleast_1d(jnp.asarray(channels))
     start, roll = jax.random.split(jax.random.key(seed))
-    spectrum = _START * jax.random.normal(start, (2, len(channels), *_frequencies(size).shape, model.input_shape[2]))
-    before = _unit(model, variables, _paint(spectrum, size), channels, stage, "gradient", at)
-    spectrum = _climb(model, variables, spectrum, channels, roll, jnp.float32(total_variation), stage, size, at, steps, jitter)
+    spectrum = _START * jax.random.normal(start, (2, len(units), *_frequencies(size).shape, model.input_shape[2]))
+    before = _unit(model, variables, _paint(spectrum, size), units, stage, "gradient", at)
+    spectrum = _climb(model, variables, spectrum, units, roll, jnp.float32(total_variation), stage, size, at, steps, jitter)
     pixels = _paint(spectrum, size)
-    after = _unit(model, variables, pixels, channels, stage, "gradient", at)
+    after = _unit(model, variables, pixels, units, stage, "gradient", at)
     return np.asarray(pixels[:, *seen]), np.stack([before, after])
 
 
@@ -361,8 +366,9 @@ def _central_gradients(model, variables, images, key, stage):
     return jnp.sqrt(jnp.square(gradient.astype(jnp.float32)).mean((0, 3)))
 
 
-def effective_receptive_field(model: Network, variables: dict, images: jnp.ndarray, stage: str, seed: int = 0) -> np.ndarray:
-    """How much each pixel moves the central unit of a stage, relative to the pixel that does most, [height, width].
+def effective_receptive_field(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"], stage: str,
+                              seed: int = 0) -> Float[np.ndarray, "height width"]:
+    """How much each pixel moves the central unit of a stage, relative to the pixel that does most.
 
     It is the root of the mean square of the gradient over images, colours and the stage's channels, whose signals go back together
     under random signs. Raises `ValueError` if there is no such stage. Luo et al. 2016 (arXiv 1701.04128), section 3.
@@ -372,13 +378,14 @@ def effective_receptive_field(model: Network, variables: dict, images: jnp.ndarr
     return field / max(field.max(), np.finfo(np.float32).tiny)
 
 
-def effective_size(field: np.ndarray) -> float:
+def effective_size(field: Float[np.ndarray, "height width"]) -> float:
     """The side, in pixels, of the square with as many pixels as an effective receptive field has above 4.55 % of its largest."""
     return float(np.sqrt((field > _IN_FIELD).sum()))
 
 
-def equivariance_error(model: Network, variables: dict, images: jnp.ndarray, stage: str) -> np.ndarray:
-    """How far a shifted image's features are from the shifted features, by distance to the border: [distances], 0 the border itself.
+def equivariance_error(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
+                       stage: str) -> Float[np.ndarray, " distances"]:
+    """How far a shifted image's features are from the shifted features, by distance to the border: 0 is the border itself.
 
     The image is shifted by the stage's stride along both axes: two windows that much smaller are cut out of `images`, at its two
     corners, so that one feature lies one position further in the other. The error is relative: the root of the squared differences
@@ -386,8 +393,8 @@ def equivariance_error(model: Network, variables: dict, images: jnp.ndarray, sta
     Raises `ValueError` for an unknown stage, and for images too small to compare.
     """
     step = receptive_field(model, stage).step
-    late, early = images[:, step[0]:, step[1]:], images[:, :-step[0], :-step[1]]
-    late, early = (np.asarray(_activations(model, variables, window, stage), np.float64) for window in (late, early))
+    windows = images[:, step[0]:, step[1]:], images[:, :-step[0], :-step[1]]
+    late, early = (np.asarray(_activations(model, variables, window, stage), np.float64) for window in windows)
     late, early = late[:, :-1, :-1], early[:, 1:, 1:]
     if not early.size:
         raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of stage={stage!r} to compare under "
@@ -400,14 +407,14 @@ def equivariance_error(model: Network, variables: dict, images: jnp.ndarray, sta
 # --- figures ---------------------------------------------------------------------------------------------------------------------
 
 
-def _brighten(signals: np.ndarray) -> np.ndarray:
-    """Signals [n, height, width, channels] of either sign as RGB in [0, 1] about grey, each by the strongest half percent."""
+def _brighten(signals: Float[np.ndarray, "n height width channels"]) -> Float[np.ndarray, "n height width 3"]:
+    """Signals of either sign as RGB in [0, 1] about grey, each by the strongest half percent."""
     strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
     return np.broadcast_to(np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1), (*signals.shape[:3], 3))
 
 
-def _mosaic(images: np.ndarray) -> np.ndarray:
-    """Images [n, height, width, ...] as one, in a square of rows and columns with white lines between."""
+def _mosaic(images: Shaped[np.ndarray, "n height width *colours"]) -> Shaped[np.ndarray, "_ _ *colours"]:
+    """Images as one, in a square of rows and columns with white lines between."""
     zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     side = int(np.ceil(np.sqrt(len(images))))
@@ -431,8 +438,9 @@ def _grid(rows: int, columns: int, cell: float = 2.0):
     return figure, axes
 
 
-def _patches(images: np.ndarray, places: np.ndarray, field: summary.Field, blank: float) -> np.ndarray:
-    """What the units at `places` [n, 2] see of their images [n, height, width, ...]; `blank` is what lies outside the image."""
+def _patches(images: Shaped[np.ndarray, "n height width *colours"], places: Int[np.ndarray, "n 2"], field: summary.Field,
+             blank: float) -> Shaped[np.ndarray, "n _ _ *colours"]:
+    """What the units at `places` see of their images; `blank` is what lies outside the image."""
     patches = []
     for image, place in zip(images, places):
         low, high = (np.array(side) + np.array(field.step) * place for side in (field.low, field.high))
@@ -446,14 +454,14 @@ def _patches(images: np.ndarray, places: np.ndarray, field: summary.Field, blank
 # --- commands --------------------------------------------------------------------------------------------------------------------
 
 
-def _read(model: Network, paths: list[pathlib.Path], times: int = 1) -> np.ndarray:
-    """Photographs, scaled and cut to `times` the network's image size, uint8 [n, height, width, 3]."""
-    size = [times * n for n in model.input_shape[1::-1]]
+def _read(model: Network, paths: list[pathlib.Path], times: int = 1) -> UInt8[np.ndarray, "n height width 3"]:
+    """Photographs, scaled and cut to `times` the network's image size."""
+    size = times * model.input_shape[1], times * model.input_shape[0]
     scaled = [PIL.ImageOps.fit(PIL.Image.fromarray(photographs.read_image(path)), size, PIL.Image.Resampling.BICUBIC) for path in paths]
     return np.stack([np.asarray(image) for image in scaled])
 
 
-def _spread(items: list, count: int) -> list:
+def _spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spread; all where there are no more."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
 
@@ -463,7 +471,8 @@ class Subject:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.model = create_model(options.model, padding=options.padding)
+        named = {"every_layer": True} if options.every_layer else {}
+        self.model = create_model(options.model, padding=options.padding, **named)
         self.stages = options.stages or list(stage_channels(self.model))
         if not self.stages and options.command != "filters":
             raise ValueError(f"model={options.model!r} has no stages, and so no maps to look at")
@@ -492,7 +501,7 @@ class Subject:
     def photographs(self) -> np.ndarray:
         return np.concatenate(list(self.batches()))
 
-    def input(self, images: np.ndarray) -> jnp.ndarray:
+    def input(self, images: np.ndarray) -> AnyArray:
         return network_input(self.model, jnp.asarray(images))
 
     def channels(self, stage: str, count: int) -> list[int]:
@@ -582,7 +591,7 @@ def _top_patches(subject: Subject):
     return figure, {"channels": _named(subject, found)}
 
 
-def _probabilities(logits: np.ndarray) -> np.ndarray:
+def _probabilities(logits: Float[AnyArray, "*images classes"]) -> Float[np.ndarray, "*images classes"]:
     """Softmax over the last axis; one logit alone goes through a sigmoid."""
     if logits.shape[-1] == 1:
         return np.asarray(jax.nn.sigmoid(logits))
@@ -745,6 +754,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'")
         add("--missing", nargs="+", default=(), metavar="MODULE", help="modules that the file is known not to hold")
         add("--padding", default="zeros", help="fill of every convolution and pool (default: %(default)s)")
+        add("--every-layer", action="store_true", help="names the stages of a VGG by convolution: conv1_1, conv1_2, ...")
         add("--workdir", required=True, metavar="FOLDER", help="where the figure and the numbers are written")
         if images is not None:
             add("--photographs", default="", metavar="FOLDER", help="default: those that scikit-image and scikit-learn carry")

@@ -63,8 +63,12 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"weights={str(path)!r} is not a file; expected a safetensors file with torchvision's names")
     try:
         tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"weights={str(path)!r} is not a readable safetensors file ({error}); pickled .pth files are not "
+        for key, value in tensors.items():
+            if not key.isprintable() or value.dtype.kind == "c":
+                raise ValueError(f"{key!r} holds {value.dtype}; expected real numbers and a printable name")
+    except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:  # AttributeError: numbers that NumPy has not
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"weights={str(path)!r} is not a readable safetensors file ({reason}); pickled .pth files are not "
                          "read, since they can run code") from error
     if any(key.startswith("pre_logits.") for key in tensors):
         for theirs, ours in _TIMM_VGG.items():

@@ -50,12 +50,20 @@ def write_json(path: pathlib.Path, value) -> None:
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: pathlib.Path, **options):
+    """What a JSON file holds. Raises `ValueError`, with its name, if it is not JSON."""
+    try:
+        return json.loads(path.read_bytes(), **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
+
+
 def finished(path: pathlib.Path, compute: Callable, *arguments):
     """What a cell's JSON file holds; where there is none it is computed from the arguments and written."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_json(path, compute(*arguments))
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def write_figure(path: pathlib.Path, figure) -> None:
@@ -89,26 +97,32 @@ def _difference(old, new, prefix: str = "") -> str | None:
     return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
 
 
+def check_config(folder: pathlib.Path, config: dict) -> None:
+    """Raises `ValueError` if a work directory holds a run of another configuration, or a config.json that is none."""
+    config = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
+    try:
+        if difference := _difference(json.loads((folder / "config.json").read_text()), config):
+            raise ValueError(f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
+                         "configuration, or choose another --workdir") from error
+
+
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
     """Creates a work directory and records the configuration and the environment in it -> its path.
 
     Raises `ValueError` if it cannot be written to or holds a run of another configuration.
     """
     folder = pathlib.Path(folder)
-    config = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.json"
         begun = any(other.name not in ("config.json", "environment.json") and other.suffix != ".claim" for other in folder.iterdir())
         # In a folder where nothing was begun there is nothing to mix up: the run before was refused.
-        if begun and path.exists() and (difference := _difference(json.loads(path.read_text()), config)):
-            raise ValueError(f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir")
-        write_json(path, config)
+        if begun and (folder / "config.json").exists():
+            check_config(folder, config)
+        write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
-                         "configuration, or choose another --workdir") from error
     if not (folder / "results.json").exists():  # else it says what made them
         write_json(folder / "environment.json", backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()})
     return folder
@@ -142,16 +156,16 @@ def check_seal(folder: pathlib.Path) -> None:
 def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
     """The results of a configuration in its work directory; it is run there unless it has been.
 
-    Raises `ValueError` as `prepare` and `claim` do.
+    Of several processes that compute together one has them, the others nothing. Raises `ValueError` as `prepare` and `claim` do.
     """
-    with claim(folder := pathlib.Path(folder)):
+    with claim(folder := pathlib.Path(folder)):  # before config.json is written, which must be that of the run under way
         prepare(folder, config.to_dict())
         if (folder / "results.json").exists():
             check_seal(folder)
         else:
             run(config, folder)
-            seal(folder)
-        return json.loads((folder / "results.json").read_text())
+        seal(folder)
+        return read_json(folder / "results.json") if backend.writes() else {}
 
 
 def _holder(path: pathlib.Path, mine: pathlib.Path) -> str | None:
@@ -210,8 +224,9 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             done.set()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # on a disk that can no longer be written to, what failed is told
                 if path.samefile(mine):
                     path.unlink()
     finally:
-        mine.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mine.unlink()

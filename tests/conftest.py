@@ -2,10 +2,14 @@ import os
 import pathlib
 
 import jax
+import jaxtyping
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from cnnjax import backend
+# Every annotation is checked at every call; an int is a float, as everywhere in Python. It works on what is imported after it.
+jaxtyping.install_import_hook("cnnjax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from cnnjax import backend  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for what runs on many devices; the rest uses the first
 backend.start()
@@ -13,8 +17,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # Modules whose tests share what takes long to make, and would be made once on every worker.
-_TOGETHER = tuple(f"tests/test_{name}.py" for name in ("bad_input", "basics", "claims", "combine", "configs", "distributed", "ensemble", "position",
-                                                       "train"))
+_TOGETHER = tuple(f"tests/test_{name}.py" for name in ("bad_input", "basics", "claims", "combine", "configs", "distributed", "ensemble", "faults",
+                                                       "position", "train"))
 
 
 class _Scheduling(LoadScopeScheduling):

@@ -55,7 +55,7 @@ CASES = [
     (("main", "--config=configs/nothing.py"), "config='configs/nothing.py' is not a file"),
     (("main", "--config=FILES/empty.py"), "get_config"),
     (("main", "--config=FILES/wrong.py"), "invalid syntax"),
-    ((*STUDY, "--wrkdir=x"), "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+    ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --config, --workdir"),
     ((*STUDY, "surplus"), "unexpected argument 'surplus'"),
     ((*STUDY, "--config.encodrs=('vgg16',)"), "--config has no such key: 'encodrs' Did you mean \"encoders\""),
     ((*STUDY, "--config.seeds=many"), "many"),

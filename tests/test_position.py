@@ -191,7 +191,7 @@ def test_report_and_figures_are_there_and_readable(finished):
         with PIL.Image.open(finished / name) as image:
             assert min(image.size) > 100 and len(set(image.convert("L").tobytes())) > 10
     assert all(decision in report for decision in study.DECISIONS)
-    assert sorted(path.name for path in finished.iterdir()) == sorted([*figures, "config.json", "environment.json", "maps.npz", "report.md", "results.json"])
+    assert sorted(path.name for path in finished.iterdir()) == sorted([*figures, "cells", "config.json", "environment.json", "maps.npz", "report.md", "results.json"])
 
 
 def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):

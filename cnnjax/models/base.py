@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill
+from cnnjax.types import AnyArray
 
 
 class Network(nn.Module):
@@ -22,7 +25,7 @@ class Network(nn.Module):
 
     num_classes: int = 1000
     padding: str = "zeros"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     input_shape: tuple[int, int, int] = (224, 224, 3)  # height, width and channels that the publication uses
 
@@ -33,7 +36,7 @@ class Network(nn.Module):
         super().__post_init__()
 
     @nn.nowrap
-    def walk(self, x: jnp.ndarray, train: bool) -> Iterator[tuple[str, jnp.ndarray]]:
+    def walk(self, x: Float[AnyArray, "batch height width channels"], train: bool) -> Iterator[tuple[str, Array]]:
         raise NotImplementedError
 
     @nn.compact
@@ -47,11 +50,12 @@ class Network(nn.Module):
                 return maps
         raise ValueError(f"last={last!r} is not a stage of this network; its stages are {', '.join(list(maps)[:-1])}")
 
-    def __call__(self, x: jnp.ndarray, train: bool = False) -> jnp.ndarray:
+    def __call__(self, x: Float[AnyArray, "batch height width channels"], train: bool = False) -> Float[Array, "batch ..."]:
         """Returns logits; `train` turns on dropout and BatchNorm's batch statistics."""
         return self._run(x, train, "logits")["logits"].astype(jnp.float32)
 
-    def stages(self, x: jnp.ndarray, train: bool = False, last: str | None = None) -> collections.OrderedDict:
+    def stages(self, x: Float[AnyArray, "batch height width channels"], train: bool = False,
+               last: str | None = None) -> collections.OrderedDict[str, Float[Array, "batch ..."]]:
         """Returns the named activations in order, up to the stage `last`, which need no parameters of what comes after it.
 
         Raises `ValueError` if there is no stage of that name.
@@ -72,7 +76,7 @@ def register(name: str, build: Callable[..., Network]) -> None:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The registered names that match a shell pattern, such as "*vgg*", in alphabetical order."""
+    """The registered names that match a shell pattern, such as `*vgg*`, in alphabetical order."""
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 

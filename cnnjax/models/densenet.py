@@ -2,7 +2,7 @@
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, avg_pool, concatenate, global_avg_pool, max_pool
@@ -16,7 +16,7 @@ class DenseLayer(nn.Module):
     growth: int
     dropout: float
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

@@ -7,6 +7,7 @@ interpolation and added to its own, and so on, and the sum is brought to the pix
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Real
 
 from cnnjax import summary
 from cnnjax.models.base import Network, create_model, register
@@ -36,17 +37,19 @@ def grids(encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
 
     They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
     """
-    return tuple(tuple(field.step[axis] * np.arange(output[axis + 1]) + (field.low[axis] + field.high[axis]) / 2 for axis in (0, 1))
+    centres = lambda field, count, axis: field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
+    return tuple((centres(field, output[1], 0), centres(field, output[2], 1))
                  for field, output in summary.receptive_fields(encoder, stages, shape))
 
 
-def _bilinear(to: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _bilinear(to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]) -> Float[np.ndarray, "to known"]:
     """The matrix [to, known] of linear interpolation at positions `to`, that of the nearest beyond the first and the last one known."""
     return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(np.float32)
 
 
-def place(x: jnp.ndarray, known: tuple[np.ndarray, np.ndarray], to: tuple[np.ndarray, np.ndarray]) -> jnp.ndarray:
-    """Brings maps [batch, height, width, channels] whose (rows, columns) are at `known` to other rows and columns.
+def place(x: Float[Array, "batch height width channels"], known: tuple[np.ndarray, np.ndarray],
+          to: tuple[np.ndarray, np.ndarray]) -> Float[Array, "batch rows columns channels"]:
+    """Brings maps whose (rows, columns) are at `known` to other rows and columns.
 
     In between it is bilinear interpolation; what lies beyond the map has the value of the nearest position on its edge.
     """

@@ -3,9 +3,11 @@
 As in torchvision, the "5x5" branch is a 3x3 convolution (pytorch/vision issue 906).
 """
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, concatenate, global_avg_pool, max_pool
@@ -36,9 +38,9 @@ class ConvNorm(nn.Module):
     size: int | tuple[int, int]
     stride: int = 1
     padding: int | tuple[int, int] = 0
-    kernel_init: callable = _normal
+    kernel_init: Callable = _normal
     fill: str = "zeros"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
@@ -53,7 +55,7 @@ class Inception(nn.Module):
 
     widths: tuple[int, int, int, int, int, int]
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact
@@ -75,7 +77,7 @@ class Auxiliary(nn.Module):
     num_classes: int
     dropout: float
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

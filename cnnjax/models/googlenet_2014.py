@@ -6,6 +6,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.models.googlenet import _AUXILIARY, _TABLE
@@ -17,7 +18,7 @@ class NaiveInception(nn.Module):
 
     widths: tuple[int, int, int]
     fill: str = "zeros"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -31,7 +32,7 @@ class Inception(nn.Module):
 
     widths: tuple[int, int, int, int, int, int]
     fill: str = "zeros"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -53,7 +54,7 @@ class Auxiliary(nn.Module):
     num_classes: int
     dropout: float
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, train):

@@ -3,6 +3,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.models.googlenet import ConvNorm
@@ -58,7 +59,7 @@ class Block(nn.Module):
 
     branches: tuple
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.nowrap
@@ -92,7 +93,7 @@ class Auxiliary(nn.Module):
 
     num_classes: int
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

@@ -3,6 +3,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, avg_pool, conv, max_pool
@@ -51,7 +52,7 @@ def uniform(fan_in):
 class Subsample(nn.Module):
     """The sum of each 2x2 square, times one trainable coefficient per map, plus one trainable bias."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
@@ -63,7 +64,7 @@ class Subsample(nn.Module):
 class TableConv(nn.Module):
     """A 5x5 convolution along the table's connections only: `kernel` [5, 5, connections], one plane for each of them."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):

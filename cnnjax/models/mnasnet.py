@@ -5,7 +5,7 @@ B1 is the network without squeeze-and-excitation of the authors' released code; 
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
@@ -32,7 +32,7 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

@@ -3,6 +3,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
@@ -25,7 +26,7 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

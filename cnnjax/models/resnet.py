@@ -5,9 +5,10 @@ convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.0
 torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
 """
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out, max_pool
@@ -18,7 +19,7 @@ class Block(nn.Module):
 
     layers: tuple[tuple[int, int, int, int], ...]
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact
@@ -53,7 +54,7 @@ class ResNet(Network):
     """Stages `stem` (before the max-pool) and `layer1` ... `layer4`, at strides 2, 4, 8, 16, 32."""
 
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)
-    block: callable = basic
+    block: Callable = basic
 
     @nn.nowrap
     def walk(self, x, train):

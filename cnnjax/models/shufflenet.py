@@ -3,6 +3,7 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, concatenate, global_avg_pool, max_pool
@@ -22,7 +23,7 @@ class Unit(nn.Module):
     features: int
     stride: int
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
 
     @nn.compact

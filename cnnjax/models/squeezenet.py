@@ -2,7 +2,7 @@
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool
@@ -19,7 +19,7 @@ class Fire(nn.Module):
     squeeze: int
     expand: int
     fill: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):

@@ -6,6 +6,7 @@ forms into that one only outside loops. The two gradients that JAX derives are o
 gradients in the fast form itself. On other platforms the compiler's own choice is better and is left alone.
 """
 import functools
+import math
 import operator
 from collections.abc import Callable
 
@@ -14,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
 
-from cnnjax.nn.geometry import output_size, pair, valid_counts
+from cnnjax.nn.geometry import Both, output_size, pair, valid_counts
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.sums import add_bias, channel_sum
+from cnnjax.types import AnyArray
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _LARGE = 2**20  # elements: 4 MB
@@ -142,8 +146,9 @@ def _zero_padded(x, kernel, stride, padding, dilation, groups):
     return _grouped(x, kernel, groups, stride, padding, dilation)
 
 
-def conv(x: jnp.ndarray, kernel: jnp.ndarray, *, stride=1, padding=0, dilation=1, groups: int = 1, fill: str = "zeros",
-         key: jnp.ndarray | None = None) -> jnp.ndarray:
+def conv(x: Float[AnyArray, "batch height width in"], kernel: Float[AnyArray, "rows columns in_of_group out"], *, stride: Both = 1,
+         padding: Both = 0, dilation: Both = 1, groups: int = 1, fill: str = "zeros",
+         key: Key[Array, ""] | None = None) -> Float[Array, "batch height_out width_out out"]:
     """Convolves `x` [batch, height, width, in] with `kernel` [height, width, in / groups, out] -> [batch, height', width', out].
 
     `stride`, `padding` (the amount on each side) and `dilation` are integers or (height, width) pairs; `fill` is what the
@@ -185,22 +190,22 @@ class Conv(nn.Module):
     """`conv` with parameters; PyTorch's default initialisation unless `kernel_init` or `bias_init` is given."""
 
     features: int
-    kernel_size: int | tuple[int, int]
-    stride: int | tuple[int, int] = 1
-    padding: int | tuple[int, int] = 0
-    dilation: int | tuple[int, int] = 1
+    kernel_size: Both
+    stride: Both = 1
+    padding: Both = 0
+    dilation: Both = 1
     groups: int = 1
     fill: str = "zeros"
     use_bias: bool = True
     kernel_init: Callable | None = None
     bias_init: Callable | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+    def __call__(self, x: Float[AnyArray, "batch height width in"]) -> Float[Array, "batch height_out width_out {self.features}"]:
         size = pair(self.kernel_size, "kernel_size", 1)
         shape = (*size, x.shape[-1] // self.groups, self.features)
-        default = uniform_fan_in(np.prod(shape[:3]))
+        default = uniform_fan_in(math.prod(shape[:3]))
         kernel = self.param("kernel", self.kernel_init or default, shape)
         key = self.make_rng("padding") if self.fill == "random" and (self.has_rng("padding") or self.is_initializing()) else None
         y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding,
@@ -217,10 +222,10 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Callable | None = None
     bias_init: Callable | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+    def __call__(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch {self.features}"]:
         default = uniform_fan_in(x.shape[-1])
         kernel = self.param("kernel", self.kernel_init or default, (x.shape[-1], self.features))
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)

@@ -4,11 +4,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from cnnjax.nn.sums import channel_sum
+from cnnjax.types import AnyArray
 
 
-def _total(axis_name: str | None, *values: jnp.ndarray) -> tuple[jnp.ndarray, ...]:
+def _total(axis_name: str | None, *values: Array) -> tuple[Array, ...]:
     return values if axis_name is None else jax.lax.psum(values, axis_name)
 
 
@@ -54,10 +57,10 @@ class BatchNorm(nn.Module):
     momentum: float = 0.1
     eps: float = 1e-5
     axis_name: str | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jnp.ndarray, train: bool = False) -> jnp.ndarray:
+    def __call__(self, x: Float[AnyArray, "*batch channels"], train: bool = False) -> Float[AnyArray, "*batch channels"]:
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -79,8 +82,9 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def local_response_norm(x: jnp.ndarray, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> jnp.ndarray:
-    """Divides each channel of `x` [..., channels] by (k + alpha * sum of squares over `size` neighbouring channels) ** beta.
+def local_response_norm(x: Float[AnyArray, "*batch channels"], size: int = 5, alpha: float = 1e-4, beta: float = 0.75,
+                        k: float = 2.0) -> Float[AnyArray, "*batch channels"]:
+    """Divides each channel of `x` by (k + alpha * sum of squares over `size` neighbouring channels) ** beta.
 
     Defaults are those of Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*; PyTorch's multiplies the
     mean, so its alpha is `size` times this one. The window is centred and clipped at the first and last channel; for an

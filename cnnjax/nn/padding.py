@@ -23,8 +23,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.resize import resize
+from cnnjax.types import AnyArray
 
 FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial", "mean", "random", "interpolate", "full", "one-sided")
 _NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
@@ -37,14 +39,15 @@ def check_fill(fill: str) -> str:
     return fill
 
 
-def _framed(x: jnp.ndarray, widths, frame: jnp.ndarray) -> jnp.ndarray:
+def _framed(x: AnyArray, widths, frame: AnyArray) -> Array:
     """`x` inside a larger map `frame`."""
     inside = jnp.pad(jnp.ones((1, *x.shape[1:3], 1), bool), widths)
     return jnp.where(inside, jnp.pad(x, widths), frame.astype(x.dtype))
 
 
-def pad(x: jnp.ndarray, amount: tuple[int, int], fill: str, value: float = 0.0, key: jnp.ndarray | None = None) -> jnp.ndarray:
-    """Pads `x` [batch, height, width, channels] by `amount` (rows on each side, columns on each side).
+def pad(x: Float[AnyArray, "batch height width channels"], amount: tuple[int, int], fill: str, value: float = 0.0,
+        key: Key[Array, ""] | None = None) -> Float[AnyArray, "batch height_out width_out channels"]:
+    """Pads `x` by `amount` (rows on each side, columns on each side).
 
     `value` is what fills of zeros fill with (-inf before a max-pool), `key` what 'random' draws from. Raises `ValueError` for
     an unknown fill, for 'random' without a key, and where a map is too small for its own border to be mirrored or wrapped.
@@ -74,8 +77,8 @@ def pad(x: jnp.ndarray, amount: tuple[int, int], fill: str, value: float = 0.0, 
     return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
 
 
-def center(x: jnp.ndarray, height: int, width: int) -> jnp.ndarray:
-    """Crops `x` [batch, height, width, channels] about its centre, or sets it into zeros, until it has this size."""
+def center(x: Float[AnyArray, "batch _ _ channels"], height: int, width: int) -> Float[AnyArray, "batch {height} {width} channels"]:
+    """Crops `x` about its centre, or sets it into zeros, until it has this size."""
     for axis, size in ((1, height), (2, width)):
         less = x.shape[axis] - size
         if less >= 0:
@@ -85,19 +88,20 @@ def center(x: jnp.ndarray, height: int, width: int) -> jnp.ndarray:
     return x
 
 
-def align(branches: Sequence[jnp.ndarray], fill: str) -> list[jnp.ndarray]:
+def align(branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str) -> list[Float[AnyArray, "batch height width _"]]:
     """Brings maps to one size about their centres: the smallest where nothing is padded, the largest, in zeros, under 'full'."""
     choose = max if fill == "full" else min
     height, width = (choose(y.shape[axis] for y in branches) for axis in (1, 2))
     return [center(y, height, width) for y in branches]
 
 
-def concatenate(branches: Sequence[jnp.ndarray], fill: str) -> jnp.ndarray:
+def concatenate(branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str) -> Float[Array, "batch height width channels"]:
     """Joins maps along their channels, brought to one size first, as they differ under 'none' and 'full'."""
     return jnp.concatenate(align(branches, fill), axis=3)
 
 
-def fit_to_branch(x: jnp.ndarray, branch: jnp.ndarray, stride: int = 1) -> jnp.ndarray:
+def fit_to_branch(x: Float[AnyArray, "batch _ _ channels"], branch: Float[AnyArray, "batch _ _ _"],
+                  stride: int = 1) -> Float[AnyArray, "batch _ _ channels"]:
     """Fits a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, centre on centre.
 
     It is cropped under 'none' and set into zeros under 'full'; with any other fill this changes nothing that the strided

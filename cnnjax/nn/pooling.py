@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-from cnnjax.nn.geometry import output_size, pair, valid_counts
+from cnnjax.nn.geometry import Both, output_size, pair, valid_counts
 from cnnjax.nn.padding import check_fill, pad
+from cnnjax.types import AnyArray
 
 
 def _window_taps(x, window, stride):
@@ -70,45 +72,48 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
     return window, stride, padding, lacking
 
 
-def max_pool(x: jnp.ndarray, window, stride=None, padding=0, *, ceil: bool = False, fill: str = "zeros") -> jnp.ndarray:
-    """The largest value of each window of `x` [batch, height, width, channels]; `stride` defaults to `window`.
+def max_pool(x: Float[AnyArray, "batch height width channels"], window: Both, stride: Both | None = None, padding: Both = 0, *,
+             ceil: bool = False, fill: str = "zeros") -> Float[Array, "batch height_out width_out channels"]:
+    """The largest value of each window of `x`; `stride` defaults to `window`.
 
     Under fills of zeros, and 'random', the border never wins, as in PyTorch; under other fills it takes part. With `ceil` an
     incomplete window at the end counts, the cells it lacks never winning; 'none' adds no such cells. Raises `ValueError`
     where nothing would be left.
     """
-    window, stride, padding, lacking = _geometry(x, window, stride, padding, fill, ceil)
+    size, step, border, lacking = _geometry(x, window, stride, padding, fill, ceil)
     fill = "zeros" if fill == "random" else fill
-    x = pad(x, padding, fill, value=-jnp.inf)
+    x = pad(x, border, fill, value=-jnp.inf)
     if any(lacking):
         x = jnp.pad(x, ((0, 0), *((0, n) for n in lacking), (0, 0)), constant_values=jnp.asarray(-jnp.inf, x.dtype))
-    return _max_pool(x, window, stride)
+    return _max_pool(x, size, step)
 
 
-def avg_pool(x: jnp.ndarray, window, stride=None, padding=0, *, fill: str = "zeros") -> jnp.ndarray:
-    """The mean of each window of `x` [batch, height, width, channels]; `stride` defaults to `window`.
+def avg_pool(x: Float[AnyArray, "batch height width channels"], window: Both, stride: Both | None = None, padding: Both = 0, *,
+             fill: str = "zeros") -> Float[Array, "batch height_out width_out channels"]:
+    """The mean of each window of `x`; `stride` defaults to `window`.
 
     Under fills of zeros the border counts, as PyTorch's default has it; under 'partial' and 'random' only cells inside the image
     do. Raises `ValueError` where nothing would be left.
     """
-    window, stride, padding, _ = _geometry(x, window, stride, padding, fill)
+    size, step, border, _ = _geometry(x, window, stride, padding, fill)
     fill = "partial" if fill == "random" else fill
-    total = functools.reduce(jnp.add, (tap for _, tap in _window_taps(pad(x, padding, fill), window, stride)))
+    total = functools.reduce(jnp.add, (tap for _, tap in _window_taps(pad(x, border, fill), size, step)))
     if fill == "partial":
-        inside = np.multiply.outer(*(valid_counts(x.shape[axis + 1], window[axis], stride[axis], padding[axis]) for axis in (0, 1)))
+        inside = np.multiply.outer(*(valid_counts(x.shape[axis + 1], size[axis], step[axis], border[axis]) for axis in (0, 1)))
         return total / jnp.asarray(np.maximum(inside, 1)[None, :, :, None], x.dtype)
-    return total / (window[0] * window[1])
+    return total / (size[0] * size[1])
 
 
-def _bins(size: int, out: int) -> np.ndarray:
+def _bins(size: int, out: int) -> Float[np.ndarray, "{out} {size}"]:
     """The averaging matrix [out, size] of PyTorch's adaptive pooling: bin i covers floor(i n / m) to ceil((i + 1) n / m)."""
     i, position = np.arange(out)[:, None], np.arange(size)
     inside = (position >= i * size // out) & (position < -(-(i + 1) * size // out))
     return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 
 
-def adaptive_avg_pool(x: jnp.ndarray, size: int | tuple[int, int]) -> jnp.ndarray:
-    """Averages `x` [batch, height, width, channels] into a grid of `size` bins, whatever its height and width, as PyTorch does."""
+def adaptive_avg_pool(x: Float[AnyArray, "batch height width channels"],
+                      size: Both) -> Float[AnyArray, "batch height_out width_out channels"]:
+    """Averages `x` into a grid of `size` bins, whatever its height and width, as PyTorch does."""
     size = pair(size, "size", 1)
     if x.shape[1:3] == size:
         return x
@@ -118,6 +123,6 @@ def adaptive_avg_pool(x: jnp.ndarray, size: int | tuple[int, int]) -> jnp.ndarra
     return jnp.einsum("ah,nhwc,bw->nabc", rows, x, columns)
 
 
-def global_avg_pool(x: jnp.ndarray) -> jnp.ndarray:
-    """The mean over all positions: [batch, height, width, channels] -> [batch, channels]."""
+def global_avg_pool(x: Float[AnyArray, "batch height width channels"]) -> Float[AnyArray, "batch channels"]:
+    """The mean over all positions."""
     return x.mean((1, 2))

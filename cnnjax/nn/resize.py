@@ -1,12 +1,14 @@
 """Resizing of feature maps."""
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from cnnjax.nn.geometry import pair
+from cnnjax.nn.geometry import Both, pair
+from cnnjax.types import AnyArray
 
 
-def resize(x: jnp.ndarray, size: int | tuple[int, int]) -> jnp.ndarray:
-    """Bilinear resizing of `x` [batch, height, width, channels] with corners aligned, PyTorch's align_corners=True.
+def resize(x: Float[AnyArray, "batch height width channels"], size: Both) -> Float[AnyArray, "batch height_out width_out channels"]:
+    """Bilinear resizing of `x` with corners aligned, PyTorch's align_corners=True.
 
     Corner pixels keep their places, and a constant map stays constant to the last bit.
     """

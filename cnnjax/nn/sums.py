@@ -5,10 +5,13 @@ import operator
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnnjax.types import AnyArray
 
 
-def channel_sum(*factors: jnp.ndarray) -> jnp.ndarray:
-    """Multiplies maps [batch, ..., channels] elementwise and sums over all axes but the last -> [channels].
+def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
+    """Multiplies maps elementwise and sums over all axes but the last.
 
     XLA's CPU backend reduces rows two to nine times slower than it multiplies them with a row of ones, so there up to eight
     parts of the batch are added elementwise, together with the product, and a matrix product does the rest. It sums a map's
@@ -24,8 +27,8 @@ def channel_sum(*factors: jnp.ndarray) -> jnp.ndarray:
 
 
 @jax.custom_vjp
-def add_bias(x: jnp.ndarray, bias: jnp.ndarray) -> jnp.ndarray:
-    """Adds `bias` [channels] to `x` [batch, ..., channels]; the gradient of the bias is a `channel_sum`."""
+def add_bias(x: Float[Array, "*positions channels"], bias: Float[Array, " channels"]) -> Float[Array, "*positions channels"]:
+    """Adds `bias` to each position of `x`; the gradient of the bias is a `channel_sum`."""
     return x + bias
 
 

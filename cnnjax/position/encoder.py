@@ -6,9 +6,11 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax.models import Network
 from cnnjax.nn import resize
+from cnnjax.types import AnyArray
 from cnnjax.weights import variable_shapes
 
 FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28
@@ -20,8 +22,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIXELS = ("imagenet", "unit")
 
 
-def normalize(images: jnp.ndarray, pixels: str = "imagenet") -> jnp.ndarray:
-    """uint8 [batch, height, width, 3] -> float32 with ImageNet's mean and standard deviation taken out, or, as "unit", from 0 to 1.
+def normalize(images: Shaped[AnyArray, "batch height width 3"], pixels: str = "imagenet") -> Float[AnyArray, "batch height width 3"]:
+    """RGB from 0 to 255 -> float32 with ImageNet's mean and standard deviation taken out, or, as "unit", from 0 to 1.
 
     Black is not 0, the value of zero padding, in the first: a black image can show its border to a network without biases.
     """
@@ -55,12 +57,12 @@ def reachable_stages(model: Network, size: int) -> list[str]:
     return names
 
 
-def image_features(images: np.ndarray, pixels: str = "imagenet") -> np.ndarray:
-    """The control without an encoder: the images themselves on the grid, float32 [n, 28, 28, 3]."""
+def image_features(images: UInt8[np.ndarray, "n height width 3"], pixels: str = "imagenet") -> Float[np.ndarray, "n 28 28 3"]:
+    """The control without an encoder: the images themselves on the grid."""
     return np.asarray(jax.jit(lambda x: resize(normalize(x, pixels), FEATURE_SIZE))(images))
 
 
-def in_batches(images: np.ndarray, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+def in_batches(images: Shaped[np.ndarray, "n ..."], size: int) -> Iterator[tuple[int, int, Shaped[np.ndarray, "batch ..."]]]:
     """Yields (start, count, batch): `count` images from `start` on, the last batch filled up so that all compile as one shape."""
     for start in range(0, len(images), size):
         batch = images[start:start + size]
@@ -73,15 +75,17 @@ def _joined_stages(model, variables, images, stages, pixels, key):
     return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
 
 
-def encode(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str], pixels: str = "imagenet") -> np.ndarray:
-    """Runs a frozen encoder once over uint8 images [n, height, width, 3] -> the named stages, resized and joined, [n, 28, 28, channels].
+def encode(model: Network, variables: dict, images: UInt8[np.ndarray, "n height width 3"], stages: Sequence[str],
+           pixels: str = "imagenet") -> Float[np.ndarray, "n 28 28 channels"]:
+    """Runs a frozen encoder once over images -> the named stages, resized and joined.
 
     `stages` are in the network's order: nothing after the last is computed. The encoder is in evaluation mode; padding='random'
     draws other noise for every image.
     """
-    out = None
+    out = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
         part = np.asarray(_joined_stages(model, variables, batch, tuple(stages), pixels, jax.random.key(start)))[:count]
-        out = np.empty((len(images), *part.shape[1:]), np.float32) if out is None else out
+        if start == 0:  # now the number of channels is known
+            out = np.empty((len(images), *part.shape[1:]), np.float32)
         out[start:start + len(part)] = part
     return out

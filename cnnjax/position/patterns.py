@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from cnnjax.models import Network
 from cnnjax.models.mobilenet import _TABLE as _MOBILENET
@@ -47,8 +48,9 @@ def _stages(model, variables, images, stages, key):
     return [maps[stage] for stage in stages]
 
 
-def features(model: Network, variables: dict, images: np.ndarray, stages: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named stages, in the network's order, of uint8 images [n, height, width, 3], each [n, height', width', channels]."""
+def features(model: Network, variables: dict, images: UInt8[np.ndarray, "n height width 3"],
+             stages: Sequence[str]) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
+    """The named stages, in the network's order, of images."""
     parts = []
     for start, count, batch in in_batches(images, _BATCH):
         maps = _stages(model, variables, batch, tuple(stages), jax.random.key(start))
@@ -56,11 +58,11 @@ def features(model: Network, variables: dict, images: np.ndarray, stages: Sequen
     return {stage: np.concatenate(maps) for stage, maps in zip(stages, zip(*parts))}
 
 
-def features_inside(model: Network, variables: dict, context: np.ndarray, size: int, stages: Sequence[str]) -> dict[str, np.ndarray]:
+def features_inside(model: Network, variables: dict, context: UInt8[np.ndarray, "n height width 3"], size: int,
+                    stages: Sequence[str]) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
     """What `features` would be of the central crop of `size` if it had no border: cut out of those of photographs around it.
 
-    `context` is uint8 [n, side, side, 3]. Raises `ValueError` where it is too small, or where its margin is no multiple of a
-    stage's stride.
+    Raises `ValueError` where `context` is not square or too small, or where its margin is no multiple of a stage's stride.
     """
     have = (context.shape[1] - size) // 2
     for stage in stages:
@@ -91,14 +93,14 @@ class Strength(NamedTuple):
     rms: float
     snr: float
     shared: float
-    profile: np.ndarray
-    pattern: np.ndarray
+    profile: Float[np.ndarray, " distances"]
+    pattern: Float[np.ndarray, "height width"]
 
 
-def strength(padded: np.ndarray, inside: np.ndarray) -> Strength:
+def strength(padded: Float[np.ndarray, "n _ _ channels"], inside: Float[np.ndarray, "n _ _ channels"]) -> Strength:
     """Compares the features of crops with those inside their photographs, both [n, height, width, channels].
 
-    Raises `ValueError` for fewer than two images: they could not differ.
+    Raises `ValueError` for maps of two sizes, and for fewer than two images: they could not differ.
     """
     if len(padded) < 2 or padded.shape != inside.shape:
         raise ValueError(f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected two of one shape, of 2 images "
@@ -186,8 +188,8 @@ def _reads(chain, size, fill):
     return jax.grad(total)(jnp.zeros((1, size, size, 1)))[0, :, :, 0]
 
 
-def reads(chain: Sequence[Window], size: int, fill: str) -> np.ndarray:
-    """How often each pixel is read on all ways through a chain of windows, relative to the average pixel, [size, size].
+def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{size} {size}"]:
+    """How often each pixel is read on all ways through a chain of windows, relative to the average pixel.
 
     All weights of a window are equal and pools sum: the gradient of the last map's sum counts the ways. Raises `ValueError` for an
     unknown fill, and for 'random', which depends on the image.
@@ -198,6 +200,6 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> np.ndarray:
     return counts / counts.mean()
 
 
-def asymmetry(counts: np.ndarray) -> float:
-    """The share of all reading that differs between the left and the right half of a map [height, width]: 0 if they are mirror images."""
+def asymmetry(counts: Float[np.ndarray, "height width"]) -> float:
+    """The share of all reading that differs between the left and the right half of a map: 0 if they are mirror images."""
     return float(np.abs(counts - counts[:, ::-1]).sum() / (2 * counts.sum()))

@@ -5,6 +5,7 @@ as the authors' code does (github.com/SenJia/Position-Information), with BatchNo
 Each does all targets, and all strengths or seeds, in one program: for given features they are columns of one matrix.
 """
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jaxtyping import Array, Float
 
 from cnnjax.nn import resize
+from cnnjax.types import AnyArray
 
 # Ridge strengths on offer, for features of unit variance; the best on held-out photographs is taken for each target.
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))
@@ -29,24 +32,25 @@ _BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
 class Scaler(NamedTuple):
     """Standardises features [..., channels] per channel; channels that do not vary in training are switched off."""
 
-    mean: jnp.ndarray
-    scale: jnp.ndarray
+    mean: Float[Array, " channels"]
+    scale: Float[Array, " channels"]
 
-    def __call__(self, features: jnp.ndarray) -> jnp.ndarray:
+    def __call__(self, features: Float[AnyArray, "*positions channels"]) -> Float[AnyArray, "*positions channels"]:
         return (features - self.mean) * self.scale
 
 
 @jax.jit
-def fit_scaler(features: jnp.ndarray) -> Scaler:
-    """The scaler of training features [n, height, width, channels]."""
+def fit_scaler(features: Float[AnyArray, "n height width channels"]) -> Scaler:
+    """The scaler of training features."""
     mean, std = features.mean((0, 1, 2)), features.std((0, 1, 2))
     live = std > 1e-6 * std.max()
     return Scaler(mean, jnp.where(live, 1 / jnp.where(live, std, 1), 0))
 
 
 @jax.custom_vjp
-def _apply(features: jnp.ndarray, kernel: jnp.ndarray) -> jnp.ndarray:
-    """Convolves [n, height, width, channels] with [k, k, channels, columns] as one matrix product and k^2 shifted sums.
+def _apply(features: Float[Array, "n height width channels"],
+           kernel: Float[Array, "k k channels columns"]) -> Float[Array, "n height-k+1 width-k+1 columns"]:
+    """A convolution as one matrix product and k^2 shifted sums.
 
     Differentiable in the kernel only: the features are frozen.
     """
@@ -54,11 +58,12 @@ def _apply(features: jnp.ndarray, kernel: jnp.ndarray) -> jnp.ndarray:
     products = features.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
     products = products.reshape(*features.shape[:3], size, size, -1)
     height, width = (n - size + 1 for n in features.shape[1:3])
-    return sum(products[:, i:i + height, j:j + width, i, j] for i in range(size) for j in range(size))
+    return functools.reduce(operator.add, (products[:, i:i + height, j:j + width, i, j] for i in range(size) for j in range(size)))
 
 
-def _adjoint(features: jnp.ndarray, maps: jnp.ndarray, size: int) -> jnp.ndarray:
-    """The transpose of `_apply`: [n, height', width', columns] -> [k, k, channels, columns]."""
+def _adjoint(features: Float[Array, "n height width channels"], maps: Float[Array, "n _ _ columns"],
+             size: int) -> Float[Array, "k k channels columns"]:
+    """The transpose of `_apply`."""
     gap = size - 1
     shifted = jnp.stack([jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))) for i in range(size) for j in range(size)], 3)
     channels = features.shape[3]
@@ -83,19 +88,19 @@ class Exact(NamedTuple):
     """
 
     scaler: Scaler
-    kernel: jnp.ndarray
-    intercept: jnp.ndarray
-    strength: np.ndarray
+    kernel: Float[Array, "k k channels targets"]
+    intercept: Float[Array, " targets"]
+    strength: Float[np.ndarray, " targets"]
     residual: float
 
-    def __call__(self, features: jnp.ndarray) -> np.ndarray:
-        """Maps [n, targets, height - k + 1, width - k + 1]."""
+    def __call__(self, features: Float[AnyArray, "n height width channels"]) -> Float[np.ndarray, "n targets rows columns"]:
+        """Maps, k - 1 less in height and width."""
         maps = _scaled_apply(self.scaler, features, self.kernel) + self.intercept
         return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
-def _spatial_correlation(features: jnp.ndarray, size: int) -> jnp.ndarray:
-    """How features correlate between the taps of a k x k window, averaged over channels: [k^2, k^2]."""
+def _spatial_correlation(features: Float[Array, "n height width channels"], size: int) -> Float[Array, "taps taps"]:
+    """How features correlate between the taps of a k x k window, averaged over channels."""
     height, width = features.shape[1:3]
     shift = {}
     for i in range(-size + 1, size):
@@ -149,19 +154,19 @@ def _solve_ridge(features, goal, strengths, basis, values, size):
     return kernel, residual(right - system(kernel))
 
 
-def fit_exact(train: np.ndarray, held_out: np.ndarray, targets: np.ndarray, size: int = 1, strengths: Sequence[float] = STRENGTHS) -> Exact:
+def fit_exact(train: Float[AnyArray, "n height width channels"], held_out: Float[AnyArray, "m height width channels"],
+              targets: Float[AnyArray, "targets side side"], size: int = 1, strengths: Sequence[float] = STRENGTHS) -> Exact:
     """The ridge readout with kernel `size` of each target, its strength chosen by squared error on held-out features.
 
-    `train` and `held_out` are features [n, height, width, channels]; `targets` [targets, side, side] are brought to the
-    readout's own grid, corners aligned. The mean over training positions of the squared error, plus strength times the
-    squared weights, is least. Raises `ValueError` if the kernel is larger than the map.
+    The targets are brought to the readout's own grid, corners aligned. The mean over training positions of the squared error, plus
+    strength times the squared weights, is least. Raises `ValueError` if the kernel is larger than the map.
     """
     if not 1 <= size <= min(train.shape[1:3]):
         raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
     scaled = scaler(train)
-    goal = resize(jnp.asarray(targets)[..., None], tuple(n - size + 1 for n in train.shape[1:3]))[..., 0].transpose(1, 2, 0)
+    goal = resize(jnp.asarray(targets)[..., None], (train.shape[1] - size + 1, train.shape[2] - size + 1))[..., 0].transpose(1, 2, 0)
     goal = jnp.tile(goal, (1, 1, len(strengths)))  # a column for each strength and target
     columns = np.repeat(np.asarray(strengths), len(targets))
     flat = scaled.reshape(-1, train.shape[3])
@@ -186,19 +191,19 @@ class Sgd(NamedTuple):
 
     scaler: Scaler
     params: dict
-    mean: jnp.ndarray
-    var: jnp.ndarray
+    mean: Float[Array, " outputs"]
+    var: Float[Array, " outputs"]
     seeds: int
 
-    def __call__(self, features: jnp.ndarray) -> np.ndarray:
-        """Maps [seeds, n, targets, height - k + 1, width - k + 1]."""
+    def __call__(self, features: Float[AnyArray, "n height width channels"]) -> Float[np.ndarray, "seeds n targets rows columns"]:
+        """Maps, k - 1 less in height and width."""
         z = _scaled_apply(self.scaler, features, self.params["kernel"])
         y = np.asarray(jax.nn.sigmoid((z - self.mean) / jnp.sqrt(self.var + _BN_EPS) * self.params["scale"] + self.params["bias"]))
         return y.reshape(*y.shape[:3], self.seeds, -1).transpose(3, 0, 4, 1, 2)
 
 
-def full_size_error(targets: jnp.ndarray, side: int) -> Callable[[jnp.ndarray], jnp.ndarray]:
-    """The mean squared error at the targets' size [targets, size, size] of maps [n, side, side, ..., targets] -> [..., targets].
+def full_size_error(targets: Float[AnyArray, "targets size size"], side: int) -> Callable[[Array], Array]:
+    """The mean squared error at the targets' size of maps [n, side, side, ..., targets] -> [..., targets].
 
     Upsampling is linear, so it need not be done: |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2 with K = U' U is the
     same number on the small grid.
@@ -251,14 +256,16 @@ def _train(features, targets, key, size, steps, seeds):
     return params, mean, var
 
 
-def fit_sgd(train: np.ndarray, targets: np.ndarray, size: int = 1, steps: int = 540, seeds: int = 1, seed: int = 0) -> Sgd:
-    """The authors' readout with kernel `size` of each target [targets, side, side] and each of `seeds` initialisations.
+def fit_sgd(train: Float[AnyArray, "n height width channels"], targets: Float[AnyArray, "targets side side"], size: int = 1,
+            steps: int = 540, seeds: int = 1, seed: int = 0) -> Sgd:
+    """The authors' readout with kernel `size` of each target and each of `seeds` initialisations.
 
-    `train` are features [n, height, width, channels], standardised first. Raises `ValueError` if the kernel is larger than
+    The features `train` are standardised first. Raises `ValueError` if the kernel is larger than
     the map.
     """
     if not 1 <= size <= min(train.shape[1:3]):
         raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
-    return Sgd(scaler, *_train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds), seeds)
+    params, mean, var = _train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds)
+    return Sgd(scaler, params, mean, var, seeds)

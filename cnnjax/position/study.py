@@ -2,6 +2,7 @@
 
 `check` refuses a bad configuration before anything is computed; `run` computes the table and writes it to a work directory.
 """
+import functools
 import io
 import itertools
 import pathlib
@@ -19,7 +20,7 @@ from cnnjax.models import create_model
 from cnnjax.nn import check_fill, resize
 from cnnjax.position.encoder import FEATURE_SIZE, PIXELS, encode, image_features, reachable_stages
 from cnnjax.position.metrics import CONSTANT, by_ring, scores
-from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd
+from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.progress import progress
 
@@ -135,72 +136,102 @@ def _encoders(config: ml_collections.ConfigDict):
             yield name, config.weights, fill
 
 
+def _cell(config: ml_collections.ConfigDict, seed: int, name: str, fill: str, images: dict[str, np.ndarray], features: np.ndarray,
+          goals: np.ndarray) -> dict[str, np.ndarray]:
+    """What the readouts of one encoder find: each image's scores, the exact readout's by ring, and the maps of the first images."""
+    border = ((0, 0), *((config.readout_padding,) * 2,) * 2, (0, 0))
+    side = FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
+    splits = np.cumsum([len(part) for part in images.values()])[:-1]
+    parts = dict(zip(images, np.split(np.pad(features, border), splits)))
+    exact = fit_exact(parts["train"], parts["held_out"], goals, config.kernel)
+    readouts: dict[str, Exact | Sgd] = {"exact": exact}
+    if name == CONTROL or fill in config.sgd_paddings:
+        readouts["sgd"] = fit_sgd(parts["train"], goals, config.kernel, config.sgd_steps, seed=seed)
+    found = {"residual": np.asarray(exact.residual)}
+    for (kind, readout), data in itertools.product(readouts.items(), config.data):
+        predicted = readout(jnp.asarray(parts[data])).reshape(-1, len(goals), side, side)
+        upsampled = np.asarray(resize(jnp.asarray(predicted.transpose(0, 2, 3, 1)), config.image_size)).transpose(3, 0, 1, 2)
+        for goal_name, goal, prediction in zip(config.targets, goals, upsampled):
+            found |= {f"scores/{kind}/{goal_name}/{data}/{metric}": value for metric, value in scores(prediction, goal).items()}
+            if kind == "exact" and goal_name == config.targets[0]:
+                found |= {f"rings/{goal_name}/{data}/{metric}": value for metric, value in by_ring(prediction, goal, RINGS).items()}
+        found[f"maps/{kind}/{data}"] = predicted[0].astype(np.float32)
+    return found
+
+
+def _cells(config: ml_collections.ConfigDict, folder: pathlib.Path, goals: np.ndarray,
+           stages: dict[str, list[str]]) -> dict[tuple[int, str, str, str], dict[str, np.ndarray]]:
+    """(seed, encoder, weights, padding) -> its cell, computed where the work directory does not hold it yet."""
+    (folder / "cells").mkdir(exist_ok=True)
+    combinations, found = list(itertools.product(range(config.seed, config.seed + config.seeds), _encoders(config))), {}
+    images = functools.lru_cache(maxsize=1)(functools.partial(_images, config))
+    variables = functools.lru_cache(maxsize=1)(lambda name, seed: _variables(config, name, stages[name], seed))
+    with progress(len(combinations), "encoders read out") as advance:
+        for seed, (name, origin, fill) in combinations:
+            path = folder / "cells" / f"{name}-{fill}-{seed}.npz"
+            if not path.exists():
+                began, everything = time.monotonic(), np.concatenate(list(images(seed).values()))
+                features = image_features(everything, config.pixels) if name == CONTROL else encode(
+                    create_model(name, padding=fill), variables(name, seed), everything, stages[name], config.pixels)
+                cell = _cell(config, seed, name, fill, images(seed), features, goals)
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, allow_pickle=False, seconds=np.asarray(time.monotonic() - began), **cell)
+                workdir.write(path, buffer.getvalue())
+            with np.load(path) as kept:
+                found[seed, name, origin, fill] = dict(kept)
+            advance(1)
+    return found
+
+
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Computes every row, and writes results.json, maps.npz, report.md and the figures to the work directory."""
-    started = time.monotonic()
+    """Computes every row, and writes results.json, maps.npz, report.md and the figures to the work directory.
+
+    Raises `workdir.Interrupted` when it was stopped: the encoders that were read out are not read out again.
+    """
     goals = np.stack([target(name, config.image_size) for name in config.targets])
     if config.shuffled:
         order = np.random.default_rng(config.seed).permutation(config.image_size**2)
         goals = goals.reshape(len(goals), -1)[:, order].reshape(goals.shape)
-    side = FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
-    border = ((0, 0), *((config.readout_padding,) * 2,) * 2, (0, 0))
     stages = {name: _stages(config, name) for name in config.encoders}
-    profiles = defaultdict(list)  # the same for the exact readout of the first target, ring by ring
-    values = defaultdict(list)  # (encoder, weights, padding, readout, target, data) -> one dict of per-image scores a seed
-    maps, residual = {f"target/{name}": goal for name, goal in zip(config.targets, goals)}, 0.0
+    try:
+        cells = _cells(config, folder, goals, stages)
+    except KeyboardInterrupt as stop:
+        raise workdir.Interrupted("stopped; the same command goes on after the last encoder that was read out") from stop
 
-    combinations = list(itertools.product(range(config.seed, config.seed + config.seeds), _encoders(config)))
-    with progress(len(combinations), "encoders read out") as advance:
-        for seed, (name, origin, fill) in combinations:
-            if name == CONTROL:  # the first of each seed
-                images = _images(config, seed)
-                everything = np.concatenate(list(images.values()))
-                features = image_features(everything, config.pixels)
-            else:
-                if fill == config.paddings[0]:
-                    variables = _variables(config, name, stages[name], seed)
-                features = encode(create_model(name, padding=fill), variables, everything, stages[name], config.pixels)
-            features = np.pad(features, border)
-            parts = dict(zip(images, np.split(features, np.cumsum([len(part) for part in images.values()])[:-1])))
-            exact = fit_exact(parts["train"], parts["held_out"], goals, config.kernel)
-            residual = max(residual, exact.residual)
-            readouts = {"exact": exact}
-            if name == CONTROL or fill in config.sgd_paddings:
-                readouts["sgd"] = fit_sgd(parts["train"], goals, config.kernel, config.sgd_steps, seed=seed)
-            for (kind, readout), data in itertools.product(readouts.items(), config.data):
-                predicted = readout(jnp.asarray(parts[data])).reshape(-1, len(goals), side, side)
-                upsampled = np.asarray(resize(jnp.asarray(predicted.transpose(0, 2, 3, 1)), config.image_size)).transpose(3, 0, 1, 2)
-                for goal_name, goal, prediction in zip(config.targets, goals, upsampled):
-                    values[name, origin, fill, kind, goal_name, data].append(scores(prediction, goal))
-                    if kind == "exact" and goal_name == config.targets[0]:
-                        profiles[name, origin, fill, goal_name, data].append(by_ring(prediction, goal, RINGS))
-                if seed == config.seed:
-                    maps[f"{name}/{fill}/{kind}/{data}"] = predicted[0].astype(np.float32)
-                    maps[f"image/{data}"] = images[data][0]
-            advance(1)
-
-    rows = []
-    for (name, origin, fill, kind, goal_name, data), per_seed in values.items():
-        row = {"encoder": name, "weights": origin, "padding": fill, "stages": stages.get(name, ["image"]), "kernel": config.kernel,
-               "readout": kind, "target": goal_name, "data": data}
-        for metric in ("spc", "mae", "r2"):
-            pooled = np.concatenate([seed_scores[metric] for seed_scores in per_seed])
-            row[metric] = float(pooled.mean())
-            row[f"{metric}_std"] = float(pooled.std(ddof=1)) if len(pooled) > 1 else None
-        rows.append(row | {"n_images": len(per_seed[0]["spc"]), "n_seeds": len(per_seed)})
-    means = {key: {metric: np.concatenate([of[metric] for of in per_seed]).mean(0).tolist() for metric in ("spc", "mae")}
-             for key, per_seed in profiles.items()}
+    maps = {f"target/{name}": goal for name, goal in zip(config.targets, goals)}
+    maps |= {f"image/{data}": images[0] for data, images in _images(config, config.seed).items() if data in config.data}
+    # "scores" or "rings", and what they are of -> by metric, one array a seed
+    pooled: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for (seed, *subject), cell in cells.items():
+        for key, value in cell.items():
+            what, *rest = key.split("/")
+            if what in ("scores", "rings"):
+                pooled[what, *subject, *rest[:-1]][rest[-1]].append(value)
+            elif what == "maps" and seed == config.seed:
+                maps[f"{subject[0]}/{subject[2]}/{'/'.join(rest)}"] = value
+    rows: list[dict] = []
+    rings: list[dict] = []
+    for (what, name, origin, fill, *rest), metrics in pooled.items():
+        row = {"encoder": name, "weights": origin, "padding": fill}
+        values = {metric: np.concatenate(per_seed) for metric, per_seed in metrics.items()}
+        if what == "rings":
+            rings.append(row | dict(zip(("target", "data"), rest)) | {metric: found.mean(0).tolist() for metric, found in values.items()})
+            continue
+        row |= {"stages": stages.get(name, ["image"]), "kernel": config.kernel} | dict(zip(("readout", "target", "data"), rest))
+        for metric, found in values.items():
+            row |= {metric: float(found.mean()), f"{metric}_std": float(found.std(ddof=1)) if len(found) > 1 else None}
+        rows.append(row | {"n_images": len(found) // config.seeds, "n_seeds": config.seeds})
     results = {
         "kind": "position",
         "rows": rows,
-        "rings": [dict(zip(("encoder", "weights", "padding", "target", "data"), key)) | mean for key, mean in means.items()],
+        "rings": rings,
         "chance_mae": {name: float(np.abs(goal - np.median(goal)).mean()) for name, goal in zip(config.targets, goals)},
-        "ridge_residual": residual,
+        "ridge_residual": float(max(cell["residual"] for cell in cells.values())),
         "decisions": list(DECISIONS),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(float(sum(cell["seconds"] for cell in cells.values())), 1),
     }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **maps)
+    np.savez_compressed(buffer, allow_pickle=False, **maps)
     workdir.write(folder / "maps.npz", buffer.getvalue())
     workdir.write_json(folder / "results.json", results)
     report.write(folder)

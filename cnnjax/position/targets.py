@@ -3,14 +3,15 @@
 The paper prints no formula; these fit its official 256x256 maps (all scaled to [0, 1]) to within 0.01.
 """
 import numpy as np
+from jaxtyping import Float32
 
 TARGETS = ("H", "V", "G", "HS", "VS")
 _SIGMA = 126.8 / 256  # of the side: fitted to the official Gaussian, which is then scaled to reach 0 and 1
 _PERIODS = 2.5  # of the official stripes
 
 
-def target(name: str, size: int) -> np.ndarray:
-    """The map `name` as float32 [size, size] in [0, 1]; raises `ValueError` for an unknown name or a size below 2.
+def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
+    """The map `name` in [0, 1]; raises `ValueError` for an unknown name or a size below 2.
 
     H grows from left to right, V from top to bottom, G is a Gaussian about the centre; HS are stripes along the vertical
     (each row is constant), VS along the horizontal.

@@ -1,10 +1,11 @@
 """Checkpoints: written by orbax while training goes on, and believed only if every file has the hash that it was written with."""
 import contextlib
+import functools
 import hashlib
-import json
 import logging
 import os
 import pathlib
+import sys
 import threading
 import time
 
@@ -31,11 +32,13 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 def _damage(folder: pathlib.Path) -> str | None:
     """What is wrong with a checkpoint's files; None if nothing is."""
     try:
-        recorded = json.loads((folder / _MANIFEST).read_text())
+        recorded = workdir.read_json(folder / _MANIFEST)
     except FileNotFoundError:
         return f"it has no {_MANIFEST}, so it was not written to its end"
     except (OSError, ValueError) as error:
         return f"its {_MANIFEST} cannot be read ({error})"
+    if not isinstance(recorded, dict):
+        return f"its {_MANIFEST} is not a list of hashes by name"
     found = _hashes(folder)
     changed = [name for name in sorted(recorded.keys() | found.keys()) if recorded.get(name) != found.get(name)]
     return f"{changed[0]} is not as it was written" if changed else None
@@ -51,6 +54,13 @@ def _leaves(state) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
+@functools.cache
+def _quieten() -> None:
+    """Keeps tensorstore from telling, array by array, that others of a checkpoint that failed were still under way."""
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
+
+
 class Checkpoints:
     """A folder of checkpoints, of which the last `keep` are kept, and the one of the smallest metric.
 
@@ -60,11 +70,13 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()  # orbax refuses relative paths
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step; what fails is raised here
+        _quieten()
         best = BestN(get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policy = AnyPreservationPolicy([LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=policy)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._writing, self._failure = None, None
+        self._writing: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     def __enter__(self):
         return self

@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
     config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
     config.workers = 2  # processes that decode them
+    config.skip_damaged = False  # True counts and names training images that cannot be decoded, and takes the next; else they end the run
     config.pixels = "standardised"  # by the data's mean and deviation, "imagenet": by that one's, or "centred": of 0 to 255, less the mean
     config.augment = ml_collections.ConfigDict({"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0})
     config.mixup = 0.0

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Integer, Shaped, UInt8
 
 from cnnjax.data.augment import IGNORED, normalise, views
 from cnnjax.models import Network
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.step import loss_and_errors
+from cnnjax.types import AnyArray
 
 _MASKS = 32  # masks that are scored together: their logits take many times the room of the images
 
@@ -20,9 +22,9 @@ def _rngs() -> dict:
     return {"padding": jax.random.key(0)}
 
 
-def logits(model: Network, variables, images) -> jnp.ndarray:
+def logits(model: Network, variables, images: Float[AnyArray, "batch height width channels"]) -> Float[Array, "batch ..."]:
     """Logits in evaluation mode."""
-    return model.apply(variables, images, rngs=_rngs())
+    return model.apply(variables, images, rngs=_rngs())  # type: ignore[return-value]  # a tuple only where something is mutable
 
 
 @functools.cache
@@ -54,13 +56,13 @@ def compiled(parallel: Parallel, model: Network, output: Callable):
     return parallel.compile(run, replicated=2, shared=1, shares_output=True)
 
 
-def batches_of(images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+def batches_of(images: Shaped[np.ndarray, "n ..."], batch_size: int) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
     """Images in order, `batch_size` at a time, the last batch shorter."""
     return (images[at:at + batch_size] for at in range(0, len(images), batch_size))
 
 
-def predict(parallel: Parallel, model: Network, variables, moments, batches: Iterable[np.ndarray], batch_size: int,
-            output: Callable = logits) -> np.ndarray:
+def predict(parallel: Parallel, model: Network, variables, moments, batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
+            batch_size: int, output: Callable = logits) -> Shaped[np.ndarray, "n ..."]:
     """Runs a frozen network over uint8 batches of at most `batch_size` images -> `output` of every image, in order.
 
     `variables` and `moments` (mean, std) are replicated (`Parallel.replicate`); `batch_size` is a multiple of the devices of
@@ -78,27 +80,28 @@ def predict(parallel: Parallel, model: Network, variables, moments, batches: Ite
     return np.concatenate(results)
 
 
-def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """How many pixels of each class (row) were taken for each class (column), [classes, classes], but for those whose label is 255."""
+def confusion(predicted: Integer[np.ndarray, "*pixels"], labels: Integer[np.ndarray, "*pixels"],
+              classes: int) -> Int[np.ndarray, "{classes} {classes}"]:
+    """How many pixels of each class (row) were taken for each class (column), but for those whose label is 255."""
     counted = labels != IGNORED
     pairs = labels[counted].astype(np.int64) * classes + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-def intersection_over_union(counts: np.ndarray) -> list[float | None]:
+def intersection_over_union(counts: Int[np.ndarray, "classes classes"]) -> list[float | None]:
     """Of a confusion matrix, for each class the pixels right over those that are of it or were taken for it; None where there are none."""
     right, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
     return [float(r / u) if u else None for r, u in zip(right, union)]
 
 
-def average_precision(outputs: np.ndarray, labels: np.ndarray) -> list[float | None]:
-    """For each class, the mean precision over the images that have it, ranked by `outputs` [n, classes]; None where all or none has it."""
+def average_precision(outputs: Float[np.ndarray, "n classes"], labels: Integer[np.ndarray, "n classes"]) -> list[float | None]:
+    """For each class, the mean precision over the images that have it, ranked by `outputs`; None where all or none has it."""
     from sklearn.metrics import average_precision_score
     return [float(average_precision_score(label, output)) if 0 < label.sum() < len(label) else None
             for output, label in zip(outputs.T, labels.T)]
 
 
-def by_class(kind: str, outputs: np.ndarray, labels: np.ndarray) -> list[float | None]:
+def by_class(kind: str, outputs: Float[np.ndarray, "n *pixels classes"], labels: Integer[np.ndarray, "n ..."]) -> list[float | None]:
     """What each class is worth by itself: its IoU where labels are masks ("pixelwise"), its average precision for "sigmoid"."""
     if kind == "pixelwise":
         return intersection_over_union(confusion(outputs.argmax(-1), labels, outputs.shape[-1]))
@@ -111,7 +114,7 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def score(kind: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score(kind: str, outputs: Float[np.ndarray, "n *pixels classes"], labels: Integer[np.ndarray, "n ..."]) -> dict[str, float]:
     """The mean loss and the share of errors of logits against labels; with more than ten classes `top5_error`, of masks `mean_iou`
     and of several classes an image `mean_ap`, where they are defined."""
     size = _MASKS if kind == "pixelwise" else len(labels)

@@ -11,13 +11,16 @@ import math
 import os
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import safetensors
 import tensorboardX
 
 from cnnjax import backend, report, transfer, weights, workdir
@@ -94,11 +97,13 @@ def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
         if len(mean) != 3:
             raise ValueError(f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}")
         mean, std = augment.IMAGENET_MEAN, augment.IMAGENET_STD
-    return np.float32(mean), np.float32(np.full(len(std), 1 / 255) if config.pixels == "centred" else std)
+    return np.asarray(mean, np.float32), np.asarray(np.full(len(std), 1 / 255) if config.pixels == "centred" else std, np.float32)
 
 
 class _Resident:
     """A data set that lives on the devices; one call takes many steps."""
+
+    damaged: int | None = None  # as `_Streamed`'s
 
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
@@ -107,7 +112,7 @@ class _Resident:
         self.moments = parallel.replicate(_moments(config, *arrays.normalisation(self.data.train.images)))
         self._placed = parallel.replicate(tuple(self.data.train))
         self._epoch, self._order = None, None
-        self._seconds = []  # of one step, call by call
+        self._seconds: list[float] = []  # of one step, call by call
 
     def advance(self, recipe, state, rates, numbers, first: int, last: int):
         """Takes steps from `first` to `last`, of one epoch, or as many of them as fill a call -> (state, the step reached)."""
@@ -138,7 +143,8 @@ class _Streamed:
 
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
-        self.sources = {name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
+        self.sources: dict[str, stream.Source] = {
+            name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
         if (tested := self.sources["test"].classes) != (trained := self.sources["train"].classes):
             raise ValueError(f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
                              f"{', '.join(trained)}; expected the same")
@@ -147,7 +153,9 @@ class _Streamed:
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.shape = (config.image_size, config.image_size, 3)
         self.moments = parallel.replicate(_moments(config, augment.IMAGENET_MEAN, augment.IMAGENET_STD))
-        self._batches = None
+        self._batches: Iterator | None = None
+        self._told: set[int] = set()
+        self.damaged = 0 if config.skip_damaged else None  # images that this process passed over in this epoch; None where they are not
 
     def _read(self, name: str, size: int, **options):
         return stream.batches(self.sources[name], self.config.batch_size, self.config.seed, size, resize=self.config.resize,
@@ -157,10 +165,23 @@ class _Streamed:
         if self._batches is None:
             steps = range(first, self.config.epochs * (self.count // self.config.batch_size))
             self._batches = self._read("train", self.config.image_size, train=True, steps=steps, process_index=jax.process_index(),
-                                       process_count=jax.process_count())
-        images, labels = self.parallel.share(next(self._batches))
+                                       process_count=jax.process_count(), skip_damaged=self.config.skip_damaged)
+        images, labels, *damaged = next(self._batches)
+        if damaged:
+            self._count(damaged[0][damaged[0] >= 0].tolist())
+        images, labels = self.parallel.share((images, labels))
         per_epoch = np.int32(self.count // self.config.batch_size)
         return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1
+
+    def _count(self, damaged: list[int]) -> None:
+        """Counts images that were passed over, and names each once."""
+        self.damaged = (self.damaged or 0) + len(damaged)
+        for number in sorted(set(damaged) - self._told):
+            self._told.add(number)
+            try:
+                self.sources["train"][number]
+            except stream.Damaged as error:
+                _LOG.warning("passed over: %s", error)
 
     def evaluation(self, name: str, views: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
         """As `_Resident.evaluation`, but the training images are not gone through again; of ten views, the corners are to be had."""
@@ -176,21 +197,35 @@ class _Streamed:
 
 @contextlib.contextmanager
 def _heed_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process at once."""
-    received = []
+    """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process at once.
 
-    def receive(number, frame):
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-        _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+    A thread reads them, since a handler in Python would wait for a compilation or a long step to end.
+    """
+    received: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    def receive():
+        while number := os.read(reader, 1)[0]:
+            if number in before:
+                if received:
+                    os._exit(128 + number)
+                received.append(number)
+                _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, lambda number, frame: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    before_too, thread = signal.set_wakeup_fd(writer), threading.Thread(target=receive, daemon=True)
+    thread.start()
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_too)
+        os.write(writer, bytes(1))
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class Training:
@@ -216,7 +251,8 @@ class Training:
                                     config.ema_decay, tuple(float(rate) for _, rate in config.rates))
         self.rates = learning_rates(config.schedule, self.steps_per_epoch, config.epochs)
         self.plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
-        self.history, self.seconds = [], 0.0
+        self.history: list[dict] = []
+        self.seconds = 0.0
 
     def _check_output(self) -> None:
         """Raises `ValueError` if the model's output is not of the kind that the loss is of."""
@@ -229,19 +265,19 @@ class Training:
 
     def score(self, state, name: str, views: int = 1):
         """The score on a split, in evaluation mode, and the logits and labels; None where there is no such split."""
-        pairs, labels = self.data.evaluation(name, views), []
+        pairs, seen = self.data.evaluation(name, views), []
         if pairs is None:
             return None
 
         def batches():
             for images, theirs in pairs:
-                labels.append(theirs)
+                seen.append(theirs)
                 yield images
 
         variables = {"params": state.ema if self.recipe.ema else state.params, "batch_stats": state.batch_stats}
         outputs = evaluate.predict(self.parallel, self.model, variables, self.data.moments, batches(), self.config.batch_size,
                                    evaluate.averaged(views))
-        labels = np.concatenate(labels)
+        labels = np.concatenate(seen)
         return evaluate.score(self.config.loss, outputs, labels), outputs, labels
 
     def end_epoch(self, state, seconds: float) -> None:
@@ -251,6 +287,8 @@ class Training:
         rate = float(self.rates[epoch * self.steps_per_epoch - 1] * (self.plateau.scale if self.plateau else 1))
         line = {"epoch": epoch, "step": epoch * self.steps_per_epoch, "learning_rate": rate,
                 "train_loss": totals["loss"] / totals["count"], "train_error": totals["errors"] / totals["count"]}
+        if (damaged := self.damaged()) is not None:
+            line["damaged"], self.data.damaged = damaged, 0
         if scored := self.score(state, "validation"):
             line |= {f"validation_{name}": value for name, value in scored[0].items()}
             if self.plateau:
@@ -260,25 +298,38 @@ class Training:
         self.seconds += seconds
         left = self.seconds / epoch * (self.config.epochs - epoch)
         percent = ", ".join(f"{name.replace('_', ' ')} {100 * line[name]:.2f} %" for name in line if name.endswith("_error"))
+        if damaged:
+            percent += f", {damaged} damaged images passed over"
         _LOG.info("epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left", epoch, self.config.epochs, line["train_loss"], percent,
                   rate, f"{totals['count'] / seconds:,.0f}", time.strftime("%H:%M:%S", time.gmtime(left)))
+        self.write_history()
+
+    def write_history(self) -> None:
         workdir.write(self.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def damaged(self) -> int | None:
+        """The images that all processes have passed over in this epoch; None where they are not passed over."""
+        return None if self.data.damaged is None else sum(self.parallel.gather(self.data.damaged))
 
     def record(self) -> dict:
         """What a checkpoint holds besides the state."""
-        return {"history": self.history, "plateau": self.plateau and self.plateau.state(), "seconds": self.seconds}
+        return {"history": self.history, "plateau": self.plateau and self.plateau.state(), "seconds": self.seconds,
+                "damaged": self.damaged()}
 
     def train(self) -> step.State:
         """Trains to the end -> the state, on the devices. Raises `workdir.Interrupted` or `FloatingPointError`."""
         every, total = self.config.checkpoint_every_steps, len(self.rates)
         taken = transfer.take(self.config.initial_weights, self.model, self.config.initial_parts) if self.config.initial_weights else None
-        state, at = step.init(self.recipe, self.data.shape, self.numbers, taken), 0
-        with Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints, _heed_signals() as signals:
+        state, at, stop = step.init(self.recipe, self.data.shape, self.numbers, taken), 0, 0
+        with _heed_signals() as signals, Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints:
             if found := checkpoints.restore(state):
                 at, state, record = found
                 self.history, self.seconds = record["history"], record["seconds"]
                 if self.plateau:
                     self.plateau.restore(record["plateau"])
+                if self.data.damaged is not None and jax.process_index() == 0:
+                    self.data.damaged = record["damaged"]  # of all processes
+                self.write_history()  # the file may be ahead of the checkpoint, or damaged
                 _LOG.info("going on from step %d of %d", at, total)
             state = self.parallel.replicate(state)
             began, scale, rates = time.monotonic(), 1.0, self.parallel.replicate(self.rates)
@@ -288,7 +339,6 @@ class Training:
                     rates = self.parallel.replicate(self.rates * np.float32(scale))
                 last = min(at // self.steps_per_epoch * self.steps_per_epoch + self.steps_per_epoch, at // every * every + every)
                 state, at = self.data.advance(self.recipe, state, rates, self.numbers, at, last)
-                stop = max(self.parallel.gather(signals[0] if signals else 0))
                 bad = int(self.parallel.fetch(state.bad_step))
                 if bad >= 0:
                     kept = [f"the last checkpoint is that of step {saved}, in {checkpoints.folder}" for saved in checkpoints.steps()[-1:]]
@@ -301,17 +351,21 @@ class Training:
                     began = time.monotonic()
                     error = self.history[-1].get("validation_error")
                     improved = error if error is not None and error < best else None
+                stop = max(self.parallel.gather(signals[0] if signals else 0))
                 if at % every == 0 or at == total or improved is not None or stop:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
-                if stop and at < total:
-                    raise workdir.Interrupted(f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; "
-                                              "the same command goes on from there")
+                if stop:
+                    break
+        if stop := stop or (signals[0] if signals else 0):  # it may have come while the last checkpoint was written
+            raise workdir.Interrupted(f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; the same "
+                                      "command goes on from there")
         return state
 
 
 def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, labels: np.ndarray) -> None:
     """Keeps every prediction, and the images of the worst mistakes, for the report: the most confident ones, and of masks those with
     most pixels wrong. Of several classes an image the outputs are kept."""
+    kept: dict[str, Any]
     if loss == "sigmoid":
         kept = {"outputs": outputs}
     elif loss == "pixelwise":
@@ -334,15 +388,38 @@ def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
     """The history as TensorBoard events."""
     for old in folder.glob("events.*"):
         old.unlink()
-    with tensorboardX.SummaryWriter(str(folder)) as writer:
-        for entry in history:
-            for name, value in entry.items():
-                if name not in ("epoch", "step"):
-                    writer.add_scalar(name, value, entry["step"])
+    try:
+        with tensorboardX.SummaryWriter(str(folder)) as writer:
+            for entry in history:
+                for name, value in entry.items():
+                    if name not in ("epoch", "step"):
+                        writer.add_scalar(name, value, entry["step"])
+    except OSError as error:
+        error.filename = str(folder)  # a full disk's names none
+        raise
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report."""
+    """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report.
+
+    Raises `workdir.Interrupted` when it was stopped, and `RuntimeError` where memory does not suffice.
+    """
+    try:
+        _run(config, folder)
+    except KeyboardInterrupt as stop:  # outside of the steps
+        raise workdir.Interrupted("stopped; the same command goes on from the last checkpoint") from stop
+    except (RuntimeError, MemoryError) as error:
+        first = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or isinstance(error, jax.errors.JaxRuntimeError) and first.startswith("RESOURCE_EXHAUSTED"):
+            raise RuntimeError(f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or raise accumulate="
+                               f"{config.accumulate}, the parts that a batch is computed in") from error
+        if "Worker process was terminated" in first:  # grain's
+            raise RuntimeError(f"one of workers={config.workers} processes that decode images was killed, as systems do when memory runs "
+                               "out; the same command goes on from the last checkpoint") from error
+        raise
+
+
+def _run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     began = time.monotonic()
     current = Training(config, folder)
     try:
@@ -363,8 +440,11 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     end = current.parallel.fetch(state)
     if not backend.writes():
         return
-    weights.save_torchvision({"params": end.ema if current.recipe.ema else end.params, "batch_stats": end.batch_stats},
-                             folder / transfer.WEIGHTS)
+    try:
+        weights.save_torchvision({"params": end.ema if current.recipe.ema else end.params, "batch_stats": end.batch_stats},
+                                 folder / transfer.WEIGHTS)
+    except safetensors.SafetensorError as error:  # its name for an OSError
+        raise OSError(f"{folder / transfer.WEIGHTS} could not be written: {error}") from error
     _write_mistakes(folder, config.loss, current.data, outputs, labels)
     by_class = {} if config.loss == "cross_entropy" else {"by_class": evaluate.by_class(config.loss, outputs, labels)}
     _write_events(folder / "tensorboard", current.history)

@@ -2,13 +2,15 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import ml_collections
 import numpy as np
 import optax
 
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
 # Keys of all schedules, so that a configuration can change from one to another; each looks at its own.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "learning_rate": None, "warmup_epochs": 0,
     "factor": 0.1,  # of step and plateau
     "epochs": (), "every": 0,  # of step: one of them; of restarts: every
@@ -17,7 +19,7 @@ DEFAULTS = {
 }
 
 
-def settings(schedule: Mapping) -> dict:
+def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
     """A schedule's settings with their defaults. Raises `ValueError` for a wrong name, key or value."""
     name = schedule.get("name")
     if name not in NAMES:
@@ -50,7 +52,7 @@ def settings(schedule: Mapping) -> dict:
     return found
 
 
-def learning_rates(schedule: Mapping, steps_per_epoch: int, epochs: int) -> np.ndarray:
+def learning_rates(schedule: Mapping | ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> np.ndarray:
     """The learning rate of every step, float32 [epochs * steps_per_epoch].
 
     "step" multiplies by `factor` after each of `epochs` (10: the first 10 epochs have the rate before it) or after `every` so
@@ -108,7 +110,7 @@ class Plateau:
         self.bad = self.cooling = 0
 
     @classmethod
-    def of(cls, schedule: Mapping) -> "Plateau":
+    def of(cls, schedule: Mapping | ml_collections.ConfigDict) -> "Plateau":
         """The rule of a schedule's settings; raises `ValueError` where they are wrong."""
         found = settings(schedule)
         return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})

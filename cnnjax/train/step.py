@@ -6,6 +6,7 @@ decay, ...) is an argument: seeds and scalar settings share one compilation, and
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float, Int, Integer, UInt8
 
 from cnnjax import transfer
 from cnnjax.data.augment import IGNORED, augment, augment_masks, normalise
 from cnnjax.models import Network
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
+from cnnjax.types import AnyArray, Leaf
 
 LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
 # Weights of the auxiliary heads' losses: Szegedy et al. 2014, section 5. Models without such heads have none.
@@ -35,7 +38,7 @@ class Recipe:
     optimizer: str = "sgd"
     decay_all: bool = True  # else weight decay spares biases and normalisation
     loss: str = "cross_entropy"
-    augment: tuple[tuple[str, object], ...] = ()  # arguments of `cnnjax.data.augment.augment`
+    augment: tuple[tuple[str, Any], ...] = ()  # arguments of `cnnjax.data.augment.augment`
     mixup: bool = False
     ema: bool = False
     accumulate: int = 1  # parts of a device's batch that are computed one after the other
@@ -47,13 +50,13 @@ class Recipe:
 class Numbers:
     """The scalar settings of a step."""
 
-    seed: int
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0  # both parameters of the Beta distribution (Zhang et al. 2018)
-    ema_decay: float = 0.0
-    rates: tuple[float, ...] = ()  # of several that a parameter has, the last counts
+    seed: Leaf
+    momentum: Leaf = 0.9
+    weight_decay: Leaf = 0.0
+    label_smoothing: Leaf = 0.0
+    mixup: Leaf = 0.0  # both parameters of the Beta distribution (Zhang et al. 2018)
+    ema_decay: Leaf = 0.0
+    rates: tuple[Leaf, ...] = ()  # of several that a parameter has, the last counts
 
 
 @flax.struct.dataclass
@@ -61,13 +64,13 @@ class State:
     """All that training changes. `totals` sums loss, errors and examples over the epoch; `bad_step` is the first of a loss that is
     not finite, or -1."""
 
-    step: jnp.ndarray
+    step: Leaf
     params: dict
     batch_stats: dict
     opt_state: optax.OptState
     ema: dict | None
     totals: dict
-    bad_step: jnp.ndarray
+    bad_step: Leaf
 
 
 def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate):
@@ -89,8 +92,9 @@ def init(recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers, ta
         totals=dict.fromkeys(("loss", "errors", "count"), jnp.float32(0)), bad_step=jnp.int32(-1))
 
 
-def loss_and_errors(kind: str, logits: jnp.ndarray, labels: jnp.ndarray, smoothing=0.0) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """The loss and the share of errors of each image -> two arrays [batch].
+def loss_and_errors(kind: str, logits: Float[AnyArray, "batch *pixels classes"], labels: Integer[AnyArray, "batch ..."],
+                    smoothing=0.0) -> tuple[Float[AnyArray, " batch"], Float[AnyArray, " batch"]]:
+    """The loss and the share of errors of each image.
 
     "cross_entropy": `logits` [batch, classes], `labels` [batch]. "sigmoid": `labels` [batch, classes] of 0 and 1, the loss
     averaged over classes. "pixelwise": `logits` [batch, height, width, classes], `labels` [batch, height, width], averaged over
@@ -110,7 +114,7 @@ def loss_and_errors(kind: str, logits: jnp.ndarray, labels: jnp.ndarray, smoothi
 
 def _gradients(recipe: Recipe, numbers: Numbers, trained, fixed, batch_stats, images, labels, keys):
     """One part of a device's batch: gradients by what is trained, new batch statistics, and the sums of loss and errors."""
-    weight = 1.0
+    weight: float | jax.Array = 1.0
     if recipe.mixup:
         weight = jax.random.beta(keys[1], numbers.mixup, numbers.mixup)
         images = weight * images + (1 - weight) * images[::-1]
@@ -141,9 +145,9 @@ def _scaled(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
     return unflatten_dict({path: leaf * rates.get(path, 1.0) for path, leaf in flatten_dict(updates).items()})
 
 
-def batch_step(axis_name, recipe: Recipe, state: State, images: jnp.ndarray, labels: jnp.ndarray, moments, learning_rate,
-               steps_per_epoch, numbers: Numbers) -> State:
-    """One step on this device's part of a batch of uint8 images; `moments` are the mean and std that they are normalised by."""
+def batch_step(axis_name, recipe: Recipe, state: State, images: UInt8[AnyArray, "batch height width channels"],
+               labels: Integer[AnyArray, "batch ..."], moments, learning_rate, steps_per_epoch, numbers: Numbers) -> State:
+    """One step on this device's part of a batch; `moments` are the mean and std that they are normalised by."""
     size = len(images)
     rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     key = lambda purpose: jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers.seed), state.step), purpose)
@@ -180,7 +184,7 @@ def batch_step(axis_name, recipe: Recipe, state: State, images: jnp.ndarray, lab
     updates, opt_state = _optimizer(recipe, numbers, learning_rate).update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, _scaled(recipe, numbers, updates))
     ema = None
-    if recipe.ema:  # frozen parameters are their own average, to the bit
+    if state.ema is not None:  # frozen parameters are their own average, to the bit
         average, _ = transfer.split(state.ema, frozen)
         ema = transfer.merge(optax.incremental_update(trained, average, 1 - numbers.ema_decay), fixed)
     begins = state.step % steps_per_epoch == 0
@@ -192,7 +196,7 @@ def batch_step(axis_name, recipe: Recipe, state: State, images: jnp.ndarray, lab
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def epoch_order(count: int, epoch, seed) -> jnp.ndarray:
+def epoch_order(count: int, epoch, seed) -> Int[AnyArray, " {count}"]:
     """The order in which an epoch takes its `count` images, a permutation of the seed and the epoch."""
     return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), _SHUFFLE), count)
 

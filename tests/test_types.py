@@ -1,0 +1,40 @@
+"""The annotations are checked: the import hook of conftest.py refuses what does not fit them."""
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from cnnjax import nn as cnn
+from cnnjax.data.augment import augment
+from cnnjax.position.metrics import by_ring
+from cnnjax.transfer import linear_probe
+
+
+def test_a_wrong_rank_is_refused():
+    for call in (cnn.global_avg_pool, lambda x: cnn.max_pool(x, 2), lambda x: cnn.resize(x, 4)):
+        assert call(jnp.ones((1, 4, 4, 2))).shape[0] == 1
+        with pytest.raises(TypeCheckError, match="batch height width channels"):
+            call(jnp.ones((4, 4, 2)))
+
+
+def test_axes_of_one_name_must_agree():
+    x = np.random.default_rng(0).standard_normal((10, 3))
+    linear_probe(x, np.arange(10) % 2, x, np.arange(10) % 2)
+    with pytest.raises(TypeCheckError, match="labels"):  # of nine examples, beside features of ten
+        linear_probe(x, np.arange(9) % 2, x, np.arange(10) % 2)
+    with pytest.raises(TypeCheckError, match="target"):  # two axes of one array, and of another
+        by_ring(np.ones((1, 6, 6)), np.ones((6, 5)), 2)
+    with pytest.raises(TypeCheckError, match="images"):  # a key for each image, also where it is traced
+        jax.eval_shape(augment, jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
+def test_a_wrong_dtype_and_a_wrong_result_are_refused(monkeypatch):
+    x = jnp.ones((1, 4, 4, 2))
+    with pytest.raises(TypeCheckError, match="Float"):
+        cnn.global_avg_pool(x.astype(jnp.int32))
+    monkeypatch.setattr(importlib.import_module("cnnjax.nn.pooling"), "_max_pool", lambda x, window, stride: x.swapaxes(2, 3))
+    with pytest.raises(TypeCheckError, match="return value"):
+        cnn.max_pool(x, 2)
