@@ -403,8 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
-        with workdir.claim(options.workdir):
-            run(options.runs, options.method, options.workdir)
+        run(options.runs, options.method, options.workdir)
     return command.run(work)
 
 

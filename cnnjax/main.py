@@ -67,9 +67,14 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         backend.join(_DISTRIBUTED.value)
     job.check(config)
     backend.start()
-    is_finished = (folder / "results.json").exists()
-    _LOG.info("%s holds the finished run" if is_finished else "running in %s", folder)
-    workdir.completed(job.run, config, folder)
+
+    def begin(config, folder):
+        _LOG.info("running in %s", folder)
+        job.run(config, folder)
+
+    if is_finished := (folder / "results.json").exists():
+        _LOG.info("%s holds the finished run", folder)
+    workdir.completed(begin, config, folder)
     if is_finished:
         importlib.import_module("cnnjax.report").write(folder)
     _LOG.info("finished: see %s", folder / "report.md")

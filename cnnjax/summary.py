@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Generator, Sequence
+from typing import Any
 
 from cnnjax import command
 
@@ -182,8 +183,8 @@ def receptive_fields(model, stages: tuple[str, ...],
     run = {"method": "stages", "last": stages[-1]}
     variables = jax.eval_shape(lambda key, x: model.init(key, x, **run), jax.random.key(0), image)
     maps = lambda variables, x: [model.apply(variables, x, **run)[stage] for stage in stages]
-    jaxpr = jax.make_jaxpr(maps)(variables, image).jaxpr
-    found = []
+    jaxpr: Any = jax.make_jaxpr(maps)(variables, image).jaxpr
+    found: list[Any] = []
 
     def follow():
         found.extend((yield from _walk(jaxpr, [None] * (len(jaxpr.invars) - 1) + [Field()], {})))

@@ -90,15 +90,16 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
     assert "D7" in report and "D8" in report and (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
 
     # What is finished is not done again, and other settings are refused.
-    monkeypatch.setattr(loop, "run", None)
-    monkeypatch.setattr(ensemble_vs_soup.combine, "run", None)
+    monkeypatch.setattr(loop, "run", pytest.fail)
+    monkeypatch.setattr(ensemble_vs_soup.combine, "run", pytest.fail)
     assert ensemble_vs_soup.main(command) == 0
     capsys.readouterr()
     assert ensemble_vs_soup.main([*command, "--epochs", "2"]) == 2
     assert capsys.readouterr().err.startswith("error: workdir=") and (tmp_path / "report.md").read_text() == report
 
 
-def test_wrong_arguments_of_soups_are_named(tmp_path, capsys):
+def test_wrong_arguments_of_soups_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arrays, "DATASETS", dict(arrays.DATASETS))
     assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--train", "49000"]) == 2
     assert "error: train=49000 and validation=2000 are more than CIFAR-10's 50000" in capsys.readouterr().err
     assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--model", "tutorial"]) == 2
@@ -192,6 +193,6 @@ def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
         assert np.mean(row["accuracy"]["fc2"][-1]) < np.mean(row["accuracy"]["fc2"][0])
     report = (tmp_path / "report.md").read_text()
     assert report.count("D10") == 6 and (tmp_path / "dropout.png").stat().st_size > 1000
-    monkeypatch.setattr(loop, "run", None)
+    monkeypatch.setattr(loop, "run", pytest.fail)
     assert dropout.main(command) == 0 and (tmp_path / "report.md").read_text() == report
     assert dropout.main([*command, "--epochs", "5"]) == 2 and "error: workdir=" in capsys.readouterr().err

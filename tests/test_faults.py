@@ -31,7 +31,8 @@ STEPS = 30  # three epochs of 1337 // 128
 # Commands that are given at once are processes at the same time, each forked from one that has imported everything and computed
 # nothing. What a case does beforehand makes its fault; figures are empty, since drawing them would take most of the time.
 DRIVER = """
-import json, os, sys, tempfile, traceback
+import json, os, signal, sys, tempfile, traceback
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits that it is ignored
 import matplotlib.figure, sklearn.datasets
 from cnnjax import combine, main, report, sweep, workdir
 from cnnjax.train import loop

@@ -40,7 +40,7 @@ class Scaler(NamedTuple):
 
 
 @jax.jit
-def fit_scaler(features: Float[AnyArray, "n height width channels"]) -> Scaler:
+def fit_scaler(features: Float[Array, "n height width channels"]) -> Scaler:
     """The scaler of training features."""
     mean, std = features.mean((0, 1, 2)), features.std((0, 1, 2))
     live = std > 1e-6 * std.max()

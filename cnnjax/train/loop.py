@@ -366,6 +366,7 @@ def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, 
     """Keeps every prediction, and the images of the worst mistakes, for the report: the most confident ones, and of masks those with
     most pixels wrong. Of several classes an image the outputs are kept."""
     kept: dict[str, Any]
+    predicted: np.ndarray
     if loss == "sigmoid":
         kept = {"outputs": outputs}
     elif loss == "pixelwise":

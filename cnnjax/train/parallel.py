@@ -43,7 +43,10 @@ class Parallel:
         """A number of each process, on every process; what they decide by a clock or a signal, they must decide alike."""
         if jax.process_count() == 1:
             return [number]
-        return multihost_utils.process_allgather(np.int32(number)).ravel().tolist()
+        try:
+            return multihost_utils.process_allgather(np.int32(number)).ravel().tolist()
+        except ValueError as error:  # what jaxlib makes of a peer that is gone, here
+            raise RuntimeError(str(error)) from error
 
     def replicate(self, tree):
         """Host or device arrays -> the same on every device."""
