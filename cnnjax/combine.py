@@ -197,9 +197,6 @@ def _find(patterns: Sequence[str]) -> dict[pathlib.Path, dict]:
     configs = {folder: config for folder, config in configs.items() if isinstance(config, dict) and config.get("kind") == "train"}
     if not configs:
         raise ValueError(f"runs={' '.join(patterns)!r} matches no work directory of a training run")
-    for folder, config in configs.items():
-        if lacking := sorted(set(defaults.get_config()) - set(config)):
-            raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has")
     return configs
 
 
@@ -214,6 +211,9 @@ def _check(configs: dict[pathlib.Path, dict], method: str) -> None:
     if (method in _OF_ONE_RUN) == bool(others):
         wanted = "the checkpoints of one run" if others else "at least two runs"
         raise ValueError(f"method={method!r} takes {wanted}, and --runs matches {', '.join(map(str, configs))}")
+    for folder, config in configs.items():
+        if lacking := sorted(set(defaults.get_config()) - set(config)):
+            raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has")
     if known["dataset"] not in arrays.DATASETS:
         raise ValueError(f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of {', '.join(arrays.DATASETS)}")
     if method in _SELECTING and not known["n_validation"]:

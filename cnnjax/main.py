@@ -81,8 +81,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _options() -> list[str]:
-    """The names of this package's own options."""
-    return [name for name in flags.FLAGS if not str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl.")]
+    """The names of this package's own options; libraries have some too."""
+    mine = ("cnnjax.main", "cnnjax.sweep", sys.argv[0])  # the last is what absl calls the module that runs
+    return [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name) in mine]
 
 
 def main(argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run) -> int:

@@ -193,6 +193,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         order = np.random.default_rng(config.seed).permutation(config.image_size**2)
         goals = goals.reshape(len(goals), -1)[:, order].reshape(goals.shape)
     stages = {name: _stages(config, name) for name in config.encoders}
+    for name in config.encoders if config.weights != "random" else ():  # a file that does not fit is refused before anything is computed
+        _variables(config, name, stages[name], config.seed)
     try:
         cells = _cells(config, folder, goals, stages)
     except KeyboardInterrupt as stop:
