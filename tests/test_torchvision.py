@@ -58,14 +58,19 @@ def test_keys_and_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
-    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same."""
+    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same.
+
+    Of the DenseNets the smallest alone does the latter: they are one code, and their hundreds of shapes take a minute to compile.
+    """
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
     variables = golden_variables(model)
     logits = jax.jit(model.apply)(variables, images)
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
-    assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
+    assert 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
+    if name not in ("densenet161", "densenet169", "densenet201"):
+        assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train")])

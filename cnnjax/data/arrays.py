@@ -80,7 +80,7 @@ class _Inert:
 class _ArraysOnly(pickle._Unpickler):
     """Builds plain containers and `_Inert` arrays, so that a file from strangers neither runs code nor reaches into memory.
 
-    It is the unpickler in Python, whose memo grows with what is put there (a file of 9 bytes makes the one in C reserve 32 GB), and
+    It is the unpickler in Python, whose memo grows with what is put there (a file of 9 bytes can make the one in C reserve gigabytes), and
     makes lists of tuples, since those that hold each other as keys of a dictionary take exponential time to hash.
     """
 
