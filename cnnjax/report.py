@@ -43,6 +43,11 @@ def spread(values, digits: int, sign: str = "") -> str:
     return f"{np.mean(values):{sign}.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
+def bar(values) -> np.ndarray:
+    """An error bar's half: the sample standard deviation over the first axis, 0 of one value."""
+    return np.std(values, 0, ddof=1) if len(values) > 1 else 0 * np.asarray(values)[0]
+
+
 def half_width(values) -> float:
     """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
     n = len(values)

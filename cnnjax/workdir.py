@@ -50,6 +50,15 @@ def write_json(path: pathlib.Path, value) -> None:
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def write_arrays(path: pathlib.Path, **arrays) -> None:
+    """Writes arrays by name as a compressed npz file."""
+    import numpy as np  # here, since every --help imports this module
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write(path, buffer.getvalue())
+
+
 def read_json(path: pathlib.Path, **options):
     """What a JSON file holds. Raises `ValueError`, with its name, if it is not JSON."""
     try:
@@ -142,12 +151,13 @@ def seal(folder: pathlib.Path) -> None:
 
 def check_seal(folder: pathlib.Path) -> None:
     """Raises `ValueError` if a file of a finished run is not as it was sealed; one that was never sealed passes."""
-    try:
-        recorded = json.loads((folder / _MANIFEST).read_bytes())
-    except FileNotFoundError:
+    path = folder / _MANIFEST
+    if not path.exists():
         return
-    except ValueError as error:
-        raise ValueError(f"{folder / _MANIFEST} cannot be read ({error}): remove it to take the files beside it as they are") from error
+    try:
+        recorded = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove it to take the files beside it as they are") from error
     found = _sealed(folder)
     if changed := [name for name in recorded if recorded[name] != found.get(name)]:
         raise ValueError(f"{folder / changed[0]} is not as it was written: remove results.json, and the same command makes all anew")

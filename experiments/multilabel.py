@@ -74,7 +74,7 @@ def _figure(folder: pathlib.Path, found: dict[str, np.ndarray], prevalence: np.n
     width = 0.8 / len(found)
     for number, (method, values) in enumerate(found.items()):
         at = np.arange(len(names)) + (number - (len(found) - 1) / 2) * width
-        axis.bar(at, 100 * values.mean(0), width, yerr=100 * values.std(0, ddof=1) if len(values) > 1 else None,
+        axis.bar(at, 100 * values.mean(0), width, yerr=100 * report.bar(values),
                  error_kw={"lw": 0.8}, label=f"{method} (n={len(values)})")
     for number, value in enumerate(prevalence):
         axis.plot([number - 0.45, number + 0.45], [100 * value] * 2, color="black", lw=1, label=None if number else _BASELINE)

@@ -67,7 +67,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
             values = [100 * row["accuracy"] for row in rows if (row["task"], row["canvas"], row["padding"]) == (*column, padding)]
             lines[at].append(report.spread(values, 1))
             axis.bar(at + 0.8 * (number + 0.5) / len(columns) - 0.4, np.mean(values), 0.8 / len(columns), color=f"C{number}",
-                     yerr=np.std(values, ddof=1) if len(values) > 1 else 0, label=None if at else f"{column[0]}, {column[1]} canvas")
+                     yerr=report.bar(values), label=None if at else f"{column[0]}, {column[1]} canvas")
     for chance, style in ((100 / GRID**2, "-"), (10, ":")):
         axis.axhline(chance, color="black", lw=0.7, ls=style)
     axis.set(ylabel="accuracy, %", ylim=(0, 105))

@@ -110,8 +110,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
         mine = [row for row in rows if row["network"] == "gapnet" and row["task"] == task]
         for number, (kind, label) in enumerate((("ranked", "the most position-encoding"), ("random", "at random"))):
             values = 100 * np.array([row[kind] for row in mine])
-            std = values.std(0, ddof=1) if len(mine) > 1 else 0
-            axis.errorbar(_REMOVED, values.mean(0), std, color=f"C{number}", marker=".", capsize=2, label=label)
+            axis.errorbar(_REMOVED, values.mean(0), report.bar(values), color=f"C{number}", marker=".", capsize=2, label=label)
             removed.append([task, label, *(report.spread(list(column), 1) for column in values.T)])
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
         axis.set(title=f"GAPNet, {task}", xlabel=f"channels set to zero, of {mine[0]['channels']}", ylabel="accuracy, %", ylim=(0, 105))

@@ -157,10 +157,6 @@ def cell(padding: str, border: int, seed: int, paths: list[pathlib.Path], images
             "difference": {stage: float(np.abs(y[0] - y[1]).mean() / max(np.abs(y).mean(), 1e-30)) for stage, y in found.items()}}
 
 
-def _spread(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     """Writes the results, the report and the figures; returns the tables."""
     paddings, borders = (list(dict.fromkeys(row[key] for row in cells)) for key in ("padding", "border"))
@@ -177,7 +173,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
         axis.set(title=title, xticks=[], yticks=[])
     for shift, key, label in ((-0.2, "accuracy", "trained: accuracy"), (0.2, "differ", "untrained: kernels that respond differently")):
         values = [[100 * row[key] for row in rook if row["padding"] == padding] for padding in paddings]
-        axes[2].bar(np.arange(len(paddings)) + shift, list(map(np.mean, values)), 0.4, yerr=list(map(_spread, values)), label=label)
+        axes[2].bar(np.arange(len(paddings)) + shift, list(map(np.mean, values)), 0.4, yerr=list(map(report.bar, values)), label=label)
     axes[2].axhline(50, color="black", lw=0.5)
     axes[2].set_xticks(range(len(paddings)), paddings, fontsize=8)
     axes[2].set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
@@ -196,7 +192,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
             if any(at):
                 lines.append([padding, stage, *(report.spread(v, 1) if v else "" for v in at), str(max(map(len, at)))])
                 where = [number for number, values in enumerate(at) if values]
-                axis.errorbar(where, [np.mean(at[i]) for i in where], [_spread(at[i]) for i in where], marker=".", capsize=2,
+                axis.errorbar(where, [np.mean(at[i]) for i in where], [report.bar(at[i]) for i in where], marker=".", capsize=2,
                               color=f"C{FILLS.index(padding) % 10}", label=padding)
         axis.axhline(50, color="black", lw=0.5)
         axis.set(title=stage, xlabel="border, pixels")

@@ -106,12 +106,11 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
         line = [padding]
         for shift, kind in ((-0.2, "similar"), (0.2, "dissimilar")):
             values = [100 * row[kind] for row in rows if row["padding"] == padding]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             published = PUBLISHED.get(padding)
-            line += [f"{np.mean(values):.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else ""),
+            line += [report.spread(values, 1),
                      "{:.1f} ± {:.1f}".format(*published[kind == "dissimilar"]) if published else ""]
             colour = "C0" if kind == "similar" else "C1"
-            axes[2].bar(number + shift, np.mean(values), 0.4, yerr=spread, color=colour, label=None if number else kind)
+            axes[2].bar(number + shift, np.mean(values), 0.4, yerr=report.bar(values), color=colour, label=None if number else kind)
         lines.append([*line, str(len(values)), f"{np.mean([row['epochs'] for row in rows if row['padding'] == padding]):.0f}"])
     axes[2].axhline(50, color="black", lw=0.5)
     axes[2].set_xticks(range(len(paddings)), paddings, fontsize=8)

@@ -105,7 +105,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
                               report.spread(values["r2"], 2) if kind == "photograph" else "", f"{len(found)} ({len(mine)})"])
                 for shift, key in ((-0.2, "frame"), (0.2, "scene")):
                     axis_row[len(paddings) + panel].bar(
-                        number + shift, np.mean(values[key]), 0.4, yerr=np.std(values[key], ddof=1) if len(found) > 1 else 0,
+                        number + shift, np.mean(values[key]), 0.4, yerr=report.bar(values[key]),
                         color="C0" if key == "frame" else "C1", label=None if number else key)
             profiles = np.mean([scene["profile"] for row in mine for scene in row["scenes"] if scene["kind"] == "photograph"], 0)
             for profile, shift, shade in zip(profiles, _SHIFTS, np.linspace(0, 0.85, len(_SHIFTS))):

@@ -156,7 +156,7 @@ def write(folder: pathlib.Path, rows: list[dict], train: int, image: list[dict])
         for axis, stage in zip(axis_row, stages):
             for number, padding in enumerate(paddings):
                 values = np.array([r2(padding, epoch=epoch, stage=stage, target="H", data=data) for epoch in epochs])
-                mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0 * values[:, 0]
+                mean, std = values.mean(1), report.bar(values.T)
                 axis.plot(epochs, mean, ".-", color=f"C{number}", label=padding)
                 axis.fill_between(epochs, mean - std, mean + std, color=f"C{number}", alpha=0.2, lw=0)
             axis.axhline(0, color="black", lw=0.5)

@@ -97,8 +97,7 @@ def _figures(folder: pathlib.Path, rows: list[dict], alone: dict, test: arrays.S
     at = (np.arange(len(alone["by_ring"])) + 0.5) * _RING
     for padding in shown:
         values = 100 * np.array([row["by_ring"] for row in rows if row["padding"] == padding], float)
-        spread = values.std(0, ddof=1) if len(values) > 1 else None
-        axis.errorbar(at, values.mean(0), spread, capsize=2, marker="o", markersize=3, label=f"{padding} (n={len(values)})")
+        axis.errorbar(at, values.mean(0), report.bar(values), capsize=2, marker="o", markersize=3, label=f"{padding} (n={len(values)})")
     axis.plot(at, 100 * np.array(alone["by_ring"], float), "k:", label="position alone")
     axis.set(xlabel="distance to the border, pixels", ylabel="mean IoU of the ring, %", ylim=(0, None))
     axis.legend(fontsize=8)

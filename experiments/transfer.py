@@ -169,7 +169,7 @@ def shown(found: np.ndarray, sign: str = "") -> str:
 
 def curve(axis, x, found: list[np.ndarray], **style) -> None:
     """Means with their sample standard deviations, and every seed as a point."""
-    axis.errorbar(x, [f.mean() for f in found], [f.std(ddof=1) if len(f) > 1 else 0 for f in found], capsize=2, **style)
+    axis.errorbar(x, [f.mean() for f in found], list(map(report.bar, found)), capsize=2, **style)
     for place, f in zip(x, found):
         axis.plot([place] * len(f), f, ".", ms=3, color=style["color"], alpha=0.6)
 

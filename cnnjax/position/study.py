@@ -3,7 +3,6 @@
 `check` refuses a bad configuration before anything is computed; `run` computes the table and writes it to a work directory.
 """
 import functools
-import io
 import itertools
 import pathlib
 import time
@@ -174,9 +173,7 @@ def _cells(config: ml_collections.ConfigDict, folder: pathlib.Path, goals: np.nd
                 features = image_features(everything, config.pixels) if name == CONTROL else encode(
                     create_model(name, padding=fill), variables(name, seed), everything, stages[name], config.pixels)
                 cell = _cell(config, seed, name, fill, images(seed), features, goals)
-                buffer = io.BytesIO()
-                np.savez_compressed(buffer, allow_pickle=False, seconds=np.asarray(time.monotonic() - began), **cell)
-                workdir.write(path, buffer.getvalue())
+                workdir.write_arrays(path, seconds=np.asarray(time.monotonic() - began), **cell)
             with np.load(path) as kept:
                 found[seed, name, origin, fill] = dict(kept)
             advance(1)
@@ -232,8 +229,6 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         "decisions": list(DECISIONS),
         "seconds": round(float(sum(cell["seconds"] for cell in cells.values())), 1),
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **maps)
-    workdir.write(folder / "maps.npz", buffer.getvalue())
+    workdir.write_arrays(folder / "maps.npz", **maps)
     workdir.write_json(folder / "results.json", results)
     report.write(folder)
