@@ -11,6 +11,15 @@ from cnnjax import workdir
 _RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class _Trained(argparse.Action):
+    """Collects --trained NAME FILE [MODULE ...] as name -> (file, modules)."""
+
+    def __call__(self, parser, options, values, flag=None):
+        if len(values) < 2:
+            parser.error(f"trained={values[0]} names no file")
+        setattr(options, self.dest, getattr(options, self.dest) | {values[0]: (values[1], tuple(values[2:]))})
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose description is shown as it is written, and which tells of an error in one line."""
 
@@ -29,6 +38,10 @@ class Parser(argparse.ArgumentParser):
 
     def add_photographs(self) -> None:
         self.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
+
+    def add_trained(self) -> None:
+        self.add_argument("--trained", nargs="+", action=_Trained, default={}, metavar=("NAME", "FILE"),
+                          help="an encoder, a safetensors file of its ImageNet weights, and modules that the file lacks")
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
         """An option that is a whole number of at least `least`."""

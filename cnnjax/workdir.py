@@ -50,12 +50,12 @@ def write_json(path: pathlib.Path, value) -> None:
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_arrays(path: pathlib.Path, **arrays) -> None:
-    """Writes arrays by name as a compressed npz file."""
+def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
+    """Writes arrays by name as an npz file, which has a checksum of each."""
     import numpy as np  # here, since every --help imports this module
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    (np.savez_compressed if compress else np.savez)(buffer, allow_pickle=False, **arrays)
     write(path, buffer.getvalue())
 
 

@@ -40,7 +40,7 @@ _SMOOTH = 9  # pixels, in the figure of reads: a stride reads every second pixel
 _LARGEST_MAP = 28  # positions: larger patterns are not kept
 
 
-def known_stages(model: Network, size: int, missing: list[str]) -> list[str]:
+def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[str]:
     """The stages that need none of the missing modules; raises `ValueError` if there are none."""
     shapes = weights.variable_shapes(model)
     held = {kind: {name: tree for name, tree in shapes.get(kind, {}).items() if name.split(".")[0] not in missing} for kind in shapes}
@@ -56,7 +56,7 @@ def known_stages(model: Network, size: int, missing: list[str]) -> list[str]:
 class Subject:
     """One network with one origin of its weights: `random`, or a file."""
 
-    def __init__(self, name: str, size: int, file: str | None, missing: list[str]):
+    def __init__(self, name: str, size: int, file: str | None, missing: tuple[str, ...]):
         self.name, self.file, self.missing, self.size = name, file, missing, size
         self.model = create_model(name)
         self.origin = "random" if file is None else "trained"
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_workdir("runs/patterns")
     parser.add_photographs()
     parser.add_argument("--encoders", nargs="*", default=["squeezenet1_1", "mobilenet_v2", "resnet18"], help="with random weights")
-    parser.add_argument("--trained", nargs="+", action="append", default=[], metavar="NAME", help="an encoder, its file, modules not in it")
+    parser.add_trained()
     parser.add_argument("--paddings", nargs="+", choices=patterns.ALIGNED, default=list(PADDINGS))
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 12, "photographs of one seed, at most", 2)
@@ -195,11 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         parts = [part[:options.images] for part in photographs.split(paths, (1,) * options.seeds, 0)]
         if min(map(len, parts)) < 2:
             raise ValueError(f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of {len(paths)} photographs")
-        if wrong := [entry for entry in options.trained if len(entry) < 2]:
-            raise ValueError(f"trained={' '.join(wrong[0])} names no file")
-        missing = {name: rest for name, _, *rest in options.trained}
-        subjects = [Subject(name, options.size, None, missing.get(name, [])) for name in options.encoders]
-        subjects += [Subject(name, options.size, file, rest) for name, file, *rest in options.trained]
+        subjects = [Subject(name, options.size, None, options.trained.get(name, (None, ()))[1]) for name in options.encoders]
+        subjects += [Subject(name, options.size, *rest) for name, rest in options.trained.items()]
         if not subjects:
             raise ValueError("encoders= and trained= are empty: there is no network to look at")
         config = {key: getattr(options, key) for key in ("photographs", "size", "images", "seeds", "trained")}

@@ -1,14 +1,20 @@
 """The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the paper's numbers.
 
-    python -m experiments.position_tables {main,kernels,stages,readout_padding,encoder_padding,controls} --workdir runs/tables
-        [--photographs FOLDER] [--weights random|imagenet|FILE] [--seeds 5] [--set KEY=VALUE ...]
+    python -m experiments.position_tables [main kernels depth stages readout_padding encoder_padding controls weights]
+        --workdir runs/tables [--photographs FOLDER] [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
+        [--set KEY=VALUE ...]
 
-A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are not run again. `--set`
-changes any key of that configuration for all of them. The paper's networks have ImageNet weights; without any at hand the
-encoders have random ones, which is a question of its own. Writes NAME.md and NAME.json to the work directory.
+All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are
+not run again, and what an encoder gave is kept in `features/` for the others. `--set` changes any key of that configuration
+for all of them. The paper's networks have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
+own: `weights` puts both side by side. ImageNet weights come from the Hugging Face hub, or for the networks named by `--trained` from a
+safetensors file with torchvision's names, followed by the modules that it is known to lack. Writes NAME.md and NAME.json.
 """
 import argparse
 import ast
+import functools
+import itertools
+import pathlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -71,6 +77,13 @@ def _rows() -> Iterator[tuple[str, Row]]:
                 .534/.528 .566/.518 .562/.515 .471/.530
                 .520/.537 .574/.523 .593/.514 .523/.545""")):
         yield "main", Row(label, _study(encoder), shown, padding, _grid(_ALL, _DATA, text))
+    for depth, alone, vgg in (  # table 2a
+            (1, ".012/.251 -.001/.233 -.001/.712", ".742/.149 .814/.109 .405/.556"),
+            (2, ".056/.250 .067/.187 -.006/.628", ".797/.128 .828/.105 .483/.538"),
+            (3, ".055/.250 .126/.186 .003/.628", ".830/.117 .835/.104 .491/.540")):
+        for label, encoder, padding, text in (("PosENet", "posenet", "none", alone), ("VGG-16", "vgg16", "zeros", vgg)):
+            keys, paper = _natural("H G HS", text, depth=depth)
+            yield "depth", Row(f"{label}, layers: {depth}", _study(**keys), encoder, padding, paper)
     for size, alone, vgg in (  # table 2b
             (1, ".013/.251 .017/.188 -.004/.628", ".542/.196 .724/.127 .317/.576"),
             (3, ".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
@@ -91,10 +104,16 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for padding, text in (("zeros", ".742/.149 .814/.109 .405/.556"), ("none", ".381/.223 .359/.174 .011/.628")):  # its last rows
         keys, paper = _natural("H G HS", text)
         yield "encoder_padding", Row(f"VGG-16, {padding}", _study(paddings=("zeros", "none"), **keys), "vgg16", padding, paper)
+    keys = {"coordinates": True, "targets": _ALL.split(), "data": ("natural", "black"), "kernel": 1}
+    yield "controls", Row("image and coordinates", _study("", **keys), "coordinates", "none", {})
     for label, keys in (("as it is", {}), ("mirrored photographs", {"mirrored": True}), ("shuffled targets", {"shuffled": True})):
         keys |= {"targets": ("H", "V", "G"), "data": ("natural", "black"), "kernel": 1}
         for padding in ("zeros", "none"):  # not in the paper
             yield "controls", Row(f"VGG-16, {padding}, {label}", _study(paddings=("zeros", "none"), **keys), "vgg16", padding, {})
+    for name, origin, padding in itertools.product(("squeezenet1_1", "mobilenet_v2", "resnet18"), ("random", "imagenet"),
+                                                   ("zeros", "none", "reflect")):  # not in the paper, but for VGG-16
+        keys = {"targets": ("H", "V", "G"), "data": ("natural", "black", "white"), "weights": origin}
+        yield "weights", Row(f"{name}, {origin}, {padding}", _study(name, ("zeros", "none", "reflect"), **keys), name, padding, {})
 
 
 TABLES = defaultdict(list)
@@ -108,6 +127,9 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     config.photographs, config.weights, config.seeds = options.photographs, options.weights, options.seeds
     for key, value in row.changes.items():
         config[key] = value
+    name = next(iter(config.encoders), None)
+    if row.changes.get("weights") != "random" and name in options.trained:
+        config.weights, config.missing = options.trained[name]
     for setting in options.set:
         key, _, text = setting.partition("=")
         if key not in config:
@@ -130,45 +152,51 @@ def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
                 paper = paper[0], paper[1] / 2  # the paper's stripes reach from -1 to 1, ours from 0
             cells = []
             for readout in ("sgd", "exact"):
-                entry = next((e for e in mine if (e["target"], e["data"], e["readout"]) == (target, data, readout)), None)
+                kind = target, data, readout, row.changes.get("depth", 1)
+                entry = next((e for e in mine if (e["target"], e["data"], e["readout"], e["depth"]) == kind), None)
                 if entry is None:
                     cells.append("")
                     continue
                 cells.append(f"{entry['spc']:.3f} ± {entry['spc_std'] or 0:.3f} / {entry['mae']:.3f} / {entry['r2']:.2f}")
                 values.append(entry | {"row": row.label, "paper": paper})
-            seeds = mine[0]["n_seeds"]
-            lines.append([row.label, target, data, f"{paper[0]:.3f} / {paper[1]:.3f}" if paper else "", *cells, str(seeds)])
-    header = ["row", "target", "data", "paper: SPC / MAE", "SGD: SPC ± std / MAE / R2", "exact: SPC ± std / MAE / R2", "seeds"]
+            printed = f"{paper[0]:.3f} / {paper[1]:.3f}" if paper else ""
+            lines.append([row.label, pathlib.Path(mine[0]["weights"]).name, target, data, printed, *cells, str(mine[0]["n_seeds"])])
+    header = ["row", "weights", "target", "data", "paper: SPC / MAE", "SGD: SPC ± std / MAE / R2", "exact: SPC ± std / MAE / R2", "seeds"]
     return report.table(header, lines), values
 
 
-def write(options: argparse.Namespace, table: str, values: list[dict]) -> str:
+def write(name: str, options: argparse.Namespace, table: str, values: list[dict]) -> str:
     """Writes a table's values and its page; returns the table."""
-    workdir.write_json(options.workdir / f"{options.table}.json", values)
-    text = (f"# {options.table}\n\nWeights: {options.weights}. Std is over images and seeds together; stripes span 0 to 1, for which the "
-            "paper's errors are halved. SPC is blind to amplitude: read R2, the share of variance explained, beside it.\n\n")
-    workdir.write(options.workdir / f"{options.table}.md", text + table)
+    workdir.write_json(options.workdir / f"{name}.json", values)
+    text = (f"# {name}\n\nStd is over images and seeds together; stripes span 0 to 1, for which the paper's errors are halved. SPC is "
+            "blind to amplitude: read R2, the share of variance explained, beside it.\n\n")
+    workdir.write(options.workdir / f"{name}.md", text + table)
     return table
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("tables", nargs="*", choices=TABLES, help="default: all")
     parser.add_workdir("runs/tables")
     parser.add_photographs()
-    parser.add_argument("--weights", default="random", help="random, imagenet (from the hub) or a safetensors file (default: %(default)s)")
+    parser.add_argument("--weights", default="random", choices=("random", "imagenet"), help="where a row names none (default: %(default)s)")
+    parser.add_trained()
     parser.add_count("seeds", 5, "of weights, photographs and crops")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every study's configuration")
     options = parser.parse_args(arguments)
 
     def work():
         backend.start()
-        rows = TABLES[options.table]
-        configs = [configure(row, options) for row in rows]
-        for config in configs:
+        encoders = {name for row in itertools.chain(*TABLES.values()) for name in row.changes["encoders"]}
+        if unread := sorted(set(options.trained) - encoders):
+            raise ValueError(f"trained={unread[0]} is not an encoder of the tables, which are {', '.join(sorted(encoders))}")
+        studies = {name: [configure(row, options) for row in TABLES[name]] for name in options.tables or TABLES}
+        for config in {workdir.digest(config.to_dict()): config for config in itertools.chain(*studies.values())}.values():
             study.check(config)
-        found = [workdir.completed(study.run, config, options.workdir / workdir.digest(config.to_dict())) for config in configs]
-        print(write(options, *tabulate(rows, found)))
+        run = functools.partial(study.run, memory=options.workdir / "features")
+        for name, configs in studies.items():
+            found = [workdir.completed(run, config, options.workdir / workdir.digest(config.to_dict())) for config in configs]
+            print(write(name, options, *tabulate(TABLES[name], found)))
     return command.run(work)
 
 

@@ -1,6 +1,8 @@
 """The position study: targets, scores, readouts and the whole job on small images."""
 import argparse
+import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,13 @@ import ml_collections
 import numpy as np
 import pytest
 import scipy.stats
+from jax import lax
 
 from cnnjax import nn as cnn
 from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
-from cnnjax.position import study
+from cnnjax.position import encoder, study
 from cnnjax.position.encoder import encode, image_features, reachable_stages
 from cnnjax.position.metrics import by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
@@ -121,6 +124,26 @@ def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     assert np.array_equal(maps, fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test)))  # the same twice
 
 
+def test_deeper_readouts_are_the_definition_and_learn():
+    """Two hidden layers of BatchNorm and ReLU, written out for each output by itself."""
+    train, test = features_with_position(40, 0, noise=0.3), features_with_position(4, 1, noise=0.3)
+    goals = np.stack([target("H", 9), target("HS", 9)])
+    readout = fit_sgd(train, goals, 3, steps=150, hidden=(5, 4))
+    maps = readout(jnp.asarray(test))
+    assert maps.shape == (1, 4, 2, 3, 3) and [layer["kernel"].shape[2:] for layer in readout.layers] == [(6, 10), (5, 8), (4, 2)]
+    for number in (0, 1):
+        y = readout.scaler(jnp.asarray(test))
+        for depth, (layer, (mean, var), width) in enumerate(zip(readout.layers, readout.moments, (5, 4, 1))):
+            mine = slice(number * width, (number + 1) * width)
+            z = lax.conv_general_dilated(y, layer["kernel"][..., mine], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            y = (z - mean[mine]) / jnp.sqrt(var[mine] + 1e-5) * layer["scale"][mine] + layer["bias"][mine]
+            y = jax.nn.sigmoid(y) if depth == 2 else jnp.maximum(y, 0)
+        np.testing.assert_allclose(maps[0, :, number], y[..., 0], atol=1e-5)
+    assert scores(maps[0, :, 0], target("H", 3))["spc"].min() > 0.9
+    with pytest.raises(ValueError, match="kernel=3 does not fit 9x9 features 5 times"):
+        fit_sgd(train, goals, 3, hidden=(5,) * 4)
+
+
 def test_stages_that_survive_without_padding():
     assert reachable_stages(create_model("vgg16", padding="none"), 224) == [f"block{i}" for i in range(1, 6)]
     assert reachable_stages(create_model("resnet18", padding="none"), 224) == ["stem", "layer1", "layer2", "layer3"]
@@ -136,6 +159,30 @@ def test_encoding_is_the_stages_resized_and_joined():
     stages = model.apply(variables, x, method="stages", last="block3")
     np.testing.assert_allclose(features[8:, ..., 64:], cnn.resize(stages["block3"], 28), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)
+
+
+def test_features_are_kept_by_what_makes_them(tmp_path, monkeypatch):
+    """Read where the same was computed before, whatever other stages went with it; other weights, images or padding are another matter."""
+    model, images, runs = create_model("vgg11"), photographs.synthetic("noise", 3, 32, 0), []
+    init = jax.jit(lambda key, last: model.init(key, jnp.zeros((1, 32, 32, 3)), method="stages", last=last), static_argnums=1)
+    variables, plain = init(jax.random.key(0), "block2"), encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *arguments: runs.append(arguments[3]) or plain(*arguments))
+    once = functools.partial(encoder.encode_once, tmp_path / "features")
+    both = once(model, variables, images, ["block1", "block2"])
+    assert np.array_equal(both, plain(model, variables, images, ["block1", "block2"]))
+    assert np.array_equal(both[..., :64], once(model, init(jax.random.key(0), "block1"), images, ["block1"]))
+    assert np.array_equal(both, once(model, variables, images, ["block1", "block2"])) and runs == [["block1", "block2"]]
+    once(model, init(jax.random.key(1), "block1"), images, ["block1"])
+    once(model, variables, images[:, ::-1], ["block1"])
+    once(model.clone(padding="reflect"), variables, images, ["block1"])
+    once(model, variables, images, ["block1"], "unit")
+    assert len(runs) == 5 and len(list((tmp_path / "features").iterdir())) == 6
+    for path in (tmp_path / "features").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="npz is damaged: remove it"):
+        once(model, variables, images, ["block1"])
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +208,7 @@ def finished(small_config, tmp_path_factory):
 def test_the_job_writes_every_row(finished, small_config):
     results = json.loads((finished / "results.json").read_text())
     rows = results["rows"]
-    columns = ("encoder", "weights", "padding", "stages", "kernel", "readout", "target", "data", "spc", "spc_std", "mae", "mae_std", "r2",
+    columns = ("encoder", "weights", "padding", "stages", "kernel", "readout", "target", "data", "depth", "spc", "spc_std", "mae", "mae_std", "r2",
                "r2_std", "n_images", "n_seeds")
     assert results["kind"] == "position" and all(tuple(row) == columns for row in rows)
     combinations = {tuple(row[key] for key in ("encoder", "padding", "readout", "target", "data")) for row in rows}
@@ -300,6 +347,17 @@ def test_controls_of_the_study(small_config):
     assert np.array_equal(mirrored["train"][3 * count:], plain["train"][:, ::-1, ::-1]) and np.array_equal(mirrored["natural"], plain["natural"])
 
 
+def test_coordinates_give_the_ramps_and_nothing_else(small_config):
+    """A linear readout of two coordinates is exact for H and V, and cannot bend to a Gaussian or stripes."""
+    images = study._images(small_config, 0)
+    features = {name: image_features(images[name], coordinates=True) for name in ("train", "held_out", "natural")}
+    assert features["train"].shape == (len(images["train"]), 28, 28, 5)
+    goals = np.stack([target(name, 28) for name in TARGETS])
+    maps = fit_exact(features["train"], features["held_out"], goals)(features["natural"])
+    r2 = [scores(maps[:, number], goal)["r2"].min() for number, goal in enumerate(goals)]
+    assert min(r2[:2]) > 0.999 and max(r2[2:]) < 0.1
+
+
 def test_the_papers_tables(tmp_path, capsys):
     """Zeros around the image alone give its position away (the paper's table 4); a second call runs nothing again; wrong settings are named."""
     arguments = ["readout_padding", "--workdir", str(tmp_path), "--seeds", "2", "--set", "image_size=96", "n_train=8", "n_held_out=4", "n_test=4",
@@ -316,20 +374,24 @@ def test_the_papers_tables(tmp_path, capsys):
     assert len(folders) == 3
     position_tables.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == folders
-    assert "| PosENet, padded by 2 | H | natural | 0.397 / 0.223 |" in (tmp_path / "readout_padding.md").read_text()
+    assert "| PosENet, padded by 2 | none | H | natural | 0.397 / 0.223 |" in (tmp_path / "readout_padding.md").read_text()
     for setting, message in (("n_trian=3", "'n_trian' is not a key of configs/posenet.py"), ("n_train=three", "'three' is not a value for n_train"),
                              ("kernel=31", "kernel=31 is not between 1 and")):
         capsys.readouterr()
         assert position_tables.main([*arguments, setting]) == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, rows", [("main", 3), ("kernels", 6), ("stages", 6), ("readout_padding", 3), ("encoder_padding", 2), ("controls", 6)])
-def test_every_table_is_a_set_of_studies_that_fit(name, rows):
-    options = argparse.Namespace(photographs="", weights="random", seeds=1, set=[])
+@pytest.mark.parametrize("name, rows", [("main", 3), ("kernels", 6), ("stages", 6), ("readout_padding", 3), ("encoder_padding", 2), ("controls", 7),
+                                        ("depth", 6), ("weights", 18)])
+def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
+    trained = {encoder: (str(tmp_path / f"{encoder}.safetensors"), ()) for encoder in ("squeezenet1_1", "mobilenet_v2", "resnet18")}
+    for path, _ in trained.values():
+        pathlib.Path(path).touch()
+    options = argparse.Namespace(photographs="", weights="random", trained=trained, seeds=1, set=[])
     assert len(position_tables.TABLES[name]) == rows
     for row in position_tables.TABLES[name]:
         config = position_tables.configure(row, options)
-        assert row.encoder in ("posenet", *config.encoders) and (row.padding in config.paddings or row.encoder == "posenet")
+        assert row.encoder in (*study.CONTROLS, *config.encoders) and (row.padding in config.paddings or row.encoder in study.CONTROLS)
         assert all(target in config.targets and data in config.data for target, data in row.paper)
-        if name != "main":  # ResNet-152 takes long to trace
+        if name != "main" and row.padding == row.changes["paddings"][0] and row.changes.get("weights") != "random":  # tracing takes long
             study.check(config)

@@ -270,4 +270,4 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(tiny, tmp_path
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| tiny | trained | layer3 | zeros | " in report and (tmp_path / "run" / "patterns.png").stat().st_size > 1000
     for wrong, message in ((["--seeds", "60"], "leave a seed fewer than 2 of 100"), (["--trained", "tiny"], "trained=tiny names no file")):
-        assert position_patterns.main([*command, "c", *wrong]) == 2 and message in capsys.readouterr().err
+        assert exit_code(position_patterns.main, [*command, "c", *wrong]) == 2 and message in capsys.readouterr().err

@@ -44,7 +44,7 @@ def study(rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24
     goals = np.stack([target(name, size) for name in TARGETS])
     variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, 3)), method="stages", last=stages[-1]))(jax.random.key(0))
     features, batch = encode(model, variables, pictures, stages), pictures[:_BATCH]
-    trained = lambda goals: fit_sgd(features, goals, steps=steps).params
+    trained = lambda goals: fit_sgd(features, goals, steps=steps).layers
     ways = {"encode all": lambda: encode(model, variables, pictures, stages),
             "encode a batch": lambda: encode(model, variables, batch, stages),
             "train one": lambda: trained(goals[:1]), "train all": lambda: trained(goals)}

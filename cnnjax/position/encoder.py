@@ -1,13 +1,18 @@
 """Frozen encoders: a network's stages over images, brought to one grid and kept."""
 import functools
+import hashlib
+import pathlib
+import zipfile
 from collections.abc import Iterator, Sequence
 
 import flax.errors
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
+from cnnjax import workdir
 from cnnjax.models import Network
 from cnnjax.nn import resize
 from cnnjax.types import AnyArray
@@ -57,9 +62,12 @@ def reachable_stages(model: Network, size: int) -> list[str]:
     return names
 
 
-def image_features(images: UInt8[np.ndarray, "n height width 3"], pixels: str = "imagenet") -> Float[np.ndarray, "n 28 28 3"]:
-    """The control without an encoder: the images themselves on the grid."""
-    return np.asarray(jax.jit(lambda x: resize(normalize(x, pixels), FEATURE_SIZE))(images))
+def image_features(images: UInt8[np.ndarray, "n height width 3"], pixels: str = "imagenet",
+                   coordinates: bool = False) -> Float[np.ndarray, "n 28 28 channels"]:
+    """The controls without an encoder: the images themselves on the grid, with channels that count columns and rows if asked."""
+    found = np.asarray(jax.jit(lambda x: resize(normalize(x, pixels), FEATURE_SIZE))(images))
+    grid = np.broadcast_to(np.indices(found.shape[1:3], np.float32).transpose(1, 2, 0)[..., ::-1], (*found.shape[:3], 2))
+    return np.concatenate([found, grid], -1) if coordinates else found
 
 
 def in_batches(images: Shaped[np.ndarray, "n ..."], size: int) -> Iterator[tuple[int, int, Shaped[np.ndarray, "batch ..."]]]:
@@ -73,6 +81,43 @@ def in_batches(images: Shaped[np.ndarray, "n ..."], size: int) -> Iterator[tuple
 def _joined_stages(model, variables, images, stages, pixels, key):
     maps = model.apply(variables, normalize(images, pixels), method="stages", last=stages[-1], rngs={"padding": key})
     return jnp.concatenate([resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages], -1)
+
+
+def _content(model, variables, images, stage, pixels) -> str:
+    """The hash of what makes a stage's features: the compiler's input, the weights that it reads, and the images."""
+    batch = jax.ShapeDtypeStruct((_BATCH, *images.shape[1:]), images.dtype)
+    read = jax.eval_shape(lambda x: model.init(jax.random.key(0), normalize(x, pixels), method="stages", last=stage), batch)
+    leaves = flax.traverse_util.flatten_dict(variables)
+    leaves = {path: leaves[path] for path in sorted(flax.traverse_util.flatten_dict(read))}
+    program = _joined_stages.lower(model, flax.traverse_util.unflatten_dict(leaves), batch, (stage,), pixels, jax.random.key(0))
+    found = hashlib.sha256(program.as_text().encode())
+    for array in (*leaves.values(), images):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
+
+
+def _kept(path: pathlib.Path) -> Float[np.ndarray, "n 28 28 channels"]:
+    try:
+        with np.load(path) as archive:
+            return archive["features"]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: remove it, and the same command computes its features anew") from error
+
+
+def encode_once(folder: pathlib.Path, model: Network, variables: dict, images: UInt8[np.ndarray, "n height width 3"],
+                stages: Sequence[str], pixels: str = "imagenet") -> Float[np.ndarray, "n 28 28 channels"]:
+    """`encode`, which a folder remembers stage by stage: what was once computed of the same weights and images is read.
+
+    Raises `ValueError` if a file in it is damaged.
+    """
+    paths = {stage: folder / f"{_content(model, variables, images, stage, pixels)}.npz" for stage in stages}
+    if lacking := [stage for stage in stages if not paths[stage].exists()]:
+        channels = [shape[3] for stage, shape in stage_shapes(model, images.shape[1], lacking[-1]).items() if stage in lacking]
+        parts = np.split(encode(model, variables, images, lacking, pixels), np.cumsum(channels)[:-1], axis=3)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage, part in zip(lacking, parts):
+            workdir.write_arrays(paths[stage], {"features": part}, compress=False)
+    return np.concatenate([_kept(path) for path in paths.values()], -1)
 
 
 def encode(model: Network, variables: dict, images: UInt8[np.ndarray, "n height width 3"], stages: Sequence[str],

@@ -1,10 +1,12 @@
 """Linear readouts of position from frozen features: one k x k convolution without padding per target.
 
 Two ways to find its weights. `fit_exact` solves the ridge regression, which has one solution and no seed. `fit_sgd` trains
-as the authors' code does (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution.
-Each does all targets, and all strengths or seeds, in one program: for given features they are columns of one matrix.
+as the authors' code does (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution, and with
+further convolutions before it if asked. Each does all targets, and all strengths or seeds, in one program: for given features they
+are columns of one matrix.
 """
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnnjax.nn import resize
+from cnnjax.nn import conv, resize
 from cnnjax.types import AnyArray
 
 # Ridge strengths on offer, for features of unit variance; the best on held-out photographs is taken for each target.
@@ -187,19 +189,37 @@ def fit_exact(train: Float[AnyArray, "n height width channels"], held_out: Float
 
 
 class Sgd(NamedTuple):
-    """Trained readouts of all seeds and targets: `kernel` [k, k, channels, seeds * targets] and BatchNorm's four vectors."""
+    """Trained readouts of all seeds and targets: of each layer the `kernel` and BatchNorm's `scale` and `bias`, mean and variance."""
 
     scaler: Scaler
-    params: dict
-    mean: Float[Array, " outputs"]
-    var: Float[Array, " outputs"]
+    layers: list[dict]
+    moments: list[tuple]
     seeds: int
+    targets: int
 
     def __call__(self, features: Float[AnyArray, "n height width channels"]) -> Float[np.ndarray, "seeds n targets rows columns"]:
-        """Maps, k - 1 less in height and width."""
-        z = _scaled_apply(self.scaler, features, self.params["kernel"])
-        y = np.asarray(jax.nn.sigmoid((z - self.mean) / jnp.sqrt(self.var + _BN_EPS) * self.params["scale"] + self.params["bias"]))
-        return y.reshape(*y.shape[:3], self.seeds, -1).transpose(3, 0, 4, 1, 2)
+        """Maps, in height and width k - 1 less for each layer."""
+        y = np.asarray(_read_out(self.scaler, self.layers, self.moments, features, self.seeds * self.targets))
+        return y.reshape(*y.shape[:3], self.seeds, self.targets).transpose(3, 0, 4, 1, 2)
+
+
+def _through(layers, features, outputs, moments=None):
+    """Runs every output's layers -> its map in (0, 1), and each layer's mean and variance: the batch's, or those given."""
+    y, found = features, []
+    for number, layer in enumerate(layers):
+        # The first layers of all outputs see the same features; after it each has channels of its own.
+        z = conv(y, layer["kernel"], groups=outputs) if number else _apply(y, layer["kernel"])
+        mean, var = moments[number] if moments else (z.mean((0, 1, 2)), z.var((0, 1, 2)))
+        y = (z - mean) / jnp.sqrt(var + _BN_EPS) * layer["scale"] + layer["bias"]
+        y = jax.nn.relu(y) if number < len(layers) - 1 else jax.nn.sigmoid(y)
+        count = z.size // z.shape[3]
+        found.append((mean, var * (count / (count - 1))))
+    return y, found
+
+
+@functools.partial(jax.jit, static_argnames="outputs")
+def _read_out(scaler, layers, moments, features, outputs):
+    return _through(layers, scaler(features), outputs, moments)[0]
 
 
 def full_size_error(targets: Float[AnyArray, "targets size size"], side: int) -> Callable[[Array], Array]:
@@ -222,50 +242,58 @@ def full_size_error(targets: Float[AnyArray, "targets size size"], side: int) ->
     return error
 
 
-@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds"))
-def _train(features, targets, key, size, steps, seeds):
-    outputs = seeds * len(targets)
-    error = full_size_error(targets, features.shape[1] - size + 1)
+def _start(key, size, widths, outputs):
+    """The layers of all outputs between `widths` channels: Glorot and Bengio 2010, uniform; a bias would vanish in BatchNorm."""
+    layers = []
+    for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
+        bound = (6 / (size**2 * (inputs + width))) ** 0.5
+        shape = (size, size, inputs, width * outputs)
+        kernel = jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound)
+        layers.append({"kernel": kernel, "scale": jnp.ones(shape[3]), "bias": jnp.zeros(shape[3])})
+    return layers
 
-    def loss(params, batch):
-        z = _apply(batch, params["kernel"])
-        mean, var = z.mean((0, 1, 2)), z.var((0, 1, 2))
-        y = jax.nn.sigmoid((z - mean) / jnp.sqrt(var + _BN_EPS) * params["scale"] + params["bias"])
-        count = z.size // outputs
+
+@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden"))
+def _train(features, targets, key, size, steps, seeds, hidden):
+    outputs = seeds * len(targets)
+    error = full_size_error(targets, features.shape[1] - (len(hidden) + 1) * (size - 1))
+
+    def loss(layers, batch):
+        y, moments = _through(layers, batch, outputs)
         # Every output has parameters of its own, so the sum over outputs trains each alone.
-        return error(y.reshape(*y.shape[:3], seeds, len(targets))).sum(), (mean, var * (count / (count - 1)))
+        return error(y.reshape(*y.shape[:3], seeds, len(targets))).sum(), moments
 
     schedule = lambda count: jnp.where(count < steps * 2 // 3, _LEARNING_RATE, _LEARNING_RATE / 10)
     optimizer = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.sgd(schedule, momentum=_MOMENTUM))
     batch_size, (init_key, order_key) = min(_BATCH, len(features)), jax.random.split(key)
-    bound = (6 / (size**2 * (features.shape[3] + 1))) ** 0.5  # Glorot and Bengio 2010, uniform; a bias would vanish in BatchNorm
-    params = {"kernel": jax.random.uniform(init_key, (size, size, features.shape[3], outputs), minval=-bound, maxval=bound),
-              "scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
+    layers = _start(init_key, size, (features.shape[3], *hidden, 1), outputs)
 
     def step(carry, number):
-        params, state, mean, var = carry
+        layers, state, running = carry
         batch = features
         if batch_size < len(features):
             batch = features[jax.random.choice(jax.random.fold_in(order_key, number), len(features), (batch_size,), replace=False)]
-        grads, (m, v) = jax.grad(loss, has_aux=True)(params, batch)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state, mean + _BN_MOMENTUM * (m - mean), var + _BN_MOMENTUM * (v - var)), None
+        grads, moments = jax.grad(loss, has_aux=True)(layers, batch)
+        updates, state = optimizer.update(grads, state, layers)
+        running = jax.tree.map(lambda old, new: old + _BN_MOMENTUM * (new - old), running, moments)
+        return (optax.apply_updates(layers, updates), state, running), None
 
-    carry = (params, optimizer.init(params), jnp.zeros(outputs), jnp.ones(outputs))
-    (params, _, mean, var), _ = lax.scan(step, carry, jnp.arange(steps))
-    return params, mean, var
+    running = [(jnp.zeros_like(layer["bias"]), jnp.ones_like(layer["bias"])) for layer in layers]
+    (layers, _, running), _ = lax.scan(step, (layers, optimizer.init(layers), running), jnp.arange(steps))
+    return layers, running
 
 
 def fit_sgd(train: Float[AnyArray, "n height width channels"], targets: Float[AnyArray, "targets side side"], size: int = 1,
-            steps: int = 540, seeds: int = 1, seed: int = 0) -> Sgd:
+            steps: int = 540, seeds: int = 1, seed: int = 0, hidden: tuple[int, ...] = ()) -> Sgd:
     """The authors' readout with kernel `size` of each target and each of `seeds` initialisations.
 
-    The features `train` are standardised first. Raises `ValueError` if the kernel is larger than
-    the map.
+    `hidden` are the channels of the layers before the last, each followed by BatchNorm and ReLU. The features `train` are
+    standardised first. Raises `ValueError` if the kernels are larger than the map.
     """
-    if not 1 <= size <= min(train.shape[1:3]):
-        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
+    if size < 1 or (len(hidden) + 1) * (size - 1) >= min(train.shape[1:3]):
+        times = f" {len(hidden) + 1} times" if hidden else ""
+        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features{times}")
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
-    params, mean, var = _train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds)
-    return Sgd(scaler, params, mean, var, seeds)
+    layers, moments = _train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds, hidden)
+    return Sgd(scaler, layers, moments, seeds, len(targets))

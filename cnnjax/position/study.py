@@ -17,7 +17,7 @@ from cnnjax import report, weights, workdir
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import check_fill, resize
-from cnnjax.position.encoder import FEATURE_SIZE, PIXELS, encode, image_features, reachable_stages
+from cnnjax.position.encoder import FEATURE_SIZE, PIXELS, encode, encode_once, image_features, reachable_stages
 from cnnjax.position.metrics import CONSTANT, by_ring, scores
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.targets import TARGETS, target
@@ -25,7 +25,8 @@ from cnnjax.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
 RINGS = 7  # of the profile by the distance to the border
-CONTROL = "posenet"  # the readout on the image itself, named as in the paper
+# Read out without an encoder: the image itself, named as in the paper, and one with its pixels' coordinates, the most there is to find.
+CONTROLS = {"posenet": ["image"], "coordinates": ["image", "coordinates"]}
 
 # What the literature leaves open and this study decides; printed in every report.
 DECISIONS = (
@@ -43,6 +44,7 @@ DECISIONS = (
     f"solution on the readout's own grid, its strength chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} for each target on held-out "
     "photographs.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned) and scored there, image by image.",
+    "With `depth` above 1 the readout 'sgd' has as many convolutions, each but the last followed by BatchNorm and ReLU; 'exact' keeps one.",
     f"SPC is Spearman's rank correlation; a map whose range is under {CONSTANT:g} of the target's counts as constant and scores 0. SPC "
     "is blind to amplitude: read it beside R2, the share of the target's variance explained (0 for a constant, negative for worse).",
     "Targets span 0 to 1, stripes included (the paper's tables have stripes from -1 to 1: its errors on HS and VS are twice as large).",
@@ -86,6 +88,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     side = FEATURE_SIZE + 2 * config.readout_padding
     if not 1 <= config.kernel <= side:
         raise ValueError(f"kernel={config.kernel} is not between 1 and {side}, the side of the features")
+    if config.depth < 1 or config.depth * (config.kernel - 1) >= side:
+        raise ValueError(f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} convolutions, at least 1, that leave "
+                         f"something of {side}x{side} features")
+    if config.hidden < 0:
+        raise ValueError(f"hidden={config.hidden} is not a number of channels, or 0 for as many as the features have")
     if config.pixels not in PIXELS:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     if config.image_size < 2:
@@ -128,8 +135,9 @@ def _variables(config: ml_collections.ConfigDict, name: str, stages: list[str], 
 
 
 def _encoders(config: ml_collections.ConfigDict):
-    """Every (encoder, weights, padding) of the study; the control first."""
-    yield CONTROL, "none", "none"
+    """Every (encoder, weights, padding) of the study; the controls first."""
+    for name in CONTROLS if config.coordinates else ("posenet",):
+        yield name, "none", "none"
     for name in config.encoders:
         for fill in config.paddings:
             yield name, config.weights, fill
@@ -139,16 +147,17 @@ def _cell(config: ml_collections.ConfigDict, seed: int, name: str, fill: str, im
           goals: np.ndarray) -> dict[str, np.ndarray]:
     """What the readouts of one encoder find: each image's scores, the exact readout's by ring, and the maps of the first images."""
     border = ((0, 0), *((config.readout_padding,) * 2,) * 2, (0, 0))
-    side = FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
     splits = np.cumsum([len(part) for part in images.values()])[:-1]
     parts = dict(zip(images, np.split(np.pad(features, border), splits)))
     exact = fit_exact(parts["train"], parts["held_out"], goals, config.kernel)
     readouts: dict[str, Exact | Sgd] = {"exact": exact}
-    if name == CONTROL or fill in config.sgd_paddings:
-        readouts["sgd"] = fit_sgd(parts["train"], goals, config.kernel, config.sgd_steps, seed=seed)
+    if name in CONTROLS or fill in config.sgd_paddings:
+        hidden = (config.hidden or features.shape[3],) * (config.depth - 1)
+        readouts["sgd"] = fit_sgd(parts["train"], goals, config.kernel, config.sgd_steps, seed=seed, hidden=hidden)
     found = {"residual": np.asarray(exact.residual)}
     for (kind, readout), data in itertools.product(readouts.items(), config.data):
-        predicted = readout(jnp.asarray(parts[data])).reshape(-1, len(goals), side, side)
+        predicted = readout(jnp.asarray(parts[data]))
+        predicted = predicted.reshape(-1, *predicted.shape[-3:])  # one seed
         upsampled = np.asarray(resize(jnp.asarray(predicted.transpose(0, 2, 3, 1)), config.image_size)).transpose(3, 0, 1, 2)
         for goal_name, goal, prediction in zip(config.targets, goals, upsampled):
             found |= {f"scores/{kind}/{goal_name}/{data}/{metric}": value for metric, value in scores(prediction, goal).items()}
@@ -159,31 +168,33 @@ def _cell(config: ml_collections.ConfigDict, seed: int, name: str, fill: str, im
 
 
 def _cells(config: ml_collections.ConfigDict, folder: pathlib.Path, goals: np.ndarray,
-           stages: dict[str, list[str]]) -> dict[tuple[int, str, str, str], dict[str, np.ndarray]]:
+           stages: dict[str, list[str]], memory: pathlib.Path | None) -> dict[tuple[int, str, str, str], dict[str, np.ndarray]]:
     """(seed, encoder, weights, padding) -> its cell, computed where the work directory does not hold it yet."""
     (folder / "cells").mkdir(exist_ok=True)
     combinations, found = list(itertools.product(range(config.seed, config.seed + config.seeds), _encoders(config))), {}
     images = functools.lru_cache(maxsize=1)(functools.partial(_images, config))
     variables = functools.lru_cache(maxsize=1)(lambda name, seed: _variables(config, name, stages[name], seed))
+    run_encoder = functools.partial(encode_once, memory) if memory else encode
     with progress(len(combinations), "encoders read out") as advance:
         for seed, (name, origin, fill) in combinations:
             path = folder / "cells" / f"{name}-{fill}-{seed}.npz"
             if not path.exists():
                 began, everything = time.monotonic(), np.concatenate(list(images(seed).values()))
-                features = image_features(everything, config.pixels) if name == CONTROL else encode(
+                features = image_features(everything, config.pixels, name == "coordinates") if name in CONTROLS else run_encoder(
                     create_model(name, padding=fill), variables(name, seed), everything, stages[name], config.pixels)
                 cell = _cell(config, seed, name, fill, images(seed), features, goals)
-                workdir.write_arrays(path, seconds=np.asarray(time.monotonic() - began), **cell)
+                workdir.write_arrays(path, cell | {"seconds": np.asarray(time.monotonic() - began)})
             with np.load(path) as kept:
                 found[seed, name, origin, fill] = dict(kept)
             advance(1)
     return found
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path, memory: pathlib.Path | None = None) -> None:
     """Computes every row, and writes results.json, maps.npz, report.md and the figures to the work directory.
 
-    Raises `workdir.Interrupted` when it was stopped: the encoders that were read out are not read out again.
+    `memory` is a folder that keeps what the encoders give, for other studies of the same images. Raises `workdir.Interrupted` when it
+    was stopped: the encoders that were read out are not read out again.
     """
     goals = np.stack([target(name, config.image_size) for name in config.targets])
     if config.shuffled:
@@ -193,7 +204,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     for name in config.encoders if config.weights != "random" else ():  # a file that does not fit is refused before anything is computed
         _variables(config, name, stages[name], config.seed)
     try:
-        cells = _cells(config, folder, goals, stages)
+        cells = _cells(config, folder, goals, stages, memory)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted("stopped; the same command goes on after the last encoder that was read out") from stop
 
@@ -216,7 +227,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         if what == "rings":
             rings.append(row | dict(zip(("target", "data"), rest)) | {metric: found.mean(0).tolist() for metric, found in values.items()})
             continue
-        row |= {"stages": stages.get(name, ["image"]), "kernel": config.kernel} | dict(zip(("readout", "target", "data"), rest))
+        row |= {"stages": (stages | CONTROLS)[name], "kernel": config.kernel} | dict(zip(("readout", "target", "data"), rest))
+        row["depth"] = config.depth if row["readout"] == "sgd" else 1
         for metric, found in values.items():
             row |= {metric: float(found.mean()), f"{metric}_std": float(found.std(ddof=1)) if len(found) > 1 else None}
         rows.append(row | {"n_images": len(found) // config.seeds, "n_seeds": config.seeds})
@@ -229,6 +241,6 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         "decisions": list(DECISIONS),
         "seconds": round(float(sum(cell["seconds"] for cell in cells.values())), 1),
     }
-    workdir.write_arrays(folder / "maps.npz", **maps)
+    workdir.write_arrays(folder / "maps.npz", maps)
     workdir.write_json(folder / "results.json", results)
     report.write(folder)

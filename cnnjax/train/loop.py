@@ -379,7 +379,7 @@ def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, 
         kept = {"predicted": predicted, "confidence": confidence, "shown": wrong[np.argsort(-confidence[wrong])][:_MISTAKES]}
     if "shown" in kept:
         kept["images"] = data.test_images(kept["shown"]) if len(kept["shown"]) else np.zeros((0, 1, 1, 1), np.uint8)
-    workdir.write_arrays(folder / "test.npz", labels=labels, **kept)
+    workdir.write_arrays(folder / "test.npz", {"labels": labels} | kept)
 
 
 def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
