@@ -57,6 +57,21 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.parametrize("width, channels, features, padding, together", [
+    (12, 3, 6, 0, 4), (12, 1, 20, 1, 4), (13, 2, 5, 1, 1), (14, 3, 8, 1, 2), (12, 3, 64, 1, 2), (12, 5, 16, 1, 2), (12, 5, 17, 1, 1)])
+def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
+    """Neighbours computed at once, and the kernel's gradient from what it sees side by side."""
+    module = importlib.import_module("cnnjax.nn.conv")
+    width += 2 - 2 * padding  # of the output: width
+    x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
+    assert module._together(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
+    y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
+    want, want_vjp = jax.vjp(jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel)
+    cotangent = normal(2, *y.shape)
+    for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
 @pytest.mark.parametrize("kernel_size, stride, dilation", [(3, 1, 1), (3, 2, 1), (5, 3, 1), (2, 1, 2)])
 def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation, monkeypatch):
     """Large maps are transposed in two steps; bit for bit nothing else changes, also under vmap and in a loop."""
@@ -82,9 +97,11 @@ def reference_conv_partial(x, kernel, stride, padding, dilation):
     return _native(x, kernel, (stride,) * 2, (padding,) * 2, (dilation,) * 2) * (kernel.shape[0] * kernel.shape[1] / count)
 
 
-@pytest.mark.parametrize("window, stride, padding", [(k, s, p) for k in (1, 2, 3, 5) for s in (1, 2, 3, 4) for p in (0, 1) if p <= k // 2])
-def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding):
-    x = jnp.maximum(jnp.round(2 * normal(0, 2, 11, 14, 3)), 0)  # many ties, as after a ReLU
+@pytest.mark.parametrize("window, stride, padding, height, width", [
+    *((k, s, p, 11, 14) for k in (1, 2, 3, 5) for s in (1, 2, 3, 4) for p in (0, 1) if p <= k // 2),
+    (2, 2, 0, 12, 14), (3, 3, 0, 12, 15), (2, 2, 1, 12, 14), (4, 4, 0, 4, 8)])  # and windows that tile the image
+def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
+    x = jnp.maximum(jnp.round(2 * normal(0, 2, height, width, 3)), 0)  # many ties, as after a ReLU
     native = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1),
                                              ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
     y, vjp = jax.vjp(jax.jit(lambda x: cnn.max_pool(x, window, stride, padding)), x)

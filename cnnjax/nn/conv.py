@@ -26,6 +26,7 @@ from cnnjax.types import AnyArray
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _LARGE = 2**20  # elements: 4 MB
 _TOGETHER = 32  # channels of a convolution that stands for several groups
+_FEW_IN, _FEW_OUT = 3, 16  # channels that leave the matrix product of a convolution half empty
 
 
 def _native(x, kernel, stride, padding, dilation, groups=1):
@@ -33,14 +34,36 @@ def _native(x, kernel, stride, padding, dilation, groups=1):
                                     dimension_numbers=_LAYOUT, feature_group_count=groups)
 
 
+def _together(x, kernel, stride, padding, dilation) -> int:
+    """How many neighbours in a row of the output are best computed as if they were channels."""
+    width = output_size(x.shape[2], kernel.shape[1], stride[1], padding[1], dilation[1])
+    if (*stride, *dilation) != (1, 1, 1, 1) or kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT:
+        return 1
+    best = 4 if kernel.shape[2] <= _FEW_IN and kernel.shape[3] < 64 else 2
+    return next(count for count in (best, 2, 1) if width % count == 0)
+
+
+def _ungrouped(x, kernel, stride, padding, dilation):
+    """A convolution; with few channels, of a wider kernel that gives several neighbours at once.
+
+    A window that is read for one of them is then read for all, and the matrix product inside has columns enough.
+    """
+    count = _together(x, kernel, stride, padding, dilation)
+    if count == 1:
+        return _native(x, kernel, stride, padding, dilation)
+    shifted = [jnp.pad(kernel, ((0, 0), (place, count - 1 - place), (0, 0), (0, 0))) for place in range(count)]
+    y = _native(x, jnp.concatenate(shifted, axis=3), (1, count), padding, dilation)
+    return y.reshape(*y.shape[:2], -1, kernel.shape[3])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _dense_conv(x, kernel, stride, padding, dilation):
     """An ungrouped convolution whose gradients are themselves NHWC x HWIO -> NHWC convolutions."""
-    return _native(x, kernel, stride, padding, dilation)
+    return _ungrouped(x, kernel, stride, padding, dilation)
 
 
 def _dense_conv_forward(x, kernel, stride, padding, dilation):
-    return _native(x, kernel, stride, padding, dilation), (x, kernel)
+    return _ungrouped(x, kernel, stride, padding, dilation), (x, kernel)
 
 
 def _dense_conv_backward(stride, padding, dilation, residuals, dy):
@@ -63,7 +86,7 @@ def _spread(shape, kernel_shape, stride, padding, dilation, dy):
 def _input_gradient(shape, kernel, stride, padding, dilation, dy):
     """Correlates the output gradient, spread out by the stride, with the flipped kernel."""
     spread = _spread(shape, kernel.shape, stride, padding, dilation, dy)
-    return _native(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
+    return _ungrouped(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
 
 
 def _batch_last(x):
@@ -82,6 +105,11 @@ def _kernel_gradient(x, shape, stride, padding, dilation, dy):
         read = next(_taps(pad(x, padding, "zeros"), (1, 1), stride, dilation, dy.shape[1:3]))
         rows = [a.reshape(-1, a.shape[3]) for a in (read, dy)]
         return lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(shape)
+    seen = math.prod(shape[:3])
+    if shape[2] <= _FEW_IN and seen <= shape[3]:  # what the kernel sees, side by side, is smaller than the output, which stays as it is
+        taps = _taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3])
+        rows = lax.optimization_barrier(jnp.concatenate(list(taps), axis=3).reshape(-1, seen).T)
+        return (rows @ dy.reshape(-1, shape[3])).reshape(shape)
     needed = [(dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1 for axis in (0, 1)]
     read = lambda x: pad(x, padding, "zeros")[:, :needed[0], :needed[1]]  # a stride may leave a margin that no window reads
     x = read(x).transpose(3, 1, 2, 0) if x.size < _LARGE else read(_batch_last(x))
