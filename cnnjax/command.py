@@ -2,11 +2,10 @@
 import argparse
 import logging
 import pathlib
-import signal
 import sys
 from collections.abc import Callable
 
-from cnnjax import workdir
+from cnnjax import signals, workdir
 
 _RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -58,9 +57,6 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def _interrupt(number: int, frame) -> None:
-    """What the first SIGINT or SIGTERM does; a second one ends the process at once."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
@@ -69,11 +65,9 @@ def run(work: Callable[[], None]) -> int:
     on from there, 130 when it will not. With --debug on the command line an error comes with its traceback."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)  # imports may have set another
     logging.getLogger("cnnjax").setLevel(logging.INFO)
-    # What is ignored stays so, as for a command that a shell runs in the background.
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
-        work()
+        with signals.heeded(_interrupt):
+            work()
     except workdir.Interrupted as stop:
         print(stop, file=sys.stderr)
         return _RESUMABLE
@@ -86,7 +80,4 @@ def run(work: Callable[[], None]) -> int:
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]  # XLA's have many lines
         print(f"error: {first}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0

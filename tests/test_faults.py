@@ -428,7 +428,7 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
-    """During a call into XLA, of which a minute is left, and while the first one is still being heeded."""
+    """During a call into XLA, of which a minute is left, in a step and outside of one, and while the first one is still being heeded."""
     long = """
 import jax, signal, threading, time
 def signals():
@@ -441,6 +441,7 @@ def advance(self, *arguments):
     jax.jit(lambda: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jax.numpy.sin(x + i), 0.0))().block_until_ready()
 loop._Resident.advance = advance
 """
+    outside = long.replace("loop._Resident.advance", "report.write").replace("advance(self, *arguments)", "advance(folder)")
     stubborn = SIGNAL + """
 def write(folder):
     try:
@@ -451,11 +452,12 @@ def write(folder):
         time.sleep(60)
 report.write = write
 """
-    copy = shutil.copytree(finished, tmp_path / "finished")
+    copies = [shutil.copytree(finished, tmp_path / name) for name in ("one", "two")]
     began = time.monotonic()
-    (code, errors), (other, _) = machine.run(("main", (*TRAIN, "--workdir", tmp_path / "run"), long),
-                                             ("main", (*TRAIN, "--workdir", copy), stubborn))
-    assert code == 130 and "SIGTERM: saving after this step; once more to stop at once" in errors and other == -15
+    (code, errors), (also, _), (other, _) = machine.run(
+        ("main", (*TRAIN, "--workdir", tmp_path / "run"), long), ("main", (*TRAIN, "--workdir", copies[0]), SIGNAL + outside),
+        ("main", (*TRAIN, "--workdir", copies[1]), stubborn))
+    assert code == also == 130 and "SIGTERM: saving after this step; once more to stop at once" in errors and other == 143
     assert time.monotonic() - began < 30
 
 

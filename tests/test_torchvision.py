@@ -18,6 +18,8 @@ from experiments import probe
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
 NAMES = sorted(case.split("/")[0] for case in GOLDEN.files if case.endswith("/keys"))
+# One code, hundreds of shapes: each takes a minute to compile for what densenet121 shows; experiments/zoo.py trains them all.
+LARGE_DENSENETS = ("densenet161", "densenet169", "densenet201")
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
@@ -58,10 +60,7 @@ def test_keys_and_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
-    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same.
-
-    Of the DenseNets the smallest alone does the latter: they are one code, and their hundreds of shapes take a minute to compile.
-    """
+    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same."""
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
     variables = golden_variables(model)
@@ -69,11 +68,11 @@ def test_evaluation_is_torchvisions(case):
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
     assert 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
-    if name not in ("densenet161", "densenet169", "densenet201"):
+    if name not in LARGE_DENSENETS:
         assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train")])
+@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] not in LARGE_DENSENETS])
 def test_training_is_torchvisions(case):
     """After three passes in training mode logits and running statistics equal the golden ones; all parameters receive gradients."""
     name, size, _ = case.split("/")

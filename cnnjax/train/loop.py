@@ -3,14 +3,11 @@
 `check` refuses a bad configuration before anything is computed; `run` trains in a work directory, and goes on where an earlier
 run in it stopped.
 """
-import contextlib
 import json
 import logging
 import math
-import os
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +19,7 @@ import numpy as np
 import safetensors
 import tensorboardX
 
-from cnnjax import backend, report, transfer, weights, workdir
+from cnnjax import backend, report, signals, transfer, weights, workdir
 from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
 from cnnjax.train import evaluate, step
@@ -194,39 +191,6 @@ class _Streamed:
         return np.stack([np.asarray(stream.centre(source[int(number)][0], size, self.config.resize)) for number in numbers])
 
 
-@contextlib.contextmanager
-def _heed_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the first SIGTERM or SIGINT; a second one ends the process at once.
-
-    A thread reads them, since a handler in Python would wait for a compilation or a long step to end.
-    """
-    received: list[int] = []
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def receive():
-        while number := os.read(reader, 1)[0]:
-            if number in before:
-                if received:
-                    os._exit(128 + number)
-                received.append(number)
-                _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
-
-    before = {number: signal.signal(number, lambda number, frame: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    before_too, thread = signal.set_wakeup_fd(writer), threading.Thread(target=receive, daemon=True)
-    thread.start()
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(before_too)
-        os.write(writer, bytes(1))
-        thread.join()
-        os.close(reader)
-        os.close(writer)
-
-
 class Training:
     """A training run under way: what `run` would otherwise pass from function to function."""
 
@@ -320,7 +284,14 @@ class Training:
         every, total = self.config.checkpoint_every_steps, len(self.rates)
         taken = transfer.take(self.config.initial_weights, self.model, self.config.initial_parts) if self.config.initial_weights else None
         state, at, stop = step.init(self.recipe, self.data.shape, self.numbers, taken), 0, 0
-        with _heed_signals() as signals, Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints:
+        received: list[int] = []
+
+        def hear(number):
+            received.append(number)
+            _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+
+        with (signals.heeded(lambda number, frame: None, hear),
+              Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints):
             if found := checkpoints.restore(state):
                 at, state, record = found
                 self.history, self.seconds = record["history"], record["seconds"]
@@ -350,12 +321,12 @@ class Training:
                     began = time.monotonic()
                     error = self.history[-1].get("validation_error")
                     improved = error if error is not None and error < best else None
-                stop = max(self.parallel.gather(signals[0] if signals else 0))
+                stop = max(self.parallel.gather(received[0] if received else 0))
                 if at % every == 0 or at == total or improved is not None or stop:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
                 if stop:
                     break
-        if stop := stop or (signals[0] if signals else 0):  # it may have come while the last checkpoint was written
+        if stop := stop or (received[0] if received else 0):  # it may have come while the last checkpoint was written
             raise workdir.Interrupted(f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; the same "
                                       "command goes on from there")
         return state
