@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         with progress(options.seeds * len(options.paddings), "networks") as done:
             for padding in options.paddings:
                 for seed in range(options.seeds):
-                    rows.append(run(padding, seed))
+                    rows.append(workdir.finished(options.workdir / "cells" / f"{padding}-{seed}.json", run, padding, seed))
                     done(1)
         print(write(options.workdir, rows))
     return command.run(work)
