@@ -102,16 +102,23 @@ class Exact(NamedTuple):
 
 
 def _spatial_correlation(features: Float[Array, "n height width channels"], size: int) -> Float[Array, "taps taps"]:
-    """How features correlate between the taps of a k x k window, averaged over channels."""
+    """How features correlate between the taps of a k x k window, averaged over channels.
+
+    Shift by shift: a shifted copy is as large as the features, and XLA would make all of them at once.
+    """
     height, width = features.shape[1:3]
-    shift = {}
-    for i in range(-size + 1, size):
-        for j in range(size):
-            a = features[:, max(i, 0):height + min(i, 0), j:]
-            b = features[:, max(-i, 0):height + min(-i, 0), :width - j]
-            shift[i, j] = shift[-i, -j] = (a * b).mean()
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    return jnp.stack([jnp.stack([shift[a[0] - b[0], a[1] - b[1]] for b in taps]) for a in taps]) / shift[0, 0]
+    gap = size - 1
+    around = jnp.pad(features, ((0, 0), (gap, gap), (0, gap), (0, 0)))
+    shifts = np.array([(i, j) for i in range(-gap, size) for j in range(size)])
+
+    def total(shift):
+        return (lax.dynamic_slice(around, (0, gap + shift[0], shift[1], 0), features.shape) * features).sum()
+
+    means = lax.map(total, jnp.asarray(shifts)) / ((height - abs(shifts[:, 0])) * (width - shifts[:, 1]))
+    taps = np.array([(i, j) for i in range(size) for j in range(size)])
+    apart = taps[:, None] - taps
+    apart = np.where(apart[..., 1:] < 0, -apart, apart)
+    return means[(apart[..., 0] + gap) * size + apart[..., 1]] / means[gap * size]
 
 
 @functools.partial(jax.jit, static_argnames="size")
