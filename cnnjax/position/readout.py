@@ -114,7 +114,8 @@ def _spatial_correlation(features: Float[Array, "n height width channels"], size
     def total(shift):
         return (lax.dynamic_slice(around, (0, gap + shift[0], shift[1], 0), features.shape) * features).sum()
 
-    means = lax.map(total, jnp.asarray(shifts)) / ((height - abs(shifts[:, 0])) * (width - shifts[:, 1]))
+    count = (height - abs(shifts[:, 0])) * (width - shifts[:, 1])
+    means = lax.map(total, jnp.asarray(shifts)) / count.astype(np.float32)
     taps = np.array([(i, j) for i in range(size) for j in range(size)])
     apart = taps[:, None] - taps
     apart = np.where(apart[..., 1:] < 0, -apart, apart)
