@@ -10,6 +10,7 @@ import pytest
 
 from cnnjax import nn as cnn
 from cnnjax.nn.conv import _native
+from cnnjax.nn.materialize import materialize
 from cnnjax.nn.pooling import _max_pool
 from cnnjax.nn.sums import channel_sum
 
@@ -366,6 +367,17 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
     convolutions = [line for line in text.splitlines() if " convolution(" in line]
     assert convolutions and all("dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line for line in convolutions)
     assert "select-and-scatter" not in text
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
+def test_a_materialized_value_stays_one_and_is_itself():
+    """The compiler keeps the conditional, through vmap and gradients nothing changes, and a NaN in front harms no other value."""
+    x = normal(0, 4, 3).at[0, 0].set(jnp.nan)
+    assert " conditional(" in jax.jit(lambda x: materialize(x * 2) + 1).lower(x).compile().as_text()
+    for value in (x, x[1:], x.astype(jnp.bfloat16), jnp.zeros((0, 3))):
+        np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (jax.jit(materialize)(value), value)))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(materialize))(x), x)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))(x[1:]), 2 * x[1:])
 
 
 def test_a_step_in_scan_equals_a_loop():

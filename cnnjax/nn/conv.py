@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.geometry import Both, output_size, pair, valid_counts
+from cnnjax.nn.materialize import materialize
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.sums import add_bias, channel_sum
 from cnnjax.types import AnyArray
@@ -63,11 +64,12 @@ def _dense_conv(x, kernel, stride, padding, dilation):
 
 
 def _dense_conv_forward(x, kernel, stride, padding, dilation):
+    x = materialize(x)
     return _ungrouped(x, kernel, stride, padding, dilation), (x, kernel)
 
 
 def _dense_conv_backward(stride, padding, dilation, residuals, dy):
-    x, kernel = residuals
+    (x, kernel), dy = residuals, materialize(dy)
     return _input_gradient(x.shape, kernel, stride, padding, dilation, dy), _kernel_gradient(x, kernel.shape, stride, padding, dilation, dy)
 
 
@@ -141,7 +143,7 @@ def _depthwise_forward(x, kernel, stride, padding, dilation):
 
 
 def _depthwise_backward(stride, padding, dilation, residuals, dy):
-    x, kernel = residuals
+    (x, kernel), dy = residuals, materialize(dy)
     spread, flipped = _spread(x.shape, kernel.shape, stride, padding, dilation, dy), kernel[::-1, ::-1]
     taps = _taps(pad(x, padding, "zeros"), kernel.shape[:2], stride, dilation, dy.shape[1:3])
     return _depthwise(spread, flipped, (1, 1), (0, 0), dilation), jnp.stack([channel_sum(tap, dy) for tap in taps]).reshape(kernel.shape)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cnnjax.nn.materialize import materialize
 from cnnjax.nn.sums import channel_sum
 from cnnjax.types import AnyArray
 
@@ -35,6 +36,7 @@ def _normalise_forward(x, scale, bias, eps, axis_name):
 def _normalise_backward(eps, axis_name, saved, gradients):
     x, scale, mean, var, count = saved
     dy, dmean, dvar = gradients
+    dy = materialize(dy)
     deviation = 1 / jnp.sqrt(var + eps)
     dscale, dbias = channel_sum(dy, x - mean) * deviation, channel_sum(dy)
     all_dscale, all_dbias, dmean, dvar = _total(axis_name, dscale, dbias, dmean, dvar)
