@@ -2,7 +2,6 @@
 
 `set_flags` runs on `import cnnjax` and imports nothing heavy; `start` is called once by every command before it computes.
 """
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -20,7 +19,6 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 CPU_FLAG = f"{_FLAG}=individual_dot"
 # XLA aborts the process on a flag that it does not know, so only releases that were seen to have it are given it.
 _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13, 0)
-_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1  # of glibc's malloc.h
 
 
 def set_flags() -> None:
@@ -75,26 +73,10 @@ def _cache_dir() -> pathlib.Path:
     return home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}"
 
 
-def _keep_memory() -> None:
-    """Lets glibc keep the memory of a step for the next one, from one heap; before the backend's threads have heaps of their own.
-
-    It would give every large block back, and the kernel clears page by page what it gives out again: a tenth to a fifth of a training
-    step on the CPU (docs/performance.md). The process stays as large as it once was.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
-        mallopt(option, value)
-
-
 @functools.cache
 def start() -> None:
-    """Makes the process ready to compute: memory that stays, the persistent compilation cache, and numerics that are checked once."""
+    """Makes the process ready to compute: turns on the persistent compilation cache and checks the numerics once."""
     import jax
-
-    _keep_memory()
 
     # JAX_COMPILATION_CACHE_DIR, set by the user, comes first.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds its options when it is imported

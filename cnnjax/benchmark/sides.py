@@ -251,7 +251,7 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         import jax
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
         if side == "cnnjax":
-            backend.start()  # as every command does
+            backend.check_numerics()
     before = _resident("VmRSS")
     if what == "layers":
         functions, facts = _layer(side, LAYERS[name])
