@@ -140,6 +140,8 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     import jax
     from jax.ad_checkpoint import checkpoint_name
 
+    from cnnjax.nn.conv import as_written
+
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     rows: dict[str, Layer] = {}
@@ -155,7 +157,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
                            kernel * math.prod(y.shape[:-1]), None, None)
         return checkpoint_name(y, name)
 
-    with nn.intercept_methods(report):
+    with nn.intercept_methods(report), as_written():
         jaxpr = jax.make_jaxpr(model.apply)(variables, images).jaxpr
     fields = [None] * (len(jaxpr.invars) - 1) + [Field()]
     table = [_row("", "input", jaxpr.invars[-1].aval, Field()), *_walk(jaxpr, fields, rows)]
@@ -178,12 +180,15 @@ def receptive_fields(model, stages: tuple[str, ...],
     """
     import jax
 
+    from cnnjax.nn.conv import as_written
+
     model = model.clone(padding="zeros") if model.padding in _LOOK_AROUND else model
     image = jax.ShapeDtypeStruct((1, *(shape or model.input_shape)), "float32")
     run = {"method": "stages", "last": stages[-1]}
     variables = jax.eval_shape(lambda key, x: model.init(key, x, **run), jax.random.key(0), image)
     maps = lambda variables, x: [model.apply(variables, x, **run)[stage] for stage in stages]
-    jaxpr: Any = jax.make_jaxpr(maps)(variables, image).jaxpr
+    with as_written():
+        jaxpr: Any = jax.make_jaxpr(maps)(variables, image).jaxpr
     found: list[Any] = []
 
     def follow():

@@ -5,10 +5,12 @@ forms into that one only outside loops. The two gradients that JAX derives are o
 `lax.scan` runs on a naive loop nest, and a grouped kernel gradient does so everywhere. `_dense_conv` therefore states its
 gradients in the fast form itself. On other platforms the compiler's own choice is better and is left alone.
 """
+import contextlib
+import contextvars
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -27,6 +29,7 @@ from cnnjax.types import AnyArray
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _LARGE = 2**20  # elements: 4 MB
 _TOGETHER = 32  # channels of a convolution that stands for several groups
+_AS_WRITTEN = contextvars.ContextVar("as_written", default=False)
 _FEW_IN, _FEW_OUT = 3, 16  # channels that leave the matrix product of a convolution half empty
 
 
@@ -35,8 +38,20 @@ def _native(x, kernel, stride, padding, dilation, groups=1):
                                     dimension_numbers=_LAYOUT, feature_group_count=groups)
 
 
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """Within it, windows are traced with the size and stride that a network gives them, for those who read them from the program."""
+    token = _AS_WRITTEN.set(True)
+    try:
+        yield
+    finally:
+        _AS_WRITTEN.reset(token)
+
+
 def _together(x, kernel, stride, padding, dilation) -> int:
     """How many neighbours in a row of the output are best computed as if they were channels."""
+    if _AS_WRITTEN.get():
+        return 1
     width = output_size(x.shape[2], kernel.shape[1], stride[1], padding[1], dilation[1])
     if (*stride, *dilation) != (1, 1, 1, 1) or kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT:
         return 1
