@@ -49,15 +49,17 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
         assert_equal(state, a_state(2))
 
 
-def test_a_states_memory_may_be_given_away_at_once(tmp_path):
+def test_what_was_saved_may_be_changed_at_once(tmp_path):
     increase = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jnp.zeros((1000, 1000))
-    with Checkpoints(tmp_path, keep=5) as checkpoints:
-        for step in range(1, 6):
+    x, record = jnp.zeros((1000, 1000)), {"history": []}
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step in range(1, 10):
             x = increase(x)
-            checkpoints.save(step, {"x": x}, {})
+            checkpoints.save(step, {"x": x}, record)
+            record["history"].append({"step": step})
         for step in checkpoints.steps():
-            assert (checkpoints.restore_step(step, {"x": x})[1]["x"] == step).all()
+            _, state, found = checkpoints.restore_step(step, {"x": x})
+            assert (state["x"] == step).all() and found == {"history": [{"step": number} for number in range(1, step)]}
 
 
 def files_of(folder: pathlib.Path) -> list[str]:

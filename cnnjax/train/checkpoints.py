@@ -1,5 +1,6 @@
 """Checkpoints: written by orbax while training goes on, and believed only if every file has the hash that it was written with."""
 import contextlib
+import copy
 import functools
 import hashlib
 import logging
@@ -107,7 +108,7 @@ class Checkpoints:
             self._failure = error
 
     def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
-        """Begins to write a checkpoint, unless there is one of this step; the state's memory may be reused at once.
+        """Begins to write a checkpoint, unless there is one of this step; the state's memory and the record may be changed at once.
 
         Raises `RuntimeError` if this one or the one before could not be written.
         """
@@ -117,7 +118,7 @@ class Checkpoints:
         # Copied, since a host array that was fetched from a CPU device may share the device's memory.
         leaves = {name: leaf.copy() for name, leaf in _leaves(state).items()}
         try:
-            header = {"record": record, "metric": metric, "leaves": _described(state)}
+            header = {"record": copy.deepcopy(record), "metric": metric, "leaves": _described(state)}
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)),
                                metrics=None if metric is None else {"metric": metric}, force=True)
         except (OSError, ValueError) as error:
