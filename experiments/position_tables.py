@@ -77,20 +77,16 @@ def _rows() -> Iterator[tuple[str, Row]]:
                 .534/.528 .566/.518 .562/.515 .471/.530
                 .520/.537 .574/.523 .593/.514 .523/.545""")):
         yield "main", Row(label, _study(encoder), shown, padding, _grid(_ALL, _DATA, text))
-    for depth, alone, vgg in (  # table 2a
-            (1, ".012/.251 -.001/.233 -.001/.712", ".742/.149 .814/.109 .405/.556"),
-            (2, ".056/.250 .067/.187 -.006/.628", ".797/.128 .828/.105 .483/.538"),
-            (3, ".055/.250 .126/.186 .003/.628", ".830/.117 .835/.104 .491/.540")):
+    for table, key, value, shown, alone, vgg in (  # tables 2a and 2b
+            ("depth", "depth", 1, "layers: 1", ".012/.251 -.001/.233 -.001/.712", ".742/.149 .814/.109 .405/.556"),
+            ("depth", "depth", 2, "layers: 2", ".056/.250 .067/.187 -.006/.628", ".797/.128 .828/.105 .483/.538"),
+            ("depth", "depth", 3, "layers: 3", ".055/.250 .126/.186 .003/.628", ".830/.117 .835/.104 .491/.540"),
+            ("kernels", "kernel", 1, "1x1", ".013/.251 .017/.188 -.004/.628", ".542/.196 .724/.127 .317/.576"),
+            ("kernels", "kernel", 3, "3x3", ".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
+            ("kernels", "kernel", 7, "7x7", ".060/.250 .068/.187 .002/.628", ".828/.120 .816/.111 .487/.532")):
         for label, encoder, padding, text in (("PosENet", "posenet", "none", alone), ("VGG-16", "vgg16", "zeros", vgg)):
-            keys, paper = _natural("H G HS", text, depth=depth)
-            yield "depth", Row(f"{label}, layers: {depth}", _study(**keys), encoder, padding, paper)
-    for size, alone, vgg in (  # table 2b
-            (1, ".013/.251 .017/.188 -.004/.628", ".542/.196 .724/.127 .317/.576"),
-            (3, ".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
-            (7, ".060/.250 .068/.187 .002/.628", ".828/.120 .816/.111 .487/.532")):
-        for label, encoder, padding, text in (("PosENet", "posenet", "none", alone), ("VGG-16", "vgg16", "zeros", vgg)):
-            keys, paper = _natural("H G HS", text, kernel=size)
-            yield "kernels", Row(f"{label}, {size}x{size}", _study(**keys), encoder, padding, paper)
+            keys, paper = _natural("H G HS", text, **{key: value})
+            yield table, Row(f"{label}, {shown}", _study(**keys), encoder, padding, paper)
     for label, stages, text in (  # table 3
             ("f1", ("block1",), ".101/.249 .241/.182"), ("f2", ("block2",), ".344/.225 .404/.168"),
             ("f3", ("block3",), ".472/.203 .588/.146"), ("f4", ("block4",), ".610/.181 .653/.138"),
@@ -191,11 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
         if unread := sorted(set(options.trained) - encoders):
             raise ValueError(f"trained={unread[0]} is not an encoder of the tables, which are {', '.join(sorted(encoders))}")
         studies = {name: [configure(row, options) for row in TABLES[name]] for name in options.tables or TABLES}
-        for config in {workdir.digest(config.to_dict()): config for config in itertools.chain(*studies.values())}.values():
+        different = {workdir.digest(config.to_dict()): config for config in itertools.chain(*studies.values())}  # rows share studies
+        for config in different.values():
             study.check(config)
         run = functools.partial(study.run, memory=options.workdir / "features")
+        result = functools.cache(lambda key: workdir.completed(run, different[key], options.workdir / key))
         for name, configs in studies.items():
-            found = [workdir.completed(run, config, options.workdir / workdir.digest(config.to_dict())) for config in configs]
+            found = [result(workdir.digest(config.to_dict())) for config in configs]
             print(write(name, options, *tabulate(TABLES[name], found)))
     return command.run(work)
 

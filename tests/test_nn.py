@@ -65,7 +65,7 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
     module = importlib.import_module("cnnjax.nn.conv")
     width += 2 - 2 * padding  # of the output: width
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
-    assert module._together(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
+    assert module._neighbours(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
     y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
     want, want_vjp = jax.vjp(jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel)
     cotangent = normal(2, *y.shape)

@@ -140,6 +140,7 @@ def test_deeper_readouts_are_the_definition_and_learn():
             y = jax.nn.sigmoid(y) if depth == 2 else jnp.maximum(y, 0)
         np.testing.assert_allclose(maps[0, :, number], y[..., 0], atol=1e-5)
     assert scores(maps[0, :, 0], target("H", 3))["spc"].min() > 0.9
+    assert fit_sgd(train, goals, 9, steps=2)(jnp.asarray(test[:1])).shape == (1, 1, 2, 1, 1)  # one value, which has no variance
     with pytest.raises(ValueError, match="kernel=3 does not fit 9x9 features 5 times"):
         fit_sgd(train, goals, 3, hidden=(5,) * 4)
 

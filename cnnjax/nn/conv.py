@@ -48,13 +48,12 @@ def as_written() -> Iterator[None]:
         _AS_WRITTEN.reset(token)
 
 
-def _together(x, kernel, stride, padding, dilation) -> int:
+def _neighbours(x, kernel, stride, padding, dilation) -> int:
     """How many neighbours in a row of the output are best computed as if they were channels."""
-    if _AS_WRITTEN.get():
+    many = kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT
+    if many or (*stride, *dilation) != (1, 1, 1, 1) or _AS_WRITTEN.get():
         return 1
     width = output_size(x.shape[2], kernel.shape[1], stride[1], padding[1], dilation[1])
-    if (*stride, *dilation) != (1, 1, 1, 1) or kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT:
-        return 1
     best = 4 if kernel.shape[2] <= _FEW_IN and kernel.shape[3] < 64 else 2
     return next(count for count in (best, 2, 1) if width % count == 0)
 
@@ -64,7 +63,7 @@ def _ungrouped(x, kernel, stride, padding, dilation):
 
     A window that is read for one of them is then read for all, and the matrix product inside has columns enough.
     """
-    count = _together(x, kernel, stride, padding, dilation)
+    count = _neighbours(x, kernel, stride, padding, dilation)
     if count == 1:
         return _native(x, kernel, stride, padding, dilation)
     shifted = [jnp.pad(kernel, ((0, 0), (place, count - 1 - place), (0, 0), (0, 0))) for place in range(count)]

@@ -31,7 +31,7 @@ def _max_pool_forward(x, window, stride):
     return y, (x, y)
 
 
-def _spread_out(x, y, dy, window):
+def _tiled_gradient(x, y, dy, window):
     """The gradient where windows tile the image: each cell asks whether it is its window's first maximum, in one pass."""
     count = window[0] * window[1]
     first = jnp.full(y.shape, count - 1, jnp.int32)
@@ -46,7 +46,7 @@ def _max_pool_backward(window, stride, residuals, dy):
     """Gives each window's gradient to its first maximum, and sums overlapping windows in their order: bit for bit the native result."""
     x, y = residuals
     if window == stride and all(size % step == 0 for size, step in zip(x.shape[1:3], stride)):
-        return (_spread_out(x, y, dy, window),)
+        return (_tiled_gradient(x, y, dy, window),)
     taken = jnp.zeros(y.shape, bool)
     shares = []
     for (i, j), tap in _window_taps(x, window, stride):

@@ -212,16 +212,18 @@ class Sgd(NamedTuple):
 
 
 def _through(layers, features, outputs, moments=None):
-    """Runs every output's layers -> its map in (0, 1), and each layer's mean and variance: the batch's, or those given."""
+    """Runs every output's layers -> its map in (0, 1), and the batch's mean and variance in each layer, unless they are given."""
     y, found = features, []
     for number, layer in enumerate(layers):
         # The first layers of all outputs see the same features; after it each has channels of its own.
         z = conv(y, layer["kernel"], groups=outputs) if number else _apply(y, layer["kernel"])
-        mean, var = moments[number] if moments else (z.mean((0, 1, 2)), z.var((0, 1, 2)))
+        if moments:
+            mean, var = moments[number]
+        else:
+            mean, var, count = z.mean((0, 1, 2)), z.var((0, 1, 2)), z.size // z.shape[3]
+            found.append((mean, var * (count / (count - 1))))
         y = (z - mean) / jnp.sqrt(var + _BN_EPS) * layer["scale"] + layer["bias"]
         y = jax.nn.relu(y) if number < len(layers) - 1 else jax.nn.sigmoid(y)
-        count = z.size // z.shape[3]
-        found.append((mean, var * (count / (count - 1))))
     return y, found
 
 
