@@ -61,8 +61,17 @@ def check_numerics() -> None:
                 "unset flags of your own or install another jaxlib")
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cache_dir() -> pathlib.Path:
-    """The compilation cache's folder: one per jaxlib and host processor, whose compiled code does not run on another (jax issue 38445)."""
+    """The compilation cache's folder: one per jaxlib, host processor and number of cores.
+
+    What is compiled for one processor does not run on another (jax issue 38445), and what is compiled where one core may be used
+    keeps to one everywhere: jax's own key tells neither.
+    """
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -70,7 +79,7 @@ def _cache_dir() -> pathlib.Path:
     except OSError:
         host = platform.processor()
     key = hashlib.sha256(f"{platform.machine()}{host}".encode()).hexdigest()[:12]
-    return home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}"
+    return home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}-{cores()}"
 
 
 @functools.cache
@@ -126,7 +135,7 @@ def describe() -> dict:
         "packages": {name: importlib.metadata.version(name) for name in packages[1:]},
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # jax adds its options when it is imported
     }

@@ -17,6 +17,7 @@ from cnnjax.benchmark import programs, sides, turns
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
 from cnnjax.nn import BatchNorm, Conv, Dense, max_pool
+from cnnjax.train import loop
 from experiments import speedrun
 
 
@@ -90,6 +91,16 @@ def test_the_specifications_are_the_networks(name):
             inputs, side = channels * max(side, 1)**2, 0
             count, channels = count + (inputs + 1) * layer, layer
     assert count == summary.totals(summary.layers(create_model(name)))["parameters"]
+
+
+def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion):
+    assert sides._TRAINING_BURST == loop._SECONDS_A_CALL
+    monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
+    monkeypatch.setattr(sides, "_BATCHES", 1)
+    one_by_one, at_once = (sides._jax_network("lenet", 4, "float32", looped)[0]["training"] for looped in (False, True))
+    states = [jax.tree.map(np.array, run(3)) for run in (one_by_one, at_once, one_by_one)]  # the next run consumes them
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0], states[1])
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, (states[0], states[2]))))
 
 
 def test_two_processes_take_turns_and_agree(monkeypatch):

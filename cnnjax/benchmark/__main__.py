@@ -3,8 +3,8 @@
     python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds,input} [--workdir FOLDER] [--rounds 9] [--only NAME ...] [--configurations 64]
                                                                  [--photographs FOLDER]
 
-cpu     forward pass and training step of five networks: cnnjax, the same networks on jax's own operations and gradients under the
-        default XLA flags (stock), and PyTorch, eager with channels last
+cpu     forward pass, training step (one call) and training (many steps in one call, where the side can: cnnjax) of five networks: cnnjax,
+        the same networks on jax's own operations and gradients under the default XLA flags (stock), and PyTorch, eager with channels last
 gpu     the same of large networks in bfloat16: cnnjax, PyTorch with autocast, eager and through torch.compile
 layers  forward, input gradient and kernel gradient of the convolutions that networks are made of: cnnjax, stock, PyTorch, on the CPU
 study   all readouts on features that are computed once, against one readout at a time with the encoder in every step
@@ -92,7 +92,7 @@ def compare_sides(what: str, rounds: int, only: list[str], save) -> None:
         if what != "layers":
             text += " Operations: two per multiply-add of a kernel, a step three forward passes."
         for row in rows:
-            if what == "gpu" and row["name"] == "convnet" and row["pass"] == "step":
+            if what == "gpu" and row["name"] == "convnet" and row["pass"] == "training":
                 text += f" The ConvNet's epoch, {row['side']}: {50_000 / row['images_per_s']:.2f} s (in the lecture {_LECTURE_EPOCH})."
         save(text + "\n\n" + (_layers_table if what == "layers" else _networks_table)(rows), rows)
 

@@ -36,9 +36,12 @@ LAYERS = {  # name -> batch, side, channels in and out, kernel, stride, padding,
     "mobilenet_v2.features.4.conv.1.0": (8, 56, 144, 144, 3, 2, 1, 144),
 }
 SIDES = {"cpu": ("cnnjax", "stock", "torch"), "gpu": ("cnnjax", "torch", "torch.compile"), "layers": ("cnnjax", "stock", "torch")}
-PASSES = {"cpu": ("forward", "step"), "gpu": ("forward", "step"), "layers": ("forward", "input gradient", "kernel gradient")}
+# A step is one call; training takes many steps in one where the side can, as cnnjax does with data that live on the device.
+_OF_NETWORKS = ("forward", "step", "training")
+PASSES = {"cpu": _OF_NETWORKS, "gpu": _OF_NETWORKS, "layers": ("forward", "input gradient", "kernel gradient")}
 _RATE, _MOMENTUM = 1e-3, 0.9
-_BURST = 0.5  # seconds
+_BURST, _TRAINING_BURST = 0.5, 2.0  # seconds; of training, one call of cnnjax.train.loop
+_BATCHES = 2  # that a loop's steps take in turn: what it computes of a single one would be computed once for all steps
 PRODUCT = {"cpu": 2048, "gpu": 8192, "layers": 2048}  # side of the square matrices whose product shows the machine's peak
 
 
@@ -71,7 +74,7 @@ def _repeated(function, *arguments):
     return run
 
 
-def _jax_network(name: str, batch: int, dtype) -> tuple[dict, dict]:
+def _jax_network(name: str, batch: int, dtype, looped: bool = False) -> tuple[dict, dict]:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -80,8 +83,9 @@ def _jax_network(name: str, batch: int, dtype) -> tuple[dict, dict]:
     from cnnjax.models import create_model
 
     model, rng = create_model(name, dtype=dtype), np.random.default_rng(0)
-    images = jnp.asarray(rng.standard_normal((batch, *model.input_shape), np.float32))
-    labels = jnp.asarray(rng.integers(0, 10, batch, np.int32))
+    batches = (jnp.asarray(rng.standard_normal((_BATCHES, batch, *model.input_shape), np.float32)),
+               jnp.asarray(rng.integers(0, 10, (_BATCHES, batch), np.int32)))
+    images, labels = (part[0] for part in batches)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     params, stats = variables["params"], variables.get("batch_stats", {})
@@ -101,12 +105,21 @@ def _jax_network(name: str, batch: int, dtype) -> tuple[dict, dict]:
     seconds = time.perf_counter() - began
     variables = {"params": params, "batch_stats": jax.tree.map(jnp.copy, stats)}
 
-    def run(n):
+    def one_by_one(n):
         for _ in range(n):
             state[:] = compiled(*state, images, labels, key)
-        jax.block_until_ready(state)
+        return jax.block_until_ready(state)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def loop(n, state, batches):
+        return jax.lax.fori_loop(0, n, lambda at, state: [*step(*state, *(part[at % _BATCHES] for part in batches), key)], state)
+
+    def at_once(n):
+        state[:] = loop(n, [*state], batches)
+        return jax.block_until_ready(state)
     facts = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "compile_s": round(seconds, 2)}
-    return {"forward": _repeated(jax.jit(model.apply), variables, images), "step": run}, facts
+    return {"forward": _repeated(jax.jit(model.apply), variables, images), "step": one_by_one,
+            "training": at_once if looped else one_by_one}, facts
 
 
 def _torch_model(name: str):
@@ -164,7 +177,8 @@ def _torch_network(name: str, batch: int, shape, device: str, compiled: bool) ->
 
     began = time.perf_counter()
     step(1)
-    return {"forward": forward, "step": step}, {"parameters": parameters, "compile_s": round(time.perf_counter() - began, 2)}
+    facts = {"parameters": parameters, "compile_s": round(time.perf_counter() - began, 2)}
+    return {"forward": forward, "step": step, "training": step}, facts
 
 
 def _layer(side: str, shape: tuple) -> tuple[dict, dict]:
@@ -245,7 +259,7 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         use_stock()
     if side.startswith("torch"):
         import torch
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        torch.set_num_threads(backend.cores())
         torch.backends.cudnn.benchmark = True
     else:
         import jax
@@ -260,7 +274,8 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         functions, facts = _torch_network(name, batch, create_model(name).input_shape, "cuda" if what == "gpu" else "cpu",
                                           side == "torch.compile")
     else:
-        functions, facts = _jax_network(name, batch, "bfloat16" if what == "gpu" else "float32")
+        # Stock convolutions take up to 27 times as long in a loop, on the CPU: nobody would train so.
+        functions, facts = _jax_network(name, batch, "bfloat16" if what == "gpu" else "float32", looped=side == "cnnjax")
     if "step" in functions:
         functions["step"](1)
         memory = _peak_memory(side, what, functions["step"], before)
@@ -270,7 +285,7 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         run(2)
         began = time.perf_counter()
         run(1)
-        counts[key] = max(1, math.ceil(_BURST / (time.perf_counter() - began)))
+        counts[key] = max(1, math.ceil((_TRAINING_BURST if key == "training" else _BURST) / (time.perf_counter() - began)))
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         key = line.strip()

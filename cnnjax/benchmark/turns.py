@@ -42,7 +42,7 @@ def measure(what: str, sides: tuple[str, ...], name: str, batch: int, rounds: in
 
 
 def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: dict) -> list[dict]:
-    """One row for each pass and side. `flops` are those of a forward pass; a step is three of them, a gradient one."""
+    """One row for each pass and side. `flops` are those of a forward pass; a training step is three of them, a gradient one."""
     peak = 2 * PRODUCT[what]**3 / min(min(values) for (_, key), values in times.items() if key == "product") * 1e3
     rows = []
     for key in PASSES[what]:
@@ -50,7 +50,7 @@ def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: 
         for side in facts:
             found = times[side, key]
             ms = statistics.median(found)
-            rate = flops * (3 if key == "step" else 1) / ms * 1e3
+            rate = flops * (3 if key in ("step", "training") else 1) / ms * 1e3
             rows.append({"name": name, "batch": batch, "pass": key, "side": side, "ms": ms, "min_ms": min(found), "max_ms": max(found),
                          "images_per_s": batch / ms * 1e3, "gflop_per_s": rate / 1e9, "peak_gflop_per_s": peak / 1e9,
                          "utilisation": rate / peak, "over_cnnjax": statistics.median(a / b for a, b in zip(found, ours)),
