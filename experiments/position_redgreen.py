@@ -1,11 +1,13 @@
 """Red/Green (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2): is told apart by place what differs in order?
 
     python -m experiments.position_redgreen --workdir runs/redgreen [--seeds 10] [--paddings none zeros circular full ...]
+        [--splits own|published]
 
 Two boxes in a 32x32 image: red left of green in its upper part is one class, green left of red in its lower part the other. The
 test is on images like these, and on dissimilar ones whose rows are exchanged: a network that learned the order is as right there,
-one that learned the place is wrong. Training, validation and test images are drawn with seeds of their own (in the authors' code they
-are not, so that its figures are of images it was trained on). Writes report.md, redgreen.json and redgreen.png.
+one that learned the place is wrong. Training, validation and test images are drawn with seeds of their own. In the authors' code they
+have one seed, so that validation and similar test are the first of the training images: `--splits published` does the same, and
+its figures are what to hold theirs against. Writes report.md, redgreen.json and redgreen.png.
 """
 import functools
 import pathlib
@@ -25,6 +27,8 @@ from cnnjax.progress import progress
 # Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10 seeds.
 PUBLISHED = {"none": ((100.0, 0.0), (0.2, 0.1)), "zeros": ((99.8, 0.1), (8.4, 0.7)), "circular": ((73.7, 1.0), (73.7, 1.0)),
              "full": ((89.7, 0.5), (89.7, 0.5))}
+_SPLITS = {"own": "Validation and test images are new ones, where the published figures are of training images.",
+           "published": "As in the authors' code, the images of validation and of the similar test are training images."}
 # Its recipe: Adadelta of rate 1 and decay 5e-5, batches of 200, at most 50 epochs, stopped after 8 without a better validation accuracy.
 _SIZE, _BOX, _TRAIN, _TEST, _BATCH, _EPOCHS, _PATIENCE, _RATE, _DECAY = 32, 4, 2000, 1000, 200, 50, 8, 1.0, 5e-5
 
@@ -83,15 +87,23 @@ def _run(padding, key, train, validation, tests):
     return [accuracy(state[4], test) for test in tests], state[2]
 
 
-def run(padding: str, seed: int) -> dict:
+def split(seed: int, splits: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images and labels to train on, to stop by, and of the similar and the dissimilar test."""
+    drawn = []
+    for part in range(4):
+        number = part if splits == "own" else 0
+        drawn.append(draw(np.random.default_rng([seed, number]), _TEST if number else _TRAIN, dissimilar=part == 3))
+    return [drawn[0], *((images[:_TEST], labels[:_TEST]) for images, labels in drawn[1:])]
+
+
+def run(padding: str, seed: int, splits: str) -> dict:
     """One network on images of its own."""
-    sets = [draw(np.random.default_rng([seed, number]), _TRAIN if number == 0 else _TEST, dissimilar=number == 3) for number in range(4)]
-    train, validation, *tests = jax.tree.map(jnp.asarray, sets)
+    train, validation, *tests = jax.tree.map(jnp.asarray, split(seed, splits))
     accuracies, epochs = _run(padding, jax.random.key(seed), train, validation, tests)
     return {"padding": padding, "seed": seed, "similar": float(accuracies[0]), "dissimilar": float(accuracies[1]), "epochs": int(epochs)}
 
 
-def write(folder: pathlib.Path, rows: list[dict]) -> str:
+def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
     """Writes the results, the report and the figure; returns the table."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -121,7 +133,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
     table = report.table(["padding", "similar, %", "published", "dissimilar, %", "published", "n", "epochs"], lines)
     workdir.write_json(folder / "redgreen.json", rows)
     text = ("# Red/Green\n\nAccuracy, mean ± sample standard deviation over seeds; every seed has images and weights of its own. "
-            "Published: Kayhan and van Gemert 2020.\n\n")
+            f"Published: Kayhan and van Gemert 2020. {_SPLITS[splits]}\n\n")
     workdir.write(folder / "report.md", f"{text}{table}\n![Red/Green](redgreen.png)\n")
     return table
 
@@ -131,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_workdir("runs/redgreen")
     parser.add_count("seeds", 10, "networks per padding")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=list(PUBLISHED), help="default: those published")
+    parser.add_argument("--splits", choices=_SPLITS, default="own", help="images of validation and test (default: own)")
     options = parser.parse_args(arguments)
 
     def work():
@@ -140,9 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
         with progress(options.seeds * len(options.paddings), "networks") as done:
             for padding in options.paddings:
                 for seed in range(options.seeds):
-                    rows.append(workdir.finished(options.workdir / "cells" / f"{padding}-{seed}.json", run, padding, seed))
+                    rows.append(workdir.finished(options.workdir / "cells" / f"{options.splits}-{padding}-{seed}.json", run, padding, seed,
+                                                 options.splits))
                     done(1)
-        print(write(options.workdir, rows))
+        print(write(options.workdir, rows, options.splits))
     return command.run(work)
 
 
