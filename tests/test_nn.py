@@ -23,12 +23,14 @@ def normal(seed, *shape):
 
 
 def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
-    """The native convolution of an image that JAX has padded."""
-    widths = ((0, 0), (0 if fill == "none" else padding,) * 2, (0 if fill == "none" else padding,) * 2, (0, 0))
-    y = _native(jnp.pad(x, widths, FILL_MODES.get(fill, "constant")), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups)
+    """The native convolution of an image whose rows and columns NumPy has padded; those out of bounds are zero."""
+    amount, mode = 0 if fill == "none" else padding, FILL_MODES.get(fill, "constant")
+    rows, columns = (np.pad(np.arange(size), amount, mode, **({"constant_values": size} if mode == "constant" else {})) for size in x.shape[1:3])
+    lay = lambda x: x.at[:, rows].get(mode="fill", fill_value=0).at[:, :, columns].get(mode="fill", fill_value=0)
+    native = lambda x, kernel, groups=1: _native(lay(x), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups)
+    y = native(x, kernel, groups)
     if fill == "partial":
-        count = _native(jnp.pad(jnp.ones((1, *x.shape[1:3], 1)), widths), jnp.ones((*kernel.shape[:2], 1, 1)), (stride,) * 2, (0, 0), (dilation,) * 2)
-        y *= kernel.shape[0] * kernel.shape[1] / count
+        y *= kernel.shape[0] * kernel.shape[1] / native(jnp.ones((1, *x.shape[1:3], 1)), jnp.ones((*kernel.shape[:2], 1, 1)))
     return y
 
 
