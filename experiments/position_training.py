@@ -1,11 +1,12 @@
 """Does training add or remove position, and does padding matter for the task? A small ConvNet under each fill, probed as it learns.
 
     python -m experiments.position_training --data_dir data --workdir runs/position_training [--seeds 3] [--epochs 8] [--paddings zeros ...]
+        [--network resnet18]
 
-Networks of one seed start from the same weights and see the same batches; only their padding differs. They are trained on the
-middle 24x24 px of CIFAR-10, so that a shift by 4 px in both directions brings in real pixels and needs no filling. At epochs 0, 1, 2,
-5 and the last the exact readout finds H and V in each stage, on test images and on a black one. A cell that is finished is not
-computed again. Writes report.md, training.json and training.png.
+The network has four convolutions unless another is named. Those of one seed start from the same weights and see the same batches;
+only their padding differs. They are trained on the middle 24x24 px of CIFAR-10, so that a shift by 4 px in both directions brings in
+real pixels and needs no filling. At epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and
+on a black one. A cell that is finished is not computed again. Writes report.md, training.json and training.png.
 """
 import functools
 import itertools
@@ -20,9 +21,9 @@ import numpy as np
 
 from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays, augment
-from cnnjax.models import Network
+from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, he_normal_fan_out
-from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features
+from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features, stage_shapes
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
@@ -91,10 +92,10 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     if model is None:
         named = {"image": image_features(everything)}
     else:
-        names = [f"conv{number}" for number in range(1, len(model.layers) + 1)]
-        joined = encode(model, variables, everything, names)
-        ends = np.cumsum([features for features, _ in model.layers])[:-1]
-        named = dict(zip(names, np.split(joined, ends, -1))) | {"all": joined}
+        shapes = stage_shapes(model, _SIZE)
+        joined = encode(model, variables, everything, list(shapes))
+        ends = np.cumsum([shape[3] for shape in shapes.values()])[:-1]
+        named = dict(zip(shapes, np.split(joined, ends, -1))) | {"all": joined}
     goals = np.stack([target(name, FEATURE_SIZE) for name in _TARGETS])
     rows = []
     for stage, features in named.items():
@@ -108,23 +109,30 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     return rows
 
 
-def cell(padding: str, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int) -> dict:
+def network(name: str, padding: str) -> Network:
+    """The network of four layers or a registered one, for images of 24 px. Raises `ValueError` if nothing is left of them in it."""
+    model = create_model(name, num_classes=10, padding=padding, input_shape=(_SIZE, _SIZE, 3)) if name else Net(padding=padding)
+    stage_shapes(model, _SIZE)
+    return model
+
+
+def cell(model: Network, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int) -> dict:
     """One network: trained on `count` images of its seed's choice, probed on its way, tested in place and shifted."""
     chosen = np.random.default_rng(seed).permutation(len(data.train.labels))[:count]
     train = arrays.Split(windows(data.train.images[chosen])[0], data.train.labels[chosen])
     middle, shifted = windows(data.test.images)
     probed = np.random.default_rng(seed).permutation(len(middle))[:sum(_PROBE)]
-    model, probes = Net(padding=padding), []
+    probes = []
     for epoch, variables in enumerate(trained(model, train, epochs, seed)):
         if epoch in _EPOCHS or epoch == epochs:
             probes += [{"epoch": epoch} | row for row in probe(model, variables, middle[probed])]
     there, moved = classify(model, variables, middle[:tests]), np.stack([classify(model, variables, part[:tests]) for part in shifted])
     labels = data.test.labels[:tests]
-    return {"padding": padding, "seed": seed, "accuracy": float((there == labels).mean()), "shifted": float((moved == labels).mean()),
+    return {"padding": model.padding, "seed": seed, "accuracy": float((there == labels).mean()), "shifted": float((moved == labels).mean()),
             "agreement": float((moved == there).mean()), "probes": probes}
 
 
-def write(folder: pathlib.Path, rows: list[dict], train: int, image: list[dict]) -> str:
+def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, image: list[dict]) -> str:
     """Writes the results, the report and the figure; returns the first table."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -171,7 +179,7 @@ def write(folder: pathlib.Path, rows: list[dict], train: int, image: list[dict])
     alone = ", ".join(f"{row['target']} {row['r2']:.2f}" for row in image if row["data"] == "natural")
     workdir.write(folder / "report.md", f"""# Position before and after training
 
-CIFAR-10, {train:,} training images of 24x24 px, {epochs[-1]} epochs; mean ± sample standard deviation over seeds. R2 is the
+{name}, CIFAR-10, {train:,} training images of 24x24 px, {epochs[-1]} epochs; mean ± sample standard deviation over seeds. R2 is the
 share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages together on unseen test
 images, and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted images
 that are given the class of the unshifted one.
@@ -196,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
     parser.add_workdir("runs/position_training")
     parser.add_data_dir()
+    parser.add_argument("--network", default="", metavar="NAME", help="a registered one (default: one of four convolutions)")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "partial", "none", "reflect", "replicate", "circular"])
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
@@ -207,12 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
         backend.start()
         data, settings = arrays.load("cifar10", options.data_dir), {key: getattr(options, key) for key in ("train", "epochs", "test")}
         check_counts(data, options.train, options.test)
-        folder, rows = workdir.prepare(options.workdir, settings), []
+        models = [network(options.network, padding) for padding in options.paddings]
+        folder, rows = workdir.prepare(options.workdir, {"network": options.network} | settings), []
         with progress(options.seeds * len(options.paddings), "networks") as done:
-            for seed, padding in itertools.product(range(options.seeds), options.paddings):
-                rows.append(workdir.finished(folder / "cells" / f"{padding}_{seed}.json", cell, padding, seed, data, *settings.values()))
+            for seed, model in itertools.product(range(options.seeds), models):
+                path = folder / "cells" / f"{model.padding}_{seed}.json"
+                rows.append(workdir.finished(path, cell, model, seed, data, *settings.values()))
                 done(1)
-        print(write(folder, rows, options.train, probe(None, {}, windows(data.test.images)[0])))
+        print(write(folder, rows, options.network or "Four convolutions", options.train, probe(None, {}, windows(data.test.images)[0])))
     return command.run(work)
 
 

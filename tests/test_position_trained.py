@@ -148,6 +148,18 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, cifar
         position_training.main([*arguments, "2"])
 
 
+def test_a_registered_network_is_probed_in_its_stages(tmp_path, cifar, data_dir, monkeypatch, standard_promotion, capsys):
+    monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
+    monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 6), (16, 6))))
+    arguments = ["--data_dir", str(data_dir), "--train", "200", "--epochs", "1", "--test", "200", "--seeds", "1", "--network", "tiny"]
+    assert position_training.main(["--workdir", str(tmp_path / "a"), *arguments, "--paddings", "full"]) == 0
+    probes = json.loads((tmp_path / "a" / "training.json").read_text())["rows"][0]["probes"]
+    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (tmp_path / "a" / "report.md").read_text()
+    monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 12), (16, 1))))
+    assert position_training.main(["--workdir", str(tmp_path / "b"), *arguments, "--paddings", "zeros", "none"]) == 2
+    assert "the image is too small for this network" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
 def test_canvas_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
     monkeypatch.setattr(position_canvas, "LAYERS", ((8, 2), (16, 2)))
     arguments = ["--data_dir", str(data_dir), "--seeds", "1", "--train", "50", "50", "--epochs", "1", "1", "--test", "100"]

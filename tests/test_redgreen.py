@@ -10,20 +10,28 @@ from experiments import position_redgreen
 
 @pytest.mark.parametrize("dissimilar", [False, True])
 def test_order_and_rows(dissimilar):
-    images, labels = position_redgreen.draw(np.random.default_rng(0), 300, dissimilar)
-    assert images.sum((1, 2)).tolist() == [[16, 16, 0]] * 300 and 100 < labels.sum() < 200
+    """Every place that the authors' code draws is drawn, and no other."""
+    images, labels = position_redgreen.draw(np.random.default_rng(0), 4000, dissimilar)
+    assert images.sum((1, 2)).tolist() == [[16, 16, 0]] * 4000 and labels.tolist() == [0, 1] * 2000
+    seen = {0: set(), 1: set()}
     for image, label in zip(images, labels):
-        red, green = (np.argwhere(image[..., channel]).mean(0) for channel in (0, 1))
-        assert (red[1] < green[1]) == (label == 0)
-        middle = 7 if (label == 0) != dissimilar else 23
-        assert max(abs(red[0] + 0.5 - middle), abs(green[0] + 0.5 - middle)) <= 4
+        (red_top, red_left), (green_top, green_left) = (np.argwhere(image[..., channel])[0] for channel in (0, 1))
+        left, right = sorted((red_left, green_left))
+        assert (red_left < green_left) == (label == 0) and right - left >= 5
+        seen[label] |= {("left", left), ("right", right), ("apart", right - left), ("top", red_top), ("top", green_top)}
+    for label, places in seen.items():
+        top = 3 if (label == 0) != dissimilar else 19
+        ranges = {"left": (0, 10), "right": (5, 28), "apart": (5, 28), "top": (top, top + 8)}
+        assert places == {(what, value) for what, (low, high) in ranges.items() for value in range(low, high)}
 
 
 def test_splits():
-    """Own images differ; published ones are training images, and the dissimilar ones those with other rows."""
+    """Own images are drawn anew; published ones are training images, and the dissimilar ones those with other rows."""
     train, *others = ([image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own"))
-    assert all(len(set(other) - set(train)) > 900 for other in others) and len(set(others[0]) & set(others[1])) < 100
+    # Of some 24,000 different images 2,000 are trained on.
+    assert all(len(set(other) - set(train)) > 850 for other in others) and len(set(others[0]) & set(others[1])) < 100
     (train, labels), (validation, _), (similar, similar_labels), (dissimilar, dissimilar_labels) = position_redgreen.split(3, "published")
+    assert np.array_equal(train, position_redgreen.split(4, "published")[0][0])
     assert np.array_equal(validation, train[:1000]) and np.array_equal(similar, validation) and len(train) == 2000
     assert np.array_equal(similar_labels, labels[:1000]) and np.array_equal(dissimilar_labels, similar_labels)
     moved = np.where(similar_labels == 1, -16, 16)
@@ -38,5 +46,5 @@ def test_the_experiment_reports_every_network(tmp_path, monkeypatch, standard_pr
     assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [(p, s, 2) for p in ("zeros", "random") for s in (0, 1)]
     assert all(0 <= row[kind] <= 1 for row in rows for kind in ("similar", "dissimilar"))
     report = (tmp_path / "report.md").read_text()
-    assert "| zeros | " in report and "of the similar test are training images" in report and "99.8 ± 0.1" in report and (tmp_path / "redgreen.png").stat().st_size > 1000
+    assert "| zeros | " in report and "the similar test are training images" in report and "99.8 ± 0.1" in report and (tmp_path / "redgreen.png").stat().st_size > 1000
     assert exit_code(position_redgreen.main, ["--seeds", "0"]) == 2
