@@ -56,6 +56,18 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kernel_size, stride, padding, dilation", [
+    ((3, 2), (2, 1), (1, 0), (1, 1)), ((2, 5), (1, 3), (0, 2), (1, 1)), ((3, 1), (3, 2), (0, 2), (1, 1)), ((4, 3), (2, 3), (3, 4), (1, 1)),
+    ((3, 3), (2, 1), (2, 1), (1, 2))])
+def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, padding, dilation):
+    x, kernel = normal(0, 2, 9, 12, 4), normal(1, *kernel_size, 4, 6)
+    ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
+    theirs = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
+                                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("width, channels, features, padding, together", [
     (12, 3, 6, 0, 4), (12, 1, 20, 1, 4), (13, 2, 5, 1, 1), (14, 3, 8, 1, 2), (12, 3, 64, 1, 2), (12, 5, 16, 1, 2), (12, 5, 17, 1, 1)])
 def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
@@ -71,7 +83,7 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("kernel_size, stride, dilation", [(3, 1, 1), (3, 2, 1), (5, 3, 1), (2, 1, 2)])
+@pytest.mark.parametrize("kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)])
 def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation, monkeypatch):
     """Large maps are transposed in two steps; bit for bit nothing else changes, also under vmap and in a loop."""
     x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)

@@ -101,8 +101,27 @@ def _spread(shape, kernel_shape, stride, padding, dilation, dy):
 
 def _input_gradient(shape, kernel, stride, padding, dilation, dy):
     """Correlates the output gradient, spread out by the stride, with the flipped kernel."""
+    if stride != (1, 1) and dilation == (1, 1):
+        return _strided_input_gradient(shape, kernel, stride, padding, dy)
     spread = _spread(shape, kernel.shape, stride, padding, dilation, dy)
     return _ungrouped(spread, kernel[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), dilation)
+
+
+def _strided_input_gradient(shape, kernel, stride, padding, dy):
+    """The same without the zeros of the spread: every stride-th row and column is a convolution of its own, with as many of the cells."""
+    size = [-(-(shape[axis + 1] + padding[axis]) // stride[axis]) for axis in (0, 1)]
+
+    def every(i, j):
+        cells = kernel[i::stride[0], j::stride[1]]
+        if not cells.size:
+            return jnp.zeros((len(dy), *size, shape[3]), dy.dtype)
+        widths = [(cells.shape[axis] - 1, size[axis] - dy.shape[axis + 1], 0) for axis in (0, 1)]
+        padded = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+        return _ungrouped(padded, cells[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), (1, 1))
+
+    rows = [jnp.stack([every(i, j) for j in range(stride[1])], 3) for i in range(stride[0])]
+    whole = jnp.stack(rows, 2).reshape(len(dy), size[0] * stride[0], size[1] * stride[1], -1)
+    return whole[:, padding[0]:padding[0] + shape[1], padding[1]:padding[1] + shape[2]]
 
 
 def _batch_last(x):
@@ -121,6 +140,11 @@ def _kernel_gradient(x, shape, stride, padding, dilation, dy):
         read = next(_taps(pad(x, padding, "zeros"), (1, 1), stride, dilation, dy.shape[1:3]))
         rows = [a.reshape(-1, a.shape[3]) for a in (read, dy)]
         return lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(shape)
+    if stride != (1, 1) and shape[0] <= 3:  # a product for each row of the kernel: a convolution would be slow by its dilation
+        taps = list(_taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3]))
+        rows = [jnp.concatenate(taps[at:at + shape[1]], axis=3).reshape(-1, shape[1] * shape[2]) for at in range(0, len(taps), shape[1])]
+        contract = lambda row: lax.dot_general(dy.reshape(-1, shape[3]), row, (((0,), (0,)), ((), ())))
+        return jnp.stack([contract(row).T.reshape(shape[1:]) for row in rows])
     seen = math.prod(shape[:3])
     if shape[2] <= _FEW_IN and seen <= shape[3]:  # what the kernel sees, side by side, is smaller than the output, which stays as it is
         taps = _taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3])
