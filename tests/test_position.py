@@ -149,6 +149,7 @@ def test_stages_that_survive_without_padding():
     assert reachable_stages(create_model("vgg16", padding="none"), 224) == [f"block{i}" for i in range(1, 6)]
     assert reachable_stages(create_model("resnet18", padding="none"), 224) == ["stem", "layer1", "layer2", "layer3"]
     assert reachable_stages(create_model("resnet18"), 64) == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert reachable_stages(create_model("vgg11", padding="random"), 64) == [f"block{i}" for i in range(1, 6)]
 
 
 def test_encoding_is_the_stages_resized_and_joined():

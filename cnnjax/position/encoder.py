@@ -44,7 +44,8 @@ def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str
     """
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
-        stages = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=last), variable_shapes(model), image)
+        run = lambda v, x: model.apply(v, x, method="stages", last=last, rngs={"padding": jax.random.key(0)})
+        stages = jax.eval_shape(run, variable_shapes(model), image)
     except flax.errors.ScopeParamShapeError as error:
         takes = "x".join(map(str, model.input_shape))
         raise ValueError(f"image_size={size}: {type(model).__name__} takes images of {takes} alone, not {size}x{size}x3") from error
