@@ -136,19 +136,13 @@ def _batch_last(x):
 
 def _kernel_gradient(x, shape, stride, padding, dilation, dy):
     """Correlates the input with the output gradient: the batch is summed over, so it takes the place of the channels."""
-    if shape[:2] == (1, 1):  # a matrix product as it stands: 1.2 to 5 times faster, since neither side is transposed
-        read = next(_taps(pad(x, padding, "zeros"), (1, 1), stride, dilation, dy.shape[1:3]))
-        rows = [a.reshape(-1, a.shape[3]) for a in (read, dy)]
-        return lax.dot_general(*rows, (((0,), (0,)), ((), ()))).reshape(shape)
-    if stride != (1, 1) and shape[0] <= 3:  # a product for each row of the kernel: a convolution would be slow by its dilation
-        taps = list(_taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3]))
-        rows = [jnp.concatenate(taps[at:at + shape[1]], axis=3).reshape(-1, shape[1] * shape[2]) for at in range(0, len(taps), shape[1])]
-        contract = lambda row: lax.dot_general(dy.reshape(-1, shape[3]), row, (((0,), (0,)), ((), ())))
-        return jnp.stack([contract(row).T.reshape(shape[1:]) for row in rows])
-    seen = math.prod(shape[:3])
+    seen, taps = math.prod(shape[:3]), lambda: list(_taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3]))
+    if shape[:2] == (1, 1) or stride != (1, 1) and shape[0] <= 3:  # a matrix product for each row of the kernel: neither side is transposed
+        cells, columns = taps(), dy.reshape(-1, shape[3])
+        rows = [jnp.concatenate(cells[at:at + shape[1]], axis=3).reshape(len(columns), -1) for at in range(0, len(cells), shape[1])]
+        return jnp.stack([lax.dot_general(row, columns, (((0,), (0,)), ((), ()))) for row in rows]).reshape(shape)
     if shape[2] <= _FEW_IN and seen <= shape[3]:  # what the kernel sees, side by side, is smaller than the output, which stays as it is
-        taps = _taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3])
-        rows = lax.optimization_barrier(jnp.concatenate(list(taps), axis=3).reshape(-1, seen).T)
+        rows = lax.optimization_barrier(jnp.concatenate(taps(), axis=3).reshape(-1, seen).T)
         return (rows @ dy.reshape(-1, shape[3])).reshape(shape)
     needed = [(dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1 for axis in (0, 1)]
     read = lambda x: pad(x, padding, "zeros")[:, :needed[0], :needed[1]]  # a stride may leave a margin that no window reads
