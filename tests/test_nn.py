@@ -56,6 +56,18 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("size, kernel_size, stride, fill", [
+    (1, 3, 1, "zeros"), (2, 3, 1, "zeros"), (2, 3, 2, "zeros"), (4, 5, 1, "partial"), (3, 4, 1, "full"), (3, 7, 2, "zeros")])
+def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
+    """The padding that they need is computed apart, and gradients have it too."""
+    padding = kernel_size - 1 if fill == "full" else kernel_size // 2
+    x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
+    ours = functools.partial(cnn.conv, stride=stride, padding=padding, fill=fill)
+    theirs = functools.partial(reference_conv, stride=stride, padding=padding, dilation=1, groups=1, fill=fill)
+    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("kernel_size, stride, padding, dilation", [
     ((3, 2), (2, 1), (1, 0), (1, 1)), ((2, 5), (1, 3), (0, 2), (1, 1)), ((3, 1), (3, 2), (0, 2), (1, 1)), ((4, 3), (2, 3), (3, 4), (1, 1)),
     ((3, 3), (2, 1), (2, 1), (1, 2))])
@@ -357,6 +369,11 @@ class Small(nn.Module):
         return cnn.Dense(3)(cnn.Conv(4, 1)(x).mean((1, 2)))
 
 
+def assert_fast(program):
+    convolutions = [line for line in program.splitlines() if " convolution(" in line]
+    assert convolutions and all("dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line for line in convolutions)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path")
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_compiled_training_step_has_only_fast_operations(in_scan):
@@ -369,9 +386,23 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
 
     run = (lambda p: jax.lax.scan(step, p, None, length=3)) if in_scan else (lambda p: step(p, None))
     text = jax.jit(run).lower(params).compile().as_text()
-    convolutions = [line for line in text.splitlines() if " convolution(" in line]
-    assert convolutions and all("dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line for line in convolutions)
+    assert_fast(text)
     assert "select-and-scatter" not in text
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path")
+@pytest.mark.parametrize("shape, kernel_size, stride, fill", [
+    ((4, 1, 1, 32), 3, 1, "zeros"), ((4, 2, 2, 32), 3, 1, "zeros"), ((4, 2, 2, 32), 3, 2, "zeros"), ((4, 4, 4, 32), 5, 1, "zeros"),
+    ((100, 24, 24, 32), 3, 1, "full")])
+def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
+    """XLA exchanges image and kernel where the latter is the larger, as the output gradient is for full padding's kernel gradients."""
+    x, kernel = (jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (kernel_size, kernel_size, 32, 32)))
+    run = functools.partial(cnn.conv, stride=stride, padding=kernel_size // 2, fill=fill)
+
+    def step(x, kernel, dy):
+        y, vjp = jax.vjp(run, x, kernel)
+        return y, vjp(dy)
+    assert_fast(jax.jit(step).lower(x, kernel, jax.eval_shape(run, x, kernel)).compile().as_text())
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
