@@ -1,12 +1,13 @@
 """Does training add or remove position, and does padding matter for the task? A small ConvNet under each fill, probed as it learns.
 
     python -m experiments.position_training --data_dir data --workdir runs/position_training [--seeds 3] [--epochs 8] [--paddings zeros ...]
-        [--network resnet18]
+        [--network resnet18] [--enlarge 2]
 
 The network has four convolutions unless another is named. Those of one seed start from the same weights and see the same batches;
 only their padding differs. They are trained on the middle 24x24 px of CIFAR-10, so that a shift by 4 px in both directions brings in
-real pixels and needs no filling. At epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and
-on a black one. A cell that is finished is not computed again. Writes report.md, training.json and training.png.
+real pixels and needs no filling; `--enlarge 2` makes 2x2 pixels of each, for networks that leave too little of so small an image. At
+epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and on a black one. A cell that is
+finished is not computed again. Writes report.md, training.json and training.png.
 """
 import functools
 import itertools
@@ -80,9 +81,12 @@ def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
     return np.concatenate([_classes(model, variables, images[at:at + _TEST_BATCH], jax.random.key(at)) for at in starts])
 
 
-def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """32x32 images -> their middles [n, 24, 24, 3], and these shifted by 4 px in both directions, to each corner [4, n, 24, 24, 3]."""
-    at = lambda top, left: images[:, top:top + _SIZE, left:left + _SIZE]
+def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """32x32 images -> their middles [n, 24, 24, 3], and these shifted by 4 px in both directions, to each corner [4, n, 24, 24, 3].
+
+    Every pixel of both becomes `enlarge` x `enlarge`.
+    """
+    at = lambda top, left: images[:, top:top + _SIZE, left:left + _SIZE].repeat(enlarge, 1).repeat(enlarge, 2)
     return at(_SHIFT, _SHIFT), np.stack([at(top, left) for top in (0, 2 * _SHIFT) for left in (0, 2 * _SHIFT)])
 
 
@@ -92,7 +96,7 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     if model is None:
         named = {"image": image_features(everything)}
     else:
-        shapes = stage_shapes(model, _SIZE)
+        shapes = stage_shapes(model, images.shape[1])
         joined = encode(model, variables, everything, list(shapes))
         ends = np.cumsum([shape[3] for shape in shapes.values()])[:-1]
         named = dict(zip(shapes, np.split(joined, ends, -1))) | {"all": joined}
@@ -109,18 +113,19 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     return rows
 
 
-def network(name: str, padding: str) -> Network:
-    """The network of four layers or a registered one, for images of 24 px. Raises `ValueError` if nothing is left of them in it."""
-    model = create_model(name, num_classes=10, padding=padding, input_shape=(_SIZE, _SIZE, 3)) if name else Net(padding=padding)
-    stage_shapes(model, _SIZE)
+def network(name: str, padding: str, size: int) -> Network:
+    """The network of four layers or a registered one, for images of `size`. Raises `ValueError` if nothing is left of them in it."""
+    shape = (size, size, 3)
+    model = create_model(name, num_classes=10, padding=padding, input_shape=shape) if name else Net(padding=padding, input_shape=shape)
+    stage_shapes(model, size)
     return model
 
 
-def cell(model: Network, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int) -> dict:
+def cell(model: Network, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int, enlarge: int) -> dict:
     """One network: trained on `count` images of its seed's choice, probed on its way, tested in place and shifted."""
     chosen = np.random.default_rng(seed).permutation(len(data.train.labels))[:count]
-    train = arrays.Split(windows(data.train.images[chosen])[0], data.train.labels[chosen])
-    middle, shifted = windows(data.test.images)
+    train = arrays.Split(windows(data.train.images[chosen], enlarge)[0], data.train.labels[chosen])
+    middle, shifted = windows(data.test.images, enlarge)
     probed = np.random.default_rng(seed).permutation(len(middle))[:sum(_PROBE)]
     probes = []
     for epoch, variables in enumerate(trained(model, train, epochs, seed)):
@@ -132,7 +137,7 @@ def cell(model: Network, seed: int, data: arrays.Dataset, count: int, epochs: in
             "agreement": float((moved == there).mean()), "probes": probes}
 
 
-def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, image: list[dict]) -> str:
+def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, enlarge: int, image: list[dict]) -> str:
     """Writes the results, the report and the figure; returns the first table."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -152,8 +157,8 @@ def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, image: 
                         for name in _TARGETS for epoch in (0, epochs[-1])),
                       *(report.spread(r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2) for epoch in (0, epochs[-1])),
                       str(len(mine))])
-    header = ["padding", "accuracy, %", "shifted by 4 px", "same answer", "R2 of H, untrained", "trained", "R2 of V, untrained", "trained",
-              "H on black, untrained", "trained", "n"]
+    header = ["padding", "accuracy, %", f"shifted by {_SHIFT * enlarge} px", "same answer", "R2 of H, untrained", "trained",
+              "R2 of V, untrained", "trained", "H on black, untrained", "trained", "n"]
     table = report.table(header, final)
     lines = [[padding, stage, *(report.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2) for epoch in epochs)]
              for padding in paddings for stage in stages]
@@ -176,13 +181,14 @@ def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, image: 
     workdir.write_figure(folder / "training.png", figure)
     pyplot.close(figure)
     workdir.write_json(folder / "training.json", {"rows": rows, "image": image})
+    size, enlarged = enlarge * _SIZE, f" (24x24 px, each made {enlarge}x{enlarge})" if enlarge > 1 else ""
     alone = ", ".join(f"{row['target']} {row['r2']:.2f}" for row in image if row["data"] == "natural")
     workdir.write(folder / "report.md", f"""# Position before and after training
 
-{name}, CIFAR-10, {train:,} training images of 24x24 px, {epochs[-1]} epochs; mean ± sample standard deviation over seeds. R2 is the
-share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages together on unseen test
-images, and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted images
-that are given the class of the unshifted one.
+{name}, CIFAR-10, {train:,} training images of {size}x{size} px{enlarged}, {epochs[-1]} epochs; mean ± sample standard deviation over
+seeds. R2 is the share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages
+together on unseen test images, and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted
+images that are given the class of the unshifted one.
 
 {table}
 ## R2 of H by stage and epoch
@@ -205,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_workdir("runs/position_training")
     parser.add_data_dir()
     parser.add_argument("--network", default="", metavar="NAME", help="a registered one (default: one of four convolutions)")
+    parser.add_count("enlarge", 1, "pixels that each pixel becomes, in both directions")
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "partial", "none", "reflect", "replicate", "circular"])
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
@@ -214,16 +221,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
-        data, settings = arrays.load("cifar10", options.data_dir), {key: getattr(options, key) for key in ("train", "epochs", "test")}
+        data = arrays.load("cifar10", options.data_dir)
+        settings = {key: getattr(options, key) for key in ("train", "epochs", "test", "enlarge")}
         check_counts(data, options.train, options.test)
-        models = [network(options.network, padding) for padding in options.paddings]
+        models = [network(options.network, padding, options.enlarge * _SIZE) for padding in options.paddings]
         folder, rows = workdir.prepare(options.workdir, {"network": options.network} | settings), []
         with progress(options.seeds * len(options.paddings), "networks") as done:
             for seed, model in itertools.product(range(options.seeds), models):
                 path = folder / "cells" / f"{model.padding}_{seed}.json"
                 rows.append(workdir.finished(path, cell, model, seed, data, *settings.values()))
                 done(1)
-        print(write(folder, rows, options.network or "Four convolutions", options.train, probe(None, {}, windows(data.test.images)[0])))
+        image = probe(None, {}, windows(data.test.images, options.enlarge)[0])
+        print(write(folder, rows, options.network or "Four convolutions", options.train, options.enlarge, image))
     return command.run(work)
 
 

@@ -122,9 +122,12 @@ def test_every_encoder_is_reported(tmp_path, monkeypatch):
 
 def test_shifted_windows_show_what_lies_beside_the_middle():
     rows, columns = np.mgrid[:32, :32]
-    middle, shifted = position_training.windows(np.stack([rows, columns, 0 * rows], -1)[None].astype(np.uint8))
+    image = np.stack([rows, columns, 0 * rows], -1)[None].astype(np.uint8)
+    middle, shifted = position_training.windows(image)
     assert middle.shape == (1, 24, 24, 3) and middle[0, 0, 0].tolist() == [4, 4, 0]
     assert shifted[:, 0, 0, 0, :2].tolist() == [[0, 0], [0, 8], [8, 0], [8, 8]]
+    for small, large in zip((middle, shifted), position_training.windows(image, 2)):
+        assert all(np.array_equal(small, large[..., top::2, left::2, :]) for top in (0, 1) for left in (0, 1))
 
 
 def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, cifar, data_dir, monkeypatch, standard_promotion):
@@ -156,6 +159,8 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, cifar, data_dir,
     probes = json.loads((tmp_path / "a" / "training.json").read_text())["rows"][0]["probes"]
     assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (tmp_path / "a" / "report.md").read_text()
     monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 12), (16, 1))))
+    assert position_training.main(["--workdir", str(tmp_path / "c"), *arguments, "--paddings", "none", "--enlarge", "2"]) == 0
+    assert "48x48 px (24x24 px, each made 2x2)" in (tmp_path / "c" / "report.md").read_text()
     assert position_training.main(["--workdir", str(tmp_path / "b"), *arguments, "--paddings", "zeros", "none"]) == 2
     assert "the image is too small for this network" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
