@@ -41,6 +41,11 @@ def with_gradients(function, *arguments):
     return y, *vjp(normal(2, *y.shape))
 
 
+def assert_alike(ours, theirs, x, kernel):
+    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 CASES = [(k, s, g, d, fill) for k in (1, 2, 3, 5, 7, 11) for s in (1, 2, 3, 4) for g, d, fill in (
     (1, 1, "zeros"), (1, 1, "partial"), (1, 1, "reflect"), (1, 2, "zeros"), (2, 1, "circular"), (4, 1, "zeros"), (2, 2, "none"), (4, 3, "replicate"))]
 
@@ -52,8 +57,7 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
     x, kernel = normal(0, 2, size, size + 1, 4), normal(1, kernel_size, kernel_size, 4 // groups, 8)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill)
     theirs = functools.partial(reference_conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill)
-    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert_alike(ours, theirs, x, kernel)
 
 
 @pytest.mark.parametrize("size, kernel_size, stride, fill", [
@@ -64,8 +68,7 @@ def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
     x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, fill=fill)
     theirs = functools.partial(reference_conv, stride=stride, padding=padding, dilation=1, groups=1, fill=fill)
-    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert_alike(ours, theirs, x, kernel)
 
 
 @pytest.mark.parametrize("kernel_size, stride, padding, dilation", [
@@ -76,8 +79,7 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
     theirs = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
                                                             dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert_alike(ours, theirs, x, kernel)
 
 
 @pytest.mark.parametrize("width, channels, features, padding, together", [
