@@ -47,7 +47,7 @@ def features(name: str, file: str | None, seed: int, parts: list[np.ndarray]) ->
     model, parallel = create_model(name), Parallel("jit")
     random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
     variables = parallel.replicate(transfer.merge(random, transfer.take(file, model) if file else {}))
-    moments = parallel.replicate((np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)))
+    moments = parallel.replicate(augment.IMAGENET)
     stage = list(transfer.stage_paths(model))[-2]  # the last is "logits"
     return [evaluate.predict(parallel, model, variables, moments, evaluate.batches_of(images, _BATCH), _BATCH, evaluate.pooled(stage))
             for images in parts]

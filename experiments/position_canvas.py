@@ -22,7 +22,7 @@ from experiments.position_training import Net, check_counts, classify, trained
 
 GRID, _SIDE = 3, 32  # cells along a side, and an image's pixels
 # The normalisation takes this colour to 0, the value of zero padding, up to rounding.
-CANVASES = {"black": (0, 0, 0), "white": (255, 255, 255), "mean": tuple(round(255 * value) for value in augment.IMAGENET_MEAN)}
+CANVASES = {"black": (0, 0, 0), "white": (255, 255, 255), "mean": tuple(round(255 * value) for value in augment.IMAGENET[0])}
 LAYERS = ((8, 2), (16, 2), (32, 2), (64, 2))  # the steps of 32 px between cells are a multiple of the stride of 16
 TASKS = {"location": GRID**2, "object": 10}
 BATCH = 50

@@ -27,7 +27,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
 from cnnjax.progress import progress
 from cnnjax.transfer import linear_probe
 from experiments.position_canvas import BATCH, GRID, TASKS, draw
-from experiments.position_training import MOMENTS, check_counts, classify, trained
+from experiments.position_training import check_counts, classify, trained
 
 NETWORKS = ("gapnet", "permutenet")
 PUBLISHED = {("gapnet", "location"): "100.0"}  # of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand
@@ -61,7 +61,7 @@ class SmallResNet(Network):
 @functools.partial(jax.jit, static_argnames="model")
 def _pooled(model, variables, images):
     last = f"layer{len(model.widths)}"
-    return global_avg_pool(model.apply(variables, augment.normalise(images, *MOMENTS), method="stages", last=last)[last])
+    return global_avg_pool(model.apply(variables, augment.normalise(images, *augment.IMAGENET), method="stages", last=last)[last])
 
 
 def pooled(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:

@@ -36,7 +36,6 @@ _SIZE, _SHIFT, _TARGETS = 24, 4, ("H", "V")
 _EPOCHS = (0, 1, 2, 5)  # probed besides the last
 _PROBE = (64, 16, 48)  # test images that the readout is fitted to, chooses its strength on and is scored on
 _RATE, _BATCH, _TEST_BATCH = 2e-3, 100, 200
-MOMENTS = np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)  # those of `encode`
 
 
 class Net(Network):
@@ -67,12 +66,12 @@ def trained(model: Network, data: arrays.Split, epochs: int, seed: int, rate: fl
     for epoch in range(epochs + 1):
         yield {"params": state.params, "batch_stats": state.batch_stats}
         if epoch < epochs:
-            state = run(state, data, step.epoch_order(len(data[1]), epoch, seed), MOMENTS, rates, (epoch + 1) * steps, numbers)
+            state = run(state, data, step.epoch_order(len(data[1]), epoch, seed), augment.IMAGENET, rates, (epoch + 1) * steps, numbers)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _classes(model, variables, images, key):
-    return model.apply(variables, augment.normalise(images, *MOMENTS), rngs={"padding": key, "dropout": key}).argmax(1)
+    return model.apply(variables, augment.normalise(images, *augment.IMAGENET), rngs={"padding": key, "dropout": key}).argmax(1)
 
 
 def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
         return model.apply(variables, jax.image.resize(images, (len(images), size, size, 3), "bilinear"))
 
     parallel = Parallel()
-    variables, moments = parallel.replicate((variables, (np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD))))
+    variables, moments = parallel.replicate((variables, augment.IMAGENET))
     with progress(len(images), "images") as done:
         def batches():
             for batch in evaluate.batches_of(images, _BATCH):

@@ -86,8 +86,7 @@ def probe(network: str, file: pathlib.Path, source: Memory) -> dict:
     last, parallel = list(transfer.stage_paths(model))[-2], Parallel("jit")
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))  # the head, which is not used
     variables = transfer.merge(fresh, transfer.take(file, model))
-    moments = np.float32(augment.IMAGENET_MEAN), np.float32(augment.IMAGENET_STD)
-    placed = parallel.replicate((variables, moments))
+    placed = parallel.replicate((variables, augment.IMAGENET))
     features = [evaluate.predict(parallel, model, *placed, evaluate.batches_of(split.images, 100), 100, evaluate.pooled(last))
                 for split in (source.train, source.test)]
     accuracy, strength = transfer.linear_probe(features[0], source.train.labels, features[1], source.test.labels)

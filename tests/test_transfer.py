@@ -227,7 +227,7 @@ def test_bad_settings_are_named(settings, message):
 
 def test_imagenets_moments_are_for_colours():
     config = changed_config(pixels="imagenet")
-    assert np.allclose(loop._moments(config, *np.full((2, 3), 0.5)), [augment.IMAGENET_MEAN, augment.IMAGENET_STD])
+    assert np.allclose(loop._moments(config, *np.full((2, 3), 0.5)), augment.IMAGENET)
     with pytest.raises(ValueError, match="pixels='imagenet' has three channels, and the images of dataset='digits' have 1"):
         loop._moments(config, np.ones(1), np.ones(1))
 

@@ -1,6 +1,7 @@
 """Augmentation inside jit: each image from a key of its own, so that how a batch is divided over devices changes nothing."""
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from cnnjax.types import AnyArray
@@ -11,7 +12,8 @@ _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.583
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
 IGNORED = 255  # the label of a pixel that counts for nothing
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and standard deviation of the ImageNet training set, RGB in [0, 1]: what torchvision's weights expect.
+IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
 
 def normalise(images: Shaped[AnyArray, "batch height width channels"], mean: Float[AnyArray, "*#moments"],

@@ -34,21 +34,25 @@ _FEW_IN, _FEW_OUT = 3, 16  # channels that leave the matrix product of a convolu
 
 
 def _exchanged(x, window) -> bool:
-    """Whether XLA would exchange image and kernel, which leaves the fast form: it does where the window is larger than the image.
+    """Whether XLA would exchange image and kernel, which leaves the fast form: on the CPU, where the window is larger than the image.
 
-    It moves padding into the convolution first, so that a 3x3 window on a 2x2 map is 130 times slower (512 channels).
+    It moves zero padding into the convolution first, so that a 3x3 window on a 2x2 map is 130 times slower (512 channels).
     """
-    return math.prod(window) > math.prod(x.shape[1:3])
+    return jax.default_backend() == "cpu" and math.prod(window) > math.prod(x.shape[1:3])
 
 
-def _padded(x, widths, window):
-    """Pads rows and columns by (low, high, between) for a convolution with `window`; apart from it where it would be exchanged."""
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widths, (0, 0, 0)])
+def _apart(x, window, padded):
+    """`padded`, which is `x` with a border, for a convolution with `window`: apart from it where it would be exchanged."""
     return lax.optimization_barrier(padded) if _exchanged(x, window) else padded
 
 
+def _padded(x, widths, window):
+    """Pads rows and columns by (low, high, between) for a convolution with `window`."""
+    return _apart(x, window, lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widths, (0, 0, 0)]))
+
+
 def _native(x, kernel, stride, padding, dilation, groups=1):
-    if jax.default_backend() == "cpu" and _exchanged(x, kernel.shape[:2]):
+    if _exchanged(x, kernel.shape[:2]):
         x, padding = _padded(x, [(p, p, 0) for p in padding], kernel.shape[:2]), (0, 0)
     return lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
                                     dimension_numbers=_LAYOUT, feature_group_count=groups)
@@ -251,7 +255,8 @@ def conv(x: Float[AnyArray, "batch height width in"], kernel: Float[AnyArray, "r
         inside = np.multiply.outer(*(valid_counts(*axis) for axis in geometry))
         ratio = kernel.shape[0] * kernel.shape[1] / np.maximum(inside, 1)
         return _zero_padded(x, kernel, stride, padding, dilation, groups) * jnp.asarray(ratio[None, :, :, None], x.dtype)
-    return _zero_padded(pad(x, padding, fill, key=key), kernel, stride, (0, 0), dilation, groups)
+    padded = _apart(x, kernel.shape[:2], pad(x, padding, fill, key=key))  # of the fills, one-sided has zeros
+    return _zero_padded(padded, kernel, stride, (0, 0), dilation, groups)
 
 
 def uniform_fan_in(fan_in: int) -> Callable:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax import workdir
+from cnnjax.data import augment
 from cnnjax.models import Network
 from cnnjax.nn import resize
 from cnnjax.types import AnyArray
@@ -20,11 +21,8 @@ from cnnjax.weights import variable_shapes
 
 FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28
 _BATCH = 8
-# Of the ImageNet training set, RGB in [0, 1]: what torchvision's weights expect.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-PIXELS = ("imagenet", "unit")
+_MOMENTS = {"imagenet": augment.IMAGENET, "unit": (np.zeros(3, np.float32), np.ones(3, np.float32))}
+PIXELS = tuple(_MOMENTS)
 
 
 def normalize(images: Shaped[AnyArray, "batch height width 3"], pixels: str = "imagenet") -> Float[AnyArray, "batch height width 3"]:
@@ -32,9 +30,7 @@ def normalize(images: Shaped[AnyArray, "batch height width 3"], pixels: str = "i
 
     Black is not 0, the value of zero padding, in the first: a black image can show its border to a network without biases.
     """
-    if pixels == "unit":
-        return images.astype(jnp.float32) / 255
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
+    return augment.normalise(images, *_MOMENTS[pixels])
 
 
 def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:

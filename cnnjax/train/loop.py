@@ -94,7 +94,7 @@ def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
     if config.pixels == "imagenet":
         if len(mean) != 3:
             raise ValueError(f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}")
-        mean, std = augment.IMAGENET_MEAN, augment.IMAGENET_STD
+        mean, std = augment.IMAGENET
     return np.asarray(mean, np.float32), np.asarray(np.full(len(std), 1 / 255) if config.pixels == "centred" else std, np.float32)
 
 
@@ -150,7 +150,7 @@ class _Streamed:
             self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation)
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.shape = (config.image_size, config.image_size, 3)
-        self.moments = parallel.replicate(_moments(config, augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+        self.moments = parallel.replicate(_moments(config, *augment.IMAGENET))
         self._batches: Iterator | None = None
         self._told: set[int] = set()
         self.damaged = 0 if config.skip_damaged else None  # images that this process passed over in this epoch; None where they are not
