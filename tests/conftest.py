@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 
@@ -17,6 +18,8 @@ from cnnjax import backend  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)  # for what runs on many devices; the rest uses the first
 backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a quarter of the time.
+gc.set_threshold(50_000)
 
 
 # Modules whose tests share what takes long to make, and would be made once on every worker.

@@ -28,12 +28,6 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count(name):
-    shapes = weights.variable_shapes(create_model(name))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
-
-
 def random_variables(model, x, *arguments, **options) -> dict:
     """Variables drawn without compiling an initialiser: He normal kernels, small biases and means."""
     rng = np.random.default_rng(0)
@@ -54,15 +48,17 @@ def test_every_model_is_under_contract():
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_head_and_stages(name):
-    """`num_classes` changes the classifiers' last layers and nothing else; stages fall in resolution from one to the next."""
-    whole, small = create_model(name), create_model(name, num_classes=7)
-    shapes = [flax.traverse_util.flatten_dict(weights.variable_shapes(model), sep="/") for model in (whole, small)]
-    changed = {path.split("/")[1] for path in shapes[0] if shapes[0][path].shape != shapes[1][path].shape}
+def test_parameters_head_and_stages(name):
+    """There are as many parameters as published; `num_classes` changes the classifiers' last layers and nothing else; stages fall in
+    resolution from one to the next."""
+    small = create_model(name, num_classes=7)
+    whole, variables = (weights.variable_shapes(model) for model in (create_model(name), small))
+    assert sum(leaf.size for leaf in jax.tree.leaves(whole["params"])) == PARAMETERS[name]
+    shapes = [{path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()} for tree in (whole, variables)]
     assert shapes[0].keys() == shapes[1].keys()
+    changed = {path.split("/")[1] for path in shapes[0] if shapes[0][path] != shapes[1][path]}
     assert changed in ({"fc"}, {"fc", "aux1", "aux2"}, {"fc", "AuxLogits"}, {"classifier"}, {"classifier.1"}, {"classifier.6"})
     x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
-    variables = weights.variable_shapes(small)
     logits = jax.eval_shape(small.apply, variables, x)
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     stages = jax.eval_shape(lambda v, x: small.apply(v, x, method="stages"), variables, x)
