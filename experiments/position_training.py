@@ -176,7 +176,7 @@ def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, enlarge
         axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     workdir.write_figure(folder / "training.png", figure)
     pyplot.close(figure)
     workdir.write_json(folder / "training.json", {"rows": rows, "image": image})
