@@ -1,14 +1,15 @@
 """The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the paper's numbers.
 
-    python -m experiments.position_tables [main kernels depth stages readout_padding encoder_padding controls weights]
+    python -m experiments.position_tables [main kernels depth stages readout_padding encoder_padding controls weights photographs]
         --workdir runs/tables [--photographs FOLDER] [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
         [--set KEY=VALUE ...]
 
 All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are
 not run again, and what an encoder gave is kept in `features/` for the others. `--set` changes any key of that configuration
 for all of them. The paper's networks have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
-own: `weights` puts both side by side. ImageNet weights come from the Hugging Face hub, or for the networks named by `--trained` from a
-safetensors file with torchvision's names, followed by the modules that it is known to lack. Writes NAME.md and NAME.json.
+own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to be fitted to. ImageNet weights come from
+the Hugging Face hub, or for the networks named by `--trained` from a safetensors file with torchvision's names, followed by the modules that
+it is known to lack. Writes NAME.md and NAME.json.
 """
 import argparse
 import ast
@@ -110,6 +111,11 @@ def _rows() -> Iterator[tuple[str, Row]]:
                                                    ("zeros", "none", "reflect")):  # not in the paper, but for VGG-16
         keys = {"targets": ("H", "V", "G"), "data": ("natural", "black", "white"), "weights": origin}
         yield "weights", Row(f"{name}, {origin}, {padding}", _study(name, ("zeros", "none", "reflect"), **keys), name, padding, {})
+    fills = ("zeros", "none", "reflect", "circular")
+    for count, origin, padding in itertools.product((24, 96, 384), ("random", "imagenet"), fills):  # not in the paper
+        keys = {"targets": ("H", "G"), "data": ("natural", "black"), "weights": origin, "kernel": 1, "sgd_paddings": (), "n_train": count,
+                "n_held_out": 64, "n_test": 48}
+        yield "photographs", Row(f"resnet18, {origin}, {count} photographs, {padding}", _study("resnet18", fills, **keys), "resnet18", padding, {})
 
 
 TABLES = defaultdict(list)

@@ -384,7 +384,7 @@ def test_the_papers_tables(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, rows", [("main", 3), ("kernels", 6), ("stages", 6), ("readout_padding", 3), ("encoder_padding", 2), ("controls", 7),
-                                        ("depth", 6), ("weights", 18)])
+                                        ("depth", 6), ("weights", 18), ("photographs", 24)])
 def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
     trained = {encoder: (str(tmp_path / f"{encoder}.safetensors"), ()) for encoder in ("squeezenet1_1", "mobilenet_v2", "resnet18")}
     for path, _ in trained.values():
