@@ -9,9 +9,8 @@ From the Hugging Face hub, or of one encoder from a safetensors file with torchv
 Measured on the second form, with a file that ends at layer3 (--config.missing="('layer4','fc')"
 --config.stages="('stem','layer1','layer2','layer3')") and the 100 photographs of BSDS500's validation set: SPC (R2) of H with the exact
 readout, 3 seeds, 32 photograph crops and one black image each: zeros .46 (.20) on photographs and .71 (.26) on black, none .04 (.00) and
-0, reflect .37 (.13) and 0, replicate .28 (.08) and 0, circular .53 (.26) and 0 (2 CPU cores, 21 November 2026). More photographs help a
-readout of trained features: with 192 of 500 ImageNet photographs to train on (--config.n_train=192 --config.n_held_out=48
---config.n_test=64 --config.seeds=1) zeros have .65 (.42), none .12 (.01), reflect .58 (.33) on 64 others.
+0, reflect .37 (.13) and 0, replicate .28 (.08) and 0, circular .53 (.26) and 0 (2 CPU cores, 21 November 2026). Other photographs give other
+figures: docs/position.md.
 """
 import ml_collections
 
