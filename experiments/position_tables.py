@@ -7,9 +7,9 @@
 All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are
 not run again, and what an encoder gave is kept in `features/` for the others. `--set` changes any key of that configuration
 for all of them. The paper's networks have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
-own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to be fitted to. ImageNet weights come from
-the Hugging Face hub, or for the networks named by `--trained` from a safetensors file with torchvision's names, followed by the modules that
-it is known to lack. Writes NAME.md and NAME.json.
+own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to be fitted to. ImageNet weights come
+from the Hugging Face hub, or for the networks named by `--trained` from a safetensors file with torchvision's names, followed by the
+modules that it is known to lack. Writes NAME.md and NAME.json.
 """
 import argparse
 import ast
@@ -115,7 +115,8 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for count, origin, padding in itertools.product((24, 96, 384), ("random", "imagenet"), fills):  # not in the paper
         keys = {"targets": ("H", "G"), "data": ("natural", "black"), "weights": origin, "kernel": 1, "sgd_paddings": (), "n_train": count,
                 "n_held_out": 64, "n_test": 48}
-        yield "photographs", Row(f"resnet18, {origin}, {count} photographs, {padding}", _study("resnet18", fills, **keys), "resnet18", padding, {})
+        label = f"resnet18, {origin}, {count} photographs, {padding}"
+        yield "photographs", Row(label, _study("resnet18", fills, **keys), "resnet18", padding, {})
 
 
 TABLES = defaultdict(list)
