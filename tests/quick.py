@@ -1,11 +1,31 @@
-"""What many tests use: a jit that compiles quickly, and the exit code of a command."""
+"""What many tests use: a jit that compiles quickly, variables without an initialisation, and the exit code of a command."""
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax import weights
 
 # XLA's own optimisation stays; LLVM's, which takes half of the compilation, is left out.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def variables(model, image=None, *arguments, **options) -> dict:
+    """Drawn by NumPy: He et al.'s variances, BatchNorm nearly at rest, small biases. To compile an initialisation takes longer."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        if kind in ("scale", "var"):
+            return jnp.asarray(np.ones(leaf.shape, np.float32))
+        spread = {"mean": 0.1, "bias": 0.1}.get(kind, np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1)))
+        return jnp.asarray(np.float32(spread) * rng.standard_normal(leaf.shape, np.float32))
+
+    shapes = weights.variable_shapes(model) if image is None else jax.eval_shape(
+        lambda image: model.init(jax.random.key(0), image, *arguments, **options), image)
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -237,16 +237,19 @@ def test_a_second_address_serves_where_the_first_does_not(tmp_path, server):
     np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
-@pytest.mark.parametrize("fault", ["cut", "other", "absent", "unreachable"])
-def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, fault):
+@pytest.mark.parametrize("fault, reason", [("cut", "IncompleteRead"), ("other", "does not match the known hash"), ("absent", "404 Client Error"),
+                                           ("unreachable", "Connection refused")])
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, fault, reason):
     address, served, settings = server
     source, files = small_idx("http://localhost:1/" if fault == "unreachable" else address)
     served |= {} if fault == "absent" else {name: gzip.compress(b"another file") for name in files} if fault == "other" else files
     settings["cut"] = 50 if fault == "cut" else None
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded .*http://localhost.*; put it there by hand") as caught:
-        source.read(tmp_path)
+    data_dir = tmp_path / "new" / "data"
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded "
+                                         rf"\(http://localhost[^ ]*: [^;]*{reason}.*\); put it there by hand") as caught:
+        source.read(data_dir)
     assert "\n" not in str(caught.value)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ validation

@@ -76,7 +76,7 @@ def test_stages(name):
 @pytest.mark.parametrize("name", TOTALS)
 def test_every_parameter_receives_a_finite_gradient(name):
     model, x = create_model(name, num_classes=7), images(name)
-    variables = quick.jit(model.init)(jax.random.key(0), x)
+    variables = quick.variables(model, x)
     assert list(variables) == ["params"]
 
     def loss(params):
@@ -85,32 +85,19 @@ def test_every_parameter_receives_a_finite_gradient(name):
         assert len(heads) == (3 if name == "googlenet_2014" else 1) and all(head.shape == (2, 7) for head in heads)
         return sum(jnp.square(head - 1).sum() for head in heads)
 
-    for path, grad in flax.traverse_util.flatten_dict(quick.jit(jax.grad(loss))(variables["params"]), sep="/").items():
+    grads = jax.device_get(quick.jit(jax.grad(loss))(variables["params"]))
+    for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = images(name)
-    variables = quick.jit(create_model(name).init)(jax.random.key(0), x)
-    exact = quick.jit(create_model(name).apply)(variables, x)
-    half = quick.jit(create_model(name, dtype=jnp.bfloat16).apply)(variables, x)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables)) and half.dtype == jnp.float32
+    models = create_model(name), create_model(name, dtype=jnp.bfloat16)
+    variables = quick.variables(models[0], x)
+    exact, half = (quick.jit(model.apply)(variables, x) for model in models)
+    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(variable_shapes(models[1])))} == {jnp.dtype(jnp.float32)}
     assert 0 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
-
-
-@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
-@pytest.mark.parametrize("name, last", [("lenet", "conv2"), ("convnet", "block3"), ("alexnet_2012", "conv5"), ("zfnet", "conv5"),
-                                        ("googlenet_2014", "inception3b")])
-def test_every_fill_reaches_every_convolution_and_pool(name, last, fill):
-    """On a constant image only zeros (and partial) can make a feature map vary: one layer left out would show."""
-    size = {"lenet": 28, "convnet": 40, "googlenet_2014": 128}.get(name, 288)
-    x = jnp.full((1, size, size, create_model(name).input_shape[2]), 0.7)
-    variables = quick.jit(lambda: create_model(name).init(jax.random.key(0), x, method="stages", last=last))()
-    y = quick.jit(lambda x: create_model(name, padding=fill).apply(variables, x, method="stages", last=last)[last])(x)
-    varies = float(jnp.ptp(y, axis=(1, 2)).max() / jnp.abs(y).max())
-    # Biases of 1 outweigh weights of 0.01 in AlexNet, and partial convolution scales them too little to see much.
-    assert varies > 1e-3 if fill in ("zeros", "partial") else varies < 1e-5
 
 
 def test_torchs_names_of_the_tutorial_net():
@@ -234,7 +221,7 @@ def test_auxiliary_logits_appear_in_training_only():
 @pytest.mark.parametrize("name, fields", [("mlp3", {"dropout": 0.5}), ("alexnet_2012", {})])
 def test_dropout_acts_in_training_only(name, fields):
     model, x = create_model(name, **fields), images(name)
-    variables = quick.jit(model.init)(jax.random.key(0), x)
+    variables = quick.variables(model, x)
     first, second = ({"dropout": jax.random.key(seed)} for seed in (1, 2))
     assert np.array_equal(model.apply(variables, x, rngs=first), model.apply(variables, x, rngs=second))
     assert not np.array_equal(model.apply(variables, x, train=True, rngs=first), model.apply(variables, x, train=True, rngs=second))

@@ -28,20 +28,6 @@ PARAMETERS = {
 }
 
 
-def random_variables(model, x, *arguments, **options) -> dict:
-    """Variables drawn without compiling an initialiser: He normal kernels, small biases and means."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        kind = path[-1].key
-        if kind in ("scale", "var"):
-            return jnp.ones(leaf.shape)
-        spread = {"mean": 0.1, "bias": 0.1}.get(kind, np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1)))
-        return jnp.asarray(spread * rng.standard_normal(leaf.shape, np.float32))
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda x: model.init(jax.random.key(0), x, *arguments, **options), x))
-
-
 def test_every_model_is_under_contract():
     """Here, or, where it is the lectures' own, in test_lectures.py."""
     assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS) | {"fcn"}  # which tests/test_segmentation.py has
@@ -71,11 +57,11 @@ def test_parameters_head_and_stages(name):
 def test_every_parameter_receives_a_finite_gradient(name):
     model = create_model(name, num_classes=7)
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = quick.jit(model.init)(jax.random.key(0), x)
+    variables = quick.variables(model, x)
     loss = lambda params: jnp.square(model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()
     value, grads = quick.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
-    for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
+    for path, grad in flax.traverse_util.flatten_dict(jax.device_get(grads), sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
@@ -86,7 +72,7 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
     x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
-    variables = random_variables(model, x)
+    variables = quick.variables(model, x)
     compiled, eager = jax.jit(model.apply)(variables, x), model.apply(variables, x[:1])
     assert np.isfinite(compiled).all() and np.abs(compiled[0] - compiled[1]).max() > 1e-3 * np.abs(compiled).max()
     np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
@@ -175,7 +161,7 @@ def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
-    variables = quick.jit(lambda x: model.init(jax.random.key(1), x, method="stages", last=last))(image)
+    variables = quick.variables(model, image, method="stages", last=last)
     run = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
     whole, part = run(image), run(image[:, 8:, 8:])
     np.testing.assert_allclose(whole[:, 1:, 1:][:, :part.shape[1], :part.shape[2]], part, atol=1e-4 * float(jnp.abs(part).max()))
@@ -188,7 +174,8 @@ COMMON = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 REACHED = [
     ("vgg11", "block4", 160), ("vgg16_bn", "block4", 160), ("resnet18", "layer2", 160), ("resnet50", "layer2", 160), ("resnext50_32x4d", "layer2", 160),
     ("alexnet", "conv5", 224), ("squeezenet1_0", "fire9", 224), ("squeezenet1_1", "fire9", 224), ("densenet121", "denseblock1", 224),
-    ("mobilenet_v2", "stage4", 432), ("mnasnet0_5", "stage3", 224), ("shufflenet_v2_x0_5", "stage3", 400), ("googlenet", "inception4e", 320)]
+    ("mobilenet_v2", "stage4", 432), ("mnasnet0_5", "stage3", 224), ("shufflenet_v2_x0_5", "stage3", 400), ("googlenet", "inception4e", 320),
+    ("lenet", "conv2", 28), ("convnet", "block3", 40), ("alexnet_2012", "conv5", 288), ("zfnet", "conv5", 288), ("googlenet_2014", "inception3b", 128)]
 
 
 @pytest.mark.parametrize("name, last, size, fill", [
@@ -196,8 +183,8 @@ REACHED = [
 def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     """On a constant image only fills of zeros can make a feature map vary: one layer left out would show."""
     model = create_model(name, padding=fill)
-    x = jnp.full((1, size, size, 3), 0.7)
-    variables = random_variables(create_model(name), x, method="stages", last=last)
+    x = jnp.full((1, size, size, model.input_shape[2]), 0.7)
+    variables = quick.variables(create_model(name), x, method="stages", last=last)
     y = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)})[last])(x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
     assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
@@ -209,7 +196,7 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     """Block by block, since without padding the whole needs an image of some two thousand pixels."""
     block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
     x = jnp.full((1, 31, 31, 64), 0.7)
-    variables = random_variables(block("zeros"), x, False)
+    variables = quick.variables(block("zeros"), x, False)
     y = quick.jit(lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)}))(x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
     assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
@@ -221,10 +208,10 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = quick.jit(create_model(name).init)(jax.random.key(0), x)
-    exact = quick.jit(create_model(name).apply)(variables, x)
-    half = quick.jit(create_model(name, dtype=jnp.bfloat16).apply)(variables, x)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables)) and half.dtype == jnp.float32
+    models = create_model(name), create_model(name, dtype=jnp.bfloat16)
+    variables = quick.variables(models[0], x)
+    exact, half = (quick.jit(model.apply)(variables, x) for model in models)
+    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(weights.variable_shapes(models[1])))} == {jnp.dtype(jnp.float32)}
     assert 1e-5 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from quick import exit_code
 
 from cnnjax import summary, visualize
@@ -77,20 +78,6 @@ class Stack(Network):
             x = Conv(1, 3, padding=1, fill=self.padding, use_bias=False, name=f"conv{number}")(x)
         yield "last", x
         yield "logits", global_avg_pool(x)
-
-
-def random_variables(model):
-    """He et al.'s variances, BatchNorm at rest, small biases: without compiling an initialisation."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, shape):
-        name = path[-1].key
-        if name in ("scale", "var"):
-            return jnp.ones(shape.shape)
-        deviation = np.sqrt(2 / np.prod(shape.shape[:-1])) if name == "kernel" else 0.1
-        return jnp.asarray(deviation * rng.standard_normal(shape.shape), jnp.float32)
-
-    return jax.tree.map_with_path(draw, variable_shapes(model))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +150,7 @@ def test_a_rule_does_not_stay_in_compiled_code():
 
 def test_a_rule_about_relus_needs_relus():
     model = create_model("lenet5")
-    variables, image = random_variables(model), jnp.ones((1, 32, 32, 1))
+    variables, image = quick.variables(model), jnp.ones((1, 32, 32, 1))
     assert jnp.any(visualize.saliency(model, variables, image, "c3", 0, "gradient") != 0)
     for _ in range(2):  # the second time as well
         with pytest.raises(ValueError, match="rule='guided' is about ReLUs, and this network has none up to stage 'c3'"):
@@ -173,7 +160,7 @@ def test_a_rule_about_relus_needs_relus():
 def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     """Selvaraju et al. 2017, section 3.1: there Grad-CAM is CAM, the maps weighted by the linear layer, over the number of positions."""
     model = Pooled()
-    variables = random_variables(model)
+    variables = quick.variables(model)
     images = jax.random.normal(jax.random.key(1), (3, *model.input_shape))
     classes = np.array([2, 0, 3])
     maps = np.asarray(visualize.activations(model, variables, images, "maps"))
@@ -185,7 +172,7 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
 
 def test_grad_cam_through_layers_that_are_not_linear():
     model = create_model("lenet")
-    variables = random_variables(model)
+    variables = quick.variables(model)
     image = jax.random.normal(jax.random.key(1), (1, *model.input_shape))
     params = variables["params"]
 
@@ -204,7 +191,7 @@ def test_grad_cam_through_layers_that_are_not_linear():
 def test_a_network_cut_in_two_is_the_network(name, stage):
     model = create_model(name, num_classes=7)
     image = jax.random.normal(jax.random.key(0), (1, 48, 48, 3))
-    variables = random_variables(model)
+    variables = quick.variables(model)
 
     @jax.jit
     def cut(image):
@@ -274,7 +261,7 @@ BORDER = dict.fromkeys(FILLS, 2) | {"none": 0, "full": 4, "one-sided": 4, "inter
 def test_equivariance_error_by_padding(fill):
     model = create_model("convnet", padding=fill)
     images = jax.random.normal(jax.random.key(1), (2, 25, 27, 3))
-    error = visualize.equivariance_error(model, random_variables(model), images, "block1")
+    error = visualize.equivariance_error(model, quick.variables(model), images, "block1")
     assert len(error) == {"none": 10, "full": 14}.get(fill, 12)
     assert (error[:BORDER[fill]] > 0.01).all()
     assert fill == "interpolate" or (error[BORDER[fill]:] < 1e-6).all()
@@ -282,7 +269,7 @@ def test_equivariance_error_by_padding(fill):
 
 def test_circular_padding_is_equivariant_to_circular_shifts():
     model = create_model("convnet", padding="circular")
-    variables = random_variables(model)
+    variables = quick.variables(model)
     period = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
     images = jnp.pad(period, ((0, 0), (0, 4), (0, 4), (0, 0)), mode="wrap")  # its two windows are circular shifts of each other
     assert (visualize.equivariance_error(model, variables, images, "block3") < 1e-5).all()
@@ -374,7 +361,7 @@ def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
 def test_bad_arguments_are_named(call, message):
     model = create_model("tutorial_net")
     with pytest.raises(ValueError, match=message):
-        call(model, random_variables(model), jnp.ones((2, 32, 32, 3)))
+        call(model, quick.variables(model), jnp.ones((2, 32, 32, 3)))
 
 
 COMMANDS = {

@@ -1,4 +1,5 @@
 """Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits."""
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -146,12 +147,18 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
     """Fetches a file into a folder. Raises `ValueError`, and leaves nothing behind, if no address serves it whole."""
     pooch.get_logger().setLevel(logging.ERROR)
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     failures = []
     for url in file.urls:
         try:
             return pathlib.Path(pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, downloader=fetch))
         except (requests.RequestException, ValueError, OSError) as error:
-            failures.append(f"{url}: {' '.join(str(error).split())[:200]}")
+            while error.__context__:  # the last of three libraries' tells only of the one before
+                error = error.__context__
+            failures.append(f"{url}: {' '.join(str(error).split())[:300]}")
+    with contextlib.suppress(OSError):
+        for path in absent:
+            path.rmdir()
     raise ValueError(f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); put it there by hand")
 
 
