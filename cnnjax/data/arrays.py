@@ -153,9 +153,10 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
         try:
             return pathlib.Path(pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, downloader=fetch))
         except (requests.RequestException, ValueError, OSError) as error:
-            while error.__context__:  # the last of three libraries' tells only of the one before
-                error = error.__context__
-            failures.append(f"{url}: {' '.join(str(error).split())[:300]}")
+            cause: BaseException = error
+            while cause.__context__:  # what the libraries above it say is longer and tells less
+                cause = cause.__context__
+            failures.append(f"{url}: {' '.join(str(cause).split())[:300]}")
     with contextlib.suppress(OSError):
         for path in absent:
             path.rmdir()
