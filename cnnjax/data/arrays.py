@@ -143,6 +143,13 @@ class File(NamedTuple):
     md5: str
 
 
+def _reason(error: BaseException) -> str:
+    """An exception's first cause, in a line: what the libraries above it say is longer and tells less."""
+    while error.__context__:
+        error = error.__context__
+    return " ".join(str(error).split())[:300]
+
+
 def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
     """Fetches a file into a folder. Raises `ValueError`, and leaves nothing behind, if no address serves it whole."""
     pooch.get_logger().setLevel(logging.ERROR)
@@ -153,10 +160,7 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
         try:
             return pathlib.Path(pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, downloader=fetch))
         except (requests.RequestException, ValueError, OSError) as error:
-            cause: BaseException = error
-            while cause.__context__:  # what the libraries above it say is longer and tells less
-                cause = cause.__context__
-            failures.append(f"{url}: {' '.join(str(cause).split())[:300]}")
+            failures.append(f"{url}: {_reason(error)}")
     with contextlib.suppress(OSError):
         for path in absent:
             path.rmdir()
