@@ -4,7 +4,7 @@
 
 Runs the sweep over seeds of each network's configuration in configs/, and goes on where an earlier call stopped; further
 arguments, such as --config.epochs=2, are given to every sweep. Writes report.md, comparison.json and curves.png of whatever is
-finished. The perceptrons and LeNet take minutes per seed on two CPU cores; the ConvNet takes hours there and belongs on a GPU.
+finished. The perceptrons and LeNet take minutes per seed on two CPU cores, the ConvNet an hour.
 """
 import contextlib
 import json
