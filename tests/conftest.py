@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import pathlib
@@ -22,7 +23,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(50_000)
 
 
-def _call(function, arguments):
+def _call(function, /, **arguments):
     return function(**arguments)
 
 
@@ -32,9 +33,8 @@ def _call(function, arguments):
 _call.__code__ = _call.__code__.replace(co_stacksize=1 << 20)
 
 
-def pytest_pyfunc_call(pyfuncitem):
-    _call(pyfuncitem.obj, {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
-    return True
+def pytest_itemcollected(item):
+    item.obj = functools.wraps(item.obj)(functools.partial(_call, item.obj))
 
 
 # Modules whose tests share what takes long to make, and would be made once on every worker.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
-from quick import exit_code
 
 from cnnjax import summary, visualize
 from cnnjax.data import photographs
@@ -438,7 +437,7 @@ def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(folder
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
     """The exit code and what was said, whether the arguments or what they name are wrong."""
     capsys.readouterr()
-    return exit_code(visualize.main, arguments), capsys.readouterr().err
+    return quick.exit_code(visualize.main, arguments), capsys.readouterr().err
 
 
 GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
