@@ -1,4 +1,5 @@
 """cnnjax: convolutional networks in JAX and Flax, and the studies that the lectures on them report."""
+
 from cnnjax import backend
 
 __version__ = "0.1.0"
@@ -9,5 +10,6 @@ backend.set_flags()  # before jax starts; everything that needs jax is imported 
 def __getattr__(name: str):
     if name in ("create_model", "list_models"):
         from cnnjax import models
+
         return getattr(models, name)
     raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 `set_flags` runs on `import cnnjax` and imports nothing heavy; `start` is called once by every command before it computes.
 """
+
 import functools
 import hashlib
 import importlib.metadata
@@ -32,7 +33,9 @@ def set_flags() -> None:
             f"cnnjax was imported after jax had started its backend, so the XLA flag {CPU_FLAG} can no longer take "
             "effect and convolutional training on the CPU may be slow or wrong: import cnnjax before the first jax "
             "computation, or put the flag into XLA_FLAGS",
-            RuntimeWarning, stacklevel=3)
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
 
@@ -50,15 +53,27 @@ def check_numerics() -> None:
     # Small integers, so that every order of summation and every matrix precision gives the same result.
     image = np.arange(2 * 6 * 6 * 3, dtype=np.float32).reshape(2, 6, 6, 3) % 7
     kernel = np.arange(3 * 3 * 3 * 4, dtype=np.float32).reshape(3, 3, 3, 4) % 5
-    conv = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")))
-    expected = sum(np.einsum("nhwi,io->nhwo", image[:, i:i + 4, j:j + 4], kernel[i, j]) for i in range(3) for j in range(3))
-    for what, got, want in (("reduction", norm[-1], 2.0**30), ("convolution", conv(image, kernel), expected)):
+    conv = jax.jit(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )
+    expected = sum(
+        np.einsum("nhwi,io->nhwo", image[:, i : i + 4, j : j + 4], kernel[i, j])
+        for i in range(3)
+        for j in range(3)
+    )
+    for what, got, want in (
+        ("reduction", norm[-1], 2.0**30),
+        ("convolution", conv(image, kernel), expected),
+    ):
         if not np.array_equal(got, want):
             worst = float(np.max(np.abs(np.asarray(got) - want)))
             raise RuntimeError(
                 f"the {jax.default_backend()} backend of jaxlib {importlib.metadata.version('jaxlib')} computes a {what} wrongly "
                 f"(off by {worst:g}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}): nothing it prints can be trusted; "
-                "unset flags of your own or install another jaxlib")
+                "unset flags of your own or install another jaxlib"
+            )
 
 
 def cores() -> int:
@@ -79,7 +94,9 @@ def _cache_dir() -> pathlib.Path:
     except OSError:
         host = platform.processor()
     key = hashlib.sha256(f"{platform.machine()}{host}".encode()).hexdigest()[:12]
-    return home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}-{cores()}"
+    return (
+        home / "cnnjax" / "xla" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{key}-{cores()}"
+    )
 
 
 @functools.cache
@@ -107,11 +124,17 @@ def join(how: str) -> None:
 
     given = _DISTRIBUTED.fullmatch(how)
     if how != "auto" and not (given and int(given["index"]) < int(given["count"])):
-        raise ValueError(f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES")
+        raise ValueError(
+            f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES"
+        )
     try:
-        jax.distributed.initialize(*(given["coordinator"], int(given["count"]), int(given["index"])) if given else ())
+        jax.distributed.initialize(
+            *(given["coordinator"], int(given["count"]), int(given["index"])) if given else ()
+        )
     except (ValueError, RuntimeError) as error:
-        raise RuntimeError(f"distributed={how!r}: the processes could not be joined: {' '.join(str(error).split())}") from error
+        raise RuntimeError(
+            f"distributed={how!r}: the processes could not be joined: {' '.join(str(error).split())}"
+        ) from error
     _JOINED.append(True)
 
 

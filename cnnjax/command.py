@@ -1,4 +1,5 @@
 """What all command lines have in common: an error is one line on standard error, and the exit code says of what kind it was."""
+
 import argparse
 import logging
 import pathlib
@@ -16,7 +17,11 @@ class _Trained(argparse.Action):
     def __call__(self, parser, options, values, flag=None):
         if len(values) < 2:
             parser.error(f"trained={values[0]} names no file")
-        setattr(options, self.dest, getattr(options, self.dest) | {values[0]: (values[1], tuple(values[2:]))})
+        setattr(
+            options,
+            self.dest,
+            getattr(options, self.dest) | {values[0]: (values[1], tuple(values[2:]))},
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,29 +35,50 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_workdir(self, default: str) -> None:
-        self.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(default), help="where to write (default: %(default)s)")
+        self.add_argument(
+            "--workdir",
+            type=pathlib.Path,
+            default=pathlib.Path(default),
+            help="where to write (default: %(default)s)",
+        )
 
     def add_data_dir(self, files: str = "CIFAR-10's files") -> None:
-        self.add_argument("--data_dir", default="data", help=f"the folder of {files} (default: %(default)s)")
+        self.add_argument(
+            "--data_dir", default="data", help=f"the folder of {files} (default: %(default)s)"
+        )
 
     def add_photographs(self) -> None:
-        self.add_argument("--photographs", default="", help="a folder; default: those that scikit-image and scikit-learn carry")
+        self.add_argument(
+            "--photographs",
+            default="",
+            help="a folder; default: those that scikit-image and scikit-learn carry",
+        )
 
     def add_trained(self) -> None:
-        self.add_argument("--trained", nargs="+", action=_Trained, default={}, metavar=("NAME", "FILE"),
-                          help="an encoder, a safetensors file of its ImageNet weights, and modules that the file lacks")
+        self.add_argument(
+            "--trained",
+            nargs="+",
+            action=_Trained,
+            default={},
+            metavar=("NAME", "FILE"),
+            help="an encoder, a safetensors file of its ImageNet weights, and modules that the file lacks",
+        )
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
         """An option that is a whole number of at least `least`."""
-        self.add_argument(f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)")
+        self.add_argument(
+            f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)"
+        )
 
 
 def whole(least: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number of at least `least`."""
+
     def parse(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return int(text)
+
     return parse
 
 
@@ -63,7 +89,9 @@ def _interrupt(number: int, frame) -> None:
 def run(work: Callable[[], None]) -> int:
     """Does a command's work -> the exit code: 0, 2 for bad input, 1 for a failure, 75 when it was stopped and the same command will go
     on from there, 130 when it will not. With --debug on the command line an error comes with its traceback."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)  # imports may have set another
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )  # imports may have set another
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     try:
         with signals.heeded(_interrupt):
@@ -77,7 +105,9 @@ def run(work: Callable[[], None]) -> int:
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]  # XLA's have many lines
+        first, *_ = str(error).strip().splitlines() or [
+            type(error).__name__
+        ]  # XLA's have many lines
         print(f"error: {first}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0

@@ -1,7 +1,8 @@
 """The command line: reads a configuration and runs it in a work directory.
 
-    python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
+python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
 """
+
 import importlib
 import logging
 import os
@@ -19,10 +20,20 @@ from cnnjax import backend, command, workdir
 _JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
 
 _LOG = logging.getLogger("cnnjax")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A configuration file, such as configs/posenet.py.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results; by default one under runs/ named after the configuration.")
-_DISTRIBUTED = flags.DEFINE_string("distributed", None, "Makes this process one of several: auto (Slurm, Cloud TPU, GKE), or "
-                                   "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A configuration file, such as configs/posenet.py.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The folder of the results; by default one under runs/ named after the configuration.",
+)
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "Makes this process one of several: auto (Slurm, Cloud TPU, GKE), or "
+    "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0.",
+)
 flags.DEFINE_boolean("debug", False, "Shows the traceback of an error.")
 
 
@@ -39,25 +50,37 @@ def _parse(argv: list[str]) -> None:
     try:
         rest = flags.FLAGS(argv)[1:]
         if rest:
-            raise ValueError(f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE")
+            raise ValueError(
+                f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE"
+            )
         if not flags.FLAGS["config"].present:
-            raise ValueError("--config is missing; name a configuration file, such as --config configs/posenet.py")
+            raise ValueError(
+                "--config is missing; name a configuration file, such as --config configs/posenet.py"
+            )
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         if not pathlib.Path(path).is_file():
-            raise ValueError(f"config={path!r} is not a file; name a configuration file, such as configs/posenet.py")
+            raise ValueError(
+                f"config={path!r} is not a file; name a configuration file, such as configs/posenet.py"
+            )
         config = _CONFIG.value  # read and overridden here
     except (KeyError, AttributeError) as error:
-        quoted = str(error).replace("\\n", " ").replace("\\", "").strip("\"'")  # ml_collections quotes its own message, and again
+        quoted = (
+            str(error).replace("\\n", " ").replace("\\", "").strip("\"'")
+        )  # ml_collections quotes its own message, and again
         key, _, advice = " ".join(quoted.split()).partition("'")
         raise ValueError(f"--config has no such key: {key!r}{advice}") from error
     except flags.UnrecognizedFlagError as error:
         known = ", ".join(f"--{name}" for name in _options())
-        raise ValueError(f"--{error.flagname} is not an option; there are {known}, and --config.KEY=VALUE for the keys of the "
-                         "configuration") from error
+        raise ValueError(
+            f"--{error.flagname} is not an option; there are {known}, and --config.KEY=VALUE for the keys of the "
+            "configuration"
+        ) from error
     except (flags.Error, TypeError, ImportError, SyntaxError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     if config.get("kind") not in _JOBS:
-        raise ValueError(f"kind={config.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}")
+        raise ValueError(
+            f"kind={config.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}"
+        )
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -82,20 +105,32 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 def _options() -> list[str]:
     """The names of this package's own options; libraries have some too."""
-    mine = ("cnnjax.main", "cnnjax.sweep", sys.argv[0])  # the last is what absl calls the module that runs
+    mine = (
+        "cnnjax.main",
+        "cnnjax.sweep",
+        sys.argv[0],
+    )  # the last is what absl calls the module that runs
     return [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name) in mine]
 
 
-def main(argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run) -> int:
+def main(
+    argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run
+) -> int:
     """Does `work` with a configuration and returns the exit code (`cnnjax.command.run`)."""
     if {"-h", "-help", "--help"} & set(argv[1:]):
         told = (f"  --{name:12}{flags.FLAGS[name].help}" for name in _options())
-        print(sys.modules[work.__module__].__doc__, *told, "  --config.KEY=VALUE  changes a key of the configuration.", sep="\n")
+        print(
+            sys.modules[work.__module__].__doc__,
+            *told,
+            "  --config.KEY=VALUE  changes a key of the configuration.",
+            sep="\n",
+        )
         return 0
 
     def do():
         _parse(argv)
         work(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
+
     return command.run(do)
 
 

@@ -1,4 +1,5 @@
 """Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+
 import contextlib
 import logging
 import sys

@@ -1,4 +1,5 @@
 """Reports from the files of a work directory, and from nothing else: tables in Markdown, figures in PNG."""
+
 import json
 import math
 import pathlib
@@ -14,9 +15,35 @@ from cnnjax import workdir
 from cnnjax.data.augment import IGNORED
 
 # Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
-_COLOURS = np.array([[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0], [192, 128, 128],
-                     [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192]], np.uint8)
-_ORDER = ("zeros", "partial", "full", "one-sided", "none", "reflect", "replicate", "circular", "mean", "random", "interpolate")
+_COLOURS = np.array(
+    [
+        [128, 128, 128],
+        [128, 0, 0],
+        [192, 192, 128],
+        [128, 64, 128],
+        [60, 40, 222],
+        [128, 128, 0],
+        [192, 128, 128],
+        [64, 64, 128],
+        [64, 0, 128],
+        [64, 64, 0],
+        [0, 128, 192],
+    ],
+    np.uint8,
+)
+_ORDER = (
+    "zeros",
+    "partial",
+    "full",
+    "one-sided",
+    "none",
+    "reflect",
+    "replicate",
+    "circular",
+    "mean",
+    "random",
+    "interpolate",
+)
 
 
 def _unique(rows: list[dict], *keys: str) -> list[tuple]:
@@ -35,12 +62,19 @@ def _cell(row: dict) -> str:
 
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]
+        )
+        + "\n"
+    )
 
 
 def spread(values, digits: int, sign: str = "") -> str:
     """Mean ± sample standard deviation; of one value itself. `sign` "+" shows it of positive means too."""
-    return f"{np.mean(values):{sign}.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    return f"{np.mean(values):{sign}.{digits}f}" + (
+        f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def bar(values) -> np.ndarray:
@@ -51,40 +85,73 @@ def bar(values) -> np.ndarray:
 def half_width(values) -> float:
     """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
     n = len(values)
-    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else math.inf
+    return (
+        float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+        if n > 1
+        else math.inf
+    )
 
 
 def paint(masks: np.ndarray) -> np.ndarray:
     """Masks uint8 [..., height, width] in colours, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
-    return np.where(masks[..., None] == IGNORED, 0, _COLOURS[masks % len(_COLOURS)]).astype(np.uint8)
+    return np.where(masks[..., None] == IGNORED, 0, _COLOURS[masks % len(_COLOURS)]).astype(
+        np.uint8
+    )
 
 
 def _position_tables(results: dict) -> str:
     rows = results["rows"]
-    targets, data = ([key for key, in _unique(rows, name)] for name in ("target", "data"))
+    targets, data = ([key for (key,) in _unique(rows, name)] for name in ("target", "data"))
     find = {(r["encoder"], r["padding"], r["readout"], r["target"], r["data"]): r for r in rows}
     settings = _unique(rows, "encoder", "padding", "readout")
     first = targets[0]
-    text = [f"## {first}: what padding changes\n",
-            f"Exact readout, SPC (R2) of target {first}. On an image without content only a border can tell the position.\n"]
+    text = [
+        f"## {first}: what padding changes\n",
+        f"Exact readout, SPC (R2) of target {first}. On an image without content only a border can tell the position.\n",
+    ]
     lines = []
     for encoder, fill, readout in settings:
         if readout == "exact":
             found = [find[encoder, fill, readout, first, kind] for kind in data]
-            lines.append([encoder, fill, *(f"{_signed(row['spc'])} ({_signed(row['r2'])})" for row in found)])
+            lines.append(
+                [encoder, fill, *(f"{_signed(row['spc'])} ({_signed(row['r2'])})" for row in found)]
+            )
     text.append(table(["encoder", "padding", *data], lines))
     for kind in data:
         counted = next(row for row in rows if row["data"] == kind)
         text.append(f"\n## All targets, {kind} images\n")
-        text.append(f"SPC ± std / MAE / R2; {counted['n_images']} image(s) a seed, {counted['n_seeds']} seed(s).\n")
-        chance = ["*the best constant*", "", "", *(f".00 / {results['chance_mae'][name]:.3f} / .00" for name in targets)]
-        lines = [[encoder, fill, readout, *(_cell(find[encoder, fill, readout, name, kind]) for name in targets)]
-                 for encoder, fill, readout in settings]
+        text.append(
+            f"SPC ± std / MAE / R2; {counted['n_images']} image(s) a seed, {counted['n_seeds']} seed(s).\n"
+        )
+        chance = [
+            "*the best constant*",
+            "",
+            "",
+            *(f".00 / {results['chance_mae'][name]:.3f} / .00" for name in targets),
+        ]
+        lines = [
+            [
+                encoder,
+                fill,
+                readout,
+                *(_cell(find[encoder, fill, readout, name, kind]) for name in targets),
+            ]
+            for encoder, fill, readout in settings
+        ]
         text.append(table(["encoder", "padding", "readout", *targets], [chance, *lines]))
-    sources = dict.fromkeys((row["encoder"], row["weights"], ", ".join(row["stages"])) for row in rows)
-    text += ["\n## Encoders\n", "\n".join(f"- {encoder}: {weights} weights, stages {stages}" for encoder, weights, stages in sources),
-             "\n\n## What was decided\n", "\n".join(f"- {line}" for line in results["decisions"]),
-             f"\n- Largest relative residual of the ridge systems solved: {results['ridge_residual']:.1g}.\n"]
+    sources = dict.fromkeys(
+        (row["encoder"], row["weights"], ", ".join(row["stages"])) for row in rows
+    )
+    text += [
+        "\n## Encoders\n",
+        "\n".join(
+            f"- {encoder}: {weights} weights, stages {stages}"
+            for encoder, weights, stages in sources
+        ),
+        "\n\n## What was decided\n",
+        "\n".join(f"- {line}" for line in results["decisions"]),
+        f"\n- Largest relative residual of the ridge systems solved: {results['ridge_residual']:.1g}.\n",
+    ]
     return "\n".join(text)
 
 
@@ -92,12 +159,26 @@ def _spc_figure(results: dict):
     """Correlation by padding: a panel for each encoder and kind of image, a bar for each target."""
     rows = [row for row in results["rows"] if row["readout"] == "exact"]
     control = [row for row in rows if row["stages"] == ["image"]]
-    encoders = [name for name, in _unique(rows, "encoder") if name not in {row["encoder"] for row in control}] or ["posenet"]
-    targets, data = ([key for key, in _unique(rows, name)] for name in ("target", "data"))
-    figure, axes = plt.subplots(len(encoders), len(data), figsize=(3.6 * len(data), 2.6 * len(encoders)), sharey=True, squeeze=False)
+    encoders = [
+        name
+        for (name,) in _unique(rows, "encoder")
+        if name not in {row["encoder"] for row in control}
+    ] or ["posenet"]
+    targets, data = ([key for (key,) in _unique(rows, name)] for name in ("target", "data"))
+    figure, axes = plt.subplots(
+        len(encoders),
+        len(data),
+        figsize=(3.6 * len(data), 2.6 * len(encoders)),
+        sharey=True,
+        squeeze=False,
+    )
     for axis_row, encoder in zip(axes, encoders):
         for axis, kind in zip(axis_row, data):
-            shown = [row for row in rows if row["data"] == kind and row["encoder"] == encoder] if encoder != "posenet" else []
+            shown = (
+                [row for row in rows if row["data"] == kind and row["encoder"] == encoder]
+                if encoder != "posenet"
+                else []
+            )
             fills = sorted({row["padding"] for row in shown}, key=_ORDER.index)
             groups = [(fill, [row for row in shown if row["padding"] == fill]) for fill in fills]
             groups.append(("image\nalone", [row for row in control if row["data"] == kind]))
@@ -106,7 +187,15 @@ def _spc_figure(results: dict):
                 width = 0.8 / len(targets)
                 place = np.arange(len(groups)) + (number - (len(targets) - 1) / 2) * width
                 spread = [row["spc_std"] or 0 for row in bars]
-                axis.bar(place, [row["spc"] for row in bars], width, yerr=spread, error_kw={"lw": 0.6}, color=f"C{number}", label=name)
+                axis.bar(
+                    place,
+                    [row["spc"] for row in bars],
+                    width,
+                    yerr=spread,
+                    error_kw={"lw": 0.6},
+                    color=f"C{number}",
+                    label=name,
+                )
             axis.axhline(0, color="black", lw=0.5)
             axis.set_xticks(range(len(groups)), [fill for fill, _ in groups], fontsize=8)
             axis.set_ylim(-0.6, 1.05)
@@ -120,15 +209,23 @@ def _spc_figure(results: dict):
 def _rings_figure(results: dict):
     """The error of the first target by the distance to the border: a panel for each encoder and kind of image, a line for each padding."""
     rows = results["rings"]
-    encoders, data = ([key for key, in _unique(rows, name)] for name in ("encoder", "data"))
+    encoders, data = ([key for (key,) in _unique(rows, name)] for name in ("encoder", "data"))
     size = (3 * len(data), 2.2 * len(encoders))
-    figure, axes = plt.subplots(len(encoders), len(data), figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        len(encoders), len(data), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
     for axis_row, encoder in zip(axes, encoders):
         for axis, kind in zip(axis_row, data):
             for row in rows:
                 if row["encoder"] == encoder and row["data"] == kind:
                     colour = plt.get_cmap("tab20")(_ORDER.index(row["padding"]))
-                    axis.plot(range(1, len(row["mae"]) + 1), row["mae"], marker=".", color=colour, label=row["padding"])
+                    axis.plot(
+                        range(1, len(row["mae"]) + 1),
+                        row["mae"],
+                        marker=".",
+                        color=colour,
+                        label=row["padding"],
+                    )
             axis.set_title(f"{encoder}, {kind} images", fontsize=9)
         axis_row[0].set_ylabel(f"MAE of {rows[0]['target']}", fontsize=8)
         axis_row[0].legend(fontsize=6)
@@ -140,8 +237,10 @@ def _rings_figure(results: dict):
 
 def _maps_figure(maps, encoder: str, kind: str, targets: list[str], goals: dict[str, np.ndarray]):
     """One image's predicted maps: the targets in the first row, then a row for each padding and readout."""
-    shown = sorted((key for key in maps if key.startswith(f"{encoder}/") and key.endswith(f"/{kind}")),
-                   key=lambda key: (key.split("/")[2], _ORDER.index(key.split("/")[1])))
+    shown = sorted(
+        (key for key in maps if key.startswith(f"{encoder}/") and key.endswith(f"/{kind}")),
+        key=lambda key: (key.split("/")[2], _ORDER.index(key.split("/")[1])),
+    )
     height, width = len(shown) + 1, len(targets) + 1
     figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.3 * height), squeeze=False)
     for axis in axes.ravel():
@@ -164,14 +263,16 @@ def _maps_figure(maps, encoder: str, kind: str, targets: list[str], goals: dict[
 
 
 def _position(folder: pathlib.Path, config: dict, results: dict) -> str:
-    targets = [name for name, in _unique(results["rows"], "target")]
+    targets = [name for (name,) in _unique(results["rows"], "target")]
     with np.load(folder / "maps.npz") as archive:
         maps = dict(archive)
     figures = {"spc_by_padding.png": _spc_figure(results), "rings.png": _rings_figure(results)}
     goals = {name: maps[f"target/{name}"] for name in targets}
-    for encoder, in _unique(results["rows"], "encoder"):
-        for kind, in _unique(results["rows"], "data"):
-            figures[f"maps_{encoder}_{kind}.png"] = _maps_figure(maps, encoder, kind, targets, goals)
+    for (encoder,) in _unique(results["rows"], "encoder"):
+        for (kind,) in _unique(results["rows"], "data"):
+            figures[f"maps_{encoder}_{kind}.png"] = _maps_figure(
+                maps, encoder, kind, targets, goals
+            )
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)
@@ -191,7 +292,9 @@ def _curves_figure(history: list[dict]):
         axis.set_yscale("log" if kind == "loss" else "linear")
         axis.legend(fontsize=8)
     axes[1].set_ylim(bottom=0)
-    axes[2].plot(epochs, [entry["learning_rate"] for entry in history], color="black", drawstyle="steps-post")
+    axes[2].plot(
+        epochs, [entry["learning_rate"] for entry in history], color="black", drawstyle="steps-post"
+    )
     axes[2].set_ylabel("learning rate")
     for axis in axes:
         axis.set_xlabel("epoch")
@@ -202,8 +305,12 @@ def _curves_figure(history: list[dict]):
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
     """How many test images of each class (row) were taken for each class (column)."""
     if labels.ndim > 1:  # masks
-        labels, predicted = (part[labels != IGNORED].astype(np.int64) for part in (labels, predicted))
-    counts = np.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).reshape(len(classes), -1)
+        labels, predicted = (
+            part[labels != IGNORED].astype(np.int64) for part in (labels, predicted)
+        )
+    counts = np.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).reshape(
+        len(classes), -1
+    )
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -213,9 +320,18 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axis.set_yticks(range(len(classes)), classes, fontsize=8)
         for row, column in np.ndindex(counts.shape):
-            shown = f"{counts[row, column]}" if counts.max() < 100_000 else f"{shares[row, column]:.2f}"  # of pixels there are too many
-            axis.text(column, row, shown, ha="center", va="center", fontsize=7,
-                      color="white" if shares[row, column] > 0.5 else "black")
+            shown = (
+                f"{counts[row, column]}" if counts.max() < 100_000 else f"{shares[row, column]:.2f}"
+            )  # of pixels there are too many
+            axis.text(
+                column,
+                row,
+                shown,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if shares[row, column] > 0.5 else "black",
+            )
     figure.tight_layout()
     return figure
 
@@ -239,8 +355,12 @@ def _mistakes_figure(test: dict, classes: list[str]):
 def _scenes_figure(test: dict):
     """The test images with most pixels wrong: the image, its mask, and what was predicted, one above the other."""
     shown = test["shown"]
-    figure, axes = plt.subplots(3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained")
-    for column, pictures in zip(axes.T, zip(test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))):
+    figure, axes = plt.subplots(
+        3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
+    )
+    for column, pictures in zip(
+        axes.T, zip(test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))
+    ):
         for axis, picture in zip(column, pictures):
             axis.imshow(picture)
     for axis in axes.ravel():
@@ -256,8 +376,14 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         test = dict(archive)
     figures = {"curves.png": _curves_figure(history)}
     if config["loss"] != "sigmoid":
-        figures["confusion.png"] = _confusion_figure(test["labels"], test["predicted"], results["classes"])
-        figures["mistakes.png"] = _scenes_figure(test) if config["loss"] == "pixelwise" else _mistakes_figure(test, results["classes"])
+        figures["confusion.png"] = _confusion_figure(
+            test["labels"], test["predicted"], results["classes"]
+        )
+        figures["mistakes.png"] = (
+            _scenes_figure(test)
+            if config["loss"] == "pixelwise"
+            else _mistakes_figure(test, results["classes"])
+        )
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)
@@ -275,14 +401,27 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         lines.append(line("validation", f"{config['n_validation']:,}"))
     lines.append(line("test", f"{results['n_test']:,}"))
     streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
-    scores = ["" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])]
-    by_class = f"\n{metric} of each class of the test set, %:\n\n{table(results['classes'], [scores])}" if scores else ""
-    measured = "the mean over the last epoch's steps" if streamed else "measured after training, without augmentation"
-    return (f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
-            f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-            + table(["part", "images", "loss", "error", metric], lines) + by_class
-            + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
-            "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n")
+    scores = [
+        "" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])
+    ]
+    by_class = (
+        f"\n{metric} of each class of the test set, %:\n\n{table(results['classes'], [scores])}"
+        if scores
+        else ""
+    )
+    measured = (
+        "the mean over the last epoch's steps"
+        if streamed
+        else "measured after training, without augmentation"
+    )
+    return (
+        f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
+        f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
+        + table(["part", "images", "loss", "error", metric], lines)
+        + by_class
+        + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
+        "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n"
+    )
 
 
 _KINDS = {"position": _position, "train": _train}
@@ -293,16 +432,28 @@ def write(folder: pathlib.Path) -> None:
 
     Raises `ValueError` if it holds no results, or results of an unknown kind.
     """
-    missing = [name for name in ("config.json", "environment.json", "results.json") if not (folder / name).is_file()]
+    missing = [
+        name
+        for name in ("config.json", "environment.json", "results.json")
+        if not (folder / name).is_file()
+    ]
     if missing:
-        raise ValueError(f"workdir={str(folder)!r} has no {', '.join(missing)}: there is no finished run to report on")
-    config, environment, results = (workdir.read_json(folder / f"{name}.json") for name in ("config", "environment", "results"))
+        raise ValueError(
+            f"workdir={str(folder)!r} has no {', '.join(missing)}: there is no finished run to report on"
+        )
+    config, environment, results = (
+        workdir.read_json(folder / f"{name}.json") for name in ("config", "environment", "results")
+    )
     if results.get("kind") not in _KINDS:
-        raise ValueError(f"kind={results.get('kind')!r} of {folder / 'results.json'} is not one of {', '.join(_KINDS)}")
+        raise ValueError(
+            f"kind={results.get('kind')!r} of {folder / 'results.json'} is not one of {', '.join(_KINDS)}"
+        )
     body = _KINDS[results["kind"]](folder, config, results)
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     devices = ", ".join(sorted(set(environment["devices"])))
-    footer = (f"\n## Environment\n\n{environment['backend']} ({devices}), {environment['cpus']} CPUs, "
-              f"Python {environment['python']}, {packages}; XLA_FLAGS `{environment['xla_flags']}`; seed {environment['seed']}; revision "
-              f"{environment['git_revision'] or 'unknown'}; {results['seconds']} s.\n\n```json\n{json.dumps(config, indent=1)}\n```\n")
+    footer = (
+        f"\n## Environment\n\n{environment['backend']} ({devices}), {environment['cpus']} CPUs, "
+        f"Python {environment['python']}, {packages}; XLA_FLAGS `{environment['xla_flags']}`; seed {environment['seed']}; revision "
+        f"{environment['git_revision'] or 'unknown'}; {results['seconds']} s.\n\n```json\n{json.dumps(config, indent=1)}\n```\n"
+    )
     workdir.write(folder / "report.md", body + footer)

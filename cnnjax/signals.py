@@ -1,4 +1,5 @@
 """SIGINT and SIGTERM: the first is heeded, a second one ends the process at once."""
+
 import contextlib
 import os
 import signal
@@ -26,7 +27,11 @@ def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None
                 heard = True
                 first(number)
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, handler) for number in numbers}
     descriptor, thread = signal.set_wakeup_fd(writer), threading.Thread(target=receive, daemon=True)
     thread.start()

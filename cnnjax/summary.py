@@ -7,6 +7,7 @@ fields are followed through the traced operations, whatever the network. Counted
 puts out (ReLU, LRN and dropout can work in place, average pools are small) and the multiply-adds of kernels, as torchvision
 counts its GFLOPS.
 """
+
 import argparse
 import dataclasses
 import functools
@@ -18,7 +19,11 @@ from typing import Any
 
 from cnnjax import command
 
-_LOOK_AROUND = ("mean", "random", "interpolate")  # fills made from the whole map; all have the grid of 'zeros'
+_LOOK_AROUND = (
+    "mean",
+    "random",
+    "interpolate",
+)  # fills made from the whole map; all have the grid of 'zeros'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,10 @@ class Field:
 
     def shifted(self, by: Sequence[int]) -> "Field":
         """The field of a map that lacks its first `by` positions."""
-        low, high = (tuple(at + step * n for at, step, n in zip(side, self.step, by)) for side in (self.low, self.high))
+        low, high = (
+            tuple(at + step * n for at, step, n in zip(side, self.step, by))
+            for side in (self.low, self.high)
+        )
         return Field(self.step, low, high)
 
     def strided(self, strides: Sequence[int]) -> "Field":
@@ -39,7 +47,11 @@ class Field:
 
     def widened(self, by: Sequence[int]) -> "Field":
         """The field of a window that reaches `by` positions further."""
-        return Field(self.step, self.low, tuple(at + step * n for at, step, n in zip(self.high, self.step, by)))
+        return Field(
+            self.step,
+            self.low,
+            tuple(at + step * n for at, step, n in zip(self.high, self.step, by)),
+        )
 
     def size(self) -> tuple[int, ...]:
         return tuple(high - low + 1 for low, high in zip(self.low, self.high))
@@ -83,18 +95,34 @@ def _seen(equation, fields: list) -> Field | str | None:
     if _union(fields) in (None, EVERYTHING):
         return _union(fields)
     if operation == "conv_general_dilated":
-        reach = tuple((n - 1) * d for n, d in zip(equation.invars[1].aval.shape, parameters["rhs_dilation"]))
-        return field.shifted([-low for low, _ in parameters["padding"]]).widened(reach).strided(parameters["window_strides"])
-    if operation == "dot_general" or equation.outvars[0].aval.ndim == 2:  # adaptive pooling, flattening
+        reach = tuple(
+            (n - 1) * d for n, d in zip(equation.invars[1].aval.shape, parameters["rhs_dilation"])
+        )
+        return (
+            field.shifted([-low for low, _ in parameters["padding"]])
+            .widened(reach)
+            .strided(parameters["window_strides"])
+        )
+    if (
+        operation == "dot_general" or equation.outvars[0].aval.ndim == 2
+    ):  # adaptive pooling, flattening
         return EVERYTHING
     if operation.startswith("reduce_") and {1, 2} & set(parameters["axes"]):
         return EVERYTHING
     if len(shape) == 4 and operation == "pad":
         return field.shifted([-int(low) for low, _, _ in parameters["padding_config"][1:3]])
     if len(shape) == 4 and operation == "slice":
-        return field.shifted(parameters["start_indices"][1:3]).strided((parameters["strides"] or (1,) * 4)[1:3])
-    if operation == "concatenate" and parameters["dimension"] in (1, 2):  # a mirrored, repeated or wrapped border and the map itself
-        axis, sizes = parameters["dimension"], [variable.aval.shape[parameters["dimension"]] for variable in equation.invars]
+        return field.shifted(parameters["start_indices"][1:3]).strided(
+            (parameters["strides"] or (1,) * 4)[1:3]
+        )
+    if operation == "concatenate" and parameters["dimension"] in (
+        1,
+        2,
+    ):  # a mirrored, repeated or wrapped border and the map itself
+        axis, sizes = (
+            parameters["dimension"],
+            [variable.aval.shape[parameters["dimension"]] for variable in equation.invars],
+        )
         inner = sizes.index(max(sizes))
         before = sum(sizes[:inner])
         return fields[inner].shifted((-before, 0) if axis == 1 else (0, -before))
@@ -108,7 +136,10 @@ def _walk(jaxpr, fields: list, rows: dict[str, Layer]) -> Generator[Layer, None,
     """
     known = dict(zip(jaxpr.invars, fields))
     for equation in jaxpr.eqns:
-        inputs = [None if hasattr(variable, "val") else known.get(variable) for variable in equation.invars]
+        inputs = [
+            None if hasattr(variable, "val") else known.get(variable)
+            for variable in equation.invars
+        ]
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         if inner is not None:
             inner = getattr(inner, "jaxpr", inner)
@@ -119,15 +150,30 @@ def _walk(jaxpr, fields: list, rows: dict[str, Layer]) -> Generator[Layer, None,
             outputs = [_seen(equation, inputs)] * len(equation.outvars)
             if equation.primitive.name == "name" and equation.params["name"] in rows:
                 row = rows[equation.params["name"]]
-                yield _row(row.name, row.kind, equation.outvars[0].aval, outputs[0], row.parameters, row.macs)
+                yield _row(
+                    row.name,
+                    row.kind,
+                    equation.outvars[0].aval,
+                    outputs[0],
+                    row.parameters,
+                    row.macs,
+                )
         known.update(zip(equation.outvars, outputs))
     return [None if hasattr(variable, "val") else known.get(variable) for variable in jaxpr.outvars]
 
 
 def _row(name, kind, value, field, parameters=0, macs=0) -> Layer:
     located = isinstance(field, Field) and value.ndim == 4
-    return Layer(name, kind, tuple(value.shape), parameters, value.size * value.dtype.itemsize, macs,
-                 field.size() if located else None, field.step if located else None)
+    return Layer(
+        name,
+        kind,
+        tuple(value.shape),
+        parameters,
+        value.size * value.dtype.itemsize,
+        macs,
+        field.size() if located else None,
+        field.step if located else None,
+    )
 
 
 def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 1) -> list[Layer]:
@@ -148,13 +194,27 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
 
     def report(call, args, kwargs, context):
         y, module = call(*args, **kwargs), context.module
-        own = {name: value for name, value in module.variables.get("params", {}).items() if hasattr(value, "size")}
+        own = {
+            name: value
+            for name, value in module.variables.get("params", {}).items()
+            if hasattr(value, "size")
+        }
         if context.method_name != "__call__" or not own:
             return y
         name = ".".join(module.path)
-        kernel = own["kernel"].size if "kernel" in own else 0  # every weight is used once at every position
-        rows[name] = Layer(name, type(module).__name__, y.shape, sum(value.size for value in own.values()), 0,
-                           kernel * math.prod(y.shape[:-1]), None, None)
+        kernel = (
+            own["kernel"].size if "kernel" in own else 0
+        )  # every weight is used once at every position
+        rows[name] = Layer(
+            name,
+            type(module).__name__,
+            y.shape,
+            sum(value.size for value in own.values()),
+            0,
+            kernel * math.prod(y.shape[:-1]),
+            None,
+            None,
+        )
         return checkpoint_name(y, name)
 
     with nn.intercept_methods(report), as_written():
@@ -167,12 +227,16 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
         name = ".".join(key.key for key in path[:-1])
         if name not in rows:
             unused[name] = unused.get(name, 0) + value.size
-    return table + [Layer(name, "in training only", None, size, 0, 0, None, None) for name, size in unused.items()]
+    return table + [
+        Layer(name, "in training only", None, size, 0, 0, None, None)
+        for name, size in unused.items()
+    ]
 
 
 @functools.cache
-def receptive_fields(model, stages: tuple[str, ...],
-                     shape: tuple[int, int, int] | None = None) -> tuple[tuple[Field, tuple[int, ...]], ...]:
+def receptive_fields(
+    model, stages: tuple[str, ...], shape: tuple[int, int, int] | None = None
+) -> tuple[tuple[Field, tuple[int, ...]], ...]:
     """What a position of each of the named stages, the last of them last, sees of the image at most, and the stage's shape.
 
     `shape` [height, width, channels] is that of the image, by default the publication's. Under a fill that looks at the whole map, it
@@ -205,27 +269,64 @@ def receptive_field(model, stage: str) -> Field:
 
 def totals(table: list[Layer]) -> dict[str, int]:
     """The sums over a table: parameters, activation memory in bytes, multiply-adds."""
-    return {name: sum(getattr(layer, name) for layer in table) for name in ("parameters", "memory", "macs")}
+    return {
+        name: sum(getattr(layer, name) for layer in table)
+        for name in ("parameters", "memory", "macs")
+    }
 
 
-_HEADINGS = ("layer", "kind", "output", "parameters", "memory (KiB)", "multiply-adds", "field", "stride")
+_HEADINGS = (
+    "layer",
+    "kind",
+    "output",
+    "parameters",
+    "memory (KiB)",
+    "multiply-adds",
+    "field",
+    "stride",
+)
 
 
 def _cells(layer: Layer) -> tuple[str, ...]:
     def extent(both):
-        return "" if both is None else str(both[0]) if both[0] == both[1] else f"{both[0]}x{both[1]}"
+        return (
+            "" if both is None else str(both[0]) if both[0] == both[1] else f"{both[0]}x{both[1]}"
+        )
 
-    return (layer.name, layer.kind, "x".join(map(str, layer.output or ())), f"{layer.parameters:,}", f"{layer.memory / 1024:,.1f}",
-            f"{layer.macs:,}", extent(layer.receptive_field), extent(layer.stride))
+    return (
+        layer.name,
+        layer.kind,
+        "x".join(map(str, layer.output or ())),
+        f"{layer.parameters:,}",
+        f"{layer.memory / 1024:,.1f}",
+        f"{layer.macs:,}",
+        extent(layer.receptive_field),
+        extent(layer.stride),
+    )
 
 
 def render(table: list[Layer], style: str = "text") -> str:
     """The table and its totals as "text", "markdown" or "json"; raises `ValueError` for another style."""
     if style == "json":
-        return json.dumps({"layers": [dataclasses.asdict(layer) for layer in table], "totals": totals(table)}, indent=1)
+        return json.dumps(
+            {"layers": [dataclasses.asdict(layer) for layer in table], "totals": totals(table)},
+            indent=1,
+        )
     total = totals(table)
-    rows = [_HEADINGS, *map(_cells, table),
-            ("total", "", "", f"{total['parameters']:,}", f"{total['memory'] / 1024:,.1f}", f"{total['macs']:,}", "", "")]
+    rows = [
+        _HEADINGS,
+        *map(_cells, table),
+        (
+            "total",
+            "",
+            "",
+            f"{total['parameters']:,}",
+            f"{total['memory'] / 1024:,.1f}",
+            f"{total['macs']:,}",
+            "",
+            "",
+        ),
+    ]
     if style == "markdown":
         lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * 3 + "---:|" * 5, *lines[1:]])
@@ -233,13 +334,17 @@ def render(table: list[Layer], style: str = "text") -> str:
         raise ValueError(f"format={style!r} is not one of text, markdown, json")
     widths = [max(map(len, column)) for column in zip(*rows)]
     align = [str.ljust] * 3 + [str.rjust] * 5
-    lines = ["  ".join(side(cell, width) for side, cell, width in zip(align, row, widths)) for row in rows]
+    lines = [
+        "  ".join(side(cell, width) for side, cell, width in zip(align, row, widths))
+        for row in rows
+    ]
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def _work(options: argparse.Namespace) -> None:
     from cnnjax.models import create_model
+
     render([], options.format)
     model = create_model(options.model, padding=options.padding)
     height, width, channels = model.input_shape
@@ -253,13 +358,31 @@ def _work(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line -> the exit code (`cnnjax.command.run`)."""
-    parser = command.Parser(prog="python -m cnnjax.summary", description="Prints a network's table.")
+    parser = command.Parser(
+        prog="python -m cnnjax.summary", description="Prints a network's table."
+    )
     parser.add_argument("model", help="a registered name, such as vgg16")
-    parser.add_argument("--input", type=command.whole(1), metavar="PIXELS",
-                        help="height and width of the image (default: the publication's)")
-    parser.add_argument("--batch", type=command.whole(1), default=1, metavar="N", help="images in a batch (default: %(default)s)")
-    parser.add_argument("--padding", default="zeros", help="fill of every convolution and pool (default: %(default)s)")
-    parser.add_argument("--format", default="text", help="text, markdown or json (default: %(default)s)")
+    parser.add_argument(
+        "--input",
+        type=command.whole(1),
+        metavar="PIXELS",
+        help="height and width of the image (default: the publication's)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=command.whole(1),
+        default=1,
+        metavar="N",
+        help="images in a batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--padding",
+        default="zeros",
+        help="fill of every convolution and pool (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format", default="text", help="text, markdown or json (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     return command.run(lambda: _work(options))
 

@@ -4,6 +4,7 @@ A part is named by a stage ("layer2" is what that stage adds to the one before, 
 pattern on torchvision's names of the parameters (`features.*`, `*.bias`). BatchNorm's statistics go with its parameters. The head
 is what depends on the number of classes; of another network it is taken only where it is named.
 """
+
 import fnmatch
 import functools
 import os
@@ -31,8 +32,15 @@ _shapes = functools.lru_cache(maxsize=64)(weights.variable_shapes)
 @functools.lru_cache(maxsize=64)
 def stage_paths(model: Network) -> dict[str, frozenset[tuple[str, ...]]]:
     """Of every stage, and of "logits", the paths of the parameters that it adds to the stages before it; nothing is computed."""
-    model, image = model.clone(padding="zeros"), jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
-    run = lambda **options: jax.eval_shape(functools.partial(model.init_with_output, method="stages", **options), jax.random.key(0), image)
+    model, image = (
+        model.clone(padding="zeros"),
+        jax.ShapeDtypeStruct((1, *model.input_shape), np.float32),
+    )
+    run = lambda **options: jax.eval_shape(
+        functools.partial(model.init_with_output, method="stages", **options),
+        jax.random.key(0),
+        image,
+    )
     maps, everything = run()
     found: dict[str, frozenset[tuple[str, ...]]] = {}
     seen: set[tuple[str, ...]] = set()
@@ -48,21 +56,31 @@ def _with_statistics(model: Network, chosen: set[tuple[str, ...]]) -> frozenset[
     everything = flatten_dict(_shapes(model))
     layers = {path[1:-1] for path in chosen}
     layers -= {path[1:-1] for path in everything if path[0] == "params" and path not in chosen}
-    return frozenset(chosen | {path for path in everything if path[0] == "batch_stats" and path[1:-1] in layers})
+    return frozenset(
+        chosen | {path for path in everything if path[0] == "batch_stats" and path[1:-1] in layers}
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> frozenset[tuple[str, ...]]:
+def select(
+    model: Network, parts: tuple[str, ...], argument: str = "parts"
+) -> frozenset[tuple[str, ...]]:
     """The paths of the named parts' variables. Raises `ValueError`, naming `argument`, for a part that there is none of."""
     if not parts:
         return frozenset()
-    keys = {key: path for key, path in weights.torchvision_keys(_shapes(model)).items() if path[0] == "params"}
+    keys = {
+        key: path
+        for key, path in weights.torchvision_keys(_shapes(model)).items()
+        if path[0] == "params"
+    }
     chosen: set[tuple[str, ...]] = set()
     for part in parts:
         found = stage_paths(model).get(part) or {keys[key] for key in fnmatch.filter(keys, part)}
         if not found:
-            raise ValueError(f"{argument}={part!r} names no parameters of the model; it accepts stages, {', '.join(stage_paths(model))}, "
-                             f"and patterns of names such as {min(keys)}")
+            raise ValueError(
+                f"{argument}={part!r} names no parameters of the model; it accepts stages, {', '.join(stage_paths(model))}, "
+                f"and patterns of names such as {min(keys)}"
+            )
         chosen |= found
     return _with_statistics(model, chosen)
 
@@ -74,7 +92,9 @@ def head(model: Network) -> frozenset[tuple[str, ...]]:
     return frozenset(path for path in one if one[path].shape != two[path].shape)
 
 
-def split(tree: dict, paths: frozenset[tuple[str, ...]], collection: str = "params") -> tuple[dict, dict]:
+def split(
+    tree: dict, paths: frozenset[tuple[str, ...]], collection: str = "params"
+) -> tuple[dict, dict]:
     """Divides a collection's tree into (what is not in `paths`, what is)."""
     parts: tuple[dict, dict] = {}, {}
     for path, leaf in flatten_dict(tree).items():
@@ -84,25 +104,35 @@ def split(tree: dict, paths: frozenset[tuple[str, ...]], collection: str = "para
 
 def merge(*trees: Mapping) -> dict:
     """Joins trees; where two have a leaf, the later one's counts."""
-    return unflatten_dict({path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()})
+    return unflatten_dict(
+        {path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()}
+    )
 
 
 def in_evaluation_mode(frozen: frozenset[tuple[str, ...]]) -> Callable:
     """For `flax.linen.intercept_methods`: the BatchNorms whose statistics are in `frozen` normalise by them, and leave them as they are."""
+
     def intercept(call, arguments, options, context):
-        if isinstance(context.module, BatchNorm) and ("batch_stats", *context.module.path, "mean") in frozen:
+        if (
+            isinstance(context.module, BatchNorm)
+            and ("batch_stats", *context.module.path, "mean") in frozen
+        ):
             return call(arguments[0])
         return call(*arguments, **options)
+
     return intercept
 
 
 # ------------------------------------------------------------------ from another network
 
+
 def weights_file(path: str | os.PathLike) -> pathlib.Path:
     """A safetensors file itself, or that of a training run's work directory. Raises `ValueError` if there is none."""
     file = pathlib.Path(path) / WEIGHTS if pathlib.Path(path).is_dir() else pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(f"initial_weights={str(path)!r} is neither a safetensors file nor the work directory of a finished training run")
+        raise ValueError(
+            f"initial_weights={str(path)!r} is neither a safetensors file nor the work directory of a finished training run"
+        )
     if file != pathlib.Path(path):
         workdir.check_seal(pathlib.Path(path))
     return file
@@ -115,25 +145,44 @@ def take(path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()) -
     model. Raises `ValueError` where something that is to be taken is absent or of another shape.
     """
     file, shapes = weights_file(path), flatten_dict(_shapes(model))
-    chosen = select(model, tuple(parts), "initial_parts") if parts else frozenset(shapes) - head(model)
+    chosen = (
+        select(model, tuple(parts), "initial_parts") if parts else frozenset(shapes) - head(model)
+    )
     keys, held = weights.torchvision_keys(_shapes(model)), weights.read(file)
     modules = lambda names: {name.split(".")[0] for name in names}
-    classes = next((len(held[key]) for key in sorted(keys) if key in held and keys[key] in head(model)), model.num_classes)
-    loaded = flatten_dict(weights.load_torchvision(file, model.clone(num_classes=classes), sorted(modules(keys) - modules(held))))
+    classes = next(
+        (len(held[key]) for key in sorted(keys) if key in held and keys[key] in head(model)),
+        model.num_classes,
+    )
+    loaded = flatten_dict(
+        weights.load_torchvision(
+            file, model.clone(num_classes=classes), sorted(modules(keys) - modules(held))
+        )
+    )
     for key in sorted(keys):
-        if keys[key] in chosen and (keys[key] not in loaded or loaded[keys[key]].shape != shapes[keys[key]].shape):
+        if keys[key] in chosen and (
+            keys[key] not in loaded or loaded[keys[key]].shape != shapes[keys[key]].shape
+        ):
             state = f"of {classes} classes" if keys[key] in loaded else "absent"
-            raise ValueError(f"initial_weights={str(path)!r}: {key} is {state} there; name what is to be taken in initial_parts, such as "
-                             f"{next(iter(stage_paths(model)))!r}")
+            raise ValueError(
+                f"initial_weights={str(path)!r}: {key} is {state} there; name what is to be taken in initial_parts, such as "
+                f"{next(iter(stage_paths(model)))!r}"
+            )
     return unflatten_dict({path: loaded[path] for path in chosen})
 
 
 # ------------------------------------------------------------------ frozen features
 
-def linear_probe(train: Float[np.ndarray, "n features"], labels: Integer[np.ndarray, " n"], test: Float[np.ndarray, "m features"],
-                 test_labels: Integer[np.ndarray, " m"]) -> tuple[float, float]:
+
+def linear_probe(
+    train: Float[np.ndarray, "n features"],
+    labels: Integer[np.ndarray, " n"],
+    test: Float[np.ndarray, "m features"],
+    test_labels: Integer[np.ndarray, " m"],
+) -> tuple[float, float]:
     """The test accuracy of ridge regression on standardised features, and the strength of `STRENGTHS` that a fifth of the
     training features, held out, chose: the exact solution of a linear classifier under squared loss."""
+
     def fit(x, y, strength):
         mean, std = x.mean(0), x.std(0)
         std = np.where(std > 1e-6 * std.max(), std, np.inf)  # a constant feature says nothing
@@ -144,6 +193,9 @@ def linear_probe(train: Float[np.ndarray, "n features"], labels: Integer[np.ndar
 
     train, test, classes = train.astype(np.float64), test.astype(np.float64), int(labels.max()) + 1
     part = len(train) * 4 // 5
-    held_out = {strength: (fit(train[:part], labels[:part], strength)(train[part:]) == labels[part:]).mean() for strength in STRENGTHS}
+    held_out = {
+        strength: (fit(train[:part], labels[:part], strength)(train[part:]) == labels[part:]).mean()
+        for strength in STRENGTHS
+    }
     strength = max(held_out, key=held_out.__getitem__)
     return float((fit(train, labels, strength)(test) == test_labels).mean()), strength

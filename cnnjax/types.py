@@ -1,4 +1,5 @@
 """What the shapes in annotations are said of: `Float[AnyArray, "batch height width channels"]`."""
+
 from typing import Any
 
 import jax

@@ -6,6 +6,7 @@ Commands: filters, activations, maximise, patches, occlusion, grad-cam, field, e
 each). A command writes COMMAND.png and results.json to its work directory. The functions above the figures take and return arrays:
 `images` are [batch, height, width, channels] as the network takes them, `stage` is the name of one of the network's stages.
 """
+
 import argparse
 import contextlib
 import functools
@@ -45,7 +46,9 @@ _PASSES = {
     "gradient": lambda x, dy: x > 0,
     "deconvnet": lambda x, dy: dy > 0,
     "guided": lambda x, dy: (x > 0) & (dy > 0),
-    "redirected": lambda x, dy: (x > 0) | (dy > 0) & ~((x > 0) & (dy != 0)).any(range(1, x.ndim), keepdims=True),
+    "redirected": lambda x, dy: (
+        (x > 0) | (dy > 0) & ~((x > 0) & (dy != 0)).any(range(1, x.ndim), keepdims=True)
+    ),
 }
 RULES = ("gradient", "deconvnet", "guided")
 
@@ -55,7 +58,10 @@ _IN_FIELD = 1 - 0.9545
 # Of Lucid (lucid/optvis/param/color.py): the square root of the colours' covariance on ImageNet, and its scale.
 _COLOURS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], np.float32)
 _COLOURS /= np.linalg.norm(_COLOURS, axis=0).max()
-_START, _RATE = 0.01, 0.05  # Lucid's standard deviation of the first spectrum, and its Adam's learning rate
+_START, _RATE = (
+    0.01,
+    0.05,
+)  # Lucid's standard deviation of the first spectrum, and its Adam's learning rate
 _RATED = 32  # pixels: below, waves that add up to a pixel become so few that the rate must grow (to 0.5 for a filter of 3x3)
 _BATCH = 16
 _FLOOR = 1e-7  # what a logarithmic axis shows for an error of 0
@@ -67,17 +73,23 @@ def stage_channels(model: Network) -> dict[str, int]:
     """The stages of a network in order, and how many channels each has, without computing them."""
     model = model.clone(padding="zeros")  # which changes neither
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    shapes = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), weights.variable_shapes(model), image)
+    shapes = jax.eval_shape(
+        lambda v, x: model.apply(v, x, method="stages"), weights.variable_shapes(model), image
+    )
     return {name: shape.shape[-1] for name, shape in shapes.items()}
 
 
 def _check_stage(model, stage, channels=()):
     accepted = stage_channels(model)
     if stage not in accepted:
-        raise ValueError(f"stage={stage!r} is not a stage of this network; its stages are {', '.join(accepted) or 'none'}")
+        raise ValueError(
+            f"stage={stage!r} is not a stage of this network; its stages are {', '.join(accepted) or 'none'}"
+        )
     for channel in np.ravel(channels):
         if not 0 <= channel < accepted[stage]:
-            raise ValueError(f"channel={channel} is not between 0 and {accepted[stage] - 1}, the channels of stage {stage}")
+            raise ValueError(
+                f"channel={channel} is not between 0 and {accepted[stage] - 1}, the channels of stage {stage}"
+            )
 
 
 def receptive_field(model: Network, stage: str) -> summary.Field:
@@ -87,7 +99,9 @@ def receptive_field(model: Network, stage: str) -> summary.Field:
 
 
 def _apply(model, variables, images, **options):
-    return model.apply(variables, images, rngs={"padding": jax.random.key(0)}, **options)  # noise is drawn under padding='random' only
+    return model.apply(
+        variables, images, rngs={"padding": jax.random.key(0)}, **options
+    )  # noise is drawn under padding='random' only
 
 
 def _stage(model, variables, images, stage):
@@ -104,12 +118,16 @@ def _logits(model, variables, images):
     return _apply(model, variables, images)
 
 
-def first_filters(model: Network, variables: dict) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
+def first_filters(
+    model: Network, variables: dict
+) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
     """The name and the kernels of the convolution that runs first.
 
     Raises `ValueError` if the network has none.
     """
-    names = [layer.name for layer in summary.layers(model.clone(padding="zeros")) if layer.kind == "Conv"]
+    names = [
+        layer.name for layer in summary.layers(model.clone(padding="zeros")) if layer.kind == "Conv"
+    ]
     if not names:
         raise ValueError("the network has no convolution, and so no filters to show")
     kernel = variables["params"]
@@ -118,15 +136,23 @@ def first_filters(model: Network, variables: dict) -> tuple[str, Float[np.ndarra
     return names[0], np.asarray(kernel)
 
 
-def activations(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
-                stage: str) -> Float[Array, "batch rows columns units"]:
+def activations(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> Float[Array, "batch rows columns units"]:
     """The maps of a stage. Raises `ValueError` if there is no such stage."""
     _check_stage(model, stage)
     return _activations(model, variables, images, stage)
 
 
-def peaks(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
-          stage: str) -> tuple[Float[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
+def peaks(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> tuple[Float[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
     """Each channel's largest activation on each image, and its row and column.
 
     Raises `ValueError` if there is no such stage.
@@ -177,12 +203,20 @@ def _saliency(model, variables, images, channels, stage, rule):
     with rectifiers(rule) as traced:
         signal = jax.grad(strongest)(images)
     if rule != "gradient" and not traced:
-        raise ValueError(f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; use rule='gradient'")
+        raise ValueError(
+            f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; use rule='gradient'"
+        )
     return signal
 
 
-def saliency(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"], stage: str,
-             channel: int | Sequence[int] | Int[AnyArray, " batch"], rule: str) -> Float[Array, "batch height width channels"]:
+def saliency(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+    channel: int | Sequence[int] | Int[AnyArray, " batch"],
+    rule: str,
+) -> Float[Array, "batch height width channels"]:
     """What of each image excites a channel's strongest unit, by one of `RULES`: a signal back from that unit.
 
     `channel` is one for all images or an array with one for each. Max-pools send the signal to where the maximum was, which are the
@@ -192,33 +226,52 @@ def saliency(model: Network, variables: dict, images: Float[AnyArray, "batch hei
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
     _check_stage(model, stage, channel)
-    return _saliency(model, variables, images, jnp.broadcast_to(jnp.asarray(channel), len(images)), stage, rule)
+    return _saliency(
+        model, variables, images, jnp.broadcast_to(jnp.asarray(channel), len(images)), stage, rule
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))
 def _occluded_logits(model, variables, image, corners, value, size):
-    rows, columns = (jnp.arange(n)[None, :] - corners[:, axis, None] for axis, n in enumerate(image.shape[:2]))
-    hidden = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    rows, columns = (
+        jnp.arange(n)[None, :] - corners[:, axis, None] for axis, n in enumerate(image.shape[:2])
+    )
+    hidden = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[
+        :, None, :
+    ]
     return _apply(model, variables, jnp.where(hidden[..., None], value, image))
 
 
-def occlusion(model: Network, variables: dict, image: Float[AnyArray, "height width channels"], size: int, stride: int,
-              value: float = 0.0) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
+def occlusion(
+    model: Network,
+    variables: dict,
+    image: Float[AnyArray, "height width channels"],
+    size: int,
+    stride: int,
+    value: float = 0.0,
+) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
     """The logits for an image with a square hidden, for each of its places.
 
     The square [i, j] of `size` pixels, filled with `value` (0 is the mean colour of a normalised image), has its upper left corner at
     (i * stride, j * stride). Raises `ValueError` if it does not fit into the image. Zeiler and Fergus 2014, section 4.2.
     """
     if not 1 <= size <= min(image.shape[:2]):
-        raise ValueError(f"size={size} of the square is not between 1 and {min(image.shape[:2])}, the side of the image")
+        raise ValueError(
+            f"size={size} of the square is not between 1 and {min(image.shape[:2])}, the side of the image"
+        )
     if stride < 1:
         raise ValueError(f"stride={stride} is not a positive number of pixels")
     grid = [(n - size) // stride + 1 for n in image.shape[:2]]
     corners = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), -1) * stride
-    padded = np.resize(corners, (-(-len(corners) // _BATCH) * _BATCH, 2))  # one shape, one compilation
+    padded = np.resize(
+        corners, (-(-len(corners) // _BATCH) * _BATCH, 2)
+    )  # one shape, one compilation
     fill = jnp.asarray(value, image.dtype)
-    logits = [_occluded_logits(model, variables, image, batch, fill, size) for batch in padded.reshape(-1, _BATCH, 2)]
-    return np.concatenate(logits)[:len(corners)].reshape(*grid, -1)
+    logits = [
+        _occluded_logits(model, variables, image, batch, fill, size)
+        for batch in padded.reshape(-1, _BATCH, 2)
+    ]
+    return np.concatenate(logits)[: len(corners)].reshape(*grid, -1)
 
 
 def _head(model, variables, images, stage):
@@ -227,6 +280,7 @@ def _head(model, variables, images, stage):
     A network yields its stages and takes nothing back, so the cut is made in its traced operations: without the one that makes the
     map, the map is an input.
     """
+
     def both(images):
         found = _apply(model, variables, images, train=False, last="logits", method="_run")
         return found[stage], found["logits"]
@@ -243,12 +297,19 @@ def _head(model, variables, images, stage):
 @functools.partial(jax.jit, static_argnames=("model", "stage"))
 def _grad_cam(model, variables, images, classes, stage):
     maps, head = _head(model, variables, images, stage)
-    gradient = jax.grad(lambda maps: jnp.take_along_axis(head(maps), classes[:, None], 1).astype(jnp.float32).sum())(maps)
+    gradient = jax.grad(
+        lambda maps: jnp.take_along_axis(head(maps), classes[:, None], 1).astype(jnp.float32).sum()
+    )(maps)
     return nn.relu((gradient.mean((1, 2), keepdims=True) * maps).sum(3))
 
 
-def grad_cam(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
-             classes: Sequence[int] | Int[AnyArray, " batch"], stage: str) -> Float[Array, "batch rows columns"]:
+def grad_cam(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    classes: Sequence[int] | Int[AnyArray, " batch"],
+    stage: str,
+) -> Float[Array, "batch rows columns"]:
     """Where each image speaks for its class: a stage's maps, weighted by the mean gradients of the class's logit.
 
     Raises `ValueError` for an unknown stage or class. Selvaraju et al. 2017 (arXiv 1610.02391),
@@ -257,7 +318,9 @@ def grad_cam(model: Network, variables: dict, images: Float[AnyArray, "batch hei
     _check_stage(model, stage)
     chosen = jnp.broadcast_to(jnp.asarray(classes), len(images))
     if not 0 <= chosen.min() <= chosen.max() < model.num_classes:
-        raise ValueError(f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, the network's classes")
+        raise ValueError(
+            f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, the network's classes"
+        )
     return _grad_cam(model, variables, images, chosen, stage)
 
 
@@ -268,13 +331,18 @@ def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...],
     """
     field = receptive_field(model, stage)
     at = tuple(-(low // step) for low, step in zip(field.low, field.step))
-    first, last = (tuple(step * i + side for step, i, side in zip(field.step, at, sides)) for sides in (field.low, field.high))
+    first, last = (
+        tuple(step * i + side for step, i, side in zip(field.step, at, sides))
+        for sides in (field.low, field.high)
+    )
     size = tuple(end + 1 for end in last)
     if max(a - b for a, b in zip(size, model.input_shape)) <= 0:
         return size, at, tuple(slice(start, end + 1) for start, end in zip(first, last))
     size = model.input_shape[:2]
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    maps = jax.eval_shape(lambda v, x: _stage(model, v, x, stage), weights.variable_shapes(model), image)
+    maps = jax.eval_shape(
+        lambda v, x: _stage(model, v, x, stage), weights.variable_shapes(model), image
+    )
     return size, tuple(n // 2 for n in maps.shape[1:3]), (slice(None), slice(None))
 
 
@@ -292,7 +360,9 @@ def _paint(spectrum, size):
     return jnp.broadcast_to(jax.nn.sigmoid(image), (*image.shape[:3], 3))
 
 
-def network_input(model: Network, images: Shaped[AnyArray, "batch height width 3"]) -> Float[AnyArray, "batch height width channels"]:
+def network_input(
+    model: Network, images: Shaped[AnyArray, "batch height width 3"]
+) -> Float[AnyArray, "batch height width channels"]:
     """RGB from 0 to 255 as the network takes it: ImageNet's mean and standard deviation taken out.
 
     A network of one channel gets the mean of the three.
@@ -310,29 +380,46 @@ def _unit(model, variables, pixels, channels, stage, rule, at):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stage", "size", "at", "steps", "jitter"))
-def _climb(model, variables, spectrum, channels, key, total_variation, stage, size, at, steps, jitter):
+def _climb(
+    model, variables, spectrum, channels, key, total_variation, stage, size, at, steps, jitter
+):
     """Improves coefficients by gradient ascent on their images' activations, less the price of their edges."""
     optimizer = optax.adam(_RATE * max(1, _RATED / min(size)))
 
     def worth(spectrum, shift):
         pixels = _paint(spectrum, size)
-        score = _unit(model, variables, jnp.roll(pixels, shift, (1, 2)), channels, stage, "redirected", at)
-        rough = sum(jnp.abs(jnp.diff(pixels, axis=axis)).sum((1, 2, 3)) for axis in (1, 2)) / (3 * min(size))
+        score = _unit(
+            model, variables, jnp.roll(pixels, shift, (1, 2)), channels, stage, "redirected", at
+        )
+        rough = sum(jnp.abs(jnp.diff(pixels, axis=axis)).sum((1, 2, 3)) for axis in (1, 2)) / (
+            3 * min(size)
+        )
         return (score - total_variation * rough * jax.lax.stop_gradient(jnp.abs(score))).sum()
 
     def step(state, key):
         spectrum, memory = state
         shift = jax.random.randint(key, (2,), -jitter, jitter + 1)
-        updates, memory = optimizer.update(-jax.grad(worth)(spectrum, shift), memory)  # after the ReLUs: their rule is about ascent
+        updates, memory = optimizer.update(
+            -jax.grad(worth)(spectrum, shift), memory
+        )  # after the ReLUs: their rule is about ascent
         return (optax.apply_updates(spectrum, updates), memory), None
 
-    (spectrum, _), _ = jax.lax.scan(step, (spectrum, optimizer.init(spectrum)), jax.random.split(key, steps))
+    (spectrum, _), _ = jax.lax.scan(
+        step, (spectrum, optimizer.init(spectrum)), jax.random.split(key, steps)
+    )
     return spectrum
 
 
-def maximise(model: Network, variables: dict, stage: str, channels: Sequence[int] | Int[np.ndarray, " units"], steps: int = 256,
-             jitter: int | None = None, total_variation: float = 0.02,
-             seed: int = 0) -> tuple[Float[np.ndarray, "units height width 3"], Float[np.ndarray, "2 units"]]:
+def maximise(
+    model: Network,
+    variables: dict,
+    stage: str,
+    channels: Sequence[int] | Int[np.ndarray, " units"],
+    steps: int = 256,
+    jitter: int | None = None,
+    total_variation: float = 0.02,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, "units height width 3"], Float[np.ndarray, "2 units"]]:
     """Images that excite a unit of each of the `channels`, found by gradient ascent: RGB in [0, 1].
 
     They show what the unit sees of the image, where that is not more than the publication's image. Also returns the units'
@@ -344,15 +431,33 @@ def maximise(model: Network, variables: dict, stage: str, channels: Sequence[int
     """
     _check_stage(model, stage, channels)
     jitter = min(receptive_field(model, stage).step) // 4 if jitter is None else jitter
-    for name, value, least in (("steps", steps, 1), ("jitter", jitter, 0), ("total_variation", total_variation, 0)):
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("jitter", jitter, 0),
+        ("total_variation", total_variation, 0),
+    ):
         if value < least:
             raise ValueError(f"{name}={value} is not a number of at least {least}")
     size, at, seen = frame(model, stage)
     units = jnp.atleast_1d(jnp.asarray(channels))
     start, roll = jax.random.split(jax.random.key(seed))
-    spectrum = _START * jax.random.normal(start, (2, len(units), *_frequencies(size).shape, model.input_shape[2]))
+    spectrum = _START * jax.random.normal(
+        start, (2, len(units), *_frequencies(size).shape, model.input_shape[2])
+    )
     before = _unit(model, variables, _paint(spectrum, size), units, stage, "gradient", at)
-    spectrum = _climb(model, variables, spectrum, units, roll, jnp.float32(total_variation), stage, size, at, steps, jitter)
+    spectrum = _climb(
+        model,
+        variables,
+        spectrum,
+        units,
+        roll,
+        jnp.float32(total_variation),
+        stage,
+        size,
+        at,
+        steps,
+        jitter,
+    )
     pixels = _paint(spectrum, size)
     after = _unit(model, variables, pixels, units, stage, "gradient", at)
     return np.asarray(pixels[:, *seen]), np.stack([before, after])
@@ -362,12 +467,19 @@ def maximise(model: Network, variables: dict, stage: str, channels: Sequence[int
 def _central_gradients(model, variables, images, key, stage):
     maps, back = jax.vjp(lambda images: _stage(model, variables, images, stage), images)
     signs = jax.random.rademacher(key, (len(maps), maps.shape[3]), maps.dtype)
-    gradient, = back(jnp.zeros_like(maps).at[:, maps.shape[1] // 2, maps.shape[2] // 2].set(signs))
+    (gradient,) = back(
+        jnp.zeros_like(maps).at[:, maps.shape[1] // 2, maps.shape[2] // 2].set(signs)
+    )
     return jnp.sqrt(jnp.square(gradient.astype(jnp.float32)).mean((0, 3)))
 
 
-def effective_receptive_field(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"], stage: str,
-                              seed: int = 0) -> Float[np.ndarray, "height width"]:
+def effective_receptive_field(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+    seed: int = 0,
+) -> Float[np.ndarray, "height width"]:
     """How much each pixel moves the central unit of a stage, relative to the pixel that does most.
 
     It is the root of the mean square of the gradient over images, colours and the stage's channels, whose signals go back together
@@ -383,8 +495,12 @@ def effective_size(field: Float[np.ndarray, "height width"]) -> float:
     return float(np.sqrt((field > _IN_FIELD).sum()))
 
 
-def equivariance_error(model: Network, variables: dict, images: Float[AnyArray, "batch height width channels"],
-                       stage: str) -> Float[np.ndarray, " distances"]:
+def equivariance_error(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> Float[np.ndarray, " distances"]:
     """How far a shifted image's features are from the shifted features, by distance to the border: 0 is the border itself.
 
     The image is shifted by the stage's stride along both axes: two windows that much smaller are cut out of `images`, at its two
@@ -393,35 +509,49 @@ def equivariance_error(model: Network, variables: dict, images: Float[AnyArray, 
     Raises `ValueError` for an unknown stage, and for images too small to compare.
     """
     step = receptive_field(model, stage).step
-    windows = images[:, step[0]:, step[1]:], images[:, :-step[0], :-step[1]]
-    late, early = (np.asarray(_activations(model, variables, window, stage), np.float64) for window in windows)
+    windows = images[:, step[0] :, step[1] :], images[:, : -step[0], : -step[1]]
+    late, early = (
+        np.asarray(_activations(model, variables, window, stage), np.float64) for window in windows
+    )
     late, early = late[:, :-1, :-1], early[:, 1:, 1:]
     if not early.size:
-        raise ValueError(f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of stage={stage!r} to compare under "
-                         f"padding={model.padding!r}; use larger ones or another stage")
+        raise ValueError(
+            f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of stage={stage!r} to compare under "
+            f"padding={model.padding!r}; use larger ones or another stage"
+        )
     distance = border_distance(*early.shape[1:3]).ravel()
-    different, whole = (np.bincount(distance, np.square(x).sum((0, 3)).ravel()) for x in (late - early, early))
+    different, whole = (
+        np.bincount(distance, np.square(x).sum((0, 3)).ravel()) for x in (late - early, early)
+    )
     return np.sqrt(different / np.maximum(whole, np.finfo(np.float64).tiny))
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------------
 
 
-def _brighten(signals: Float[np.ndarray, "n height width channels"]) -> Float[np.ndarray, "n height width 3"]:
+def _brighten(
+    signals: Float[np.ndarray, "n height width channels"],
+) -> Float[np.ndarray, "n height width 3"]:
     """Signals of either sign as RGB in [0, 1] about grey, each by the strongest half percent."""
     strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
-    return np.broadcast_to(np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1), (*signals.shape[:3], 3))
+    return np.broadcast_to(
+        np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1), (*signals.shape[:3], 3)
+    )
 
 
-def _mosaic(images: Shaped[np.ndarray, "n height width *colours"]) -> Shaped[np.ndarray, "_ _ *colours"]:
+def _mosaic(
+    images: Shaped[np.ndarray, "n height width *colours"],
+) -> Shaped[np.ndarray, "_ _ *colours"]:
     """Images as one, in a square of rows and columns with white lines between."""
     zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     side = int(np.ceil(np.sqrt(len(images))))
     gap = images.shape[1] // 24
     cells = np.ones((side**2, *images.shape[1:]), np.float32)
-    cells[:len(images)] = images
-    cells = np.pad(cells, [(0, 0), (0, gap), (0, gap)] + [(0, 0)] * (images.ndim - 3), constant_values=1)
+    cells[: len(images)] = images
+    cells = np.pad(
+        cells, [(0, 0), (0, gap), (0, gap)] + [(0, 0)] * (images.ndim - 3), constant_values=1
+    )
     height, width = cells.shape[1:3]
     cells = cells.reshape(side, side, *cells.shape[1:]).swapaxes(1, 2)
     return cells.reshape(side * height, side * width, *images.shape[3:])[:-gap, :-gap]
@@ -438,32 +568,52 @@ def _grid(rows: int, columns: int, cell: float = 2.0):
     return figure, axes
 
 
-def _patches(images: Shaped[np.ndarray, "n height width *colours"], places: Int[np.ndarray, "n 2"], field: summary.Field,
-             blank: float) -> Shaped[np.ndarray, "n _ _ *colours"]:
+def _patches(
+    images: Shaped[np.ndarray, "n height width *colours"],
+    places: Int[np.ndarray, "n 2"],
+    field: summary.Field,
+    blank: float,
+) -> Shaped[np.ndarray, "n _ _ *colours"]:
     """What the units at `places` see of their images; `blank` is what lies outside the image."""
     patches = []
     for image, place in zip(images, places):
-        low, high = (np.array(side) + np.array(field.step) * place for side in (field.low, field.high))
+        low, high = (
+            np.array(side) + np.array(field.step) * place for side in (field.low, field.high)
+        )
         before, after = np.maximum(-low, 0), np.maximum(high + 1 - image.shape[:2], 0)
-        padded = np.pad(image, [*zip(before, after)] + [(0, 0)] * (image.ndim - 2), constant_values=blank)
+        padded = np.pad(
+            image, [*zip(before, after)] + [(0, 0)] * (image.ndim - 2), constant_values=blank
+        )
         low = low + before
-        patches.append(padded[low[0]:low[0] + field.size()[0], low[1]:low[1] + field.size()[1]])
+        patches.append(padded[low[0] : low[0] + field.size()[0], low[1] : low[1] + field.size()[1]])
     return np.stack(patches)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------------
 
 
-def _read(model: Network, paths: list[pathlib.Path], times: int = 1) -> UInt8[np.ndarray, "n height width 3"]:
+def _read(
+    model: Network, paths: list[pathlib.Path], times: int = 1
+) -> UInt8[np.ndarray, "n height width 3"]:
     """Photographs, scaled and cut to `times` the network's image size."""
     size = times * model.input_shape[1], times * model.input_shape[0]
-    scaled = [PIL.ImageOps.fit(PIL.Image.fromarray(photographs.read_image(path)), size, PIL.Image.Resampling.BICUBIC) for path in paths]
+    scaled = [
+        PIL.ImageOps.fit(
+            PIL.Image.fromarray(photographs.read_image(path)), size, PIL.Image.Resampling.BICUBIC
+        )
+        for path in paths
+    ]
     return np.stack([np.asarray(image) for image in scaled])
 
 
 def _spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spread; all where there are no more."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
+    return [
+        items[i]
+        for i in np.unique(
+            np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+        )
+    ]
 
 
 class Subject:
@@ -488,13 +638,17 @@ class Subject:
         if origin == "random":
             image = jnp.zeros((1, *self.model.input_shape))
             return jax.jit(self.model.clone(padding="zeros").init)(jax.random.key(0), image)
-        return weights.load_torchvision(weights.fetch(self.options.model) if origin == "imagenet" else origin, self.model, missing)
+        return weights.load_torchvision(
+            weights.fetch(self.options.model) if origin == "imagenet" else origin,
+            self.model,
+            missing,
+        )
 
     def batches(self) -> Iterator[np.ndarray]:
         """The photographs, uint8, some at a time."""
         with progress(len(self.paths), "photographs") as advance:
             for start in range(0, len(self.paths), _BATCH):
-                paths = self.paths[start:start + _BATCH]
+                paths = self.paths[start : start + _BATCH]
                 yield _read(self.model, paths)
                 advance(len(paths))
 
@@ -514,8 +668,14 @@ def _filters(subject: Subject):
     filters = kernel.transpose(3, 0, 1, 2)
     figure, ((axis,),) = _grid(1, 1, 6.0)
     axis.imshow(_mosaic(_brighten(filters)))
-    axis.set_title(f"{subject.options.model}: the {len(filters)} filters of {name}, {kernel.shape[0]}x{kernel.shape[1]}")
-    return figure, {"layer": name, "shape": kernel.shape, "norms": np.linalg.norm(filters.reshape(len(filters), -1), axis=1)}
+    axis.set_title(
+        f"{subject.options.model}: the {len(filters)} filters of {name}, {kernel.shape[0]}x{kernel.shape[1]}"
+    )
+    return figure, {
+        "layer": name,
+        "shape": kernel.shape,
+        "norms": np.linalg.norm(filters.reshape(len(filters), -1), axis=1),
+    }
 
 
 def _maps(subject: Subject):
@@ -526,20 +686,46 @@ def _maps(subject: Subject):
         row[0].imshow(image)
         row[0].set_title(path.stem, fontsize=8)
         for axis, stage in zip(row[1:], subject.stages):
-            maps = np.asarray(activations(subject.model, subject.variables, subject.input(image[None]), stage)[0], np.float32)
+            maps = np.asarray(
+                activations(subject.model, subject.variables, subject.input(image[None]), stage)[0],
+                np.float32,
+            )
             shown = maps.transpose(2, 0, 1)[subject.channels(stage, 36)]
-            axis.imshow(_mosaic(shown / np.maximum(shown.max((1, 2), keepdims=True), 1e-12)), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(
+                _mosaic(shown / np.maximum(shown.max((1, 2), keepdims=True), 1e-12)),
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+            )
             axis.set_title(f"{stage}: {len(shown)} of {maps.shape[2]} channels", fontsize=8)
-            numbers.append({"photograph": path.name, "stage": stage, "shape": maps.shape, "mean": maps.mean((0, 1)),
-                            "max": maps.max((0, 1)), "silent_channels": (maps.max((0, 1)) <= 0).sum()})
+            numbers.append(
+                {
+                    "photograph": path.name,
+                    "stage": stage,
+                    "shape": maps.shape,
+                    "mean": maps.mean((0, 1)),
+                    "max": maps.max((0, 1)),
+                    "silent_channels": (maps.max((0, 1)) <= 0).sum(),
+                }
+            )
     return figure, {"maps": numbers}
 
 
 def _maximised(subject: Subject, stage: str, channels: list[int]):
     options = subject.options
-    images, scores = maximise(subject.model, subject.variables, stage, channels, options.steps, options.jitter, options.total_variation)
-    return images, [{"stage": stage, "channel": channel, "noise": before, "maximised": after}
-                    for channel, before, after in zip(channels, *scores)]
+    images, scores = maximise(
+        subject.model,
+        subject.variables,
+        stage,
+        channels,
+        options.steps,
+        options.jitter,
+        options.total_variation,
+    )
+    return images, [
+        {"stage": stage, "channel": channel, "noise": before, "maximised": after}
+        for channel, before, after in zip(channels, *scores)
+    ]
 
 
 def _maximise(subject: Subject):
@@ -549,41 +735,62 @@ def _maximise(subject: Subject):
         images, found = _maximised(subject, stage, subject.channels(stage, 16))
         numbers += found
         axis.imshow(_mosaic(images))
-        axis.set_title(f"{stage}: {len(images)} of {stage_channels(subject.model)[stage]} channels", fontsize=9)
+        axis.set_title(
+            f"{stage}: {len(images)} of {stage_channels(subject.model)[stage]} channels", fontsize=9
+        )
     return figure, {"units": numbers}
 
 
 def _strongest(subject: Subject, stage: str, channels: list[int], count: int) -> list[dict]:
     """For each channel, the `count` photographs that excite it most: their numbers, activations and the units' places."""
-    found = [peaks(subject.model, subject.variables, subject.input(batch), stage) for batch in subject.batches()]
+    found = [
+        peaks(subject.model, subject.variables, subject.input(batch), stage)
+        for batch in subject.batches()
+    ]
     values, places = (np.concatenate(parts) for parts in zip(*found))
     best = np.argsort(-values, axis=0, kind="stable")[:count]
-    return [{"stage": stage, "channel": channel, "photographs": best[:, channel], "activations": values[best[:, channel], channel],
-             "places": places[best[:, channel], channel]} for channel in channels]
+    return [
+        {
+            "stage": stage,
+            "channel": channel,
+            "photographs": best[:, channel],
+            "activations": values[best[:, channel], channel],
+            "places": places[best[:, channel], channel],
+        }
+        for channel in channels
+    ]
 
 
-def _seen_and_signals(subject: Subject, stage: str, channel: int, found: dict, rules) -> list[np.ndarray]:
+def _seen_and_signals(
+    subject: Subject, stage: str, channel: int, found: dict, rules
+) -> list[np.ndarray]:
     """The patches that a channel's strongest units see, then what each rule sends back to them, as RGB in [0, 1]."""
     field = receptive_field(subject.model, stage)
     images = _read(subject.model, [subject.paths[i] for i in found["photographs"]])
     rows = [_patches(images / np.float32(255), found["places"], field, 1.0)]
     for rule in rules:
-        signals = np.asarray(saliency(subject.model, subject.variables, subject.input(images), stage, channel, rule))
+        signals = np.asarray(
+            saliency(subject.model, subject.variables, subject.input(images), stage, channel, rule)
+        )
         rows.append(_brighten(_patches(signals, found["places"], field, 0.0)))
     return rows
 
 
 def _named(subject: Subject, found: list[dict]) -> list[dict]:
-    return [row | {"photographs": [subject.paths[i].name for i in row["photographs"]]} for row in found]
+    return [
+        row | {"photographs": [subject.paths[i].name for i in row["photographs"]]} for row in found
+    ]
 
 
 def _top_patches(subject: Subject):
-    stage, = subject.stages
+    (stage,) = subject.stages
     rules = ("deconvnet", "guided")
     found = _strongest(subject, stage, subject.channels(stage, 6), 9)
     figure, axes = _grid(1 + len(rules), len(found), 2.6)
     for column, row in zip(axes.T, found):
-        for axis, patches in zip(column, _seen_and_signals(subject, stage, row["channel"], row, rules)):
+        for axis, patches in zip(
+            column, _seen_and_signals(subject, stage, row["channel"], row, rules)
+        ):
             axis.imshow(_mosaic(patches))
         column[0].set_title(f"{stage}, channel {row['channel']}", fontsize=9)
     for axis, label in zip(axes[:, 0], ("photographs", *rules)):
@@ -591,7 +798,9 @@ def _top_patches(subject: Subject):
     return figure, {"channels": _named(subject, found)}
 
 
-def _probabilities(logits: Float[AnyArray, "*images classes"]) -> Float[np.ndarray, "*images classes"]:
+def _probabilities(
+    logits: Float[AnyArray, "*images classes"],
+) -> Float[np.ndarray, "*images classes"]:
     """Softmax over the last axis; one logit alone goes through a sigmoid."""
     if logits.shape[-1] == 1:
         return np.asarray(jax.nn.sigmoid(logits))
@@ -601,9 +810,14 @@ def _probabilities(logits: Float[AnyArray, "*images classes"]) -> Float[np.ndarr
 def _overlay(axis, image: np.ndarray, heat: np.ndarray, box, **limits):
     """An image in grey under a map of which `box` is where the centres of its outer cells lie: left, right, top, bottom."""
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
-    half = [(last - first) / max(n - 1, 1) / 2 for first, last, n in zip(box[::2], box[1::2], heat.shape[::-1])]
+    half = [
+        (last - first) / max(n - 1, 1) / 2
+        for first, last, n in zip(box[::2], box[1::2], heat.shape[::-1])
+    ]
     extent = (box[0] - half[0], box[1] + half[0], box[3] + half[1], box[2] - half[1])
-    shown = axis.imshow(heat, cmap="jet", alpha=0.5, extent=extent, interpolation="bilinear", **limits)
+    shown = axis.imshow(
+        heat, cmap="jet", alpha=0.5, extent=extent, interpolation="bilinear", **limits
+    )
     axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     return shown
 
@@ -618,20 +832,36 @@ def _occlusion(subject: Subject):
             x = subject.input(image[None])
             probability = _probabilities(_logits(subject.model, subject.variables, x))[0]
             label = probability.argmax()
-            shares = _probabilities(occlusion(subject.model, subject.variables, x[0], size, stride))[..., label]
+            shares = _probabilities(
+                occlusion(subject.model, subject.variables, x[0], size, stride)
+            )[..., label]
             column[0].imshow(image)
             column[0].set_title(f"{path.stem}\nclass {label}: {probability[label]:.2f}", fontsize=7)
             ends = [(size - 1) / 2 + stride * (n - 1) for n in shares.shape]
-            heat = _overlay(column[1], image, shares, ((size - 1) / 2, ends[1], (size - 1) / 2, ends[0]), vmin=0, vmax=1)
+            heat = _overlay(
+                column[1],
+                image,
+                shares,
+                ((size - 1) / 2, ends[1], (size - 1) / 2, ends[0]),
+                vmin=0,
+                vmax=1,
+            )
             column[1].set_title(f"class {label} with a square hidden there", fontsize=7)
-            numbers.append({"photograph": path.name, "class": label, "probability": probability[label], "hidden": shares})
+            numbers.append(
+                {
+                    "photograph": path.name,
+                    "class": label,
+                    "probability": probability[label],
+                    "hidden": shares,
+                }
+            )
             advance(1)
     figure.colorbar(heat, ax=axes[1], shrink=0.8)
     return figure, {"photographs": numbers}
 
 
 def _cam(subject: Subject):
-    stage, = subject.stages
+    (stage,) = subject.stages
     images = subject.photographs()
     x = subject.input(images)
     probabilities = _probabilities(_logits(subject.model, subject.variables, x))
@@ -640,14 +870,18 @@ def _cam(subject: Subject):
     field = receptive_field(subject.model, stage)
     figure, axes = _grid(2, len(images), 2.4)
     numbers = []
-    for column, image, path, label, probability, cam in zip(axes.T, images, subject.paths, labels, probabilities.max(1), heat):
+    for column, image, path, label, probability, cam in zip(
+        axes.T, images, subject.paths, labels, probabilities.max(1), heat
+    ):
         column[0].imshow(image)
         column[0].set_title(f"{path.stem}\nclass {label}: {probability:.2f}", fontsize=7)
         starts = [(low + high) / 2 for low, high in zip(field.low, field.high)]
         ends = [start + step * (n - 1) for start, step, n in zip(starts, field.step, cam.shape)]
         _overlay(column[1], image, cam, (starts[1], ends[1], starts[0], ends[0]))
         column[1].set_title(f"Grad-CAM, {stage}", fontsize=7)
-        numbers.append({"photograph": path.name, "class": label, "probability": probability, "map": cam})
+        numbers.append(
+            {"photograph": path.name, "class": label, "probability": probability, "map": cam}
+        )
     return figure, {"photographs": numbers}
 
 
@@ -659,20 +893,38 @@ def _field(subject: Subject):
         effective = effective_receptive_field(subject.model, subject.variables, x, stage)
         rows, columns = activations(subject.model, subject.variables, x[:1], stage).shape[1:3]
         field = receptive_field(subject.model, stage)
-        top, left = (low + step * (n // 2) for low, step, n in zip(field.low, field.step, (rows, columns)))
+        top, left = (
+            low + step * (n // 2) for low, step, n in zip(field.low, field.step, (rows, columns))
+        )
         height, width = field.size()
         axis.imshow(effective, cmap="gray", vmin=0, vmax=1)
         side, margin = effective_size(effective), 0.05 * height
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color="red"))
-        axis.add_patch(Rectangle((left + (width - side - 1) / 2, top + (height - side - 1) / 2), side, side, fill=False, color="orange"))
-        axis.set(xlim=(left - 0.5 - margin, left + width - 0.5 + margin), ylim=(top + height - 0.5 + margin, top - 0.5 - margin))
-        axis.set_title(f"{stage}: theoretical {height}x{width} (red),\neffective {side:.1f} (orange)", fontsize=8)
+        axis.add_patch(
+            Rectangle(
+                (left + (width - side - 1) / 2, top + (height - side - 1) / 2),
+                side,
+                side,
+                fill=False,
+                color="orange",
+            )
+        )
+        axis.set(
+            xlim=(left - 0.5 - margin, left + width - 0.5 + margin),
+            ylim=(top + height - 0.5 + margin, top - 0.5 - margin),
+        )
+        axis.set_title(
+            f"{stage}: theoretical {height}x{width} (red),\neffective {side:.1f} (orange)",
+            fontsize=8,
+        )
         numbers.append({"stage": stage, "theoretical": field.size(), "effective": side})
     return figure, {"stages": numbers}
 
 
 def _equivariance(subject: Subject):
-    x = subject.input(_read(subject.model, subject.paths, times=2))  # without padding, little is left of an image of the usual size
+    x = subject.input(
+        _read(subject.model, subject.paths, times=2)
+    )  # without padding, little is left of an image of the usual size
     figure = Figure(figsize=(3.6 * len(subject.stages), 3.6), layout="constrained")
     axes = figure.subplots(1, len(subject.stages), squeeze=False, sharey=True)
     numbers = []
@@ -681,13 +933,24 @@ def _equivariance(subject: Subject):
             for number, fill in enumerate(FILLS):
                 advance(1)
                 try:
-                    error = equivariance_error(subject.model.clone(padding=fill), subject.variables, x, stage)
+                    error = equivariance_error(
+                        subject.model.clone(padding=fill), subject.variables, x, stage
+                    )
                 except ValueError as reason:  # without padding, deep stages may vanish
-                    numbers.append({"stage": stage, "padding": fill, "error": None, "reason": str(reason)})
+                    numbers.append(
+                        {"stage": stage, "padding": fill, "error": None, "reason": str(reason)}
+                    )
                     continue
                 pixels = receptive_field(subject.model, stage).step[0] * np.arange(len(error))
-                axis.plot(pixels, np.maximum(error, _FLOOR), marker=".", markersize=4, label=fill,
-                          color=f"C{number}", linestyle="-" if number < 10 else "--")  # there are ten colours
+                axis.plot(
+                    pixels,
+                    np.maximum(error, _FLOOR),
+                    marker=".",
+                    markersize=4,
+                    label=fill,
+                    color=f"C{number}",
+                    linestyle="-" if number < 10 else "--",
+                )  # there are ten colours
                 numbers.append({"stage": stage, "padding": fill, "pixels": pixels, "error": error})
             axis.set(yscale="log", xlabel="distance to the border (pixels)", title=stage)
     axes[0, 0].set_ylabel(f"relative error of shifted features (at least {_FLOOR:g})")
@@ -707,11 +970,21 @@ def _levels(subject: Subject):
         channels = subject.channels(stage, 16)
         images, units = _maximised(subject, stage, channels)
         found = _strongest(subject, stage, channels, 1)
-        seen, signals = (np.concatenate(parts) for parts in zip(
-            *(_seen_and_signals(subject, stage, row["channel"], row, ("guided",)) for row in found)))
+        seen, signals = (
+            np.concatenate(parts)
+            for parts in zip(
+                *(
+                    _seen_and_signals(subject, stage, row["channel"], row, ("guided",))
+                    for row in found
+                )
+            )
+        )
         for axis, shown in zip(column, (images, seen, signals)):
             axis.imshow(_mosaic(shown))
-        column[0].set_title(f"{level} level: {stage}, {len(channels)} of {stage_channels(subject.model)[stage]} channels", fontsize=10)
+        column[0].set_title(
+            f"{level} level: {stage}, {len(channels)} of {stage_channels(subject.model)[stage]} channels",
+            fontsize=10,
+        )
         numbers += [unit | row for unit, row in zip(units, _named(subject, found))]
     for axis, label in zip(axes[:, 0], ("maximised", "best patch", "guided backpropagation")):
         axis.set_ylabel(label)
@@ -722,13 +995,38 @@ def _levels(subject: Subject):
 _COMMANDS: dict[str, tuple[Callable, str, int | None, tuple[str, ...]]] = {
     "filters": (_filters, "the kernels of the first convolution", None, ()),
     "activations": (_maps, "maps of stages on photographs", 1, ("stages", "channels")),
-    "maximise": (_maximise, "images that excite channels most", None, ("stages", "channels", "climb")),
-    "patches": (_top_patches, "the nine patches that excite each channel most, and their deconvolution", 0, ("stage", "channels")),
-    "occlusion": (_occlusion, "the predicted class's probability while a grey square hides parts", 4, ("square",)),
+    "maximise": (
+        _maximise,
+        "images that excite channels most",
+        None,
+        ("stages", "channels", "climb"),
+    ),
+    "patches": (
+        _top_patches,
+        "the nine patches that excite each channel most, and their deconvolution",
+        0,
+        ("stage", "channels"),
+    ),
+    "occlusion": (
+        _occlusion,
+        "the predicted class's probability while a grey square hides parts",
+        4,
+        ("square",),
+    ),
     "grad-cam": (_cam, "where photographs speak for their predicted class", 6, ("stage",)),
     "field": (_field, "effective receptive fields against theoretical ones", 32, ("stages",)),
-    "equivariance": (_equivariance, "the error of shifted features by distance to the border, for every padding", 4, ("stages",)),
-    "levels": (_levels, "low-, mid- and high-level features: three stages", 0, ("stages", "channels", "climb")),
+    "equivariance": (
+        _equivariance,
+        "the error of shifted features by distance to the border, for every padding",
+        4,
+        ("stages",),
+    ),
+    "levels": (
+        _levels,
+        "low-, mid- and high-level features: three stages",
+        0,
+        ("stages", "channels", "climb"),
+    ),
 }
 
 
@@ -743,37 +1041,111 @@ def _weight(text: str) -> float:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    top = command.Parser(prog="python -m cnnjax.visualize", description="Shows what the units of a network look for.")
+    top = command.Parser(
+        prog="python -m cnnjax.visualize", description="Shows what the units of a network look for."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, description, images, groups) in _COMMANDS.items():
         parser = commands.add_parser(name, help=description, description=f"Shows {description}.")
         add = parser.add_argument
         parser.set_defaults(stages=None, channels=None, images=None)
         add("--model", required=True, help="a registered name, such as squeezenet1_1")
-        add("--weights", required=True, metavar="FILE",
-            help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'")
-        add("--missing", nargs="+", default=(), metavar="MODULE", help="modules that the file is known not to hold")
-        add("--padding", default="zeros", help="fill of every convolution and pool (default: %(default)s)")
-        add("--every-layer", action="store_true", help="names the stages of a VGG by convolution: conv1_1, conv1_2, ...")
-        add("--workdir", required=True, metavar="FOLDER", help="where the figure and the numbers are written")
+        add(
+            "--weights",
+            required=True,
+            metavar="FILE",
+            help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'",
+        )
+        add(
+            "--missing",
+            nargs="+",
+            default=(),
+            metavar="MODULE",
+            help="modules that the file is known not to hold",
+        )
+        add(
+            "--padding",
+            default="zeros",
+            help="fill of every convolution and pool (default: %(default)s)",
+        )
+        add(
+            "--every-layer",
+            action="store_true",
+            help="names the stages of a VGG by convolution: conv1_1, conv1_2, ...",
+        )
+        add(
+            "--workdir",
+            required=True,
+            metavar="FOLDER",
+            help="where the figure and the numbers are written",
+        )
         if images is not None:
-            add("--photographs", default="", metavar="FOLDER", help="default: those that scikit-image and scikit-learn carry")
-            add("--images", type=command.whole(1), default=images, metavar="N",
-                help=f"photographs, evenly spread (default: {images or 'all'})")
+            add(
+                "--photographs",
+                default="",
+                metavar="FOLDER",
+                help="default: those that scikit-image and scikit-learn carry",
+            )
+            add(
+                "--images",
+                type=command.whole(1),
+                default=images,
+                metavar="N",
+                help=f"photographs, evenly spread (default: {images or 'all'})",
+            )
         if "stages" in groups:
-            add("--stages", nargs="+", metavar="STAGE", help="default: all, or three evenly spread for levels")
+            add(
+                "--stages",
+                nargs="+",
+                metavar="STAGE",
+                help="default: all, or three evenly spread for levels",
+            )
         if "stage" in groups:
             add("--stage", dest="stages", nargs=1, required=True, help="a stage of the network")
         if "channels" in groups:
-            add("--channels", nargs="+", type=command.whole(0), metavar="N", help="channels of the stages (default: some evenly spread)")
+            add(
+                "--channels",
+                nargs="+",
+                type=command.whole(0),
+                metavar="N",
+                help="channels of the stages (default: some evenly spread)",
+            )
         if "climb" in groups:
-            add("--steps", type=command.whole(1), default=256, metavar="N", help="of gradient ascent (default: %(default)s)")
-            add("--jitter", type=command.whole(0), metavar="PIXELS", help="default: a quarter of the stage's stride")
-            add("--total-variation", type=_weight, default=0.02, metavar="SHARE",
-                help="of the activation, what an edge across the image costs (default: %(default)s)")
+            add(
+                "--steps",
+                type=command.whole(1),
+                default=256,
+                metavar="N",
+                help="of gradient ascent (default: %(default)s)",
+            )
+            add(
+                "--jitter",
+                type=command.whole(0),
+                metavar="PIXELS",
+                help="default: a quarter of the stage's stride",
+            )
+            add(
+                "--total-variation",
+                type=_weight,
+                default=0.02,
+                metavar="SHARE",
+                help="of the activation, what an edge across the image costs (default: %(default)s)",
+            )
         if "square" in groups:
-            add("--size", type=command.whole(1), default=48, metavar="PIXELS", help="side of the square (default: %(default)s)")
-            add("--stride", type=command.whole(1), default=16, metavar="PIXELS", help="of the square (default: %(default)s)")
+            add(
+                "--size",
+                type=command.whole(1),
+                default=48,
+                metavar="PIXELS",
+                help="side of the square (default: %(default)s)",
+            )
+            add(
+                "--stride",
+                type=command.whole(1),
+                default=16,
+                metavar="PIXELS",
+                help="of the square (default: %(default)s)",
+            )
     return top.parse_args(arguments)
 
 
@@ -783,7 +1155,11 @@ def _plain(value):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, np.generic, jax.Array)) else value
+    return (
+        np.asarray(value).tolist()
+        if isinstance(value, (np.ndarray, np.generic, jax.Array))
+        else value
+    )
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -791,14 +1167,20 @@ def _work(options: argparse.Namespace) -> None:
     backend.start()
     try:
         subject = Subject(options)
-        folder = workdir.prepare(options.workdir, {key: value for key, value in vars(options).items() if key != "debug"})
+        folder = workdir.prepare(
+            options.workdir, {key: value for key, value in vars(options).items() if key != "debug"}
+        )
         figure, numbers = _COMMANDS[options.command][0](subject)
     except flax.errors.FlaxError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}") from error
+        raise ValueError(
+            f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}"
+        ) from error
     workdir.write_figure(folder / f"{options.command}.png", figure)
     seconds = round(time.monotonic() - started, 1)
-    workdir.write_json(folder / "results.json", {"kind": options.command} | _plain(numbers) | {"seconds": seconds})
+    workdir.write_json(
+        folder / "results.json", {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
+    )
     print(f"see {folder / options.command}.png")
 
 

@@ -1,4 +1,5 @@
 """A work directory: the record of one run, in which every file is whole or absent."""
+
 import contextlib
 import hashlib
 import io
@@ -14,8 +15,16 @@ from collections.abc import Callable, Iterator
 from cnnjax import backend
 
 _MANIFEST = "manifest.json"
-_SEALED = (".json", ".jsonl", ".npz", ".safetensors")  # reports and figures are written anew from these
-_RENEWED, _EXPIRES = 15.0, 120.0  # seconds: how often a claim is renewed, and after how long without it is void
+_SEALED = (
+    ".json",
+    ".jsonl",
+    ".npz",
+    ".safetensors",
+)  # reports and figures are written anew from these
+_RENEWED, _EXPIRES = (
+    15.0,
+    120.0,
+)  # seconds: how often a claim is renewed, and after how long without it is void
 
 
 class Claimed(ValueError):
@@ -89,11 +98,17 @@ def digest(config: dict) -> str:
 
 def _git_revision() -> str | None:
     """The commit of the checkout that the code runs from, with "+" where files differ from it; None outside one."""
+
     def git(*arguments):
         folder = pathlib.Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -101,7 +116,10 @@ def _git_revision() -> str | None:
 def _difference(old, new, prefix: str = "") -> str | None:
     """The first key at which two nested configurations differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (_difference(old.get(key), new.get(key), f"{prefix}{key}.") for key in sorted(old.keys() | new.keys()))
+        found = (
+            _difference(old.get(key), new.get(key), f"{prefix}{key}.")
+            for key in sorted(old.keys() | new.keys())
+        )
         return next((difference for difference in found if difference), None)
     return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
 
@@ -111,10 +129,14 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     config = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
     try:
         if difference := _difference(json.loads((folder / "config.json").read_text()), config):
-            raise ValueError(f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir")
+            raise ValueError(
+                f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir"
+            )
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
-                         "configuration, or choose another --workdir") from error
+        raise ValueError(
+            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
+            "configuration, or choose another --workdir"
+        ) from error
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
@@ -125,21 +147,33 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        begun = any(other.name not in ("config.json", "environment.json") and other.suffix != ".claim" for other in folder.iterdir())
+        begun = any(
+            other.name not in ("config.json", "environment.json") and other.suffix != ".claim"
+            for other in folder.iterdir()
+        )
         # In a folder where nothing was begun there is nothing to mix up: the run before was refused.
         if begun and (folder / "config.json").exists():
             check_config(folder, config)
         write_json(folder / "config.json", config)
     except OSError as error:
-        raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
+        raise ValueError(
+            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
+        ) from error
     if not (folder / "results.json").exists():  # else it says what made them
-        write_json(folder / "environment.json", backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()})
+        write_json(
+            folder / "environment.json",
+            backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()},
+        )
     return folder
 
 
 def _sealed(folder: pathlib.Path) -> dict[str, str]:
     """The SHA-256 of the files that a finished run's reports are made from, by name; config.json is compared as it is read."""
-    paths = (path for path in sorted(folder.iterdir()) if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST))
+    paths = (
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST)
+    )
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -157,10 +191,14 @@ def check_seal(folder: pathlib.Path) -> None:
     try:
         recorded = dict(read_json(path))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: remove it to take the files beside it as they are") from error
+        raise ValueError(
+            f"{path} is damaged: remove it to take the files beside it as they are"
+        ) from error
     found = _sealed(folder)
     if changed := [name for name in recorded if recorded[name] != found.get(name)]:
-        raise ValueError(f"{folder / changed[0]} is not as it was written: remove results.json, and the same command makes all anew")
+        raise ValueError(
+            f"{folder / changed[0]} is not as it was written: remove results.json, and the same command makes all anew"
+        )
 
 
 def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
@@ -168,7 +206,9 @@ def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
 
     Of several processes that compute together one has them, the others nothing. Raises `ValueError` as `prepare` and `claim` do.
     """
-    with claim(folder := pathlib.Path(folder)):  # before config.json is written, which must be that of the run under way
+    with claim(
+        folder := pathlib.Path(folder)
+    ):  # before config.json is written, which must be that of the run under way
         prepare(folder, config.to_dict())
         if (folder / "results.json").exists():
             check_seal(folder)
@@ -210,7 +250,9 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         write(mine, json.dumps({"host": platform.node(), "process": os.getpid()}))
     except OSError as error:
-        raise ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}") from error
+        raise ValueError(
+            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
+        ) from error
     done = threading.Event()
 
     def renew():
@@ -221,11 +263,15 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     try:
         while True:
             try:
-                os.link(mine, path)  # one file of two names, and only one process can make the second
+                os.link(
+                    mine, path
+                )  # one file of two names, and only one process can make the second
                 break
             except FileExistsError:
                 if holder := _holder(path, mine):
-                    raise Claimed(f"workdir={str(folder)!r} is in use by {holder}; wait for it, or choose another --workdir") from None
+                    raise Claimed(
+                        f"workdir={str(folder)!r} is in use by {holder}; wait for it, or choose another --workdir"
+                    ) from None
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(mine.with_suffix(".void"))  # only one process can take it away
                     mine.with_suffix(".void").unlink()
@@ -234,7 +280,9 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
             yield
         finally:
             done.set()
-            with contextlib.suppress(OSError):  # on a disk that can no longer be written to, what failed is told
+            with contextlib.suppress(
+                OSError
+            ):  # on a disk that can no longer be written to, what failed is told
                 if path.samefile(mine):
                     path.unlink()
     finally:

@@ -8,6 +8,7 @@ normalisation, batches of 128, momentum 0.9, decay 5e-4 of every parameter; the 
 where the error of held-out images no longer falls; the test averages ten crops. Crops are of 227 pixels, which the layers need
 and the publication calls 224. Published: 18.2 % top-5 error of one network. Not measured here: this takes a GPU and ImageNet.
 """
+
 from cnnjax.train import defaults
 
 
@@ -24,6 +25,8 @@ def get_config():
     config.augment.colour = 0.1
     config.test_views = 10
     config.weight_decay = 5e-4
-    config.schedule.update({"name": "plateau", "learning_rate": 0.01, "factor": 0.1, "patience": 4, "min_lr": 1e-5})
+    config.schedule.update(
+        {"name": "plateau", "learning_rate": 0.01, "factor": 0.1, "patience": 4, "min_lr": 1e-5}
+    )
     config.epochs = 90
     return config

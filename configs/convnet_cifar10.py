@@ -5,6 +5,7 @@
 0.00 % train and 20.79 % test error (n=1, 2 CPU cores, 22 November 2026; 3 minutes an epoch with nothing else running). The lecture names no
 initialisation; with PyTorch's the network is at chance after the first epoch (loss 2.3001, 89.55 %), see `ConvNet`.
 """
+
 from cnnjax.train import defaults
 
 
@@ -14,7 +15,9 @@ def get_config():
     config.dataset = "cifar10"
     config.epochs = 20
     config.momentum = 0.0  # the lecture names none
-    config.schedule.update({"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)})
+    config.schedule.update(
+        {"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)}
+    )
     config.checkpoint_every_steps = 200
     return config
 

@@ -1,7 +1,8 @@
 """LeNet on scikit-learn's 8x8 digits, which need no download.
 
-    python -m cnnjax.main --config configs/lenet_digits.py
+python -m cnnjax.main --config configs/lenet_digits.py
 """
+
 from cnnjax.train import defaults
 
 

@@ -5,6 +5,7 @@
 Measured over 3 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 0.00 ± 0.00 % train and 43.53 ± 0.34 % test error (mean and
 sample standard deviation).
 """
+
 from cnnjax.train import defaults
 
 

@@ -6,6 +6,7 @@
 black image each: VGG-16 with zeros .86 (.70) on photographs and .92 (.81) on black; ResNet-18 .83 (.65) and .92 (.79); with every other
 padding at most .08 (.00) on photographs and exactly 0 on black.
 """
+
 import ml_collections
 
 
@@ -26,12 +27,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.n_test = 12
     config.n_noise = 2
     config.pixels = "imagenet"  # its mean and deviation taken out, or "unit": from 0 to 1, where black is what zero padding fills with
-    config.coordinates = False  # a control: the image with two channels of coordinates, read out without an encoder
+    config.coordinates = (
+        False  # a control: the image with two channels of coordinates, read out without an encoder
+    )
     config.mirrored = False  # train on every crop and its three mirror images, so that content carries no signed position
-    config.shuffled = False  # train towards targets whose pixels are shuffled: a control that must fail
+    config.shuffled = (
+        False  # train towards targets whose pixels are shuffled: a control that must fail
+    )
     config.kernel = 1
     config.depth = 1  # convolutions of the authors' readout
-    config.hidden = 0  # channels between them; 0: as many as the features have, as in the authors' code
+    config.hidden = (
+        0  # channels between them; 0: as many as the features have, as in the authors' code
+    )
     config.readout_padding = 0  # zeros around the features, on each side
     config.sgd_paddings = ("zeros", "none")  # the authors' readout beside the exact one
     config.sgd_steps = 540

@@ -12,6 +12,7 @@ readout, 3 seeds, 32 photograph crops and one black image each: zeros .46 (.20) 
 0, reflect .37 (.13) and 0, replicate .28 (.08) and 0, circular .53 (.26) and 0 (2 CPU cores, 21 November 2026). Other photographs give
 other figures: docs/position.md.
 """
+
 import ml_collections
 
 from configs import posenet

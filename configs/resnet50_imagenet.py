@@ -6,6 +6,7 @@ FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagen
 Crops of random area and aspect with mirror images; the centre of 224 of 256 pixels in the test. torchvision's weights by this
 recipe err on 23.87 % (top 1). Computed in bfloat16 with float32 parameters. Not measured here: this takes GPUs and ImageNet.
 """
+
 from cnnjax.train import defaults
 
 

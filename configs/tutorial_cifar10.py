@@ -5,6 +5,7 @@
 Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 41.66 ± 0.62 % train and 44.04 ± 0.51 % test error (mean and
 sample standard deviation), half a minute of training a run.
 """
+
 from cnnjax.train import defaults
 
 

@@ -6,6 +6,7 @@ Runs the sweep over seeds of each network's configuration in configs/, and goes 
 arguments, such as --config.epochs=2, are given to every sweep. Writes report.md, comparison.json and curves.png of whatever is
 finished. The perceptrons and LeNet take minutes per seed on two CPU cores, the ConvNet an hour.
 """
+
 import contextlib
 import json
 import pathlib
@@ -19,10 +20,25 @@ from cnnjax import command, report, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); it has no such figures for the tutorial's network.
-CLAIMS = {"mlp1_cifar10": (59, 65), "mlp3_cifar10": (0, 46), "convnet_cifar10": (0, 20), "lenet_mnist": (0, 0.78),
-          "tutorial_cifar10": (None, None)}
-_HEADER = ["configuration", "parameters", "epochs", "train error, lecture", "measured", "test error, lecture", "measured", "n", "failed",
-           "minutes a run"]
+CLAIMS = {
+    "mlp1_cifar10": (59, 65),
+    "mlp3_cifar10": (0, 46),
+    "convnet_cifar10": (0, 20),
+    "lenet_mnist": (0, 0.78),
+    "tutorial_cifar10": (None, None),
+}
+_HEADER = [
+    "configuration",
+    "parameters",
+    "epochs",
+    "train error, lecture",
+    "measured",
+    "test error, lecture",
+    "measured",
+    "n",
+    "failed",
+    "minutes a run",
+]
 
 
 def collect(folder: pathlib.Path) -> list[dict]:
@@ -44,41 +60,77 @@ def compare(folder: pathlib.Path) -> list[dict]:
             continue
         row = {"network": name, "n": len(runs), "failed": failed}
         if runs:
-            row |= {"parameters": runs[0]["parameters"], "epochs": runs[0]["final"]["epoch"],
-                    "minutes": float(np.mean([run["training_seconds"] for run in runs]) / 60),
-                    "curve": np.mean([[100 * entry["train_error"] for entry in run["history"]] for run in runs], 0).tolist()}
+            row |= {
+                "parameters": runs[0]["parameters"],
+                "epochs": runs[0]["final"]["epoch"],
+                "minutes": float(np.mean([run["training_seconds"] for run in runs]) / 60),
+                "curve": np.mean(
+                    [[100 * entry["train_error"] for entry in run["history"]] for run in runs], 0
+                ).tolist(),
+            }
         for split, claimed in zip(("train", "test"), claim):
             errors = [100 * run["final"][f"{split}_error"] for run in runs]
-            row[split] = {"claimed": claimed, "mean": float(np.mean(errors)) if runs else None,
-                          "std": float(np.std(errors, ddof=1)) if len(runs) > 1 else None}
+            row[split] = {
+                "claimed": claimed,
+                "mean": float(np.mean(errors)) if runs else None,
+                "std": float(np.std(errors, ddof=1)) if len(runs) > 1 else None,
+            }
         rows.append(row)
     return rows
 
 
 def write(folder: pathlib.Path, rows: list[dict]) -> str:
     """Writes the report and returns its table."""
+
     def shown(found):
-        return "" if found["mean"] is None else f"{found['mean']:.2f}" + ("" if found["std"] is None else f" ± {found['std']:.2f}")
+        return (
+            ""
+            if found["mean"] is None
+            else f"{found['mean']:.2f}" + ("" if found["std"] is None else f" ± {found['std']:.2f}")
+        )
 
     claimed = lambda found: "" if found["claimed"] is None else f"{found['claimed']:g}"
-    lines = [[row["network"], f"{row['parameters']:,}" if row["n"] else "", str(row.get("epochs", "")),
-              *(cell for split in ("train", "test") for cell in (claimed(row[split]), shown(row[split]))),
-              str(row["n"]), str(len(row["failed"]) or ""), f"{row['minutes']:.1f}" if row["n"] else ""] for row in rows]
+    lines = [
+        [
+            row["network"],
+            f"{row['parameters']:,}" if row["n"] else "",
+            str(row.get("epochs", "")),
+            *(
+                cell
+                for split in ("train", "test")
+                for cell in (claimed(row[split]), shown(row[split]))
+            ),
+            str(row["n"]),
+            str(len(row["failed"]) or ""),
+            f"{row['minutes']:.1f}" if row["n"] else "",
+        ]
+        for row in rows
+    ]
     table = report.table(_HEADER, lines)
     told = "".join(f"\n{row['network']}: {error}\n" for row in rows for error in row["failed"][:1])
     workdir.write_json(folder / "comparison.json", rows)
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for row in rows:
         if row["n"]:
-            axes.plot(range(1, row["epochs"] + 1), row["curve"], label=f"{row['network']} (n={row['n']})")
-    axes.set(xlabel="epoch", ylabel="error on the epoch's training images, %", yscale="symlog", ylim=(0, 100))
+            axes.plot(
+                range(1, row["epochs"] + 1), row["curve"], label=f"{row['network']} (n={row['n']})"
+            )
+    axes.set(
+        xlabel="epoch",
+        ylabel="error on the epoch's training images, %",
+        yscale="symlog",
+        ylim=(0, 100),
+    )
     axes.legend()
     workdir.write_figure(folder / "curves.png", figure)
     pyplot.close(figure)
-    text = ("# Perceptrons against convolutional networks\n\nErrors in percent, mean ± sample standard deviation over seeds; the test set "
-            "is scored once, at the end.\n\n")
+    text = (
+        "# Perceptrons against convolutional networks\n\nErrors in percent, mean ± sample standard deviation over seeds; the test set "
+        "is scored once, at the end.\n\n"
+    )
     workdir.write(folder / "report.md", f"{text}{table}{told}\n![Training errors](curves.png)\n")
     return table
 
@@ -94,12 +146,27 @@ def _run(words: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
     parser.add_workdir("runs/mlp_vs_convnet")
-    parser.add_argument("--networks", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="configurations to run (default: all)")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=CLAIMS,
+        default=list(CLAIMS),
+        help="configurations to run (default: all)",
+    )
     options, more = parser.parse_known_args(arguments)
     folder = options.workdir.absolute()
     try:
         for name in options.networks:
-            words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py", "--workdir", str(folder / name), *more]
+            words = [
+                sys.executable,
+                "-m",
+                "cnnjax.sweep",
+                "--config",
+                f"configs/{name}.py",
+                "--workdir",
+                str(folder / name),
+                *more,
+            ]
             if code := _run(words):
                 return code  # the sweep has said why
         return 0

@@ -9,6 +9,7 @@ Then, from the frozen averages, both are read by ridge regression; and the chann
 mirror image, |f(x) - f(mirrored x)|, are set to zero, beside as many at random. A network that is finished is not trained again.
 Writes report.md, channels.json and channels.png.
 """
+
 import functools
 import itertools
 import pathlib
@@ -30,9 +31,14 @@ from experiments.position_canvas import BATCH, GRID, TASKS, draw
 from experiments.position_training import check_counts, classify, trained
 
 NETWORKS = ("gapnet", "permutenet")
-PUBLISHED = {("gapnet", "location"): "100.0"}  # of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand
+PUBLISHED = {
+    ("gapnet", "location"): "100.0"
+}  # of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand
 _BETA = 0.5  # the authors' Adam; they train ResNet-18 on all images for 20 epochs in batches of 48
-_REMOVED, _DRAWS = (0, 4, 8, 16, 24, 32, 48), 3  # channels set to zero, and draws of as many at random
+_REMOVED, _DRAWS = (
+    (0, 4, 8, 16, 24, 32, 48),
+    3,
+)  # channels set to zero, and draws of as many at random
 
 
 class SmallResNet(Network):
@@ -46,27 +52,53 @@ class SmallResNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        x = Conv(self.widths[0], 7, 2, padding=3, fill=self.padding, use_bias=False, kernel_init=he_normal_fan_out, name="conv1")(x)
+        x = Conv(
+            self.widths[0],
+            7,
+            2,
+            padding=3,
+            fill=self.padding,
+            use_bias=False,
+            kernel_init=he_normal_fan_out,
+            name="conv1",
+        )(x)
         x = nn.relu(BatchNorm(name="bn1")(x, train))
         for number, width in enumerate(self.widths, 1):
-            x = Block(basic(width, 1 if number == 1 else 2), self.padding, self.dtype, self.axis_name, name=f"layer{number}")(x, train)
+            x = Block(
+                basic(width, 1 if number == 1 else 2),
+                self.padding,
+                self.dtype,
+                self.axis_name,
+                name=f"layer{number}",
+            )(x, train)
             yield f"layer{number}", x
         if self.permute:
             pooled = jax.random.permutation(self.make_rng("dropout"), global_avg_pool(x), axis=1)
             yield "logits", Dense(self.num_classes, name="head")(pooled)
         else:
-            yield "logits", global_avg_pool(Conv(self.num_classes, 3, padding=1, fill=self.padding, name="head")(x))
+            yield (
+                "logits",
+                global_avg_pool(
+                    Conv(self.num_classes, 3, padding=1, fill=self.padding, name="head")(x)
+                ),
+            )
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _pooled(model, variables, images):
     last = f"layer{len(model.widths)}"
-    return global_avg_pool(model.apply(variables, augment.normalise(images, *augment.IMAGENET), method="stages", last=last)[last])
+    return global_avg_pool(
+        model.apply(
+            variables, augment.normalise(images, *augment.IMAGENET), method="stages", last=last
+        )[last]
+    )
 
 
 def pooled(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
     """The last stage's global average of each uint8 image: [n, channels]."""
-    return np.concatenate([_pooled(model, variables, images[at:at + 200]) for at in range(0, len(images), 200)])
+    return np.concatenate(
+        [_pooled(model, variables, images[at : at + 200]) for at in range(0, len(images), 200)]
+    )
 
 
 def without(variables: dict, channels: np.ndarray) -> dict:
@@ -76,53 +108,110 @@ def without(variables: dict, channels: np.ndarray) -> dict:
     return variables | {"params": variables["params"] | {"head": head | {"kernel": kernel}}}
 
 
-def cell(network: str, task: str, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int) -> dict:
+def cell(
+    network: str, task: str, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int
+) -> dict:
     """One network: its accuracy, what is read from its averages, and its accuracy without channels that encode position."""
-    (train, train_labels), (test, labels) = draw(data.train, count, 2 * seed), draw(data.test, tests, 2 * seed + 1)
+    (train, train_labels), (test, labels) = (
+        draw(data.train, count, 2 * seed),
+        draw(data.test, tests, 2 * seed + 1),
+    )
     model = SmallResNet(TASKS[task], input_shape=train.shape[1:], permute=network == "permutenet")
-    *_, variables = trained(model, arrays.Split(train, train_labels[task]), epochs, seed, batch=BATCH, momentum=_BETA)
+    *_, variables = trained(
+        model, arrays.Split(train, train_labels[task]), epochs, seed, batch=BATCH, momentum=_BETA
+    )
     accuracy = lambda variables: float((classify(model, variables, test) == labels[task]).mean())
     features, test_features = pooled(model, variables, train), pooled(model, variables, test)
-    read = {name: linear_probe(features, train_labels[name], test_features, labels[name])[0] for name in TASKS}
-    row = {"network": network, "task": task, "seed": seed, "accuracy": accuracy(variables), "read": read}
+    read = {
+        name: linear_probe(features, train_labels[name], test_features, labels[name])[0]
+        for name in TASKS
+    }
+    row = {
+        "network": network,
+        "task": task,
+        "seed": seed,
+        "accuracy": accuracy(variables),
+        "read": read,
+    }
     if network == "permutenet":
         return row
     change = np.abs(features - pooled(model, variables, train[:, :, ::-1])).mean(0)
     ranked = np.argsort(-change)
-    orders = [np.random.default_rng([seed, draw_]).permutation(len(ranked)) for draw_ in range(_DRAWS)]
-    return row | {"channels": len(ranked),
-                  "ranked": [accuracy(without(variables, ranked[:n])) for n in _REMOVED],
-                  "random": [float(np.mean([accuracy(without(variables, order[:n])) for order in orders])) for n in _REMOVED]}
+    orders = [
+        np.random.default_rng([seed, draw_]).permutation(len(ranked)) for draw_ in range(_DRAWS)
+    ]
+    return row | {
+        "channels": len(ranked),
+        "ranked": [accuracy(without(variables, ranked[:n])) for n in _REMOVED],
+        "random": [
+            float(np.mean([accuracy(without(variables, order[:n])) for order in orders]))
+            for n in _REMOVED
+        ],
+    }
 
 
 def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
     """Writes the results, the report and the figure; returns the first table."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     lines, removed = [], []
-    figure, axes = pyplot.subplots(1, len(TASKS), figsize=(9, 3.3), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(TASKS), figsize=(9, 3.3), squeeze=False, layout="constrained"
+    )
     for task, axis in zip(TASKS, axes[0]):
         for network in NETWORKS:
             mine = [row for row in rows if (row["network"], row["task"]) == (network, task)]
-            found = [report.spread([100 * row["accuracy"] for row in mine], 1), PUBLISHED.get((network, task), ""),
-                     *(report.spread([100 * row["read"][name] for row in mine], 1) for name in TASKS)]
+            found = [
+                report.spread([100 * row["accuracy"] for row in mine], 1),
+                PUBLISHED.get((network, task), ""),
+                *(report.spread([100 * row["read"][name] for row in mine], 1) for name in TASKS),
+            ]
             lines.append([network, task, *found, str(len(mine))])
         mine = [row for row in rows if row["network"] == "gapnet" and row["task"] == task]
-        for number, (kind, label) in enumerate((("ranked", "the most position-encoding"), ("random", "at random"))):
+        for number, (kind, label) in enumerate(
+            (("ranked", "the most position-encoding"), ("random", "at random"))
+        ):
             values = 100 * np.array([row[kind] for row in mine])
-            axis.errorbar(_REMOVED, values.mean(0), report.bar(values), color=f"C{number}", marker=".", capsize=2, label=label)
+            axis.errorbar(
+                _REMOVED,
+                values.mean(0),
+                report.bar(values),
+                color=f"C{number}",
+                marker=".",
+                capsize=2,
+                label=label,
+            )
             removed.append([task, label, *(report.spread(list(column), 1) for column in values.T)])
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
-        axis.set(title=f"GAPNet, {task}", xlabel=f"channels set to zero, of {mine[0]['channels']}", ylabel="accuracy, %", ylim=(0, 105))
+        axis.set(
+            title=f"GAPNet, {task}",
+            xlabel=f"channels set to zero, of {mine[0]['channels']}",
+            ylabel="accuracy, %",
+            ylim=(0, 105),
+        )
         axis.legend(fontsize=8)
     workdir.write_figure(folder / "channels.png", figure)
     pyplot.close(figure)
-    table = report.table(["network", "trained for", "accuracy, %", "published", "location read from averages, %", "object", "n"], lines)
+    table = report.table(
+        [
+            "network",
+            "trained for",
+            "accuracy, %",
+            "published",
+            "location read from averages, %",
+            "object",
+            "n",
+        ],
+        lines,
+    )
     ablation = report.table(["task", "channels set to zero", *map(str, _REMOVED)], removed)
     workdir.write_json(folder / "channels.json", rows)
-    workdir.write(folder / "report.md", f"""# Position in the order of channels
+    workdir.write(
+        folder / "report.md",
+        f"""# Position in the order of channels
 
-CIFAR-10 on a black {GRID}x{GRID} canvas; {settings['train']:,} training and {settings['test']:,} test images, epochs: {settings['epochs']}.
+CIFAR-10 on a black {GRID}x{GRID} canvas; {settings["train"]:,} training and {settings["test"]:,} test images, epochs: {settings["epochs"]}.
 Mean ± sample standard deviation over seeds. Chance: {100 / GRID**2:.1f} % for the location, 10 % for the object. Published: Islam et
 al. 2021, with ResNet-18. "Read from averages" is ridge regression on the frozen network's globally averaged channels, in their order.
 
@@ -134,7 +223,8 @@ draws for each network).
 
 {ablation}
 ![Accuracy by channels set to zero](channels.png)
-""")
+""",
+    )
     return table
 
 
@@ -150,16 +240,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
-        data, settings = arrays.load("cifar10", options.data_dir), {key: getattr(options, key) for key in ("train", "epochs", "test")}
+        data, settings = (
+            arrays.load("cifar10", options.data_dir),
+            {key: getattr(options, key) for key in ("train", "epochs", "test")},
+        )
         check_counts(data, options.train, options.test)
         folder, rows = workdir.prepare(options.workdir, settings), []
         wanted = list(itertools.product(NETWORKS, TASKS, range(options.seeds)))
         with progress(len(wanted), "networks") as done:
             for network, task, seed in wanted:
                 path = folder / "cells" / f"{network}_{task}_{seed}.json"
-                rows.append(workdir.finished(path, cell, network, task, seed, data, *settings.values()))
+                rows.append(
+                    workdir.finished(path, cell, network, task, seed, data, *settings.values())
+                )
                 done(1)
         print(write(folder, rows, settings))
+
     return command.run(work)
 
 

@@ -9,6 +9,7 @@ real pixels and needs no filling; `--enlarge 2` makes 2x2 pixels of each, for ne
 epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and on a black one. A cell that is
 finished is not computed again. Writes report.md, training.json and training.png.
 """
+
 import functools
 import itertools
 import pathlib
@@ -34,7 +35,11 @@ from cnnjax.train.parallel import Parallel
 
 _SIZE, _SHIFT, _TARGETS = 24, 4, ("H", "V")
 _EPOCHS = (0, 1, 2, 5)  # probed besides the last
-_PROBE = (64, 16, 48)  # test images that the readout is fitted to, chooses its strength on and is scored on
+_PROBE = (
+    64,
+    16,
+    48,
+)  # test images that the readout is fitted to, chooses its strength on and is scored on
 _RATE, _BATCH, _TEST_BATCH = 2e-3, 100, 200
 
 
@@ -48,36 +53,73 @@ class Net(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, (features, stride) in enumerate(self.layers, 1):
-            x = nn.relu(Conv(features, 3, stride, padding=1, fill=self.padding, kernel_init=he_normal_fan_out, name=f"conv{number}")(x))
+            x = nn.relu(
+                Conv(
+                    features,
+                    3,
+                    stride,
+                    padding=1,
+                    fill=self.padding,
+                    kernel_init=he_normal_fan_out,
+                    name=f"conv{number}",
+                )(x)
+            )
             yield f"conv{number}", x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
 
-def trained(model: Network, data: arrays.Split, epochs: int, seed: int, rate: float = _RATE, batch: int = _BATCH,
-            momentum: float = 0.9) -> Iterator[dict]:
+def trained(
+    model: Network,
+    data: arrays.Split,
+    epochs: int,
+    seed: int,
+    rate: float = _RATE,
+    batch: int = _BATCH,
+    momentum: float = 0.9,
+) -> Iterator[dict]:
     """Trains with Adam, its rate falling to 0 in a straight line: yields the variables before the first and after every epoch.
 
     They are there until the next are asked for, which take over their memory.
     """
     recipe, numbers = step.Recipe(model, "adam"), step.Numbers(seed=seed, momentum=momentum)
     steps = len(data.labels) // batch
-    run, rates = step.resident_steps(Parallel("jit"), recipe, batch), np.linspace(rate, 0, epochs * steps, dtype=np.float32)
+    run, rates = (
+        step.resident_steps(Parallel("jit"), recipe, batch),
+        np.linspace(rate, 0, epochs * steps, dtype=np.float32),
+    )
     state, data = step.init(recipe, data.images.shape[1:], numbers), jax.device_put(tuple(data))
     for epoch in range(epochs + 1):
         yield {"params": state.params, "batch_stats": state.batch_stats}
         if epoch < epochs:
-            state = run(state, data, step.epoch_order(len(data[1]), epoch, seed), augment.IMAGENET, rates, (epoch + 1) * steps, numbers)
+            state = run(
+                state,
+                data,
+                step.epoch_order(len(data[1]), epoch, seed),
+                augment.IMAGENET,
+                rates,
+                (epoch + 1) * steps,
+                numbers,
+            )
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _classes(model, variables, images, key):
-    return model.apply(variables, augment.normalise(images, *augment.IMAGENET), rngs={"padding": key, "dropout": key}).argmax(1)
+    return model.apply(
+        variables,
+        augment.normalise(images, *augment.IMAGENET),
+        rngs={"padding": key, "dropout": key},
+    ).argmax(1)
 
 
 def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
     """The class of each uint8 image; every batch has random numbers of its own, for networks that draw some."""
     starts = range(0, len(images), _TEST_BATCH)
-    return np.concatenate([_classes(model, variables, images[at:at + _TEST_BATCH], jax.random.key(at)) for at in starts])
+    return np.concatenate(
+        [
+            _classes(model, variables, images[at : at + _TEST_BATCH], jax.random.key(at))
+            for at in starts
+        ]
+    )
 
 
 def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -85,13 +127,17 @@ def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarra
 
     Every pixel of both becomes `enlarge` x `enlarge`.
     """
-    at = lambda top, left: images[:, top:top + _SIZE, left:left + _SIZE].repeat(enlarge, 1).repeat(enlarge, 2)
-    return at(_SHIFT, _SHIFT), np.stack([at(top, left) for top in (0, 2 * _SHIFT) for left in (0, 2 * _SHIFT)])
+    at = lambda top, left: (
+        images[:, top : top + _SIZE, left : left + _SIZE].repeat(enlarge, 1).repeat(enlarge, 2)
+    )
+    return at(_SHIFT, _SHIFT), np.stack(
+        [at(top, left) for top in (0, 2 * _SHIFT) for left in (0, 2 * _SHIFT)]
+    )
 
 
 def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[dict]:
     """What the exact readout finds of H and V in every stage of a frozen network, and in all together; None is the image itself."""
-    everything = np.concatenate([images[:sum(_PROBE)], np.zeros((1, *images.shape[1:]), np.uint8)])
+    everything = np.concatenate([images[: sum(_PROBE)], np.zeros((1, *images.shape[1:]), np.uint8)])
     if model is None:
         named = {"image": image_features(everything)}
     else:
@@ -108,71 +154,159 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
             predicted = readout(part)
             for number, name in enumerate(_TARGETS):
                 found = scores(predicted[:, number], goals[number])
-                rows.append({"stage": stage, "target": name, "data": data} | {key: float(found[key].mean()) for key in ("spc", "r2")})
+                rows.append(
+                    {"stage": stage, "target": name, "data": data}
+                    | {key: float(found[key].mean()) for key in ("spc", "r2")}
+                )
     return rows
 
 
 def network(name: str, padding: str, size: int) -> Network:
     """The network of four layers or a registered one, for images of `size`. Raises `ValueError` if nothing is left of them in it."""
     shape = (size, size, 3)
-    model = create_model(name, num_classes=10, padding=padding, input_shape=shape) if name else Net(padding=padding, input_shape=shape)
+    model = (
+        create_model(name, num_classes=10, padding=padding, input_shape=shape)
+        if name
+        else Net(padding=padding, input_shape=shape)
+    )
     stage_shapes(model, size)
     return model
 
 
-def cell(model: Network, seed: int, data: arrays.Dataset, count: int, epochs: int, tests: int, enlarge: int) -> dict:
+def cell(
+    model: Network,
+    seed: int,
+    data: arrays.Dataset,
+    count: int,
+    epochs: int,
+    tests: int,
+    enlarge: int,
+) -> dict:
     """One network: trained on `count` images of its seed's choice, probed on its way, tested in place and shifted."""
     chosen = np.random.default_rng(seed).permutation(len(data.train.labels))[:count]
     train = arrays.Split(windows(data.train.images[chosen], enlarge)[0], data.train.labels[chosen])
     middle, shifted = windows(data.test.images, enlarge)
-    probed = np.random.default_rng(seed).permutation(len(middle))[:sum(_PROBE)]
+    probed = np.random.default_rng(seed).permutation(len(middle))[: sum(_PROBE)]
     probes = []
     for epoch, variables in enumerate(trained(model, train, epochs, seed)):
         if epoch in _EPOCHS or epoch == epochs:
             probes += [{"epoch": epoch} | row for row in probe(model, variables, middle[probed])]
-    there, moved = classify(model, variables, middle[:tests]), np.stack([classify(model, variables, part[:tests]) for part in shifted])
+    there, moved = (
+        classify(model, variables, middle[:tests]),
+        np.stack([classify(model, variables, part[:tests]) for part in shifted]),
+    )
     labels = data.test.labels[:tests]
-    return {"padding": model.padding, "seed": seed, "accuracy": float((there == labels).mean()), "shifted": float((moved == labels).mean()),
-            "agreement": float((moved == there).mean()), "probes": probes}
+    return {
+        "padding": model.padding,
+        "seed": seed,
+        "accuracy": float((there == labels).mean()),
+        "shifted": float((moved == labels).mean()),
+        "agreement": float((moved == there).mean()),
+        "probes": probes,
+    }
 
 
-def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, enlarge: int, image: list[dict]) -> str:
+def write(
+    folder: pathlib.Path, rows: list[dict], name: str, train: int, enlarge: int, image: list[dict]
+) -> str:
     """Writes the results, the report and the figure; returns the first table."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     paddings = list(dict.fromkeys(row["padding"] for row in rows))
     stages = list(dict.fromkeys(entry["stage"] for entry in rows[0]["probes"]))
     epochs = sorted({entry["epoch"] for entry in rows[0]["probes"]})
 
     def r2(padding, **keys):
         """One value for each seed."""
-        return [entry["r2"] for row in rows if row["padding"] == padding for entry in row["probes"] if keys.items() <= entry.items()]
+        return [
+            entry["r2"]
+            for row in rows
+            if row["padding"] == padding
+            for entry in row["probes"]
+            if keys.items() <= entry.items()
+        ]
 
     final = []
     for padding in paddings:
         mine = [row for row in rows if row["padding"] == padding]
-        final.append([padding, *(report.spread([100 * row[key] for row in mine], 1) for key in ("accuracy", "shifted", "agreement")),
-                      *(report.spread(r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2)
-                        for name in _TARGETS for epoch in (0, epochs[-1])),
-                      *(report.spread(r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2) for epoch in (0, epochs[-1])),
-                      str(len(mine))])
-    header = ["padding", "accuracy, %", f"shifted by {_SHIFT * enlarge} px", "same answer", "R2 of H, untrained", "trained",
-              "R2 of V, untrained", "trained", "H on black, untrained", "trained", "n"]
+        final.append(
+            [
+                padding,
+                *(
+                    report.spread([100 * row[key] for row in mine], 1)
+                    for key in ("accuracy", "shifted", "agreement")
+                ),
+                *(
+                    report.spread(
+                        r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2
+                    )
+                    for name in _TARGETS
+                    for epoch in (0, epochs[-1])
+                ),
+                *(
+                    report.spread(
+                        r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2
+                    )
+                    for epoch in (0, epochs[-1])
+                ),
+                str(len(mine)),
+            ]
+        )
+    header = [
+        "padding",
+        "accuracy, %",
+        f"shifted by {_SHIFT * enlarge} px",
+        "same answer",
+        "R2 of H, untrained",
+        "trained",
+        "R2 of V, untrained",
+        "trained",
+        "H on black, untrained",
+        "trained",
+        "n",
+    ]
     table = report.table(header, final)
-    lines = [[padding, stage, *(report.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2) for epoch in epochs)]
-             for padding in paddings for stage in stages]
+    lines = [
+        [
+            padding,
+            stage,
+            *(
+                report.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2)
+                for epoch in epochs
+            ),
+        ]
+        for padding in paddings
+        for stage in stages
+    ]
     by_stage = report.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
 
-    figure, axes = pyplot.subplots(2, len(stages), figsize=(2.6 * len(stages), 5), sharex=True, sharey="row", layout="constrained")
+    figure, axes = pyplot.subplots(
+        2,
+        len(stages),
+        figsize=(2.6 * len(stages), 5),
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
     for axis_row, data in zip(axes, ("natural", "black")):
         for axis, stage in zip(axis_row, stages):
             for number, padding in enumerate(paddings):
-                values = np.array([r2(padding, epoch=epoch, stage=stage, target="H", data=data) for epoch in epochs])
+                values = np.array(
+                    [
+                        r2(padding, epoch=epoch, stage=stage, target="H", data=data)
+                        for epoch in epochs
+                    ]
+                )
                 mean, std = values.mean(1), report.bar(values.T)
                 axis.plot(epochs, mean, ".-", color=f"C{number}", label=padding)
-                axis.fill_between(epochs, mean - std, mean + std, color=f"C{number}", alpha=0.2, lw=0)
+                axis.fill_between(
+                    epochs, mean - std, mean + std, color=f"C{number}", alpha=0.2, lw=0
+                )
             axis.axhline(0, color="black", lw=0.5)
-            axis.set_title(f"{stage}, {'test images' if data == 'natural' else 'a black image'}", fontsize=9)
+            axis.set_title(
+                f"{stage}, {'test images' if data == 'natural' else 'a black image'}", fontsize=9
+            )
         axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
     for axis in axes[1]:
         axis.set_xlabel("epoch")
@@ -180,9 +314,16 @@ def write(folder: pathlib.Path, rows: list[dict], name: str, train: int, enlarge
     workdir.write_figure(folder / "training.png", figure)
     pyplot.close(figure)
     workdir.write_json(folder / "training.json", {"rows": rows, "image": image})
-    size, enlarged = enlarge * _SIZE, f" (24x24 px, each made {enlarge}x{enlarge})" if enlarge > 1 else ""
-    alone = ", ".join(f"{row['target']} {row['r2']:.2f}" for row in image if row["data"] == "natural")
-    workdir.write(folder / "report.md", f"""# Position before and after training
+    size, enlarged = (
+        enlarge * _SIZE,
+        f" (24x24 px, each made {enlarge}x{enlarge})" if enlarge > 1 else "",
+    )
+    alone = ", ".join(
+        f"{row['target']} {row['r2']:.2f}" for row in image if row["data"] == "natural"
+    )
+    workdir.write(
+        folder / "report.md",
+        f"""# Position before and after training
 
 {name}, CIFAR-10, {train:,} training images of {size}x{size} px{enlarged}, {epochs[-1]} epochs; mean ± sample standard deviation over
 seeds. R2 is the share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages
@@ -194,7 +335,8 @@ images that are given the class of the unshifted one.
 
 {by_stage}
 ![R2 of H while a network is trained](training.png)
-""")
+""",
+    )
     return table
 
 
@@ -202,16 +344,28 @@ def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
     """Raises `ValueError` where more images are asked for than there are."""
     for name, count, split in (("train", train, data.train), ("test", test, data.test)):
         if count > len(split.labels):
-            raise ValueError(f"{name}={count} is more than the {len(split.labels)} images of that part")
+            raise ValueError(
+                f"{name}={count} is more than the {len(split.labels)} images of that part"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
     parser.add_workdir("runs/position_training")
     parser.add_data_dir()
-    parser.add_argument("--network", default="", metavar="NAME", help="a registered one (default: one of four convolutions)")
+    parser.add_argument(
+        "--network",
+        default="",
+        metavar="NAME",
+        help="a registered one (default: one of four convolutions)",
+    )
     parser.add_count("enlarge", 1, "pixels that each pixel becomes, in both directions")
-    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=["zeros", "partial", "none", "reflect", "replicate", "circular"])
+    parser.add_argument(
+        "--paddings",
+        nargs="+",
+        choices=FILLS,
+        default=["zeros", "partial", "none", "reflect", "replicate", "circular"],
+    )
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
     parser.add_count("epochs", 8, "of training")
@@ -223,7 +377,10 @@ def main(arguments: list[str] | None = None) -> int:
         data = arrays.load("cifar10", options.data_dir)
         settings = {key: getattr(options, key) for key in ("train", "epochs", "test", "enlarge")}
         check_counts(data, options.train, options.test)
-        models = [network(options.network, padding, options.enlarge * _SIZE) for padding in options.paddings]
+        models = [
+            network(options.network, padding, options.enlarge * _SIZE)
+            for padding in options.paddings
+        ]
         folder, rows = workdir.prepare(options.workdir, {"network": options.network} | settings), []
         with progress(options.seeds * len(options.paddings), "networks") as done:
             for seed, model in itertools.product(range(options.seeds), models):
@@ -231,7 +388,17 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(workdir.finished(path, cell, model, seed, data, *settings.values()))
                 done(1)
         image = probe(None, {}, windows(data.test.images, options.enlarge)[0])
-        print(write(folder, rows, options.network or "Four convolutions", options.train, options.enlarge, image))
+        print(
+            write(
+                folder,
+                rows,
+                options.network or "Four convolutions",
+                options.train,
+                options.enlarge,
+                image,
+            )
+        )
+
     return command.run(work)
 
 

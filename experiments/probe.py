@@ -7,6 +7,7 @@ FILE holds torchvision's features of MobileNetV2, with or without the classifier
 images, held out, and the test set is read once per probe. Every repetition has training images of its own. Writes report.md
 and probe.json.
 """
+
 import pathlib
 import sys
 
@@ -32,34 +33,56 @@ def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.input_shape)))
     else:
         variables = weights.load_torchvision(path, model, missing="classifier")
-    return model, variables | {"params": variables["params"] | {"classifier.1": {"kernel": jnp.eye(1280), "bias": jnp.zeros(1280)}}}
+    return model, variables | {
+        "params": variables["params"]
+        | {"classifier.1": {"kernel": jnp.eye(1280), "bias": jnp.zeros(1280)}}
+    }
 
 
 def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> np.ndarray:
     """Features [n, 1280] of uint8 images, resized to `size` pixels."""
+
     def resized(model, variables, images):
-        return model.apply(variables, jax.image.resize(images, (len(images), size, size, 3), "bilinear"))
+        return model.apply(
+            variables, jax.image.resize(images, (len(images), size, size, 3), "bilinear")
+        )
 
     parallel = Parallel()
     variables, moments = parallel.replicate((variables, augment.IMAGENET))
     with progress(len(images), "images") as done:
+
         def batches():
             for batch in evaluate.batches_of(images, _BATCH):
                 yield batch
                 done(len(batch))
+
         return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, resized)
 
 
 def write(options, rows: list[dict]) -> str:
     """Writes the results and the report; returns the table."""
     options.workdir.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(options.workdir / "probe.json", {"train": options.train, "test": options.test, "size": options.size, "rows": rows})
+    workdir.write_json(
+        options.workdir / "probe.json",
+        {"train": options.train, "test": options.test, "size": options.size, "rows": rows},
+    )
     lines = []
     for name in dict.fromkeys(row["weights"] for row in rows):
-        found, strengths = zip(*((row["accuracy"], f"{row['strength']:g}") for row in rows if row["weights"] == name))
-        lines.append([name, report.spread([100 * value for value in found], 2), str(len(found)), ", ".join(strengths)])
-    text = (f"# A linear probe on MobileNetV2's features\n\nCIFAR-10 at {options.size} px, {options.train:,} training and "
-            f"{options.test:,} test images; accuracy in percent, over disjoint sets of training images.\n\n")
+        found, strengths = zip(
+            *((row["accuracy"], f"{row['strength']:g}") for row in rows if row["weights"] == name)
+        )
+        lines.append(
+            [
+                name,
+                report.spread([100 * value for value in found], 2),
+                str(len(found)),
+                ", ".join(strengths),
+            ]
+        )
+    text = (
+        f"# A linear probe on MobileNetV2's features\n\nCIFAR-10 at {options.size} px, {options.train:,} training and "
+        f"{options.test:,} test images; accuracy in percent, over disjoint sets of training images.\n\n"
+    )
     table = report.table(["weights", "mean ± std", "n", "strengths chosen"], lines)
     workdir.write(options.workdir / "report.md", text + table)
     return table
@@ -67,7 +90,12 @@ def write(options, rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("--weights", type=pathlib.Path, required=True, help="a safetensors file with torchvision's names")
+    parser.add_argument(
+        "--weights",
+        type=pathlib.Path,
+        required=True,
+        help="a safetensors file with torchvision's names",
+    )
     parser.add_data_dir()
     parser.add_workdir("runs/probe")
     parser.add_count("train", 10_000, "training images of one probe", 50)
@@ -80,19 +108,34 @@ def main(arguments: list[str] | None = None) -> int:
         backend.start()
         data = arrays.load("cifar10", options.data_dir)
         networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
-        wanted, at_hand = options.train * options.repeats, [len(split.images) for split in (data.train, data.test)]
+        wanted, at_hand = (
+            options.train * options.repeats,
+            [len(split.images) for split in (data.train, data.test)],
+        )
         if wanted > at_hand[0] or options.test > at_hand[1]:
-            raise ValueError(f"train={options.train} times repeats={options.repeats} and test={options.test} do not fit: CIFAR-10 has "
-                             f"{at_hand[0]} training and {at_hand[1]} test images")
+            raise ValueError(
+                f"train={options.train} times repeats={options.repeats} and test={options.test} do not fit: CIFAR-10 has "
+                f"{at_hand[0]} training and {at_hand[1]} test images"
+            )
         order = np.random.default_rng(0).permutation(len(data.train.images))[:wanted]
-        test_labels, rows = data.test.labels[:options.test], []
+        test_labels, rows = data.test.labels[: options.test], []
         for name, network in networks.items():
-            parts = data.train.images[order], data.test.images[:options.test]
+            parts = data.train.images[order], data.test.images[: options.test]
             train, test = (extract(*network, images, options.size) for images in parts)
             for number, part in enumerate(np.split(np.arange(wanted), options.repeats)):
-                accuracy, strength = linear_probe(train[part], data.train.labels[order][part], test, test_labels)
-                rows.append({"weights": name, "repetition": number, "accuracy": accuracy, "strength": strength})
+                accuracy, strength = linear_probe(
+                    train[part], data.train.labels[order][part], test, test_labels
+                )
+                rows.append(
+                    {
+                        "weights": name,
+                        "repetition": number,
+                        "accuracy": accuracy,
+                        "strength": strength,
+                    }
+                )
         print(write(options, rows))
+
     return command.run(work)
 
 

@@ -9,6 +9,7 @@ alternate between the two, since whatever else the machine does only adds to the
 step on the mean square of the logits. PyTorch runs eagerly, with channels last, on as many threads as JAX has processors.
 Writes zoo.md and zoo.json, a network at a time.
 """
+
 import copy
 import inspect
 import os
@@ -24,9 +25,19 @@ import numpy as np
 from cnnjax import backend, command, weights, workdir
 from cnnjax.models import base, create_model, list_models
 
-COLUMNS = {"model": "network", "parameters": "parameters", "torchvision": "torchvision's", "eval": "eval error",
-           "their_eval": "torchvision's", "train": "train error", "their_train": "torchvision's", "forward_ms": "forward, ms",
-           "forward_ratio": "over torch", "step_ms": "training step, ms", "step_ratio": "over torch"}
+COLUMNS = {
+    "model": "network",
+    "parameters": "parameters",
+    "torchvision": "torchvision's",
+    "eval": "eval error",
+    "their_eval": "torchvision's",
+    "train": "train error",
+    "their_train": "torchvision's",
+    "forward_ms": "forward, ms",
+    "forward_ratio": "over torch",
+    "step_ms": "training step, ms",
+    "step_ratio": "over torch",
+}
 
 
 def load_torchvision():
@@ -35,17 +46,25 @@ def load_torchvision():
         import torch
         import torchvision
     except (ImportError, RuntimeError) as error:
-        raise SystemExit(f"experiments.zoo compares with torchvision, which cannot be imported ({error}): "
-                         "pip install torch==2.13.0 torchvision==0.28.0") from error
+        raise SystemExit(
+            f"experiments.zoo compares with torchvision, which cannot be imported ({error}): "
+            "pip install torch==2.13.0 torchvision==0.28.0"
+        ) from error
     return torch, torchvision
 
 
 def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
     """One network's row."""
-    rates = [field for field in ("dropout", "dropout_aux") if field in inspect.signature(base._REGISTRY[name]).parameters]
+    rates = [
+        field
+        for field in ("dropout", "dropout_aux")
+        if field in inspect.signature(base._REGISTRY[name]).parameters
+    ]
     model = create_model(name, **dict.fromkeys(rates, 0.0))
     size = model.input_shape[0]
-    rates = {} if name.startswith("densenet") else dict.fromkeys(rates, 0.0)  # there torchvision calls it drop_rate, and it is 0
+    rates = (
+        {} if name.startswith("densenet") else dict.fromkeys(rates, 0.0)
+    )  # there torchvision calls it drop_rate, and it is 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the slow initialisation of two networks
         theirs = torchvision.models.get_model(name, weights=None, **rates)
@@ -57,20 +76,36 @@ def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
             if value.ndim == 1:
                 value += 0.1 * torch.rand(value.shape, generator=generator)
     paths = weights.torchvision_keys(weights.variable_shapes(model))
-    state = {key: value.numpy() for key, value in theirs.state_dict().items() if not key.endswith("num_batches_tracked")}
+    state = {
+        key: value.numpy()
+        for key, value in theirs.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
     if paths.keys() != state.keys():
-        raise ValueError(f"{name} has not torchvision's keys: {sorted(paths.keys() ^ state.keys())[:5]} ...")
+        raise ValueError(
+            f"{name} has not torchvision's keys: {sorted(paths.keys() ^ state.keys())[:5]} ..."
+        )
     axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # torchvision's -> ours
-    variables = {paths[key]: jnp.array(value.transpose(axes[value.ndim])) for key, value in state.items()}
+    variables = {
+        paths[key]: jnp.array(value.transpose(axes[value.ndim])) for key, value in state.items()
+    }
     variables = flax.traverse_util.unflatten_dict(variables)
     params, stats = variables["params"], variables.get("batch_stats", {})
     images = np.random.default_rng(0).standard_normal((batch, size, size, 3), np.float32)
-    x, y = jnp.asarray(images), torch.from_numpy(images.transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last)
+    x, y = (
+        jnp.asarray(images),
+        torch.from_numpy(images.transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last),
+    )
 
     apply = jax.jit(model.apply)
 
     def loss(params, stats, x):
-        logits, new = model.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats", "auxiliary"])
+        logits, new = model.apply(
+            {"params": params, "batch_stats": stats},
+            x,
+            train=True,
+            mutable=["batch_stats", "auxiliary"],
+        )
         heads = [logits, *jax.tree.leaves(new.get("auxiliary", {}))]
         return sum(jnp.square(head).mean() for head in heads), (logits, new.get("batch_stats", {}))
 
@@ -96,17 +131,27 @@ def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
         return heads[0].detach()
 
     def errors(ours, theirs, expected):
-        return [float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()) for found in (ours, theirs)]
+        return [
+            float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+            for found in (ours, theirs)
+        ]
 
     def exact(train):
         output = copy.deepcopy(theirs).double().train(train)(y.double())
         return (output if isinstance(output, torch.Tensor) else output[0]).numpy()
 
-    row = {"model": name, "batch": batch, "size": size, "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-           "torchvision": sum(p.numel() for p in theirs.parameters())}
+    row = {
+        "model": name,
+        "batch": batch,
+        "size": size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "torchvision": sum(p.numel() for p in theirs.parameters()),
+    }
     with torch.inference_mode():
         expected = {train: exact(train) for train in (False, True)}
-    row["eval"], row["their_eval"] = errors(apply({"params": params, "batch_stats": stats}, x), their_forward(), expected[False])
+    row["eval"], row["their_eval"] = errors(
+        apply({"params": params, "batch_stats": stats}, x), their_forward(), expected[False]
+    )
     params, stats, logits = step(params, stats, x)
     row["train"], row["their_train"] = errors(logits, their_step(), expected[True])
     times = {"forward": [], "their_forward": [], "step": [], "their_step": []}
@@ -123,18 +168,43 @@ def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
         start = time.perf_counter()
         their_step()
         times["their_step"].append(time.perf_counter() - start)
-    times = {key: 1e3 * min(values[1:]) for key, values in times.items()}  # the first run of each warms up
-    return {**row, "forward_ms": times["forward"], "forward_ratio": times["forward"] / times["their_forward"],
-            "step_ms": times["step"], "step_ratio": times["step"] / times["their_step"]}
+    times = {
+        key: 1e3 * min(values[1:]) for key, values in times.items()
+    }  # the first run of each warms up
+    return {
+        **row,
+        "forward_ms": times["forward"],
+        "forward_ratio": times["forward"] / times["their_forward"],
+        "step_ms": times["step"],
+        "step_ratio": times["step"] / times["their_step"],
+    }
 
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
-    formats = {"parameters": ",", "torchvision": ",", "eval": ".0e", "their_eval": ".0e", "train": ".0e", "their_train": ".0e",
-               "forward_ms": ".0f", "forward_ratio": ".2f",
-               "step_ms": ".0f", "step_ratio": ".2f"}
+    formats = {
+        "parameters": ",",
+        "torchvision": ",",
+        "eval": ".0e",
+        "their_eval": ".0e",
+        "train": ".0e",
+        "their_train": ".0e",
+        "forward_ms": ".0f",
+        "forward_ratio": ".2f",
+        "step_ms": ".0f",
+        "step_ratio": ".2f",
+    }
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(format(row[key], formats.get(key, "")) for key in COLUMNS) + " |" for row in rows]) + "\n"
+    return (
+        "\n".join(
+            lines
+            + [
+                "| " + " | ".join(format(row[key], formats.get(key, "")) for key in COLUMNS) + " |"
+                for row in rows
+            ]
+        )
+        + "\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,9 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(compare(torch, torchvision, name, options.batch, options.repeats))
             print(markdown(rows[-1:]).splitlines()[-1], flush=True)
             workdir.write(
-                options.workdir / "zoo.md", f"Batch {options.batch}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}, "
-                f"torchvision {torchvision.__version__}, jax {jax.__version__}.\n\n" + markdown(rows))
+                options.workdir / "zoo.md",
+                f"Batch {options.batch}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}, "
+                f"torchvision {torchvision.__version__}, jax {jax.__version__}.\n\n"
+                + markdown(rows),
+            )
             workdir.write_json(options.workdir / "zoo.json", rows)
+
     return command.run(work)
 
 

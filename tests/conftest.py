@@ -10,13 +10,27 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Of modules whose annotations name shapes they are checked at every call, an int being a float as everywhere in Python. It works on
 # what is imported after it. Over the whole package the tests took a quarter longer.
-jaxtyping.install_import_hook([f"cnnjax.{name}" for name in ("nn", "models.base", "position", "data.augment", "train.evaluate", "transfer",
-                                                             "visualize")],
-                              "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+jaxtyping.install_import_hook(
+    [
+        f"cnnjax.{name}"
+        for name in (
+            "nn",
+            "models.base",
+            "position",
+            "data.augment",
+            "train.evaluate",
+            "transfer",
+            "visualize",
+        )
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 from cnnjax import backend  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)  # for what runs on many devices; the rest uses the first
+jax.config.update(
+    "jax_num_cpu_devices", 8
+)  # for what runs on many devices; the rest uses the first
 backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a quarter of the time.
@@ -38,8 +52,22 @@ def pytest_itemcollected(item):
 
 
 # Modules whose tests share what takes long to make, and would be made once on every worker.
-_TOGETHER = tuple(f"tests/test_{name}.py" for name in ("bad_input", "basics", "claims", "combine", "configs", "distributed", "ensemble", "faults",
-                                                       "notebooks", "position", "train"))
+_TOGETHER = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "bad_input",
+        "basics",
+        "claims",
+        "combine",
+        "configs",
+        "distributed",
+        "ensemble",
+        "faults",
+        "notebooks",
+        "position",
+        "train",
+    )
+)
 
 
 class _Scheduling(LoadScopeScheduling):

@@ -1,4 +1,5 @@
 """What many tests use: a jit that compiles quickly, variables without an initialisation, and the exit code of a command."""
+
 import functools
 from collections.abc import Callable
 
@@ -23,8 +24,13 @@ def variables(model, image=None, *arguments, **options) -> dict:
         spread = {"mean": 0.1, "bias": 0.1}.get(kind, np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1)))
         return jnp.asarray(np.float32(spread) * rng.standard_normal(leaf.shape, np.float32))
 
-    shapes = weights.variable_shapes(model) if image is None else jax.eval_shape(
-        lambda image: model.init(jax.random.key(0), image, *arguments, **options), image)
+    shapes = (
+        weights.variable_shapes(model)
+        if image is None
+        else jax.eval_shape(
+            lambda image: model.init(jax.random.key(0), image, *arguments, **options), image
+        )
+    )
     return jax.tree.map_with_path(draw, shapes)
 
 

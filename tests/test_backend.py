@@ -12,13 +12,18 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 def python(code: str, **environment) -> str:
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_flag_is_set_before_jax_and_appended_to_the_users():
     code = "import cnnjax, os, sys; print('jax' in sys.modules, os.environ['XLA_FLAGS'])"
     assert python(code) == f"False {FLAG}=individual_dot"
-    assert python(code, XLA_FLAGS="--xla_cpu_enable_fast_math=false") == f"False --xla_cpu_enable_fast_math=false {FLAG}=individual_dot"
+    assert (
+        python(code, XLA_FLAGS="--xla_cpu_enable_fast_math=false")
+        == f"False --xla_cpu_enable_fast_math=false {FLAG}=individual_dot"
+    )
     assert python(code, XLA_FLAGS=f"{FLAG}=-reduce") == f"False {FLAG}=-reduce"
 
 
@@ -53,7 +58,10 @@ def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
     assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
     assert own.endswith(f"-{backend.cores()}")
     if hasattr(os, "sched_setaffinity"):
-        single = python("import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + code, XDG_CACHE_HOME=str(tmp_path),
-                        JAX_COMPILATION_CACHE_DIR="")
+        single = python(
+            "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + code,
+            XDG_CACHE_HOME=str(tmp_path),
+            JAX_COMPILATION_CACHE_DIR="",
+        )
         assert single == own.rpartition("-")[0] + "-1"
     assert python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")

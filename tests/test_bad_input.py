@@ -1,4 +1,5 @@
 """What a user may get wrong, command by command: one clear line, an exit code that is not 0, no traceback, and nothing damaged."""
+
 import gzip
 import json
 import pathlib
@@ -42,9 +43,19 @@ json.dump(found, sys.stdout)
 TRAIN, STUDY = ("main", "--config=configs/lenet_digits.py"), ("main", "--config=configs/posenet.py")
 CIFAR, MNIST = (*TRAIN, "--config.dataset=cifar10"), (*TRAIN, "--config.dataset=mnist")
 FOLDER = (*TRAIN, "--config.dataset=folder", "--config.model=squeezenet1_1")
-WEIGHTS = (*STUDY, "--config.encoders=('squeezenet1_1',)", "--config.photographs=PHOTOGRAPHS", "--config.image_size=32",
-           "--config.stages=('fire3',)", "--config.paddings=('zeros',)", "--config.sgd_paddings=()", "--config.n_train=1",
-           "--config.n_held_out=1", "--config.n_test=1", "--config.seeds=1")
+WEIGHTS = (
+    *STUDY,
+    "--config.encoders=('squeezenet1_1',)",
+    "--config.photographs=PHOTOGRAPHS",
+    "--config.image_size=32",
+    "--config.stages=('fire3',)",
+    "--config.paddings=('zeros',)",
+    "--config.sgd_paddings=()",
+    "--config.n_train=1",
+    "--config.n_held_out=1",
+    "--config.n_test=1",
+    "--config.seeds=1",
+)
 LEVELS = ("visualize", "filters", "--model=squeezenet1_1", "--workdir=OUT")
 SOUP = ("combine", "--method=uniform", "--workdir=OUT")
 
@@ -57,12 +68,21 @@ CASES = [
     (("main", "--config=FILES/wrong.py"), "invalid syntax"),
     ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --config, --workdir"),
     ((*STUDY, "surplus"), "unexpected argument 'surplus'"),
-    ((*STUDY, "--config.encodrs=('vgg16',)"), "--config has no such key: 'encodrs' Did you mean \"encoders\""),
+    (
+        (*STUDY, "--config.encodrs=('vgg16',)"),
+        "--config has no such key: 'encodrs' Did you mean \"encoders\"",
+    ),
     ((*STUDY, "--config.seeds=many"), "many"),
-    ((*STUDY, "--config.kind=dance"), "kind='dance' of the configuration is not one of position, train"),
+    (
+        (*STUDY, "--config.kind=dance"),
+        "kind='dance' of the configuration is not one of position, train",
+    ),
     # Work directories.
     ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
-    ((*TRAIN, "--workdir=FILES/other"), "holds a run of another configuration (accumulate=None there, 1 now); choose another --workdir"),
+    (
+        (*TRAIN, "--workdir=FILES/other"),
+        "holds a run of another configuration (accumulate=None there, 1 now); choose another --workdir",
+    ),
     ((*TRAIN, "--workdir=FILES/scrawl"), "holds a config.json that is not JSON"),
     ((*TRAIN, "--workdir=/proc/run"), "cannot be written to"),
     # The position study.
@@ -72,7 +92,10 @@ CASES = [
     ((*STUDY, "--config.paddings=()"), "paddings=() must name at least one"),
     ((*STUDY, "--config.sgd_paddings=('mirror',)"), "padding='mirror' is not one of"),
     ((*STUDY, "--config.targets=('D',)"), "targets='D' is not one of H, V, G, HS, VS"),
-    ((*STUDY, "--config.targets=('H','H')"), "targets=('H', 'H') must name at least one, each once"),
+    (
+        (*STUDY, "--config.targets=('H','H')"),
+        "targets=('H', 'H') must name at least one, each once",
+    ),
     ((*STUDY, "--config.data=('grey',)"), "data='grey' is not one of natural, black, white, noise"),
     ((*STUDY, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
     ((*STUDY, "--config.kernel=29"), "kernel=29 is not between 1 and 28, the side of the features"),
@@ -86,18 +109,33 @@ CASES = [
     ((*STUDY, "--config.photographs=FILES/nothing"), "photographs='FILES/nothing' is not a folder"),
     ((*STUDY, "--config.photographs=EMPTY"), "holds no image file"),
     ((*STUDY, "--config.photographs=BROKEN"), "a.jpg"),
-    ((*STUDY, "--config.photographs=BOMB"), "a.png is not a readable image: Image size (900000000 pixels) exceeds limit"),
+    (
+        (*STUDY, "--config.photographs=BOMB"),
+        "a.png is not a readable image: Image size (900000000 pixels) exceeds limit",
+    ),
     # Weights.
-    ((*WEIGHTS, "--config.weights=FILES/nothing.safetensors"), "nothing.safetensors' is neither 'random', 'imagenet' nor a safetensors file"),
+    (
+        (*WEIGHTS, "--config.weights=FILES/nothing.safetensors"),
+        "nothing.safetensors' is neither 'random', 'imagenet' nor a safetensors file",
+    ),
     ((*WEIGHTS, "--config.weights=FILES/pickle.pth"), "is not a readable safetensors file"),
     ((*WEIGHTS, "--config.weights=FILES/cut.safetensors"), "is not a readable safetensors file"),
-    ((*WEIGHTS, "--config.weights=FILES/other.safetensors"), "not in the file: classifier.1.bias (1000,); "),
-    ((*WEIGHTS, "--config.weights=FILES/other.safetensors", "--config.missing=('head',)"), "missing=['head'] are not modules of this model"),
+    (
+        (*WEIGHTS, "--config.weights=FILES/other.safetensors"),
+        "not in the file: classifier.1.bias (1000,); ",
+    ),
+    (
+        (*WEIGHTS, "--config.weights=FILES/other.safetensors", "--config.missing=('head',)"),
+        "missing=['head'] are not modules of this model",
+    ),
     # Training.
     ((*TRAIN, "--config.epochs=0"), "epochs=0 is not a number of at least 1"),
     ((*TRAIN, "--config.batch_size=0"), "batch_size=0 is not a number of at least 1"),
     ((*TRAIN, "--config.batch_size=2000"), "batch_size=2000 is more than the 1437 training images"),
-    ((*TRAIN, "--config.accumulate=3"), "batch_size=128 is not a multiple of 1 device(s) times accumulate=3"),
+    (
+        (*TRAIN, "--config.accumulate=3"),
+        "batch_size=128 is not a multiple of 1 device(s) times accumulate=3",
+    ),
     ((*TRAIN, "--config.seed=-1"), "seed=-1 is not a number of at least 0"),
     ((*TRAIN, "--config.mixup=-0.1"), "mixup=-0.1 is not a number of at least 0"),
     ((*TRAIN, "--config.weight_decay=-1.0"), "weight_decay=-1.0 is not a number of at least 0"),
@@ -110,79 +148,147 @@ CASES = [
     ((*TRAIN, "--config.optimizer=sdg"), "optimizer='sdg' is not one of sgd"),
     ((*TRAIN, "--config.loss=l2"), "loss='l2' is not one of cross_entropy"),
     ((*TRAIN, "--config.dtype=float16"), "dtype='float16' is not one of float32, bfloat16"),
-    ((*TRAIN, "--config.parallel=pmapped"), "parallel='pmapped' is not one of auto, jit, pmap, shard_map"),
+    (
+        (*TRAIN, "--config.parallel=pmapped"),
+        "parallel='pmapped' is not one of auto, jit, pmap, shard_map",
+    ),
     ((*TRAIN, "--config.pixels=raw"), "pixels='raw' is not one of standardised, imagenet, centred"),
     ((*TRAIN, "--config.test_views=3"), "test_views=3 is not one of 1, 2, 10"),
-    ((*TRAIN, "--config.test_views=10"), "test_views=10 takes corners, which needs a streamed dataset"),
-    ((*TRAIN, "--config.augment.fill=mirror"), "augment.fill='mirror' is not one of zeros, reflect"),
+    (
+        (*TRAIN, "--config.test_views=10"),
+        "test_views=10 takes corners, which needs a streamed dataset",
+    ),
+    (
+        (*TRAIN, "--config.augment.fill=mirror"),
+        "augment.fill='mirror' is not one of zeros, reflect",
+    ),
     ((*TRAIN, "--config.schedule.name=stairs"), "schedule.name='stairs' is not one of constant"),
-    ((*TRAIN, "--config.schedule.name=plateau"), "schedule.name='plateau' watches the validation error: n_validation=0"),
+    (
+        (*TRAIN, "--config.schedule.name=plateau"),
+        "schedule.name='plateau' watches the validation error: n_validation=0",
+    ),
     ((*TRAIN, "--config.n_validation=1437"), "n_validation=1437 is not between 0 and 1436"),
     # Data.
     ((*TRAIN, "--config.dataset=cifar11"), "dataset='cifar11' is not one of digits, mnist"),
     ((*TRAIN, "--config.dataset=tfds:nothing", "--config.data_dir=EMPTY"), "nothing"),
-    ((*CIFAR, "--config.data_dir=FILES/short"), "data_batch_1.bin holds 100 bytes of data where [10000, 3073] are 30,730,000"),
+    (
+        (*CIFAR, "--config.data_dir=FILES/short"),
+        "data_batch_1.bin holds 100 bytes of data where [10000, 3073] are 30,730,000",
+    ),
     ((*CIFAR, "--config.data_dir=FILES/labels"), "labels of cifar10"),
     ((*MNIST, "--config.data_dir=FILES/scrawl"), "train-images-idx3-ubyte.gz"),
     ((*MNIST, "--config.data_dir=FILES/short"), "train-images-idx3-ubyte.gz"),
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),
     ((*FOLDER, "--config.data_dir=FILES/one_class"), "val"),
     # Sweeps, combinations, summaries, figures.
-    (("sweep", "--config=configs/posenet.py", "--workdir=OUT"), "kind='position' of the configuration is not 'train'"),
+    (
+        ("sweep", "--config=configs/posenet.py", "--workdir=OUT"),
+        "kind='position' of the configuration is not 'train'",
+    ),
     (("sweep", "--config=configs/alexnet_imagenet.py", "--workdir=OUT"), "sweep"),
     ((*SOUP, "--runs", "FILES/nothing*"), "matches no work directory of a training run"),
     ((*SOUP, "--runs", "FILES/other"), "takes at least two runs"),
     (("combine", "--method=uniform"), "the following arguments are required: --runs, --workdir"),
-    (("combine", "--method=stew", "--runs", "FILES/other", "--workdir=OUT"), "invalid choice: 'stew'"),
+    (
+        ("combine", "--method=stew", "--runs", "FILES/other", "--workdir=OUT"),
+        "invalid choice: 'stew'",
+    ),
     (("summary",), "the following arguments are required: model"),
     (("summary", "vgg61"), "model='vgg61' is not known"),
     (("summary", "vgg16", "--input=0"), "'0' is not a whole number of at least 1"),
-    (("summary", "vgg16", "--input=big"), "argument --input: 'big' is not a whole number of at least 1"),
-    (("summary", "vgg16", "--batch=0"), "argument --batch: '0' is not a whole number of at least 1"),
-    (("summary", "vgg16", "--input=16"), "input=16x16: a 2x2 pool with padding='zeros' has no output on a 1x1 map"),
+    (
+        ("summary", "vgg16", "--input=big"),
+        "argument --input: 'big' is not a whole number of at least 1",
+    ),
+    (
+        ("summary", "vgg16", "--batch=0"),
+        "argument --batch: '0' is not a whole number of at least 1",
+    ),
+    (
+        ("summary", "vgg16", "--input=16"),
+        "input=16x16: a 2x2 pool with padding='zeros' has no output on a 1x1 map",
+    ),
     (("summary", "vgg16", "--padding=mirror"), "padding='mirror' is not one of"),
     (("summary", "vgg16", "--format=html"), "format='html' is not one of text, markdown, json"),
     ((*LEVELS, "--weights=FILES/nothing.safetensors"), "nothing.safetensors' is not a file"),
     (("visualize", "films", "--model=vgg16", "--workdir=OUT"), "invalid choice: 'films'"),
-    (("visualize", "filters", "--model=vgg61", "--weights=random", "--workdir=OUT"), "model='vgg61' is not known"),
+    (
+        ("visualize", "filters", "--model=vgg61", "--weights=random", "--workdir=OUT"),
+        "model='vgg61' is not known",
+    ),
 ]
 
 
 def place(folder: pathlib.Path) -> dict[str, str]:
     """Makes the wrong files -> the words in capitals and what they stand for."""
-    files, empty, broken, bomb, photographs = (folder / name for name in ("files", "empty", "broken", "bomb", "photographs"))
+    files, empty, broken, bomb, photographs = (
+        folder / name for name in ("files", "empty", "broken", "bomb", "photographs")
+    )
     for made in (files, empty, broken, bomb, photographs):
         made.mkdir()
     (files / "file").write_text("")
     (files / "empty.py").write_text("")
     (files / "wrong.py").write_text("def get_config(:\n")
-    for name, text in (("other", json.dumps({"kind": "train", "batch_size": 64, "model_fields": {}, "n_validation": 0, "dataset": "digits"})),
-                       ("scrawl", "{")):
+    for name, text in (
+        (
+            "other",
+            json.dumps(
+                {
+                    "kind": "train",
+                    "batch_size": 64,
+                    "model_fields": {},
+                    "n_validation": 0,
+                    "dataset": "digits",
+                }
+            ),
+        ),
+        ("scrawl", "{"),
+    ):
         (files / name).mkdir()
         (files / name / "config.json").write_text(text)
     (files / "pickle.pth").write_bytes(b"\x80\x04K\x01.")
-    safetensors.numpy.save_file({"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}, files / "other.safetensors")
+    safetensors.numpy.save_file(
+        {"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}, files / "other.safetensors"
+    )
     (files / "cut.safetensors").write_bytes((files / "other.safetensors").read_bytes()[:-100])
     for name, content in (("short", bytes(100)), ("labels", 10_000 * (bytes([77]) + bytes(3072)))):
         (files / name / "cifar-10-batches-bin").mkdir(parents=True)
         for batch in (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"):
             (files / name / "cifar-10-batches-bin" / batch).write_bytes(content)
-    for name, content in (("scrawl", b"not gzip"), ("short", gzip.compress(bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])))):
+    for name, content in (
+        ("scrawl", b"not gzip"),
+        ("short", gzip.compress(bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28]))),
+    ):
         (files / name / "mnist").mkdir(parents=True)
-        for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        for part in (
+            "train-images-idx3",
+            "train-labels-idx1",
+            "t10k-images-idx3",
+            "t10k-labels-idx1",
+        ):
             (files / name / "mnist" / f"{part}-ubyte.gz").write_bytes(content)
     (files / "other" / "results.json").write_text("{}")
     for number in range(3):
-        PIL.Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(photographs / f"{number}.png")
+        PIL.Image.fromarray(np.full((40, 40, 3), 80 * number, np.uint8)).save(
+            photographs / f"{number}.png"
+        )
         (broken / f"{'abc'[number]}.jpg").write_bytes(b"\xff\xd8 no image")
     (files / "one_class" / "train" / "cat").mkdir(parents=True)
-    (files / "one_class" / "train" / "cat" / "0.png").write_bytes((photographs / "0.png").read_bytes())
+    (files / "one_class" / "train" / "cat" / "0.png").write_bytes(
+        (photographs / "0.png").read_bytes()
+    )
     # A file of 300 kB that asks for 900 million pixels.
     PIL.Image.new("1", (30_000, 30_000)).save(bomb / "bomb.png")
     for name in "ab":
         (bomb / f"{name}.png").write_bytes((bomb / "bomb.png").read_bytes())
-    return {"FILES": str(files), "EMPTY": str(empty), "BROKEN": str(broken), "BOMB": str(bomb), "PHOTOGRAPHS": str(photographs),
-            "OUT": str(folder / "out")}
+    return {
+        "FILES": str(files),
+        "EMPTY": str(empty),
+        "BROKEN": str(broken),
+        "BOMB": str(bomb),
+        "PHOTOGRAPHS": str(photographs),
+        "OUT": str(folder / "out"),
+    }
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -203,18 +309,42 @@ def done(tmp_path_factory):
     given = []
     for (command, *arguments), _ in CASES:
         unnamed = command == "main" and not any("--workdir" in argument for argument in arguments)
-        given.append((command, [filled(argument) for argument in arguments] + [f"--workdir={folder}/run"] * unnamed))
+        given.append(
+            (
+                command,
+                [filled(argument) for argument in arguments]
+                + [f"--workdir={folder}/run"] * unnamed,
+            )
+        )
     before, runs = contents(folder), sorted(ROOT.glob("runs/*"))
-    process = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(given), capture_output=True, text=True, cwd=ROOT, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
     kept = {path: content for path, content in contents(folder).items() if path in before}
     assert kept == before and sorted(ROOT.glob("runs/*")) == runs
-    assert {path.name for path in folder.rglob("*") if str(path) not in before and path.is_file()} <= {"config.json", "environment.json"}
-    return [(*outcome, filled(message)) for outcome, (_, message) in zip(json.loads(process.stdout), CASES)]
+    assert {
+        path.name for path in folder.rglob("*") if str(path) not in before and path.is_file()
+    } <= {"config.json", "environment.json"}
+    return [
+        (*outcome, filled(message))
+        for outcome, (_, message) in zip(json.loads(process.stdout), CASES)
+    ]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: " ".join(CASES[number][0][:1] + CASES[number][0][-1:]))
+@pytest.mark.parametrize(
+    "number",
+    range(len(CASES)),
+    ids=lambda number: " ".join(CASES[number][0][:1] + CASES[number][0][-1:]),
+)
 def test_one_clear_line(done, number):
     code, output, errors, message = done[number]
-    lines = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]  # what is no log line
+    lines = [
+        line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)
+    ]  # what is no log line
     assert code != 0 and output == "" and "Traceback" not in errors, errors
     assert len(lines) == 1 and "error: " in lines[0] and message in lines[0], errors

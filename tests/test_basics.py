@@ -1,4 +1,5 @@
 """The lectures' basics: what the figures show is right, and the report says what was computed."""
+
 import copy
 import json
 
@@ -32,14 +33,34 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("brighter, direction", [
-    (COLUMNS > 7, 0), (ROWS + COLUMNS > 15, 45), (ROWS > 7, 90), (ROWS > COLUMNS, 135), (COLUMNS < 8, 180), (ROWS < 8, -90)])
+@pytest.mark.parametrize(
+    "brighter, direction",
+    [
+        (COLUMNS > 7, 0),
+        (ROWS + COLUMNS > 15, 45),
+        (ROWS > 7, 90),
+        (ROWS > COLUMNS, 135),
+        (COLUMNS < 8, 180),
+        (ROWS < 8, -90),
+    ],
+)
 def test_sobel_tells_the_direction_of_an_edge(brighter, direction):
-    found = {name: values[2:-2, 2:-2] for name, values in basics.sobel(np.where(brighter, 200, 50)).items()}
+    found = {
+        name: values[2:-2, 2:-2]
+        for name, values in basics.sobel(np.where(brighter, 200, 50)).items()
+    }
     assert found["magnitude"].max() >= 4 * 150
     strong = found["magnitude"] == found["magnitude"].max()
-    np.testing.assert_allclose((found["direction"][strong] - direction + 180) % 360 - 180, 0, atol=1e-3)
-    far = np.abs(scipy.ndimage.distance_transform_edt(brighter) + scipy.ndimage.distance_transform_edt(~brighter))[2:-2, 2:-2] > 2
+    np.testing.assert_allclose(
+        (found["direction"][strong] - direction + 180) % 360 - 180, 0, atol=1e-3
+    )
+    far = (
+        np.abs(
+            scipy.ndimage.distance_transform_edt(brighter)
+            + scipy.ndimage.distance_transform_edt(~brighter)
+        )[2:-2, 2:-2]
+        > 2
+    )
     assert far.any() and not found["magnitude"][far].any()
 
 
@@ -47,26 +68,53 @@ def test_sobel_is_scipys_and_the_edges_point_where_they_say():
     image = np.random.default_rng(0).normal(size=(9, 11))
     found = basics.sobel(image)
     for name, axis in (("down", 0), ("right", 1)):
-        np.testing.assert_allclose(found[name], scipy.ndimage.sobel(image, axis, mode="nearest"), atol=1e-5)
-    for degrees, darkest in ((0, np.s_[:, 0]), (90, np.s_[0]), (180, np.s_[:, -1]), (270, np.s_[-1])):
+        np.testing.assert_allclose(
+            found[name], scipy.ndimage.sobel(image, axis, mode="nearest"), atol=1e-5
+        )
+    for degrees, darkest in (
+        (0, np.s_[:, 0]),
+        (90, np.s_[0]),
+        (180, np.s_[:, -1]),
+        (270, np.s_[-1]),
+    ):
         assert basics.edge(degrees)[darkest].max() < 1 < 254 < basics.edge(degrees).max()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_steps_are_the_convolution(stride):
     generator = np.random.default_rng(1)
-    image, kernels, bias = generator.normal(size=(6, 7, 2)), generator.normal(size=(3, 2, 2, 3)), generator.normal(size=3)
+    image, kernels, bias = (
+        generator.normal(size=(6, 7, 2)),
+        generator.normal(size=(3, 2, 2, 3)),
+        generator.normal(size=3),
+    )
     found = basics.steps(image, kernels, bias, stride)
     size = (range(0, 4, stride), range(0, 6, stride))
-    assert [(step["row"], step["column"]) for step in found] == [(row, column) for row in size[0] for column in size[1]]
-    y = conv(jnp.asarray(image[None], jnp.float32), jnp.asarray(kernels, jnp.float32), stride=stride)[0].reshape(-1, 3) + bias.astype(np.float32)
+    assert [(step["row"], step["column"]) for step in found] == [
+        (row, column) for row in size[0] for column in size[1]
+    ]
+    y = conv(
+        jnp.asarray(image[None], jnp.float32), jnp.asarray(kernels, jnp.float32), stride=stride
+    )[0].reshape(-1, 3) + bias.astype(np.float32)
     np.testing.assert_allclose([step["values"] for step in found], y, atol=1e-5)
     step = found[-1]
-    assert step["products"][1, 0, 1, 2] == image[step["row"] + 1, step["column"], 1] * kernels[1, 0, 1, 2]
+    assert (
+        step["products"][1, 0, 1, 2]
+        == image[step["row"] + 1, step["column"], 1] * kernels[1, 0, 1, 2]
+    )
 
 
-@pytest.mark.parametrize("stride, padding, size, fill", [
-    (1, 0, (3, 3), "zeros"), (1, 1, (3, 3), "zeros"), (2, 0, (3, 3), "zeros"), (2, 1, (2, 4), "zeros"), (3, 2, (3, 2), "zeros"), (2, 2, (3, 3), "reflect")])
+@pytest.mark.parametrize(
+    "stride, padding, size, fill",
+    [
+        (1, 0, (3, 3), "zeros"),
+        (1, 1, (3, 3), "zeros"),
+        (2, 0, (3, 3), "zeros"),
+        (2, 1, (2, 4), "zeros"),
+        (3, 2, (3, 2), "zeros"),
+        (2, 2, (3, 3), "reflect"),
+    ],
+)
 def test_im2col_is_the_convolution(stride, padding, size, fill):
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
     kernel = jax.random.normal(jax.random.key(1), (*size, 3, 5))
@@ -79,15 +127,27 @@ def test_im2col_is_the_convolution(stride, padding, size, fill):
 
 def test_growth_counts_what_every_product_reads():
     layers = [layer for layer in summary.layers(create_model("vgg16")) if layer.kind == "Conv"]
-    assert [row["unfolded"] for row in basics.growth()] == [layer.macs // layer.output[-1] for layer in layers]
-    assert basics.growth()[1] == {"shape": (224, 224, 64), "input": 224 * 224 * 64, "unfolded": 9 * 224 * 224 * 64}
+    assert [row["unfolded"] for row in basics.growth()] == [
+        layer.macs // layer.output[-1] for layer in layers
+    ]
+    assert basics.growth()[1] == {
+        "shape": (224, 224, 64),
+        "input": 224 * 224 * 64,
+        "unfolded": 9 * 224 * 224 * 64,
+    }
 
 
 @pytest.mark.parametrize("function, reduce", [(max_pool, np.max), (avg_pool, np.mean)])
 @pytest.mark.parametrize("window, stride", [(2, 2), (3, 3), (2, 1), (3, 2)])
 def test_pooling_is_numpys(function, reduce, window, stride):
-    windows = np.lib.stride_tricks.sliding_window_view(basics.MAP, (window, window))[::stride, ::stride]
-    np.testing.assert_allclose(function(basics.plane(basics.MAP), window, stride)[0, :, :, 0], reduce(windows, (2, 3)), rtol=1e-6)
+    windows = np.lib.stride_tricks.sliding_window_view(basics.MAP, (window, window))[
+        ::stride, ::stride
+    ]
+    np.testing.assert_allclose(
+        function(basics.plane(basics.MAP), window, stride)[0, :, :, 0],
+        reduce(windows, (2, 3)),
+        rtol=1e-6,
+    )
 
 
 def test_one_pixel_on_a_ramp_is_one_step():
@@ -95,23 +155,29 @@ def test_one_pixel_on_a_ramp_is_one_step():
     for row in basics.moved(np.tile(np.arange(150.0), (140, 1))):
         window, stride = basics.WINDOWS[row["window"]]
         assert row["changed"] == 1 and row["by the stride"] == 0
-        assert row["difference"] == pytest.approx(1 / columns[:128 - window + 1:stride].std(), rel=1e-4)
+        assert row["difference"] == pytest.approx(
+            1 / columns[: 128 - window + 1 : stride].std(), rel=1e-4
+        )
 
 
 def test_zeros_count_columns_layer_by_layer():
     images = basics.shift_images()
     inner = images[:, 7:-7, 7:-7]
     for layer, y in enumerate(basics.shift_maps("zeros", images)):
-        np.testing.assert_array_equal(y[:, :, :layer], np.broadcast_to(np.arange(1, layer + 1), (257, 7, layer)))
-        np.testing.assert_array_equal(y[:, :, layer:], inner[:, :, :7 - layer] + layer)
+        np.testing.assert_array_equal(
+            y[:, :, :layer], np.broadcast_to(np.arange(1, layer + 1), (257, 7, layer))
+        )
+        np.testing.assert_array_equal(y[:, :, layer:], inner[:, :, : 7 - layer] + layer)
 
 
 def test_other_fills_move_the_image():
     images = basics.shift_images()
     assert (images[-1] == 4).all() and len(np.unique(images[0])) > 5
-    for layer, (circular, none) in enumerate(zip(basics.shift_maps("circular", images), basics.shift_maps("none", images))):
+    for layer, (circular, none) in enumerate(
+        zip(basics.shift_maps("circular", images), basics.shift_maps("none", images))
+    ):
         np.testing.assert_array_equal(circular, np.roll(images[:, 7:-7, 7:-7], layer, 2) + layer)
-        np.testing.assert_array_equal(none, images[:, 7:-7, 7 - layer:14 - layer] + layer)
+        np.testing.assert_array_equal(none, images[:, 7:-7, 7 - layer : 14 - layer] + layer)
         assert np.ptp(circular[-1]) == 0  # of a constant image no position is left
 
 
@@ -120,21 +186,37 @@ def test_which_fills_know_the_position():
     assert list(found) == list(FILLS)
     forgotten = [fill for fill in FILLS if found[fill]["greatest spread"] == 0]
     assert forgotten == ["zeros", "partial", "one-sided"]
-    assert all(found[fill]["explained by the position"] == 1 and found[fill]["columns told apart"] > 1 for fill in forgotten)
+    assert all(
+        found[fill]["explained by the position"] == 1 and found[fill]["columns told apart"] > 1
+        for fill in forgotten
+    )
     neither = [fill for fill in FILLS if fill not in (*forgotten, "full")]
-    assert all(abs(found[fill]["explained by the position"]) < 0.05 and found[fill]["columns told apart"] == 1 for fill in neither)
+    assert all(
+        abs(found[fill]["explained by the position"]) < 0.05
+        and found[fill]["columns told apart"] == 1
+        for fill in neither
+    )
     assert found["full"]["pixels without spread"] == pytest.approx(1 - 49 / 441)
     assert found["zeros"]["middle row of a constant 4"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_sizes_are_the_number_of_windows():
-    for case in [(7, 0, 3, 2), (224, 0, 11, 4), (5, 1, 3, 2), (3, 2, 7, 3), (2, 0, 3, 1), (1, 0, 5, 2)]:
+    for case in [
+        (7, 0, 3, 2),
+        (224, 0, 11, 4),
+        (5, 1, 3, 2),
+        (3, 2, 7, 3),
+        (2, 0, 3, 1),
+        (1, 0, 5, 2),
+    ]:
         n, p, k, s = case
         assert basics.computed_size(*case) == len(range(0, n + 2 * p - k + 1, s))
 
 
 def test_every_file_is_there_and_the_report_names_every_figure(finished):
-    assert sorted(path.name for path in finished.iterdir()) == sorted([*FIGURES, "basics.json", "config.json", "environment.json", "report.md"])
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        [*FIGURES, "basics.json", "config.json", "environment.json", "report.md"]
+    )
     report = (finished / "report.md").read_text()
     for name in FIGURES:
         assert report.count(f"]({name})\n\n") == 1
@@ -142,20 +224,42 @@ def test_every_file_is_there_and_the_report_names_every_figure(finished):
             assert min(figure.size) > 400 and len(figure.convert("RGB").getcolors(2**24)) > 100
     numbers = json.loads((finished / "basics.json").read_text())
     assert list(numbers) == ["sobel", "steps", "im2col", "pooling", "shift", "sizes"]
-    assert numbers["sobel"]["greatest error of direction, degrees"] < 1 < numbers["sobel"]["flat image of 100, greatest magnitude"]["zeros"]
-    assert numbers["sobel"]["flat image of 100, greatest magnitude"] == {"replicate": 0, "zeros": pytest.approx(300 * 2**0.5)}
-    assert numbers["steps"]["differs from conv"] < 1e-5 and numbers["im2col"]["differs from conv"] < 1e-5
+    assert (
+        numbers["sobel"]["greatest error of direction, degrees"]
+        < 1
+        < numbers["sobel"]["flat image of 100, greatest magnitude"]["zeros"]
+    )
+    assert numbers["sobel"]["flat image of 100, greatest magnitude"] == {
+        "replicate": 0,
+        "zeros": pytest.approx(300 * 2**0.5),
+    }
+    assert (
+        numbers["steps"]["differs from conv"] < 1e-5
+        and numbers["im2col"]["differs from conv"] < 1e-5
+    )
     assert numbers["steps"]["differs from every second value of stride 1"] < 1e-5
     assert numbers["pooling"]["A6"] == [[7, 1, 5], [9, 1, 6], [9, 0, 1]]
-    assert (numbers["sizes"]["cases"], numbers["sizes"]["with an output"], numbers["sizes"]["equal when rounded down"]) == (24, 18, 18)
+    assert (
+        numbers["sizes"]["cases"],
+        numbers["sizes"]["with an output"],
+        numbers["sizes"]["equal when rounded down"],
+    ) == (24, 18, 18)
     assert numbers["sizes"]["equal"] == 14 and numbers["sizes"]["refused without output"] == 6
 
 
 def test_the_report_says_so_where_a_claim_does_not_hold(finished):
     numbers = json.loads((finished / "basics.json").read_text())
     text = "\n".join(text for _, _, text in basics.sentences(numbers, "camera"))
-    for said in ("A6 holds", "A7 holds", "know the column holds", "is neither confirmed nor denied", "A5 does not hold for one image",
-                 "as is often said, does not hold", "without rounding it does not hold, with it holds", "not as printed: AlexNet as printed."):
+    for said in (
+        "A6 holds",
+        "A7 holds",
+        "know the column holds",
+        "is neither confirmed nor denied",
+        "A5 does not hold for one image",
+        "as is often said, does not hold",
+        "without rounding it does not hold, with it holds",
+        "not as printed: AlexNet as printed.",
+    ):
         assert said in text
     false = copy.deepcopy(numbers)
     false["pooling"]["A6"][0][0] = 8
@@ -163,14 +267,27 @@ def test_the_report_says_so_where_a_claim_does_not_hold(finished):
     false["shift"]["zeros"]["middle row of a constant 4"][0] = 2.0
     false["sizes"]["equal when rounded down"] -= 1
     text = "\n".join(text for _, _, text in basics.sentences(false, "camera"))
-    for said in ("A6 does not hold", "A7 does not hold", "know the column does not hold", "with it does not hold"):
+    for said in (
+        "A6 does not hold",
+        "A7 does not hold",
+        "know the column does not hold",
+        "with it does not hold",
+    ):
         assert said in text
 
 
 def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for arguments, message in ((["--workdir", str(tmp_path / "file" / "new")], "cannot be written to: Not a directory"),
-                               (["--workdir", str(tmp_path), "--photograph", "nobody"], "invalid choice: 'nobody' (choose from"),
-                               (["--workdir", str(finished), "--photograph", "coins"], "photograph='camera' there, 'coins' now")):
+    for arguments, message in (
+        (["--workdir", str(tmp_path / "file" / "new")], "cannot be written to: Not a directory"),
+        (
+            ["--workdir", str(tmp_path), "--photograph", "nobody"],
+            "invalid choice: 'nobody' (choose from",
+        ),
+        (
+            ["--workdir", str(finished), "--photograph", "coins"],
+            "photograph='camera' there, 'coins' now",
+        ),
+    ):
         assert exit_code(basics.main, arguments) == 2
         assert message in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Checkpoints come back bit for bit or not at all."""
+
 import json
 import os
 import pathlib
@@ -21,9 +22,20 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def a_state(value: int) -> dict:
-    params = {"features.0": {"kernel": jnp.full((3, 3, 1, 2), value / 3), "bias": jnp.full(2, value, jnp.bfloat16)}}
-    return {"params": params, "opt_state": optax.adam(0.1).init(params), "ema": None, "batch_stats": {}, "step": jnp.int32(value),
-            "seed": jnp.uint32(2**32 - 1 - value)}
+    params = {
+        "features.0": {
+            "kernel": jnp.full((3, 3, 1, 2), value / 3),
+            "bias": jnp.full(2, value, jnp.bfloat16),
+        }
+    }
+    return {
+        "params": params,
+        "opt_state": optax.adam(0.1).init(params),
+        "ema": None,
+        "batch_stats": {},
+        "step": jnp.int32(value),
+        "seed": jnp.uint32(2**32 - 1 - value),
+    }
 
 
 def assert_equal(found, want):
@@ -37,7 +49,12 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
     with Checkpoints("runs/checkpoints", keep=2) as checkpoints:  # a relative path
         assert checkpoints.restore(a_state(0)) is None
         for step in range(1, 7):
-            checkpoints.save(step, a_state(step), {"history": [{"loss": 0.1 + step}]}, metric={2: 0.1, 3: 0.4, 5: 0.2}.get(step))
+            checkpoints.save(
+                step,
+                a_state(step),
+                {"history": [{"loss": 0.1 + step}]},
+                metric={2: 0.1, 3: 0.4, 5: 0.2}.get(step),
+            )
         checkpoints.save(6, a_state(99), {})  # there already
         assert checkpoints.steps() == [2, 5, 6]
     with Checkpoints("runs/checkpoints", keep=2) as checkpoints:
@@ -59,11 +76,15 @@ def test_what_was_saved_may_be_changed_at_once(tmp_path):
             record["history"].append({"step": step})
         for step in checkpoints.steps():
             _, state, found = checkpoints.restore_step(step, {"x": x})
-            assert (state["x"] == step).all() and found == {"history": [{"step": number} for number in range(1, step)]}
+            assert (state["x"] == step).all() and found == {
+                "history": [{"step": number} for number in range(1, step)]
+            }
 
 
 def files_of(folder: pathlib.Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -78,7 +99,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
         path = tmp_path / "2" / name
         content = path.read_bytes()
         if harm == "flip":
-            path.write_bytes(content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1:])
+            path.write_bytes(
+                content[: len(content) // 2]
+                + bytes([content[len(content) // 2] ^ 4])
+                + content[len(content) // 2 + 1 :]
+            )
         elif harm == "truncate":
             path.write_bytes(content[:-2])
         else:
@@ -88,8 +113,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
             step, state, record = checkpoints.restore(a_state(0))
             assert step == 1 and record == {"epoch": 1}, name
             assert_equal(state, a_state(1))
-            assert "checkpoint" in caplog.text and str(tmp_path / "2") in caplog.text and "damaged" in caplog.text
-            aside, = tmp_path.glob("damaged-2-*")
+            assert (
+                "checkpoint" in caplog.text
+                and str(tmp_path / "2") in caplog.text
+                and "damaged" in caplog.text
+            )
+            (aside,) = tmp_path.glob("damaged-2-*")
         (aside / name).write_bytes(content)
         aside.rename(tmp_path / "2")
     with Checkpoints(tmp_path, keep=2) as checkpoints:
@@ -100,7 +129,10 @@ def test_nothing_starts_again_in_silence(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {})
     (tmp_path / "1" / "manifest.json").write_text("{}")
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match="every checkpoint in .* is damaged"),
+    ):
         checkpoints.restore(a_state(0))
 
 
@@ -109,7 +141,10 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         checkpoints.save(1, a_state(1), {}, metric=None)
         other = a_state(1)
         other["params"]["features.0"]["kernel"] = jnp.zeros((3, 3, 1, 4))
-        with pytest.raises(ValueError, match=r"holds \[3, 3, 1, 2, 'float32'\] for .*kernel.*, where \[3, 3, 1, 4, 'float32'\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"holds \[3, 3, 1, 2, 'float32'\] for .*kernel.*, where \[3, 3, 1, 4, 'float32'\]",
+        ):
             checkpoints.restore(other)
         with pytest.raises(ValueError, match="no checkpoint in .* has a metric"):
             checkpoints.restore_best(a_state(0))
@@ -122,7 +157,9 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints._finish()
-        with pytest.raises(RuntimeError, match=f"could not be written to {tmp_path}.*the earlier ones are whole"):
+        with pytest.raises(
+            RuntimeError, match=f"could not be written to {tmp_path}.*the earlier ones are whole"
+        ):
             try:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
                 checkpoints.save(2, state, {})
@@ -151,8 +188,12 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
     generator, reached = random.Random(0), 0
     for _ in range(6):
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)})
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+        )
         assert writer.stdout.readline() == "ready\n"
         time.sleep(generator.uniform(0.05, 0.6))
         writer.send_signal(signal.SIGKILL)

@@ -1,4 +1,5 @@
 """Ensembles and soups, against NumPy, brute force and single networks; whole commands on digits."""
+
 import json
 import os
 import pathlib
@@ -41,9 +42,13 @@ class Tiny(Network):
 
 def some(model: Network, seed: int) -> dict:
     """Variables of random numbers, the statistics as well."""
-    variables = jax.eval_shape(model.clone(axis_name=None).init, jax.random.key(0), jnp.zeros((1, *model.input_shape)))
+    variables = jax.eval_shape(
+        model.clone(axis_name=None).init, jax.random.key(0), jnp.zeros((1, *model.input_shape))
+    )
     generator = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: generator.uniform(0.1, 0.5, leaf.shape).astype(np.float32), variables)
+    return jax.tree.map(
+        lambda leaf: generator.uniform(0.1, 0.5, leaf.shape).astype(np.float32), variables
+    )
 
 
 def some_images(count: int) -> np.ndarray:
@@ -52,26 +57,50 @@ def some_images(count: int) -> np.ndarray:
 
 # ------------------------------------------------------------------ pure functions
 
+
 def test_an_average_is_numpys():
     generator = np.random.default_rng(0)
-    trees = [{"a": {"kernel": generator.normal(size=(3, 2)).astype(np.float32)}, "b": {"c": {"bias": generator.normal(size=4).astype(np.float32)}}}
-             for _ in range(3)]
+    trees = [
+        {
+            "a": {"kernel": generator.normal(size=(3, 2)).astype(np.float32)},
+            "b": {"c": {"bias": generator.normal(size=4).astype(np.float32)}},
+        }
+        for _ in range(3)
+    ]
     found = combine.average(trees, [0.5, 0.2, 0.3])
-    np.testing.assert_allclose(found["a"]["kernel"], sum(w * tree["a"]["kernel"] for w, tree in zip((0.5, 0.2, 0.3), trees)), rtol=1e-6)
-    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, trees[0])
+    np.testing.assert_allclose(
+        found["a"]["kernel"],
+        sum(w * tree["a"]["kernel"] for w, tree in zip((0.5, 0.2, 0.3), trees)),
+        rtol=1e-6,
+    )
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(
+        lambda leaf: leaf.dtype, trees[0]
+    )
     found = combine.average(trees, {"a": [1, 0, 0], "b.c": [0, 0.5, 0.5]})
     np.testing.assert_array_equal(found["a"]["kernel"], trees[0]["a"]["kernel"])
-    np.testing.assert_allclose(found["b"]["c"]["bias"], np.mean([tree["b"]["c"]["bias"] for tree in trees[1:]], 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["b"]["c"]["bias"],
+        np.mean([tree["b"]["c"]["bias"] for tree in trees[1:]], 0),
+        rtol=1e-6,
+    )
     for count in (3, 7):  # what is the same in all changes no bit
-        jax.tree.map(np.testing.assert_array_equal, combine.average([trees[0]] * count, [1 / count] * count), trees[0])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            combine.average([trees[0]] * count, [1 / count] * count),
+            trees[0],
+        )
 
 
 def test_an_ensembles_logits_are_their_formulas():
     logits = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    np.testing.assert_allclose(np.exp(combine.ensemble_logits(logits)), probabilities.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(combine.ensemble_logits(logits)), probabilities.mean(1), rtol=1e-5
+    )
     np.testing.assert_allclose(combine.ensemble_logits(logits, "logits"), logits.mean(1), rtol=1e-5)
-    certain = combine.ensemble_logits(np.float32([[0, 300], [0, 400]]))  # probabilities that float32 does not have
+    certain = combine.ensemble_logits(
+        np.float32([[0, 300], [0, 400]])
+    )  # probabilities that float32 does not have
     np.testing.assert_allclose(certain, [-300 - np.log(2), 0], rtol=1e-6)
 
 
@@ -105,13 +134,22 @@ def test_a_bad_ingredient_is_refused_and_a_tie_kept():
     accuracies = [accuracy([number]) for number in range(4)]
     assert combine.greedy(accuracies, accuracy) == [0, 1, 2]
     models[1] = 1.2
-    assert combine.greedy([accuracy([number]) for number in range(4)], accuracy) == [0, 2]  # then 1 moves it away
+    assert combine.greedy([accuracy([number]) for number in range(4)], accuracy) == [
+        0,
+        2,
+    ]  # then 1 moves it away
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_learned_coefficients_recover_a_known_mixture(by_layer):
     generator = np.random.default_rng(0)
-    trees = [{layer: {"kernel": generator.normal(size=(4, 5)).astype(np.float32)} for layer in ("a", "b")} for _ in range(3)]
+    trees = [
+        {
+            layer: {"kernel": generator.normal(size=(4, 5)).astype(np.float32)}
+            for layer in ("a", "b")
+        }
+        for _ in range(3)
+    ]
     true = {"a": [0.6, 0.3, 0.1], "b": [0.2, 0.1, 0.7] if by_layer else [0.6, 0.3, 0.1]}
     target = combine.average(trees, true)
 
@@ -124,7 +162,9 @@ def test_learned_coefficients_recover_a_known_mixture(by_layer):
     for layer, want in true.items():
         np.testing.assert_allclose(found[layer], want, atol=0.01)
         assert sum(found[layer]) == pytest.approx(1, abs=1e-6)
-    assert loss(combine.average(trees, found), batches[0]) < 1e-3 * loss(combine.average(trees, [1 / 3] * 3), batches[0])
+    assert loss(combine.average(trees, found), batches[0]) < 1e-3 * loss(
+        combine.average(trees, [1 / 3] * 3), batches[0]
+    )
 
 
 @WAYS
@@ -133,12 +173,28 @@ def test_one_program_of_many_networks_is_each_of_them(way):
     parallel, model, images = Parallel(way), Tiny(), some_images(37)
     model = model.clone(axis_name=parallel.axis_name)
     networks = [some(model, seed) for seed in range(3)]
-    moments = [(np.full(1, 0.3 + 0.1 * number, np.float32), np.full(1, 0.2 + 0.1 * number, np.float32)) for number in range(3)]
-    want = np.stack([evaluate.predict(parallel, model, *parallel.replicate((variables, mine)), evaluate.batches_of(images, 16), 16)
-                     for variables, mine in zip(networks, moments)], 1)
+    moments = [
+        (np.full(1, 0.3 + 0.1 * number, np.float32), np.full(1, 0.2 + 0.1 * number, np.float32))
+        for number in range(3)
+    ]
+    want = np.stack(
+        [
+            evaluate.predict(
+                parallel,
+                model,
+                *parallel.replicate((variables, mine)),
+                evaluate.batches_of(images, 16),
+                16,
+            )
+            for variables, mine in zip(networks, moments)
+        ],
+        1,
+    )
     stacked, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(networks, moments))
     placed = parallel.replicate((stacked, (mean[:, None, None, None], std[:, None, None, None])))
-    found = evaluate.predict(parallel, model, *placed, evaluate.batches_of(images, 16), 16, combine.member_logits())
+    found = evaluate.predict(
+        parallel, model, *placed, evaluate.batches_of(images, 16), 16, combine.member_logits()
+    )
     assert found.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
 
@@ -154,32 +210,64 @@ def test_reestimated_statistics_are_numpys_moments(way):
     def convolved(x, name):
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))
         layer = variables["params"][name]
-        return np.einsum("nhwcij,ijco->nhwo", windows, layer["kernel"].astype(np.float64)) + layer["bias"]
+        return (
+            np.einsum("nhwcij,ijco->nhwo", windows, layer["kernel"].astype(np.float64))
+            + layer["bias"]
+        )
 
-    inputs = [convolved((batch / 255 - 0.4) / 0.2, "conv1") for batch in (images[:16], images[16:32])]
+    inputs = [
+        convolved((batch / 255 - 0.4) / 0.2, "conv1") for batch in (images[:16], images[16:32])
+    ]
     for name, after in (("bn1", "conv2"), ("bn2", None)):
         every = np.concatenate(inputs)
         np.testing.assert_allclose(found[name]["mean"], every.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[name]["var"], every.var((0, 1, 2), ddof=1), rtol=1e-4)
         if after:
-            scale, bias = (variables["params"][name][key].astype(np.float64) for key in ("scale", "bias"))
-            inputs = [convolved(np.maximum((x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) * scale + bias, 0), after) for x in inputs]
+            scale, bias = (
+                variables["params"][name][key].astype(np.float64) for key in ("scale", "bias")
+            )
+            inputs = [
+                convolved(
+                    np.maximum(
+                        (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5) * scale + bias, 0
+                    ),
+                    after,
+                )
+                for x in inputs
+            ]
     assert jax.tree.structure(found) == jax.tree.structure(variables["batch_stats"])
-    assert combine.reestimate_statistics(parallel, model, {"params": {}, "batch_stats": {}}, moments, images, 16) == {}
+    assert (
+        combine.reestimate_statistics(
+            parallel, model, {"params": {}, "batch_stats": {}}, moments, images, 16
+        )
+        == {}
+    )
 
 
 # ------------------------------------------------------------------ whole commands
 
+
 def train(folder: pathlib.Path, **changes) -> pathlib.Path:
     """A training run's configuration, checkpoints and final scores, without its figures."""
     config = defaults.get_config()
-    config.update_from_flattened_dict({"epochs": 2, "n_validation": 200, "parallel": "jit", "keep_checkpoints": 3, "checkpoint_every_steps": 5,
-                                       **changes})
+    config.update_from_flattened_dict(
+        {
+            "epochs": 2,
+            "n_validation": 200,
+            "parallel": "jit",
+            "keep_checkpoints": 3,
+            "checkpoint_every_steps": 5,
+            **changes,
+        }
+    )
     workdir.prepare(folder, config.to_dict())
     run = loop.Training(config, folder)
     state = run.train()
     scored = run.score(state, "test", config.test_views)[0]
-    workdir.write_json(folder / "results.json", {"kind": "train", "final": {"step": int(state.step), "test_error": scored["error"]}})
+    workdir.write_json(
+        folder / "results.json",
+        {"kind": "train", "final": {"step": int(state.step), "test_error": scored["error"]}},
+    )
     return folder
 
 
@@ -189,7 +277,9 @@ def finished(tmp_path_factory):
     with jax.numpy_dtype_promotion("standard"):
         folder = tmp_path_factory.mktemp("combined")
         for rate in (0.1, 0.05, 1e-4):
-            train(folder / "rates" / f"rate={rate}", **{"schedule.learning_rate": rate, "epochs": 3})
+            train(
+                folder / "rates" / f"rate={rate}", **{"schedule.learning_rate": rate, "epochs": 3}
+            )
         train(folder / "ema", ema_decay=0.8)
         train(folder / "held", seed=1, epochs=1, n_validation=100)
         train(folder / "alone", epochs=1, keep_checkpoints=1)
@@ -205,15 +295,21 @@ def results(patterns, method: str, folder: pathlib.Path) -> dict:
 
 def checkpoints_of(folder: pathlib.Path) -> tuple[list[int], list]:
     """The steps and the states that a run kept."""
-    run = loop.Training(defaults.ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())), folder)
+    run = loop.Training(
+        defaults.ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())), folder
+    )
     like = loop.step.init(run.recipe, run.data.shape, run.numbers)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.steps(), [checkpoints.restore_step(at, like)[1] for at in checkpoints.steps()]
+        return checkpoints.steps(), [
+            checkpoints.restore_step(at, like)[1] for at in checkpoints.steps()
+        ]
 
 
 def networks(folder: pathlib.Path) -> list[dict]:
     """The last parameters of every run."""
-    return [checkpoints_of(path)[1][-1].params for path in sorted((folder / "rates").glob("rate=*"))]
+    return [
+        checkpoints_of(path)[1][-1].params for path in sorted((folder / "rates").glob("rate=*"))
+    ]
 
 
 def errors_of(folder: pathlib.Path):
@@ -224,32 +320,72 @@ def errors_of(folder: pathlib.Path):
 
     def error(params, name="validation"):
         split = getattr(data, name)
-        return float((np.argmax(apply({"params": params}, (split.images / np.float32(255) - mean) / std), -1) != split.labels).mean())
+        return float(
+            (
+                np.argmax(
+                    apply({"params": params}, (split.images / np.float32(255) - mean) / std), -1
+                )
+                != split.labels
+            ).mean()
+        )
 
     return error
 
 
 def test_greedy_from_the_command_line(finished, tmp_path):
     """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is refused, the scores are the model's."""
-    command = [sys.executable, "-m", "cnnjax.combine", "--runs", str(finished / "rates" / "*"), "--method", "greedy", "--workdir", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "cnnjax.combine",
+        "--runs",
+        str(finished / "rates" / "*"),
+        "--method",
+        "greedy",
+        "--workdir",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     trained, error = networks(finished), errors_of(finished)
-    mean = lambda numbers: jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(trained[number] for number in sorted(numbers)))
+    mean = lambda numbers: jax.tree.map(
+        lambda *leaves: sum(leaves) / len(leaves), *(trained[number] for number in sorted(numbers))
+    )
     accuracy = lambda numbers: 1 - error(mean(numbers))
     kept = recipe_1([accuracy([number]) for number in range(3)], accuracy)
     names = sorted(str(path) for path in (finished / "rates").glob("rate=*"))
-    assert found["runs"] == names and set(found["ingredients"]) == {names[number] for number in kept}
-    assert not any("rate=0.0001" in name for name in found["ingredients"]) and found["coefficients"] is None
+    assert found["runs"] == names and set(found["ingredients"]) == {
+        names[number] for number in kept
+    }
+    assert (
+        not any("rate=0.0001" in name for name in found["ingredients"])
+        and found["coefficients"] is None
+    )
     assert found["validation"]["error"] == pytest.approx(error(mean(kept)))
     assert found["test"]["error"] == pytest.approx(error(mean(kept), "test"))
     for row, params in zip(found["individual"], trained):
         assert row["validation"]["error"] == pytest.approx(error(params))
-        assert row["test"]["error"] == json.loads((pathlib.Path(row["name"]) / "results.json").read_text())["final"]["test_error"]
+        assert (
+            row["test"]["error"]
+            == json.loads((pathlib.Path(row["name"]) / "results.json").read_text())["final"][
+                "test_error"
+            ]
+        )
     tested = [row["test"]["error"] for row in found["individual"]]
-    assert found["mean_error"]["test"] == pytest.approx(np.mean(tested)) and found["std_error"]["test"] == pytest.approx(np.std(tested, ddof=1))
-    assert found["best"] == min(found["individual"], key=lambda row: row["validation"]["error"])["name"]
+    assert found["mean_error"]["test"] == pytest.approx(np.mean(tested)) and found["std_error"][
+        "test"
+    ] == pytest.approx(np.std(tested, ddof=1))
+    assert (
+        found["best"]
+        == min(found["individual"], key=lambda row: row["validation"]["error"])["name"]
+    )
     assert found["forward_passes"] == 1 and found["seconds_per_image"]["ratio"] > 0
     assert f"{100 * found['test']['error']:.2f}" in (tmp_path / "out" / "report.md").read_text()
 
@@ -257,56 +393,102 @@ def test_greedy_from_the_command_line(finished, tmp_path):
 def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(combine, "_LEARNED_STEPS", 40)
     trained, error = networks(finished), errors_of(finished)
-    uniform, learned, layers, best = (results([finished / "rates" / "*"], method, tmp_path / method)
-                                      for method in ("uniform", "learned", "learned-by-layer", "best"))
+    uniform, learned, layers, best = (
+        results([finished / "rates" / "*"], method, tmp_path / method)
+        for method in ("uniform", "learned", "learned-by-layer", "best")
+    )
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *trained)
-    assert uniform["test"]["error"] == pytest.approx(error(mean, "test")) and uniform["ingredients"] == uniform["runs"]
-    assert learned["validation"]["loss"] < uniform["validation"]["loss"] and layers["validation"]["loss"] < uniform["validation"]["loss"]
+    assert (
+        uniform["test"]["error"] == pytest.approx(error(mean, "test"))
+        and uniform["ingredients"] == uniform["runs"]
+    )
+    assert (
+        learned["validation"]["loss"] < uniform["validation"]["loss"]
+        and layers["validation"]["loss"] < uniform["validation"]["loss"]
+    )
     assert len({tuple(weights) for weights in learned["coefficients"].values()}) == 1
     assert len({tuple(weights) for weights in layers["coefficients"].values()}) == 4
-    assert layers["test"]["error"] == pytest.approx(error(combine.average(trained, layers["coefficients"]), "test"))
-    assert best["ingredients"] == [best["best"]] and best["test"] == pytest.approx(next(
-        row for row in best["individual"] if row["name"] == best["best"])["test"])
+    assert layers["test"]["error"] == pytest.approx(
+        error(combine.average(trained, layers["coefficients"]), "test")
+    )
+    assert best["ingredients"] == [best["best"]] and best["test"] == pytest.approx(
+        next(row for row in best["individual"] if row["name"] == best["best"])["test"]
+    )
 
 
 def test_ensembles_of_several_runs(finished, tmp_path):
     """Runs that held out different images have no validation score; what they answer is averaged all the same."""
-    found = results([finished / "rates" / "rate=0.1", finished / "held"], "ensemble", tmp_path / "held")
+    found = results(
+        [finished / "rates" / "rate=0.1", finished / "held"], "ensemble", tmp_path / "held"
+    )
     assert found["validation"] is None and found["best"] is None and found["forward_passes"] == 2
     patterns = [finished / "rates" / "*"]
-    probable, plain = (results(patterns, method, tmp_path / method) for method in ("ensemble", "ensemble-logits"))
+    probable, plain = (
+        results(patterns, method, tmp_path / method) for method in ("ensemble", "ensemble-logits")
+    )
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalisation(data.train.images)
     apply = jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
-    logits = np.stack([apply({"params": params}, (data.test.images / np.float32(255) - mean) / std) for params in networks(finished)])
+    logits = np.stack(
+        [
+            apply({"params": params}, (data.test.images / np.float32(255) - mean) / std)
+            for params in networks(finished)
+        ]
+    )
     wrong = lambda outputs: float((outputs.argmax(-1) != data.test.labels).mean())
     assert probable["test"]["error"] == pytest.approx(wrong(np.asarray(nn.softmax(logits)).mean(0)))
     assert plain["test"]["error"] == pytest.approx(wrong(logits.mean(0)))
-    assert probable["test"]["loss"] != plain["test"]["loss"] and probable["forward_passes"] == plain["forward_passes"] == 3
+    assert (
+        probable["test"]["loss"] != plain["test"]["loss"]
+        and probable["forward_passes"] == plain["forward_passes"] == 3
+    )
 
 
 def test_checkpoints_of_one_run(finished, tmp_path):
     place, error = finished / "rates" / "rate=0.1", errors_of(finished)
-    snapshot, polyak = (results([place], method, tmp_path / method) for method in ("snapshot", "polyak"))
+    snapshot, polyak = (
+        results([place], method, tmp_path / method) for method in ("snapshot", "polyak")
+    )
     steps, states = checkpoints_of(place)
-    assert len(steps) > 2 and snapshot["ingredients"] == polyak["ingredients"] == [f"step {at}" for at in steps]
+    assert len(steps) > 2 and snapshot["ingredients"] == polyak["ingredients"] == [
+        f"step {at}" for at in steps
+    ]
     assert (snapshot["forward_passes"], polyak["forward_passes"]) == (len(steps), 1)
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(state.params for state in states))
+    mean = jax.tree.map(
+        lambda *leaves: sum(leaves) / len(leaves), *(state.params for state in states)
+    )
     assert polyak["test"]["error"] == pytest.approx(error(mean, "test"))
     for found in (snapshot, polyak):
-        assert [row["test"]["error"] for row in found["individual"]] == pytest.approx([error(state.params, "test") for state in states])
+        assert [row["test"]["error"] for row in found["individual"]] == pytest.approx(
+            [error(state.params, "test") for state in states]
+        )
     losses = [row["test"]["loss"] for row in snapshot["individual"]]
-    assert snapshot["test"]["loss"] < np.mean(losses)  # Jensen: the logarithm of a mean is more than the mean of the logarithms
+    assert snapshot["test"]["loss"] < np.mean(
+        losses
+    )  # Jensen: the logarithm of a mean is more than the mean of the logarithms
 
 
 def test_a_run_that_averaged_its_parameters(finished, tmp_path):
     """Polyak takes its own average; beside others it is scored with it, as in training, and as snapshots its iterates are."""
     _, states = checkpoints_of(finished / "ema")
-    error, own = errors_of(finished), json.loads((finished / "ema" / "results.json").read_text())["final"]["test_error"]
-    polyak, snapshot = (results([finished / "ema"], method, tmp_path / method) for method in ("polyak", "snapshot"))
-    assert polyak["ingredients"] == ["ema_decay=0.8"] and polyak["test"]["error"] == own == pytest.approx(error(states[-1].ema, "test"))
-    assert snapshot["individual"][-1]["test"]["error"] == pytest.approx(error(states[-1].params, "test")) != own
-    ensemble = results([finished / "ema", finished / "rates" / "rate=0.1"], "ensemble", tmp_path / "ensemble")
+    error, own = (
+        errors_of(finished),
+        json.loads((finished / "ema" / "results.json").read_text())["final"]["test_error"],
+    )
+    polyak, snapshot = (
+        results([finished / "ema"], method, tmp_path / method) for method in ("polyak", "snapshot")
+    )
+    assert polyak["ingredients"] == ["ema_decay=0.8"] and polyak["test"][
+        "error"
+    ] == own == pytest.approx(error(states[-1].ema, "test"))
+    assert (
+        snapshot["individual"][-1]["test"]["error"]
+        == pytest.approx(error(states[-1].params, "test"))
+        != own
+    )
+    ensemble = results(
+        [finished / "ema", finished / "rates" / "rate=0.1"], "ensemble", tmp_path / "ensemble"
+    )
     assert ensemble["individual"][0]["test"]["error"] == own
 
 
@@ -315,7 +497,11 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
     monkeypatch.setattr(combine, "_LEARNED_STEPS", 20)
     chosen, average = [], combine._Kitchen.average
-    monkeypatch.setattr(combine._Kitchen, "average", lambda self, *rest, **named: chosen.append(average(self, *rest, **named)) or chosen[-1])
+    monkeypatch.setattr(
+        combine._Kitchen,
+        "average",
+        lambda self, *rest, **named: chosen.append(average(self, *rest, **named)) or chosen[-1],
+    )
     networks = [some(Tiny(), seed) for seed in (0, 1)]
     for seed, variables in enumerate(networks):
         config = defaults.get_config()
@@ -323,7 +509,9 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
         folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
         run = loop.Training(config, folder)
         with Checkpoints(folder / "checkpoints") as checkpoints:
-            checkpoints.save(1, loop.step.init(run.recipe, run.data.shape, run.numbers).replace(**variables), {})
+            checkpoints.save(
+                1, loop.step.init(run.recipe, run.data.shape, run.numbers).replace(**variables), {}
+            )
         workdir.write_json(folder / "results.json", {"final": {"step": 1}})
     train = arrays.load("digits", n_validation=200).train
     images = train.images[np.random.default_rng(0).permutation(len(train.images))]
@@ -334,11 +522,19 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
             want = networks[int(found["ingredients"][0][-1])]
         else:
             coefficients = found["coefficients"] or [0.5, 0.5]
-            want = {"params": combine.average([network["params"] for network in networks], coefficients),
-                    "batch_stats": combine.reestimate_statistics(Parallel("jit"), Tiny(), soup, arrays.normalisation(train.images), images, 128)}
+            want = {
+                "params": combine.average(
+                    [network["params"] for network in networks], coefficients
+                ),
+                "batch_stats": combine.reestimate_statistics(
+                    Parallel("jit"), Tiny(), soup, arrays.normalisation(train.images), images, 128
+                ),
+            }
             if method == "learned":
                 assert coefficients["conv1"] != pytest.approx([0.5, 0.5], abs=0.01)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), soup, want)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), soup, want
+        )
 
 
 def refused(capsys, *arguments) -> str:
@@ -358,24 +554,44 @@ def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
         return tmp_path / name
 
     first, rest = fake("a"), ("--workdir", tmp_path / "out")
-    pair = lambda name, method="uniform", **changes: refused(capsys, "--runs", first, fake(name, **changes), "--method", method, *rest)
+    pair = lambda name, method="uniform", **changes: refused(
+        capsys, "--runs", first, fake(name, **changes), "--method", method, *rest
+    )
     both = lambda name: f"{first} and {tmp_path / name} cannot be combined: "
     assert both("model") + "model='lenet' and model='mlp1'" in pair("model", model="mlp1")
     assert both("data") + "dataset='digits' and dataset='mnist'" in pair("data", dataset="mnist")
     padded = {"model_fields.padding": "reflect"}
-    assert both("padding") + "model_fields.padding='zeros' and model_fields.padding='reflect'" in pair("padding", **padded)
+    assert both(
+        "padding"
+    ) + "model_fields.padding='zeros' and model_fields.padding='reflect'" in pair(
+        "padding", **padded
+    )
     for method in ("best", "greedy", "learned", "learned-by-layer"):
-        chooses = f"n_validation=200 and n_validation=100; method='{method}' chooses by validation images"
+        chooses = (
+            f"n_validation=200 and n_validation=100; method='{method}' chooses by validation images"
+        )
         assert both("held") + chooses in pair("held", method, n_validation=100)
     none = [fake(name, n_validation=0) for name in ("none", "none too")]
     message = refused(capsys, "--runs", *none, "--method", "greedy", *rest)
     assert f"{none[0]} held none out" in message and "--config.n_validation=N" in message
-    assert "matches no work directory" in refused(capsys, "--runs", tmp_path / "nothing*", "--method", "uniform", *rest)
-    assert "takes at least two runs" in refused(capsys, "--runs", first, "--method", "uniform", *rest)
-    assert "takes the checkpoints of one run" in refused(capsys, "--runs", first, tmp_path / "held", "--method", "polyak", *rest)
-    assert "is streamed" in refused(capsys, "--runs", fake("folder", dataset="folder"), "--method", "polyak", *rest)
-    assert "has no whole checkpoint of its last step, 1" in refused(capsys, "--runs", first, tmp_path / "held", "--method", "uniform", *rest)
-    assert "kept one checkpoint" in refused(capsys, "--runs", finished / "alone", "--method", "snapshot", *rest)
+    assert "matches no work directory" in refused(
+        capsys, "--runs", tmp_path / "nothing*", "--method", "uniform", *rest
+    )
+    assert "takes at least two runs" in refused(
+        capsys, "--runs", first, "--method", "uniform", *rest
+    )
+    assert "takes the checkpoints of one run" in refused(
+        capsys, "--runs", first, tmp_path / "held", "--method", "polyak", *rest
+    )
+    assert "is streamed" in refused(
+        capsys, "--runs", fake("folder", dataset="folder"), "--method", "polyak", *rest
+    )
+    assert "has no whole checkpoint of its last step, 1" in refused(
+        capsys, "--runs", first, tmp_path / "held", "--method", "uniform", *rest
+    )
+    assert "kept one checkpoint" in refused(
+        capsys, "--runs", finished / "alone", "--method", "snapshot", *rest
+    )
     (first / "results.json").unlink()
     assert f"{first} is not finished" in pair("other")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 """Every training configuration fits the engine; AlexNet's recipe of 2012 runs from end to end on a folder of images."""
+
 import ast
 import importlib
 import json
@@ -16,7 +17,11 @@ from cnnjax.train.parallel import Parallel
 from experiments import mlp_vs_convnet
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TRAINING = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if "defaults.get_config()" in path.read_text())
+TRAINING = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if "defaults.get_config()" in path.read_text()
+)
 
 
 def test_the_lectures_networks_have_configurations():
@@ -26,11 +31,21 @@ def test_the_lectures_networks_have_configurations():
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_configuration_fits_the_engine(name):
     file = ROOT / "configs" / f"{name}.py"
-    assert f"python -m cnnjax.main --config configs/{name}.py" in ast.get_docstring(ast.parse(file.read_text()))
+    assert f"python -m cnnjax.main --config configs/{name}.py" in ast.get_docstring(
+        ast.parse(file.read_text())
+    )
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
     loop.check(config)
-    assert {"model", "dataset", "data_dir", "epochs", "batch_size", "seed", "checkpoint_every_steps"} <= set(config)
+    assert {
+        "model",
+        "dataset",
+        "data_dir",
+        "epochs",
+        "batch_size",
+        "seed",
+        "checkpoint_every_steps",
+    } <= set(config)
     for cell in module.sweep() if hasattr(module, "sweep") else ():
         loop.check(sweep._config(config, cell))
 
@@ -52,45 +67,100 @@ def colours(tmp_path_factory):
 def test_the_recipe_of_2012_runs_from_end_to_end(colours, tmp_path):
     """Held-out images for the plateau rule, pixels less their mean, shifted colours, and a test on ten crops: with a small network."""
     done = subprocess.run(
-        [sys.executable, "-m", "cnnjax.main", "--config", "configs/alexnet_imagenet.py", f"--config.data_dir={colours}", "--config.model=tutorial_net",
-         "--config.image_size=32", "--config.resize=40", "--config.n_validation=8", "--config.batch_size=8", "--config.epochs=4", "--config.workers=0",
-         "--config.schedule.learning_rate=1e-4", "--config.schedule.patience=0", "--config.schedule.threshold=0.999",
-         "--config.schedule.metric=loss", "--workdir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "cnnjax.main",
+            "--config",
+            "configs/alexnet_imagenet.py",
+            f"--config.data_dir={colours}",
+            "--config.model=tutorial_net",
+            "--config.image_size=32",
+            "--config.resize=40",
+            "--config.n_validation=8",
+            "--config.batch_size=8",
+            "--config.epochs=4",
+            "--config.workers=0",
+            "--config.schedule.learning_rate=1e-4",
+            "--config.schedule.patience=0",
+            "--config.schedule.threshold=0.999",
+            "--config.schedule.metric=loss",
+            "--workdir",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     # Nothing improves by a factor of a thousand: the first value is the best, each later one divides the rate by ten, but not below 1e-5.
-    assert [entry["learning_rate"] for entry in results["history"]] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
-    assert results["n_train"] == 24 and results["n_test"] == 12 and results["classes"] == ["blue", "red"]
-    assert {"validation_loss", "validation_error"} <= results["history"][0].keys() and results["final"]["test_error"] < 0.5
+    assert [entry["learning_rate"] for entry in results["history"]] == pytest.approx(
+        [1e-4, 1e-4, 1e-5, 1e-5]
+    )
+    assert (
+        results["n_train"] == 24
+        and results["n_test"] == 12
+        and results["classes"] == ["blue", "red"]
+    )
+    assert {"validation_loss", "validation_error"} <= results["history"][0].keys() and results[
+        "final"
+    ]["test_error"] < 0.5
     with np.load(tmp_path / "test.npz") as kept:
-        assert len(kept["labels"]) == 12 and kept["images"].shape[0] == (kept["labels"] != kept["predicted"]).sum()
+        assert (
+            len(kept["labels"]) == 12
+            and kept["images"].shape[0] == (kept["labels"] != kept["predicted"]).sum()
+        )
 
 
 def test_splits_of_other_classes_are_refused(colours, tmp_path):
     (tmp_path / "train").symlink_to(colours / "train")
     (tmp_path / "val" / "red").mkdir(parents=True)
-    (tmp_path / "val" / "red" / "0.png").write_bytes((colours / "val" / "red" / "0.png").read_bytes())
+    (tmp_path / "val" / "red" / "0.png").write_bytes(
+        (colours / "val" / "red" / "0.png").read_bytes()
+    )
     config = importlib.import_module("configs.resnet50_imagenet").get_config()
     config.data_dir = str(tmp_path)
-    with pytest.raises(ValueError, match="the test split has the classes red, and the training split blue, red; expected the same"):
+    with pytest.raises(
+        ValueError,
+        match="the test split has the classes red, and the training split blue, red; expected the same",
+    ):
         loop._Streamed(config, Parallel("jit"))
 
 
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
     """A perceptron on the digits, and the same at a rate that makes its loss infinite; a second call runs nothing again."""
-    arguments = ["--workdir", str(tmp_path), "--networks", "mlp1_cifar10", "--config.dataset=digits", "--config.epochs=2"]
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--networks",
+        "mlp1_cifar10",
+        "--config.dataset=digits",
+        "--config.epochs=2",
+    ]
     mlp_vs_convnet.main(arguments)
-    row, = json.loads((tmp_path / "comparison.json").read_text())
-    assert row["n"] == 5 and row["epochs"] == 2 and row["parameters"] == 650 and len(row["curve"]) == 2
-    errors = [100 * json.loads(path.read_text())["final"]["test_error"] for path in tmp_path.glob("mlp1_cifar10/*/results.json")]
-    assert row["test"] == pytest.approx({"claimed": 65, "mean": np.mean(errors), "std": np.std(errors, ddof=1)})
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())
+    assert (
+        row["n"] == 5 and row["epochs"] == 2 and row["parameters"] == 650 and len(row["curve"]) == 2
+    )
+    errors = [
+        100 * json.loads(path.read_text())["final"]["test_error"]
+        for path in tmp_path.glob("mlp1_cifar10/*/results.json")
+    ]
+    assert row["test"] == pytest.approx(
+        {"claimed": 65, "mean": np.mean(errors), "std": np.std(errors, ddof=1)}
+    )
     assert (tmp_path / "curves.png").stat().st_size > 1000
     for path in tmp_path.glob("mlp1_cifar10/*/results.json"):
         path.rename(path.with_name("failure.json")) if "seed=1" in str(path) else None
-    (tmp_path / "mlp1_cifar10" / "seed=1" / "failure.json").write_text('{"error": "the loss is not finite at step 3"}')
+    (tmp_path / "mlp1_cifar10" / "seed=1" / "failure.json").write_text(
+        '{"error": "the loss is not finite at step 3"}'
+    )
     capfd.readouterr()
     mlp_vs_convnet.main(arguments)
     assert "epoch" not in capfd.readouterr().err
     report = (tmp_path / "report.md").read_text()
-    assert "| mlp1_cifar10 | 650 | 2 | 59 | " in report and "mlp1_cifar10: the loss is not finite at step 3" in report
+    assert (
+        "| mlp1_cifar10 | 650 | 2 | 59 | " in report
+        and "mlp1_cifar10: the loss is not finite at step 3" in report
+    )

@@ -1,4 +1,5 @@
 """Data sets come from their original files, in every published layout, whole or not at all."""
+
 import dataclasses
 import gzip
 import hashlib
@@ -27,9 +28,18 @@ def test_cifar10_is_the_published_one(data_dir):
 
 def test_mnist_is_the_published_one(data_dir):
     found = arrays.load("mnist", str(data_dir))
-    assert found.train.images.shape == (60_000, 28, 28, 1) and found.test.images.shape == (10_000, 28, 28, 1)
-    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and found.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
-    np.testing.assert_allclose(arrays.normalisation(found.train.images), [[0.1307], [0.3081]], atol=5e-5)
+    assert found.train.images.shape == (60_000, 28, 28, 1) and found.test.images.shape == (
+        10_000,
+        28,
+        28,
+        1,
+    )
+    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and found.test.labels[
+        :5
+    ].tolist() == [7, 2, 1, 0, 4]
+    np.testing.assert_allclose(
+        arrays.normalisation(found.train.images), [[0.1307], [0.3081]], atol=5e-5
+    )
 
 
 def test_the_default_needs_no_file():
@@ -50,11 +60,16 @@ FINE = dataclasses.replace(arrays.DATASETS["cifar100"], counts=(15, 5))
 
 def binary(first, last, coarse=False):
     labels = LABELS[first:last, None].astype(np.uint8)
-    return np.concatenate([labels // 2, labels, ROWS[first:last]] if coarse else [labels, ROWS[first:last]], 1).tobytes()
+    return np.concatenate(
+        [labels // 2, labels, ROWS[first:last]] if coarse else [labels, ROWS[first:last]], 1
+    ).tobytes()
 
 
 def python(first, last, key=b"labels"):
-    return pickle.dumps({b"batch_label": b"x", key: LABELS[first:last].tolist(), b"data": ROWS[first:last]}, protocol=2)
+    return pickle.dumps(
+        {b"batch_label": b"x", key: LABELS[first:last].tolist(), b"data": ROWS[first:last]},
+        protocol=2,
+    )
 
 
 def batches(is_binary):
@@ -86,7 +101,12 @@ def archive(path, folder, files):
 def as_published(source, path):
     """The data set of which an archive made here is the published one."""
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    return dataclasses.replace(source, archives=tuple(file._replace(md5=md5) if file.name == path.name else file for file in source.archives))
+    return dataclasses.replace(
+        source,
+        archives=tuple(
+            file._replace(md5=md5) if file.name == path.name else file for file in source.archives
+        ),
+    )
 
 
 def assert_ours(found):
@@ -110,7 +130,11 @@ def test_cifars_layouts(tmp_path, source, make, is_binary, place):
 
 
 def idx(values):
-    return bytes((0, 0, 8, values.ndim)) + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+    return (
+        bytes((0, 0, 8, values.ndim))
+        + b"".join(n.to_bytes(4, "big") for n in values.shape)
+        + values.tobytes()
+    )
 
 
 def small_idx(url="http://localhost:1/"):
@@ -119,8 +143,13 @@ def small_idx(url="http://localhost:1/"):
     for part, where in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
         files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[where, ..., 0]))
         files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(LABELS[where].astype(np.uint8)))
-    entries = tuple(arrays.File(name, (url + name,), hashlib.md5(content).hexdigest()) for name, content in files.items())
-    return dataclasses.replace(arrays.DATASETS["mnist"], files=entries, counts=(15, 5), shape=(32, 32, 1)), files
+    entries = tuple(
+        arrays.File(name, (url + name,), hashlib.md5(content).hexdigest())
+        for name, content in files.items()
+    )
+    return dataclasses.replace(
+        arrays.DATASETS["mnist"], files=entries, counts=(15, 5), shape=(32, 32, 1)
+    ), files
 
 
 @pytest.mark.parametrize("place", ["mnist", "MNIST/raw", ""])
@@ -131,17 +160,24 @@ def test_mnists_layout_compressed_or_not(tmp_path, place):
     if place:
         for name in files:
             (tmp_path / place / name).unlink()
-        write(tmp_path / place, {name.removesuffix(".gz"): gzip.decompress(content) for name, content in files.items()})
+        write(
+            tmp_path / place,
+            {name.removesuffix(".gz"): gzip.decompress(content) for name, content in files.items()},
+        )
         np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
 # ------------------------------------------------------------------ files that are not as published
 
+
 def test_a_pickle_runs_nothing(tmp_path):
     marker = tmp_path / "ran"
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {marker}",))})
     for content in ({b"data": evil(), b"labels": [1]}, evil()):
-        with pytest.raises(ValueError, match="not a CIFAR batch in the Python layout: UnpicklingError: it asks for .*system") as caught:
+        with pytest.raises(
+            ValueError,
+            match="not a CIFAR batch in the Python layout: UnpicklingError: it asks for .*system",
+        ) as caught:
             arrays.read_cifar_pickle(pickle.dumps(content, protocol=2), "batch", 1)
         assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -151,7 +187,10 @@ def test_damage_is_named(tmp_path):
     write(tmp_path / SMALL.binary, batches(True))
     path = tmp_path / SMALL.binary / "data_batch_3.bin"
     whole = path.read_bytes()
-    for content, message in ((whole[:-1], r"data_batch_3\.bin holds 9,218 bytes of data where \[3, 3073\] are 9,219"), (whole + b"x", "9,220 bytes")):
+    for content, message in (
+        (whole[:-1], r"data_batch_3\.bin holds 9,218 bytes of data where \[3, 3073\] are 9,219"),
+        (whole + b"x", "9,220 bytes"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             SMALL.read(tmp_path)
@@ -165,7 +204,9 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
     files["data_batch_2.bin"] = bytes([10]) + files["data_batch_2.bin"][1:]
     write(tmp_path / SMALL.binary, files)
     monkeypatch.setitem(arrays.DATASETS, "cifar10", SMALL)
-    with pytest.raises(ValueError, match="the training labels of cifar10 in data_dir=.* to 10; expected 0 to 9"):
+    with pytest.raises(
+        ValueError, match="the training labels of cifar10 in data_dir=.* to 10; expected 0 to 9"
+    ):
         arrays.load("cifar10", str(tmp_path))
 
 
@@ -188,11 +229,15 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
         file.addfile(member)
     for content in (path.read_bytes(), path.read_bytes()[:40]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{path} has the MD5 hash .*, and the published file has c32a1d4a.*: it is damaged or another"):
+        with pytest.raises(
+            ValueError,
+            match=f"^{path} has the MD5 hash .*, and the published file has c32a1d4a.*: it is damaged or another",
+        ):
             SMALL.read(tmp_path)
 
 
 # ------------------------------------------------------------------ downloads
+
 
 @pytest.fixture
 def server():
@@ -208,7 +253,7 @@ def server():
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:settings["cut"]])
+            self.wfile.write(content[: settings["cut"]])
 
         def log_message(self, *arguments):
             pass
@@ -233,26 +278,48 @@ def test_a_second_address_serves_where_the_first_does_not(tmp_path, server):
     address, served, _ = server
     source, files = small_idx(address)
     served |= files
-    source = dataclasses.replace(source, files=tuple(file._replace(urls=("http://localhost:1/x", *file.urls)) for file in source.files))
+    source = dataclasses.replace(
+        source,
+        files=tuple(
+            file._replace(urls=("http://localhost:1/x", *file.urls)) for file in source.files
+        ),
+    )
     np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
-@pytest.mark.parametrize("fault, reason", [("cut", "IncompleteRead"), ("other", "does not match the known hash"), ("absent", "404 Client Error"),
-                                           ("unreachable", "Connection refused")])
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("cut", "IncompleteRead"),
+        ("other", "does not match the known hash"),
+        ("absent", "404 Client Error"),
+        ("unreachable", "Connection refused"),
+    ],
+)
 def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, fault, reason):
     address, served, settings = server
     source, files = small_idx("http://localhost:1/" if fault == "unreachable" else address)
-    served |= {} if fault == "absent" else {name: gzip.compress(b"another file") for name in files} if fault == "other" else files
+    served |= (
+        {}
+        if fault == "absent"
+        else {name: gzip.compress(b"another file") for name in files}
+        if fault == "other"
+        else files
+    )
     settings["cut"] = 50 if fault == "cut" else None
     data_dir = tmp_path / "new" / "data"
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded "
-                                         rf"\(http://localhost[^ ]*: [^;]*{reason}.*\); put it there by hand") as caught:
+    with pytest.raises(
+        ValueError,
+        match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded "
+        rf"\(http://localhost[^ ]*: [^;]*{reason}.*\); put it there by hand",
+    ) as caught:
         source.read(data_dir)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ validation
+
 
 def test_the_held_out_images_are_balanced_and_the_same_each_time():
     found, again = (arrays.load("digits", n_validation=101) for _ in range(2))
@@ -265,11 +332,20 @@ def test_the_held_out_images_are_balanced_and_the_same_each_time():
     np.testing.assert_array_equal(found.validation.images, whole.images[mask])
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"name": "cifar11"}, "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, camvid, camvid_scenes, tfds:NAME, folder"),
-    ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 0 and 1436"),
-    ({"name": "digits", "n_validation": 1436}, "n_validation=1436 asks for 144 images of class"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"name": "cifar11"},
+            "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, camvid, camvid_scenes, tfds:NAME, folder",
+        ),
+        ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 0 and 1436"),
+        (
+            {"name": "digits", "n_validation": 1436},
+            "n_validation=1436 asks for 144 images of class",
+        ),
+    ],
+)
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         arrays.load(**arguments)

@@ -1,4 +1,5 @@
 """Several processes of one command: they train as one does, and none waits for one that is gone."""
+
 import json
 import os
 import pathlib
@@ -14,20 +15,47 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-TRAIN = [sys.executable, "-m", "cnnjax.main", "--config", "configs/lenet_digits.py", "--config.checkpoint_every_steps=5",
-         "--config.n_validation=100"]
+TRAIN = [
+    sys.executable,
+    "-m",
+    "cnnjax.main",
+    "--config",
+    "configs/lenet_digits.py",
+    "--config.checkpoint_every_steps=5",
+    "--config.n_validation=100",
+]
 
 
 def start(count: int, folder: pathlib.Path, *arguments: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [subprocess.Popen([*TRAIN, "--workdir", str(folder), f"--distributed=localhost:{port},{count},{index}", *arguments], cwd=ROOT,
-                             stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for index in range(count)]
+    return [
+        subprocess.Popen(
+            [
+                *TRAIN,
+                "--workdir",
+                str(folder),
+                f"--distributed=localhost:{port},{count},{index}",
+                *arguments,
+            ],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        for index in range(count)
+    ]
 
 
 def alone(folder: pathlib.Path, *arguments: str) -> dict:
-    done = subprocess.run([*TRAIN, "--workdir", str(folder), *arguments], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*TRAIN, "--workdir", str(folder), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -48,7 +76,11 @@ def test_several_processes_train_as_one(count, one, tmp_path):
         for metric in ("train_loss", "validation_loss"):
             np.testing.assert_allclose(mine[metric], theirs[metric], rtol=1e-4)
     assert json.loads((tmp_path / "environment.json").read_text())["devices"] == ["cpu"] * count
-    assert (tmp_path / "report.md").exists() and not list(tmp_path.glob("*.claim")) and not list(tmp_path.glob("*.partial"))
+    assert (
+        (tmp_path / "report.md").exists()
+        and not list(tmp_path.glob("*.claim"))
+        and not list(tmp_path.glob("*.partial"))
+    )
 
 
 def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one, tmp_path):
@@ -61,10 +93,18 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one,
     second.communicate()
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 1 and "Traceback" not in error
-    assert re.search(r"error: process 0 of 2 cannot go on, most likely because another is gone \(.*\); start them all again", error.splitlines()[-1]), error
+    assert re.search(
+        r"error: process 0 of 2 cannot go on, most likely because another is gone \(.*\); start them all again",
+        error.splitlines()[-1],
+    ), error
     # On one device, from the checkpoint of two.
-    again = subprocess.Popen([*TRAIN, "--workdir", str(tmp_path), "--config.epochs=3000"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                             env=ENVIRONMENT)
+    again = subprocess.Popen(
+        [*TRAIN, "--workdir", str(tmp_path), "--config.epochs=3000"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert any("going on from step" in line for line in again.stderr)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
@@ -80,12 +120,21 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], errors
-    steps = {re.search(r"stopped by SIGTERM after step (\d+) of", error).group(1) for error in errors}
+    steps = {
+        re.search(r"stopped by SIGTERM after step (\d+) of", error).group(1) for error in errors
+    }
     assert len(steps) == 1 and (tmp_path / "checkpoints" / steps.pop() / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("given", ["here", "localhost:1234,2,2", "localhost:1234,2"])
 def test_a_wrong_address_is_one_line(given, tmp_path):
-    done = subprocess.run([*TRAIN, "--workdir", str(tmp_path), f"--distributed={given}"], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*TRAIN, "--workdir", str(tmp_path), f"--distributed={given}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert done.returncode == 2 and done.stderr == (
-        f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES\n")
+        f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES\n"
+    )

@@ -1,4 +1,5 @@
 """Every command of the pages in docs/ and of the README is run, with less to compute."""
+
 import os
 import pathlib
 import re
@@ -9,13 +10,34 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md") if "```sh" in path.read_text())
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "docs").glob("*.md")
+    if "```sh" in path.read_text()
+)
 # What makes a command of this kind small, where it does not say so itself.
 LESS = {
-    "configs/posenet.py": ["--config.encoders=('vgg11',)", "--config.paddings=('zeros',)", "--config.sgd_paddings=()", "--config.image_size=64",
-                           "--config.n_train=4", "--config.n_held_out=2", "--config.n_test=2", "--config.sgd_steps=5"],
+    "configs/posenet.py": [
+        "--config.encoders=('vgg11',)",
+        "--config.paddings=('zeros',)",
+        "--config.sgd_paddings=()",
+        "--config.image_size=64",
+        "--config.n_train=4",
+        "--config.n_held_out=2",
+        "--config.n_test=2",
+        "--config.sgd_steps=5",
+    ],
     "configs/lenet_digits.py": ["--config.epochs=2"],
-    "experiments.position_tables": ["--seeds", "1", "--set", "image_size=64", "n_train=4", "n_held_out=2", "n_test=2", "sgd_steps=5"],
+    "experiments.position_tables": [
+        "--seeds",
+        "1",
+        "--set",
+        "image_size=64",
+        "n_train=4",
+        "n_held_out=2",
+        "n_test=2",
+        "sgd_steps=5",
+    ],
 }
 
 
@@ -32,9 +54,19 @@ def test_commands_run(page, tmp_path):
         for kind, less in LESS.items():
             if kind in words:
                 given = {word.partition("=")[0] for word in words}
-                words += [word for word in less if not word.startswith("--config") or word.partition("=")[0] not in given]
+                words += [
+                    word
+                    for word in less
+                    if not word.startswith("--config") or word.partition("=")[0] not in given
+                ]
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[1:]]
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 

@@ -1,4 +1,5 @@
 """Ensembles against soups, and dropout's redundancy: brute force on small cases, and whole experiments on digits."""
+
 import argparse
 import functools
 import json
@@ -33,6 +34,7 @@ class Linear(Network):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs on one device, without their figures and events, and with a registry of data sets of their own."""
+
     def on_one_device(default=defaults.get_config):
         config = default()
         config.parallel = "jit"
@@ -48,6 +50,7 @@ def quick(monkeypatch):
 
 # ------------------------------------------------------------------ ensembles against soups
 
+
 class FewDigits(arrays.Digits):
     """The first digits, in place of the first images of CIFAR-10."""
 
@@ -56,38 +59,91 @@ class FewDigits(arrays.Digits):
 
     def read(self, data_dir):
         train, test = super().read(data_dir)
-        return arrays.Split(train.images[:self.count], train.labels[:self.count]), test
+        return arrays.Split(train.images[: self.count], train.labels[: self.count]), test
 
 
 def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ensemble_vs_soup, "Part", FewDigits)
     monkeypatch.setattr(ensemble_vs_soup, "EMA_DECAY", 0.5)
     monkeypatch.setattr(ensemble_vs_soup.combine, "_LEARNED_STEPS", 5)
-    command = ["--workdir", str(tmp_path), "--model", "linear", "--members", "4", "--train", "640", "--validation", "100",
-               "--start_epochs", "2", "--epochs", "1", "--repetitions", "1"]
+    command = [
+        "--workdir",
+        str(tmp_path),
+        "--model",
+        "linear",
+        "--members",
+        "4",
+        "--train",
+        "640",
+        "--validation",
+        "100",
+        "--start_epochs",
+        "2",
+        "--epochs",
+        "1",
+        "--repetitions",
+        "1",
+    ]
     assert ensemble_vs_soup.main(command) == 0, capsys.readouterr().err
     place = tmp_path / "repetition0"
     read = lambda *parts: json.loads(place.joinpath(*parts).read_text())
-    rows = {(row["group"], row["method"]): row for row in json.loads((tmp_path / "ensemble_vs_soup.json").read_text())["repetitions"][0]}
-    errors = lambda group: [read(group, folder.name, "results.json")["final"]["test_error"] for folder in sorted((place / group).iterdir())]
-    assert rows["fine-tuned", "single, mean"]["accuracy"] == pytest.approx(100 - 100 * np.mean(errors("fine-tuned")))
-    assert rows["independent", "single, mean"]["accuracy"] == pytest.approx(100 - 100 * np.mean(errors("independent")))
+    rows = {
+        (row["group"], row["method"]): row
+        for row in json.loads((tmp_path / "ensemble_vs_soup.json").read_text())["repetitions"][0]
+    }
+    errors = lambda group: [
+        read(group, folder.name, "results.json")["final"]["test_error"]
+        for folder in sorted((place / group).iterdir())
+    ]
+    assert rows["fine-tuned", "single, mean"]["accuracy"] == pytest.approx(
+        100 - 100 * np.mean(errors("fine-tuned"))
+    )
+    assert rows["independent", "single, mean"]["accuracy"] == pytest.approx(
+        100 - 100 * np.mean(errors("independent"))
+    )
     assert (len(errors("fine-tuned")), len(errors("independent"))) == (4, 2)
     # Of a run that averages its parameters the test error is the average's.
     assert rows["start", "polyak"]["accuracy"] == pytest.approx(100 - 100 * errors("start")[0])
     for (group, method), row in rows.items():
-        alone = {"restarts": ("independent", "single, mean"), "start": ("start", "last iterate")}.get(group, (group, "single, mean"))
+        alone = {
+            "restarts": ("independent", "single, mean"),
+            "start": ("start", "last iterate"),
+        }.get(group, (group, "single, mean"))
         assert row["gain"] == pytest.approx(row["accuracy"] - rows[alone]["accuracy"])
-        assert row["passes"] == {"ensemble": 4 if group == "fine-tuned" else 2, "ensemble-logits": 4, "snapshot": 3}.get(method, 1)
-        assert row["epochs"] == {"fine-tuned": 3 if "single" in method else 6, "independent": 3 if "single" in method else 6, "restarts": 3,
-                                 "start": 2}[group]
-    assert read("combined", "restarts", "snapshot", "results.json")["ingredients"] == ["step 10", "step 20", "step 30"]
+        assert row["passes"] == {
+            "ensemble": 4 if group == "fine-tuned" else 2,
+            "ensemble-logits": 4,
+            "snapshot": 3,
+        }.get(method, 1)
+        assert (
+            row["epochs"]
+            == {
+                "fine-tuned": 3 if "single" in method else 6,
+                "independent": 3 if "single" in method else 6,
+                "restarts": 3,
+                "start": 2,
+            }[group]
+        )
+    assert read("combined", "restarts", "snapshot", "results.json")["ingredients"] == [
+        "step 10",
+        "step 20",
+        "step 30",
+    ]
     # Fine-tuned networks start where the start ended, independent ones do not.
-    first = {group: [read(group, folder.name, "results.json")["history"][0]["train_loss"] for folder in sorted((place / group).iterdir())]
-             for group in ("start", "fine-tuned", "independent")}
+    first = {
+        group: [
+            read(group, folder.name, "results.json")["history"][0]["train_loss"]
+            for folder in sorted((place / group).iterdir())
+        ]
+        for group in ("start", "fine-tuned", "independent")
+    }
     assert max(first["fine-tuned"]) < min(first["start"] + first["independent"])
     report = (tmp_path / "report.md").read_text()
-    assert "D7" in report and "D8" in report and (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
+    assert (
+        "D7" in report
+        and "D8" in report
+        and (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
+    )
 
     # What is finished is not done again, and other settings are refused.
     monkeypatch.setattr(loop, "run", pytest.fail)
@@ -95,21 +151,37 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
     assert ensemble_vs_soup.main(command) == 0
     capsys.readouterr()
     assert ensemble_vs_soup.main([*command, "--epochs", "2"]) == 2
-    assert capsys.readouterr().err.startswith("error: workdir=") and (tmp_path / "report.md").read_text() == report
+    assert (
+        capsys.readouterr().err.startswith("error: workdir=")
+        and (tmp_path / "report.md").read_text() == report
+    )
 
 
 def test_wrong_arguments_of_soups_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(arrays, "DATASETS", dict(arrays.DATASETS))
     assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--train", "49000"]) == 2
-    assert "error: train=49000 and validation=2000 are more than CIFAR-10's 50000" in capsys.readouterr().err
+    assert (
+        "error: train=49000 and validation=2000 are more than CIFAR-10's 50000"
+        in capsys.readouterr().err
+    )
     assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--model", "tutorial"]) == 2
     assert "model='tutorial' is not known" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_members_differ_and_seeds_are_not_used_twice(quick):
-    options = argparse.Namespace(model="tutorial_net", train=1000, validation=100, members=8, start_epochs=2, epochs=1, data_dir="data")
-    plans = [ensemble_vs_soup.plan(pathlib.Path("runs"), options, repetition) for repetition in (0, 1)]
+    options = argparse.Namespace(
+        model="tutorial_net",
+        train=1000,
+        validation=100,
+        members=8,
+        start_epochs=2,
+        epochs=1,
+        data_dir="data",
+    )
+    plans = [
+        ensemble_vs_soup.plan(pathlib.Path("runs"), options, repetition) for repetition in (0, 1)
+    ]
     tuned = [config for place, config in plans[0].items() if place.parent.name == "fine-tuned"]
     assert len({(config.schedule.learning_rate, config.augment.flip) for config in tuned}) == 8
     seeds = [config.seed for runs in plans for config in runs.values()]
@@ -120,25 +192,38 @@ def test_intervals_and_judgements():
     values = [1.0, 2.0, 4.0]
     found = ensemble_vs_soup.summary(values)
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
-    assert (found["low"], found["high"], found["std"]) == pytest.approx((low, high, np.std(values, ddof=1)))
+    assert (found["low"], found["high"], found["std"]) == pytest.approx(
+        (low, high, np.std(values, ddof=1))
+    )
     judge = lambda *values: ensemble_vs_soup.judge(ensemble_vs_soup.summary(list(values)))
     assert [judge(1.0, 1.1, 1.2), judge(-1.0, -1.1, -1.2), judge(-1.0, 1.0, 2.0), judge(5.0)] == [
-        "holds", "does not hold", "is not decided by n=3", "is not decided by n=1"]
+        "holds",
+        "does not hold",
+        "is not decided by n=3",
+        "is not decided by n=1",
+    ]
 
 
 def test_the_part_of_cifar10_is_its_beginning(data_dir):
     """With the binary file itself: a label, then the planes of red, green and blue."""
     train, test = ensemble_vs_soup.Part(3).read(data_dir)
-    records = np.frombuffer((data_dir / "cifar-10-batches-bin" / "data_batch_1.bin").read_bytes()[:3 * 3073], np.uint8).reshape(3, 3073)
+    records = np.frombuffer(
+        (data_dir / "cifar-10-batches-bin" / "data_batch_1.bin").read_bytes()[: 3 * 3073], np.uint8
+    ).reshape(3, 3073)
     np.testing.assert_array_equal(train.labels, records[:, 0])
-    np.testing.assert_array_equal(train.images, records[:, 1:].reshape(3, 3, 32, 32).transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(
+        train.images, records[:, 1:].reshape(3, 3, 32, 32).transpose(0, 2, 3, 1)
+    )
     assert len(test.labels) == 10_000
 
 
 # ------------------------------------------------------------------ dropout
 
+
 def test_removals_are_nested():
-    found = np.stack([dropout.masks(50, 4, share, seed=1) for share in (0.0, 0.3, 0.5, 1.0)])  # [shares, removals, units]
+    found = np.stack(
+        [dropout.masks(50, 4, share, seed=1) for share in (0.0, 0.3, 0.5, 1.0)]
+    )  # [shares, removals, units]
     assert found.sum(-1).tolist() == [[50] * 4, [35] * 4, [25] * 4, [0] * 4]
     assert (np.diff(found, axis=0) <= 0).all() and len(np.unique(found[1], axis=0)) == 4
 
@@ -149,20 +234,36 @@ def test_a_removed_unit_is_silent(layer):
     generator = np.random.default_rng(0)
     model = MLP(num_classes=3, input_shape=(2, 2, 1), hidden=(6, 5))
     shapes = {"fc1": (4, 6), "fc2": (6, 5), "fc3": (5, 3)}
-    params = {name: {"kernel": generator.normal(size=shape).astype(np.float32), "bias": generator.normal(size=shape[1]).astype(np.float32)}
-              for name, shape in shapes.items()}
-    images, labels = generator.normal(size=(40, 2, 2, 1)).astype(np.float32), generator.integers(0, 3, 40)
+    params = {
+        name: {
+            "kernel": generator.normal(size=shape).astype(np.float32),
+            "bias": generator.normal(size=shape[1]).astype(np.float32),
+        }
+        for name, shape in shapes.items()
+    }
+    images, labels = (
+        generator.normal(size=(40, 2, 2, 1)).astype(np.float32),
+        generator.integers(0, 3, 40),
+    )
     kept = dropout.masks(shapes[layer][1], 3, 0.5, seed=0)
     expected, activations = [], []
     for mask in kept:
         x = images.reshape(40, 4)
         for name in ("fc1", "fc2"):
-            x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0) * (mask if name == layer else 1)
+            x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0) * (
+                mask if name == layer else 1
+            )
         activations.append(x)
-        expected.append(((x @ params["fc3"]["kernel"] + params["fc3"]["bias"]).argmax(1) == labels).mean())
-    np.testing.assert_allclose(dropout.accuracies(model, layer, params, kept, images, labels), expected, rtol=1e-6)
+        expected.append(
+            ((x @ params["fc3"]["kernel"] + params["fc3"]["bias"]).argmax(1) == labels).mean()
+        )
+    np.testing.assert_allclose(
+        dropout.accuracies(model, layer, params, kept, images, labels), expected, rtol=1e-6
+    )
     silent = dropout.second_layer(model, dropout.without(params, layer, kept[0]), images)
-    np.testing.assert_allclose(silent * (kept[0] if layer == "fc2" else 1), activations[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        silent * (kept[0] if layer == "fc2" else 1), activations[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
@@ -177,7 +278,9 @@ def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
         left = [np.c_[x[:, mask > 0], np.ones(len(x))] for x in (train, test)]
         solution = np.linalg.lstsq(left[0], np.eye(10)[labels], rcond=None)[0]
         expected.append(((left[1] @ solution).argmax(1) == test_labels).mean())
-    assert dropout.refitted(train, labels, test, test_labels, kept) == pytest.approx(expected, abs=0.011)  # of equals one may fall otherwise
+    assert dropout.refitted(train, labels, test, test_labels, kept) == pytest.approx(
+        expected, abs=0.011
+    )  # of equals one may fall otherwise
 
 
 def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
@@ -185,14 +288,26 @@ def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     command = ["--workdir", str(tmp_path), "--seeds", "2", "--epochs", "4", "--removals", "2"]
     assert dropout.main(command) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "dropout.json").read_text())["rows"]
-    assert [(row["dropout"], row["seed"]) for row in rows] == [(0.0, 0), (0.5, 0), (0.0, 1), (0.5, 1)]
+    assert [(row["dropout"], row["seed"]) for row in rows] == [
+        (0.0, 0),
+        (0.5, 0),
+        (0.0, 1),
+        (0.5, 1),
+    ]
     for row in rows:
         for way in ("fc1", "fc2"):
-            assert row["accuracy"][way][0] == pytest.approx([1 - row["test_error"]] * 2)  # nothing is removed
-        assert {np.shape(row["accuracy"][way]) for way in dropout.WAYS} == {(len(dropout.SHARES), 2)}
+            assert row["accuracy"][way][0] == pytest.approx(
+                [1 - row["test_error"]] * 2
+            )  # nothing is removed
+        assert {np.shape(row["accuracy"][way]) for way in dropout.WAYS} == {
+            (len(dropout.SHARES), 2)
+        }
         assert np.mean(row["accuracy"]["fc2"][-1]) < np.mean(row["accuracy"]["fc2"][0])
     report = (tmp_path / "report.md").read_text()
     assert report.count("D10") == 6 and (tmp_path / "dropout.png").stat().st_size > 1000
     monkeypatch.setattr(loop, "run", pytest.fail)
     assert dropout.main(command) == 0 and (tmp_path / "report.md").read_text() == report
-    assert dropout.main([*command, "--epochs", "5"]) == 2 and "error: workdir=" in capsys.readouterr().err
+    assert (
+        dropout.main([*command, "--epochs", "5"]) == 2
+        and "error: workdir=" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
 """Faults of the machine, on the commands that they hit: one clear line, nothing lost, and the same bits when the run goes on."""
+
 import json
 import os
 import pathlib
@@ -24,8 +25,14 @@ from cnnjax.train.checkpoints import Checkpoints, _leaves
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN = ("--config=configs/lenet_digits.py", "--config.model=mlp1", "--config.epochs=3", "--config.n_validation=100", "--config.parallel=jit",
-         "--config.checkpoint_every_steps=4")
+TRAIN = (
+    "--config=configs/lenet_digits.py",
+    "--config.model=mlp1",
+    "--config.epochs=3",
+    "--config.n_validation=100",
+    "--config.parallel=jit",
+    "--config.checkpoint_every_steps=4",
+)
 STEPS = 30  # three epochs of 1337 // 128
 
 # Commands that are given at once are processes at the same time, each forked from one that has imported everything and computed
@@ -84,16 +91,40 @@ class Machine:
 
     def __init__(self, folder: pathlib.Path):
         apart = ["unshare", "--map-root-user", "--mount"]
-        self.mounts = bool(shutil.which("unshare")) and not subprocess.run([*apart, "mount", "-t", "tmpfs", "none", folder],
-                                                                           capture_output=True).returncode
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-        self.process = subprocess.Popen([*(apart if self.mounts else ()), sys.executable, "-c", DRIVER], cwd=ROOT, text=True, env=environment,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.mounts = (
+            bool(shutil.which("unshare"))
+            and not subprocess.run(
+                [*apart, "mount", "-t", "tmpfs", "none", folder], capture_output=True
+            ).returncode
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.process = subprocess.Popen(
+            [*(apart if self.mounts else ()), sys.executable, "-c", DRIVER],
+            cwd=ROOT,
+            text=True,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def run(self, *cases: tuple) -> list[tuple[int, str]]:
         """Cases (command, its arguments, what is done beforehand), all at once -> their exit codes and standard errors."""
-        self.process.stdin.write(json.dumps([[command, [*map(str, arguments)], "".join(rest)] for command, arguments, *rest in cases]) + "\n")
+        self.process.stdin.write(
+            json.dumps(
+                [
+                    [command, [*map(str, arguments)], "".join(rest)]
+                    for command, arguments, *rest in cases
+                ]
+            )
+            + "\n"
+        )
         self.process.stdin.flush()
         return [tuple(found) for found in json.loads(self.process.stdout.readline())]
 
@@ -119,27 +150,43 @@ def machine(tmp_path_factory):
 def disk(machine, tmp_path):
     """A disk of 4 MiB."""
     if not machine.mounts:
-        pytest.skip("this system lets no process have mounts of its own (unshare --map-root-user --mount), and so no small disk")
+        pytest.skip(
+            "this system lets no process have mounts of its own (unshare --map-root-user --mount), and so no small disk"
+        )
     machine.mount("-t", "tmpfs", "-o", "size=4m", "none", tmp_path)
     return tmp_path
 
 
 def record(folder: pathlib.Path) -> dict:
     """What a finished run came to, to the bit."""
-    like = jax.eval_shape(lambda: step.init(step.Recipe(create_model("mlp1", input_shape=(8, 8, 1)), augment=()), (8, 8, 1), step.Numbers(0)))
+    like = jax.eval_shape(
+        lambda: step.init(
+            step.Recipe(create_model("mlp1", input_shape=(8, 8, 1)), augment=()),
+            (8, 8, 1),
+            step.Numbers(0),
+        )
+    )
     with Checkpoints(folder / "checkpoints") as checkpoints:
         at, state, kept = checkpoints.restore(like)
     results = json.loads((folder / "results.json").read_text())
-    assert at == STEPS and [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == results["history"]
+    assert (
+        at == STEPS
+        and [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        == results["history"]
+    )
     with np.load(folder / "test.npz") as test:
-        return {"history": kept["history"], "results": {key: value for key, value in results.items() if "seconds" not in key},
-                "weights": (folder / "weights.safetensors").read_bytes(), "test": {name: test[name].tobytes() for name in test},
-                "state": {name: leaf.tobytes() for name, leaf in _leaves(state).items()}}
+        return {
+            "history": kept["history"],
+            "results": {key: value for key, value in results.items() if "seconds" not in key},
+            "weights": (folder / "weights.safetensors").read_bytes(),
+            "test": {name: test[name].tobytes() for name in test},
+            "state": {name: leaf.tobytes() for name, leaf in _leaves(state).items()},
+        }
 
 
 def line(errors: str) -> str:
     """The one line that is no log line."""
-    found, = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    (found,) = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
     return found
 
 
@@ -160,7 +207,11 @@ def stopped(machine, tmp_path_factory):
     """A run that was stopped after its first epoch, with two checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     code, errors = machine.train(folder, SIGNAL + 'at(loop.evaluate, "predict", signal.SIGTERM)')
-    assert code == 75 and "SIGTERM after step 10 of 30" in line(errors) and len(list((folder / "checkpoints").iterdir())) == 2
+    assert (
+        code == 75
+        and "SIGTERM after step 10 of 30" in line(errors)
+        and len(list((folder / "checkpoints").iterdir())) == 2
+    )
     return folder
 
 
@@ -199,21 +250,40 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
     """One run, which the disk stops wherever it writes; it goes on each time to the next place."""
     folder, seen = disk / "run", machine.seen(disk) / "run"
     for where, message, reached in (
-            ('full(workdir, "claim")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
-            ('full(workdir, "prepare")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
-            ('full_at("environment.json")', f"{NO_SPACE}: '{folder}/environment.json'", None),
-            ('full(loop.Checkpoints, "save")', f"error: a checkpoint could not be written to {folder}/checkpoints: ", None),
-            ('full_at("metrics.jsonl")', f"{NO_SPACE}: '{folder}/metrics.jsonl'", None),
-            ('full(loop.Checkpoints, "save", lambda _, step, *rest: step > 16)', f"written to {folder}/checkpoints: ", 8),
-            ('full(loop.weights, "save_torchvision")', f"{folder}/weights.safetensors could not be written", 16),
-            ('full_at("test.npz")', f"{NO_SPACE}: '{folder}/test.npz'", STEPS),
-            ('full(loop, "_write_events")', f"{NO_SPACE}: '{folder}/tensorboard'", STEPS),
-            ('full_at("results.json")', f"{NO_SPACE}: '{folder}/results.json'", STEPS),
-            ('full(workdir, "write_figure")', f"{NO_SPACE}: '{folder}/curves.png'", STEPS),
-            ('full_at("report.md")', f"{NO_SPACE}: '{folder}/report.md'", "finished")):
+        ('full(workdir, "claim")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
+        ('full(workdir, "prepare")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
+        ('full_at("environment.json")', f"{NO_SPACE}: '{folder}/environment.json'", None),
+        (
+            'full(loop.Checkpoints, "save")',
+            f"error: a checkpoint could not be written to {folder}/checkpoints: ",
+            None,
+        ),
+        ('full_at("metrics.jsonl")', f"{NO_SPACE}: '{folder}/metrics.jsonl'", None),
+        (
+            'full(loop.Checkpoints, "save", lambda _, step, *rest: step > 16)',
+            f"written to {folder}/checkpoints: ",
+            8,
+        ),
+        (
+            'full(loop.weights, "save_torchvision")',
+            f"{folder}/weights.safetensors could not be written",
+            16,
+        ),
+        ('full_at("test.npz")', f"{NO_SPACE}: '{folder}/test.npz'", STEPS),
+        ('full(loop, "_write_events")', f"{NO_SPACE}: '{folder}/tensorboard'", STEPS),
+        ('full_at("results.json")', f"{NO_SPACE}: '{folder}/results.json'", STEPS),
+        ('full(workdir, "write_figure")', f"{NO_SPACE}: '{folder}/curves.png'", STEPS),
+        ('full_at("report.md")', f"{NO_SPACE}: '{folder}/report.md'", "finished"),
+    ):
         code, errors = machine.train(folder, FULL.format(disk) + where)
-        assert code == (2 if "workdir=" in message else 1) and message in line(errors) and NO_SPACE in line(errors), errors
-        going_on = {None: "", "finished": "holds the finished run"}.get(reached, f"going on from step {reached} of {STEPS}\n")
+        assert (
+            code == (2 if "workdir=" in message else 1)
+            and message in line(errors)
+            and NO_SPACE in line(errors)
+        ), errors
+        going_on = {None: "", "finished": "holds the finished run"}.get(
+            reached, f"going on from step {reached} of {STEPS}\n"
+        )
         assert going_on in errors and ("going on" in errors) == isinstance(reached, int), errors
         assert not left_over(seen)
         (seen.parent / "ballast").unlink()
@@ -226,7 +296,11 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
 
 def test_a_disk_that_can_only_be_read(machine, finished, disk):
     """It turns so at the end of a run, stays so for a while, and what lies there can be combined elsewhere."""
-    folder, seen, refused = disk / "run", machine.seen(disk) / "run", "cannot be written to: Read-only file system"
+    folder, seen, refused = (
+        disk / "run",
+        machine.seen(disk) / "run",
+        "cannot be written to: Read-only file system",
+    )
     turns = f"""
 import subprocess
 write = workdir.write
@@ -237,24 +311,46 @@ def turned(path, content):
 workdir.write = turned
 """
     code, errors = machine.train(folder, turns)
-    assert code == 1 and line(errors) == f"error: [Errno 30] Read-only file system: '{folder}/results.json'"
-    assert [(code, refused in line(errors)) for code, errors in machine.run(
-        ("main", (*TRAIN, "--workdir", folder)), ("main", (*TRAIN, "--workdir", disk / "other")),
-        ("sweep", (*TRAIN, "--workdir", disk / "swept")))] == [(2, True)] * 3
+    assert (
+        code == 1
+        and line(errors) == f"error: [Errno 30] Read-only file system: '{folder}/results.json'"
+    )
+    assert [
+        (code, refused in line(errors))
+        for code, errors in machine.run(
+            ("main", (*TRAIN, "--workdir", folder)),
+            ("main", (*TRAIN, "--workdir", disk / "other")),
+            ("sweep", (*TRAIN, "--workdir", disk / "swept")),
+        )
+    ] == [(2, True)] * 3
     machine.mount("-o", "remount,rw", disk)
     code, errors = machine.train(folder)
-    assert code == 0 and f"going on from step {STEPS} of {STEPS}" in errors and record(seen) == record(finished)
+    assert (
+        code == 0
+        and f"going on from step {STEPS} of {STEPS}" in errors
+        and record(seen) == record(finished)
+    )
     machine.mount("-o", "remount,ro", disk)
     elsewhere = finished.parent / "combined"
     (again, told), (inside, refusal), (outside, _) = machine.run(
-        ("main", (*TRAIN, "--workdir", folder)), *(("combine", ("--runs", folder, "--method", "polyak", "--workdir", place))
-                                                   for place in (disk / "combined", elsewhere)))
+        ("main", (*TRAIN, "--workdir", folder)),
+        *(
+            ("combine", ("--runs", folder, "--method", "polyak", "--workdir", place))
+            for place in (disk / "combined", elsewhere)
+        ),
+    )
     assert again == inside == 2 and refused in line(told) and refused in line(refusal)
-    assert outside == 0 and json.loads((elsewhere / "results.json").read_text())["individual"][-1]["test"] == {
-        name.removeprefix("test_"): value for name, value in record(finished)["results"]["final"].items() if name.startswith("test_")}
+    assert outside == 0 and json.loads((elsewhere / "results.json").read_text())["individual"][-1][
+        "test"
+    ] == {
+        name.removeprefix("test_"): value
+        for name, value in record(finished)["results"]["final"].items()
+        if name.startswith("test_")
+    }
 
 
 # ------------------------------------------------------------------ flipped bits
+
 
 @pytest.fixture
 def run_here(monkeypatch):
@@ -269,6 +365,7 @@ def run_here(monkeypatch):
             main.run(ml_collections.ConfigDict(config), folder)
         except (ValueError, RuntimeError, OSError) as error:
             return error
+
     return run
 
 
@@ -279,7 +376,10 @@ def flip(path: pathlib.Path, generator: random.Random) -> None:
 
 
 def configuration(folder: pathlib.Path) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads((folder / "config.json").read_text()).items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in json.loads((folder / "config.json").read_text()).items()
+    }
 
 
 def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path):
@@ -287,15 +387,28 @@ def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path)
 
     What is in metrics.jsonl is in the checkpoint too, under its hash, and is written anew from there.
     """
-    generator, folder, config, want = random.Random(0), tmp_path / "run", configuration(stopped), record(finished)
-    names = [path.relative_to(stopped) for path in sorted(stopped.rglob("*")) if path.is_file() and path.stat().st_size]
-    assert {"config.json", "environment.json", "metrics.jsonl"} < {str(name) for name in names} and len(names) > 20
+    generator, folder, config, want = (
+        random.Random(0),
+        tmp_path / "run",
+        configuration(stopped),
+        record(finished),
+    )
+    names = [
+        path.relative_to(stopped)
+        for path in sorted(stopped.rglob("*"))
+        if path.is_file() and path.stat().st_size
+    ]
+    assert {"config.json", "environment.json", "metrics.jsonl"} < {
+        str(name) for name in names
+    } and len(names) > 20
     for name in names:
         shutil.copytree(stopped, folder)
         flip(folder / name, generator)
         error = run_here(config, folder)
         if name.name == "config.json":
-            assert isinstance(error, ValueError) and f"workdir={str(folder)!r} holds a" in str(error)
+            assert isinstance(error, ValueError) and f"workdir={str(folder)!r} holds a" in str(
+                error
+            )
         else:
             assert error is None and record(folder) == want, name
         shutil.rmtree(folder)
@@ -304,15 +417,31 @@ def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path)
     for _ in range(100):
         flip(folder / "config.json", generator)
         error = run_here(config, folder)
-        assert isinstance(error, ValueError) and "\n" not in str(error) and f"workdir={str(folder)!r} holds a" in str(error)
+        assert (
+            isinstance(error, ValueError)
+            and "\n" not in str(error)
+            and f"workdir={str(folder)!r} holds a" in str(error)
+        )
         (folder / "config.json").write_bytes(whole)
 
 
 def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
     """Whatever the numbers of a report come from is as it was written, or there is no report; as is what is combined."""
-    generator, folder, config, want = random.Random(1), tmp_path / "run", configuration(finished), record(finished)
+    generator, folder, config, want = (
+        random.Random(1),
+        tmp_path / "run",
+        configuration(finished),
+        record(finished),
+    )
     names = [path.name for path in sorted(finished.iterdir()) if path.is_file()]
-    sealed = {"environment.json", "manifest.json", "metrics.jsonl", "results.json", "test.npz", "weights.safetensors"}
+    sealed = {
+        "environment.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "results.json",
+        "test.npz",
+        "weights.safetensors",
+    }
     anew = {"report.md", "curves.png", "confusion.png", "mistakes.png"}
     assert set(names) == sealed | anew | {"config.json"}
     shutil.copytree(finished, folder)
@@ -325,14 +454,22 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
                 assert error is None and (folder / name).read_bytes() == before
                 continue
             assert isinstance(error, ValueError) and "\n" not in str(error), name
-            assert name == "manifest.json" or str(folder / name) in str(error) or name == "config.json" and str(folder) in str(error)
+            assert (
+                name == "manifest.json"
+                or str(folder / name) in str(error)
+                or name == "config.json"
+                and str(folder) in str(error)
+            )
             (folder / name).write_bytes(before)
     assert run_here(config, folder) is None
     # What the line about results says to do.
     flip(folder / "weights.safetensors", generator)
     (folder / "results.json").unlink()
     assert run_here(config, folder) is None and record(folder) == want
-    flip(next(path for path in (folder / "checkpoints" / str(STEPS)).rglob("*") if path.is_file()), generator)
+    flip(
+        next(path for path in (folder / "checkpoints" / str(STEPS)).rglob("*") if path.is_file()),
+        generator,
+    )
     with pytest.raises(ValueError, match=f"has no whole checkpoint of its last step, {STEPS}"):
         combine.run([str(folder)], "polyak", tmp_path / "combined")
     (folder / "results.json").unlink()
@@ -342,7 +479,10 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
 def test_a_claim_that_cannot_be_read_is_one(tmp_path):
     for content in (b"", b"\xff", b"{}", b"[]"):
         (tmp_path / "run.claim").write_bytes(content)
-        with pytest.raises(workdir.Claimed, match="in use by process unknown on a machine"), workdir.claim(tmp_path):
+        with (
+            pytest.raises(workdir.Claimed, match="in use by process unknown on a machine"),
+            workdir.claim(tmp_path),
+        ):
             pass
     os.utime(tmp_path / "run.claim", (time.time() - 130,) * 2)
     with workdir.claim(tmp_path):
@@ -352,6 +492,7 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
 
 # ------------------------------------------------------------------ other configurations, other processes, other clocks
 
+
 def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):
     folder = tmp_path / "combined"
     workdir.prepare(folder, {"kind": "combine", "method": "snapshot", "runs": [str(finished)]})
@@ -360,32 +501,47 @@ def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):
     assert code == 2 and (folder / "results.json").read_text() == "{}"
 
 
-def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(machine, finished, tmp_path):
+def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
+    machine, finished, tmp_path
+):
     """The cells that are done as well, before anything is computed."""
     swept = tmp_path / "swept.py"
-    swept.write_text("from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': 0}]\n")
+    swept.write_text(
+        "from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': 0}]\n"
+    )
     given = (f"--config={swept}", *TRAIN[1:], "--workdir", tmp_path / "runs")
     shutil.copytree(finished, tmp_path / "runs" / "seed=0")
     results = tmp_path / "runs" / "seed=0" / "results.json"
-    (code, errors), = machine.run(("sweep", given))
+    ((code, errors),) = machine.run(("sweep", given))
     assert code == 0, errors
-    (code, errors), = machine.run(("sweep", (*given, "--config.epochs=2")))
-    assert code == 2 and "holds a run of another configuration (epochs=3 there, 2 now)" in line(errors)
+    ((code, errors),) = machine.run(("sweep", (*given, "--config.epochs=2")))
+    assert code == 2 and "holds a run of another configuration (epochs=3 there, 2 now)" in line(
+        errors
+    )
     results.write_text(results.read_text().replace('"test_error": 0', '"test_error": 1'))
-    (code, errors), = machine.run(("sweep", given))
+    ((code, errors),) = machine.run(("sweep", given))
     assert code == 2 and f"{results} is not as it was written" in line(errors)
 
 
 def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
     """Two of one configuration, and a moment later one of another: config.json is that of the run under way."""
-    slow = ("import time\ntrain = loop.run\nwhile time.time() < {}:\n    pass\n"
-            "loop.run = lambda *arguments: (time.sleep(4), train(*arguments))\n")
+    slow = (
+        "import time\ntrain = loop.run\nwhile time.time() < {}:\n    pass\n"
+        "loop.run = lambda *arguments: (time.sleep(4), train(*arguments))\n"
+    )
     at = time.time() + 0.5
-    *same, (code, errors) = machine.run(*(("main", (*TRAIN, *more, "--workdir", tmp_path), slow.format(when)) for when, more in (
-        (at, ()), (at, ()), (at + 1.5, ("--config.momentum=0.5",)))))
+    *same, (code, errors) = machine.run(
+        *(
+            ("main", (*TRAIN, *more, "--workdir", tmp_path), slow.format(when))
+            for when, more in ((at, ()), (at, ()), (at + 1.5, ("--config.momentum=0.5",)))
+        )
+    )
     assert sorted(code for code, _ in same) == [0, 2] and code == 2
     for told in (errors, max(same)[1]):
-        assert re.match(rf"error: workdir='{tmp_path}' is in use by process \d+ on .*; wait for it, or choose another --workdir", line(told))
+        assert re.match(
+            rf"error: workdir='{tmp_path}' is in use by process \d+ on .*; wait for it, or choose another --workdir",
+            line(told),
+        )
     assert not left_over(tmp_path) and record(tmp_path) == record(finished)
     assert configuration(tmp_path)["momentum"] == 0.9
 
@@ -405,23 +561,59 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
         with pytest.raises(workdir.Claimed):
             workdir.claim(tmp_path).__enter__()
         time.sleep(0.3)
-        assert abs((tmp_path / "run.claim").stat().st_mtime - seconds()) < 60  # renewed by the new clock
+        assert (
+            abs((tmp_path / "run.claim").stat().st_mtime - seconds()) < 60
+        )  # renewed by the new clock
 
 
 # ------------------------------------------------------------------ signals
 
+
 def test_signals_outside_of_the_steps(machine, finished, tmp_path):
     """One run, which is stopped wherever it is at work; each time it goes on, and in the end comes to the same."""
     for where, message, log in (
-            ('at(loop.arrays, "load", signal.SIGTERM)', "stopped; the same command goes on from the last checkpoint", "running in"),
-            ('at(loop.step, "resident_steps", signal.SIGINT)', "stopped by SIGINT after step 1 of 30, which is saved", "running in"),
-            ('at(loop.evaluate, "predict", signal.SIGTERM)', "stopped by SIGTERM after step 10 of 30", "from step 1 of 30"),
-            ('at(loop.evaluate, "predict", signal.SIGINT, nth=2)', "stopped by SIGINT after step 30 of 30", "from step 10 of 30"),
-            ('at(loop.evaluate, "predict", signal.SIGTERM)', "stopped; the same command goes on", "from step 30 of 30"),
-            ('at(workdir, "write_figure", signal.SIGINT)', "stopped; the same command goes on", "from step 30 of 30"),
-            ('at(workdir, "write_figure", signal.SIGTERM)', "interrupted: what was finished is whole", "holds the finished run")):
+        (
+            'at(loop.arrays, "load", signal.SIGTERM)',
+            "stopped; the same command goes on from the last checkpoint",
+            "running in",
+        ),
+        (
+            'at(loop.step, "resident_steps", signal.SIGINT)',
+            "stopped by SIGINT after step 1 of 30, which is saved",
+            "running in",
+        ),
+        (
+            'at(loop.evaluate, "predict", signal.SIGTERM)',
+            "stopped by SIGTERM after step 10 of 30",
+            "from step 1 of 30",
+        ),
+        (
+            'at(loop.evaluate, "predict", signal.SIGINT, nth=2)',
+            "stopped by SIGINT after step 30 of 30",
+            "from step 10 of 30",
+        ),
+        (
+            'at(loop.evaluate, "predict", signal.SIGTERM)',
+            "stopped; the same command goes on",
+            "from step 30 of 30",
+        ),
+        (
+            'at(workdir, "write_figure", signal.SIGINT)',
+            "stopped; the same command goes on",
+            "from step 30 of 30",
+        ),
+        (
+            'at(workdir, "write_figure", signal.SIGTERM)',
+            "interrupted: what was finished is whole",
+            "holds the finished run",
+        ),
+    ):
         code, errors = machine.train(tmp_path, SIGNAL + where)
-        assert code == (130 if "interrupted" in message else 75) and message in line(errors) and log in errors, errors
+        assert (
+            code == (130 if "interrupted" in message else 75)
+            and message in line(errors)
+            and log in errors
+        ), errors
         assert not left_over(tmp_path)
     assert machine.train(tmp_path)[0] == 0
     assert record(tmp_path) == record(finished)
@@ -441,8 +633,12 @@ def advance(self, *arguments):
     jax.jit(lambda: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jax.numpy.sin(x + i), 0.0))().block_until_ready()
 loop._Resident.advance = advance
 """
-    outside = long.replace("loop._Resident.advance", "report.write").replace("advance(self, *arguments)", "advance(folder)")
-    stubborn = SIGNAL + """
+    outside = long.replace("loop._Resident.advance", "report.write").replace(
+        "advance(self, *arguments)", "advance(folder)"
+    )
+    stubborn = (
+        SIGNAL
+        + """
 def write(folder):
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -452,16 +648,24 @@ def write(folder):
         time.sleep(60)
 report.write = write
 """
+    )
     copies = [shutil.copytree(finished, tmp_path / name) for name in ("one", "two")]
     began = time.monotonic()
     (code, errors), (also, _), (other, _) = machine.run(
-        ("main", (*TRAIN, "--workdir", tmp_path / "run"), long), ("main", (*TRAIN, "--workdir", copies[0]), SIGNAL + outside),
-        ("main", (*TRAIN, "--workdir", copies[1]), stubborn))
-    assert code == also == 130 and "SIGTERM: saving after this step; once more to stop at once" in errors and other == 143
+        ("main", (*TRAIN, "--workdir", tmp_path / "run"), long),
+        ("main", (*TRAIN, "--workdir", copies[0]), SIGNAL + outside),
+        ("main", (*TRAIN, "--workdir", copies[1]), stubborn),
+    )
+    assert (
+        code == also == 130
+        and "SIGTERM: saving after this step; once more to stop at once" in errors
+        and other == 143
+    )
     assert time.monotonic() - began < 30
 
 
 # ------------------------------------------------------------------ memory
+
 
 def test_a_batch_that_does_not_fit(machine, tmp_path):
     limited = """
@@ -475,9 +679,13 @@ def limited(*arguments):
     return advance(*arguments)
 loop._Resident.advance = limited
 """
-    code, errors = machine.train(tmp_path, limited, "--config.model=wide", "--config.batch_size=1024")
-    assert code == 1 and re.match(r"error: batch_size=1024 does not fit into memory \(RESOURCE_EXHAUSTED: .*\); lower it, or raise accumulate=1,",
-                                  line(errors)), errors
+    code, errors = machine.train(
+        tmp_path, limited, "--config.model=wide", "--config.batch_size=1024"
+    )
+    assert code == 1 and re.match(
+        r"error: batch_size=1024 does not fit into memory \(RESOURCE_EXHAUSTED: .*\); lower it, or raise accumulate=1,",
+        line(errors),
+    ), errors
     assert not left_over(tmp_path)
 
 
@@ -487,13 +695,17 @@ def test_a_killed_worker_ends_the_run(machine, tmp_path):
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)
         for number in range(4):
-            PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / name / f"{number}.png")
+            PIL.Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                tmp_path / name / f"{number}.png"
+            )
     model = """
 import functools, multiprocessing, signal
 from cnnjax.models import base, mlp
 base.register("small", functools.partial(mlp.MLP, hidden=(4,)))
 """
-    killing = model + """
+    killing = (
+        model
+        + """
 advance, calls = loop._Streamed.advance, []
 def killed(*arguments):
     if len(calls) == 2:
@@ -502,9 +714,24 @@ def killed(*arguments):
     return advance(*arguments)
 loop._Streamed.advance = killed
 """
-    more = ("--config.dataset=folder", f"--config.data_dir={tmp_path}", "--config.model=small", "--config.image_size=32", "--config.resize=32",
-            "--config.workers=1", "--config.n_validation=0", "--config.batch_size=4", "--config.epochs=50", "--config.schedule.learning_rate=0.001")
+    )
+    more = (
+        "--config.dataset=folder",
+        f"--config.data_dir={tmp_path}",
+        "--config.model=small",
+        "--config.image_size=32",
+        "--config.resize=32",
+        "--config.workers=1",
+        "--config.n_validation=0",
+        "--config.batch_size=4",
+        "--config.epochs=50",
+        "--config.schedule.learning_rate=0.001",
+    )
     began = time.monotonic()
     code, errors = machine.train(tmp_path / "run", killing, *more)
-    assert code == 1 and "error: one of workers=1 processes that decode images was killed" in errors and "Traceback" not in errors, errors
+    assert (
+        code == 1
+        and "error: one of workers=1 processes that decode images was killed" in errors
+        and "Traceback" not in errors
+    ), errors
     assert time.monotonic() - began < 120 and not left_over(tmp_path)

@@ -1,5 +1,6 @@
 """Files from strangers: whatever is in them, a reader gives what it promises or raises a `ValueError` of one line, in bounded memory and
 time, and runs nothing. CNNJAX_FUZZ sets the number of mutants of each reader, CNNJAX_FUZZ_SEED which ones they are."""
+
 import dataclasses
 import gzip
 import hashlib
@@ -33,13 +34,32 @@ _MOST_PIXELS_MB = 800  # 4 bytes in Pillow and 3 in the array for each of Pillow
 
 # ------------------------------------------------------------------ watching: what a reader does besides
 
-_FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "ctypes.", "socket.", "shutil.", "os.remove",
-              "os.rename", "os.mkdir", "os.link", "os.symlink")
+_FORBIDDEN = (
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.startfile",
+    "ctypes.",
+    "socket.",
+    "shutil.",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+)
 _armed, _seen = [], []
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if _armed and (event.startswith(_FORBIDDEN) or event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+    if _armed and (
+        event.startswith(_FORBIDDEN)
+        or event == "open"
+        and isinstance(arguments[1], str)
+        and set(arguments[1]) & set("wax+")
+    ):
         _seen.append((event, arguments))
 
 
@@ -48,7 +68,11 @@ sys.addaudithook(_audit)
 
 def _memory(field: str) -> float:
     """This process's memory in MB: "VmRSS" now, "VmHWM" at most since it was last asked for anew."""
-    return next(int(line.split()[1]) / 1024 for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
 
 
 class Watch:
@@ -80,7 +104,21 @@ class Watch:
 
 # ------------------------------------------------------------------ mutants
 
-_EXTREME = [0, 1, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
+_EXTREME = [
+    0,
+    1,
+    127,
+    128,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 def mutants(seeds: list[bytes], cases: int):
@@ -92,36 +130,41 @@ def mutants(seeds: list[bytes], cases: int):
         if not below(50):
             data = bytearray(generator.bytes(below(300)))
         for _ in range(1 + below(4)):
-            size, near = len(data), min(len(data), int(generator.choice([16, 64, 256, len(data) + 1])))
+            size, near = (
+                len(data),
+                min(len(data), int(generator.choice([16, 64, 256, len(data) + 1]))),
+            )
             at = below(near) if below(4) else size - 1 - below(near)
             at, kind = max(at, 0), below(9)
             if kind <= 2:
-                data[at:at + 1] = bytes([below(256)])
+                data[at : at + 1] = bytes([below(256)])
             elif kind == 3:
-                data[at:at + 1] = bytes([(data[at] if size else 0) ^ 1 << below(8)])
+                data[at : at + 1] = bytes([(data[at] if size else 0) ^ 1 << below(8)])
             elif kind == 4:
                 width = int(generator.choice([1, 2, 4, 8]))
-                value = _EXTREME[below(len(_EXTREME))] % 2**(8 * width)
-                data[at:at + width] = value.to_bytes(width, ("little", "big")[below(2)])
+                value = _EXTREME[below(len(_EXTREME))] % 2 ** (8 * width)
+                data[at : at + width] = value.to_bytes(width, ("little", "big")[below(2)])
             elif kind == 5:
-                del data[at:at + 1 + below(16)]
+                del data[at : at + 1 + below(16)]
             elif kind == 6:
-                data[at:at] = data[at:at + 1 + below(64)] * (1 + below(3))
+                data[at:at] = data[at : at + 1 + below(64)] * (1 + below(3))
             elif kind == 7:
                 other = seeds[below(len(seeds))]
-                data[at:] = other[min(at, below(len(other))):]
+                data[at:] = other[min(at, below(len(other))) :]
             else:
-                del data[at if below(2) else below(size):]
+                del data[at if below(2) else below(size) :]
         yield bytes(data)
 
 
 # ------------------------------------------------------------------ readers: the seeds, a function that places a file and gives its reader, and the memory allowed, MB
+
 
 def idx_files(folder):
     values = np.arange(5 * 4 * 3).reshape(5, 4, 3).astype(np.uint8)
 
     def check(content):
         assert arrays.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
+
     return [idx(values)], lambda mutant: lambda: check(mutant), 50
 
 
@@ -132,18 +175,25 @@ def gzipped(folder):
     def place(mutant):
         path.write_bytes(mutant)
         return lambda: arrays.read_idx(arrays._read(path, file, 76), "x", (5, 4, 3))
+
     return [content], place, 50
 
 
 def archives(folder):
     path = folder / SMALL.archives[0].name
-    archive(path, SMALL.binary, {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)} | {"test_batch.bin": binary(15, 20)})
+    archive(
+        path,
+        SMALL.binary,
+        {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)}
+        | {"test_batch.bin": binary(15, 20)},
+    )
     content = path.read_bytes()
     source = as_published(SMALL, path)
 
     def place(mutant):
         path.write_bytes(mutant)
         return lambda: source.read(folder)
+
     return [content, gzip.decompress(content)], place, 50
 
 
@@ -151,15 +201,30 @@ def cifar_binary(folder):
     def check(content):
         found = arrays.read_cifar_binary(content, "x", 3)
         assert found.images.shape == (3, 32, 32, 3) and found.labels.shape == (3,)
+
     return [binary(0, 3)], lambda mutant: lambda: check(mutant), 50
 
 
 def cifar_pickle(folder):
     def check(content):
         found = arrays.read_cifar_pickle(content, "x", 3)
-        assert found.images.shape == (3, 32, 32, 3) and found.images.dtype == np.uint8 and found.labels.shape == (3,)
-    content = {b"batch_label": b"batch 1", b"labels": [1, 2, 3], b"data": np.zeros((3, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
-    return [python(0, 3), *(pickle.dumps(content, protocol) for protocol in (2, 3, 4))], lambda mutant: lambda: check(mutant), 50
+        assert (
+            found.images.shape == (3, 32, 32, 3)
+            and found.images.dtype == np.uint8
+            and found.labels.shape == (3,)
+        )
+
+    content = {
+        b"batch_label": b"batch 1",
+        b"labels": [1, 2, 3],
+        b"data": np.zeros((3, 3072), np.uint8),
+        b"filenames": [b"a.png", b"b.png"],
+    }
+    return (
+        [python(0, 3), *(pickle.dumps(content, protocol) for protocol in (2, 3, 4))],
+        lambda mutant: lambda: check(mutant),
+        50,
+    )
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
@@ -172,12 +237,25 @@ def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
     """A photograph as every kind of file that is read, and as some that are not."""
     image = PIL.Image.open(photographs.list_photographs()[0]).resize((40, 30)).convert("RGB")
     exif = PIL.Image.Exif()
-    exif[0x0112], exif[0x010e] = 6, "a photograph"
-    found = [encoded(image, "JPEG", exif=exif), encoded(image, "JPEG", progressive=True), encoded(image.convert("L"), "JPEG"),
-             encoded(image.convert("CMYK"), "JPEG"), encoded(image, "PNG"), encoded(image.quantize(16), "PNG", transparency=bytes(8)),
-             encoded(image.convert("RGBA"), "PNG"), encoded(image.convert("I;16"), "PNG"), encoded(image, "WEBP"), encoded(image, "BMP"),
-             encoded(image, "WEBP", lossless=True), encoded(image.convert("1"), "BMP"), encoded(image.convert("L"), "EPS"),
-             encoded(image, "GIF"), encoded(image, "TIFF"), encoded(image, "PPM")]
+    exif[0x0112], exif[0x010E] = 6, "a photograph"
+    found = [
+        encoded(image, "JPEG", exif=exif),
+        encoded(image, "JPEG", progressive=True),
+        encoded(image.convert("L"), "JPEG"),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image, "PNG"),
+        encoded(image.quantize(16), "PNG", transparency=bytes(8)),
+        encoded(image.convert("RGBA"), "PNG"),
+        encoded(image.convert("I;16"), "PNG"),
+        encoded(image, "WEBP"),
+        encoded(image, "BMP"),
+        encoded(image, "WEBP", lossless=True),
+        encoded(image.convert("1"), "BMP"),
+        encoded(image.convert("L"), "EPS"),
+        encoded(image, "GIF"),
+        encoded(image, "TIFF"),
+        encoded(image, "PPM"),
+    ]
     return found + [next((data_dir / "bsds500").rglob("*.jpg")).read_bytes()] if data_dir else found
 
 
@@ -192,7 +270,15 @@ def camvid_masks(folder):
     def check():
         found = source._mask(path)
         assert found.shape == (24, 32) and found.dtype == np.uint8
-    return [encoded(PIL.Image.fromarray(mask), "PNG"), encoded(PIL.Image.fromarray(mask), "PNG", optimize=True)], place, _MOST_PIXELS_MB
+
+    return (
+        [
+            encoded(PIL.Image.fromarray(mask), "PNG"),
+            encoded(PIL.Image.fromarray(mask), "PNG", optimize=True),
+        ],
+        place,
+        _MOST_PIXELS_MB,
+    )
 
 
 def images(folder):
@@ -206,6 +292,7 @@ def images(folder):
         size = photographs.image_size(path)
         found = photographs.read_image(path)
         assert found.shape == (*size, 3) and found.dtype == np.uint8
+
     return pictures(_data()), place, _MOST_PIXELS_MB
 
 
@@ -222,15 +309,22 @@ def folders(folder):
     def check():
         image, label = source[0]
         assert image.mode == "RGB" and label == 0
+
     return pictures(None), place, _MOST_PIXELS_MB
 
 
 def weight_files(folder):
     model = create_model("lenet5", num_classes=2)
-    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), weights.variable_shapes(model))
+    variables = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, np.float32), weights.variable_shapes(model)
+    )
     path = folder / "w.safetensors"
     weights.save_torchvision(variables, path)
-    small = {"conv1.weight": np.zeros((2, 1, 2, 2), np.float32), "fc.bias": np.zeros(2, np.float16), "n": np.zeros((), np.int64)}
+    small = {
+        "conv1.weight": np.zeros((2, 1, 2, 2), np.float32),
+        "fc.bias": np.zeros(2, np.float16),
+        "n": np.zeros((), np.int64),
+    }
 
     def place(content):
         path.write_bytes(content)
@@ -238,6 +332,7 @@ def weight_files(folder):
 
     def check():
         assert all(isinstance(value, np.ndarray) for value in weights.read(path).values())
+
     return [path.read_bytes(), safetensors.numpy.save(small, {"format": "pt"}), b""], place, 50
 
 
@@ -249,7 +344,11 @@ def checkpoint_files(folder):
     """One file of a checkpoint is another: it is damaged, and that is said."""
     with checkpoints.Checkpoints(folder / "checkpoints") as kept:
         kept.save(1, {"w": np.arange(6.0)}, {"history": [{"loss": 0.5}]})
-    whole = {path: path.read_bytes() for path in sorted((folder / "checkpoints" / "1").rglob("*")) if path.is_file()}
+    whole = {
+        path: path.read_bytes()
+        for path in sorted((folder / "checkpoints" / "1").rglob("*"))
+        if path.is_file()
+    }
     generator, changed = np.random.default_rng(SEED), []
 
     def place(mutant):
@@ -263,12 +362,29 @@ def checkpoint_files(folder):
             damage = checkpoints._damage(folder / "checkpoints" / "1")
             if damage is not None:
                 raise ValueError(damage)
-            assert mutant == whole[path] or path.name == "manifest.json" and json.loads(mutant) == json.loads(whole[path])
+            assert (
+                mutant == whole[path]
+                or path.name == "manifest.json"
+                and json.loads(mutant) == json.loads(whole[path])
+            )
+
         return check
+
     return [content for content in whole.values() if content], place, 50
 
 
-READERS = (idx_files, gzipped, archives, cifar_binary, cifar_pickle, camvid_masks, images, folders, weight_files, checkpoint_files)
+READERS = (
+    idx_files,
+    gzipped,
+    archives,
+    cifar_binary,
+    cifar_pickle,
+    camvid_masks,
+    images,
+    folders,
+    weight_files,
+    checkpoint_files,
+)
 
 
 @pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
@@ -293,6 +409,7 @@ def test_mutants_are_read_or_refused(make, tmp_path):
 
 # ------------------------------------------------------------------ attacks that chance would not find
 
+
 def pickled(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 
@@ -300,15 +417,37 @@ def pickled(body: bytes) -> bytes:
 _NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
 
 
-@pytest.mark.parametrize("content", [
-    pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),  # a memo of 2^31 places
-    pickled(b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"),  # lists that hold each other: 3^40 numbers
-    pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),  # tuples as a key: 3^40 hashes
-    pickled(b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"),  # an object at an address of choice
-    pickled(b"\x8e" + struct.pack("<Q", 2**40)), pickled(b"\x96" + struct.pack("<Q", 2**34)),  # bytes that are not there
-    pickled(b"c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb"), b"I" + b"9" * 10**6 + b"\n.", b"(" * 10**5,
-    b"\x80\x02" + b"]" * 10**5 + b"a" * 10**5,
-], ids=["memo", "lists", "tuples", "pointer", "bytes", "bytearray", "build", "digits", "marks", "depth"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),  # a memo of 2^31 places
+        pickled(
+            b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"
+        ),  # lists that hold each other: 3^40 numbers
+        pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),  # tuples as a key: 3^40 hashes
+        pickled(
+            b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"
+        ),  # an object at an address of choice
+        pickled(b"\x8e" + struct.pack("<Q", 2**40)),
+        pickled(b"\x96" + struct.pack("<Q", 2**34)),  # bytes that are not there
+        pickled(b"c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb"),
+        b"I" + b"9" * 10**6 + b"\n.",
+        b"(" * 10**5,
+        b"\x80\x02" + b"]" * 10**5 + b"a" * 10**5,
+    ],
+    ids=[
+        "memo",
+        "lists",
+        "tuples",
+        "pointer",
+        "bytes",
+        "bytearray",
+        "build",
+        "digits",
+        "marks",
+        "depth",
+    ],
+)
 def test_pickles_that_attack(content):
     watch = Watch(100)
     watch(lambda: arrays.read_cifar_pickle(content, "x", 1))
@@ -334,7 +473,14 @@ def test_bombs_are_not_opened(tmp_path):
     watch(lambda: SMALL.read(tmp_path))
     long = tmp_path / SMALL.binary / "data_batch_1.bin"
     long.parent.mkdir()
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+    for name in (
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ):
         (long.parent / f"{name}.bin").touch()
     os.truncate(long, 2**40)  # a terabyte that takes no room
     watch(lambda: SMALL.read(tmp_path))
@@ -343,20 +489,35 @@ def test_bombs_are_not_opened(tmp_path):
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(width: int, height: int, *more: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)) + b"".join(more)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+        + b"".join(more)
+    )
 
 
 _TEXT = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**27), 9))
 
 
-@pytest.mark.parametrize("content", [
-    png(12_000, 12_000, chunk(b"IDAT", zlib.compress(bytes(12_000 * 1_501)))), png(2**31 - 1, 2**31 - 1), png(8, 8, *[_TEXT] * 100),
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch ran) system\n%%EOF\n",
-], ids=["large", "overflow", "text", "postscript"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(12_000, 12_000, chunk(b"IDAT", zlib.compress(bytes(12_000 * 1_501)))),
+        png(2**31 - 1, 2**31 - 1),
+        png(8, 8, *[_TEXT] * 100),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch ran) system\n%%EOF\n",
+    ],
+    ids=["large", "overflow", "text", "postscript"],
+)
 def test_images_that_attack(content, tmp_path):
     path = tmp_path / "cat" / "x.jpg"
     path.parent.mkdir()
@@ -375,13 +536,24 @@ def test_weights_that_attack(tmp_path):
     weights.variable_shapes(model)
 
     def tensor(name="conv1.weight", dtype="F32", shape=(1,), size=4):
-        header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+        header = json.dumps(
+            {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+        ).encode()
         return struct.pack("<Q", len(header)) + header + bytes(size)
 
     attacks = [struct.pack("<Q", size) + b"{}" for size in (2**63, 2**64 - 1, 2**40)]
-    attacks += [tensor("a\n\x1b[31mb"), tensor(dtype="C64", size=8), tensor(dtype="F8_E4M3", size=1), tensor(dtype="X\nY"),
-                tensor(shape=[2**63, 2]), tensor(shape=[2**62, 0], size=0), tensor(shape=[1] * 100), tensor(shape=[2**40, 0], size=0),
-                tensor("../../etc/passwd"), b"\x80\x04K\x01."]
+    attacks += [
+        tensor("a\n\x1b[31mb"),
+        tensor(dtype="C64", size=8),
+        tensor(dtype="F8_E4M3", size=1),
+        tensor(dtype="X\nY"),
+        tensor(shape=[2**63, 2]),
+        tensor(shape=[2**62, 0], size=0),
+        tensor(shape=[1] * 100),
+        tensor(shape=[2**40, 0], size=0),
+        tensor("../../etc/passwd"),
+        b"\x80\x04K\x01.",
+    ]
     for content in attacks:
         path.write_bytes(content)
         watch(lambda: weights.load_torchvision(path, model))

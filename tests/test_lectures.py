@@ -1,4 +1,5 @@
 """The lectures' and the historic networks against their publications, and against plain NumPy."""
+
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -18,37 +19,99 @@ PARAMETERS = {
     "lenet": {"conv1": 500, "conv2": 45_100, "linear1": 490_100, "linear2": 1_010},
     "lenet5": {"c1": 156, "s2": 12, "c3": 1_516, "s4": 32, "c5": 48_120, "f6": 10_164},
     "tutorial_net": {"conv1": 456, "conv2": 2_416, "fc1": 48_120, "fc2": 10_164, "fc3": 850},
-    "keras_convnet": {"conv1": 896, "conv2": 18_496, "conv3": 73_856, "conv4": 147_584, "fc1": 3_211_776, "fc2": 513},
-    "convnet": {"conv1a": 1_792, "conv1b": 36_928, "conv2a": 73_856, "conv2b": 147_584, "conv3a": 295_168, "conv3b": 590_080,
-                "conv4a": 1_180_160, "linear1": 8_392_704, "linear2": 16_781_312, "linear3": 40_970},
-    "alexnet_2012": {"conv1": 34_944, "conv2": 614_656, "conv3": 885_120, "conv4": 1_327_488, "conv5": 884_992,
-                     "fc6": 37_752_832, "fc7": 16_781_312, "fc8": 4_097_000},
-    "zfnet": {"conv1": 14_208, "conv2": 614_656, "conv3": 1_180_160, "conv4": 4_719_616, "conv5": 4_719_104,
-              "fc6": 75_501_568, "fc7": 16_781_312, "fc8": 4_097_000},
+    "keras_convnet": {
+        "conv1": 896,
+        "conv2": 18_496,
+        "conv3": 73_856,
+        "conv4": 147_584,
+        "fc1": 3_211_776,
+        "fc2": 513,
+    },
+    "convnet": {
+        "conv1a": 1_792,
+        "conv1b": 36_928,
+        "conv2a": 73_856,
+        "conv2b": 147_584,
+        "conv3a": 295_168,
+        "conv3b": 590_080,
+        "conv4a": 1_180_160,
+        "linear1": 8_392_704,
+        "linear2": 16_781_312,
+        "linear3": 40_970,
+    },
+    "alexnet_2012": {
+        "conv1": 34_944,
+        "conv2": 614_656,
+        "conv3": 885_120,
+        "conv4": 1_327_488,
+        "conv5": 884_992,
+        "fc6": 37_752_832,
+        "fc7": 16_781_312,
+        "fc8": 4_097_000,
+    },
+    "zfnet": {
+        "conv1": 14_208,
+        "conv2": 614_656,
+        "conv3": 1_180_160,
+        "conv4": 4_719_616,
+        "conv5": 4_719_104,
+        "fc6": 75_501_568,
+        "fc7": 16_781_312,
+        "fc8": 4_097_000,
+    },
 }
-TOTALS = {"mlp1": 30_730, "mlp3": 1_841_162, "lenet": 536_710, "lenet5": 60_000, "tutorial_net": 62_006, "keras_convnet": 3_453_121,
-          "convnet": 27_540_554, "convnet_512x2": 29_900_362, "alexnet_2012": 62_378_344, "zfnet": 107_627_624,
-          "googlenet_2014": 13_378_280}
+TOTALS = {
+    "mlp1": 30_730,
+    "mlp3": 1_841_162,
+    "lenet": 536_710,
+    "lenet5": 60_000,
+    "tutorial_net": 62_006,
+    "keras_convnet": 3_453_121,
+    "convnet": 27_540_554,
+    "convnet_512x2": 29_900_362,
+    "alexnet_2012": 62_378_344,
+    "zfnet": 107_627_624,
+    "googlenet_2014": 13_378_280,
+}
 # Height (= width) and channels of the stages at the publication's image size.
 STAGES = {
-    "mlp1": {}, "mlp3": {},
+    "mlp1": {},
+    "mlp3": {},
     "lenet": {"conv1": (28, 50), "conv2": (14, 100)},
     "lenet5": {"c1": (28, 6), "c3": (10, 16), "c5": (1, 120)},
     "tutorial_net": {"conv1": (28, 6), "conv2": (10, 16)},
-    "keras_convnet": {"conv1": (148, 32), "conv2": (72, 64), "conv3": (34, 128), "conv4": (15, 128)},
+    "keras_convnet": {
+        "conv1": (148, 32),
+        "conv2": (72, 64),
+        "conv3": (34, 128),
+        "conv4": (15, 128),
+    },
     "convnet": {"block1": (32, 64), "block2": (16, 128), "block3": (8, 256), "block4": (4, 512)},
-    "convnet_512x2": {"block1": (32, 64), "block2": (16, 128), "block3": (8, 256), "block4": (4, 512)},
+    "convnet_512x2": {
+        "block1": (32, 64),
+        "block2": (16, 128),
+        "block3": (8, 256),
+        "block4": (4, 512),
+    },
     "alexnet_2012": {"conv1": (55, 96), "conv2": (27, 256), "conv5": (13, 256)},
     "zfnet": {"conv1": (110, 96), "conv2": (26, 256), "conv5": (13, 512)},
-    "googlenet_2014": {"conv1": (112, 64), "conv3": (56, 192), "inception3b": (28, 480), "inception4e": (14, 832),
-                       "inception5b": (7, 1024)},
+    "googlenet_2014": {
+        "conv1": (112, 64),
+        "conv3": (56, 192),
+        "inception3b": (28, 480),
+        "inception4e": (14, 832),
+        "inception5b": (7, 1024),
+    },
 }
 # The least image that leaves something of every layer, where the publication's is slow to train on.
 SMALL = {"alexnet_2012": 67, "zfnet": 64, "googlenet_2014": 79, "keras_convnet": 46}
 
 
 def counts(variables) -> dict[str, int]:
-    return {name: sum(leaf.size for leaf in jax.tree.leaves(module)) for name, module in variables["params"].items()}
+    return {
+        name: sum(leaf.size for leaf in jax.tree.leaves(module))
+        for name, module in variables["params"].items()
+    }
 
 
 def images(name, number=2):
@@ -68,7 +131,11 @@ def test_parameters(name):
 def test_stages(name):
     model = create_model(name)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    stages = jax.eval_shape(lambda variables, x: model.apply(variables, x, method="stages"), variable_shapes(model), image)
+    stages = jax.eval_shape(
+        lambda variables, x: model.apply(variables, x, method="stages"),
+        variable_shapes(model),
+        image,
+    )
     assert {stage: (y.shape[1], y.shape[3]) for stage, y in stages.items()} == STAGES[name]
     assert list(stages) == list(STAGES[name])
 
@@ -80,9 +147,17 @@ def test_every_parameter_receives_a_finite_gradient(name):
     assert list(variables) == ["params"]
 
     def loss(params):
-        logits, sown = model.apply({"params": params}, x, train=True, mutable=["auxiliary"], rngs={"dropout": jax.random.key(2)})
+        logits, sown = model.apply(
+            {"params": params},
+            x,
+            train=True,
+            mutable=["auxiliary"],
+            rngs={"dropout": jax.random.key(2)},
+        )
         heads = [logits, *jax.tree.leaves(sown)]
-        assert len(heads) == (3 if name == "googlenet_2014" else 1) and all(head.shape == (2, 7) for head in heads)
+        assert len(heads) == (3 if name == "googlenet_2014" else 1) and all(
+            head.shape == (2, 7) for head in heads
+        )
         return sum(jnp.square(head - 1).sum() for head in heads)
 
     grads = jax.device_get(quick.jit(jax.grad(loss))(variables["params"]))
@@ -96,18 +171,26 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     models = create_model(name), create_model(name, dtype=jnp.bfloat16)
     variables = quick.variables(models[0], x)
     exact, half = (quick.jit(model.apply)(variables, x) for model in models)
-    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(variable_shapes(models[1])))} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(variable_shapes(models[1])))} == {
+        jnp.dtype(jnp.float32)
+    }
     assert 0 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
 
 
 def test_torchs_names_of_the_tutorial_net():
     keys = set(torchvision_keys(variable_shapes(create_model("tutorial_net"))))
-    assert keys == {f"{layer}.{leaf}" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3") for leaf in ("weight", "bias")}
+    assert keys == {
+        f"{layer}.{leaf}"
+        for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")
+        for leaf in ("weight", "bias")
+    }
 
 
 def test_lenet5_connections_are_table_1():
     """Six maps read three neighbours, six read four, three read four in two pairs, one reads all (LeCun et al. 1998, section II.B)."""
-    expected = [{i, (i + 1) % 6, (i + 2) % 6} for i in range(6)] + [{(i + j) % 6 for j in range(4)} for i in range(6)]
+    expected = [{i, (i + 1) % 6, (i + 2) % 6} for i in range(6)] + [
+        {(i + j) % 6 for j in range(4)} for i in range(6)
+    ]
     expected += [{0, 1, 3, 4}, {1, 2, 4, 5}, {0, 2, 3, 5}, set(range(6))]
     assert [set(np.flatnonzero(column)) for column in CONNECTIONS.T] == expected
 
@@ -127,13 +210,36 @@ def test_lenet5_equals_numpy():
 
     def correlate(x, plane):
         height, width = x.shape[1] - 4, x.shape[2] - 4
-        return sum(plane[i, j] * x[:, i:i + height, j:j + width] for i in range(5) for j in range(5))
+        return sum(
+            plane[i, j] * x[:, i : i + height, j : j + width] for i in range(5) for j in range(5)
+        )
 
-    x = np.stack([squash(correlate(image[..., 0], p["c1"]["kernel"][..., 0, k]) + p["c1"]["bias"][k]) for k in range(6)], -1)
+    x = np.stack(
+        [
+            squash(correlate(image[..., 0], p["c1"]["kernel"][..., 0, k]) + p["c1"]["bias"][k])
+            for k in range(6)
+        ],
+        -1,
+    )
     x = subsample(x, p["s2"])
-    planes = {pair: p["c3"]["kernel"][..., number] for number, pair in enumerate(zip(*np.nonzero(CONNECTIONS)))}
-    x = np.stack([squash(sum(correlate(x[..., i], plane) for (i, target), plane in planes.items() if target == k) + p["c3"]["bias"][k])
-                  for k in range(16)], -1)
+    planes = {
+        pair: p["c3"]["kernel"][..., number]
+        for number, pair in enumerate(zip(*np.nonzero(CONNECTIONS)))
+    }
+    x = np.stack(
+        [
+            squash(
+                sum(
+                    correlate(x[..., i], plane)
+                    for (i, target), plane in planes.items()
+                    if target == k
+                )
+                + p["c3"]["bias"][k]
+            )
+            for k in range(16)
+        ],
+        -1,
+    )
     x = subsample(x, p["s4"])
     x = squash(np.einsum("nijc,ijco->no", x, p["c5"]["kernel"]) + p["c5"]["bias"])
     x = squash(x @ p["f6"]["kernel"] + p["f6"]["bias"])
@@ -154,7 +260,10 @@ def test_lenet5_starts_as_published():
     """Uniform within 2.4 / fan-in, where a map of C3 has 75, 100 or 150 inputs (appendix A)."""
     params = create_model("lenet5").init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     c3 = 25 * CONNECTIONS.sum(0)[np.nonzero(CONNECTIONS)[1]]
-    scaled = {name: np.asarray(params[name]["kernel"]) * fan_in for name, fan_in in (("c1", 25), ("c3", c3), ("c5", 400), ("f6", 120))}
+    scaled = {
+        name: np.asarray(params[name]["kernel"]) * fan_in
+        for name, fan_in in (("c1", 25), ("c3", c3), ("c5", 400), ("f6", 120))
+    }
     for name, values in scaled.items():
         assert np.abs(values).max() <= 2.4 * (1 + 1e-6), name
         np.testing.assert_allclose(values.std(), 2.4 / np.sqrt(3), rtol=0.1, err_msg=name)
@@ -168,28 +277,44 @@ def test_tutorial_net_equals_numpy():
     y = np.asarray(x, np.float64)
     for name in ("conv1", "conv2"):
         patches = np.lib.stride_tricks.sliding_window_view(y, (5, 5), (1, 2))
-        y = np.maximum(np.einsum("nhwcij,ijco->nhwo", patches, p[name]["kernel"]) + p[name]["bias"], 0)
+        y = np.maximum(
+            np.einsum("nhwcij,ijco->nhwo", patches, p[name]["kernel"]) + p[name]["bias"], 0
+        )
         y = y.reshape(2, y.shape[1] // 2, 2, y.shape[2] // 2, 2, -1).max((2, 4))
     y = y.transpose(0, 3, 1, 2).reshape(2, 400)
     for name in ("fc1", "fc2"):
         y = np.maximum(y @ p[name]["kernel"] + p[name]["bias"], 0)
-    np.testing.assert_allclose(model.apply(variables, x), y @ p["fc3"]["kernel"] + p["fc3"]["bias"], atol=1e-5)
+    np.testing.assert_allclose(
+        model.apply(variables, x), y @ p["fc3"]["kernel"] + p["fc3"]["bias"], atol=1e-5
+    )
 
 
 def test_alexnets_groups_halve_what_convolutions_2_4_and_5_see():
-    one, two = (counts(variable_shapes(create_model("alexnet_2012", groups=groups))) for groups in (1, 2))
+    one, two = (
+        counts(variable_shapes(create_model("alexnet_2012", groups=groups))) for groups in (1, 2)
+    )
     assert {name for name in one if one[name] != two[name]} == {"conv2", "conv4", "conv5"}
-    assert all(two[name] - bias == (one[name] - bias) // 2 for name, bias in (("conv2", 256), ("conv4", 384), ("conv5", 256)))
+    assert all(
+        two[name] - bias == (one[name] - bias) // 2
+        for name, bias in (("conv2", 256), ("conv4", 384), ("conv5", 256))
+    )
     assert sum(two.values()) == 60_965_224
 
 
-@pytest.mark.parametrize("name, biased", [("alexnet_2012", {"conv2", "conv4", "conv5", "fc6", "fc7"}), ("zfnet", set())])
+@pytest.mark.parametrize(
+    "name, biased", [("alexnet_2012", {"conv2", "conv4", "conv5", "fc6", "fc7"}), ("zfnet", set())]
+)
 def test_alexnet_starts_as_published(name, biased):
     params = quick.jit(create_model(name).init)(jax.random.key(0), images(name))["params"]
     assert {layer for layer in params if np.all(params[layer]["bias"] == 1)} == biased
     assert all(np.all(params[layer]["bias"] == 0) for layer in params if layer not in biased)
     for layer in params:
-        np.testing.assert_allclose([params[layer]["kernel"].mean(), params[layer]["kernel"].std()], [0, 0.01], atol=2e-4, err_msg=layer)
+        np.testing.assert_allclose(
+            [params[layer]["kernel"].mean(), params[layer]["kernel"].std()],
+            [0, 0.01],
+            atol=2e-4,
+            err_msg=layer,
+        )
 
 
 def test_inception_is_its_branches_side_by_side():
@@ -199,21 +324,36 @@ def test_inception_is_its_branches_side_by_side():
     y = module.apply(variables, x)
     assert y.shape == (1, 12, 12, 3 + 4 + 5 + 8)
     one = variables["params"]["branch1"]
-    np.testing.assert_allclose(y[..., :3], np.maximum(x @ one["kernel"][0, 0] + one["bias"], 0), atol=1e-5)
+    np.testing.assert_allclose(
+        y[..., :3], np.maximum(x @ one["kernel"][0, 0] + one["bias"], 0), atol=1e-5
+    )
     np.testing.assert_array_equal(y[:, 5, 6, 12:], x[:, 4:7, 5:8].max((1, 2)))
     assert NaiveInception((3, 4, 5), fill="none").apply(variables, x).shape == (1, 8, 8, 20)
-    assert Inception((3, 2, 4, 2, 5, 6)).init_with_output(jax.random.key(1), x)[0].shape == (1, 12, 12, 3 + 4 + 5 + 6)
+    assert Inception((3, 2, 4, 2, 5, 6)).init_with_output(jax.random.key(1), x)[0].shape == (
+        1,
+        12,
+        12,
+        3 + 4 + 5 + 6,
+    )
 
 
 def test_auxiliary_logits_appear_in_training_only():
     model, rngs = create_model("googlenet_2014", num_classes=5), {"dropout": jax.random.key(1)}
 
     def sown(train):
-        return jax.eval_shape(lambda variables, x: model.apply(variables, x, train=train, mutable=["auxiliary"], rngs=rngs)[1],
-                              variable_shapes(model), jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32))
+        return jax.eval_shape(
+            lambda variables, x: model.apply(
+                variables, x, train=train, mutable=["auxiliary"], rngs=rngs
+            )[1],
+            variable_shapes(model),
+            jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32),
+        )
 
     assert sown(False) == {}
-    assert jax.tree.map(lambda head: head.shape, sown(True)["auxiliary"]) == {"aux1": {"logits": (2, 5)}, "aux2": {"logits": (2, 5)}}
+    assert jax.tree.map(lambda head: head.shape, sown(True)["auxiliary"]) == {
+        "aux1": {"logits": (2, 5)},
+        "aux2": {"logits": (2, 5)},
+    }
     without = variable_shapes(create_model("googlenet_2014", aux_logits=False))
     assert sum(counts(without).values()) == 6_998_552
 
@@ -223,14 +363,23 @@ def test_dropout_acts_in_training_only(name, fields):
     model, x = create_model(name, **fields), images(name)
     variables = quick.variables(model, x)
     first, second = ({"dropout": jax.random.key(seed)} for seed in (1, 2))
-    assert np.array_equal(model.apply(variables, x, rngs=first), model.apply(variables, x, rngs=second))
-    assert not np.array_equal(model.apply(variables, x, train=True, rngs=first), model.apply(variables, x, train=True, rngs=second))
+    assert np.array_equal(
+        model.apply(variables, x, rngs=first), model.apply(variables, x, rngs=second)
+    )
+    assert not np.array_equal(
+        model.apply(variables, x, train=True, rngs=first),
+        model.apply(variables, x, train=True, rngs=second),
+    )
 
 
 def test_wrong_fields():
     for message, call in {
-        "output='softmax' is not one of rbf, linear": lambda: create_model("lenet5", output="softmax"),
-        "num_classes=11 is more than the 10 digits that have a code; use output='linear'": lambda: create_model("lenet5", num_classes=11),
+        "output='softmax' is not one of rbf, linear": lambda: create_model(
+            "lenet5", output="softmax"
+        ),
+        "num_classes=11 is more than the 10 digits that have a code; use output='linear'": lambda: (
+            create_model("lenet5", num_classes=11)
+        ),
         "groups=3 is not 1 or 2": lambda: create_model("alexnet_2012", groups=3),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 """The command line as a user meets it."""
+
 import json
 import pathlib
 import signal
@@ -8,13 +9,25 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.main"]
-SMALL = ["--config", "configs/posenet.py", "--config.encoders=('vgg11',)", "--config.paddings=('zeros',)", "--config.sgd_paddings=()",
-         "--config.image_size=64", "--config.n_train=4", "--config.n_held_out=2", "--config.n_test=2", "--config.seeds=1",
-         "--config.sgd_steps=5"]
+SMALL = [
+    "--config",
+    "configs/posenet.py",
+    "--config.encoders=('vgg11',)",
+    "--config.paddings=('zeros',)",
+    "--config.sgd_paddings=()",
+    "--config.image_size=64",
+    "--config.n_train=4",
+    "--config.n_held_out=2",
+    "--config.n_test=2",
+    "--config.seeds=1",
+    "--config.sgd_steps=5",
+]
 
 
 def run(*arguments, **options):
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **options
+    )
 
 
 def test_a_run_leaves_its_record(tmp_path):
@@ -23,24 +36,41 @@ def test_a_run_leaves_its_record(tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert config["encoders"] == ["vgg11"] and config["image_size"] == 64
-    assert {"packages", "devices", "xla_flags", "seed", "git_revision"} <= set(environment) and environment["packages"]["jax"]
+    assert {"packages", "devices", "xla_flags", "seed", "git_revision"} <= set(
+        environment
+    ) and environment["packages"]["jax"]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["kind"] == "position"
     assert (tmp_path / "run" / "report.md").stat().st_size > 1000
     # The same directory is not another run's, and the same run may be made again.
     other = run(*SMALL, "--config.seed=1", "--workdir", tmp_path / "run")
-    assert other.returncode == 2 and "holds a run of another configuration (seed=0 there, 1 now); choose another --workdir" in other.stderr
+    assert (
+        other.returncode == 2
+        and "holds a run of another configuration (seed=0 there, 1 now); choose another --workdir"
+        in other.stderr
+    )
 
 
 def test_debug_shows_the_traceback():
     done = run("--config", "configs/posenet.py", "--config.seeds=0", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr and "seeds=0 is not a positive number" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Traceback" in done.stderr
+        and "seeds=0 is not a positive number" in done.stderr
+    )
 
 
 def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     """Every file is whole, and what was read out is not read out again."""
     folder, cells = tmp_path / "run", tmp_path / "run" / "cells"
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background inherits that it is ignored
-    process = subprocess.Popen([*COMMAND, *SMALL, "--config.seeds=6", "--workdir", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # what a shell runs in the background inherits that it is ignored
+    process = subprocess.Popen(
+        [*COMMAND, *SMALL, "--config.seeds=6", "--workdir", str(folder)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 240
     while not (cells / "vgg11-zeros-0.npz").exists():
@@ -48,22 +78,51 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 75 and error.splitlines()[-1].startswith("stopped; the same command goes on") and "Traceback" not in error
-    assert sorted(path.name for path in folder.iterdir()) == ["cells", "config.json", "environment.json"]
+    assert (
+        process.returncode == 75
+        and error.splitlines()[-1].startswith("stopped; the same command goes on")
+        and "Traceback" not in error
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cells",
+        "config.json",
+        "environment.json",
+    ]
     made = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
-    assert {path.name for path in made} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(made) < 12
+    assert {path.name for path in made} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(
+        made
+    ) < 12
     done = run(*SMALL, "--config.seeds=6", "--workdir", folder)
     assert done.returncode == 0, done.stderr
-    assert len(list(cells.iterdir())) == 12 and made == {path: path.stat().st_mtime_ns for path in made}
-    assert {row["n_seeds"] for row in json.loads((folder / "results.json").read_text())["rows"]} == {6}
+    assert len(list(cells.iterdir())) == 12 and made == {
+        path: path.stat().st_mtime_ns for path in made
+    }
+    assert {
+        row["n_seeds"] for row in json.loads((folder / "results.json").read_text())["rows"]
+    } == {6}
 
 
 def test_import_and_help_do_not_start_jax():
-    code = "import sys, cnnjax, cnnjax.main; print('jax' in sys.modules, 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False False\n"
+    code = (
+        "import sys, cnnjax, cnnjax.main; print('jax' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        == "False False\n"
+    )
 
 
 def test_help_names_every_option():
     for module, own in (("main", "--distributed"), ("sweep", "--launcher")):
-        done = subprocess.run([sys.executable, "-m", f"cnnjax.{module}", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and all(word in done.stdout for word in (f"python -m cnnjax.{module}", "--config.KEY=VALUE", "--workdir", own))
+        done = subprocess.run(
+            [sys.executable, "-m", f"cnnjax.{module}", "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and all(
+            word in done.stdout
+            for word in (f"python -m cnnjax.{module}", "--config.KEY=VALUE", "--workdir", own)
+        )

@@ -1,4 +1,5 @@
 """Every model held to one contract; what torchvision has is held to torchvision's outputs in test_torchvision.py."""
+
 import functools
 
 import flax.traverse_util
@@ -16,21 +17,51 @@ from cnnjax.nn import FILLS
 
 # Published counts; torchvision's where it has the network.
 PARAMETERS = {
-    "vgg11": 132_863_336, "vgg11_bn": 132_868_840, "vgg11_lrn": 132_863_336, "vgg13": 133_047_848, "vgg13_bn": 133_053_736,
-    "vgg16": 138_357_544, "vgg16_bn": 138_365_992, "vgg16_c": 133_638_952, "vgg19": 143_667_240, "vgg19_bn": 143_678_248,
-    "alexnet": 61_100_840, "squeezenet1_0": 1_248_424, "squeezenet1_1": 1_235_496, "googlenet": 13_004_888, "inception_v3": 27_161_264,
-    "densenet121": 7_978_856, "densenet161": 28_681_000, "densenet169": 14_149_480, "densenet201": 20_013_928,
-    "mobilenet_v2": 3_504_872, "mnasnet0_5": 2_218_512, "mnasnet0_75": 3_170_208, "mnasnet1_0": 4_383_312, "mnasnet1_3": 6_282_256,
-    "shufflenet_v2_x0_5": 1_366_792, "shufflenet_v2_x1_0": 2_278_604, "shufflenet_v2_x1_5": 3_503_624, "shufflenet_v2_x2_0": 7_393_996,
-    "speedrun": 1_972_792, "scene_net": 272_952,
-    "resnext50_32x4d": 25_028_904, "wide_resnet50_2": 68_883_240,
-    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg11_lrn": 132_863_336,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg16_c": 133_638_952,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+    "alexnet": 61_100_840,
+    "squeezenet1_0": 1_248_424,
+    "squeezenet1_1": 1_235_496,
+    "googlenet": 13_004_888,
+    "inception_v3": 27_161_264,
+    "densenet121": 7_978_856,
+    "densenet161": 28_681_000,
+    "densenet169": 14_149_480,
+    "densenet201": 20_013_928,
+    "mobilenet_v2": 3_504_872,
+    "mnasnet0_5": 2_218_512,
+    "mnasnet0_75": 3_170_208,
+    "mnasnet1_0": 4_383_312,
+    "mnasnet1_3": 6_282_256,
+    "shufflenet_v2_x0_5": 1_366_792,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "shufflenet_v2_x1_5": 3_503_624,
+    "shufflenet_v2_x2_0": 7_393_996,
+    "speedrun": 1_972_792,
+    "scene_net": 272_952,
+    "resnext50_32x4d": 25_028_904,
+    "wide_resnet50_2": 68_883_240,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
 }
 
 
 def test_every_model_is_under_contract():
     """Here, or, where it is the lectures' own, in test_lectures.py."""
-    assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS) | {"fcn"}  # which tests/test_segmentation.py has
+    assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS) | {
+        "fcn"
+    }  # which tests/test_segmentation.py has
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -40,32 +71,51 @@ def test_parameters_head_and_stages(name):
     small = create_model(name, num_classes=7)
     whole, variables = (weights.variable_shapes(model) for model in (create_model(name), small))
     assert sum(leaf.size for leaf in jax.tree.leaves(whole["params"])) == PARAMETERS[name]
-    shapes = [{path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()} for tree in (whole, variables)]
+    shapes = [
+        {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (whole, variables)
+    ]
     assert shapes[0].keys() == shapes[1].keys()
     changed = {path.split("/")[1] for path in shapes[0] if shapes[0][path] != shapes[1][path]}
-    assert changed in ({"fc"}, {"fc", "aux1", "aux2"}, {"fc", "AuxLogits"}, {"classifier"}, {"classifier.1"}, {"classifier.6"})
+    assert changed in (
+        {"fc"},
+        {"fc", "aux1", "aux2"},
+        {"fc", "AuxLogits"},
+        {"classifier"},
+        {"classifier.1"},
+        {"classifier.6"},
+    )
     x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
     logits = jax.eval_shape(small.apply, variables, x)
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
     stages = jax.eval_shape(lambda v, x: small.apply(v, x, method="stages"), variables, x)
     sizes = [x.shape[1], *(y.shape[1] for y in stages.values())]
     first = {"vgg": 1, "alexnet": 4}.get(name.split("1")[0], 2)
-    assert all(round(before / after) in ((first,) if at == 0 else (2, 4)) for at, (before, after) in enumerate(zip(sizes, sizes[1:])))
+    assert all(
+        round(before / after) in ((first,) if at == 0 else (2, 4))
+        for at, (before, after) in enumerate(zip(sizes, sizes[1:]))
+    )
 
 
-@pytest.mark.parametrize("name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"])  # the others, without dropout: test_torchvision.py
+@pytest.mark.parametrize(
+    "name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"]
+)  # the others, without dropout: test_torchvision.py
 def test_every_parameter_receives_a_finite_gradient(name):
     model = create_model(name, num_classes=7)
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     variables = quick.variables(model, x)
-    loss = lambda params: jnp.square(model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()
+    loss = lambda params: jnp.square(
+        model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})
+    ).sum()
     value, grads = quick.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     for path, grad in flax.traverse_util.flatten_dict(jax.device_get(grads), sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
-@pytest.mark.parametrize("name", sorted(set(list_models()) - set(test_torchvision.NAMES)))  # those are held to it there
+@pytest.mark.parametrize(
+    "name", sorted(set(list_models()) - set(test_torchvision.NAMES))
+)  # those are held to it there
 def test_compiled_equals_eager_whatever_the_batch(name):
     """A network run operation by operation on one image gives what it gives compiled on that image and another."""
     model = create_model(name, num_classes=7)
@@ -74,7 +124,10 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
     variables = quick.variables(model, x)
     compiled, eager = jax.jit(model.apply)(variables, x), model.apply(variables, x[:1])
-    assert np.isfinite(compiled).all() and np.abs(compiled[0] - compiled[1]).max() > 1e-3 * np.abs(compiled).max()
+    assert (
+        np.isfinite(compiled).all()
+        and np.abs(compiled[0] - compiled[1]).max() > 1e-3 * np.abs(compiled).max()
+    )
     np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
 
 
@@ -84,17 +137,32 @@ def test_every_fill_and_bfloat16(name):
 
     Of torchvision's networks that are another's code at another size only the fills that change shapes are asked for.
     """
-    stages, others = {}, [] if name in {*test_torchvision.NAMES} - {*test_torchvision.KINDS} else sorted({*FILLS} - {"none", "full", "zeros"})
+    stages, others = (
+        {},
+        []
+        if name in {*test_torchvision.NAMES} - {*test_torchvision.KINDS}
+        else sorted({*FILLS} - {"none", "full", "zeros"}),
+    )
     for fill in ("none", "full", "zeros", *others):
         model = create_model(name, num_classes=7, padding=fill, dtype=jnp.bfloat16)
-        size = 4000 if fill == "none" else model.input_shape[0]  # without padding DenseNet-201 needs that much
+        size = (
+            4000 if fill == "none" else model.input_shape[0]
+        )  # without padding DenseNet-201 needs that much
         x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
         whole = {"method": "_run", "train": False, "last": "logits"}
         if fill in ("zeros", "none", "full"):  # the others have the parameters of zeros
-            maps, variables = jax.eval_shape(functools.partial(model.init_with_output, **whole), jax.random.key(0), x)
+            maps, variables = jax.eval_shape(
+                functools.partial(model.init_with_output, **whole), jax.random.key(0), x
+            )
         else:
-            maps = jax.eval_shape(functools.partial(model.apply, **whole, rngs={"padding": jax.random.key(0)}), variables, x)
-        assert maps.pop("logits").shape == (2, 7) and {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+            maps = jax.eval_shape(
+                functools.partial(model.apply, **whole, rngs={"padding": jax.random.key(0)}),
+                variables,
+                x,
+            )
+        assert maps.pop("logits").shape == (2, 7) and {
+            leaf.dtype for leaf in jax.tree.leaves(variables)
+        } == {jnp.dtype(jnp.float32)}
         assert {stage.dtype for stage in maps.values()} <= {jnp.dtype(jnp.bfloat16)}
         stages[fill] = {stage: y.shape for stage, y in maps.items()}
         if fill not in ("none", "full"):
@@ -102,22 +170,137 @@ def test_every_fill_and_bfloat16(name):
     assert list(stages["none"]) == list(stages["full"]) == list(stages["zeros"])
 
 
-@pytest.mark.parametrize("name, size, shapes", [
-    ("vgg16", 64, {"block1": (64, 64), "block2": (32, 128), "block3": (16, 256), "block4": (8, 512), "block5": (4, 512)}),
-    ("vgg11_lrn", 64, {"block1": (64, 64), "block2": (32, 128), "block3": (16, 256), "block4": (8, 512), "block5": (4, 512)}),
-    ("alexnet", 224, {"conv1": (55, 64), "conv2": (27, 192), "conv5": (13, 256)}),
-    ("squeezenet1_0", 224, {"conv1": (109, 96), "fire4": (54, 256), "fire8": (27, 512), "fire9": (13, 512)}),
-    ("squeezenet1_1", 224, {"conv1": (111, 64), "fire3": (55, 128), "fire5": (27, 256), "fire9": (13, 512)}),
-    ("densenet121", 224, {"stem": (112, 64), "denseblock1": (56, 256), "denseblock2": (28, 512), "denseblock3": (14, 1024), "denseblock4": (7, 1024)}),
-    ("mobilenet_v2", 224, {"stage1": (112, 16), "stage2": (56, 24), "stage3": (28, 32), "stage4": (14, 96), "stage5": (7, 320)}),
-    ("mnasnet1_0", 224, {"stage1": (112, 16), "stage2": (56, 24), "stage3": (28, 40), "stage4": (14, 96), "stage5": (7, 320)}),
-    ("shufflenet_v2_x1_0", 224, {"conv1": (112, 24), "stage2": (28, 116), "stage3": (14, 232), "stage4": (7, 464)}),
-    ("googlenet", 224, {"conv1": (112, 64), "conv3": (56, 192), "inception3b": (28, 480), "inception4e": (14, 832), "inception5b": (7, 1024)}),
-    ("inception_v3", 299, {"Conv2d_2b_3x3": (147, 64), "Conv2d_4a_3x3": (71, 192), "Mixed_5d": (35, 288), "Mixed_6e": (17, 768), "Mixed_7c": (8, 2048)}),
-    ("resnext50_32x4d", 64, {"stem": (32, 64), "layer1": (16, 256), "layer2": (8, 512), "layer3": (4, 1024), "layer4": (2, 2048)}),
-    ("resnet18", 64, {"stem": (32, 64), "layer1": (16, 64), "layer2": (8, 128), "layer3": (4, 256), "layer4": (2, 512)}),
-    ("resnet50", 64, {"stem": (32, 64), "layer1": (16, 256), "layer2": (8, 512), "layer3": (4, 1024), "layer4": (2, 2048)}),
-])
+@pytest.mark.parametrize(
+    "name, size, shapes",
+    [
+        (
+            "vgg16",
+            64,
+            {
+                "block1": (64, 64),
+                "block2": (32, 128),
+                "block3": (16, 256),
+                "block4": (8, 512),
+                "block5": (4, 512),
+            },
+        ),
+        (
+            "vgg11_lrn",
+            64,
+            {
+                "block1": (64, 64),
+                "block2": (32, 128),
+                "block3": (16, 256),
+                "block4": (8, 512),
+                "block5": (4, 512),
+            },
+        ),
+        ("alexnet", 224, {"conv1": (55, 64), "conv2": (27, 192), "conv5": (13, 256)}),
+        (
+            "squeezenet1_0",
+            224,
+            {"conv1": (109, 96), "fire4": (54, 256), "fire8": (27, 512), "fire9": (13, 512)},
+        ),
+        (
+            "squeezenet1_1",
+            224,
+            {"conv1": (111, 64), "fire3": (55, 128), "fire5": (27, 256), "fire9": (13, 512)},
+        ),
+        (
+            "densenet121",
+            224,
+            {
+                "stem": (112, 64),
+                "denseblock1": (56, 256),
+                "denseblock2": (28, 512),
+                "denseblock3": (14, 1024),
+                "denseblock4": (7, 1024),
+            },
+        ),
+        (
+            "mobilenet_v2",
+            224,
+            {
+                "stage1": (112, 16),
+                "stage2": (56, 24),
+                "stage3": (28, 32),
+                "stage4": (14, 96),
+                "stage5": (7, 320),
+            },
+        ),
+        (
+            "mnasnet1_0",
+            224,
+            {
+                "stage1": (112, 16),
+                "stage2": (56, 24),
+                "stage3": (28, 40),
+                "stage4": (14, 96),
+                "stage5": (7, 320),
+            },
+        ),
+        (
+            "shufflenet_v2_x1_0",
+            224,
+            {"conv1": (112, 24), "stage2": (28, 116), "stage3": (14, 232), "stage4": (7, 464)},
+        ),
+        (
+            "googlenet",
+            224,
+            {
+                "conv1": (112, 64),
+                "conv3": (56, 192),
+                "inception3b": (28, 480),
+                "inception4e": (14, 832),
+                "inception5b": (7, 1024),
+            },
+        ),
+        (
+            "inception_v3",
+            299,
+            {
+                "Conv2d_2b_3x3": (147, 64),
+                "Conv2d_4a_3x3": (71, 192),
+                "Mixed_5d": (35, 288),
+                "Mixed_6e": (17, 768),
+                "Mixed_7c": (8, 2048),
+            },
+        ),
+        (
+            "resnext50_32x4d",
+            64,
+            {
+                "stem": (32, 64),
+                "layer1": (16, 256),
+                "layer2": (8, 512),
+                "layer3": (4, 1024),
+                "layer4": (2, 2048),
+            },
+        ),
+        (
+            "resnet18",
+            64,
+            {
+                "stem": (32, 64),
+                "layer1": (16, 64),
+                "layer2": (8, 128),
+                "layer3": (4, 256),
+                "layer4": (2, 512),
+            },
+        ),
+        (
+            "resnet50",
+            64,
+            {
+                "stem": (32, 64),
+                "layer1": (16, 256),
+                "layer2": (8, 512),
+                "layer3": (4, 1024),
+                "layer4": (2, 2048),
+            },
+        ),
+    ],
+)
 def test_stages_have_their_names_sizes_and_channels(name, size, shapes):
     model = create_model(name)
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -134,21 +317,36 @@ def test_the_stages_of_a_vgg_by_layer():
     """Their names are the literature's, and the last of a block is the block."""
     model = create_model("vgg16", every_layer=True)
     image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-    variables = quick.jit(functools.partial(model.init, method="stages", last="conv2_2"))(jax.random.key(1), image)
-    layers, blocks = (quick.jit(functools.partial(m.apply, method="stages", last=last))(variables, image)
-                      for m, last in ((model, "conv2_2"), (create_model("vgg16"), "block2")))
+    variables = quick.jit(functools.partial(model.init, method="stages", last="conv2_2"))(
+        jax.random.key(1), image
+    )
+    layers, blocks = (
+        quick.jit(functools.partial(m.apply, method="stages", last=last))(variables, image)
+        for m, last in ((model, "conv2_2"), (create_model("vgg16"), "block2"))
+    )
     assert list(layers) == ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
-    assert np.array_equal(layers["conv1_2"], blocks["block1"]) and np.array_equal(layers["conv2_2"], blocks["block2"])
-    every = jax.eval_shape(functools.partial(model.apply, method="stages"), weights.variable_shapes(model), image)
-    assert [name for name in every if name.startswith("conv5")] == ["conv5_1", "conv5_2", "conv5_3"] and len(every) == 13
+    assert np.array_equal(layers["conv1_2"], blocks["block1"]) and np.array_equal(
+        layers["conv2_2"], blocks["block2"]
+    )
+    every = jax.eval_shape(
+        functools.partial(model.apply, method="stages"), weights.variable_shapes(model), image
+    )
+    assert [name for name in every if name.startswith("conv5")] == [
+        "conv5_1",
+        "conv5_2",
+        "conv5_3",
+    ] and len(every) == 13
 
 
 @pytest.mark.parametrize("name, size", [("vgg16", 224), ("resnet18", 435), ("resnet50", 427)])
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50 reduce to one pixel."""
     model = create_model(name, padding="none")
-    shapes = lambda size: jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), weights.variable_shapes(model),
-                                         jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    shapes = lambda size: jax.eval_shape(
+        lambda v, x: model.apply(v, x, method="stages"),
+        weights.variable_shapes(model),
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
+    )
     last = list(shapes(size).values())[-1]
     assert last.shape[1] == (2 if name == "vgg16" else 1)
     if name != "vgg16":
@@ -156,7 +354,15 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
             shapes(size - 1)
 
 
-@pytest.mark.parametrize("name, last", [("resnet18", "layer2"), ("resnet50", "layer2"), ("mobilenet_v2", "stage3"), ("shufflenet_v2_x0_5", "stage2")])
+@pytest.mark.parametrize(
+    "name, last",
+    [
+        ("resnet18", "layer2"),
+        ("resnet50", "layer2"),
+        ("mobilenet_v2", "stage3"),
+        ("shufflenet_v2_x0_5", "stage2"),
+    ],
+)
 def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
     model = create_model(name, padding="none")
@@ -164,30 +370,70 @@ def test_a_cropped_skip_is_centred_on_its_branch(name, last):
     variables = quick.variables(model, image, method="stages", last=last)
     run = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
     whole, part = run(image), run(image[:, 8:, 8:])
-    np.testing.assert_allclose(whole[:, 1:, 1:][:, :part.shape[1], :part.shape[2]], part, atol=1e-4 * float(jnp.abs(part).max()))
+    np.testing.assert_allclose(
+        whole[:, 1:, 1:][:, : part.shape[1], : part.shape[2]],
+        part,
+        atol=1e-4 * float(jnp.abs(part).max()),
+    )
     flipped = run(image[:, ::-1, ::-1])
     assert flipped.shape == whole.shape
 
 
-SHOWING = ("zeros", "partial", "full", "one-sided")  # the fills under which a constant image's border shows
+SHOWING = (
+    "zeros",
+    "partial",
+    "full",
+    "one-sided",
+)  # the fills under which a constant image's border shows
 COMMON = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 REACHED = [
-    ("vgg11", "block4", 160), ("vgg16_bn", "block4", 160), ("resnet18", "layer2", 160), ("resnet50", "layer2", 160), ("resnext50_32x4d", "layer2", 160),
-    ("alexnet", "conv5", 224), ("squeezenet1_0", "fire9", 224), ("squeezenet1_1", "fire9", 224), ("densenet121", "denseblock1", 224),
-    ("mobilenet_v2", "stage4", 432), ("mnasnet0_5", "stage3", 224), ("shufflenet_v2_x0_5", "stage3", 400), ("googlenet", "inception4e", 320),
-    ("lenet", "conv2", 28), ("convnet", "block3", 40), ("alexnet_2012", "conv5", 288), ("zfnet", "conv5", 288), ("googlenet_2014", "inception3b", 128)]
+    ("vgg11", "block4", 160),
+    ("vgg16_bn", "block4", 160),
+    ("resnet18", "layer2", 160),
+    ("resnet50", "layer2", 160),
+    ("resnext50_32x4d", "layer2", 160),
+    ("alexnet", "conv5", 224),
+    ("squeezenet1_0", "fire9", 224),
+    ("squeezenet1_1", "fire9", 224),
+    ("densenet121", "denseblock1", 224),
+    ("mobilenet_v2", "stage4", 432),
+    ("mnasnet0_5", "stage3", 224),
+    ("shufflenet_v2_x0_5", "stage3", 400),
+    ("googlenet", "inception4e", 320),
+    ("lenet", "conv2", 28),
+    ("convnet", "block3", 40),
+    ("alexnet_2012", "conv5", 288),
+    ("zfnet", "conv5", 288),
+    ("googlenet_2014", "inception3b", 128),
+]
 
 
-@pytest.mark.parametrize("name, last, size, fill", [
-    (*case, fill) for case in REACHED for fill in (FILLS if case[0] in ("resnet18", "squeezenet1_1", "densenet121") else COMMON)])
+@pytest.mark.parametrize(
+    "name, last, size, fill",
+    [
+        (*case, fill)
+        for case in REACHED
+        for fill in (FILLS if case[0] in ("resnet18", "squeezenet1_1", "densenet121") else COMMON)
+    ],
+)
 def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     """On a constant image only fills of zeros can make a feature map vary: one layer left out would show."""
     model = create_model(name, padding=fill)
     x = jnp.full((1, size, size, model.input_shape[2]), 0.7)
     variables = quick.variables(create_model(name), x, method="stages", last=last)
-    y = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)})[last])(x)
+    y = quick.jit(
+        lambda x: model.apply(
+            variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)}
+        )[last]
+    )(x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
-    assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
+    assert (
+        varies > 0.1
+        if fill in SHOWING
+        else varies < 1e-4
+        if fill in ("mean", "random")
+        else varies < 1e-5
+    )
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -197,34 +443,61 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
     x = jnp.full((1, 31, 31, 64), 0.7)
     variables = quick.variables(block("zeros"), x, False)
-    y = quick.jit(lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)}))(x)
+    y = quick.jit(
+        lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)})
+    )(x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
-    assert varies > 0.1 if fill in SHOWING else varies < 1e-4 if fill in ("mean", "random") else varies < 1e-5
+    assert (
+        varies > 0.1
+        if fill in SHOWING
+        else varies < 1e-4
+        if fill in ("mean", "random")
+        else varies < 1e-5
+    )
     if fill != "full":
-        assert y.shape[1] == {"none": {"Mixed_5b": 27, "Mixed_6a": 14, "Mixed_6b": 19, "Mixed_7a": 12, "Mixed_7b": 27}}.get(fill, {}).get(
-        name, 15 if name in ("Mixed_6a", "Mixed_7a") else 31)
+        assert y.shape[1] == {
+            "none": {"Mixed_5b": 27, "Mixed_6a": 14, "Mixed_6b": 19, "Mixed_7a": 12, "Mixed_7b": 27}
+        }.get(fill, {}).get(name, 15 if name in ("Mixed_6a", "Mixed_7a") else 31)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "shufflenet_v2_x0_5"]
+)
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     models = create_model(name), create_model(name, dtype=jnp.bfloat16)
     variables = quick.variables(models[0], x)
     exact, half = (quick.jit(model.apply)(variables, x) for model in models)
-    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(weights.variable_shapes(models[1])))} == {jnp.dtype(jnp.float32)}
+    assert {
+        leaf.dtype for leaf in (half, *jax.tree.leaves(weights.variable_shapes(models[1])))
+    } == {jnp.dtype(jnp.float32)}
     assert 1e-5 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
 
 
 def test_listing_and_wrong_names():
     assert list_models("*vgg*") == sorted(name for name in list_models() if "vgg" in name) != []
     for message, call in {
-        "model='vgg61' is not known; did you mean vgg19 or vgg16 or vgg13": lambda: create_model("vgg61"),
+        "model='vgg61' is not known; did you mean vgg19 or vgg16 or vgg13": lambda: create_model(
+            "vgg61"
+        ),
         "model='zzz' is not known; known models: ": lambda: create_model("zzz"),
-        "fill='zeros' is not a field of vgg16; it accepts num_classes, padding": lambda: create_model("vgg16", fill="zeros"),
-        "padding='mirror' is not one of zeros, none": lambda: create_model("vgg16", padding="mirror"),
+        "fill='zeros' is not a field of vgg16; it accepts num_classes, padding": lambda: (
+            create_model("vgg16", fill="zeros")
+        ),
+        "padding='mirror' is not one of zeros, none": lambda: create_model(
+            "vgg16", padding="mirror"
+        ),
         "num_classes=0 is not a positive number": lambda: create_model("vgg16", num_classes=0),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(ValueError, match="last='conv9' is not a stage of this network; its stages are block1, block2"):
-        jax.eval_shape(lambda x: create_model("vgg11").init(jax.random.key(0), x, method="stages", last="conv9"), jnp.ones((1, 32, 32, 3)))
+    with pytest.raises(
+        ValueError,
+        match="last='conv9' is not a stage of this network; its stages are block1, block2",
+    ):
+        jax.eval_shape(
+            lambda x: create_model("vgg11").init(
+                jax.random.key(0), x, method="stages", last="conv9"
+            ),
+            jnp.ones((1, 32, 32, 3)),
+        )

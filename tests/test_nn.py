@@ -1,4 +1,5 @@
 """Convolution, pooling and padding: algebra and comparison with the native operations."""
+
 import functools
 import importlib
 
@@ -25,12 +26,31 @@ def normal(seed, *shape):
 def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
     """The native convolution of an image whose rows and columns NumPy has padded; those out of bounds are zero."""
     amount, mode = 0 if fill == "none" else padding, FILL_MODES.get(fill, "constant")
-    rows, columns = (np.pad(np.arange(size), amount, mode, **({"constant_values": size} if mode == "constant" else {})) for size in x.shape[1:3])
-    lay = lambda x: x.at[:, rows].get(mode="fill", fill_value=0).at[:, :, columns].get(mode="fill", fill_value=0)
-    native = lambda x, kernel, groups=1: _native(lay(x), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups)
+    rows, columns = (
+        np.pad(
+            np.arange(size),
+            amount,
+            mode,
+            **({"constant_values": size} if mode == "constant" else {}),
+        )
+        for size in x.shape[1:3]
+    )
+    lay = lambda x: (
+        x.at[:, rows]
+        .get(mode="fill", fill_value=0)
+        .at[:, :, columns]
+        .get(mode="fill", fill_value=0)
+    )
+    native = lambda x, kernel, groups=1: _native(
+        lay(x), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups
+    )
     y = native(x, kernel, groups)
     if fill == "partial":
-        y *= kernel.shape[0] * kernel.shape[1] / native(jnp.ones((1, *x.shape[1:3], 1)), jnp.ones((*kernel.shape[:2], 1, 1)))
+        y *= (
+            kernel.shape[0]
+            * kernel.shape[1]
+            / native(jnp.ones((1, *x.shape[1:3], 1)), jnp.ones((*kernel.shape[:2], 1, 1)))
+        )
     return y
 
 
@@ -46,8 +66,21 @@ def assert_alike(ours, theirs, x, kernel):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-CASES = [(k, s, g, d, fill) for k in (1, 2, 3, 5, 7, 11) for s in (1, 2, 3, 4) for g, d, fill in (
-    (1, 1, "zeros"), (1, 1, "partial"), (1, 1, "reflect"), (1, 2, "zeros"), (2, 1, "circular"), (4, 1, "zeros"), (2, 2, "none"), (4, 3, "replicate"))]
+CASES = [
+    (k, s, g, d, fill)
+    for k in (1, 2, 3, 5, 7, 11)
+    for s in (1, 2, 3, 4)
+    for g, d, fill in (
+        (1, 1, "zeros"),
+        (1, 1, "partial"),
+        (1, 1, "reflect"),
+        (1, 2, "zeros"),
+        (2, 1, "circular"),
+        (4, 1, "zeros"),
+        (2, 2, "none"),
+        (4, 3, "replicate"),
+    )
+]
 
 
 @pytest.mark.parametrize("kernel_size, stride, groups, dilation, fill", CASES)
@@ -55,35 +88,73 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
     size = dilation * (kernel_size - 1) + 1 + 2 * stride + 1
     padding = min(kernel_size // 2, size // 2)
     x, kernel = normal(0, 2, size, size + 1, 4), normal(1, kernel_size, kernel_size, 4 // groups, 8)
-    ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill)
-    theirs = functools.partial(reference_conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill)
+    ours = functools.partial(
+        cnn.conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill
+    )
+    theirs = functools.partial(
+        reference_conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill
+    )
     assert_alike(ours, theirs, x, kernel)
 
 
-@pytest.mark.parametrize("size, kernel_size, stride, fill", [
-    (1, 3, 1, "zeros"), (2, 3, 1, "zeros"), (2, 3, 2, "zeros"), (4, 5, 1, "partial"), (3, 4, 1, "full"), (3, 7, 2, "zeros")])
+@pytest.mark.parametrize(
+    "size, kernel_size, stride, fill",
+    [
+        (1, 3, 1, "zeros"),
+        (2, 3, 1, "zeros"),
+        (2, 3, 2, "zeros"),
+        (4, 5, 1, "partial"),
+        (3, 4, 1, "full"),
+        (3, 7, 2, "zeros"),
+    ],
+)
 def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
     """The padding that they need is computed apart, and gradients have it too."""
     padding = kernel_size - 1 if fill == "full" else kernel_size // 2
     x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, fill=fill)
-    theirs = functools.partial(reference_conv, stride=stride, padding=padding, dilation=1, groups=1, fill=fill)
+    theirs = functools.partial(
+        reference_conv, stride=stride, padding=padding, dilation=1, groups=1, fill=fill
+    )
     assert_alike(ours, theirs, x, kernel)
 
 
-@pytest.mark.parametrize("kernel_size, stride, padding, dilation", [
-    ((3, 2), (2, 1), (1, 0), (1, 1)), ((2, 5), (1, 3), (0, 2), (1, 1)), ((3, 1), (3, 2), (0, 2), (1, 1)), ((4, 3), (2, 3), (3, 4), (1, 1)),
-    ((3, 3), (2, 1), (2, 1), (1, 2))])
+@pytest.mark.parametrize(
+    "kernel_size, stride, padding, dilation",
+    [
+        ((3, 2), (2, 1), (1, 0), (1, 1)),
+        ((2, 5), (1, 3), (0, 2), (1, 1)),
+        ((3, 1), (3, 2), (0, 2), (1, 1)),
+        ((4, 3), (2, 3), (3, 4), (1, 1)),
+        ((3, 3), (2, 1), (2, 1), (1, 2)),
+    ],
+)
 def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, padding, dilation):
     x, kernel = normal(0, 2, 9, 12, 4), normal(1, *kernel_size, 4, 6)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
-    theirs = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
-                                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    theirs = lambda x, kernel: jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        [(p, p) for p in padding],
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     assert_alike(ours, theirs, x, kernel)
 
 
-@pytest.mark.parametrize("width, channels, features, padding, together", [
-    (12, 3, 6, 0, 4), (12, 1, 20, 1, 4), (13, 2, 5, 1, 1), (14, 3, 8, 1, 2), (12, 3, 64, 1, 2), (12, 5, 16, 1, 2), (12, 5, 17, 1, 1)])
+@pytest.mark.parametrize(
+    "width, channels, features, padding, together",
+    [
+        (12, 3, 6, 0, 4),
+        (12, 1, 20, 1, 4),
+        (13, 2, 5, 1, 1),
+        (14, 3, 8, 1, 2),
+        (12, 3, 64, 1, 2),
+        (12, 5, 16, 1, 2),
+        (12, 5, 17, 1, 1),
+    ],
+)
 def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
     """Neighbours computed at once, and the kernel's gradient from what it sees side by side."""
     module = importlib.import_module("cnnjax.nn.conv")
@@ -91,17 +162,25 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
     assert module._neighbours(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
     y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
-    want, want_vjp = jax.vjp(jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel)
+    want, want_vjp = jax.vjp(
+        jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel
+    )
     cotangent = normal(2, *y.shape)
     for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(
+            got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
+        )
 
 
-@pytest.mark.parametrize("kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)]
+)
 def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation, monkeypatch):
     """Large maps are transposed in two steps; bit for bit nothing else changes, also under vmap and in a loop."""
     x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)
-    loss = lambda kernel, x: jnp.square(cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)).sum()
+    loss = lambda kernel, x: jnp.square(
+        cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
+    ).sum()
 
     def gradients():
         each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x)
@@ -117,13 +196,32 @@ def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilati
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
-@pytest.mark.parametrize("window, stride, padding, height, width", [
-    *((k, s, p, 11, 14) for k in (1, 2, 3, 5) for s in (1, 2, 3, 4) for p in (0, 1) if p <= k // 2),
-    (2, 2, 0, 12, 14), (3, 3, 0, 12, 15), (2, 2, 1, 12, 14), (4, 4, 0, 4, 8)])  # and windows that tile the image
+@pytest.mark.parametrize(
+    "window, stride, padding, height, width",
+    [
+        *(
+            (k, s, p, 11, 14)
+            for k in (1, 2, 3, 5)
+            for s in (1, 2, 3, 4)
+            for p in (0, 1)
+            if p <= k // 2
+        ),
+        (2, 2, 0, 12, 14),
+        (3, 3, 0, 12, 15),
+        (2, 2, 1, 12, 14),
+        (4, 4, 0, 4, 8),
+    ],
+)  # and windows that tile the image
 def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
     x = jnp.maximum(jnp.round(2 * normal(0, 2, height, width, 3)), 0)  # many ties, as after a ReLU
-    native = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1),
-                                             ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+    native = lambda x: jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        (1, window, window, 1),
+        (1, stride, stride, 1),
+        ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)),
+    )
     y, vjp = jax.vjp(jax.jit(lambda x: cnn.max_pool(x, window, stride, padding)), x)
     want, want_vjp = jax.vjp(jax.jit(native), x)
     cotangent = normal(1, *y.shape)
@@ -137,15 +235,32 @@ def test_pools_pad_as_numpy_does(fill):
     amount = 0 if fill == "none" else 1
     widths = ((0, 0), (amount,) * 2, (amount,) * 2, (0, 0))
     mode = FILL_MODES.get(fill, "constant")
-    largest = np.pad(x, widths, mode=mode, **({"constant_values": -np.inf} if mode == "constant" else {}))
-    total, count = np.pad(x, widths, mode=mode), np.pad(np.ones_like(x), widths, mode=mode) if fill == "partial" else None
-    tap = lambda a: np.stack([a[:, i:i + 2 * ((a.shape[1] - 3) // 2) + 1:2, j:j + 2 * ((a.shape[2] - 3) // 2) + 1:2] for i in range(3) for j in range(3)])
+    largest = np.pad(
+        x, widths, mode=mode, **({"constant_values": -np.inf} if mode == "constant" else {})
+    )
+    total, count = (
+        np.pad(x, widths, mode=mode),
+        np.pad(np.ones_like(x), widths, mode=mode) if fill == "partial" else None,
+    )
+    tap = lambda a: np.stack(
+        [
+            a[
+                :,
+                i : i + 2 * ((a.shape[1] - 3) // 2) + 1 : 2,
+                j : j + 2 * ((a.shape[2] - 3) // 2) + 1 : 2,
+            ]
+            for i in range(3)
+            for j in range(3)
+        ]
+    )
     assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), tap(largest).max(0))
     mean = tap(total).mean(0) if count is None else tap(total).sum(0) / tap(count).sum(0)
     np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
 
 
-@pytest.mark.parametrize("window, stride, padding", [(3, 2, 0), (3, 2, 1), (2, 2, 0), (2, 3, 1), (3, 1, 1), (5, 4, 2)])
+@pytest.mark.parametrize(
+    "window, stride, padding", [(3, 2, 0), (3, 2, 1), (2, 2, 0), (2, 3, 1), (3, 1, 1), (5, 4, 2)]
+)
 @pytest.mark.parametrize("height, width", [(2, 3), (7, 8), (9, 10), (11, 13)])
 def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, window, stride, padding):
     """PyTorch's rule: windows are counted with the quotient rounded up, and one that begins beyond the image and its border is dropped."""
@@ -155,19 +270,31 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
         count = -(-(size + 2 * padding - window) // stride) + 1
         assert got == count - ((count - 1) * stride >= size + padding)
     for i, j in np.ndindex(*y.shape[1:3]):
-        rows, columns = (slice(max(0, at * stride - padding), at * stride - padding + window) for at in (i, j))
+        rows, columns = (
+            slice(max(0, at * stride - padding), at * stride - padding + window) for at in (i, j)
+        )
         assert np.array_equal(y[:, i, j], x[:, rows, columns].max((1, 2)))
     for fill in ("reflect", "replicate", "circular"):
         if min(height, width) > padding + 1:
             assert cnn.max_pool(x, window, stride, padding, ceil=True, fill=fill).shape == y.shape
-    assert np.array_equal(cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none"), cnn.max_pool(x[:, :7], 2, 2))
+    assert np.array_equal(
+        cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none"), cnn.max_pool(x[:, :7], 2, 2)
+    )
 
 
 def test_branches_are_joined_about_their_centres():
     x = normal(0, 1, 7, 9, 2)
     parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
-    np.testing.assert_array_equal(cnn.concatenate(parts, "none"), jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3)))
-    framed = [np.pad(part, ((0, 0), *(((a - b) // 2,) * 2 for a, b in zip(x.shape[1:3], part.shape[1:3])), (0, 0))) for part in parts]
+    np.testing.assert_array_equal(
+        cnn.concatenate(parts, "none"), jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
+    )
+    framed = [
+        np.pad(
+            part,
+            ((0, 0), *(((a - b) // 2,) * 2 for a, b in zip(x.shape[1:3], part.shape[1:3])), (0, 0)),
+        )
+        for part in parts
+    ]
     np.testing.assert_array_equal(cnn.concatenate(parts, "full"), np.concatenate(framed, 3))
 
 
@@ -176,18 +303,32 @@ def test_channel_sums(shape):
     x, y = normal(0, *shape), normal(1, *shape)
     axes = tuple(range(len(shape) - 1))
     np.testing.assert_allclose(channel_sum(x), np.asarray(x, np.float64).sum(axes), atol=1e-5)
-    np.testing.assert_allclose(channel_sum(x, y), (np.asarray(x, np.float64) * np.asarray(y)).sum(axes), atol=1e-5)
+    np.testing.assert_allclose(
+        channel_sum(x, y), (np.asarray(x, np.float64) * np.asarray(y)).sum(axes), atol=1e-5
+    )
 
 
 def test_fills_are_what_the_documentation_shows():
     row = jnp.asarray([1.0, 2, 3, 4]).reshape(1, 1, 4, 1)
-    shown = {"zeros": "00123400", "none": "1234", "reflect": "32123432", "replicate": "11123444", "circular": "34123412", "partial": "00123400",
-             "mean": "22123422", "interpolate": "11122334", "full": "00123400", "one-sided": "00001234"}
+    shown = {
+        "zeros": "00123400",
+        "none": "1234",
+        "reflect": "32123432",
+        "replicate": "11123444",
+        "circular": "34123412",
+        "partial": "00123400",
+        "mean": "22123422",
+        "interpolate": "11122334",
+        "full": "00123400",
+        "one-sided": "00001234",
+    }
     assert {*shown, "random"} == {*cnn.FILLS}
     for fill, digits in shown.items():
         assert "".join(str(int(v)) for v in cnn.pad(row, (0, 2), fill).ravel()) == digits
     assert cnn.pad(row, (0, 2), "mean")[0, 0, 0, 0] == 2.5
-    np.testing.assert_allclose(cnn.pad(row, (0, 2), "interpolate").ravel(), np.linspace(1, 4, 8), rtol=1e-6)
+    np.testing.assert_allclose(
+        cnn.pad(row, (0, 2), "interpolate").ravel(), np.linspace(1, 4, 8), rtol=1e-6
+    )
 
 
 def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
@@ -196,16 +337,24 @@ def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
         constant = cnn.conv(jnp.ones_like(x), kernel, padding=1, fill=fill)
         assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
         run = lambda x, kernel, fill=fill: cnn.conv(x, kernel, padding=1, fill=fill)
-        np.testing.assert_allclose(run(x[:, ::-1, ::-1], kernel[::-1, ::-1]), run(x, kernel)[:, ::-1, ::-1], atol=1e-5)
-        np.testing.assert_allclose(cnn.pad(x + 3, (1, 2), fill), cnn.pad(x, (1, 2), fill) + 3, atol=1e-5)
+        np.testing.assert_allclose(
+            run(x[:, ::-1, ::-1], kernel[::-1, ::-1]), run(x, kernel)[:, ::-1, ::-1], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            cnn.pad(x + 3, (1, 2), fill), cnn.pad(x, (1, 2), fill) + 3, atol=1e-5
+        )
     assert np.array_equal(cnn.pad(x, (1, 2), "mean")[:, 1:-1, 2:-2], x)
 
 
 def test_random_draws_a_border_of_the_maps_own_moments():
     x = 5 + 2 * normal(0, 2, 64, 64, 3)
-    padded, again, other = (cnn.pad(x, (40, 40), "random", key=jax.random.key(seed)) for seed in (0, 0, 1))
+    padded, again, other = (
+        cnn.pad(x, (40, 40), "random", key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
     assert np.array_equal(padded, again) and np.array_equal(padded[:, 40:-40, 40:-40], x)
-    assert not np.any(np.all(padded[:, :40] == other[:, :40], axis=-1)) and not np.any(padded[0, :40] == padded[1, :40])
+    assert not np.any(np.all(padded[:, :40] == other[:, :40], axis=-1)) and not np.any(
+        padded[0, :40] == padded[1, :40]
+    )
     border = np.concatenate([padded[:, :40].reshape(-1, 3), padded[:, -40:].reshape(-1, 3)])
     np.testing.assert_allclose(border.mean(0), 5, atol=0.1)
     np.testing.assert_allclose(border.std(0), 2, atol=0.1)
@@ -214,7 +363,9 @@ def test_random_draws_a_border_of_the_maps_own_moments():
     layer = cnn.Conv(4, 3, padding=1, fill="random")
     variables = layer.init(jax.random.key(0), x)
     draws = [layer.apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1)]
-    assert np.array_equal(draws[0][:, 1:-1, 1:-1], draws[1][:, 1:-1, 1:-1]) and not np.array_equal(*draws)
+    assert np.array_equal(draws[0][:, 1:-1, 1:-1], draws[1][:, 1:-1, 1:-1]) and not np.array_equal(
+        *draws
+    )
     with pytest.raises(ValueError, match="padding='random' draws noise"):
         layer.apply(variables, x)
 
@@ -223,12 +374,16 @@ def test_full_brings_every_weight_to_every_pixel():
     """What Kayhan and van Gemert ask of it: wherever a pixel is, its responses are the same, so that sums and maxima do not know the place."""
     kernel = normal(1, 3, 5, 2, 4)
     for stride, dilation in ((1, 1), (1, 2)):
-        run = lambda x, s=stride, d=dilation: cnn.conv(x, kernel, stride=s, dilation=d, padding=0, fill="full")
+        run = lambda x, s=stride, d=dilation: cnn.conv(
+            x, kernel, stride=s, dilation=d, padding=0, fill="full"
+        )
         x = normal(0, 1, 8, 9, 2)
         y = run(x)
         assert y.shape[1:3] == (8 + dilation * 2, 9 + dilation * 4)
         np.testing.assert_allclose(y.sum((1, 2)), jnp.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
-        corners = [jnp.zeros((1, 8, 9, 2)).at[0, i, j].set(1.0) for i, j in ((0, 0), (3, 4), (7, 8))]
+        corners = [
+            jnp.zeros((1, 8, 9, 2)).at[0, i, j].set(1.0) for i, j in ((0, 0), (3, 4), (7, 8))
+        ]
         for corner in corners:
             assert np.array_equal(jnp.sort(run(corner).ravel()), jnp.sort(run(corners[0]).ravel()))
 
@@ -258,7 +413,9 @@ def test_which_fills_show_the_border_of_a_constant_image(fill):
     assert (np.ptp(conv(ones, box)) > 1e-6) == (fill in ("zeros", "full", "one-sided"))
 
 
-@pytest.mark.parametrize("fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"}))  # the first has no grid, the others another
+@pytest.mark.parametrize(
+    "fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"})
+)  # the first has no grid, the others another
 def test_padding_does_not_move_the_sampling_grid(fill):
     x = normal(0, 1, 12, 12, 1)
     identity = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
@@ -286,7 +443,10 @@ def test_adaptive_pool_averages_pytorchs_bins():
     y = cnn.adaptive_avg_pool(x, (4, 3))
     for i in range(4):
         for j in range(3):
-            rows, columns = slice(i * 10 // 4, -(-(i + 1) * 10 // 4)), slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
+            rows, columns = (
+                slice(i * 10 // 4, -(-(i + 1) * 10 // 4)),
+                slice(j * 7 // 3, -(-(j + 1) * 7 // 3)),
+            )
             np.testing.assert_allclose(y[:, i, j], x[:, rows, columns].mean((1, 2)), atol=1e-6)
     assert cnn.adaptive_avg_pool(x[:, :1, :1], 7).shape == (2, 7, 7, 3)
 
@@ -294,7 +454,9 @@ def test_adaptive_pool_averages_pytorchs_bins():
 def test_resize_is_pytorchs_align_corners():
     x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
     np.testing.assert_allclose(cnn.resize(x, (1, 5)).ravel(), [0, 1.5, 3, 4.5, 6])
-    assert np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0  # a constant stays one, to the last bit
+    assert (
+        np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0
+    )  # a constant stays one, to the last bit
 
 
 def test_batch_norm_keeps_pytorchs_running_statistics():
@@ -304,8 +466,12 @@ def test_batch_norm_keeps_pytorchs_running_statistics():
     y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
     flat = np.asarray(x).reshape(-1, 5)
     np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * flat.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(
+        new["batch_stats"]["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-5
+    )
     with pytest.raises(ValueError, match="one value per channel"):
         layer.apply(variables, x[:1, :1, :1], train=True, mutable=["batch_stats"])
 
@@ -314,19 +480,33 @@ def test_batch_norm_has_the_gradient_of_its_formula():
     """Of the output and of the running statistics, whose gradient nothing in training asks for."""
     x, weight = 3 * normal(0, 4, 5, 3, 6) + 1, normal(1, 4, 5, 3, 6)
     layer = cnn.BatchNorm()
-    variables = {"params": {"scale": normal(2, 6) + 2, "bias": normal(3, 6)}, "batch_stats": layer.init(jax.random.key(0), x)["batch_stats"]}
+    variables = {
+        "params": {"scale": normal(2, 6) + 2, "bias": normal(3, 6)},
+        "batch_stats": layer.init(jax.random.key(0), x)["batch_stats"],
+    }
 
     def loss(params, x):
         y, new = layer.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
-        return (y * weight).sum() + 7 * jnp.cos(new["batch_stats"]["mean"]).sum() + 5 * jnp.sin(new["batch_stats"]["var"]).sum()
+        return (
+            (y * weight).sum()
+            + 7 * jnp.cos(new["batch_stats"]["mean"]).sum()
+            + 5 * jnp.sin(new["batch_stats"]["var"]).sum()
+        )
 
     def formula(params, x):
         mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
         y = (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
-        return (y * weight).sum() + 7 * jnp.cos(0.1 * mean).sum() + 5 * jnp.sin(0.9 + 0.1 * var * 60 / 59).sum()
+        return (
+            (y * weight).sum()
+            + 7 * jnp.cos(0.1 * mean).sum()
+            + 5 * jnp.sin(0.9 + 0.1 * var * 60 / 59).sum()
+        )
 
-    jax.tree.map(lambda ours, want: np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4),
-                 jax.value_and_grad(loss, (0, 1))(variables["params"], x), jax.value_and_grad(formula, (0, 1))(variables["params"], x))
+    jax.tree.map(
+        lambda ours, want: np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4),
+        jax.value_and_grad(loss, (0, 1))(variables["params"], x),
+        jax.value_and_grad(formula, (0, 1))(variables["params"], x),
+    )
 
 
 def test_batch_norm_over_devices_is_that_of_the_whole_batch():
@@ -335,18 +515,34 @@ def test_batch_norm_over_devices_is_that_of_the_whole_batch():
 
     def run(layer, x, weight):
         def loss(params, x):
-            y, new = layer.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+            y, new = layer.apply(
+                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+            )
             return (y * weight).sum(), (y, new)
+
         return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
 
     (dparams, dx), (y, new) = run(cnn.BatchNorm(), x, weight)
     parts = lambda a: a.reshape(4, 2, 5, 3, 6)
-    (all_dparams, all_dx), (all_y, all_new) = jax.vmap(lambda x, w: run(cnn.BatchNorm(axis_name="devices"), x, w),
-                                                       axis_name="devices")(parts(x), parts(weight))
+    (all_dparams, all_dx), (all_y, all_new) = jax.vmap(
+        lambda x, w: run(cnn.BatchNorm(axis_name="devices"), x, w), axis_name="devices"
+    )(parts(x), parts(weight))
     np.testing.assert_allclose(all_y, parts(y), atol=1e-5)
     np.testing.assert_allclose(all_dx, parts(dx), atol=1e-5)
-    jax.tree.map(lambda per_device, whole: np.testing.assert_allclose(per_device.sum(0), whole, rtol=1e-4, atol=1e-4), all_dparams, dparams)
-    jax.tree.map(lambda per_device, whole: np.testing.assert_allclose(per_device, np.broadcast_to(whole, per_device.shape), rtol=1e-5), all_new, new)
+    jax.tree.map(
+        lambda per_device, whole: np.testing.assert_allclose(
+            per_device.sum(0), whole, rtol=1e-4, atol=1e-4
+        ),
+        all_dparams,
+        dparams,
+    )
+    jax.tree.map(
+        lambda per_device, whole: np.testing.assert_allclose(
+            per_device, np.broadcast_to(whole, per_device.shape), rtol=1e-5
+        ),
+        all_new,
+        new,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
@@ -373,10 +569,15 @@ class Small(nn.Module):
 
 def assert_fast(program):
     convolutions = [line for line in program.splitlines() if " convolution(" in line]
-    assert convolutions and all("dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line for line in convolutions)
+    assert convolutions and all(
+        "dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line
+        for line in convolutions
+    )
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path"
+)
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_compiled_training_step_has_only_fast_operations(in_scan):
     model, x = Small(), normal(0, 4, 16, 16, 3)
@@ -386,24 +587,40 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
         loss, grads = jax.value_and_grad(lambda p: jnp.square(model.apply(p, x)).mean())(params)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
 
-    run = (lambda p: jax.lax.scan(step, p, None, length=3)) if in_scan else (lambda p: step(p, None))
+    run = (
+        (lambda p: jax.lax.scan(step, p, None, length=3)) if in_scan else (lambda p: step(p, None))
+    )
     text = jax.jit(run).lower(params).compile().as_text()
     assert_fast(text)
     assert "select-and-scatter" not in text
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path")
-@pytest.mark.parametrize("shape, kernel_size, stride, fill", [
-    ((4, 1, 1, 32), 3, 1, "zeros"), ((4, 2, 2, 32), 3, 1, "zeros"), ((4, 2, 2, 32), 3, 2, "zeros"), ((4, 4, 4, 32), 5, 1, "zeros"),
-    ((4, 2, 2, 32), 3, 1, "one-sided"), ((100, 24, 24, 32), 3, 1, "full")])
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path"
+)
+@pytest.mark.parametrize(
+    "shape, kernel_size, stride, fill",
+    [
+        ((4, 1, 1, 32), 3, 1, "zeros"),
+        ((4, 2, 2, 32), 3, 1, "zeros"),
+        ((4, 2, 2, 32), 3, 2, "zeros"),
+        ((4, 4, 4, 32), 5, 1, "zeros"),
+        ((4, 2, 2, 32), 3, 1, "one-sided"),
+        ((100, 24, 24, 32), 3, 1, "full"),
+    ],
+)
 def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
     """XLA exchanges image and kernel where the latter is the larger, as the output gradient is for full padding's kernel gradients."""
-    x, kernel = (jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (kernel_size, kernel_size, 32, 32)))
+    x, kernel = (
+        jax.ShapeDtypeStruct(size, jnp.float32)
+        for size in (shape, (kernel_size, kernel_size, 32, 32))
+    )
     run = functools.partial(cnn.conv, stride=stride, padding=kernel_size // 2, fill=fill)
 
     def step(x, kernel, dy):
         y, vjp = jax.vjp(run, x, kernel)
         return y, vjp(dy)
+
     assert_fast(jax.jit(step).lower(x, kernel, jax.eval_shape(run, x, kernel)).compile().as_text())
 
 
@@ -413,16 +630,24 @@ def test_a_materialized_value_stays_one_and_is_itself():
     x = normal(0, 4, 3).at[0, 0].set(jnp.nan)
     assert " conditional(" in jax.jit(lambda x: materialize(x * 2) + 1).lower(x).compile().as_text()
     for value in (x, x[1:], x.astype(jnp.bfloat16), jnp.zeros((0, 3))):
-        np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (jax.jit(materialize)(value), value)))
+        np.testing.assert_array_equal(
+            *(np.asarray(a, np.float32) for a in (jax.jit(materialize)(value), value))
+        )
     np.testing.assert_array_equal(jax.jit(jax.vmap(materialize))(x), x)
-    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))(x[1:]), 2 * x[1:])
+    np.testing.assert_array_equal(
+        jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))(x[1:]), 2 * x[1:]
+    )
 
 
 def test_a_step_in_scan_equals_a_loop():
     model, x = Small(), normal(0, 4, 16, 16, 3)
     params = model.init(jax.random.key(0), x)
-    step = lambda p: jax.tree.map(lambda a, g: a - 0.1 * g, p, jax.grad(lambda p: jnp.square(model.apply(p, x)).mean())(p))
-    scanned = jax.jit(lambda p: jax.lax.scan(lambda p, _: (step(p), None), p, None, length=3)[0])(params)
+    step = lambda p: jax.tree.map(
+        lambda a, g: a - 0.1 * g, p, jax.grad(lambda p: jnp.square(model.apply(p, x)).mean())(p)
+    )
+    scanned = jax.jit(lambda p: jax.lax.scan(lambda p, _: (step(p), None), p, None, length=3)[0])(
+        params
+    )
     looped = params
     for _ in range(3):
         looped = jax.jit(step)(looped)
@@ -433,7 +658,9 @@ def test_a_step_in_scan_equals_a_loop():
 def test_wrong_arguments_name_themselves():
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
     for message, call in {
-        "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(x, kernel, padding=1, fill="mirror"),
+        "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
+            x, kernel, padding=1, fill="mirror"
+        ),
         "stride=0 is not an integer": lambda: cnn.conv(x, kernel, stride=0),
         "does not fit an input of shape": lambda: cnn.conv(x, kernel, groups=2),
         "no output on a 4x4 map": lambda: cnn.conv(x, jnp.ones((5, 5, 2, 4)), fill="none"),

@@ -4,6 +4,7 @@
 
 runs them and stores what they show. Neither reads any data but those that the packages carry.
 """
+
 import os
 import pathlib
 import re
@@ -23,29 +24,52 @@ _MOST_BYTES = 300_000
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     """Runs a notebook in this interpreter, whatever kernels are installed -> the notebook with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    client = NotebookClient(notebook, km=kernel, timeout=600, record_timing=False, coalesce_streams=True,
-                            resources={"metadata": {"path": ROOT}})
+    kernel = AsyncKernelManager(
+        kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
+    )
+    client = NotebookClient(
+        notebook,
+        km=kernel,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": ROOT}},
+    )
     environment = {key: value for key, value in os.environ.items() if key != "CNNJAX_DATA"}
     return client.execute(env=environment | {"JAX_PLATFORMS": "cpu"}, cleanup_kc=True)
 
 
 def shown(notebook: nbformat.NotebookNode) -> list[list[str]]:
     """What each cell shows: its text with every number as #, and the kinds of its pictures."""
+
     def said(output):
         if "text" in output:
             return output.text
-        return "image/png" if "image/png" in output.data else output.data.get("text/markdown", output.data["text/plain"])
+        return (
+            "image/png"
+            if "image/png" in output.data
+            else output.data.get("text/markdown", output.data["text/plain"])
+        )
 
-    return [[re.sub(r"-?\d[\d.,]*", "#", said(output)) for output in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        [re.sub(r"-?\d[\d.,]*", "#", said(output)) for output in cell.outputs]
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
 
 
 def table(notebook: nbformat.NotebookNode, heading: str) -> dict[str, list[list[float]]]:
     """The table whose first columns have this heading -> of each row, the numbers of each cell."""
-    text = next(output.data["text/markdown"] for cell in notebook.cells for output in cell.get("outputs", ())
-                if f"| {heading} |" in output.get("data", {}).get("text/markdown", ""))
-    rows = [line.strip("| ").split(" | ") for line in text[text.index("| ---"):].splitlines()[1:]]
-    numbers = lambda cell: [float(number.replace(",", "")) for number in re.findall(r"-?[\d.,]+", cell)]
+    text = next(
+        output.data["text/markdown"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if f"| {heading} |" in output.get("data", {}).get("text/markdown", "")
+    )
+    rows = [line.strip("| ").split(" | ") for line in text[text.index("| ---") :].splitlines()[1:]]
+    numbers = lambda cell: [
+        float(number.replace(",", "")) for number in re.findall(r"-?[\d.,]+", cell)
+    ]
     return {name: [numbers(cell) for cell in cells] for name, *cells in rows}
 
 
@@ -66,12 +90,20 @@ def test_what_the_text_says_holds(both):
     if name == "position":  # of natural, black and white images: SPC (R2)
         rows = table(run, "padding")
         assert list(rows) == ["zeros", "none", "reflect"]
-        assert all(r2 > 0.3 for _, r2 in rows["zeros"]) and all(abs(r2) < 0.05 for fill in ("none", "reflect") for _, r2 in rows[fill])
+        assert all(r2 > 0.3 for _, r2 in rows["zeros"]) and all(
+            abs(r2) < 0.05 for fill in ("none", "reflect") for _, r2 in rows[fill]
+        )
         assert all(spc == 0 for fill in ("none", "reflect") for spc, _ in rows[fill][1:])
     else:  # parameters, training error, test error
         rows = table(run, "network | parameters | training error")
-        assert {name: cells[0] for name, cells in rows.items()} == {"mlp1": [650], "mlp3": [301_066], "lenet": [86_710]}
-        (one, _), (three, _), (convolutional, _) = (cells[2] for cells in rows.values())  # means and standard deviations
+        assert {name: cells[0] for name, cells in rows.items()} == {
+            "mlp1": [650],
+            "mlp3": [301_066],
+            "lenet": [86_710],
+        }
+        (one, _), (three, _), (convolutional, _) = (
+            cells[2] for cells in rows.values()
+        )  # means and standard deviations
         assert abs(three - convolutional) < 3 and max(three, convolutional) < one < 15
 
 

@@ -1,4 +1,5 @@
 """Optimisers, schedules and the plateau rule, against what PyTorch's did (golden/make_optimizers.py)."""
+
 import json
 import math
 import pathlib
@@ -16,7 +17,10 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "optimizers.json
 RATES = [0.1] * 3 + [0.05] * 4 + [0.01] * 3
 
 
-@pytest.mark.parametrize("name, tolerance", [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)])
+@pytest.mark.parametrize(
+    "name, tolerance",
+    [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)],
+)
 def test_ten_steps_are_pytorchs(name, tolerance):
     """Weight decay and a changing rate included; float32 differs by some 3e-6 after ten steps of Adam. PyTorch's Muon takes its Newton-Schulz
     steps in bfloat16, ours are in float32: a hundredth of each step of 0.1."""
@@ -46,7 +50,9 @@ def test_weight_decay_can_spare_biases(name):
         made = optimizer(name, 0.1, 0.9, 0.5, decay_all)
         updates, _ = made.update(grads, made.init(params), params)
         assert (updates["kernel"] < 0).all()
-        assert (updates["bias"] < 0).all() == decay_all and (updates["bias"] == 0).all() == (not decay_all)
+        assert (updates["bias"] < 0).all() == decay_all and (updates["bias"] == 0).all() == (
+            not decay_all
+        )
 
 
 def test_muon_makes_a_convolutions_update_orthogonal():
@@ -65,35 +71,75 @@ def test_an_unknown_optimizer_is_named():
 
 def test_schedules():
     # The lectures': 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14 and 18.
-    rates = learning_rates({"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5}, 7, 20)
-    np.testing.assert_allclose(rates, np.repeat([0.25, 0.25 / 1.5, 0.25 / 1.5**2, 0.25 / 1.5**3], 35), rtol=1e-6)
-    rates = learning_rates({"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)}, 3, 20)
-    np.testing.assert_allclose(rates, np.repeat([0.25, 0.125, 0.0625, 0.03125], [30, 12, 12, 6]), rtol=1e-6)
+    rates = learning_rates(
+        {"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5}, 7, 20
+    )
+    np.testing.assert_allclose(
+        rates, np.repeat([0.25, 0.25 / 1.5, 0.25 / 1.5**2, 0.25 / 1.5**3], 35), rtol=1e-6
+    )
+    rates = learning_rates(
+        {"name": "step", "learning_rate": 0.25, "factor": 0.5, "epochs": (10, 14, 18)}, 3, 20
+    )
+    np.testing.assert_allclose(
+        rates, np.repeat([0.25, 0.125, 0.0625, 0.03125], [30, 12, 12, 6]), rtol=1e-6
+    )
     assert rates.dtype == np.float32
     rates = learning_rates({"name": "cosine", "learning_rate": 1.0}, 10, 10)
     np.testing.assert_allclose(rates, 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100)), atol=1e-6)
-    rates = learning_rates({"name": "restarts", "learning_rate": 1.0, "every": 3, "warmup_epochs": 1}, 10, 8)  # the last cycle is cut short
+    rates = learning_rates(
+        {"name": "restarts", "learning_rate": 1.0, "every": 3, "warmup_epochs": 1}, 10, 8
+    )  # the last cycle is cut short
     cycle = 0.5 * (1 + np.cos(np.pi * np.arange(30) / 30))
     np.testing.assert_allclose(rates, [*np.arange(10) / 10, *cycle, *cycle, *cycle[:10]], atol=1e-6)
-    rates = learning_rates({"name": "step", "learning_rate": 1.0, "factor": 0.5, "epochs": (3,), "warmup_epochs": 1}, 4, 5)
+    rates = learning_rates(
+        {"name": "step", "learning_rate": 1.0, "factor": 0.5, "epochs": (3,), "warmup_epochs": 1},
+        4,
+        5,
+    )
     np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.75] + [1] * 8 + [0.5] * 8, rtol=1e-6)
-    np.testing.assert_array_equal(learning_rates({"name": "plateau", "learning_rate": 0.5}, 2, 2), [0.5] * 4)
+    np.testing.assert_array_equal(
+        learning_rates({"name": "plateau", "learning_rate": 0.5}, 2, 2), [0.5] * 4
+    )
 
 
-@pytest.mark.parametrize("schedule, message", [
-    ({"name": "stairs"}, "schedule.name='stairs' is not one of constant, step, cosine, restarts, plateau"),
-    ({"name": "constant"}, "schedule.learning_rate=None"),
-    ({"name": "constant", "learning_rate": 0.1, "gamma": 2}, "schedule.gamma=2 is not a key of schedules; they have learning_rate, warmup"),
-    ({"name": "restarts", "learning_rate": 0.1}, "schedule.every=0 is not a positive number of epochs"),
-    ({"name": "step", "learning_rate": 0.1}, "give one of them"),
-    ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
-    ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),
-    ({"name": "plateau", "learning_rate": 0.1, "factor": 1.0}, "schedule.factor=1.0 is not between 0 and 1"),
-    ({"name": "plateau", "learning_rate": 0.1, "mode": "least"}, "schedule.mode='least' is not one of min, max"),
-    ({"name": "plateau", "learning_rate": 0.1, "patience": -1}, "schedule.patience=-1"),
-    ({"name": "plateau", "learning_rate": 0.1, "metric": "accuracy"}, "schedule.metric='accuracy' with schedule.mode='min' is not one of"),
-    ({"name": "plateau", "learning_rate": 0.1, "mode": "max"}, "schedule.metric='error' with schedule.mode='max' is not one of"),
-])
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        (
+            {"name": "stairs"},
+            "schedule.name='stairs' is not one of constant, step, cosine, restarts, plateau",
+        ),
+        ({"name": "constant"}, "schedule.learning_rate=None"),
+        (
+            {"name": "constant", "learning_rate": 0.1, "gamma": 2},
+            "schedule.gamma=2 is not a key of schedules; they have learning_rate, warmup",
+        ),
+        (
+            {"name": "restarts", "learning_rate": 0.1},
+            "schedule.every=0 is not a positive number of epochs",
+        ),
+        ({"name": "step", "learning_rate": 0.1}, "give one of them"),
+        ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
+        ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),
+        (
+            {"name": "plateau", "learning_rate": 0.1, "factor": 1.0},
+            "schedule.factor=1.0 is not between 0 and 1",
+        ),
+        (
+            {"name": "plateau", "learning_rate": 0.1, "mode": "least"},
+            "schedule.mode='least' is not one of min, max",
+        ),
+        ({"name": "plateau", "learning_rate": 0.1, "patience": -1}, "schedule.patience=-1"),
+        (
+            {"name": "plateau", "learning_rate": 0.1, "metric": "accuracy"},
+            "schedule.metric='accuracy' with schedule.mode='min' is not one of",
+        ),
+        (
+            {"name": "plateau", "learning_rate": 0.1, "mode": "max"},
+            "schedule.metric='error' with schedule.mode='max' is not one of",
+        ),
+    ],
+)
 def test_wrong_schedules(schedule, message):
     with pytest.raises(ValueError, match=message):
         settings(schedule)
@@ -114,4 +160,8 @@ def test_plateau_decides_as_pytorch_and_resumes_anywhere(case):
 
 def test_the_recorded_plateaus_show_every_behaviour():
     rates = [case["rates"] for case in GOLDEN["plateaus"]]
-    assert sum(len(set(r)) > 3 for r in rates) > 10 and any(r[-1] == 0.02 for r in rates) and any(None in case["metrics"] for case in GOLDEN["plateaus"])
+    assert (
+        sum(len(set(r)) > 3 for r in rates) > 10
+        and any(r[-1] == 0.02 for r in rates)
+        and any(None in case["metrics"] for case in GOLDEN["plateaus"])
+    )

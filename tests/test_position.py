@@ -1,4 +1,5 @@
 """The position study: targets, scores, readouts and the whole job on small images."""
+
 import argparse
 import functools
 import json
@@ -31,10 +32,16 @@ def test_targets_are_the_official_maps():
     for name, chance in {"H": 0.2510, "V": 0.2510, "G": 0.1968, "HS": 0.3174, "VS": 0.3174}.items():
         constant = np.mean(maps[name]) if name == "G" else 0.5
         assert np.abs(maps[name] - constant).mean() == pytest.approx(chance, abs=2e-3)
-        assert maps[name].min() == pytest.approx(0, abs=1e-4) and maps[name].max() == pytest.approx(1, abs=1e-4)
+        assert maps[name].min() == pytest.approx(0, abs=1e-4) and maps[name].max() == pytest.approx(
+            1, abs=1e-4
+        )
     assert np.array_equal(maps["V"], maps["H"].T) and np.array_equal(maps["VS"], maps["HS"].T)
     assert (np.diff(maps["H"], axis=1) > 0).all() and np.ptp(maps["H"], axis=0).max() == 0
-    assert np.ptp(maps["HS"], axis=1).max() == 0 and maps["HS"][0, 0] > 0.99 and maps["HS"][-1, 0] < 0.01  # 2.5 periods down
+    assert (
+        np.ptp(maps["HS"], axis=1).max() == 0
+        and maps["HS"][0, 0] > 0.99
+        and maps["HS"][-1, 0] < 0.01
+    )  # 2.5 periods down
     np.testing.assert_allclose(maps["G"], maps["G"][::-1, ::-1], atol=1e-6)
     at = np.arange(224) + 0.5
     bell = np.exp(-((at[:, None] - 112) ** 2 + (at - 112) ** 2) / (2 * (0.495 * 224) ** 2))
@@ -46,14 +53,24 @@ def test_targets_are_the_official_maps():
 def test_scores_are_scipys_and_the_definitions():
     goal = target("G", 12)
     rng = np.random.default_rng(0)
-    predictions = np.stack([goal + 0.1 * rng.standard_normal(goal.shape), np.round(2 * goal + rng.random(goal.shape)), 1 - goal])
+    predictions = np.stack(
+        [
+            goal + 0.1 * rng.standard_normal(goal.shape),
+            np.round(2 * goal + rng.random(goal.shape)),
+            1 - goal,
+        ]
+    )
     result = scores(predictions, goal)
     for i, prediction in enumerate(predictions):
-        assert result["spc"][i] == pytest.approx(scipy.stats.spearmanr(prediction.ravel(), goal.ravel()).statistic, abs=1e-6)
+        assert result["spc"][i] == pytest.approx(
+            scipy.stats.spearmanr(prediction.ravel(), goal.ravel()).statistic, abs=1e-6
+        )
         assert result["mae"][i] == pytest.approx(np.abs(prediction - goal).mean(), abs=1e-6)
     assert result["spc"][2] == pytest.approx(-1, abs=1e-3) and result["r2"][2] < 0
     flat = scores(np.stack([np.full_like(goal, goal.mean()), goal.mean() + 4e-5 * goal]), goal)
-    assert np.array_equal(flat["spc"], [0, 0]) and abs(flat["r2"][0]) < 1e-6  # a constant scores 0, never NaN
+    assert (
+        np.array_equal(flat["spc"], [0, 0]) and abs(flat["r2"][0]) < 1e-6
+    )  # a constant scores 0, never NaN
     with pytest.raises(ValueError, match="does not fit a target"):
         scores(predictions, target("H", 13))
 
@@ -72,15 +89,24 @@ def test_exact_readout_is_the_ridge_solution(size):
     goals = np.stack([target("H", 9), target("G", 9)])
     out = 9 - size + 1
     scale = lambda f: (f - train.mean((0, 1, 2))) / train.std((0, 1, 2))
-    patches = lambda f: np.stack([scale(f)[:, i:i + out, j:j + out] for i in range(size) for j in range(size)], 3).reshape(-1, size * size * 6)
+    patches = lambda f: np.stack(
+        [scale(f)[:, i : i + out, j : j + out] for i in range(size) for j in range(size)], 3
+    ).reshape(-1, size * size * 6)
     goal = np.asarray(cnn.resize(jnp.asarray(goals)[..., None], out))[..., 0]
     x, y = patches(train).astype(np.float64), np.tile(goal.reshape(2, -1), 40).T.astype(np.float64)
     mean = x.mean(0)
     errors, solutions = [], []
     for strength in STRENGTHS:
-        w = np.linalg.solve((x - mean).T @ (x - mean) / len(x) + strength * np.eye(x.shape[1]), (x - mean).T @ (y - y.mean(0)) / len(x))
+        w = np.linalg.solve(
+            (x - mean).T @ (x - mean) / len(x) + strength * np.eye(x.shape[1]),
+            (x - mean).T @ (y - y.mean(0)) / len(x),
+        )
         solutions.append((w, y.mean(0) - mean @ w))
-        errors.append(np.square(patches(held_out) @ w + solutions[-1][1] - np.tile(goal.reshape(2, -1), 3).T).mean(0))
+        errors.append(
+            np.square(
+                patches(held_out) @ w + solutions[-1][1] - np.tile(goal.reshape(2, -1), 3).T
+            ).mean(0)
+        )
     readout = fit_exact(train, held_out, goals, size)
     best = [STRENGTHS.index(strength) for strength in readout.strength]
     for t in range(2):  # the best on offer; below the noise of the features, strengths may tie
@@ -97,7 +123,10 @@ def test_exact_readout_of_nothing_is_a_constant():
     rng = np.random.default_rng(0)
     noise = lambda n: rng.standard_normal((n, 9, 9, 4)).astype(np.float32)
     readout = fit_exact(noise(4), noise(4), target("H", 9)[None])
-    assert readout.strength[0] >= 1 and abs(scores(readout(jnp.asarray(noise(20)))[:, 0], target("H", 9))["r2"].mean()) < 0.05
+    assert (
+        readout.strength[0] >= 1
+        and abs(scores(readout(jnp.asarray(noise(20)))[:, 0], target("H", 9))["r2"].mean()) < 0.05
+    )
     dead = np.zeros((4, 9, 9, 3), np.float32)
     assert np.isfinite(fit_exact(dead, dead, target("H", 9)[None])(jnp.asarray(dead))).all()
     with pytest.raises(ValueError, match="kernel=10 does not fit 9x9 features"):
@@ -107,7 +136,13 @@ def test_exact_readout_of_nothing_is_a_constant():
 def test_small_grid_loss_is_the_error_at_full_size():
     goals = jnp.stack([jnp.asarray(target(name, 50)) for name in TARGETS])
     maps = jax.random.uniform(jax.random.key(0), (3, 7, 7, 2, 5))
-    direct = [[jnp.square(cnn.resize(maps[:, :, :, s, t, None], 50)[..., 0] - goals[t]).mean() for t in range(5)] for s in range(2)]
+    direct = [
+        [
+            jnp.square(cnn.resize(maps[:, :, :, s, t, None], 50)[..., 0] - goals[t]).mean()
+            for t in range(5)
+        ]
+        for s in range(2)
+    ]
     np.testing.assert_allclose(full_size_error(goals, 7)(maps), jnp.asarray(direct), rtol=1e-4)
 
 
@@ -117,11 +152,20 @@ def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     goals = np.stack([target("H", 9), target("V", 9)])
     readout = fit_sgd(train, goals, size, steps=300, seeds=2)
     maps = readout(jnp.asarray(test))
-    assert maps.shape == (2, 4, 2, 9 - size + 1, 9 - size + 1) and 0 <= maps.min() and maps.max() <= 1
+    assert (
+        maps.shape == (2, 4, 2, 9 - size + 1, 9 - size + 1) and 0 <= maps.min() and maps.max() <= 1
+    )
     goal = target("H", 9 - size + 1)
-    assert scores(maps[:, :, 0], goal)["spc"].min() > 0.9 > 0.3 > abs(scores(maps[:, :, 1], goal.T)["spc"]).mean()
+    assert (
+        scores(maps[:, :, 0], goal)["spc"].min()
+        > 0.9
+        > 0.3
+        > abs(scores(maps[:, :, 1], goal.T)["spc"]).mean()
+    )
     assert not np.allclose(maps[0], maps[1], atol=1e-6)
-    assert np.array_equal(maps, fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test)))  # the same twice
+    assert np.array_equal(
+        maps, fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test))
+    )  # the same twice
 
 
 def test_deeper_readouts_are_the_definition_and_learn():
@@ -130,34 +174,73 @@ def test_deeper_readouts_are_the_definition_and_learn():
     goals = np.stack([target("H", 9), target("HS", 9)])
     readout = fit_sgd(train, goals, 3, steps=150, hidden=(5, 4))
     maps = readout(jnp.asarray(test))
-    assert maps.shape == (1, 4, 2, 3, 3) and [layer["kernel"].shape[2:] for layer in readout.layers] == [(6, 10), (5, 8), (4, 2)]
+    assert maps.shape == (1, 4, 2, 3, 3) and [
+        layer["kernel"].shape[2:] for layer in readout.layers
+    ] == [(6, 10), (5, 8), (4, 2)]
     for number in (0, 1):
         y = readout.scaler(jnp.asarray(test))
-        for depth, (layer, (mean, var), width) in enumerate(zip(readout.layers, readout.moments, (5, 4, 1))):
+        for depth, (layer, (mean, var), width) in enumerate(
+            zip(readout.layers, readout.moments, (5, 4, 1))
+        ):
             mine = slice(number * width, (number + 1) * width)
-            z = lax.conv_general_dilated(y, layer["kernel"][..., mine], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            y = (z - mean[mine]) / jnp.sqrt(var[mine] + 1e-5) * layer["scale"][mine] + layer["bias"][mine]
+            z = lax.conv_general_dilated(
+                y,
+                layer["kernel"][..., mine],
+                (1, 1),
+                "VALID",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            y = (z - mean[mine]) / jnp.sqrt(var[mine] + 1e-5) * layer["scale"][mine] + layer[
+                "bias"
+            ][mine]
             y = jax.nn.sigmoid(y) if depth == 2 else jnp.maximum(y, 0)
         np.testing.assert_allclose(maps[0, :, number], y[..., 0], atol=1e-5)
     assert scores(maps[0, :, 0], target("H", 3))["spc"].min() > 0.9
-    assert fit_sgd(train, goals, 9, steps=2)(jnp.asarray(test[:1])).shape == (1, 1, 2, 1, 1)  # one value, which has no variance
+    assert fit_sgd(train, goals, 9, steps=2)(jnp.asarray(test[:1])).shape == (
+        1,
+        1,
+        2,
+        1,
+        1,
+    )  # one value, which has no variance
     with pytest.raises(ValueError, match="kernel=3 does not fit 9x9 features 5 times"):
         fit_sgd(train, goals, 3, hidden=(5,) * 4)
 
 
 def test_stages_that_survive_without_padding():
-    assert reachable_stages(create_model("vgg16", padding="none"), 224) == [f"block{i}" for i in range(1, 6)]
-    assert reachable_stages(create_model("resnet18", padding="none"), 224) == ["stem", "layer1", "layer2", "layer3"]
-    assert reachable_stages(create_model("resnet18"), 64) == ["stem", "layer1", "layer2", "layer3", "layer4"]
-    assert reachable_stages(create_model("vgg11", padding="random"), 64) == [f"block{i}" for i in range(1, 6)]
+    assert reachable_stages(create_model("vgg16", padding="none"), 224) == [
+        f"block{i}" for i in range(1, 6)
+    ]
+    assert reachable_stages(create_model("resnet18", padding="none"), 224) == [
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+    ]
+    assert reachable_stages(create_model("resnet18"), 64) == [
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+    ]
+    assert reachable_stages(create_model("vgg11", padding="random"), 64) == [
+        f"block{i}" for i in range(1, 6)
+    ]
 
 
 def test_encoding_is_the_stages_resized_and_joined():
     model, images = create_model("vgg11"), photographs.synthetic("noise", 9, 40, 0)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 40, 40, 3)), method="stages", last="block3"))()
+    variables = jax.jit(
+        lambda: model.init(
+            jax.random.key(0), jnp.zeros((1, 40, 40, 3)), method="stages", last="block3"
+        )
+    )()
     features = encode(model, variables, images, ["block1", "block3"])
     assert features.shape == (9, 28, 28, 64 + 256)
-    x = (images[8:] / np.float32(255) - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    x = (images[8:] / np.float32(255) - np.float32([0.485, 0.456, 0.406])) / np.float32(
+        [0.229, 0.224, 0.225]
+    )
     stages = model.apply(variables, x, method="stages", last="block3")
     np.testing.assert_allclose(features[8:, ..., 64:], cnn.resize(stages["block3"], 28), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)
@@ -166,14 +249,23 @@ def test_encoding_is_the_stages_resized_and_joined():
 def test_features_are_kept_by_what_makes_them(tmp_path, monkeypatch):
     """Read where the same was computed before, whatever other stages went with it; other weights, images or padding are another matter."""
     model, images, runs = create_model("vgg11"), photographs.synthetic("noise", 3, 32, 0), []
-    init = jax.jit(lambda key, last: model.init(key, jnp.zeros((1, 32, 32, 3)), method="stages", last=last), static_argnums=1)
+    init = jax.jit(
+        lambda key, last: model.init(key, jnp.zeros((1, 32, 32, 3)), method="stages", last=last),
+        static_argnums=1,
+    )
     variables, plain = init(jax.random.key(0), "block2"), encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda *arguments: runs.append(arguments[3]) or plain(*arguments))
+    monkeypatch.setattr(
+        encoder, "encode", lambda *arguments: runs.append(arguments[3]) or plain(*arguments)
+    )
     once = functools.partial(encoder.encode_once, tmp_path / "features")
     both = once(model, variables, images, ["block1", "block2"])
     assert np.array_equal(both, plain(model, variables, images, ["block1", "block2"]))
-    assert np.array_equal(both[..., :64], once(model, init(jax.random.key(0), "block1"), images, ["block1"]))
-    assert np.array_equal(both, once(model, variables, images, ["block1", "block2"])) and runs == [["block1", "block2"]]
+    assert np.array_equal(
+        both[..., :64], once(model, init(jax.random.key(0), "block1"), images, ["block1"])
+    )
+    assert np.array_equal(both, once(model, variables, images, ["block1", "block2"])) and runs == [
+        ["block1", "block2"]
+    ]
     once(model, init(jax.random.key(1), "block1"), images, ["block1"])
     once(model, variables, images[:, ::-1], ["block1"])
     once(model.clone(padding="reflect"), variables, images, ["block1"])
@@ -191,8 +283,19 @@ def test_features_are_kept_by_what_makes_them(tmp_path, monkeypatch):
 def small_config() -> ml_collections.ConfigDict:
     config = posenet.get_config()
     with config.unlocked():
-        config.update({"encoders": ("vgg11",), "paddings": ("zeros", "none", "circular"), "image_size": 96, "n_train": 6, "n_held_out": 3,
-                       "n_test": 4, "n_noise": 2, "sgd_steps": 60, "seeds": 2})
+        config.update(
+            {
+                "encoders": ("vgg11",),
+                "paddings": ("zeros", "none", "circular"),
+                "image_size": 96,
+                "n_train": 6,
+                "n_held_out": 3,
+                "n_test": 4,
+                "n_noise": 2,
+                "sgd_steps": 60,
+                "seeds": 2,
+            }
+        )
     return config
 
 
@@ -200,8 +303,20 @@ def small_config() -> ml_collections.ConfigDict:
 def finished(small_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("position")
     for name in ("config", "environment"):
-        (folder / f"{name}.json").write_text(json.dumps({"backend": "cpu", "devices": ["cpu"], "cpus": 2, "python": "3", "packages": {},
-                                                         "xla_flags": "", "seed": 0, "git_revision": None}))
+        (folder / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "backend": "cpu",
+                    "devices": ["cpu"],
+                    "cpus": 2,
+                    "python": "3",
+                    "packages": {},
+                    "xla_flags": "",
+                    "seed": 0,
+                    "git_revision": None,
+                }
+            )
+        )
     study.check(small_config)
     study.run(small_config, folder)
     return folder
@@ -210,13 +325,41 @@ def finished(small_config, tmp_path_factory):
 def test_the_job_writes_every_row(finished, small_config):
     results = json.loads((finished / "results.json").read_text())
     rows = results["rows"]
-    columns = ("encoder", "weights", "padding", "stages", "kernel", "readout", "target", "data", "depth", "spc", "spc_std", "mae", "mae_std", "r2",
-               "r2_std", "n_images", "n_seeds")
+    columns = (
+        "encoder",
+        "weights",
+        "padding",
+        "stages",
+        "kernel",
+        "readout",
+        "target",
+        "data",
+        "depth",
+        "spc",
+        "spc_std",
+        "mae",
+        "mae_std",
+        "r2",
+        "r2_std",
+        "n_images",
+        "n_seeds",
+    )
     assert results["kind"] == "position" and all(tuple(row) == columns for row in rows)
-    combinations = {tuple(row[key] for key in ("encoder", "padding", "readout", "target", "data")) for row in rows}
+    combinations = {
+        tuple(row[key] for key in ("encoder", "padding", "readout", "target", "data"))
+        for row in rows
+    }
     settings = [("posenet", "none", "exact"), ("posenet", "none", "sgd")]
-    settings += [("vgg11", "zeros", "exact"), ("vgg11", "zeros", "sgd"), ("vgg11", "none", "exact"), ("vgg11", "none", "sgd"), ("vgg11", "circular", "exact")]
-    assert combinations == {(*s, t, d) for s in settings for t in TARGETS for d in study.DATA} and len(rows) == len(combinations)
+    settings += [
+        ("vgg11", "zeros", "exact"),
+        ("vgg11", "zeros", "sgd"),
+        ("vgg11", "none", "exact"),
+        ("vgg11", "none", "sgd"),
+        ("vgg11", "circular", "exact"),
+    ]
+    assert combinations == {
+        (*s, t, d) for s in settings for t in TARGETS for d in study.DATA
+    } and len(rows) == len(combinations)
     count = {"natural": 4, "black": 1, "white": 1, "noise": 2}
     assert all(row["n_images"] == count[row["data"]] and row["n_seeds"] == 2 for row in rows)
 
@@ -233,42 +376,72 @@ def test_only_zeros_show_position_on_an_image_without_content(finished):
 
 def test_report_and_figures_are_there_and_readable(finished):
     import PIL.Image
+
     report = (finished / "report.md").read_text()
-    figures = [f"maps_{encoder}_{data}.png" for encoder in ("posenet", "vgg11") for data in study.DATA] + ["spc_by_padding.png", "rings.png"]
+    figures = [
+        f"maps_{encoder}_{data}.png" for encoder in ("posenet", "vgg11") for data in study.DATA
+    ] + ["spc_by_padding.png", "rings.png"]
     for name in figures:
         assert f"]({name})" in report
         with PIL.Image.open(finished / name) as image:
             assert min(image.size) > 100 and len(set(image.convert("L").tobytes())) > 10
     assert all(decision in report for decision in study.DECISIONS)
-    assert sorted(path.name for path in finished.iterdir()) == sorted([*figures, "cells", "config.json", "environment.json", "maps.npz", "report.md", "results.json"])
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        [
+            *figures,
+            "cells",
+            "config.json",
+            "environment.json",
+            "maps.npz",
+            "report.md",
+            "results.json",
+        ]
+    )
 
 
 def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     for name in ("config", "environment"):
         (tmp_path / f"{name}.json").write_text((finished / f"{name}.json").read_text())
     study.run(small_config, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == json.loads((finished / "results.json").read_text())["rows"]
+    assert (
+        json.loads((tmp_path / "results.json").read_text())["rows"]
+        == json.loads((finished / "results.json").read_text())["rows"]
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"encoders": ("vgg61",)}, "model='vgg61' is not known; did you mean vgg19"),
-    ({"paddings": ("zeros", "mirror")}, "padding='mirror' is not one of zeros, none, reflect"),
-    ({"sgd_paddings": ("mirror",)}, "padding='mirror' is not one of zeros, none, reflect"),
-    ({"paddings": ()}, r"paddings=\(\) must name at least one"),
-    ({"targets": ("H", "D")}, "targets='D' is not one of H, V, G, HS, VS"),
-    ({"data": ("natural", "grey")}, "data='grey' is not one of natural, black, white, noise"),
-    ({"targets": ("H", "H")}, "must name at least one, each once"),
-    ({"n_train": 0}, "n_train=0 is not a positive number"),
-    ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
-    ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
-    ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),
-    ({"stages": ("block9",)}, "stages='block9' is not a stage that vgg11 reaches with padding='zeros' at image_size=96; it reaches block1"),
-    ({"image_size": 400}, r"smaller than image_size=400"),
-    ({"weights": "nowhere.safetensors"}, "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors file"),
-    ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
-    ({"encoders": ("resnet18",), "image_size": 6}, "image_size=6 leaves nothing of any stage of resnet18"),
-])
-def test_a_wrong_configuration_is_refused_before_anything_is_computed(small_config, change, message):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoders": ("vgg61",)}, "model='vgg61' is not known; did you mean vgg19"),
+        ({"paddings": ("zeros", "mirror")}, "padding='mirror' is not one of zeros, none, reflect"),
+        ({"sgd_paddings": ("mirror",)}, "padding='mirror' is not one of zeros, none, reflect"),
+        ({"paddings": ()}, r"paddings=\(\) must name at least one"),
+        ({"targets": ("H", "D")}, "targets='D' is not one of H, V, G, HS, VS"),
+        ({"data": ("natural", "grey")}, "data='grey' is not one of natural, black, white, noise"),
+        ({"targets": ("H", "H")}, "must name at least one, each once"),
+        ({"n_train": 0}, "n_train=0 is not a positive number"),
+        ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+        ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
+        ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),
+        (
+            {"stages": ("block9",)},
+            "stages='block9' is not a stage that vgg11 reaches with padding='zeros' at image_size=96; it reaches block1",
+        ),
+        ({"image_size": 400}, r"smaller than image_size=400"),
+        (
+            {"weights": "nowhere.safetensors"},
+            "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors file",
+        ),
+        ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
+        (
+            {"encoders": ("resnet18",), "image_size": 6},
+            "image_size=6 leaves nothing of any stage of resnet18",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_anything_is_computed(
+    small_config, change, message
+):
     config = small_config.copy_and_resolve_references()
     with config.ignore_type():
         config.update(change)
@@ -278,6 +451,7 @@ def test_a_wrong_configuration_is_refused_before_anything_is_computed(small_conf
 
 def test_photographs_from_a_folder(tmp_path):
     import PIL.Image
+
     with pytest.raises(ValueError, match="holds no image file"):
         photographs.list_photographs(tmp_path)
     for i in range(5):
@@ -286,7 +460,15 @@ def test_photographs_from_a_folder(tmp_path):
     parts = photographs.split(paths, (6, 2, 2), 0)
     assert [len(part) for part in parts] == [3, 1, 1] and sorted(sum(parts, [])) == paths
     images = photographs.crops(paths, 7, 20, 0)
-    assert images.shape == (7, 20, 20, 3) and [int(image[0, 0, 0]) for image in images] == [0, 10, 20, 30, 40, 0, 10]
+    assert images.shape == (7, 20, 20, 3) and [int(image[0, 0, 0]) for image in images] == [
+        0,
+        10,
+        20,
+        30,
+        40,
+        0,
+        10,
+    ]
     with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than image_size=21"):
         photographs.crops(paths, 7, 21, 0)
     with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
@@ -309,19 +491,33 @@ def test_imagenet_weights_on_real_photographs(data_dir):
     """ResNet-18's ImageNet weights (conv1 to layer3): position from zeros, little without padding, and on black from zeros only."""
     counts = (48, 12, 16)
     parts = photographs.split(photographs.list_photographs(data_dir / "imagenet_sample"), counts, 0)
-    images = {name: photographs.crops(part, n, 224, 0) for name, part, n in zip(("train", "held_out", "natural"), parts, counts)}
+    images = {
+        name: photographs.crops(part, n, 224, 0)
+        for name, part, n in zip(("train", "held_out", "natural"), parts, counts)
+    }
     images["black"] = photographs.synthetic("black", 1, 224, 0)
     goal = target("H", 28)
     mean = {}
     for fill in ("zeros", "none", "reflect"):
         model = create_model("resnet18", padding=fill)
-        variables = weights.load_torchvision(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors", model, missing=("layer4", "fc"))
-        features = {name: encode(model, variables, part, ["stem", "layer1", "layer2", "layer3"]) for name, part in images.items()}
+        variables = weights.load_torchvision(
+            data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors",
+            model,
+            missing=("layer4", "fc"),
+        )
+        features = {
+            name: encode(model, variables, part, ["stem", "layer1", "layer2", "layer3"])
+            for name, part in images.items()
+        }
         readout = fit_exact(features["train"], features["held_out"], goal[None])
         for data in ("natural", "black"):
             for metric, values in scores(readout(jnp.asarray(features[data]))[:, 0], goal).items():
                 mean[fill, data, metric] = values.mean()
-    assert mean["zeros", "natural", "spc"] > 0.5 and mean["zeros", "natural", "r2"] > 0.3 and mean["zeros", "black", "spc"] > 0.2
+    assert (
+        mean["zeros", "natural", "spc"] > 0.5
+        and mean["zeros", "natural", "r2"] > 0.3
+        and mean["zeros", "black", "spc"] > 0.2
+    )
     assert mean["none", "natural", "r2"] < 0.1 < mean["reflect", "natural", "r2"]
     assert mean["none", "black", "spc"] == 0 and mean["reflect", "black", "spc"] == 0
 
@@ -329,7 +525,9 @@ def test_imagenet_weights_on_real_photographs(data_dir):
 def test_rings_divide_a_map_by_the_distance_to_its_border():
     where = rings(12, 3)
     assert [int((where == ring).sum()) for ring in range(3)] == [12**2 - 8**2, 8**2 - 4**2, 4**2]
-    assert where[0, 5] == where[11, 11] == where[5, 1] == 0 and where[2, 2] == 1 and where[6, 6] == 2
+    assert (
+        where[0, 5] == where[11, 11] == where[5, 1] == 0 and where[2, 2] == 1 and where[6, 6] == 2
+    )
     goal = target("H", 12)
     prediction = np.where(where == 1, 1 - goal, goal)[None]
     found = by_ring(prediction, goal, 3)
@@ -344,15 +542,23 @@ def test_controls_of_the_study(small_config):
     config.mirrored = True
     mirrored = study._images(config, 0)
     count = len(plain["train"])
-    assert np.array_equal(mirrored["train"][:count], plain["train"]) and len(mirrored["train"]) == 4 * count
-    assert np.array_equal(mirrored["train"][count:2 * count], plain["train"][:, :, ::-1])
-    assert np.array_equal(mirrored["train"][3 * count:], plain["train"][:, ::-1, ::-1]) and np.array_equal(mirrored["natural"], plain["natural"])
+    assert (
+        np.array_equal(mirrored["train"][:count], plain["train"])
+        and len(mirrored["train"]) == 4 * count
+    )
+    assert np.array_equal(mirrored["train"][count : 2 * count], plain["train"][:, :, ::-1])
+    assert np.array_equal(
+        mirrored["train"][3 * count :], plain["train"][:, ::-1, ::-1]
+    ) and np.array_equal(mirrored["natural"], plain["natural"])
 
 
 def test_coordinates_give_the_ramps_and_nothing_else(small_config):
     """A linear readout of two coordinates is exact for H and V, and cannot bend to a Gaussian or stripes."""
     images = study._images(small_config, 0)
-    features = {name: image_features(images[name], coordinates=True) for name in ("train", "held_out", "natural")}
+    features = {
+        name: image_features(images[name], coordinates=True)
+        for name in ("train", "held_out", "natural")
+    }
     assert features["train"].shape == (len(images["train"]), 28, 28, 5)
     goals = np.stack([target(name, 28) for name in TARGETS])
     maps = fit_exact(features["train"], features["held_out"], goals)(features["natural"])
@@ -362,8 +568,19 @@ def test_coordinates_give_the_ramps_and_nothing_else(small_config):
 
 def test_the_papers_tables(tmp_path, capsys):
     """Zeros around the image alone give its position away (the paper's table 4); a second call runs nothing again; wrong settings are named."""
-    arguments = ["readout_padding", "--workdir", str(tmp_path), "--seeds", "2", "--set", "image_size=96", "n_train=8", "n_held_out=4", "n_test=4",
-                 "sgd_steps=20"]
+    arguments = [
+        "readout_padding",
+        "--workdir",
+        str(tmp_path),
+        "--seeds",
+        "2",
+        "--set",
+        "image_size=96",
+        "n_train=8",
+        "n_held_out=4",
+        "n_test=4",
+        "sgd_steps=20",
+    ]
     position_tables.main(arguments)
     values = json.loads((tmp_path / "readout_padding.json").read_text())
     found = {(value["row"], value["target"], value["readout"]): value for value in values}
@@ -376,24 +593,53 @@ def test_the_papers_tables(tmp_path, capsys):
     assert len(folders) == 3
     position_tables.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == folders
-    assert "| PosENet, padded by 2 | none | H | natural | 0.397 / 0.223 |" in (tmp_path / "readout_padding.md").read_text()
-    for setting, message in (("n_trian=3", "'n_trian' is not a key of configs/posenet.py"), ("n_train=three", "'three' is not a value for n_train"),
-                             ("kernel=31", "kernel=31 is not between 1 and")):
+    assert (
+        "| PosENet, padded by 2 | none | H | natural | 0.397 / 0.223 |"
+        in (tmp_path / "readout_padding.md").read_text()
+    )
+    for setting, message in (
+        ("n_trian=3", "'n_trian' is not a key of configs/posenet.py"),
+        ("n_train=three", "'three' is not a value for n_train"),
+        ("kernel=31", "kernel=31 is not between 1 and"),
+    ):
         capsys.readouterr()
-        assert position_tables.main([*arguments, setting]) == 2 and message in capsys.readouterr().err
+        assert (
+            position_tables.main([*arguments, setting]) == 2 and message in capsys.readouterr().err
+        )
 
 
-@pytest.mark.parametrize("name, rows", [("main", 3), ("kernels", 6), ("stages", 6), ("readout_padding", 3), ("encoder_padding", 2), ("controls", 7),
-                                        ("depth", 6), ("weights", 18), ("photographs", 24)])
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("main", 3),
+        ("kernels", 6),
+        ("stages", 6),
+        ("readout_padding", 3),
+        ("encoder_padding", 2),
+        ("controls", 7),
+        ("depth", 6),
+        ("weights", 18),
+        ("photographs", 24),
+    ],
+)
 def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
-    trained = {encoder: (str(tmp_path / f"{encoder}.safetensors"), ()) for encoder in ("squeezenet1_1", "mobilenet_v2", "resnet18")}
+    trained = {
+        encoder: (str(tmp_path / f"{encoder}.safetensors"), ())
+        for encoder in ("squeezenet1_1", "mobilenet_v2", "resnet18")
+    }
     for path, _ in trained.values():
         pathlib.Path(path).touch()
     options = argparse.Namespace(photographs="", weights="random", trained=trained, seeds=1, set=[])
     assert len(position_tables.TABLES[name]) == rows
     for row in position_tables.TABLES[name]:
         config = position_tables.configure(row, options)
-        assert row.encoder in (*study.CONTROLS, *config.encoders) and (row.padding in config.paddings or row.encoder in study.CONTROLS)
+        assert row.encoder in (*study.CONTROLS, *config.encoders) and (
+            row.padding in config.paddings or row.encoder in study.CONTROLS
+        )
         assert all(target in config.targets and data in config.data for target, data in row.paper)
-        if name != "main" and row.padding == row.changes["paddings"][0] and row.changes.get("weights") != "random":  # tracing takes long
+        if (
+            name != "main"
+            and row.padding == row.changes["paddings"][0]
+            and row.changes.get("weights") != "random"
+        ):  # tracing takes long
             study.check(config)

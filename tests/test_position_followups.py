@@ -1,4 +1,5 @@
 """What padding does without a trained readout: rook and quadrants, patterns inside photographs, blind spots."""
+
 import functools
 import json
 
@@ -25,8 +26,18 @@ class Tiny(base.Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        init = (lambda key, shape, dtype=jnp.float32: jax.random.randint(key, shape, -1, 2).astype(dtype)) if self.whole else None
-        conv = functools.partial(Conv, 4, 3, padding=1, fill=self.padding, kernel_init=init, use_bias=False)
+        init = (
+            (
+                lambda key, shape, dtype=jnp.float32: jax.random.randint(key, shape, -1, 2).astype(
+                    dtype
+                )
+            )
+            if self.whole
+            else None
+        )
+        conv = functools.partial(
+            Conv, 4, 3, padding=1, fill=self.padding, kernel_init=init, use_bias=False
+        )
         x = jnp.round(x) if self.whole else x
         x = nn.relu(conv(name="a")(x))
         yield "layer2", x
@@ -44,8 +55,14 @@ STAGES = ["layer2", "layer3", "layer4"]
 def tiny(monkeypatch):
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
     monkeypatch.setitem(base._REGISTRY, "resnet18", Tiny)
-    monkeypatch.setattr(patterns, "_stages", jit(patterns._stages.__wrapped__, static_argnames=("model", "stages")))
-    monkeypatch.setattr(position_quadrant, "_largest", jit(position_quadrant._largest.__wrapped__, static_argnames=("model", "last")))
+    monkeypatch.setattr(
+        patterns, "_stages", jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
+    )
+    monkeypatch.setattr(
+        position_quadrant,
+        "_largest",
+        jit(position_quadrant._largest.__wrapped__, static_argnames=("model", "last")),
+    )
     return lambda **fields: create_model("tiny", **fields)
 
 
@@ -58,8 +75,8 @@ def variables_of(model, side=32):
 
 
 def differences(model, variables, context, size, fill):
-    crop = context[:, (context.shape[1] - size) // 2:][:, :size]
-    crop = crop[:, :, (context.shape[2] - size) // 2:][:, :, :size]
+    crop = context[:, (context.shape[1] - size) // 2 :][:, :size]
+    crop = crop[:, :, (context.shape[2] - size) // 2 :][:, :, :size]
     inside = patterns.features_inside(model, variables, context, size, STAGES)
     padded = patterns.features(model.clone(padding=fill), variables, crop, STAGES)
     return {stage: padded[stage] - inside[stage] for stage in STAGES}
@@ -75,10 +92,13 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
         field = receptive_fields(model, (stage,))[0][0]
         positions = np.arange(d.shape[1]) * field.step[0]
         free = np.flatnonzero((positions + field.low[0] >= 0) & (positions + field.high[0] < size))
-        assert np.array_equal(np.unique(d[:, free[0]:free[-1] + 1, free[0]:free[-1] + 1]), [0])
+        assert np.array_equal(np.unique(d[:, free[0] : free[-1] + 1, free[0] : free[-1] + 1]), [0])
         assert d[:, 0].any() and d[:, :, 0].any() and 0 < free[0]  # and the border shows
-    with pytest.raises(ValueError, match="context of 58x58 about a crop of size=40 does not fit stage='layer4'; expected a square with a "
-                                         "margin of at least 8, a multiple of 4"):
+    with pytest.raises(
+        ValueError,
+        match="context of 58x58 about a crop of size=40 does not fit stage='layer4'; expected a square with a "
+        "margin of at least 8, a multiple of 4",
+    ):
         patterns.features_inside(model, variables, images(58), size, ["layer4"])
 
 
@@ -104,11 +124,19 @@ def test_strength_finds_what_was_put_in():
     pure = patterns.strength(inside + pattern + 1e-6 * noise, inside)
     assert pure.shared == pytest.approx(1, abs=1e-5) and pure.rms == pytest.approx(2 / 3, rel=1e-2)
     assert pure.mae == pytest.approx(2 / 9 / np.sqrt(2 / np.pi), rel=1e-2)
-    assert pure.pattern[0] == pytest.approx(np.full(9, 2.0), rel=1e-2) and pure.pattern[1:].max() < 1e-3
-    assert pure.profile[0] == pytest.approx(2 * np.sqrt(9 / 32), rel=1e-2) and pure.profile[1:].max() < 1e-3
+    assert (
+        pure.pattern[0] == pytest.approx(np.full(9, 2.0), rel=1e-2)
+        and pure.pattern[1:].max() < 1e-3
+    )
+    assert (
+        pure.profile[0] == pytest.approx(2 * np.sqrt(9 / 32), rel=1e-2)
+        and pure.profile[1:].max() < 1e-3
+    )
     nothing = patterns.strength(inside[:10] + noise[:10], inside[:10])
     assert abs(nothing.shared) < 0.02 and nothing.snr == pytest.approx(0.8 / np.sqrt(10), rel=0.1)
-    half = patterns.strength(inside + pattern + 2 / 3 * noise, inside)  # as much energy in the noise as in the pattern
+    half = patterns.strength(
+        inside + pattern + 2 / 3 * noise, inside
+    )  # as much energy in the noise as in the pattern
     assert half.shared == pytest.approx(0.5, abs=0.01)
     shrunk = patterns.strength(1e-25 * (inside + pattern), 1e-25 * inside)
     assert shrunk.rms == pytest.approx(2 / 3, rel=1e-2)
@@ -124,7 +152,11 @@ def matrix(window, n, fill):
     for start in range(-padding, n + padding - window.kernel + 1, window.stride):
         row = np.zeros(n)
         for at in range(start, start + window.kernel):
-            source = {"reflect": abs(at) if at < n else 2 * (n - 1) - at, "replicate": min(max(at, 0), n - 1), "circular": at % n}.get(fill, at)
+            source = {
+                "reflect": abs(at) if at < n else 2 * (n - 1) - at,
+                "replicate": min(max(at, 0), n - 1),
+                "circular": at % n,
+            }.get(fill, at)
             if 0 <= source < n:
                 row[source] += 1
         taps = row.sum() if fill == "partial" else window.kernel
@@ -132,9 +164,15 @@ def matrix(window, n, fill):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial", "full"])
+@pytest.mark.parametrize(
+    "fill", ["zeros", "none", "reflect", "replicate", "circular", "partial", "full"]
+)
 def test_reads_are_counted_right(fill):
-    chain = (patterns.Window("a", 5, 2, 2), patterns.Window("b", 3, 1, 1), patterns.Window("c", 3, 2, 1))
+    chain = (
+        patterns.Window("a", 5, 2, 2),
+        patterns.Window("b", 3, 1, 1),
+        patterns.Window("c", 3, 2, 1),
+    )
     for size in (21, 22):
         ways, n = np.ones((1, size)), size
         product = np.eye(size)
@@ -143,16 +181,23 @@ def test_reads_are_counted_right(fill):
             n = len(product)
         ways = product.sum(0)
         counts = np.outer(ways, ways)
-        np.testing.assert_allclose(patterns.reads(chain, size, fill), counts / counts.mean(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            patterns.reads(chain, size, fill), counts / counts.mean(), rtol=1e-4, atol=1e-5
+        )
     assert (patterns.asymmetry(np.outer(ways, ways)) < 1e-6) == np.allclose(ways, ways[::-1])
     assert patterns.asymmetry(np.array([[2.0, 0]])) == 1
     with pytest.raises(ValueError, match="padding='random' depends on the image"):
         patterns.reads(chain, 21, "random")
 
 
-@pytest.mark.parametrize("name, stages", [("resnet18", {"stem": 1, "layer3": 14}),
-                                          ("vgg11", {"block3": 6}),
-                                          ("mobilenet_v2", {"stage3": 7})])
+@pytest.mark.parametrize(
+    "name, stages",
+    [
+        ("resnet18", {"stem": 1, "layer3": 14}),
+        ("vgg11", {"block3": 6}),
+        ("mobilenet_v2", {"stage3": 7}),
+    ],
+)
 def test_windows_are_those_of_the_networks(name, stages):
     model = create_model(name)
     chain = patterns.windows(model)
@@ -160,18 +205,39 @@ def test_windows_are_those_of_the_networks(name, stages):
     for stage, count in stages.items():
         step, low, high, n = 1, 0, 0, 90
         for window in chain[:count]:
-            low, high = low - window.padding * step, high + (window.kernel - 1 - window.padding) * step
+            low, high = (
+                low - window.padding * step,
+                high + (window.kernel - 1 - window.padding) * step,
+            )
             step *= window.stride
             n = (n + 2 * window.padding - window.kernel) // window.stride + 1
         field = receptive_fields(model, (stage,))[0][0]
-        assert (field.step[0], field.low[0], field.high[0], shapes[stage][1]) == (step, low, high, n), stage
+        assert (field.step[0], field.low[0], field.high[0], shapes[stage][1]) == (
+            step,
+            low,
+            high,
+            n,
+        ), stage
 
 
 def test_sizes_that_are_read_evenly():
-    even = {name: [size for size in range(193, 257) if not any(patterns.unread(patterns.windows(create_model(name)), size).values())]
-            for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16")}
-    assert even == {"resnet18": [193, 225], "resnet50": [193, 225], "mobilenet_v2": [193, 225], "vgg16": [224, 256]}
-    chain = patterns.windows(create_model("resnet18"))  # Alsallakh et al. 2021: 224 is uneven at every down-sampling layer
+    even = {
+        name: [
+            size
+            for size in range(193, 257)
+            if not any(patterns.unread(patterns.windows(create_model(name)), size).values())
+        ]
+        for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16")
+    }
+    assert even == {
+        "resnet18": [193, 225],
+        "resnet50": [193, 225],
+        "mobilenet_v2": [193, 225],
+        "vgg16": [224, 256],
+    }
+    chain = patterns.windows(
+        create_model("resnet18")
+    )  # Alsallakh et al. 2021: 224 is uneven at every down-sampling layer
     assert list(patterns.unread(chain, 224).values()) == [1] * 5
     assert isinstance(create_model("mobilenet_v2"), MobileNetV2)
     with pytest.raises(ValueError, match="size=1 is too small: nothing is left of it after pool1"):
@@ -183,7 +249,10 @@ def test_sizes_that_are_read_evenly():
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
     train = jit(position_quadrant._train_rook.__wrapped__, static_argnames="padding")
     assert train("zeros", jax.random.key(0)) == 1  # published: 100 %
-    found = {fill: position_quadrant.kernels_that_differ(fill, 0) for fill in ("zeros", "none", "full", "circular")}
+    found = {
+        fill: position_quadrant.kernels_that_differ(fill, 0)
+        for fill in ("zeros", "none", "full", "circular")
+    }
     assert found["none"] > found["zeros"] > 0.1 and found["full"] == found["circular"] == 0
 
 
@@ -194,13 +263,25 @@ def test_quadrants_and_their_readout(tiny, monkeypatch):
         assert canvases.shape == (8, 120 + 2 * border, 120 + 2 * border, 3)
         at = [slice(border, border + 56), slice(border + 64, border + 120)]
         for place in (0, 1):
-            np.testing.assert_array_equal(canvases[4 * place:4 * place + 4, at[place], at[place]], np.asarray(normalize(jnp.asarray(content))))
+            np.testing.assert_array_equal(
+                canvases[4 * place : 4 * place + 4, at[place], at[place]],
+                np.asarray(normalize(jnp.asarray(content))),
+            )
             assert np.count_nonzero(canvases[4 * place]) <= content[0].size
     model = tiny(whole=True)
-    found = {fill: position_quadrant.largest(model.clone(padding=fill), variables_of(model), position_quadrant.canvases(content, 0), "layer4")
-             for fill in ("zeros", "circular")}
+    found = {
+        fill: position_quadrant.largest(
+            model.clone(padding=fill),
+            variables_of(model),
+            position_quadrant.canvases(content, 0),
+            "layer4",
+        )
+        for fill in ("zeros", "circular")
+    }
     assert found["circular"]["layer4"].shape == (2, 4, 4)
-    np.testing.assert_array_equal(*found["circular"]["layer4"])  # 120 is a multiple of the stride: the same wherever it stands
+    np.testing.assert_array_equal(
+        *found["circular"]["layer4"]
+    )  # 120 is a multiple of the stride: the same wherever it stands
     assert (found["zeros"]["layer4"][0] != found["zeros"]["layer4"][1]).any()
 
     rng = np.random.default_rng(0)
@@ -222,20 +303,41 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
         for i in range(6):
             kept = np.setdiff1d(np.arange(12), [i, i + 6])
             centre = z[kept].mean(0)
-            w = np.linalg.solve((z[kept] - centre).T @ (z[kept] - centre) + strength * mean * np.eye(4), (z[kept] - centre).T @ y[kept])
+            w = np.linalg.solve(
+                (z[kept] - centre).T @ (z[kept] - centre) + strength * mean * np.eye(4),
+                (z[kept] - centre).T @ y[kept],
+            )
             error += np.square((z[[i, i + 6]] - centre) @ w - y[[i, i + 6]]).sum()
         errors.append(error)
     seen = []
-    monkeypatch.setattr(position_quadrant, "min", lambda values, key: seen.extend(map(key, values)) or values[0], raising=False)
+    monkeypatch.setattr(
+        position_quadrant,
+        "min",
+        lambda values, key: seen.extend(map(key, values)) or values[0],
+        raising=False,
+    )
     position_quadrant.read_out(x, x)
     np.testing.assert_allclose(seen, errors, rtol=1e-8)
 
 
-def test_the_quadrants_go_on_where_they_stopped(tiny, tmp_path, data_dir, monkeypatch, standard_promotion, capsys):
+def test_the_quadrants_go_on_where_they_stopped(
+    tiny, tmp_path, data_dir, monkeypatch, standard_promotion, capsys
+):
     monkeypatch.setattr(position_quadrant, "STAGES", STAGES)
     monkeypatch.setattr(position_quadrant, "_train_rook", lambda padding, key: 1.0)
-    command = ["--workdir", str(tmp_path), "--photographs", str(data_dir / "imagenet_sample"), "--images", "8", "--borders", "0",
-               "--paddings", "zeros", "--seeds"]
+    command = [
+        "--workdir",
+        str(tmp_path),
+        "--photographs",
+        str(data_dir / "imagenet_sample"),
+        "--images",
+        "8",
+        "--borders",
+        "0",
+        "--paddings",
+        "zeros",
+        "--seeds",
+    ]
     position_quadrant._weights.cache_clear()
     position_quadrant.main([*command, "1"])
     kept = tmp_path / "zeros-0-0.json"
@@ -245,29 +347,73 @@ def test_the_quadrants_go_on_where_they_stopped(tiny, tmp_path, data_dir, monkey
     position_quadrant.main([*command, "2"])
     position_quadrant._weights.cache_clear()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["quadrants"][0]["accuracy"]["layer4"] == 0.125 and results["quadrants"][1]["accuracy"]["layer2"] >= 0
-    assert "layer4, published | 100.0" in (tmp_path / "report.md").read_text() and (tmp_path / "quadrants.png").stat().st_size > 1000
-    for wrong, message in ((["--images", "3"], "'3' is not a whole number of at least 4"), (["--images", "10"], "another configuration")):
-        assert exit_code(position_quadrant.main, [*command, "1", *wrong]) == 2 and message in capsys.readouterr().err
+    assert (
+        results["quadrants"][0]["accuracy"]["layer4"] == 0.125
+        and results["quadrants"][1]["accuracy"]["layer2"] >= 0
+    )
+    assert (
+        "layer4, published | 100.0" in (tmp_path / "report.md").read_text()
+        and (tmp_path / "quadrants.png").stat().st_size > 1000
+    )
+    for wrong, message in (
+        (["--images", "3"], "'3' is not a whole number of at least 4"),
+        (["--images", "10"], "another configuration"),
+    ):
+        assert (
+            exit_code(position_quadrant.main, [*command, "1", *wrong]) == 2
+            and message in capsys.readouterr().err
+        )
 
 
-def test_the_patterns_are_reported_for_random_and_trained_weights(tiny, tmp_path, data_dir, monkeypatch, capsys):
+def test_the_patterns_are_reported_for_random_and_trained_weights(
+    tiny, tmp_path, data_dir, monkeypatch, capsys
+):
     monkeypatch.setattr(position_patterns, "blind_spots", lambda folder: ("", {}))
     file = tmp_path / "tiny.safetensors"
     model = tiny()
     held = variables_of(model)
     held["params"].pop("c")
     position_patterns.weights.save_torchvision(held, file)
-    command = ["--workdir", str(tmp_path / "run"), "--photographs", str(data_dir / "bsds500"), "--encoders", "tiny", "--size", "48",
-               "--images", "3", "--seeds", "2", "--paddings", "zeros", "--trained", "tiny", str(file)]
+    command = [
+        "--workdir",
+        str(tmp_path / "run"),
+        "--photographs",
+        str(data_dir / "bsds500"),
+        "--encoders",
+        "tiny",
+        "--size",
+        "48",
+        "--images",
+        "3",
+        "--seeds",
+        "2",
+        "--paddings",
+        "zeros",
+        "--trained",
+        "tiny",
+        str(file),
+    ]
     position_patterns.main([*command, "c"])
     cells = json.loads((tmp_path / "run" / "results.json").read_text())["patterns"]
     assert [(row["weights"], row["seed"], row["padding"]) for row in cells] == [
-        (origin, seed, "zeros") for origin in ("random", "trained") for seed in (0, 1)]
+        (origin, seed, "zeros") for origin in ("random", "trained") for seed in (0, 1)
+    ]
     for row in cells:
-        assert [stage["stage"] for stage in row["stages"]] == ["layer2", "layer3"]  # those before the absent module
+        assert [stage["stage"] for stage in row["stages"]] == [
+            "layer2",
+            "layer3",
+        ]  # those before the absent module
         assert row["stages"][1]["profile"][0] > 0.01 and max(row["stages"][1]["profile"][2:]) < 1e-5
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "| tiny | trained | layer3 | zeros | " in report and (tmp_path / "run" / "patterns.png").stat().st_size > 1000
-    for wrong, message in ((["--seeds", "60"], "leave a seed fewer than 2 of 100"), (["--trained", "tiny"], "trained=tiny names no file")):
-        assert exit_code(position_patterns.main, [*command, "c", *wrong]) == 2 and message in capsys.readouterr().err
+    assert (
+        "| tiny | trained | layer3 | zeros | " in report
+        and (tmp_path / "run" / "patterns.png").stat().st_size > 1000
+    )
+    for wrong, message in (
+        (["--seeds", "60"], "leave a seed fewer than 2 of 100"),
+        (["--trained", "tiny"], "trained=tiny names no file"),
+    ):
+        assert (
+            exit_code(position_patterns.main, [*command, "c", *wrong]) == 2
+            and message in capsys.readouterr().err
+        )

@@ -1,4 +1,5 @@
 """Position in trained networks, and what moves it: the canvases, windows, regressions and heads are what they say; every report is whole."""
+
 import functools
 import json
 
@@ -22,19 +23,22 @@ def cifar(data_dir):
 
 
 def _init(model, **options):
-    return jit(lambda key: model.init(key, jnp.zeros((1, *model.input_shape)), **options))(jax.random.key(0))
+    return jit(lambda key: model.init(key, jnp.zeros((1, *model.input_shape)), **options))(
+        jax.random.key(0)
+    )
 
 
 # ------------------------------------------------------------------ canvases
+
 
 @pytest.mark.parametrize("canvas", position_canvas.CANVASES)
 def test_an_image_fills_its_cell_and_nothing_else(canvas):
     images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
     for number, placed in enumerate(position_canvas.place(images, np.arange(9), canvas)):
         top, left = number // 3 * 32, number % 3 * 32
-        assert np.array_equal(placed[top:top + 32, left:left + 32], images[number])
+        assert np.array_equal(placed[top : top + 32, left : left + 32], images[number])
         rest = np.ones((96, 96), bool)
-        rest[top:top + 32, left:left + 32] = False
+        rest[top : top + 32, left : left + 32] = False
         assert np.array_equal(np.unique(placed[rest], axis=0), [position_canvas.CANVASES[canvas]])
 
 
@@ -43,28 +47,41 @@ def test_circular_padding_cannot_tell_the_cell():
     x = position_canvas.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255
     found = {}
     for fill in ("circular", "zeros"):
-        model = position_training.Net(9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS)
+        model = position_training.Net(
+            9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS
+        )
         found[fill] = np.asarray(jit(model.apply)(_init(model), x))
     assert np.ptp(found["circular"], 0).max() < 1e-5 < 1e-3 < np.ptp(found["zeros"], 0).max()
 
 
 def test_training_and_test_canvases_are_drawn_from_the_seed(cifar):
-    (images, labels), (again, _), (other, _) = (position_canvas.draw(cifar.train, 300, seed) for seed in (0, 0, 1))
+    (images, labels), (again, _), (other, _) = (
+        position_canvas.draw(cifar.train, 300, seed) for seed in (0, 0, 1)
+    )
     assert np.array_equal(images, again) and not np.array_equal(images, other)
     assert set(labels["location"]) == set(range(9)) and set(labels["object"]) == set(range(10))
 
 
 # ------------------------------------------------------------------ channels
 
+
 def test_permutation_hides_the_order_of_channels_and_nothing_else():
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8), permute=True)
-    variables, run = _init(model), jit(lambda variables, key: model.apply(variables, x, rngs={"dropout": key}))
+    variables, run = (
+        _init(model),
+        jit(lambda variables, key: model.apply(variables, x, rngs={"dropout": key})),
+    )
     drawn = [run(variables, jax.random.key(seed)) for seed in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.allclose(drawn[0], drawn[2], atol=1e-3)
     head = variables["params"]["head"]
-    same = variables | {"params": variables["params"] | {"head": head | {"kernel": jnp.broadcast_to(head["kernel"][:1], (8, 9))}}}
-    np.testing.assert_allclose(run(same, jax.random.key(0)), run(same, jax.random.key(1)), atol=1e-5)
+    same = variables | {
+        "params": variables["params"]
+        | {"head": head | {"kernel": jnp.broadcast_to(head["kernel"][:1], (8, 9))}}
+    }
+    np.testing.assert_allclose(
+        run(same, jax.random.key(0)), run(same, jax.random.key(1)), atol=1e-5
+    )
 
 
 def test_a_blind_head_is_a_channel_set_to_zero():
@@ -73,12 +90,16 @@ def test_a_blind_head_is_a_channel_set_to_zero():
     variables, gone = _init(model), np.array([1, 5])
     features = jit(lambda v: model.apply(v, x, method="stages", last="layer2"))(variables)["layer2"]
     head = variables["params"]["head"]
-    expected = global_avg_pool(conv(features.at[..., gone].set(0), head["kernel"], padding=1)) + head["bias"]
+    expected = (
+        global_avg_pool(conv(features.at[..., gone].set(0), head["kernel"], padding=1))
+        + head["bias"]
+    )
     found = jit(model.apply)(position_channels.without(variables, gone), x)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------ moved content
+
 
 @pytest.mark.parametrize("kind", position_shift.KINDS)
 @pytest.mark.parametrize(("frame", "scene"), [(1, 0), (0, 1), (0.3, -0.2)])
@@ -87,20 +108,24 @@ def test_slopes_tell_the_frame_from_the_scene(kind, frame, scene):
     place = np.broadcast_to(np.arange(size), (len(shifts), size, size))
     maps = 0.4 + (frame * place + scene * (place + shifts[:, None, None])) / (size - 1)
     if kind == "object":  # whatever is beside the object does not count
-        inside = (place + shifts[:, None, None] >= size - 64) & (place + shifts[:, None, None] < size)
+        inside = (place + shifts[:, None, None] >= size - 64) & (
+            place + shifts[:, None, None] < size
+        )
         rows = np.arange(size)[:, None]
         maps = np.where(inside & (rows >= 64) & (rows < 128), maps, 9.0)
     np.testing.assert_allclose(position_shift.slopes(maps, kind), (frame, scene), atol=1e-9)
 
 
 def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
-    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 330, 3), np.uint8)).save(tmp_path / "a.png")
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 330, 3), np.uint8)).save(
+        tmp_path / "a.png"
+    )
     found = position_shift.scenes(tmp_path / "a.png")
     windows, objects = found["photograph"], found["object"]
     assert np.array_equal(windows[1:, :, :-32], windows[:-1, :, 32:])
     for number, shift in enumerate(position_shift._SHIFTS):
         left = 128 - shift
-        assert np.array_equal(objects[number, 64:128, left:left + 64], windows[0, 64:128, 64:128])
+        assert np.array_equal(objects[number, 64:128, left : left + 64], windows[0, 64:128, 64:128])
         assert (objects[number] == 128).all(-1).sum() >= 192**2 - 64**2
     PIL.Image.fromarray(np.zeros((192, 319, 3), np.uint8)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match="192x319, smaller than 192x320"):
@@ -108,17 +133,34 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
 
 
 def test_every_encoder_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setitem(base._REGISTRY, "resnet18", functools.partial(position_training.Net, layers=((16, 2),) * 5))
-    arguments = ["--workdir", str(tmp_path), "--seeds", "1", "--encoders", "resnet18", "--paddings", "zeros"]
+    monkeypatch.setitem(
+        base._REGISTRY, "resnet18", functools.partial(position_training.Net, layers=((16, 2),) * 5)
+    )
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--encoders",
+        "resnet18",
+        "--paddings",
+        "zeros",
+    ]
     assert position_shift.main(arguments) == 0
-    row, = json.loads((tmp_path / "shift.json").read_text())
+    (row,) = json.loads((tmp_path / "shift.json").read_text())
     assert [scene["kind"] for scene in row["scenes"]] == ["photograph"] * 5 + ["object"] * 5
-    frame, scene = (np.mean([found[key] for found in row["scenes"][:5]]) for key in ("frame", "scene"))
+    frame, scene = (
+        np.mean([found[key] for found in row["scenes"][:5]]) for key in ("frame", "scene")
+    )
     assert abs(scene) < frame / 2  # zeros tell the frame
-    assert "| resnet18 | zeros | photograph | " in (tmp_path / "report.md").read_text() and (tmp_path / "shift.png").stat().st_size > 1000
+    assert (
+        "| resnet18 | zeros | photograph | " in (tmp_path / "report.md").read_text()
+        and (tmp_path / "shift.png").stat().st_size > 1000
+    )
 
 
 # ------------------------------------------------------------------ training
+
 
 def test_shifted_windows_show_what_lies_beside_the_middle():
     rows, columns = np.mgrid[:32, :32]
@@ -127,70 +169,191 @@ def test_shifted_windows_show_what_lies_beside_the_middle():
     assert middle.shape == (1, 24, 24, 3) and middle[0, 0, 0].tolist() == [4, 4, 0]
     assert shifted[:, 0, 0, 0, :2].tolist() == [[0, 0], [0, 8], [8, 0], [8, 8]]
     for small, large in zip((middle, shifted), position_training.windows(image, 2)):
-        assert all(np.array_equal(small, large[..., top::2, left::2, :]) for top in (0, 1) for left in (0, 1))
+        assert all(
+            np.array_equal(small, large[..., top::2, left::2, :])
+            for top in (0, 1)
+            for left in (0, 1)
+        )
 
 
-def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, cifar, data_dir, monkeypatch, standard_promotion):
+def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
+    tmp_path, cifar, data_dir, monkeypatch, standard_promotion
+):
     monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
-    monkeypatch.setattr(position_training, "Net", functools.partial(position_training.Net, layers=((8, 1), (16, 2))))
-    arguments = ["--workdir", str(tmp_path), "--data_dir", str(data_dir), "--train", "200", "--epochs", "1", "--test", "200",
-                 "--paddings", "zeros", "none", "--seeds"]
+    monkeypatch.setattr(
+        position_training, "Net", functools.partial(position_training.Net, layers=((8, 1), (16, 2)))
+    )
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--data_dir",
+        str(data_dir),
+        "--train",
+        "200",
+        "--epochs",
+        "1",
+        "--test",
+        "200",
+        "--paddings",
+        "zeros",
+        "none",
+        "--seeds",
+    ]
     assert position_training.main([*arguments, "1"]) == 0
     found = json.loads((tmp_path / "training.json").read_text())
     zeros, none = found["rows"]
-    assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1} and len(zeros["probes"]) == 2 * 3 * 2 * 2
+    assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1} and len(
+        zeros["probes"]
+    ) == 2 * 3 * 2 * 2
     spc = lambda row: [entry["spc"] for entry in row["probes"] if entry["data"] == "black"]
-    assert np.mean(spc(zeros)) > 0.2 and set(spc(none)) == {0}  # of a black image, zeros tell the position and nothing else does
-    assert "| zeros | " in (tmp_path / "report.md").read_text() and (tmp_path / "training.png").stat().st_size > 1000
+    assert np.mean(spc(zeros)) > 0.2 and set(spc(none)) == {
+        0
+    }  # of a black image, zeros tell the position and nothing else does
+    assert (
+        "| zeros | " in (tmp_path / "report.md").read_text()
+        and (tmp_path / "training.png").stat().st_size > 1000
+    )
 
     def again(*_):
         raise AssertionError("a finished cell is computed again")
+
     monkeypatch.setattr(position_training, "cell", again)
     assert position_training.main([*arguments, "1"]) == 0
     with pytest.raises(AssertionError):
         position_training.main([*arguments, "2"])
 
 
-def test_a_registered_network_is_probed_in_its_stages(tmp_path, cifar, data_dir, monkeypatch, standard_promotion, capsys):
+def test_a_registered_network_is_probed_in_its_stages(
+    tmp_path, cifar, data_dir, monkeypatch, standard_promotion, capsys
+):
     monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
-    monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 6), (16, 6))))
-    arguments = ["--data_dir", str(data_dir), "--train", "200", "--epochs", "1", "--test", "200", "--seeds", "1", "--network", "tiny"]
-    assert position_training.main(["--workdir", str(tmp_path / "a"), *arguments, "--paddings", "random"]) == 0
+    monkeypatch.setitem(
+        base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 6), (16, 6)))
+    )
+    arguments = [
+        "--data_dir",
+        str(data_dir),
+        "--train",
+        "200",
+        "--epochs",
+        "1",
+        "--test",
+        "200",
+        "--seeds",
+        "1",
+        "--network",
+        "tiny",
+    ]
+    assert (
+        position_training.main(
+            ["--workdir", str(tmp_path / "a"), *arguments, "--paddings", "random"]
+        )
+        == 0
+    )
     probes = json.loads((tmp_path / "a" / "training.json").read_text())["rows"][0]["probes"]
-    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (tmp_path / "a" / "report.md").read_text()
-    monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 12), (16, 1))))
-    assert position_training.main(["--workdir", str(tmp_path / "c"), *arguments, "--paddings", "none", "--enlarge", "2"]) == 0
+    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (
+        tmp_path / "a" / "report.md"
+    ).read_text()
+    monkeypatch.setitem(
+        base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 12), (16, 1)))
+    )
+    assert (
+        position_training.main(
+            ["--workdir", str(tmp_path / "c"), *arguments, "--paddings", "none", "--enlarge", "2"]
+        )
+        == 0
+    )
     assert "48x48 px (24x24 px, each made 2x2)" in (tmp_path / "c" / "report.md").read_text()
-    assert position_training.main(["--workdir", str(tmp_path / "b"), *arguments, "--paddings", "zeros", "none"]) == 2
-    assert "the image is too small for this network" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert (
+        position_training.main(
+            ["--workdir", str(tmp_path / "b"), *arguments, "--paddings", "zeros", "none"]
+        )
+        == 2
+    )
+    assert (
+        "the image is too small for this network" in capsys.readouterr().err
+        and not (tmp_path / "b").exists()
+    )
 
 
 def test_canvas_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
     monkeypatch.setattr(position_canvas, "LAYERS", ((8, 2), (16, 2)))
-    arguments = ["--data_dir", str(data_dir), "--seeds", "1", "--train", "50", "50", "--epochs", "1", "1", "--test", "100"]
-    assert position_canvas.main(["--workdir", str(tmp_path), *arguments, "--paddings", "zeros", "--canvases", "mean"]) == 0
+    arguments = [
+        "--data_dir",
+        str(data_dir),
+        "--seeds",
+        "1",
+        "--train",
+        "50",
+        "50",
+        "--epochs",
+        "1",
+        "1",
+        "--test",
+        "100",
+    ]
+    assert (
+        position_canvas.main(
+            ["--workdir", str(tmp_path), *arguments, "--paddings", "zeros", "--canvases", "mean"]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "canvas.json").read_text())
-    assert [(row["task"], row["canvas"]) for row in rows] == [("location", "mean"), ("object", "mean")]
-    assert "| zeros | " in (tmp_path / "report.md").read_text() and (tmp_path / "canvas.png").stat().st_size > 1000
+    assert [(row["task"], row["canvas"]) for row in rows] == [
+        ("location", "mean"),
+        ("object", "mean"),
+    ]
+    assert (
+        "| zeros | " in (tmp_path / "report.md").read_text()
+        and (tmp_path / "canvas.png").stat().st_size > 1000
+    )
 
 
 def test_channel_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
-    monkeypatch.setattr(position_channels, "SmallResNet", functools.partial(position_channels.SmallResNet, widths=(4, 8)))
+    monkeypatch.setattr(
+        position_channels,
+        "SmallResNet",
+        functools.partial(position_channels.SmallResNet, widths=(4, 8)),
+    )
     monkeypatch.setattr(position_channels, "_REMOVED", (0, 8))
     monkeypatch.setattr(position_channels, "NETWORKS", ("gapnet",))
     monkeypatch.setattr(position_channels, "TASKS", {"location": 9})
-    arguments = ["--workdir", str(tmp_path), "--data_dir", str(data_dir), "--seeds", "1", "--train", "100", "--epochs", "1", "--test", "100"]
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--data_dir",
+        str(data_dir),
+        "--seeds",
+        "1",
+        "--train",
+        "100",
+        "--epochs",
+        "1",
+        "--test",
+        "100",
+    ]
     assert position_channels.main(arguments) == 0
-    row, = json.loads((tmp_path / "channels.json").read_text())
-    assert row["ranked"] == pytest.approx(row["random"]) and row["ranked"][0] == row["accuracy"]  # no channel is gone, or all are
-    assert "| gapnet | location | " in (tmp_path / "report.md").read_text() and (tmp_path / "channels.png").stat().st_size > 1000
+    (row,) = json.loads((tmp_path / "channels.json").read_text())
+    assert (
+        row["ranked"] == pytest.approx(row["random"]) and row["ranked"][0] == row["accuracy"]
+    )  # no channel is gone, or all are
+    assert (
+        "| gapnet | location | " in (tmp_path / "report.md").read_text()
+        and (tmp_path / "channels.png").stat().st_size > 1000
+    )
 
 
-@pytest.mark.parametrize("script", [position_training, position_canvas, position_channels, position_shift])
+@pytest.mark.parametrize(
+    "script", [position_training, position_canvas, position_channels, position_shift]
+)
 def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path, data_dir, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--workdir", str(tmp_path), "--seeds", "0"])
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
-    wrong = ["--photographs", "absent"] if script is position_shift else ["--data_dir", str(data_dir), "--test", "10001"]
+    wrong = (
+        ["--photographs", "absent"]
+        if script is position_shift
+        else ["--data_dir", str(data_dir), "--test", "10001"]
+    )
     assert script.main(["--workdir", str(tmp_path), *wrong]) == 2
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "config.json").exists()

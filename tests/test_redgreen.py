@@ -1,4 +1,5 @@
 """The Red/Green experiment: its images are what it says, and its report holds what was run."""
+
 import json
 
 import numpy as np
@@ -15,36 +16,81 @@ def test_order_and_rows(dissimilar):
     assert images.sum((1, 2)).tolist() == [[16, 16, 0]] * 4000 and labels.tolist() == [0, 1] * 2000
     seen = {0: set(), 1: set()}
     for image, label in zip(images, labels):
-        (red_top, red_left), (green_top, green_left) = (np.argwhere(image[..., channel])[0] for channel in (0, 1))
+        (red_top, red_left), (green_top, green_left) = (
+            np.argwhere(image[..., channel])[0] for channel in (0, 1)
+        )
         left, right = sorted((red_left, green_left))
         assert (red_left < green_left) == (label == 0) and right - left >= 5
-        seen[label] |= {("left", left), ("right", right), ("apart", right - left), ("top", red_top), ("top", green_top)}
+        seen[label] |= {
+            ("left", left),
+            ("right", right),
+            ("apart", right - left),
+            ("top", red_top),
+            ("top", green_top),
+        }
     for label, places in seen.items():
         top = 3 if (label == 0) != dissimilar else 19
         ranges = {"left": (0, 10), "right": (5, 28), "apart": (5, 28), "top": (top, top + 8)}
-        assert places == {(what, value) for what, (low, high) in ranges.items() for value in range(low, high)}
+        assert places == {
+            (what, value) for what, (low, high) in ranges.items() for value in range(low, high)
+        }
 
 
 def test_splits():
     """Own images are drawn anew; published ones are training images, and the dissimilar ones those with other rows."""
-    train, *others = ([image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own"))
+    train, *others = (
+        [image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own")
+    )
     # Of some 24,000 different images 2,000 are trained on.
-    assert all(len(set(other) - set(train)) > 850 for other in others) and len(set(others[0]) & set(others[1])) < 100
-    (train, labels), (validation, _), (similar, similar_labels), (dissimilar, dissimilar_labels) = position_redgreen.split(3, "published")
+    assert (
+        all(len(set(other) - set(train)) > 850 for other in others)
+        and len(set(others[0]) & set(others[1])) < 100
+    )
+    (train, labels), (validation, _), (similar, similar_labels), (dissimilar, dissimilar_labels) = (
+        position_redgreen.split(3, "published")
+    )
     assert np.array_equal(train, position_redgreen.split(4, "published")[0][0])
-    assert np.array_equal(validation, train[:1000]) and np.array_equal(similar, validation) and len(train) == 2000
-    assert np.array_equal(similar_labels, labels[:1000]) and np.array_equal(dissimilar_labels, similar_labels)
+    assert (
+        np.array_equal(validation, train[:1000])
+        and np.array_equal(similar, validation)
+        and len(train) == 2000
+    )
+    assert np.array_equal(similar_labels, labels[:1000]) and np.array_equal(
+        dissimilar_labels, similar_labels
+    )
     moved = np.where(similar_labels == 1, -16, 16)
-    assert all(np.array_equal(np.roll(image, move, 0), other) for image, move, other in zip(similar, moved, dissimilar))
+    assert all(
+        np.array_equal(np.roll(image, move, 0), other)
+        for image, move, other in zip(similar, moved, dissimilar)
+    )
 
 
 def test_the_experiment_reports_every_network(tmp_path, monkeypatch, standard_promotion):
     for name, value in {"_TRAIN": 400, "_TEST": 100, "_EPOCHS": 2}.items():
         monkeypatch.setattr(position_redgreen, name, value)
-    position_redgreen.main(["--workdir", str(tmp_path), "--seeds", "2", "--paddings", "zeros", "random", "--splits", "published"])
+    position_redgreen.main(
+        [
+            "--workdir",
+            str(tmp_path),
+            "--seeds",
+            "2",
+            "--paddings",
+            "zeros",
+            "random",
+            "--splits",
+            "published",
+        ]
+    )
     rows = json.loads((tmp_path / "redgreen.json").read_text())
-    assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [(p, s, 2) for p in ("zeros", "random") for s in (0, 1)]
+    assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [
+        (p, s, 2) for p in ("zeros", "random") for s in (0, 1)
+    ]
     assert all(0 <= row[kind] <= 1 for row in rows for kind in ("similar", "dissimilar"))
     report = (tmp_path / "report.md").read_text()
-    assert "| zeros | " in report and "the similar test are training images" in report and "99.8 ± 0.1" in report and (tmp_path / "redgreen.png").stat().st_size > 1000
+    assert (
+        "| zeros | " in report
+        and "the similar test are training images" in report
+        and "99.8 ± 0.1" in report
+        and (tmp_path / "redgreen.png").stat().st_size > 1000
+    )
     assert exit_code(position_redgreen.main, ["--seeds", "0"]) == 2

@@ -1,4 +1,5 @@
 """CamVid, its masks and its scenes; the fully convolutional network's geometry; the two losses through the engine; both experiments."""
+
 import functools
 import json
 
@@ -30,7 +31,11 @@ class Small(Network):
     def walk(self, x, train):
         x = nn.relu(Conv(8, 3, 2, padding=1, fill=self.padding, name="conv1")(x))
         yield "block2", x
-        x = nn.relu(Conv(8, 3, padding=1, fill=self.padding, name="conv2")(max_pool(x, 2, fill=self.padding)))
+        x = nn.relu(
+            Conv(8, 3, padding=1, fill=self.padding, name="conv2")(
+                max_pool(x, 2, fill=self.padding)
+            )
+        )
         yield "block3", x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
@@ -49,7 +54,7 @@ def scenes(tmp_path, monkeypatch):
     for part, count in zip(("train", "test", "val"), counts):
         for number in range(count):
             mask = np.zeros(SIZE, np.uint8)
-            mask[generator.integers(0, SIZE[0] + 1):] = 1
+            mask[generator.integers(0, SIZE[0] + 1) :] = 1
             image = np.where(mask[..., None] == 0, 200, 50) + generator.integers(0, 30, (*SIZE, 3))
             mask[:, 0] = 11
             for folder, suffix, content in ((part, "png", image), (f"{part}annot", "png", mask)):
@@ -57,42 +62,64 @@ def scenes(tmp_path, monkeypatch):
                 place.mkdir(parents=True, exist_ok=True)
                 PIL.Image.fromarray(content.astype(np.uint8)).save(place / f"{number:03}.{suffix}")
     for name in ("camvid", "camvid_scenes"):
-        monkeypatch.setitem(arrays.DATASETS, name, arrays.CamVid(arrays.loss_of(name), SIZE, counts))
+        monkeypatch.setitem(
+            arrays.DATASETS, name, arrays.CamVid(arrays.loss_of(name), SIZE, counts)
+        )
     return tmp_path / "data"
 
 
 # ------------------------------------------------------------------ data
 
+
 def test_camvid_is_what_was_published(data_dir):
     found = arrays.load("camvid", str(data_dir), 101)
-    assert [len(split.images) for split in (found.train, found.validation, found.test)] == [367, 101, 233]
+    assert [len(split.images) for split in (found.train, found.validation, found.test)] == [
+        367,
+        101,
+        233,
+    ]
     for split in (found.train, found.validation, found.test):
-        assert split.images.shape[1:] == (180, 240, 3) and split.labels.shape == split.images.shape[:3]
+        assert (
+            split.images.shape[1:] == (180, 240, 3) and split.labels.shape == split.images.shape[:3]
+        )
         assert np.unique(split.labels).tolist() == [*range(11), augment.IGNORED]
     # Sky is above road in every scene.
     rows = np.arange(180)[:, None]
     for mask in found.test.labels:
         sky, road = mask == 0, mask == 3
         if sky.any() and road.any():
-            assert np.broadcast_to(rows, mask.shape)[sky].mean() < np.broadcast_to(rows, mask.shape)[road].mean()
+            assert (
+                np.broadcast_to(rows, mask.shape)[sky].mean()
+                < np.broadcast_to(rows, mask.shape)[road].mean()
+            )
     scenes = arrays.load("camvid_scenes", str(data_dir))
     assert scenes.validation is None and (scenes.test.images == found.test.images).all()
-    pixels = np.stack([[(mask == number).sum() for number in range(11)] for mask in found.test.labels])
+    pixels = np.stack(
+        [[(mask == number).sum() for number in range(11)] for mask in found.test.labels]
+    )
     assert (scenes.test.labels == (pixels >= 50)).all() and scenes.test.labels.shape == (233, 11)
 
 
 def test_files_that_are_not_as_published_are_named(scenes):
-    with pytest.raises(ValueError, match="n_validation=3 is not 0 or 4, the validation images that camvid has of its own"):
+    with pytest.raises(
+        ValueError,
+        match="n_validation=3 is not 0 or 4, the validation images that camvid has of its own",
+    ):
         arrays.load("camvid", str(scenes), 3)
     mask = scenes / "camvid" / "testannot" / "003.png"
     PIL.Image.fromarray(np.full(SIZE, 12, np.uint8)).save(mask)
-    with pytest.raises(ValueError, match=r"003.png is a mask of uint8 \[24, 32\] up to 12; expected uint8 \[24, 32\] up to 11"):
+    with pytest.raises(
+        ValueError,
+        match=r"003.png is a mask of uint8 \[24, 32\] up to 12; expected uint8 \[24, 32\] up to 11",
+    ):
         arrays.load("camvid", str(scenes))
     mask.write_bytes(b"no image")
     with pytest.raises(ValueError, match="003.png is not a readable image"):
         arrays.load("camvid", str(scenes))
     mask.unlink()
-    with pytest.raises(ValueError, match="holds 8 images in test and 7 masks in testannot; expected 8 of either"):
+    with pytest.raises(
+        ValueError, match="holds 8 images in test and 7 masks in testannot; expected 8 of either"
+    ):
         arrays.load("camvid", str(scenes))
     with pytest.raises(ValueError, match="holds 0 images in train"):
         arrays.load("camvid", str(scenes / "nowhere"))
@@ -102,17 +129,29 @@ def test_files_that_are_not_as_published_are_named(scenes):
 def test_masks_move_with_their_images(fill):
     masks = np.random.default_rng(0).integers(1, 200, (6, 9, 12)).astype(np.uint8)
     keys = jax.random.split(jax.random.key(1), 6)
-    images = np.asarray(augment.augment(keys, jnp.asarray(masks)[..., None], flip=True, crop=3, fill=fill))[..., 0]
-    moved = np.asarray(augment.augment_masks(keys, jnp.asarray(masks), flip=True, crop=3, fill=fill, cutout=2, colour=0.1))
+    images = np.asarray(
+        augment.augment(keys, jnp.asarray(masks)[..., None], flip=True, crop=3, fill=fill)
+    )[..., 0]
+    moved = np.asarray(
+        augment.augment_masks(
+            keys, jnp.asarray(masks), flip=True, crop=3, fill=fill, cutout=2, colour=0.1
+        )
+    )
     assert (moved != masks).any() and (np.where(moved == augment.IGNORED, 0, moved) == images).all()
     assert (moved == augment.IGNORED).any() == (fill == "zeros")
 
 
 # ------------------------------------------------------------------ the network
 
+
 def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
-    known, to = (np.array([3.0, 7.0, 11.0]), np.array([1.0, 3.0, 5.0, 7.0])), (np.arange(16), np.arange(10))
-    plane = lambda rows, columns: jnp.asarray(2 * rows[:, None] - 3 * columns + 1, jnp.float32)[None, :, :, None]
+    known, to = (
+        (np.array([3.0, 7.0, 11.0]), np.array([1.0, 3.0, 5.0, 7.0])),
+        (np.arange(16), np.arange(10)),
+    )
+    plane = lambda rows, columns: jnp.asarray(2 * rows[:, None] - 3 * columns + 1, jnp.float32)[
+        None, :, :, None
+    ]
     nearest = plane(np.clip(to[0], 3, 11), np.clip(to[1], 1, 7))
     np.testing.assert_allclose(fcn.place(plane(*known), known, to), nearest, atol=1e-4)
 
@@ -123,16 +162,30 @@ def test_grids_are_the_centres_of_what_the_positions_see(padding, small):
     encoder = create_model("scene_net", padding=padding)
     variables, x = encoder.init(jax.random.key(0), jnp.ones((1, *SIZE, 3))), jnp.ones((1, *SIZE, 3))
     variables = jax.tree.map(jnp.abs, variables)  # so that every ReLU is open
-    for stage, (rows, columns) in zip(("block2", "block3"), fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))):
-        run = quick.jit(jax.grad(lambda x, at, stage=stage: encoder.apply(variables, x, method="stages", last=stage)[stage][0, *at].sum()))
-        assert encoder.apply(variables, x, method="stages", last=stage)[stage].shape[1:3] == (len(rows), len(columns))
+    for stage, (rows, columns) in zip(
+        ("block2", "block3"), fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))
+    ):
+        run = quick.jit(
+            jax.grad(
+                lambda x, at, stage=stage: encoder.apply(variables, x, method="stages", last=stage)[
+                    stage
+                ][0, *at].sum()
+            )
+        )
+        assert encoder.apply(variables, x, method="stages", last=stage)[stage].shape[1:3] == (
+            len(rows),
+            len(columns),
+        )
         noise = jax.random.uniform(jax.random.key(1), x.shape)
         reached = np.zeros(SIZE, bool)
         for axis in (1, 2, 1, 2):  # the max-pool passes the gradient of one of four positions
             noise = jnp.flip(noise, axis)
             reached |= np.asarray(run(noise, (2, 3)))[0].any(-1)
         seen = [np.flatnonzero(reached.any(axis)) for axis in (1, 0)]
-        assert abs((seen[0][0] + seen[0][-1]) / 2 - rows[2]) <= 1 and abs((seen[1][0] + seen[1][-1]) / 2 - columns[3]) <= 1
+        assert (
+            abs((seen[0][0] + seen[0][-1]) / 2 - rows[2]) <= 1
+            and abs((seen[1][0] + seen[1][-1]) / 2 - columns[3]) <= 1
+        )
 
 
 def test_grids_of_the_scene_network():
@@ -141,7 +194,12 @@ def test_grids_of_the_scene_network():
         encoder = create_model("scene_net", padding=padding)
         found = fcn.grids(encoder, (180, 240, 3), ("block2", "block3", "block4"))
         for (rows, columns), start, step in zip(found, first, (4, 8, 16)):
-            assert (rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]) == (start, start, step, step)
+            assert (rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]) == (
+                start,
+                start,
+                step,
+                step,
+            )
     assert found[-1][0][-1] <= 179 - 48 and len(found[-1][0]) == 6
 
 
@@ -153,97 +211,177 @@ def test_scores_lie_where_the_image_is(small):
     y, moved = (np.asarray(model.apply(variables, image)) for image in (x, jnp.roll(x, 4, 2)))
     assert y.shape == (1, *SIZE, 3)
     rows, columns = fcn.grids(model.backbone(), (*SIZE, 3), ("block3",))[0]
-    assert (rows[0], rows[-1], columns[0], columns[-1]) == (6, 14, 6, 22)  # scores of pixels further out are those of its edge
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (
+        6,
+        14,
+        6,
+        22,
+    )  # scores of pixels further out are those of its edge
     np.testing.assert_allclose(moved[:, :, 11:22], y[:, :, 7:18], atol=1e-5)
     assert np.abs(moved[:, :, 5:11] - y[:, :, 1:7]).max() > 1e-3
 
 
 def test_stages_and_names_are_the_encoders(small):
-    model, encoder, x = create_model("fcn", num_classes=3, **small), Small(), jax.random.uniform(jax.random.key(0), (1, *SIZE, 3))
+    model, encoder, x = (
+        create_model("fcn", num_classes=3, **small),
+        Small(),
+        jax.random.uniform(jax.random.key(0), (1, *SIZE, 3)),
+    )
     params = model.init(jax.random.key(1), x)["params"]
     assert sorted(params) == ["conv1", "conv2", "score.block2", "score.block3"]
     theirs = encoder.apply({"params": params}, x, method="stages", last="block3")
     ours = model.apply({"params": params}, x, method="stages")
     assert list(ours) == list(theirs) and all((ours[name] == theirs[name]).all() for name in ours)
     for scored in (("block3", "block2"), ("block9",)):
-        with pytest.raises(ValueError, match="are not stages of scene_net, in their order; they are block2, block3"):
-            jax.eval_shape(create_model("fcn", **{**small, "scored": scored}).init, jax.random.key(0), x)
+        with pytest.raises(
+            ValueError, match="are not stages of scene_net, in their order; they are block2, block3"
+        ):
+            jax.eval_shape(
+                create_model("fcn", **{**small, "scored": scored}).init, jax.random.key(0), x
+            )
 
 
 # ------------------------------------------------------------------ scores
+
 
 def test_scores_are_their_definitions(standard_promotion):
     counts = evaluate.confusion(np.array([[0, 0, 1, 2]]), np.array([[0, 1, 1, 255]]), 4)
     assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
     assert evaluate.intersection_over_union(counts) == [1 / 2, 1 / 2, None, None]
-    outputs, labels = np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]), np.array([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]])
+    outputs, labels = (
+        np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]),
+        np.array([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]]),
+    )
     # Ranks 1 and 3 of four are right: (1 + 2/3) / 2. What all images have says nothing; ties have the prevalence.
-    assert evaluate.average_precision(outputs, labels) == [pytest.approx(5 / 6), None, pytest.approx(1 / 4)]
+    assert evaluate.average_precision(outputs, labels) == [
+        pytest.approx(5 / 6),
+        None,
+        pytest.approx(1 / 4),
+    ]
     found = evaluate.score("sigmoid", outputs.astype(np.float32), labels)
     assert found["mean_ap"] == pytest.approx((5 / 6 + 1 / 4) / 2)
     masks = np.eye(3, dtype=np.float32)[np.array([[[0, 1], [2, 0]]])]
-    assert evaluate.score("pixelwise", 9 * masks, np.array([[[0, 1], [1, 255]]]))["mean_iou"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert evaluate.score("pixelwise", 9 * masks, np.array([[[0, 1], [1, 255]]]))[
+        "mean_iou"
+    ] == pytest.approx((1 + 1 / 2 + 0) / 3)
 
 
 # ------------------------------------------------------------------ the engine
 
+
 def configure(scenes, **changes):
     config = defaults.get_config()
-    config.data_dir, config.dataset, config.model, config.loss, config.batch_size = str(scenes), "camvid", "fcn", "pixelwise", 8
+    config.data_dir, config.dataset, config.model, config.loss, config.batch_size = (
+        str(scenes),
+        "camvid",
+        "fcn",
+        "pixelwise",
+        8,
+    )
     config.parallel = "jit"
     config.update(changes)
     return config
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"loss": "sigmoid"}, "loss='sigmoid' does not fit the labels of dataset='camvid', which are for loss='pixelwise'"),
-    ({"dataset": "digits"}, "loss='pixelwise' does not fit the labels of dataset='digits', which are for loss='cross_entropy'"),
-    ({"dataset": "tfds:x"}, "which are for loss='cross_entropy'"),
-    ({"loss": "hinge"}, "loss='hinge' is not one of cross_entropy, sigmoid, pixelwise"),
-    ({"test_views": 2}, "test_views=2 averages the probabilities of classes"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"loss": "sigmoid"},
+            "loss='sigmoid' does not fit the labels of dataset='camvid', which are for loss='pixelwise'",
+        ),
+        (
+            {"dataset": "digits"},
+            "loss='pixelwise' does not fit the labels of dataset='digits', which are for loss='cross_entropy'",
+        ),
+        ({"dataset": "tfds:x"}, "which are for loss='cross_entropy'"),
+        ({"loss": "hinge"}, "loss='hinge' is not one of cross_entropy, sigmoid, pixelwise"),
+        ({"test_views": 2}, "test_views=2 averages the probabilities of classes"),
+    ],
+)
 def test_a_loss_that_does_not_fit_is_refused(changes, message, scenes, small):
     with pytest.raises(ValueError, match=message):
         loop.check(configure(scenes, **changes))
 
 
 def test_an_output_that_does_not_fit_the_loss_is_refused(scenes, small, tmp_path):
-    with pytest.raises(ValueError, match=r"model='scene_net' puts out \[11\] for an image; loss='pixelwise' accepts \[24, 32, 11\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"model='scene_net' puts out \[11\] for an image; loss='pixelwise' accepts \[24, 32, 11\]",
+    ):
         loop.Training(configure(scenes, model="scene_net"), tmp_path)
 
 
 # ------------------------------------------------------------------ the experiments
 
+
 def test_rings_and_the_part_that_is_reached():
     rings = segmentation.ring_of(180, 240)
-    assert rings[0, 0] == rings[9, 120] == 0 and rings[10, 120] == 1 and rings[90, 120] == 8 == rings.max()
-    config = segmentation.configure(type("", (), {"weights": None, "data_dir": "", "epochs": 1}), "zeros", 0)
-    inside = segmentation.reached(config, (180, 240, 3))  # by hand: rows 48 ... 128 and columns 48 ... 176
-    assert inside.sum() == 81 * 129 and inside[48, 48] and inside[128, 176] and not inside[47].any() and not inside[:, 177].any()
+    assert (
+        rings[0, 0] == rings[9, 120] == 0
+        and rings[10, 120] == 1
+        and rings[90, 120] == 8 == rings.max()
+    )
+    config = segmentation.configure(
+        type("", (), {"weights": None, "data_dir": "", "epochs": 1}), "zeros", 0
+    )
+    inside = segmentation.reached(
+        config, (180, 240, 3)
+    )  # by hand: rows 48 ... 128 and columns 48 ... 176
+    assert (
+        inside.sum() == 81 * 129
+        and inside[48, 48]
+        and inside[128, 176]
+        and not inside[47].any()
+        and not inside[:, 177].any()
+    )
 
 
 def test_the_verdict_follows_the_numbers():
-    rows = lambda zeros, none: [{"padding": padding, "seed": seed, "miou": value} for padding, values in (("zeros", zeros), ("none", none))
-                                for seed, value in enumerate(values)]
+    rows = lambda zeros, none: [
+        {"padding": padding, "seed": seed, "miou": value}
+        for padding, values in (("zeros", zeros), ("none", none))
+        for seed, value in enumerate(values)
+    ]
     assert "gains 10.0 ± " in segmentation.judge(rows((0.3, 0.31, 0.32), (0.2, 0.21, 0.22)))
-    for zeros, none, verdict in (((0.3, 0.31, 0.33), (0.2, 0.21, 0.22), "confirmed."), ((0.2, 0.3), (0.21, 0.28), "undecided."),
-                                 ((0.2, 0.21, 0.22), (0.3, 0.31, 0.33), "the other way round."), ((0.2,), (0.3,), "Two seeds")):
+    for zeros, none, verdict in (
+        ((0.3, 0.31, 0.33), (0.2, 0.21, 0.22), "confirmed."),
+        ((0.2, 0.3), (0.21, 0.28), "undecided."),
+        ((0.2, 0.21, 0.22), (0.3, 0.31, 0.33), "the other way round."),
+        ((0.2,), (0.3,), "Two seeds"),
+    ):
         assert verdict in segmentation.judge(rows(zeros, none))
 
 
 def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
     """Bright sky above dark buildings is learned, and the report has what the networks' own work directories have."""
-    monkeypatch.setitem(base._REGISTRY, "fcn", functools.partial(fcn.FCN, scored=("block2", "block3")))
+    monkeypatch.setitem(
+        base._REGISTRY, "fcn", functools.partial(fcn.FCN, scored=("block2", "block3"))
+    )
     for name, value in (("_RING", 4), ("_SHOWN", (1, 5))):
         monkeypatch.setattr(segmentation, name, value)
     monkeypatch.setattr(loop, "Parallel", lambda way: Parallel("jit"))
-    arguments = ["--workdir", str(tmp_path), "--data_dir", str(scenes), "--seeds", "2", "--epochs", "30", "--paddings", "none"]
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--data_dir",
+        str(scenes),
+        "--seeds",
+        "2",
+        "--epochs",
+        "30",
+        "--paddings",
+        "none",
+    ]
     assert segmentation.main(arguments) == 0
     found = json.loads((tmp_path / "segmentation.json").read_text())
     assert [(row["padding"], row["seed"]) for row in found["rows"]] == [("none", 0), ("none", 1)]
     for row in found["rows"]:
         results = json.loads((tmp_path / f"none,seed={row['seed']}" / "results.json").read_text())
-        assert row["miou"] == pytest.approx(results["final"]["test_mean_iou"]) and row["miou"] > found["position alone"]["miou"]
+        assert (
+            row["miou"] == pytest.approx(results["final"]["test_mean_iou"])
+            and row["miou"] > found["position alone"]["miou"]
+        )
         assert results["by_class"] == row["by_class"] and len(row["by_ring"]) == 3
         assert results["final"]["test_error"] < 0.15  # the void border does not count
         assert "| sky | building |" in (tmp_path / "none,seed=0" / "report.md").read_text()
@@ -256,12 +394,30 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
     monkeypatch.setattr(loop, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
     file = tmp_path / "weights.safetensors"
-    weights.save_torchvision(create_model("scene_net").init(jax.random.key(5), jnp.zeros((1, *SIZE, 3))), file)
-    arguments = ["--workdir", str(tmp_path / "run"), "--data_dir", str(scenes), "--seeds", "2", "--epochs", "2"]
-    assert multilabel.main([*arguments, "--weights", "scene_net=nowhere"]) == 2 and not (tmp_path / "run").exists()
+    weights.save_torchvision(
+        create_model("scene_net").init(jax.random.key(5), jnp.zeros((1, *SIZE, 3))), file
+    )
+    arguments = [
+        "--workdir",
+        str(tmp_path / "run"),
+        "--data_dir",
+        str(scenes),
+        "--seeds",
+        "2",
+        "--epochs",
+        "2",
+    ]
+    assert (
+        multilabel.main([*arguments, "--weights", "scene_net=nowhere"]) == 2
+        and not (tmp_path / "run").exists()
+    )
     assert multilabel.main([*arguments, "--weights", f"scene_net={file}"]) == 0
     found = json.loads((tmp_path / "run" / "multilabel.json").read_text())
-    assert len(found["rows"]) == 6 and found["counted"] and set(found["counted"]) <= {"sky", "building"}
+    assert (
+        len(found["rows"]) == 6
+        and found["counted"]
+        and set(found["counted"]) <= {"sky", "building"}
+    )
     trained = json.loads((tmp_path / "run" / "scene_net,seed=0" / "results.json").read_text())
     assert trained["by_class"] == found["rows"][0]["ap"] and "test_mean_ap" in trained["final"]
     report = (tmp_path / "run" / "report.md").read_text()
@@ -274,14 +430,23 @@ def test_pooled_features_rank_what_they_know():
     labels[:, 2] = 1  # in every scene
     x = labels + np.random.default_rng(1).normal(0, 0.1, labels.shape)
     scores = multilabel.regress(x[:40], labels[:40], x[40:], 0)
-    assert evaluate.average_precision(scores, labels[40:]) == [pytest.approx(1), pytest.approx(1), None]
+    assert evaluate.average_precision(scores, labels[40:]) == [
+        pytest.approx(1),
+        pytest.approx(1),
+        None,
+    ]
 
 
 def test_the_encoders_weights_are_kept(data_dir, tmp_path):
     file = data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"
     segmentation.keep_encoder(file, tmp_path)
-    model = create_model("fcn", num_classes=11, encoder="squeezenet1_1", scored=segmentation._SQUEEZED)
+    model = create_model(
+        "fcn", num_classes=11, encoder="squeezenet1_1", scored=segmentation._SQUEEZED
+    )
     taken = transfer.take(tmp_path / "encoder.safetensors", model)["params"]
     whole = transfer.take(file, create_model("squeezenet1_1"))["params"]
     assert sorted(taken) == sorted(f"features.{number}" for number in (0, 3, 4, 6, 7))
-    assert all(jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), taken[name], whole[name])) for name in taken)
+    assert all(
+        jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), taken[name], whole[name]))
+        for name in taken
+    )

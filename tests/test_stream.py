@@ -1,4 +1,5 @@
 """Streams: what is read from folders and prepared data sets, in which order, cropped how, by how many processes."""
+
 import io
 import json
 import os
@@ -35,7 +36,9 @@ def write(root: pathlib.Path, **classes: list[np.ndarray]) -> pathlib.Path:
     return root
 
 
-def read(source, *, size=16, resize=20, batch=4, seed=0, train=True, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+def read(
+    source, *, size=16, resize=20, batch=4, seed=0, train=True, **options
+) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(stream.batches(source, batch, seed, size, resize=resize, train=train, **options))
 
 
@@ -55,8 +58,12 @@ def assert_same(found, want):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Fourteen numbered ramps of three classes, 24 x 20 and 20 x 24 pixels."""
-    images = [ramp(*((24, 20) if number % 2 else (20, 24)), number, x=10, y=10) for number in range(14)]
-    return stream.Folder(write(tmp_path_factory.mktemp("images"), ant=images[:3], bee=images[3:8], cat=images[8:]))
+    images = [
+        ramp(*((24, 20) if number % 2 else (20, 24)), number, x=10, y=10) for number in range(14)
+    ]
+    return stream.Folder(
+        write(tmp_path_factory.mktemp("images"), ant=images[:3], bee=images[3:8], cat=images[8:])
+    )
 
 
 LABELS = np.repeat(np.int32([0, 1, 2]), [3, 5, 6])
@@ -64,10 +71,20 @@ LABELS = np.repeat(np.int32([0, 1, 2]), [3, 5, 6])
 
 # ------------------------------------------------------------------ sources
 
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    for name, color in (("b/10.png", 10), ("b/2.PNG", 20), ("b/note.txt", 0), ("a/x.jpeg", 30), ("a/w.jpg", 40), (".git/k.txt", 0)):
+    for name, color in (
+        ("b/10.png", 10),
+        ("b/2.PNG", 20),
+        ("b/note.txt", 0),
+        ("a/x.jpeg", 30),
+        ("a/w.jpg", 40),
+        (".git/k.txt", 0),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        PIL.Image.new("L", (8, 9), color).save(tmp_path / name, format="JPEG" if name[-1] == "g" and "j" in name else "PNG")
+        PIL.Image.new("L", (8, 9), color).save(
+            tmp_path / name, format="JPEG" if name[-1] == "g" and "j" in name else "PNG"
+        )
     shutil.rmtree(tmp_path / ".git")
     found = stream.Folder(tmp_path)
     assert found.classes == ("a", "b") and len(found) == 4
@@ -81,17 +98,24 @@ def test_a_folders_mistakes_are_named(tmp_path):
     (tmp_path / "empty" / "class").mkdir(parents=True)
     (tmp_path / "empty" / "class" / "image.gif").touch()
     for root in (tmp_path / "none", tmp_path / "empty"):
-        with pytest.raises(ValueError, match=f"^{root} has no images; expected {root}/CLASS/IMAGE with .jpg, .jpeg, .png$"):
+        with pytest.raises(
+            ValueError,
+            match=f"^{root} has no images; expected {root}/CLASS/IMAGE with .jpg, .jpeg, .png$",
+        ):
             stream.Folder(root)
     for split, folders in (("train", "train"), ("test", "val or validation or test")):
-        with pytest.raises(ValueError, match=f"^data_dir='{tmp_path}' has no folder {folders} of images by class$"):
+        with pytest.raises(
+            ValueError, match=f"^data_dir='{tmp_path}' has no folder {folders} of images by class$"
+        ):
             stream.open_source("folder", str(tmp_path), split)
 
 
 @pytest.mark.parametrize("test", ["val", "validation", "test"])
 def test_the_splits_of_a_folder(tmp_path, test):
     write(tmp_path, **{"train/a": [ramp(8, 8)] * 2, f"{test}/a": [ramp(8, 8)] * 3})
-    assert [len(stream.open_source("folder", str(tmp_path), split)) for split in ("train", "test")] == [2, 3]
+    assert [
+        len(stream.open_source("folder", str(tmp_path), split)) for split in ("train", "test")
+    ] == [2, 3]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -99,7 +123,11 @@ def test_damaged_images_are_named(tmp_path, suffix):
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3)).astype(np.uint8)
     PIL.Image.fromarray(noise).save(buffer, {"jpg": "JPEG", "png": "PNG"}[suffix])
-    whole, path, generator = buffer.getvalue(), tmp_path / "a" / f"x.{suffix}", np.random.default_rng(1)
+    whole, path, generator = (
+        buffer.getvalue(),
+        tmp_path / "a" / f"x.{suffix}",
+        np.random.default_rng(1),
+    )
     path.parent.mkdir()
     path.write_bytes(whole)
     source, refused = stream.Folder(tmp_path), 0
@@ -122,23 +150,32 @@ def test_damaged_images_are_named(tmp_path, suffix):
 
 def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
     write(tmp_path, a=[np.full((8, 8), 1000, np.uint16)])
-    with pytest.raises(ValueError, match=r"000.png is not a readable image: pixels of more than 8 bits \(Pillow's mode I;16\); expected 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"000.png is not a readable image: pixels of more than 8 bits \(Pillow's mode I;16\); expected 8",
+    ):
         stream.Folder(tmp_path)[0]
 
 
 def test_images_held_out_of_a_source(folder):
     rest, held = stream.hold_out(folder, 5)
     assert len(rest) == 9 and len(held) == 5 and rest.classes == held.classes == folder.classes
-    found = [[np.asarray(image)[0, 0, 2] for image, _ in map(part.__getitem__, range(len(part)))] for part in (rest, held)]
+    found = [
+        [np.asarray(image)[0, 0, 2] for image, _ in map(part.__getitem__, range(len(part)))]
+        for part in (rest, held)
+    ]
     assert sorted(sum(found, [])) == list(range(14)) and found == [sorted(part) for part in found]
     assert [label for _, label in map(held.__getitem__, range(5))] == LABELS[found[1]].tolist()
-    assert [np.asarray(stream.hold_out(folder, 5)[1][index][0])[0, 0, 2] for index in range(5)] == found[1]
+    assert [
+        np.asarray(stream.hold_out(folder, 5)[1][index][0])[0, 0, 2] for index in range(5)
+    ] == found[1]
     for count in (0, 14):
         with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 13"):
             stream.hold_out(folder, count)
 
 
 # ------------------------------------------------------------------ tensorflow-datasets
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
@@ -165,8 +202,13 @@ print(json.dumps(found))
 
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
     """Every pixel and label as they were written; tensorflow-datasets shuffles them by their keys."""
-    done = subprocess.run([sys.executable, "-c", READ_TFDS.replace("NAME", make_tfds.NAME), str(prepared)], capture_output=True, text=True,
-                          env=ENVIRONMENT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_TFDS.replace("NAME", make_tfds.NAME), str(prepared)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
+    )
     found = json.loads(done.stdout)
     assert found["tensorflow"] is False
     assert found["classes"] == ["red", "green", "blue"]
@@ -176,19 +218,42 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
         assert found[f"{split} labels"] == [label for _, label in found[split]]
 
 
-@pytest.mark.parametrize("name, folder, split, reason", [
-    (make_tfds.NAME, "", "validation", "ValueError: Unknown split 'validation'. Should be one of ['train', 'test']."),
-    ("colored_ramps", "", "train", "DatasetNotFoundError: Dataset colored_ramps not found."),
-    (make_tfds.NAME, "none", "train", f"DatasetNotFoundError: Dataset {make_tfds.NAME} not found."),
-    ("mnist", "", "train", "NotImplementedError: Random access data source for file format FileFormat.TFRECORD is not supported."),
-])
+@pytest.mark.parametrize(
+    "name, folder, split, reason",
+    [
+        (
+            make_tfds.NAME,
+            "",
+            "validation",
+            "ValueError: Unknown split 'validation'. Should be one of ['train', 'test'].",
+        ),
+        ("colored_ramps", "", "train", "DatasetNotFoundError: Dataset colored_ramps not found."),
+        (
+            make_tfds.NAME,
+            "none",
+            "train",
+            f"DatasetNotFoundError: Dataset {make_tfds.NAME} not found.",
+        ),
+        (
+            "mnist",
+            "",
+            "train",
+            "NotImplementedError: Random access data source for file format FileFormat.TFRECORD is not supported.",
+        ),
+    ],
+)
 def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, split, reason):
     where = str(prepared / folder) if folder else str(prepared)
     with pytest.raises(ValueError) as caught:
         stream.Tfds(name, where, split)
     message = str(caught.value)
-    assert message.startswith(f"dataset='tfds:{name}' has no split '{split}' in data_dir='{where}' that can be read ({reason}")
-    assert message.endswith(f"tfds build {name} --file_format=array_record --data_dir={where}") and "\n" not in message
+    assert message.startswith(
+        f"dataset='tfds:{name}' has no split '{split}' in data_dir='{where}' that can be read ({reason}"
+    )
+    assert (
+        message.endswith(f"tfds build {name} --file_format=array_record --data_dir={where}")
+        and "\n" not in message
+    )
 
 
 def test_the_test_split_may_be_called_validation(prepared, tmp_path):
@@ -200,17 +265,26 @@ def test_the_test_split_may_be_called_validation(prepared, tmp_path):
     info.write_text(info.read_text().replace('"name": "test"', '"name": "validation"'))
     shard = where / f"{make_tfds.NAME}-test.array_record-00000-of-00001"
     shard.rename(where / shard.name.replace("test", "validation"))
-    assert len(stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")) == make_tfds.COUNTS["test"]
+    assert (
+        len(stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test"))
+        == make_tfds.COUNTS["test"]
+    )
     entry = json.loads(info.read_text())
     info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
     with pytest.raises(ValueError, match="tfds build coloured_ramps --file_format=array_record"):
         stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")
-    info.write_text(json.dumps({key: value for key, value in entry.items() if key != "supervisedKeys"}))
-    with pytest.raises(ValueError, match="^dataset='tfds:coloured_ramps' is not of labelled images: its supervised keys are None$"):
+    info.write_text(
+        json.dumps({key: value for key, value in entry.items() if key != "supervisedKeys"})
+    )
+    with pytest.raises(
+        ValueError,
+        match="^dataset='tfds:coloured_ramps' is not of labelled images: its supervised keys are None$",
+    ):
         stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "train")
 
 
 # ------------------------------------------------------------------ which images, in which order
+
 
 @pytest.mark.parametrize("resize", [0, 20])
 def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, resize):
@@ -230,9 +304,11 @@ def test_workers_change_nothing(prepared):
 def test_every_epoch_is_a_permutation(folder):
     steps = read(folder, steps=range(12))
     for images, labels in steps:
-        assert images.shape == (4, 16, 16, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
+        assert (
+            images.shape == (4, 16, 16, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
+        )
         np.testing.assert_array_equal(labels, LABELS[images[:, 0, 0, 2]])
-    epochs = [sum(numbers(steps[start:start + 3]), []) for start in (0, 3, 6, 9)]
+    epochs = [sum(numbers(steps[start : start + 3]), []) for start in (0, 3, 6, 9)]
     assert all(len(set(epoch)) == 12 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert set(sum(epochs, [])) == set(range(14))  # not the same two are left over each time
@@ -242,7 +318,10 @@ def test_every_epoch_is_a_permutation(folder):
 @pytest.mark.parametrize("resize", [0, 20])
 def test_processes_share_every_batch(folder, resize):
     whole = read(folder, resize=resize, steps=range(5))
-    parts = [read(folder, resize=resize, steps=range(5), process_index=index, process_count=2) for index in (0, 1)]
+    parts = [
+        read(folder, resize=resize, steps=range(5), process_index=index, process_count=2)
+        for index in (0, 1)
+    ]
     assert all(len(labels) == 2 for part in parts for _, labels in part)
     assert_same([tuple(map(np.concatenate, zip(*pairs))) for pairs in zip(*parts)], whole)
 
@@ -254,10 +333,13 @@ def test_evaluation_goes_through_everything_once_in_order(folder):
     assert_same(read(folder, train=False, seed=5), found)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"process_count": 3}, "batch_size=4 is not a multiple of 3 processes"),
-    ({"resize": 15}, "resize=15 is not 0 or at least image_size=16"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"process_count": 3}, "batch_size=4 is not a multiple of 3 processes"),
+        ({"resize": 15}, "resize=15 is not 0 or at least image_size=16"),
+    ],
+)
 def test_wrong_arguments(folder, arguments, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         read(folder, steps=range(1), **arguments)
@@ -276,7 +358,7 @@ def harmed(folder, tmp_path_factory):
     source = stream.Folder(root)
     for number in DAMAGED:
         path = source._files[number][0]
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return source
 
 
@@ -289,15 +371,20 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
         for place, number in enumerate(images[:, 0, 0, 2].tolist()):
             if number in DAMAGED:
                 order = orders[step // 3]
-                following = (order + order)[order.index(number) + 1:]
-                assert damaged[place] == number and theirs[place, 0, 0, 2] == next(n for n in following if n not in DAMAGED)
+                following = (order + order)[order.index(number) + 1 :]
+                assert damaged[place] == number and theirs[place, 0, 0, 2] == next(
+                    n for n in following if n not in DAMAGED
+                )
             else:
                 assert damaged[place] == -1
                 np.testing.assert_array_equal(theirs[place], images[place])
     for start in (1, 3, 4):
         assert_same(read(harmed, steps=range(start, 12), skip_damaged=True), found[start:])
     assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=2), found[2:])
-    parts = [read(harmed, steps=range(12), skip_damaged=True, process_index=index, process_count=2) for index in (0, 1)]
+    parts = [
+        read(harmed, steps=range(12), skip_damaged=True, process_index=index, process_count=2)
+        for index in (0, 1)
+    ]
     assert_same([tuple(map(np.concatenate, zip(*pairs))) for pairs in zip(*parts)], found)
 
 
@@ -313,34 +400,42 @@ def test_what_is_never_passed_over(harmed, tmp_path):
         read(source, steps=range(6), skip_damaged=True)
     for path, _ in source._files:
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="skip_damaged=True: none of the 14 images can be decoded; .*png is not a readable image: "):
+    with pytest.raises(
+        ValueError,
+        match="skip_damaged=True: none of the 14 images can be decoded; .*png is not a readable image: ",
+    ):
         read(source, steps=range(6), skip_damaged=True)
 
 
 # ------------------------------------------------------------------ crops
+
 
 def test_evaluation_sees_the_centre(tmp_path):
     """Of 24 x 16 pixels, the 14 x 14 in the middle, unscaled: 14 * 256 / 224 is 16."""
     wide = ramp(24, 16, x=10, y=10)
     source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
     for resize in (0, 16):
-        (images, _), = read(source, size=14, resize=resize, train=False)
+        ((images, _),) = read(source, size=14, resize=resize, train=False)
         np.testing.assert_array_equal(images[0], wide[1:15, 5:19])
         np.testing.assert_array_equal(images[1], wide.transpose(1, 0, 2)[5:19, 1:15])
-        np.testing.assert_array_equal(np.asarray(stream.centre(source[0][0], 14, resize)), wide[1:15, 5:19])
+        np.testing.assert_array_equal(
+            np.asarray(stream.centre(source[0][0], 14, resize)), wide[1:15, 5:19]
+        )
 
 
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
 def test_the_centre_of_a_resized_image(tmp_path, width, height, resize):
     """An output pixel's centre, in the image's own coordinates, is what the ramps say."""
     source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
-    (images, _), = read(source, size=16, resize=resize, train=False)
+    ((images, _),) = read(source, size=16, resize=resize, train=False)
     scale = min(width, height) / resize
     for channel, length in ((0, width), (1, height)):
         inner = np.arange(16) + (round(length / scale) - 16) // 2
         want = 3 * np.clip((inner + 0.5) * scale - 0.5, 0, length - 1)
         found = images[0, 8, :, 0] if channel == 0 else images[0, :, 8, 1]
-        np.testing.assert_allclose(found[2:-2], want[2:-2], atol=0.51)  # the filter is cut off at the border
+        np.testing.assert_allclose(
+            found[2:-2], want[2:-2], atol=0.51
+        )  # the filter is cut off at the border
 
 
 def test_training_crops_are_windows_at_every_place(folder):
@@ -350,10 +445,14 @@ def test_training_crops_are_windows_at_every_place(folder):
         for image in images:
             left, top, number = (image[0, 0] // [10, 10, 1]).tolist()
             whole = np.asarray(folder[number][0])
-            np.testing.assert_array_equal(image, whole[top:top + 16, left:left + 16])
+            np.testing.assert_array_equal(image, whole[top : top + 16, left : left + 16])
             places.add((number % 2, left, top))
-    assert {place[1:] for place in places if place[0]} == {(left, top) for left in range(9) for top in range(5)}
-    assert {place[1:] for place in places if not place[0]} == {(left, top) for left in range(5) for top in range(9)}
+    assert {place[1:] for place in places if place[0]} == {
+        (left, top) for left in range(9) for top in range(5)
+    }
+    assert {place[1:] for place in places if not place[0]} == {
+        (left, top) for left in range(5) for top in range(9)
+    }
 
 
 def measured(image: np.ndarray) -> tuple[float, ...]:
@@ -371,12 +470,22 @@ def measured(image: np.ndarray) -> tuple[float, ...]:
 def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
     width, height = 250, 170
     source = stream.Folder(write(tmp_path, a=[ramp(width, height)]))
-    found = np.array([measured(image) for images, _ in read(source, size=48, resize=0, batch=1, steps=range(1500)) for image in images])
+    found = np.array(
+        [
+            measured(image)
+            for images, _ in read(source, size=48, resize=0, batch=1, steps=range(1500))
+            for image in images
+        ]
+    )
     left, top, w, h = found.T
     area, aspect = w * h / (width * height), w / h
-    assert 0.078 < area.min() < 0.12 and 0.85 < area.max() < 1.01  # the largest do not fit at every aspect
+    assert (
+        0.078 < area.min() < 0.12 and 0.85 < area.max() < 1.01
+    )  # the largest do not fit at every aspect
     assert 0.74 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.35
-    assert abs(np.log(aspect)[area < 0.5].mean()) < 0.015  # which fit at every aspect; 0.027 if it were uniform
+    assert (
+        abs(np.log(aspect)[area < 0.5].mean()) < 0.015
+    )  # which fit at every aspect; 0.027 if it were uniform
     for start, length, room in ((left, w, width), (top, h, height)):
         assert start.min() > -1 and (start + length).max() < room + 1
         free = length < room - 10
@@ -402,18 +511,26 @@ def test_an_area_crop_that_cannot_fit_is_the_centre(tmp_path):
 
 # ------------------------------------------------------------------ the benchmark of all this
 
+
 def test_the_benchmark_measures_every_way(monkeypatch):
     """On JPEGs of ImageNet's size; a step that takes 20 ms stands for the network's."""
     monkeypatch.setattr(decoding, "_SECONDS", 0.05)
     monkeypatch.setattr(decoding, "_COUNT", 16)
-    monkeypatch.setattr(sides, "_jax_network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {}))
-    found, = decoding.measure("", 1, workers=(0,))
-    assert found["photographs"] == 13 and 200 < found["step_images_per_s"] < 401 and found["step_batch"] == 8
+    monkeypatch.setattr(
+        sides, "_jax_network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {})
+    )
+    (found,) = decoding.measure("", 1, workers=(0,))
+    assert (
+        found["photographs"] == 13
+        and 200 < found["step_images_per_s"] < 401
+        and found["step_batch"] == 8
+    )
     for row in found["rows"]:
         assert row["min"] <= row["images_per_s"] <= row["max"] and row["images_per_s"] > 1
         assert row["over_step"] == pytest.approx(row["images_per_s"] / found["step_images_per_s"])
-    assert {(row["mode"], row["way"]) for row in found["rows"]} >= {(mode, way) for mode in ("training", "evaluation")
-                                                                  for way in ("Pillow in a loop", "cnnjax")}
+    assert {(row["mode"], row["way"]) for row in found["rows"]} >= {
+        (mode, way) for mode in ("training", "evaluation") for way in ("Pillow in a loop", "cnnjax")
+    }
 
 
 def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
@@ -423,7 +540,9 @@ def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
     for number in range(16):
         width, height = source[number][0].size
         assert abs(width * height / (500 * 375) - 1) < 0.01
-    np.testing.assert_array_equal(np.asarray(source[0][0]), np.asarray(source[13][0]))  # of thirteen photographs, the first again
+    np.testing.assert_array_equal(
+        np.asarray(source[0][0]), np.asarray(source[13][0])
+    )  # of thirteen photographs, the first again
 
 
 # ------------------------------------------------------------------ processes that read
@@ -463,7 +582,13 @@ def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
     script.write_text(WORKERS)
     root = folder._files[0][0].parents[1]
     # A worker that stayed would hold the output open, and this would time out.
-    done = subprocess.run([sys.executable, script, root, end], capture_output=True, text=True, env=ENVIRONMENT, timeout=40)
+    done = subprocess.run(
+        [sys.executable, script, root, end],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=40,
+    )
     if end == "exit":
         assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
     else:
@@ -471,6 +596,7 @@ def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
 
 
 # ------------------------------------------------------------------ a whole run
+
 
 @pytest.fixture
 def colours(tmp_path):
@@ -485,24 +611,57 @@ def colours(tmp_path):
 
 
 def run(data_dir, workdir, **more):
-    options = {"dataset": "folder", "data_dir": data_dir, "model": "tutorial_net", "image_size": 32, "resize": 32, "batch_size": 12,
-               "epochs": 2, "workers": 1, "schedule.learning_rate": 0.01, **more}
-    return subprocess.run([sys.executable, "-m", "cnnjax.main", "--config", "configs/lenet_digits.py", f"--workdir={workdir}",
-                           *(f"--config.{key}={value}" for key, value in options.items())],
-                          cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    options = {
+        "dataset": "folder",
+        "data_dir": data_dir,
+        "model": "tutorial_net",
+        "image_size": 32,
+        "resize": 32,
+        "batch_size": 12,
+        "epochs": 2,
+        "workers": 1,
+        "schedule.learning_rate": 0.01,
+        **more,
+    }
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cnnjax.main",
+            "--config",
+            "configs/lenet_digits.py",
+            f"--workdir={workdir}",
+            *(f"--config.{key}={value}" for key, value in options.items()),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
 
 
 def test_a_run_on_a_folder(colours, tmp_path):
     done = run(colours, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "Exception ignored" not in done.stderr and "leaked" not in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "Exception ignored" not in done.stderr
+        and "leaked" not in done.stderr
+        and "Traceback" not in done.stderr
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["classes"] == ["blue", "green", "red"] and (results["n_train"], results["n_test"]) == (36, 9)
-    assert [line["step"] for line in results["history"]] == [3, 6] and results["final"]["epoch"] == 2
+    assert results["classes"] == ["blue", "green", "red"] and (
+        results["n_train"],
+        results["n_test"],
+    ) == (36, 9)
+    assert [line["step"] for line in results["history"]] == [3, 6] and results["final"][
+        "epoch"
+    ] == 2
     assert results["history"][1]["train_loss"] < results["history"][0]["train_loss"] < 2
     with np.load(tmp_path / "run" / "test.npz") as kept:
         assert kept["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(results["final"]["test_error"])
+        assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(
+            results["final"]["test_error"]
+        )
 
 
 def harm(path: pathlib.Path) -> pathlib.Path:
@@ -519,7 +678,11 @@ def test_a_damaged_image_ends_a_run_with_its_name(colours, tmp_path):
     done = run(colours, tmp_path / "run")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "is not a readable image" in line]
-    assert len(lines) == 1 and lines[0].startswith(f"error: {path} is not a readable image: ") and "Traceback" not in done.stderr, done.stderr
+    assert (
+        len(lines) == 1
+        and lines[0].startswith(f"error: {path} is not a readable image: ")
+        and "Traceback" not in done.stderr
+    ), done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -530,7 +693,11 @@ def test_damaged_images_are_counted_named_and_passed_over(colours, tmp_path):
     kept = tested.read_bytes()
     tested.write_bytes(kept[:-40])
     done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
-    assert done.returncode == 2 and f"error: {tested} is not a readable image: " in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"error: {tested} is not a readable image: " in done.stderr
+        and "Traceback" not in done.stderr
+    )
     for path in paths:
         assert done.stderr.count(f"passed over: {path} is not a readable image: ") == 1
     assert done.stderr.count(", 2 damaged images passed over") == 2  # the epochs' lines
@@ -538,4 +705,7 @@ def test_damaged_images_are_counted_named_and_passed_over(colours, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # back to step 4, within the second epoch
     done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
     assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
-    assert [line["damaged"] for line in json.loads((tmp_path / "run" / "results.json").read_text())["history"]] == [2, 2]
+    assert [
+        line["damaged"]
+        for line in json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    ] == [2, 2]

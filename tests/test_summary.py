@@ -1,4 +1,5 @@
 """The table against published figures, XLA's own count, and what gradients and shapes show."""
+
 import json
 import subprocess
 import sys
@@ -16,9 +17,24 @@ from cnnjax.weights import variable_shapes
 
 # torchvision's documentation of its weights: GFLOPS, by which it means 1e9 multiply-adds, in evaluation mode.
 GIGA_MACS = {
-    "alexnet": 0.714, "densenet121": 2.834, "densenet161": 7.728, "googlenet": 1.498, "inception_v3": 5.713, "mnasnet1_0": 0.314,
-    "mobilenet_v2": 0.301, "resnet18": 1.814, "resnet50": 4.089, "resnet152": 11.514, "resnext50_32x4d": 4.230, "shufflenet_v2_x1_0": 0.145,
-    "squeezenet1_0": 0.819, "squeezenet1_1": 0.349, "vgg11": 7.609, "vgg16": 15.470, "vgg16_bn": 15.470, "vgg19": 19.632,
+    "alexnet": 0.714,
+    "densenet121": 2.834,
+    "densenet161": 7.728,
+    "googlenet": 1.498,
+    "inception_v3": 5.713,
+    "mnasnet1_0": 0.314,
+    "mobilenet_v2": 0.301,
+    "resnet18": 1.814,
+    "resnet50": 4.089,
+    "resnet152": 11.514,
+    "resnext50_32x4d": 4.230,
+    "shufflenet_v2_x1_0": 0.145,
+    "squeezenet1_0": 0.819,
+    "squeezenet1_1": 0.349,
+    "vgg11": 7.609,
+    "vgg16": 15.470,
+    "vgg16_bn": 15.470,
+    "vgg19": 19.632,
     "wide_resnet50_2": 11.398,
 }
 # Araujo, Norris and Sim 2019, "Computing receptive fields of convolutional neural networks" (distill.pub), table 1.
@@ -26,7 +42,9 @@ FIELDS = {"alexnet": 195, "vgg16": 212, "inception_v3": 1311}
 
 
 def widest(table):
-    return tuple(map(max, zip(*(layer.receptive_field for layer in table if layer.receptive_field))))
+    return tuple(
+        map(max, zip(*(layer.receptive_field for layer in table if layer.receptive_field)))
+    )
 
 
 def test_vgg16_layer_by_layer():
@@ -36,14 +54,25 @@ def test_vgg16_layer_by_layer():
         for _ in range(depth):
             field += 2 * stride
             weights = 9 * before * filters
-            expected.append(((1, size, size, filters), weights + filters, size**2 * weights, (field, field), (stride, stride)))
+            expected.append(
+                (
+                    (1, size, size, filters),
+                    weights + filters,
+                    size**2 * weights,
+                    (field, field),
+                    (stride, stride),
+                )
+            )
             before = filters
         field, stride, size = field + stride, 2 * stride, size // 2
         expected.append(((1, size, size, filters), 0, 0, (field, field), (stride, stride)))
     for inputs, outputs in ((25088, 4096), (4096, 4096), (4096, 1000)):
         expected.append(((1, outputs), inputs * outputs + outputs, inputs * outputs, None, None))
     table = summary.layers(create_model("vgg16"))
-    assert [(layer.output, layer.parameters, layer.macs, layer.receptive_field, layer.stride) for layer in table] == expected
+    assert [
+        (layer.output, layer.parameters, layer.macs, layer.receptive_field, layer.stride)
+        for layer in table
+    ] == expected
     assert [layer.receptive_field for layer in table if layer.name == "features.28"] == [(196, 196)]
     assert all(layer.memory == 4 * np.prod(layer.output) for layer in table)
     assert summary.totals(table)["parameters"] == 138_357_544
@@ -55,7 +84,9 @@ def test_multiply_adds_are_torchvisions(name):
     assert round(macs / 1e9, 3) == GIGA_MACS[name]
 
 
-@pytest.mark.parametrize("name", ["tutorial_net", "keras_convnet", "lenet", "convnet", "zfnet", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["tutorial_net", "keras_convnet", "lenet", "convnet", "zfnet", "resnet18", "resnet50"]
+)
 def test_multiply_adds_agree_with_xlas_count(name):
     """XLA counts two operations a multiply-add and the element-wise ones beside; taps on zero padding, which it leaves out, are avoided."""
     model = create_model(name, padding="circular")
@@ -70,7 +101,9 @@ def test_multiply_adds_agree_with_xlas_count(name):
 def test_every_parameter_is_in_the_table_once(name):
     model = create_model(name)
     table = summary.layers(model)
-    assert summary.totals(table)["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"]))
+    assert summary.totals(table)["parameters"] == sum(
+        leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"])
+    )
     names = [layer.name for layer in table if layer.name]
     assert len(names) == len(set(names))
 
@@ -80,7 +113,10 @@ def test_receptive_fields_are_the_published_ones(name):
     assert widest(summary.layers(create_model(name))) == (FIELDS[name],) * 2
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x1_0", "densenet121", "googlenet_2014"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x1_0", "densenet121", "googlenet_2014"],
+)
 def test_a_receptive_field_is_the_least_unpadded_image_with_an_output(name):
     fields = {"aux_logits": False} if name == "googlenet_2014" else {}
     field = widest(summary.layers(create_model(name, **fields)))[0]
@@ -88,7 +124,11 @@ def test_a_receptive_field_is_the_least_unpadded_image_with_an_output(name):
 
     def stages(size):
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        return jax.eval_shape(lambda variables, x: model.apply(variables, x, method="stages"), variable_shapes(model), image)
+        return jax.eval_shape(
+            lambda variables, x: model.apply(variables, x, method="stages"),
+            variable_shapes(model),
+            image,
+        )
 
     assert list(stages(field).values())[-1].shape[1:3] == (1, 1)
     with pytest.raises(ValueError, match="too small for this network"):
@@ -97,20 +137,29 @@ def test_a_receptive_field_is_the_least_unpadded_image_with_an_output(name):
 
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "googlenet_2014", "inception_v3"])
 def test_fields_are_the_same_under_every_fill(name):
-    zeros, *others = ([(layer.name, layer.receptive_field, layer.stride) for layer in summary.layers(create_model(name, padding=fill), (1400, 1400, 3))]
-                      for fill in ("zeros", "none", "reflect", "replicate", "circular", "partial"))
+    zeros, *others = (
+        [
+            (layer.name, layer.receptive_field, layer.stride)
+            for layer in summary.layers(create_model(name, padding=fill), (1400, 1400, 3))
+        ]
+        for fill in ("zeros", "none", "reflect", "replicate", "circular", "partial")
+    )
     for other in others:
         assert other == zeros
 
 
-@pytest.mark.parametrize("name, stage, layer", [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"),
-                                                ("lenet5", "c3", "c3")])
+@pytest.mark.parametrize(
+    "name, stage, layer",
+    [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"), ("lenet5", "c3", "c3")],
+)
 def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
     """The input pixels with a gradient, in any of some images, from one central output, and their shift from its neighbour's."""
     row = {layer.name: layer for layer in summary.layers(create_model(name))}[layer]
     model = create_model(name)
     size = 2 * row.receptive_field[0]
-    x = jax.random.uniform(jax.random.key(1), (16, size, size, model.input_shape[2]))  # max-pools hide all but one pixel of a window
+    x = jax.random.uniform(
+        jax.random.key(1), (16, size, size, model.input_shape[2])
+    )  # max-pools hide all but one pixel of a window
     variables = jax.jit(lambda x: model.init(jax.random.key(0), x, method="stages", last=stage))(x)
 
     def run(x):
@@ -118,12 +167,19 @@ def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
 
     centre = jax.eval_shape(run, x).shape[1] // 2
     gradient = jax.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
-    first, second = (np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (centre, centre + 1))
-    assert (first[-1] - first[0] + 1, second[0] - first[0]) == (row.receptive_field[0], row.stride[0])
+    first, second = (
+        np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (centre, centre + 1)
+    )
+    assert (first[-1] - first[0] + 1, second[0] - first[0]) == (
+        row.receptive_field[0],
+        row.stride[0],
+    )
 
 
 def test_batch_dtype_size_and_padding_take_effect():
-    table = summary.layers(create_model("vgg11", padding="none", dtype=jnp.bfloat16), (256, 192, 3), batch=3)
+    table = summary.layers(
+        create_model("vgg11", padding="none", dtype=jnp.bfloat16), (256, 192, 3), batch=3
+    )
     by_name = {layer.name: layer for layer in table}
     assert by_name["features.0"].output == (3, 254, 190, 64)
     assert by_name["features.0"].memory == 2 * 3 * 254 * 190 * 64
@@ -132,7 +188,9 @@ def test_batch_dtype_size_and_padding_take_effect():
 
 def test_layers_that_run_in_training_only_are_counted_last():
     table = summary.layers(create_model("googlenet_2014"))
-    assert [layer.name for layer in table if layer.output is None] == [f"aux{n}.{part}" for n in (1, 2) for part in ("conv", "fc1", "fc2")]
+    assert [layer.name for layer in table if layer.output is None] == [
+        f"aux{n}.{part}" for n in (1, 2) for part in ("conv", "fc1", "fc2")
+    ]
     assert all(layer.macs == layer.memory == 0 for layer in table if layer.output is None)
 
 
@@ -142,15 +200,37 @@ def test_the_three_formats_hold_the_same_table(capsys):
         summary.main(["tutorial_net", "--batch", "2", "--format", style])
         written[style] = capsys.readouterr().out
     table = json.loads(written["json"])
-    assert table["totals"] == {"parameters": 62_006, "memory": sum(layer["memory"] for layer in table["layers"]), "macs": 2 * 651_720}
-    assert written["text"].splitlines()[3].split() == ["conv1", "Conv", "2x28x28x6", "456", "36.8", "705,600", "5", "1"]
-    assert "| conv1 | Conv | 2x28x28x6 | 456 | 36.8 | 705,600 | 5 | 1 |" in written["markdown"].splitlines()
-    assert len(table["layers"]) == len(written["text"].splitlines()) - 4 == len(written["markdown"].splitlines()) - 3
+    assert table["totals"] == {
+        "parameters": 62_006,
+        "memory": sum(layer["memory"] for layer in table["layers"]),
+        "macs": 2 * 651_720,
+    }
+    assert written["text"].splitlines()[3].split() == [
+        "conv1",
+        "Conv",
+        "2x28x28x6",
+        "456",
+        "36.8",
+        "705,600",
+        "5",
+        "1",
+    ]
+    assert (
+        "| conv1 | Conv | 2x28x28x6 | 456 | 36.8 | 705,600 | 5 | 1 |"
+        in written["markdown"].splitlines()
+    )
+    assert (
+        len(table["layers"])
+        == len(written["text"].splitlines()) - 4
+        == len(written["markdown"].splitlines()) - 3
+    )
 
 
 def test_help_comes_without_jax():
     start = time.perf_counter()
-    code = ("import sys\nfrom cnnjax import summary\ntry:\n    summary.main(['--help'])\nexcept SystemExit as end:\n"
-            "    sys.exit(end.code or ('jax' in sys.modules))")
+    code = (
+        "import sys\nfrom cnnjax import summary\ntry:\n    summary.main(['--help'])\nexcept SystemExit as end:\n"
+        "    sys.exit(end.code or ('jax' in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--padding" in done.stdout and time.perf_counter() - start < 2

@@ -1,4 +1,5 @@
 """Every network that torchvision has, held to torchvision's own outputs (tests/golden) and to real weights."""
+
 import inspect
 import json
 import pathlib
@@ -20,8 +21,22 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
 NAMES = sorted(case.split("/")[0] for case in GOLDEN.files if case.endswith("/keys"))
 # The smallest network of each kind of block: the others are the same code at other sizes. All are held to torchvision's outputs here, and
 # in experiments/zoo.py trained; what takes longer (three steps, every fill, operation by operation) is asked of these.
-KINDS = ("alexnet", "densenet121", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "resnet18", "resnet50", "resnext50_32x4d",
-         "shufflenet_v2_x0_5", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg11_bn")
+KINDS = (
+    "alexnet",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "vgg11",
+    "vgg11_bn",
+)
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
@@ -48,7 +63,11 @@ def golden_keys(name: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def without_dropout(name: str, **fields):
-    rates = [field for field in ("dropout", "dropout_aux") if field in inspect.signature(base._REGISTRY[name]).parameters]
+    rates = [
+        field
+        for field in ("dropout", "dropout_aux")
+        if field in inspect.signature(base._REGISTRY[name]).parameters
+    ]
     return create_model(name, **dict.fromkeys(rates, 0.0), **fields)
 
 
@@ -56,7 +75,10 @@ def without_dropout(name: str, **fields):
 def test_keys_and_shapes_are_torchvisions(name):
     shapes = weights.variable_shapes(create_model(name))
     flat = flax.traverse_util.flatten_dict(shapes)
-    ours = {key: tuple(flat[path].shape[axis] for axis in AXES[len(flat[path].shape)]) for key, path in weights.torchvision_keys(shapes).items()}
+    ours = {
+        key: tuple(flat[path].shape[axis] for axis in AXES[len(flat[path].shape)])
+        for key, path in weights.torchvision_keys(shapes).items()
+    }
     assert ours == dict(golden_keys(name))
 
 
@@ -74,7 +96,10 @@ def test_evaluation_is_torchvisions(case):
         assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] in KINDS])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] in KINDS],
+)
 def test_training_is_torchvisions(case):
     """After three passes in training mode logits and running statistics equal the golden ones; all parameters receive gradients."""
     name, size, _ = case.split("/")
@@ -83,16 +108,26 @@ def test_training_is_torchvisions(case):
     params, state = variables["params"], {"batch_stats": variables["batch_stats"]}
 
     def loss(params, state, images):
-        logits, new = model.apply({"params": params, **state}, images, train=True, mutable=["batch_stats", "auxiliary"])
-        outputs = {"train": logits, **{head: sown["logits"] for head, sown in new.get("auxiliary", {}).items()}}
-        return sum(jnp.square(output).sum() for output in outputs.values()), (outputs, {"batch_stats": new.get("batch_stats", {})})
+        logits, new = model.apply(
+            {"params": params, **state}, images, train=True, mutable=["batch_stats", "auxiliary"]
+        )
+        outputs = {
+            "train": logits,
+            **{head: sown["logits"] for head, sown in new.get("auxiliary", {}).items()},
+        }
+        return sum(jnp.square(output).sum() for output in outputs.values()), (
+            outputs,
+            {"batch_stats": new.get("batch_stats", {})},
+        )
 
     images = [golden_images(len(GOLDEN[case]), int(size), f"input {step}") for step in range(3)]
     run = quick.jit(jax.grad(loss, has_aux=True))
     for batch in images:
         grads, (outputs, state) = run(params, state, batch)
 
-    assert set(outputs) == {case.split("/")[2] for case in GOLDEN.files if case.startswith(f"{name}/{size}/")} - {"eval", "statistics"}
+    assert set(outputs) == {
+        case.split("/")[2] for case in GOLDEN.files if case.startswith(f"{name}/{size}/")
+    } - {"eval", "statistics"}
     for head, logits in outputs.items():
         expected = GOLDEN[f"{name}/{size}/{head}"]
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max(), head
@@ -100,7 +135,13 @@ def test_training_is_torchvisions(case):
     running = [key for key, _ in golden_keys(name) if "running_" in key]
     assert (f"{name}/{size}/statistics" in GOLDEN.files) == bool(running) == bool(flat)
     for key, expected in zip(running, GOLDEN[f"{name}/{size}/statistics"] if running else ()):
-        np.testing.assert_allclose(formula.digest(key, flat[paths[key]]), expected, rtol=0, atol=1e-4 * expected[2], err_msg=key)
+        np.testing.assert_allclose(
+            formula.digest(key, flat[paths[key]]),
+            expected,
+            rtol=0,
+            atol=1e-4 * expected[2],
+            err_msg=key,
+        )
     for path, grad in flax.traverse_util.flatten_dict(jax.device_get(grads), sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
@@ -135,18 +176,27 @@ def test_initialisation_has_torchvisions_distributions(name):
 def test_squeezenet_with_real_weights(data_dir):
     """The published network's reference output, and its accuracy on half a thousand photographs."""
     model = create_model("squeezenet1_1")
-    variables = weights.load_torchvision(data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model)
+    variables = weights.load_torchvision(
+        data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model
+    )
     apply = jax.jit(model.apply)
     pair = np.load(data_dir / "weights" / "squeezenet1_1_test_vector.npz")
     logits = apply(variables, pair["input_0"].transpose(0, 2, 3, 1))
-    assert np.abs(logits - pair["output_0"].reshape(logits.shape)).max() <= 2e-4 * 290  # the largest logit is 290
+    assert (
+        np.abs(logits - pair["output_0"].reshape(logits.shape)).max() <= 2e-4 * 290
+    )  # the largest logit is 290
     files = sorted((data_dir / "imagenet_sample").glob("*.*"))
     assert len(files) == 500
     right = 0
     for start in range(0, 500, 50):
-        images = np.stack([np.asarray(PIL.Image.open(file).convert("RGB")) for file in files[start:start + 50]])
+        images = np.stack(
+            [np.asarray(PIL.Image.open(file).convert("RGB")) for file in files[start : start + 50]]
+        )
         answers = apply(variables, (images / np.float32(255) - MEAN) / STD).argmax(1)
-        right += sum(int(answer) == int(file.name.split("_")[0]) for answer, file in zip(answers, files[start:start + 50]))
+        right += sum(
+            int(answer) == int(file.name.split("_")[0])
+            for answer, file in zip(answers, files[start : start + 50])
+        )
     assert right == 306
 
 
@@ -155,7 +205,24 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
         weights.load_torchvision(file, create_model("mobilenet_v2"))
-    probe.main(["--weights", str(file), "--data_dir", str(data_dir), "--workdir", str(tmp_path), "--train", "400", "--test", "400", "--repeats", "1"])
-    trained, untrained = [row["accuracy"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]]
+    probe.main(
+        [
+            "--weights",
+            str(file),
+            "--data_dir",
+            str(data_dir),
+            "--workdir",
+            str(tmp_path),
+            "--train",
+            "400",
+            "--test",
+            "400",
+            "--repeats",
+            "1",
+        ]
+    )
+    trained, untrained = [
+        row["accuracy"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]
+    ]
     assert trained > 0.5 > 0.35 > untrained
     assert "| ImageNet | " in (tmp_path / "report.md").read_text()

@@ -1,4 +1,5 @@
 """The engine: three ways to run one step, what the step computes, and runs that are stopped, killed and resumed."""
+
 import functools
 import json
 import os
@@ -42,7 +43,9 @@ class Tiny(Network):
 
 def some_data(count=64):
     generator = np.random.default_rng(0)
-    return generator.integers(0, 256, (count, 8, 8, 3)).astype(np.uint8), generator.integers(0, 5, count).astype(np.int32)
+    return generator.integers(0, 256, (count, 8, 8, 3)).astype(np.uint8), generator.integers(
+        0, 5, count
+    ).astype(np.int32)
 
 
 MOMENTS = (np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
@@ -50,13 +53,20 @@ RECIPE = step.Recipe(Tiny(num_classes=5), augment=(("crop", 1), ("flip", True)),
 NUMBERS = step.Numbers(seed=3, momentum=0.9, weight_decay=1e-3, label_smoothing=0.1, ema_decay=0.9)
 
 
-def losses(way: str, recipe: step.Recipe, steps: int = 50, batch_size: int = 16) -> tuple[list[float], step.State]:
+def losses(
+    way: str, recipe: step.Recipe, steps: int = 50, batch_size: int = 16
+) -> tuple[list[float], step.State]:
     """The loss of every single step, and the state at the end."""
     parallel = Parallel(way)
-    recipe = step.dataclasses.replace(recipe, model=recipe.model.clone(axis_name=parallel.axis_name))
+    recipe = step.dataclasses.replace(
+        recipe, model=recipe.model.clone(axis_name=parallel.axis_name)
+    )
     data = parallel.replicate(some_data())
     state = parallel.replicate(step.init(recipe, (8, 8, 3), NUMBERS))
-    moments, rates = parallel.replicate(MOMENTS), parallel.replicate(np.full(steps, 0.1, np.float32))
+    moments, rates = (
+        parallel.replicate(MOMENTS),
+        parallel.replicate(np.full(steps, 0.1, np.float32)),
+    )
     run, found, seen = step.resident_steps(parallel, recipe, batch_size), [], 0.0
     for number in range(steps):
         order = parallel.replicate(step.epoch_order(64, number // 4, NUMBERS.seed))
@@ -103,11 +113,29 @@ def test_two_processes_train_as_one(way, on_one_device):
     with __import__("socket").socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen([sys.executable, "-c", "import cnnjax\n" + _PROCESS, str(port), str(rank), way, str(ROOT / "tests")],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=CPU_ENVIRONMENT) for rank in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import cnnjax\n" + _PROCESS,
+                str(port),
+                str(rank),
+                way,
+                str(ROOT / "tests"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=CPU_ENVIRONMENT,
+        )
+        for rank in (0, 1)
+    ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    np.testing.assert_allclose(json.loads(outputs[0][0].splitlines()[-1]), on_one_device[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        json.loads(outputs[0][0].splitlines()[-1]), on_one_device[0], rtol=1e-5
+    )
 
 
 def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
@@ -116,13 +144,27 @@ def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
     run = step.resident_steps(parallel, RECIPE, 16)
     for epoch in range(13):
         order = step.epoch_order(64, epoch, NUMBERS.seed)
-        state = run(state, some_data(), order, MOMENTS, np.full(50, 0.1, np.float32), np.int32(min(50, 4 * epoch + 4)), NUMBERS)
+        state = run(
+            state,
+            some_data(),
+            order,
+            MOMENTS,
+            np.full(50, 0.1, np.float32),
+            np.int32(min(50, 4 * epoch + 4)),
+            NUMBERS,
+        )
     jax.tree.map(np.testing.assert_array_equal, state, on_one_device[1])
 
 
 def test_seeds_and_numbers_share_one_compilation():
     run = step.resident_steps(Parallel("jit"), RECIPE, 16)
-    arguments = (some_data(), step.epoch_order(64, 0, 0), MOMENTS, np.full(50, 0.1, np.float32), np.int32(1))
+    arguments = (
+        some_data(),
+        step.epoch_order(64, 0, 0),
+        MOMENTS,
+        np.full(50, 0.1, np.float32),
+        np.int32(1),
+    )
     compiled = None
     for seed, momentum, decay in ((0, 0.9, 0.0), (1, 0.5, 0.1), (2, 0.0, 0.2)):
         numbers = step.Numbers(seed, momentum, decay)
@@ -132,48 +174,72 @@ def test_seeds_and_numbers_share_one_compilation():
 
 
 def test_every_epoch_has_its_own_order():
-    orders = [np.asarray(step.epoch_order(64, epoch, seed)) for epoch, seed in ((0, 0), (1, 0), (0, 1))]
+    orders = [
+        np.asarray(step.epoch_order(64, epoch, seed)) for epoch, seed in ((0, 0), (1, 0), (0, 1))
+    ]
     assert all(sorted(order) == list(range(64)) for order in orders)
     assert not any((a == b).all() for a, b in ((orders[0], orders[1]), (orders[0], orders[2])))
 
 
 def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.1):
     state = step.init(recipe, images.shape[1:], numbers)
-    return state, step.batch_step(None, recipe, state, images, labels, MOMENTS, jnp.float32(rate), 4, numbers)
+    return state, step.batch_step(
+        None, recipe, state, images, labels, MOMENTS, jnp.float32(rate), 4, numbers
+    )
 
 
 def test_a_step_is_plain_gradient_descent():
     """Against the formula, without this engine; the average of parameters and the sums for the epoch as well."""
     images, labels = some_data(16)
-    recipe, numbers = step.Recipe(Tiny(num_classes=5), ema=True), step.Numbers(seed=1, momentum=0.0, ema_decay=0.75)
+    recipe, numbers = (
+        step.Recipe(Tiny(num_classes=5), ema=True),
+        step.Numbers(seed=1, momentum=0.0, ema_decay=0.75),
+    )
     before, after = one_step(recipe, numbers, images, labels)
     x = (images / np.float32(255) - 0.5) / 0.25
 
     def loss(params):
         variables = {"params": params, "batch_stats": before.batch_stats}
         logits, new = recipe.model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, new["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (
+            logits,
+            new["batch_stats"],
+        )
 
     (value, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(before.params)
-    close = functools.partial(jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6))
+    close = functools.partial(
+        jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    )
     close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads))
     close(after.ema, jax.tree.map(lambda p, q: 0.75 * p + 0.25 * q, before.params, after.params))
     close(after.batch_stats, stats)
     np.testing.assert_allclose(after.totals["loss"], 16 * value, rtol=1e-5)
-    assert after.totals["errors"] == (logits.argmax(-1) != labels).sum() and after.totals["count"] == 16 and after.step == 1
+    assert (
+        after.totals["errors"] == (logits.argmax(-1) != labels).sum()
+        and after.totals["count"] == 16
+        and after.step == 1
+    )
 
 
 def test_accumulated_parts_are_the_whole_batch():
     images, labels = some_data(16)
-    model = create_model("tutorial_net", num_classes=5, input_shape=(32, 32, 3))  # without BatchNorm, whose statistics are the part's
+    model = create_model(
+        "tutorial_net", num_classes=5, input_shape=(32, 32, 3)
+    )  # without BatchNorm, whose statistics are the part's
     images = np.tile(images, (1, 4, 4, 1))
-    whole, parts = (one_step(step.Recipe(model, accumulate=count), NUMBERS, images, labels)[1] for count in (1, 4))
+    whole, parts = (
+        one_step(step.Recipe(model, accumulate=count), NUMBERS, images, labels)[1]
+        for count in (1, 4)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
 
 
 def test_losses_are_their_formulas():
     generator = np.random.default_rng(0)
-    logits, labels = generator.normal(size=(4, 3, 3, 5)).astype(np.float32), generator.integers(0, 5, (4, 3, 3))
+    logits, labels = (
+        generator.normal(size=(4, 3, 3, 5)).astype(np.float32),
+        generator.integers(0, 5, (4, 3, 3)),
+    )
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     # PyTorch's label smoothing: 0.1 of the probability is spread over all classes, the true one included.
     smooth = lambda y: 0.9 * np.eye(5)[y] + 0.1 / 5
@@ -184,13 +250,19 @@ def test_losses_are_their_formulas():
     ignored[0, 0, 0] = ignored[1] = step.IGNORED
     found, errors = step.loss_and_errors("pixelwise", logits, ignored)
     each = -np.take_along_axis(logs, labels[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found, [each[0].ravel()[1:].mean(), 0, each[2].mean(), each[3].mean()], rtol=1e-5)
+    np.testing.assert_allclose(
+        found, [each[0].ravel()[1:].mean(), 0, each[2].mean(), each[3].mean()], rtol=1e-5
+    )
     wrong = logits.argmax(-1) != labels
-    np.testing.assert_allclose(errors, [wrong[0].ravel()[1:].mean(), 0, wrong[2].mean(), wrong[3].mean()], rtol=1e-5)
+    np.testing.assert_allclose(
+        errors, [wrong[0].ravel()[1:].mean(), 0, wrong[2].mean(), wrong[3].mean()], rtol=1e-5
+    )
     many = generator.integers(0, 2, (4, 5))
     probability = 1 / (1 + np.exp(-logits[:, 0, 0]))
     found, errors = step.loss_and_errors("sigmoid", logits[:, 0, 0], many)
-    np.testing.assert_allclose(found, -np.where(many, np.log(probability), np.log(1 - probability)).mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        found, -np.where(many, np.log(probability), np.log(1 - probability)).mean(-1), rtol=1e-5
+    )
     np.testing.assert_allclose(errors, ((probability > 0.5) != many).mean(-1), rtol=1e-6)
 
 
@@ -201,16 +273,25 @@ def test_mixup_mixes_images_and_losses():
     same = labels.copy()
     same[8:] = labels[7::-1]
     plain, mixing = step.Recipe(Tiny(num_classes=5)), step.Recipe(Tiny(num_classes=5), mixup=True)
-    loss = lambda recipe, labels, mixup: one_step(recipe, step.Numbers(0, mixup=mixup), images, labels)[1].totals["loss"]
+    loss = lambda recipe, labels, mixup: one_step(
+        recipe, step.Numbers(0, mixup=mixup), images, labels
+    )[1].totals["loss"]
     for mixup in (0.2, 50.0):
         np.testing.assert_allclose(loss(mixing, same, mixup), loss(plain, same, 0.0), rtol=1e-5)
     # With parameters so large the share is one half: the formula, on other images and labels.
     images, labels = some_data(16)
     state, after = one_step(mixing, step.Numbers(0, mixup=1e8), images, labels)
     x = (images / np.float32(255) - 0.5) / 0.25
-    logits, _ = mixing.model.apply({"params": state.params, "batch_stats": state.batch_stats}, (x + x[::-1]) / 2, train=True,
-                                   mutable=["batch_stats"])
-    both = [optax.softmax_cross_entropy_with_integer_labels(logits, y).sum() for y in (labels, labels[::-1].copy())]
+    logits, _ = mixing.model.apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        (x + x[::-1]) / 2,
+        train=True,
+        mutable=["batch_stats"],
+    )
+    both = [
+        optax.softmax_cross_entropy_with_integer_labels(logits, y).sum()
+        for y in (labels, labels[::-1].copy())
+    ]
     np.testing.assert_allclose(after.totals["loss"], sum(both) / 2, rtol=1e-4)
 
 
@@ -222,31 +303,66 @@ def test_prediction_and_features_run_the_same_three_ways(way):
     parallel = Parallel(way)
     placed, moments = parallel.replicate(variables), parallel.replicate(MOMENTS)
     x = (images / np.float32(255) - 0.5) / 0.25
-    for output, want in ((evaluate.logits, model.apply(variables, x)),
-                         (evaluate.features("conv1"), model.apply(variables, x, method="stages")["conv1"]),
-                         (evaluate.averaged(2), jnp.log((nn.softmax(model.apply(variables, x)) + nn.softmax(model.apply(variables, x[:, :, ::-1]))) / 2))):
-        found = evaluate.predict(parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output)
+    for output, want in (
+        (evaluate.logits, model.apply(variables, x)),
+        (evaluate.features("conv1"), model.apply(variables, x, method="stages")["conv1"]),
+        (
+            evaluate.averaged(2),
+            jnp.log(
+                (
+                    nn.softmax(model.apply(variables, x))
+                    + nn.softmax(model.apply(variables, x[:, :, ::-1]))
+                )
+                / 2
+            ),
+        ),
+    ):
+        found = evaluate.predict(
+            parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
+        )
         np.testing.assert_allclose(found, want, atol=1e-5)
 
 
 # ------------------------------------------------------------------ whole runs, as a user starts them
 
-SMALL = [sys.executable, "-m", "cnnjax.main", "--config", "configs/lenet_digits.py", "--config.epochs=3", "--config.n_validation=100",
-         "--config.augment.crop=1", "--config.ema_decay=0.9", "--config.checkpoint_every_steps=4"]
+SMALL = [
+    sys.executable,
+    "-m",
+    "cnnjax.main",
+    "--config",
+    "configs/lenet_digits.py",
+    "--config.epochs=3",
+    "--config.n_validation=100",
+    "--config.augment.crop=1",
+    "--config.ema_decay=0.9",
+    "--config.checkpoint_every_steps=4",
+]
 
 
 def command(*arguments, **options):
-    return subprocess.run([*SMALL, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=CPU_ENVIRONMENT, **options)
+    return subprocess.run(
+        [*SMALL, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=CPU_ENVIRONMENT,
+        **options,
+    )
 
 
 def parameters(folder: pathlib.Path) -> dict[str, str]:
     """What the last checkpoint's arrays are, to the bit."""
     from cnnjax.train.checkpoints import Checkpoints, _leaves
+
     model = create_model("lenet", input_shape=(8, 8, 1))
     like = step.init(step.Recipe(model, augment=(), ema=True), (8, 8, 1), step.Numbers(0))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         at, state, record = checkpoints.restore(like)
-    return {"step": at, "history": record["history"], **{name: leaf.tobytes() for name, leaf in _leaves(state).items()}}
+    return {
+        "step": at,
+        "history": record["history"],
+        **{name: leaf.tobytes() for name, leaf in _leaves(state).items()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +376,33 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_record(finished):
     results = json.loads((finished / "results.json").read_text())
     final, history = results["final"], results["history"]
-    assert results["kind"] == "train" and len(history) == 3 and final["epoch"] == 3 and final["step"] == 3 * (1337 // 128)
-    assert {"train_loss", "train_error", "validation_loss", "validation_error", "test_loss", "test_error"} <= set(final)
+    assert (
+        results["kind"] == "train"
+        and len(history) == 3
+        and final["epoch"] == 3
+        and final["step"] == 3 * (1337 // 128)
+    )
+    assert {
+        "train_loss",
+        "train_error",
+        "validation_loss",
+        "validation_error",
+        "test_loss",
+        "test_error",
+    } <= set(final)
     assert 0 <= final["train_error"] < 0.2 and 0 <= final["test_error"] < 0.3
-    assert [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()] == history
+    assert [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()
+    ] == history
     for name in ("curves.png", "confusion.png", "mistakes.png", "report.md"):
         assert (finished / name).stat().st_size > 1000
     assert any((finished / "tensorboard").iterdir())
     with np.load(finished / "test.npz") as kept:
         assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(final["test_error"])
         assert (kept["labels"] != kept["predicted"])[kept["shown"]].all()
-    assert command("--workdir", finished).returncode == 0  # finished already: it says so and writes the report anew
+    assert (
+        command("--workdir", finished).returncode == 0
+    )  # finished already: it says so and writes the report anew
     assert json.loads((finished / "results.json").read_text()) == results
 
 
@@ -278,8 +410,14 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     """SIGKILL at random moments, three times; CNNJAX_KILLS sets how often."""
     generator, folder, kills = random.Random(1), tmp_path / "killed", 0
     for _ in range(20 * int(os.environ.get("CNNJAX_KILLS", 3))):
-        process = subprocess.Popen([*SMALL, "--workdir", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env=CPU_ENVIRONMENT)
+        process = subprocess.Popen(
+            [*SMALL, "--workdir", str(folder)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=CPU_ENVIRONMENT,
+        )
         assert any("running in" in line for line in process.stdout)
         time.sleep(generator.uniform(0.5, 5.0))
         process.send_signal(signal.SIGKILL)
@@ -298,13 +436,22 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
-    process = subprocess.Popen([*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE,
-                               text=True, env=CPU_ENVIRONMENT)
+    process = subprocess.Popen(
+        [*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", str(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=CPU_ENVIRONMENT,
+    )
     assert any("epoch 1/3" in line for line in process.stderr)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
     if process.returncode != 0:  # else it was done before the signal came
-        assert process.returncode == 75 and "the same command goes on from there" in rest and "Traceback" not in rest
+        assert (
+            process.returncode == 75
+            and "the same command goes on from there" in rest
+            and "Traceback" not in rest
+        )
     done = command("--config.checkpoint_every_steps=100000", "--workdir", tmp_path)
     assert done.returncode == 0
     assert parameters(tmp_path) == parameters(finished)
@@ -313,4 +460,6 @@ def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = command("--config.schedule.learning_rate=1e6", "--workdir", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the loss is not finite at step" in done.stderr and "(learning rate 1e+06)" in done.stderr
+    assert (
+        "the loss is not finite at step" in done.stderr and "(learning rate 1e+06)" in done.stderr
+    )

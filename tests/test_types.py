@@ -1,4 +1,5 @@
 """The annotations are checked: the import hook of conftest.py refuses what does not fit them."""
+
 import importlib
 
 import jax
@@ -27,14 +28,22 @@ def test_axes_of_one_name_must_agree():
         linear_probe(x, np.arange(9) % 2, x, np.arange(10) % 2)
     with pytest.raises(TypeCheckError, match="target"):  # two axes of one array, and of another
         by_ring(np.ones((1, 6, 6)), np.ones((6, 5)), 2)
-    with pytest.raises(TypeCheckError, match="images"):  # a key for each image, also where it is traced
-        jax.eval_shape(augment, jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 8, 8, 3), jnp.uint8))
+    with pytest.raises(
+        TypeCheckError, match="images"
+    ):  # a key for each image, also where it is traced
+        jax.eval_shape(
+            augment, jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 8, 8, 3), jnp.uint8)
+        )
 
 
 def test_a_wrong_dtype_and_a_wrong_result_are_refused(monkeypatch):
     x = jnp.ones((1, 4, 4, 2))
     with pytest.raises(TypeCheckError, match="Float"):
         cnn.global_avg_pool(x.astype(jnp.int32))
-    monkeypatch.setattr(importlib.import_module("cnnjax.nn.pooling"), "_max_pool", lambda x, window, stride: x.swapaxes(2, 3))
+    monkeypatch.setattr(
+        importlib.import_module("cnnjax.nn.pooling"),
+        "_max_pool",
+        lambda x, window, stride: x.swapaxes(2, 3),
+    )
     with pytest.raises(TypeCheckError, match="return value"):
         cnn.max_pool(x, 2)

@@ -1,4 +1,5 @@
 """Each picture's numbers against a network worked out by hand, a closed form or a brute-force computation."""
+
 import json
 import shutil
 import threading
@@ -36,8 +37,12 @@ class Chain(Network):
         yield "logits", global_avg_pool(x)
 
 
-CHAIN = {"params": {"first": {"kernel": jnp.array([2.0, -1.0, 1.0]).reshape(1, 1, 1, 3)},
-                    "second": {"kernel": jnp.array([3.0, 5.0, -4.0]).reshape(1, 1, 3, 1)}}}
+CHAIN = {
+    "params": {
+        "first": {"kernel": jnp.array([2.0, -1.0, 1.0]).reshape(1, 1, 1, 3)},
+        "second": {"kernel": jnp.array([3.0, 5.0, -4.0]).reshape(1, 1, 3, 1)},
+    }
+}
 
 
 class Pooled(Network):
@@ -82,19 +87,24 @@ class Stack(Network):
 @pytest.fixture(scope="module")
 def squeezenet(data_dir):
     model = create_model("squeezenet1_1")
-    return model, load_torchvision(data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model)
+    return model, load_torchvision(
+        data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model
+    )
 
 
 def read(folder, count):
-    paths = photographs.list_photographs(folder)[:500 // count * count:500 // count]
+    paths = photographs.list_photographs(folder)[: 500 // count * count : 500 // count]
     return np.stack([photographs.read_image(path) for path in paths])
 
 
-@pytest.mark.parametrize("rule, expected", [
-    ("gradient", 3 * 2 - 4 * 1),  # the hidden units are 2, -1 and 1: the second is silent
-    ("deconvnet", 3 * 2 + 5 * -1),  # the third gets a negative signal
-    ("guided", 3 * 2),  # both are kept out
-])
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        ("gradient", 3 * 2 - 4 * 1),  # the hidden units are 2, -1 and 1: the second is silent
+        ("deconvnet", 3 * 2 + 5 * -1),  # the third gets a negative signal
+        ("guided", 3 * 2),  # both are kept out
+    ],
+)
 def test_rules_by_hand(rule, expected):
     """The signal reaches one pixel alone: that of the largest output, which is also where the max-pool has its maximum."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
@@ -105,19 +115,37 @@ def test_rules_by_hand(rule, expected):
 
 def test_each_image_may_have_its_own_channel():
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
-    signals = visualize.saliency(Chain(), CHAIN, jnp.concatenate([image, -image]), "hidden", np.array([2, 1]), "gradient")
+    signals = visualize.saliency(
+        Chain(), CHAIN, jnp.concatenate([image, -image]), "hidden", np.array([2, 1]), "gradient"
+    )
     assert np.array_equal(signals[..., 0], [[[0, 0], [1, 0]], [[0, 0], [-1, 0]]])
 
 
 # VGG: 13 convolutions; ResNet-18: 1 + 16; SqueezeNet: conv1, then 8 fire modules of 2; MobileNetV2: 1, a block of 1, 16 blocks of 2 and
 # the last convolution, unless the stages end before it; the others as their publications count up to the last stage.
-@pytest.mark.parametrize("name, count", [
-    ("vgg16", 13), ("vgg16_bn", 13), ("resnet18", 17), ("squeezenet1_1", 17), ("mobilenet_v2", 34), ("alexnet", 5), ("alexnet_2012", 5),
-    ("googlenet", 57), ("tutorial_net", 2), ("lenet", 2), ("lenet5", 0)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("vgg16", 13),
+        ("vgg16_bn", 13),
+        ("resnet18", 17),
+        ("squeezenet1_1", 17),
+        ("mobilenet_v2", 34),
+        ("alexnet", 5),
+        ("alexnet_2012", 5),
+        ("googlenet", 57),
+        ("tutorial_net", 2),
+        ("lenet", 2),
+        ("lenet5", 0),
+    ],
+)
 def test_every_relu_up_to_the_last_stage_follows_the_rule(name, count):
     model = create_model(name)
     stage = list(visualize.stage_channels(model))[-1]
-    shapes, image = variable_shapes(model), jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    shapes, image = (
+        variable_shapes(model),
+        jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32),
+    )
     with visualize.rectifiers("guided") as traced:
         jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=stage), shapes, image)
     assert len(traced) == count
@@ -130,8 +158,13 @@ def test_the_networks_relu_is_back_even_after_an_error_and_never_another_threads
             with visualize.rectifiers("guided"):
                 assert nn.relu is not original
                 slope = jax.grad(lambda x: nn.relu(x) * jnp.float32(2))
-                assert slope(jnp.float32(-1)) == 0 and jax.grad(lambda x: -nn.relu(x))(jnp.float32(1)) == 0
-                thread = threading.Thread(target=lambda: seen.append(jax.grad(lambda x: -nn.relu(x))(jnp.float32(1))))
+                assert (
+                    slope(jnp.float32(-1)) == 0
+                    and jax.grad(lambda x: -nn.relu(x))(jnp.float32(1)) == 0
+                )
+                thread = threading.Thread(
+                    target=lambda: seen.append(jax.grad(lambda x: -nn.relu(x))(jnp.float32(1)))
+                )
                 thread.start()
                 thread.join()
             assert jax.grad(nn.relu)(jnp.float32(-1)) == 1
@@ -142,7 +175,10 @@ def test_the_networks_relu_is_back_even_after_an_error_and_never_another_threads
 def test_a_rule_does_not_stay_in_compiled_code():
     """The same network under one rule, then another, then differentiated as it is."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
-    found = [float(visualize.saliency(Chain(), CHAIN, image, "output", 0, rule).sum()) for rule in ("deconvnet", "gradient", "deconvnet")]
+    found = [
+        float(visualize.saliency(Chain(), CHAIN, image, "output", 0, rule).sum())
+        for rule in ("deconvnet", "gradient", "deconvnet")
+    ]
     assert found == [1, 2, 1]
     assert jax.grad(lambda x: Chain().apply(CHAIN, x).sum())(image)[0, 1, 0, 0] == 2
 
@@ -152,7 +188,10 @@ def test_a_rule_about_relus_needs_relus():
     variables, image = quick.variables(model), jnp.ones((1, 32, 32, 1))
     assert jnp.any(visualize.saliency(model, variables, image, "c3", 0, "gradient") != 0)
     for _ in range(2):  # the second time as well
-        with pytest.raises(ValueError, match="rule='guided' is about ReLUs, and this network has none up to stage 'c3'"):
+        with pytest.raises(
+            ValueError,
+            match="rule='guided' is about ReLUs, and this network has none up to stage 'c3'",
+        ):
             visualize.saliency(model, variables, image, "c3", 0, "guided")
 
 
@@ -166,7 +205,9 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     weights = np.asarray(variables["params"]["fc"]["kernel"])[:, classes]
     expected = np.maximum(np.einsum("nhwk,kn->nhw", maps, weights) / (8 * 6), 0)
     assert expected.max() > 0
-    np.testing.assert_allclose(visualize.grad_cam(model, variables, images, classes, "maps"), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        visualize.grad_cam(model, variables, images, classes, "maps"), expected, atol=1e-6
+    )
 
 
 def test_grad_cam_through_layers_that_are_not_linear():
@@ -183,7 +224,9 @@ def test_grad_cam_through_layers_that_are_not_linear():
     maps = visualize.activations(model, variables, image, "conv2")[0]
     expected = jnp.maximum((jax.grad(logit)(maps).mean((0, 1)) * maps).sum(-1), 0)
     assert expected.max() > 1e-4
-    np.testing.assert_allclose(visualize.grad_cam(model, variables, image, [7], "conv2")[0], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        visualize.grad_cam(model, variables, image, [7], "conv2")[0], expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name, stage", [("resnet18", "layer1"), ("squeezenet1_1", "fire3")])
@@ -199,7 +242,9 @@ def test_a_network_cut_in_two_is_the_network(name, stage):
 
     whole, joined, changed = cut(image)
     np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
-    assert jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0  # what goes in does matter
+    assert (
+        jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0
+    )  # what goes in does matter
 
 
 def test_occlusion_finds_the_region_that_a_linear_network_reads():
@@ -212,35 +257,48 @@ def test_occlusion_finds_the_region_that_a_linear_network_reads():
     assert logits.shape == (5, 6, 2) and not logits[..., 0].any()
     for i, j in np.ndindex(5, 6):
         hidden = np.array(image[:, :, 0])
-        hidden[2 * i:2 * i + 4, 2 * j:2 * j + 4] = -1
+        hidden[2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = -1
         np.testing.assert_allclose(logits[i, j, 1], hidden[4:6, 9:11].sum(), rtol=1e-6)
     i, j = np.nonzero(logits[..., 1] == logits[..., 1].min())
-    assert sorted(zip(i, j)) == [(1, 4), (2, 4)]  # the squares from rows 2 and 4, column 8, hide all of it: -1 four times
+    assert sorted(zip(i, j)) == [
+        (1, 4),
+        (2, 4),
+    ]  # the squares from rows 2 and 4, column 8, hide all of it: -1 four times
 
 
 def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gaussian():
     """Luo et al. 2016, section 2.1: n convolutions of equal weights have the n-fold convolution of a box, of variance 2/3 n per axis."""
     model = Stack()
-    variables = {"params": {f"conv{number}": {"kernel": jnp.ones((3, 3, 1, 1)) / 9} for number in range(10)}}
+    variables = {
+        "params": {f"conv{number}": {"kernel": jnp.ones((3, 3, 1, 1)) / 9} for number in range(10)}
+    }
     field = visualize.effective_receptive_field(model, variables, jnp.zeros((2, 41, 41, 1)), "last")
     row = np.ones(1)
     for _ in range(10):
         row = np.convolve(row, np.ones(3))
     expected = np.zeros((41, 41))
-    expected[10:31, 10:31] = np.outer(row, row) / row.max()**2
+    expected[10:31, 10:31] = np.outer(row, row) / row.max() ** 2
     np.testing.assert_allclose(field, expected, atol=1e-6)
     # A Gaussian falls to 4.55 % at a radius of sqrt(2 ln 22) standard deviations.
     gaussian = np.sqrt(np.pi * 2 * np.log(1 / 0.0455) * 20 / 3)
-    assert visualize.effective_size(field) == pytest.approx(gaussian, rel=0.05) and visualize.effective_size(field) < 21
+    assert (
+        visualize.effective_size(field) == pytest.approx(gaussian, rel=0.05)
+        and visualize.effective_size(field) < 21
+    )
 
 
-@pytest.mark.parametrize("stage, layer", [("conv1", "features.0"), ("fire3", "features.4.expand3x3"), ("fire5", "features.7.expand3x3")])
+@pytest.mark.parametrize(
+    "stage, layer",
+    [("conv1", "features.0"), ("fire3", "features.4.expand3x3"), ("fire5", "features.7.expand3x3")],
+)
 def test_effective_fields_lie_inside_theoretical_ones(squeezenet, data_dir, stage, layer):
     model, variables = squeezenet
     field = visualize.receptive_field(model, stage)
     row = {row.name: row for row in summary.layers(model)}[layer]
     assert (field.size(), field.step) == (row.receptive_field, row.stride)
-    x = visualize.network_input(model, jnp.asarray(read(data_dir / "imagenet_sample", 4)[:, :128, :128]))
+    x = visualize.network_input(
+        model, jnp.asarray(read(data_dir / "imagenet_sample", 4)[:, :128, :128])
+    )
     effective = visualize.effective_receptive_field(model, variables, x, stage)
     rows, columns = np.nonzero(effective)
     centre = visualize.activations(model, variables, x, stage).shape[1] // 2
@@ -262,15 +320,17 @@ def test_equivariance_error_by_padding(fill):
     images = jax.random.normal(jax.random.key(1), (2, 25, 27, 3))
     error = visualize.equivariance_error(model, quick.variables(model), images, "block1")
     assert len(error) == {"none": 10, "full": 14}.get(fill, 12)
-    assert (error[:BORDER[fill]] > 0.01).all()
-    assert fill == "interpolate" or (error[BORDER[fill]:] < 1e-6).all()
+    assert (error[: BORDER[fill]] > 0.01).all()
+    assert fill == "interpolate" or (error[BORDER[fill] :] < 1e-6).all()
 
 
 def test_circular_padding_is_equivariant_to_circular_shifts():
     model = create_model("convnet", padding="circular")
     variables = quick.variables(model)
     period = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
-    images = jnp.pad(period, ((0, 0), (0, 4), (0, 4), (0, 0)), mode="wrap")  # its two windows are circular shifts of each other
+    images = jnp.pad(
+        period, ((0, 0), (0, 4), (0, 4), (0, 0)), mode="wrap"
+    )  # its two windows are circular shifts of each other
     assert (visualize.equivariance_error(model, variables, images, "block3") < 1e-5).all()
     zeros = visualize.equivariance_error(model.clone(padding="zeros"), variables, images, "block3")
     assert zeros[0] > 0.01
@@ -283,21 +343,34 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
     x = visualize.network_input(model, jnp.asarray(images))
     field = visualize.receptive_field(model, "fire5")
     size, at, seen = visualize.frame(model, "fire5")
-    assert all(low + step * (i - 1) < 0 <= low + step * i for low, step, i in zip(field.low, field.step, at)) and size == (63, 63)
+    assert all(
+        low + step * (i - 1) < 0 <= low + step * i
+        for low, step, i in zip(field.low, field.step, at)
+    ) and size == (63, 63)
     values, places = visualize.peaks(model, variables, x, "fire5")
     maps = np.asarray(visualize.activations(model, variables, x, "fire5"))
     inner = np.argwhere(((places >= 5) & (places < 22)).all(2) & (values > 1))[:20]
     assert len(inner) == 20
-    patches = visualize._patches(np.asarray(x)[inner[:, 0]], places[inner[:, 0], inner[:, 1]], field, np.nan)
+    patches = visualize._patches(
+        np.asarray(x)[inner[:, 0]], places[inner[:, 0], inner[:, 1]], field, np.nan
+    )
     alone = np.zeros((20, *size, 3), np.float32)
     alone[:, *seen] = patches
-    again = np.asarray(visualize.activations(model, variables, jnp.asarray(alone), "fire5"))[:, at[0], at[1]]
+    again = np.asarray(visualize.activations(model, variables, jnp.asarray(alone), "fire5"))[
+        :, at[0], at[1]
+    ]
     for (image, channel), place, found in zip(inner, places[inner[:, 0], inner[:, 1]], again):
-        assert values[image, channel] == maps[image, ..., channel].max() == maps[image, place[0], place[1], channel]
+        assert (
+            values[image, channel]
+            == maps[image, ..., channel].max()
+            == maps[image, place[0], place[1], channel]
+        )
         assert found[channel] == pytest.approx(values[image, channel], rel=1e-4)
     corner = visualize._patches(images[:1], np.array([[0, 0]]), field, 7)[0]
     low = -field.low[0]
-    assert (corner[:low] == 7).all() and np.array_equal(corner[low:, low:], images[0, :63 - low, :63 - low])
+    assert (corner[:low] == 7).all() and np.array_equal(
+        corner[low:, low:], images[0, : 63 - low, : 63 - low]
+    )
 
 
 def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
@@ -305,13 +378,31 @@ def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
     model, variables = squeezenet
     name, kernel = visualize.first_filters(model, variables)
     assert name == "features.0" and kernel.shape == (3, 3, 3, 64)
-    ends = np.asarray(visualize.network_input(model, jnp.asarray([0, 255])[:, None, None, None] * jnp.ones((1, 1, 1, 3), int)))
-    bound = np.maximum(*(kernel * end[0, 0, :, None] for end in ends)).sum((0, 1, 2)) + variables["params"]["features.0"]["bias"]
-    images, (before, after) = visualize.maximise(model, variables, "conv1", range(64), total_variation=0.0)
+    ends = np.asarray(
+        visualize.network_input(
+            model, jnp.asarray([0, 255])[:, None, None, None] * jnp.ones((1, 1, 1, 3), int)
+        )
+    )
+    bound = (
+        np.maximum(*(kernel * end[0, 0, :, None] for end in ends)).sum((0, 1, 2))
+        + variables["params"]["features.0"]["bias"]
+    )
+    images, (before, after) = visualize.maximise(
+        model, variables, "conv1", range(64), total_variation=0.0
+    )
     assert images.shape == (64, 3, 3, 3) and images.min() >= 0 and images.max() <= 1
-    assert (before == 0).any() and (after <= bound + 1e-4).all() and (after > bound / 2).all() and (after / bound).mean() > 0.9
-    rolled, (_, worse) = visualize.maximise(model, variables, "conv1", range(64), total_variation=0.0, jitter=1)
-    assert (worse / bound).mean() < (after / bound).mean()  # what must excite from every side excites less
+    assert (
+        (before == 0).any()
+        and (after <= bound + 1e-4).all()
+        and (after > bound / 2).all()
+        and (after / bound).mean() > 0.9
+    )
+    rolled, (_, worse) = visualize.maximise(
+        model, variables, "conv1", range(64), total_variation=0.0, jitter=1
+    )
+    assert (worse / bound).mean() < (
+        after / bound
+    ).mean()  # what must excite from every side excites less
     assert np.ptp(rolled, axis=(1, 2)).mean() < 0.8 * np.ptp(images, axis=(1, 2)).mean()
 
 
@@ -327,10 +418,14 @@ def test_maximising_beats_the_best_photograph_patch(squeezenet, data_dir):
     at = visualize.frame(model, "fire3")[1]
     size = visualize.frame(model, "fire3")[0]
     whole = jnp.zeros((4, *size, 3)).at[:, *visualize.frame(model, "fire3")[2]].set(x)
-    again = visualize.activations(model, variables, whole, "fire3")[jnp.arange(4), at[0], at[1], jnp.array(channels)]
+    again = visualize.activations(model, variables, whole, "fire3")[
+        jnp.arange(4), at[0], at[1], jnp.array(channels)
+    ]
     np.testing.assert_allclose(again, after, rtol=1e-4)
-    smooth, same = (visualize.maximise(model, variables, "fire3", channels, steps=100, **options)[0]
-                    for options in ({"total_variation": 0.2}, {"seed": 0}))
+    smooth, same = (
+        visualize.maximise(model, variables, "fire3", channels, steps=100, **options)[0]
+        for options in ({"total_variation": 0.2}, {"seed": 0})
+    )
     roughness = lambda images: np.abs(np.diff(images, axis=1)).mean()
     assert np.array_equal(same, images) and roughness(smooth) < 0.8 * roughness(images)
 
@@ -342,21 +437,60 @@ def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
     assert (size, at, seen) == ((224, 224), (3, 3), (slice(None), slice(None)))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m, v, x: visualize.activations(m, v, x, "conv9"), "stage='conv9' is not a stage of this network; its stages are conv1, conv2"),
-    (lambda m, v, x: visualize.receptive_field(m, ""), "stage='' is not a stage"),
-    (lambda m, v, x: visualize.saliency(m, v, x, "conv1", 6, "guided"), "channel=6 is not between 0 and 5, the channels of stage conv1"),
-    (lambda m, v, x: visualize.saliency(m, v, x, "conv1", [0, -1], "guided"), "channel=-1 is not between"),
-    (lambda m, v, x: visualize.saliency(m, v, x, "conv1", 0, "redirected"), "rule='redirected' is not one of gradient, deconvnet, guided"),
-    (lambda m, v, x: visualize.grad_cam(m, v, x, [0, 10], "conv1"), r"classes=\[0, 10\] are not all between 0 and 9"),
-    (lambda m, v, x: visualize.occlusion(m, v, x[0], 33, 1), "size=33 of the square is not between 1 and 32"),
-    (lambda m, v, x: visualize.occlusion(m, v, x[0], 8, 0), "stride=0 is not a positive number"),
-    (lambda m, v, x: visualize.maximise(m, v, "conv1", [0], steps=0), "steps=0 is not a number of at least 1"),
-    (lambda m, v, x: visualize.maximise(m, v, "conv1", [0], total_variation=-0.1), "total_variation=-0.1 is not a number of at least 0"),
-    (lambda m, v, x: visualize.maximise(m, v, "conv1", [0], jitter=-1), "jitter=-1 is not a number of at least 0"),
-    (lambda m, v, x: visualize.equivariance_error(m, v, x[:, :6, :6], "conv1"), "images of 6x6 leave no two positions of stage='conv1'"),
-    (lambda m, v, x: visualize.first_filters(create_model("mlp1"), v), "the network has no convolution"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda m, v, x: visualize.activations(m, v, x, "conv9"),
+            "stage='conv9' is not a stage of this network; its stages are conv1, conv2",
+        ),
+        (lambda m, v, x: visualize.receptive_field(m, ""), "stage='' is not a stage"),
+        (
+            lambda m, v, x: visualize.saliency(m, v, x, "conv1", 6, "guided"),
+            "channel=6 is not between 0 and 5, the channels of stage conv1",
+        ),
+        (
+            lambda m, v, x: visualize.saliency(m, v, x, "conv1", [0, -1], "guided"),
+            "channel=-1 is not between",
+        ),
+        (
+            lambda m, v, x: visualize.saliency(m, v, x, "conv1", 0, "redirected"),
+            "rule='redirected' is not one of gradient, deconvnet, guided",
+        ),
+        (
+            lambda m, v, x: visualize.grad_cam(m, v, x, [0, 10], "conv1"),
+            r"classes=\[0, 10\] are not all between 0 and 9",
+        ),
+        (
+            lambda m, v, x: visualize.occlusion(m, v, x[0], 33, 1),
+            "size=33 of the square is not between 1 and 32",
+        ),
+        (
+            lambda m, v, x: visualize.occlusion(m, v, x[0], 8, 0),
+            "stride=0 is not a positive number",
+        ),
+        (
+            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], steps=0),
+            "steps=0 is not a number of at least 1",
+        ),
+        (
+            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], total_variation=-0.1),
+            "total_variation=-0.1 is not a number of at least 0",
+        ),
+        (
+            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], jitter=-1),
+            "jitter=-1 is not a number of at least 0",
+        ),
+        (
+            lambda m, v, x: visualize.equivariance_error(m, v, x[:, :6, :6], "conv1"),
+            "images of 6x6 leave no two positions of stage='conv1'",
+        ),
+        (
+            lambda m, v, x: visualize.first_filters(create_model("mlp1"), v),
+            "the network has no convolution",
+        ),
+    ],
+)
 def test_bad_arguments_are_named(call, message):
     model = create_model("tutorial_net")
     with pytest.raises(ValueError, match=message):
@@ -387,50 +521,125 @@ def folder(data_dir, tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
     assert COMMANDS.keys() == visualize._COMMANDS.keys()
-    monkeypatch.setattr(visualize, "FILLS", ("zeros", "none", "mean"))  # each is compiled, and all are tested above
-    arguments = [command, "--model", "squeezenet1_1", "--weights", str(data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"),
-                 "--workdir", str(tmp_path / "run"), *COMMANDS[command]]
+    monkeypatch.setattr(
+        visualize, "FILLS", ("zeros", "none", "mean")
+    )  # each is compiled, and all are tested above
+    arguments = [
+        command,
+        "--model",
+        "squeezenet1_1",
+        "--weights",
+        str(data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"),
+        "--workdir",
+        str(tmp_path / "run"),
+        *COMMANDS[command],
+    ]
     if command not in ("filters", "maximise"):
         arguments += ["--photographs", str(folder)]
     visualize.main(arguments)
     run = tmp_path / "run"
-    assert sorted(path.name for path in run.iterdir()) == sorted(["config.json", "environment.json", f"{command}.png", "results.json"])
+    assert sorted(path.name for path in run.iterdir()) == sorted(
+        ["config.json", "environment.json", f"{command}.png", "results.json"]
+    )
     picture = photographs.read_image(run / f"{command}.png")
     assert min(picture.shape[:2]) > 150 and picture.std() > 10
     results = json.loads((run / "results.json").read_text())
     assert results["kind"] == json.loads((run / "config.json").read_text())["command"] == command
     check = {
         "filters": lambda r: r["shape"] == [3, 3, 3, 64] and len(r["norms"]) == 64,
-        "activations": lambda r: [(m["photograph"][:3], m["stage"], m["shape"]) for m in r["maps"]] == [
-            (name, stage, shape) for name in ("000", "798") for stage, shape in (("conv1", [111, 111, 64]), ("fire5", [27, 27, 256]))],
-        "maximise": lambda r: [u["channel"] for u in r["units"]] == [3, 4] * 2 and all(u["maximised"] > u["noise"] for u in r["units"]),
-        "patches": lambda r: all(len(c["photographs"]) == 4 and sorted(c["activations"])[::-1] == c["activations"] for c in r["channels"]),
-        "occlusion": lambda r: [p["class"] for p in r["photographs"]] == [0, 798] and np.shape(r["photographs"][0]["hidden"]) == (3, 3),
-        "grad-cam": lambda r: [p["class"] for p in r["photographs"]] == [0, 798] and np.max(r["photographs"][0]["map"]) > 0,
-        "field": lambda r: r["stages"][0]["theoretical"] == [23, 23] and 5 < r["stages"][0]["effective"] < 23,
-        "equivariance": lambda r: {e["padding"]: e["error"][0] > 0.01 for e in r["errors"]} == {"zeros": True, "none": False, "mean": True},
-        "levels": lambda r: [(u["stage"], u["channel"], len(u["photographs"])) for u in r["units"]] == [("conv1", 3, 1), ("fire3", 3, 1)],
+        "activations": lambda r: (
+            [(m["photograph"][:3], m["stage"], m["shape"]) for m in r["maps"]]
+            == [
+                (name, stage, shape)
+                for name in ("000", "798")
+                for stage, shape in (("conv1", [111, 111, 64]), ("fire5", [27, 27, 256]))
+            ]
+        ),
+        "maximise": lambda r: (
+            [u["channel"] for u in r["units"]] == [3, 4] * 2
+            and all(u["maximised"] > u["noise"] for u in r["units"])
+        ),
+        "patches": lambda r: all(
+            len(c["photographs"]) == 4 and sorted(c["activations"])[::-1] == c["activations"]
+            for c in r["channels"]
+        ),
+        "occlusion": lambda r: (
+            [p["class"] for p in r["photographs"]] == [0, 798]
+            and np.shape(r["photographs"][0]["hidden"]) == (3, 3)
+        ),
+        "grad-cam": lambda r: (
+            [p["class"] for p in r["photographs"]] == [0, 798]
+            and np.max(r["photographs"][0]["map"]) > 0
+        ),
+        "field": lambda r: (
+            r["stages"][0]["theoretical"] == [23, 23] and 5 < r["stages"][0]["effective"] < 23
+        ),
+        "equivariance": lambda r: (
+            {e["padding"]: e["error"][0] > 0.01 for e in r["errors"]}
+            == {"zeros": True, "none": False, "mean": True}
+        ),
+        "levels": lambda r: (
+            [(u["stage"], u["channel"], len(u["photographs"])) for u in r["units"]]
+            == [("conv1", 3, 1), ("fire3", 3, 1)]
+        ),
     }[command]
     assert check(results), results
 
 
 def test_a_network_of_one_channel(folder, tmp_path):
-    visualize.main(["levels", "--model", "lenet", "--weights", "random", "--photographs", str(folder), "--steps", "2", "--channels", "0",
-                    "--workdir", str(tmp_path)])
-    assert [unit["stage"] for unit in json.loads((tmp_path / "results.json").read_text())["units"]] == ["conv1", "conv2"]
+    visualize.main(
+        [
+            "levels",
+            "--model",
+            "lenet",
+            "--weights",
+            "random",
+            "--photographs",
+            str(folder),
+            "--steps",
+            "2",
+            "--channels",
+            "0",
+            "--workdir",
+            str(tmp_path),
+        ]
+    )
+    assert [
+        unit["stage"] for unit in json.loads((tmp_path / "results.json").read_text())["units"]
+    ] == ["conv1", "conv2"]
 
 
-def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(folder, tmp_path, monkeypatch):
+def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
+    folder, tmp_path, monkeypatch
+):
     def error(model, *rest):
         if model.padding == "none":
             raise ValueError("the image is too small for this network")
         return np.array([0.5, 0.25, 0.0])
 
     monkeypatch.setattr(visualize, "equivariance_error", error)
-    visualize.main(["equivariance", "--model", "lenet", "--weights", "random", "--photographs", str(folder), "--workdir", str(tmp_path)])
+    visualize.main(
+        [
+            "equivariance",
+            "--model",
+            "lenet",
+            "--weights",
+            "random",
+            "--photographs",
+            str(folder),
+            "--workdir",
+            str(tmp_path),
+        ]
+    )
     rows = json.loads((tmp_path / "results.json").read_text())["errors"]
-    assert {(row["stage"], row["padding"]) for row in rows} == {(stage, fill) for stage in ("conv1", "conv2") for fill in FILLS}
-    assert all(row["error"] is None and "too small" in row["reason"] for row in rows if row["padding"] == "none")
+    assert {(row["stage"], row["padding"]) for row in rows} == {
+        (stage, fill) for stage in ("conv1", "conv2") for fill in FILLS
+    }
+    assert all(
+        row["error"] is None and "too small" in row["reason"]
+        for row in rows
+        if row["padding"] == "none"
+    )
     assert all(row["error"] == [0.5, 0.25, 0] for row in rows if row["padding"] != "none")
 
 
@@ -443,35 +652,70 @@ def refused(arguments: list[str], capsys) -> tuple[int, str]:
 GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
 
 
-@pytest.mark.parametrize("command, changed, message", [
-    ("activations", {"--model": "lenett"}, "model='lenett' is not known; did you mean lenet"),
-    ("activations", {"--stages": "conv9"}, "stage='conv9' is not a stage of this network; its stages are conv1, conv2"),
-    ("activations", {"--channels": "50"}, "channel=50 is not between 0 and 49, the channels of stage conv1"),
-    ("activations", {"--channels": "-1"}, "argument --channels: '-1' is not a whole number of at least 0"),
-    ("activations", {"--images": "0"}, "argument --images: '0' is not a whole number of at least 1"),
-    ("activations", {"--photographs": "WORK"}, "holds no image file"),
-    ("activations", {"--photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
-    ("activations", {"--padding": "mirror"}, "padding='mirror' is not one of zeros, none"),
-    ("activations", {"--weights": "nothing.safetensors"}, "weights='nothing.safetensors' is not a file"),
-    ("activations", {"--weights": None}, "the following arguments are required: --weights"),
-    ("activations", {"--model": "mlp1"}, "model='mlp1' has no stages"),
-    ("activations", {"--workdir": "FILE/run"}, "cannot be written to: Not a directory"),
-    ("patches", {}, "the following arguments are required: --stage"),
-    ("levels", {"--total-variation": "nan"}, "argument --total-variation: 'nan' is not a number of at least 0"),
-    ("levels", {"--model": "vgg11", "--stages": "block1 block2 block3 block4"}, "stages=block1, block2, block3, block4 are more than three"),
-    ("occlusion", {"--size": "29"}, "size=29 of the square is not between 1 and 28"),
-    ("dance", {}, "invalid choice: 'dance'"),
-])
+@pytest.mark.parametrize(
+    "command, changed, message",
+    [
+        ("activations", {"--model": "lenett"}, "model='lenett' is not known; did you mean lenet"),
+        (
+            "activations",
+            {"--stages": "conv9"},
+            "stage='conv9' is not a stage of this network; its stages are conv1, conv2",
+        ),
+        (
+            "activations",
+            {"--channels": "50"},
+            "channel=50 is not between 0 and 49, the channels of stage conv1",
+        ),
+        (
+            "activations",
+            {"--channels": "-1"},
+            "argument --channels: '-1' is not a whole number of at least 0",
+        ),
+        (
+            "activations",
+            {"--images": "0"},
+            "argument --images: '0' is not a whole number of at least 1",
+        ),
+        ("activations", {"--photographs": "WORK"}, "holds no image file"),
+        ("activations", {"--photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
+        ("activations", {"--padding": "mirror"}, "padding='mirror' is not one of zeros, none"),
+        (
+            "activations",
+            {"--weights": "nothing.safetensors"},
+            "weights='nothing.safetensors' is not a file",
+        ),
+        ("activations", {"--weights": None}, "the following arguments are required: --weights"),
+        ("activations", {"--model": "mlp1"}, "model='mlp1' has no stages"),
+        ("activations", {"--workdir": "FILE/run"}, "cannot be written to: Not a directory"),
+        ("patches", {}, "the following arguments are required: --stage"),
+        (
+            "levels",
+            {"--total-variation": "nan"},
+            "argument --total-variation: 'nan' is not a number of at least 0",
+        ),
+        (
+            "levels",
+            {"--model": "vgg11", "--stages": "block1 block2 block3 block4"},
+            "stages=block1, block2, block3, block4 are more than three",
+        ),
+        ("occlusion", {"--size": "29"}, "size=29 of the square is not between 1 and 28"),
+        ("dance", {}, "invalid choice: 'dance'"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "work").mkdir()
     arguments = [command]
     for name, value in {**GOOD, **changed}.items():
         if value is not None:
-            value = value.replace("WORK", str(tmp_path / "work")).replace("FILE", str(tmp_path / "file"))
+            value = value.replace("WORK", str(tmp_path / "work")).replace(
+                "FILE", str(tmp_path / "file")
+            )
             arguments += [name, *value.split()]
     code, error = refused(arguments, capsys)
-    lines = [line for line in error.splitlines() if " photographs, " not in line]  # of which some were read
+    lines = [
+        line for line in error.splitlines() if " photographs, " not in line
+    ]  # of which some were read
     assert code == 2 and len(lines) == 1 and message in lines[0], error
     assert not list((tmp_path / "work").glob("*.png"))
 
@@ -479,12 +723,38 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
 def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, capsys):
     """A file without the last modules serves the stages before them, and is refused by name for the rest."""
     path = str(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors")
-    common = ["--model", "resnet18", "--weights", path, "--photographs", str(folder), "--images", "1"]
-    for arguments, message in ((["--workdir", str(tmp_path / "a")], "not in the file: fc.bias (1000,)"),
-                               (["--workdir", str(tmp_path / "a"), "--missing", "layer4", "fc"], "do not hold all that grad-cam needs")):
+    common = [
+        "--model",
+        "resnet18",
+        "--weights",
+        path,
+        "--photographs",
+        str(folder),
+        "--images",
+        "1",
+    ]
+    for arguments, message in (
+        (["--workdir", str(tmp_path / "a")], "not in the file: fc.bias (1000,)"),
+        (
+            ["--workdir", str(tmp_path / "a"), "--missing", "layer4", "fc"],
+            "do not hold all that grad-cam needs",
+        ),
+    ):
         code, error = refused(["grad-cam", *common, "--stage", "layer1", *arguments], capsys)
         assert code == 2 and message in error
-    visualize.main(["activations", *common, "--stages", "layer3", "--missing", "layer4", "fc", "--workdir", str(tmp_path / "b")])
+    visualize.main(
+        [
+            "activations",
+            *common,
+            "--stages",
+            "layer3",
+            "--missing",
+            "layer4",
+            "fc",
+            "--workdir",
+            str(tmp_path / "b"),
+        ]
+    )
     assert (tmp_path / "b" / "activations.png").exists()
 
 
@@ -493,4 +763,7 @@ def test_a_work_directory_is_one_configurations(folder, tmp_path, capsys):
     visualize.main(arguments)
     visualize.main(arguments)
     code, error = refused([*arguments, "--padding", "none"], capsys)
-    assert code == 2 and "holds a run of another configuration (padding='zeros' there, 'none' now)" in error
+    assert (
+        code == 2
+        and "holds a run of another configuration (padding='zeros' there, 'none' now)" in error
+    )

@@ -12,8 +12,14 @@ import pytest
 from cnnjax import report, workdir
 
 
-@pytest.mark.parametrize("write", [lambda path: workdir.write(path, "new"), lambda path: workdir.write_json(path, {"a": 1}),
-                                   lambda path: workdir.write_figure(path, matplotlib.figure.Figure((1, 1)))])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: workdir.write(path, "new"),
+        lambda path: workdir.write_json(path, {"a": 1}),
+        lambda path: workdir.write_figure(path, matplotlib.figure.Figure((1, 1))),
+    ],
+)
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch):
     path = tmp_path / "kept"
@@ -21,7 +27,7 @@ def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch)
     whole = pathlib.Path.write_bytes
 
     def fails_half_way(self, content):
-        whole(self, content[:len(content) // 2])
+        whole(self, content[: len(content) // 2])
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(type(error)):
@@ -45,10 +51,20 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     assert json.loads((folder / "environment.json").read_text())["seed"] == 0
     (folder / "results.json").write_text("{}")
     (folder / "environment.json").write_text("what made the results")
-    assert workdir.prepare(folder, config) == folder and (folder / "environment.json").read_text() == "what made the results"
-    for change, message in (({"seed": 1}, "seed=0 there, 1 now"), ({"paddings": ("zeros",)}, r"paddings=\['zeros', 'none'\] there, \['zeros'\] now"),
-                            ({"nested": {"a": 2}}, "nested.a=1 there, 2 now"), ({"extra": 3}, "extra=None there, 3 now")):
-        with pytest.raises(ValueError, match=f"holds a run of another configuration \\({message}\\); choose another --workdir"):
+    assert (
+        workdir.prepare(folder, config) == folder
+        and (folder / "environment.json").read_text() == "what made the results"
+    )
+    for change, message in (
+        ({"seed": 1}, "seed=0 there, 1 now"),
+        ({"paddings": ("zeros",)}, r"paddings=\['zeros', 'none'\] there, \['zeros'\] now"),
+        ({"nested": {"a": 2}}, "nested.a=1 there, 2 now"),
+        ({"extra": 3}, "extra=None there, 3 now"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"holds a run of another configuration \\({message}\\); choose another --workdir",
+        ):
             workdir.prepare(folder, config | change)
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config))
     (folder / "config.json").write_text("{ torn")
@@ -57,7 +73,10 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
 
 
 def test_a_report_needs_results(tmp_path):
-    with pytest.raises(ValueError, match="has no config.json, environment.json, results.json: there is no finished run to report on"):
+    with pytest.raises(
+        ValueError,
+        match="has no config.json, environment.json, results.json: there is no finished run to report on",
+    ):
         report.write(tmp_path)
     for name in ("config", "environment"):
         (tmp_path / f"{name}.json").write_text("{}")
@@ -68,26 +87,48 @@ def test_a_report_needs_results(tmp_path):
 
 # ------------------------------------------------------------------ claims
 
+
 def test_one_process_at_a_time(tmp_path):
     """A second one is refused by name; of twelve at once one gets in, and the folder is left as it was."""
-    code = ("import pathlib, sys, time\nfrom cnnjax import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
-            "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', flush=True)\n        time.sleep(2)\n"
-            "except workdir.Claimed as error:\n    print(error)")
-    with workdir.claim(tmp_path), pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "):
+    code = (
+        "import pathlib, sys, time\nfrom cnnjax import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
+        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', flush=True)\n        time.sleep(2)\n"
+        "except workdir.Claimed as error:\n    print(error)"
+    )
+    with (
+        workdir.claim(tmp_path),
+        pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "),
+    ):
         workdir.claim(tmp_path).__enter__()
     at = str(time.time() + 2)
-    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), at], stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), at], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(6)
+    ]
     found = sorted(process.communicate()[0].strip() for process in started)
-    assert found[0] == "in" and all("is in use by process" in line for line in found[1:]) and not list(tmp_path.iterdir())
+    assert (
+        found[0] == "in"
+        and all("is in use by process" in line for line in found[1:])
+        and not list(tmp_path.iterdir())
+    )
 
 
-@pytest.mark.parametrize("held, idle, void", [
-    ({"host": platform.node(), "process": 2**22 + 1}, 0, True),  # above the largest number of a process
-    ({"host": platform.node(), "process": os.getpid()}, 0, False),
-    ({"host": "elsewhere", "process": 1}, 100, False),
-    ({"host": "elsewhere", "process": 1}, 130, True),
-    ({"host": "elsewhere", "process": 1}, -1000, False),  # a clock that was set back
-])
+@pytest.mark.parametrize(
+    "held, idle, void",
+    [
+        (
+            {"host": platform.node(), "process": 2**22 + 1},
+            0,
+            True,
+        ),  # above the largest number of a process
+        ({"host": platform.node(), "process": os.getpid()}, 0, False),
+        ({"host": "elsewhere", "process": 1}, 100, False),
+        ({"host": "elsewhere", "process": 1}, 130, True),
+        ({"host": "elsewhere", "process": 1}, -1000, False),  # a clock that was set back
+    ],
+)
 def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
     path = tmp_path / "run.claim"
     path.write_text(json.dumps(held))

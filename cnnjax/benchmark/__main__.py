@@ -16,6 +16,7 @@ The first three need PyTorch and torchvision. Each of their sides is a process o
 changed; the processes take turns, so that a drift of the machine's speed meets all of them. Inputs are random numbers, but for those of
 `input`. Writes report.md and benchmark.json.
 """
+
 import importlib.metadata
 import os
 import pathlib
@@ -34,42 +35,106 @@ def check(what: str, only: list[str]) -> None:
     names = LAYERS if what == "layers" else NETWORKS.get(what, ())
     for name in only:
         if name not in names:
-            raise ValueError(f"only={name!r} is not one of {', '.join(names) or 'nothing: ' + what + ' has no parts to choose from'}")
+            raise ValueError(
+                f"only={name!r} is not one of {', '.join(names) or 'nothing: ' + what + ' has no parts to choose from'}"
+            )
     if what not in SIDES:
         return
     try:
         import torch
         import torchvision  # noqa: F401  (its networks are built in the sides' processes)
     except (ImportError, RuntimeError) as error:  # RuntimeError: builds that do not fit each other
-        raise ValueError(f"{what} compares with PyTorch, which cannot be imported ({error}): pip install torch torchvision") from error
+        raise ValueError(
+            f"{what} compares with PyTorch, which cannot be imported ({error}): pip install torch torchvision"
+        ) from error
     if what == "gpu":
         import jax
+
         if jax.default_backend() != "gpu" or not torch.cuda.is_available():
-            raise ValueError(f"gpu needs a GPU that both sides see: jax runs on {jax.default_backend()!r}, torch.cuda.is_available() is "
-                             f"{torch.cuda.is_available()}")
+            raise ValueError(
+                f"gpu needs a GPU that both sides see: jax runs on {jax.default_backend()!r}, torch.cuda.is_available() is "
+                f"{torch.cuda.is_available()}"
+            )
 
 
 def _networks_table(rows: list[dict]) -> str:
-    lines = [[row["name"], str(row["batch"]), f"{row['parameters']:,}", row["pass"], row["side"], f"{row['ms']:.2f}",
-              f"{row['min_ms']:.2f} to {row['max_ms']:.2f}", f"{row['over_cnnjax']:.2f}", f"{row['images_per_s']:,.0f}",
-              f"{row['gflop_per_s']:,.0f}", f"{100 * row['utilisation']:.0f}",
-              "" if row["memory_mb"] is None else f"{row['memory_mb']:,}", f"{row['compile_s']:.1f}"] for row in rows]
-    return report.table(["network", "batch", "parameters", "pass", "side", "ms", "range", "over cnnjax", "img/s", "GFLOP/s", "of peak, %",
-                         "step's memory, MB", "compiled in, s"], lines)
+    lines = [
+        [
+            row["name"],
+            str(row["batch"]),
+            f"{row['parameters']:,}",
+            row["pass"],
+            row["side"],
+            f"{row['ms']:.2f}",
+            f"{row['min_ms']:.2f} to {row['max_ms']:.2f}",
+            f"{row['over_cnnjax']:.2f}",
+            f"{row['images_per_s']:,.0f}",
+            f"{row['gflop_per_s']:,.0f}",
+            f"{100 * row['utilisation']:.0f}",
+            "" if row["memory_mb"] is None else f"{row['memory_mb']:,}",
+            f"{row['compile_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    return report.table(
+        [
+            "network",
+            "batch",
+            "parameters",
+            "pass",
+            "side",
+            "ms",
+            "range",
+            "over cnnjax",
+            "img/s",
+            "GFLOP/s",
+            "of peak, %",
+            "step's memory, MB",
+            "compiled in, s",
+        ],
+        lines,
+    )
 
 
 def _layers_table(rows: list[dict]) -> str:
     lines = []
-    for ours, *others in zip(*(rows[at::len(SIDES["layers"])] for at in range(len(SIDES["layers"])))):
-        lines.append([ours["name"], ours["pass"], *(f"{row['ms']:.3f}" for row in (ours, *others)),
-                      *(f"{row['over_cnnjax']:.2f}" for row in others), f"{ours['gflop_per_s']:,.0f}", f"{100 * ours['utilisation']:.0f}"])
-    return report.table(["convolution", "pass", *(f"{side}, ms" for side in SIDES["layers"]),
-                         *(f"{side} / cnnjax" for side in SIDES["layers"][1:]), "GFLOP/s", "of peak, %"], lines)
+    for ours, *others in zip(
+        *(rows[at :: len(SIDES["layers"])] for at in range(len(SIDES["layers"])))
+    ):
+        lines.append(
+            [
+                ours["name"],
+                ours["pass"],
+                *(f"{row['ms']:.3f}" for row in (ours, *others)),
+                *(f"{row['over_cnnjax']:.2f}" for row in others),
+                f"{ours['gflop_per_s']:,.0f}",
+                f"{100 * ours['utilisation']:.0f}",
+            ]
+        )
+    return report.table(
+        [
+            "convolution",
+            "pass",
+            *(f"{side}, ms" for side in SIDES["layers"]),
+            *(f"{side} / cnnjax" for side in SIDES["layers"][1:]),
+            "GFLOP/s",
+            "of peak, %",
+        ],
+        lines,
+    )
 
 
 def _layer_flops(shape: tuple) -> float:
     batch, size, inputs, outputs, kernel, stride, padding, groups = shape
-    return 2.0 * batch * ((size + 2 * padding - kernel) // stride + 1)**2 * kernel**2 * inputs // groups * outputs
+    return (
+        2.0
+        * batch
+        * ((size + 2 * padding - kernel) // stride + 1) ** 2
+        * kernel**2
+        * inputs
+        // groups
+        * outputs
+    )
 
 
 def compare_sides(what: str, rounds: int, only: list[str], save) -> None:
@@ -80,15 +145,25 @@ def compare_sides(what: str, rounds: int, only: list[str], save) -> None:
     from cnnjax.benchmark import turns
     from cnnjax.models import create_model
 
-    rows, versions = [], f"jaxlib {importlib.metadata.version('jaxlib')}, PyTorch {torch.__version__}"
+    rows, versions = (
+        [],
+        f"jaxlib {importlib.metadata.version('jaxlib')}, PyTorch {torch.__version__}",
+    )
     for name in only or (LAYERS if what == "layers" else NETWORKS[what]):
         batch = LAYERS[name][0] if what == "layers" else NETWORKS[what][name]
-        flops = _layer_flops(LAYERS[name]) if what == "layers" else (
-            2.0 * summary.totals(summary.layers(create_model(name), batch=batch))["macs"])
-        rows += turns.rows_of(what, name, batch, flops, *turns.measure(what, SIDES[what], name, batch, rounds))
-        text = (f"Median of {rounds} interleaved bursts, {versions}; a ratio above 1 means that cnnjax is faster. Peak: the fastest "
-                f"product of two large matrices on any side, {min(row['peak_gflop_per_s'] for row in rows):,.0f} to "
-                f"{max(row['peak_gflop_per_s'] for row in rows):,.0f} GFLOP/s.")
+        flops = (
+            _layer_flops(LAYERS[name])
+            if what == "layers"
+            else (2.0 * summary.totals(summary.layers(create_model(name), batch=batch))["macs"])
+        )
+        rows += turns.rows_of(
+            what, name, batch, flops, *turns.measure(what, SIDES[what], name, batch, rounds)
+        )
+        text = (
+            f"Median of {rounds} interleaved bursts, {versions}; a ratio above 1 means that cnnjax is faster. Peak: the fastest "
+            f"product of two large matrices on any side, {min(row['peak_gflop_per_s'] for row in rows):,.0f} to "
+            f"{max(row['peak_gflop_per_s'] for row in rows):,.0f} GFLOP/s."
+        )
         if what != "layers":
             text += " Operations: two per multiply-add of a kernel, a step three forward passes."
         for row in rows:
@@ -102,43 +177,86 @@ def run_study(rounds: int, save) -> None:
 
     found = programs.study(rounds)
     seconds = found["seconds"]
-    together = f"{seconds['encode all']:.2f} (encoder, once) + {seconds['train all']:.2f} (all targets)"
-    apart = (f"{found['targets']} x ({found['steps']} x {seconds['encode a batch']:.2f} (encoder, {found['batch']} images) + "
-             f"{seconds['train one']:.2f} (one target))")
-    save(f"{found['encoder']}, {found['images']} photographs of {found['size']} px, {found['targets']} targets, {found['steps']} steps, "
-         f"one padding, one seed; medians of {rounds} rounds.\n\n" + report.table(["way", "arithmetic", "seconds"], [
-             ["together", together, f"{found['together_s']:.1f}"], ["authors'", apart, f"{found['authors_way_s']:,.0f}"]])
-         + f"\nThe authors' way takes {found['ratio']:,.0f} times as long; its sum is extrapolated from the parts measured.\n", found)
+    together = (
+        f"{seconds['encode all']:.2f} (encoder, once) + {seconds['train all']:.2f} (all targets)"
+    )
+    apart = (
+        f"{found['targets']} x ({found['steps']} x {seconds['encode a batch']:.2f} (encoder, {found['batch']} images) + "
+        f"{seconds['train one']:.2f} (one target))"
+    )
+    save(
+        f"{found['encoder']}, {found['images']} photographs of {found['size']} px, {found['targets']} targets, {found['steps']} steps, "
+        f"one padding, one seed; medians of {rounds} rounds.\n\n"
+        + report.table(
+            ["way", "arithmetic", "seconds"],
+            [
+                ["together", together, f"{found['together_s']:.1f}"],
+                ["authors'", apart, f"{found['authors_way_s']:,.0f}"],
+            ],
+        )
+        + f"\nThe authors' way takes {found['ratio']:,.0f} times as long; its sum is extrapolated from the parts measured.\n",
+        found,
+    )
 
 
 def run_seeds(rounds: int, configurations: int, save) -> None:
     from cnnjax.benchmark import programs
 
     rows = programs.seeds(rounds, configurations)
-    lines = [[row["way"], f"{row['ms']:.1f}", f"{row['min_ms']:.1f} to {row['max_ms']:.1f}", f"{row['speedup']:.2f}",
-              f"{row['compile_s']:.1f}"] for row in rows]
-    save(f"A training step of {configurations} LeNets (seed x learning rate), batch {rows[0]['batch']}; median of {rounds} rounds.\n\n"
-         + report.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines), rows)
+    lines = [
+        [
+            row["way"],
+            f"{row['ms']:.1f}",
+            f"{row['min_ms']:.1f} to {row['max_ms']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['compile_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    save(
+        f"A training step of {configurations} LeNets (seed x learning rate), batch {rows[0]['batch']}; median of {rounds} rounds.\n\n"
+        + report.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines),
+        rows,
+    )
 
 
 def run_input(rounds: int, folder: str, save) -> None:
     from cnnjax.benchmark import decoding
 
     for found in decoding.measure(folder, rounds):
-        lines = [[row["mode"], row["way"], str(row["workers"]), f"{row['images_per_s']:,.0f}", f"{row['min']:,.0f} to {row['max']:,.0f}",
-                  f"{row['over_loop']:.2f}", f"{row['over_step']:.2f}"] for row in found["rows"]]
-        save(f"JPEGs of {decoding.MEAN_PIXELS:,} pixels and {found['kilobytes']} kB, made of {found['photographs']} photographs, as crops "
-             f"of {decoding.SIZE} px; ResNet-50's training step takes {found['step_images_per_s']:,.1f} img/s in batches of "
-             f"{found['step_batch']}. Median of {found['rounds']} rounds; ratios are of img/s in the same round.\n\n" + report.table(
-                 ["crops", "way", "processes", "img/s", "range", "to the loop", "to the step"], lines), found)
+        lines = [
+            [
+                row["mode"],
+                row["way"],
+                str(row["workers"]),
+                f"{row['images_per_s']:,.0f}",
+                f"{row['min']:,.0f} to {row['max']:,.0f}",
+                f"{row['over_loop']:.2f}",
+                f"{row['over_step']:.2f}",
+            ]
+            for row in found["rows"]
+        ]
+        save(
+            f"JPEGs of {decoding.MEAN_PIXELS:,} pixels and {found['kilobytes']} kB, made of {found['photographs']} photographs, as crops "
+            f"of {decoding.SIZE} px; ResNet-50's training step takes {found['step_images_per_s']:,.1f} img/s in batches of "
+            f"{found['step_batch']}. Median of {found['rounds']} rounds; ratios are of img/s in the same round.\n\n"
+            + report.table(
+                ["crops", "way", "processes", "img/s", "range", "to the loop", "to the step"], lines
+            ),
+            found,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m cnnjax.benchmark", description=__doc__)
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--workdir", type=pathlib.Path, help="where to write (default: runs/benchmark_WHAT)")
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, help="where to write (default: runs/benchmark_WHAT)"
+    )
     parser.add_count("rounds", 9, "turns of each side")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)"
+    )
     parser.add_count("configurations", 64, "of seeds; 4 suffice on a CPU")
     parser.add_photographs()
     options = parser.parse_args(arguments)
@@ -158,7 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
         def save(text, results):
             title = f"# Benchmark: {options.what}\n\n{', '.join(device['devices'][:1])}, {device['cpus']} CPU cores. "
             workdir.write(folder / "report.md", title + text)
-            workdir.write_json(folder / "benchmark.json", {"what": options.what, "environment": device, "results": results})
+            workdir.write_json(
+                folder / "benchmark.json",
+                {"what": options.what, "environment": device, "results": results},
+            )
 
         if options.what in SIDES:
             compare_sides(options.what, options.rounds, options.only, save)
@@ -169,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             run_seeds(options.rounds, options.configurations, save)
         print((folder / "report.md").read_text())
+
     return command.run(work)
 
 

@@ -1,4 +1,5 @@
 """What is gained by computing things together: all readouts of the position study, and many seeds and rates of one network."""
+
 import functools
 import statistics
 import time
@@ -32,7 +33,9 @@ def interleaved(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]
     return times
 
 
-def study(rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24, steps: int = 540) -> dict:
+def study(
+    rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24, steps: int = 540
+) -> dict:
     """One encoder's part of the position study: `steps` of the authors' readout for every target.
 
     Together, the encoder is run once and all targets train in one program. The authors' way trains one readout at a time and runs the
@@ -42,17 +45,35 @@ def study(rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24
     stages = reachable_stages(model, size)
     pictures = photographs.crops(photographs.list_photographs(), images, size, 0)
     goals = np.stack([target(name, size) for name in TARGETS])
-    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, 3)), method="stages", last=stages[-1]))(jax.random.key(0))
+    variables = jax.jit(
+        lambda key: model.init(key, jnp.zeros((1, size, size, 3)), method="stages", last=stages[-1])
+    )(jax.random.key(0))
     features, batch = encode(model, variables, pictures, stages), pictures[:_BATCH]
     trained = lambda goals: fit_sgd(features, goals, steps=steps).layers
-    ways = {"encode all": lambda: encode(model, variables, pictures, stages),
-            "encode a batch": lambda: encode(model, variables, batch, stages),
-            "train one": lambda: trained(goals[:1]), "train all": lambda: trained(goals)}
-    seconds = {name: statistics.median(values) for name, values in interleaved(ways, rounds).items()}
+    ways = {
+        "encode all": lambda: encode(model, variables, pictures, stages),
+        "encode a batch": lambda: encode(model, variables, batch, stages),
+        "train one": lambda: trained(goals[:1]),
+        "train all": lambda: trained(goals),
+    }
+    seconds = {
+        name: statistics.median(values) for name, values in interleaved(ways, rounds).items()
+    }
     ours = seconds["encode all"] + seconds["train all"]
     theirs = len(goals) * (steps * seconds["encode a batch"] + seconds["train one"])
-    return {"encoder": encoder, "size": size, "images": images, "batch": len(batch), "targets": len(goals), "steps": steps,
-            "seconds": seconds, "together_s": ours, "authors_way_s": theirs, "ratio": theirs / ours, "rounds": rounds}
+    return {
+        "encoder": encoder,
+        "size": size,
+        "images": images,
+        "batch": len(batch),
+        "targets": len(goals),
+        "steps": steps,
+        "seconds": seconds,
+        "together_s": ours,
+        "authors_way_s": theirs,
+        "ratio": theirs / ours,
+        "rounds": rounds,
+    }
 
 
 def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict]:
@@ -68,30 +89,62 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
     numbers = [step.Numbers(seed=np.int32(seed)) for seed in range(configurations)]
     rates = jnp.asarray(np.resize([0.01, 0.02, 0.05, 0.1], configurations), jnp.float32)
     states = [step.init(recipe, model.input_shape, number) for number in numbers]
-    one = lambda state, number, rate: step.batch_step(None, recipe, state, images, labels, moments, rate, np.int32(1), number)
+    one = lambda state, number, rate: step.batch_step(
+        None, recipe, state, images, labels, moments, rate, np.int32(1), number
+    )
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     stacked, counted = stack(states), stack(numbers)
 
     programs: dict[str, tuple[Callable, tuple]] = {
-        "one after the other": (one, (states[0], numbers[0], rates[0])), "vmap": (jax.vmap(one), (stacked, counted, rates)),
-        "lax.map": (lambda *all_of: jax.lax.map(lambda a: one(*a), all_of), (stacked, counted, rates)),
-        "unrolled": (lambda *all_of: list(map(one, *all_of)), (states, numbers, list(rates)))}
+        "one after the other": (one, (states[0], numbers[0], rates[0])),
+        "vmap": (jax.vmap(one), (stacked, counted, rates)),
+        "lax.map": (
+            lambda *all_of: jax.lax.map(lambda a: one(*a), all_of),
+            (stacked, counted, rates),
+        ),
+        "unrolled": (lambda *all_of: list(map(one, *all_of)), (states, numbers, list(rates))),
+    }
     compiled, seconds = {}, {}
     for name, (function, arguments) in programs.items():
         began = time.perf_counter()
         compiled[name] = jax.jit(function).lower(*arguments).compile()
         seconds[name] = time.perf_counter() - began
     each = list(zip(states, numbers, rates))
-    ways: dict[str, Callable] = {name: functools.partial(compiled[name], *arguments) for name, (_, arguments) in programs.items()}
-    ways["one after the other"] = lambda: [compiled["one after the other"](*arguments) for arguments in each]
+    ways: dict[str, Callable] = {
+        name: functools.partial(compiled[name], *arguments)
+        for name, (_, arguments) in programs.items()
+    }
+    ways["one after the other"] = lambda: [
+        compiled["one after the other"](*arguments) for arguments in each
+    ]
 
-    losses = {name: np.ravel([state.totals["loss"] for state in found] if isinstance(found := way(), list) else found.totals["loss"])
-              for name, way in ways.items()}
+    losses = {
+        name: np.ravel(
+            [state.totals["loss"] for state in found]
+            if isinstance(found := way(), list)
+            else found.totals["loss"]
+        )
+        for name, way in ways.items()
+    }
     for name, found in losses.items():
         if not np.allclose(found, losses["one after the other"], rtol=1e-4):
-            raise RuntimeError(f"{name} computes other losses than one after the other: {found} and {losses['one after the other']}")
+            raise RuntimeError(
+                f"{name} computes other losses than one after the other: {found} and {losses['one after the other']}"
+            )
     times = interleaved(ways, rounds)
     alone = times["one after the other"]
-    return [{"network": network, "batch": _LENET_BATCH, "configurations": configurations, "way": name, "ms": 1e3 * statistics.median(found),
-             "min_ms": 1e3 * min(found), "max_ms": 1e3 * max(found), "compile_s": seconds[name],
-             "speedup": statistics.median(a / b for a, b in zip(alone, found)), "rounds": rounds} for name, found in times.items()]
+    return [
+        {
+            "network": network,
+            "batch": _LENET_BATCH,
+            "configurations": configurations,
+            "way": name,
+            "ms": 1e3 * statistics.median(found),
+            "min_ms": 1e3 * min(found),
+            "max_ms": 1e3 * max(found),
+            "compile_s": seconds[name],
+            "speedup": statistics.median(a / b for a, b in zip(alone, found)),
+            "rounds": rounds,
+        }
+        for name, found in times.items()
+    ]

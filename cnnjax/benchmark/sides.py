@@ -1,4 +1,5 @@
 """One side of a benchmark, a process of its own: what it runs, and how it answers."""
+
 import functools
 import importlib
 import json
@@ -17,8 +18,26 @@ from cnnjax import backend
 SPECIFICATIONS: dict[str, tuple[int, int, tuple]] = {
     "tutorial_net": (32, 3, ((6, 5, 0), "pool", (16, 5, 0), "pool", 120, 84, 10)),
     "lenet": (28, 1, ((50, 3, 1), "pool", (100, 3, 1), "pool", 100, 10)),
-    "convnet": (32, 3, ((64, 3, 1), (64, 3, 1), "pool", (128, 3, 1), (128, 3, 1), "pool", (256, 3, 1), (256, 3, 1), "pool", (512, 3, 1),
-                        "pool", 4096, 4096, 10)),
+    "convnet": (
+        32,
+        3,
+        (
+            (64, 3, 1),
+            (64, 3, 1),
+            "pool",
+            (128, 3, 1),
+            (128, 3, 1),
+            "pool",
+            (256, 3, 1),
+            (256, 3, 1),
+            "pool",
+            (512, 3, 1),
+            "pool",
+            4096,
+            4096,
+            10,
+        ),
+    ),
 }
 NETWORKS = {  # name -> images in a batch
     "cpu": {"tutorial_net": 64, "lenet": 128, "convnet": 64, "resnet18": 8, "mobilenet_v2": 8},
@@ -26,26 +45,45 @@ NETWORKS = {  # name -> images in a batch
 }
 LAYERS = {  # name -> batch, side, channels in and out, kernel, stride, padding, groups
     "tutorial_net.conv1": (64, 32, 3, 6, 5, 1, 0, 1),
-    "lenet.conv1": (128, 28, 1, 50, 3, 1, 1, 1), "lenet.conv2": (128, 14, 50, 100, 3, 1, 1, 1),
-    "convnet.conv1a": (64, 32, 3, 64, 3, 1, 1, 1), "convnet.conv1b": (64, 32, 64, 64, 3, 1, 1, 1),
-    "convnet.conv2b": (64, 16, 128, 128, 3, 1, 1, 1), "convnet.conv3b": (64, 8, 256, 256, 3, 1, 1, 1),
-    "resnet18.conv1": (8, 224, 3, 64, 7, 2, 3, 1), "resnet18.layer1.0.conv1": (8, 56, 64, 64, 3, 1, 1, 1),
-    "resnet18.layer2.0.conv1": (8, 56, 64, 128, 3, 2, 1, 1), "resnet18.layer2.0.downsample.0": (8, 56, 64, 128, 1, 2, 0, 1),
-    "resnet50.layer1.1.conv1": (8, 56, 256, 64, 1, 1, 0, 1), "resnext50_32x4d.layer1.0.conv2": (8, 56, 128, 128, 3, 1, 1, 32),
+    "lenet.conv1": (128, 28, 1, 50, 3, 1, 1, 1),
+    "lenet.conv2": (128, 14, 50, 100, 3, 1, 1, 1),
+    "convnet.conv1a": (64, 32, 3, 64, 3, 1, 1, 1),
+    "convnet.conv1b": (64, 32, 64, 64, 3, 1, 1, 1),
+    "convnet.conv2b": (64, 16, 128, 128, 3, 1, 1, 1),
+    "convnet.conv3b": (64, 8, 256, 256, 3, 1, 1, 1),
+    "resnet18.conv1": (8, 224, 3, 64, 7, 2, 3, 1),
+    "resnet18.layer1.0.conv1": (8, 56, 64, 64, 3, 1, 1, 1),
+    "resnet18.layer2.0.conv1": (8, 56, 64, 128, 3, 2, 1, 1),
+    "resnet18.layer2.0.downsample.0": (8, 56, 64, 128, 1, 2, 0, 1),
+    "resnet50.layer1.1.conv1": (8, 56, 256, 64, 1, 1, 0, 1),
+    "resnext50_32x4d.layer1.0.conv2": (8, 56, 128, 128, 3, 1, 1, 32),
     "mobilenet_v2.features.3.conv.1.0": (8, 56, 144, 144, 3, 1, 1, 144),
     "mobilenet_v2.features.4.conv.1.0": (8, 56, 144, 144, 3, 2, 1, 144),
 }
-SIDES = {"cpu": ("cnnjax", "stock", "torch"), "gpu": ("cnnjax", "torch", "torch.compile"), "layers": ("cnnjax", "stock", "torch")}
+SIDES = {
+    "cpu": ("cnnjax", "stock", "torch"),
+    "gpu": ("cnnjax", "torch", "torch.compile"),
+    "layers": ("cnnjax", "stock", "torch"),
+}
 # A step is one call; training takes many steps in one where the side can, as cnnjax does with data that live on the device.
 _OF_NETWORKS = ("forward", "step", "training")
-PASSES = {"cpu": _OF_NETWORKS, "gpu": _OF_NETWORKS, "layers": ("forward", "input gradient", "kernel gradient")}
+PASSES = {
+    "cpu": _OF_NETWORKS,
+    "gpu": _OF_NETWORKS,
+    "layers": ("forward", "input gradient", "kernel gradient"),
+}
 _RATE, _MOMENTUM = 1e-3, 0.9
 _BURST, _TRAINING_BURST = 0.5, 2.0  # seconds; of training, one call of cnnjax.train.loop
 _BATCHES = 2  # that a loop's steps take in turn: what it computes of a single one would be computed once for all steps
-PRODUCT = {"cpu": 2048, "gpu": 8192, "layers": 2048}  # side of the square matrices whose product shows the machine's peak
+PRODUCT = {
+    "cpu": 2048,
+    "gpu": 8192,
+    "layers": 2048,
+}  # side of the square matrices whose product shows the machine's peak
 
 
 # ------------------------------------------------------------------ what a side measures: name -> a function that runs n times and waits
+
 
 def use_stock(replace: Callable = setattr) -> None:
     """Gives cnnjax's layers the gradients that jax derives; `replace(module, name, value)` does it."""
@@ -54,9 +92,11 @@ def use_stock(replace: Callable = setattr) -> None:
     def normalise(x, scale, bias, eps, axis_name):
         axes = tuple(range(x.ndim - 1))
         mean, var = x.mean(axes), x.var(axes)
-        return (x - mean) * (scale / (var + eps)**0.5) + bias, mean, var
+        return (x - mean) * (scale / (var + eps) ** 0.5) + bias, mean, var
 
-    conv, norm, pooling = (importlib.import_module(f"cnnjax.nn.{name}") for name in ("conv", "norm", "pooling"))
+    conv, norm, pooling = (
+        importlib.import_module(f"cnnjax.nn.{name}") for name in ("conv", "norm", "pooling")
+    )
     replace(conv, "_zero_padded", conv._native)
     replace(conv, "add_bias", operator.add)
     replace(norm, "_normalise", normalise)
@@ -71,6 +111,7 @@ def _repeated(function, *arguments):
         for _ in range(n):
             result = function(*arguments)
         return jax.block_until_ready(result)
+
     return run
 
 
@@ -83,19 +124,33 @@ def _jax_network(name: str, batch: int, dtype, looped: bool = False) -> tuple[di
     from cnnjax.models import create_model
 
     model, rng = create_model(name, dtype=dtype), np.random.default_rng(0)
-    batches = (jnp.asarray(rng.standard_normal((_BATCHES, batch, *model.input_shape), np.float32)),
-               jnp.asarray(rng.integers(0, 10, (_BATCHES, batch), np.int32)))
+    batches = (
+        jnp.asarray(rng.standard_normal((_BATCHES, batch, *model.input_shape), np.float32)),
+        jnp.asarray(rng.integers(0, 10, (_BATCHES, batch), np.int32)),
+    )
     images, labels = (part[0] for part in batches)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     optimizer = optax.sgd(_RATE, momentum=_MOMENTUM)
     params, stats = variables["params"], variables.get("batch_stats", {})
-    state = [jax.tree.map(jnp.copy, params), stats, jax.jit(optimizer.init)(params)]  # a copy, since steps consume their state
+    state = [
+        jax.tree.map(jnp.copy, params),
+        stats,
+        jax.jit(optimizer.init)(params),
+    ]  # a copy, since steps consume their state
 
     def step(params, stats, momentum, images, labels, key):
         def loss(params):
-            logits, new = model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats", "auxiliary"],
-                                      rngs={"dropout": key})
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new.get("batch_stats", {})
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats},
+                images,
+                train=True,
+                mutable=["batch_stats", "auxiliary"],
+                rngs={"dropout": key},
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new.get(
+                "batch_stats", {}
+            )
+
         grads, stats = jax.grad(loss, has_aux=True)(params)
         updates, momentum = optimizer.update(grads, momentum, params)
         return optax.apply_updates(params, updates), stats, momentum
@@ -112,14 +167,26 @@ def _jax_network(name: str, batch: int, dtype, looped: bool = False) -> tuple[di
 
     @functools.partial(jax.jit, donate_argnums=1)
     def loop(n, state, batches):
-        return jax.lax.fori_loop(0, n, lambda at, state: [*step(*state, *(part[at % _BATCHES] for part in batches), key)], state)
+        return jax.lax.fori_loop(
+            0,
+            n,
+            lambda at, state: [*step(*state, *(part[at % _BATCHES] for part in batches), key)],
+            state,
+        )
 
     def at_once(n):
         state[:] = loop(n, [*state], batches)
         return jax.block_until_ready(state)
-    facts = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "compile_s": round(seconds, 2)}
-    return {"forward": _repeated(jax.jit(model.apply), variables, images), "step": one_by_one,
-            "training": at_once if looped else one_by_one}, facts
+
+    facts = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "compile_s": round(seconds, 2),
+    }
+    return {
+        "forward": _repeated(jax.jit(model.apply), variables, images),
+        "step": one_by_one,
+        "training": at_once if looped else one_by_one,
+    }, facts
 
 
 def _torch_model(name: str):
@@ -127,6 +194,7 @@ def _torch_model(name: str):
 
     if name not in SPECIFICATIONS:
         import torchvision
+
         return torchvision.models.get_model(name, weights=None)
     side, channels, layers = SPECIFICATIONS[name]
     modules = []
@@ -135,13 +203,18 @@ def _torch_model(name: str):
             modules.append(torch.nn.MaxPool2d(2))
             side //= 2
         elif isinstance(layer, tuple):
-            modules += [torch.nn.Conv2d(channels, layer[0], layer[1], padding=layer[2]), torch.nn.ReLU()]
+            modules += [
+                torch.nn.Conv2d(channels, layer[0], layer[1], padding=layer[2]),
+                torch.nn.ReLU(),
+            ]
             channels, side = layer[0], side + 2 * layer[2] - layer[1] + 1
         else:
             if side:
                 modules.append(torch.nn.Flatten())
                 channels, side = channels * side * side, 0
-            modules += [torch.nn.Linear(channels, layer)] + [torch.nn.ReLU()] * (number < len(layers))
+            modules += [torch.nn.Linear(channels, layer)] + [torch.nn.ReLU()] * (
+                number < len(layers)
+            )
             channels = layer
     return torch.nn.Sequential(*modules)
 
@@ -153,7 +226,9 @@ def _torch_network(name: str, batch: int, shape, device: str, compiled: bool) ->
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), _RATE, _MOMENTUM)
     call = torch.compile(model) if compiled else model
-    x = torch.randn(batch, shape[2], *shape[:2], device=device).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, shape[2], *shape[:2], device=device).to(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 10, (batch,), device=device)
     half = functools.partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -187,28 +262,65 @@ def _layer(side: str, shape: tuple) -> tuple[dict, dict]:
 
     batch, size, inputs, outputs, kernel, stride, padding, groups = shape
     rng, after = np.random.default_rng(0), (size + 2 * padding - kernel) // stride + 1
-    x, w, dy = (rng.standard_normal(s, np.float32) for s in ((batch, size, size, inputs), (kernel, kernel, inputs // groups, outputs),
-                                                            (batch, after, after, outputs)))
+    x, w, dy = (
+        rng.standard_normal(s, np.float32)
+        for s in (
+            (batch, size, size, inputs),
+            (kernel, kernel, inputs // groups, outputs),
+            (batch, after, after, outputs),
+        )
+    )
     if side == "torch":
         import torch
-        a, b, d = (torch.from_numpy(v.transpose(axes)).contiguous(memory_format=torch.channels_last)
-                   for v, axes in ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1)), (dy, (0, 3, 1, 2))))
-        back = functools.partial(torch.ops.aten.convolution_backward, d, a, b, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0],
-                                 groups)
-        calls = {"forward": lambda: torch.nn.functional.conv2d(a, b, None, stride, padding, 1, groups),
-                 "input gradient": lambda: back([True, False, False])[0], "kernel gradient": lambda: back([False, True, False])[1]}
-        functions = {name: lambda n, call=call: [call() for _ in range(n)][-1] for name, call in calls.items()}
+
+        a, b, d = (
+            torch.from_numpy(v.transpose(axes)).contiguous(memory_format=torch.channels_last)
+            for v, axes in ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1)), (dy, (0, 3, 1, 2)))
+        )
+        back = functools.partial(
+            torch.ops.aten.convolution_backward,
+            d,
+            a,
+            b,
+            None,
+            [stride] * 2,
+            [padding] * 2,
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
+        )
+        calls = {
+            "forward": lambda: torch.nn.functional.conv2d(a, b, None, stride, padding, 1, groups),
+            "input gradient": lambda: back([True, False, False])[0],
+            "kernel gradient": lambda: back([False, True, False])[1],
+        }
+        functions = {
+            name: lambda n, call=call: [call() for _ in range(n)][-1]
+            for name, call in calls.items()
+        }
     else:
         import jax
 
         from cnnjax.nn import conv
+
         call = functools.partial(conv, stride=stride, padding=padding, groups=groups)
         both = jax.numpy.asarray(x), jax.numpy.asarray(w)
         all_three = *both, jax.numpy.asarray(dy)
-        functions = {"forward": _repeated(jax.jit(call), *both),
-                     "input gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda x: call(x, w), x)[1](dy)[0]), *all_three),
-                     "kernel gradient": _repeated(jax.jit(lambda x, w, dy: jax.vjp(lambda w: call(x, w), w)[1](dy)[0]), *all_three)}
-    return functions, {"sizes": [float(np.abs(np.asarray(run(1), np.float64)).mean()) for run in functions.values()]}
+        functions = {
+            "forward": _repeated(jax.jit(call), *both),
+            "input gradient": _repeated(
+                jax.jit(lambda x, w, dy: jax.vjp(lambda x: call(x, w), x)[1](dy)[0]), *all_three
+            ),
+            "kernel gradient": _repeated(
+                jax.jit(lambda x, w, dy: jax.vjp(lambda w: call(x, w), w)[1](dy)[0]), *all_three
+            ),
+        }
+    return functions, {
+        "sizes": [
+            float(np.abs(np.asarray(run(1), np.float64)).mean()) for run in functions.values()
+        ]
+    }
 
 
 def _product(side: str, what: str):
@@ -216,15 +328,24 @@ def _product(side: str, what: str):
     size = PRODUCT[what]
     if side.startswith("torch"):
         import torch
-        a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16) if what == "gpu" else torch.randn(size, size)
+
+        a = (
+            torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+            if what == "gpu"
+            else torch.randn(size, size)
+        )
         return lambda n: [a @ a for _ in range(n)] and what == "gpu" and torch.cuda.synchronize()
     import jax
     import jax.numpy as jnp
-    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16 if what == "gpu" else jnp.float32)
+
+    a = jax.random.normal(
+        jax.random.key(0), (size, size), jnp.bfloat16 if what == "gpu" else jnp.float32
+    )
     return _repeated(jax.jit(operator.matmul), a, a)
 
 
 # ------------------------------------------------------------------ a side's process
+
 
 def _resident(field: str) -> float | None:
     """This process's memory in MB as Linux tells it: "VmRSS" now, "VmHWM" at most."""
@@ -241,8 +362,10 @@ def _peak_memory(side: str, what: str, run, before: float | None) -> float | Non
         run(1)
         if side.startswith("torch"):
             import torch
+
             return torch.cuda.max_memory_allocated() / 2**20
         import jax
+
         return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
     if before is None:
         return None
@@ -259,10 +382,12 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         use_stock()
     if side.startswith("torch"):
         import torch
+
         torch.set_num_threads(backend.cores())
         torch.backends.cudnn.benchmark = True
     else:
         import jax
+
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
         if side == "cnnjax":
             backend.check_numerics()
@@ -271,11 +396,19 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         functions, facts = _layer(side, LAYERS[name])
     elif side.startswith("torch"):
         from cnnjax.models import create_model
-        functions, facts = _torch_network(name, batch, create_model(name).input_shape, "cuda" if what == "gpu" else "cpu",
-                                          side == "torch.compile")
+
+        functions, facts = _torch_network(
+            name,
+            batch,
+            create_model(name).input_shape,
+            "cuda" if what == "gpu" else "cpu",
+            side == "torch.compile",
+        )
     else:
         # Stock convolutions take up to 27 times as long in a loop, on the CPU: nobody would train so.
-        functions, facts = _jax_network(name, batch, "bfloat16" if what == "gpu" else "float32", looped=side == "cnnjax")
+        functions, facts = _jax_network(
+            name, batch, "bfloat16" if what == "gpu" else "float32", looped=side == "cnnjax"
+        )
     if "step" in functions:
         functions["step"](1)
         memory = _peak_memory(side, what, functions["step"], before)
@@ -285,7 +418,12 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         run(2)
         began = time.perf_counter()
         run(1)
-        counts[key] = max(1, math.ceil((_TRAINING_BURST if key == "training" else _BURST) / (time.perf_counter() - began)))
+        counts[key] = max(
+            1,
+            math.ceil(
+                (_TRAINING_BURST if key == "training" else _BURST) / (time.perf_counter() - began)
+            ),
+        )
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         key = line.strip()

@@ -1,4 +1,5 @@
 """Augmentation inside jit: each image from a key of its own, so that how a batch is divided over devices changes nothing."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,11 @@ IGNORED = 255  # the label of a pixel that counts for nothing
 IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
 
-def normalise(images: Shaped[AnyArray, "batch height width channels"], mean: Float[AnyArray, "*#moments"],
-              std: Float[AnyArray, "*#moments"]) -> Float32[AnyArray, "*members batch height width channels"]:
+def normalise(
+    images: Shaped[AnyArray, "batch height width channels"],
+    mean: Float[AnyArray, "*#moments"],
+    std: Float[AnyArray, "*#moments"],
+) -> Float32[AnyArray, "*members batch height width channels"]:
     """Images of 0 to 255 -> (images / 255 - mean) / std; moments [members, 1, 1, 1, channels] give one result for each."""
     return (images.astype(jnp.float32) / 255 - mean) / std
 
@@ -25,7 +29,9 @@ def normalise(images: Shaped[AnyArray, "batch height width channels"], mean: Flo
 def _crop(key, image, padding, fill, value=0):
     height, width, channels = image.shape
     options = {"constant_values": value} if fill == "zeros" else {}
-    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill], **options)
+    padded = jnp.pad(
+        image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill], **options
+    )
     top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (top, left, 0), (height, width, channels))
 
@@ -38,14 +44,23 @@ def _cutout(key, image, size):
     return jnp.where((inside[0][:, None] & inside[1])[:, :, None], 0, image)
 
 
-def augment(keys: Key[Array, " batch"], images: Shaped[AnyArray, "batch height width channels"], *, flip: bool = False, crop: int = 0,
-            fill: str = "zeros", cutout: int = 0, colour: float = 0.0) -> Float32[Array, "batch height width channels"]:
+def augment(
+    keys: Key[Array, " batch"],
+    images: Shaped[AnyArray, "batch height width channels"],
+    *,
+    flip: bool = False,
+    crop: int = 0,
+    fill: str = "zeros",
+    cutout: int = 0,
+    colour: float = 0.0,
+) -> Float32[Array, "batch height width channels"]:
     """Augments images of 0 to 255, each with its key.
 
     `flip` mirrors one image in two, by chance, left to right; `crop` shifts by up to that many pixels in both directions, over a border
     of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of colour, each times a
     normal number of that standard deviation (0.1 in Krizhevsky et al. 2012); `cutout` blackens a square of that side.
     """
+
     def one(key, image):
         keys = jax.random.split(key, 4)
         if flip:
@@ -63,12 +78,20 @@ def augment(keys: Key[Array, " batch"], images: Shaped[AnyArray, "batch height w
     return jax.vmap(one)(keys, images)
 
 
-def augment_masks(keys: Key[Array, " batch"], masks: UInt8[AnyArray, "batch height width"], *, flip: bool = False, crop: int = 0,
-                  fill: str = "zeros", **_) -> UInt8[Array, "batch height width"]:
+def augment_masks(
+    keys: Key[Array, " batch"],
+    masks: UInt8[AnyArray, "batch height width"],
+    *,
+    flip: bool = False,
+    crop: int = 0,
+    fill: str = "zeros",
+    **_,
+) -> UInt8[Array, "batch height width"]:
     """Mirrors and shifts the masks of images as `augment` does the images with these keys and arguments.
 
     What comes in over a border of zeros is ignored; a pixel that is blackened or of another colour is of the same class.
     """
+
     def one(key, mask):
         keys = jax.random.split(key, 4)
         if flip:
@@ -78,8 +101,9 @@ def augment_masks(keys: Key[Array, " batch"], masks: UInt8[AnyArray, "batch heig
     return jax.vmap(one)(keys, masks)
 
 
-def views(images: Float[Array, "batch height width channels"], count: int,
-          size: int) -> list[Float[Array, "batch {size} {size} channels"]]:
+def views(
+    images: Float[Array, "batch height width channels"], count: int, size: int
+) -> list[Float[Array, "batch {size} {size} channels"]]:
     """The views of images that a test averages over.
 
     1: the centre; 2: the centre and its mirror image; 10: the corners, the centre and their mirror images (Krizhevsky et
@@ -89,5 +113,5 @@ def views(images: Float[Array, "batch height width channels"], count: int,
     bottom, right = height - size, width - size
     middle = (bottom // 2, right // 2)
     places = [middle] if count < 10 else [(0, 0), (0, right), (bottom, 0), (bottom, right), middle]
-    crops = [images[:, top:top + size, left:left + size] for top, left in places]
+    crops = [images[:, top : top + size, left : left + size] for top, left in places]
     return crops if count == 1 else crops + [crop[:, :, ::-1] for crop in crops]

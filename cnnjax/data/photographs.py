@@ -2,6 +2,7 @@
 
 Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
 """
+
 import contextlib
 import os
 import pathlib
@@ -11,11 +12,25 @@ from collections.abc import Iterator
 import numpy as np
 import PIL.Image
 
-warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)  # else told and then decoded
+warnings.filterwarnings(
+    "error", category=PIL.Image.DecompressionBombWarning
+)  # else told and then decoded
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Photographs inside the scikit-image and scikit-learn wheels (no download); the last three are of textures.
-_SKIMAGE = ("astronaut", "camera", "chelsea", "clock_motion", "coffee", "coins", "motorcycle_left", "rocket", "brick", "grass", "gravel")
+_SKIMAGE = (
+    "astronaut",
+    "camera",
+    "chelsea",
+    "clock_motion",
+    "coffee",
+    "coins",
+    "motorcycle_left",
+    "rocket",
+    "brick",
+    "grass",
+    "gravel",
+)
 _SKLEARN = ("china", "flower")
 
 
@@ -25,7 +40,11 @@ def _embedded() -> list[pathlib.Path]:
 
     skimage_data = pathlib.Path(skimage.__file__).parent / "data"
     sklearn_data = pathlib.Path(sklearn.__file__).parent / "datasets" / "images"
-    return [next(folder.glob(f"{name}.*")) for folder, names in ((skimage_data, _SKIMAGE), (sklearn_data, _SKLEARN)) for name in names]
+    return [
+        next(folder.glob(f"{name}.*"))
+        for folder, names in ((skimage_data, _SKIMAGE), (sklearn_data, _SKLEARN))
+        for name in names
+    ]
 
 
 def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
@@ -38,9 +57,13 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"photographs={str(folder)!r} is not a folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
+    )
     if not found:
-        raise ValueError(f"photographs={str(folder)!r} holds no image file; expected {', '.join(_SUFFIXES)}")
+        raise ValueError(
+            f"photographs={str(folder)!r} holds no image file; expected {', '.join(_SUFFIXES)}"
+        )
     return found
 
 
@@ -61,7 +84,9 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
             raise ValueError(f"{path} cannot be read: {reason or 'out of memory'}") from error
-        raise Damaged(f"{path} is not a readable image: {reason or type(error).__name__}") from error
+        raise Damaged(
+            f"{path} is not a readable image: {reason or type(error).__name__}"
+        ) from error
 
 
 def image_size(path: pathlib.Path) -> tuple[int, int]:
@@ -76,13 +101,17 @@ def read_image(path: pathlib.Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def split(paths: list[pathlib.Path], shares: tuple[int, ...], seed: int) -> list[list[pathlib.Path]]:
+def split(
+    paths: list[pathlib.Path], shares: tuple[int, ...], seed: int
+) -> list[list[pathlib.Path]]:
     """Divides photographs at random into disjoint parts in proportion to `shares`, each of at least one.
 
     Raises `ValueError` if there are fewer photographs than parts.
     """
     if len(paths) < len(shares):
-        raise ValueError(f"{len(paths)} photographs cannot be divided into {len(shares)} disjoint parts")
+        raise ValueError(
+            f"{len(paths)} photographs cannot be divided into {len(shares)} disjoint parts"
+        )
     order = np.random.default_rng(seed).permutation(len(paths))
     ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)
     for i in range(len(ends)):  # at least one photograph each, from the left and from the right
@@ -100,10 +129,12 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
     for number, path in enumerate(paths[:count]):
         image = read_image(path)
         if min(image.shape[:2]) < size:
-            raise ValueError(f"{path} is {image.shape[0]}x{image.shape[1]}, smaller than image_size={size}")
+            raise ValueError(
+                f"{path} is {image.shape[0]}x{image.shape[1]}, smaller than image_size={size}"
+            )
         for i in range(number, count, len(paths)):
             top, left = (rng.integers(0, n - size + 1) for n in image.shape[:2])
-            out[i] = image[top:top + size, left:left + size]
+            out[i] = image[top : top + size, left : left + size]
     return out
 
 
@@ -118,5 +149,7 @@ def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
     if kind == "white":
         return np.full(shape, 255, np.uint8)
     if kind == "noise":
-        return np.clip(np.round(np.random.default_rng(seed).normal(127.5, 64, shape)), 0, 255).astype(np.uint8)
+        return np.clip(
+            np.round(np.random.default_rng(seed).normal(127.5, 64, shape)), 0, 255
+        ).astype(np.uint8)
     raise ValueError(f"data={kind!r} is not one of natural, black, white, noise")

@@ -1,4 +1,5 @@
 """Networks by name: one file per published family."""
+
 from cnnjax.models import (  # noqa: F401  (each registers its networks)
     alexnet,
     alexnet_2012,

@@ -1,11 +1,18 @@
 """AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without normalisation."""
+
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, adaptive_avg_pool, max_pool
 
 # (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of stride 2 follow?)
-_TABLE = ((0, 64, 11, 4, 2, True), (3, 192, 5, 1, 2, True), (6, 384, 3, 1, 1, False), (8, 256, 3, 1, 1, False), (10, 256, 3, 1, 1, True))
+_TABLE = (
+    (0, 64, 11, 4, 2, True),
+    (3, 192, 5, 1, 2, True),
+    (6, 384, 3, 1, 1, False),
+    (8, 256, 3, 1, 1, False),
+    (10, 256, 3, 1, 1, True),
+)
 
 
 class AlexNet(Network):
@@ -16,7 +23,17 @@ class AlexNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, (index, features, size, stride, padding, pooled) in enumerate(_TABLE, 1):
-            x = nn.relu(Conv(features, size, stride, padding, fill=self.padding, dtype=self.dtype, name=f"features.{index}")(x))
+            x = nn.relu(
+                Conv(
+                    features,
+                    size,
+                    stride,
+                    padding,
+                    fill=self.padding,
+                    dtype=self.dtype,
+                    name=f"features.{index}",
+                )(x)
+            )
             if pooled:
                 yield f"conv{number}", x
                 x = max_pool(x, 3, 2, fill=self.padding)

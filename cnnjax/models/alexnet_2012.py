@@ -1,4 +1,5 @@
 """AlexNet (Krizhevsky, Sutskever and Hinton 2012) and ZFNet (Zeiler and Fergus 2013, arXiv 1311.2901), as the lectures print them."""
+
 import functools
 
 import flax.linen as nn
@@ -38,12 +39,27 @@ class AlexNet2012(Network):
     def walk(self, x, train):
         def shared(number):
             bias = nn.initializers.constant(1.0 if number in self.biased else 0.0)
-            return {"kernel_init": nn.initializers.normal(0.01), "bias_init": bias, "dtype": self.dtype}
+            return {
+                "kernel_init": nn.initializers.normal(0.01),
+                "bias_init": bias,
+                "dtype": self.dtype,
+            }
 
         pools = dict(zip((1, 2, 5), self.pool_padding))
         for number, (features, size, stride, padding) in enumerate(self.convolutions, 1):
             groups = self.groups if number in _SPLIT else 1
-            x = nn.relu(Conv(features, size, stride, padding, groups=groups, fill=self.padding, name=f"conv{number}", **shared(number))(x))
+            x = nn.relu(
+                Conv(
+                    features,
+                    size,
+                    stride,
+                    padding,
+                    groups=groups,
+                    fill=self.padding,
+                    name=f"conv{number}",
+                    **shared(number),
+                )(x)
+            )
             if number in pools:
                 yield f"conv{number}", x
                 x = max_pool(x, 3, 2, pools[number], fill=self.padding)
@@ -57,4 +73,13 @@ class AlexNet2012(Network):
 
 
 register("alexnet_2012", AlexNet2012)
-register("zfnet", functools.partial(AlexNet2012, convolutions=_ZFNET, pool_padding=(1, 1, 0), biased=(), input_shape=(224, 224, 3)))
+register(
+    "zfnet",
+    functools.partial(
+        AlexNet2012,
+        convolutions=_ZFNET,
+        pool_padding=(1, 1, 0),
+        biased=(),
+        input_shape=(224, 224, 3),
+    ),
+)

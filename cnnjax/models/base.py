@@ -1,4 +1,5 @@
 """What every network has in common: stages, an input size, a name in the registry."""
+
 import collections
 import difflib
 import fnmatch
@@ -27,7 +28,11 @@ class Network(nn.Module):
     padding: str = "zeros"
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    input_shape: tuple[int, int, int] = (224, 224, 3)  # height, width and channels that the publication uses
+    input_shape: tuple[int, int, int] = (
+        224,
+        224,
+        3,
+    )  # height, width and channels that the publication uses
 
     def __post_init__(self):
         check_fill(self.padding)
@@ -36,7 +41,9 @@ class Network(nn.Module):
         super().__post_init__()
 
     @nn.nowrap
-    def walk(self, x: Float[AnyArray, "batch height width channels"], train: bool) -> Iterator[tuple[str, Array]]:
+    def walk(
+        self, x: Float[AnyArray, "batch height width channels"], train: bool
+    ) -> Iterator[tuple[str, Array]]:
         raise NotImplementedError
 
     @nn.compact
@@ -48,14 +55,22 @@ class Network(nn.Module):
             maps[name] = y
             if name == last:
                 return maps
-        raise ValueError(f"last={last!r} is not a stage of this network; its stages are {', '.join(list(maps)[:-1])}")
+        raise ValueError(
+            f"last={last!r} is not a stage of this network; its stages are {', '.join(list(maps)[:-1])}"
+        )
 
-    def __call__(self, x: Float[AnyArray, "batch height width channels"], train: bool = False) -> Float[Array, "batch ..."]:
+    def __call__(
+        self, x: Float[AnyArray, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch ..."]:
         """Returns logits; `train` turns on dropout and BatchNorm's batch statistics."""
         return self._run(x, train, "logits")["logits"].astype(jnp.float32)
 
-    def stages(self, x: Float[AnyArray, "batch height width channels"], train: bool = False,
-               last: str | None = None) -> collections.OrderedDict[str, Float[Array, "batch ..."]]:
+    def stages(
+        self,
+        x: Float[AnyArray, "batch height width channels"],
+        train: bool = False,
+        last: str | None = None,
+    ) -> collections.OrderedDict[str, Float[Array, "batch ..."]]:
         """Returns the named activations in order, up to the stage `last`, which need no parameters of what comes after it.
 
         Raises `ValueError` if there is no stage of that name.
@@ -87,11 +102,19 @@ def create_model(name: str, **fields) -> Network:
     """
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(list_models())}"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"known models: {', '.join(list_models())}"
+        )
         raise ValueError(f"model={name!r} is not known; {hint}")
     build = _REGISTRY[name]
-    accepted = [field for field in inspect.signature(build).parameters if field not in ("parent", "name")]
+    accepted = [
+        field for field in inspect.signature(build).parameters if field not in ("parent", "name")
+    ]
     for field in fields:
         if field not in accepted:
-            raise ValueError(f"{field}={fields[field]!r} is not a field of {name}; it accepts {', '.join(accepted)}")
+            raise ValueError(
+                f"{field}={fields[field]!r} is not a field of {name}; it accepts {', '.join(accepted)}"
+            )
     return build(**fields)

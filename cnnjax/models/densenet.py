@@ -1,4 +1,5 @@
 """DenseNet-BC: Huang et al. 2016 (arXiv 1608.06993), table 1, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
@@ -45,15 +46,28 @@ class DenseNet(Network):
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for block, depth in enumerate(self.depths, 1):
             for layer in range(1, depth + 1):
-                x = DenseLayer(self.growth, self.dropout, axis_name=self.axis_name,
-                               name=f"features.denseblock{block}.denselayer{layer}", **shared)(x, train)
+                x = DenseLayer(
+                    self.growth,
+                    self.dropout,
+                    axis_name=self.axis_name,
+                    name=f"features.denseblock{block}.denselayer{layer}",
+                    **shared,
+                )(x, train)
             yield f"denseblock{block}", x
             if block < len(self.depths):
                 x = nn.relu(norm(name=f"features.transition{block}.norm")(x, train))
                 x = _conv(x.shape[-1] // 2, 1, name=f"features.transition{block}.conv", **shared)(x)
                 x = avg_pool(x, 2, fill=self.padding)
         x = global_avg_pool(nn.relu(norm(name="features.norm5")(x, train)))
-        yield "logits", Dense(self.num_classes, bias_init=nn.initializers.zeros, dtype=self.dtype, name="classifier")(x)
+        yield (
+            "logits",
+            Dense(
+                self.num_classes,
+                bias_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="classifier",
+            )(x),
+        )
 
 
 register("densenet121", functools.partial(DenseNet, depths=(6, 12, 24, 16)))

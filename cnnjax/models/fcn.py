@@ -25,30 +25,55 @@ class SceneNet(Network):
         for number, block in enumerate(self.blocks, 1):
             x = x if number == 1 else max_pool(x, 2, fill=self.padding)
             for letter, features in zip("ab", block):
-                x = Conv(features, 3, 2 if number == 1 else 1, padding=1, fill=self.padding, use_bias=False, dtype=self.dtype,
-                         name=f"conv{number}{letter}")(x)
-                x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}")(x, train))
+                x = Conv(
+                    features,
+                    3,
+                    2 if number == 1 else 1,
+                    padding=1,
+                    fill=self.padding,
+                    use_bias=False,
+                    dtype=self.dtype,
+                    name=f"conv{number}{letter}",
+                )(x)
+                x = nn.relu(
+                    BatchNorm(
+                        axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}"
+                    )(x, train)
+                )
             yield f"block{number}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 
-def grids(encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def grids(
+    encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centres.
 
     They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
     """
-    centres = lambda field, count, axis: field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
-    return tuple((centres(field, output[1], 0), centres(field, output[2], 1))
-                 for field, output in summary.receptive_fields(encoder, stages, shape))
+    centres = lambda field, count, axis: (
+        field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
+    )
+    return tuple(
+        (centres(field, output[1], 0), centres(field, output[2], 1))
+        for field, output in summary.receptive_fields(encoder, stages, shape)
+    )
 
 
-def _bilinear(to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]) -> Float[np.ndarray, "to known"]:
+def _bilinear(
+    to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]
+) -> Float[np.ndarray, "to known"]:
     """The matrix [to, known] of linear interpolation at positions `to`, that of the nearest beyond the first and the last one known."""
-    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(np.float32)
+    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(
+        np.float32
+    )
 
 
-def place(x: Float[Array, "batch height width channels"], known: tuple[np.ndarray, np.ndarray],
-          to: tuple[np.ndarray, np.ndarray]) -> Float[Array, "batch rows columns channels"]:
+def place(
+    x: Float[Array, "batch height width channels"],
+    known: tuple[np.ndarray, np.ndarray],
+    to: tuple[np.ndarray, np.ndarray],
+) -> Float[Array, "batch rows columns channels"]:
     """Brings maps whose (rows, columns) are at `known` to other rows and columns.
 
     In between it is bilinear interpolation; what lies beyond the map has the value of the nearest position on its edge.
@@ -75,14 +100,18 @@ class FCN(Network):
 
     @nn.nowrap
     def backbone(self) -> Network:
-        return create_model(self.encoder, padding=self.padding, dtype=self.dtype, axis_name=self.axis_name).clone(parent=None)
+        return create_model(
+            self.encoder, padding=self.padding, dtype=self.dtype, axis_name=self.axis_name
+        ).clone(parent=None)
 
     @nn.nowrap
     def walk(self, x, train):
         encoder, maps, shape = self.backbone(), {}, x.shape[1:]
         for name, y in encoder.walk(x, train):  # its modules become this network's own
             if name == "logits":
-                raise ValueError(f"scored={self.scored!r} are not stages of {self.encoder}, in their order; they are {', '.join(maps)}")
+                raise ValueError(
+                    f"scored={self.scored!r} are not stages of {self.encoder}, in their order; they are {', '.join(maps)}"
+                )
             yield name, y
             maps[name] = y
             if [stage for stage in maps if stage in self.scored] == list(self.scored):

@@ -2,6 +2,7 @@
 
 As in torchvision, the "5x5" branch is a 3x3 convolution (pytorch/vision issue 906).
 """
+
 import functools
 from collections.abc import Callable
 
@@ -10,7 +11,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    adaptive_avg_pool,
+    concatenate,
+    global_avg_pool,
+    max_pool,
+)
 
 # torchvision truncates at +-2, two hundred standard deviations away.
 _normal = nn.initializers.normal(0.01)
@@ -27,7 +36,10 @@ _TABLE = {
     "inception5a": (256, 160, 320, 32, 128, 128),
     "inception5b": (384, 192, 384, 48, 128, 128),
 }
-_POOLED = {"inception3b": 3, "inception4e": 2}  # the window of the max-pool, of stride 2, that follows
+_POOLED = {
+    "inception3b": 3,
+    "inception4e": 2,
+}  # the window of the max-pool, of stride 2, that follows
 _AUXILIARY = {"inception4a": "aux1", "inception4d": "aux2"}
 
 
@@ -45,9 +57,20 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = Conv(self.features, self.size, self.stride, self.padding, use_bias=False, kernel_init=self.kernel_init,
-                 fill=self.fill, dtype=self.dtype, name="conv")(x)
-        return nn.relu(BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train))
+        x = Conv(
+            self.features,
+            self.size,
+            self.stride,
+            self.padding,
+            use_bias=False,
+            kernel_init=self.kernel_init,
+            fill=self.fill,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return nn.relu(
+            BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train)
+        )
 
 
 class Inception(nn.Module):
@@ -60,15 +83,24 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        conv = functools.partial(ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name)
+        conv = functools.partial(
+            ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name
+        )
         one, reduce3, three, reduce5, five, projection = self.widths
         pooled = max_pool(x, 3, 1, padding=1, fill=self.fill)
-        return concatenate([
-            conv(one, 1, name="branch1")(x, train),
-            conv(three, 3, padding=1, name="branch2.1")(conv(reduce3, 1, name="branch2.0")(x, train), train),
-            conv(five, 3, padding=1, name="branch3.1")(conv(reduce5, 1, name="branch3.0")(x, train), train),
-            conv(projection, 1, name="branch4.1")(pooled, train),
-        ], self.fill)
+        return concatenate(
+            [
+                conv(one, 1, name="branch1")(x, train),
+                conv(three, 3, padding=1, name="branch2.1")(
+                    conv(reduce3, 1, name="branch2.0")(x, train), train
+                ),
+                conv(five, 3, padding=1, name="branch3.1")(
+                    conv(reduce5, 1, name="branch3.0")(x, train), train
+                ),
+                conv(projection, 1, name="branch4.1")(pooled, train),
+            ],
+            self.fill,
+        )
 
 
 class Auxiliary(nn.Module):
@@ -84,12 +116,16 @@ class Auxiliary(nn.Module):
     def __call__(self, x, train):
         dense = functools.partial(Dense, kernel_init=_normal, dtype=self.dtype)
         x = adaptive_avg_pool(x, 4)
-        x = ConvNorm(128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv")(x, train)
+        x = ConvNorm(
+            128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv"
+        )(x, train)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(1024, name="fc1")(x)))
         logits = dense(self.num_classes, name="fc2")(x).astype(jnp.float32)
         if not self.is_initializing():
-            self.sow("auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            self.sow(
+                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
+            )
 
 
 class GoogLeNet(Network):
@@ -116,7 +152,9 @@ class GoogLeNet(Network):
         for name, widths in _TABLE.items():
             x = Inception(widths, name=name, **shared)(x, train)
             if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(x, train)
+                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(
+                    x, train
+                )
             if name in _POOLED:
                 yield name, x
                 x = pool(x, _POOLED[name])

@@ -2,6 +2,7 @@
 
 Parameters are named as torchvision's form of the network names them (`cnnjax.models.googlenet`).
 """
+
 import functools
 
 import flax.linen as nn
@@ -10,7 +11,15 @@ from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.models.googlenet import _AUXILIARY, _TABLE
-from cnnjax.nn import Conv, Dense, avg_pool, concatenate, global_avg_pool, local_response_norm, max_pool
+from cnnjax.nn import (
+    Conv,
+    Dense,
+    avg_pool,
+    concatenate,
+    global_avg_pool,
+    local_response_norm,
+    max_pool,
+)
 
 
 class NaiveInception(nn.Module):
@@ -22,8 +31,19 @@ class NaiveInception(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        branches = [nn.relu(Conv(features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=f"branch{number}")(x))
-                    for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1)]
+        branches = [
+            nn.relu(
+                Conv(
+                    features,
+                    size,
+                    padding=size // 2,
+                    fill=self.fill,
+                    dtype=self.dtype,
+                    name=f"branch{number}",
+                )(x)
+            )
+            for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1)
+        ]
         return concatenate([*branches, max_pool(x, 3, 1, padding=1, fill=self.fill)], self.fill)
 
 
@@ -37,15 +57,22 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(x, features, size, name):
-            return nn.relu(Conv(features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name)(x))
+            return nn.relu(
+                Conv(
+                    features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name
+                )(x)
+            )
 
         one, reduce3, three, reduce5, five, projection = self.widths
-        return concatenate([
-            conv(x, one, 1, "branch1"),
-            conv(conv(x, reduce3, 1, "branch2.0"), three, 3, "branch2.1"),
-            conv(conv(x, reduce5, 1, "branch3.0"), five, 5, "branch3.1"),
-            conv(max_pool(x, 3, 1, padding=1, fill=self.fill), projection, 1, "branch4.1"),
-        ], self.fill)
+        return concatenate(
+            [
+                conv(x, one, 1, "branch1"),
+                conv(conv(x, reduce3, 1, "branch2.0"), three, 3, "branch2.1"),
+                conv(conv(x, reduce5, 1, "branch3.0"), five, 5, "branch3.1"),
+                conv(max_pool(x, 3, 1, padding=1, fill=self.fill), projection, 1, "branch4.1"),
+            ],
+            self.fill,
+        )
 
 
 class Auxiliary(nn.Module):
@@ -58,12 +85,20 @@ class Auxiliary(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.relu(Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(avg_pool(x, 5, 3, fill=self.fill)))
+        x = nn.relu(
+            Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(
+                avg_pool(x, 5, 3, fill=self.fill)
+            )
+        )
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(Dense(1024, dtype=self.dtype, name="fc1")(x)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(
+            nn.relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
+        )
         logits = Dense(self.num_classes, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
         if not self.is_initializing():
-            self.sow("auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            self.sow(
+                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
+            )
 
 
 class GoogLeNet2014(Network):
@@ -80,7 +115,9 @@ class GoogLeNet2014(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
-        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, fill=self.padding)  # table 1's 56, 28, 14 and 7
+        pool = functools.partial(
+            max_pool, window=3, stride=2, ceil=True, fill=self.padding
+        )  # table 1's 56, 28, 14 and 7
         x = nn.relu(Conv(64, 7, 2, padding=3, name="conv1", **shared)(x))
         yield "conv1", x
         x = local_response_norm(pool(x))
@@ -91,7 +128,9 @@ class GoogLeNet2014(Network):
         for name, widths in _TABLE.items():
             x = Inception(widths, name=name, **shared)(x)
             if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(x, train)
+                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(
+                    x, train
+                )
             if name in ("inception3b", "inception4e"):
                 yield name, x
                 x = pool(x)

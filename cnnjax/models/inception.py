@@ -1,4 +1,5 @@
 """Inception v3: Szegedy et al. 2015 (arXiv 1512.00567), table 1 and figures 5 to 7, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
@@ -19,38 +20,70 @@ _AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
 
 def block_a(pool: int) -> tuple:
     """Figure 5, except that one branch keeps its 5x5 convolution."""
-    return ((("branch1x1", 64, 1),),
-            (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
-            (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)),
-            (_AVERAGE, ("branch_pool", pool, 1)))
+    return (
+        (("branch1x1", 64, 1),),
+        (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
+        (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)),
+        (_AVERAGE, ("branch_pool", pool, 1)),
+    )
 
 
 def block_c(width: int) -> tuple:
     """Figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
-    return ((("branch1x1", 192, 1),),
-            (("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))),
-            (("branch7x7dbl_1", width, 1), ("branch7x7dbl_2", width, (7, 1)), ("branch7x7dbl_3", width, (1, 7)),
-             ("branch7x7dbl_4", width, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))),
-            (_AVERAGE, ("branch_pool", 192, 1)))
+    return (
+        (("branch1x1", 192, 1),),
+        (("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))),
+        (
+            ("branch7x7dbl_1", width, 1),
+            ("branch7x7dbl_2", width, (7, 1)),
+            ("branch7x7dbl_3", width, (1, 7)),
+            ("branch7x7dbl_4", width, (7, 1)),
+            ("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        (_AVERAGE, ("branch_pool", 192, 1)),
+    )
 
 
 # Figure 10, where the resolution falls, twice.
-_BLOCK_B = ((("branch3x3", 384, 3, 2),),
-            (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)),
-            (_MAXIMUM,))
-_BLOCK_D = ((("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
-            (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)),
-            (_MAXIMUM,))
+_BLOCK_B = (
+    (("branch3x3", 384, 3, 2),),
+    (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2)),
+    (_MAXIMUM,),
+)
+_BLOCK_D = (
+    (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
+    (
+        ("branch7x7x3_1", 192, 1),
+        ("branch7x7x3_2", 192, (1, 7)),
+        ("branch7x7x3_3", 192, (7, 1)),
+        ("branch7x7x3_4", 192, 3, 2),
+    ),
+    (_MAXIMUM,),
+)
 # Figure 7: the last convolutions spread over two parallel ones.
-_BLOCK_E = ((("branch1x1", 320, 1),),
-            (("branch3x3_1", 384, 1), (("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1)))),
-            (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), (("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1)))),
-            (_AVERAGE, ("branch_pool", 192, 1)))
+_BLOCK_E = (
+    (("branch1x1", 320, 1),),
+    (("branch3x3_1", 384, 1), (("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1)))),
+    (
+        ("branch3x3dbl_1", 448, 1),
+        ("branch3x3dbl_2", 384, 3),
+        (("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))),
+    ),
+    (_AVERAGE, ("branch_pool", 192, 1)),
+)
 
 _TABLE = {
-    "Mixed_5b": block_a(32), "Mixed_5c": block_a(64), "Mixed_5d": block_a(64),
-    "Mixed_6a": _BLOCK_B, "Mixed_6b": block_c(128), "Mixed_6c": block_c(160), "Mixed_6d": block_c(160), "Mixed_6e": block_c(192),
-    "Mixed_7a": _BLOCK_D, "Mixed_7b": _BLOCK_E, "Mixed_7c": _BLOCK_E,
+    "Mixed_5b": block_a(32),
+    "Mixed_5c": block_a(64),
+    "Mixed_5d": block_a(64),
+    "Mixed_6a": _BLOCK_B,
+    "Mixed_6b": block_c(128),
+    "Mixed_6c": block_c(160),
+    "Mixed_6d": block_c(160),
+    "Mixed_6e": block_c(192),
+    "Mixed_7a": _BLOCK_D,
+    "Mixed_7b": _BLOCK_E,
+    "Mixed_7c": _BLOCK_E,
 }
 
 
@@ -71,9 +104,20 @@ class Block(nn.Module):
         if step == _MAXIMUM:
             return max_pool(x, 3, 2, fill=self.fill)
         name, features, size, *stride = step
-        padding = 0 if stride else (size // 2 if isinstance(size, int) else tuple(n // 2 for n in size))
-        return ConvNorm(features, size, *stride, padding=padding, kernel_init=_normal, fill=self.fill, dtype=self.dtype,
-                        axis_name=self.axis_name, name=name)(x, train)
+        padding = (
+            0 if stride else (size // 2 if isinstance(size, int) else tuple(n // 2 for n in size))
+        )
+        return ConvNorm(
+            features,
+            size,
+            *stride,
+            padding=padding,
+            kernel_init=_normal,
+            fill=self.fill,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name=name,
+        )(x, train)
 
     @nn.compact
     def __call__(self, x, train):
@@ -83,9 +127,13 @@ class Block(nn.Module):
             for step in branch[:-1]:
                 y = self.step(step, y, train)
             maps.append(y)
-        if self.branches[-1] == (_MAXIMUM,):  # strided last steps see the same cells, though an unpadded branch has lost some
+        if self.branches[-1] == (
+            _MAXIMUM,
+        ):  # strided last steps see the same cells, though an unpadded branch has lost some
             maps = align(maps, self.fill)
-        return concatenate([self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill)
+        return concatenate(
+            [self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
+        )
 
 
 class Auxiliary(nn.Module):
@@ -98,13 +146,21 @@ class Auxiliary(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        conv = functools.partial(ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name)
-        x = conv(128, 1, kernel_init=_normal, name="conv0")(avg_pool(x, 5, 3, fill=self.fill), train)
+        conv = functools.partial(
+            ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name
+        )
+        x = conv(128, 1, kernel_init=_normal, name="conv0")(
+            avg_pool(x, 5, 3, fill=self.fill), train
+        )
         x = conv(768, 5, kernel_init=_normal, name="conv1")(x, train)
-        dense = Dense(self.num_classes, kernel_init=nn.initializers.normal(0.001), dtype=self.dtype, name="fc")
+        dense = Dense(
+            self.num_classes, kernel_init=nn.initializers.normal(0.001), dtype=self.dtype, name="fc"
+        )
         logits = dense(global_avg_pool(x)).astype(jnp.float32)
         if not self.is_initializing():
-            self.sow("auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+            self.sow(
+                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
+            )
 
 
 class InceptionV3(Network):

@@ -1,4 +1,5 @@
 """Networks that the lectures and their tutorials define themselves, in PyTorch's initialisation unless stated."""
+
 import functools
 
 import flax.linen as nn
@@ -18,7 +19,9 @@ class TutorialNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((6, 16), 1):
-            x = nn.relu(Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x))
+            x = nn.relu(
+                Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x)
+            )
             yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
@@ -65,7 +68,16 @@ class ConvNet(Network):
         shared = {**KERAS, "dtype": self.dtype}
         for number, block in enumerate(self.blocks, 1):
             for letter, features in zip("abcd", block):
-                x = nn.relu(Conv(features, 3, padding=1, fill=self.padding, name=f"conv{number}{letter}", **shared)(x))
+                x = nn.relu(
+                    Conv(
+                        features,
+                        3,
+                        padding=1,
+                        fill=self.padding,
+                        name=f"conv{number}{letter}",
+                        **shared,
+                    )(x)
+                )
             yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
@@ -79,4 +91,7 @@ register("keras_convnet", KerasConvNet)
 # The lecture draws one convolution in the fourth block and calls the network ten layers deep (27.5 M parameters), but prints
 # two convolutions and 30 M in total (29.9 M): each is a network here.
 register("convnet", ConvNet)
-register("convnet_512x2", functools.partial(ConvNet, blocks=((64, 64), (128, 128), (256, 256), (512, 512))))
+register(
+    "convnet_512x2",
+    functools.partial(ConvNet, blocks=((64, 64), (128, 128), (256, 256), (512, 512))),
+)

@@ -1,4 +1,5 @@
 """LeNet: LeNet-5 as LeCun, Bottou, Bengio and Haffner published it (1998), and the NUS lecture's LeNet for MNIST."""
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,13 @@ _DIGITS = """
     .#...#. ...#... #...... #.....# .....#. #.....# #.....# ..#.... #.....# .....#.
     ..###.. .#####. ####### .#####. .....#. .#####. .#####. ..#.... .#####. .####..
 """
-CODES = np.array([[1.0 if cell == "#" else -1.0 for row in _DIGITS.split()[digit::10] for cell in row] for digit in range(10)], np.float32)
+CODES = np.array(
+    [
+        [1.0 if cell == "#" else -1.0 for row in _DIGITS.split()[digit::10] for cell in row]
+        for digit in range(10)
+    ],
+    np.float32,
+)
 
 
 def squash(x: jnp.ndarray) -> jnp.ndarray:
@@ -46,7 +53,9 @@ def squash(x: jnp.ndarray) -> jnp.ndarray:
 def uniform(fan_in):
     """Appendix A: weights uniform in +-2.4 / fan-in; an array of fan-ins serves one unit each along the last axis."""
     bound = jnp.asarray(2.4 / np.asarray(fan_in), jnp.float32)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 class Subsample(nn.Module):
@@ -72,7 +81,11 @@ class TableConv(nn.Module):
         fan_in = 25 * CONNECTIONS.sum(0)
         planes = self.param("kernel", uniform(fan_in[targets]), (5, 5, len(sources)))
         bias = self.param("bias", uniform(fan_in), (CONNECTIONS.shape[1],))
-        kernel = jnp.zeros((5, 5, *CONNECTIONS.shape), planes.dtype).at[:, :, sources, targets].set(planes)
+        kernel = (
+            jnp.zeros((5, 5, *CONNECTIONS.shape), planes.dtype)
+            .at[:, :, sources, targets]
+            .set(planes)
+        )
         return conv(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
@@ -91,25 +104,64 @@ class LeNet5(Network):
         if self.output not in ("rbf", "linear"):
             raise ValueError(f"output={self.output!r} is not one of rbf, linear")
         if self.output == "rbf" and self.num_classes > len(CODES):
-            raise ValueError(f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have a code; use output='linear'")
+            raise ValueError(
+                f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have a code; use output='linear'"
+            )
         super().__post_init__()
 
     @nn.nowrap
     def walk(self, x, train):
-        x = squash(Conv(6, 5, kernel_init=uniform(25), bias_init=uniform(25), dtype=self.dtype, fill=self.padding, name="c1")(x))
+        x = squash(
+            Conv(
+                6,
+                5,
+                kernel_init=uniform(25),
+                bias_init=uniform(25),
+                dtype=self.dtype,
+                fill=self.padding,
+                name="c1",
+            )(x)
+        )
         yield "c1", x
         x = squash(Subsample(self.dtype, name="s2")(x))
         x = squash(TableConv(self.dtype, name="c3")(x))
         yield "c3", x
         x = squash(Subsample(self.dtype, name="s4")(x))
-        x = squash(Conv(120, 5, kernel_init=uniform(400), bias_init=uniform(400), dtype=self.dtype, fill=self.padding, name="c5")(x))
+        x = squash(
+            Conv(
+                120,
+                5,
+                kernel_init=uniform(400),
+                bias_init=uniform(400),
+                dtype=self.dtype,
+                fill=self.padding,
+                name="c5",
+            )(x)
+        )
         yield "c5", x
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
-        x = squash(Dense(84, kernel_init=uniform(x.shape[1]), bias_init=uniform(x.shape[1]), dtype=self.dtype, name="f6")(x))
+        x = squash(
+            Dense(
+                84,
+                kernel_init=uniform(x.shape[1]),
+                bias_init=uniform(x.shape[1]),
+                dtype=self.dtype,
+                name="f6",
+            )(x)
+        )
         if self.output == "linear":
-            yield "logits", Dense(self.num_classes, kernel_init=uniform(84), bias_init=uniform(84), dtype=self.dtype, name="output")(x)
+            yield (
+                "logits",
+                Dense(
+                    self.num_classes,
+                    kernel_init=uniform(84),
+                    bias_init=uniform(84),
+                    dtype=self.dtype,
+                    name="output",
+                )(x),
+            )
         else:
-            codes = jnp.asarray(CODES[:self.num_classes], x.dtype)
+            codes = jnp.asarray(CODES[: self.num_classes], x.dtype)
             yield "logits", -jnp.square(x[:, None] - codes).sum(-1)
 
 
@@ -122,7 +174,16 @@ class LeNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((50, 100), 1):
-            x = nn.relu(Conv(features, 3, padding=1, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x))
+            x = nn.relu(
+                Conv(
+                    features,
+                    3,
+                    padding=1,
+                    fill=self.padding,
+                    dtype=self.dtype,
+                    name=f"conv{number}",
+                )(x)
+            )
             yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order

@@ -1,4 +1,5 @@
 """Multi-layer perceptrons, the baselines of the NUS lecture (CS5242, lecture 8): 0.03 M and 2 M parameters on CIFAR-10."""
+
 import functools
 
 import flax.linen as nn
@@ -21,7 +22,10 @@ class MLP(Network):
         for number, features in enumerate(self.hidden, 1):
             x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        yield "logits", Dense(self.num_classes, dtype=self.dtype, name=f"fc{len(self.hidden) + 1}")(x)
+        yield (
+            "logits",
+            Dense(self.num_classes, dtype=self.dtype, name=f"fc{len(self.hidden) + 1}")(x),
+        )
 
 
 register("mlp1", MLP)

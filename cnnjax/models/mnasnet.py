@@ -2,6 +2,7 @@
 
 B1 is the network without squeeze-and-excitation of the authors' released code; figure 7 shows the one with it.
 """
+
 import functools
 
 import flax.linen as nn
@@ -11,10 +12,19 @@ from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
-_norm = functools.partial(BatchNorm, momentum=1 - 0.9997)  # the publication's 0.9997 weighs the old statistics
+_norm = functools.partial(
+    BatchNorm, momentum=1 - 0.9997
+)  # the publication's 0.9997 weighs the old statistics
 
 # Output channels at width 1, kernel, stride of the first repetition, expansion, repetitions; torchvision's layers 8 ... 13.
-_TABLE = ((24, 3, 2, 3, 3), (40, 5, 2, 3, 3), (80, 5, 2, 6, 3), (96, 3, 1, 6, 2), (192, 5, 2, 6, 4), (320, 3, 1, 6, 1))
+_TABLE = (
+    (24, 3, 2, 3, 3),
+    (40, 5, 2, 3, 3),
+    (80, 5, 2, 6, 3),
+    (96, 3, 1, 6, 2),
+    (192, 5, 2, 6, 4),
+    (320, 3, 1, 6, 1),
+)
 
 
 def scaled(channels: int, width: float) -> int:
@@ -41,7 +51,9 @@ class InvertedResidual(nn.Module):
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         width = self.expansion * x.shape[-1]
         y = nn.relu(norm(name="layers.1")(conv(width, 1, name="layers.0")(x), train))
-        y = conv(width, self.size, self.stride, padding=self.size // 2, groups=width, name="layers.3")(y)
+        y = conv(
+            width, self.size, self.stride, padding=self.size // 2, groups=width, name="layers.3"
+        )(y)
         y = nn.relu(norm(name="layers.4")(y, train))
         y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
         return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
@@ -58,8 +70,16 @@ class MNASNet(Network):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         first, second = scaled(32, self.width), scaled(16, self.width)
-        x = nn.relu(norm(name="layers.1")(_conv(first, 3, 2, padding=1, name="layers.0", **shared)(x), train))
-        x = nn.relu(norm(name="layers.4")(_conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x), train))
+        x = nn.relu(
+            norm(name="layers.1")(
+                _conv(first, 3, 2, padding=1, name="layers.0", **shared)(x), train
+            )
+        )
+        x = nn.relu(
+            norm(name="layers.4")(
+                _conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x), train
+            )
+        )
         x = norm(name="layers.7")(_conv(second, 1, name="layers.6", **shared)(x), train)
         stage = 1
         for index, (features, size, stride, expansion, repetitions) in enumerate(_TABLE, 8):
@@ -67,14 +87,29 @@ class MNASNet(Network):
                 yield f"stage{stage}", x
                 stage += 1
             for number in range(repetitions):
-                x = InvertedResidual(scaled(features, self.width), size, stride if number == 0 else 1, expansion,
-                                     axis_name=self.axis_name, name=f"layers.{index}.{number}", **shared)(x, train)
+                x = InvertedResidual(
+                    scaled(features, self.width),
+                    size,
+                    stride if number == 0 else 1,
+                    expansion,
+                    axis_name=self.axis_name,
+                    name=f"layers.{index}.{number}",
+                    **shared,
+                )(x, train)
         yield f"stage{stage}", x
         x = nn.relu(norm(name="layers.15")(_conv(1280, 1, name="layers.14", **shared)(x), train))
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         uniform = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
-        yield "logits", Dense(self.num_classes, kernel_init=uniform, bias_init=nn.initializers.zeros, dtype=self.dtype,
-                              name="classifier.1")(x)
+        yield (
+            "logits",
+            Dense(
+                self.num_classes,
+                kernel_init=uniform,
+                bias_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="classifier.1",
+            )(x),
+        )
 
 
 for _width in (0.5, 0.75, 1.0, 1.3):

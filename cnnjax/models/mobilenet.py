@@ -1,4 +1,5 @@
 """MobileNetV2: Sandler et al. 2018 (arXiv 1801.04381), table 2, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
@@ -11,7 +12,15 @@ from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
 # Table 2: expansion t, output channels c, repetitions n, stride s of the first repetition.
-_TABLE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+_TABLE = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 def relu6(x: jnp.ndarray) -> jnp.ndarray:
@@ -39,7 +48,9 @@ class InvertedResidual(nn.Module):
             index = 1
         y = conv(width, 3, self.stride, padding=1, groups=width, name=f"conv.{index}.0")(y)
         y = relu6(norm(name=f"conv.{index}.1")(y, train))
-        y = norm(name=f"conv.{index + 2}")(conv(self.features, 1, name=f"conv.{index + 1}")(y), train)
+        y = norm(name=f"conv.{index + 2}")(
+            conv(self.features, 1, name=f"conv.{index + 1}")(y), train
+        )
         return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
 
 
@@ -52,21 +63,43 @@ class MobileNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = relu6(norm(name="features.0.1")(_conv(32, 3, 2, padding=1, name="features.0.0", **shared)(x), train))
+        x = relu6(
+            norm(name="features.0.1")(
+                _conv(32, 3, 2, padding=1, name="features.0.0", **shared)(x), train
+            )
+        )
         index, stage = 1, 1
         for expansion, features, repetitions, first in _TABLE:
             if first == 2:
                 yield f"stage{stage}", x
                 stage += 1
             for number in range(repetitions):
-                x = InvertedResidual(features, first if number == 0 else 1, expansion, axis_name=self.axis_name,
-                                     name=f"features.{index}", **shared)(x, train)
+                x = InvertedResidual(
+                    features,
+                    first if number == 0 else 1,
+                    expansion,
+                    axis_name=self.axis_name,
+                    name=f"features.{index}",
+                    **shared,
+                )(x, train)
                 index += 1
         yield f"stage{stage}", x
-        x = relu6(norm(name=f"features.{index}.1")(_conv(1280, 1, name=f"features.{index}.0", **shared)(x), train))
+        x = relu6(
+            norm(name=f"features.{index}.1")(
+                _conv(1280, 1, name=f"features.{index}.0", **shared)(x), train
+            )
+        )
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
-        yield "logits", Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros,
-                              dtype=self.dtype, name="classifier.1")(x)
+        yield (
+            "logits",
+            Dense(
+                self.num_classes,
+                kernel_init=nn.initializers.normal(0.01),
+                bias_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="classifier.1",
+            )(x),
+        )
 
 
 register("mobilenet_v2", MobileNetV2)

@@ -4,6 +4,7 @@ ResNet is He et al. 2015 (arXiv 1512.03385), table 1; ResNeXt, Xie et al. 2016 (
 convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.07146), table 9, widens it. As in
 torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
 """
+
 import functools
 from collections.abc import Callable
 
@@ -11,7 +12,15 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out, max_pool
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    fit_to_branch,
+    global_avg_pool,
+    he_normal_fan_out,
+    max_pool,
+)
 
 
 class Block(nn.Module):
@@ -24,11 +33,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        conv = functools.partial(Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out)
+        conv = functools.partial(
+            Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out
+        )
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         y = x
         for number, (features, size, stride, groups) in enumerate(self.layers, 1):
-            y = conv(features, size, stride, padding=size // 2, groups=groups, name=f"conv{number}")(y)
+            y = conv(
+                features, size, stride, padding=size // 2, groups=groups, name=f"conv{number}"
+            )(y)
             y = norm(name=f"bn{number}")(y, train)
             if number < len(self.layers):
                 y = nn.relu(y)
@@ -59,14 +72,25 @@ class ResNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"dtype": self.dtype, "fill": self.padding}
-        x = Conv(64, 7, 2, padding=3, use_bias=False, kernel_init=he_normal_fan_out, name="conv1", **shared)(x)
+        x = Conv(
+            64,
+            7,
+            2,
+            padding=3,
+            use_bias=False,
+            kernel_init=he_normal_fan_out,
+            name="conv1",
+            **shared,
+        )(x)
         x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
         yield "stem", x
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for stage, depth in enumerate(self.depths):
             for number in range(depth):
                 layers = self.block(64 * 2**stage, 2 if stage > 0 and number == 0 else 1)
-                x = Block(layers, axis_name=self.axis_name, name=f"layer{stage + 1}.{number}", **shared)(x, train)
+                x = Block(
+                    layers, axis_name=self.axis_name, name=f"layer{stage + 1}.{number}", **shared
+                )(x, train)
             yield f"layer{stage + 1}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
@@ -76,5 +100,13 @@ register("resnet34", functools.partial(ResNet, depths=(3, 4, 6, 3), block=basic)
 register("resnet50", functools.partial(ResNet, depths=(3, 4, 6, 3), block=bottleneck))
 register("resnet101", functools.partial(ResNet, depths=(3, 4, 23, 3), block=bottleneck))
 register("resnet152", functools.partial(ResNet, depths=(3, 8, 36, 3), block=bottleneck))
-register("resnext50_32x4d", functools.partial(ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2, groups=32)))
-register("wide_resnet50_2", functools.partial(ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2)))
+register(
+    "resnext50_32x4d",
+    functools.partial(
+        ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2, groups=32)
+    ),
+)
+register(
+    "wide_resnet50_2",
+    functools.partial(ResNet, depths=(3, 4, 6, 3), block=functools.partial(bottleneck, inner=2)),
+)

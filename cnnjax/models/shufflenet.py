@@ -1,4 +1,5 @@
 """ShuffleNetV2: Ma et al. 2018 (arXiv 1807.11164), table 5, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
@@ -57,12 +58,20 @@ class ShuffleNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = nn.relu(norm(name="conv1.1")(_conv(24, 3, 2, padding=1, name="conv1.0", **shared)(x), train))
+        x = nn.relu(
+            norm(name="conv1.1")(_conv(24, 3, 2, padding=1, name="conv1.0", **shared)(x), train)
+        )
         yield "conv1", x
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for stage, depth, width in zip((2, 3, 4), (4, 8, 4), self.widths):
             for number in range(depth):
-                x = Unit(width, 2 if number == 0 else 1, axis_name=self.axis_name, name=f"stage{stage}.{number}", **shared)(x, train)
+                x = Unit(
+                    width,
+                    2 if number == 0 else 1,
+                    axis_name=self.axis_name,
+                    name=f"stage{stage}.{number}",
+                    **shared,
+                )(x, train)
             yield f"stage{stage}", x
         x = nn.relu(norm(name="conv5.1")(_conv(self.last, 1, name="conv5.0", **shared)(x), train))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))

@@ -1,4 +1,5 @@
 """The network of the public CIFAR-10 speed record `airbench94_muon` (Jordan 2024, github.com/KellerJordan/cifar10-airbench)."""
+
 import functools
 
 import flax.linen as nn
@@ -18,8 +19,12 @@ _gelu = functools.partial(nn.gelu, approximate=False)
 def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
     """Filters [2, 2, channels, 8 * channels] under which the 2x2 patches of normalised images are uncorrelated, and their negatives."""
     _, height, width, channels = images.shape
-    patches = jnp.concatenate([images[:, i:height - 1 + i, j:width - 1 + j] for i in (0, 1) for j in (0, 1)], 3).reshape(-1, 4 * channels)
-    values, vectors = jnp.linalg.eigh(jnp.matmul(patches.T, patches, precision="highest") / len(patches))
+    patches = jnp.concatenate(
+        [images[:, i : height - 1 + i, j : width - 1 + j] for i in (0, 1) for j in (0, 1)], 3
+    ).reshape(-1, 4 * channels)
+    values, vectors = jnp.linalg.eigh(
+        jnp.matmul(patches.T, patches, precision="highest") / len(patches)
+    )
     filters = (vectors / jnp.sqrt(values + _EPS)).reshape(2, 2, channels, 4 * channels)
     return jnp.concatenate([filters, -filters], 3)
 
@@ -28,12 +33,16 @@ def _partly_identity(key, shape, dtype=jnp.float32):
     """PyTorch's default, but the first filters copy an input channel each."""
     kernel = uniform_fan_in(shape[0] * shape[1] * shape[2])(key, shape, dtype)
     kept = min(shape[2:])
-    identity = jnp.zeros((*shape[:3], kept), dtype).at[shape[0] // 2, shape[1] // 2, jnp.arange(kept), jnp.arange(kept)].set(1)
+    identity = (
+        jnp.zeros((*shape[:3], kept), dtype)
+        .at[shape[0] // 2, shape[1] // 2, jnp.arange(kept), jnp.arange(kept)]
+        .set(1)
+    )
     return kernel.at[..., :kept].set(identity)
 
 
 def _unit_variance(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -3**0.5, 3**0.5)
+    return jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5)
 
 
 class Speedrun(Network):
@@ -53,13 +62,36 @@ class Speedrun(Network):
         x = _gelu(Conv(8 * x.shape[3], 2, **shared, name="whiten")(x))
         for number, features in enumerate((self.width, 4 * self.width, 4 * self.width), 1):
             for layer in (1, 2):
-                x = Conv(features, 3, padding=1, use_bias=False, kernel_init=_partly_identity, **shared,
-                         name=f"block{number}.conv{layer}")(x)
+                x = Conv(
+                    features,
+                    3,
+                    padding=1,
+                    use_bias=False,
+                    kernel_init=_partly_identity,
+                    **shared,
+                    name=f"block{number}.conv{layer}",
+                )(x)
                 x = max_pool(x, 2, fill=self.padding) if layer == 1 else x
-                x = _gelu(_BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=f"block{number}.norm{layer}")(x, train))
+                x = _gelu(
+                    _BatchNorm(
+                        dtype=self.dtype,
+                        axis_name=self.axis_name,
+                        name=f"block{number}.norm{layer}",
+                    )(x, train)
+                )
             yield f"block{number}", x
         x = x.max((1, 2))  # of the 3x3 that are left of 32x32
-        yield "logits", Dense(self.num_classes, use_bias=False, kernel_init=_unit_variance, dtype=self.dtype, name="fc")(x) / x.shape[1]
+        yield (
+            "logits",
+            Dense(
+                self.num_classes,
+                use_bias=False,
+                kernel_init=_unit_variance,
+                dtype=self.dtype,
+                name="fc",
+            )(x)
+            / x.shape[1],
+        )
 
 
 register("speedrun", Speedrun)

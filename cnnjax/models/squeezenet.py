@@ -1,4 +1,5 @@
 """SqueezeNet: Iandola et al. 2016 (arXiv 1602.07360), table 1, and its authors' version 1.1, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
@@ -7,7 +8,9 @@ from jax.typing import DTypeLike
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool
 
-_conv = functools.partial(Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros)
+_conv = functools.partial(
+    Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros
+)
 
 # (squeeze, expand) filters of the fire modules 2 ... 9, each of the two expanding convolutions.
 _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
@@ -25,7 +28,10 @@ class Fire(nn.Module):
     def __call__(self, x):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         x = nn.relu(conv(self.squeeze, 1, name="squeeze")(x))
-        expanded = [conv(self.expand, 1, name="expand1x1")(x), conv(self.expand, 3, padding=1, name="expand3x3")(x)]
+        expanded = [
+            conv(self.expand, 1, name="expand1x1")(x),
+            conv(self.expand, 3, padding=1, name="expand3x3")(x),
+        ]
         return nn.relu(concatenate(expanded, self.fill))
 
 
@@ -52,7 +58,15 @@ class SqueezeNet(Network):
                 x = max_pool(x, 3, 2, ceil=True, fill=self.padding)
                 index += 1
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = nn.relu(_conv(self.num_classes, 1, kernel_init=nn.initializers.normal(0.01), name="classifier.1", **shared)(x))
+        x = nn.relu(
+            _conv(
+                self.num_classes,
+                1,
+                kernel_init=nn.initializers.normal(0.01),
+                name="classifier.1",
+                **shared,
+            )(x)
+        )
         yield "logits", global_avg_pool(x)
 
 

@@ -1,10 +1,19 @@
 """VGG: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1, in torchvision's structure and names."""
+
 import functools
 
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, adaptive_avg_pool, he_normal_fan_out, local_response_norm, max_pool
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    adaptive_avg_pool,
+    he_normal_fan_out,
+    local_response_norm,
+    max_pool,
+)
 
 # Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1 one, "LRN" the
 # normalisation; a max-pool closes every block.
@@ -36,15 +45,27 @@ class VGG(Network):
             within = 0
             for layer in block:
                 if layer == "LRN":
-                    x = local_response_norm(x)  # section 2.1: the parameters of Krizhevsky et al. 2012
+                    x = local_response_norm(
+                        x
+                    )  # section 2.1: the parameters of Krizhevsky et al. 2012
                     index += 1
                     continue
                 features, size = layer if isinstance(layer, tuple) else (layer, 3)
-                x = Conv(features, size, padding=size // 2, fill=self.padding, dtype=self.dtype, kernel_init=he_normal_fan_out,
-                         bias_init=nn.initializers.zeros, name=f"features.{index}")(x)
+                x = Conv(
+                    features,
+                    size,
+                    padding=size // 2,
+                    fill=self.padding,
+                    dtype=self.dtype,
+                    kernel_init=he_normal_fan_out,
+                    bias_init=nn.initializers.zeros,
+                    name=f"features.{index}",
+                )(x)
                 index += 1
                 if self.batch_norm:
-                    x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}")(x, train)
+                    x = BatchNorm(
+                        axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}"
+                    )(x, train)
                     index += 1
                 x = nn.relu(x)
                 index, within = index + 1, within + 1
@@ -56,7 +77,12 @@ class VGG(Network):
             index += 1
         x = adaptive_avg_pool(x, 7)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
-        dense = functools.partial(Dense, kernel_init=nn.initializers.normal(0.01), bias_init=nn.initializers.zeros, dtype=self.dtype)
+        dense = functools.partial(
+            Dense,
+            kernel_init=nn.initializers.normal(0.01),
+            bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
+        )
         for layer in (0, 3):
             x = nn.relu(dense(4096, name=f"classifier.{layer}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -5,6 +5,7 @@ forms into that one only outside loops. The two gradients that JAX derives are o
 `lax.scan` runs on a naive loop nest, and a grouped kernel gradient does so everywhere. `_dense_conv` therefore states its
 gradients in the fast form itself. On other platforms the compiler's own choice is better and is left alone.
 """
+
 import contextlib
 import contextvars
 import functools
@@ -54,8 +55,15 @@ def _padded(x, widths, window):
 def _native(x, kernel, stride, padding, dilation, groups=1):
     if _exchanged(x, kernel.shape[:2]):
         x, padding = _padded(x, [(p, p, 0) for p in padding], kernel.shape[:2]), (0, 0)
-    return lax.conv_general_dilated(x, kernel, stride, [(p, p) for p in padding], rhs_dilation=dilation,
-                                    dimension_numbers=_LAYOUT, feature_group_count=groups)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        stride,
+        [(p, p) for p in padding],
+        rhs_dilation=dilation,
+        dimension_numbers=_LAYOUT,
+        feature_group_count=groups,
+    )
 
 
 @contextlib.contextmanager
@@ -86,7 +94,10 @@ def _ungrouped(x, kernel, stride, padding, dilation):
     count = _neighbours(x, kernel, stride, padding, dilation)
     if count == 1:
         return _native(x, kernel, stride, padding, dilation)
-    shifted = [jnp.pad(kernel, ((0, 0), (place, count - 1 - place), (0, 0), (0, 0))) for place in range(count)]
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (place, count - 1 - place), (0, 0), (0, 0)))
+        for place in range(count)
+    ]
     y = _native(x, jnp.concatenate(shifted, axis=3), (1, count), padding, dilation)
     return y.reshape(*y.shape[:2], -1, kernel.shape[3])
 
@@ -104,7 +115,9 @@ def _dense_conv_forward(x, kernel, stride, padding, dilation):
 
 def _dense_conv_backward(stride, padding, dilation, residuals, dy):
     (x, kernel), dy = residuals, materialize(dy)
-    return _input_gradient(x.shape, kernel, stride, padding, dilation, dy), _kernel_gradient(x, kernel.shape, stride, padding, dilation, dy)
+    return _input_gradient(x.shape, kernel, stride, padding, dilation, dy), _kernel_gradient(
+        x, kernel.shape, stride, padding, dilation, dy
+    )
 
 
 def _spread(shape, kernel_shape, stride, padding, dilation, dy):
@@ -132,15 +145,21 @@ def _strided_input_gradient(shape, kernel, stride, padding, dy):
     size = [-(-(shape[axis + 1] + padding[axis]) // stride[axis]) for axis in (0, 1)]
 
     def every(i, j):
-        cells = kernel[i::stride[0], j::stride[1]]
+        cells = kernel[i :: stride[0], j :: stride[1]]
         if not cells.size:
             return jnp.zeros((len(dy), *size, shape[3]), dy.dtype)
         widths = [(cells.shape[axis] - 1, size[axis] - dy.shape[axis + 1], 0) for axis in (0, 1)]
-        return _ungrouped(_padded(dy, widths, cells.shape[:2]), cells[::-1, ::-1].swapaxes(2, 3), (1, 1), (0, 0), (1, 1))
+        return _ungrouped(
+            _padded(dy, widths, cells.shape[:2]),
+            cells[::-1, ::-1].swapaxes(2, 3),
+            (1, 1),
+            (0, 0),
+            (1, 1),
+        )
 
     rows = [jnp.stack([every(i, j) for j in range(stride[1])], 3) for i in range(stride[0])]
     whole = jnp.stack(rows, 2).reshape(len(dy), size[0] * stride[0], size[1] * stride[1], -1)
-    return whole[:, padding[0]:padding[0] + shape[1], padding[1]:padding[1] + shape[2]]
+    return whole[:, padding[0] : padding[0] + shape[1], padding[1] : padding[1] + shape[2]]
 
 
 def _batch_last(x):
@@ -155,20 +174,43 @@ def _batch_last(x):
 
 def _kernel_gradient(x, shape, stride, padding, dilation, dy):
     """Correlates the input with the output gradient: the batch is summed over, so it takes the place of the channels."""
-    seen, taps = math.prod(shape[:3]), lambda: list(_taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3]))
-    if shape[:2] == (1, 1) or stride != (1, 1) and shape[0] <= 3:  # a matrix product for each row of the kernel: neither side is transposed
+    seen, taps = (
+        math.prod(shape[:3]),
+        lambda: list(_taps(pad(x, padding, "zeros"), shape[:2], stride, dilation, dy.shape[1:3])),
+    )
+    if (
+        shape[:2] == (1, 1) or stride != (1, 1) and shape[0] <= 3
+    ):  # a matrix product for each row of the kernel: neither side is transposed
         cells, columns = taps(), dy.reshape(-1, shape[3])
-        rows = [jnp.concatenate(cells[at:at + shape[1]], axis=3).reshape(len(columns), -1) for at in range(0, len(cells), shape[1])]
-        return jnp.stack([lax.dot_general(row, columns, (((0,), (0,)), ((), ()))) for row in rows]).reshape(shape)
-    if shape[2] <= _FEW_IN and seen <= shape[3]:  # what the kernel sees, side by side, is smaller than the output, which stays as it is
+        rows = [
+            jnp.concatenate(cells[at : at + shape[1]], axis=3).reshape(len(columns), -1)
+            for at in range(0, len(cells), shape[1])
+        ]
+        return jnp.stack(
+            [lax.dot_general(row, columns, (((0,), (0,)), ((), ()))) for row in rows]
+        ).reshape(shape)
+    if (
+        shape[2] <= _FEW_IN and seen <= shape[3]
+    ):  # what the kernel sees, side by side, is smaller than the output, which stays as it is
         rows = lax.optimization_barrier(jnp.concatenate(taps(), axis=3).reshape(-1, seen).T)
         return (rows @ dy.reshape(-1, shape[3])).reshape(shape)
-    needed = [(dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1 for axis in (0, 1)]
-    widths = [(padding[axis], needed[axis] - padding[axis] - x.shape[axis + 1], 0) for axis in (0, 1)]  # a stride may leave a margin unread
+    needed = [
+        (dy.shape[axis + 1] - 1) * stride[axis] + dilation[axis] * (shape[axis] - 1) + 1
+        for axis in (0, 1)
+    ]
+    widths = [
+        (padding[axis], needed[axis] - padding[axis] - x.shape[axis + 1], 0) for axis in (0, 1)
+    ]  # a stride may leave a margin unread
     read = lambda x: _padded(x, widths, dy.shape[1:3])
     x = read(x).transpose(3, 1, 2, 0) if x.size < _LARGE else read(_batch_last(x))
-    gradient = lax.conv_general_dilated(x, dy.transpose(1, 2, 0, 3), dilation, "VALID",
-                                        rhs_dilation=stride, dimension_numbers=_LAYOUT)
+    gradient = lax.conv_general_dilated(
+        x,
+        dy.transpose(1, 2, 0, 3),
+        dilation,
+        "VALID",
+        rhs_dilation=stride,
+        dimension_numbers=_LAYOUT,
+    )
     return gradient.transpose(1, 2, 0, 3)
 
 
@@ -179,15 +221,26 @@ def _taps(x, kernel_size, stride, dilation, size):
     """What each of a kernel's cells sees of a padded image, as strided views [batch, height', width', channels], row by row."""
     for i, j in np.ndindex(*kernel_size):
         top, left = i * dilation[0], j * dilation[1]
-        yield x[:, top:top + (size[0] - 1) * stride[0] + 1:stride[0], left:left + (size[1] - 1) * stride[1] + 1:stride[1]]
+        yield x[
+            :,
+            top : top + (size[0] - 1) * stride[0] + 1 : stride[0],
+            left : left + (size[1] - 1) * stride[1] + 1 : stride[1],
+        ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, padding, dilation):
     """A convolution with one input and one output channel per group, as a sum of shifted, scaled copies of the image."""
-    size = [output_size(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)]
+    size = [
+        output_size(
+            x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]
+        )
+        for axis in (0, 1)
+    ]
     taps = _taps(pad(x, padding, "zeros"), kernel.shape[:2], stride, dilation, size)
-    return functools.reduce(operator.add, (tap * scale for tap, scale in zip(taps, kernel.reshape(-1, kernel.shape[3]))))
+    return functools.reduce(
+        operator.add, (tap * scale for tap, scale in zip(taps, kernel.reshape(-1, kernel.shape[3])))
+    )
 
 
 def _depthwise_forward(x, kernel, stride, padding, dilation):
@@ -196,9 +249,14 @@ def _depthwise_forward(x, kernel, stride, padding, dilation):
 
 def _depthwise_backward(stride, padding, dilation, residuals, dy):
     (x, kernel), dy = residuals, materialize(dy)
-    spread, flipped = _spread(x.shape, kernel.shape, stride, padding, dilation, dy), kernel[::-1, ::-1]
+    spread, flipped = (
+        _spread(x.shape, kernel.shape, stride, padding, dilation, dy),
+        kernel[::-1, ::-1],
+    )
     taps = _taps(pad(x, padding, "zeros"), kernel.shape[:2], stride, dilation, dy.shape[1:3])
-    return _depthwise(spread, flipped, (1, 1), (0, 0), dilation), jnp.stack([channel_sum(tap, dy) for tap in taps]).reshape(kernel.shape)
+    return _depthwise(spread, flipped, (1, 1), (0, 0), dilation), jnp.stack(
+        [channel_sum(tap, dy) for tap in taps]
+    ).reshape(kernel.shape)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -210,11 +268,25 @@ def _grouped(x, kernel, groups, stride, padding, dilation):
     Matrix products on fewer channels waste more than the zeros do, and so does compiling one convolution per group.
     """
     depth, width = kernel.shape[2], kernel.shape[3] // groups
-    together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * max(depth, width) <= _TOGETHER))
+    together = max(
+        n
+        for n in range(1, groups + 1)
+        if groups % n == 0 and (n == 1 or n * max(depth, width) <= _TOGETHER)
+    )
     diagonal = np.kron(np.eye(together), np.ones((depth, width))) > 0
     outputs = []
-    for a, b in zip(jnp.split(x, groups // together, axis=3), jnp.split(kernel, groups // together, axis=3)):
-        outputs.append(_dense_conv(a, jnp.where(diagonal, jnp.tile(b, (1, 1, together, 1)), 0), stride, padding, dilation))
+    for a, b in zip(
+        jnp.split(x, groups // together, axis=3), jnp.split(kernel, groups // together, axis=3)
+    ):
+        outputs.append(
+            _dense_conv(
+                a,
+                jnp.where(diagonal, jnp.tile(b, (1, 1, together, 1)), 0),
+                stride,
+                padding,
+                dilation,
+            )
+        )
     return jnp.concatenate(outputs, axis=3)
 
 
@@ -224,13 +296,23 @@ def _zero_padded(x, kernel, stride, padding, dilation, groups):
     if groups == 1:
         return _dense_conv(x, kernel, stride, padding, dilation)
     if groups == x.shape[3]:
-        return _depthwise(jnp.repeat(x, kernel.shape[3] // groups, axis=3), kernel, stride, padding, dilation)
+        return _depthwise(
+            jnp.repeat(x, kernel.shape[3] // groups, axis=3), kernel, stride, padding, dilation
+        )
     return _grouped(x, kernel, groups, stride, padding, dilation)
 
 
-def conv(x: Float[AnyArray, "batch height width in"], kernel: Float[AnyArray, "rows columns in_of_group out"], *, stride: Both = 1,
-         padding: Both = 0, dilation: Both = 1, groups: int = 1, fill: str = "zeros",
-         key: Key[Array, ""] | None = None) -> Float[Array, "batch height_out width_out out"]:
+def conv(
+    x: Float[AnyArray, "batch height width in"],
+    kernel: Float[AnyArray, "rows columns in_of_group out"],
+    *,
+    stride: Both = 1,
+    padding: Both = 0,
+    dilation: Both = 1,
+    groups: int = 1,
+    fill: str = "zeros",
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "batch height_out width_out out"]:
     """Convolves `x` [batch, height, width, in] with `kernel` [height, width, in / groups, out] -> [batch, height', width', out].
 
     `stride`, `padding` (the amount on each side) and `dilation` are integers or (height, width) pairs; `fill` is what the
@@ -242,27 +324,45 @@ def conv(x: Float[AnyArray, "batch height width in"], kernel: Float[AnyArray, "r
     padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
     if fill == "full":
         padding = tuple(d * (k - 1) for d, k in zip(dilation, kernel.shape))
-    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2] * groups or kernel.shape[3] % groups:
-        raise ValueError(f"a kernel of shape {kernel.shape} with groups={groups} does not fit an input of shape {x.shape}; expected "
-                         "[batch, height, width, in] and [height, width, in / groups, out], out divisible by groups")
-    geometry = [(x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis]) for axis in (0, 1)]
+    if (
+        x.ndim != 4
+        or kernel.ndim != 4
+        or x.shape[3] != kernel.shape[2] * groups
+        or kernel.shape[3] % groups
+    ):
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} with groups={groups} does not fit an input of shape {x.shape}; expected "
+            "[batch, height, width, in] and [height, width, in / groups, out], out divisible by groups"
+        )
+    geometry = [
+        (x.shape[axis + 1], kernel.shape[axis], stride[axis], padding[axis], dilation[axis])
+        for axis in (0, 1)
+    ]
     if min(output_size(*axis) for axis in geometry) < 1:
-        raise ValueError(f"a {kernel.shape[0]}x{kernel.shape[1]} convolution with padding={fill!r} has no output on a "
-                         f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network")
+        raise ValueError(
+            f"a {kernel.shape[0]}x{kernel.shape[1]} convolution with padding={fill!r} has no output on a "
+            f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network"
+        )
     if fill in ("zeros", "none", "full"):
         return _zero_padded(x, kernel, stride, padding, dilation, groups)
     if fill == "partial":
         inside = np.multiply.outer(*(valid_counts(*axis) for axis in geometry))
         ratio = kernel.shape[0] * kernel.shape[1] / np.maximum(inside, 1)
-        return _zero_padded(x, kernel, stride, padding, dilation, groups) * jnp.asarray(ratio[None, :, :, None], x.dtype)
-    padded = _apart(x, kernel.shape[:2], pad(x, padding, fill, key=key))  # of the fills, one-sided has zeros
+        return _zero_padded(x, kernel, stride, padding, dilation, groups) * jnp.asarray(
+            ratio[None, :, :, None], x.dtype
+        )
+    padded = _apart(
+        x, kernel.shape[:2], pad(x, padding, fill, key=key)
+    )  # of the fills, one-sided has zeros
     return _zero_padded(padded, kernel, stride, (0, 0), dilation, groups)
 
 
 def uniform_fan_in(fan_in: int) -> Callable:
     """PyTorch's default initialisation of weights and biases: uniform in +-1/sqrt(fan_in)."""
     bound = float(fan_in) ** -0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 # He et al. 2015, "fan out" as torchvision's VGG and ResNet use it.
@@ -285,16 +385,33 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "batch height width in"]) -> Float[Array, "batch height_out width_out {self.features}"]:
+    def __call__(
+        self, x: Float[AnyArray, "batch height width in"]
+    ) -> Float[Array, "batch height_out width_out {self.features}"]:
         size = pair(self.kernel_size, "kernel_size", 1)
         shape = (*size, x.shape[-1] // self.groups, self.features)
         default = uniform_fan_in(math.prod(shape[:3]))
         kernel = self.param("kernel", self.kernel_init or default, shape)
-        key = self.make_rng("padding") if self.fill == "random" and (self.has_rng("padding") or self.is_initializing()) else None
-        y = conv(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding,
-                 dilation=self.dilation, groups=self.groups, fill=self.fill, key=key)
+        key = (
+            self.make_rng("padding")
+            if self.fill == "random" and (self.has_rng("padding") or self.is_initializing())
+            else None
+        )
+        y = conv(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            fill=self.fill,
+            key=key,
+        )
         if self.use_bias:
-            y = add_bias(y, self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype))
+            y = add_bias(
+                y,
+                self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype),
+            )
         return y
 
 
@@ -313,5 +430,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init or default, (x.shape[-1], self.features))
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
-            y = add_bias(y, self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype))
+            y = add_bias(
+                y,
+                self.param("bias", self.bias_init or default, (self.features,)).astype(self.dtype),
+            )
         return y

@@ -1,4 +1,5 @@
 """Sizes and positions of windows on a map."""
+
 import numpy as np
 from jaxtyping import Int
 
@@ -9,7 +10,9 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
     """A (height, width) pair from an integer or a pair; raises `ValueError` below `least`."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(not isinstance(v, (int, np.integer)) or v < least for v in both):
-        raise ValueError(f"{name}={value!r} is not an integer, or a pair of integers, of at least {least}")
+        raise ValueError(
+            f"{name}={value!r} is not an integer, or a pair of integers, of at least {least}"
+        )
     return both
 
 
@@ -18,7 +21,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def valid_counts(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> Int[np.ndarray, " positions"]:
+def valid_counts(
+    size: int, kernel: int, stride: int, padding: int, dilation: int = 1
+) -> Int[np.ndarray, " positions"]:
     """How many of a window's `kernel` taps lie inside the image, for each output position along one axis."""
     starts = np.arange(output_size(size, kernel, stride, padding, dilation)) * stride - padding
     taps = starts[:, None] + np.arange(kernel) * dilation

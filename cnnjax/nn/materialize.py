@@ -1,4 +1,5 @@
 """A way to have XLA's CPU backend compute a value once."""
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,4 +16,6 @@ def materialize(x: AnyArray) -> AnyArray:
     """
     if jax.default_backend() != "cpu" or not x.size:
         return x
-    return lax.cond(jnp.isnan(x.reshape(-1)[0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
+    return lax.cond(
+        jnp.isnan(x.reshape(-1)[0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x
+    )

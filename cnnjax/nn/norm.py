@@ -1,4 +1,5 @@
 """Normalisation layers in PyTorch's convention."""
+
 import functools
 
 import flax.linen as nn
@@ -26,9 +27,11 @@ def _normalise(x, scale, bias, eps, axis_name):
 
 def _normalise_forward(x, scale, bias, eps, axis_name):
     count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-    mean, = (total / count for total in _total(axis_name, channel_sum(x)))
+    (mean,) = (total / count for total in _total(axis_name, channel_sum(x)))
     centred = x - mean
-    var, = (total / count for total in _total(axis_name, channel_sum(centred, centred)))  # two passes: E[x^2] - E[x]^2 cancels
+    (var,) = (
+        total / count for total in _total(axis_name, channel_sum(centred, centred))
+    )  # two passes: E[x^2] - E[x]^2 cancels
     factor = scale / jnp.sqrt(var + eps)
     return (x * factor + (bias - mean * factor), mean, var), (x, scale, mean, var, count)
 
@@ -41,7 +44,10 @@ def _normalise_backward(eps, axis_name, saved, gradients):
     dscale, dbias = channel_sum(dy, x - mean) * deviation, channel_sum(dy)
     all_dscale, all_dbias, dmean, dvar = _total(axis_name, dscale, dbias, dmean, dvar)
     factor = scale * deviation
-    slope, offset = (2 * dvar - factor * deviation * all_dscale) / count, (dmean - factor * all_dbias) / count
+    slope, offset = (
+        (2 * dvar - factor * deviation * all_dscale) / count,
+        (dmean - factor * all_dbias) / count,
+    )
     return factor * dy + slope * (x - mean) + offset, dscale, dbias
 
 
@@ -62,7 +68,9 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[AnyArray, "*batch channels"], train: bool = False) -> Float[AnyArray, "*batch channels"]:
+    def __call__(
+        self, x: Float[AnyArray, "*batch channels"], train: bool = False
+    ) -> Float[AnyArray, "*batch channels"]:
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -75,17 +83,26 @@ class BatchNorm(nn.Module):
         axis_name = None if self.is_initializing() else self.axis_name
         y, m, v = _normalise(wide, scale, bias, self.eps, axis_name)
         if not self.is_initializing():
-            count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+            count = (
+                x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+            )
             if count < 2:
-                raise ValueError(f"BatchNorm cannot be trained on one value per channel, got an input of shape {x.shape}: "
-                                 "use a larger batch or image")
+                raise ValueError(
+                    f"BatchNorm cannot be trained on one value per channel, got an input of shape {x.shape}: "
+                    "use a larger batch or image"
+                )
             mean.value += self.momentum * (m - mean.value)
             var.value += self.momentum * (v * count / (count - 1) - var.value)
         return y.astype(self.dtype)
 
 
-def local_response_norm(x: Float[AnyArray, "*batch channels"], size: int = 5, alpha: float = 1e-4, beta: float = 0.75,
-                        k: float = 2.0) -> Float[AnyArray, "*batch channels"]:
+def local_response_norm(
+    x: Float[AnyArray, "*batch channels"],
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 2.0,
+) -> Float[AnyArray, "*batch channels"]:
     """Divides each channel of `x` by (k + alpha * sum of squares over `size` neighbouring channels) ** beta.
 
     Defaults are those of Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*; PyTorch's multiplies the
@@ -96,5 +113,5 @@ def local_response_norm(x: Float[AnyArray, "*batch channels"], size: int = 5, al
         raise ValueError(f"size={size} is not a positive number of channels")
     channels = x.shape[-1]
     squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)])
-    total = sum(squares[..., i:i + channels] for i in range(size))
+    total = sum(squares[..., i : i + channels] for i in range(size))
     return x / (k + alpha * total) ** beta

@@ -19,6 +19,7 @@ The fills, shown on the row 1234 with an amount of 2:
 But for 'none' and 'full' the amount does not depend on the fill (no 'SAME'): the sampling grid of a strided network is the
 same under all of them, and a comparison of fills is a comparison of nothing else.
 """
+
 from collections.abc import Sequence
 
 import jax
@@ -28,7 +29,19 @@ from jaxtyping import Array, Float, Key
 from cnnjax.nn.resize import resize
 from cnnjax.types import AnyArray
 
-FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial", "mean", "random", "interpolate", "full", "one-sided")
+FILLS = (
+    "zeros",
+    "none",
+    "reflect",
+    "replicate",
+    "circular",
+    "partial",
+    "mean",
+    "random",
+    "interpolate",
+    "full",
+    "one-sided",
+)
 _NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -45,8 +58,13 @@ def _framed(x: AnyArray, widths, frame: AnyArray) -> Array:
     return jnp.where(inside, jnp.pad(x, widths), frame.astype(x.dtype))
 
 
-def pad(x: Float[AnyArray, "batch height width channels"], amount: tuple[int, int], fill: str, value: float = 0.0,
-        key: Key[Array, ""] | None = None) -> Float[AnyArray, "batch height_out width_out channels"]:
+def pad(
+    x: Float[AnyArray, "batch height width channels"],
+    amount: tuple[int, int],
+    fill: str,
+    value: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Pads `x` by `amount` (rows on each side, columns on each side).
 
     `value` is what fills of zeros fill with (-inf before a max-pool), `key` what 'random' draws from. Raises `ValueError` for
@@ -63,45 +81,62 @@ def pad(x: Float[AnyArray, "batch height width channels"], amount: tuple[int, in
         if fill == "mean":
             return _framed(x, widths, mean)
         if key is None:
-            raise ValueError("padding='random' draws noise: a network needs rngs={'padding': key} to be applied")
+            raise ValueError(
+                "padding='random' draws noise: a network needs rngs={'padding': key} to be applied"
+            )
         shape = (len(x), x.shape[1] + 2 * amount[0], x.shape[2] + 2 * amount[1], x.shape[3])
-        return _framed(x, widths, mean + x.std((1, 2), keepdims=True) * jax.random.normal(key, shape, x.dtype))
+        return _framed(
+            x, widths, mean + x.std((1, 2), keepdims=True) * jax.random.normal(key, shape, x.dtype)
+        )
     if fill == "one-sided":
         widths = ((0, 0), (2 * amount[0], 0), (2 * amount[1], 0), (0, 0))
     if fill not in _NUMPY_MODES:
         return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
     least = {"reflect": 1, "replicate": 1 - max(amount), "circular": 0}[fill]
     if min(size - n for size, n in zip(x.shape[1:3], amount)) < least:
-        raise ValueError(f"padding={fill!r} cannot pad a {x.shape[1]}x{x.shape[2]} map by {amount[0]}x{amount[1]}: "
-                         "the image is too small for this network under this fill")
+        raise ValueError(
+            f"padding={fill!r} cannot pad a {x.shape[1]}x{x.shape[2]} map by {amount[0]}x{amount[1]}: "
+            "the image is too small for this network under this fill"
+        )
     return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
 
 
-def center(x: Float[AnyArray, "batch _ _ channels"], height: int, width: int) -> Float[AnyArray, "batch {height} {width} channels"]:
+def center(
+    x: Float[AnyArray, "batch _ _ channels"], height: int, width: int
+) -> Float[AnyArray, "batch {height} {width} channels"]:
     """Crops `x` about its centre, or sets it into zeros, until it has this size."""
     for axis, size in ((1, height), (2, width)):
         less = x.shape[axis] - size
         if less >= 0:
             x = jax.lax.slice_in_dim(x, less // 2, less // 2 + size, axis=axis)
         else:
-            x = jnp.pad(x, [((-less + 1) // 2, -less // 2) if at == axis else (0, 0) for at in range(4)])
+            x = jnp.pad(
+                x, [((-less + 1) // 2, -less // 2) if at == axis else (0, 0) for at in range(4)]
+            )
     return x
 
 
-def align(branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str) -> list[Float[AnyArray, "batch height width _"]]:
+def align(
+    branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
+) -> list[Float[AnyArray, "batch height width _"]]:
     """Brings maps to one size about their centres: the smallest where nothing is padded, the largest, in zeros, under 'full'."""
     choose = max if fill == "full" else min
     height, width = (choose(y.shape[axis] for y in branches) for axis in (1, 2))
     return [center(y, height, width) for y in branches]
 
 
-def concatenate(branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str) -> Float[Array, "batch height width channels"]:
+def concatenate(
+    branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
+) -> Float[Array, "batch height width channels"]:
     """Joins maps along their channels, brought to one size first, as they differ under 'none' and 'full'."""
     return jnp.concatenate(align(branches, fill), axis=3)
 
 
-def fit_to_branch(x: Float[AnyArray, "batch _ _ channels"], branch: Float[AnyArray, "batch _ _ _"],
-                  stride: int = 1) -> Float[AnyArray, "batch _ _ channels"]:
+def fit_to_branch(
+    x: Float[AnyArray, "batch _ _ channels"],
+    branch: Float[AnyArray, "batch _ _ _"],
+    stride: int = 1,
+) -> Float[AnyArray, "batch _ _ channels"]:
     """Fits a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, centre on centre.
 
     It is cropped under 'none' and set into zeros under 'full'; with any other fill this changes nothing that the strided

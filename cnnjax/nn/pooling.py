@@ -1,4 +1,5 @@
 """Pooling: PyTorch's semantics, every border filled by the model's padding policy, fast gradients on every platform."""
+
 import functools
 
 import jax
@@ -14,10 +15,19 @@ from cnnjax.types import AnyArray
 
 def _window_taps(x, window, stride):
     """Each of a window's taps as a strided view [batch, height', width', channels], row by row, with its (row, column)."""
-    height, width = (output_size(x.shape[axis + 1], window[axis], stride[axis], 0) for axis in (0, 1))
+    height, width = (
+        output_size(x.shape[axis + 1], window[axis], stride[axis], 0) for axis in (0, 1)
+    )
     for i in range(window[0]):
         for j in range(window[1]):
-            yield (i, j), x[:, i:i + (height - 1) * stride[0] + 1:stride[0], j:j + (width - 1) * stride[1] + 1:stride[1]]
+            yield (
+                (i, j),
+                x[
+                    :,
+                    i : i + (height - 1) * stride[0] + 1 : stride[0],
+                    j : j + (width - 1) * stride[1] + 1 : stride[1],
+                ],
+            )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -52,8 +62,10 @@ def _max_pool_backward(window, stride, residuals, dy):
     for (i, j), tap in _window_taps(x, window, stride):
         first = (tap == y) & ~taken
         taken |= first
-        widths = [(at, size - at - (count - 1) * step - 1, step - 1)
-                  for at, size, count, step in zip((i, j), x.shape[1:3], y.shape[1:3], stride)]
+        widths = [
+            (at, size - at - (count - 1) * step - 1, step - 1)
+            for at, size, count, step in zip((i, j), x.shape[1:3], y.shape[1:3], stride)
+        ]
         shares.append((jnp.where(first, dy, 0), [(0, 0, 0), *widths, (0, 0, 0)]))
     dx = jnp.zeros(x.shape, dy.dtype)
     for share, widths in reversed(shares):  # a later tap belongs to an earlier window
@@ -80,13 +92,22 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
     axes = list(zip(x.shape[1:3], window, stride, padding))
     lacking = [_lacking(*axis) if ceil and fill != "none" else 0 for axis in axes]
     if any(output_size(size + more, *rest) < 1 for more, (size, *rest) in zip(lacking, axes)):
-        raise ValueError(f"a {window[0]}x{window[1]} pool with padding={fill!r} has no output on a {x.shape[1]}x{x.shape[2]} map: "
-                         "the image is too small for this network")
+        raise ValueError(
+            f"a {window[0]}x{window[1]} pool with padding={fill!r} has no output on a {x.shape[1]}x{x.shape[2]} map: "
+            "the image is too small for this network"
+        )
     return window, stride, padding, lacking
 
 
-def max_pool(x: Float[AnyArray, "batch height width channels"], window: Both, stride: Both | None = None, padding: Both = 0, *,
-             ceil: bool = False, fill: str = "zeros") -> Float[Array, "batch height_out width_out channels"]:
+def max_pool(
+    x: Float[AnyArray, "batch height width channels"],
+    window: Both,
+    stride: Both | None = None,
+    padding: Both = 0,
+    *,
+    ceil: bool = False,
+    fill: str = "zeros",
+) -> Float[Array, "batch height_out width_out channels"]:
     """The largest value of each window of `x`; `stride` defaults to `window`.
 
     Under fills of zeros, and 'random', the border never wins, as in PyTorch; under other fills it takes part. With `ceil` an
@@ -97,12 +118,22 @@ def max_pool(x: Float[AnyArray, "batch height width channels"], window: Both, st
     fill = "zeros" if fill == "random" else fill
     x = pad(x, border, fill, value=-jnp.inf)
     if any(lacking):
-        x = jnp.pad(x, ((0, 0), *((0, n) for n in lacking), (0, 0)), constant_values=jnp.asarray(-jnp.inf, x.dtype))
+        x = jnp.pad(
+            x,
+            ((0, 0), *((0, n) for n in lacking), (0, 0)),
+            constant_values=jnp.asarray(-jnp.inf, x.dtype),
+        )
     return _max_pool(x, size, step)
 
 
-def avg_pool(x: Float[AnyArray, "batch height width channels"], window: Both, stride: Both | None = None, padding: Both = 0, *,
-             fill: str = "zeros") -> Float[Array, "batch height_out width_out channels"]:
+def avg_pool(
+    x: Float[AnyArray, "batch height width channels"],
+    window: Both,
+    stride: Both | None = None,
+    padding: Both = 0,
+    *,
+    fill: str = "zeros",
+) -> Float[Array, "batch height_out width_out channels"]:
     """The mean of each window of `x`; `stride` defaults to `window`.
 
     Under fills of zeros the border counts, as PyTorch's default has it; under 'partial' and 'random' only cells inside the image
@@ -110,9 +141,16 @@ def avg_pool(x: Float[AnyArray, "batch height width channels"], window: Both, st
     """
     size, step, border, _ = _geometry(x, window, stride, padding, fill)
     fill = "partial" if fill == "random" else fill
-    total = functools.reduce(jnp.add, (tap for _, tap in _window_taps(pad(x, border, fill), size, step)))
+    total = functools.reduce(
+        jnp.add, (tap for _, tap in _window_taps(pad(x, border, fill), size, step))
+    )
     if fill == "partial":
-        inside = np.multiply.outer(*(valid_counts(x.shape[axis + 1], size[axis], step[axis], border[axis]) for axis in (0, 1)))
+        inside = np.multiply.outer(
+            *(
+                valid_counts(x.shape[axis + 1], size[axis], step[axis], border[axis])
+                for axis in (0, 1)
+            )
+        )
         return total / jnp.asarray(np.maximum(inside, 1)[None, :, :, None], x.dtype)
     return total / (size[0] * size[1])
 
@@ -124,8 +162,9 @@ def _bins(size: int, out: int) -> Float[np.ndarray, "{out} {size}"]:
     return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 
 
-def adaptive_avg_pool(x: Float[AnyArray, "batch height width channels"],
-                      size: Both) -> Float[AnyArray, "batch height_out width_out channels"]:
+def adaptive_avg_pool(
+    x: Float[AnyArray, "batch height width channels"], size: Both
+) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Averages `x` into a grid of `size` bins, whatever its height and width, as PyTorch does."""
     size = pair(size, "size", 1)
     if x.shape[1:3] == size:
@@ -136,6 +175,8 @@ def adaptive_avg_pool(x: Float[AnyArray, "batch height width channels"],
     return jnp.einsum("ah,nhwc,bw->nabc", rows, x, columns)
 
 
-def global_avg_pool(x: Float[AnyArray, "batch height width channels"]) -> Float[AnyArray, "batch channels"]:
+def global_avg_pool(
+    x: Float[AnyArray, "batch height width channels"],
+) -> Float[AnyArray, "batch channels"]:
     """The mean over all positions."""
     return x.mean((1, 2))

@@ -1,4 +1,5 @@
 """Resizing of feature maps."""
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -7,7 +8,9 @@ from cnnjax.nn.geometry import Both, pair
 from cnnjax.types import AnyArray
 
 
-def resize(x: Float[AnyArray, "batch height width channels"], size: Both) -> Float[AnyArray, "batch height_out width_out channels"]:
+def resize(
+    x: Float[AnyArray, "batch height width channels"], size: Both
+) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Bilinear resizing of `x` with corners aligned, PyTorch's align_corners=True.
 
     Corner pixels keep their places, and a constant map stays constant to the last bit.

@@ -1,4 +1,5 @@
 """Sums over all positions, channel by channel, fast on the CPU: of them are BatchNorm and the gradients of biases made."""
+
 import functools
 import math
 import operator
@@ -27,7 +28,9 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
 
 
 @jax.custom_vjp
-def add_bias(x: Float[Array, "*positions channels"], bias: Float[Array, " channels"]) -> Float[Array, "*positions channels"]:
+def add_bias(
+    x: Float[Array, "*positions channels"], bias: Float[Array, " channels"]
+) -> Float[Array, "*positions channels"]:
     """Adds `bias` to each position of `x`; the gradient of the bias is a `channel_sum`."""
     return x + bias
 

@@ -1,4 +1,5 @@
 """How well a predicted map shows position."""
+
 import numpy as np
 import scipy.stats
 from jaxtyping import Float, Int
@@ -8,14 +9,18 @@ from jaxtyping import Float, Int
 CONSTANT = 1e-4
 
 
-def scores(prediction: Float[np.ndarray, "*images _ _"], target: Float[np.ndarray, "_ _"]) -> dict[str, Float[np.ndarray, "*images"]]:
+def scores(
+    prediction: Float[np.ndarray, "*images _ _"], target: Float[np.ndarray, "_ _"]
+) -> dict[str, Float[np.ndarray, "*images"]]:
     """Per-image scores of `prediction` [..., height, width] against `target` [height, width], each of shape [...].
 
     `spc` is Spearman's rank correlation (0 where the prediction is constant), `mae` the mean absolute error, `r2` the share
     of the target's variance that is explained (0 for its mean, negative for worse). Raises `ValueError` where shapes differ.
     """
     if prediction.shape[-2:] != target.shape:
-        raise ValueError(f"a prediction of shape {prediction.shape} does not fit a target of shape {target.shape}")
+        raise ValueError(
+            f"a prediction of shape {prediction.shape} does not fit a target of shape {target.shape}"
+        )
     flat = prediction.reshape(-1, target.size).astype(np.float64)
     goal = target.ravel().astype(np.float64)
     goal_ranks = scipy.stats.rankdata(goal) - (goal.size + 1) / 2
@@ -33,7 +38,9 @@ def scores(prediction: Float[np.ndarray, "*images _ _"], target: Float[np.ndarra
 
 def border_distance(height: int, width: int) -> Int[np.ndarray, "{height} {width}"]:
     """How many positions lie between each position and the nearest border."""
-    return np.minimum.outer(*(np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width)))
+    return np.minimum.outer(
+        *(np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
+    )
 
 
 def rings(size: int, count: int) -> Int[np.ndarray, "{size} {size}"]:
@@ -41,9 +48,13 @@ def rings(size: int, count: int) -> Int[np.ndarray, "{size} {size}"]:
     return np.minimum(border_distance(size, size) * 2 * count // size, count - 1)
 
 
-def by_ring(prediction: Float[np.ndarray, "n size size"], target: Float[np.ndarray, "size size"],
-            count: int) -> dict[str, Float[np.ndarray, "n {count}"]]:
+def by_ring(
+    prediction: Float[np.ndarray, "n size size"], target: Float[np.ndarray, "size size"], count: int
+) -> dict[str, Float[np.ndarray, "n {count}"]]:
     """`spc` and `mae` of every ring by itself."""
     where = rings(len(target), count)
-    found = [scores(prediction[:, where == ring][:, None], target[where == ring][None]) for ring in range(count)]
+    found = [
+        scores(prediction[:, where == ring][:, None], target[where == ring][None])
+        for ring in range(count)
+    ]
     return {name: np.stack([ring[name] for ring in found], 1) for name in ("spc", "mae")}

@@ -5,6 +5,7 @@ differences have in common over photographs is a pattern of positions (Lin et al
 public: the metrics here are defined in `strength`). The second half is arithmetic of windows: where a stride leaves cells unread
 (Alsallakh et al. 2021, arXiv 2010.02178), and how often each pixel is read.
 """
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,18 +39,27 @@ def margin(model: Network, stage: str, size: int) -> int:
     field = receptive_field(model, stage)
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
     before = [-low for low in field.low]
-    after = [step * (n - 1) + high - (size - 1) for step, n, high in zip(field.step, positions, field.high)]
+    after = [
+        step * (n - 1) + high - (size - 1)
+        for step, n, high in zip(field.step, positions, field.high)
+    ]
     return -(-max(before + after) // field.step[0]) * field.step[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages"))
 def _stages(model, variables, images, stages, key):
-    maps = model.apply(variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key})
+    maps = model.apply(
+        variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key}
+    )
     return [maps[stage] for stage in stages]
 
 
-def features(model: Network, variables: dict, images: UInt8[np.ndarray, "n height width 3"],
-             stages: Sequence[str]) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
+def features(
+    model: Network,
+    variables: dict,
+    images: UInt8[np.ndarray, "n height width 3"],
+    stages: Sequence[str],
+) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
     """The named stages, in the network's order, of images."""
     parts = []
     for start, count, batch in in_batches(images, _BATCH):
@@ -58,8 +68,13 @@ def features(model: Network, variables: dict, images: UInt8[np.ndarray, "n heigh
     return {stage: np.concatenate(maps) for stage, maps in zip(stages, zip(*parts))}
 
 
-def features_inside(model: Network, variables: dict, context: UInt8[np.ndarray, "n height width 3"], size: int,
-                    stages: Sequence[str]) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
+def features_inside(
+    model: Network,
+    variables: dict,
+    context: UInt8[np.ndarray, "n height width 3"],
+    size: int,
+    stages: Sequence[str],
+) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
     """What `features` would be of the central crop of `size` if it had no border: cut out of those of photographs around it.
 
     Raises `ValueError` where `context` is not square or too small, or where its margin is no multiple of a stage's stride.
@@ -68,14 +83,18 @@ def features_inside(model: Network, variables: dict, context: UInt8[np.ndarray, 
     for stage in stages:
         least, step = margin(model, stage, size), receptive_field(model, stage).step[0]
         if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
-            raise ValueError(f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
-                             f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}")
+            raise ValueError(
+                f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
+                f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}"
+            )
     shapes = stage_shapes(model.clone(padding="zeros"), size, stages[-1])
-    maps = features(model.clone(padding="zeros"), variables, context, stages)  # what it is padded with is not seen
+    maps = features(
+        model.clone(padding="zeros"), variables, context, stages
+    )  # what it is padded with is not seen
     cut = {}
     for stage, y in maps.items():
         start, (height, width) = have // receptive_field(model, stage).step[0], shapes[stage][1:3]
-        cut[stage] = y[:, start:start + height, start:start + width]
+        cut[stage] = y[:, start : start + height, start : start + width]
     return cut
 
 
@@ -97,24 +116,42 @@ class Strength(NamedTuple):
     pattern: Float[np.ndarray, "height width"]
 
 
-def strength(padded: Float[np.ndarray, "n _ _ channels"], inside: Float[np.ndarray, "n _ _ channels"]) -> Strength:
+def strength(
+    padded: Float[np.ndarray, "n _ _ channels"], inside: Float[np.ndarray, "n _ _ channels"]
+) -> Strength:
     """Compares the features of crops with those inside their photographs, both [n, height, width, channels].
 
     Raises `ValueError` for maps of two sizes, and for fewer than two images: they could not differ.
     """
     if len(padded) < 2 or padded.shape != inside.shape:
-        raise ValueError(f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected two of one shape, of 2 images "
-                         "or more")
-    scale = np.float32(max(np.abs(inside).max(), np.finfo(np.float32).tiny))  # squares of what random weights shrank would underflow
+        raise ValueError(
+            f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected two of one shape, of 2 images "
+            "or more"
+        )
+    scale = np.float32(
+        max(np.abs(inside).max(), np.finfo(np.float32).tiny)
+    )  # squares of what random weights shrank would underflow
     inside, delta = inside / scale, (padded - inside) / scale
     mean, variance, energy = delta.mean(0), delta.var(0, ddof=1), np.square(delta).mean(0)
     size = float(np.sqrt(np.square(inside).mean()))
     distance = border_distance(*mean.shape[:2]).ravel()
-    ring, whole = (np.bincount(distance, x.mean(-1).ravel()) for x in (energy, np.square(inside).mean(0)))
-    common = float((np.square(mean) - variance / len(delta)).mean() / energy.mean()) if energy.any() else 0.0
+    ring, whole = (
+        np.bincount(distance, x.mean(-1).ravel()) for x in (energy, np.square(inside).mean(0))
+    )
+    common = (
+        float((np.square(mean) - variance / len(delta)).mean() / energy.mean())
+        if energy.any()
+        else 0.0
+    )
     snr = float(np.abs(mean).mean() / np.sqrt(variance).mean()) if energy.any() else 0.0
-    return Strength(float(np.abs(delta).mean() / np.abs(inside).mean()), float(np.sqrt(energy.mean())) / size, snr, common,
-                    np.sqrt(ring / whole), np.sqrt(np.square(mean).mean(-1)) / size)
+    return Strength(
+        float(np.abs(delta).mean() / np.abs(inside).mean()),
+        float(np.sqrt(energy.mean())) / size,
+        snr,
+        common,
+        np.sqrt(ring / whole),
+        np.sqrt(np.square(mean).mean(-1)) / size,
+    )
 
 
 # --- Blind spots ---------------------------------------------------------------------------------------------------------
@@ -140,13 +177,20 @@ def windows(model: Network) -> tuple[Window, ...]:
         for stage, depth in enumerate(model.depths):
             for number in range(depth):
                 layers = model.block(64, 2 if stage > 0 and number == 0 else 1)
-                found += [Window(f"layer{stage + 1}.{number}.conv{at}", size, stride, size // 2)
-                          for at, (_, size, stride, _) in enumerate(layers, 1) if size > 1]
+                found += [
+                    Window(f"layer{stage + 1}.{number}.conv{at}", size, stride, size // 2)
+                    for at, (_, size, stride, _) in enumerate(layers, 1)
+                    if size > 1
+                ]
     elif isinstance(model, VGG):
         found = []
         for number, block in enumerate(model.blocks, 1):
-            convolutions = [layer for layer in block if isinstance(layer, int)]  # neither 1x1 nor the normalisation
-            found += [Window(f"conv{number}_{at}", 3, 1, 1) for at in range(1, len(convolutions) + 1)]
+            convolutions = [
+                layer for layer in block if isinstance(layer, int)
+            ]  # neither 1x1 nor the normalisation
+            found += [
+                Window(f"conv{number}_{at}", 3, 1, 1) for at in range(1, len(convolutions) + 1)
+            ]
             found.append(Window(f"pool{number}", 2, 2, 0, True))
     elif isinstance(model, MobileNetV2):
         found, index = [Window("features.0", 3, 2, 1)], 1
@@ -155,7 +199,9 @@ def windows(model: Network) -> tuple[Window, ...]:
                 found.append(Window(f"features.{index}", 3, first if number == 0 else 1, 1))
                 index += 1
     else:
-        raise ValueError(f"model={type(model).__name__} is not one of ResNet, VGG, MobileNetV2, whose windows are known")
+        raise ValueError(
+            f"model={type(model).__name__} is not one of ResNet, VGG, MobileNetV2, whose windows are known"
+        )
     return tuple(found)
 
 
@@ -195,7 +241,9 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{
     unknown fill, and for 'random', which depends on the image.
     """
     if check_fill(fill) == "random":
-        raise ValueError("padding='random' depends on the image: how often a pixel is read is not defined")
+        raise ValueError(
+            "padding='random' depends on the image: how often a pixel is read is not defined"
+        )
     counts = np.asarray(_reads(tuple(chain), size, fill), np.float64)
     return counts / counts.mean()
 

@@ -5,6 +5,7 @@ as the authors' code does (github.com/SenJia/Position-Information), with BatchNo
 further convolutions before it if asked. Each does all targets, and all strengths or seeds, in one program: for given features they
 are columns of one matrix.
 """
+
 import functools
 import itertools
 import operator
@@ -37,7 +38,9 @@ class Scaler(NamedTuple):
     mean: Float[Array, " channels"]
     scale: Float[Array, " channels"]
 
-    def __call__(self, features: Float[AnyArray, "*positions channels"]) -> Float[AnyArray, "*positions channels"]:
+    def __call__(
+        self, features: Float[AnyArray, "*positions channels"]
+    ) -> Float[AnyArray, "*positions channels"]:
         return (features - self.mean) * self.scale
 
 
@@ -50,8 +53,9 @@ def fit_scaler(features: Float[Array, "n height width channels"]) -> Scaler:
 
 
 @jax.custom_vjp
-def _apply(features: Float[Array, "n height width channels"],
-           kernel: Float[Array, "k k channels columns"]) -> Float[Array, "n height-k+1 width-k+1 columns"]:
+def _apply(
+    features: Float[Array, "n height width channels"], kernel: Float[Array, "k k channels columns"]
+) -> Float[Array, "n height-k+1 width-k+1 columns"]:
     """A convolution as one matrix product and k^2 shifted sums.
 
     Differentiable in the kernel only: the features are frozen.
@@ -60,22 +64,41 @@ def _apply(features: Float[Array, "n height width channels"],
     products = features.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
     products = products.reshape(*features.shape[:3], size, size, -1)
     height, width = (n - size + 1 for n in features.shape[1:3])
-    return functools.reduce(operator.add, (products[:, i:i + height, j:j + width, i, j] for i in range(size) for j in range(size)))
+    return functools.reduce(
+        operator.add,
+        (
+            products[:, i : i + height, j : j + width, i, j]
+            for i in range(size)
+            for j in range(size)
+        ),
+    )
 
 
-def _adjoint(features: Float[Array, "n height width channels"], maps: Float[Array, "n _ _ columns"],
-             size: int) -> Float[Array, "k k channels columns"]:
+def _adjoint(
+    features: Float[Array, "n height width channels"],
+    maps: Float[Array, "n _ _ columns"],
+    size: int,
+) -> Float[Array, "k k channels columns"]:
     """The transpose of `_apply`."""
     gap = size - 1
-    shifted = jnp.stack([jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))) for i in range(size) for j in range(size)], 3)
+    shifted = jnp.stack(
+        [
+            jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0)))
+            for i in range(size)
+            for j in range(size)
+        ],
+        3,
+    )
     channels = features.shape[3]
     # Columns first: the CPU backend multiplies features' @ maps, which JAX would derive, at half the speed.
     product = shifted.reshape(-1, size * size * maps.shape[3]).T @ features.reshape(-1, channels)
     return product.reshape(size, size, maps.shape[3], channels).transpose(0, 1, 3, 2)
 
 
-_apply.defvjp(lambda features, kernel: (_apply(features, kernel), (features, kernel.shape[0])),
-              lambda residuals, maps: (None, _adjoint(residuals[0], maps, residuals[1])))
+_apply.defvjp(
+    lambda features, kernel: (_apply(features, kernel), (features, kernel.shape[0])),
+    lambda residuals, maps: (None, _adjoint(residuals[0], maps, residuals[1])),
+)
 
 
 @jax.jit
@@ -95,13 +118,17 @@ class Exact(NamedTuple):
     strength: Float[np.ndarray, " targets"]
     residual: float
 
-    def __call__(self, features: Float[AnyArray, "n height width channels"]) -> Float[np.ndarray, "n targets rows columns"]:
+    def __call__(
+        self, features: Float[AnyArray, "n height width channels"]
+    ) -> Float[np.ndarray, "n targets rows columns"]:
         """Maps, k - 1 less in height and width."""
         maps = _scaled_apply(self.scaler, features, self.kernel) + self.intercept
         return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
-def _spatial_correlation(features: Float[Array, "n height width channels"], size: int) -> Float[Array, "taps taps"]:
+def _spatial_correlation(
+    features: Float[Array, "n height width channels"], size: int
+) -> Float[Array, "taps taps"]:
     """How features correlate between the taps of a k x k window, averaged over channels.
 
     Shift by shift: a shifted copy is as large as the features, and XLA would make all of them at once.
@@ -112,7 +139,9 @@ def _spatial_correlation(features: Float[Array, "n height width channels"], size
     shifts = np.array([(i, j) for i in range(-gap, size) for j in range(size)])
 
     def total(shift):
-        return (lax.dynamic_slice(around, (0, gap + shift[0], shift[1], 0), features.shape) * features).sum()
+        return (
+            lax.dynamic_slice(around, (0, gap + shift[0], shift[1], 0), features.shape) * features
+        ).sum()
 
     count = (height - abs(shifts[:, 0])) * (width - shifts[:, 1])
     means = lax.map(total, jnp.asarray(shifts)) / count.astype(np.float32)
@@ -139,7 +168,9 @@ def _solve_ridge(features, goal, strengths, basis, values, size):
 
     def precondition(r):
         flat = r.reshape(size * size, -1, r.shape[3])
-        flat = jnp.einsum("ta,tcx,cd->adx", tap_basis, flat, basis) / (spectrum[..., None] + strengths)
+        flat = jnp.einsum("ta,tcx,cd->adx", tap_basis, flat, basis) / (
+            spectrum[..., None] + strengths
+        )
         return jnp.einsum("ta,adx,cd->tcx", tap_basis, flat, basis).reshape(r.shape)
 
     # The target is the same for every image; taking its mean out of it takes the intercept out of the system.
@@ -159,13 +190,20 @@ def _solve_ridge(features, goal, strengths, basis, values, size):
     residual = lambda r: jnp.sqrt(dot(r, r)) / norm
     start = precondition(right)
     state = (jnp.zeros_like(right), right, start, dot(right, start), 0)
-    state = lax.while_loop(lambda s: (residual(s[1]).max() > _TOLERANCE) & (s[4] < _MOST_ITERATIONS), step, state)
+    state = lax.while_loop(
+        lambda s: (residual(s[1]).max() > _TOLERANCE) & (s[4] < _MOST_ITERATIONS), step, state
+    )
     kernel = state[0]
     return kernel, residual(right - system(kernel))
 
 
-def fit_exact(train: Float[AnyArray, "n height width channels"], held_out: Float[AnyArray, "m height width channels"],
-              targets: Float[AnyArray, "targets side side"], size: int = 1, strengths: Sequence[float] = STRENGTHS) -> Exact:
+def fit_exact(
+    train: Float[AnyArray, "n height width channels"],
+    held_out: Float[AnyArray, "m height width channels"],
+    targets: Float[AnyArray, "targets side side"],
+    size: int = 1,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Exact:
     """The ridge readout with kernel `size` of each target, its strength chosen by squared error on held-out features.
 
     The targets are brought to the readout's own grid, corners aligned. The mean over training positions of the squared error, plus
@@ -176,7 +214,9 @@ def fit_exact(train: Float[AnyArray, "n height width channels"], held_out: Float
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
     scaled = scaler(train)
-    goal = resize(jnp.asarray(targets)[..., None], (train.shape[1] - size + 1, train.shape[2] - size + 1))[..., 0].transpose(1, 2, 0)
+    goal = resize(
+        jnp.asarray(targets)[..., None], (train.shape[1] - size + 1, train.shape[2] - size + 1)
+    )[..., 0].transpose(1, 2, 0)
     goal = jnp.tile(goal, (1, 1, len(strengths)))  # a column for each strength and target
     columns = np.repeat(np.asarray(strengths), len(targets))
     flat = scaled.reshape(-1, train.shape[3])
@@ -184,16 +224,34 @@ def fit_exact(train: Float[AnyArray, "n height width channels"], held_out: Float
         values, basis = np.linalg.eigh(np.asarray(flat.T @ flat, np.float64) / len(flat))
         values = np.maximum(values, 0)
         if size == 1:
-            right = np.asarray(_adjoint(scaled, jnp.broadcast_to(goal - goal.mean((0, 1)), (len(train), *goal.shape)), 1)[0, 0], np.float64)
+            right = np.asarray(
+                _adjoint(
+                    scaled, jnp.broadcast_to(goal - goal.mean((0, 1)), (len(train), *goal.shape)), 1
+                )[0, 0],
+                np.float64,
+            )
             solution = basis @ (basis.T @ right / (values[:, None] + columns)) / len(flat)
-            kernel, residual = jnp.asarray(solution[None, None], jnp.float32), np.zeros(len(columns))
+            kernel, residual = (
+                jnp.asarray(solution[None, None], jnp.float32),
+                np.zeros(len(columns)),
+            )
         else:
-            kernel, residual = _solve_ridge(scaled, goal, *(jnp.asarray(a, jnp.float32) for a in (columns, basis, values)), size)
+            kernel, residual = _solve_ridge(
+                scaled, goal, *(jnp.asarray(a, jnp.float32) for a in (columns, basis, values)), size
+            )
         intercept = goal.mean((0, 1)) - _apply(scaled, kernel).mean((0, 1, 2))
-        error = jnp.square(_apply(scaler(jnp.asarray(held_out)), kernel) + intercept - goal).mean((0, 1, 2))
+        error = jnp.square(_apply(scaler(jnp.asarray(held_out)), kernel) + intercept - goal).mean(
+            (0, 1, 2)
+        )
     best = np.asarray(error).reshape(len(strengths), len(targets)).argmin(0)
     chosen = best * len(targets) + np.arange(len(targets))
-    return Exact(scaler, kernel[..., chosen], intercept[chosen], np.asarray(strengths)[best], float(residual[chosen].max()))
+    return Exact(
+        scaler,
+        kernel[..., chosen],
+        intercept[chosen],
+        np.asarray(strengths)[best],
+        float(residual[chosen].max()),
+    )
 
 
 class Sgd(NamedTuple):
@@ -205,9 +263,13 @@ class Sgd(NamedTuple):
     seeds: int
     targets: int
 
-    def __call__(self, features: Float[AnyArray, "n height width channels"]) -> Float[np.ndarray, "seeds n targets rows columns"]:
+    def __call__(
+        self, features: Float[AnyArray, "n height width channels"]
+    ) -> Float[np.ndarray, "seeds n targets rows columns"]:
         """Maps, in height and width k - 1 less for each layer."""
-        y = np.asarray(_read_out(self.scaler, self.layers, self.moments, features, self.seeds * self.targets))
+        y = np.asarray(
+            _read_out(self.scaler, self.layers, self.moments, features, self.seeds * self.targets)
+        )
         return y.reshape(*y.shape[:3], self.seeds, self.targets).transpose(3, 0, 4, 1, 2)
 
 
@@ -232,7 +294,9 @@ def _read_out(scaler, layers, moments, features, outputs):
     return _through(layers, scaler(features), outputs, moments)[0]
 
 
-def full_size_error(targets: Float[AnyArray, "targets size size"], side: int) -> Callable[[Array], Array]:
+def full_size_error(
+    targets: Float[AnyArray, "targets size size"], side: int
+) -> Callable[[Array], Array]:
     """The mean squared error at the targets' size of maps [n, side, side, ..., targets] -> [..., targets].
 
     Upsampling is linear, so it need not be done: |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2 with K = U' U is the
@@ -258,7 +322,9 @@ def _start(key, size, widths, outputs):
     for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
         bound = (6 / (size**2 * (inputs + width))) ** 0.5
         shape = (size, size, inputs, width * outputs)
-        kernel = jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound)
+        kernel = jax.random.uniform(
+            jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound
+        )
         layers.append({"kernel": kernel, "scale": jnp.ones(shape[3]), "bias": jnp.zeros(shape[3])})
     return layers
 
@@ -274,7 +340,9 @@ def _train(features, targets, key, size, steps, seeds, hidden):
         return error(y.reshape(*y.shape[:3], seeds, len(targets))).sum(), moments
 
     schedule = lambda count: jnp.where(count < steps * 2 // 3, _LEARNING_RATE, _LEARNING_RATE / 10)
-    optimizer = optax.chain(optax.add_decayed_weights(_WEIGHT_DECAY), optax.sgd(schedule, momentum=_MOMENTUM))
+    optimizer = optax.chain(
+        optax.add_decayed_weights(_WEIGHT_DECAY), optax.sgd(schedule, momentum=_MOMENTUM)
+    )
     batch_size, (init_key, order_key) = min(_BATCH, len(features)), jax.random.split(key)
     layers = _start(init_key, size, (features.shape[3], *hidden, 1), outputs)
 
@@ -282,19 +350,35 @@ def _train(features, targets, key, size, steps, seeds, hidden):
         layers, state, running = carry
         batch = features
         if batch_size < len(features):
-            batch = features[jax.random.choice(jax.random.fold_in(order_key, number), len(features), (batch_size,), replace=False)]
+            batch = features[
+                jax.random.choice(
+                    jax.random.fold_in(order_key, number),
+                    len(features),
+                    (batch_size,),
+                    replace=False,
+                )
+            ]
         grads, moments = jax.grad(loss, has_aux=True)(layers, batch)
         updates, state = optimizer.update(grads, state, layers)
         running = jax.tree.map(lambda old, new: old + _BN_MOMENTUM * (new - old), running, moments)
         return (optax.apply_updates(layers, updates), state, running), None
 
     running = [(jnp.zeros_like(layer["bias"]), jnp.ones_like(layer["bias"])) for layer in layers]
-    (layers, _, running), _ = lax.scan(step, (layers, optimizer.init(layers), running), jnp.arange(steps))
+    (layers, _, running), _ = lax.scan(
+        step, (layers, optimizer.init(layers), running), jnp.arange(steps)
+    )
     return layers, running
 
 
-def fit_sgd(train: Float[AnyArray, "n height width channels"], targets: Float[AnyArray, "targets side side"], size: int = 1,
-            steps: int = 540, seeds: int = 1, seed: int = 0, hidden: tuple[int, ...] = ()) -> Sgd:
+def fit_sgd(
+    train: Float[AnyArray, "n height width channels"],
+    targets: Float[AnyArray, "targets side side"],
+    size: int = 1,
+    steps: int = 540,
+    seeds: int = 1,
+    seed: int = 0,
+    hidden: tuple[int, ...] = (),
+) -> Sgd:
     """The authors' readout with kernel `size` of each target and each of `seeds` initialisations.
 
     `hidden` are the channels of the layers before the last, each followed by BatchNorm and ReLU. The features `train` are
@@ -302,8 +386,12 @@ def fit_sgd(train: Float[AnyArray, "n height width channels"], targets: Float[An
     """
     if size < 1 or (len(hidden) + 1) * (size - 1) >= min(train.shape[1:3]):
         times = f" {len(hidden) + 1} times" if hidden else ""
-        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features{times}")
+        raise ValueError(
+            f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features{times}"
+        )
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
-    layers, moments = _train(scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds, hidden)
+    layers, moments = _train(
+        scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds, hidden
+    )
     return Sgd(scaler, layers, moments, seeds, len(targets))

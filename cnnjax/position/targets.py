@@ -2,11 +2,14 @@
 
 The paper prints no formula; these fit its official 256x256 maps (all scaled to [0, 1]) to within 0.01.
 """
+
 import numpy as np
 from jaxtyping import Float32
 
 TARGETS = ("H", "V", "G", "HS", "VS")
-_SIGMA = 126.8 / 256  # of the side: fitted to the official Gaussian, which is then scaled to reach 0 and 1
+_SIGMA = (
+    126.8 / 256
+)  # of the side: fitted to the official Gaussian, which is then scaled to reach 0 and 1
 _PERIODS = 2.5  # of the official stripes
 
 
@@ -21,7 +24,9 @@ def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
     if size < 2:
         raise ValueError(f"size={size} is too small for a position map; expected at least 2")
     ramp = np.linspace(0, 1, size)
-    offset = (np.arange(size) - (size - 1) / 2) / size  # of a pixel's centre from the image's, in sides
+    offset = (
+        np.arange(size) - (size - 1) / 2
+    ) / size  # of a pixel's centre from the image's, in sides
     if name in ("HS", "VS"):
         ramp = 0.5 + 0.5 * np.cos(2 * np.pi * _PERIODS * (offset + 0.5))
     if name == "G":

@@ -1,4 +1,5 @@
 """Checkpoints: written by orbax while training goes on, and believed only if every file has the hash that it was written with."""
+
 import contextlib
 import copy
 import functools
@@ -24,9 +25,13 @@ _MANIFEST = "manifest.json"
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
     """The SHA-256 of every file under a folder, by relative path."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST
+    ):
         with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
     return found
 
 
@@ -41,25 +46,37 @@ def _damage(folder: pathlib.Path) -> str | None:
     if not isinstance(recorded, dict):
         return f"its {_MANIFEST} is not a list of hashes by name"
     found = _hashes(folder)
-    changed = [name for name in sorted(recorded.keys() | found.keys()) if recorded.get(name) != found.get(name)]
+    changed = [
+        name
+        for name in sorted(recorded.keys() | found.keys())
+        if recorded.get(name) != found.get(name)
+    ]
     return f"{changed[0]} is not as it was written" if changed else None
 
 
 def _described(state) -> dict[str, list]:
     """The shape and, last, the dtype of a state's arrays, by path."""
-    return {jax.tree_util.keystr(path): [*leaf.shape, str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): [*leaf.shape, str(leaf.dtype)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def _leaves(state) -> dict[str, np.ndarray]:
     """A state's arrays on the host, by path."""
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 @functools.cache
 def _quieten() -> None:
     """Keeps tensorstore from telling, array by array, that others of a checkpoint that failed were still under way."""
     tell = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
+    sys.unraisablehook = lambda told: (
+        None if str(told.exc_value) == "Event loop is closed" else tell(told)
+    )
 
 
 class Checkpoints:
@@ -70,11 +87,20 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()  # orbax refuses relative paths
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step; what fails is raised here
+        logging.getLogger("absl").setLevel(
+            logging.CRITICAL
+        )  # orbax tells every step; what fails is raised here
         _quieten()
-        best = BestN(get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics["metric"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         policy = AnyPreservationPolicy([LatestN(keep), best])
-        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=policy)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True, preservation_policy=policy
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -96,14 +122,18 @@ class Checkpoints:
             self._writing = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise RuntimeError(f"a checkpoint could not be written to {self.folder}: {failure}; the earlier ones are whole") from failure
+            raise RuntimeError(
+                f"a checkpoint could not be written to {self.folder}: {failure}; the earlier ones are whole"
+            ) from failure
 
     def _seal(self, step: int) -> None:
         """Writes the manifest once all else is on the disk."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                workdir.write_json(self.folder / str(step) / _MANIFEST, _hashes(self.folder / str(step)))
+                workdir.write_json(
+                    self.folder / str(step) / _MANIFEST, _hashes(self.folder / str(step))
+                )
         except Exception as error:  # told to whoever saves or leaves next
             self._failure = error
 
@@ -118,9 +148,19 @@ class Checkpoints:
         # Copied, since a host array that was fetched from a CPU device may share the device's memory.
         leaves = {name: leaf.copy() for name, leaf in _leaves(state).items()}
         try:
-            header = {"record": copy.deepcopy(record), "metric": metric, "leaves": _described(state)}
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)),
-                               metrics=None if metric is None else {"metric": metric}, force=True)
+            header = {
+                "record": copy.deepcopy(record),
+                "metric": metric,
+                "leaves": _described(state),
+            }
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
+                ),
+                metrics=None if metric is None else {"metric": metric},
+                force=True,
+            )
         except (OSError, ValueError) as error:
             self._failure = error
             self._finish()
@@ -130,21 +170,35 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, in order."""
         self._finish()
-        return [step for step in sorted(self._manager.all_steps()) if _damage(self.folder / str(step)) is None]
+        return [
+            step
+            for step in sorted(self._manager.all_steps())
+            if _damage(self.folder / str(step)) is None
+        ]
 
     def _header(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore()))["header"]
+        return self._manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore()))[
+            "header"
+        ]
 
     def restore_step(self, step: int, like):
         """One checkpoint -> (step, state, record). Raises `ValueError` if it is of another state than `like`."""
         header, expected = self._header(step), _described(like)
         for name in sorted(header["leaves"].keys() | expected.keys()):
             if header["leaves"].get(name) != expected.get(name):
-                raise ValueError(f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, where {expected.get(name)} is "
-                                 "expected: it is of another model or optimiser")
+                raise ValueError(
+                    f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, where {expected.get(name)} is "
+                    "expected: it is of another model or optimiser"
+                )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets)))["state"]
-        return step, jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected]), header["record"]
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+        )["state"]
+        return (
+            step,
+            jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected]),
+            header["record"],
+        )
 
     def restore(self, like):
         """The newest whole checkpoint -> (step, state of host arrays, record), or None if there is none.
@@ -158,12 +212,18 @@ class Checkpoints:
             damage = _damage(self.folder / str(step))
             if damage is None:
                 return self.restore_step(step, like)
-            _LOG.warning("checkpoint %s is damaged: %s; it is put aside, and the one before is used", self.folder / str(step), damage)
+            _LOG.warning(
+                "checkpoint %s is damaged: %s; it is put aside, and the one before is used",
+                self.folder / str(step),
+                damage,
+            )
             if jax.process_index() == 0:
                 (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
             self._manager.reload()
         if steps:
-            raise ValueError(f"every checkpoint in {self.folder} is damaged; remove the folder to start from the beginning")
+            raise ValueError(
+                f"every checkpoint in {self.folder} is damaged; remove the folder to start from the beginning"
+            )
         return None
 
     def restore_best(self, like):
@@ -175,5 +235,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {self.folder} has a metric")
         best = min(measured, key=measured.get)
         if damage := _damage(self.folder / str(best)):
-            raise ValueError(f"the best checkpoint, {self.folder / str(best)}, is damaged: {damage}")
+            raise ValueError(
+                f"the best checkpoint, {self.folder / str(best)}, is damaged: {damage}"
+            )
         return self.restore_step(best, like)

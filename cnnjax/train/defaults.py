@@ -1,4 +1,5 @@
 """The keys that every training configuration has; a file in configs/ changes the ones that make it what it is."""
+
 import itertools
 
 import ml_collections
@@ -10,7 +11,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.kind = "train"
     config.model = "lenet"
-    config.model_fields = ml_collections.ConfigDict({"padding": "zeros"})  # fields of the model, such as dropout
+    config.model_fields = ml_collections.ConfigDict(
+        {"padding": "zeros"}
+    )  # fields of the model, such as dropout
     config.initial_weights = ""  # a safetensors file with torchvision's names, or the work directory of a finished run, to start from
     config.initial_parts = ()  # which of them, by stage or by a pattern of names ("features.*"); () is all but the head
     config.freeze = ()  # parts that stay as they are, their BatchNorm in evaluation mode
@@ -18,14 +21,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
 
     config.dataset = "digits"  # or cifar10, cifar100, mnist, fashion_mnist, camvid, camvid_scenes, tfds:NAME, folder
-    config.data_dir = ""  # the folder of the original files; they are downloaded where they are absent
-    config.n_validation = 0  # training images held out, of which the plateau rule and the best checkpoint are chosen
+    config.data_dir = (
+        ""  # the folder of the original files; they are downloaded where they are absent
+    )
+    config.n_validation = (
+        0  # training images held out, of which the plateau rule and the best checkpoint are chosen
+    )
     config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
     config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
     config.workers = 2  # processes that decode them
     config.skip_damaged = False  # True counts and names training images that cannot be decoded, and takes the next; else they end the run
     config.pixels = "standardised"  # by the data's mean and deviation, "imagenet": by that one's, or "centred": of 0 to 255, less the mean
-    config.augment = ml_collections.ConfigDict({"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0})
+    config.augment = ml_collections.ConfigDict(
+        {"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0}
+    )
     config.mixup = 0.0
     config.test_views = 1  # or 2 with the mirror image, or 10 with corners
 
@@ -35,7 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.momentum = 0.9
     config.weight_decay = 0.0
     config.decay_all = True  # False spares biases and normalisation
-    config.schedule = ml_collections.ConfigDict({"name": "constant", **schedules.DEFAULTS, "learning_rate": 0.1})
+    config.schedule = ml_collections.ConfigDict(
+        {"name": "constant", **schedules.DEFAULTS, "learning_rate": 0.1}
+    )
     config.ema_decay = 0.0  # of the average of the parameters that is then evaluated; 0 for none
     config.accumulate = 1  # parts that each device's batch is computed in
     config.epochs = 10

@@ -3,6 +3,7 @@
 `check` refuses a bad configuration before anything is computed; `run` trains in a work directory, and goes on where an earlier
 run in it stopped.
 """
+
 import json
 import logging
 import math
@@ -41,36 +42,65 @@ def _is_streamed(config: ml_collections.ConfigDict) -> bool:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError`, naming the key, its value and what is accepted, for whatever can be seen to be wrong before computing."""
-    least = dict.fromkeys(("epochs", "batch_size", "accumulate", "checkpoint_every_steps", "keep_checkpoints", "image_size"), 1)
-    least |= dict.fromkeys(("n_validation", "resize", "workers", "mixup", "weight_decay", "seed"), 0)
+    least = dict.fromkeys(
+        (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "image_size",
+        ),
+        1,
+    )
+    least |= dict.fromkeys(
+        ("n_validation", "resize", "workers", "mixup", "weight_decay", "seed"), 0
+    )
     for key, value in least.items():
         if config[key] < value:
             raise ValueError(f"{key}={config[key]} is not a number of at least {value}")
     for key in ("label_smoothing", "ema_decay", "momentum"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
-    for key, accepted in (("loss", step.LOSSES), ("dtype", ("float32", "bfloat16")), ("test_views", (1, 2, 10)), ("parallel", WAYS),
-                          ("pixels", ("standardised", "imagenet", "centred"))):
+    for key, accepted in (
+        ("loss", step.LOSSES),
+        ("dtype", ("float32", "bfloat16")),
+        ("test_views", (1, 2, 10)),
+        ("parallel", WAYS),
+        ("pixels", ("standardised", "imagenet", "centred")),
+    ):
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
     if config.augment.fill not in augment.FILLS:
-        raise ValueError(f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}")
+        raise ValueError(
+            f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}"
+        )
     optimizer(config.optimizer, 0.0)
     learning_rates(config.schedule, 1, config.epochs)
     if config.schedule.name == "plateau" and not config.n_validation:
-        raise ValueError("schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number")
+        raise ValueError(
+            "schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number"
+        )
     _check_parts(config, create_model(config.model, **config.model_fields))
     if not _is_streamed(config):
         arrays.check_name(config.dataset)
     fitting = "cross_entropy" if _is_streamed(config) else arrays.loss_of(config.dataset)
     if config.loss != fitting:
-        raise ValueError(f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which are for loss={fitting!r}")
+        raise ValueError(
+            f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which are for loss={fitting!r}"
+        )
     if config.test_views > 1 and config.loss != "cross_entropy":
-        raise ValueError(f"test_views={config.test_views} averages the probabilities of classes, for loss='cross_entropy'; loss="
-                         f"{config.loss!r} accepts 1")
-    if config.test_views == 10 and (not _is_streamed(config) or 0 < config.resize <= config.image_size):
-        raise ValueError("test_views=10 takes corners, which needs a streamed dataset and a resize above image_size: "
-                         f"dataset={config.dataset!r}, resize={config.resize}, image_size={config.image_size}")
+        raise ValueError(
+            f"test_views={config.test_views} averages the probabilities of classes, for loss='cross_entropy'; loss="
+            f"{config.loss!r} accepts 1"
+        )
+    if config.test_views == 10 and (
+        not _is_streamed(config) or 0 < config.resize <= config.image_size
+    ):
+        raise ValueError(
+            "test_views=10 takes corners, which needs a streamed dataset and a resize above image_size: "
+            f"dataset={config.dataset!r}, resize={config.resize}, image_size={config.image_size}"
+        )
 
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
@@ -78,14 +108,31 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)
     elif config.initial_parts:
-        raise ValueError(f"initial_parts={config.initial_parts} needs initial_weights, a file or a run that they are taken from")
+        raise ValueError(
+            f"initial_parts={config.initial_parts} needs initial_weights, a file or a run that they are taken from"
+        )
     for pair in config.rates:
-        if not (len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], (int, float)) and 0 < pair[1] < math.inf):
-            raise ValueError(f"rates={pair} is not a pair of a part and a positive number, such as ('conv1', 0.1)")
-    for argument, parts in (("initial_parts", config.initial_parts), ("rates", tuple(part for part, _ in config.rates)),
-                            ("freeze", config.freeze)):
+        if not (
+            len(pair) == 2
+            and isinstance(pair[0], str)
+            and isinstance(pair[1], (int, float))
+            and 0 < pair[1] < math.inf
+        ):
+            raise ValueError(
+                f"rates={pair} is not a pair of a part and a positive number, such as ('conv1', 0.1)"
+            )
+    for argument, parts in (
+        ("initial_parts", config.initial_parts),
+        ("rates", tuple(part for part, _ in config.rates)),
+        ("freeze", config.freeze),
+    ):
         transfer.select(model, tuple(parts), argument)
-    if config.freeze and not transfer.split(weights.variable_shapes(model)["params"], transfer.select(model, tuple(config.freeze)))[0]:
+    if (
+        config.freeze
+        and not transfer.split(
+            weights.variable_shapes(model)["params"], transfer.select(model, tuple(config.freeze))
+        )[0]
+    ):
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
 
 
@@ -93,9 +140,13 @@ def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
     """What pixels of 0 to 1 are normalised by. Raises `ValueError` where ImageNet's three channels are not the data's."""
     if config.pixels == "imagenet":
         if len(mean) != 3:
-            raise ValueError(f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}")
+            raise ValueError(
+                f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}"
+            )
         mean, std = augment.IMAGENET
-    return np.asarray(mean, np.float32), np.asarray(np.full(len(std), 1 / 255) if config.pixels == "centred" else std, np.float32)
+    return np.asarray(mean, np.float32), np.asarray(
+        np.full(len(std), 1 / 255) if config.pixels == "centred" else std, np.float32
+    )
 
 
 class _Resident:
@@ -106,8 +157,14 @@ class _Resident:
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
-        self.classes, self.count, self.shape = self.data.classes, len(self.data.train.images), self.data.train.images.shape[1:]
-        self.moments = parallel.replicate(_moments(config, *arrays.normalisation(self.data.train.images)))
+        self.classes, self.count, self.shape = (
+            self.data.classes,
+            len(self.data.train.images),
+            self.data.train.images.shape[1:],
+        )
+        self.moments = parallel.replicate(
+            _moments(config, *arrays.normalisation(self.data.train.images))
+        )
         self._placed = parallel.replicate(tuple(self.data.train))
         self._epoch, self._order = None, None
         self._seconds: list[float] = []  # of one step, call by call
@@ -116,21 +173,29 @@ class _Resident:
         """Takes steps from `first` to `last`, of one epoch, or as many of them as fill a call -> (state, the step reached)."""
         epoch = first // (self.count // self.config.batch_size)
         if self._epoch != epoch:
-            self._epoch, self._order = epoch, self.parallel.replicate(step.epoch_order(self.count, epoch, self.config.seed))
+            self._epoch, self._order = (
+                epoch,
+                self.parallel.replicate(step.epoch_order(self.count, epoch, self.config.seed)),
+            )
         # The first call compiles and the second times one step.
         at_once = max(1, int(_SECONDS_A_CALL / min(self._seconds))) if len(self._seconds) > 1 else 1
         last = min(last, first + min(self.parallel.gather(at_once)))
         began = time.monotonic()
         state = step.resident_steps(self.parallel, recipe, self.config.batch_size)(
-            state, self._placed, self._order, self.moments, rates, np.int32(last), numbers)
+            state, self._placed, self._order, self.moments, rates, np.int32(last), numbers
+        )
         jax.block_until_ready(state)
         self._seconds = [*self._seconds, (time.monotonic() - began) / (last - first)][-3:]
         return state, last
 
-    def evaluation(self, name: str, views: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+    def evaluation(
+        self, name: str, views: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
         """A split's batches of images and labels, in order; None where there is no such split."""
         split, size = getattr(self.data, name), self.config.batch_size
-        return split and zip(evaluate.batches_of(split.images, size), evaluate.batches_of(split.labels, size))
+        return split and zip(
+            evaluate.batches_of(split.images, size), evaluate.batches_of(split.labels, size)
+        )
 
     def test_images(self, numbers: np.ndarray) -> np.ndarray:
         return self.data.test.images[numbers]
@@ -142,34 +207,58 @@ class _Streamed:
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
         self.sources: dict[str, stream.Source] = {
-            name: stream.open_source(config.dataset, config.data_dir, name) for name in ("train", "test")}
+            name: stream.open_source(config.dataset, config.data_dir, name)
+            for name in ("train", "test")
+        }
         if (tested := self.sources["test"].classes) != (trained := self.sources["train"].classes):
-            raise ValueError(f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
-                             f"{', '.join(trained)}; expected the same")
+            raise ValueError(
+                f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
+                f"{', '.join(trained)}; expected the same"
+            )
         if config.n_validation:
-            self.sources["train"], self.sources["validation"] = stream.hold_out(self.sources["train"], config.n_validation)
+            self.sources["train"], self.sources["validation"] = stream.hold_out(
+                self.sources["train"], config.n_validation
+            )
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.shape = (config.image_size, config.image_size, 3)
         self.moments = parallel.replicate(_moments(config, *augment.IMAGENET))
         self._batches: Iterator | None = None
         self._told: set[int] = set()
-        self.damaged = 0 if config.skip_damaged else None  # images that this process passed over in this epoch; None where they are not
+        self.damaged = (
+            0 if config.skip_damaged else None
+        )  # images that this process passed over in this epoch; None where they are not
 
     def _read(self, name: str, size: int, **options):
-        return stream.batches(self.sources[name], self.config.batch_size, self.config.seed, size, resize=self.config.resize,
-                              workers=self.config.workers, **options)
+        return stream.batches(
+            self.sources[name],
+            self.config.batch_size,
+            self.config.seed,
+            size,
+            resize=self.config.resize,
+            workers=self.config.workers,
+            **options,
+        )
 
     def advance(self, recipe, state, rates, numbers, first: int, last: int):
         if self._batches is None:
             steps = range(first, self.config.epochs * (self.count // self.config.batch_size))
-            self._batches = self._read("train", self.config.image_size, train=True, steps=steps, process_index=jax.process_index(),
-                                       process_count=jax.process_count(), skip_damaged=self.config.skip_damaged)
+            self._batches = self._read(
+                "train",
+                self.config.image_size,
+                train=True,
+                steps=steps,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                skip_damaged=self.config.skip_damaged,
+            )
         images, labels, *damaged = next(self._batches)
         if damaged:
             self._count(damaged[0][damaged[0] >= 0].tolist())
         images, labels = self.parallel.share((images, labels))
         per_epoch = np.int32(self.count // self.config.batch_size)
-        return step.streamed_step(self.parallel, recipe)(state, self.moments, rates, images, labels, per_epoch, numbers), first + 1
+        return step.streamed_step(self.parallel, recipe)(
+            state, self.moments, rates, images, labels, per_epoch, numbers
+        ), first + 1
 
     def _count(self, damaged: list[int]) -> None:
         """Counts images that were passed over, and names each once."""
@@ -181,16 +270,25 @@ class _Streamed:
             except stream.Damaged as error:
                 _LOG.warning("passed over: %s", error)
 
-    def evaluation(self, name: str, views: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+    def evaluation(
+        self, name: str, views: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
         """As `_Resident.evaluation`, but the training images are not gone through again; of ten views, the corners are to be had."""
         if name == "train" or name not in self.sources:
             return None
         size = self.config.image_size
-        return self._read(name, size if views < 10 else self.config.resize or round(size * 256 / 224), train=False)
+        return self._read(
+            name, size if views < 10 else self.config.resize or round(size * 256 / 224), train=False
+        )
 
     def test_images(self, numbers: np.ndarray) -> np.ndarray:
         size, source = self.config.image_size, self.sources["test"]
-        return np.stack([np.asarray(stream.centre(source[int(number)][0], size, self.config.resize)) for number in numbers])
+        return np.stack(
+            [
+                np.asarray(stream.centre(source[int(number)][0], size, self.config.resize))
+                for number in numbers
+            ]
+        )
 
 
 class Training:
@@ -199,21 +297,46 @@ class Training:
     def __init__(self, config, folder: pathlib.Path):
         self.config, self.folder, self.parallel = config, folder, Parallel(config.parallel)
         if config.batch_size % (self.parallel.size * config.accumulate):
-            raise ValueError(f"batch_size={config.batch_size} is not a multiple of {self.parallel.size} device(s) times "
-                             f"accumulate={config.accumulate}")
+            raise ValueError(
+                f"batch_size={config.batch_size} is not a multiple of {self.parallel.size} device(s) times "
+                f"accumulate={config.accumulate}"
+            )
         self.data = (_Streamed if _is_streamed(config) else _Resident)(config, self.parallel)
         self.steps_per_epoch = self.data.count // config.batch_size
         if not self.steps_per_epoch:
-            raise ValueError(f"batch_size={config.batch_size} is more than the {self.data.count} training images")
+            raise ValueError(
+                f"batch_size={config.batch_size} is more than the {self.data.count} training images"
+            )
         self.model = create_model(
-            config.model, num_classes=len(self.data.classes), dtype=jnp.dtype(config.dtype).type, input_shape=self.data.shape,
-            axis_name=self.parallel.axis_name if config.sync_batch_norm else None, **config.model_fields)
+            config.model,
+            num_classes=len(self.data.classes),
+            dtype=jnp.dtype(config.dtype).type,
+            input_shape=self.data.shape,
+            axis_name=self.parallel.axis_name if config.sync_batch_norm else None,
+            **config.model_fields,
+        )
         self._check_output()
-        self.recipe = step.Recipe(self.model, config.optimizer, config.decay_all, config.loss, tuple(sorted(config.augment.items())),
-                                  config.mixup > 0, config.ema_decay > 0, config.accumulate, tuple(config.freeze),
-                                  tuple(part for part, _ in config.rates))
-        self.numbers = step.Numbers(config.seed, config.momentum, config.weight_decay, config.label_smoothing, config.mixup,
-                                    config.ema_decay, tuple(float(rate) for _, rate in config.rates))
+        self.recipe = step.Recipe(
+            self.model,
+            config.optimizer,
+            config.decay_all,
+            config.loss,
+            tuple(sorted(config.augment.items())),
+            config.mixup > 0,
+            config.ema_decay > 0,
+            config.accumulate,
+            tuple(config.freeze),
+            tuple(part for part, _ in config.rates),
+        )
+        self.numbers = step.Numbers(
+            config.seed,
+            config.momentum,
+            config.weight_decay,
+            config.label_smoothing,
+            config.mixup,
+            config.ema_decay,
+            tuple(float(rate) for _, rate in config.rates),
+        )
         self.rates = learning_rates(config.schedule, self.steps_per_epoch, config.epochs)
         self.plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
         self.history: list[dict] = []
@@ -222,11 +345,19 @@ class Training:
     def _check_output(self) -> None:
         """Raises `ValueError` if the model's output is not of the kind that the loss is of."""
         image = jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32)
-        found = jax.eval_shape(self.model.clone(padding="zeros").init_with_output, jax.random.key(0), image)[0].shape[1:]
-        wanted = (*self.data.shape[:2], len(self.data.classes)) if self.config.loss == "pixelwise" else (len(self.data.classes),)
+        found = jax.eval_shape(
+            self.model.clone(padding="zeros").init_with_output, jax.random.key(0), image
+        )[0].shape[1:]
+        wanted = (
+            (*self.data.shape[:2], len(self.data.classes))
+            if self.config.loss == "pixelwise"
+            else (len(self.data.classes),)
+        )
         if found != wanted:
-            raise ValueError(f"model={self.config.model!r} puts out {list(found)} for an image; loss={self.config.loss!r} accepts "
-                             f"{list(wanted)}")
+            raise ValueError(
+                f"model={self.config.model!r} puts out {list(found)} for an image; loss={self.config.loss!r} accepts "
+                f"{list(wanted)}"
+            )
 
     def score(self, state, name: str, views: int = 1):
         """The score on a split, in evaluation mode, and the logits and labels; None where there is no such split."""
@@ -239,9 +370,19 @@ class Training:
                 seen.append(theirs)
                 yield images
 
-        variables = {"params": state.ema if self.recipe.ema else state.params, "batch_stats": state.batch_stats}
-        outputs = evaluate.predict(self.parallel, self.model, variables, self.data.moments, batches(), self.config.batch_size,
-                                   evaluate.averaged(views))
+        variables = {
+            "params": state.ema if self.recipe.ema else state.params,
+            "batch_stats": state.batch_stats,
+        }
+        outputs = evaluate.predict(
+            self.parallel,
+            self.model,
+            variables,
+            self.data.moments,
+            batches(),
+            self.config.batch_size,
+            evaluate.averaged(views),
+        )
         labels = np.concatenate(seen)
         return evaluate.score(self.config.loss, outputs, labels), outputs, labels
 
@@ -249,9 +390,17 @@ class Training:
         """Scores the epoch, lets the plateau rule decide, and tells the person and the files."""
         totals = {name: float(value) for name, value in self.parallel.fetch(state.totals).items()}
         epoch = len(self.history) + 1
-        rate = float(self.rates[epoch * self.steps_per_epoch - 1] * (self.plateau.scale if self.plateau else 1))
-        line = {"epoch": epoch, "step": epoch * self.steps_per_epoch, "learning_rate": rate,
-                "train_loss": totals["loss"] / totals["count"], "train_error": totals["errors"] / totals["count"]}
+        rate = float(
+            self.rates[epoch * self.steps_per_epoch - 1]
+            * (self.plateau.scale if self.plateau else 1)
+        )
+        line = {
+            "epoch": epoch,
+            "step": epoch * self.steps_per_epoch,
+            "learning_rate": rate,
+            "train_loss": totals["loss"] / totals["count"],
+            "train_error": totals["errors"] / totals["count"],
+        }
         if (damaged := self.damaged()) is not None:
             line["damaged"], self.data.damaged = damaged, 0
         if scored := self.score(state, "validation"):
@@ -262,15 +411,30 @@ class Training:
         self.history.append(line)
         self.seconds += seconds
         left = self.seconds / epoch * (self.config.epochs - epoch)
-        percent = ", ".join(f"{name.replace('_', ' ')} {100 * line[name]:.2f} %" for name in line if name.endswith("_error"))
+        percent = ", ".join(
+            f"{name.replace('_', ' ')} {100 * line[name]:.2f} %"
+            for name in line
+            if name.endswith("_error")
+        )
         if damaged:
             percent += f", {damaged} damaged images passed over"
-        _LOG.info("epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left", epoch, self.config.epochs, line["train_loss"], percent,
-                  rate, f"{totals['count'] / seconds:,.0f}", time.strftime("%H:%M:%S", time.gmtime(left)))
+        _LOG.info(
+            "epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left",
+            epoch,
+            self.config.epochs,
+            line["train_loss"],
+            percent,
+            rate,
+            f"{totals['count'] / seconds:,.0f}",
+            time.strftime("%H:%M:%S", time.gmtime(left)),
+        )
         self.write_history()
 
     def write_history(self) -> None:
-        workdir.write(self.folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.history))
+        workdir.write(
+            self.folder / "metrics.jsonl",
+            "".join(json.dumps(entry) + "\n" for entry in self.history),
+        )
 
     def damaged(self) -> int | None:
         """The images that all processes have passed over in this epoch; None where they are not passed over."""
@@ -278,22 +442,34 @@ class Training:
 
     def record(self) -> dict:
         """What a checkpoint holds besides the state."""
-        return {"history": self.history, "plateau": self.plateau and self.plateau.state(), "seconds": self.seconds,
-                "damaged": self.damaged()}
+        return {
+            "history": self.history,
+            "plateau": self.plateau and self.plateau.state(),
+            "seconds": self.seconds,
+            "damaged": self.damaged(),
+        }
 
     def train(self) -> step.State:
         """Trains to the end -> the state, on the devices. Raises `workdir.Interrupted` or `FloatingPointError`."""
         every, total = self.config.checkpoint_every_steps, len(self.rates)
-        taken = transfer.take(self.config.initial_weights, self.model, self.config.initial_parts) if self.config.initial_weights else None
+        taken = (
+            transfer.take(self.config.initial_weights, self.model, self.config.initial_parts)
+            if self.config.initial_weights
+            else None
+        )
         state, at, stop = step.init(self.recipe, self.data.shape, self.numbers, taken), 0, 0
         received: list[int] = []
 
         def hear(number):
             received.append(number)
-            _LOG.info("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+            _LOG.info(
+                "%s: saving after this step; once more to stop at once", signal.Signals(number).name
+            )
 
-        with (signals.heeded(lambda number, frame: None, hear),
-              Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints):
+        with (
+            signals.heeded(lambda number, frame: None, hear),
+            Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints) as checkpoints,
+        ):
             if found := checkpoints.restore(state):
                 at, state, record = found
                 self.history, self.seconds = record["history"], record["seconds"]
@@ -309,16 +485,26 @@ class Training:
                 if self.plateau and self.plateau.scale != scale:
                     scale = self.plateau.scale
                     rates = self.parallel.replicate(self.rates * np.float32(scale))
-                last = min(at // self.steps_per_epoch * self.steps_per_epoch + self.steps_per_epoch, at // every * every + every)
+                last = min(
+                    at // self.steps_per_epoch * self.steps_per_epoch + self.steps_per_epoch,
+                    at // every * every + every,
+                )
                 state, at = self.data.advance(self.recipe, state, rates, self.numbers, at, last)
                 bad = int(self.parallel.fetch(state.bad_step))
                 if bad >= 0:
-                    kept = [f"the last checkpoint is that of step {saved}, in {checkpoints.folder}" for saved in checkpoints.steps()[-1:]]
-                    raise FloatingPointError(f"the loss is not finite at step {bad} (learning rate {self.rates[bad] * scale:g}); "
-                                             + (kept or ["there is no checkpoint yet"])[0])
+                    kept = [
+                        f"the last checkpoint is that of step {saved}, in {checkpoints.folder}"
+                        for saved in checkpoints.steps()[-1:]
+                    ]
+                    raise FloatingPointError(
+                        f"the loss is not finite at step {bad} (learning rate {self.rates[bad] * scale:g}); "
+                        + (kept or ["there is no checkpoint yet"])[0]
+                    )
                 improved = None
                 if at % self.steps_per_epoch == 0:
-                    best = min((entry.get("validation_error", 1.0) for entry in self.history), default=2.0)
+                    best = min(
+                        (entry.get("validation_error", 1.0) for entry in self.history), default=2.0
+                    )
                     self.end_epoch(state, time.monotonic() - began)
                     began = time.monotonic()
                     error = self.history[-1].get("validation_error")
@@ -328,13 +514,19 @@ class Training:
                     checkpoints.save(at, self.parallel.fetch(state), self.record(), improved)
                 if stop:
                     break
-        if stop := stop or (received[0] if received else 0):  # it may have come while the last checkpoint was written
-            raise workdir.Interrupted(f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; the same "
-                                      "command goes on from there")
+        if stop := stop or (
+            received[0] if received else 0
+        ):  # it may have come while the last checkpoint was written
+            raise workdir.Interrupted(
+                f"stopped by {signal.Signals(stop).name} after step {at} of {total}, which is saved; the same "
+                "command goes on from there"
+            )
         return state
 
 
-def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, labels: np.ndarray) -> None:
+def _write_mistakes(
+    folder: pathlib.Path, loss: str, data, outputs: np.ndarray, labels: np.ndarray
+) -> None:
     """Keeps every prediction, and the images of the worst mistakes, for the report: the most confident ones, and of masks those with
     most pixels wrong. Of several classes an image the outputs are kept."""
     kept: dict[str, Any]
@@ -349,9 +541,17 @@ def _write_mistakes(folder: pathlib.Path, loss: str, data, outputs: np.ndarray, 
         shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
         predicted, confidence = outputs.argmax(-1), shifted.max(-1) / shifted.sum(-1)
         wrong = np.flatnonzero(predicted != labels)
-        kept = {"predicted": predicted, "confidence": confidence, "shown": wrong[np.argsort(-confidence[wrong])][:_MISTAKES]}
+        kept = {
+            "predicted": predicted,
+            "confidence": confidence,
+            "shown": wrong[np.argsort(-confidence[wrong])][:_MISTAKES],
+        }
     if "shown" in kept:
-        kept["images"] = data.test_images(kept["shown"]) if len(kept["shown"]) else np.zeros((0, 1, 1, 1), np.uint8)
+        kept["images"] = (
+            data.test_images(kept["shown"])
+            if len(kept["shown"])
+            else np.zeros((0, 1, 1, 1), np.uint8)
+        )
     workdir.write_arrays(folder / "test.npz", {"labels": labels} | kept)
 
 
@@ -378,15 +578,25 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     try:
         _run(config, folder)
     except KeyboardInterrupt as stop:  # outside of the steps
-        raise workdir.Interrupted("stopped; the same command goes on from the last checkpoint") from stop
+        raise workdir.Interrupted(
+            "stopped; the same command goes on from the last checkpoint"
+        ) from stop
     except (RuntimeError, MemoryError) as error:
         first = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or isinstance(error, jax.errors.JaxRuntimeError) and first.startswith("RESOURCE_EXHAUSTED"):
-            raise RuntimeError(f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or raise accumulate="
-                               f"{config.accumulate}, the parts that a batch is computed in") from error
+        if (
+            isinstance(error, MemoryError)
+            or isinstance(error, jax.errors.JaxRuntimeError)
+            and first.startswith("RESOURCE_EXHAUSTED")
+        ):
+            raise RuntimeError(
+                f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or raise accumulate="
+                f"{config.accumulate}, the parts that a batch is computed in"
+            ) from error
         if "Worker process was terminated" in first:  # grain's
-            raise RuntimeError(f"one of workers={config.workers} processes that decode images was killed, as systems do when memory runs "
-                               "out; the same command goes on from the last checkpoint") from error
+            raise RuntimeError(
+                f"one of workers={config.workers} processes that decode images was killed, as systems do when memory runs "
+                "out; the same command goes on from the last checkpoint"
+            ) from error
         raise
 
 
@@ -398,30 +608,60 @@ def _run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     except RuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise RuntimeError(f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another is gone "
-                           f"({str(error).splitlines()[0]}); start them all again, and the run goes on from its last checkpoint") from error
+        raise RuntimeError(
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another is gone "
+            f"({str(error).splitlines()[0]}); start them all again, and the run goes on from its last checkpoint"
+        ) from error
     tested, outputs, labels = current.score(state, "test", config.test_views)
     trained = current.score(state, "train")
-    final = {name: current.history[-1][name] for name in ("epoch", "step", "train_loss", "train_error")}
+    final = {
+        name: current.history[-1][name] for name in ("epoch", "step", "train_loss", "train_error")
+    }
     if trained:  # in evaluation mode, without augmentation; of streamed data the last epoch's running mean stays
         final |= {"train_loss": trained[0]["loss"], "train_error": trained[0]["error"]}
-    final |= {name: value for name, value in current.history[-1].items() if name.startswith("validation_")}
+    final |= {
+        name: value for name, value in current.history[-1].items() if name.startswith("validation_")
+    }
     final |= {f"test_{name}": value for name, value in tested.items()}
-    _LOG.info("final: train error %.2f %%, test error %.2f %%", 100 * final["train_error"], 100 * final["test_error"])
+    _LOG.info(
+        "final: train error %.2f %%, test error %.2f %%",
+        100 * final["train_error"],
+        100 * final["test_error"],
+    )
     end = current.parallel.fetch(state)
     if not backend.writes():
         return
     try:
-        weights.save_torchvision({"params": end.ema if current.recipe.ema else end.params, "batch_stats": end.batch_stats},
-                                 folder / transfer.WEIGHTS)
+        weights.save_torchvision(
+            {
+                "params": end.ema if current.recipe.ema else end.params,
+                "batch_stats": end.batch_stats,
+            },
+            folder / transfer.WEIGHTS,
+        )
     except safetensors.SafetensorError as error:  # its name for an OSError
         raise OSError(f"{folder / transfer.WEIGHTS} could not be written: {error}") from error
     _write_mistakes(folder, config.loss, current.data, outputs, labels)
-    by_class = {} if config.loss == "cross_entropy" else {"by_class": evaluate.by_class(config.loss, outputs, labels)}
+    by_class = (
+        {}
+        if config.loss == "cross_entropy"
+        else {"by_class": evaluate.by_class(config.loss, outputs, labels)}
+    )
     _write_events(folder / "tensorboard", current.history)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(end.params))
-    workdir.write_json(folder / "results.json", {
-        "kind": "train", "final": final, "history": current.history, "classes": list(current.data.classes), "parameters": parameters,
-        **by_class, "n_train": current.data.count, "n_test": len(labels), "training_seconds": round(current.seconds, 1),
-        "seconds": round(time.monotonic() - began, 1)})
+    workdir.write_json(
+        folder / "results.json",
+        {
+            "kind": "train",
+            "final": final,
+            "history": current.history,
+            "classes": list(current.data.classes),
+            "parameters": parameters,
+            **by_class,
+            "n_train": current.data.count,
+            "n_test": len(labels),
+            "training_seconds": round(current.seconds, 1),
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
     report.write(folder)

@@ -1,4 +1,5 @@
 """Learning rates: a table of every step's made beforehand, and the plateau rule, which watches a metric."""
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -11,10 +12,17 @@ import optax
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
 # Keys of all schedules, so that a configuration can change from one to another; each looks at its own.
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": None, "warmup_epochs": 0,
+    "learning_rate": None,
+    "warmup_epochs": 0,
     "factor": 0.1,  # of step and plateau
-    "epochs": (), "every": 0,  # of step: one of them; of restarts: every
-    "metric": "error", "patience": 10, "mode": "min", "threshold": 1e-4, "threshold_mode": "rel", "cooldown": 0,  # of plateau
+    "epochs": (),
+    "every": 0,  # of step: one of them; of restarts: every
+    "metric": "error",
+    "patience": 10,
+    "mode": "min",
+    "threshold": 1e-4,
+    "threshold_mode": "rel",
+    "cooldown": 0,  # of plateau
     "min_lr": 0.0,
 }
 
@@ -26,33 +34,47 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
         raise ValueError(f"schedule.name={name!r} is not one of {', '.join(NAMES)}")
     for key in schedule:
         if key != "name" and key not in DEFAULTS:
-            raise ValueError(f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(DEFAULTS)}")
+            raise ValueError(
+                f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(DEFAULTS)}"
+            )
     found = DEFAULTS | dict(schedule)
     if found["learning_rate"] is None or not found["learning_rate"] >= 0:
-        raise ValueError(f"schedule.learning_rate={found['learning_rate']!r} is not a number of at least 0")
+        raise ValueError(
+            f"schedule.learning_rate={found['learning_rate']!r} is not a number of at least 0"
+        )
     if found["warmup_epochs"] < 0:
-        raise ValueError(f"schedule.warmup_epochs={found['warmup_epochs']!r} is not a number of at least 0")
+        raise ValueError(
+            f"schedule.warmup_epochs={found['warmup_epochs']!r} is not a number of at least 0"
+        )
     if name == "plateau":
         Plateau(**{field.name: found[field.name] for field in dataclasses.fields(Plateau)})
         modes = {"error": "min", "loss": "min", "accuracy": "max"}  # of the validation images
         if modes.get(found["metric"]) != found["mode"]:
-            raise ValueError(f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is not one of "
-                             + ", ".join(f"{metric!r} with {mode!r}" for metric, mode in modes.items()))
+            raise ValueError(
+                f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is not one of "
+                + ", ".join(f"{metric!r} with {mode!r}" for metric, mode in modes.items())
+            )
     if name == "restarts" and not found["every"] > 0:
-        raise ValueError(f"schedule.every={found['every']!r} is not a positive number of epochs, which schedule.name='restarts' needs")
+        raise ValueError(
+            f"schedule.every={found['every']!r} is not a positive number of epochs, which schedule.name='restarts' needs"
+        )
     if name == "step":
         epochs = list(found["epochs"])
         if not 0 < found["factor"]:
             raise ValueError(f"schedule.factor={found['factor']!r} is not a positive number")
         if bool(epochs) == bool(found["every"]) or found["every"] < 0:
-            raise ValueError(f"schedule.epochs={tuple(epochs)} and schedule.every={found['every']}: give one of them, a list of epochs or "
-                             "a positive number of epochs")
+            raise ValueError(
+                f"schedule.epochs={tuple(epochs)} and schedule.every={found['every']}: give one of them, a list of epochs or "
+                "a positive number of epochs"
+            )
         if epochs != sorted(set(epochs)) or epochs[:1] < [1] and epochs:
             raise ValueError(f"schedule.epochs={tuple(epochs)} are not rising positive numbers")
     return found
 
 
-def learning_rates(schedule: Mapping | ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> np.ndarray:
+def learning_rates(
+    schedule: Mapping | ml_collections.ConfigDict, steps_per_epoch: int, epochs: int
+) -> np.ndarray:
     """The learning rate of every step, float32 [epochs * steps_per_epoch].
 
     "step" multiplies by `factor` after each of `epochs` (10: the first 10 epochs have the rate before it) or after `every` so
@@ -65,7 +87,9 @@ def learning_rates(schedule: Mapping | ml_collections.ConfigDict, steps_per_epoc
     rate, warmup = found["learning_rate"], round(found["warmup_epochs"] * steps_per_epoch)
     if schedule["name"] == "step":
         changes = found["epochs"] or range(found["every"], epochs, found["every"])
-        after = optax.piecewise_constant_schedule(rate, {int(epoch * steps_per_epoch) - warmup: found["factor"] for epoch in changes})
+        after = optax.piecewise_constant_schedule(
+            rate, {int(epoch * steps_per_epoch) - warmup: found["factor"] for epoch in changes}
+        )
     elif schedule["name"] == "cosine":
         after = optax.cosine_decay_schedule(rate, max(1, total - warmup))
     elif schedule["name"] == "restarts":
@@ -74,7 +98,9 @@ def learning_rates(schedule: Mapping | ml_collections.ConfigDict, steps_per_epoc
         after = lambda count: cycle(count % period)
     else:
         after = optax.constant_schedule(rate)
-    whole = optax.join_schedules([optax.linear_schedule(0.0, rate, max(1, warmup)), after], [warmup])
+    whole = optax.join_schedules(
+        [optax.linear_schedule(0.0, rate, max(1, warmup)), after], [warmup]
+    )
     return np.broadcast_to(np.asarray(whole(np.arange(total, dtype=np.float32)), np.float32), total)
 
 
@@ -99,12 +125,18 @@ class Plateau:
     def __post_init__(self):
         for name, accepted in (("mode", ("min", "max")), ("threshold_mode", ("rel", "abs"))):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"schedule.{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}")
+                raise ValueError(
+                    f"schedule.{name}={getattr(self, name)!r} is not one of {', '.join(accepted)}"
+                )
         if not 0 < self.factor < 1:
-            raise ValueError(f"schedule.factor={self.factor!r} is not between 0 and 1, both excluded")
+            raise ValueError(
+                f"schedule.factor={self.factor!r} is not between 0 and 1, both excluded"
+            )
         for name in ("patience", "threshold", "cooldown", "min_lr"):
             if getattr(self, name) < 0:
-                raise ValueError(f"schedule.{name}={getattr(self, name)!r} is not a number of at least 0")
+                raise ValueError(
+                    f"schedule.{name}={getattr(self, name)!r} is not a number of at least 0"
+                )
         self.rate = self.learning_rate
         self.best = math.inf if self.mode == "min" else -math.inf
         self.bad = self.cooling = 0
@@ -121,7 +153,11 @@ class Plateau:
 
     def _improves(self, metric: float) -> bool:
         sign = 1 if self.mode == "max" else -1
-        bound = self.best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else self.best + sign * self.threshold
+        bound = (
+            self.best * (1 + sign * self.threshold)
+            if self.threshold_mode == "rel"
+            else self.best + sign * self.threshold
+        )
         return metric > bound if self.mode == "max" else metric < bound
 
     def update(self, metric: float) -> None:
@@ -139,7 +175,12 @@ class Plateau:
 
     def state(self) -> dict:
         """What the rule remembers, for a checkpoint; JSON has no infinity, so a best that is not yet known is None."""
-        return {"rate": self.rate, "best": self.best if math.isfinite(self.best) else None, "bad": self.bad, "cooling": self.cooling}
+        return {
+            "rate": self.rate,
+            "best": self.best if math.isfinite(self.best) else None,
+            "bad": self.bad,
+            "cooling": self.cooling,
+        }
 
     def restore(self, state: dict) -> None:
         """Takes up where `state()` was."""

@@ -1,4 +1,5 @@
 """Weights and inputs that any framework can regenerate: a formula of a parameter's name and an element's index."""
+
 import zlib
 
 import numpy as np
@@ -21,9 +22,13 @@ def parameter(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if key.endswith("running_var"):
         return 1.25 + 0.25 * u
     if key.endswith("bn3.weight"):
-        return 0.25 + 0.05 * u  # small at the end of a residual branch: a deep ResNet would amplify rounding errors in training mode
+        return (
+            0.25 + 0.05 * u
+        )  # small at the end of a residual branch: a deep ResNet would amplify rounding errors in training mode
     if len(shape) == 1:
-        return 1 + 0.2 * u if key.endswith("weight") else 0.1 * u  # BatchNorm's scale; any bias or running mean
+        return (
+            1 + 0.2 * u if key.endswith("weight") else 0.1 * u
+        )  # BatchNorm's scale; any bias or running mean
     return u * np.float32(np.sqrt(6 / np.prod(shape[1:])))
 
 
@@ -35,4 +40,8 @@ def images(batch: int, size: int, key: str = "input") -> np.ndarray:
 def digest(key: str, values: np.ndarray) -> tuple[float, float, float]:
     """A vector in three numbers: its mean, its product with the values of the formula over sqrt(n), its largest magnitude."""
     values = np.asarray(values, np.float64)
-    return values.mean(), values @ uniform(key, values.shape) / np.sqrt(values.size), np.abs(values).max()
+    return (
+        values.mean(),
+        values @ uniform(key, values.shape) / np.sqrt(values.size),
+        np.abs(values).max(),
+    )

@@ -12,6 +12,7 @@ the state dict; "name/size/aux" the auxiliary logits of the last pass, where the
 state dict's keys and shapes; "name/moments" the mean, standard deviation and largest magnitude of each parameter that is newly
 initialised.
 """
+
 import pathlib
 
 import formula
@@ -19,22 +20,64 @@ import numpy as np
 import torch
 import torchvision
 
-NAMES = ("alexnet", "densenet121", "densenet161", "densenet169", "densenet201", "googlenet", "inception_v3", "mnasnet0_5", "mnasnet0_75",
-         "mnasnet1_0", "mnasnet1_3", "mobilenet_v2", "resnet101", "resnet152", "resnet18", "resnet34", "resnet50", "resnext50_32x4d",
-         "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0", "squeezenet1_0", "squeezenet1_1",
-         "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "wide_resnet50_2")
+NAMES = (
+    "alexnet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mnasnet0_75",
+    "mnasnet1_0",
+    "mnasnet1_3",
+    "mobilenet_v2",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0",
+    "shufflenet_v2_x1_5",
+    "shufflenet_v2_x2_0",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+    "wide_resnet50_2",
+)
 # An odd size, so that every rounding of a map's size shows.
 SIZES = {"inception_v3": 139}
 TRAIN_SIZES = {"inception_v3": 299}  # the least that its auxiliary classifier takes
-TRAIN_BATCHES = {"inception_v3": 4}  # its auxiliary classifier normalises single pixels, of which two are too few to be well conditioned
+TRAIN_BATCHES = {
+    "inception_v3": 4
+}  # its auxiliary classifier normalises single pixels, of which two are too few to be well conditioned
 LARGE = (("vgg16", 224), ("resnet50", 224))
-WITHOUT_DROPOUT = {"alexnet": ("dropout",), "vgg": ("dropout",), "squeezenet": ("dropout",), "mobilenet": ("dropout",), "mnasnet": ("dropout",),
-                   "inception": ("dropout",), "googlenet": ("dropout", "dropout_aux")}
+WITHOUT_DROPOUT = {
+    "alexnet": ("dropout",),
+    "vgg": ("dropout",),
+    "squeezenet": ("dropout",),
+    "mobilenet": ("dropout",),
+    "mnasnet": ("dropout",),
+    "inception": ("dropout",),
+    "googlenet": ("dropout", "dropout_aux"),
+}
 
 
 def build(name: str, init: bool = False):
     """A network without dropout; `init` draws its parameters as torchvision does, which takes long for two of them."""
-    fields = next((fields for family, fields in WITHOUT_DROPOUT.items() if name.startswith(family)), ())
+    fields = next(
+        (fields for family, fields in WITHOUT_DROPOUT.items() if name.startswith(family)), ()
+    )
     more = {"init_weights": init} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, **dict.fromkeys(fields, 0.0), **more)
 
@@ -52,14 +95,24 @@ def images(batch: int, size: int, key: str = "input"):
 
 @torch.no_grad()
 def main() -> None:
-    golden = {"versions": np.array(f"torch {torch.__version__}, torchvision {torchvision.__version__}")}
+    golden = {
+        "versions": np.array(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    }
     for name in NAMES:
         torch.manual_seed(0)
         model = build(name, init=True)
-        golden[f"{name}/moments"] = np.array([[float(value.mean()), float(value.std(correction=0)), float(value.abs().max())]
-                                              for value in model.parameters()], np.float32)
-        lines = [f"{key} {'x'.join(map(str, value.shape))}" for key, value in model.state_dict().items()
-                 if not key.endswith("num_batches_tracked")]
+        golden[f"{name}/moments"] = np.array(
+            [
+                [float(value.mean()), float(value.std(correction=0)), float(value.abs().max())]
+                for value in model.parameters()
+            ],
+            np.float32,
+        )
+        lines = [
+            f"{key} {'x'.join(map(str, value.shape))}"
+            for key, value in model.state_dict().items()
+            if not key.endswith("num_batches_tracked")
+        ]
         golden[f"{name}/keys"] = np.frombuffer("\n".join(lines).encode(), np.uint8)
         for size in [SIZES.get(name, 97), *(size for other, size in LARGE if other == name)]:
             fill(model.double())
@@ -70,14 +123,25 @@ def main() -> None:
             output = model(images(TRAIN_BATCHES.get(name, 2), size, f"input {step}"))
         logits = output if isinstance(output, torch.Tensor) else output.logits
         golden[f"{name}/{size}/train"] = logits.numpy()
-        for field, attribute in (("aux1", "aux_logits1"), ("aux2", "aux_logits2"), ("AuxLogits", "aux_logits")):
+        for field, attribute in (
+            ("aux1", "aux_logits1"),
+            ("aux2", "aux_logits2"),
+            ("AuxLogits", "aux_logits"),
+        ):
             if hasattr(output, attribute):
                 golden[f"{name}/{size}/{field}"] = getattr(output, attribute).numpy()
-        running = [formula.digest(key, value.numpy()) for key, value in model.state_dict().items() if "running_" in key]
+        running = [
+            formula.digest(key, value.numpy())
+            for key, value in model.state_dict().items()
+            if "running_" in key
+        ]
         if running:
             golden[f"{name}/{size}/statistics"] = np.array(running, np.float32)
         print(name, size, float(logits.abs().max()), flush=True)
-    arrays = {key: value.astype(np.float32) if value.dtype == np.float64 else value for key, value in golden.items()}
+    arrays = {
+        key: value.astype(np.float32) if value.dtype == np.float64 else value
+        for key, value in golden.items()
+    }
     np.savez_compressed(pathlib.Path(__file__).with_name("torchvision.npz"), **arrays)
 
 

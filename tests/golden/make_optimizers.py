@@ -1,4 +1,5 @@
 """Records what PyTorch's optimisers and its plateau rule do, for tests/test_optimizers.py: `python make_optimizers.py`, with torch."""
+
 import json
 import pathlib
 
@@ -8,7 +9,9 @@ import torch
 RATES = [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.01, 0.01, 0.01]
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, weight_decay=0.05),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, weight_decay=0.05, nesterov=True),
+    "nesterov": lambda p: torch.optim.SGD(
+        p, lr=0.1, momentum=0.8, weight_decay=0.05, nesterov=True
+    ),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.999), weight_decay=0.05),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.999), weight_decay=0.05),
     "muon": lambda p: torch.optim.Muon(p, lr=0.1, momentum=0.8, weight_decay=0.05),
@@ -36,10 +39,15 @@ def plateaus():
     generator = np.random.default_rng(1)
     cases = []
     for case in range(60):
-        chosen = {"mode": str(generator.choice(["min", "max"])), "factor": float(generator.choice([0.1, 0.5, 0.9])),
-                  "patience": int(generator.integers(0, 6)), "threshold": float(generator.choice([0.0, 1e-4, 0.05])),
-                  "threshold_mode": str(generator.choice(["rel", "abs"])), "cooldown": int(generator.integers(0, 4)),
-                  "min_lr": float(generator.choice([0.0, 0.0, 0.02]))}
+        chosen = {
+            "mode": str(generator.choice(["min", "max"])),
+            "factor": float(generator.choice([0.1, 0.5, 0.9])),
+            "patience": int(generator.integers(0, 6)),
+            "threshold": float(generator.choice([0.0, 1e-4, 0.05])),
+            "threshold_mode": str(generator.choice(["rel", "abs"])),
+            "cooldown": int(generator.integers(0, 4)),
+            "min_lr": float(generator.choice([0.0, 0.0, 0.02])),
+        }
         fall = np.exp(-np.arange(60) / generator.uniform(3, 40))
         metrics = (fall if chosen["mode"] == "min" else 1 - fall) + generator.normal(0, 0.05, 60)
         metrics = metrics.round(2 if case % 2 else 1)  # ties
@@ -51,10 +59,19 @@ def plateaus():
         for metric in metrics:
             schedule.step(float(metric))
             rates.append(optimizer.param_groups[0]["lr"])
-        cases.append({"settings": chosen, "metrics": [None if np.isnan(m) else float(m) for m in metrics], "rates": rates})
+        cases.append(
+            {
+                "settings": chosen,
+                "metrics": [None if np.isnan(m) else float(m) for m in metrics],
+                "rates": rates,
+            }
+        )
     return cases
 
 
 if __name__ == "__main__":
-    recorded = {"trajectories": {name: trajectory(name) for name in OPTIMIZERS}, "plateaus": plateaus()}
+    recorded = {
+        "trajectories": {name: trajectory(name) for name in OPTIMIZERS},
+        "plateaus": plateaus(),
+    }
     (pathlib.Path(__file__).parent / "optimizers.json").write_text(json.dumps(recorded) + "\n")

@@ -5,6 +5,7 @@
 Lossless images, so that what is read can be compared with `examples` to the bit; an archive, because the format fills its files
 up to multiples of 64 KiB.
 """
+
 import pathlib
 import shutil
 import tempfile
@@ -37,10 +38,17 @@ def main() -> None:
 
         def _info(self):
             return tfds.core.DatasetInfo(
-                builder=self, description="Ramps of colour.", homepage="https://www.tensorflow.org/datasets",
-                features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                                                     "label": tfds.features.ClassLabel(names=CLASSES)}),
-                supervised_keys=("image", "label"))
+                builder=self,
+                description="Ramps of colour.",
+                homepage="https://www.tensorflow.org/datasets",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                        "label": tfds.features.ClassLabel(names=CLASSES),
+                    }
+                ),
+                supervised_keys=("image", "label"),
+            )
 
         def _split_generators(self, manager):
             return {split: self._generate_examples(split) for split in COUNTS}
