@@ -137,7 +137,7 @@ def learned(
 def member_logits(output: Callable = evaluate.logits) -> Callable:
     """All members' `output` in one program, for `evaluate.predict`.
 
-    A function of (model, variables stacked [members, ...], images [members, batch, height, width, channels], normalised as each
+    A function of (model, variables stacked [members, ...], images [members, batch, height, width, channels], normalized as each
     member has it) -> [batch, members, classes].
     """
 
@@ -194,7 +194,7 @@ def reestimate_statistics(
 ) -> dict:
     """BatchNorm's statistics over uint8 training images in random order, which averaged parameters need anew -> `batch_stats`.
 
-    The mean and the unbiased variance over all whole batches, each of them normalised by its own statistics on the way (Izmailov
+    The mean and the unbiased variance over all whole batches, each of them normalized by its own statistics on the way (Izmailov
     et al. 2018, arXiv 1803.05407, section 3.2). `variables` and `moments` (mean, std) are host arrays.
     """
     if not variables["batch_stats"]:
@@ -214,10 +214,10 @@ def reestimate_statistics(
             np.concatenate(found).astype(np.float64)
             for found in zip(*(part[path] for part in parts))
         )
-        centre, total = mean.mean(0), count.sum()  # all parts are of one size
-        spread = (var + np.square(mean - centre)).mean(0) * total / (total - 1)
+        center, total = mean.mean(0), count.sum()  # all parts are of one size
+        spread = (var + np.square(mean - center)).mean(0) * total / (total - 1)
         pooled |= {
-            (*path, "mean"): centre.astype(np.float32),
+            (*path, "mean"): center.astype(np.float32),
             (*path, "var"): spread.astype(np.float32),
         }
     return flax.traverse_util.unflatten_dict(pooled)
@@ -227,7 +227,7 @@ def reestimate_statistics(
 
 
 class Member(NamedTuple):
-    """A trained network in host arrays: its variables, and the moments (mean, std) that its images are normalised by."""
+    """A trained network in host arrays: its variables, and the moments (mean, std) that its images are normalized by."""
 
     name: str
     variables: dict
@@ -361,7 +361,7 @@ class _Kitchen:
         variables, (mean, std) = jax.tree.map(
             lambda *leaves: np.stack(leaves), *(member[1:] for member in members)
         )
-        # With these axes images [batch, ...] leave their normalisation as [members, batch, ...].
+        # With these axes images [batch, ...] leave their normalization as [members, batch, ...].
         self.all = Member("all", variables, (mean[:, None, None, None], std[:, None, None, None]))
 
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
@@ -431,7 +431,7 @@ class _Kitchen:
             # A mixture's statistics are not known before it is chosen, so BatchNorm takes those of the batch.
             apply = _in_training_mode if variables["batch_stats"] else evaluate.logits
             logits = apply(
-                model, variables | {"params": params}, augment.normalise(batch[0], *moments)
+                model, variables | {"params": params}, augment.normalize(batch[0], *moments)
             )
             return step.loss_and_errors(self.run.config.loss, logits, batch[1])[0].mean()
 

@@ -15,7 +15,7 @@ from cnnjax import workdir
 from cnnjax.data.augment import IGNORED
 
 # Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
-_COLOURS = np.array(
+_COLORS = np.array(
     [
         [128, 128, 128],
         [128, 0, 0],
@@ -93,10 +93,8 @@ def half_width(values) -> float:
 
 
 def paint(masks: np.ndarray) -> np.ndarray:
-    """Masks uint8 [..., height, width] in colours, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
-    return np.where(masks[..., None] == IGNORED, 0, _COLOURS[masks % len(_COLOURS)]).astype(
-        np.uint8
-    )
+    """Masks uint8 [..., height, width] in colors, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
+    return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
 
 
 def _position_tables(results: dict) -> str:
@@ -218,12 +216,12 @@ def _rings_figure(results: dict):
         for axis, kind in zip(axis_row, data):
             for row in rows:
                 if row["encoder"] == encoder and row["data"] == kind:
-                    colour = plt.get_cmap("tab20")(_ORDER.index(row["padding"]))
+                    color = plt.get_cmap("tab20")(_ORDER.index(row["padding"]))
                     axis.plot(
                         range(1, len(row["mae"]) + 1),
                         row["mae"],
                         marker=".",
-                        color=colour,
+                        color=color,
                         label=row["padding"],
                     )
             axis.set_title(f"{encoder}, {kind} images", fontsize=9)

@@ -89,7 +89,7 @@ def _interval(values: list[float]) -> dict:
     }
 
 
-def summarise(folder: pathlib.Path, cells: list[dict]) -> None:
+def summarize(folder: pathlib.Path, cells: list[dict]) -> None:
     """Writes sweep.json and sweep.md from the cells' results on the disk; cells that differ in their seed only make one row."""
     groups = defaultdict(list)
     for cell in cells:
@@ -200,7 +200,7 @@ def sweep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             except ArithmeticError as error:
                 _LOG.warning("cell %s failed: %s", _name(cell), error)
                 workdir.write_json(place / "failure.json", {"error": str(error)})
-        summarise(folder, cells)
+        summarize(folder, cells)
     _LOG.info("finished: see %s", folder / "sweep.md")
 
 

@@ -110,7 +110,7 @@ def merge(*trees: Mapping) -> dict:
 
 
 def in_evaluation_mode(frozen: frozenset[tuple[str, ...]]) -> Callable:
-    """For `flax.linen.intercept_methods`: the BatchNorms whose statistics are in `frozen` normalise by them, and leave them as they are."""
+    """For `flax.linen.intercept_methods`: the BatchNorms whose statistics are in `frozen` normalize by them, and leave them as they are."""
 
     def intercept(call, arguments, options, context):
         if (
@@ -180,7 +180,7 @@ def linear_probe(
     test: Float[np.ndarray, "m features"],
     test_labels: Integer[np.ndarray, " m"],
 ) -> tuple[float, float]:
-    """The test accuracy of ridge regression on standardised features, and the strength of `STRENGTHS` that a fifth of the
+    """The test accuracy of ridge regression on standardized features, and the strength of `STRENGTHS` that a fifth of the
     training features, held out, chose: the exact solution of a linear classifier under squared loss."""
 
     def fit(x, y, strength):

@@ -2,7 +2,7 @@
 
     python -m cnnjax.visualize levels --model squeezenet1_1 --weights FILE --photographs FOLDER --workdir runs/levels
 
-Commands: filters, activations, maximise, patches, occlusion, grad-cam, field, equivariance, levels (`--help` lists the options of
+Commands: filters, activations, maximize, patches, occlusion, grad-cam, field, equivariance, levels (`--help` lists the options of
 each). A command writes COMMAND.png and results.json to its work directory. The functions above the figures take and return arrays:
 `images` are [batch, height, width, channels] as the network takes them, `stage` is the name of one of the network's stages.
 """
@@ -55,9 +55,9 @@ RULES = ("gradient", "deconvnet", "guided")
 # Luo et al. 2016 (arXiv 1701.04128), section 3: a pixel is in the effective field above 1 - 95.45 % of the strongest.
 _IN_FIELD = 1 - 0.9545
 
-# Of Lucid (lucid/optvis/param/color.py): the square root of the colours' covariance on ImageNet, and its scale.
-_COLOURS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], np.float32)
-_COLOURS /= np.linalg.norm(_COLOURS, axis=0).max()
+# Of Lucid (lucid/optvis/param/color.py): the square root of the colors' covariance on ImageNet, and its scale.
+_COLORS = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], np.float32)
+_COLORS /= np.linalg.norm(_COLORS, axis=0).max()
 _START, _RATE = (
     0.01,
     0.05,
@@ -252,7 +252,7 @@ def occlusion(
 ) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
     """The logits for an image with a square hidden, for each of its places.
 
-    The square [i, j] of `size` pixels, filled with `value` (0 is the mean colour of a normalised image), has its upper left corner at
+    The square [i, j] of `size` pixels, filled with `value` (0 is the mean color of a normalized image), has its upper left corner at
     (i * stride, j * stride). Raises `ValueError` if it does not fit into the image. Zeiler and Fergus 2014, section 4.2.
     """
     if not 1 <= size <= min(image.shape[:2]):
@@ -356,7 +356,7 @@ def _paint(spectrum, size):
     scale = np.sqrt(size[0] * size[1]) / np.maximum(_frequencies(size), 1 / max(size)) / 4
     spectrum = spectrum * jnp.asarray(scale[:, :, None], jnp.float32)
     image = jnp.fft.irfft2(jax.lax.complex(spectrum[0], spectrum[1]), size, axes=(1, 2))
-    image = image @ jnp.asarray(_COLOURS.T) if image.shape[-1] == 3 else image
+    image = image @ jnp.asarray(_COLORS.T) if image.shape[-1] == 3 else image
     return jnp.broadcast_to(jax.nn.sigmoid(image), (*image.shape[:3], 3))
 
 
@@ -410,7 +410,7 @@ def _climb(
     return spectrum
 
 
-def maximise(
+def maximize(
     model: Network,
     variables: dict,
     stage: str,
@@ -424,7 +424,7 @@ def maximise(
 
     They show what the unit sees of the image, where that is not more than the publication's image. Also returns the units'
     activations: for the first image, which is noise, and for the result. The image is painted in decorrelated
-    frequencies and colours and climbed by Adam (Olah et al. 2017, distill.pub/2017/feature-visualization). At each step it is rolled
+    frequencies and colors and climbed by Adam (Olah et al. 2017, distill.pub/2017/feature-visualization). At each step it is rolled
     by up to `jitter` pixels (a quarter of the stage's stride if None), and `total_variation` is the share of the activation that an
     edge from black to white across the whole image costs. Raises `ValueError` for an unknown stage or channel, or a number out of
     range.
@@ -482,7 +482,7 @@ def effective_receptive_field(
 ) -> Float[np.ndarray, "height width"]:
     """How much each pixel moves the central unit of a stage, relative to the pixel that does most.
 
-    It is the root of the mean square of the gradient over images, colours and the stage's channels, whose signals go back together
+    It is the root of the mean square of the gradient over images, colors and the stage's channels, whose signals go back together
     under random signs. Raises `ValueError` if there is no such stage. Luo et al. 2016 (arXiv 1701.04128), section 3.
     """
     _check_stage(model, stage)
@@ -532,7 +532,7 @@ def equivariance_error(
 def _brighten(
     signals: Float[np.ndarray, "n height width channels"],
 ) -> Float[np.ndarray, "n height width 3"]:
-    """Signals of either sign as RGB in [0, 1] about grey, each by the strongest half percent."""
+    """Signals of either sign as RGB in [0, 1] about gray, each by the strongest half percent."""
     strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
     return np.broadcast_to(
         np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1), (*signals.shape[:3], 3)
@@ -540,8 +540,8 @@ def _brighten(
 
 
 def _mosaic(
-    images: Shaped[np.ndarray, "n height width *colours"],
-) -> Shaped[np.ndarray, "_ _ *colours"]:
+    images: Shaped[np.ndarray, "n height width *colors"],
+) -> Shaped[np.ndarray, "_ _ *colors"]:
     """Images as one, in a square of rows and columns with white lines between."""
     zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
     images = images.repeat(zoom, 1).repeat(zoom, 2)
@@ -569,11 +569,11 @@ def _grid(rows: int, columns: int, cell: float = 2.0):
 
 
 def _patches(
-    images: Shaped[np.ndarray, "n height width *colours"],
+    images: Shaped[np.ndarray, "n height width *colors"],
     places: Int[np.ndarray, "n 2"],
     field: summary.Field,
     blank: float,
-) -> Shaped[np.ndarray, "n _ _ *colours"]:
+) -> Shaped[np.ndarray, "n _ _ *colors"]:
     """What the units at `places` see of their images; `blank` is what lies outside the image."""
     patches = []
     for image, place in zip(images, places):
@@ -711,9 +711,9 @@ def _maps(subject: Subject):
     return figure, {"maps": numbers}
 
 
-def _maximised(subject: Subject, stage: str, channels: list[int]):
+def _maximized(subject: Subject, stage: str, channels: list[int]):
     options = subject.options
-    images, scores = maximise(
+    images, scores = maximize(
         subject.model,
         subject.variables,
         stage,
@@ -723,16 +723,16 @@ def _maximised(subject: Subject, stage: str, channels: list[int]):
         options.total_variation,
     )
     return images, [
-        {"stage": stage, "channel": channel, "noise": before, "maximised": after}
+        {"stage": stage, "channel": channel, "noise": before, "maximized": after}
         for channel, before, after in zip(channels, *scores)
     ]
 
 
-def _maximise(subject: Subject):
+def _maximize(subject: Subject):
     figure, axes = _grid(1, len(subject.stages), 4.0)
     numbers = []
     for axis, stage in zip(axes[0], subject.stages):
-        images, found = _maximised(subject, stage, subject.channels(stage, 16))
+        images, found = _maximized(subject, stage, subject.channels(stage, 16))
         numbers += found
         axis.imshow(_mosaic(images))
         axis.set_title(
@@ -808,7 +808,7 @@ def _probabilities(
 
 
 def _overlay(axis, image: np.ndarray, heat: np.ndarray, box, **limits):
-    """An image in grey under a map of which `box` is where the centres of its outer cells lie: left, right, top, bottom."""
+    """An image in gray under a map of which `box` is where the centers of its outer cells lie: left, right, top, bottom."""
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
     half = [
         (last - first) / max(n - 1, 1) / 2
@@ -950,7 +950,7 @@ def _equivariance(subject: Subject):
                     label=fill,
                     color=f"C{number}",
                     linestyle="-" if number < 10 else "--",
-                )  # there are ten colours
+                )  # there are ten colors
                 numbers.append({"stage": stage, "padding": fill, "pixels": pixels, "error": error})
             axis.set(yscale="log", xlabel="distance to the border (pixels)", title=stage)
     axes[0, 0].set_ylabel(f"relative error of shifted features (at least {_FLOOR:g})")
@@ -968,7 +968,7 @@ def _levels(subject: Subject):
     numbers = []
     for column, stage, level in zip(axes.T, stages, names):
         channels = subject.channels(stage, 16)
-        images, units = _maximised(subject, stage, channels)
+        images, units = _maximized(subject, stage, channels)
         found = _strongest(subject, stage, channels, 1)
         seen, signals = (
             np.concatenate(parts)
@@ -986,7 +986,7 @@ def _levels(subject: Subject):
             fontsize=10,
         )
         numbers += [unit | row for unit, row in zip(units, _named(subject, found))]
-    for axis, label in zip(axes[:, 0], ("maximised", "best patch", "guided backpropagation")):
+    for axis, label in zip(axes[:, 0], ("maximized", "best patch", "guided backpropagation")):
         axis.set_ylabel(label)
     return figure, {"units": numbers}
 
@@ -996,7 +996,7 @@ _COMMANDS: dict[str, tuple[Callable, str, int | None, tuple[str, ...]]] = {
     "filters": (_filters, "the kernels of the first convolution", None, ()),
     "activations": (_maps, "maps of stages on photographs", 1, ("stages", "channels")),
     "maximise": (
-        _maximise,
+        _maximize,
         "images that excite channels most",
         None,
         ("stages", "channels", "climb"),
@@ -1009,7 +1009,7 @@ _COMMANDS: dict[str, tuple[Callable, str, int | None, tuple[str, ...]]] = {
     ),
     "occlusion": (
         _occlusion,
-        "the predicted class's probability while a grey square hides parts",
+        "the predicted class's probability while a gray square hides parts",
         4,
         ("square",),
     ),

@@ -3,8 +3,8 @@
     python -m cnnjax.main --config configs/alexnet_imagenet.py --config.data_dir=FOLDER
 
 FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what tensorflow-datasets prepared.
-Images at 256 pixels, random crops and mirror images, shifts along the principal components of colour, dropout, response
-normalisation, batches of 128, momentum 0.9, decay 5e-4 of every parameter; the rate 0.01 is divided by 10, three times at most,
+Images at 256 pixels, random crops and mirror images, shifts along the principal components of color, dropout, response
+normalization, batches of 128, momentum 0.9, decay 5e-4 of every parameter; the rate 0.01 is divided by 10, three times at most,
 where the error of held-out images no longer falls; the test averages ten crops. Crops are of 227 pixels, which the layers need
 and the publication calls 224. Published: 18.2 % top-5 error of one network. Not measured here: this takes a GPU and ImageNet.
 """

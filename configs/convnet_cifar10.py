@@ -3,7 +3,7 @@
     python -m cnnjax.main --config configs/convnet_cifar10.py --config.data_dir=FOLDER
 
 0.00 % train and 20.79 % test error (n=1, 2 CPU cores, 22 November 2026; 3 minutes an epoch with nothing else running). The lecture names no
-initialisation; with PyTorch's the network is at chance after the first epoch (loss 2.3001, 89.55 %), see `ConvNet`.
+initialization; with PyTorch's the network is at chance after the first epoch (loss 2.3001, 89.55 %), see `ConvNet`.
 """
 
 from cnnjax.train import defaults

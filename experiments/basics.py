@@ -103,7 +103,7 @@ def sobel(image: np.ndarray, fill: str = "replicate") -> dict[str, np.ndarray]:
 
 
 def edge(degrees: float, size: int = 33, softness: float = 1.0) -> np.ndarray:
-    """An edge [size, size] through the centre from 0 to 255, brighter towards `degrees` (0 right, 90 down), `softness` pixels soft."""
+    """An edge [size, size] through the center from 0 to 255, brighter towards `degrees` (0 right, 90 down), `softness` pixels soft."""
     rows, columns = np.mgrid[:size, :size] - size // 2
     along = columns * np.cos(np.radians(degrees)) + rows * np.sin(np.radians(degrees))
     return (255 / (1 + np.exp(-along / softness))).astype(np.float32)
@@ -244,7 +244,7 @@ def moved(gray: np.ndarray) -> list[dict]:
 
 @functools.partial(jax.jit, static_argnames="fill")
 def shifted(images: jnp.ndarray, fill: str, key: jnp.ndarray) -> list[jnp.ndarray]:
-    """`images` [batch, height, width] and what each of seven convolutions, which take the left neighbour and add 1, makes of them.
+    """`images` [batch, height, width] and what each of seven convolutions, which take the left neighbor and add 1, makes of them.
 
     `key` is what the fill 'random' draws from.
     """
@@ -264,14 +264,14 @@ def shifted(images: jnp.ndarray, fill: str, key: jnp.ndarray) -> list[jnp.ndarra
 
 
 def shift_maps(fill: str, images: np.ndarray) -> list[np.ndarray]:
-    """`shifted` of the central 7x7 pixels of `images` [batch, 21, 21]; of all under 'none', the centre of what that leaves."""
+    """`shifted` of the central 7x7 pixels of `images` [batch, 21, 21]; of all under 'none', the center of what that leaves."""
     margin = 0 if fill == "none" else _LAYERS
     inner = images[:, margin : images.shape[1] - margin, margin : images.shape[2] - margin]
     maps = [
         np.asarray(y) for y in shifted(jnp.asarray(inner, jnp.float32), fill, jax.random.key(0))
     ]
-    centre = [(y.shape[1] - _WIDTH) // 2 if fill == "none" else 0 for y in maps]
-    return [y[:, n : y.shape[1] - n, n : y.shape[2] - n] for n, y in zip(centre, maps)]
+    center = [(y.shape[1] - _WIDTH) // 2 if fill == "none" else 0 for y in maps]
+    return [y[:, n : y.shape[1] - n, n : y.shape[2] - n] for n, y in zip(center, maps)]
 
 
 def shift_images() -> np.ndarray:
@@ -338,14 +338,14 @@ def size_numbers() -> dict:
 # --- Figures -------------------------------------------------------------------------------------------------------------
 
 
-def cells(axis, values, title: str = "", size: float = 8, **colours) -> None:
+def cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
     """Draws a map [rows, columns] with its numbers; NaN is an empty cell, `size` 0 leaves the numbers out."""
     values = np.asarray(values, float)
-    image = axis.imshow(values, **{"cmap": "Blues"} | colours)
+    image = axis.imshow(values, **{"cmap": "Blues"} | colors)
     dark = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1) < 0.5
     for (row, column), value in np.ndenumerate(values):
         if size and not np.isnan(value):
-            colour = "white" if dark[row, column] else "black"
+            color = "white" if dark[row, column] else "black"
             axis.text(
                 column,
                 row,
@@ -353,16 +353,16 @@ def cells(axis, values, title: str = "", size: float = 8, **colours) -> None:
                 ha="center",
                 va="center",
                 fontsize=size,
-                color=colour,
+                color=color,
             )
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
 
 
-def outline(axis, row: int, column: int, size: int, colour: str = "red") -> None:
+def outline(axis, row: int, column: int, size: int, color: str = "red") -> None:
     """Draws a window's frame over a map."""
     axis.add_patch(
-        Rectangle((column - 0.5, row - 0.5), size, size, fill=False, edgecolor=colour, lw=2)
+        Rectangle((column - 0.5, row - 0.5), size, size, fill=False, edgecolor=color, lw=2)
     )
 
 
@@ -392,11 +392,11 @@ def draw_sobel(gray: np.ndarray) -> Figure:
         ),
     )
     figure = Figure(figsize=(11.5, 7.8), layout="constrained")
-    for axis, (title, values, colours) in zip(figure.subplots(2, 3).ravel(), panels):
-        image = axis.imshow(values, **colours)
+    for axis, (title, values, colors) in zip(figure.subplots(2, 3).ravel(), panels):
+        image = axis.imshow(values, **colors)
         axis.set(xticks=[], yticks=[], facecolor="black")
         axis.set_title(title, fontsize=10)
-        if colours["cmap"] == "hsv":
+        if colors["cmap"] == "hsv":
             bar = figure.colorbar(
                 image,
                 ax=axis,
@@ -542,9 +542,9 @@ def draw_pooling(found: list[dict]) -> Figure:
         ),
     ):
         names = [f"{row['pool'].replace('none', 'no pooling')}, {row['window']}" for row in found]
-        colours = [{"none": "gray", "max": "C0", "average": "C1"}[row["pool"]] for row in found]
+        colors = [{"none": "gray", "max": "C0", "average": "C1"}[row["pool"]] for row in found]
         axis.bar_label(
-            axis.barh(names[::-1], [row[key] for row in found][::-1], color=colours[::-1]),
+            axis.barh(names[::-1], [row[key] for row in found][::-1], color=colors[::-1]),
             fmt="%.2f",
             fontsize=8,
             padding=2,
@@ -595,7 +595,7 @@ def draw_shift(images: np.ndarray) -> Figure:
 
 
 def draw_sizes(kernel: int = 3) -> Figure:
-    """The computed output size for every input size and stride; colour: the pixels at the end that no window reads."""
+    """The computed output size for every input size and stride; color: the pixels at the end that no window reads."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     sizes, strides = range(3, 17), range(1, 5)
     for axis, padding in zip(figure.subplots(2, 1), (0, 1)):
@@ -615,7 +615,7 @@ def draw_sizes(kernel: int = 3) -> Figure:
         axis.set_yticks(range(len(strides)), strides)
         axis.set(xlabel="n", ylabel="stride")
         axis.set_title(
-            f"{kernel}x{kernel} windows, p = {padding}: number of positions; coloured where the formula (in brackets) is no "
+            f"{kernel}x{kernel} windows, p = {padding}: number of positions; colored where the formula (in brackets) is no "
             "integer",
             fontsize=10,
         )
@@ -777,10 +777,10 @@ def sentences(found: dict, name: str) -> list[tuple[str, str, str]]:
         (
             "The shift network (section B)",
             "shift.png",
-            "Seven layers that take the left neighbour and add 1, on 256 noise images and on a constant one, their central 7x7 pixels "
+            "Seven layers that take the left neighbor and add 1, on 256 noise images and on a constant one, their central 7x7 pixels "
             "('none' uses up a margin around them, 'full' makes 21x21 of them). That zeros make the network forget the image and know the "
             f"column {holds(zeros['greatest spread'] == 0 and zeros['middle row of a constant 4'] == list(range(1, 8)))}; what each fill "
-            f"does (in the figure, maps too large for numbers are colours only):\n\n{shifts}",
+            f"does (in the figure, maps too large for numbers are colors only):\n\n{shifts}",
         ),
         (
             "Sizes: (n + 2p - k) / s + 1 (A1)",

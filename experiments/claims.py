@@ -38,12 +38,12 @@ HOLDS, READING, WRONG = "holds", "holds under a stated reading", "wrong"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What became of one claim; `computed` holds the numbers that the judgement rests on."""
+    """What became of one claim; `computed` holds the numbers that the judgment rests on."""
 
     id: str
     source: str
     claim: str
-    judgement: str
+    judgment: str
     note: str
     computed: dict
 
@@ -251,7 +251,7 @@ def _():
     return pooled == [[7, 1, 5], [9, 1, 6], [9, 0, 1]], False, "", {"pooled": pooled}
 
 
-@claim("A7", "NUS", "A convolution is a matrix-matrix product of vectorised filters and patches")
+@claim("A7", "NUS", "A convolution is a matrix-matrix product of vectorized filters and patches")
 def _():
     x, kernel = (
         jax.random.normal(jax.random.key(0), (2, 9, 8, 3)),
@@ -423,7 +423,7 @@ def _():
     )
 
 
-@claim("A14.2", "UBC", "AlexNet normalises (LRN) after pools 1 and 2")
+@claim("A14.2", "UBC", "AlexNet normalizes (LRN) after pools 1 and 2")
 def _():
     model, x = (
         create_model("alexnet_2012"),
@@ -443,7 +443,7 @@ def _():
     return (
         False,
         difference["pool, then LRN"] < 1e-4 < difference["LRN, then pool"],
-        "in the lectures' (and Caffe's) network, `alexnet_2012` here; the publication (section 3.5) normalises before it pools",
+        "in the lectures' (and Caffe's) network, `alexnet_2012` here; the publication (section 3.5) normalizes before it pools",
         {"greatest difference in convolution 2": difference},
     )
 
@@ -992,8 +992,8 @@ def _value(value) -> str:
 def report(found: list[Finding]) -> str:
     """The ledger as Markdown."""
     tally = ", ".join(
-        f"{sum(finding.judgement == judgement for finding in found)} {judgement}"
-        for judgement in (HOLDS, READING, WRONG)
+        f"{sum(finding.judgment == judgment for finding in found)} {judgment}"
+        for judgment in (HOLDS, READING, WRONG)
     )
     lines = [
         "# The claims ledger",
@@ -1002,7 +1002,7 @@ def report(found: list[Finding]) -> str:
         "",
         "![Section B](position.png)",
         "",
-        "| | source | claim | judgement | note | computed |",
+        "| | source | claim | judgment | note | computed |",
         "|---|---|---|---|---|---|",
     ]
     for finding in found:
@@ -1010,7 +1010,7 @@ def report(found: list[Finding]) -> str:
             finding.id,
             finding.source,
             finding.claim,
-            f"**{finding.judgement}**",
+            f"**{finding.judgment}**",
             finding.note,
             _value(finding.computed),
         )

@@ -66,7 +66,7 @@ def accuracies(
     images: jnp.ndarray,
     labels: jnp.ndarray,
 ) -> jnp.ndarray:
-    """The accuracy on normalised images with each of the masks `kept` [removals, units] -> [removals]."""
+    """The accuracy on normalized images with each of the masks `kept` [removals, units] -> [removals]."""
     run = lambda mask: (
         evaluate.logits(model, {"params": without(params, layer, mask)}, images).argmax(-1)
         == labels
@@ -116,9 +116,9 @@ def measure(
         **config.model_fields,
     )
     params = weights.load_torchvision(folder / transfer.WEIGHTS, model)["params"]
-    moments = arrays.normalisation(data.train.images)
+    moments = arrays.normalization(data.train.images)
     train, test = (
-        augment.normalise(jnp.asarray(images), *moments)
+        augment.normalize(jnp.asarray(images), *moments)
         for images in (data.train.images[:_FITTED], data.test.images)
     )
     units = {layer: len(params[layer]["bias"]) for layer in ("fc1", "fc2")}

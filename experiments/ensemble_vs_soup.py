@@ -236,7 +236,7 @@ def judge(found: dict) -> str:
 
 
 def verdicts(of: dict, options: argparse.Namespace) -> list[str]:
-    """Sentences on the lecture's statements; `of[group, method]` are the rows of all repetitions, "gain" and the like summarised."""
+    """Sentences on the lecture's statements; `of[group, method]` are the rows of all repetitions, "gain" and the like summarized."""
     gain, ratio, passes = (
         lambda group, method, key=key: of[group, method][key] for key in ("gain", "ratio", "passes")
     )
@@ -301,7 +301,7 @@ def draw(of: dict):
         )
         - 2
     )
-    colours = dict(zip(METHODS, ("C0", "C1", "C2", "C3")))
+    colors = dict(zip(METHODS, ("C0", "C1", "C2", "C3")))
     for place, ((group, _), found) in enumerate(of.items()):
         if found["accuracy"]["mean"] < least:
             axes[0].text(
@@ -309,14 +309,14 @@ def draw(of: dict):
                 place,
                 f"← {show(found['accuracy'])} %",
                 va="center",
-                color=colours[group],
+                color=colors[group],
             )
         else:
             axes[0].plot(
                 found["values"],
                 [place] * len(found["values"]),
                 ".",
-                color=colours[group],
+                color=colors[group],
                 alpha=0.4,
             )
             axes[0].errorbar(
@@ -324,10 +324,10 @@ def draw(of: dict):
                 place,
                 xerr=found["accuracy"]["std"],
                 fmt="o",
-                color=colours[group],
+                color=colors[group],
                 capsize=3,
             )
-        axes[1].barh(place, found["ratio"]["median"], color=colours[group])
+        axes[1].barh(place, found["ratio"]["median"], color=colors[group])
     axes[0].set(
         xlabel="test accuracy, %: mean, standard deviation, repetitions", xlim=(least, None)
     )

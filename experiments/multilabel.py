@@ -29,7 +29,7 @@ from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 
 _BATCH = 16
-_STRENGTH = 0.01  # the inverse of the ridge penalty, on standardised features; it was not tuned
+_STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
 _LEAST = 10  # scenes of either part that have a class, and that have it not, for it to be counted
 _BASELINE, _SCRATCH = "prevalence", "scene_net, trained from scratch"
 

@@ -2,7 +2,7 @@
 
     python -m experiments.overfit --workdir runs/overfit [--data_dir data] [--models resnet18 vgg11 ...]
 
-A network that cannot bring the loss of one batch to zero has a gradient, an initialisation or a loss that is wrong. Adam at a
+A network that cannot bring the loss of one batch to zero has a gradient, an initialization or a loss that is wrong. Adam at a
 constant rate, in training mode, without dropout, until the loss is below 0.001. Writes overfit.json and report.md.
 """
 
@@ -73,7 +73,7 @@ def overfit(
         step.init(recipe, model.input_shape, numbers),
         step.streamed_step(parallel, recipe),
     )
-    moments, table = arrays.normalisation(images), jnp.full(steps, rate)
+    moments, table = arrays.normalization(images), jnp.full(steps, rate)
     for _ in range(steps):
         state = take(state, moments, table, images, labels, np.int32(1), numbers)
         if (loss := float(state.totals["loss"]) / len(images)) < GOAL:

@@ -2,7 +2,7 @@
 
     python -m experiments.position_canvas --data_dir data --workdir runs/position_canvas [--seeds 3] [--paddings zeros ...]
 
-A CIFAR-10 image lies in one of the 3x3 cells of a 96x96 canvas that is black, white or of CIFAR-10's mean colour. A network of four
+A CIFAR-10 image lies in one of the 3x3 cells of a 96x96 canvas that is black, white or of CIFAR-10's mean color. A network of four
 strided convolutions and a global average is trained to name the cell, or, on the first canvas only, the object. Convolution and
 average alone cannot tell the cell: what is found beyond chance is told by the border. A cell of the table that is finished is not
 computed again. Writes report.md, canvas.json and canvas.png.
@@ -22,7 +22,7 @@ from cnnjax.progress import progress
 from experiments.position_training import Net, check_counts, classify, trained
 
 GRID, _SIDE = 3, 32  # cells along a side, and an image's pixels
-# The normalisation takes this colour to 0, the value of zero padding, up to rounding.
+# The normalization takes this color to 0, the value of zero padding, up to rounding.
 CANVASES = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),

@@ -89,7 +89,7 @@ def _pooled(model, variables, images):
     last = f"layer{len(model.widths)}"
     return global_avg_pool(
         model.apply(
-            variables, augment.normalise(images, *augment.IMAGENET), method="stages", last=last
+            variables, augment.normalize(images, *augment.IMAGENET), method="stages", last=last
         )[last]
     )
 

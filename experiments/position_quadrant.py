@@ -113,7 +113,7 @@ def kernels_that_differ(padding: str, seed: int) -> float:
 
 
 def canvases(images: np.ndarray, border: int) -> np.ndarray:
-    """Photographs uint8 [n, 56, 56, 3], normalised, at the top left of empty canvases and then at the bottom right: [2 n, side, side, 3].
+    """Photographs uint8 [n, 56, 56, 3], normalized, at the top left of empty canvases and then at the bottom right: [2 n, side, side, 3].
 
     The side is 120 pixels and a border on each side.
     """
@@ -326,7 +326,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     text = (
         "# Rook and quadrants\n\nMean ± sample standard deviation over n seeds; chance is 50 %. Published: Kayhan and van Gemert 2020, "
         f"with 2,000 photographs (here {cells[0]['images']} of each seed, half of them to train on), whose networks' "
-        "BatchNorm took statistics of the canvases, while these are as initialised.\n\n## Rook\n\n"
+        "BatchNorm took statistics of the canvases, while these are as initialized.\n\n## Rook\n\n"
         f"{tables[0]}\n![rook](rook.png)\n\n## Quadrants, % correct\n\n"
         "A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 pixels apart, a whole number of steps "
         "of every stage. Circular padding hides the place only where the canvas is a whole number of steps wide too: 120 pixels are 15 "

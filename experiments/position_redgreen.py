@@ -177,13 +177,13 @@ def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
                 report.spread(values, 1),
                 "{:.1f} ± {:.1f}".format(*published[kind == "dissimilar"]) if published else "",
             ]
-            colour = "C0" if kind == "similar" else "C1"
+            color = "C0" if kind == "similar" else "C1"
             axes[2].bar(
                 number + shift,
                 np.mean(values),
                 0.4,
                 yerr=report.bar(values),
-                color=colour,
+                color=color,
                 label=None if number else kind,
             )
         lines.append(

@@ -3,7 +3,7 @@
     python -m experiments.position_shift --workdir runs/position_shift [--photographs FOLDER] [--seeds 3] [--paddings zeros ...]
 
 The encoders have random weights. A window moves over a photograph it has not seen: the frame stays, the content wanders through it. Or
-a piece of a photograph wanders over a grey image. The map of H that is predicted, averaged over rows, is regressed on a pixel's place
+a piece of a photograph wanders over a gray image. The map of H that is predicted, averaged over rows, is regressed on a pixel's place
 in the frame and on its place in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the absolute
 position has (1, 0); one that goes by content has (0, 1): its prediction changes by as much as the content has moved; one that
 knows nothing has (0, 0). A cell that is finished is not computed again. Writes report.md, shift.json and shift.png.
@@ -43,7 +43,7 @@ KINDS = ("photograph", "object")
 def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Moved content, uint8 [shifts, size, size, 3] by kind: in each image it lies further to the left by its shift.
 
-    "photograph": windows of its middle. "object": the middle of the first window, on grey. Raises `ValueError` for a photograph
+    "photograph": windows of its middle. "object": the middle of the first window, on gray. Raises `ValueError` for a photograph
     that is too small.
     """
     image, width = photographs.read_image(path), _SIZE + _SHIFTS[-1]
@@ -209,7 +209,7 @@ Random weights, exact readout of H, images of {_SIZE} px whose content moves by 
 deviation over scenes, each a photograph that was not fitted to, read by one of the encoders. Frame 1 and scene 0: the readout
 knows the absolute position. Frame 0 and scene 1: it goes by content, and its prediction moves with it. R2 is that of H on the
 moving windows: near 0 or below, there is little that could follow anything. On the object, "frame" is how the prediction on it
-changes as it moves, and "scene" how it changes from its left to its right: its edges against the grey are content as well.
+changes as it moves, and "scene" how it changes from its left to its right: its edges against the gray are content as well.
 
 {table}
 ![Predicted H as the content moves](shift.png)

@@ -106,7 +106,7 @@ def trained(
 def _classes(model, variables, images, key):
     return model.apply(
         variables,
-        augment.normalise(images, *augment.IMAGENET),
+        augment.normalize(images, *augment.IMAGENET),
         rngs={"padding": key, "dropout": key},
     ).argmax(1)
 

@@ -179,8 +179,8 @@ def _figures(
         for axis, picture in zip(line, pictures):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
-    colours = report.paint(np.arange(len(arrays.CamVid.classes))) / 255
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    colors = report.paint(np.arange(len(arrays.CamVid.classes))) / 255
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     figure.legend(handles, arrays.CamVid.classes, loc="outside lower center", ncols=6, fontsize=8)
     workdir.write_figure(folder / "scenes.png", figure)
     pyplot.close(figure)
@@ -242,7 +242,7 @@ def write(
             f"inner {100 * inside.mean():.0f} %",
             "rest",
             f"outermost {_RING} px",
-            "centre",
+            "center",
             "n",
         ],
         lines,

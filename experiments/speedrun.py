@@ -24,7 +24,7 @@ import scipy.stats
 
 from cnnjax import backend, command, report, workdir
 from cnnjax.data import arrays
-from cnnjax.data.augment import augment, normalise
+from cnnjax.data.augment import augment, normalize
 from cnnjax.models import create_model
 from cnnjax.models.speedrun import whitening_filters
 from cnnjax.progress import progress
@@ -55,7 +55,7 @@ def _as_matrices(filters):
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3), filters)
 
 
-def _renormalised(updates, params):
+def _renormalized(updates, params):
     """Gives every filter bank the norm of one with unit filters before the update is added."""
     return jax.tree.map(
         lambda update, p: update + p * (p.shape[3] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1),
@@ -79,7 +79,7 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
             ns_steps=3, beta=config.filter_momentum, weight_dimension_numbers=_as_matrices
         ),
         optax.scale_by_learning_rate(optax.linear_schedule(config.filter_rate, 0, steps)),
-        optax.stateless(_renormalised),
+        optax.stateless(_renormalized),
     )
     groups = {
         "filters": filters,
@@ -92,7 +92,7 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
 
 
 def _views(images):
-    """Six views of normalised images, and their weights: as they are, shifted by a pixel to either corner, and all mirrored."""
+    """Six views of normalized images, and their weights: as they are, shifted by a pixel to either corner, and all mirrored."""
     size = images.shape[1]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shifted = [images, padded[:, :size, :size], padded[:, 2:, 2:]]
@@ -114,14 +114,14 @@ def train_and_test(config, train, test, moments, seed):
     params = variables["params"]
     params |= {
         "whiten": params["whiten"]
-        | {"kernel": whitening_filters(normalise(train[0][:_WHITENED], *moments))}
+        | {"kernel": whitening_filters(normalize(train[0][:_WHITENED], *moments))}
     }
     mirrored = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), shape=(config.n_train,))
 
     def step(carry, batch):
         (params, stats, state), (number, chosen) = carry, batch
         keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number), size)
-        images = normalise(
+        images = normalize(
             augment(keys, train[0][chosen], crop=config.crop, fill="reflect"), *moments
         )
         # An image's first view is mirrored by chance, and from then on every second one is.
@@ -154,7 +154,7 @@ def train_and_test(config, train, test, moments, seed):
 
     def right(batch):
         images, labels = batch
-        views, weights = _views(normalise(images, *moments))
+        views, weights = _views(normalize(images, *moments))
         logits = jax.lax.map(
             functools.partial(model.apply, {"params": params, "batch_stats": stats}),
             jnp.stack(views),
@@ -200,7 +200,7 @@ def check(config, runs: int) -> None:
 
 def run_all(config, data, runs: int, folder: pathlib.Path) -> list[dict]:
     """Makes the runs that are missing in a work directory -> all of them."""
-    moments = arrays.normalisation(data.train.images)
+    moments = arrays.normalization(data.train.images)
     arguments = jax.device_put(
         (
             tuple(x[: config.n_train] for x in data.train),
@@ -238,7 +238,7 @@ def run_all(config, data, runs: int, folder: pathlib.Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def summarise(rows: list[dict]) -> dict:
+def summarize(rows: list[dict]) -> dict:
     """Mean, sample standard deviation, 95 % interval of the mean, and the t-test of a mean above the target (one-sided)."""
     values, n = np.array([row["accuracy"] for row in rows]), len(rows)
     found = {
@@ -266,7 +266,7 @@ def summarise(rows: list[dict]) -> dict:
 
 def write(folder: pathlib.Path, config, rows: list[dict]) -> str:
     """Writes the report, the results and the figure; returns the table."""
-    found, device = summarise(rows), jax.devices()[0].device_kind
+    found, device = summarize(rows), jax.devices()[0].device_kind
     workdir.write_json(
         folder / "speedrun.json", found | {"device": device, "target": TARGET, "runs": rows}
     )

@@ -290,7 +290,7 @@ def write_labels(folder: pathlib.Path, rows: list[dict], options) -> str:
             found = [values(rows, network=network, method=method, count=count) for count in counts]
             lines.append([network, method, *map(shown, found), str(len(found[0]))])
             curve(axis, counts, found, color=f"C{number}", label=method)
-        axis.set(xscale="log", xlabel="labelled images", title=network)
+        axis.set(xscale="log", xlabel="labeled images", title=network)
     axes[0, 0].set_ylabel("test accuracy, %")
     axes[0, 0].legend(fontsize=8)
     workdir.write_figure(folder / "labels.png", figure)

@@ -66,7 +66,7 @@ def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
         {} if name.startswith("densenet") else dict.fromkeys(rates, 0.0)
     )  # there torchvision calls it drop_rate, and it is 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the slow initialisation of two networks
+        warnings.simplefilter("ignore")  # on the slow initialization of two networks
         theirs = torchvision.models.get_model(name, weights=None, **rates)
     theirs = theirs.to(memory_format=torch.channels_last)
     # The same weights on both sides; BatchNorm's are moved off their initial ones and zeros.

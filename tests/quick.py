@@ -1,4 +1,4 @@
-"""What many tests use: a jit that compiles quickly, variables without an initialisation, and the exit code of a command."""
+"""What many tests use: a jit that compiles quickly, variables without an initialization, and the exit code of a command."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import numpy as np
 
 from cnnjax import weights
 
-# XLA's own optimisation stays; LLVM's, which takes half of the compilation, is left out.
+# XLA's own optimization stays; LLVM's, which takes half of the compilation, is left out.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def variables(model, image=None, *arguments, **options) -> dict:
-    """Drawn by NumPy: He et al.'s variances, BatchNorm nearly at rest, small biases. To compile an initialisation takes longer."""
+    """Drawn by NumPy: He et al.'s variances, BatchNorm nearly at rest, small biases. To compile an initialization takes longer."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -96,7 +96,7 @@ CASES = [
         (*STUDY, "--config.targets=('H','H')"),
         "targets=('H', 'H') must name at least one, each once",
     ),
-    ((*STUDY, "--config.data=('grey',)"), "data='grey' is not one of natural, black, white, noise"),
+    ((*STUDY, "--config.data=('gray',)"), "data='gray' is not one of natural, black, white, noise"),
     ((*STUDY, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
     ((*STUDY, "--config.kernel=29"), "kernel=29 is not between 1 and 28, the side of the features"),
     ((*STUDY, "--config.kernel=0"), "kernel=0 is not between 1 and 28"),
@@ -152,7 +152,7 @@ CASES = [
         (*TRAIN, "--config.parallel=pmapped"),
         "parallel='pmapped' is not one of auto, jit, pmap, shard_map",
     ),
-    ((*TRAIN, "--config.pixels=raw"), "pixels='raw' is not one of standardised, imagenet, centred"),
+    ((*TRAIN, "--config.pixels=raw"), "pixels='raw' is not one of standardized, imagenet, centerd"),
     ((*TRAIN, "--config.test_views=3"), "test_views=3 is not one of 1, 2, 10"),
     (
         (*TRAIN, "--config.test_views=10"),

@@ -207,7 +207,7 @@ def test_the_studys_arithmetic(monkeypatch, standard_promotion):
 def test_whitened_patches_are_uncorrelated():
     images = (
         jax.random.normal(jax.random.key(0), (40, 9, 9, 3)).cumsum(1).cumsum(2)
-    )  # neighbours are alike
+    )  # neighbors are alike
     filters = whitening_filters(images)
     assert filters.shape == (2, 2, 3, 24) and jnp.array_equal(filters[..., :12], -filters[..., 12:])
     found = jax.lax.conv_general_dilated(
@@ -286,7 +286,7 @@ def test_views_and_t_test():
         {"accuracy": a, "one_view": a - 1, "seconds": s, "compile_seconds": 1.0}
         for a, s in ((93.9, 3.0), (94.1, 1.0), (94.3, 2.0))
     ]
-    found = speedrun.summarise(rows)
+    found = speedrun.summarize(rows)
     # t = (94.1 - 94) / (0.2 / sqrt 3); Student's distribution with 2 degrees of freedom has P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)).
     t = 0.1 / (0.2 / math.sqrt(3))
     assert (

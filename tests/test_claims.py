@@ -48,8 +48,8 @@ def test_every_row_of_the_ledger_is_there(ledger):
     )
 
 
-def test_judgements(ledger):
-    judged = {id: finding["judgement"] for id, finding in ledger.items()}
+def test_judgments(ledger):
+    judged = {id: finding["judgment"] for id, finding in ledger.items()}
     assert [id for id in judged if judged[id] == claims.WRONG] == WRONG
     assert [id for id in judged if judged[id] == claims.READING] == READ_IN_ONE_SENSE
     assert all(judged[id] == claims.HOLDS for id in judged if id not in WRONG + READ_IN_ONE_SENSE)
@@ -73,22 +73,22 @@ def test_a_wrong_claim_gets_its_right_value(ledger, id, value):
 
 
 @pytest.mark.parametrize(
-    "check, as_read, judgement",
+    "check, as_read, judgment",
     [
         (True, False, "holds"),
         (False, True, "holds under a stated reading"),
         (False, False, "wrong"),
     ],
 )
-def test_a_judgement_follows_from_its_check(monkeypatch, check, as_read, judgement):
+def test_a_judgment_follows_from_its_check(monkeypatch, check, as_read, judgment):
     monkeypatch.setattr(claims, "_CLAIMS", [])
     claims.claim("X", "nobody", "a | b")(
         lambda: (check, as_read, "note", {"n": 1_000, "list": [1, 0.5]})
     )
     found = claims.findings()
-    assert [finding.judgement for finding in found] == [judgement]
+    assert [finding.judgment for finding in found] == [judgment]
     assert (
-        f"| X | nobody | a \\| b | **{judgement}** | note | n: 1,000, list: [1, 0.5] |"
+        f"| X | nobody | a \\| b | **{judgment}** | note | n: 1,000, list: [1, 0.5] |"
         in claims.report(found).splitlines()
     )
 

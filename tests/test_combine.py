@@ -169,7 +169,7 @@ def test_learned_coefficients_recover_a_known_mixture(by_layer):
 
 @WAYS
 def test_one_program_of_many_networks_is_each_of_them(way):
-    """Each with its own statistics and its own normalisation of the images."""
+    """Each with its own statistics and its own normalization of the images."""
     parallel, model, images = Parallel(way), Tiny(), some_images(37)
     model = model.clone(axis_name=parallel.axis_name)
     networks = [some(model, seed) for seed in range(3)]
@@ -201,7 +201,7 @@ def test_one_program_of_many_networks_is_each_of_them(way):
 
 @WAYS
 def test_reestimated_statistics_are_numpys_moments(way):
-    """Over all whole batches; what comes after a BatchNorm in training mode is normalised batch by batch."""
+    """Over all whole batches; what comes after a BatchNorm in training mode is normalized batch by batch."""
     parallel, images = Parallel(way), some_images(37)
     model = Tiny(axis_name=parallel.axis_name)
     variables, moments = some(model, 0), (np.full(1, 0.4, np.float32), np.full(1, 0.2, np.float32))
@@ -315,7 +315,7 @@ def networks(folder: pathlib.Path) -> list[dict]:
 def errors_of(folder: pathlib.Path):
     """A function of parameters and a split that gives the share of errors, by the model itself."""
     data = arrays.load("digits", n_validation=200)
-    mean, std = arrays.normalisation(data.train.images)
+    mean, std = arrays.normalization(data.train.images)
     apply = jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
 
     def error(params, name="validation"):
@@ -427,7 +427,7 @@ def test_ensembles_of_several_runs(finished, tmp_path):
         results(patterns, method, tmp_path / method) for method in ("ensemble", "ensemble-logits")
     )
     data = arrays.load("digits", n_validation=200)
-    mean, std = arrays.normalisation(data.train.images)
+    mean, std = arrays.normalization(data.train.images)
     apply = jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
     logits = np.stack(
         [
@@ -527,7 +527,7 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
                     [network["params"] for network in networks], coefficients
                 ),
                 "batch_stats": combine.reestimate_statistics(
-                    Parallel("jit"), Tiny(), soup, arrays.normalisation(train.images), images, 128
+                    Parallel("jit"), Tiny(), soup, arrays.normalization(train.images), images, 128
                 ),
             }
             if method == "learned":

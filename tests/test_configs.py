@@ -51,9 +51,9 @@ def test_a_configuration_fits_the_engine(name):
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
+def colors(tmp_path_factory):
     """A folder of images of two classes, reddish and bluish noise, none of them square."""
-    root, generator = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    root, generator = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 6)):
         for channel, name in ((0, "red"), (2, "blue")):
             (root / split / name).mkdir(parents=True)
@@ -64,8 +64,8 @@ def colours(tmp_path_factory):
     return root
 
 
-def test_the_recipe_of_2012_runs_from_end_to_end(colours, tmp_path):
-    """Held-out images for the plateau rule, pixels less their mean, shifted colours, and a test on ten crops: with a small network."""
+def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
+    """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on ten crops: with a small network."""
     done = subprocess.run(
         [
             sys.executable,
@@ -73,7 +73,7 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colours, tmp_path):
             "cnnjax.main",
             "--config",
             "configs/alexnet_imagenet.py",
-            f"--config.data_dir={colours}",
+            f"--config.data_dir={colors}",
             "--config.model=tutorial_net",
             "--config.image_size=32",
             "--config.resize=40",
@@ -113,11 +113,11 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colours, tmp_path):
         )
 
 
-def test_splits_of_other_classes_are_refused(colours, tmp_path):
-    (tmp_path / "train").symlink_to(colours / "train")
+def test_splits_of_other_classes_are_refused(colors, tmp_path):
+    (tmp_path / "train").symlink_to(colors / "train")
     (tmp_path / "val" / "red").mkdir(parents=True)
     (tmp_path / "val" / "red" / "0.png").write_bytes(
-        (colours / "val" / "red" / "0.png").read_bytes()
+        (colors / "val" / "red" / "0.png").read_bytes()
     )
     config = importlib.import_module("configs.resnet50_imagenet").get_config()
     config.data_dir = str(tmp_path)

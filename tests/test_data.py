@@ -21,7 +21,7 @@ def test_cifar10_is_the_published_one(data_dir):
     for split, each in ((found.train, 5000), (found.test, 1000)):
         assert split.images.shape == (10 * each, 32, 32, 3) and split.images.dtype == np.uint8
         assert np.bincount(split.labels).tolist() == [each] * 10
-    mean, std = arrays.normalisation(found.train.images)
+    mean, std = arrays.normalization(found.train.images)
     np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=5e-5)  # as printed everywhere
     np.testing.assert_allclose(std, [0.2470, 0.2435, 0.2616], atol=5e-5)
 
@@ -38,7 +38,7 @@ def test_mnist_is_the_published_one(data_dir):
         :5
     ].tolist() == [7, 2, 1, 0, 4]
     np.testing.assert_allclose(
-        arrays.normalisation(found.train.images), [[0.1307], [0.3081]], atol=5e-5
+        arrays.normalization(found.train.images), [[0.1307], [0.3081]], atol=5e-5
     )
 
 
@@ -351,7 +351,7 @@ def test_wrong_arguments(arguments, message):
         arrays.load(**arguments)
 
 
-def test_normalisation_is_numpys():
-    mean, std = arrays.normalisation(IMAGES)
+def test_normalization_is_numpys():
+    mean, std = arrays.normalization(IMAGES)
     np.testing.assert_allclose(mean, (IMAGES / 255).mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, (IMAGES / 255).std((0, 1, 2)), rtol=1e-6)

@@ -188,7 +188,7 @@ def test_members_differ_and_seeds_are_not_used_twice(quick):
     assert len(set(seeds)) == len(seeds) == 2 * (1 + 8 + 4 + 1)
 
 
-def test_intervals_and_judgements():
+def test_intervals_and_judgments():
     values = [1.0, 2.0, 4.0]
     found = ensemble_vs_soup.summary(values)
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))

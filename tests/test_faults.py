@@ -75,14 +75,14 @@ SIGNAL = """
 import signal, time
 def at(owner, name, *numbers, nth=1):
     whole, calls = getattr(owner, name), []
-    def signalled(*arguments, **options):
+    def signaled(*arguments, **options):
         calls.append(name)
         if len(calls) == nth:
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(0.2)
         return whole(*arguments, **options)
-    setattr(owner, name, signalled)
+    setattr(owner, name, signaled)
 """
 
 

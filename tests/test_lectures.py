@@ -187,7 +187,7 @@ def test_torchs_names_of_the_tutorial_net():
 
 
 def test_lenet5_connections_are_table_1():
-    """Six maps read three neighbours, six read four, three read four in two pairs, one reads all (LeCun et al. 1998, section II.B)."""
+    """Six maps read three neighbors, six read four, three read four in two pairs, one reads all (LeCun et al. 1998, section II.B)."""
     expected = [{i, (i + 1) % 6, (i + 2) % 6} for i in range(6)] + [
         {(i + j) % 6 for j in range(4)} for i in range(6)
     ]

@@ -156,11 +156,11 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
     ],
 )
 def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
-    """Neighbours computed at once, and the kernel's gradient from what it sees side by side."""
+    """Neighbors computed at once, and the kernel's gradient from what it sees side by side."""
     module = importlib.import_module("cnnjax.nn.conv")
     width += 2 - 2 * padding  # of the output: width
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
-    assert module._neighbours(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
+    assert module._neighbors(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
     y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
     want, want_vjp = jax.vjp(
         jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel
@@ -282,7 +282,7 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
     )
 
 
-def test_branches_are_joined_about_their_centres():
+def test_branches_are_joined_about_their_centers():
     x = normal(0, 1, 7, 9, 2)
     parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
     np.testing.assert_array_equal(
@@ -429,7 +429,7 @@ def test_padding_does_not_move_the_sampling_grid(fill):
 
 
 def test_seven_shift_layers_count_columns():
-    """The lectures' demonstration that zero padding writes the position: one channel, weight on the left neighbour, bias 1."""
+    """The lectures' demonstration that zero padding writes the position: one channel, weight on the left neighbor, bias 1."""
     x = normal(0, 1, 7, 7, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 0].set(1)
     y = x

@@ -1,4 +1,4 @@
-"""Optimisers, schedules and the plateau rule, against what PyTorch's did (golden/make_optimizers.py)."""
+"""Optimizers, schedules and the plateau rule, against what PyTorch's did (golden/make_optimizers.py)."""
 
 import json
 import math
@@ -158,7 +158,7 @@ def test_plateau_decides_as_pytorch_and_resumes_anywhere(case):
         rule = fresh
 
 
-def test_the_recorded_plateaus_show_every_behaviour():
+def test_the_recorded_plateaus_show_every_behavior():
     rates = [case["rates"] for case in GOLDEN["plateaus"]]
     assert (
         sum(len(set(r)) > 3 for r in rates) > 10

@@ -417,7 +417,7 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
         ({"sgd_paddings": ("mirror",)}, "padding='mirror' is not one of zeros, none, reflect"),
         ({"paddings": ()}, r"paddings=\(\) must name at least one"),
         ({"targets": ("H", "D")}, "targets='D' is not one of H, V, G, HS, VS"),
-        ({"data": ("natural", "grey")}, "data='grey' is not one of natural, black, white, noise"),
+        ({"data": ("natural", "gray")}, "data='gray' is not one of natural, black, white, noise"),
         ({"targets": ("H", "H")}, "must name at least one, each once"),
         ({"n_train": 0}, "n_train=0 is not a positive number"),
         ({"kernel": 29}, "kernel=29 is not between 1 and 28"),

@@ -302,12 +302,12 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
         error = 0
         for i in range(6):
             kept = np.setdiff1d(np.arange(12), [i, i + 6])
-            centre = z[kept].mean(0)
+            center = z[kept].mean(0)
             w = np.linalg.solve(
-                (z[kept] - centre).T @ (z[kept] - centre) + strength * mean * np.eye(4),
-                (z[kept] - centre).T @ y[kept],
+                (z[kept] - center).T @ (z[kept] - center) + strength * mean * np.eye(4),
+                (z[kept] - center).T @ y[kept],
             )
-            error += np.square((z[[i, i + 6]] - centre) @ w - y[[i, i + 6]]).sum()
+            error += np.square((z[[i, i + 6]] - center) @ w - y[[i, i + 6]]).sum()
         errors.append(error)
     seen = []
     monkeypatch.setattr(

@@ -157,7 +157,7 @@ def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
 
 
 @pytest.mark.parametrize("padding", ["zeros", "none", "reflect", "circular"])
-def test_grids_are_the_centres_of_what_the_positions_see(padding, small):
+def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
     """Of a position that sees no border, the pixels with a gradient are a box about the place that `grids` tells."""
     encoder = create_model("scene_net", padding=padding)
     variables, x = encoder.init(jax.random.key(0), jnp.ones((1, *SIZE, 3))), jnp.ones((1, *SIZE, 3))

@@ -271,14 +271,14 @@ def test_the_test_split_may_be_called_validation(prepared, tmp_path):
     )
     entry = json.loads(info.read_text())
     info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
-    with pytest.raises(ValueError, match="tfds build coloured_ramps --file_format=array_record"):
+    with pytest.raises(ValueError, match="tfds build colored_ramps --file_format=array_record"):
         stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")
     info.write_text(
         json.dumps({key: value for key, value in entry.items() if key != "supervisedKeys"})
     )
     with pytest.raises(
         ValueError,
-        match="^dataset='tfds:coloured_ramps' is not of labelled images: its supervised keys are None$",
+        match="^dataset='tfds:colored_ramps' is not of labeled images: its supervised keys are None$",
     ):
         stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "train")
 
@@ -410,7 +410,7 @@ def test_what_is_never_passed_over(harmed, tmp_path):
 # ------------------------------------------------------------------ crops
 
 
-def test_evaluation_sees_the_centre(tmp_path):
+def test_evaluation_sees_the_center(tmp_path):
     """Of 24 x 16 pixels, the 14 x 14 in the middle, unscaled: 14 * 256 / 224 is 16."""
     wide = ramp(24, 16, x=10, y=10)
     source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
@@ -419,13 +419,13 @@ def test_evaluation_sees_the_centre(tmp_path):
         np.testing.assert_array_equal(images[0], wide[1:15, 5:19])
         np.testing.assert_array_equal(images[1], wide.transpose(1, 0, 2)[5:19, 1:15])
         np.testing.assert_array_equal(
-            np.asarray(stream.centre(source[0][0], 14, resize)), wide[1:15, 5:19]
+            np.asarray(stream.center(source[0][0], 14, resize)), wide[1:15, 5:19]
         )
 
 
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
-def test_the_centre_of_a_resized_image(tmp_path, width, height, resize):
-    """An output pixel's centre, in the image's own coordinates, is what the ramps say."""
+def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
+    """An output pixel's center, in the image's own coordinates, is what the ramps say."""
     source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
     ((images, _),) = read(source, size=16, resize=resize, train=False)
     scale = min(width, height) / resize
@@ -500,7 +500,7 @@ def test_area_crops_are_interpolated(folder):
             assert np.abs(np.diff(images[..., channel].astype(int), axis=axis)).max() <= 6
 
 
-def test_an_area_crop_that_cannot_fit_is_the_centre(tmp_path):
+def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
     """A strip of 200 x 10 pixels has no crop of 8 % of its area at these aspects; the widest at 4/3 is 13 x 10."""
     source = stream.Folder(write(tmp_path, a=[ramp(200, 10)], b=[ramp(10, 200)]))
     for images, labels in read(source, size=48, resize=0, batch=2, steps=range(3)):
@@ -599,8 +599,8 @@ def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
 
 
 @pytest.fixture
-def colours(tmp_path):
-    """A data_dir of 36 training and 9 test images, whose classes are their colours."""
+def colors(tmp_path):
+    """A data_dir of 36 training and 9 test images, whose classes are their colors."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3)):
         noise = generator.integers(0, 100, (3, count, 36, 40, 3)).astype(np.uint8)
@@ -640,8 +640,8 @@ def run(data_dir, workdir, **more):
     )
 
 
-def test_a_run_on_a_folder(colours, tmp_path):
-    done = run(colours, tmp_path / "run")
+def test_a_run_on_a_folder(colors, tmp_path):
+    done = run(colors, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert (
         "Exception ignored" not in done.stderr
@@ -673,9 +673,9 @@ def harm(path: pathlib.Path) -> pathlib.Path:
     return damaged
 
 
-def test_a_damaged_image_ends_a_run_with_its_name(colours, tmp_path):
-    path = harm(colours / "train" / "green" / "005.png")
-    done = run(colours, tmp_path / "run")
+def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
+    path = harm(colors / "train" / "green" / "005.png")
+    done = run(colors, tmp_path / "run")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "is not a readable image" in line]
     assert (
@@ -686,13 +686,13 @@ def test_a_damaged_image_ends_a_run_with_its_name(colours, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_damaged_images_are_counted_named_and_passed_over(colours, tmp_path):
+def test_damaged_images_are_counted_named_and_passed_over(colors, tmp_path):
     """Also by a run that was stopped within an epoch; one of the test set ends the run all the same, and is all that is left to mend."""
-    paths = [harm(colours / "train" / "green" / f"00{number}.png") for number in (5, 7)]
-    tested = colours / "val" / "red" / "001.png"
+    paths = [harm(colors / "train" / "green" / f"00{number}.png") for number in (5, 7)]
+    tested = colors / "val" / "red" / "001.png"
     kept = tested.read_bytes()
     tested.write_bytes(kept[:-40])
-    done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
+    done = run(colors, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
     assert (
         done.returncode == 2
         and f"error: {tested} is not a readable image: " in done.stderr
@@ -703,7 +703,7 @@ def test_damaged_images_are_counted_named_and_passed_over(colours, tmp_path):
     assert done.stderr.count(", 2 damaged images passed over") == 2  # the epochs' lines
     tested.write_bytes(kept)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")  # back to step 4, within the second epoch
-    done = run(colours, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
+    done = run(colors, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
     assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
     assert [
         line["damaged"]

@@ -153,7 +153,7 @@ def test_fields_are_the_same_under_every_fill(name):
     [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"), ("lenet5", "c3", "c3")],
 )
 def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
-    """The input pixels with a gradient, in any of some images, from one central output, and their shift from its neighbour's."""
+    """The input pixels with a gradient, in any of some images, from one central output, and their shift from its neighbor's."""
     row = {layer.name: layer for layer in summary.layers(create_model(name))}[layer]
     model = create_model(name)
     size = 2 * row.receptive_field[0]
@@ -165,10 +165,10 @@ def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
     def run(x):
         return model.apply(variables, x, method="stages", last=stage)[stage]
 
-    centre = jax.eval_shape(run, x).shape[1] // 2
+    center = jax.eval_shape(run, x).shape[1] // 2
     gradient = jax.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
     first, second = (
-        np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (centre, centre + 1)
+        np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (center, center + 1)
     )
     assert (first[-1] - first[0] + 1, second[0] - first[0]) == (
         row.receptive_field[0],

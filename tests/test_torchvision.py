@@ -147,7 +147,7 @@ def test_training_is_torchvisions(case):
 
 
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"vgg11"}))
-def test_initialisation_has_torchvisions_distributions(name):
+def test_initialization_has_torchvisions_distributions(name):
     """Mean, spread and family: a uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500 draws.
 
     Left out are those that differ from one of these in numbers only, or as vgg11 from vgg11_bn.

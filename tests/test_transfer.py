@@ -123,7 +123,7 @@ def test_the_head_is_what_depends_on_the_classes(name, expected):
 # ------------------------------------------------------------------ the step
 
 
-def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimiser_state():
+def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_state():
     before, after = steps(step.Recipe(MODEL, freeze=("conv1",), ema=True))
     assert changed(before.params, after.params) == {
         "conv2.kernel",
@@ -209,7 +209,7 @@ def test_a_rate_multiplies_the_learning_rate_of_its_part():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimisers_update_is_proportional_to_the_learning_rate(name):
+def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
     """Of which `rates` makes use: what multiplies the update multiplies the rate."""
     generator = np.random.default_rng(0)
     params, grads = (
@@ -379,7 +379,7 @@ def test_bad_settings_are_named(settings, message):
         loop.check(changed_config(**settings))
 
 
-def test_imagenets_moments_are_for_colours():
+def test_imagenets_moments_are_for_colors():
     config = changed_config(pixels="imagenet")
     assert np.allclose(loop._moments(config, *np.full((2, 3), 0.5)), augment.IMAGENET)
     with pytest.raises(

@@ -301,9 +301,9 @@ def test_effective_fields_lie_inside_theoretical_ones(squeezenet, data_dir, stag
     )
     effective = visualize.effective_receptive_field(model, variables, x, stage)
     rows, columns = np.nonzero(effective)
-    centre = visualize.activations(model, variables, x, stage).shape[1] // 2
+    center = visualize.activations(model, variables, x, stage).shape[1] // 2
     for axis, at in enumerate((rows, columns)):
-        start = field.low[axis] + field.step[axis] * centre
+        start = field.low[axis] + field.step[axis] * center
         assert at.min() >= start and at.max() < start + field.size()[axis]
     assert effective.max() == 1 and rows.max() - rows.min() + 1 > 0.8 * field.size()[0]
     assert visualize.effective_size(effective) <= field.size()[0] * (1 if stage == "conv1" else 0.9)
@@ -373,7 +373,7 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
     )
 
 
-def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
+def test_maximizing_a_linear_filter_nears_its_bound(squeezenet):
     """The best image of a filter has every pixel at 0 or 1, by the weight's sign."""
     model, variables = squeezenet
     name, kernel = visualize.first_filters(model, variables)
@@ -387,7 +387,7 @@ def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
         np.maximum(*(kernel * end[0, 0, :, None] for end in ends)).sum((0, 1, 2))
         + variables["params"]["features.0"]["bias"]
     )
-    images, (before, after) = visualize.maximise(
+    images, (before, after) = visualize.maximize(
         model, variables, "conv1", range(64), total_variation=0.0
     )
     assert images.shape == (64, 3, 3, 3) and images.min() >= 0 and images.max() <= 1
@@ -397,7 +397,7 @@ def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
         and (after > bound / 2).all()
         and (after / bound).mean() > 0.9
     )
-    rolled, (_, worse) = visualize.maximise(
+    rolled, (_, worse) = visualize.maximize(
         model, variables, "conv1", range(64), total_variation=0.0, jitter=1
     )
     assert (worse / bound).mean() < (
@@ -406,12 +406,12 @@ def test_maximising_a_linear_filter_nears_its_bound(squeezenet):
     assert np.ptp(rolled, axis=(1, 2)).mean() < 0.8 * np.ptp(images, axis=(1, 2)).mean()
 
 
-def test_maximising_beats_the_best_photograph_patch(squeezenet, data_dir):
+def test_maximizing_beats_the_best_photograph_patch(squeezenet, data_dir):
     model, variables = squeezenet
     channels = [0, 51, 85, 127]  # the second and third are silent on noise
     x = visualize.network_input(model, jnp.asarray(read(data_dir / "imagenet_sample", 50)))
     best = visualize.peaks(model, variables, x, "fire3")[0].max(0)[channels]
-    images, (before, after) = visualize.maximise(model, variables, "fire3", channels, steps=100)
+    images, (before, after) = visualize.maximize(model, variables, "fire3", channels, steps=100)
     assert (before == 0).any() and (after > 1.1 * best).all() and (best > before).all()
     # The images returned are those that were measured, and the pixels that a patch of the photographs has.
     x = visualize.network_input(model, 255 * jnp.asarray(images))
@@ -423,7 +423,7 @@ def test_maximising_beats_the_best_photograph_patch(squeezenet, data_dir):
     ]
     np.testing.assert_allclose(again, after, rtol=1e-4)
     smooth, same = (
-        visualize.maximise(model, variables, "fire3", channels, steps=100, **options)[0]
+        visualize.maximize(model, variables, "fire3", channels, steps=100, **options)[0]
         for options in ({"total_variation": 0.2}, {"seed": 0})
     )
     roughness = lambda images: np.abs(np.diff(images, axis=1)).mean()
@@ -470,15 +470,15 @@ def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
             "stride=0 is not a positive number",
         ),
         (
-            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], steps=0),
+            lambda m, v, x: visualize.maximize(m, v, "conv1", [0], steps=0),
             "steps=0 is not a number of at least 1",
         ),
         (
-            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], total_variation=-0.1),
+            lambda m, v, x: visualize.maximize(m, v, "conv1", [0], total_variation=-0.1),
             "total_variation=-0.1 is not a number of at least 0",
         ),
         (
-            lambda m, v, x: visualize.maximise(m, v, "conv1", [0], jitter=-1),
+            lambda m, v, x: visualize.maximize(m, v, "conv1", [0], jitter=-1),
             "jitter=-1 is not a number of at least 0",
         ),
         (
@@ -557,7 +557,7 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
         ),
         "maximise": lambda r: (
             [u["channel"] for u in r["units"]] == [3, 4] * 2
-            and all(u["maximised"] > u["noise"] for u in r["units"])
+            and all(u["maximized"] > u["noise"] for u in r["units"])
         ),
         "patches": lambda r: all(
             len(c["photographs"]) == 4 and sorted(c["activations"])[::-1] == c["activations"]

@@ -64,7 +64,7 @@ class _Crops:
         if self.train:
             image = stream._area_crop(image, SIZE, np.random.default_rng())
         else:
-            image = stream.centre(image, SIZE, _RESIZE)
+            image = stream.center(image, SIZE, _RESIZE)
         return np.array(image), label  # PyTorch wants one that it may write to
 
 

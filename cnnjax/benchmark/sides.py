@@ -89,7 +89,7 @@ def use_stock(replace: Callable = setattr) -> None:
     """Gives cnnjax's layers the gradients that jax derives; `replace(module, name, value)` does it."""
     import flax.linen as nn
 
-    def normalise(x, scale, bias, eps, axis_name):
+    def normalize(x, scale, bias, eps, axis_name):
         axes = tuple(range(x.ndim - 1))
         mean, var = x.mean(axes), x.var(axes)
         return (x - mean) * (scale / (var + eps) ** 0.5) + bias, mean, var
@@ -99,7 +99,7 @@ def use_stock(replace: Callable = setattr) -> None:
     )
     replace(conv, "_zero_padded", conv._native)
     replace(conv, "add_bias", operator.add)
-    replace(norm, "_normalise", normalise)
+    replace(norm, "_normalize", normalize)
     replace(pooling, "_max_pool", nn.max_pool)
 
 

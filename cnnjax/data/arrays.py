@@ -596,7 +596,7 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     )
 
 
-def normalisation(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean and the standard deviation of each channel of uint8 images [n, height, width, channels], in units of 0 to 1."""
     levels = np.arange(256) / 255
     moments = []

@@ -17,7 +17,7 @@ IGNORED = 255  # the label of a pixel that counts for nothing
 IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
 
-def normalise(
+def normalize(
     images: Shaped[AnyArray, "batch height width channels"],
     mean: Float[AnyArray, "*#moments"],
     std: Float[AnyArray, "*#moments"],
@@ -37,9 +37,9 @@ def _crop(key, image, padding, fill, value=0):
 
 
 def _cutout(key, image, size):
-    """Blackens a square whose centre is anywhere in the image (DeVries and Taylor 2017)."""
-    centre = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
-    away = [jnp.arange(n) - c for n, c in zip(image.shape[:2], centre)]
+    """Blackens a square whose center is anywhere in the image (DeVries and Taylor 2017)."""
+    center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
+    away = [jnp.arange(n) - c for n, c in zip(image.shape[:2], center)]
     inside = [(a >= -(size // 2)) & (a < size - size // 2) for a in away]
     return jnp.where((inside[0][:, None] & inside[1])[:, :, None], 0, image)
 
@@ -57,7 +57,7 @@ def augment(
     """Augments images of 0 to 255, each with its key.
 
     `flip` mirrors one image in two, by chance, left to right; `crop` shifts by up to that many pixels in both directions, over a border
-    of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of colour, each times a
+    of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of color, each times a
     normal number of that standard deviation (0.1 in Krizhevsky et al. 2012); `cutout` blackens a square of that side.
     """
 
@@ -89,7 +89,7 @@ def augment_masks(
 ) -> UInt8[Array, "batch height width"]:
     """Mirrors and shifts the masks of images as `augment` does the images with these keys and arguments.
 
-    What comes in over a border of zeros is ignored; a pixel that is blackened or of another colour is of the same class.
+    What comes in over a border of zeros is ignored; a pixel that is blackened or of another color is of the same class.
     """
 
     def one(key, mask):
@@ -106,7 +106,7 @@ def views(
 ) -> list[Float[Array, "batch {size} {size} channels"]]:
     """The views of images that a test averages over.
 
-    1: the centre; 2: the centre and its mirror image; 10: the corners, the centre and their mirror images (Krizhevsky et
+    1: the center; 2: the center and its mirror image; 10: the corners, the center and their mirror images (Krizhevsky et
     al. 2012, section 4.1).
     """
     height, width = images.shape[1:3]

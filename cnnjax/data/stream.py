@@ -27,7 +27,7 @@ _open: weakref.WeakSet = weakref.WeakSet()  # streams that may have processes un
 _SPLITS = {
     "train": ("train",),
     "test": ("val", "validation", "test"),
-}  # ImageNet's labelled test is called validation
+}  # ImageNet's labeled test is called validation
 
 
 class Folder:
@@ -73,7 +73,7 @@ class Folder:
 class Tfds:
     """A split of a data set that tensorflow-datasets has prepared for random access; TensorFlow is not needed to read it.
 
-    Raises `ValueError` where it is unknown, not prepared, or not of labelled images.
+    Raises `ValueError` where it is unknown, not prepared, or not of labeled images.
     """
 
     def __init__(self, name: str, data_dir: str, split: str):
@@ -97,7 +97,7 @@ class Tfds:
             or not hasattr(features[keys[1]], "names")
         ):
             raise ValueError(
-                f"dataset='tfds:{name}' is not of labelled images: its supervised keys are {keys}"
+                f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
             )
         self._image, self._label = keys[:2]
         self.classes = tuple(features[self._label].names)
@@ -190,7 +190,7 @@ def _area_crop(
 def _crop(
     image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
 ) -> PIL.Image.Image:
-    """The image with its shorter side resized to `shorter`, cropped to a square at random, or in the centre without a generator."""
+    """The image with its shorter side resized to `shorter`, cropped to a square at random, or in the center without a generator."""
     scale = shorter / min(image.size)
     image = image.resize(
         [max(size, round(n * scale)) for n in image.size], PIL.Image.Resampling.BILINEAR
@@ -202,8 +202,8 @@ def _crop(
     return image.crop((left, top, left + size, top + size))
 
 
-def centre(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
-    """What evaluation sees of an image: the centre, with the shorter side at `resize`, or at the customary 256/224 of `size` for 0."""
+def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
+    """What evaluation sees of an image: the center, with the shorter side at `resize`, or at the customary 256/224 of `size` for 0."""
     return _crop(image, size, resize or round(size * 256 / 224), None)
 
 
@@ -268,7 +268,7 @@ class _Batches:
                 step * self.batch_size, min((step + 1) * self.batch_size, len(self.source))
             ):
                 image, label = self.source[index]
-                images.append(np.asarray(centre(image, self.size, self.resize)))
+                images.append(np.asarray(center(image, self.size, self.resize)))
                 labels.append(label)
             return np.stack(images), np.asarray(labels, np.int32)
         epoch, within = divmod(step, len(self.source) // self.batch_size)
@@ -310,7 +310,7 @@ def batches(
 
     In training, `steps` says which; every epoch has its own order, drops the remainder, and each process gets its own part of
     each batch. Otherwise the source is gone through once, in order, the last batch being shorter. Crops are squares of the
-    image with its shorter side at `resize`, at random places in training and in the centre otherwise; with `resize` 0 they are
+    image with its shorter side at `resize`, at random places in training and in the center otherwise; with `resize` 0 they are
     of random area and aspect.
 
     With `skip_damaged`, in training, the next whole image of the epoch's order takes the place (and the crop's random numbers) of

@@ -1,4 +1,4 @@
-"""AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without normalisation."""
+"""AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without normalization."""
 
 import flax.linen as nn
 

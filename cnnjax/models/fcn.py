@@ -47,15 +47,15 @@ class SceneNet(Network):
 def grids(
     encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centres.
+    """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centers.
 
     They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
     """
-    centres = lambda field, count, axis: (
+    centers = lambda field, count, axis: (
         field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
     )
     return tuple(
-        (centres(field, output[1], 0), centres(field, output[2], 1))
+        (centers(field, output[1], 0), centers(field, output[2], 1))
         for field, output in summary.receptive_fields(encoder, stages, shape)
     )
 
@@ -86,7 +86,7 @@ class FCN(Network):
     """Scores [batch, height, width, num_classes] of each pixel, from the stages `scored` of the network `encoder`, in its order.
 
     The stages are those of the encoder, whose parameters keep their names. Where padding leaves a map smaller than the image
-    ('none'), a map lies where its fields' centres are, and pixels beyond it take the scores of the nearest position.
+    ('none'), a map lies where its fields' centers are, and pixels beyond it take the scores of the nearest position.
     """
 
     encoder: str = "scene_net"

@@ -1,4 +1,4 @@
-"""Networks that the lectures and their tutorials define themselves, in PyTorch's initialisation unless stated."""
+"""Networks that the lectures and their tutorials define themselves, in PyTorch's initialization unless stated."""
 
 import functools
 
@@ -31,7 +31,7 @@ class TutorialNet(Network):
 
 
 class KerasConvNet(Network):
-    """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539), in Keras's initialisation.
+    """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539), in Keras's initialization.
 
     Stages `conv1` ... `conv4`, before each pool. Its one logit is that of the second class, for a sigmoid.
     """
@@ -55,7 +55,7 @@ class ConvNet(Network):
     """The VGG for CIFAR-10 of NUS CS5242, lecture 8. Stages `block1` ... `block4`, before each pool, at strides 1, 2, 4, 8.
 
     Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the printed 25.2 M parameters. The
-    lecture names no initialisation; this one is Glorot's, Keras's default, with which its rate of 0.25 learns from the first steps
+    lecture names no initialization; this one is Glorot's, Keras's default, with which its rate of 0.25 learns from the first steps
     (PyTorch's is still at chance after an epoch, He's ends in NaN within ten steps).
     """
 

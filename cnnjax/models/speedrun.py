@@ -10,14 +10,14 @@ from cnnjax.models.base import Network, register
 from cnnjax.nn import BatchNorm, Conv, Dense, max_pool
 from cnnjax.nn.conv import uniform_fan_in
 
-# Batch normalisation whose running statistics forget quickly: the runs are 200 steps long.
+# Batch normalization whose running statistics forget quickly: the runs are 200 steps long.
 _BatchNorm = functools.partial(BatchNorm, momentum=0.4, eps=1e-12)
 _EPS = 5e-4  # added to the eigenvalues of the patches
 _gelu = functools.partial(nn.gelu, approximate=False)
 
 
 def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
-    """Filters [2, 2, channels, 8 * channels] under which the 2x2 patches of normalised images are uncorrelated, and their negatives."""
+    """Filters [2, 2, channels, 8 * channels] under which the 2x2 patches of normalized images are uncorrelated, and their negatives."""
     _, height, width, channels = images.shape
     patches = jnp.concatenate(
         [images[:, i : height - 1 + i, j : width - 1 + j] for i in (0, 1) for j in (0, 1)], 3

@@ -16,7 +16,7 @@ from cnnjax.nn import (
 )
 
 # Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1 one, "LRN" the
-# normalisation; a max-pool closes every block.
+# normalization; a max-pool closes every block.
 _TABLE = {
     "A": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     "A-LRN": ((64, "LRN"), (128,), (256, 256), (512, 512), (512, 512)),
@@ -40,7 +40,7 @@ class VGG(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        index = 0  # torchvision numbers every layer of `features`: convolution, normalisation, ReLU and pool alike
+        index = 0  # torchvision numbers every layer of `features`: convolution, normalization, ReLU and pool alike
         for number, block in enumerate(self.blocks, 1):
             within = 0
             for layer in block:

@@ -1,4 +1,4 @@
-"""Convolution and dense layers: PyTorch's semantics and initialisation, gradients that are fast on the CPU too.
+"""Convolution and dense layers: PyTorch's semantics and initialization, gradients that are fast on the CPU too.
 
 XLA's CPU backend runs a convolution fast only when it is written as NHWC x HWIO -> NHWC, ungrouped, and it rewrites other
 forms into that one only outside loops. The two gradients that JAX derives are of other forms, so a training step inside
@@ -76,8 +76,8 @@ def as_written() -> Iterator[None]:
         _AS_WRITTEN.reset(token)
 
 
-def _neighbours(x, kernel, stride, padding, dilation) -> int:
-    """How many neighbours in a row of the output are best computed as if they were channels."""
+def _neighbors(x, kernel, stride, padding, dilation) -> int:
+    """How many neighbors in a row of the output are best computed as if they were channels."""
     many = kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT
     if many or (*stride, *dilation) != (1, 1, 1, 1) or _AS_WRITTEN.get():
         return 1
@@ -87,11 +87,11 @@ def _neighbours(x, kernel, stride, padding, dilation) -> int:
 
 
 def _ungrouped(x, kernel, stride, padding, dilation):
-    """A convolution; with few channels, of a wider kernel that gives several neighbours at once.
+    """A convolution; with few channels, of a wider kernel that gives several neighbors at once.
 
     A window that is read for one of them is then read for all, and the matrix product inside has columns enough.
     """
-    count = _neighbours(x, kernel, stride, padding, dilation)
+    count = _neighbors(x, kernel, stride, padding, dilation)
     if count == 1:
         return _native(x, kernel, stride, padding, dilation)
     shifted = [
@@ -358,7 +358,7 @@ def conv(
 
 
 def uniform_fan_in(fan_in: int) -> Callable:
-    """PyTorch's default initialisation of weights and biases: uniform in +-1/sqrt(fan_in)."""
+    """PyTorch's default initialization of weights and biases: uniform in +-1/sqrt(fan_in)."""
     bound = float(fan_in) ** -0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
@@ -370,7 +370,7 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """`conv` with parameters; PyTorch's default initialisation unless `kernel_init` or `bias_init` is given."""
+    """`conv` with parameters; PyTorch's default initialization unless `kernel_init` or `bias_init` is given."""
 
     features: int
     kernel_size: Both
@@ -416,7 +416,7 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """A fully connected layer [..., in] -> [..., features]; PyTorch's default initialisation unless others are given."""
+    """A fully connected layer [..., in] -> [..., features]; PyTorch's default initialization unless others are given."""
 
     features: int
     use_bias: bool = True

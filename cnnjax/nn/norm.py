@@ -1,4 +1,4 @@
-"""Normalisation layers in PyTorch's convention."""
+"""Normalization layers in PyTorch's convention."""
 
 import functools
 
@@ -20,23 +20,23 @@ def _total(axis_name: str | None, *values: Array) -> tuple[Array, ...]:
 # Autodiff would sum rows in six separate passes; written out, both directions are a few passes of `channel_sum`. On 2 CPU cores a
 # training pass over (64, 32, 32, 64) with its ReLU takes 3.6 ms, where autodiff takes 71 ms and PyTorch 7.9 ms.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normalise(x, scale, bias, eps, axis_name):
-    """Normalises `x` [..., channels], float32, by its own statistics -> (y, mean, variance), those over all devices of the axis."""
-    return _normalise_forward(x, scale, bias, eps, axis_name)[0]
+def _normalize(x, scale, bias, eps, axis_name):
+    """Normalizes `x` [..., channels], float32, by its own statistics -> (y, mean, variance), those over all devices of the axis."""
+    return _normalize_forward(x, scale, bias, eps, axis_name)[0]
 
 
-def _normalise_forward(x, scale, bias, eps, axis_name):
+def _normalize_forward(x, scale, bias, eps, axis_name):
     count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     (mean,) = (total / count for total in _total(axis_name, channel_sum(x)))
-    centred = x - mean
+    centerd = x - mean
     (var,) = (
-        total / count for total in _total(axis_name, channel_sum(centred, centred))
+        total / count for total in _total(axis_name, channel_sum(centerd, centerd))
     )  # two passes: E[x^2] - E[x]^2 cancels
     factor = scale / jnp.sqrt(var + eps)
     return (x * factor + (bias - mean * factor), mean, var), (x, scale, mean, var, count)
 
 
-def _normalise_backward(eps, axis_name, saved, gradients):
+def _normalize_backward(eps, axis_name, saved, gradients):
     x, scale, mean, var, count = saved
     dy, dmean, dvar = gradients
     dy = materialize(dy)
@@ -51,11 +51,11 @@ def _normalise_backward(eps, axis_name, saved, gradients):
     return factor * dy + slope * (x - mean) + offset, dscale, dbias
 
 
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, as PyTorch defines it.
+    """Batch normalization over all axes but the last, as PyTorch defines it.
 
     `momentum` weighs the *new* statistics (0.1, where Flax's convention is 0.9), the running variance is the unbiased one,
     and statistics are kept in float32. With `axis_name` they are those of the whole batch over all devices of that axis.
@@ -81,7 +81,7 @@ class BatchNorm(nn.Module):
             factor = scale / jnp.sqrt(var.value + self.eps)
             return (wide * factor + (bias - mean.value * factor)).astype(self.dtype)
         axis_name = None if self.is_initializing() else self.axis_name
-        y, m, v = _normalise(wide, scale, bias, self.eps, axis_name)
+        y, m, v = _normalize(wide, scale, bias, self.eps, axis_name)
         if not self.is_initializing():
             count = (
                 x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
@@ -103,10 +103,10 @@ def local_response_norm(
     beta: float = 0.75,
     k: float = 2.0,
 ) -> Float[AnyArray, "*batch channels"]:
-    """Divides each channel of `x` by (k + alpha * sum of squares over `size` neighbouring channels) ** beta.
+    """Divides each channel of `x` by (k + alpha * sum of squares over `size` neighboring channels) ** beta.
 
     Defaults are those of Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*; PyTorch's multiplies the
-    mean, so its alpha is `size` times this one. The window is centred and clipped at the first and last channel; for an
+    mean, so its alpha is `size` times this one. The window is centerd and clipped at the first and last channel; for an
     even `size` it reaches one channel further down than up, as in PyTorch. Raises `ValueError` for a size below 1.
     """
     if size < 1:

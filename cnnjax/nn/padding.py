@@ -104,7 +104,7 @@ def pad(
 def center(
     x: Float[AnyArray, "batch _ _ channels"], height: int, width: int
 ) -> Float[AnyArray, "batch {height} {width} channels"]:
-    """Crops `x` about its centre, or sets it into zeros, until it has this size."""
+    """Crops `x` about its center, or sets it into zeros, until it has this size."""
     for axis, size in ((1, height), (2, width)):
         less = x.shape[axis] - size
         if less >= 0:
@@ -119,7 +119,7 @@ def center(
 def align(
     branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
 ) -> list[Float[AnyArray, "batch height width _"]]:
-    """Brings maps to one size about their centres: the smallest where nothing is padded, the largest, in zeros, under 'full'."""
+    """Brings maps to one size about their centers: the smallest where nothing is padded, the largest, in zeros, under 'full'."""
     choose = max if fill == "full" else min
     height, width = (choose(y.shape[axis] for y in branches) for axis in (1, 2))
     return [center(y, height, width) for y in branches]
@@ -137,7 +137,7 @@ def fit_to_branch(
     branch: Float[AnyArray, "batch _ _ _"],
     stride: int = 1,
 ) -> Float[AnyArray, "batch _ _ channels"]:
-    """Fits a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, centre on centre.
+    """Fits a residual block's input so that a 1x1 convolution of `stride` on it lands on the branch's map, center on center.
 
     It is cropped under 'none' and set into zeros under 'full'; with any other fill this changes nothing that the strided
     convolution reads.

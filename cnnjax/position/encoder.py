@@ -33,7 +33,7 @@ def normalize(
 
     Black is not 0, the value of zero padding, in the first: a black image can show its border to a network without biases.
     """
-    return augment.normalise(images, *_MOMENTS[pixels])
+    return augment.normalize(images, *_MOMENTS[pixels])
 
 
 def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:

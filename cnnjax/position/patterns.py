@@ -187,7 +187,7 @@ def windows(model: Network) -> tuple[Window, ...]:
         for number, block in enumerate(model.blocks, 1):
             convolutions = [
                 layer for layer in block if isinstance(layer, int)
-            ]  # neither 1x1 nor the normalisation
+            ]  # neither 1x1 nor the normalization
             found += [
                 Window(f"conv{number}_{at}", 3, 1, 1) for at in range(1, len(convolutions) + 1)
             ]

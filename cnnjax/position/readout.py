@@ -33,7 +33,7 @@ _BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
 
 
 class Scaler(NamedTuple):
-    """Standardises features [..., channels] per channel; channels that do not vary in training are switched off."""
+    """Standardizes features [..., channels] per channel; channels that do not vary in training are switched off."""
 
     mean: Float[Array, " channels"]
     scale: Float[Array, " channels"]
@@ -379,10 +379,10 @@ def fit_sgd(
     seed: int = 0,
     hidden: tuple[int, ...] = (),
 ) -> Sgd:
-    """The authors' readout with kernel `size` of each target and each of `seeds` initialisations.
+    """The authors' readout with kernel `size` of each target and each of `seeds` initializations.
 
     `hidden` are the channels of the layers before the last, each followed by BatchNorm and ReLU. The features `train` are
-    standardised first. Raises `ValueError` if the kernels are larger than the map.
+    standardized first. Raises `ValueError` if the kernels are larger than the map.
     """
     if size < 1 or (len(hidden) + 1) * (size - 1) >= min(train.shape[1:3]):
         times = f" {len(hidden) + 1} times" if hidden else ""

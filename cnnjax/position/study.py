@@ -44,9 +44,9 @@ DECISIONS = (
     "authors take the layers only). With `stages` empty, those that every padding under study leaves something of at this image "
     "size are used for all paddings.",
     f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned); the channels of all are joined and each is "
-    "standardised over the training images.",
+    "standardized over the training images.",
     "'none' pads nothing anywhere (residual skips are cropped to their branch); the readout itself is padded only where `readout_padding` "
-    "says so, with zeros before the features are standardised.",
+    "says so, with zeros before the features are standardized.",
     "Readout 'sgd' is the authors' code: convolution, BatchNorm, sigmoid; SGD of learning rate 0.1 (a tenth after two thirds of the "
     "steps), momentum 0.9, weight decay 1e-4, batches of 32, mean squared error at the image's size. Readout 'exact' is the ridge "
     f"solution on the readout's own grid, its strength chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} for each target on held-out "

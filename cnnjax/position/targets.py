@@ -16,7 +16,7 @@ _PERIODS = 2.5  # of the official stripes
 def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
     """The map `name` in [0, 1]; raises `ValueError` for an unknown name or a size below 2.
 
-    H grows from left to right, V from top to bottom, G is a Gaussian about the centre; HS are stripes along the vertical
+    H grows from left to right, V from top to bottom, G is a Gaussian about the center; HS are stripes along the vertical
     (each row is constant), VS along the horizontal.
     """
     if name not in TARGETS:
@@ -26,7 +26,7 @@ def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
     ramp = np.linspace(0, 1, size)
     offset = (
         np.arange(size) - (size - 1) / 2
-    ) / size  # of a pixel's centre from the image's, in sides
+    ) / size  # of a pixel's center from the image's, in sides
     if name in ("HS", "VS"):
         ramp = 0.5 + 0.5 * np.cos(2 * np.pi * _PERIODS * (offset + 0.5))
     if name == "G":

@@ -188,7 +188,7 @@ class Checkpoints:
             if header["leaves"].get(name) != expected.get(name):
                 raise ValueError(
                     f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, where {expected.get(name)} is "
-                    "expected: it is of another model or optimiser"
+                    "expected: it is of another model or optimizer"
                 )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
         found = self._manager.restore(

@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = "sgd"
     config.momentum = 0.9
     config.weight_decay = 0.0
-    config.decay_all = True  # False spares biases and normalisation
+    config.decay_all = True  # False spares biases and normalization
     config.schedule = ml_collections.ConfigDict(
         {"name": "constant", **schedules.DEFAULTS, "learning_rate": 0.1}
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Shaped, UInt8
 
-from cnnjax.data.augment import IGNORED, normalise, views
+from cnnjax.data.augment import IGNORED, normalize, views
 from cnnjax.models import Network
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.step import loss_and_errors
@@ -59,7 +59,7 @@ def averaged(count: int) -> Callable:
 @functools.lru_cache(maxsize=64)
 def compiled(parallel: Parallel, model: Network, output: Callable):
     def run(axis_name, variables, moments, images):
-        return output(model, variables, normalise(images, *moments))
+        return output(model, variables, normalize(images, *moments))
 
     return parallel.compile(run, replicated=2, shared=1, shares_output=True)
 

@@ -137,7 +137,7 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
 
 
 def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
-    """What pixels of 0 to 1 are normalised by. Raises `ValueError` where ImageNet's three channels are not the data's."""
+    """What pixels of 0 to 1 are normalized by. Raises `ValueError` where ImageNet's three channels are not the data's."""
     if config.pixels == "imagenet":
         if len(mean) != 3:
             raise ValueError(
@@ -163,7 +163,7 @@ class _Resident:
             self.data.train.images.shape[1:],
         )
         self.moments = parallel.replicate(
-            _moments(config, *arrays.normalisation(self.data.train.images))
+            _moments(config, *arrays.normalization(self.data.train.images))
         )
         self._placed = parallel.replicate(tuple(self.data.train))
         self._epoch, self._order = None, None
@@ -285,7 +285,7 @@ class _Streamed:
         size, source = self.config.image_size, self.sources["test"]
         return np.stack(
             [
-                np.asarray(stream.centre(source[int(number)][0], size, self.config.resize))
+                np.asarray(stream.center(source[int(number)][0], size, self.config.resize))
                 for number in numbers
             ]
         )

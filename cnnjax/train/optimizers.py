@@ -1,11 +1,11 @@
-"""Optimisers, made of optax's pieces and built inside jit: every number may be traced, so changing one compiles nothing."""
+"""Optimizers, made of optax's pieces and built inside jit: every number may be traced, so changing one compiles nothing."""
 
 import jax
 import optax
 
 
 def _kernels(params):
-    """True for kernels, False for biases and normalisation, which have one dimension."""
+    """True for kernels, False for biases and normalization, which have one dimension."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
@@ -57,7 +57,7 @@ OPTIMIZERS = {
 def optimizer(
     name: str, learning_rate, momentum=0.9, weight_decay=0.0, decay_all: bool = True
 ) -> optax.GradientTransformation:
-    """Builds one of `OPTIMIZERS`; `decay_all=False` spares biases and normalisation parameters from weight decay.
+    """Builds one of `OPTIMIZERS`; `decay_all=False` spares biases and normalization parameters from weight decay.
 
     "sgd" and "nesterov" are PyTorch's: weight decay is added to the gradient, and the learning rate multiplies the momentum's
     buffer. "adam" couples weight decay in the same way, "adamw" does not; `momentum` is their first beta, the second is 0.999.

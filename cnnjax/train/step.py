@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int, Integer, UInt8
 
 from cnnjax import transfer
-from cnnjax.data.augment import IGNORED, augment, augment_masks, normalise
+from cnnjax.data.augment import IGNORED, augment, augment_masks, normalize
 from cnnjax.models import Network
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
@@ -37,7 +37,7 @@ class Recipe:
 
     model: Network
     optimizer: str = "sgd"
-    decay_all: bool = True  # else weight decay spares biases and normalisation
+    decay_all: bool = True  # else weight decay spares biases and normalization
     loss: str = "cross_entropy"
     augment: tuple[tuple[str, Any], ...] = ()  # arguments of `cnnjax.data.augment.augment`
     mixup: bool = False
@@ -86,7 +86,7 @@ def init(
 ) -> State:
     """The state before the first step: the model's initial variables of the seed, but for those of the tree `taken`.
 
-    Frozen parameters have no part in the optimiser's state.
+    Frozen parameters have no part in the optimizer's state.
     """
     variables = transfer.merge(
         recipe.model.init(jax.random.key(numbers.seed), jnp.zeros((1, *input_shape))), taken or {}
@@ -175,7 +175,7 @@ def _gradients(recipe: Recipe, numbers: Numbers, trained, fixed, batch_stats, im
 
 
 def _scaled(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
-    """Updates, which are proportional to the learning rate with every optimiser, times the rates of their parts."""
+    """Updates, which are proportional to the learning rate with every optimizer, times the rates of their parts."""
     rates = {
         path[1:]: rate
         for part, rate in zip(recipe.rates, numbers.rates)
@@ -197,7 +197,7 @@ def batch_step(
     steps_per_epoch,
     numbers: Numbers,
 ) -> State:
-    """One step on this device's part of a batch; `moments` are the mean and std that they are normalised by."""
+    """One step on this device's part of a batch; `moments` are the mean and std that they are normalized by."""
     size = len(images)
     rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     key = lambda purpose: jax.random.fold_in(
@@ -206,7 +206,7 @@ def batch_step(
     places = jax.vmap(functools.partial(jax.random.fold_in, key(_AUGMENT)))(
         rank * size + jnp.arange(size)
     )
-    images = normalise(augment(places, images, **dict(recipe.augment)), *moments)
+    images = normalize(augment(places, images, **dict(recipe.augment)), *moments)
     if recipe.loss == "pixelwise":
         labels = augment_masks(places, labels, **dict(recipe.augment))
 

@@ -17,7 +17,7 @@ def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def parameter(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The value of torchvision's parameter `key`, at the scale of a well-initialised network (He et al. 2015)."""
+    """The value of torchvision's parameter `key`, at the scale of a well-initialized network (He et al. 2015)."""
     u = uniform(key, shape)
     if key.endswith("running_var"):
         return 1.25 + 0.25 * u

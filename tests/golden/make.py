@@ -10,7 +10,7 @@ Per network `name` and image size, all computed in float64, so that only the net
 mode, without dropout, on three inputs; "name/size/statistics" a digest of each running statistic after them, in the order of
 the state dict; "name/size/aux" the auxiliary logits of the last pass, where there are any. "name/keys" is the text of the
 state dict's keys and shapes; "name/moments" the mean, standard deviation and largest magnitude of each parameter that is newly
-initialised.
+initialized.
 """
 
 import pathlib
@@ -60,7 +60,7 @@ SIZES = {"inception_v3": 139}
 TRAIN_SIZES = {"inception_v3": 299}  # the least that its auxiliary classifier takes
 TRAIN_BATCHES = {
     "inception_v3": 4
-}  # its auxiliary classifier normalises single pixels, of which two are too few to be well conditioned
+}  # its auxiliary classifier normalizes single pixels, of which two are too few to be well conditioned
 LARGE = (("vgg16", 224), ("resnet50", 224))
 WITHOUT_DROPOUT = {
     "alexnet": ("dropout",),

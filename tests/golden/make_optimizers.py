@@ -1,4 +1,4 @@
-"""Records what PyTorch's optimisers and its plateau rule do, for tests/test_optimizers.py: `python make_optimizers.py`, with torch."""
+"""Records what PyTorch's optimizers and its plateau rule do, for tests/test_optimizers.py: `python make_optimizers.py`, with torch."""
 
 import json
 import pathlib

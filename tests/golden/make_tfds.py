@@ -12,7 +12,7 @@ import tempfile
 
 import numpy as np
 
-NAME = "coloured_ramps"
+NAME = "colored_ramps"
 CLASSES = ("red", "green", "blue")
 COUNTS = {"train": 18, "test": 6}
 
@@ -39,7 +39,7 @@ def main() -> None:
         def _info(self):
             return tfds.core.DatasetInfo(
                 builder=self,
-                description="Ramps of colour.",
+                description="Ramps of color.",
                 homepage="https://www.tensorflow.org/datasets",
                 features=tfds.features.FeaturesDict(
                     {
