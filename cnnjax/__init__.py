@@ -1,6 +1,6 @@
 """cnnjax: convolutional networks in JAX and Flax, and the studies that the lectures on them report."""
 
-from cnnjax import backend
+from cnnjax.runtime import backend
 
 __version__ = "0.1.0"
 

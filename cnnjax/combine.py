@@ -25,11 +25,12 @@ import numpy as np
 import optax
 import scipy.special
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.sums import channel_sum
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
@@ -590,7 +591,7 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line -> the exit code (`cnnjax.command.run`)."""
+    """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
     methods = "\n".join(f"  {name:18}{text}" for name, text in METHODS.items())
     parser = command.Parser(
         prog="python -m cnnjax.combine", description=__doc__, epilog=f"methods:\n{methods}"

@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from cnnjax import backend, command, workdir
+from cnnjax.runtime import backend, command, workdir
 
 # What a configuration's `kind` may be, and the module whose `check` and `run` do it.
 _JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
@@ -116,7 +116,7 @@ def _options() -> list[str]:
 def main(
     argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run
 ) -> int:
-    """Does `work` with a configuration and returns the exit code (`cnnjax.command.run`)."""
+    """Does `work` with a configuration and returns the exit code (`cnnjax.runtime.command.run`)."""
     if {"-h", "-help", "--help"} & set(argv[1:]):
         told = (f"  --{name:12}{flags.FLAGS[name].help}" for name in _options())
         print(

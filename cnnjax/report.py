@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 
-from cnnjax import workdir
 from cnnjax.data.augment import IGNORED
+from cnnjax.runtime import workdir
 
 # Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
 _COLORS = np.array(

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from cnnjax import command
+from cnnjax.runtime import command
 
 _LOOK_AROUND = (
     "mean",
@@ -357,7 +357,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line -> the exit code (`cnnjax.command.run`)."""
+    """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(
         prog="python -m cnnjax.summary", description="Prints a network's table."
     )

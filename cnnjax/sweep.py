@@ -23,7 +23,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from cnnjax import main, report, workdir
+from cnnjax import main, report
+from cnnjax.runtime import workdir
 
 _LAUNCHER = flags.DEFINE_enum(
     "launcher", None, ["slurm", "local"], "Hands the sweep to jobs of its own, and ends."

@@ -16,9 +16,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Integer
 
-from cnnjax import weights, workdir
+from cnnjax import weights
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
+from cnnjax.runtime import workdir
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)

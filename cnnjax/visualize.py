@@ -29,14 +29,15 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import backend, command, summary, weights, workdir
+from cnnjax import summary, weights
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS
 from cnnjax.position.encoder import normalize
 from cnnjax.position.metrics import border_distance
-from cnnjax.progress import progress
-from cnnjax.types import AnyArray
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
+from cnnjax.runtime.types import AnyArray
 
 # Through which ReLUs a signal dy passes on its way back from a map to the image, where x went in. "gradient": the derivative (Simonyan
 # et al. 2013, arXiv 1312.6034); "deconvnet": Zeiler and Fergus 2014 (arXiv 1311.2901); "guided": Springenberg et al. 2015 (arXiv
@@ -1185,7 +1186,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line -> the exit code (`cnnjax.command.run`)."""
+    """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
     options = _parse(arguments)
     return command.run(lambda: _work(options))
 

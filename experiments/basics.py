@@ -17,10 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import backend, command, report, summary, workdir
+from cnnjax import report, summary
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
+from cnnjax.runtime import backend, command, workdir
 
 SOBEL = np.array(
     [[-1, -2, -1], [0, 0, 0], [1, 2, 1]], np.float32

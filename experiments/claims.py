@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, command, summary, workdir
+from cnnjax import summary
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.mlp import MLP
 from cnnjax.nn import Conv, Dense, conv, local_response_norm, max_pool
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.weights import variable_shapes
 
 FILLS = (

@@ -19,9 +19,10 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from cnnjax import backend, command, report, transfer, weights, workdir
+from cnnjax import report, transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, evaluate, loop
 
 SETTINGS = {

@@ -20,8 +20,9 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from cnnjax import backend, combine, command, report, workdir
+from cnnjax import combine, report
 from cnnjax.data import arrays
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, loop
 
 _LOG = logging.getLogger("cnnjax")

@@ -16,7 +16,8 @@ import sys
 import matplotlib
 import numpy as np
 
-from cnnjax import command, report, workdir
+from cnnjax import report
+from cnnjax.runtime import command, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); it has no such figures for the tutorial's network.

@@ -22,9 +22,10 @@ import ml_collections
 import numpy as np
 import sklearn.linear_model
 
-from cnnjax import backend, command, report, transfer, workdir
+from cnnjax import report, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 

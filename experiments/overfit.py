@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays
 from cnnjax.models import base, create_model, list_models
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 

@@ -15,10 +15,11 @@ import sys
 import matplotlib
 import numpy as np
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.nn import FILLS
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from experiments.position_training import Net, check_counts, classify, trained
 
 GRID, _SIDE = 3, 32  # cells along a side, and an image's pixels

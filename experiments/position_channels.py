@@ -20,12 +20,13 @@ import jax
 import matplotlib
 import numpy as np
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.models.resnet import Block, basic
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from cnnjax.transfer import linear_probe
 from experiments.position_canvas import BATCH, GRID, TASKS, draw
 from experiments.position_training import check_counts, classify, trained

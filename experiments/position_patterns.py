@@ -25,13 +25,14 @@ import PIL.ImageOps
 import scipy.ndimage
 from matplotlib.figure import Figure
 
-from cnnjax import backend, command, report, weights, workdir
+from cnnjax import report, weights
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
 from cnnjax.position import patterns
 from cnnjax.position.encoder import stage_shapes
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from cnnjax.summary import receptive_field
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")

@@ -23,12 +23,13 @@ import optax
 import PIL.Image
 from matplotlib.figure import Figure
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, conv, uniform_fan_in
 from cnnjax.position.encoder import in_batches, normalize, reachable_stages
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 
 ROOK_PUBLISHED = 100  # % over 5 seeds, zero padding
 # Accuracy in percent by border, ResNet-18 with random frozen weights and zero padding, as read off the paper's figure.

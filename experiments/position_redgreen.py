@@ -22,9 +22,10 @@ import matplotlib
 import numpy as np
 import optax
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.nn import FILLS, Conv, Dense
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 
 # Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10 seeds.
 PUBLISHED = {

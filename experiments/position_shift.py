@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, resize
@@ -26,7 +26,8 @@ from cnnjax.position.encoder import encode, reachable_stages
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 
 _SIZE, _OBJECT = 192, 64  # px
 _SHIFTS = tuple(

@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 import ml_collections
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.position import study
+from cnnjax.runtime import backend, command, workdir
 from configs import posenet
 
 

@@ -21,7 +21,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, he_normal_fan_out
@@ -29,7 +29,8 @@ from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features, stage_
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, command, report, weights, workdir
+from cnnjax import report, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
 from cnnjax.transfer import linear_probe

@@ -16,11 +16,12 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from cnnjax import backend, command, report, weights, workdir
+from cnnjax import report, weights
 from cnnjax.data import arrays
 from cnnjax.models import create_model, fcn
 from cnnjax.nn import FILLS
 from cnnjax.position import metrics
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, evaluate, loop
 
 LECTURE = {"none": 12.3, "zeros": 23.1}  # mean IoU in percent

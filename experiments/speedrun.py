@@ -22,12 +22,13 @@ import numpy as np
 import optax
 import scipy.stats
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
 from cnnjax.models import create_model
 from cnnjax.models.speedrun import whitening_filters
-from cnnjax.progress import progress
+from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime.progress import progress
 from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
 

@@ -23,9 +23,10 @@ import jax
 import matplotlib.pyplot as pyplot
 import numpy as np
 
-from cnnjax import backend, command, report, transfer, workdir
+from cnnjax import report, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
+from cnnjax.runtime import backend, command, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import variable_shapes

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import backend, command, weights, workdir
+from cnnjax import weights
 from cnnjax.models import base, create_model, list_models
+from cnnjax.runtime import backend, command, workdir
 
 COLUMNS = {
     "model": "network",

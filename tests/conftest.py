@@ -26,7 +26,7 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-from cnnjax import backend  # noqa: E402
+from cnnjax.runtime import backend  # noqa: E402
 
 jax.config.update(
     "jax_num_cpu_devices", 8

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from cnnjax import backend
+from cnnjax.runtime import backend
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -38,7 +38,7 @@ def test_canary_sings_on_the_default_of_this_jaxlib():
     code = f"""
 import os
 os.environ["XLA_FLAGS"] = "{FLAG}=dot"
-from cnnjax import backend
+from cnnjax.runtime import backend
 try:
     backend.check_numerics()
 except RuntimeError as error:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from quick import jit
 
-from cnnjax import combine, workdir
+from cnnjax import combine
 from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
+from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel

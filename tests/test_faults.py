@@ -18,8 +18,9 @@ import PIL.Image
 import pytest
 from absl import flags
 
-from cnnjax import combine, main, report, workdir
+from cnnjax import combine, main, report
 from cnnjax.models import create_model
+from cnnjax.runtime import workdir
 from cnnjax.train import step
 from cnnjax.train.checkpoints import Checkpoints, _leaves
 
@@ -41,7 +42,8 @@ DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits that it is ignored
 import matplotlib.figure, sklearn.datasets
-from cnnjax import combine, main, report, sweep, workdir
+from cnnjax import combine, main, report, sweep
+from cnnjax.runtime import workdir
 from cnnjax.train import loop
 for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
     setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))

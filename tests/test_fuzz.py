@@ -23,9 +23,10 @@ import pytest
 import safetensors.numpy
 from test_data import SMALL, archive, as_published, binary, idx, python
 
-from cnnjax import weights, workdir
+from cnnjax import weights
 from cnnjax.data import arrays, photographs, stream
 from cnnjax.models import create_model
+from cnnjax.runtime import workdir
 from cnnjax.train import checkpoints
 
 CASES, SEED = int(os.environ.get("CNNJAX_FUZZ", 100)), int(os.environ.get("CNNJAX_FUZZ_SEED", 0))

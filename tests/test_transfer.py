@@ -12,9 +12,10 @@ from quick import jit
 from test_train import MOMENTS, Tiny, some_data
 
 import configs.lenet_digits
-from cnnjax import transfer, weights, workdir
+from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
+from cnnjax.runtime import workdir
 from cnnjax.train import loop, step
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
 from experiments import transfer as study

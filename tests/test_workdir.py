@@ -9,7 +9,8 @@ import time
 import matplotlib.figure
 import pytest
 
-from cnnjax import report, workdir
+from cnnjax import report
+from cnnjax.runtime import workdir
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ import os
 import pathlib
 import sys
 
-from cnnjax import backend, command, report, workdir
+from cnnjax import report
 from cnnjax.benchmark.sides import LAYERS, NETWORKS, SIDES
 from cnnjax.data import photographs
+from cnnjax.runtime import backend, command, workdir
 
 WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from cnnjax import backend
+from cnnjax.runtime import backend
 
 # The lectures' networks as PyTorch builds them: image side, channels, then features, kernel and padding of a convolution with its ReLU,
 # "pool", or the features of a linear layer.

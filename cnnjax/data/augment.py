@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 # Of ImageNet's RGB values between 0 and 1, as fb.resnet.torch and Caffe's AlexNet use them (Krizhevsky et al. 2012, section 4.1).
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 class Network(nn.Module):

@@ -25,7 +25,7 @@ from cnnjax.nn.geometry import Both, output_size, pair, valid_counts
 from cnnjax.nn.materialize import materialize
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.sums import add_bias, channel_sum
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _LARGE = 2**20  # elements: 4 MB

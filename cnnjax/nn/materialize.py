@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 def materialize(x: AnyArray) -> AnyArray:

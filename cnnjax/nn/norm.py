@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn.materialize import materialize
 from cnnjax.nn.sums import channel_sum
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 def _total(axis_name: str | None, *values: Array) -> tuple[Array, ...]:

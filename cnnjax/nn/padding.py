@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.resize import resize
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 FILLS = (
     "zeros",

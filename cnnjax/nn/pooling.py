@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn.geometry import Both, output_size, pair, valid_counts
 from cnnjax.nn.padding import check_fill, pad
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 def _window_taps(x, window, stride):

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cnnjax.nn.geometry import Both, pair
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 def resize(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 
 def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:

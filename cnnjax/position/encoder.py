@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from cnnjax import workdir
 from cnnjax.data import augment
 from cnnjax.models import Network
 from cnnjax.nn import resize
-from cnnjax.types import AnyArray
+from cnnjax.runtime import workdir
+from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
 
 FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28

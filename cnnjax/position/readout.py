@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.nn import conv, resize
-from cnnjax.types import AnyArray
+from cnnjax.runtime.types import AnyArray
 
 # Ridge strengths on offer, for features of unit variance; the best on held-out photographs is taken for each target.
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))

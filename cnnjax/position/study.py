@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from cnnjax import report, weights, workdir
+from cnnjax import report, weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import check_fill, resize
@@ -29,7 +29,8 @@ from cnnjax.position.encoder import (
 from cnnjax.position.metrics import CONSTANT, by_ring, scores
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.progress import progress
+from cnnjax.runtime import workdir
+from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
 RINGS = 7  # of the profile by the distance to the border

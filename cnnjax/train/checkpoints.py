@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from cnnjax import workdir
+from cnnjax.runtime import workdir
 
 _LOG = logging.getLogger("cnnjax")
 _MANIFEST = "manifest.json"

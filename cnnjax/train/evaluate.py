@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, Integer, Shaped, UInt8
 
 from cnnjax.data.augment import IGNORED, normalize, views
 from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.step import loss_and_errors
-from cnnjax.types import AnyArray
 
 _MASKS = 32  # masks that are scored together: their logits take many times the room of the images
 

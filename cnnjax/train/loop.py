@@ -20,9 +20,10 @@ import numpy as np
 import safetensors
 import tensorboardX
 
-from cnnjax import backend, report, signals, transfer, weights, workdir
+from cnnjax import report, transfer, weights
 from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
+from cnnjax.runtime import backend, signals, workdir
 from cnnjax.train import evaluate, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.optimizers import optimizer

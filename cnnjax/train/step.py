@@ -20,9 +20,9 @@ from jaxtyping import Float, Int, Integer, UInt8
 from cnnjax import transfer
 from cnnjax.data.augment import IGNORED, augment, augment_masks, normalize
 from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray, Leaf
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
-from cnnjax.types import AnyArray, Leaf
 
 LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
 # Weights of the auxiliary heads' losses: Szegedy et al. 2014, section 5. Models without such heads have none.

@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 
-from cnnjax import backend
+from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
 _SEALED = (

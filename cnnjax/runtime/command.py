@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from cnnjax import signals, workdir
+from cnnjax.runtime import signals, workdir
 
 _RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 

@@ -1,0 +1,1 @@
+"""What every command shares: the backend, command lines, work directories, signals, progress."""
