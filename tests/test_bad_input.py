@@ -152,7 +152,7 @@ CASES = [
         (*TRAIN, "--config.parallel=pmapped"),
         "parallel='pmapped' is not one of auto, jit, pmap, shard_map",
     ),
-    ((*TRAIN, "--config.pixels=raw"), "pixels='raw' is not one of standardized, imagenet, centerd"),
+    ((*TRAIN, "--config.pixels=raw"), "pixels='raw' is not one of standardised, imagenet, centred"),
     ((*TRAIN, "--config.test_views=3"), "test_views=3 is not one of 1, 2, 10"),
     (
         (*TRAIN, "--config.test_views=10"),

@@ -363,7 +363,7 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
         ("shufflenet_v2_x0_5", "stage2"),
     ],
 )
-def test_a_cropped_skip_is_centerd_on_its_branch(name, last):
+def test_a_cropped_skip_is_centered_on_its_branch(name, last):
     """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))

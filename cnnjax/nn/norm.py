@@ -28,9 +28,9 @@ def _normalize(x, scale, bias, eps, axis_name):
 def _normalize_forward(x, scale, bias, eps, axis_name):
     count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     (mean,) = (total / count for total in _total(axis_name, channel_sum(x)))
-    centerd = x - mean
+    centered = x - mean
     (var,) = (
-        total / count for total in _total(axis_name, channel_sum(centerd, centerd))
+        total / count for total in _total(axis_name, channel_sum(centered, centered))
     )  # two passes: E[x^2] - E[x]^2 cancels
     factor = scale / jnp.sqrt(var + eps)
     return (x * factor + (bias - mean * factor), mean, var), (x, scale, mean, var, count)
@@ -106,7 +106,7 @@ def local_response_norm(
     """Divides each channel of `x` by (k + alpha * sum of squares over `size` neighboring channels) ** beta.
 
     Defaults are those of Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*; PyTorch's multiplies the
-    mean, so its alpha is `size` times this one. The window is centerd and clipped at the first and last channel; for an
+    mean, so its alpha is `size` times this one. The window is centered and clipped at the first and last channel; for an
     even `size` it reaches one channel further down than up, as in PyTorch. Raises `ValueError` for a size below 1.
     """
     if size < 1:
