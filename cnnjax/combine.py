@@ -25,12 +25,11 @@ import numpy as np
 import optax
 import scipy.special
 
-from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.sums import channel_sum
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
@@ -513,7 +512,7 @@ def _report(results: dict) -> str:
     ratio = results["seconds_per_image"]["ratio"]
     return (
         f"# {results['method']}: {METHODS[results['method']]}\n\nErrors in percent; std is the sample standard deviation.\n\n"
-        + report.table(["network", "validation error", "test error", "forward passes"], lines)
+        + tables.table(["network", "validation error", "test error", "forward passes"], lines)
         + f"\nIngredients: {', '.join(results['ingredients'])}. An image takes {ratio:.2f} times as long as with one network. The test "
         "set was used once, at the end.\n"
     )

@@ -1,7 +1,6 @@
 """Reports from the files of a work directory, and from nothing else: tables in Markdown, figures in PNG."""
 
 import json
-import math
 import pathlib
 
 import matplotlib
@@ -9,10 +8,9 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 
 from cnnjax.data.augment import IGNORED
-from cnnjax.runtime import workdir
+from cnnjax.runtime import tables, workdir
 
 # Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
 _COLORS = np.array(
@@ -60,38 +58,6 @@ def _cell(row: dict) -> str:
     return f"{_signed(row['spc'])}{spread} / {row['mae']:.3f} / {_signed(row['r2'])}"
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return (
-        "\n".join(
-            "| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]
-        )
-        + "\n"
-    )
-
-
-def spread(values, digits: int, sign: str = "") -> str:
-    """Mean ± sample standard deviation; of one value itself. `sign` "+" shows it of positive means too."""
-    return f"{np.mean(values):{sign}.{digits}f}" + (
-        f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    )
-
-
-def bar(values) -> np.ndarray:
-    """An error bar's half: the sample standard deviation over the first axis, 0 of one value."""
-    return np.std(values, 0, ddof=1) if len(values) > 1 else 0 * np.asarray(values)[0]
-
-
-def half_width(values) -> float:
-    """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
-    n = len(values)
-    return (
-        float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-        if n > 1
-        else math.inf
-    )
-
-
 def paint(masks: np.ndarray) -> np.ndarray:
     """Masks uint8 [..., height, width] in colors, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
     return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
@@ -114,7 +80,7 @@ def _position_tables(results: dict) -> str:
             lines.append(
                 [encoder, fill, *(f"{_signed(row['spc'])} ({_signed(row['r2'])})" for row in found)]
             )
-    text.append(table(["encoder", "padding", *data], lines))
+    text.append(tables.table(["encoder", "padding", *data], lines))
     for kind in data:
         counted = next(row for row in rows if row["data"] == kind)
         text.append(f"\n## All targets, {kind} images\n")
@@ -136,7 +102,7 @@ def _position_tables(results: dict) -> str:
             ]
             for encoder, fill, readout in settings
         ]
-        text.append(table(["encoder", "padding", "readout", *targets], [chance, *lines]))
+        text.append(tables.table(["encoder", "padding", "readout", *targets], [chance, *lines]))
     sources = dict.fromkeys(
         (row["encoder"], row["weights"], ", ".join(row["stages"])) for row in rows
     )
@@ -403,7 +369,7 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         "" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])
     ]
     by_class = (
-        f"\n{metric} of each class of the test set, %:\n\n{table(results['classes'], [scores])}"
+        f"\n{metric} of each class of the test set, %:\n\n{tables.table(results['classes'], [scores])}"
         if scores
         else ""
     )
@@ -415,7 +381,7 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
     return (
         f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
         f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-        + table(["part", "images", "loss", "error", metric], lines)
+        + tables.table(["part", "images", "loss", "error", metric], lines)
         + by_class
         + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
         "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n"

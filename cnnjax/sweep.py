@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from cnnjax import main, report
-from cnnjax.runtime import workdir
+from cnnjax import main
+from cnnjax.runtime import tables, workdir
 
 _LAUNCHER = flags.DEFINE_enum(
     "launcher", None, ["slurm", "local"], "Hands the sweep to jobs of its own, and ends."
@@ -86,7 +86,7 @@ def _interval(values: list[float]) -> dict:
         "mean": float(np.mean(values)),
         "std": std,
         "n": n,
-        "half_width": report.half_width(values) if n > 1 else None,
+        "half_width": tables.half_width(values) if n > 1 else None,
     }
 
 
@@ -135,7 +135,7 @@ def summarize(folder: pathlib.Path, cells: list[dict]) -> None:
     workdir.write(
         folder / "sweep.md",
         text
-        + report.table(
+        + tables.table(
             ["cell", *(metric.replace("_", " ") for metric in metrics), "failed"], lines
         ),
     )

@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import report, summary
+from cnnjax import summary
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 
 SOBEL = np.array(
     [[-1, -2, -1], [0, 0, 0], [1, 2, 1]], np.float32
@@ -681,7 +681,7 @@ def sentences(found: dict, name: str) -> list[tuple[str, str, str]]:
     flat, zeros = edges["flat image of 100, greatest magnitude"], found["shift"]["zeros"]
     megabytes = lambda key, rows=vgg: f"{_MB * sum(row[key] for row in rows):.3g} MB"
     pools = {(row["pool"], row["window"]): row for row in found["pooling"]["one pixel"]}
-    moves = report.table(
+    moves = tables.table(
         ["pool", "window", "values that differ", "RMS difference / deviation of the map"],
         [
             [row["pool"], row["window"], f"{row['changed']:.0%}", f"{row['difference']:.2f}"]
@@ -693,7 +693,7 @@ def sentences(found: dict, name: str) -> list[tuple[str, str, str]]:
         for key in (("none", "stride 1"), ("max", "2x2, stride 2"), ("average", "2x2, stride 2"))
     )
     holds = lambda truth: "holds" if truth else "does not hold"
-    shifts = report.table(
+    shifts = tables.table(
         [
             "fill",
             "variance explained by the position",
@@ -712,7 +712,7 @@ def sentences(found: dict, name: str) -> list[tuple[str, str, str]]:
             for fill, row in found["shift"].items()
         ],
     )
-    layers = report.table(
+    layers = tables.table(
         ["layer", "n, p, k, s", "formula", "printed", "computed"],
         [
             [

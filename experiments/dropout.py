@@ -19,10 +19,10 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from cnnjax import report, transfer, weights
+from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 
 SETTINGS = {
@@ -186,7 +186,7 @@ def verdict(rows: list[dict]) -> str:
             )
             line = f"{text}, {SHARES[number]:.0%}: it costs {costs[0]:.2f} points without and {costs[1]:.2f} with dropout"
             if len(values) > 1:
-                half = report.half_width(values)
+                half = tables.half_width(values)
                 word = (
                     "holds"
                     if values.mean() > half
@@ -194,7 +194,7 @@ def verdict(rows: list[dict]) -> str:
                     if values.mean() < -half
                     else "is not decided"
                 )
-                line += f", {report.spread(values, 2)} less (n={len(values)}): that units are made redundant {word}"
+                line += f", {tables.spread(values, 2)} less (n={len(values)}): that units are made redundant {word}"
             sentences.append(f"- D10, {line}.\n")
     return "".join(sentences)
 
@@ -238,7 +238,7 @@ def write(folder: pathlib.Path, options: argparse.Namespace, rows: list[dict]) -
     workdir.write_figure(folder / "dropout.png", figure)
     matplotlib.pyplot.close(figure)
 
-    show = functools.partial(report.spread, digits=2)
+    show = functools.partial(tables.spread, digits=2)
     lines = []
     for way, text in WAYS.items():
         for number, share in enumerate(SHARES):
@@ -259,7 +259,7 @@ def write(folder: pathlib.Path, options: argparse.Namespace, rows: list[dict]) -
                     str(len(found[0])),
                 ]
             )
-    table = report.table(
+    table = tables.table(
         [
             "way",
             "removed",

@@ -20,9 +20,9 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from cnnjax import combine, report
+from cnnjax import combine
 from cnnjax.data import arrays
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, loop
 
 _LOG = logging.getLogger("cnnjax")
@@ -209,7 +209,7 @@ def collect(folder: pathlib.Path, options: argparse.Namespace) -> list[dict]:
 
 def summary(values: list[float]) -> dict:
     """Mean, median, n and, from two values on, the sample standard deviation and the ends of the mean's 95 % interval (Student's t)."""
-    mean, n, half = float(np.mean(values)), len(values), report.half_width(values)
+    mean, n, half = float(np.mean(values)), len(values), tables.half_width(values)
     std = float(np.std(values, ddof=1)) if n > 1 else None
     return {
         "mean": mean,
@@ -380,7 +380,7 @@ def write(folder: pathlib.Path, options: argparse.Namespace, repetitions: list[l
         "n",
     ]
     told = "\n".join(f"- {sentence}" for sentence in verdicts(of, options)) + "\n"
-    table = report.table(header, lines)
+    table = tables.table(header, lines)
     workdir.write_json(
         folder / "ensemble_vs_soup.json",
         {

@@ -16,8 +16,7 @@ import sys
 import matplotlib
 import numpy as np
 
-from cnnjax import report
-from cnnjax.runtime import command, workdir
+from cnnjax.runtime import command, tables, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); it has no such figures for the tutorial's network.
@@ -107,7 +106,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    table = report.table(_HEADER, lines)
+    table = tables.table(_HEADER, lines)
     told = "".join(f"\n{row['network']}: {error}\n" for row in rows for error in row["failed"][:1])
     workdir.write_json(folder / "comparison.json", rows)
     matplotlib.use("Agg")

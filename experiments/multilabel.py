@@ -22,10 +22,10 @@ import ml_collections
 import numpy as np
 import sklearn.linear_model
 
-from cnnjax import report, transfer
+from cnnjax import transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 
@@ -112,7 +112,7 @@ def _figure(
             at,
             100 * values.mean(0),
             width,
-            yerr=100 * report.bar(values),
+            yerr=100 * tables.bar(values),
             error_kw={"lw": 0.8},
             label=f"{method} (n={len(values)})",
         )
@@ -151,13 +151,13 @@ def write(options, data: arrays.Dataset, rows: list[dict]) -> str:
         )
         for method in dict.fromkeys(row["method"] for row in rows)
     }
-    cell = lambda values: report.spread(100 * np.asarray(values), 1)
+    cell = lambda values: tables.spread(100 * np.asarray(values), 1)
     lines = [[_BASELINE, cell([prevalence.mean()]), *(cell([value]) for value in prevalence), ""]]
     lines += [
         [method, cell(values.mean(1)), *map(cell, values.T), str(len(values))]
         for method, values in found.items()
     ]
-    table = report.table(["method", "mean AP", *names, "n"], lines)
+    table = tables.table(["method", "mean AP", *names, "n"], lines)
     workdir.write_json(
         options.workdir / "multilabel.json",
         {

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import report
 from cnnjax.data import arrays
 from cnnjax.models import base, create_model, list_models
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 
@@ -101,7 +100,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    table = report.table(["network", "image size", "steps", "loss", "error"], lines)
+    table = tables.table(["network", "image size", "steps", "loss", "error"], lines)
     text = f"# One batch learned by heart\n\nEight CIFAR-10 images; the goal is a loss below {GOAL}.\n\n"
     workdir.write(folder / "report.md", text + table)
     return table

@@ -15,10 +15,9 @@ import sys
 import matplotlib
 import numpy as np
 
-from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.nn import FILLS
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from experiments.position_training import Net, check_counts, classify, trained
 
@@ -95,13 +94,13 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
                 for row in rows
                 if (row["task"], row["canvas"], row["padding"]) == (*column, padding)
             ]
-            lines[at].append(report.spread(values, 1))
+            lines[at].append(tables.spread(values, 1))
             axis.bar(
                 at + 0.8 * (number + 0.5) / len(columns) - 0.4,
                 np.mean(values),
                 0.8 / len(columns),
                 color=f"C{number}",
-                yerr=report.bar(values),
+                yerr=tables.bar(values),
                 label=None if at else f"{column[0]}, {column[1]} canvas",
             )
     for chance, style in ((100 / GRID**2, "-"), (10, ":")):
@@ -112,7 +111,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
     workdir.write_figure(folder / "canvas.png", figure)
     pyplot.close(figure)
     seeds = len({row["seed"] for row in rows})
-    table = report.table(
+    table = tables.table(
         ["padding", *(f"{task}, {canvas}, %" for task, canvas in columns), "n"],
         [[*line, str(seeds)] for line in lines],
     )

@@ -20,12 +20,11 @@ import jax
 import matplotlib
 import numpy as np
 
-from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.models.resnet import Block, basic
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.transfer import linear_probe
 from experiments.position_canvas import BATCH, GRID, TASKS, draw
@@ -164,9 +163,9 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
         for network in NETWORKS:
             mine = [row for row in rows if (row["network"], row["task"]) == (network, task)]
             found = [
-                report.spread([100 * row["accuracy"] for row in mine], 1),
+                tables.spread([100 * row["accuracy"] for row in mine], 1),
                 PUBLISHED.get((network, task), ""),
-                *(report.spread([100 * row["read"][name] for row in mine], 1) for name in TASKS),
+                *(tables.spread([100 * row["read"][name] for row in mine], 1) for name in TASKS),
             ]
             lines.append([network, task, *found, str(len(mine))])
         mine = [row for row in rows if row["network"] == "gapnet" and row["task"] == task]
@@ -177,13 +176,13 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
             axis.errorbar(
                 _REMOVED,
                 values.mean(0),
-                report.bar(values),
+                tables.bar(values),
                 color=f"C{number}",
                 marker=".",
                 capsize=2,
                 label=label,
             )
-            removed.append([task, label, *(report.spread(list(column), 1) for column in values.T)])
+            removed.append([task, label, *(tables.spread(list(column), 1) for column in values.T)])
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
         axis.set(
             title=f"GAPNet, {task}",
@@ -194,7 +193,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
         axis.legend(fontsize=8)
     workdir.write_figure(folder / "channels.png", figure)
     pyplot.close(figure)
-    table = report.table(
+    table = tables.table(
         [
             "network",
             "trained for",
@@ -206,7 +205,7 @@ def write(folder: pathlib.Path, rows: list[dict], settings: dict) -> str:
         ],
         lines,
     )
-    ablation = report.table(["task", "channels set to zero", *map(str, _REMOVED)], removed)
+    ablation = tables.table(["task", "channels set to zero", *map(str, _REMOVED)], removed)
     workdir.write_json(folder / "channels.json", rows)
     workdir.write(
         folder / "report.md",

@@ -25,13 +25,13 @@ import PIL.ImageOps
 import scipy.ndimage
 from matplotlib.figure import Figure
 
-from cnnjax import report, weights
+from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
 from cnnjax.position import patterns
 from cnnjax.position.encoder import stage_shapes
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.summary import receptive_field
 
@@ -157,7 +157,7 @@ def _strengths(folder: pathlib.Path, cells: list[dict]) -> str:
             for padding, per_seed in by_padding.items():
                 rows = [of[number] for of in per_seed]
                 found = (
-                    report.spread([row[key] for row in rows], 3) for key in ("mae", "snr", "shared")
+                    tables.spread([row[key] for row in rows], 3) for key in ("mae", "snr", "shared")
                 )
                 lines.append([*subject, stage["stage"], padding, *found, str(len(rows))])
         shown = max(
@@ -187,7 +187,7 @@ def _strengths(folder: pathlib.Path, cells: list[dict]) -> str:
     curve_axes[-1].legend(fontsize=8)
     workdir.write_figure(folder / "patterns.png", maps)
     workdir.write_figure(folder / "distances.png", curves)
-    return report.table(
+    return tables.table(
         ["encoder", "weights", "stage", "padding", "MAE", "SNR", "shared", "n"], lines
     )
 
@@ -227,7 +227,7 @@ def blind_spots(folder: pathlib.Path) -> tuple[str, dict]:
         "strided windows",
         f"sizes {SIZES[0]} to {SIZES[-1]} that all of them read evenly",
     ]
-    sizes = report.table([*header, *(f"uneven at {size}" for size in SHOWN)], lines)
+    sizes = tables.table([*header, *(f"uneven at {size}" for size in SHOWN)], lines)
     figure, lines = Figure(figsize=(2 * len(_READ_FILLS) + 0.5, 4.4), layout="constrained"), []
     axes = figure.subplots(len(SHOWN), len(_READ_FILLS))
     for name, chain in chains.items():
@@ -252,7 +252,7 @@ def blind_spots(folder: pathlib.Path) -> tuple[str, dict]:
         label=f"reads of a pixel by {READ_BY[0]} / average,\naveraged over {_SMOOTH}x{_SMOOTH} pixels",
     )
     workdir.write_figure(folder / "reads.png", figure)
-    return f"{sizes}\n{report.table(['network', 'size', *_READ_FILLS], lines)}", numbers
+    return f"{sizes}\n{tables.table(['network', 'size', *_READ_FILLS], lines)}", numbers
 
 
 def write(folder: pathlib.Path, cells: list[dict]) -> str:

@@ -23,12 +23,11 @@ import optax
 import PIL.Image
 from matplotlib.figure import Figure
 
-from cnnjax import report
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, conv, uniform_fan_in
 from cnnjax.position.encoder import in_batches, normalize, reachable_stages
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 ROOK_PUBLISHED = 100  # % over 5 seeds, zero padding
@@ -223,14 +222,14 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
         lines.append(
             [
                 padding,
-                report.spread(accuracy, 0),
+                tables.spread(accuracy, 0),
                 str(ROOK_PUBLISHED) if padding == "zeros" else "",
-                report.spread(differ, 1),
+                tables.spread(differ, 1),
                 str(len(accuracy)),
             ]
         )
-    tables = [
-        report.table(
+    sections = [
+        tables.table(
             [
                 "padding",
                 "trained, %",
@@ -257,7 +256,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
             np.arange(len(paddings)) + shift,
             list(map(np.mean, values)),
             0.4,
-            yerr=list(map(report.bar, values)),
+            yerr=list(map(tables.bar, values)),
             label=label,
         )
     axes[2].axhline(50, color="black", lw=0.5)
@@ -298,7 +297,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
                     [
                         padding,
                         stage,
-                        *(report.spread(v, 1) if v else "" for v in at),
+                        *(tables.spread(v, 1) if v else "" for v in at),
                         str(max(map(len, at))),
                     ]
                 )
@@ -306,7 +305,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
                 axis.errorbar(
                     where,
                     [np.mean(at[i]) for i in where],
-                    [report.bar(at[i]) for i in where],
+                    [tables.bar(at[i]) for i in where],
                     marker=".",
                     capsize=2,
                     color=f"C{FILLS.index(padding) % 10}",
@@ -321,20 +320,20 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     axes[-1].legend(*([entry[:1] for entry in axes[-1].get_legend_handles_labels()]), fontsize=8)
     workdir.write_figure(folder / "quadrants.png", figure)
     tables.append(
-        report.table(["padding", "stage", *(f"border {border}" for border in borders), "n"], lines)
+        tables.table(["padding", "stage", *(f"border {border}" for border in borders), "n"], lines)
     )
     workdir.write_json(folder / "results.json", {"rook": rook, "quadrants": cells})
     text = (
         "# Rook and quadrants\n\nMean ± sample standard deviation over n seeds; chance is 50 %. Published: Kayhan and van Gemert 2020, "
         f"with 2,000 photographs (here {cells[0]['images']} of each seed, half of them to train on), whose networks' "
         "BatchNorm took statistics of the canvases, while these are as initialized.\n\n## Rook\n\n"
-        f"{tables[0]}\n![rook](rook.png)\n\n## Quadrants, % correct\n\n"
+        f"{sections[0]}\n![rook](rook.png)\n\n## Quadrants, % correct\n\n"
         "A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 pixels apart, a whole number of steps "
         "of every stage. Circular padding hides the place only where the canvas is a whole number of steps wide too: 120 pixels are 15 "
-        f"steps of layer2, 7.5 of layer3.\n\n{tables[1]}\n![quadrants](quadrants.png)\n"
+        f"steps of layer2, 7.5 of layer3.\n\n{sections[1]}\n![quadrants](quadrants.png)\n"
     )
     workdir.write(folder / "report.md", text)
-    return "\n".join(tables)
+    return "\n".join(sections)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,9 +22,8 @@ import matplotlib
 import numpy as np
 import optax
 
-from cnnjax import report
 from cnnjax.nn import FILLS, Conv, Dense
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 # Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10 seeds.
@@ -175,7 +174,7 @@ def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
             values = [100 * row[kind] for row in rows if row["padding"] == padding]
             published = PUBLISHED.get(padding)
             line += [
-                report.spread(values, 1),
+                tables.spread(values, 1),
                 "{:.1f} ± {:.1f}".format(*published[kind == "dissimilar"]) if published else "",
             ]
             color = "C0" if kind == "similar" else "C1"
@@ -183,7 +182,7 @@ def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
                 number + shift,
                 np.mean(values),
                 0.4,
-                yerr=report.bar(values),
+                yerr=tables.bar(values),
                 color=color,
                 label=None if number else kind,
             )
@@ -200,7 +199,7 @@ def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
     axes[2].legend(fontsize=8)
     workdir.write_figure(folder / "redgreen.png", figure)
     pyplot.close(figure)
-    table = report.table(
+    table = tables.table(
         ["padding", "similar, %", "published", "dissimilar, %", "published", "n", "epochs"], lines
     )
     workdir.write_json(folder / "redgreen.json", rows)

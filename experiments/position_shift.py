@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from cnnjax import report
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, resize
@@ -26,7 +25,7 @@ from cnnjax.position.encoder import encode, reachable_stages
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 _SIZE, _OBJECT = 192, 64  # px
@@ -155,8 +154,8 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
                         encoder,
                         padding,
                         kind,
-                        *(report.spread(values[key], 2) for key in ("frame", "scene")),
-                        report.spread(values["r2"], 2) if kind == "photograph" else "",
+                        *(tables.spread(values[key], 2) for key in ("frame", "scene")),
+                        tables.spread(values["r2"], 2) if kind == "photograph" else "",
                         f"{len(found)} ({len(mine)})",
                     ]
                 )
@@ -165,7 +164,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
                         number + shift,
                         np.mean(values[key]),
                         0.4,
-                        yerr=report.bar(values[key]),
+                        yerr=tables.bar(values[key]),
                         color="C0" if key == "frame" else "C1",
                         label=None if number else key,
                     )
@@ -198,7 +197,7 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
     axes[0, 0].legend(fontsize=6)
     workdir.write_figure(folder / "shift.png", figure)
     pyplot.close(figure)
-    table = report.table(
+    table = tables.table(
         ["encoder", "padding", "content", "frame", "scene", "R2", "n (encoders)"], lines
     )
     workdir.write_json(folder / "shift.json", rows)

@@ -24,9 +24,8 @@ from typing import NamedTuple
 
 import ml_collections
 
-from cnnjax import report
 from cnnjax.position import study
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from configs import posenet
 
 
@@ -342,7 +341,7 @@ def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
         "exact: SPC ± std / MAE / R2",
         "seeds",
     ]
-    return report.table(header, lines), values
+    return tables.table(header, lines), values
 
 
 def write(name: str, options: argparse.Namespace, table: str, values: list[dict]) -> str:

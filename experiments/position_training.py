@@ -21,7 +21,6 @@ import jax
 import matplotlib
 import numpy as np
 
-from cnnjax import report
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, he_normal_fan_out
@@ -29,7 +28,7 @@ from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features, stage_
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
@@ -235,18 +234,18 @@ def write(
             [
                 padding,
                 *(
-                    report.spread([100 * row[key] for row in mine], 1)
+                    tables.spread([100 * row[key] for row in mine], 1)
                     for key in ("accuracy", "shifted", "agreement")
                 ),
                 *(
-                    report.spread(
+                    tables.spread(
                         r2(padding, epoch=epoch, stage="all", target=name, data="natural"), 2
                     )
                     for name in _TARGETS
                     for epoch in (0, epochs[-1])
                 ),
                 *(
-                    report.spread(
+                    tables.spread(
                         r2(padding, epoch=epoch, stage="all", target="H", data="black"), 2
                     )
                     for epoch in (0, epochs[-1])
@@ -267,20 +266,20 @@ def write(
         "trained",
         "n",
     ]
-    table = report.table(header, final)
+    table = tables.table(header, final)
     lines = [
         [
             padding,
             stage,
             *(
-                report.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2)
+                tables.spread(r2(padding, epoch=epoch, stage=stage, target="H", data="natural"), 2)
                 for epoch in epochs
             ),
         ]
         for padding in paddings
         for stage in stages
     ]
-    by_stage = report.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
+    by_stage = tables.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
 
     figure, axes = pyplot.subplots(
         2,
@@ -299,7 +298,7 @@ def write(
                         for epoch in epochs
                     ]
                 )
-                mean, std = values.mean(1), report.bar(values.T)
+                mean, std = values.mean(1), tables.bar(values.T)
                 axis.plot(epochs, mean, ".-", color=f"C{number}", label=padding)
                 axis.fill_between(
                     epochs, mean - std, mean + std, color=f"C{number}", alpha=0.2, lw=0

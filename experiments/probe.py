@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import report, weights
+from cnnjax import weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
@@ -75,7 +75,7 @@ def write(options, rows: list[dict]) -> str:
         lines.append(
             [
                 name,
-                report.spread([100 * value for value in found], 2),
+                tables.spread([100 * value for value in found], 2),
                 str(len(found)),
                 ", ".join(strengths),
             ]
@@ -84,7 +84,7 @@ def write(options, rows: list[dict]) -> str:
         f"# A linear probe on MobileNetV2's features\n\nCIFAR-10 at {options.size} px, {options.train:,} training and "
         f"{options.test:,} test images; accuracy in percent, over disjoint sets of training images.\n\n"
     )
-    table = report.table(["weights", "mean ± std", "n", "strengths chosen"], lines)
+    table = tables.table(["weights", "mean ± std", "n", "strengths chosen"], lines)
     workdir.write(options.workdir / "report.md", text + table)
     return table
 

@@ -21,7 +21,7 @@ from cnnjax.data import arrays
 from cnnjax.models import create_model, fcn
 from cnnjax.nn import FILLS
 from cnnjax.position import metrics
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 
 LECTURE = {"none": 12.3, "zeros": 23.1}  # mean IoU in percent
@@ -120,7 +120,7 @@ def judge(rows: list[dict]) -> str:
     ]
     if len(gains) < 2:
         return "Two seeds of zeros and of none are needed to judge the lecture's direction.\n"
-    half = report.half_width(gains)
+    half = tables.half_width(gains)
     verdict = (
         "undecided"
         if abs(np.mean(gains)) <= half
@@ -154,7 +154,7 @@ def _figures(
         axis.errorbar(
             at,
             values.mean(0),
-            report.bar(values),
+            tables.bar(values),
             capsize=2,
             marker="o",
             markersize=3,
@@ -214,7 +214,7 @@ def write(
 
     def cell(values):
         known = [100 * value for value in values if value is not None]
-        return report.spread(known, 1) if known else ""
+        return tables.spread(known, 1) if known else ""
 
     lines, per_class = [], []
     for padding, mine in [
@@ -235,7 +235,7 @@ def write(
         per_class.append(
             [padding, *(cell(values) for values in zip(*(row["by_class"] for row in mine)))]
         )
-    table = report.table(
+    table = tables.table(
         [
             "padding",
             "lecture (VOC)",
@@ -254,7 +254,7 @@ def write(
         "240x180), mean ± sample standard deviation over seeds of weights and order. The inner part is what the deepest map without "
         "padding reaches; beyond it that map's nearest scores are taken. *Position alone* is the most frequent class at each pixel of "
         f"the training masks.\n\n{table}\n{judge(rows)}\nIoU of each class:\n\n"
-        f"{report.table(['padding', *data.classes], per_class)}\n![Mean IoU by ring](rings.png)\n\n![Scenes](scenes.png)\n"
+        f"{tables.table(['padding', *data.classes], per_class)}\n![Mean IoU by ring](rings.png)\n\n![Scenes](scenes.png)\n"
     )
     workdir.write(options.workdir / "report.md", text)
     return table

@@ -22,12 +22,11 @@ import numpy as np
 import optax
 import scipy.stats
 
-from cnnjax import report
 from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
 from cnnjax.models import create_model
 from cnnjax.models.speedrun import whitening_filters
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
@@ -258,7 +257,7 @@ def summarize(rows: list[dict]) -> dict:
         test = scipy.stats.ttest_1samp(values, TARGET, alternative="greater")
         found |= {
             "std": std,
-            "half_width": report.half_width(values),
+            "half_width": tables.half_width(values),
             "t": float(test.statistic),
             "p": float(test.pvalue),
         }
@@ -303,7 +302,7 @@ def write(folder: pathlib.Path, config, rows: list[dict]) -> str:
         [name, "A100", f"{mean:.2f}{spread(std)}", f"{n:,}", f"{seconds:.2f}"]
         for name, (mean, std, n, seconds) in RECORDS.items()
     ]
-    table = report.table(["", "device", "accuracy, %", "n", "seconds a run"], lines)
+    table = tables.table(["", "device", "accuracy, %", "n", "seconds a run"], lines)
     least, most = found["seconds_range"]
     test = (
         "One run, or runs alike, have no t-test."

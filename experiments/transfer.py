@@ -23,10 +23,10 @@ import jax
 import matplotlib.pyplot as pyplot
 import numpy as np
 
-from cnnjax import report, transfer
+from cnnjax import transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import variable_shapes
@@ -261,12 +261,12 @@ def values(rows: list[dict], key: str = "accuracy", **which) -> np.ndarray:
 
 
 def shown(found: np.ndarray, sign: str = "") -> str:
-    return report.spread(found, 1, sign)
+    return tables.spread(found, 1, sign)
 
 
 def curve(axis, x, found: list[np.ndarray], **style) -> None:
     """Means with their sample standard deviations, and every seed as a point."""
-    axis.errorbar(x, [f.mean() for f in found], list(map(report.bar, found)), capsize=2, **style)
+    axis.errorbar(x, [f.mean() for f in found], list(map(tables.bar, found)), capsize=2, **style)
     for place, f in zip(x, found):
         axis.plot([place] * len(f), f, ".", ms=3, color=style["color"], alpha=0.6)
 
@@ -301,7 +301,7 @@ def write_labels(folder: pathlib.Path, rows: list[dict], options) -> str:
         f"## Few labels\n\nFrom ImageNet to CIFAR-10 at {options.size} px: test accuracy in percent on {options.test:,} images. A seed "
         f"has training images, initial weights and an order of its own. {options.steps} steps of {_BATCH} images (Adam, rate 0.001 "
         "falling as a cosine) whatever the method; frozen is solved exactly.\n\n"
-        + report.table(header, lines)
+        + tables.table(header, lines)
         + "\n![Few labels](labels.png)\n\n"
     )
 
@@ -358,11 +358,11 @@ def write_halves(folder: pathlib.Path, rows: list[dict], options) -> str:
         "above the cut and the order of the images come from another seed than the base networks'. BnB+ has seen B for "
         "twice the epochs, and AnB+ has had as many in all: a gain is one of transfer only as far as it exceeds that of the longer "
         "training.\n\nTest accuracy on B, %:\n\n"
-        + report.table(header, lines)
+        + tables.table(header, lines)
         + "\nLess that of the same seed's baseB, in points:\n\n"
-        + report.table(header, differences)
+        + tables.table(header, differences)
         + "\nThe mean gain of AnB+ over all cuts, beside the published one (ImageNet's halves, AlexNet, layers 1 to 7), in points:\n\n"
-        + report.table(["over", "here", "published"], gains)
+        + tables.table(["over", "here", "published"], gains)
         + "\n![Halves](halves.png)\n\n"
     )
 

@@ -22,10 +22,9 @@ import os
 import pathlib
 import sys
 
-from cnnjax import report
 from cnnjax.benchmark.sides import LAYERS, NETWORKS, SIDES
 from cnnjax.data import photographs
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 
 WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
@@ -77,7 +76,7 @@ def _networks_table(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return report.table(
+    return tables.table(
         [
             "network",
             "batch",
@@ -112,7 +111,7 @@ def _layers_table(rows: list[dict]) -> str:
                 f"{100 * ours['utilisation']:.0f}",
             ]
         )
-    return report.table(
+    return tables.table(
         [
             "convolution",
             "pass",
@@ -188,7 +187,7 @@ def run_study(rounds: int, save) -> None:
     save(
         f"{found['encoder']}, {found['images']} photographs of {found['size']} px, {found['targets']} targets, {found['steps']} steps, "
         f"one padding, one seed; medians of {rounds} rounds.\n\n"
-        + report.table(
+        + tables.table(
             ["way", "arithmetic", "seconds"],
             [
                 ["together", together, f"{found['together_s']:.1f}"],
@@ -216,7 +215,7 @@ def run_seeds(rounds: int, configurations: int, save) -> None:
     ]
     save(
         f"A training step of {configurations} LeNets (seed x learning rate), batch {rows[0]['batch']}; median of {rounds} rounds.\n\n"
-        + report.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines),
+        + tables.table(["way", "ms for all", "range", "faster by", "compiled in, s"], lines),
         rows,
     )
 
@@ -241,7 +240,7 @@ def run_input(rounds: int, folder: str, save) -> None:
             f"JPEGs of {decoding.MEAN_PIXELS:,} pixels and {found['kilobytes']} kB, made of {found['photographs']} photographs, as crops "
             f"of {decoding.SIZE} px; ResNet-50's training step takes {found['step_images_per_s']:,.1f} img/s in batches of "
             f"{found['step_batch']}. Median of {found['rounds']} rounds; ratios are of img/s in the same round.\n\n"
-            + report.table(
+            + tables.table(
                 ["crops", "way", "processes", "img/s", "range", "to the loop", "to the step"], lines
             ),
             found,
