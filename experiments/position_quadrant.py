@@ -319,7 +319,7 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     axes[0].legend(fontsize=8)
     axes[-1].legend(*([entry[:1] for entry in axes[-1].get_legend_handles_labels()]), fontsize=8)
     workdir.write_figure(folder / "quadrants.png", figure)
-    tables.append(
+    sections.append(
         tables.table(["padding", "stage", *(f"border {border}" for border in borders), "n"], lines)
     )
     workdir.write_json(folder / "results.json", {"rook": rook, "quadrants": cells})

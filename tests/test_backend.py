@@ -53,7 +53,7 @@ def test_canary_is_silent_here():
 
 def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
     """By cores, since what is compiled for one core stays on one (jax's own key does not tell)."""
-    code = "from cnnjax import backend; backend.start(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    code = "from cnnjax.runtime import backend; backend.start(); import jax; print(jax.config.jax_compilation_cache_dir)"
     own = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="")
     assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
     assert own.endswith(f"-{backend.cores()}")

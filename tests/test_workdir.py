@@ -92,7 +92,7 @@ def test_a_report_needs_results(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     """A second one is refused by name; of twelve at once one gets in, and the folder is left as it was."""
     code = (
-        "import pathlib, sys, time\nfrom cnnjax import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
+        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
         "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', flush=True)\n        time.sleep(2)\n"
         "except workdir.Claimed as error:\n    print(error)"
     )
