@@ -18,6 +18,7 @@ jaxtyping.install_import_hook(
             "models.base",
             "position",
             "data.augment",
+            "ridge",
             "train.evaluate",
             "transfer",
             "visualize",
