@@ -1,9 +1,12 @@
-"""Linear readouts of position from frozen features: one k x k convolution without padding per target.
+"""Linear readouts of position from frozen features: one k x k convolution without padding.
 
-Two ways to find its weights. `fit_exact` solves the ridge regression, which has one solution and no seed. `fit_sgd` trains
-as the authors' code does (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution, and with
-further convolutions before it if asked. Each does all targets, and all strengths or seeds, in one program: for given features they
-are columns of one matrix.
+There are two ways to find its weights. `fit_exact` solves the ridge regression, which has one
+solution and no seed. `fit_sgd` trains as the authors' code does
+(github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution, and
+optionally with hidden convolutions before it.
+
+Both treat all targets, and all ridge strengths or seeds, as columns of one kernel: a whole set of
+readouts is one program on the same features.
 """
 
 import functools
@@ -19,100 +22,104 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from cnnjax import ridge
 from cnnjax.nn import conv, resize
 from cnnjax.runtime.types import AnyArray
 
-# Ridge strengths on offer, for features of unit variance; the best on held-out photographs is taken for each target.
+# Ridge strengths on offer, per training position and for features of unit variance. Each target
+# takes the one with the least error on held-out photographs.
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))
-# Conjugate gradients stop at this residual relative to the right-hand side, or at this many steps: then the weakest
-# strengths are short of it, and `Exact.residual` tells whether the chosen ones are.
-_TOLERANCE, _MOST_ITERATIONS = 1e-5, 300
-# The authors' code: SGD, learning rate 0.1 cut to a tenth after two thirds (epoch 10 of 15), batches of 32.
-_LEARNING_RATE, _MOMENTUM, _WEIGHT_DECAY, _BATCH = 0.1, 0.9, 1e-4, 32
-_BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
+
+# Conjugate gradients stop at this residual, relative to the right-hand side, or after this many
+# steps. The weakest strengths may then be short of it; `Exact.residual` tells about the chosen.
+_TOLERANCE = 1e-5
+_MAX_STEPS = 300
+
+# The authors' code: SGD, learning rate 0.1 cut to a tenth at epoch 10 of 15, batches of 32.
+_LEARNING_RATE = 0.1
+_MOMENTUM = 0.9
+_WEIGHT_DECAY = 1e-4
+_BATCH = 32
+_BN_MOMENTUM = 0.1
+_BN_EPS = 1e-5
+
+_fit_scaler = jax.jit(ridge.fit_scaler)
 
 
-class Scaler(NamedTuple):
-    """Standardizes features [..., channels] per channel; channels that do not vary in training are switched off."""
-
-    mean: Float[Array, " channels"]
-    scale: Float[Array, " channels"]
-
-    def __call__(
-        self, features: Float[AnyArray, "*positions channels"]
-    ) -> Float[AnyArray, "*positions channels"]:
-        return (features - self.mean) * self.scale
+def _check_kernel(features: Float[AnyArray, "n height width channels"], size: int, layers: int):
+    height, width = features.shape[1:3]
+    if size < 1 or layers * (size - 1) >= min(height, width):
+        times = f" {layers} times" if layers > 1 else ""
+        raise ValueError(f"kernel={size} does not fit {height}x{width} features{times}")
 
 
-@jax.jit
-def fit_scaler(features: Float[Array, "n height width channels"]) -> Scaler:
-    """The scaler of training features."""
-    mean, std = features.mean((0, 1, 2)), features.std((0, 1, 2))
-    live = std > 1e-6 * std.max()
-    return Scaler(mean, jnp.where(live, 1 / jnp.where(live, std, 1), 0))
+# ------------------------------------------------------------------ the convolution
+
+
+def _taps(size: int) -> list[tuple[int, int]]:
+    """The (row, column) offsets of a k x k window."""
+    return [(i, j) for i in range(size) for j in range(size)]
 
 
 @jax.custom_vjp
-def _apply(
+def _convolve(
     features: Float[Array, "n height width channels"], kernel: Float[Array, "k k channels columns"]
 ) -> Float[Array, "n height-k+1 width-k+1 columns"]:
-    """A convolution as one matrix product and k^2 shifted sums.
-
-    Differentiable in the kernel only: the features are frozen.
-    """
-    size, channels = kernel.shape[0], features.shape[3]
-    products = features.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    """Convolves without padding; differentiable in the kernel only, the features being frozen."""
+    # One matrix product for all taps, then a sum of k^2 shifted maps of a few columns. The plain
+    # form is one `lax.conv`; unfolding windows (im2col) would copy the features k^2 times.
+    size = kernel.shape[0]
+    channels = features.shape[3]
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    products = features.reshape(-1, channels) @ matrix
     products = products.reshape(*features.shape[:3], size, size, -1)
-    height, width = (n - size + 1 for n in features.shape[1:3])
-    return functools.reduce(
-        operator.add,
-        (
-            products[:, i : i + height, j : j + width, i, j]
-            for i in range(size)
-            for j in range(size)
-        ),
-    )
+    height = features.shape[1] - size + 1
+    width = features.shape[2] - size + 1
+    shifted = (products[:, i : i + height, j : j + width, i, j] for i, j in _taps(size))
+    return functools.reduce(operator.add, shifted)
 
 
-def _adjoint(
+def _correlate(
     features: Float[Array, "n height width channels"],
     maps: Float[Array, "n _ _ columns"],
     size: int,
 ) -> Float[Array, "k k channels columns"]:
-    """The transpose of `_apply`."""
+    """Correlates features with maps at each offset of the window: the transpose of `_convolve`."""
     gap = size - 1
-    shifted = jnp.stack(
-        [
-            jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0)))
-            for i in range(size)
-            for j in range(size)
-        ],
-        3,
-    )
     channels = features.shape[3]
-    # Columns first: the CPU backend multiplies features' @ maps, which JAX would derive, at half the speed.
-    product = shifted.reshape(-1, size * size * maps.shape[3]).T @ features.reshape(-1, channels)
+    shifted = [jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))) for i, j in _taps(size)]
+    columns = jnp.stack(shifted, 3).reshape(-1, size * size * maps.shape[3])
+    # Columns first: XLA's CPU backend multiplies features' @ maps, which JAX would derive, at
+    # half the speed.
+    product = columns.T @ features.reshape(-1, channels)
     return product.reshape(size, size, maps.shape[3], channels).transpose(0, 1, 3, 2)
 
 
-_apply.defvjp(
-    lambda features, kernel: (_apply(features, kernel), (features, kernel.shape[0])),
-    lambda residuals, maps: (None, _adjoint(residuals[0], maps, residuals[1])),
-)
+def _convolve_forward(features, kernel):
+    return _convolve(features, kernel), (features, kernel.shape[0])
 
 
-@jax.jit
-def _scaled_apply(scaler, features, kernel):
-    return _apply(scaler(features), kernel)
+def _convolve_backward(residuals, maps):
+    features, size = residuals
+    return None, _correlate(features, maps, size)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+# ------------------------------------------------------------------ the exact readout
 
 
 class Exact(NamedTuple):
-    """A solved readout: `kernel` [k, k, channels, targets] on features scaled by `scaler`, and `intercept` [targets].
+    """A solved readout, applied by calling it.
 
-    `strength` [targets] is what was chosen, `residual` the largest relative residual of the linear system left over.
+    - `scaler`: standardizes the features first.
+    - `kernel`, `intercept`: the convolution.
+    - `strength`: the ridge strength chosen for each target.
+    - `residual`: the largest relative residual of the linear systems; 0 where they were factored.
     """
 
-    scaler: Scaler
+    scaler: ridge.Scaler
     kernel: Float[Array, "k k channels targets"]
     intercept: Float[Array, " targets"]
     strength: Float[np.ndarray, " targets"]
@@ -121,80 +128,14 @@ class Exact(NamedTuple):
     def __call__(
         self, features: Float[AnyArray, "n height width channels"]
     ) -> Float[np.ndarray, "n targets rows columns"]:
-        """Maps, k - 1 less in height and width."""
-        maps = _scaled_apply(self.scaler, features, self.kernel) + self.intercept
+        """Predicts the maps of all targets, k - 1 smaller than the features in each direction."""
+        maps = _read_exact(self.scaler, features, self.kernel) + self.intercept
         return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
-def _spatial_correlation(
-    features: Float[Array, "n height width channels"], size: int
-) -> Float[Array, "taps taps"]:
-    """How features correlate between the taps of a k x k window, averaged over channels.
-
-    Shift by shift: a shifted copy is as large as the features, and XLA would make all of them at once.
-    """
-    height, width = features.shape[1:3]
-    gap = size - 1
-    around = jnp.pad(features, ((0, 0), (gap, gap), (0, gap), (0, 0)))
-    shifts = np.array([(i, j) for i in range(-gap, size) for j in range(size)])
-
-    def total(shift):
-        return (
-            lax.dynamic_slice(around, (0, gap + shift[0], shift[1], 0), features.shape) * features
-        ).sum()
-
-    count = (height - abs(shifts[:, 0])) * (width - shifts[:, 1])
-    means = lax.map(total, jnp.asarray(shifts)) / count.astype(np.float32)
-    taps = np.array([(i, j) for i in range(size) for j in range(size)])
-    apart = taps[:, None] - taps
-    apart = np.where(apart[..., 1:] < 0, -apart, apart)
-    return means[(apart[..., 0] + gap) * size + apart[..., 1]] / means[gap * size]
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _solve_ridge(features, goal, strengths, basis, values, size):
-    """Preconditioned conjugate gradients for all columns (strength x target) at once: the system of a k x k kernel is too large to factor.
-
-    The preconditioner is the system of features whose channel and spatial correlations are independent of each other.
-    """
-    count = features.shape[0] * (features.shape[1] - size + 1) * (features.shape[2] - size + 1)
-    tap_basis, tap_values = jnp.linalg.eigh(_spatial_correlation(features, size))[::-1]
-    spectrum = jnp.maximum(tap_values, 1e-6)[:, None] * values  # [taps, channels]
-    dot = lambda a, b: (a * b).sum((0, 1, 2))
-
-    def system(w):
-        maps = _apply(features, w)
-        return _adjoint(features, maps - maps.mean((0, 1, 2)), size) / count + strengths * w
-
-    def precondition(r):
-        flat = r.reshape(size * size, -1, r.shape[3])
-        flat = jnp.einsum("ta,tcx,cd->adx", tap_basis, flat, basis) / (
-            spectrum[..., None] + strengths
-        )
-        return jnp.einsum("ta,adx,cd->tcx", tap_basis, flat, basis).reshape(r.shape)
-
-    # The target is the same for every image; taking its mean out of it takes the intercept out of the system.
-    maps = jnp.broadcast_to(goal - goal.mean((0, 1)), (features.shape[0], *goal.shape))
-    right = _adjoint(features, maps, size) / count
-    norm = jnp.maximum(jnp.sqrt(dot(right, right)), 1e-30)
-
-    def step(state):
-        w, r, p, rz, n = state
-        q = system(p)
-        alpha = rz / jnp.maximum(dot(p, q), 1e-30)
-        w, r = w + alpha * p, r - alpha * q
-        z = precondition(r)
-        new = dot(r, z)
-        return w, r, z + new / jnp.maximum(rz, 1e-30) * p, new, n + 1
-
-    residual = lambda r: jnp.sqrt(dot(r, r)) / norm
-    start = precondition(right)
-    state = (jnp.zeros_like(right), right, start, dot(right, start), 0)
-    state = lax.while_loop(
-        lambda s: (residual(s[1]).max() > _TOLERANCE) & (s[4] < _MOST_ITERATIONS), step, state
-    )
-    kernel = state[0]
-    return kernel, residual(right - system(kernel))
+@jax.jit
+def _read_exact(scaler, features, kernel):
+    return _convolve(scaler(features), kernel)
 
 
 def fit_exact(
@@ -204,60 +145,200 @@ def fit_exact(
     size: int = 1,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Exact:
-    """The ridge readout with kernel `size` of each target, its strength chosen by squared error on held-out features.
+    """Solves the ridge readout of every target.
 
-    The targets are brought to the readout's own grid, corners aligned. The mean over training positions of the squared error, plus
-    strength times the squared weights, is least. Raises `ValueError` if the kernel is larger than the map.
+    The kernel minimizes the mean squared error over training positions plus `strength` times the
+    squared weights, on the readout's own grid, to which targets are resized with corners aligned.
+
+    - `train`: features to fit to; they also set the scaler.
+    - `held_out`: features whose squared error chooses each target's strength.
+    - `size`: k of the k x k kernel.
+
+    Raises `ValueError` if the kernel is larger than the map.
     """
-    if not 1 <= size <= min(train.shape[1:3]):
-        raise ValueError(f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features")
+    _check_kernel(train, size, layers=1)
     train = jnp.asarray(train)
-    scaler = fit_scaler(train)
-    scaled = scaler(train)
-    goal = resize(
-        jnp.asarray(targets)[..., None], (train.shape[1] - size + 1, train.shape[2] - size + 1)
-    )[..., 0].transpose(1, 2, 0)
-    goal = jnp.tile(goal, (1, 1, len(strengths)))  # a column for each strength and target
-    columns = np.repeat(np.asarray(strengths), len(targets))
-    flat = scaled.reshape(-1, train.shape[3])
+    scaler = _fit_scaler(train)
+    train = scaler(train)
+    held_out = scaler(jnp.asarray(held_out))
+
+    grid = (train.shape[1] - size + 1, train.shape[2] - size + 1)
+    goal = resize(jnp.asarray(targets)[..., None], grid)[..., 0].transpose(1, 2, 0)
+
+    # Accelerators' shorter products (TF32, bfloat16) would drown the weak strengths.
     with jax.default_matmul_precision("highest"):
-        values, basis = np.linalg.eigh(np.asarray(flat.T @ flat, np.float64) / len(flat))
-        values = np.maximum(values, 0)
-        if size == 1:
-            right = np.asarray(
-                _adjoint(
-                    scaled, jnp.broadcast_to(goal - goal.mean((0, 1)), (len(train), *goal.shape)), 1
-                )[0, 0],
-                np.float64,
-            )
-            solution = basis @ (basis.T @ right / (values[:, None] + columns)) / len(flat)
-            kernel, residual = (
-                jnp.asarray(solution[None, None], jnp.float32),
-                np.zeros(len(columns)),
-            )
-        else:
-            kernel, residual = _solve_ridge(
-                scaled, goal, *(jnp.asarray(a, jnp.float32) for a in (columns, basis, values)), size
-            )
-        intercept = goal.mean((0, 1)) - _apply(scaled, kernel).mean((0, 1, 2))
-        error = jnp.square(_apply(scaler(jnp.asarray(held_out)), kernel) + intercept - goal).mean(
-            (0, 1, 2)
-        )
+        solve = _solve_pointwise if size == 1 else _solve_windows
+        # One column for each strength and target, the strengths outermost.
+        kernel, residual = solve(train, goal, np.asarray(strengths), size)
+        goal = jnp.tile(goal, (1, 1, len(strengths)))
+        intercept = goal.mean((0, 1)) - _convolve(train, kernel).mean((0, 1, 2))
+        error = jnp.square(_convolve(held_out, kernel) + intercept - goal).mean((0, 1, 2))
+
     best = np.asarray(error).reshape(len(strengths), len(targets)).argmin(0)
     chosen = best * len(targets) + np.arange(len(targets))
     return Exact(
-        scaler,
-        kernel[..., chosen],
-        intercept[chosen],
-        np.asarray(strengths)[best],
-        float(residual[chosen].max()),
+        scaler=scaler,
+        kernel=kernel[..., chosen],
+        intercept=intercept[chosen],
+        strength=np.asarray(strengths)[best],
+        residual=float(residual[chosen].max()),
     )
 
 
-class Sgd(NamedTuple):
-    """Trained readouts of all seeds and targets: of each layer the `kernel` and BatchNorm's `scale` and `bias`, mean and variance."""
+def _factor_channels(features: Float[Array, "n height width channels"]) -> ridge.Factors:
+    """Factors the Gram matrix of channels, averaged over positions."""
+    flat = features.reshape(-1, features.shape[3])
+    return ridge.factor(np.asarray(flat.T @ flat, np.float64) / len(flat))
 
-    scaler: Scaler
+
+def _center(
+    goal: Float[Array, "rows columns targets"], count: int
+) -> Float[Array, "{count} rows columns targets"]:
+    """Repeats the goal for every image, without its mean.
+
+    The mean is the intercept's part; without it the intercept drops out of the system.
+    """
+    return jnp.broadcast_to(goal - goal.mean((0, 1)), (count, *goal.shape))
+
+
+def _solve_pointwise(features, goal, strengths, size):
+    """Solves a 1x1 readout by factoring the Gram matrix of its channels (`cnnjax.ridge`)."""
+    channels = features.shape[3]
+    positions = len(features) * goal.shape[0] * goal.shape[1]
+    products = _correlate(features, _center(goal, len(features)), size)[0, 0]
+    products = np.asarray(products, np.float64) / positions
+    weights = ridge.solve(_factor_channels(features), products, strengths)
+    kernel = weights.transpose(1, 0, 2).reshape(1, 1, channels, -1)
+    return jnp.asarray(kernel, jnp.float32), np.zeros(kernel.shape[3])
+
+
+def _solve_windows(features, goal, strengths, size):
+    """Solves a k x k readout by conjugate gradients.
+
+    The Gram matrix of k^2 times as many features is too large to factor: 12,000 rows for a 3x3
+    kernel on VGG-16's 1,472 channels. Returns the kernel and each column's relative residual.
+    """
+    values, basis = _factor_channels(features)
+    return _conjugate_gradients(
+        features,
+        jnp.tile(goal, (1, 1, len(strengths))),
+        strengths=jnp.asarray(np.repeat(strengths, goal.shape[2]), jnp.float32),
+        values=jnp.asarray(values, jnp.float32),
+        basis=jnp.asarray(basis, jnp.float32),
+        size=size,
+    )
+
+
+class _Descent(NamedTuple):
+    """The state of conjugate gradients, for all columns at once."""
+
+    kernel: Float[Array, "k k channels columns"]
+    residual: Float[Array, "k k channels columns"]
+    direction: Float[Array, "k k channels columns"]
+    energy: Float[Array, " columns"]  # residual . preconditioned residual
+    steps: int | Array
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _conjugate_gradients(features, goal, *, strengths, values, basis, size):
+    positions = len(features) * goal.shape[0] * goal.shape[1]
+
+    def dot(a, b):
+        return (a * b).sum((0, 1, 2))
+
+    def system(kernel):
+        maps = _convolve(features, kernel)
+        gradient = _correlate(features, maps - maps.mean((0, 1, 2)), size)
+        return gradient / positions + strengths * kernel
+
+    # The preconditioner is the inverse of the system of features whose correlation between
+    # channels does not depend on the offset between positions, nor that between positions on the
+    # channel. Its Gram matrix is a Kronecker product, so its eigenvectors are products too.
+    tap_values, tap_basis = jnp.linalg.eigh(_spatial_correlation(features, size))
+    spectrum = jnp.maximum(tap_values, 1e-6)[:, None] * values  # [taps, channels]
+
+    def precondition(residual):
+        flat = residual.reshape(size * size, -1, residual.shape[3])
+        rotated = jnp.einsum("ta,tcx,cd->adx", tap_basis, flat, basis)
+        rotated = rotated / (spectrum[..., None] + strengths)
+        return jnp.einsum("ta,adx,cd->tcx", tap_basis, rotated, basis).reshape(residual.shape)
+
+    right = _correlate(features, _center(goal, len(features)), size) / positions
+    norm = jnp.maximum(jnp.sqrt(dot(right, right)), 1e-30)
+
+    def relative(residual):
+        return jnp.sqrt(dot(residual, residual)) / norm
+
+    def unfinished(state):
+        return (relative(state.residual).max() > _TOLERANCE) & (state.steps < _MAX_STEPS)
+
+    def step(state):
+        image = system(state.direction)
+        rate = state.energy / jnp.maximum(dot(state.direction, image), 1e-30)
+        residual = state.residual - rate * image
+        preconditioned = precondition(residual)
+        energy = dot(residual, preconditioned)
+        momentum = energy / jnp.maximum(state.energy, 1e-30)
+        return _Descent(
+            kernel=state.kernel + rate * state.direction,
+            residual=residual,
+            direction=preconditioned + momentum * state.direction,
+            energy=energy,
+            steps=state.steps + 1,
+        )
+
+    direction = precondition(right)
+    start = _Descent(
+        kernel=jnp.zeros_like(right),
+        residual=right,
+        direction=direction,
+        energy=dot(right, direction),
+        steps=0,
+    )
+    kernel = lax.while_loop(unfinished, step, start).kernel
+    # The residual kept by the loop drifts from the true one; this is the true one.
+    return kernel, relative(right - system(kernel))
+
+
+def _spatial_correlation(
+    features: Float[Array, "n height width channels"], size: int
+) -> Float[Array, "taps taps"]:
+    """Correlates features between the taps of a k x k window, averaged over channels."""
+    height, width = features.shape[1:3]
+    gap = size - 1
+    around = jnp.pad(features, ((0, 0), (gap, gap), (0, gap), (0, 0)))
+    # The correlation at an offset is that at its opposite: half of the offsets are enough.
+    shifts = np.array(list(itertools.product(range(-gap, size), range(size))))
+
+    def total(shift):
+        start = (0, gap + shift[0], shift[1], 0)
+        return (lax.dynamic_slice(around, start, features.shape) * features).sum()
+
+    # One shift after the other: a shifted copy is as large as the features, and XLA would make
+    # the copies of all shifts at once.
+    totals = lax.map(total, jnp.asarray(shifts))
+    overlaps = (height - abs(shifts[:, 0])) * (width - shifts[:, 1])
+    means = totals / overlaps.astype(np.float32)
+
+    taps = np.array(_taps(size))
+    offsets = taps[:, None] - taps
+    offsets = np.where(offsets[..., 1:] < 0, -offsets, offsets)
+    center = gap * size
+    return means[(offsets[..., 0] + gap) * size + offsets[..., 1]] / means[center]
+
+
+# ------------------------------------------------------------------ the authors' readout
+
+
+class Sgd(NamedTuple):
+    """Trained readouts of all seeds and targets, applied by calling it.
+
+    - `scaler`: standardizes the features first.
+    - `layers`: each layer's `kernel` and BatchNorm's `scale` and `bias`, the outputs side by side.
+    - `moments`: each layer's running mean and variance.
+    """
+
+    scaler: ridge.Scaler
     layers: list[dict]
     moments: list[tuple]
     seeds: int
@@ -266,41 +347,158 @@ class Sgd(NamedTuple):
     def __call__(
         self, features: Float[AnyArray, "n height width channels"]
     ) -> Float[np.ndarray, "seeds n targets rows columns"]:
-        """Maps, in height and width k - 1 less for each layer."""
-        y = np.asarray(
-            _read_out(self.scaler, self.layers, self.moments, features, self.seeds * self.targets)
-        )
-        return y.reshape(*y.shape[:3], self.seeds, self.targets).transpose(3, 0, 4, 1, 2)
-
-
-def _through(layers, features, outputs, moments=None):
-    """Runs every output's layers -> its map in (0, 1), and the batch's mean and variance in each layer, unless they are given."""
-    y, found = features, []
-    for number, layer in enumerate(layers):
-        # The first layers of all outputs see the same features; after it each has channels of its own.
-        z = conv(y, layer["kernel"], groups=outputs) if number else _apply(y, layer["kernel"])
-        if moments:
-            mean, var = moments[number]
-        else:
-            mean, var, count = z.mean((0, 1, 2)), z.var((0, 1, 2)), z.size // z.shape[3]
-            found.append((mean, var * (count / (count - 1))))
-        y = (z - mean) / jnp.sqrt(var + _BN_EPS) * layer["scale"] + layer["bias"]
-        y = jax.nn.relu(y) if number < len(layers) - 1 else jax.nn.sigmoid(y)
-    return y, found
+        """Predicts maps, smaller by k - 1 for each layer."""
+        outputs = self.seeds * self.targets
+        maps = np.asarray(_read_sgd(self.scaler, self.layers, self.moments, features, outputs))
+        maps = maps.reshape(*maps.shape[:3], self.seeds, self.targets)
+        return maps.transpose(3, 0, 4, 1, 2)
 
 
 @functools.partial(jax.jit, static_argnames="outputs")
-def _read_out(scaler, layers, moments, features, outputs):
-    return _through(layers, scaler(features), outputs, moments)[0]
+def _read_sgd(scaler, layers, moments, features, outputs):
+    return _forward(layers, scaler(features), outputs, moments)[0]
+
+
+def fit_sgd(
+    train: Float[AnyArray, "n height width channels"],
+    targets: Float[AnyArray, "targets side side"],
+    size: int = 1,
+    steps: int = 540,
+    seeds: int = 1,
+    seed: int = 0,
+    hidden: tuple[int, ...] = (),
+) -> Sgd:
+    """Trains the authors' readout of every target and initialization.
+
+    - `train`: features to fit to, standardized first.
+    - `size`: k of the k x k kernels.
+    - `steps`: SGD steps on batches of 32 images, or of all where there are fewer.
+    - `seeds`: initializations to train side by side, all drawn from `seed`.
+    - `hidden`: channels of the layers before the last, each followed by BatchNorm and ReLU.
+
+    Raises `ValueError` if the kernels are larger than the map.
+    """
+    _check_kernel(train, size, layers=len(hidden) + 1)
+    train = jnp.asarray(train)
+    scaler = _fit_scaler(train)
+    layers, moments = _train(
+        scaler(train),
+        jnp.asarray(targets),
+        jax.random.key(seed),
+        size=size,
+        steps=steps,
+        seeds=seeds,
+        hidden=hidden,
+    )
+    return Sgd(scaler=scaler, layers=layers, moments=moments, seeds=seeds, targets=len(targets))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden"))
+def _train(features, targets, key, *, size, steps, seeds, hidden):
+    outputs = seeds * len(targets)
+    widths = (features.shape[3], *hidden, 1)
+    side = features.shape[1] - (len(hidden) + 1) * (size - 1)
+    batch_size = min(_BATCH, len(features))
+    init_key, order_key = jax.random.split(key)
+    error = full_size_error(targets, side)
+
+    def loss(layers, batch):
+        maps, moments = _forward(layers, batch, outputs)
+        maps = maps.reshape(*maps.shape[:3], seeds, len(targets))
+        # Every output has parameters of its own, so the sum over outputs trains each by itself.
+        return error(maps).sum(), moments
+
+    def learning_rate(step):
+        return jnp.where(step < steps * 2 // 3, _LEARNING_RATE, _LEARNING_RATE / 10)
+
+    def draw_batch(step):
+        if batch_size == len(features):
+            return features
+        step_key = jax.random.fold_in(order_key, step)
+        chosen = jax.random.choice(step_key, len(features), (batch_size,), replace=False)
+        return features[chosen]
+
+    optimizer = optax.chain(
+        optax.add_decayed_weights(_WEIGHT_DECAY),
+        optax.sgd(learning_rate, momentum=_MOMENTUM),
+    )
+
+    def average(running, new):
+        return running + _BN_MOMENTUM * (new - running)
+
+    def train_step(carry, step):
+        layers, state, running = carry
+        grads, moments = jax.grad(loss, has_aux=True)(layers, draw_batch(step))
+        updates, state = optimizer.update(grads, state, layers)
+        layers = optax.apply_updates(layers, updates)
+        running = jax.tree.map(average, running, moments)
+        return (layers, state, running), None
+
+    layers = _initialize(init_key, size, widths, outputs)
+    running = [(jnp.zeros_like(layer["bias"]), jnp.ones_like(layer["bias"])) for layer in layers]
+    start = (layers, optimizer.init(layers), running)
+    (layers, _, running), _ = lax.scan(train_step, start, jnp.arange(steps))
+    return layers, running
+
+
+def _initialize(key, size: int, widths: Sequence[int], outputs: int) -> list[dict]:
+    """Draws the layers of all outputs, uniformly as Glorot and Bengio 2010.
+
+    The convolutions have no bias: BatchNorm would subtract it.
+    """
+    layers = []
+    for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
+        layer_key = jax.random.fold_in(key, number)
+        bound = (6 / (size**2 * (inputs + width))) ** 0.5
+        shape = (size, size, inputs, width * outputs)
+        layers.append(
+            {
+                "kernel": jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound),
+                "scale": jnp.ones(shape[3]),
+                "bias": jnp.zeros(shape[3]),
+            }
+        )
+    return layers
+
+
+def _forward(layers, features, outputs, moments=None):
+    """Runs the layers of all outputs; returns their maps in (0, 1) and the layers' moments.
+
+    BatchNorm normalizes by `moments`, or by the batch's own where there are none.
+    """
+    x = features
+    found = []
+    for number, layer in enumerate(layers):
+        if number == 0:
+            # All outputs read the same features; from there on each has channels of its own.
+            x = _convolve(x, layer["kernel"])
+        else:
+            x = conv(x, layer["kernel"], groups=outputs)
+        if moments:
+            mean, var = moments[number]
+        else:
+            mean = x.mean((0, 1, 2))
+            var = x.var((0, 1, 2))
+            # As PyTorch: the batch is normalized by the biased variance, and the running average
+            # takes the unbiased one.
+            count = x.size // x.shape[3]
+            found.append((mean, var * (count / (count - 1))))
+        x = (x - mean) / jnp.sqrt(var + _BN_EPS) * layer["scale"] + layer["bias"]
+        is_last = number == len(layers) - 1
+        x = jax.nn.sigmoid(x) if is_last else jax.nn.relu(x)
+    return x, found
 
 
 def full_size_error(
     targets: Float[AnyArray, "targets size size"], side: int
 ) -> Callable[[Array], Array]:
-    """The mean squared error at the targets' size of maps [n, side, side, ..., targets] -> [..., targets].
+    """Returns the mean squared error at the targets' size, computed on small maps.
 
-    Upsampling is linear, so it need not be done: |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2 with K = U' U is the
-    same number on the small grid.
+    The function takes maps [n, side, side, ..., targets] to errors [..., targets]. The plain form
+    upsamples the maps first, to 64 times as many values in the default study. Upsampling is
+    linear, U y U', so the same number comes from the small grid: with K = U' U,
+
+        |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2
     """
     size = targets.shape[1]
     up = resize(jnp.eye(side)[None, :, :, None], (size, side))[0, :, :, 0]
@@ -314,84 +512,3 @@ def full_size_error(
         return (maps * (smooth - 2 * pulled)).sum((1, 2)).mean(0) + square
 
     return error
-
-
-def _start(key, size, widths, outputs):
-    """The layers of all outputs between `widths` channels: Glorot and Bengio 2010, uniform; a bias would vanish in BatchNorm."""
-    layers = []
-    for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
-        bound = (6 / (size**2 * (inputs + width))) ** 0.5
-        shape = (size, size, inputs, width * outputs)
-        kernel = jax.random.uniform(
-            jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound
-        )
-        layers.append({"kernel": kernel, "scale": jnp.ones(shape[3]), "bias": jnp.zeros(shape[3])})
-    return layers
-
-
-@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden"))
-def _train(features, targets, key, size, steps, seeds, hidden):
-    outputs = seeds * len(targets)
-    error = full_size_error(targets, features.shape[1] - (len(hidden) + 1) * (size - 1))
-
-    def loss(layers, batch):
-        y, moments = _through(layers, batch, outputs)
-        # Every output has parameters of its own, so the sum over outputs trains each alone.
-        return error(y.reshape(*y.shape[:3], seeds, len(targets))).sum(), moments
-
-    schedule = lambda count: jnp.where(count < steps * 2 // 3, _LEARNING_RATE, _LEARNING_RATE / 10)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(_WEIGHT_DECAY), optax.sgd(schedule, momentum=_MOMENTUM)
-    )
-    batch_size, (init_key, order_key) = min(_BATCH, len(features)), jax.random.split(key)
-    layers = _start(init_key, size, (features.shape[3], *hidden, 1), outputs)
-
-    def step(carry, number):
-        layers, state, running = carry
-        batch = features
-        if batch_size < len(features):
-            batch = features[
-                jax.random.choice(
-                    jax.random.fold_in(order_key, number),
-                    len(features),
-                    (batch_size,),
-                    replace=False,
-                )
-            ]
-        grads, moments = jax.grad(loss, has_aux=True)(layers, batch)
-        updates, state = optimizer.update(grads, state, layers)
-        running = jax.tree.map(lambda old, new: old + _BN_MOMENTUM * (new - old), running, moments)
-        return (optax.apply_updates(layers, updates), state, running), None
-
-    running = [(jnp.zeros_like(layer["bias"]), jnp.ones_like(layer["bias"])) for layer in layers]
-    (layers, _, running), _ = lax.scan(
-        step, (layers, optimizer.init(layers), running), jnp.arange(steps)
-    )
-    return layers, running
-
-
-def fit_sgd(
-    train: Float[AnyArray, "n height width channels"],
-    targets: Float[AnyArray, "targets side side"],
-    size: int = 1,
-    steps: int = 540,
-    seeds: int = 1,
-    seed: int = 0,
-    hidden: tuple[int, ...] = (),
-) -> Sgd:
-    """The authors' readout with kernel `size` of each target and each of `seeds` initializations.
-
-    `hidden` are the channels of the layers before the last, each followed by BatchNorm and ReLU. The features `train` are
-    standardized first. Raises `ValueError` if the kernels are larger than the map.
-    """
-    if size < 1 or (len(hidden) + 1) * (size - 1) >= min(train.shape[1:3]):
-        times = f" {len(hidden) + 1} times" if hidden else ""
-        raise ValueError(
-            f"kernel={size} does not fit {train.shape[1]}x{train.shape[2]} features{times}"
-        )
-    train = jnp.asarray(train)
-    scaler = fit_scaler(train)
-    layers, moments = _train(
-        scaler(train), jnp.asarray(targets), jax.random.key(seed), size, steps, seeds, hidden
-    )
-    return Sgd(scaler, layers, moments, seeds, len(targets))
