@@ -362,7 +362,9 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
 
     lines = [line("train", f"{results['n_train']:,}")]
     if "validation_error" in final:
-        lines.append(line("validation", f"{config['n_validation']:,}"))
+        # Runs of before recorded only how many were to be held out.
+        count = results.get("n_validation", config["n_validation"])
+        lines.append(line("validation", f"{count:,}"))
     lines.append(line("test", f"{results['n_test']:,}"))
     streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
     scores = [

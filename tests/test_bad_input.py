@@ -167,7 +167,7 @@ CASES = [
         (*TRAIN, "--config.schedule.name=plateau"),
         "schedule.name='plateau' watches the validation error: n_validation=0",
     ),
-    ((*TRAIN, "--config.n_validation=1437"), "n_validation=1437 is not between 0 and 1436"),
+    ((*TRAIN, "--config.n_validation=1437"), "n_validation=1437 is not between 1 and 1427"),
     # Data.
     ((*TRAIN, "--config.dataset=cifar11"), "dataset='cifar11' is not one of digits, mnist"),
     ((*TRAIN, "--config.dataset=tfds:nothing", "--config.data_dir=EMPTY"), "nothing"),
@@ -175,7 +175,7 @@ CASES = [
         (*CIFAR, "--config.data_dir=FILES/short"),
         "data_batch_1.bin holds 100 bytes of data where [10000, 3073] are 30,730,000",
     ),
-    ((*CIFAR, "--config.data_dir=FILES/labels"), "labels of cifar10"),
+    ((*CIFAR, "--config.data_dir=FILES/labels"), "training set of cifar10 in"),
     ((*MNIST, "--config.data_dir=FILES/scrawl"), "train-images-idx3-ubyte.gz"),
     ((*MNIST, "--config.data_dir=FILES/short"), "train-images-idx3-ubyte.gz"),
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),

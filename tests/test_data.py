@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 
-from cnnjax.data import arrays
+from cnnjax.data import arrays, splits
 
 
 def test_cifar10_is_the_published_one(data_dir):
@@ -205,7 +205,8 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
     write(tmp_path / SMALL.binary, files)
     monkeypatch.setitem(arrays.DATASETS, "cifar10", SMALL)
     with pytest.raises(
-        ValueError, match="the training labels of cifar10 in data_dir=.* to 10; expected 0 to 9"
+        ValueError,
+        match="the training set of cifar10 in data_dir=.* has the label 10; expected 0 to 9",
     ):
         arrays.load("cifar10", str(tmp_path))
 
@@ -327,7 +328,7 @@ def test_the_held_out_images_are_balanced_and_the_same_each_time():
     assert set(np.bincount(found.validation.labels)) == {10, 11}
     np.testing.assert_array_equal(found.validation.images, again.validation.images)
     whole = arrays.load("digits").train
-    mask = arrays.hold_out(whole.labels, 101)
+    mask = splits.hold_out(whole.labels, 101)
     np.testing.assert_array_equal(found.train.images, whole.images[~mask])  # in their order
     np.testing.assert_array_equal(found.validation.images, whole.images[mask])
 
@@ -339,10 +340,10 @@ def test_the_held_out_images_are_balanced_and_the_same_each_time():
             {"name": "cifar11"},
             "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, camvid, camvid_scenes, tfds:NAME, folder",
         ),
-        ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 0 and 1436"),
+        ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 1 and 1427"),
         (
-            {"name": "digits", "n_validation": 1436},
-            "n_validation=1436 asks for 144 images of class",
+            {"name": "digits", "n_validation": 1428},
+            "n_validation=1428 is not between 1 and 1427: of the 1437 training images, one of each",
         ),
     ],
 )

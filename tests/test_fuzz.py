@@ -531,6 +531,27 @@ def test_images_that_attack(content, tmp_path):
     assert watch.refused == 3
 
 
+@pytest.mark.parametrize("width, height", [(20_000, 1), (1, 20_000)])
+def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
+    """A file of 138 bytes, which resized as a whole would take gigabytes."""
+    row_bytes = 1 + -(-width // 8)
+    content = chunk(b"IDAT", zlib.compress(bytes(row_bytes * height)))
+    path = tmp_path / "cat" / "x.png"
+    path.parent.mkdir()
+    path.write_bytes(png(width, height, content, chunk(b"IEND", b"")))
+    source, watch = stream.Folder(tmp_path), Watch(100)
+    for options in (
+        {"resize": 256, "train": True, "steps": range(3)},
+        {"resize": 0, "train": True, "steps": range(3)},
+        {"resize": 256, "train": False},
+        {"resize": 0, "train": False},
+    ):
+        for images, _ in watch(lambda: list(stream.batches(source, 1, 0, 224, **options))):  # noqa: B023 - called at once
+            assert images.shape == (1, 224, 224, 3) and not images.any()
+    watch.end()
+    assert watch.read == 4
+
+
 def test_weights_that_attack(tmp_path):
     path = tmp_path / "w.safetensors"
     model, watch = create_model("lenet5"), Watch(100)

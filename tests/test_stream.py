@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +16,14 @@ import make_tfds
 import numpy as np
 import PIL.Image
 import pytest
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 
 from cnnjax.benchmark import decoding, sides
-from cnnjax.data import photographs, stream
+from cnnjax.data import photographs, splits, stream
+from cnnjax.train import loop
+from cnnjax.train.parallel import Parallel
+from configs import lenet_digits
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -73,49 +80,210 @@ LABELS = np.repeat(np.int32([0, 1, 2]), [3, 5, 6])
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    for name, color in (
-        ("b/10.png", 10),
-        ("b/2.PNG", 20),
-        ("b/note.txt", 0),
-        ("a/x.jpeg", 30),
-        ("a/w.jpg", 40),
-        (".git/k.txt", 0),
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        PIL.Image.new("L", (8, 9), color).save(
-            tmp_path / name, format="JPEG" if name[-1] == "g" and "j" in name else "PNG"
-        )
-    shutil.rmtree(tmp_path / ".git")
-    found = stream.Folder(tmp_path)
-    assert found.classes == ("a", "b") and len(found) == 4
-    assert [found[index][1] for index in range(4)] == [0, 0, 1, 1]
+    colors = {"b/10.png": 10, "b/2.PNG": 20, "b/note.txt": 0, "a/x.jpeg": 30, "a/w.jpg": 40}
+    for name, color in colors.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        kind = "JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG"
+        PIL.Image.new("L", (8, 9), color).save(path, format=kind)
+    source = stream.Folder(tmp_path)
+    assert source.classes == ("a", "b") and len(source) == 4
+    assert [source[index][1] for index in range(4)] == [0, 0, 1, 1]
+    assert source.labels().tolist() == [0, 0, 1, 1]
     for index, color in enumerate((40, 30, 10, 20)):
-        assert found[index][0].mode == "RGB" and found[index][0].size == (8, 9)
-        np.testing.assert_allclose(np.asarray(found[index][0]), color, atol=1)
+        image, _ = source[index]
+        assert image.mode == "RGB" and image.size == (8, 9)
+        np.testing.assert_allclose(np.asarray(image), color, atol=1)
+
+
+def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
+    """Suffixes of either case, spaces and accents in names, links to files and to folders."""
+    kinds = {
+        "JPEG": ("jpg", "JPEG"),
+        "PNG": ("png",),
+        "WEBP": ("webp", "WEBP"),
+        "BMP": ("bmp", "BMP"),
+    }
+    (tmp_path / "images" / "Grüne Äpfel").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    count = 0
+    for kind, suffixes in kinds.items():
+        for suffix in suffixes:
+            path = tmp_path / "images" / "Grüne Äpfel" / f"{count} é.{suffix}"
+            PIL.Image.new("RGB", (8, 9), (0, 200, 0)).save(path, format=kind)
+            count += 1
+    PIL.Image.new("RGB", (8, 9), (0, 200, 0)).save(tmp_path / "elsewhere" / "one.png")
+    (path.parent / "link.png").symlink_to(tmp_path / "elsewhere" / "one.png")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    source = stream.Folder(tmp_path / "images")
+    assert source.classes == ("Grüne Äpfel", "linked") and source.passed_over == ""
+    assert source.labels().tolist() == [0] * (count + 1) + [1]
+    # A folder of photographs has subfolders, but links to folders are not followed.
+    paths = photographs.list_photographs(tmp_path / "images")
+    assert len(paths) == count + 1
+    for image in [
+        *(source[index][0] for index in range(count + 2)),
+        *map(photographs.read_image, paths),
+    ]:
+        np.testing.assert_allclose(np.asarray(image), np.full((9, 8, 3), (0, 200, 0)), atol=3)
+
+
+def test_what_a_folder_passes_over_is_counted(tmp_path):
+    write(tmp_path, cat=[ramp(8, 8)], dog=[ramp(8, 8)] * 2)
+    assert stream.Folder(tmp_path).passed_over == ""
+    for name in (
+        "cat/a.gif",
+        "cat/b.GIF",
+        "dog/a.gif",
+        "dog/b.txt",
+        "cat/LICENSE",
+        "cat/._000.png",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "top.png").touch()
+    # Hidden folders are neither classes nor passed over.
+    for folder in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", ".git", "cat/more", "dog/more"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(tmp_path / "cat" / "000.png", tmp_path / ".ipynb_checkpoints")
+    source = stream.Folder(tmp_path)
+    assert source.classes == ("cat", "dog") and source.labels().tolist() == [0, 1, 1]
+    assert source.passed_over == (
+        "7 files passed over: 3 .gif, 1 outside a class folder, 1 hidden, "
+        "1 without a suffix, 1 .txt; 2 folders passed over: cat/more, dog/more"
+    )
+    assert len(photographs.list_photographs(tmp_path)) == 4
 
 
 def test_a_folders_mistakes_are_named(tmp_path):
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    (tmp_path / "empty" / "class" / "image.gif").touch()
-    for root in (tmp_path / "none", tmp_path / "empty"):
-        with pytest.raises(
-            ValueError,
-            match=f"^{root} has no images; expected {root}/CLASS/IMAGE with .jpg, .jpeg, .png$",
-        ):
+    expected = "expected {0}/CLASS/IMAGE with .jpg, .jpeg, .png, .webp, .bmp"
+    (tmp_path / "hidden" / ".git").mkdir(parents=True)
+    for root in (tmp_path / "none", tmp_path / "hidden"):
+        with pytest.raises(ValueError, match=f"^{root} has no images; {expected.format(root)}$"):
             stream.Folder(root)
-    for split, folders in (("train", "train"), ("test", "val or validation or test")):
-        with pytest.raises(
-            ValueError, match=f"^data_dir='{tmp_path}' has no folder {folders} of images by class$"
-        ):
-            stream.open_source("folder", str(tmp_path), split)
+    write(tmp_path / "part", cat=[ramp(8, 8)], dog=[])
+    dog = (
+        f"the class folder {tmp_path}/part/dog has no images; {expected.format(tmp_path / 'part')}"
+    )
+    with pytest.raises(ValueError, match=rf"^{dog} \(it is empty\)$"):
+        stream.Folder(tmp_path / "part")
+    for name in ("a.gif", "b.gif", "c.mp4"):
+        (tmp_path / "part" / "dog" / name).touch()
+    with pytest.raises(ValueError, match=rf"^{dog} \(3 files passed over: 2 .gif, 1 .mp4\)$"):
+        stream.Folder(tmp_path / "part")
 
 
-@pytest.mark.parametrize("test", ["val", "validation", "test"])
-def test_the_splits_of_a_folder(tmp_path, test):
-    write(tmp_path, **{"train/a": [ramp(8, 8)] * 2, f"{test}/a": [ramp(8, 8)] * 3})
-    assert [
-        len(stream.open_source("folder", str(tmp_path), split)) for split in ("train", "test")
-    ] == [2, 3]
+def test_a_class_whose_name_no_report_could_hold_is_refused(tmp_path):
+    write(tmp_path, cat=[ramp(8, 8)])
+    (tmp_path / "cat").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(ValueError, match=r"/caf\\udce9' has a name that is not UTF-8; rename it$"):
+        stream.Folder(tmp_path)
+    # The name of a file may be anything.
+    write(tmp_path / "other", cat=[ramp(8, 8)])
+    (tmp_path / "other" / "cat" / "000.png").rename(
+        tmp_path / "other" / "cat" / os.fsdecode(b"\xe9.png")
+    )
+    assert stream.Folder(tmp_path / "other")[0][0].size == (8, 8)
+
+
+def test_pixels_of_every_kind_become_rgb(tmp_path):
+    """Without transparency, without a turn that the metadata ask for, as torchvision reads them."""
+    color = (200, 100, 0)
+    image = PIL.Image.new("RGB", (12, 8), color)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "turned.jpg", exif=exif, quality=95)
+    image.convert("CMYK").save(tmp_path / "a" / "cmyk.jpg", quality=95)
+    image.quantize(4).save(tmp_path / "a" / "palette.png")
+    PIL.Image.new("RGBA", (12, 8), (*color, 0)).save(tmp_path / "a" / "alpha.png")
+    PIL.Image.new("RGBA", (12, 8), (*color, 0)).save(
+        tmp_path / "a" / "alpha.webp", exact=True, lossless=True
+    )
+    source = stream.Folder(tmp_path)
+    assert len(source) == 5
+    for index in range(5):
+        pixels = np.asarray(source[index][0])
+        assert pixels.shape == (8, 12, 3)
+        np.testing.assert_allclose(pixels, np.full((8, 12, 3), color), atol=4)
+        np.testing.assert_array_equal(photographs.read_image(source.files[index][0]), pixels)
+
+
+# ------------------------------------------------------------------ splits
+
+
+def told(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "cnnjax"]
+
+
+@pytest.mark.parametrize(
+    "names, uses",
+    [
+        (["train", "val"], {"train": "train", "test": "val"}),
+        (["train", "validation"], {"train": "train", "test": "validation"}),
+        (["train", "valid"], {"train": "train", "test": "valid"}),
+        (["train", "test"], {"train": "train", "test": "test"}),
+        (["train", "val", "test"], {"train": "train", "validation": "val", "test": "test"}),
+        (["train", "valid", "test"], {"train": "train", "validation": "valid", "test": "test"}),
+    ],
+)
+def test_the_splits_of_a_folder(tmp_path, caplog, names, uses):
+    counts = {"train": 2, "test": 4}
+    for name in names:
+        write(tmp_path / name, a=[ramp(8, 8)] * counts.get(name, 3), b=[ramp(8, 8)])
+    assert stream.find_splits("folder", str(tmp_path)) == uses
+    with caplog.at_level("INFO", "cnnjax"):
+        sources = stream.open_splits("folder", str(tmp_path))
+    assert sources.keys() == uses.keys()
+    lines = []
+    for use, name in uses.items():
+        assert len(sources[use]) == counts.get(name, 3) + 1
+        lines.append(f"{use}: {len(sources[use])} images, 2 classes in {tmp_path}/{name}")
+    if uses["test"] != "test":
+        lines.append(f"{uses['test']} is the test set, since no split named test has labels")
+    assert told(caplog) == lines
+
+
+def test_a_test_folder_without_classes_is_not_the_test_set(tmp_path, caplog):
+    """As those of competitions, whose labels are withheld."""
+    for name in ("train", "val"):
+        write(tmp_path / name, a=[ramp(8, 8)], b=[ramp(8, 8)])
+    shutil.copytree(tmp_path / "train" / "a", tmp_path / "test")
+    assert stream.find_splits("folder", str(tmp_path)) == {"train": "train", "test": "val"}
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(ValueError, match=f"^data_dir='{tmp_path}' has no folder test or val or "):
+        stream.open_splits("folder", str(tmp_path))
+
+
+def test_splits_that_do_not_fit_are_refused(tmp_path):
+    where = re.escape(f"data_dir='{tmp_path}'")
+    with pytest.raises(ValueError, match=f"^{where} has no folder train of images by class$"):
+        stream.open_splits("folder", str(tmp_path))
+    write(tmp_path / "train", a=[ramp(8, 8)] * 3, b=[ramp(8, 8)])
+    with pytest.raises(
+        ValueError,
+        match=f"^{where} has no folder test or val or validation or valid of images by class$",
+    ):
+        stream.open_splits("folder", str(tmp_path))
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/val has no images; expected"):
+        stream.open_splits("folder", str(tmp_path))
+    write(tmp_path / "val", a=[ramp(8, 8)])
+    with pytest.raises(
+        ValueError,
+        match=f"^{where}: the test split has the classes a, and the training split a, b; expected",
+    ):
+        stream.open_splits("folder", str(tmp_path))
+    write(tmp_path / "val", b=[ramp(8, 8)])
+    shutil.copytree(tmp_path / "val", tmp_path / "test")
+    with pytest.raises(
+        ValueError,
+        match=f"^n_validation=1 is not 0 or 2, the validation images that {where} has of its own$",
+    ):
+        stream.open_splits("folder", str(tmp_path), 1)
+    assert len(stream.open_splits("folder", str(tmp_path), 2)["validation"]) == 2
+    shutil.copytree(tmp_path / "val", tmp_path / "valid")
+    with pytest.raises(ValueError, match=f"^{where} has val and valid; expected one of them$"):
+        stream.open_splits("folder", str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -157,21 +325,45 @@ def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
         stream.Folder(tmp_path)[0]
 
 
+def test_sixteen_bits_are_refused_by_every_reader(tmp_path):
+    write(tmp_path, a=[np.full((8, 8), 1000, np.uint16)])
+    with pytest.raises(ValueError, match=r"pixels of more than 8 bits \(Pillow's mode I;16\)"):
+        photographs.read_image(tmp_path / "a" / "000.png")
+
+
 def test_images_held_out_of_a_source(folder):
+    """Balanced over the classes, and the same as of a data set in memory."""
     rest, held = stream.hold_out(folder, 5)
     assert len(rest) == 9 and len(held) == 5 and rest.classes == held.classes == folder.classes
-    found = [
-        [np.asarray(image)[0, 0, 2] for image, _ in map(part.__getitem__, range(len(part)))]
-        for part in (rest, held)
-    ]
-    assert sorted(sum(found, [])) == list(range(14)) and found == [sorted(part) for part in found]
-    assert [label for _, label in map(held.__getitem__, range(5))] == LABELS[found[1]].tolist()
-    assert [
-        np.asarray(stream.hold_out(folder, 5)[1][index][0])[0, 0, 2] for index in range(5)
-    ] == found[1]
-    for count in (0, 14):
-        with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 13"):
+    found = []
+    for part in (rest, held):
+        images = [part[index][0] for index in range(len(part))]
+        found.append([np.asarray(image)[0, 0, 2] for image in images])
+    assert sorted(found[0] + found[1]) == list(range(14))
+    assert found == [sorted(part) for part in found]
+    assert [held[index][1] for index in range(5)] == LABELS[found[1]].tolist()
+    assert sorted(np.bincount(LABELS[found[1]])) == [1, 2, 2]
+    assert np.flatnonzero(splits.hold_out(LABELS, 5)).tolist() == found[1]
+    again = stream.hold_out(folder, 5)[1]
+    assert [np.asarray(again[index][0])[0, 0, 2] for index in range(5)] == found[1]
+    for count in (0, 12):
+        with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 11"):
             stream.hold_out(folder, count)
+
+
+def test_held_out_images_are_told(tmp_path, caplog):
+    write(tmp_path / "train", a=[ramp(8, 8)] * 3, b=[ramp(8, 8)])
+    write(tmp_path / "val", a=[ramp(8, 8)], b=[ramp(8, 8)])
+    with caplog.at_level("INFO", "cnnjax"):
+        sources = stream.open_splits("folder", str(tmp_path), 2)
+    assert {use: len(source) for use, source in sources.items()} == {
+        "train": 2,
+        "test": 2,
+        "validation": 2,
+    }
+    # The only image of its class stays.
+    assert [sources["train"][index][1] for index in range(2)] == [0, 1]
+    assert told(caplog)[-1] == "validation: 2 of the training images"
 
 
 # ------------------------------------------------------------------ tensorflow-datasets
@@ -190,8 +382,10 @@ import json, sys
 import numpy as np
 from cnnjax.data import stream
 found = {"tensorflow": False}
+sources = stream.open_splits("tfds:NAME", sys.argv[1], 6)
+found["held out"] = [source[index][1] for source in (sources["validation"],) for index in range(6)]
 for split in ("train", "test"):
-    source = stream.open_source("tfds:NAME", sys.argv[1], split)
+    source = stream.Tfds("NAME", sys.argv[1], split)
     found[split] = [[np.asarray(image).tolist(), label] for image, label in map(source.__getitem__, range(len(source)))]
     found["classes"] = source.classes
     found[split + " labels"] = np.concatenate([labels for _, labels in stream.batches(source, 4, 0, 8, resize=8, train=False)]).tolist()
@@ -212,6 +406,7 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
     found = json.loads(done.stdout)
     assert found["tensorflow"] is False
     assert found["classes"] == ["red", "green", "blue"]
+    assert np.bincount(found["held out"]).tolist() == [3, 0, 3]  # no image is green
     for split in ("train", "test"):
         want = [[image.tolist(), label] for image, label in make_tfds.examples(split)]
         assert len(found[split]) == len(want) and sorted(found[split]) == sorted(want)
@@ -227,7 +422,7 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
             "validation",
             "ValueError: Unknown split 'validation'. Should be one of ['train', 'test'].",
         ),
-        ("colored_ramps", "", "train", "DatasetNotFoundError: Dataset colored_ramps not found."),
+        ("ramps", "", "train", "DatasetNotFoundError: Dataset ramps not found."),
         (
             make_tfds.NAME,
             "none",
@@ -256,31 +451,94 @@ def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, s
     )
 
 
-def test_the_test_split_may_be_called_validation(prepared, tmp_path):
-    """ImageNet's is; a data set with neither says so."""
+@pytest.fixture
+def imagenets_way(prepared, tmp_path):
+    """A copy with the splits train and validation, and a function that adds a test with labels."""
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     where = copy / make_tfds.NAME / "1.0.0"
     info = where / "dataset_info.json"
+    shard = f"{make_tfds.NAME}-{{}}.array_record-00000-of-00001"
     info.write_text(info.read_text().replace('"name": "test"', '"name": "validation"'))
-    shard = where / f"{make_tfds.NAME}-test.array_record-00000-of-00001"
-    shard.rename(where / shard.name.replace("test", "validation"))
-    assert (
-        len(stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test"))
-        == make_tfds.COUNTS["test"]
-    )
-    entry = json.loads(info.read_text())
-    info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
-    with pytest.raises(ValueError, match="tfds build colored_ramps --file_format=array_record"):
-        stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "test")
-    info.write_text(
-        json.dumps({key: value for key, value in entry.items() if key != "supervisedKeys"})
-    )
+    (where / shard.format("test")).rename(where / shard.format("validation"))
+
+    def add_test(labels):
+        examples = array_record_module.ArrayRecordReader(str(where / shard.format("validation")))
+        writer = array_record_module.ArrayRecordWriter(
+            str(where / shard.format("test")), "group_size:1"
+        )
+        for content, label in zip(examples.read_all(), labels, strict=True):
+            example = tf_example_pb2.Example.FromString(content)
+            example.features.feature["label"].int64_list.value[:] = [label]
+            writer.write(example.SerializeToString())
+        writer.close()
+        examples.close()
+        entry = json.loads(info.read_text())
+        entry["splits"].append(entry["splits"][-1] | {"name": "test"})
+        info.write_text(json.dumps(entry))
+
+    return copy, info, add_test
+
+
+DATASET = f"tfds:{make_tfds.NAME}"
+
+
+def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
+    """ImageNet's is called validation, and its test split has the labels -1."""
+    copy, _, add_test = imagenets_way
+    uses = {"train": "train", "test": "validation"}
+    assert stream.find_splits(DATASET, str(copy)) == uses
+    add_test([-1] * 6)
+    assert stream.find_splits(DATASET, str(copy)) == uses
+    with caplog.at_level("INFO", "cnnjax"):
+        sources = stream.open_splits(DATASET, str(copy))
+    assert told(caplog) == [
+        f"train: 18 images, 3 classes in dataset='{DATASET}', split 'train'",
+        f"test: 6 images, 3 classes in dataset='{DATASET}', split 'validation'",
+        "validation is the test set, since no split named test has labels",
+    ]
+    labels = sources["test"].labels()
+    assert sorted(labels) == sorted(label for _, label in make_tfds.examples("test"))
     with pytest.raises(
         ValueError,
-        match="^dataset='tfds:colored_ramps' is not of labeled images: its supervised keys are None$",
+        match=f"^record 0 of dataset='{DATASET}', split 'test' has the label -1; expected",
     ):
-        stream.open_source(f"tfds:{make_tfds.NAME}", str(copy), "train")
+        stream.Tfds(make_tfds.NAME, str(copy), "test")[0]
+
+
+def test_labels_that_are_no_class_are_refused(imagenets_way):
+    """Where the first is one, so that the split is used, and whether damaged ones are passed over."""
+    copy, _, add_test = imagenets_way
+    add_test([0, 1, 2, 0, 3, -1])
+    uses = {"train": "train", "validation": "validation", "test": "test"}
+    assert stream.find_splits(DATASET, str(copy)) == uses
+    source = stream.open_splits(DATASET, str(copy))["test"]
+    where = f"dataset='{DATASET}', split 'test' has the label 3; expected 0 to 2$"
+    for options in ({"train": False}, {"steps": range(1), "batch": 6, "skip_damaged": True}):
+        with pytest.raises(
+            ValueError, match=f"^record (4|5) of dataset='{DATASET}', split 'test' has"
+        ):
+            read(source, size=8, resize=8, **options)
+    with pytest.raises(ValueError, match=f"^{where}"):
+        source.labels()
+
+
+def test_a_data_set_without_a_test_split_says_so(imagenets_way):
+    copy, info, _ = imagenets_way
+    entry = json.loads(info.read_text())
+    info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
+    with pytest.raises(
+        ValueError,
+        match=f"^dataset='{DATASET}' in data_dir='{copy}' has no split test or val or validation or",
+    ):
+        stream.open_splits(DATASET, str(copy))
+    unsupervised = {key: value for key, value in entry.items() if key != "supervisedKeys"}
+    info.write_text(json.dumps(unsupervised))
+    with pytest.raises(
+        ValueError,
+        match=f"^dataset='{DATASET}' is not of labeled images: its supervised keys are None$",
+    ):
+        stream.open_splits(DATASET, str(copy))
 
 
 # ------------------------------------------------------------------ which images, in which order
@@ -296,7 +554,7 @@ def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, res
 
 
 def test_workers_change_nothing(prepared):
-    source = stream.open_source(f"tfds:{make_tfds.NAME}", str(prepared), "train")
+    source = stream.Tfds(make_tfds.NAME, str(prepared), "train")
     want = read(source, size=8, resize=0, steps=range(9))
     assert_same(read(source, size=8, resize=0, steps=range(2, 9), workers=2), want[2:])
 
@@ -354,10 +612,10 @@ DAMAGED = (2, 6, 7, 11)
 def harmed(folder, tmp_path_factory):
     """The same fourteen, four of them cut in half."""
     root = tmp_path_factory.mktemp("harmed") / "images"
-    shutil.copytree(folder._files[0][0].parents[1], root)
+    shutil.copytree(folder.files[0][0].parents[1], root)
     source = stream.Folder(root)
     for number in DAMAGED:
-        path = source._files[number][0]
+        path = source.files[number][0]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return source
 
@@ -393,12 +651,12 @@ def test_what_is_never_passed_over(harmed, tmp_path):
     for options in ({"train": False}, {"train": False, "skip_damaged": True}, {"steps": range(6)}):
         with pytest.raises(ValueError, match="png is not a readable image: "):
             read(harmed, **options)
-    shutil.copytree(harmed._files[0][0].parents[1], tmp_path / "images")
+    shutil.copytree(harmed.files[0][0].parents[1], tmp_path / "images")
     source = stream.Folder(tmp_path / "images")
-    source._files[0][0].unlink()
+    source.files[0][0].unlink()
     with pytest.raises(ValueError, match="000.png cannot be read: .*No such file"):
         read(source, steps=range(6), skip_damaged=True)
-    for path, _ in source._files:
+    for path, _ in source.files:
         path.write_bytes(b"no image")
     with pytest.raises(
         ValueError,
@@ -436,6 +694,25 @@ def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
         np.testing.assert_allclose(
             found[2:-2], want[2:-2], atol=0.51
         )  # the filter is cut off at the border
+
+
+@pytest.mark.parametrize("width, height", [(200, 2), (3, 250)])
+def test_a_strips_crop_is_that_of_the_whole(width, height):
+    """As a whole it would be resized to 26 or 21 million pixels; no pixel differs by two levels."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    image = PIL.Image.fromarray(noise)
+    scale = 512 / min(width, height)
+    size = round(width * scale), round(height * scale)
+    whole = image.resize(size, PIL.Image.Resampling.BILINEAR)
+    for generator in (None, np.random.default_rng(1)):
+        if generator is None:
+            left, top = (length // 2 - 250 for length in size)
+        else:
+            room = np.array(size) - 500 + 1
+            left, top = np.random.default_rng(1).integers(0, room).tolist()
+        want = np.asarray(whole.crop((left, top, left + 500, top + 500))).astype(int)
+        crop = np.asarray(stream._crop(image, 500, 512, generator))
+        assert abs(crop - want).max() <= 1
 
 
 def test_training_crops_are_windows_at_every_place(folder):
@@ -580,7 +857,7 @@ def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
     """A signal to the whole group is the parent's to handle; when the parent has ended, however it did, so do they, and quietly."""
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
-    root = folder._files[0][0].parents[1]
+    root = folder.files[0][0].parents[1]
     # A worker that stayed would hold the output open, and this would time out.
     done = subprocess.run(
         [sys.executable, script, root, end],
@@ -641,27 +918,43 @@ def run(data_dir, workdir, **more):
 
 
 def test_a_run_on_a_folder(colors, tmp_path):
-    done = run(colors, tmp_path / "run")
+    """With validation images of its own, which the plateau rule watches, and a few odd files."""
+    (colors / "val").rename(colors / "test")
+    for label in ("blue", "green", "red"):
+        (colors / "valid" / label).mkdir(parents=True)
+        shutil.copy(colors / "test" / label / "000.png", colors / "valid" / label)
+        (colors / "train" / label / "notes.txt").touch()
+    (colors / "train" / ".ipynb_checkpoints").mkdir()
+    done = run(colors, tmp_path / "run", **{"schedule.name": "plateau"})
     assert done.returncode == 0, done.stderr
-    assert (
-        "Exception ignored" not in done.stderr
-        and "leaked" not in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    for noise in ("Exception ignored", "leaked", "Traceback"):
+        assert noise not in done.stderr
+    for line in (
+        f"train: 36 images, 3 classes in {colors}/train; 3 files passed over: 3 .txt\n",
+        f"validation: 3 images, 3 classes in {colors}/valid\n",
+        f"test: 9 images, 3 classes in {colors}/test\n",
+    ):
+        assert done.stderr.count(line) == 1
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["classes"] == ["blue", "green", "red"] and (
-        results["n_train"],
-        results["n_test"],
-    ) == (36, 9)
-    assert [line["step"] for line in results["history"]] == [3, 6] and results["final"][
-        "epoch"
-    ] == 2
+    assert results["classes"] == ["blue", "green", "red"]
+    counts = {name: results[f"n_{name}"] for name in ("train", "validation", "test")}
+    assert counts == {"train": 36, "validation": 3, "test": 9}
+    assert "| validation | 3 |" in (tmp_path / "run" / "report.md").read_text()
+    assert [line["step"] for line in results["history"]] == [3, 6]
+    assert all(0 <= line["validation_error"] <= 1 for line in results["history"])
+    assert results["final"]["epoch"] == 2
     assert results["history"][1]["train_loss"] < results["history"][0]["train_loss"] < 2
     with np.load(tmp_path / "run" / "test.npz") as kept:
         assert kept["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(
-            results["final"]["test_error"]
-        )
+        error = (kept["labels"] != kept["predicted"]).mean()
+    assert error == pytest.approx(results["final"]["test_error"])
+
+
+def test_an_evaluation_of_few_images_starts_no_processes(colors):
+    config = lenet_digits.get_config()
+    config.update({"dataset": "folder", "data_dir": str(colors), "image_size": 32, "workers": 2})
+    images, _ = next(loop._Streamed(config, Parallel("jit")).evaluation("test"))
+    assert images.shape == (9, 32, 32, 3) and not multiprocessing.active_children()
 
 
 def harm(path: pathlib.Path) -> pathlib.Path:

@@ -62,7 +62,7 @@ class _Crops:
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         image, label = self.source[number]
         if self.train:
-            image = stream._area_crop(image, SIZE, np.random.default_rng())
+            image = stream.area_crop(image, SIZE, np.random.default_rng())
         else:
             image = stream.center(image, SIZE, _RESIZE)
         return np.array(image), label  # PyTorch wants one that it may write to
@@ -151,7 +151,7 @@ def measure(
     rates: dict[tuple[str, str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = write_folder(paths, pathlib.Path(folder))
-        size = round(sum(path.stat().st_size for path, _ in source._files) / len(source) / 1000)
+        size = round(sum(path.stat().st_size for path, _ in source.files) / len(source) / 1000)
         ways = {
             (mode, *way): measured
             for mode in ("training", "evaluation")

@@ -1,4 +1,7 @@
-"""Small data sets, read whole from their original files: CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits."""
+"""Small data sets, read whole from their original files.
+
+CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits.
+"""
 
 import contextlib
 import dataclasses
@@ -18,15 +21,21 @@ import numpy as np
 import pooch
 import requests
 
+from cnnjax.data import splits
 from cnnjax.data.augment import IGNORED
-from cnnjax.data.photographs import opened, read_image
+from cnnjax.data.photographs import list_folder, opened, read_image
 
 DIGITS = tuple("0123456789")
 
 
 class Split(NamedTuple):
-    """uint8 images [n, height, width, channels] and labels: int32 [n]; of scenes, int32 [n, classes] of 0 and 1; masks, uint8
-    [n, height, width] with 255 where a pixel is of no class."""
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 [n, height, width, channels].
+      labels: int32 [n]; for several classes an image, int32 [n, classes] of 0 and 1; for masks,
+        uint8 [n, height, width] with 255 for pixels of no class.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -34,7 +43,7 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The parts of a data set; `validation` is None where no images were held out."""
+    """The splits of a data set; `validation` is None where no images were held out."""
 
     train: Split
     validation: Split | None
@@ -42,15 +51,29 @@ class Dataset:
     classes: tuple[str, ...]
 
 
-# ------------------------------------------------------------------ formats: bytes -> arrays, refusing what is not as published
+# ------------------------------------------------------------------ formats: bytes -> arrays
 
 
 def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An IDX file (LeCun, yann.lecun.com/exdb/mnist) of unsigned bytes -> uint8 of `shape`. Raises `ValueError` for any other."""
+    """Read an IDX file of unsigned bytes (LeCun, yann.lecun.com/exdb/mnist).
+
+    Args:
+      data: the file's bytes.
+      name: the file's name, for errors.
+      shape: the array's expected shape.
+
+    Returns:
+      uint8 of `shape`.
+
+    Raises:
+      ValueError: for any other content.
+    """
     header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
-    if data[: len(header)] != header:
+    begin = data[: len(header)]
+    if begin != header:
         raise ValueError(
-            f"{name} begins with {data[: len(header)].hex()}; the IDX header of unsigned bytes {list(shape)} is {header.hex()}"
+            f"{name} begins with {begin.hex()}; the IDX header of unsigned bytes {list(shape)} is "
+            f"{header.hex()}"
         )
     return _records(data[len(header) :], name, shape)
 
@@ -58,25 +81,37 @@ def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def _records(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(data) != math.prod(shape):
         raise ValueError(
-            f"{name} holds {len(data):,} bytes of data where {list(shape)} are {math.prod(shape):,}: it is truncated or of "
-            "another kind"
+            f"{name} holds {len(data):,} bytes of data where {list(shape)} are "
+            f"{math.prod(shape):,}: it is truncated or of another kind"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _planes(pixels: np.ndarray) -> np.ndarray:
-    """CIFAR's rows of 3072: red, then green, then blue -> [n, 32, 32, 3]."""
+def _from_planes(pixels: np.ndarray) -> np.ndarray:
+    """Turn CIFAR's rows of 3072 (red, then green, then blue) into [n, 32, 32, 3]."""
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) -> Split:
-    """CIFAR's binary layout; of CIFAR-100's two label bytes the second is the fine label. Raises `ValueError` for any other."""
+    """Read a batch in CIFAR's binary layout.
+
+    Args:
+      data: the file's bytes.
+      name: the file's name, for errors.
+      count: the expected number of images.
+      label_bytes: how many labels each image has; the last of them is read, which is the fine
+        label of CIFAR-100's two.
+
+    Raises:
+      ValueError: for a file of another length.
+    """
     rows = _records(data, name, (count, label_bytes + 3072))
-    return Split(_planes(rows[:, label_bytes:]), rows[:, label_bytes - 1].astype(np.int32))
+    labels = rows[:, label_bytes - 1].astype(np.int32)
+    return Split(_from_planes(rows[:, label_bytes:]), labels)
 
 
 class _Inert:
-    """What stands for NumPy's objects in a pickle: it keeps the state that the file gives it, and NumPy itself is never called."""
+    """A stand-in for NumPy's objects in a pickle: it keeps their state and calls nothing."""
 
     state = ()
 
@@ -84,17 +119,22 @@ class _Inert:
         pass
 
 
-class _ArraysOnly(pickle._Unpickler):
-    """Builds plain containers and `_Inert` arrays, so that a file from strangers neither runs code nor reaches into memory.
+def _encode_latin1(text, encoding):
+    """Stand in for `codecs.encode`, by which Python 3 writes bytes in protocol 2."""
+    return text.encode("latin1")
 
-    It is the unpickler in Python, whose memo grows with what is put there (a file of 9 bytes can make the one in C reserve gigabytes), and
-    makes lists of tuples, since those that hold each other as keys of a dictionary take exponential time to hash.
+
+class _ArraysOnly(pickle._Unpickler):
+    """An unpickler of plain containers and `_Inert` arrays.
+
+    A file from strangers neither runs code nor reaches into memory. This is the unpickler written
+    in Python: its memo grows with what is put there, while a file of 9 bytes can make the one in C
+    reserve gigabytes. It makes lists of tuples, since tuples that hold each other as keys of a
+    dictionary take exponential time to hash.
     """
 
     _ALLOWED = {
-        ("_codecs", "encode"): lambda text, how: text.encode(
-            "latin1"
-        ),  # how Python 3 writes bytes in protocol 2
+        ("_codecs", "encode"): _encode_latin1,
         ("numpy.core.multiarray", "_reconstruct"): _Inert,
         ("numpy._core.multiarray", "_reconstruct"): _Inert,
         ("numpy", "ndarray"): _Inert,
@@ -111,55 +151,67 @@ class _ArraysOnly(pickle._Unpickler):
     def _build(self):
         state = self.stack.pop()
         if type(self.stack[-1]) is not _Inert:
-            raise pickle.UnpicklingError("it gives a state to what is no array")
+            raise pickle.UnpicklingError("it gives a state to an object that is not an array")
         self.stack[-1].state = state
 
-    def _marked(self):
-        found = self.pop_mark()  # which changes the stack
-        self.append(found)
+    def _list_to_mark(self):
+        # `pop_mark` replaces the stack, so it comes before the stack is looked up.
+        items = self.pop_mark()
+        self.append(items)
 
-    def _last(self, count):
-        self.stack[len(self.stack) - count :] = [self.stack[len(self.stack) - count :]]
+    def _list_of_last(self, count):
+        first = len(self.stack) - count
+        self.stack[first:] = [self.stack[first:]]
 
     dispatch = pickle._Unpickler.dispatch | {
         pickle.BUILD[0]: _build,
-        pickle.TUPLE[0]: _marked,
-        pickle.EMPTY_TUPLE[0]: lambda self: self._last(0),
-        pickle.TUPLE1[0]: lambda self: self._last(1),
-        pickle.TUPLE2[0]: lambda self: self._last(2),
-        pickle.TUPLE3[0]: lambda self: self._last(3),
+        pickle.TUPLE[0]: _list_to_mark,
+        pickle.EMPTY_TUPLE[0]: lambda self: self._list_of_last(0),
+        pickle.TUPLE1[0]: lambda self: self._list_of_last(1),
+        pickle.TUPLE2[0]: lambda self: self._list_of_last(2),
+        pickle.TUPLE3[0]: lambda self: self._list_of_last(3),
     }
-    del dispatch[
-        pickle.BYTEARRAY8[0]
-    ]  # which is as long as it says before its bytes are looked for
+    # A bytearray is allocated at the length that it declares, before its bytes are looked for.
+    del dispatch[pickle.BYTEARRAY8[0]]
 
 
 def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels") -> Split:
-    """CIFAR's Python layout, a dictionary of an array of bytes and a list of labels, read without running what it holds.
+    """Read a batch in CIFAR's Python layout without running what the pickle holds.
 
-    Raises `ValueError` for any other content.
+    The layout is a dictionary of an array of bytes and a list of labels.
+
+    Args:
+      data: the file's bytes.
+      name: the file's name, for errors.
+      count: the expected number of images.
+      key: of the labels in the dictionary.
+
+    Raises:
+      ValueError: for any other content.
     """
     try:
-        found = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
-        labels, (_, shape, _, is_fortran, pixels) = found[key], found[b"data"].state
+        batch = _ArraysOnly(io.BytesIO(data), encoding="bytes").load()
+        labels = batch[key]
+        _, shape, _, is_fortran, pixels = batch[b"data"].state
         if shape != [count, 3072] or type(pixels) is not bytes or len(pixels) != count * 3072:
             raise ValueError(f"its pixels are not an array of {count} x 3072 bytes")
-        if (
-            type(labels) is not list
-            or len(labels) != count
-            or any(type(label) is not int or not 0 <= label < 256 for label in labels)
-        ):
+        is_list = type(labels) is list and len(labels) == count
+        if not is_list or not all(type(label) is int and 0 <= label < 256 for label in labels):
             raise ValueError(f"its labels are not a list of {count} whole numbers from 0 to 255")
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:
+        # Any exception, because a damaged pickle raises nearly anything.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {reason}"
         ) from error
-    rows = np.frombuffer(pixels, np.uint8).reshape((count, 3072), order="F" if is_fortran else "C")
-    return Split(_planes(rows), np.asarray(labels, np.int32))
+    rows = np.frombuffer(pixels, np.uint8)
+    if is_fortran:
+        rows = rows.reshape(3072, count).T
+    rows = rows.reshape(count, 3072)
+    return Split(_from_planes(rows), np.asarray(labels, np.int32))
 
 
-# ------------------------------------------------------------------ files: found, or downloaded with their hash checked
+# ------------------------------------------------------------------ files: found or downloaded
 
 
 class File(NamedTuple):
@@ -171,55 +223,60 @@ class File(NamedTuple):
 
 
 def _reason(error: BaseException) -> str:
-    """An exception's first cause, in a line: what the libraries above it say is longer and tells less."""
+    """Put an exception's first cause in a line; the libraries above it say more and tell less."""
     while error.__context__:
         error = error.__context__
     return " ".join(str(error).split())[:300]
 
 
 def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
-    """Fetches a file into a folder. Raises `ValueError`, and leaves nothing behind, if no address serves it whole."""
+    """Download a file into a folder.
+
+    Raises:
+      ValueError: if no address serves it whole; nothing is left behind then.
+    """
     pooch.get_logger().setLevel(logging.ERROR)
-    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    known_hash = f"md5:{file.md5}"
     failures = []
     for url in file.urls:
         try:
-            return pathlib.Path(
-                pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, downloader=fetch)
-            )
+            path = pooch.retrieve(url, known_hash, file.name, folder, downloader=downloader)
+            return pathlib.Path(path)
         except (requests.RequestException, ValueError, OSError) as error:
             failures.append(f"{url}: {_reason(error)}")
     with contextlib.suppress(OSError):
         for path in absent:
             path.rmdir()
     raise ValueError(
-        f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); put it there by hand"
+        f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); "
+        "put it there by hand"
     )
 
 
 def _check_hash(path: pathlib.Path, file: File) -> None:
-    """Raises `ValueError` for a compressed file other than the published one, before anything of it is decompressed."""
+    """Refuse a file other than the published one, before anything of it is decompressed."""
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "md5").hexdigest()
-    if found != file.md5:
+        digest = hashlib.file_digest(stream, "md5").hexdigest()
+    if digest != file.md5:
         raise ValueError(
-            f"{path} has the MD5 hash {found}, and the published file has {file.md5}: it is damaged or another file"
+            f"{path} has the MD5 hash {digest}, and the published file has {file.md5}: it is "
+            "damaged or another file"
         )
 
 
-def _begin(path: pathlib.Path, limit: int) -> bytes:
-    """A file's bytes, but no more than one beyond what is expected."""
-    with path.open("rb") as stream:
-        return stream.read(limit + 1)
-
-
 def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
-    """A published file, or what was in it if it has been decompressed, but no more than one byte beyond what is expected."""
+    """Read a published file, compressed or not, up to one byte beyond `limit`."""
     if path.suffix != ".gz":
         return _begin(path, limit)
     _check_hash(path, file)
     with gzip.open(path) as stream:
+        return stream.read(limit + 1)
+
+
+def _begin(path: pathlib.Path, limit: int) -> bytes:
+    with path.open("rb") as stream:
         return stream.read(limit + 1)
 
 
@@ -233,152 +290,179 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]: ...
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
-        """The training and the test images, and those for validation where it has some of its own."""
+        """Read the training and test images, and the validation images if it has its own."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Idx:
-    """A data set in the layout of MNIST: four IDX files, compressed or not."""
+    """A data set in the layout of MNIST: four IDX files, compressed or not.
 
-    folders: tuple[
-        str, ...
-    ]  # where the files are looked for; the first is where they are downloaded to
-    files: tuple[File, ...]  # images and labels, of training and test
+    Attributes:
+      folders: where the files are looked for; they are downloaded to the first.
+      files: images and labels for training, then for the test.
+      classes: the classes' names.
+      counts: the number of training and test images.
+      shape: height, width and channels of an image.
+    """
+
+    folders: tuple[str, ...]
+    files: tuple[File, ...]
     classes: tuple[str, ...]
     counts: tuple[int, int] = (60_000, 10_000)
     shape: tuple[int, int, int] = (28, 28, 1)
 
+    def _find(self, data_dir: pathlib.Path, file: File) -> pathlib.Path:
+        plain = file.name.removesuffix(".gz")
+        for folder in self.folders:
+            for name in (file.name, plain):
+                path = data_dir / folder / name
+                if path.is_file():
+                    return path
+        # MNIST's and Fashion-MNIST's files have the same names. Outside their folders only the
+        # hash, which is that of the compressed file, tells whose a file is.
+        path = data_dir / file.name
+        if path.is_file():
+            return path
+        return _download(file, data_dir / self.folders[0])
+
+    def _array(self, data_dir: pathlib.Path, file: File, shape: tuple[int, ...]) -> np.ndarray:
+        path = self._find(data_dir, file)
+        header_bytes = 4 + 4 * len(shape)
+        return read_idx(_read(path, file, header_bytes + math.prod(shape)), str(path), shape)
+
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
-        arrays = []
-        for number, file in enumerate(self.files):
-            shape = (self.counts[number // 2], *(self.shape[:2] if number % 2 == 0 else ()))
-            places = [
-                data_dir / folder / name
-                for folder in self.folders
-                for name in (file.name, file.name.removesuffix(".gz"))
-            ]
-            places.append(
-                data_dir / file.name
-            )  # compressed only: of the hash alone it is known whose it is
-            path = next((path for path in places if path.is_file()), None) or _download(
-                file, data_dir / self.folders[0]
-            )
-            arrays.append(
-                read_idx(_read(path, file, 4 + 4 * len(shape) + math.prod(shape)), str(path), shape)
-            )
-        images, labels = arrays[::2], arrays[1::2]
-        train, test = (Split(x[..., None], y.astype(np.int32)) for x, y in zip(images, labels))
+        parts = []
+        for number, count in enumerate(self.counts):
+            image_file, label_file = self.files[2 * number : 2 * number + 2]
+            images = self._array(data_dir, image_file, (count, *self.shape[:2]))
+            labels = self._array(data_dir, label_file, (count,))
+            parts.append(Split(images[..., None], labels.astype(np.int32)))
+        train, test = parts
         return train, test
 
 
 @dataclasses.dataclass(frozen=True)
 class Cifar:
-    """A data set in the layouts of CIFAR: binary or Python batches, in a folder or in the published archive."""
+    """A data set in the layouts of CIFAR, in a folder or in the published archive.
 
-    binary: str  # the folders' names, which the archives hold as well
+    Attributes:
+      binary: the folder's name in the binary layout, also within the archive.
+      python: the folder's name in the Python layout.
+      archives: the archives of the binary layout, which is the one downloaded, and of the Python
+        layout.
+      train: the training batches' names, without ".bin".
+      test: the test batch's name.
+      classes: the classes' names.
+      label_bytes: as in `read_cifar_binary`.
+      key: as in `read_cifar_pickle`.
+      counts: the number of training and test images.
+    """
+
+    binary: str
     python: str
-    archives: tuple[
-        File, ...
-    ]  # of the binary layout, which is the one downloaded, and of the Python layout
-    train: tuple[str, ...]  # the batches' names, without ".bin"
+    archives: tuple[File, ...]
+    train: tuple[str, ...]
     test: str
     classes: tuple[str, ...]
     label_bytes: int = 1
     key: bytes = b"labels"
     counts: tuple[int, int] = (50_000, 10_000)
 
-    def _batch(self, binary: bool, data: bytes, name: str, count: int) -> Split:
-        return (
-            read_cifar_binary(data, name, count, self.label_bytes)
-            if binary
-            else read_cifar_pickle(data, name, count, self.key)
-        )
+    def _find_folder(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path] | None:
+        """Find the folder of the batches -> (whether their layout is the binary one, the folder).
 
-    def _contents(self, data_dir: pathlib.Path):
-        """(whether the layout is the binary one, a function of a batch's name that gives its bytes, and where they come from)."""
-        names, limit = (
-            (*self.train, self.test),
-            2 * 3074 * max(self.counts),
-        )  # a pickle may be longer than what it holds
-        layouts = (
-            (True, self.binary, self.archives[0]),
-            (False, self.python, self.archives[1]),
-        )  # the first is downloaded
-        for binary, folder, _ in layouts:
-            suffix = ".bin" if binary else ""
+        None if there is none. Raises `ValueError` if some of the batches are missing.
+        """
+        for is_binary, folder in ((True, self.binary), (False, self.python)):
+            suffix = ".bin" if is_binary else ""
+            names = [f"{name}{suffix}" for name in (*self.train, self.test)]
             for place in (data_dir / folder, data_dir):
-                if any((place / f"{name}{suffix}").is_file() for name in names):
-                    missing = [
-                        f"{name}{suffix}"
-                        for name in names
-                        if not (place / f"{name}{suffix}").is_file()
-                    ]
-                    if missing:
-                        raise ValueError(
-                            f"{place} lacks {', '.join(missing)}; it has other batches of the same data set"
-                        )
-                    return (
-                        binary,
-                        lambda name, place=place, suffix=suffix: _begin(
-                            place / f"{name}{suffix}", limit
-                        ),
-                        str(place),
+                missing = [name for name in names if not (place / name).is_file()]
+                if not missing:
+                    return is_binary, place
+                if len(missing) < len(names):
+                    raise ValueError(
+                        f"{place} lacks {', '.join(missing)}; it has other batches of the same "
+                        "data set"
                     )
-        present = [layout for layout in layouts if (data_dir / layout[2].name).is_file()]
-        binary, folder, file = (present or layouts)[0]
-        path = data_dir / file.name if present else _download(file, data_dir)
-        _check_hash(path, file)  # of which it then is known what is in it
-        return (
-            binary,
-            lambda name: self._member(path, f"{folder}/{name}{'.bin' if binary else ''}"),
-            str(path),
-        )
+        return None
 
-    def _member(self, archive: pathlib.Path, name: str) -> bytes:
-        """One batch, read from within the archive: nothing is unpacked to the disk."""
-        with tarfile.open(archive) as file:
-            batch = file.extractfile(name)
-            assert (
-                batch is not None
-            )  # of an archive of this hash it is known that this is a file in it
-            return batch.read()
+    def _find_archive(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path]:
+        """Find or download the archive -> (whether its layout is the binary one, its path)."""
+        binary, python = self.archives
+        is_binary = (data_dir / binary.name).is_file() or not (data_dir / python.name).is_file()
+        file = binary if is_binary else python
+        path = data_dir / file.name
+        if not path.is_file():
+            path = _download(file, data_dir)
+        # The hash also says which files are in it.
+        _check_hash(path, file)
+        return is_binary, path
+
+    def _batch(self, is_binary: bool, place: pathlib.Path, name: str, count: int) -> Split:
+        """Read one batch from a folder, or from within an archive, which is not unpacked."""
+        file = f"{name}.bin" if is_binary else name
+        if place.is_dir():
+            # A pickle may be longer than its arrays.
+            data = _begin(place / file, 2 * 3074 * max(self.counts))
+        else:
+            folder = self.binary if is_binary else self.python
+            with tarfile.open(place) as archive:
+                member = archive.extractfile(f"{folder}/{file}")
+                # The published archive has this file.
+                assert member is not None
+                data = member.read()
+        if is_binary:
+            return read_cifar_binary(data, f"{place}/{file}", count, self.label_bytes)
+        return read_cifar_pickle(data, f"{place}/{file}", count, self.key)
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
-        binary, content, place = self._contents(data_dir)
+        is_binary, place = self._find_folder(data_dir) or self._find_archive(data_dir)
         share = self.counts[0] // len(self.train)
-        batch = lambda name, count: self._batch(
-            binary, content(name), f"{place}/{name}{'.bin' if binary else ''}", count
+        batches = [self._batch(is_binary, place, name, share) for name in self.train]
+        train = Split(
+            np.concatenate([batch.images for batch in batches]),
+            np.concatenate([batch.labels for batch in batches]),
         )
-        train = Split(*map(np.concatenate, zip(*(batch(name, share) for name in self.train))))
-        return train, batch(self.test, self.counts[1])
+        return train, self._batch(is_binary, place, self.test, self.counts[1])
 
 
 class Digits:
-    """scikit-learn's 1,797 digits of 8x8 pixels, which need no file: the first 1,437 are for training, the last 360 for the test."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, which need no file.
+
+    The first 1,437 are for training and the last 360 for the test.
+    """
 
     classes = DIGITS
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         import sklearn.datasets
 
-        found = sklearn.datasets.load_digits()
-        images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
-        labels = found.target.astype(np.int32)
+        digits = sklearn.datasets.load_digits()
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        labels = digits.target.astype(np.int32)
         return Split(images[:1437], labels[:1437]), Split(images[1437:], labels[1437:])
 
 
 @dataclasses.dataclass(frozen=True)
 class CamVid:
-    """CamVid's road scenes (Brostow et al. 2009) in the layout of SegNet's tutorial: folders of images and of masks for each part.
+    """CamVid's road scenes (Brostow et al. 2009) in the layout of SegNet's tutorial.
 
-    The masks name eleven classes for each pixel; with `loss="sigmoid"` the labels say which of them appear in a scene instead.
+    That is a folder of images and a folder of masks for each split. Masks name one of eleven
+    classes for each pixel, by its place in `classes`; 11 is void, a pixel of none of them.
+
+    Attributes:
+      loss: "pixelwise" for masks as labels; "sigmoid" for the classes that appear in a scene.
+      size: height and width; the original's are 360 and 480.
+      counts: the number of training, test and validation images.
+      classes: the classes' names.
+      present: pixels that make a class appear in a scene: a thousandth of it.
     """
 
     loss: str
-    size: tuple[int, int] = (180, 240)  # height and width; the original's are 360 and 480
-    counts: tuple[int, int, int] = (367, 233, 101)  # of training, test and validation images
-    # In the order of their numbers; 11 is void, a pixel of none of them.
+    size: tuple[int, int] = (180, 240)
+    counts: tuple[int, int, int] = (367, 233, 101)
     classes: tuple[str, ...] = (
         "sky",
         "building",
@@ -392,50 +476,60 @@ class CamVid:
         "pedestrian",
         "bicyclist",
     )
-    present: int = 50  # pixels of a class that make it appear in a scene: a thousandth of it
+    present: int = 50
 
     def _mask(self, path: pathlib.Path) -> np.ndarray:
         with opened(path) as image:
             mask = np.array(image)
-        if mask.dtype != np.uint8 or mask.shape != self.size or mask.max() > len(self.classes):
+            kind = image.format
+        void = len(self.classes)
+        if mask.dtype != np.uint8 or mask.shape != self.size or mask.max() > void:
             raise ValueError(
-                f"{path} is a mask of {mask.dtype} {list(mask.shape)} up to {mask.max()}; expected uint8 {list(self.size)} up "
-                f"to {len(self.classes)}"
+                f"{path} is a mask of {mask.dtype} {list(mask.shape)} up to {mask.max()}; "
+                f"expected uint8 {list(self.size)} up to {void}"
             )
-        return np.where(mask == len(self.classes), np.uint8(IGNORED), mask)
+        if kind == "JPEG":
+            raise ValueError(f"{path} is a mask in JPEG, which changes labels; expected PNG")
+        return np.where(mask == void, np.uint8(IGNORED), mask)
 
-    def _part(self, folder: pathlib.Path, name: str, count: int) -> Split:
-        found = [
-            {
-                path.stem: path
-                for path in sorted((folder / part).glob("*"))
-                if path.suffix in (".png", ".jpg")
-            }
-            for part in (name, f"{name}annot")
-        ]
-        if found[0].keys() != found[1].keys() or len(found[0]) != count:
+    def _image(self, path: pathlib.Path) -> np.ndarray:
+        image = read_image(path)
+        height, width = image.shape[:2]
+        if (height, width) != self.size:
+            raise ValueError(f"{path} is {height}x{width}; expected {self.size[0]}x{self.size[1]}")
+        return image
+
+    def _split(self, folder: pathlib.Path, name: str, count: int) -> Split:
+        image_paths = _by_stem(folder / name)
+        mask_paths = _by_stem(folder / f"{name}annot")
+        if image_paths.keys() != mask_paths.keys() or len(image_paths) != count:
             raise ValueError(
-                f"{folder} holds {len(found[0])} images in {name} and {len(found[1])} masks in {name}annot; expected {count} "
-                "of either, of the same names (CamVid is not downloaded: put it there by hand)"
+                f"{folder} holds {len(image_paths)} images in {name} and {len(mask_paths)} masks "
+                f"in {name}annot; expected {count} of either, of the same names (CamVid is not "
+                "downloaded: put it there by hand)"
             )
-        images = [read_image(path) for path in found[0].values()]
-        for path, image in zip(found[0].values(), images):
-            if image.shape[:2] != self.size:
-                raise ValueError(
-                    f"{path} is {image.shape[0]}x{image.shape[1]}; expected {self.size[0]}x{self.size[1]}"
-                )
-        masks = np.stack([self._mask(path) for path in found[1].values()])
+        images = np.stack([self._image(path) for path in image_paths.values()])
+        masks = np.stack([self._mask(path) for path in mask_paths.values()])
         if self.loss == "pixelwise":
-            return Split(np.stack(images), masks)
-        pixels = np.stack([(masks == number).sum((1, 2)) for number in range(len(self.classes))], 1)
-        return Split(np.stack(images), (pixels >= self.present).astype(np.int32))
+            return Split(images, masks)
+        pixels = [(masks == number).sum((1, 2)) for number in range(len(self.classes))]
+        return Split(images, (np.stack(pixels, 1) >= self.present).astype(np.int32))
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split, Split]:
-        train, test, validation = (
-            self._part(data_dir / "camvid", *part)
-            for part in zip(("train", "test", "val"), self.counts)
+        folder = data_dir / "camvid"
+        train, test, validation = self.counts
+        return (
+            self._split(folder, "train", train),
+            self._split(folder, "test", test),
+            self._split(folder, "val", validation),
         )
-        return train, test, validation
+
+
+def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Map the names of image files, without suffixes, to their paths; an absent folder has none."""
+    if not folder.is_dir():
+        return {}
+    return {path.stem: path for path in list_folder(folder).images}
 
 
 def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ...]:
@@ -444,13 +538,15 @@ def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ..
         for part in ("train", "t10k")
         for kind in ("images-idx3", "labels-idx1")
     ]
-    return tuple(
-        File(name, tuple(url + name for url in urls), md5) for name, md5 in zip(names, hashes)
-    )
+    files = []
+    for name, md5 in zip(names, hashes):
+        addresses = tuple(url + name for url in urls)
+        files.append(File(name, addresses, md5))
+    return tuple(files)
 
 
 def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, ...]:
-    """Krizhevsky's page, www.cs.toronto.edu/~kriz/cifar.html, prints these hashes."""
+    """List CIFAR's archives; www.cs.toronto.edu/~kriz/cifar.html prints their hashes."""
     names = [f"cifar-{number}-{layout}.tar.gz" for layout in ("binary", "python")]
     return tuple(
         File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5)
@@ -458,12 +554,17 @@ def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, .
     )
 
 
-_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar
-    cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
-    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew
-    skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
-    tulip turtle wardrobe whale willow_tree wolf woman worm"""
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
+    kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+    mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree
+    plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
+    tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm
+"""
 
 DATASETS: dict[str, Source] = {
     "digits": Digits(),
@@ -532,77 +633,73 @@ DATASETS: dict[str, Source] = {
 
 
 def check_name(name: str) -> None:
-    """Raises `ValueError` for a name that is not in `DATASETS`."""
+    """Raise `ValueError` for a name that is not in `DATASETS`."""
     if name not in DATASETS:
         raise ValueError(f"dataset={name!r} is not one of {', '.join(DATASETS)}, tfds:NAME, folder")
 
 
 def loss_of(name: str) -> str:
-    """The loss that a data set's labels are made for: those of `CamVid` say their own, all others are one class of an image."""
+    """Return the loss that a data set's labels are for: one class an image unless it says so."""
     return getattr(DATASETS.get(name), "loss", "cross_entropy")
 
 
-def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
-    """Chooses `count` images, of every class as many as the next -> a mask [n]; always the same ones, so that runs compare."""
-    generator = np.random.default_rng(0)
-    classes = generator.permutation(np.unique(labels))
-    mask = np.zeros(len(labels), bool)
-    for rank, label in enumerate(classes):
-        share = count // len(classes) + (rank < count % len(classes))
-        members = np.flatnonzero(labels == label)
-        if share > len(members):
-            raise ValueError(
-                f"n_validation={count} asks for {share} images of class {label}, which has {len(members)}"
-            )
-        mask[generator.permutation(members)[:share]] = True
-    return mask
+def _check_labels(split: Split, name: str, source: str) -> None:
+    labels = split.labels.ravel()
+    count = len(DATASETS[name].classes)
+    if loss_of(name) == "pixelwise":
+        labels = labels[labels != IGNORED]
+    if loss_of(name) == "sigmoid":
+        # A class is in an image or not.
+        count = 2
+    splits.check_labels(labels, count, source)
 
 
 def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
-    """Reads a data set from its original files in `data_dir`, downloading those that are absent.
+    """Read a data set from its original files, downloading those that are absent.
 
-    `n_validation` training images, balanced over the classes, are held out; a data set with validation images of its own gives all
-    of those or none. Raises `ValueError` for an unknown name, for files that are absent and cannot be downloaded, and for files
-    that are not as published.
+    Args:
+      name: one of `DATASETS`.
+      data_dir: the folder of the files; empty for "data".
+      n_validation: training images to hold out, balanced over the classes. A data set with
+        validation images of its own gives all of those or, for 0, none.
+
+    Raises:
+      ValueError: for an unknown name, for files that are absent and cannot be downloaded, for
+        files other than the published ones, and for labels that are no class's.
     """
     check_name(name)
     source = DATASETS[name]
     train, test, *own = source.read(pathlib.Path(data_dir or "data"))
-    if own:
-        if n_validation not in (0, len(own[0].images)):
-            raise ValueError(
-                f"n_validation={n_validation} is not 0 or {len(own[0].images)}, the validation images that {name} has of its "
-                "own"
-            )
-        return Dataset(train, own[0] if n_validation else None, test, source.classes)
-    for part, split in (("training", train), ("test", test)):
-        if split.labels.min() < 0 or split.labels.max() >= len(source.classes):
-            raise ValueError(
-                f"the {part} labels of {name} in data_dir={data_dir!r} reach from {split.labels.min()} to "
-                f"{split.labels.max()}; expected 0 to {len(source.classes) - 1}"
-            )
-    if not 0 <= n_validation < len(train.labels):
+    for part, split in zip(("training", "test", "validation"), (train, test, *own)):
+        _check_labels(split, name, f"the {part} set of {name} in data_dir={data_dir!r}")
+    if own and n_validation not in (0, len(own[0].images)):
         raise ValueError(
-            f"n_validation={n_validation} is not between 0 and {len(train.labels) - 1}, the training images but one"
+            f"n_validation={n_validation} is not 0 or {len(own[0].images)}, the validation images "
+            f"that {name} has of its own"
         )
     if not n_validation:
         return Dataset(train, None, test, source.classes)
-    mask = hold_out(train.labels, n_validation)
-    return Dataset(
-        Split(train.images[~mask], train.labels[~mask]),
-        Split(train.images[mask], train.labels[mask]),
-        test,
-        source.classes,
-    )
+    if own:
+        return Dataset(train, own[0], test, source.classes)
+    mask = splits.hold_out(train.labels, n_validation)
+    rest = Split(train.images[~mask], train.labels[~mask])
+    held_out = Split(train.images[mask], train.labels[mask])
+    return Dataset(rest, held_out, test, source.classes)
 
 
 def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and the standard deviation of each channel of uint8 images [n, height, width, channels], in units of 0 to 1."""
+    """Compute the mean and standard deviation of each channel, in units of 0 to 1.
+
+    Args:
+      images: uint8 [n, height, width, channels].
+    """
     levels = np.arange(256) / 255
-    moments = []
+    means, deviations = [], []
     for channel in range(images.shape[-1]):
-        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        values = images[..., channel].ravel()
+        share = np.bincount(values, minlength=256) / values.size
         mean = share @ levels
-        moments.append((mean, np.sqrt(share @ np.square(levels - mean))))
-    mean, std = np.transpose(moments)
-    return mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
+        means.append(mean)
+        deviations.append(np.sqrt(share @ np.square(levels - mean)))
+    # A constant channel is divided by this instead of zero.
+    return np.array(means, np.float32), np.maximum(np.array(deviations), 1e-6).astype(np.float32)

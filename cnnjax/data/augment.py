@@ -1,4 +1,7 @@
-"""Augmentation inside jit: each image from a key of its own, so that how a batch is divided over devices changes nothing."""
+"""Augmentation inside jit.
+
+Each image has its own key, so results do not depend on how a batch is divided over devices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +10,15 @@ from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from cnnjax.runtime.types import AnyArray
 
-# Of ImageNet's RGB values between 0 and 1, as fb.resnet.torch and Caffe's AlexNet use them (Krizhevsky et al. 2012, section 4.1).
+# The principal components of ImageNet's RGB values between 0 and 1 (Krizhevsky et al. 2012, section
+# 4.1), as in fb.resnet.torch and Caffe's AlexNet.
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
-IGNORED = 255  # the label of a pixel that counts for nothing
-# Mean and standard deviation of the ImageNet training set, RGB in [0, 1]: what torchvision's weights expect.
+# The label of pixels that losses and scores leave out.
+IGNORED = 255
+# Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
 IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
 
@@ -22,26 +27,36 @@ def normalize(
     mean: Float[AnyArray, "*#moments"],
     std: Float[AnyArray, "*#moments"],
 ) -> Float32[AnyArray, "*members batch height width channels"]:
-    """Images of 0 to 255 -> (images / 255 - mean) / std; moments [members, 1, 1, 1, channels] give one result for each."""
+    """Compute (images / 255 - mean) / std.
+
+    Args:
+      images: values of 0 to 255.
+      mean: for each channel, in units of 0 to 1; [members, 1, 1, 1, channels] for several results.
+      std: as `mean`.
+    """
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def _crop(key, image, padding, fill, value=0):
-    height, width, channels = image.shape
+    """Shift an image [height, width, channels] at random over a border."""
+    border = ((padding, padding), (padding, padding), (0, 0))
     options = {"constant_values": value} if fill == "zeros" else {}
-    padded = jnp.pad(
-        image, ((padding, padding), (padding, padding), (0, 0)), mode=FILLS[fill], **options
-    )
+    padded = jnp.pad(image, border, mode=FILLS[fill], **options)
     top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-    return jax.lax.dynamic_slice(padded, (top, left, 0), (height, width, channels))
+    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
 def _cutout(key, image, size):
-    """Blackens a square whose center is anywhere in the image (DeVries and Taylor 2017)."""
+    """Blacken a square whose center is anywhere in the image (DeVries and Taylor 2017)."""
     center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
-    away = [jnp.arange(n) - c for n, c in zip(image.shape[:2], center)]
-    inside = [(a >= -(size // 2)) & (a < size - size // 2) for a in away]
-    return jnp.where((inside[0][:, None] & inside[1])[:, :, None], 0, image)
+
+    def inside(length, middle):
+        away = jnp.arange(length) - middle
+        return (away >= -(size // 2)) & (away < size - size // 2)
+
+    rows = inside(image.shape[0], center[0])
+    columns = inside(image.shape[1], center[1])
+    return jnp.where((rows[:, None] & columns)[:, :, None], 0, image)
 
 
 def augment(
@@ -54,11 +69,17 @@ def augment(
     cutout: int = 0,
     colour: float = 0.0,
 ) -> Float32[Array, "batch height width channels"]:
-    """Augments images of 0 to 255, each with its key.
+    """Augment images, each with its key.
 
-    `flip` mirrors one image in two, by chance, left to right; `crop` shifts by up to that many pixels in both directions, over a border
-    of `fill` ("zeros", which is black, or "reflect"); `colour` adds ImageNet's principal components of color, each times a
-    normal number of that standard deviation (0.1 in Krizhevsky et al. 2012); `cutout` blackens a square of that side.
+    Args:
+      keys: one for each image.
+      images: values of 0 to 255.
+      flip: whether each image is mirrored left to right with probability 1/2.
+      crop: the most pixels that an image is shifted by in each direction.
+      fill: what comes in over the border: "zeros", which is black, or "reflect".
+      cutout: the side of the square that is blackened, in pixels; 0 for none.
+      colour: the standard deviation of the normal numbers that multiply ImageNet's principal
+        components of color before they are added (0.1 in Krizhevsky et al. 2012); 0 for none.
     """
 
     def one(key, image):
@@ -87,16 +108,25 @@ def augment_masks(
     fill: str = "zeros",
     **_,
 ) -> UInt8[Array, "batch height width"]:
-    """Mirrors and shifts the masks of images as `augment` does the images with these keys and arguments.
+    """Mirror and shift masks as `augment` does their images.
 
-    What comes in over a border of zeros is ignored; a pixel that is blackened or of another color is of the same class.
+    Pixels that come in over a border of zeros are `IGNORED`. Cutout and colors leave masks alone.
+
+    Args:
+      keys: those of the images.
+      masks: a class for each pixel.
+      flip: as in `augment`.
+      crop: as in `augment`.
+      fill: as in `augment`.
     """
 
     def one(key, mask):
         keys = jax.random.split(key, 4)
         if flip:
             mask = jnp.where(jax.random.bernoulli(keys[0]), mask[:, ::-1], mask)
-        return _crop(keys[1], mask[:, :, None], crop, fill, IGNORED)[:, :, 0] if crop else mask
+        if crop:
+            mask = _crop(keys[1], mask[:, :, None], crop, fill, value=IGNORED)[:, :, 0]
+        return mask
 
     return jax.vmap(one)(keys, masks)
 
@@ -104,14 +134,20 @@ def augment_masks(
 def views(
     images: Float[Array, "batch height width channels"], count: int, size: int
 ) -> list[Float[Array, "batch {size} {size} channels"]]:
-    """The views of images that a test averages over.
+    """Cut the views of images that a test averages over.
 
-    1: the center; 2: the center and its mirror image; 10: the corners, the center and their mirror images (Krizhevsky et
-    al. 2012, section 4.1).
+    Args:
+      images: values of any kind.
+      count: 1 for the center, 2 for the center and its mirror image, 10 for the corners, the
+        center and their mirror images (Krizhevsky et al. 2012, section 4.1).
+      size: the views' side in pixels.
     """
-    height, width = images.shape[1:3]
-    bottom, right = height - size, width - size
-    middle = (bottom // 2, right // 2)
-    places = [middle] if count < 10 else [(0, 0), (0, right), (bottom, 0), (bottom, right), middle]
+    bottom = images.shape[1] - size
+    right = images.shape[2] - size
+    places = [(bottom // 2, right // 2)]
+    if count == 10:
+        places = [(0, 0), (0, right), (bottom, 0), (bottom, right), *places]
     crops = [images[:, top : top + size, left : left + size] for top, left in places]
-    return crops if count == 1 else crops + [crop[:, :, ::-1] for crop in crops]
+    if count == 1:
+        return crops
+    return crops + [crop[:, :, ::-1] for crop in crops]

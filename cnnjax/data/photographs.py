@@ -1,23 +1,26 @@
-"""Photographs, from a folder or from the packages that carry some, and the synthetic images that control for them.
+"""Image files: which are read and how; photographs, and synthetic images beside them.
 
 Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
 """
 
+import collections
 import contextlib
 import os
 import pathlib
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
-warnings.filterwarnings(
-    "error", category=PIL.Image.DecompressionBombWarning
-)  # else told and then decoded
+# Pillow warns of a decompression bomb and then decodes it; here it is an error.
+warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Photographs inside the scikit-image and scikit-learn wheels (no download); the last three are of textures.
+# The suffixes of image files, in either case, for every reader of folders.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# Photographs inside the scikit-image and scikit-learn wheels, which need no download. The last
+# three of scikit-image's are textures.
 _SKIMAGE = (
     "astronaut",
     "camera",
@@ -34,55 +37,114 @@ _SKIMAGE = (
 _SKLEARN = ("china", "flower")
 
 
+class Listing(NamedTuple):
+    """The entries of a folder, apart from hidden folders."""
+
+    images: list[pathlib.Path]
+    folders: list[pathlib.Path]
+    # The other files, counted by kind: ".gif", "without a suffix", "hidden".
+    others: collections.Counter[str]
+
+
+def list_folder(folder: pathlib.Path) -> Listing:
+    """List the image files, folders and other files of a folder by name.
+
+    Hidden folders (".git", ".ipynb_checkpoints") are left out; a link counts as what it points to.
+    """
+    listing = Listing([], [], collections.Counter())
+    # `scandir` knows files from folders without asking the file system for each.
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = pathlib.Path(entry.path)
+            suffix = path.suffix.lower()
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    listing.folders.append(path)
+            elif entry.name.startswith("."):
+                # Among them are the "._photo.jpg" that macOS puts beside each file.
+                listing.others["hidden"] += 1
+            elif suffix in SUFFIXES:
+                listing.images.append(path)
+            else:
+                listing.others[suffix or "without a suffix"] += 1
+    return listing
+
+
+def describe_others(others: collections.Counter[str]) -> str:
+    """Describe files that are passed over: "12 files passed over: 8 .gif, 4 .txt"."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    files = "file" if others.total() == 1 else "files"
+    return f"{others.total():,} {files} passed over: {kinds}"
+
+
 def _embedded() -> list[pathlib.Path]:
     import skimage
     import sklearn
 
     skimage_data = pathlib.Path(skimage.__file__).parent / "data"
     sklearn_data = pathlib.Path(sklearn.__file__).parent / "datasets" / "images"
-    return [
-        next(folder.glob(f"{name}.*"))
-        for folder, names in ((skimage_data, _SKIMAGE), (sklearn_data, _SKLEARN))
-        for name in names
-    ]
+    paths = [next(skimage_data.glob(f"{name}.*")) for name in _SKIMAGE]
+    return paths + [next(sklearn_data.glob(f"{name}.*")) for name in _SKLEARN]
+
+
+def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
+    listing = list_folder(folder)
+    images = listing.images
+    for inner in listing.folders:
+        # A link to a folder is not followed: it may lead back up.
+        if not inner.is_symlink():
+            images = images + _images_below(inner)
+    return images
 
 
 def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
-    """The image files of a folder and its subfolders, in order of name; without one, those that scikit-image and scikit-learn carry.
+    """List the image files of a folder and its subfolders.
 
-    Raises `ValueError` if the folder does not exist or holds no image.
+    Args:
+      folder: the folder; empty for the photographs that scikit-image and scikit-learn carry.
+
+    Returns:
+      The paths in order, without what is in hidden folders.
+
+    Raises:
+      ValueError: if the folder does not exist or holds no image.
     """
     if not folder:
         return _embedded()
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"photographs={str(folder)!r} is not a folder")
-    found = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
-    )
-    if not found:
+    paths = sorted(_images_below(folder))
+    if not paths:
         raise ValueError(
-            f"photographs={str(folder)!r} holds no image file; expected {', '.join(_SUFFIXES)}"
+            f"photographs={str(folder)!r} holds no image file; expected {', '.join(SUFFIXES)}"
         )
-    return found
+    return paths
 
 
 class Damaged(ValueError):
-    """A file that is there and can be read, and is no image that can be decoded whole."""
+    """A file can be read but not decoded whole."""
 
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
-    """An image file, open; only JPEG, PNG, WebP and BMP, since Pillow would hand others to programs outside (EPS to Ghostscript).
+    """Open an image file: JPEG, PNG, WebP or BMP, whatever its suffix.
 
-    Raises `Damaged` if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`, and `ValueError` if it cannot be read.
+    Pillow would hand other formats to outside programs (EPS to Ghostscript).
+
+    Raises:
+      Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`; also
+        for whatever the caller raises while it is open.
+      ValueError: if the file cannot be read.
     """
     try:
         with PIL.Image.open(path, formats=_FORMATS) as image:
             yield image
-    except Exception as error:  # a damaged image raises nearly anything
+    except Exception as error:
+        # Any exception, because a damaged image raises nearly anything.
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
+        is_of_the_system = isinstance(error, OSError) and error.errno is not None
+        if is_of_the_system or isinstance(error, MemoryError):
             raise ValueError(f"{path} cannot be read: {reason or 'out of memory'}") from error
         raise Damaged(
             f"{path} is not a readable image: {reason or type(error).__name__}"
@@ -90,23 +152,54 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
 
 
 def image_size(path: pathlib.Path) -> tuple[int, int]:
-    """(height, width) from the file's header; raises `ValueError` if it is no readable image."""
+    """Read an image's (height, width) from its header.
+
+    Raises:
+      ValueError: if it is not a readable image.
+    """
     with opened(path) as image:
         return image.height, image.width
 
 
-def read_image(path: pathlib.Path) -> np.ndarray:
-    """An image file as uint8 [height, width, 3]; raises `ValueError` if it cannot be decoded whole."""
+def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
+    """Decode an image file to RGB.
+
+    As in torchvision, transparency is dropped and an orientation in the metadata is not applied.
+
+    Raises:
+      Damaged: if it cannot be decoded whole, or has more than 8 bits a channel.
+      ValueError: if the file cannot be read.
+    """
     with opened(path) as image:
-        return np.asarray(image.convert("RGB"))
+        # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
+        if image.mode[0] in "IF":
+            raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
+        image.load()
+        # Converting an image that is RGB already would copy it.
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+    """Read an image file as uint8 [height, width, 3].
+
+    Raises:
+      ValueError: as `open_rgb`.
+    """
+    return np.asarray(open_rgb(path))
 
 
 def split(
     paths: list[pathlib.Path], shares: tuple[int, ...], seed: int
 ) -> list[list[pathlib.Path]]:
-    """Divides photographs at random into disjoint parts in proportion to `shares`, each of at least one.
+    """Divide photographs at random into disjoint parts.
 
-    Raises `ValueError` if there are fewer photographs than parts.
+    Args:
+      paths: the photographs.
+      shares: the parts' sizes in proportion; each part gets at least one photograph.
+      seed: of the random order.
+
+    Raises:
+      ValueError: if there are fewer photographs than parts.
     """
     if len(paths) < len(shares):
         raise ValueError(
@@ -114,34 +207,57 @@ def split(
         )
     order = np.random.default_rng(seed).permutation(len(paths))
     ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)
-    for i in range(len(ends)):  # at least one photograph each, from the left and from the right
+    for i in range(len(ends)):
+        # At least one photograph for each part before this end, and for each part after it.
         ends[i] = min(max(ends[i], i + 1), len(paths) - len(ends) + i + 1)
-    return [[paths[j] for j in sorted(part)] for part in np.split(order, ends[:-1])]
+    parts = np.split(order, ends[:-1])
+    return [[paths[number] for number in sorted(part)] for part in parts]
 
 
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
-    """`count` random square crops [count, size, size, 3], the photographs taken in turn.
+    """Cut random squares from photographs, taken in turn.
 
-    Raises `ValueError` if a photograph is smaller than `size` or cannot be read.
+    Args:
+      paths: the photographs.
+      count: how many crops.
+      size: their side in pixels.
+      seed: of their places.
+
+    Returns:
+      uint8 [count, size, size, 3].
+
+    Raises:
+      ValueError: if a photograph is smaller than `size` or cannot be read.
     """
     rng = np.random.default_rng(seed)
     out = np.empty((count, size, size, 3), np.uint8)
     for number, path in enumerate(paths[:count]):
         image = read_image(path)
-        if min(image.shape[:2]) < size:
-            raise ValueError(
-                f"{path} is {image.shape[0]}x{image.shape[1]}, smaller than image_size={size}"
-            )
+        height, width = image.shape[:2]
+        if min(height, width) < size:
+            raise ValueError(f"{path} is {height}x{width}, smaller than image_size={size}")
         for i in range(number, count, len(paths)):
-            top, left = (rng.integers(0, n - size + 1) for n in image.shape[:2])
+            top = rng.integers(0, height - size + 1)
+            left = rng.integers(0, width - size + 1)
             out[i] = image[top : top + size, left : left + size]
     return out
 
 
 def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
-    """Images without content: "black" (0), "white" (255), "noise" (Gaussian about 127.5, standard deviation 64, clipped).
+    """Make images without content.
 
-    Raises `ValueError` for another kind.
+    Args:
+      kind: "black" (0), "white" (255), or "noise" (Gaussian about 127.5, standard deviation 64,
+        clipped).
+      count: how many images.
+      size: their side in pixels.
+      seed: of the noise.
+
+    Returns:
+      uint8 [count, size, size, 3].
+
+    Raises:
+      ValueError: for another kind.
     """
     shape = (count, size, size, 3)
     if kind == "black":
@@ -149,7 +265,6 @@ def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
     if kind == "white":
         return np.full(shape, 255, np.uint8)
     if kind == "noise":
-        return np.clip(
-            np.round(np.random.default_rng(seed).normal(127.5, 64, shape)), 0, 255
-        ).astype(np.uint8)
+        noise = np.random.default_rng(seed).normal(127.5, 64, shape)
+        return np.clip(np.round(noise), 0, 255).astype(np.uint8)
     raise ValueError(f"data={kind!r} is not one of natural, black, white, noise")

@@ -1,12 +1,15 @@
-"""Large data sets, read and decoded as they are needed: folders of images and prepared tensorflow-datasets, streamed by grain.
+"""Images decoded as they are needed: folders and prepared tensorflow-datasets, streamed by grain.
 
-A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a step gives what an
-uninterrupted one gives from there.
+A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a
+step gives what an uninterrupted one gives from there.
 """
 
 import atexit
+import dataclasses
 import functools
 import gc
+import logging
+import math
 import multiprocessing
 import os
 import pathlib
@@ -20,102 +23,171 @@ import numpy as np
 import PIL.Image
 from absl import flags
 
-from cnnjax.data.photographs import Damaged, opened
+from cnnjax.data import splits
+from cnnjax.data.photographs import SUFFIXES, Damaged, describe_others, list_folder, open_rgb
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-_open: weakref.WeakSet = weakref.WeakSet()  # streams that may have processes under way
-_SPLITS = {
-    "train": ("train",),
-    "test": ("val", "validation", "test"),
-}  # ImageNet's labeled test is called validation
+_LOG = logging.getLogger("cnnjax")
+# The names of the validation split; ImageNet's labeled test is called so, too.
+_VALIDATION = ("val", "validation", "valid")
+# Pixels of a resized image, 67 MB in Pillow.
+_MOST_RESIZED = 2**24
+# Images that one process decodes in the seconds that worker processes take to start.
+FEW_IMAGES = 500
+
+# ------------------------------------------------------------------ sources: an image by its number
 
 
 class Folder:
-    """Images under ROOT/CLASS/, in the order of their names; the classes are the names of the folders.
+    """Images under ROOT/CLASS/ in the order of their names; classes are the folders' names.
 
-    Raises `ValueError` where there are none.
+    Hidden folders are no classes. Files of other kinds, files beside the class folders and folders
+    inside them are passed over, and `passed_over` says how many of each.
+
+    Raises:
+      ValueError: if there are no images, or a class has none.
     """
 
     def __init__(self, root: str | os.PathLike):
         root = pathlib.Path(root)
-        self.classes = (
-            tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
-            if root.is_dir()
-            else ()
-        )
-        self._files = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((root / name).iterdir())
-            if path.suffix.lower() in _SUFFIXES
-        ]
-        if not self._files:
-            raise ValueError(
-                f"{root} has no images; expected {root}/CLASS/IMAGE with {', '.join(_SUFFIXES)}"
-            )
+        expected = f"expected {root}/CLASS/IMAGE with {', '.join(SUFFIXES)}"
+        if not root.is_dir():
+            raise ValueError(f"{root} has no images; {expected}")
+        top = list_folder(root)
+        if not top.folders:
+            raise ValueError(f"{root} has no images; {expected}")
+        self.place = str(root)
+        self.classes = tuple(folder.name for folder in top.folders)
+        self.files: list[tuple[pathlib.Path, int]] = []
+        others = top.others
+        if top.images:
+            others["outside a class folder"] = len(top.images)
+        nested = []
+        for label, folder in enumerate(top.folders):
+            _check_name(folder)
+            listing = list_folder(folder)
+            if not listing.images:
+                reason = describe_others(listing.others) if listing.others else "it is empty"
+                raise ValueError(f"the class folder {folder} has no images; {expected} ({reason})")
+            self.files += [(path, label) for path in listing.images]
+            others += listing.others
+            nested += [str(path.relative_to(root)) for path in listing.folders]
+        passed_over = []
+        if others:
+            passed_over.append(describe_others(others))
+        if nested:
+            folders = "folder" if len(nested) == 1 else "folders"
+            names = ", ".join(nested[:3]) + (", ..." if len(nested) > 3 else "")
+            passed_over.append(f"{len(nested):,} {folders} passed over: {names}")
+        self.passed_over = "; ".join(passed_over)
 
     def __len__(self):
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        path, label = self._files[index]
-        with opened(path) as image:
-            if image.mode[0] in "IF":  # which Pillow would clip to 255
-                raise ValueError(
-                    f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8"
-                )
-            image.load()
-            return image if image.mode == "RGB" else image.convert(
-                "RGB"
-            ), label  # converting would copy it
+        path, label = self.files[index]
+        return open_rgb(path), label
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of all images, int32 [n]."""
+        return np.array([label for _, label in self.files], np.int32)
+
+
+def _check_name(folder: pathlib.Path) -> None:
+    """Refuse the name of a class that reports, which are UTF-8, could not hold."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the class folder {str(folder)!r} has a name that is not UTF-8; rename it"
+        ) from error
 
 
 class Tfds:
-    """A split of a data set that tensorflow-datasets has prepared for random access; TensorFlow is not needed to read it.
+    """A split of a data set that tensorflow-datasets prepared for random access.
 
-    Raises `ValueError` where it is unknown, not prepared, or not of labeled images.
+    TensorFlow is not needed to read it.
+
+    Raises:
+      ValueError: if the data set is unknown, not prepared, or not of labeled images.
     """
+
+    passed_over = ""
 
     def __init__(self, name: str, data_dir: str, split: str):
         import tensorflow_datasets as tfds
 
-        where, self._name = data_dir or None, f"dataset='tfds:{name}', split {split!r}"
+        self.place = f"dataset='tfds:{name}', split {split!r}"
+        self._split, self._records_of = split, (name, data_dir or None)
         try:
-            builder = tfds.builder(name, data_dir=where)
+            builder = tfds.builder(name, data_dir=data_dir or None)
             self._records = builder.as_data_source(split=split)
-        except Exception as error:  # it raises errors of many kinds, and of TensorFlow's absence
+        except Exception as error:
+            # It raises errors of many kinds, among them of TensorFlow's absence.
+            reason = str(error).strip().partition("\n")[0][:200]
+            where = f" --data_dir={data_dir}" if data_dir else ""
             raise ValueError(
-                f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can be read ({type(error).__name__}: "
-                f"{str(error).strip().partition(chr(10))[0][:200]}); prepare it, where TensorFlow is installed, with: "
-                f"tfds build {name} --file_format=array_record"
-                + (f" --data_dir={data_dir}" if data_dir else "")
+                f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can "
+                f"be read ({type(error).__name__}: {reason}); prepare it, where TensorFlow is "
+                f"installed, with: tfds build {name} --file_format=array_record{where}"
             ) from error
-        keys, features = builder.info.supervised_keys, builder.info.features
-        if (
-            not keys
-            or not isinstance(features[keys[0]], tfds.features.Image)
-            or not hasattr(features[keys[1]], "names")
-        ):
+        keys = builder.info.supervised_keys
+        features = builder.info.features
+        is_image = keys and isinstance(features[keys[0]], tfds.features.Image)
+        if not is_image or not hasattr(features[keys[1]], "names"):
             raise ValueError(
                 f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
             )
         self._image, self._label = keys[:2]
         self.classes = tuple(features[self._label].names)
+        self.splits = tuple(builder.info.splits)
 
     def __len__(self):
         return len(self._records)
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def _record(self, records, index: int):
         try:
-            record = self._records[index]
-        except Exception as error:  # of array_record, of the example's decoder, of the image's
-            raise Damaged(
-                f"record {index} of {self._name} cannot be decoded: {' '.join(str(error).split())[:200]}"
-            ) from error
-        pixels = record[self._image]
-        return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert(
-            "RGB"
-        ), int(record[self._label])
+            return records[index]
+        except Exception as error:
+            # Of array_record, of the example's decoder, of the image's.
+            reason = " ".join(str(error).split())[:200]
+            raise Damaged(f"record {index} of {self.place} cannot be decoded: {reason}") from error
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        record = self._record(self._records, index)
+        pixels, label = record[self._image], int(record[self._label])
+        splits.check_labels(np.array([label]), len(self.classes), f"record {index} of {self.place}")
+        if pixels.shape[-1] == 1:
+            pixels = pixels[..., 0]
+        return PIL.Image.fromarray(pixels).convert("RGB"), label
+
+    def _undecoded(self):
+        """The records with their images as encoded bytes."""
+        import tensorflow_datasets as tfds
+
+        name, data_dir = self._records_of
+        return tfds.builder(name, data_dir=data_dir).as_data_source(
+            split=self._split, decoders={self._image: tfds.decode.SkipDecoding()}
+        )
+
+    def labels(self) -> np.ndarray:
+        """Read the labels of all images, int32 [n], which reads their files whole.
+
+        Raises:
+          ValueError: for labels that are no class's.
+        """
+        records = self._undecoded()
+        numbers = range(len(self))
+        labels = [int(self._record(records, index)[self._label]) for index in numbers]
+        splits.check_labels(np.array(labels), len(self.classes), self.place)
+        return np.array(labels, np.int32)
+
+    def is_labeled(self) -> bool:
+        """Look at the first image: those of a withheld test set have the label -1."""
+        try:
+            return len(self) > 0 and int(self._record(self._undecoded(), 0)[self._label]) >= 0
+        except Damaged:
+            # It is reported, or passed over, where it is read.
+            return True
 
 
 class Part:
@@ -123,7 +195,8 @@ class Part:
 
     def __init__(self, source: "Source", numbers: np.ndarray):
         self.classes: tuple[str, ...] = source.classes
-        self._source, self._numbers = source, numbers
+        self._source = source
+        self._numbers = numbers
 
     def __len__(self):
         return len(self._numbers)
@@ -135,53 +208,144 @@ class Part:
 Source = Folder | Tfds | Part
 
 
-def hold_out(source: Source, count: int) -> tuple[Part, Part]:
-    """Divides a source into (the rest, `count` images), always the same ones. Raises `ValueError` if that leaves none."""
-    if not 0 < count < len(source):
-        raise ValueError(
-            f"n_validation={count} is not between 1 and {len(source) - 1}, the training images but one"
-        )
-    order = np.random.default_rng(0).permutation(len(source))
-    return Part(source, np.sort(order[count:])), Part(source, np.sort(order[:count]))
+def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
+    """Divide a source into (the rest, `count` images), as `splits.hold_out` chooses them."""
+    mask = splits.hold_out(source.labels(), count)
+    return Part(source, np.flatnonzero(~mask)), Part(source, np.flatnonzero(mask))
 
 
-def open_source(dataset: str, data_dir: str, split: str) -> Folder | Tfds:
-    """The "train" or "test" split of "folder" (data_dir/train and data_dir/val, validation or test) or of "tfds:NAME"."""
+# ------------------------------------------------------------------ splits: what each is used for
+
+
+def _labeled_splits(dataset: str, data_dir: str) -> list[str]:
+    """List the splits that are known by name and have labels."""
+    known = ("train", *_VALIDATION, "test")
     if dataset == "folder":
         root = pathlib.Path(data_dir)
-        found = [root / name for name in _SPLITS[split] if (root / name).is_dir()]
-        if not found:
-            raise ValueError(
-                f"data_dir={data_dir!r} has no folder {' or '.join(_SPLITS[split])} of images by class"
-            )
-        return Folder(found[0])
+        names = [name for name in known if (root / name).is_dir()]
+        # The images of a withheld test set lie in its folder as they are.
+        if "test" in names and not list_folder(root / "test").folders:
+            names.remove("test")
+        return names
     name = dataset.removeprefix("tfds:")
-    if split == "train":
-        return Tfds(name, data_dir, "train")
-    try:
-        return Tfds(name, data_dir, "test")
-    except ValueError:
-        return Tfds(name, data_dir, "validation")
+    present = Tfds(name, data_dir, "train").splits
+    return [
+        split for split in known if split in present and Tfds(name, data_dir, split).is_labeled()
+    ]
 
 
-def _area_crop(
-    image: PIL.Image.Image, size: int, generator: np.random.Generator
-) -> PIL.Image.Image:
-    """A crop of 8 to 100 % of the area and an aspect of 3/4 to 4/3, resized (Szegedy et al. 2014; torchvision's RandomResizedCrop)."""
+def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
+    """Find which split of a data set is for training, validation and the test.
+
+    The split called val, validation or valid is for validation where there is a labeled test
+    split, and otherwise for the test, as ImageNet's is.
+
+    Args:
+      dataset: "folder" (`data_dir`/SPLIT/CLASS/IMAGE) or "tfds:NAME".
+      data_dir: the folder of the images, or of what tensorflow-datasets prepared.
+
+    Returns:
+      The splits' names by use: "train", "test" and, if there is one, "validation".
+
+    Raises:
+      ValueError: if there is no training split, none for the test, or two for validation.
+    """
+    place = f"data_dir={data_dir!r}"
+    kind = "folder"
+    if dataset != "folder":
+        place = f"dataset={dataset!r} in {place}"
+        kind = "split"
+    names = _labeled_splits(dataset, data_dir)
+    validation = [name for name in names if name in _VALIDATION]
+    if "train" not in names:
+        raise ValueError(f"{place} has no {kind} train of images by class")
+    if len(validation) > 1:
+        raise ValueError(f"{place} has {' and '.join(validation)}; expected one of them")
+    if "test" in names and validation:
+        return {"train": "train", "validation": validation[0], "test": "test"}
+    if "test" in names:
+        return {"train": "train", "test": "test"}
+    if validation:
+        return {"train": "train", "test": validation[0]}
+    expected = " or ".join(("test", *_VALIDATION))
+    raise ValueError(f"{place} has no {kind} {expected} of images by class")
+
+
+def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
+    """Open the splits of a data set, and log how many images of how many classes each has.
+
+    Args:
+      dataset: as in `find_splits`.
+      data_dir: as in `find_splits`.
+      n_validation: training images to hold out for validation; 0, or all of them, where there is
+        a validation split.
+
+    Returns:
+      The sources by use: "train", "test" and, if there is one, "validation".
+
+    Raises:
+      ValueError: as `find_splits` and `hold_out`; if a split has no images or other classes than
+        the training split.
+    """
+    names = find_splits(dataset, data_dir)
+    opened: dict[str, Folder | Tfds] = {}
+    for use, name in names.items():
+        if dataset == "folder":
+            opened[use] = Folder(pathlib.Path(data_dir) / name)
+        else:
+            opened[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
+    trained = opened["train"].classes
+    for use, source in opened.items():
+        noun = "class" if len(source.classes) == 1 else "classes"
+        passed_over = source.passed_over and f"; {source.passed_over}"
+        counts = f"{len(source):,} images, {len(source.classes)} {noun}"
+        _LOG.info("%s: %s in %s%s", use, counts, source.place, passed_over)
+        if source.classes != trained:
+            raise ValueError(
+                f"data_dir={data_dir!r}: the {use} split has the classes "
+                f"{', '.join(source.classes)}, and the training split {', '.join(trained)}; "
+                "expected the same"
+            )
+    if names["test"] != "test":
+        _LOG.info("%s is the test set, since no split named test has labels", names["test"])
+    if not n_validation:
+        return {**opened}
+    if "validation" in opened:
+        own = len(opened["validation"])
+        if n_validation != own:
+            raise ValueError(
+                f"n_validation={n_validation} is not 0 or {own}, the validation images that "
+                f"data_dir={data_dir!r} has of its own"
+            )
+        return {**opened}
+    rest, held_out = hold_out(opened["train"], n_validation)
+    _LOG.info("validation: %s of the training images", f"{n_validation:,}")
+    return {**opened, "train": rest, "validation": held_out}
+
+
+# ------------------------------------------------------------------ crops
+
+
+def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator) -> PIL.Image.Image:
+    """Crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized to a square.
+
+    Szegedy et al. 2014; torchvision's RandomResizedCrop.
+    """
     width, height = image.size
     for _ in range(10):
         area = width * height * generator.uniform(0.08, 1.0)
         aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        w = round(float(np.sqrt(area * aspect)))
+        h = round(float(np.sqrt(area / aspect)))
         if 0 < w <= width and 0 < h <= height:
-            left, top = (
-                int(generator.integers(0, width - w + 1)),
-                int(generator.integers(0, height - h + 1)),
-            )
+            left = int(generator.integers(0, width - w + 1))
+            top = int(generator.integers(0, height - h + 1))
             break
     else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
+        w = min(width, round(height * 4 / 3))
+        h = min(height, round(width * 4 / 3))
+        left = (width - w) // 2
+        top = (height - h) // 2
     return image.resize(
         (size, size), PIL.Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
     )
@@ -190,110 +354,131 @@ def _area_crop(
 def _crop(
     image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
 ) -> PIL.Image.Image:
-    """The image with its shorter side resized to `shorter`, cropped to a square at random, or in the center without a generator."""
+    """Crop a square from the image with its shorter side resized to `shorter`.
+
+    Without a generator it is the center, and with one at random.
+    """
     scale = shorter / min(image.size)
-    image = image.resize(
-        [max(size, round(n * scale)) for n in image.size], PIL.Image.Resampling.BILINEAR
-    )
-    room = [n - size for n in image.size]
-    left, top = (
-        [n // 2 for n in room] if generator is None else generator.integers(0, np.add(room, 1))
-    )
-    return image.crop((left, top, left + size, top + size))
+    width, height = (max(size, round(n * scale)) for n in image.size)
+    if generator is None:
+        left = (width - size) // 2
+        top = (height - size) // 2
+    else:
+        left, top = generator.integers(0, (width - size + 1, height - size + 1)).tolist()
+    bilinear = PIL.Image.Resampling.BILINEAR
+    if width * height <= _MOST_RESIZED:
+        resized = image.resize((width, height), bilinear)
+        return resized.crop((left, top, left + size, top + size))
+    # A strip of 20,000 x 1 pixels would be 5,120,000 x 256 as a whole, so only the crop is
+    # resized. Pillow keeps the box in single precision, and some pixels differ by one level from
+    # the whole's: that is why this is not done for all images.
+    across = image.width / width
+    down = image.height / height
+    right = min((left + size) * across, image.width)
+    bottom = min((top + size) * down, image.height)
+    return image.resize((size, size), bilinear, box=(left * across, top * down, right, bottom))
 
 
 def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
-    """What evaluation sees of an image: the center, with the shorter side at `resize`, or at the customary 256/224 of `size` for 0."""
+    """Crop the center of an image, as an evaluation sees it.
+
+    Args:
+      image: any image.
+      size: the crop's side in pixels.
+      resize: the image's shorter side before the crop; 0 for the customary 256/224 of `size`.
+    """
     return _crop(image, size, resize or round(size * 256 / 224), None)
 
 
-class _Batches:
-    """The batches of a source as a sequence: grain's workers each take their steps of it."""
+# ------------------------------------------------------------------ batches
 
-    def __init__(
-        self,
-        source,
-        batch_size,
-        steps,
-        seed,
-        size,
-        resize,
-        train,
-        process_index,
-        process_count,
-        skip_damaged,
-    ):
-        self.source, self.batch_size, self.steps, self.seed, self.size, self.resize = (
-            source,
-            batch_size,
-            steps,
-            seed,
-            size,
-            resize,
-        )
-        self.train, self.process_index, self.process_count, self.skip_damaged = (
-            train,
-            process_index,
-            process_count,
-            skip_damaged,
-        )
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingBatches:
+    """Training batches as a sequence, of which each of grain's workers takes its steps."""
+
+    source: Source
+    batch_size: int
+    steps: range
+    seed: int
+    size: int
+    resize: int
+    process_index: int
+    process_count: int
+    skip_damaged: bool
 
     def __len__(self):
         return len(self.steps)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as its worker
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
+    def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
+        count = len(self.source)
+        epoch, within = divmod(self.steps[at], count // self.batch_size)
+        order = _epoch_order(self.seed, epoch, count)
+        share = self.batch_size // self.process_count
+        start = within * self.batch_size + self.process_index * share
+        images, labels, damaged = [], [], []
+        for place in range(start, start + share):
+            image, label, number = self._decoded(order, place)
+            generator = np.random.default_rng([self.seed, epoch, int(order[place])])
+            if self.resize:
+                crop = _crop(image, self.size, self.resize, generator)
+            else:
+                crop = area_crop(image, self.size, generator)
+            images.append(np.asarray(crop))
+            labels.append(label)
+            damaged.append(number)
+        batch = np.stack(images), np.asarray(labels, np.int32)
+        return (*batch, np.asarray(damaged, np.int32)) if self.skip_damaged else batch
 
     def _decoded(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
-        """An image of an epoch, its label, and -1; or, for a damaged one, the next in the epoch's order that is whole, and its number."""
+        """Decode an image of an epoch -> (the image, its label, -1).
+
+        In the place of a damaged one it is the next of the epoch's order that is whole, and the
+        last value is the damaged one's number.
+        """
         for after in range(len(order)):
             try:
-                return *self.source[int(order[(place + after) % len(order)])], int(
-                    order[place]
-                ) if after else -1
+                image, label = self.source[int(order[(place + after) % len(order)])]
             except Damaged as error:
                 if not self.skip_damaged:
                     raise
                 last = error
+            else:
+                return image, label, int(order[place]) if after else -1
         raise ValueError(
             f"skip_damaged=True: none of the {len(order)} images can be decoded; {last}"
         )
 
+
+@dataclasses.dataclass(frozen=True)
+class _EvaluationBatches:
+    """All images in order, the last batch being shorter, as a sequence of batches."""
+
+    source: Source
+    batch_size: int
+    size: int
+    resize: int
+
+    def __len__(self):
+        return math.ceil(len(self.source) / self.batch_size)
+
     def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
-        step = self.steps[at]
-        images, labels, damaged = [], [], []
-        if not self.train:
-            for index in range(
-                step * self.batch_size, min((step + 1) * self.batch_size, len(self.source))
-            ):
-                image, label = self.source[index]
-                images.append(np.asarray(center(image, self.size, self.resize)))
-                labels.append(label)
-            return np.stack(images), np.asarray(labels, np.int32)
-        epoch, within = divmod(step, len(self.source) // self.batch_size)
-        share, order = self.batch_size // self.process_count, self._order(epoch)
-        start = within * self.batch_size + self.process_index * share
-        for place in range(start, start + share):
-            image, label, number = self._decoded(order, place)
-            generator = np.random.default_rng([self.seed, epoch, int(order[place])])
-            crop = (
-                _crop(image, self.size, self.resize, generator)
-                if self.resize
-                else _area_crop(image, self.size, generator)
-            )
-            images.append(np.asarray(crop))
+        images, labels = [], []
+        start = at * self.batch_size
+        for index in range(start, min(start + self.batch_size, len(self.source))):
+            image, label = self.source[index]
+            images.append(np.asarray(center(image, self.size, self.resize)))
             labels.append(label)
-            damaged.append(number)
-        return (
-            np.stack(images),
-            np.asarray(labels, np.int32),
-            *([np.asarray(damaged, np.int32)] if self.skip_damaged else []),
-        )
+        return np.stack(images), np.asarray(labels, np.int32)
 
 
 def batches(
-    source,
+    source: Source,
     batch_size: int,
     seed: int,
     image_size: int,
@@ -306,77 +491,108 @@ def batches(
     process_count: int = 1,
     skip_damaged: bool = False,
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Streams batches of (uint8 images [batch, image_size, image_size, 3], int32 labels [batch]).
+    """Stream batches of images and labels.
 
-    In training, `steps` says which; every epoch has its own order, drops the remainder, and each process gets its own part of
-    each batch. Otherwise the source is gone through once, in order, the last batch being shorter. Crops are squares of the
-    image with its shorter side at `resize`, at random places in training and in the center otherwise; with `resize` 0 they are
-    of random area and aspect.
+    In training every epoch has its own order and drops the remainder, and each process gets its
+    own part of each batch. An evaluation goes through the source once, in order, and its last
+    batch may be shorter.
 
-    With `skip_damaged`, in training, the next whole image of the epoch's order takes the place (and the crop's random numbers) of
-    one that cannot be decoded, and a batch has a third array, int32 [batch]: the number of the damaged image of each place, or -1.
-    Raises `ValueError` for an image that cannot be decoded otherwise, or be read at all, and if the processes do not divide the batch.
+    Args:
+      source: the images.
+      batch_size: images of a batch, of all processes together.
+      seed: of the order and the crops.
+      image_size: the side of the square crops, in pixels.
+      resize: the image's shorter side before the crop, at random places in training and at the
+        center in an evaluation; 0 for crops of random area and aspect in training.
+      train: whether this is training.
+      steps: the training steps whose batches are given.
+      workers: processes that decode; 0 decodes in this process.
+      process_index: which of the processes this is.
+      process_count: the processes that share each training batch.
+      skip_damaged: whether, in training, the next whole image of the epoch's order takes the place
+        (and the crop's random numbers) of one that cannot be decoded.
+
+    Returns:
+      An iterator of (uint8 [batch, image_size, image_size, 3], int32 [batch]); in training with
+      `skip_damaged` there is a third array, int32 [batch]: for each place the number of the
+      damaged image, or -1.
+
+    Raises:
+      ValueError: if the processes do not divide the batch, or `resize` is below the crop's size;
+        from the iterator, for an image that cannot be read, or decoded.
     """
     if batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
     if resize and resize < image_size:
         raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
-    steps = steps if train else range(-(-len(source) // batch_size))
-    made = _Batches(
-        source,
-        batch_size,
-        steps,
-        seed,
-        image_size,
-        resize,
-        train,
-        process_index,
-        process_count,
-        skip_damaged,
-    )
-    stream = grain.MapDataset.source(made).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    )
-    if workers:
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # grain asks for flags, which a program that has none never parses
-            flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), _start_worker
+    made: _TrainingBatches | _EvaluationBatches
+    if train:
+        assert steps is not None
+        made = _TrainingBatches(
+            source=source,
+            batch_size=batch_size,
+            steps=steps,
+            seed=seed,
+            size=image_size,
+            resize=resize,
+            process_index=process_index,
+            process_count=process_count,
+            skip_damaged=skip_damaged,
         )
-    found = _closing(iter(stream), len(made), workers > 0)
-    _open.add(found)
-    return found
+    else:
+        made = _EvaluationBatches(
+            source=source, batch_size=batch_size, size=image_size, resize=resize
+        )
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    stream = grain.MapDataset.source(made).to_iter_dataset(options)
+    if workers:
+        # grain asks for absl's flags, which a program without any never parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        processes = grain.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(processes, _start_worker)
+    iterator = _closing(iter(stream), len(made), has_workers=workers > 0)
+    _open.add(iterator)
+    return iterator
+
+
+# ------------------------------------------------------------------ worker processes
+
+# Streams that may have processes under way. They are closed at exit, while the modules that closing
+# needs are still there; an iterator of grain that is torn down later complains.
+_open: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open() -> None:
+    for stream in list(_open):
+        stream.close()
 
 
 def _closing(iterator, count: int, has_workers: bool) -> Iterator:
-    """Ends the worker processes before it gives the last of `count` batches, or when it is let go of earlier."""
+    """Give `count` batches and end the worker processes before the last, or when let go of."""
     try:
         for left in reversed(range(count)):
             batch = next(iterator)
-            if has_workers:  # its arrays lie in shared memory, which must not outlive the workers
+            if has_workers:
+                # Its arrays lie in shared memory, which must not outlive the workers.
                 batch = tuple(map(np.array, batch))
             if left:
                 yield batch
     finally:
         iterator.close()
         if has_workers:
+            # grain leaves its iterators in reference cycles, each with semaphores and a batch in
+            # shared memory.
             del iterator
-            gc.collect()  # grain leaves its iterators in reference cycles, each with semaphores and a batch in shared memory
+            gc.collect()
     if count:
         yield batch
 
 
-@atexit.register
-def _close_open() -> None:
-    """Closes what is still open while the modules that this needs are there."""
-    for stream in list(_open):
-        stream.close()
-
-
 def _start_worker(index: int, count: int) -> None:
-    """What a worker process does first: leaves signals, which reach all of a group, to its parent, and ends when that has ended."""
+    """Prepare a worker process: it leaves signals to its parent, and ends when that has ended."""
+    # Signals such as Ctrl-C reach all processes of a group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -41,6 +41,14 @@ def _is_streamed(config: ml_collections.ConfigDict) -> bool:
     return config.dataset == "folder" or config.dataset.startswith("tfds:")
 
 
+def _has_validation(config: ml_collections.ConfigDict) -> bool:
+    if config.n_validation:
+        return True
+    return _is_streamed(config) and "validation" in stream.find_splits(
+        config.dataset, config.data_dir
+    )
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError`, naming the key, its value and what is accepted, for whatever can be seen to be wrong before computing."""
     least = dict.fromkeys(
@@ -78,7 +86,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
     optimizer(config.optimizer, 0.0)
     learning_rates(config.schedule, 1, config.epochs)
-    if config.schedule.name == "plateau" and not config.n_validation:
+    if config.schedule.name == "plateau" and not _has_validation(config):
         raise ValueError(
             "schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number"
         )
@@ -163,6 +171,8 @@ class _Resident:
             len(self.data.train.images),
             self.data.train.images.shape[1:],
         )
+        validation = self.data.validation
+        self.n_validation = 0 if validation is None else len(validation.labels)
         self.moments = parallel.replicate(
             _moments(config, *arrays.normalization(self.data.train.images))
         )
@@ -207,20 +217,9 @@ class _Streamed:
 
     def __init__(self, config, parallel: Parallel):
         self.config, self.parallel = config, parallel
-        self.sources: dict[str, stream.Source] = {
-            name: stream.open_source(config.dataset, config.data_dir, name)
-            for name in ("train", "test")
-        }
-        if (tested := self.sources["test"].classes) != (trained := self.sources["train"].classes):
-            raise ValueError(
-                f"data_dir={config.data_dir!r}: the test split has the classes {', '.join(tested)}, and the training split "
-                f"{', '.join(trained)}; expected the same"
-            )
-        if config.n_validation:
-            self.sources["train"], self.sources["validation"] = stream.hold_out(
-                self.sources["train"], config.n_validation
-            )
+        self.sources = stream.open_splits(config.dataset, config.data_dir, config.n_validation)
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
+        self.n_validation = len(self.sources.get("validation", ()))
         self.shape = (config.image_size, config.image_size, 3)
         self.moments = parallel.replicate(_moments(config, *augment.IMAGENET))
         self._batches: Iterator | None = None
@@ -229,14 +228,19 @@ class _Streamed:
             0 if config.skip_damaged else None
         )  # images that this process passed over in this epoch; None where they are not
 
-    def _read(self, name: str, size: int, **options):
+    def _read(self, name: str, size: int, *, train: bool, **options):
+        source, workers = self.sources[name], self.config.workers
+        # Every evaluation starts its worker processes anew, which takes longer than a few images.
+        if not train and len(source) < stream.FEW_IMAGES:
+            workers = 0
         return stream.batches(
-            self.sources[name],
+            source,
             self.config.batch_size,
             self.config.seed,
             size,
             resize=self.config.resize,
-            workers=self.config.workers,
+            train=train,
+            workers=workers,
             **options,
         )
 
@@ -660,6 +664,7 @@ def _run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             "parameters": parameters,
             **by_class,
             "n_train": current.data.count,
+            "n_validation": current.data.n_validation,
             "n_test": len(labels),
             "training_seconds": round(current.seconds, 1),
             "seconds": round(time.monotonic() - began, 1),

@@ -1,0 +1,56 @@
+"""Rules that data sets in memory and streamed ones share: valid labels, held-out images."""
+
+import numpy as np
+
+
+def check_labels(labels: np.ndarray, count: int, source: str) -> None:
+    """Check that labels are numbers of classes.
+
+    Args:
+      labels: integers [n].
+      count: the number of classes.
+      source: what the labels belong to, for the error.
+
+    Raises:
+      ValueError: for labels outside 0 to `count` - 1, such as the -1 of splits without labels.
+    """
+    wrong = labels[(labels < 0) | (labels >= count)]
+    if len(wrong):
+        raise ValueError(f"{source} has the label {wrong[0]}; expected 0 to {count - 1}")
+
+
+def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose images to hold out for validation, balanced over the classes.
+
+    Every class gives as many as the next, or all but one where it has fewer. The choice is always
+    the same, so that runs compare.
+
+    Args:
+      labels: integers [n].
+      count: the number of images to hold out.
+
+    Returns:
+      A mask [n].
+
+    Raises:
+      ValueError: if that many cannot be held out with an image of each class left to train on.
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    if not 0 < count <= len(labels) - len(classes):
+        raise ValueError(
+            f"n_validation={count} is not between 1 and {len(labels) - len(classes)}: of the "
+            f"{len(labels)} training images, one of each of the {len(classes)} classes is kept"
+        )
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(classes))
+    # The classes take turns until `count` images are chosen. Turn t of a class is sorted first by
+    # t and then by the class's rank in the order; a class has one turn less than images.
+    turns = np.concatenate([np.arange(sizes[label] - 1) for label in order])
+    ranks = np.repeat(np.arange(len(order)), sizes[order] - 1)
+    chosen = np.lexsort((ranks, turns))[:count]
+    shares = np.bincount(ranks[chosen], minlength=len(order))
+    mask = np.zeros(len(labels), bool)
+    for label, share in zip(classes[order], shares):
+        members = np.flatnonzero(labels == label)
+        mask[generator.permutation(members)[:share]] = True
+    return mask
