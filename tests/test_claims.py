@@ -1,131 +1,181 @@
 """The ledger as a whole: every claim is computed, and judged as it was when its source was read."""
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import claims
+from experiments.claims import __main__ as claims
+from experiments.claims import ledger, networks, operations, position, report, trained
 
-READ_IN_ONE_SENSE = [
-    "A4",
-    "A5",
-    "A8",
-    "A10.2",
-    "A14.2",
-    "A14.3",
-    "A15.1",
-    "A19.1",
-    "A19.2",
-    "A24",
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Each wrong claim, and what its note must say.
+WRONG = {
+    "A5.2": "[[6, 7, 3], [11, 2, 3], [7, 8, 9]]",
+    "A5.3": "[[12, 22, 26, 19, 16, 13], [20, 25, 27, 23, 18, 13], [27, 40, 50, 40, 24, 21]",
+    "A10.3": "512x256x3x3",
+    "A15.2": "1024",
+    "A16.2": "15.2 M values, 61 MB",
+    "A19.3": "7.0 M",
+    "A19.4": "8.9 times",
+    "A20.2": "854 M multiply-adds become 271 M",
+    "A30": "4x1x3x3",
+    "A33": "only a maximum over the whole map is invariant",
+    "A37": "does not flip",
+    "A45": "784",
+    "A46.1": "60,000",
+    "A47": "3x3 at stride 2",
+    "A48": "5 convolutions, 3 max-pools, 3 fully connected",
+    "A49": "224x224x3",
+    "A50": "32x32 and has 60,000",
+    "A54": "3.54 M",
+    "A57": "column B",
+    "D1.1": "99.26 %",
+}
+READ_IN_ONE_SENSE = {
+    *("A4", "A8", "A24", "A31", "A32", "A34", "A36", "A42"),
+    *("A10.2", "A14.2", "A14.3", "A15.1", "A19.1", "A19.2", "A21.2", "A51", "A55", "A56"),
     "B1",
-]
-WRONG = ["A10.3", "A15.2", "A16.2", "A16.3", "A19.3", "A19.4", "A20.2"]
-ROWS = [*(f"A{number}" for number in range(1, 25)), "B"]
+    *("C2", "C3", "C6", "C7", "C8"),
+    *("D2", "D3", "D4", "D7.1", "D10"),
+}
+UNDECIDED = {"C5", "D7.2", "D9.1"}
+NOT_COMPUTED = {"A28.1", "D6.1", "D6.2", "D6.3", "D11", *(f"E{number}" for number in range(1, 17))}
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("claims") / "new"
-    claims.main(["--workdir", str(folder)])
+    assert claims.main(["--workdir", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def ledger(workdir):
-    return {finding["id"]: finding for finding in json.loads((workdir / "claims.json").read_text())}
+def findings(workdir):
+    records = json.loads((workdir / "claims.json").read_text())
+    return {record["id"]: record for record in records}
 
 
-def test_every_row_of_the_ledger_is_there(ledger):
-    assert (
-        list(dict.fromkeys("B" if id.startswith("B") else id.split(".")[0] for id in ledger))
-        == ROWS
-    )
-    assert all(
-        finding["source"] and finding["claim"] and finding["computed"]
-        for finding in ledger.values()
-    )
+def test_every_verdict(findings):
+    def having(verdict):
+        return {id for id, finding in findings.items() if finding["verdict"] == verdict}
+
+    assert having(ledger.WRONG) == set(WRONG)
+    assert having(ledger.READING) == READ_IN_ONE_SENSE
+    assert having(ledger.UNDECIDED) == UNDECIDED
+    assert having(ledger.NOT_COMPUTED) == NOT_COMPUTED
+    assert len(having(ledger.HOLDS)) == 69 and len(findings) == 142
 
 
-def test_judgments(ledger):
-    judged = {id: finding["judgment"] for id, finding in ledger.items()}
-    assert [id for id in judged if judged[id] == claims.WRONG] == WRONG
-    assert [id for id in judged if judged[id] == claims.READING] == READ_IN_ONE_SENSE
-    assert all(judged[id] == claims.HOLDS for id in judged if id not in WRONG + READ_IN_ONE_SENSE)
-    assert all(ledger[id]["note"] for id in WRONG + READ_IN_ONE_SENSE)
+def test_every_finding_says_what_it_rests_on(findings):
+    for finding in findings.values():
+        assert finding["statement"] and set(finding["sources"]) <= set(ledger.LECTURES)
+        assert finding["computed"] or finding["verdict"] == ledger.NOT_COMPUTED, finding["id"]
+        assert finding["note"] or finding["verdict"] == ledger.HOLDS, finding["id"]
+
+
+@pytest.mark.parametrize("id", WRONG)
+def test_a_wrong_claim_gets_its_right_value(findings, id):
+    assert WRONG[id] in findings[id]["note"]
+
+
+def test_every_row_of_the_vgg_table_is_a_claim(findings):
+    rows = [id for id in findings if id.startswith("A16.4.")]
+    assert len(rows) == len(networks.VGG16_TABLE) == 22
+    weights = sum(findings[id]["computed"]["weights"] for id in rows)
+    assert weights == 138_344_128  # 138,357,544 parameters less 13,416 biases
+
+
+def test_the_worked_examples_by_hand():
+    # The first cell of each: the filter's nonzero weights times the pixels under them.
+    right = operations.worked_examples()
+    assert right["3x3, stride 1"][0, 0] == 1 * 2 + 1 * 2 + 1 * 2 + 2 * 0
+    assert right["3x3, stride 2"][0, 1] == 1 * 3 + 1 * 0 + 1 * 0 + 2 * 2
+    under = operations.IMAGE[:3, :3] * operations.LARGER_FILTER[2:, 2:]
+    assert right["5x5, padded"][0, 0] == under.sum() == 12
 
 
 @pytest.mark.parametrize(
-    "id, value",
+    "literally, as_read, verdict",
     [
-        ("A10.3", "512x512x3x3"),
-        ("A15.2", "1024"),
-        ("A16.2", "15.2 M values, 61 MB"),
-        ("A16.3", "73,728"),
-        ("A19.3", "7.0 M"),
-        ("A19.4", "8.9 times"),
-        ("A20.2", "854 M multiply-adds become 271 M"),
+        (True, False, ledger.HOLDS),
+        (False, True, ledger.READING),
+        (False, False, ledger.WRONG),
     ],
 )
-def test_a_wrong_claim_gets_its_right_value(ledger, id, value):
-    assert value in ledger[id]["note"]
+def test_a_verdict_follows_from_its_check(literally, as_read, verdict):
+    section = ledger.Section("A section")
+
+    @section.claim("X", "WPI", "a | b")
+    def check():
+        computed = {"n": 1_000, "list": [1, 0.5]}
+        return ledger.judge(literally, computed, as_read=as_read, note="note")
+
+    found = ledger.find(section.claims)
+    assert [finding.verdict for finding in found] == [verdict]
+    row = f"| X | WPI | a \\| b | **{verdict}** | note | n: 1,000, list: [1, 0.5] |"
+    assert row in report.render((section,), found).splitlines()
 
 
-@pytest.mark.parametrize(
-    "check, as_read, judgment",
-    [
-        (True, False, "holds"),
-        (False, True, "holds under a stated reading"),
-        (False, False, "wrong"),
-    ],
-)
-def test_a_judgment_follows_from_its_check(monkeypatch, check, as_read, judgment):
-    monkeypatch.setattr(claims, "_CLAIMS", [])
-    claims.claim("X", "nobody", "a | b")(
-        lambda: (check, as_read, "note", {"n": 1_000, "list": [1, 0.5]})
-    )
-    found = claims.findings()
-    assert [finding.judgment for finding in found] == [judgment]
-    assert (
-        f"| X | nobody | a \\| b | **{judgment}** | note | n: 1,000, list: [1, 0.5] |"
-        in claims.report(found).splitlines()
-    )
+def test_report_and_figures(workdir, findings):
+    text = (workdir / "report.md").read_text()
+    rows = [line for line in text.splitlines() if " | **" in line]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(findings)
+    assert all(row.replace("\\|", "").count("|") == 7 for row in rows)
+    # The summary counts a claim once for each of its lectures.
+    of_ubc = [finding for finding in findings.values() if "UBC" in finding["sources"]]
+    line = next(line for line in text.splitlines() if line.startswith("| UBC"))
+    assert sum(int(number) for number in re.findall(r"\| (\d+)", line)) == len(of_ubc)
+    pictures = re.findall(r"\]\((\w+\.png)\)", text)
+    assert sorted(pictures) == ["collapse.png", "position.png", "survivors.png", "worked.png"]
+    for name in pictures:
+        with Image.open(workdir / name) as figure:
+            pixels = np.asarray(figure.convert("RGB"))
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    names = sorted(path.name for path in workdir.iterdir())
+    assert names == sorted(["claims.json", "report.md", *pictures])
 
 
-def test_report_and_figure(workdir, ledger):
-    lines = (workdir / "report.md").read_text().splitlines()
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines if " | **" in line] == list(
-        ledger
-    )
-    assert all(line.replace("\\|", "").count("|") == 7 for line in lines if " | **" in line)
-    with Image.open(workdir / "position.png") as figure:
-        pixels = np.asarray(figure.convert("RGB"))
-    assert min(pixels.shape[:2]) > 1000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
-    assert sorted(path.name for path in workdir.iterdir()) == [
-        "claims.json",
-        "position.png",
-        "report.md",
-    ]
+def test_measured_values_are_those_of_the_pages():
+    """measured.json repeats figures of the documentation; both must say the same."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "lectures.md", ROOT / "docs" / "position.md")
+    text = "".join(path.read_text() for path in pages)
+    for name, value in trained.measured()["values"].items():
+        assert value["command"] in trained.measured()["commands"], name
+        if value["std"] is None:
+            continue
+        digits = 1 if f"{value['mean']:.1f} ± {value['std']:.1f}" in text else 2
+        mean = f"{value['mean']:.{digits}f}"
+        shown = f"{mean} ± {value['std']:.{digits}f}"
+        short = shown.replace("0.", ".")
+        assert shown in text or short in text, f"{name}: {shown}"
 
 
-@pytest.mark.parametrize(
-    "direction, turns",
-    [("from the left", 0), ("from the bottom", 1), ("from the right", 2), ("from the top", 3)],
-)
+def test_a_difference_counts_only_outside_its_interval():
+    # Student's t with 2 degrees of freedom: 4.303 * 0.28 / sqrt(3).
+    assert trained.interval("ensemble_gain") == pytest.approx(0.6955, abs=1e-3)
+    assert trained.interval("convnet_test") == float("inf")
+
+
+DIRECTIONS = position.DIRECTIONS.items()
+
+
+@pytest.mark.parametrize("direction, turns", DIRECTIONS)
 def test_the_demo_counts_with_zeros_and_carries_the_image_otherwise(direction, turns):
-    image = claims.example_images(1)[0]
-    np.testing.assert_array_equal(
-        np.rot90(claims.demo(image, direction, "zeros"), -turns), np.tile(np.arange(1, 8), (7, 1))
-    )
+    image = position.example_images(1)[0]
     inner = image[7:-7, 7:-7]
-    np.testing.assert_array_equal(
-        claims.demo(image, direction, "circular"), inner + 7
-    )  # once around
-    turned, result = (
-        np.rot90(image, -turns),
-        np.rot90(claims.demo(image, direction, "none"), -turns),
-    )
-    np.testing.assert_array_equal(result, turned[7:-7, :7] + 7)
-    replicated = np.rot90(claims.demo(image, direction, "replicate"), -turns)
-    np.testing.assert_array_equal(replicated, np.tile(np.rot90(inner, -turns)[:, :1] + 7, (1, 7)))
+    counted = np.rot90(position.demo(image, direction, "zeros"), -turns)
+    np.testing.assert_array_equal(counted, np.tile(np.arange(1, 8), (7, 1)))
+    # Circular padding moves the image once around.
+    np.testing.assert_array_equal(position.demo(image, direction, "circular"), inner + 7)
+    turned = np.rot90(image, -turns)
+    without = np.rot90(position.demo(image, direction, "none"), -turns)
+    np.testing.assert_array_equal(without, turned[7:-7, :7] + 7)
+    replicated = np.rot90(position.demo(image, direction, "replicate"), -turns)
+    first_column = np.rot90(inner, -turns)[:, :1]
+    np.testing.assert_array_equal(replicated, np.tile(first_column + 7, (1, 7)))

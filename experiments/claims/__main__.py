@@ -1,0 +1,46 @@
+"""Computes and judges what five lectures on convolutional networks state about them.
+
+    python -m experiments.claims --workdir runs/claims
+
+Writes report.md, claims.json, and four figures. Lectures: WPI CS 539, UBC CPSC 532S (lecture 6),
+UTSA EE 6973, NUS CS5242 (lecture 8), Inha. Statements are put in our own words. Claims about
+trained networks are judged by committed results (experiments/claims/measured.json); nothing is
+trained.
+"""
+
+import dataclasses
+import sys
+
+from cnnjax.runtime import backend, command, workdir
+from experiments.claims import figures, report
+from experiments.claims.ledger import find
+from experiments.claims.named import NAMED
+from experiments.claims.networks import NETWORKS
+from experiments.claims.operations import OPERATIONS
+from experiments.claims.position import POSITION
+from experiments.claims.trained import POSITION_STUDY, TRAINED
+
+SECTIONS = (OPERATIONS, NETWORKS, POSITION, POSITION_STUDY, TRAINED, NAMED)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser(prog="python -m experiments.claims", description=__doc__)
+    parser.add_workdir("runs/claims")
+    folder = parser.parse_args(arguments).workdir
+
+    def work():
+        backend.start()
+        findings = find(claim for section in SECTIONS for claim in section.claims)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = [dataclasses.asdict(finding) for finding in findings]
+        workdir.write_json(folder / "claims.json", records)
+        for name, draw in figures.FIGURES.items():
+            workdir.write_figure(folder / name, draw())
+        workdir.write(folder / "report.md", report.render(SECTIONS, findings))
+        print(f"{report.summary(findings)}\n{len(findings)} claims: see {folder / 'report.md'}")
+
+    return command.run(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

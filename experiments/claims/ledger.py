@@ -1,0 +1,103 @@
+"""What a claim is, and how it is judged."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+WPI, UBC, UTSA, NUS, INHA = "WPI", "UBC", "UTSA", "NUS", "Inha"
+LECTURES = {
+    WPI: "WPI CS 539, Machine Learning",
+    UBC: "UBC CPSC 532S, lecture 6",
+    UTSA: "UTSA EE 6973, Applied Machine Learning with Big Data",
+    NUS: "NUS CS5242, lecture 8",
+    INHA: "Inha, Machine Learning",
+}
+
+HOLDS = "holds"
+# The source leaves something open, or is right in one sense only; the note says in which.
+READING = "holds under a stated reading"
+# The note gives the right value.
+WRONG = "wrong"
+# Measured, but the spread over seeds is too large for a verdict.
+UNDECIDED = "undecided"
+# The note gives the reason.
+NOT_COMPUTED = "not computed"
+VERDICTS = (WRONG, READING, UNDECIDED, HOLDS, NOT_COMPUTED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The outcome of one check; `computed` holds the numbers that it rests on."""
+
+    word: str
+    note: str
+    computed: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A statement of one or several lectures, in our own words, and the check that judges it."""
+
+    id: str
+    sources: tuple[str, ...]
+    statement: str
+    check: Callable[[], Verdict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A claim with its verdict, as it is written to claims.json."""
+
+    id: str
+    sources: tuple[str, ...]
+    statement: str
+    verdict: str
+    note: str
+    computed: dict
+
+
+class Section:
+    """The claims of one topic, in the order in which they are defined."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.claims: list[Claim] = []
+
+    def claim(self, id: str, sources: str, statement: str) -> Callable:
+        """Adds the decorated check to the section; `sources` names lectures, separated by
+        spaces."""
+
+        def add(check: Callable[[], Verdict]) -> Callable[[], Verdict]:
+            self.claims.append(Claim(id, tuple(sources.split()), statement, check))
+            return check
+
+        return add
+
+
+def judge(literally: bool, computed: dict, *, as_read: bool = False, note: str = "") -> Verdict:
+    """Turns a check into a verdict: does the claim hold as stated, or else as the note reads it?"""
+    if literally:
+        return Verdict(HOLDS, note, computed)
+    return Verdict(READING if as_read else WRONG, note, computed)
+
+
+def not_computed(reason: str) -> Verdict:
+    """The verdict on a statement that this library cannot check."""
+    return Verdict(NOT_COMPUTED, reason, {})
+
+
+def find(claims: Iterable[Claim]) -> list[Finding]:
+    """Checks each claim."""
+    findings = []
+    for claim in claims:
+        verdict = claim.check()
+        findings.append(
+            Finding(
+                id=claim.id,
+                sources=claim.sources,
+                statement=claim.statement,
+                verdict=verdict.word,
+                note=verdict.note,
+                computed=verdict.computed,
+            )
+        )
+    return findings

@@ -1,0 +1,101 @@
+"""Statements that are not computed here, with the reason."""
+
+from experiments.claims.ledger import Section, Verdict, not_computed
+
+NAMED = Section("Named, not computed")
+
+
+def add(id: str, sources: str, statement: str, reason: str) -> None:
+    @NAMED.claim(id, sources, statement)
+    def named() -> Verdict:
+        return not_computed(reason)
+
+
+# (id, lectures, statement, reason)
+STATEMENTS = (
+    (
+        "E1",
+        "NUS",
+        "An epoch of LeNet takes 96 s on a CPU, 6 s on a K80, 2 s on a GTX 1080",
+        "needs those devices",
+    ),
+    (
+        "E2",
+        "NUS",
+        "An epoch of the ConvNet takes 14 min on a CPU, 72 s on a K80, 9 s on a GTX 1080",
+        "needs those devices",
+    ),
+    (
+        "E3",
+        "UBC",
+        "GPUs train these networks an order of magnitude faster than CPUs",
+        "needs a GPU: `python -m cnnjax.benchmark gpu`",
+    ),
+    (
+        "E4",
+        "WPI UBC",
+        "A backward pass takes about twice the memory of the forward pass",
+        "depends on what the compiler keeps, computes again, or overwrites",
+    ),
+    (
+        "E5",
+        "UBC",
+        "ImageNet has 14 M images of 22 K classes; the challenge uses 1 K classes and counts the "
+        "five likeliest",
+        "facts about a data set that is not at hand",
+    ),
+    (
+        "E6",
+        "NUS",
+        "LeNet-5 was the first convolutional network",
+        "history; LeCun et al. published one in 1989, and Fukushima's Neocognitron is of 1980",
+    ),
+    ("E7", "UTSA", "Biological vision is organized in hierarchical layers (1962)", "neuroscience"),
+    (
+        "E8",
+        "UBC",
+        "Pictures of ZFNet, VGG, and GoogLeNet are labeled as winners of 2012",
+        "history; AlexNet won in 2012, and the others belong to 2013 and 2014",
+    ),
+    ("E9", "NUS", "VGG came second in 2014; AlexNet, GoogLeNet, and ResNet won", "history"),
+    (
+        "E10",
+        "UBC",
+        "Detection and instance segmentation are further kinds of problems",
+        "not built here",
+    ),
+    (
+        "E11",
+        "Inha",
+        "torchvision also has models for detection, instance segmentation, keypoints, and video",
+        "not built here",
+    ),
+    (
+        "E12",
+        "UBC",
+        "Static graphs let a framework optimize the computation before it runs",
+        "JAX's jit is an example; not measured against the frameworks of 2018",
+    ),
+    ("E13", "NUS", "Convolutions run fast on GPUs by cuDNN", "needs a GPU"),
+    (
+        "E14",
+        "NUS",
+        "The deeper, the better",
+        "shown by the published errors (D6.1), which are not measured here",
+    ),
+    (
+        "E15",
+        "WPI",
+        "Patterns get more complex with depth, so deeper layers need more filters",
+        "an explanation, not a measurable statement",
+    ),
+    (
+        "E16",
+        "UTSA",
+        "Perceptrons with many layers are hard to train",
+        "depends on initialization and normalization, which the lecture does not name",
+    ),
+)
+
+for _statement in STATEMENTS:
+    add(*_statement)

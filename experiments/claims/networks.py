@@ -1,0 +1,853 @@
+"""The networks: shapes, parameters, memory, operations."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnnjax import summary
+from cnnjax.models import Network, create_model
+from cnnjax.models.googlenet_2014 import Inception, NaiveInception
+from cnnjax.nn import Conv, conv, local_response_norm, max_pool
+from cnnjax.weights import variable_shapes
+from experiments.claims.ledger import Section, Verdict, judge
+from experiments.claims.operations import module_shape, pooled_size
+
+NETWORKS = Section("Networks: shapes, parameters, memory, operations")
+
+
+@functools.cache
+def layers(name: str, **fields) -> tuple[summary.Layer, ...]:
+    """A network's layers, the input first; `fields` go to the model."""
+    return tuple(summary.layers(create_model(name, **fields)))
+
+
+def table(name: str, **fields) -> tuple[summary.Layer, ...]:
+    """A network's layers without the input."""
+    return layers(name, **fields)[1:]
+
+
+def parameters(name: str, **fields) -> int:
+    return summary.totals(table(name, **fields))["parameters"]
+
+
+def by_layer(name: str) -> dict[str, int]:
+    """The parameters of each layer."""
+    return {row.name: row.parameters for row in table(name) if row.parameters}
+
+
+def kernel_shape(name: str, layer: str) -> tuple[int, ...]:
+    return variable_shapes(create_model(name))["params"][layer]["kernel"].shape
+
+
+def shape_text(row: summary.Layer) -> str:
+    return "x".join(str(size) for size in row.output[1:])
+
+
+def millions(count: float) -> int:
+    return round(count / 1e6)
+
+
+# ---------------------------------------------------------------------------------------------
+# LeNet
+
+
+@NETWORKS.claim(
+    "A9", "NUS", "The lecture's LeNet: 500 + 45,100 + 490,100 + 1,010 = 536,710 parameters"
+)
+def lenet_parameters() -> Verdict:
+    counts = by_layer("lenet")
+    total = sum(counts.values())
+    holds = list(counts.values()) == [500, 45_100, 490_100, 1_010] and total == 536_710
+    return judge(holds, {**counts, "total": total})
+
+
+@NETWORKS.claim(
+    "A52", "NUS", "The lecture's LeNet: 50x28x28, 50x14x14, 100x14x14, 100x7x7, then 4,900 values"
+)
+def lenet_shapes() -> Verdict:
+    shapes = [row.output[1:] for row in table("lenet") if len(row.output) == 4]
+    flat = math.prod(shapes[-1])
+    expected = [(28, 28, 50), (14, 14, 50), (14, 14, 100), (7, 7, 100)]
+    return judge(shapes == expected and flat == 4900, {"shapes": shapes, "flattened": flat})
+
+
+@NETWORKS.claim("A50", "NUS", "LeNet-5 takes 28x28 images and has 0.6 M parameters")
+def lenet5_size() -> Verdict:
+    model = create_model("lenet5")
+    count = parameters("lenet5")
+    size = model.input_shape[0]
+    ours = parameters("lenet")
+    return judge(
+        size == 28 and round(count / 1e6, 1) == 0.6,
+        {"input": size, "parameters": count, "the lecture's own LeNet": ours},
+        note=f"LeNet-5 of 1998 takes {size}x{size} and has {count:,}; the lecture's own network "
+        "takes "
+        f"28x28 and has {ours / 1e6:.2f} M",
+    )
+
+
+@NETWORKS.claim(
+    "A51",
+    "NUS UBC",
+    "LeNet-5 is conv, pool, conv, pool, and fully connected layers; 5x5 filters, 2x2 pools of "
+    "stride 2",
+)
+def lenet5_layers() -> Verdict:
+    shapes = variable_shapes(create_model("lenet5"))["params"]
+    kernels = {
+        name: value["kernel"].shape[:2] for name, value in shapes.items() if "kernel" in value
+    }
+    weight_layers = list(kernels)
+    convolutions = [name for name, kernel in kernels.items() if kernel == (5, 5)]
+    return judge(
+        False,
+        {"kernels": kernels},
+        as_read=convolutions[:2] == ["c1", "c3"],
+        note=f"5x5 and 2x2 hold; after the second pool LeNet-5 has {len(weight_layers) - 2} more "
+        "layers "
+        "(120, 84, and 10 units), where NUS draws two and UBC one",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The ConvNet ("VGG") for CIFAR
+
+
+@NETWORKS.claim(
+    "A53", "NUS", "VGG for CIFAR: blocks end at 64x16x16, 128x8x8, 256x4x4, and 512x2x2"
+)
+def convnet_shapes() -> Verdict:
+    shapes = [row.output[1:] for row in table("convnet") if row.kind == "max-pool"]
+    expected = [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512)]
+    return judge(shapes == expected, {"shapes": shapes})
+
+
+@NETWORKS.claim("A55", "NUS", "VGG for CIFAR has four convolutional layers")
+def convnet_depth() -> Verdict:
+    convolutions = [row.name for row in table("convnet") if row.kind == "Conv"]
+    return judge(
+        len(convolutions) == 4,
+        {"convolutions": len(convolutions)},
+        as_read=len([row for row in table("convnet") if row.kind == "max-pool"]) == 4,
+        note=f"four blocks, with {len(convolutions)} convolutions",
+    )
+
+
+@NETWORKS.claim(
+    "A10.1",
+    "NUS",
+    "VGG for CIFAR: blocks of 38 K, 221 K, and 885 K parameters, linear layers of 25.2 M",
+)
+def convnet_blocks() -> Verdict:
+    counts = by_layer("convnet")
+    sizes = {}
+    for part in ("conv1", "conv2", "conv3", "linear"):
+        sizes[part] = sum(count for name, count in counts.items() if name.startswith(part))
+    thousands = [math.floor(sizes[part] / 1e3) for part in ("conv1", "conv2", "conv3")]
+    holds = thousands == [38, 221, 885] and round(sizes["linear"] / 1e6, 1) == 25.2
+    return judge(
+        holds,
+        sizes,
+        note="linear layers of 4096, 4096, and 10 units on 2x2x512 values; 38,720 is cut to 38 K",
+    )
+
+
+@NETWORKS.claim("A54", "NUS", "The fourth block of VGG for CIFAR has 3.3 M parameters")
+def convnet_fourth_block() -> Verdict:
+    counts = {}
+    for name in ("convnet", "convnet_512x2"):
+        layers = by_layer(name).items()
+        counts[name] = sum(count for layer, count in layers if layer.startswith("conv4"))
+    printed = 512 * 216 * 9 + 512 + 512 * 512 * 9 + 512
+    return judge(
+        math.floor(counts["convnet_512x2"] / 1e5) == 33,
+        {
+            "drawn": counts["convnet"],
+            "two convolutions": counts["convnet_512x2"],
+            "as printed": printed,
+        },
+        note=f"{counts['convnet_512x2'] / 1e6:.2f} M with two convolutions and "
+        f"{counts['convnet'] / 1e6:.2f} M "
+        "with the one that is drawn; 3.36 M results from the misprint 216 for 256",
+    )
+
+
+@NETWORKS.claim("A10.2", "NUS", "VGG for CIFAR has ten layers and 30 M parameters")
+def convnet_total() -> Verdict:
+    one, two = parameters("convnet"), parameters("convnet_512x2")
+    depth = {}
+    for name in ("convnet", "convnet_512x2"):
+        depth[name] = sum(row.kind in ("Conv", "Dense") for row in table(name))
+    return judge(
+        millions(one) == 30 and depth["convnet"] == 10,
+        {"one convolution": one, "two convolutions": two, "layers": depth},
+        as_read=millions(two) == 30,
+        note=f"{two / 1e6:.1f} M with two 512-channel convolutions, which makes 11 layers; the "
+        "ten layers "
+        f"that are drawn have {one / 1e6:.1f} M",
+    )
+
+
+@NETWORKS.claim(
+    "A10.3", "NUS", "The fourth block's first convolution of VGG for CIFAR is 512x216x3x3"
+)
+def convnet_misprint() -> Verdict:
+    rows, columns, inputs, outputs = kernel_shape("convnet_512x2", "conv4a")
+    return judge(
+        inputs == 216,
+        {"kernel": (outputs, inputs, rows, columns)},
+        note=f"{outputs}x{inputs}x{rows}x{columns}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Tutorials
+
+
+@NETWORKS.claim(
+    "A11",
+    "WPI",
+    "The PyTorch tutorial's Net: 6, 16, 120, 84, and 10 features on 32x32x3, with 16 * 5 * 5 = "
+    "400 values flattened",
+)
+def tutorial_net() -> Verdict:
+    names = ("conv1", "conv2", "fc1", "fc2", "fc3")
+    widths = [kernel_shape("tutorial_net", name)[-1] for name in names]
+    flat = kernel_shape("tutorial_net", "fc1")[0]
+    holds = widths == [6, 16, 120, 84, 10] and flat == 16 * 5 * 5
+    return judge(holds, {"widths": widths, "flattened": flat})
+
+
+@NETWORKS.claim(
+    "A12",
+    "WPI",
+    "The Keras ConvNet on 150x150x3: 896, 18,496, 73,856, 147,584, 3,211,776, and 513 parameters, "
+    "3,453,121 in total; maps of 148, 74, 72, 36, 34, 17, 15, and 7 pixels; 6272 values flattened",
+)
+def keras_convnet() -> Verdict:
+    rows = table("keras_convnet")
+    counts = [row.parameters for row in rows if row.parameters]
+    maps = [row.output for row in rows if len(row.output) == 4]
+    sizes = [shape[1] for shape in maps]
+    flat = math.prod(maps[-1])
+    holds = (
+        counts == [896, 18_496, 73_856, 147_584, 3_211_776, 513]
+        and sum(counts) == 3_453_121
+        and sizes == [148, 74, 72, 36, 34, 17, 15, 7]
+        and flat == 6272
+    )
+    return judge(
+        holds, {"parameters": counts, "total": sum(counts), "sizes": sizes, "flattened": flat}
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# AlexNet and ZFNet
+
+
+@NETWORKS.claim(
+    "A14.1",
+    "UBC UTSA",
+    "AlexNet: 227x227x3, 55x55x96 (35 K parameters), 27x27x96, 27x27x256, 13x13x256, 13x13x384 "
+    "twice, "
+    "13x13x256, 6x6x256, 4096, 4096, 1000",
+)
+def alexnet_shapes() -> Verdict:
+    rows = layers("alexnet_2012")
+    shapes = " ".join(shape_text(row) for row in rows)
+    first = rows[1].parameters
+    printed = (
+        "227x227x3 55x55x96 27x27x96 27x27x256 13x13x256 13x13x384 13x13x384 13x13x256 6x6x256 "
+        "4096 4096 1000"
+    )
+    holds = shapes == printed and round(first / 1e3) == 35
+    return judge(holds, {"shapes": shapes, "parameters of the first convolution": first})
+
+
+@NETWORKS.claim(
+    "A47",
+    "UBC",
+    "AlexNet's first max-pool has 96 11x11 filters at stride 4; its output is 27x27x96",
+)
+def alexnet_pool() -> Verdict:
+    sizes = {"11x11, stride 4": pooled_size(55, 11, 4), "3x3, stride 2": pooled_size(55, 3, 2)}
+    return judge(
+        sizes["11x11, stride 4"] == 27,
+        sizes,
+        note="the pool is 3x3 at stride 2, as the same lecture's summary says; 11x11 at stride 4 "
+        "would "
+        f"leave {sizes['11x11, stride 4']}x{sizes['11x11, stride 4']}",
+    )
+
+
+@NETWORKS.claim("A14.2", "UBC UTSA", "AlexNet normalizes (LRN) after its first and second max-pool")
+def alexnet_normalization() -> Verdict:
+    model = create_model("alexnet_2012")
+    # Values large enough for the normalization to act.
+    x = 1000 * jax.random.normal(jax.random.key(0), (1, 67, 67, 3))
+    variables = model.init(jax.random.key(1), x, method="stages", last="conv2")
+    maps = model.apply(variables, x, method="stages", last="conv2")
+    kernel = variables["params"]["conv2"]["kernel"]
+    bias = variables["params"]["conv2"]["bias"]
+    inputs = {
+        "pool, then LRN": local_response_norm(max_pool(maps["conv1"], 3, 2)),
+        "LRN, then pool": max_pool(local_response_norm(maps["conv1"]), 3, 2),
+    }
+    difference = {}
+    for order, y in inputs.items():
+        expected = jax.nn.relu(conv(y, kernel, padding=2) + bias)
+        difference[order] = float(jnp.abs(expected - maps["conv2"]).max())
+    return judge(
+        False,
+        {"greatest difference in convolution 2": difference},
+        as_read=difference["pool, then LRN"] < 1e-4 < difference["LRN, then pool"],
+        note="in the lectures' (and Caffe's) network; the publication (section 3.5) normalizes "
+        "before "
+        "it pools",
+    )
+
+
+@NETWORKS.claim("A14.3", "NUS", "AlexNet has 62 M parameters")
+def alexnet_parameters() -> Verdict:
+    whole = parameters("alexnet_2012")
+    split = parameters("alexnet_2012", groups=2)
+    return judge(
+        millions(split) == 62,
+        {"one group": whole, "two groups": split, "torchvision's form": parameters("alexnet")},
+        as_read=millions(whole) == 62,
+        note="without groups; as published, with convolutions 2, 4, and 5 split over two GPUs, "
+        "it has "
+        f"{split / 1e6:.1f} M",
+    )
+
+
+@NETWORKS.claim(
+    "A48", "NUS", "AlexNet has 7 convolutional layers, 3 max-pools, and 2 fully connected layers"
+)
+def alexnet_layers() -> Verdict:
+    kinds = [row.kind for row in table("alexnet_2012")]
+    counts = {kind: kinds.count(kind) for kind in ("Conv", "max-pool", "Dense")}
+    return judge(
+        counts == {"Conv": 7, "max-pool": 3, "Dense": 2},
+        counts,
+        note="5 convolutions, 3 max-pools, 3 fully connected layers",
+    )
+
+
+@NETWORKS.claim("A49", "NUS", "VGG, GoogLeNet, and ResNet take 227x227x3 images")
+def input_sizes() -> Verdict:
+    sizes = {}
+    for name in ("alexnet_2012", "vgg16", "googlenet_2014", "resnet152"):
+        sizes[name] = create_model(name).input_shape[0]
+    return judge(
+        all(sizes[name] == 227 for name in ("vgg16", "googlenet_2014", "resnet152")),
+        sizes,
+        note="224x224x3; only AlexNet, as the lectures draw it, takes 227",
+    )
+
+
+@NETWORKS.claim(
+    "A15.1",
+    "UBC UTSA",
+    "ZFNet is AlexNet with 7x7 filters at stride 2 first, and 512, 1024, 512 filters in "
+    "convolutions 3 to 5",
+)
+def zfnet() -> Verdict:
+    def convolutions(name):
+        return {f"conv{n}": kernel_shape(name, f"conv{n}") for n in range(1, 6)}
+
+    first = next(row for row in table("zfnet") if row.kind == "Conv")
+    ours = convolutions("zfnet")
+    changed = (
+        ours["conv1"][:2] == (7, 7)
+        and first.stride[0] == 2
+        and [ours[f"conv{n}"][3] for n in (3, 4, 5)] == [512, 1024, 512]
+    )
+    # AlexNet with these changes and no other.
+    literally = table(
+        "alexnet_2012",
+        convolutions=(
+            (96, 7, 2, 0),
+            (256, 5, 1, 2),
+            (512, 3, 1, 1),
+            (1024, 3, 1, 1),
+            (512, 3, 1, 1),
+        ),
+    )
+    last = [row.output[1:3] for row in literally if row.kind == "Conv"][-1]
+    return judge(
+        changed and last == (13, 13),
+        {"zfnet": ours, "map of convolution 5, changed as printed": last},
+        as_read=changed,
+        note="with convolution 2 at stride 2 as well (Zeiler and Fergus 2013, figure 3): AlexNet "
+        "with only "
+        f"the printed changes has {last[0]}x{last[1]} maps at convolution 5, not 13x13",
+    )
+
+
+@NETWORKS.claim("A15.2", "UTSA", "ZFNet's fourth convolution has 1025 filters")
+def zfnet_misprint() -> Verdict:
+    filters = kernel_shape("zfnet", "conv4")[3]
+    return judge(
+        filters == 1025,
+        {"filters": filters},
+        note=f"{filters}, as the publication (section 4.3) and UBC have it",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# VGG. Four lectures print the same table; each of its rows is a claim.
+
+VGG16_TABLE = (
+    # (row, shape, memory as printed, weights as printed)
+    ("input", (224, 224, 3), 150e3, 0),
+    ("CONV3-64, first", (224, 224, 64), 3.2e6, 1_728),
+    ("CONV3-64, second", (224, 224, 64), 3.2e6, 36_864),
+    ("POOL2 to 112", (112, 112, 64), 800e3, 0),
+    ("CONV3-128, first", (112, 112, 128), 1.6e6, 73_728),
+    ("CONV3-128, second", (112, 112, 128), 1.6e6, 147_456),
+    ("POOL2 to 56", (56, 56, 128), 400e3, 0),
+    ("CONV3-256, first", (56, 56, 256), 800e3, 294_912),
+    ("CONV3-256, second", (56, 56, 256), 800e3, 589_824),
+    ("CONV3-256, third", (56, 56, 256), 800e3, 589_824),
+    ("POOL2 to 28", (28, 28, 256), 200e3, 0),
+    ("CONV3-512, first", (28, 28, 512), 400e3, 1_179_648),
+    ("CONV3-512, second", (28, 28, 512), 400e3, 2_359_296),
+    ("CONV3-512, third", (28, 28, 512), 400e3, 2_359_296),
+    ("POOL2 to 14", (14, 14, 512), 100e3, 0),
+    ("CONV3-512, fourth", (14, 14, 512), 100e3, 2_359_296),
+    ("CONV3-512, fifth", (14, 14, 512), 100e3, 2_359_296),
+    ("CONV3-512, sixth", (14, 14, 512), 100e3, 2_359_296),
+    ("POOL2 to 7", (7, 7, 512), 25e3, 0),
+    ("FC, first", (4096,), 4096, 102_760_448),
+    ("FC, second", (4096,), 4096, 16_777_216),
+    ("FC-1000", (1000,), 1000, 4_096_000),
+)
+
+
+def weights_without_biases(row: summary.Layer) -> int:
+    """A layer's weights; it has as many biases as output channels."""
+    return row.parameters - row.output[-1] if row.parameters else 0
+
+
+def add_vgg16_row(number: int, row: tuple) -> None:
+    name, shape, memory, weights = row
+
+    @NETWORKS.claim(
+        f"A16.4.{number + 1}",
+        "WPI UBC UTSA Inha",
+        f"VGG-16, {name}: output {'x'.join(map(str, shape))}, {memory:,.0f} values, {weights:,} "
+        "weights",
+    )
+    def vgg16_row() -> Verdict:
+        layer = layers("vgg16")[number]
+        values = math.prod(layer.output)
+        ours = weights_without_biases(layer)
+        # The table rounds memory to two digits.
+        near = abs(values - memory) < 0.01 * memory
+        holds = layer.output[1:] == shape and near and ours == weights
+        return judge(holds, {"output": layer.output[1:], "values": values, "weights": ours})
+
+
+@NETWORKS.claim(
+    "A16.1", "WPI UBC Inha NUS", "VGG-16 has 138 M parameters and 16 layers with weights"
+)
+def vgg16_parameters() -> Verdict:
+    total = parameters("vgg16")
+    depth = len(by_layer("vgg16"))
+    return judge(millions(total) == 138 and depth == 16, {"parameters": total, "layers": depth})
+
+
+@NETWORKS.claim(
+    "A16.2", "WPI UBC Inha", "VGG-16 keeps 24 M activations, 96 MB, per image in the forward pass"
+)
+def vgg16_memory() -> Verdict:
+    values: dict[str, int] = {}
+    for row in layers("vgg16"):
+        values[row.kind] = values.get(row.kind, 0) + math.prod(row.output)
+    total = sum(values.values())
+    # The last layer has no ReLU.
+    with_relus = total + values["Conv"] + values["Dense"] - 1000
+    return judge(
+        millions(total) == 24,
+        {**values, "total": total, "bytes": 4 * total, "with ReLUs kept apart": with_relus},
+        as_read=millions(with_relus) == 24,
+        note=f"the rows of the table sum to {total / 1e6:.1f} M values, {4 * total / 1e6:.0f} MB "
+        "in float32, "
+        f"input included; {with_relus / 1e6:.1f} M if each ReLU's output is kept beside its input",
+    )
+
+
+for _number, _row in enumerate(VGG16_TABLE):
+    add_vgg16_row(_number, _row)
+
+
+@NETWORKS.claim(
+    "A23",
+    "WPI",
+    "Most memory is in the early convolutions, most parameters in the late fully connected layers",
+)
+def vgg16_where() -> Verdict:
+    rows = table("vgg16")
+    total = summary.totals(rows)
+    early = [row.memory for row in rows if row.kind == "Conv" and row.stride[0] <= 2]
+    late = [row.parameters for row in rows if row.kind == "Dense"]
+    shares = {
+        "memory in the first four of 13 convolutions": sum(early) / total["memory"],
+        "parameters in the fully connected layers": sum(late) / total["parameters"],
+    }
+    return judge(min(shares.values()) > 0.5, shares, note="in VGG-16")
+
+
+# Columns of the configuration table (Simonyan and Zisserman 2014, table 1) -> our networks.
+CONFIGURATIONS = {
+    "A": "vgg11",
+    "A-LRN": "vgg11_lrn",
+    "B": "vgg13",
+    "C": "vgg16_c",
+    "D": "vgg16",
+    "E": "vgg19",
+}
+# Convolutions that each column of UTSA's two tables shows in blocks 1 to 5.
+UTSA_TABLES = {
+    "first table": {
+        "A": (1, 1, 2, 2, 2),
+        "A-LRN": (1, 1, 2, 2, 2),
+        "B": (2, 1, 2, 2, 2),
+        "C": (2, 2, 3, 3, 3),
+        "D": (2, 2, 3, 3, 3),
+        "E": (2, 2, 4, 4, 4),
+    },
+    "second table": {
+        "A": (1, 1, 1, 1, 1),
+        "A-LRN": (1, 1, 1, 2, 2),
+        "B": (2, 2, 2, 2, 2),
+        "C": (2, 2, 2, 2, 3),
+        "D": (2, 2, 2, 3, 3),
+        "E": (2, 2, 3, 4, 4),
+    },
+}
+
+
+@NETWORKS.claim(
+    "A17",
+    "UTSA",
+    "VGG's configurations A, A-LRN, B, C, D, E have 11, 11, 13, 16, 16, and 19 weight layers",
+)
+def configurations() -> Verdict:
+    depth = {column: len(by_layer(name)) for column, name in CONFIGURATIONS.items()}
+    return judge(list(depth.values()) == [11, 11, 13, 16, 16, 19], depth)
+
+
+@NETWORKS.claim("A57", "UTSA", "VGG's configuration table, printed twice")
+def configuration_tables() -> Verdict:
+    right = {}
+    for column, name in CONFIGURATIONS.items():
+        convolutions = [row for row in table(name) if row.kind == "Conv"]
+        blocks = [0] * 5
+        for row in convolutions:
+            # The stride doubles from block to block.
+            blocks[int(math.log2(row.stride[0]))] += 1
+        right[column] = tuple(blocks)
+    different = {}
+    for printed, columns in UTSA_TABLES.items():
+        different[printed] = [column for column in columns if columns[column] != right[column]]
+    return judge(
+        not any(different.values()),
+        {"convolutions by block": right, "columns that differ": different},
+        note="the two differ: the first lacks one 3x3-128 in column B; the second, as its text "
+        "reads, "
+        f"is right only in column "
+        f"{', '.join(c for c in right if c not in different['second table'])}",
+    )
+
+
+@NETWORKS.claim(
+    "A56",
+    "WPI UTSA NUS",
+    "VGG has only 3x3 convolutions of stride 1 and pad 1, and 2x2 max-pools of stride 2",
+)
+def only_three_by_three() -> Verdict:
+    kernels = {}
+    for column, name in CONFIGURATIONS.items():
+        params = variable_shapes(create_model(name))["params"]
+        shapes = [layer["kernel"].shape for layer in params.values()]
+        kernels[column] = sorted({shape[:2] for shape in shapes if len(shape) == 4})
+    others = [column for column in kernels if kernels[column] != [(3, 3)]]
+    return judge(
+        not others,
+        kernels,
+        as_read=others == ["C"],
+        note="in all configurations but C, which also has 1x1 convolutions",
+    )
+
+
+@NETWORKS.claim(
+    "A58",
+    "UBC",
+    "From AlexNet (8 layers) to VGG (16 or 19) networks get deeper and filters smaller (3x3)",
+)
+def deeper() -> Verdict:
+    depth = {name: len(by_layer(name)) for name in ("alexnet_2012", "vgg16", "vgg19")}
+    largest = {}
+    for name in ("alexnet_2012", "vgg16"):
+        params = variable_shapes(create_model(name))["params"]
+        shapes = [layer["kernel"].shape for layer in params.values() if "kernel" in layer]
+        largest[name] = max(shape[0] for shape in shapes if len(shape) == 4)
+    holds = list(depth.values()) == [8, 16, 19] and largest["vgg16"] == 3
+    return judge(holds, {"layers": depth, "largest filter": largest})
+
+
+class Stack(Network):
+    """Convolutions of the given sizes, one after another, padded to keep the size of the map."""
+
+    sizes: tuple[int, ...] = (3, 3, 3)
+    width: int = 64
+    input_shape: tuple[int, int, int] = (32, 32, 64)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, size in enumerate(self.sizes, 1):
+            layer = Conv(
+                self.width, size, padding=size // 2, fill=self.padding, name=f"conv{number}"
+            )
+            x = jax.nn.relu(layer(x))
+        yield "logits", x
+
+
+@NETWORKS.claim(
+    "A18",
+    "UBC",
+    "Three stacked 3x3 convolutions see the 7x7 field of one 7x7 convolution, with fewer "
+    "parameters and more nonlinearities",
+)
+def stacked() -> Verdict:
+    three = summary.layers(Stack(sizes=(3, 3, 3)))
+    one = summary.layers(Stack(sizes=(7,)))
+    fields = [three[-1].receptive_field, one[-1].receptive_field]
+    counts = [summary.totals(three)["parameters"], summary.totals(one)["parameters"]]
+    depth = [len(three) - 1, len(one) - 1]
+    holds = fields == [(7, 7), (7, 7)] and counts[0] < counts[1] and depth[0] > depth[1]
+    return judge(
+        holds, {"fields": fields, "parameters at 64 channels": counts, "nonlinearities": depth}
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# GoogLeNet
+
+
+@NETWORKS.claim("A19.1", "UBC NUS", "GoogLeNet has 22 layers")
+def googlenet_depth() -> Verdict:
+    rows = table("googlenet_2014", aux_logits=False)
+    names = [row.name for row in rows if row.parameters]
+    modules = {name.split(".")[0] for name in names if name.startswith("inception")}
+    outside = [name for name in names if not name.startswith("inception")]
+    depth = len(outside) + 2 * len(modules)
+    return judge(
+        len(names) == 22,
+        {"deepest path": depth, "layers with parameters in all": len(names)},
+        as_read=depth == 22,
+        note="counted along the deepest path: two layers with parameters in each of the nine "
+        "modules",
+    )
+
+
+def linear_layers(auxiliary: bool) -> int:
+    shapes = variable_shapes(create_model("googlenet_2014", aux_logits=auxiliary))
+    return sum(leaf.ndim == 2 for leaf in jax.tree.leaves(shapes))
+
+
+@NETWORKS.claim("A19.2", "UBC", "GoogLeNet has no (hidden) fully connected layers")
+def googlenet_linear() -> Verdict:
+    main, full = linear_layers(False), linear_layers(True)
+    return judge(
+        full == 1,
+        {"linear layers without auxiliary heads": main, "with": full},
+        as_read=main == 1,
+        note="in the network that is used; each auxiliary head, used in training only, has a "
+        "hidden "
+        "layer of 1024 units",
+    )
+
+
+@NETWORKS.claim("A19.3", "UBC NUS", "GoogLeNet has 5 M parameters")
+def googlenet_parameters() -> Verdict:
+    main = parameters("googlenet_2014", aux_logits=False)
+    full = parameters("googlenet_2014")
+    convolutions = main - by_layer("googlenet_2014")["fc"]
+    return judge(
+        millions(main) == 5,
+        {"without auxiliary heads": main, "with": full, "convolutions": convolutions},
+        as_read=millions(convolutions) == 5,
+        note=f"{main / 1e6:.1f} M without auxiliary heads and {full / 1e6:.1f} M with them; the "
+        f"convolutions alone have {convolutions / 1e6:.1f} M",
+    )
+
+
+@NETWORKS.claim("A19.4", "UBC", "GoogLeNet has 12 times fewer parameters than AlexNet")
+def googlenet_ratio() -> Verdict:
+    alexnet = parameters("alexnet_2012")
+    main = alexnet / parameters("googlenet_2014", aux_logits=False)
+    full = alexnet / parameters("googlenet_2014", aux_logits=True)
+    return judge(
+        round(main) == 12,
+        {"without auxiliary heads": main, "with": full},
+        as_read=round(full) == 12,
+        note=f"{main:.1f} times without auxiliary heads, {full:.1f} times with them; 12 is the "
+        "ratio of "
+        "the printed 62 M and 5 M",
+    )
+
+
+def inception(module: nn.Module) -> tuple[tuple[int, ...], int]:
+    """Output shape and multiply-adds of an Inception module on 28x28x256."""
+    rows = summary.layers(module, (28, 28, 256))
+    return module_shape(module, 1, 28, 28, 256)[1:], summary.totals(rows)["macs"]
+
+
+@NETWORKS.claim(
+    "A20.1",
+    "UBC",
+    "The naive Inception module on 28x28x256 joins 28x28x128, 28x28x192, 28x28x96, and the "
+    "pooled input: more than it takes in",
+)
+def naive_inception() -> Verdict:
+    shape, macs = inception(NaiveInception((128, 192, 96)))
+    return judge(
+        shape == (28, 28, 128 + 192 + 96 + 256),
+        {"output": shape, "multiply-adds": macs},
+        note=f"{shape[2]} channels, {macs / 1e6:.0f} M multiply-adds",
+    )
+
+
+@NETWORKS.claim(
+    "A20.2", "UBC", "1x1 bottlenecks save about 60 % of the naive Inception module's computation"
+)
+def bottlenecks() -> Verdict:
+    naive = inception(NaiveInception((128, 192, 96)))[1]
+    macs = {}
+    for width in (64, 80, 96):
+        macs[width] = inception(Inception((128, width, 192, width, 96, width)))[1]
+    saved = {width: 1 - count / naive for width, count in macs.items()}
+    # The figure that is often quoted counts the 3x3 convolution twice.
+    twice = macs[64] + 28 * 28 * 192 * 9 * 64
+    return judge(
+        0.55 < saved[64] < 0.65,
+        {"naive": naive, "with bottlenecks of": macs, "saved": saved},
+        note=f"{saved[64]:.0%} with bottlenecks of 64 channels: {naive / 1e6:.0f} M "
+        "multiply-adds become "
+        f"{macs[64] / 1e6:.0f} M; counting the 3x3 convolution twice gives {twice / 1e6:.0f} M, "
+        f"{1 - twice / naive:.0%} less; 80 channels would save {saved[80]:.0%}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# ResNet and torchvision's networks
+
+
+@NETWORKS.claim(
+    "A21.1",
+    "Inha",
+    "ResNet: a stem, residual blocks, filters that double where the stride does, and only "
+    "FC-1000 at the end",
+)
+def resnet_structure() -> Verdict:
+    rows = table("resnet34")
+    stages = {}
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        row = next(row for row in rows if row.name == f"{name}.0.conv2")
+        stages[name] = (row.output[3], row.stride[0])
+    linear = [row.output for row in rows if row.kind == "Dense"]
+    holds = list(stages.values()) == [(64, 4), (128, 8), (256, 16), (512, 32)]
+    return judge(
+        holds and linear == [(1, 1000)] and rows[0].name == "conv1",
+        {"channels and stride": stages, "linear layers": linear},
+        note="shown on ResNet-34",
+    )
+
+
+@NETWORKS.claim("A21.2", "Inha", "Every residual block has two 3x3 convolutions")
+def residual_blocks() -> Verdict:
+    blocks = {}
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        params = variable_shapes(create_model(name))["params"]["layer1.0"]
+        kernels = [params[key]["kernel"].shape[:2] for key in sorted(params) if key[:4] == "conv"]
+        blocks[name] = kernels
+    pairs = [name for name in blocks if blocks[name] == [(3, 3), (3, 3)]]
+    return judge(
+        len(pairs) == len(blocks),
+        blocks,
+        as_read=pairs == ["resnet18", "resnet34"],
+        note="in ResNet-18 and -34; from 50 layers on a block is 1x1, 3x3, 1x1",
+    )
+
+
+@NETWORKS.claim("A21.3", "NUS", "ResNet-152 has 152 layers and 60 M parameters")
+def resnet152() -> Verdict:
+    rows = [row for row in table("resnet152") if row.kind in ("Conv", "Dense")]
+    depth = sum("downsample" not in row.name for row in rows)
+    total = parameters("resnet152")
+    return judge(
+        depth == 152 and millions(total) == 60,
+        {"layers": depth, "parameters": total},
+        note="the four 1x1 convolutions on shortcuts are not counted",
+    )
+
+
+@NETWORKS.claim("A21.4", "Inha", "A ResNet can be trained on images of any size")
+def any_size() -> Verdict:
+    sizes = (32, 75, 224, 300)
+    works = {}
+    for name in ("resnet18", "vgg16", "alexnet", "alexnet_2012"):
+        model = create_model(name)
+        variables = jax.eval_shape(
+            model.init,
+            jax.random.key(0),
+            jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32),
+        )
+        works[name] = [size for size in sizes if accepts(model, variables, size)]
+    return judge(
+        works["resnet18"] == list(sizes),
+        works,
+        note="as its last pool is global; torchvision's VGG and AlexNet take other sizes too, by "
+        "adaptive pooling, as long as anything is left; the AlexNet of 2012 takes only 227",
+    )
+
+
+def accepts(model: Network, variables: dict, size: int) -> bool:
+    """Whether a network with these variables has an output for square images of `size` pixels."""
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    try:
+        return jax.eval_shape(model.apply, variables, image).shape == (1, 1000)
+    except Exception:  # flax and lax name the misfit in errors of several types
+        return False
+
+
+TORCHVISION = {
+    "resnet18": 11_689_512,
+    "alexnet": 61_100_840,
+    "vgg16": 138_357_544,
+    "squeezenet1_0": 1_248_424,
+    "densenet161": 28_681_000,
+    "inception_v3": 27_161_264,
+    "googlenet": 13_004_888,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "mobilenet_v2": 3_504_872,
+    "resnext50_32x4d": 25_028_904,
+    "wide_resnet50_2": 68_883_240,
+    "mnasnet1_0": 4_383_312,
+}
+
+
+@NETWORKS.claim("A22", "Inha", "The twelve torchvision networks can be built by name")
+def torchvision_networks() -> Verdict:
+    counts = {name: parameters(name) for name in TORCHVISION}
+    return judge(
+        counts == TORCHVISION,
+        counts,
+        note="each with torchvision's number of parameters, auxiliary heads included",
+    )

@@ -1,0 +1,749 @@
+"""Sizes, padding, strides, pooling, and the worked examples: claims about single operations."""
+
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.signal
+
+from cnnjax import summary
+from cnnjax.data import arrays
+from cnnjax.models import create_model
+from cnnjax.models.mlp import MLP
+from cnnjax.nn import Conv, Dense, avg_pool, conv, local_response_norm, max_pool
+from experiments.claims.ledger import Section, Verdict, judge, not_computed
+
+OPERATIONS = Section("Operations: sizes, padding, pooling, worked examples")
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: shapes without computing anything, and one-channel images in and out of the operations.
+
+
+def output_shape(function, *shape: int) -> tuple[int, ...]:
+    """The shape that a function returns for an array of `shape`."""
+    return jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+
+
+def parameter_count(module: nn.Module, *shape: int) -> int:
+    """The number of parameters of a module for inputs of `shape`."""
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def module_shape(module: nn.Module, *shape: int) -> tuple[int, ...]:
+    """The output shape of a module for inputs of `shape`."""
+    return output_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0], *shape)
+
+
+def convolved_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    weights = jnp.zeros((kernel, kernel, 1, 1))
+    return output_shape(
+        lambda x: conv(x, weights, stride=stride, padding=padding), 1, size, size, 1
+    )[1]
+
+
+def pooled_size(size: int, window: int, stride: int) -> int:
+    return output_shape(lambda x: max_pool(x, window, stride), 1, size, size, 1)[1]
+
+
+def one_channel(image) -> jnp.ndarray:
+    """[height, width] -> [1, height, width, 1]."""
+    return jnp.asarray(image, jnp.float32)[None, :, :, None]
+
+
+def plane(y) -> np.ndarray:
+    """[1, height, width, 1] -> [height, width]."""
+    return np.asarray(y[0, :, :, 0])
+
+
+def filtered(
+    image, kernel, *, stride: int = 1, padding: int = 0, fill: str = "zeros"
+) -> np.ndarray:
+    """A one-channel convolution as integers, for the worked examples."""
+    weights = jnp.asarray(kernel, jnp.float32)[:, :, None, None]
+    y = conv(one_channel(image), weights, stride=stride, padding=padding, fill=fill)
+    return plane(y).round().astype(int)
+
+
+# ---------------------------------------------------------------------------------------------
+# Output sizes and parameter counts
+
+
+@OPERATIONS.claim(
+    "A1", "NUS Inha UTSA", "A convolution has floor((n + 2p - f) / s + 1) output positions"
+)
+def convolution_size() -> Verdict:
+    cases = []
+    for n, p, f, s in itertools.product((5, 6, 7, 16, 32), range(4), (1, 3, 5, 7), (1, 2, 3, 4)):
+        if n + 2 * p >= f:
+            cases.append((n, p, f, s))
+    different = 0
+    for n, p, f, s in cases:
+        different += convolved_size(n, f, s, p) != math.floor((n + 2 * p - f) / s + 1)
+    return judge(different == 0, {"cases": len(cases), "cases that differ": different})
+
+
+@OPERATIONS.claim(
+    "A2", "NUS", "5x5 filters need 2 rings of padding, 7x7 filters 3, to keep the size"
+)
+def rings_of_padding() -> Verdict:
+    rings = {}
+    for f in (5, 7):
+        rings[f"{f}x{f}"] = next(p for p in range(9) if convolved_size(32, f, 1, p) == 32)
+    return judge(rings == {"5x5": 2, "7x7": 3}, {"rings": rings})
+
+
+@OPERATIONS.claim(
+    "A3", "Inha", "Ten 5x5 filters, stride 1, pad 2, on 32x32x3: output 32x32x10, 760 parameters"
+)
+def ten_filters() -> Verdict:
+    layer = Conv(10, 5, padding=2)
+    shape = module_shape(layer, 1, 32, 32, 3)[1:]
+    size = parameter_count(layer, 1, 32, 32, 3)
+    holds = shape == (32, 32, 10) and size == 760
+    return judge(holds, {"output": shape, "parameters": size})
+
+
+@OPERATIONS.claim(
+    "A26", "Inha", "3x3, stride 1, pad 1 keeps a 7x7 input at 7x7 and a 4x4 input at 4x4"
+)
+def sizes_kept() -> Verdict:
+    sizes = {n: convolved_size(n, 3, 1, 1) for n in (7, 4)}
+    return judge(sizes == {7: 7, 4: 4}, {"output sizes": sizes})
+
+
+@OPERATIONS.claim("A27", "Inha", "A fully connected layer reads a 32x32x3 image as 3072 values")
+def flattened_image() -> Verdict:
+    kernel = jax.eval_shape(
+        Dense(1).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32 * 32 * 3), jnp.float32)
+    )["params"]["kernel"]
+    return judge(kernel.shape[0] == 3072, {"inputs": kernel.shape[0]})
+
+
+@OPERATIONS.claim("A13", "WPI", "A convolution has ((m n d) + 1) k parameters")
+def convolution_parameters() -> Verdict:
+    cases = list(itertools.product((1, 3, 5), (1, 3, 7), (1, 3, 16), (4, 10)))
+    different = 0
+    for m, n, d, k in cases:
+        different += parameter_count(Conv(k, (m, n)), 1, 9, 9, d) != (m * n * d + 1) * k
+    return judge(different == 0, {"cases": len(cases), "cases that differ": different})
+
+
+@OPERATIONS.claim("A4", "Inha", "Pooling gives (W - F) / S + 1 positions and has no parameters")
+def pooling_size() -> Verdict:
+    cases = list(itertools.product((4, 6, 13, 27, 55), (2, 3), (1, 2, 3)))
+    exact = sum(pooled_size(w, f, s) == (w - f) / s + 1 for w, f, s in cases)
+    floored = sum(pooled_size(w, f, s) == (w - f) // s + 1 for w, f, s in cases)
+    rows = summary.layers(create_model("vgg16"))
+    parameters = sum(row.parameters for row in rows if row.kind == "max-pool")
+    return judge(
+        exact == len(cases) and not parameters,
+        {"cases": len(cases), "equal": exact, "equal when rounded down": floored},
+        as_read=floored == len(cases) and not parameters,
+        note="rounded down where S does not divide W - F, as for convolutions",
+    )
+
+
+@OPERATIONS.claim("A36", "NUS", "Pooling of size p turns n x n maps into n/p x n/p maps")
+def pooled_by_its_size() -> Verdict:
+    sizes = {}
+    for n, p in ((6, 2), (6, 3), (7, 2), (8, 3)):
+        sizes[f"{n} by {p}"] = pooled_size(n, p, p)
+    exact = all(sizes[f"{n} by {p}"] == n / p for n, p in ((6, 2), (6, 3), (7, 2), (8, 3)))
+    divisible = sizes["6 by 2"] == 3 and sizes["6 by 3"] == 2
+    return judge(
+        exact, sizes, as_read=divisible, note="if p divides n; otherwise the result is rounded down"
+    )
+
+
+@OPERATIONS.claim(
+    "A8", "UTSA", "A 3-layer perceptron with D = 1024 inputs has about 3 D^2 + D = 3e6 parameters"
+)
+def perceptron_parameters() -> Verdict:
+    d = 1024
+    image = (1, 32, 32, 1)
+    three = parameter_count(MLP(hidden=(d,) * 3, num_classes=1), *image)
+    readings = {
+        "3 D^2 + D": 3 * d**2 + d,
+        "three hidden layers and one output, no biases": three - 3 * d - 1,
+        "the same with biases": three,
+        "two hidden layers and D outputs": parameter_count(
+            MLP(hidden=(d,) * 2, num_classes=d), *image
+        ),
+        "two hidden layers and one output": parameter_count(
+            MLP(hidden=(d,) * 2, num_classes=1), *image
+        ),
+    }
+    exact = readings["three hidden layers and one output, no biases"] == 3 * d**2 + d
+    return judge(
+        len(set(readings.values())) == 1,
+        readings,
+        as_read=exact,
+        note="exactly, for three hidden layers of D units, one output, and no biases; a network "
+        "with two hidden layers and one output has two thirds of that",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+
+
+@OPERATIONS.claim("A45", "UTSA", "An MNIST image has D = 32x32 = 1024 values")
+def mnist_pixels() -> Verdict:
+    height, width, _ = create_model("lenet").input_shape
+    padded = create_model("lenet5").input_shape[0]
+    return judge(
+        height * width == 1024,
+        {"MNIST": height * width, "LeNet-5's padded input": padded**2},
+        note=f"{height}x{width} = {height * width}; 32x32 is the padded input of LeNet-5",
+    )
+
+
+@OPERATIONS.claim("A46.1", "NUS", "MNIST: 10 classes, 50,000 training and 10,000 test images")
+def mnist_counts() -> Verdict:
+    train, test = arrays.DATASETS["mnist"].counts
+    return judge(
+        (train, test) == (50_000, 10_000),
+        {"training": train, "test": test},
+        note=f"{train:,} training images; 50,000 remain if 10,000 are held out for validation",
+    )
+
+
+@OPERATIONS.claim(
+    "A46.2", "NUS WPI", "CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 3x32x32"
+)
+def cifar_counts() -> Verdict:
+    train, test = arrays.DATASETS["cifar10"].counts
+    shape = create_model("convnet").input_shape
+    holds = (train, test) == (50_000, 10_000) and shape == (32, 32, 3)
+    return judge(holds, {"training": train, "test": test, "image": shape})
+
+
+# ---------------------------------------------------------------------------------------------
+# The worked examples of NUS: one image, two filters, stride 1 and 2
+
+IMAGE = np.array(
+    [
+        [3, 2, 3, 3, 3, 1],
+        [0, 1, 3, 3, 1, 2],
+        [2, 2, 0, 0, 2, 0],
+        [3, 0, 1, 3, 3, 0],
+        [2, 3, 2, 0, 0, 1],
+        [2, 2, 2, 3, 1, 0],
+    ]
+)
+# The 7x7 image is the same one with a seventh column and row.
+LARGER_IMAGE = np.vstack([np.column_stack([IMAGE, [2, 1, 0, 3, 1, 1]]), [0, 2, 1, 1, 3, 3, 1]])
+FILTER = np.array([[0, 1, 0], [0, 0, 0], [1, 1, 2]])
+LARGER_FILTER = np.array(
+    [[1, 2, 1, 1, 2], [0, 0, 1, 0, 1], [0, 1, 0, 0, 1], [1, 1, 1, 2, 1], [1, 2, 1, 1, 2]]
+)
+PRINTED = {
+    "3x3, stride 1": np.array([[6, 5, 7, 5], [6, 10, 13, 7], [11, 5, 2, 4], [8, 11, 10, 7]]),
+    "3x3, stride 2": np.array([[6, 5, 7], [6, 10, 13], [11, 5, 2]]),
+    "5x5, padded": np.array(
+        [
+            [2, 7, 10, 8, 8, 3],
+            [9, 6, 5, 7, 5, 3],
+            [3, 6, 10, 13, 7, 5],
+            [10, 11, 5, 2, 4, 1],
+            [9, 8, 11, 10, 7, 1],
+            [2, 3, 2, 0, 0, 1],
+        ]
+    ),
+}
+
+
+def worked_examples() -> dict[str, np.ndarray]:
+    """The right map for each of NUS's worked convolutions."""
+    return {
+        "3x3, stride 1": filtered(IMAGE, FILTER),
+        "3x3, stride 2": filtered(LARGER_IMAGE, FILTER, stride=2),
+        "5x5, padded": filtered(IMAGE, LARGER_FILTER, padding=2),
+    }
+
+
+@OPERATIONS.claim("A5.1", "NUS", "The worked 3x3 convolution of the 6x6 image, stride 1")
+def worked_convolution() -> Verdict:
+    right = worked_examples()["3x3, stride 1"]
+    holds = np.array_equal(right, PRINTED["3x3, stride 1"])
+    return judge(holds, {"map": right.tolist()})
+
+
+@OPERATIONS.claim("A5.2", "NUS", "The worked 3x3 convolution of the 7x7 image, stride 2")
+def worked_stride() -> Verdict:
+    right = worked_examples()["3x3, stride 2"]
+    printed = PRINTED["3x3, stride 2"]
+    corner = filtered(LARGER_IMAGE, FILTER)[:3, :3]
+    is_corner = np.array_equal(printed, corner)
+    return judge(
+        np.array_equal(right, printed),
+        {"right": right.tolist(), "printed": printed.tolist(), "printed is the corner": is_corner},
+        note=f"{right.tolist()}; the printed map is the top left corner of the map at stride 1",
+    )
+
+
+@OPERATIONS.claim(
+    "A5.3", "NUS", "The worked 5x5 convolution of the 6x6 image with two rings of zeros"
+)
+def worked_padding() -> Verdict:
+    right = worked_examples()["5x5, padded"]
+    printed = PRINTED["5x5, padded"]
+    smaller = filtered(IMAGE, FILTER, padding=1)
+    return judge(
+        np.array_equal(right, printed),
+        {
+            "right": right.tolist(),
+            "printed": printed.tolist(),
+            "printed is the 3x3 filter with one ring": np.array_equal(printed, smaller),
+        },
+        note=f"{right.tolist()}; the printed map is that of the 3x3 filter with one ring of zeros",
+    )
+
+
+@OPERATIONS.claim(
+    "A6", "NUS", "2x2 max-pooling turns the 6x6 example map into [7 1 5; 9 1 6; 9 0 1]"
+)
+def worked_pooling() -> Verdict:
+    image = [
+        [3, 3, 0, 1, 1, 1],
+        [7, 2, 1, 1, 5, 2],
+        [7, 9, 1, 0, 5, 6],
+        [5, 6, 1, 0, 3, 2],
+        [9, 7, 0, 0, 0, 0],
+        [4, 7, 0, 0, 0, 1],
+    ]
+    pooled = plane(max_pool(one_channel(image), 2)).astype(int).tolist()
+    return judge(pooled == [[7, 1, 5], [9, 1, 6], [9, 0, 1]], {"pooled": pooled})
+
+
+# ---------------------------------------------------------------------------------------------
+# The worked convolution layer of UTSA: 7x7x3 padded input, stride 2, bias 1. The weights that meet
+# a zero pixel are not needed, and the slide's text does not show all of them; they are 0 here.
+
+WORKED_INPUT = np.zeros((7, 7, 3))
+WORKED_INPUT[1:6, 1:6, 0] = [
+    [2, 0, 1, 1, 0],
+    [2, 1, 2, 2, 1],
+    [2, 0, 0, 1, 2],
+    [1, 1, 2, 2, 1],
+    [0, 1, 0, 2, 2],
+]
+WORKED_INPUT[1:6, 1:6, 1] = [
+    [1, 2, 1, 1, 2],
+    [1, 2, 1, 2, 0],
+    [2, 0, 1, 2, 2],
+    [2, 2, 2, 1, 0],
+    [0, 1, 0, 2, 2],
+]
+WORKED_INPUT[1:6, 1:6, 2] = [
+    [0, 0, 2, 0, 0],
+    [1, 1, 1, 0, 2],
+    [2, 1, 1, 2, 1],
+    [0, 2, 1, 1, 0],
+    [0, 0, 2, 1, 2],
+]
+WORKED_WEIGHTS = np.stack(
+    [
+        [[1, 1, 0], [1, 1, 0], [1, 1, 0]],
+        [[0, 0, 0], [1, 0, 0], [-1, 0, 0]],
+        [[0, 0, 0], [-1, 1, 0], [-1, 0, 0]],
+    ],
+    axis=-1,
+)
+
+
+@OPERATIONS.claim(
+    "A40",
+    "UTSA",
+    "The worked convolution layer sums 9 + 1 - 2 over three channels, plus bias 1, to 9",
+)
+def worked_layer() -> Verdict:
+    sums = []
+    for channel in range(3):
+        y = filtered(WORKED_INPUT[:, :, channel], WORKED_WEIGHTS[:, :, channel], stride=2)
+        sums.append(int(y[1, 2]))
+    weights = jnp.asarray(WORKED_WEIGHTS, jnp.float32)[..., None]
+    image = jnp.asarray(WORKED_INPUT, jnp.float32)[None]
+    whole = int(conv(image, weights, stride=2)[0, 1, 2, 0]) + 1
+    return judge(
+        sums == [9, 1, -2] and whole == 9,
+        {"sums by channel": sums, "with bias": whole, "position": [1, 2]},
+        note="at row 1, column 2 of the output; the weights that meet zero pixels do not matter",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Convolution as an operation
+
+
+@OPERATIONS.claim(
+    "A7", "NUS", "A convolution is a matrix product of vectorized filters and patches"
+)
+def matrix_product() -> Verdict:
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
+    patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27)
+    product = patches @ np.asarray(kernel, np.float64).reshape(27, 5)
+    difference = float(np.abs(np.asarray(conv(x, kernel)).reshape(-1, 5) - product).max())
+    return judge(difference < 1e-4, {"greatest difference": difference})
+
+
+@OPERATIONS.claim(
+    "A37",
+    "UTSA",
+    "A convolutional layer computes the convolution f[n] g[x - n], which flips the filter",
+)
+def flipped() -> Verdict:
+    image = np.arange(25.0).reshape(5, 5) % 7
+    layer = filtered(image, FILTER)
+    convolution = scipy.signal.convolve2d(image, FILTER, mode="valid").round().astype(int)
+    correlation = scipy.signal.correlate2d(image, FILTER, mode="valid").round().astype(int)
+    return judge(
+        np.array_equal(layer, convolution),
+        {
+            "layer": layer[0].tolist(),
+            "convolution as defined": convolution[0].tolist(),
+            "cross-correlation": correlation[0].tolist(),
+            "layer is the cross-correlation": np.array_equal(layer, correlation),
+        },
+        note="a convolutional layer does not flip the filter: it computes the cross-correlation",
+    )
+
+
+@OPERATIONS.claim("A38", "UTSA", "Convolution is commutative: f * g = g * f")
+def commutative() -> Verdict:
+    f, g = IMAGE, FILTER
+    one = scipy.signal.convolve2d(f, g)
+    other = scipy.signal.convolve2d(g, f)
+    # As the layer computes it: the filter flipped, and as many zeros as bring it to every pixel.
+    ours = filtered(f, g[::-1, ::-1], padding=2)
+    holds = np.array_equal(one, other) and np.array_equal(one, ours)
+    return judge(holds, {"f * g, first row": one[0].tolist()})
+
+
+@OPERATIONS.claim(
+    "A39", "UTSA", "The Sobel pair [-1 -2 -1; 0 0 0; 1 2 1] and its transpose find edges"
+)
+def sobel() -> Verdict:
+    rows = np.array([[-1, -2, -1], [0, 0, 0], [1, 2, 1]])
+    columns = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    image = np.zeros((8, 8))
+    image[:, 4:] = 1  # a vertical edge
+    responses = {}
+    for name, picture in (("vertical edge", image), ("horizontal edge", image.T)):
+        for kind, kernel in (("rows", rows), ("columns", columns)):
+            responses[f"{name}, {kind}"] = int(np.abs(filtered(picture, kernel)).max())
+    holds = np.array_equal(columns, rows.T) and responses == {
+        "vertical edge, rows": 0,
+        "vertical edge, columns": 4,
+        "horizontal edge, rows": 4,
+        "horizontal edge, columns": 0,
+    }
+    return judge(holds, responses, note="each of the two finds the edges of one direction")
+
+
+@OPERATIONS.claim(
+    "A24",
+    "UBC",
+    "A fully connected layer is neither invariant nor equivariant; a convolution is "
+    "translation-equivariant",
+)
+def equivariance() -> Verdict:
+    x = jax.random.normal(jax.random.key(0), (1, 12, 12, 1))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 1))
+    moved = jnp.roll(x, (2, 3), (1, 2))
+
+    # No shift of the dense layer's output, read as a map, comes near its output for the moved
+    # image.
+    dense = Dense(144)
+    variables = dense.init(jax.random.key(2), x.reshape(1, -1))
+    before = np.asarray(dense.apply(variables, x.reshape(1, -1))).reshape(12, 12)
+    after = np.asarray(dense.apply(variables, moved.reshape(1, -1))).reshape(12, 12)
+    distances = []
+    for shift in np.ndindex(12, 12):
+        distances.append(np.abs(np.roll(before, shift, (0, 1)) - after).max())
+    closest = float(min(distances))
+
+    difference = {}
+    for fill in ("circular", "zeros"):
+        still = conv(x, kernel, padding=1, fill=fill)
+        shifted = conv(moved, kernel, padding=1, fill=fill)
+        difference[fill] = np.abs(plane(jnp.roll(still, (2, 3), (1, 2)) - shifted))
+    # Pixels at the border of the moved image, or at that of the image before it moved.
+    border = np.ones((12, 12), bool)
+    border[1:-1, 1:-1] = False
+    border |= np.roll(border, (2, 3), (0, 1))
+    inside = float(difference["zeros"][~border].max())
+    outside = float(difference["zeros"][border].max())
+    circular = float(difference["circular"].max())
+
+    exact = closest > 0.1 and max(circular, inside) < 1e-5
+    return judge(
+        exact and outside < 1e-5,
+        {
+            "dense, to the nearest shift": closest,
+            "circular": circular,
+            "zeros, inside": inside,
+            "zeros, at the border": outside,
+        },
+        as_read=exact,
+        note="exactly with circular padding; with zeros only away from the border",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs of several channels
+
+
+@OPERATIONS.claim(
+    "A28",
+    "NUS",
+    "One 3x3x3 filter (27 weights) with padding 1 turns a 3x5x5 input into one 5x5 map",
+)
+def one_map() -> Verdict:
+    layer = Conv(1, 3, padding=1, use_bias=False)
+    weights = parameter_count(layer, 1, 5, 5, 3)
+    shape = module_shape(layer, 1, 5, 5, 3)
+    return judge(weights == 27 and shape == (1, 5, 5, 1), {"weights": weights, "output": shape})
+
+
+@OPERATIONS.claim(
+    "A29",
+    "NUS",
+    "Four filters on a 3x28x28 input: filters 4x3x3x3, output 4x28x28; F filters give F maps",
+)
+def several_maps() -> Verdict:
+    layer = Conv(4, 3, padding=1, use_bias=False)
+    weights = parameter_count(layer, 1, 28, 28, 3)
+    shape = module_shape(layer, 1, 28, 28, 3)
+    holds = weights == 4 * 3 * 3 * 3 and shape == (1, 28, 28, 4)
+    return judge(holds, {"weights": weights, "output": shape})
+
+
+@OPERATIONS.claim(
+    "A30", "NUS", "Four filters for a 1x128x128 input are a 4x28x28 tensor; the output is 4x128x128"
+)
+def filters_of_one_channel() -> Verdict:
+    layer = Conv(4, 3, padding=1, use_bias=False)
+    image = jax.ShapeDtypeStruct((1, 128, 128, 1), jnp.float32)
+    kernel = jax.eval_shape(layer.init, jax.random.key(0), image)["params"]["kernel"]
+    rows, columns, inputs, filters = kernel.shape
+    ours = (filters, inputs, rows, columns)
+    shape = module_shape(layer, 1, 128, 128, 1)
+    return judge(
+        ours == (4, 28, 28),
+        {"filters": ours, "output": shape},
+        note="the output is right; the filters are a 4x1x3x3 tensor",
+    )
+
+
+@OPERATIONS.claim("A28.1", "NUS", "The worked sum of the three-channel example is 5")
+def worked_sum() -> Verdict:
+    return not_computed("two of the three channels of its input and filter are not printed")
+
+
+# ---------------------------------------------------------------------------------------------
+# Depth
+
+
+@OPERATIONS.claim(
+    "A31",
+    "NUS",
+    "Without a nonlinearity between them, stacked convolutions collapse into a single one",
+)
+def collapse() -> Verdict:
+    errors = {fill: float(collapse_error(fill).max()) for fill in ("none", "circular", "zeros")}
+    inside = float(collapse_error("zeros")[1:-1, 1:-1].max())
+    exact = max(errors["none"], errors["circular"], inside) < 1e-4
+    return judge(
+        exact and errors["zeros"] < 1e-4,
+        {"greatest difference": errors, "zeros, away from the border": inside},
+        as_read=exact,
+        note="exactly without padding and with circular padding; with zero padding the two differ "
+        "where the second filter reaches over the border, because the first map was cut there",
+    )
+
+
+def collapse_error(fill: str) -> np.ndarray:
+    """|two 3x3 convolutions - the one 5x5 convolution of their composed filter|, [height,
+    width]."""
+    image = np.asarray(jax.random.normal(jax.random.key(0), (12, 12)))
+    first = np.asarray(jax.random.normal(jax.random.key(1), (3, 3)))
+    second = np.asarray(jax.random.normal(jax.random.key(2), (3, 3)))
+    composed = scipy.signal.convolve2d(first, second)
+
+    def layer(x, kernel):
+        weights = jnp.asarray(kernel, jnp.float32)[:, :, None, None]
+        return conv(x, weights, padding=len(kernel) // 2, fill=fill)
+
+    two = layer(layer(one_channel(image), first), second)
+    one = layer(one_channel(image), composed)
+    return np.abs(plane(two) - plane(one))
+
+
+@OPERATIONS.claim(
+    "A32", "NUS", "Without padding, maps shrink to 1x1 quickly when layers are stacked"
+)
+def shrinking() -> Verdict:
+    layers = {}
+    for size in (28, 32, 224):
+        for kernel in (3, 5, 7):
+            count, left = 0, size
+            while left > kernel - 1:
+                left = convolved_size(left, kernel, 1, 0)
+                count += 1
+            layers[f"{kernel}x{kernel} from {size}"] = count
+    return judge(
+        False,
+        layers,
+        as_read=layers["3x3 from 28"] == 13,
+        note="after 13 layers of 3x3 from 28 pixels, but only after 111 from 224; pooling and "
+        "strides shrink maps far sooner",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Pooling
+
+
+def smooth_image(size: int = 64) -> np.ndarray:
+    """A random image with the smoothness of a feature map: noise averaged over 5x5 pixels."""
+    noise = jax.random.normal(jax.random.key(0), (1, size + 4, size + 4, 1))
+    return plane(avg_pool(noise, 5, 1))
+
+
+def survivors(shift: int, *, pools: int = 1) -> float:
+    """The share of a max-pool's outputs that do not change when the image moves by `shift`
+    pixels."""
+    image = smooth_image()
+    x, moved = one_channel(image), one_channel(np.roll(image, shift, 1))
+    for _ in range(pools):
+        x, moved = max_pool(x, 2), max_pool(moved, 2)
+    return float((plane(x) == plane(moved)).mean())
+
+
+@OPERATIONS.claim("A33", "NUS", "Max-pooling creates global invariance to translation")
+def global_invariance() -> Verdict:
+    shares = {shift: survivors(shift) for shift in (1, 2, 4, 8)}
+    image = smooth_image()
+    invariant = image.max() == np.roll(image, 8, 1).max()
+    return judge(
+        min(shares.values()) == 1,
+        {
+            "share of 2x2 outputs unchanged, by shift": shares,
+            "global maximum unchanged": bool(invariant),
+        },
+        note=f"of 2x2 max-pools, {shares[1]:.0%} of the outputs keep their value when the image "
+        "moves "
+        "by one pixel and almost none for larger shifts; only a maximum over the whole map is "
+        "invariant",
+    )
+
+
+@OPERATIONS.claim("A34", "NUS", "Max-pooling gives local invariance to small deformations")
+def local_invariance() -> Verdict:
+    image = smooth_image()
+    moved = np.roll(image, 1, 1)
+    change = float(np.abs(image - moved).mean() / image.std())
+    pooled, pooled_moved = (plane(max_pool(one_channel(x), 2)) for x in (image, moved))
+    pooled_change = float(np.abs(pooled - pooled_moved).mean() / pooled.std())
+    return judge(
+        False,
+        {"mean change, pixels": change, "mean change, pooled": pooled_change},
+        as_read=pooled_change < change,
+        note=f"in part: a shift by one pixel changes the map by {change:.2f} of its deviation "
+        "and the "
+        f"2x2 max-pooled map by {pooled_change:.2f}",
+    )
+
+
+@OPERATIONS.claim(
+    "A41", "UTSA", "Pooling works on every activation map by itself and makes it smaller"
+)
+def channel_by_channel() -> Verdict:
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    together = np.asarray(max_pool(x, 2))
+    apart = np.concatenate([max_pool(x[..., i : i + 1], 2) for i in range(3)], axis=3)
+    return judge(np.array_equal(together, apart), {"output": together.shape})
+
+
+@OPERATIONS.claim(
+    "A35", "NUS", "Halving the map and doubling the channels keeps the computation under control"
+)
+def controlled_computation() -> Verdict:
+    macs: dict[str, int] = {}
+    for row in summary.layers(create_model("vgg16")):
+        if row.kind == "Conv":
+            size = f"{row.output[1]} px"
+            macs[size] = macs.get(size, 0) + row.macs
+    per_layer = {}
+    for row in summary.layers(create_model("vgg16")):
+        if row.kind == "Conv":
+            per_layer[f"{row.output[1]} px, {row.output[3]} channels"] = row.macs
+    last = [per_layer[key] for key in per_layer]
+    constant = len(set(last[:4])) == 1
+    return judge(
+        constant,
+        {
+            "multiply-adds of VGG-16's convolutions by map size": macs,
+            "of a block's last one": per_layer,
+        },
+        note="a 3x3 convolution inside each of VGG-16's first four blocks costs the same 1.85 G "
+        "multiply-adds; in the fifth, where channels no longer double, a quarter",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Normalization and dropout
+
+
+@OPERATIONS.claim(
+    "A42",
+    "UBC",
+    "Contrast normalization, as in AlexNet, gives the same response at low and high contrast",
+)
+def contrast() -> Verdict:
+    x = 50 * jax.nn.relu(jax.random.normal(jax.random.key(0), (1, 8, 8, 96)))
+    ratio = jnp.abs(local_response_norm(2 * x)).sum() / jnp.abs(local_response_norm(x)).sum()
+
+    # Local contrast normalization, the older layer: each window minus its mean, over its deviation.
+    def local_contrast(x):
+        mean = avg_pool(x, 3, 1)
+        deviation = jnp.sqrt(avg_pool(x**2, 3, 1) - mean**2)
+        return (x[:, 1:-1, 1:-1] - mean) / deviation
+
+    image = one_channel(10 + np.random.default_rng(0).normal(size=(12, 12)))
+    same = float(jnp.abs(local_contrast(2 * image) - local_contrast(image)).max())
+    return judge(
+        abs(float(ratio) - 1) < 0.05,
+        {
+            "AlexNet's LRN, twice the contrast over once": float(ratio),
+            "local contrast, difference": same,
+        },
+        as_read=same < 1e-2,
+        note="for local contrast normalization (mean and deviation of a window); AlexNet's layer "
+        "is "
+        f"local response normalization, where twice the contrast gives {float(ratio):.2f} times "
+        "the response",
+    )
+
+
+@OPERATIONS.claim("A43", "UTSA", "Dropout sets random units to zero in the forward pass")
+def dropout() -> Verdict:
+    x = jnp.ones((1, 10_000))
+    layer = nn.Dropout(0.5, deterministic=False)
+    y = np.asarray(layer.apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    zero = float((y == 0).mean())
+    kept = float(y.max())
+    return judge(
+        abs(zero - 0.5) < 0.02,
+        {"share of zeros at rate 0.5": zero, "value of the units that stay": kept},
+        note="in training; the units that stay are multiplied by 2, so that nothing changes at "
+        "test time",
+    )

@@ -1,0 +1,98 @@
+"""The report: how many claims hold, the wrong ones first, then all of them."""
+
+from cnnjax.runtime import tables
+from experiments.claims.ledger import LECTURES, VERDICTS, WRONG, Finding, Section
+
+# The figure that goes with a claim.
+PICTURES = {
+    "A5.2": "worked.png",
+    "A31": "collapse.png",
+    "A33": "survivors.png",
+    "B1": "position.png",
+}
+
+
+def text(value) -> str:
+    """A computed value for a table's cell."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {text(item)}" for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(text(item) for item in value) + "]"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def cell(value: str) -> str:
+    return value.replace("|", "\\|")
+
+
+def count(findings: list[Finding], verdict: str, lecture: str | None = None) -> int:
+    of_verdict = [finding for finding in findings if finding.verdict == verdict]
+    if lecture is None:
+        return len(of_verdict)
+    return sum(lecture in finding.sources for finding in of_verdict)
+
+
+def summary(findings: list[Finding]) -> str:
+    """The number of claims by lecture and verdict; a claim of several lectures counts for each."""
+    lines = []
+    for lecture, title in LECTURES.items():
+        counts = [str(count(findings, verdict, lecture)) for verdict in VERDICTS]
+        lines.append([title, *counts])
+    lines.append(["all, each claim once", *(str(count(findings, verdict)) for verdict in VERDICTS)])
+    return tables.table(["lecture", *VERDICTS], lines)
+
+
+def wrong_claims(findings: list[Finding]) -> str:
+    """A list of the wrong claims, each with the right value and its figure."""
+    lines = []
+    for finding in findings:
+        if finding.verdict == WRONG:
+            sources = ", ".join(finding.sources)
+            lines.append(
+                f"- **{finding.id}** ({sources}). {finding.statement}. Right: {finding.note}."
+            )
+            if finding.id in PICTURES:
+                lines.append(f"\n  ![{finding.id}]({PICTURES[finding.id]})\n")
+    return "\n".join(lines)
+
+
+def rows(section: Section, findings: dict[str, Finding]) -> str:
+    """One section's claims as a table, with their figures below."""
+    lines = []
+    pictures = []
+    for claim in section.claims:
+        finding = findings[claim.id]
+        lines.append(
+            [
+                finding.id,
+                ", ".join(finding.sources),
+                cell(finding.statement),
+                f"**{finding.verdict}**",
+                cell(finding.note),
+                cell(text(finding.computed)),
+            ]
+        )
+        if finding.verdict != WRONG and finding.id in PICTURES:
+            pictures.append(f"\n![{finding.id}]({PICTURES[finding.id]})\n")
+    header = ["", "lectures", "claim", "verdict", "note", "computed"]
+    return f"## {section.title}\n\n{tables.table(header, lines)}{''.join(pictures)}"
+
+
+def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
+    """The whole report in Markdown."""
+    by_id = {finding.id: finding for finding in findings}
+    parts = [
+        "# What five lectures state, computed and judged",
+        f"{len(findings)} claims. A claim that several lectures make counts for each of them.",
+        summary(findings),
+        "## Wrong as printed",
+        wrong_claims(findings),
+    ]
+    parts += [rows(section, by_id) for section in sections]
+    return "\n\n".join(parts) + "\n"

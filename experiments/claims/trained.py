@@ -1,0 +1,389 @@
+"""Claims about trained networks, judged by the committed results in measured.json.
+
+Nothing is trained here: measured.json holds each mean, its sample standard deviation, n, and the
+command that measures it. A difference counts if its 95 % interval (Student's t) excludes zero.
+"""
+
+import functools
+import json
+import math
+import pathlib
+
+import scipy.stats
+
+from configs import alexnet_imagenet
+from experiments.claims.ledger import READING, UNDECIDED, Section, Verdict, judge, not_computed
+
+POSITION_STUDY = Section("The position study (Islam, Jia, and Bruce 2020)")
+TRAINED = Section("Trained networks")
+
+
+@functools.cache
+def measured() -> dict:
+    """The committed results."""
+    return json.loads(pathlib.Path(__file__).with_name("measured.json").read_text())
+
+
+def mean(name: str) -> float:
+    return measured()["values"][name]["mean"]
+
+
+def interval(name: str) -> float:
+    """Half of the 95 % interval of a mean over n runs; infinite for one run."""
+    value = measured()["values"][name]
+    if not value["n"] or value["n"] < 2 or value["std"] is None:
+        return math.inf
+    quantile = scipy.stats.t.ppf(0.975, value["n"] - 1)
+    return float(quantile * value["std"] / math.sqrt(value["n"]))
+
+
+def evidence(*names: str) -> dict:
+    """What is shown of measured values: mean, standard deviation, n, and the command."""
+    shown = {}
+    commands = []
+    for name in names:
+        value = measured()["values"][name]
+        spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
+        count = "" if value["n"] is None else f" (n={value['n']})"
+        shown[value["what"]] = f"{value['mean']:.2f}{spread}{count}"
+        commands.append(measured()["commands"][value["command"]])
+    shown["command"] = "; ".join(dict.fromkeys(commands))
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------
+# The position study. The paper's encoders have ImageNet weights, ours random ones: directions are
+# judged, sizes are not.
+
+RANDOM = "the direction; our encoders have random weights, so sizes are not compared"
+
+
+@POSITION_STUDY.claim(
+    "C1",
+    "UBC",
+    "A readout of the image alone (PosENet) finds no position: SPC .01 and .13, exactly 0 on "
+    "black and white",
+)
+def image_alone() -> Verdict:
+    holds = abs(mean("image_alone_h")) < interval("image_alone_h")
+    return judge(holds, evidence("image_alone_h"), note="exactly 0 on black and white images too")
+
+
+@POSITION_STUDY.claim(
+    "C2", "UBC", "From VGG's features H is read with SPC .74, also on black images (.75)"
+)
+def vgg_reads() -> Verdict:
+    holds = min(mean("vgg_h"), mean("vgg_h_black")) > 0.5
+    return judge(False, evidence("vgg_h", "vgg_h_black"), as_read=holds, note=RANDOM)
+
+
+@POSITION_STUDY.claim("C3", "UBC", "ResNet gives more of it than VGG (H .93 against .74)")
+def resnet_reads_more() -> Verdict:
+    gap = mean("resnet_h") - mean("vgg_h")
+    return judge(
+        False,
+        evidence("resnet_h", "vgg_h"),
+        as_read=gap > interval("vgg_h") + interval("resnet_h"),
+        note=RANDOM,
+    )
+
+
+@POSITION_STUDY.claim("C4", "UBC", "A 1x1 readout suffices")
+def one_by_one() -> Verdict:
+    return judge(mean("vgg_h_1x1") > 0.5, evidence("vgg_h_1x1"))
+
+
+@POSITION_STUDY.claim(
+    "C5", "UBC", "Larger readout kernels read more: .54, .74, .83 with 1x1, 3x3, 7x7"
+)
+def larger_kernels() -> Verdict:
+    gap = mean("vgg_h_7x7") - mean("vgg_h_1x1")
+    spread = interval("vgg_h_7x7") + interval("vgg_h_1x1")
+    computed = evidence("vgg_h_1x1", "vgg_h_3x3", "vgg_h_7x7")
+    if abs(gap) < spread:
+        note = "with random weights the three are within their spread"
+        return Verdict(UNDECIDED, note, computed)
+    return judge(False, computed, as_read=gap > 0, note=RANDOM)
+
+
+@POSITION_STUDY.claim(
+    "C6", "UBC", "Deeper layers hold more position: .10 to .66 from the first to the fifth block"
+)
+def deeper_layers() -> Verdict:
+    gap = mean("vgg_h_f5") - mean("vgg_h_f1")
+    grows = gap > interval("vgg_h_f5") + interval("vgg_h_f1")
+    return judge(False, evidence("vgg_h_f1", "vgg_h_f3", "vgg_h_f5"), as_read=grows, note=RANDOM)
+
+
+@POSITION_STUDY.claim(
+    "C7", "UBC", "Padding contributes to it: without padding H falls from .74 to .38"
+)
+def padding_contributes() -> Verdict:
+    lost = mean("vgg_h_1x1") - mean("vgg_h_without")
+    computed = evidence("vgg_h_1x1", "vgg_h_without")
+    certain = lost > interval("vgg_h_1x1") + interval("vgg_h_without")
+    note = "to nothing: without padding no linear readout finds H, with random weights"
+    return judge(False, computed, as_read=certain, note=note)
+
+
+@POSITION_STUDY.claim(
+    "C8", "UBC", "Segmentation needs it: mean IoU is 23.1 % with padding and 12.3 % without"
+)
+def segmentation() -> Verdict:
+    gain = mean("miou_zeros") - mean("miou_none")
+    certain = gain > interval("miou_zeros") + interval("miou_none")
+    reflect = mean("miou_reflect") - mean("miou_none")
+    return judge(
+        False,
+        evidence("miou_zeros", "miou_none", "miou_reflect"),
+        as_read=certain and reflect > 0,
+        note=f"the gain ({gain:.1f} points on CamVid); reflected borders give {reflect:.1f} of "
+        "them, so most of it "
+        "comes from maps that reach the border",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Training results of NUS
+
+
+def printed_error(name: str, printed: float, *, within: float) -> bool:
+    return abs(mean(name) - printed) <= within
+
+
+@TRAINED.claim("D1", "NUS", "LeNet on MNIST: training error 0 %, test error 0.78 %")
+def lenet_result() -> Verdict:
+    holds = mean("lenet_train") < 0.005
+    holds &= printed_error("lenet_test", 0.78, within=interval("lenet_test"))
+    return judge(holds, evidence("lenet_train", "lenet_test"))
+
+
+@TRAINED.claim("D1.1", "NUS", "LeNet-5's accuracy on MNIST is 99.6 %")
+def lenet5_accuracy() -> Verdict:
+    accuracy = 100 - mean("lenet_test")
+    near = abs(accuracy - 99.6) <= interval("lenet_test")
+    return judge(
+        near,
+        evidence("lenet_test"),
+        note=f"{accuracy:.2f} % for the lecture's own LeNet, whose printed error of 0.78 % says "
+        "99.22 % too; "
+        "LeNet-5 itself was not trained here (the paper of 1998 gives 99.05 %)",
+    )
+
+
+@TRAINED.claim(
+    "D2", "NUS", "A one-layer perceptron on CIFAR-10: training error 59 %, test error 65 %"
+)
+def mlp1_result() -> Verdict:
+    near = printed_error("mlp1_train", 59, within=1) and printed_error("mlp1_test", 65, within=1)
+    return judge(
+        near,
+        evidence("mlp1_train", "mlp1_test"),
+        as_read=mean("mlp1_train") < 59 and mean("mlp1_test") < 65,
+        note="as upper bounds; the lecture does not state the learning rate of its perceptrons, "
+        "and with ours "
+        "(configs/mlp1_cifar10.py) both errors are lower",
+    )
+
+
+@TRAINED.claim(
+    "D3", "NUS", "A three-layer perceptron on CIFAR-10: training error 0 %, test error 46 %"
+)
+def mlp3_result() -> Verdict:
+    near = printed_error("mlp3_train", 0, within=0.5) and printed_error("mlp3_test", 46, within=1)
+    return judge(
+        near,
+        evidence("mlp3_train", "mlp3_test"),
+        as_read=mean("mlp3_train") < 0.5 and mean("mlp3_test") < 46,
+        note=f"0 % holds; the test error is {mean('mlp3_test'):.1f} %, better than printed",
+    )
+
+
+@TRAINED.claim(
+    "D4", "NUS", "The ten-layer ConvNet on CIFAR-10: training error 0 %, test error 20 %"
+)
+def convnet_result() -> Verdict:
+    near = printed_error("convnet_train", 0, within=0.5)
+    near &= printed_error("convnet_test", 20, within=1)
+    computed = evidence("convnet_train", "convnet_test")
+    if not near:
+        return judge(False, computed)
+    return Verdict(
+        READING, "for one run (n=1); it trains only with Glorot initialization", computed
+    )
+
+
+@TRAINED.claim(
+    "D4.1",
+    "NUS",
+    "With as little training error, the ConvNet makes half the perceptron's test errors",
+)
+def convnet_beats_mlp() -> Verdict:
+    ratio = mean("convnet_test") / mean("mlp3_test")
+    computed = evidence("convnet_test", "mlp3_test") | {"ratio": ratio}
+    return judge(ratio < 0.55, computed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ensembles, dropout, transfer
+
+
+@TRAINED.claim("D7.1", "UBC", "Averaging independent models gains about 2 %")
+def ensembles() -> Verdict:
+    gain, half = mean("ensemble_gain"), interval("ensemble_gain")
+    return judge(
+        abs(gain - 2) <= half,
+        evidence("ensemble_gain"),
+        as_read=gain > half,
+        note=f"it gains; on networks this small {gain:.1f} points by four",
+    )
+
+
+@TRAINED.claim(
+    "D7.2", "UBC", "Snapshots of one training run are an alternative to independent models"
+)
+def snapshots() -> Verdict:
+    gain, half = mean("snapshot_gain"), interval("snapshot_gain")
+    computed = evidence("snapshot_gain")
+    if abs(gain) <= half:
+        note = "three repetitions do not tell whether four snapshots gain or lose at 12 epochs"
+        return Verdict(UNDECIDED, note, computed)
+    return judge(gain > 0, computed)
+
+
+@TRAINED.claim(
+    "D7.3", "UBC", "A moving average of the parameters (Polyak) improves on the last iterate"
+)
+def polyak() -> Verdict:
+    return judge(
+        mean("polyak_gain") > interval("polyak_gain"),
+        evidence("polyak_gain"),
+        note="at a constant learning rate",
+    )
+
+
+@TRAINED.claim("D8", "UBC", "At test time an ensemble costs O(k) forward passes, a soup O(1)")
+def soups() -> Verdict:
+    holds = abs(mean("ensemble_time") - 8) < 0.5 and abs(mean("soup_time") - 1) < 0.1
+    return judge(holds, evidence("ensemble_time", "soup_time"))
+
+
+@TRAINED.claim("D10", "UTSA", "Dropout forces a network to have a redundant representation")
+def redundancy() -> Verdict:
+    names = ("dropout_half_first", "dropout_half_second")
+    saves = all(mean(name) > interval(name) for name in names)
+    return judge(
+        False,
+        evidence(*names),
+        as_read=saves,
+        note="up to the rate of training (0.5); when 90 % of the units are removed, networks "
+        "trained with "
+        "dropout lose more, and a readout that is fitted again hardly needs dropout",
+    )
+
+
+@TRAINED.claim("D9.1", "UBC", "With little data: freeze the network and train a new head")
+def freeze() -> Verdict:
+    computed = evidence("frozen_50", "tuned_50", "frozen_5000", "tuned_5000")
+    gap = mean("tuned_50") - mean("frozen_50")
+    if abs(gap) <= interval("tuned_50") + interval("frozen_50"):
+        note = (
+            "with 50 labels freezing and gentle fine-tuning do not differ; with 5,000 "
+            "fine-tuning wins"
+        )
+        return Verdict(UNDECIDED, note, computed)
+    return judge(gap < 0, computed)
+
+
+@TRAINED.claim("D9.2", "UBC", "Lower layers of a CNN are independent of the task")
+def lower_layers() -> Verdict:
+    computed = evidence("transfer_conv1", "transfer_all")
+    first, everything = mean("transfer_conv1"), mean("transfer_all")
+    return judge(
+        abs(first) <= interval("transfer_conv1") and everything < first,
+        computed,
+        note="one layer of a network for other classes costs nothing that three seeds can tell; "
+        "four "
+        "layers cost 13 points",
+    )
+
+
+@TRAINED.claim(
+    "D11",
+    "WPI UTSA",
+    "VGG-16's conv1_1, conv3_2, conv5_3 show low-, middle-, and high-level features",
+)
+def levels() -> Verdict:
+    return not_computed(
+        "a matter of looking: `python -m cnnjax.visualize levels` draws it; on SqueezeNet 1.1 "
+        "the strongest "
+        "patches show the progression, maximized images do not"
+    )
+
+
+@TRAINED.claim(
+    "D15", "UBC", "Multi-class, multi-label, and segmentation are different kinds of problems"
+)
+def problem_kinds() -> Verdict:
+    gain = mean("squeezenet_labels") - mean("prevalence_labels")
+    return judge(
+        gain > interval("squeezenet_labels"),
+        evidence("squeezenet_labels", "prevalence_labels", "miou_zeros"),
+        note="all three are built here (losses cross_entropy, sigmoid, pixelwise)",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Recipes and published figures
+
+
+@TRAINED.claim(
+    "D5",
+    "UBC UTSA",
+    "AlexNet's recipe: ReLU, dropout 0.5, batch 128, momentum 0.9, rate 0.01 divided by 10 on a "
+    "plateau, weight decay 5e-4",
+)
+def alexnet_recipe() -> Verdict:
+    config = alexnet_imagenet.get_config()
+    ours = {
+        "batch_size": config.batch_size,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "learning rate": config.schedule.learning_rate,
+        "schedule": config.schedule.name,
+        "factor": config.schedule.factor,
+    }
+    holds = ours == {
+        "batch_size": 128,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "learning rate": 0.01,
+        "schedule": "plateau",
+        "factor": 0.1,
+    }
+    return judge(
+        holds, ours, note="configs/alexnet_imagenet.py is this recipe; it was not trained here"
+    )
+
+
+@TRAINED.claim(
+    "D6.1",
+    "UBC UTSA NUS",
+    "Top-5 errors on ImageNet: AlexNet 15.4, VGG 7.3, GoogLeNet 6.7, ResNet 3.6 %",
+)
+def imagenet_errors() -> Verdict:
+    return not_computed(
+        "needs ImageNet's validation set; these are errors of ensembles as submitted. UTSA also "
+        "prints "
+        "11.2 % for VGG without saying of what"
+    )
+
+
+@TRAINED.claim("D6.2", "UTSA", "ZFNet lowers the top-5 error from 15.4 to 14.8 %")
+def zfnet_error() -> Verdict:
+    return not_computed("needs ImageNet; other sources give 11.2 or 11.7 % for the winner of 2013")
+
+
+@TRAINED.claim("D6.3", "UBC UTSA", "Seven AlexNets together lower the error from 18.2 to 15.4 %")
+def alexnet_ensemble() -> Verdict:
+    return not_computed("needs seven networks trained on ImageNet")
