@@ -12,4 +12,8 @@ def __getattr__(name: str):
         from cnnjax import models
 
         return getattr(models, name)
+    if name == "load_pretrained":
+        from cnnjax import weights
+
+        return weights.load_pretrained
     raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")

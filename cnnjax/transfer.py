@@ -1,8 +1,9 @@
-"""Transfer: which part of a network is taken from another one, which is frozen, and what a linear readout makes of its features.
+"""Transfer: starting from another network's weights, freezing parts, linear readouts of features.
 
-A part is named by a stage ("layer2" is what that stage adds to the one before, "logits" what follows the last) or by a shell
-pattern on torchvision's names of the parameters (`features.*`, `*.bias`). BatchNorm's statistics go with its parameters. The head
-is what depends on the number of classes; of another network it is taken only where it is named.
+A part is named by a stage or by a shell pattern on torchvision's names of the parameters, such as
+`features.*` or `*.bias`. The stage "layer2" stands for what it adds to the stage before it,
+"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head is
+what depends on the number of classes; it is taken from another network only where it is named.
 """
 
 import fnmatch
@@ -24,49 +25,60 @@ from cnnjax.runtime import workdir
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
 
+Path = tuple[str, ...]  # of a variable in a network's tree
 
-# ------------------------------------------------------------------ parts of a network, as paths in its tree of variables
+
+# ------------------------------------------------------------------ parts of a network
 
 _shapes = functools.lru_cache(maxsize=64)(weights.variable_shapes)
+head = weights.head
 
 
 @functools.lru_cache(maxsize=64)
-def stage_paths(model: Network) -> dict[str, frozenset[tuple[str, ...]]]:
-    """Of every stage, and of "logits", the paths of the parameters that it adds to the stages before it; nothing is computed."""
-    model, image = (
-        model.clone(padding="zeros"),
-        jax.ShapeDtypeStruct((1, *model.input_shape), np.float32),
-    )
-    run = lambda **options: jax.eval_shape(
-        functools.partial(model.init_with_output, method="stages", **options),
-        jax.random.key(0),
-        image,
-    )
-    maps, everything = run()
-    found: dict[str, frozenset[tuple[str, ...]]] = {}
-    seen: set[tuple[str, ...]] = set()
-    for name in [*maps, "logits"]:
-        variables = run(last=name)[1] if name in maps else everything
-        paths = {("params", *path) for path in flatten_dict(variables.get("params", {}))}
-        found[name], seen = frozenset(paths - seen), seen | paths
-    return found
+def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
+    """Returns the paths of the parameters that each stage adds to the stages before it.
+
+    "logits" is the last one. Nothing is computed.
+    """
+    model = model.clone(padding="zeros")
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
+
+    def trace(last: str | None = None) -> tuple[dict, dict]:
+        """Returns the shapes of the stages up to `last` and of the variables they need."""
+        init = functools.partial(model.init_with_output, method="stages", last=last)
+        return jax.eval_shape(init, jax.random.key(0), image)
+
+    stages, everything = trace()
+    added: dict[str, frozenset[Path]] = {}
+    seen: set[Path] = set()
+    for name in [*stages, "logits"]:
+        variables = trace(name)[1] if name in stages else everything
+        params = flatten_dict(variables.get("params", {}))
+        paths = {("params", *path) for path in params}
+        added[name] = frozenset(paths - seen)
+        seen |= paths
+    return added
 
 
-def _with_statistics(model: Network, chosen: set[tuple[str, ...]]) -> frozenset[tuple[str, ...]]:
-    """Parameters' paths, and those of the statistics of every BatchNorm whose parameters are all among them."""
+def _with_statistics(model: Network, chosen: set[Path]) -> frozenset[Path]:
+    """Adds the statistics of every BatchNorm whose parameters are all chosen."""
     everything = flatten_dict(_shapes(model))
     layers = {path[1:-1] for path in chosen}
-    layers -= {path[1:-1] for path in everything if path[0] == "params" and path not in chosen}
-    return frozenset(
-        chosen | {path for path in everything if path[0] == "batch_stats" and path[1:-1] in layers}
-    )
+    incomplete = {path[1:-1] for path in everything if path[0] == "params" and path not in chosen}
+    statistics = {
+        path
+        for path in everything
+        if path[0] == "batch_stats" and path[1:-1] in layers - incomplete
+    }
+    return frozenset(chosen | statistics)
 
 
 @functools.lru_cache(maxsize=256)
-def select(
-    model: Network, parts: tuple[str, ...], argument: str = "parts"
-) -> frozenset[tuple[str, ...]]:
-    """The paths of the named parts' variables. Raises `ValueError`, naming `argument`, for a part that there is none of."""
+def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> frozenset[Path]:
+    """Returns the paths of the named parts' variables.
+
+    Raises `ValueError`, naming `argument`, if a part matches no parameter.
+    """
     if not parts:
         return frozenset()
     keys = {
@@ -74,50 +86,47 @@ def select(
         for key, path in weights.torchvision_keys(_shapes(model)).items()
         if path[0] == "params"
     }
-    chosen: set[tuple[str, ...]] = set()
+    stages = stage_paths(model)
+    chosen: set[Path] = set()
     for part in parts:
-        found = stage_paths(model).get(part) or {keys[key] for key in fnmatch.filter(keys, part)}
-        if not found:
+        matches = stages.get(part) or {keys[key] for key in fnmatch.filter(keys, part)}
+        if not matches:
             raise ValueError(
-                f"{argument}={part!r} names no parameters of the model; it accepts stages, {', '.join(stage_paths(model))}, "
-                f"and patterns of names such as {min(keys)}"
+                f"{argument}={part!r} names no parameters of the model; it accepts stages, "
+                f"{', '.join(stages)}, and patterns of names such as {min(keys)}"
             )
-        chosen |= found
+        chosen |= matches
     return _with_statistics(model, chosen)
 
 
-@functools.lru_cache(maxsize=64)
-def head(model: Network) -> frozenset[tuple[str, ...]]:
-    """The paths of the variables whose shape depends on the number of classes, auxiliary classifiers among them."""
-    one, two = (flatten_dict(_shapes(model.clone(num_classes=count))) for count in (1, 2))
-    return frozenset(path for path in one if one[path].shape != two[path].shape)
-
-
-def split(
-    tree: dict, paths: frozenset[tuple[str, ...]], collection: str = "params"
-) -> tuple[dict, dict]:
-    """Divides a collection's tree into (what is not in `paths`, what is)."""
-    parts: tuple[dict, dict] = {}, {}
+def split(tree: dict, paths: frozenset[Path], collection: str = "params") -> tuple[dict, dict]:
+    """Divides a collection's tree into what is not in `paths` and what is."""
+    outside: dict = {}
+    inside: dict = {}
     for path, leaf in flatten_dict(tree).items():
-        parts[(collection, *path) in paths][path] = leaf
-    return unflatten_dict(parts[0]), unflatten_dict(parts[1])
+        part = inside if (collection, *path) in paths else outside
+        part[path] = leaf
+    return unflatten_dict(outside), unflatten_dict(inside)
 
 
 def merge(*trees: Mapping) -> dict:
-    """Joins trees; where two have a leaf, the later one's counts."""
-    return unflatten_dict(
-        {path: leaf for tree in trees for path, leaf in flatten_dict(tree).items()}
-    )
+    """Joins trees; where several have a leaf, the last one's counts."""
+    merged: dict = {}
+    for tree in trees:
+        merged |= flatten_dict(tree)
+    return unflatten_dict(merged)
 
 
-def in_evaluation_mode(frozen: frozenset[tuple[str, ...]]) -> Callable:
-    """For `flax.linen.intercept_methods`: the BatchNorms whose statistics are in `frozen` normalize by them, and leave them as they are."""
+def in_evaluation_mode(frozen: frozenset[Path]) -> Callable:
+    """Returns an interceptor for `flax.linen.intercept_methods` that freezes BatchNorms.
+
+    Those whose statistics are in `frozen` normalize by them and leave them unchanged.
+    """
 
     def intercept(call, arguments, options, context):
-        if (
-            isinstance(context.module, BatchNorm)
-            and ("batch_stats", *context.module.path, "mean") in frozen
-        ):
+        module = context.module
+        is_norm = isinstance(module, BatchNorm)
+        if is_norm and ("batch_stats", *module.path, "mean") in frozen:
             return call(arguments[0])
         return call(*arguments, **options)
 
@@ -128,48 +137,73 @@ def in_evaluation_mode(frozen: frozenset[tuple[str, ...]]) -> Callable:
 
 
 def weights_file(path: str | os.PathLike) -> pathlib.Path:
-    """A safetensors file itself, or that of a training run's work directory. Raises `ValueError` if there is none."""
-    file = pathlib.Path(path) / WEIGHTS if pathlib.Path(path).is_dir() else pathlib.Path(path)
+    """Returns a weights file itself, or that of a training run's work directory.
+
+    Raises `ValueError` if there is none.
+    """
+    given = pathlib.Path(path).expanduser()
+    file = given / WEIGHTS if given.is_dir() else given
     if not file.is_file():
         raise ValueError(
-            f"initial_weights={str(path)!r} is neither a safetensors file nor the work directory of a finished training run"
+            f"initial_weights={str(path)!r} is neither a safetensors or .pth file nor the work "
+            "directory of a finished training run"
         )
-    if file != pathlib.Path(path):
-        workdir.check_seal(pathlib.Path(path))
+    if file != given:
+        workdir.check_seal(given)
     return file
 
 
 def take(path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()) -> dict:
-    """Reads parts of a network, by default all but its head, from a file or a run -> those of its variables, host arrays.
+    """Reads parts of a network, by default all but its head, from a file or a run.
 
-    The file may be of another number of classes and lack modules that are not taken, but nothing in it may be foreign to the
-    model. Raises `ValueError` where something that is to be taken is absent or of another shape.
+    The file may be of another number of classes and lack modules that are not taken, but it must
+    hold nothing that the model lacks.
+
+    Returns the parts' variables, host arrays. Raises `ValueError` if a variable to be taken is
+    absent or of another shape, or if the model lacks a field that the weights need.
     """
-    file, shapes = weights_file(path), flatten_dict(_shapes(model))
-    chosen = (
-        select(model, tuple(parts), "initial_parts") if parts else frozenset(shapes) - head(model)
-    )
-    keys, held = weights.torchvision_keys(_shapes(model)), weights.read(file)
-    modules = lambda names: {name.split(".")[0] for name in names}
-    classes = next(
-        (len(held[key]) for key in sorted(keys) if key in held and keys[key] in head(model)),
-        model.num_classes,
-    )
-    loaded = flatten_dict(
-        weights.load_torchvision(
-            file, model.clone(num_classes=classes), sorted(modules(keys) - modules(held))
-        )
-    )
+    file = weights_file(path)
+    _check_fields(file, model)
+    shapes = flatten_dict(_shapes(model))
+    keys = weights.torchvision_keys(_shapes(model))
+    chosen = frozenset(shapes) - head(model)
+    if parts:
+        chosen = select(model, tuple(parts), "initial_parts")
+
+    names = weights.read(file)
+    classes = model.num_classes
     for key in sorted(keys):
-        if keys[key] in chosen and (
-            keys[key] not in loaded or loaded[keys[key]].shape != shapes[keys[key]].shape
-        ):
-            state = f"of {classes} classes" if keys[key] in loaded else "absent"
-            raise ValueError(
-                f"initial_weights={str(path)!r}: {key} is {state} there; name what is to be taken in initial_parts, such as "
-                f"{next(iter(stage_paths(model)))!r}"
-            )
-    return unflatten_dict({path: loaded[path] for path in chosen})
+        if key in names and keys[key] in head(model):
+            classes = len(names[key])
+            break
+    absent = {key.split(".")[0] for key in keys} - {name.split(".")[0] for name in names}
+    whole = weights.load_torchvision(file, model.clone(num_classes=classes), sorted(absent))
+    loaded = flatten_dict(whole)
+    for key in sorted(keys):
+        variable = keys[key]
+        if variable not in chosen:
+            continue
+        if variable not in loaded:
+            state = "absent"
+        elif loaded[variable].shape != shapes[variable].shape:
+            state = f"of {classes} classes" if variable in head(model) else "of another shape"
+        else:
+            continue
+        raise ValueError(
+            f"initial_weights={str(path)!r}: {key} is {state} there; name what is to be taken in "
+            f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
+        )
+    return unflatten_dict({variable: loaded[variable] for variable in chosen})
+
+
+def _check_fields(file: pathlib.Path, model: Network) -> None:
+    """Raises `ValueError` if published weights were trained on an input that the model lacks."""
+    record = weights.of_file(file)
+    if record and record.transform_input and not getattr(model, "transform_input", True):
+        raise ValueError(
+            f"initial_weights={str(file)!r} are {record.network}'s ImageNet weights, which need "
+            "model_fields.transform_input=True"
+        )
 
 
 # ------------------------------------------------------------------ frozen features

@@ -623,7 +623,8 @@ class Subject:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         named = {"every_layer": True} if options.every_layer else {}
-        self.model = create_model(options.model, padding=options.padding, **named)
+        fields = weights.fields_for(options.model, options.weights)
+        self.model = create_model(options.model, padding=options.padding, **named, **fields)
         self.stages = options.stages or list(stage_channels(self.model))
         if not self.stages and options.command != "filters":
             raise ValueError(f"model={options.model!r} has no stages, and so no maps to look at")

@@ -116,7 +116,7 @@ CASES = [
     # Weights.
     (
         (*WEIGHTS, "--config.weights=FILES/nothing.safetensors"),
-        "nothing.safetensors' is neither 'random', 'imagenet' nor a safetensors file",
+        "nothing.safetensors' is neither 'random', 'imagenet' nor a safetensors or .pth file",
     ),
     ((*WEIGHTS, "--config.weights=FILES/pickle.pth"), "is not a readable safetensors file"),
     ((*WEIGHTS, "--config.weights=FILES/cut.safetensors"), "is not a readable safetensors file"),

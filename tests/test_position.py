@@ -430,7 +430,7 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
         ({"image_size": 400}, r"smaller than image_size=400"),
         (
             {"weights": "nowhere.safetensors"},
-            "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors file",
+            "weights='nowhere.safetensors' is neither 'random', 'imagenet' nor a safetensors or .pth file",
         ),
         ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
         (

@@ -370,7 +370,7 @@ def changed_config(**settings):
         ),
         (
             {"initial_weights": "absent"},
-            "initial_weights='absent' is neither a safetensors file nor the work directory of a finished training run",
+            "initial_weights='absent' is neither a safetensors or .pth file nor the work directory of a finished training run",
         ),
         ({"initial_parts": ("conv1",)}, "needs initial_weights"),
     ],

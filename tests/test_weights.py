@@ -1,7 +1,7 @@
 import os
-import subprocess
-import sys
+import stat
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,17 +111,26 @@ def test_timms_vgg_is_the_same_network_by_other_names(tmp_path):
     assert loaded["classifier.6"]["kernel"].shape == (4096, 3)
 
 
-def test_a_file_that_is_not_safetensors(tmp_path, resnet):
+def test_a_file_that_is_neither_safetensors_nor_pth(tmp_path, resnet):
     path = tmp_path / "weights.pth"
     path.write_bytes(b"\x80\x04 a pickle")
-    with pytest.raises(
-        ValueError, match="is not a readable safetensors file .*pickled .pth files are not read"
-    ):
+    with pytest.raises(ValueError, match="is not a readable safetensors or .pth file .*header"):
         weights.load_torchvision(path, resnet[0])
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere.safetensors' is not a file; expected a safetensors file"
-    ):
+    message = r"nowhere.safetensors' is not a file; expected a safetensors or .pth file"
+    with pytest.raises(FileNotFoundError, match=message):
         weights.load_torchvision(tmp_path / "nowhere.safetensors", resnet[0])
+
+
+def test_a_saved_file_follows_the_umask(tmp_path):
+    """Whoever may read the other files of a work directory may read its weights."""
+    variables = {"params": {"fc": {"kernel": np.ones((2, 3), np.float32)}}}
+    before = os.umask(0o027)
+    try:
+        for name in ("w.safetensors", "w.pth"):
+            weights.save_torchvision(variables, tmp_path / name)
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640, name
+    finally:
+        os.umask(before)
 
 
 def test_an_interrupted_save_leaves_nothing(resnet, tmp_path, monkeypatch):
@@ -133,18 +142,6 @@ def test_an_interrupted_save_leaves_nothing(resnet, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         weights.save_torchvision(resnet[1], tmp_path / "w.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_hub_offline_says_what_to_do(tmp_path):
-    code = "from cnnjax import weights\ntry: weights.fetch('vgg16')\nexcept RuntimeError as error: print(error)"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert out.startswith(
-        "weights='imagenet': timm/vgg16.tv_in1k is neither in the Hugging Face cache nor to be had from the hub"
-    )
-    assert "give its path as the weights" in out and len(out.splitlines()) == 1
 
 
 def test_real_weights_of_resnet18_load(data_dir):
@@ -163,3 +160,151 @@ def test_real_weights_of_resnet18_load(data_dir):
             model,
             missing=("fc",),
         )
+
+
+# ------------------------------------------------------------------ both formats, every padding
+
+
+def numbered(model) -> dict:
+    """Variables of a model in which every number is another one."""
+    shapes = weights.variable_shapes(model)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
+
+
+def test_pth_and_safetensors_hold_the_same(tmp_path, monkeypatch):
+    """Also through `~`, which stands for the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = create_model("mnasnet0_5", num_classes=3)
+    variables = numbered(model)
+    for name in ("w.pth", "w.pt", "w.safetensors"):
+        weights.save_torchvision(variables, f"~/{name}")
+        loaded = weights.load_torchvision(f"~/{name}", model)
+        jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pth", "w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name, padding",
+    [
+        ("lenet", "none"),
+        ("alexnet_2012", "none"),
+        ("zfnet", "none"),
+        ("lenet5", "full"),
+        ("tutorial_net", "full"),
+        ("convnet", "full"),
+    ],
+)
+def test_weights_of_every_padding_load(name, padding, tmp_path):
+    """Dense layers on a flattened map have the shapes that the padding leaves them."""
+    model = create_model(name, num_classes=3, padding=padding)
+    shapes = weights.variable_shapes(model)
+    image = jnp.zeros((1, *model.input_shape))
+    assert shapes == jax.eval_shape(model.init, jax.random.key(0), image)
+    assert shapes != weights.variable_shapes(model.clone(padding="zeros"))
+    if sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e6:
+        return  # the file would take long
+    variables = numbered(model)
+    weights.save_torchvision(variables, tmp_path / "w.safetensors")
+    loaded = weights.load_torchvision(tmp_path / "w.safetensors", model)
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+
+
+def test_weights_saved_under_zeros_serve_other_paddings(tmp_path):
+    """Convolutions do not depend on the padding, and their maps are what studies look at."""
+    variables = numbered(create_model("lenet5", num_classes=3))
+    weights.save_torchvision(variables, tmp_path / "w.safetensors")
+    model = create_model("lenet5", num_classes=3, padding="full")
+    loaded = weights.load_torchvision(tmp_path / "w.safetensors", model)
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+    deep = create_model("resnet152", padding="none")  # no pixel is left at its own image size
+    assert weights.variable_shapes(deep) == weights.variable_shapes(create_model("resnet152"))
+
+
+# ------------------------------------------------------------------ other names, wrong numbers
+
+
+def state_dict(variables) -> dict:
+    """A network's tensors by torchvision's names."""
+    flat = flax.traverse_util.flatten_dict(variables)
+    tensors = {}
+    for key, path in weights.torchvision_keys(variables).items():
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(flat[path].ndim, range(flat[path].ndim))
+        tensors[key] = np.ascontiguousarray(flat[path].transpose(*axes))
+    return tensors
+
+
+def test_names_of_parallel_training_and_of_old_densenets(tmp_path):
+    model = create_model("densenet121", num_classes=2)
+    variables = numbered(model)
+    old = {}
+    for key, value in state_dict(variables).items():
+        for layer in ("norm1", "norm2", "conv1", "conv2"):
+            key = key.replace(f".{layer}.", f".{layer[:-1]}.{layer[-1]}.")
+        old[f"module.{key}"] = value
+    assert "module.features.denseblock1.denselayer1.norm.1.weight" in old
+    path = tmp_path / "old.safetensors"
+    safetensors.numpy.save_file(old, path)
+    loaded = weights.load_torchvision(path, model)
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_a_refusal_shows_the_files_own_names(tmp_path):
+    model = create_model("lenet5", num_classes=3)
+    tensors = state_dict(numbered(model))
+    path = tmp_path / "w.safetensors"
+    wrapped = {f"module.{key}": value for key, value in tensors.items()}
+    wrapped["module.extra"] = wrapped.pop("module.c1.bias")
+    wrapped["module.c1.weight"] = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file(wrapped, path)
+    with pytest.raises(ValueError) as error:
+        weights.load_torchvision(path, model)
+    for part in (
+        "not in the file: c1.bias",
+        "not in the model: module.extra (6,)",
+        "of another shape: module.c1.weight is (2, 2) in the file",
+        "name modules known to be absent in `missing`",
+    ):
+        assert part in str(error.value)
+    safetensors.numpy.save_file({f"net.{key}": value for key, value in tensors.items()}, path)
+    advice = r"none of the file's names .* are like net.c1.bias, the model's like c1.bias"
+    with pytest.raises(ValueError, match=advice):
+        weights.load_torchvision(path, model)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("conv1.weight", np.nan, "module.conv1.weight holds values that are not finite"),
+        ("bn1.running_mean", np.inf, "module.bn1.running_mean holds values that are not finite"),
+        ("bn1.weight", -np.inf, "module.bn1.weight holds values that are not finite"),
+        ("bn1.running_var", -0.5, "module.bn1.running_var holds a negative variance, -0.5"),
+        ("bn1.running_var", np.nan, "module.bn1.running_var holds values that are not finite"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused(key, value, message, trunk, tmp_path):
+    tensors = {f"module.{name}": tensor.copy() for name, tensor in trunk.items()}
+    tensors[f"module.{key}"].flat[-1] = value
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    model = create_model("resnet18", num_classes=5)
+    absent = ("layer1", "layer2", "layer3", "layer4", "fc")
+    with pytest.raises(ValueError, match=message):
+        weights.load_torchvision(path, model, missing=absent)
+
+
+@pytest.fixture(scope="module")
+def trunk(saved):
+    tensors = safetensors.numpy.load_file(saved)
+    return {key: value for key, value in tensors.items() if key.startswith(("conv1.", "bn1."))}
+
+
+def test_auxiliary_heads_of_a_file_are_passed_over_by_a_network_without_them(tmp_path):
+    variables = numbered(create_model("googlenet", num_classes=3))
+    weights.save_torchvision(variables, tmp_path / "w.safetensors")
+    model = create_model("googlenet", num_classes=3, aux_logits=False)
+    loaded = weights.load_torchvision(tmp_path / "w.safetensors", model)
+    assert "aux1.fc1" not in loaded["params"] and not any("aux" in key for key in loaded["params"])
+    conv = ("params", "conv1", "conv", "kernel")
+    flat, expected = (flax.traverse_util.flatten_dict(tree) for tree in (loaded, variables))
+    assert np.array_equal(flat[conv], expected[conv])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
@@ -128,6 +129,22 @@ class Auxiliary(nn.Module):
             )
 
 
+# What images are normalized by for torchvision's weights: mean and deviation of ImageNet's pixels.
+_IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+_IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+
+def normalize_by_half(x):
+    """Turns pixels normalized by ImageNet's moments into pixels normalized by 0.5 and 0.5.
+
+    Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
+    `transform_input`).
+    """
+    scale = jnp.asarray(_IMAGENET_STD / 0.5, x.dtype)
+    shift = jnp.asarray((_IMAGENET_MEAN - 0.5) / 0.5, x.dtype)
+    return x * scale + shift
+
+
 class GoogLeNet(Network):
     """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`, at strides 2, 4, 8, 16, 32.
 
@@ -138,9 +155,13 @@ class GoogLeNet(Network):
     dropout: float = 0.2  # torchvision's; the publication has 0.4
     dropout_aux: float = 0.7
     aux_logits: bool = True
+    # Whether the input is converted first, which torchvision's ImageNet weights need.
+    transform_input: bool = False
 
     @nn.nowrap
     def walk(self, x, train):
+        if self.transform_input:
+            x = normalize_by_half(x)
         shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
         pool = functools.partial(max_pool, stride=2, ceil=True, fill=self.padding)
         x = ConvNorm(64, 7, 2, padding=3, name="conv1", **shared)(x, train)

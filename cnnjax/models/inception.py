@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.models.googlenet import ConvNorm
+from cnnjax.models.googlenet import ConvNorm, normalize_by_half
 from cnnjax.nn import Dense, align, avg_pool, concatenate, global_avg_pool, max_pool
 
 # torchvision truncates at +-2, twenty standard deviations away.
@@ -174,9 +174,13 @@ class InceptionV3(Network):
     input_shape: tuple[int, int, int] = (299, 299, 3)
     dropout: float = 0.5
     aux_logits: bool = True
+    # Whether the input is converted first, which torchvision's ImageNet weights need.
+    transform_input: bool = False
 
     @nn.nowrap
     def walk(self, x, train):
+        if self.transform_input:
+            x = normalize_by_half(x)
         shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
         conv = functools.partial(ConvNorm, kernel_init=_normal, **shared)
         x = conv(32, 3, 2, name="Conv2d_1a_3x3")(x, train)

@@ -121,9 +121,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"image_size={config.image_size} is not a number of pixels of at least 2")
     for name in config.encoders:
         create_model(name)
-    if config.weights not in ("random", "imagenet") and not pathlib.Path(config.weights).is_file():
+    is_file = pathlib.Path(config.weights).expanduser().is_file()
+    if config.weights not in ("random", "imagenet") and not is_file:
         raise ValueError(
-            f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors file"
+            f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
+            "file"
         )
     paths = photographs.list_photographs(config.photographs)
     photographs.split(paths, (1, 1, 1), 0)
@@ -133,6 +135,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"photographs: {path} is {height}x{width}, smaller than image_size={config.image_size}"
             )
+    if config.weights == "imagenet":
+        for name in config.encoders:
+            weights.fetch(name)  # where there is no network, this says so before any computation
     for name in config.encoders:
         _stages(config, name)
 
@@ -163,7 +168,7 @@ def _images(config: ml_collections.ConfigDict, seed: int) -> dict[str, np.ndarra
 
 def _variables(config: ml_collections.ConfigDict, name: str, stages: list[str], seed: int) -> dict:
     """An encoder's weights, which do not depend on its padding: of the seed, from the hub or from a file."""
-    model = create_model(name)
+    model = create_model(name, **weights.fields_for(name, config.weights))
     if config.weights == "random":
         image = jnp.zeros((1, config.image_size, config.image_size, 3))
         return jax.jit(lambda key: model.init(key, image, method="stages", last=stages[-1]))(
@@ -250,7 +255,9 @@ def _cells(
                     image_features(everything, config.pixels, name == "coordinates")
                     if name in CONTROLS
                     else run_encoder(
-                        create_model(name, padding=fill),
+                        create_model(
+                            name, padding=fill, **weights.fields_for(name, config.weights)
+                        ),
                         variables(name, seed),
                         everything,
                         stages[name],

@@ -1,19 +1,70 @@
-"""Weights under torchvision's names, in safetensors files: no PyTorch, no pickle."""
+"""Trained weights: torchvision's records, its names and its files, without PyTorch.
 
-from cnnjax.weights.torchvision import (
-    fetch,
-    load_torchvision,
-    read,
-    save_torchvision,
-    torchvision_keys,
-    variable_shapes,
+Data flow one way: `records` says what is published, `download` finds or fetches a file, `files`
+reads its tensors (safetensors, or .pth by `pth`), `torchvision` turns them into a network's
+variables, `pretrained` does it all in one call, and `preprocessing` prepares photographs.
+
+`python -m cnnjax.weights` lists the published weights.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from cnnjax.weights.records import (
+    Record,
+    fields_for,
+    find,
+    imagenet_classes,
+    list_weights,
+    of_file,
 )
 
+if TYPE_CHECKING:
+    from cnnjax.weights.download import fetch
+    from cnnjax.weights.files import read
+    from cnnjax.weights.preprocessing import preprocess
+    from cnnjax.weights.pretrained import load_pretrained
+    from cnnjax.weights.torchvision import (
+        head,
+        load_torchvision,
+        save_torchvision,
+        torchvision_keys,
+        variable_shapes,
+    )
+
 __all__ = [
+    "Record",
     "fetch",
+    "fields_for",
+    "find",
+    "head",
+    "imagenet_classes",
+    "list_weights",
+    "load_pretrained",
     "load_torchvision",
+    "of_file",
+    "preprocess",
     "read",
     "save_torchvision",
     "torchvision_keys",
     "variable_shapes",
 ]
+
+# What needs JAX or Flax is imported when it is asked for, so that the records are there at once.
+_MODULES = {
+    "fetch": "download",
+    "head": "torchvision",
+    "load_pretrained": "pretrained",
+    "load_torchvision": "torchvision",
+    "preprocess": "preprocessing",
+    "read": "files",
+    "save_torchvision": "torchvision",
+    "torchvision_keys": "torchvision",
+    "variable_shapes": "torchvision",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

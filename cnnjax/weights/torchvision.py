@@ -1,10 +1,13 @@
-"""Weights under torchvision's names, in safetensors files: no PyTorch, no pickle.
+"""Variables as torchvision's state dict: one mechanical, checked mapping for every network.
 
-A model's parameter tree *is* torchvision's state dict with other leaf names and axes: the path joined with dots, `kernel` and
-`scale` called weight, `mean` and `var` called running_mean and running_var; kernels [height, width, in, out] stored as
-[out, in, height, width], dense kernels transposed. So one mechanical mapping serves every model.
+A model's parameter tree *is* torchvision's state dict with other leaf names and axes. The path
+joined with dots is the key; `kernel` and `scale` are called weight, `mean` and `var` running_mean
+and running_var. Kernels [height, width, in, out] are stored as [out, in, height, width], dense
+kernels transposed.
 """
 
+import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -12,10 +15,11 @@ from collections.abc import Sequence
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from cnnjax.models import Network
+from cnnjax.weights import files
+
+Path = tuple[str, ...]
 
 _LEAVES = {
     "kernel": "weight",
@@ -24,26 +28,26 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_TOLD = 5  # keys that an error names
-# timm stores torchvision's VGG with a convolutional classifier of the same numbers.
-_TIMM_VGG = {
-    "pre_logits.fc1": "classifier.0",
-    "pre_logits.fc2": "classifier.3",
-    "head.fc": "classifier.6",
-}
+# Heads that only training uses (GoogLeNet's and Inception's). Files hold them; a network built
+# with `aux_logits=False` does not.
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+_MOST_PROBLEMS = 5  # problems that an error names
 
 
-def torchvision_keys(variables: dict) -> dict[str, tuple]:
-    """torchvision's key -> path in the tree of variables."""
-    flat = flax.traverse_util.flatten_dict(
-        {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    )
+def torchvision_keys(variables: dict) -> dict[str, Path]:
+    """Maps torchvision's keys to paths in the tree of variables."""
+    collections = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    flat = flax.traverse_util.flatten_dict(collections)
     return {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in flat}
 
 
 def _axes(rank: int) -> tuple[int, ...]:
-    """torchvision's axes of a tensor in terms of ours."""
+    """Returns torchvision's axes of a tensor in terms of ours."""
     return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
+
+
+def _torchvision_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _axes(len(shape)))
 
 
 def _to_torchvision(array: np.ndarray) -> np.ndarray:
@@ -51,141 +55,167 @@ def _to_torchvision(array: np.ndarray) -> np.ndarray:
 
 
 def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`array`, which has torchvision's `shape`, in our axes."""
-    return np.ascontiguousarray(
-        array.reshape(shape).transpose(np.argsort(_axes(len(shape)))), np.float32
-    )
+    """Copies `array`, reshaped to torchvision's `shape`, into our axes as float32."""
+    axes = np.argsort(_axes(len(shape)))
+    # Always a copy: the array may be a view of a mapped file.
+    return np.array(array.reshape(shape).transpose(axes), np.float32, order="C")
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor can fill a parameter: of its shape, or the kernel of a convolution that reads the whole map of a dense layer."""
-    return found == wanted or (
-        len(found) == 4 and len(wanted) == 2 and (found[0], np.prod(found[1:])) == wanted
-    )
+    """Whether a tensor of shape `found` can fill a parameter of torchvision's shape `wanted`.
+
+    A convolution over the whole map fills the dense layer of the same numbers, as timm stores VGG.
+    """
+    if len(found) == 4 and len(wanted) == 2:
+        return (found[0], int(np.prod(found[1:]))) == wanted
+    return found == wanted
 
 
 def variable_shapes(model: Network) -> dict:
-    """The shapes of a model's variables as published (zero padding, its own image size), without computing anything.
+    """Returns the shapes of a model's variables at its own image size; nothing is computed.
 
-    Padding changes no shape but that of a dense layer on a flattened, unpooled map (LeNet), which 'none' shrinks.
+    Only the padding policies `none` and `full` change shapes, and only those of a dense layer on a
+    flattened map (LeNet's). Deep networks have no pixel left at their own image size under `none`;
+    their parameters do not depend on the padding.
     """
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
+    if model.padding in ("none", "full"):
+        with contextlib.suppress(ValueError):
+            return jax.eval_shape(model.init, jax.random.key(0), image)
     return jax.eval_shape(model.clone(padding="zeros").init, jax.random.key(0), image)
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file by torchvision's names. Raises `FileNotFoundError` or `ValueError` if it is none."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights={str(path)!r} is not a file; expected a safetensors file with torchvision's names"
-        )
-    try:
-        tensors = safetensors.numpy.load_file(path)
-        for key, value in tensors.items():
-            if not key.isprintable() or value.dtype.kind == "c":
-                raise ValueError(
-                    f"{key!r} holds {value.dtype}; expected real numbers and a printable name"
-                )
-    except (
-        safetensors.SafetensorError,
-        KeyError,
-        ValueError,
-        AttributeError,
-    ) as error:  # AttributeError: numbers that NumPy has not
-        reason = " ".join(str(error).split())[:300]
+@functools.lru_cache(maxsize=64)
+def head(model: Network) -> frozenset[Path]:
+    """Returns the paths of the variables whose shape depends on the number of classes.
+
+    Auxiliary classifiers are among them.
+    """
+    one = flax.traverse_util.flatten_dict(variable_shapes(model.clone(num_classes=1)))
+    two = flax.traverse_util.flatten_dict(variable_shapes(model.clone(num_classes=2)))
+    return frozenset(path for path in one if one[path].shape != two[path].shape)
+
+
+def _check_missing(missing: Sequence[str], keys: dict[str, Path]) -> None:
+    modules = {key.split(".")[0] for key in keys}
+    if unknown := set(missing) - modules:
         raise ValueError(
-            f"weights={str(path)!r} is not a readable safetensors file ({reason}); pickled .pth files are not "
-            "read, since they can run code"
-        ) from error
-    if any(key.startswith("pre_logits.") for key in tensors):
-        for theirs, ours in _TIMM_VGG.items():
-            tensors = {
-                key.replace(theirs, ours, 1) if key.startswith(theirs + ".") else key: value
-                for key, value in tensors.items()
-            }
-    return {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+            f"missing={sorted(unknown)} are not modules of this model; "
+            f"its modules are {', '.join(sorted(modules))}"
+        )
+
+
+def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    """Lists what is absent, foreign or of another shape, by the file's own key names."""
+    problems = []
+    for key, shape in wanted.items():
+        if key not in tensors:
+            problems.append(f"not in the file: {key} {shape}")
+        elif not _fits(tensors[key].shape, shape):
+            problems.append(
+                f"of another shape: {tensors.names[key]} is {tensors[key].shape} in the file and "
+                f"{shape} in the model"
+            )
+    for key, value in tensors.items():
+        if key not in wanted:
+            problems.append(f"not in the model: {tensors.names[key]} {value.shape}")
+    return sorted(problems)
+
+
+def _advice(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> str:
+    """Says what to do about a file that does not fit."""
+    if tensors and wanted and not set(tensors) & set(wanted):
+        example = tensors.names[min(tensors)]
+        return (
+            f"none of the file's names is one of the model's; the file's are like {example}, the "
+            f"model's like {min(wanted)}: choose the network of the file, or rename its tensors"
+        )
+    return "name modules known to be absent in `missing`"
+
+
+def _check_values(key: str, value: np.ndarray) -> None:
+    """Raises `ValueError` for values that no trained network has."""
+    if not value.size:
+        return
+    least = value.min()  # NaN if any value is
+    greatest = value.max()
+    if not (np.isfinite(least) and np.isfinite(greatest)):
+        raise ValueError(f"{key} holds values that are not finite")
+    if key.endswith("running_var") and least < 0:
+        raise ValueError(f"{key} holds a negative variance, {least:g}")
 
 
 def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
-    """Reads a safetensors file with torchvision's (or, for VGG, timm's) names into {"params": ..., "batch_stats": ...}.
+    """Reads a safetensors or .pth file with torchvision's names into a model's variables.
 
-    Every key must be used, every parameter filled, every shape right: otherwise a `ValueError` says what is wrong.
-    `missing` names top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the result then lacks
-    them. Raises `FileNotFoundError` if there is no such file.
+    Every tensor must be used, every parameter filled, every shape right and every value finite.
+    Auxiliary heads of a file are passed over where the model is built with `aux_logits=False`.
+    Under the padding policies `none` and `full` a file saved under `zeros` is taken as well: its
+    dense layers then keep the shapes of the file.
+
+    - `path`: the file; `~` is expanded. See `read` for the names that are understood.
+    - `missing`: top-level modules, such as ("layer4", "fc"), that the file is known not to hold;
+      the result lacks them.
+
+    Returns {"params": ..., "batch_stats": ...}, float32 host arrays.
+
+    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it does not fit.
     """
-    tensors = read(path)
-    shapes = variable_shapes(model)
-    flat = flax.traverse_util.flatten_dict(shapes)
-    keys = torchvision_keys(shapes)
-    modules = {key.split(".")[0] for key in keys}
+    tensors = files.read(path)
     if isinstance(missing, str):
         missing = (missing,)
-    if unknown := set(missing) - modules:
-        raise ValueError(
-            f"missing={sorted(unknown)} are not modules of this model; its modules are {', '.join(sorted(modules))}"
-        )
-    keys = {key: where for key, where in keys.items() if key.split(".")[0] not in missing}
-
-    wanted = {
-        key: tuple(flat[where].shape[axis] for axis in _axes(flat[where].ndim))
-        for key, where in keys.items()
-    }
-    problems = [
-        f"not in the file: {key} {shape}" for key, shape in wanted.items() if key not in tensors
-    ]
-    problems += [
-        f"not in the model: {key} {value.shape}"
-        for key, value in tensors.items()
-        if key not in wanted
-    ]
-    for key, shape in wanted.items():
-        if key in tensors and not _fits(tensors[key].shape, shape):
-            problems.append(
-                f"of another shape: {key} is {tensors[key].shape} in the file and {shape} in the model"
-            )
+    shapes = variable_shapes(model)
+    _check_missing(missing, torchvision_keys(shapes))
+    wanted = _wanted(shapes, missing)
+    if not getattr(model, "aux_logits", True):
+        tensors = tensors.without(_AUXILIARY)
+    problems = _misfits(tensors, wanted)
+    if problems and model.padding in ("none", "full"):
+        published = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
+        if not _misfits(tensors, published):
+            wanted = published
+            problems = []
     if problems:
-        more = f"; and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+        listed = "; ".join(problems[:_MOST_PROBLEMS])
+        if len(problems) > _MOST_PROBLEMS:
+            listed += f"; and {len(problems) - _MOST_PROBLEMS} more"
         raise ValueError(
-            f"weights={str(path)!r} do not fit the model (name modules known to be absent in `missing`): "
-            + "; ".join(sorted(problems)[:_TOLD])
-            + more
+            f"weights={str(path)!r} do not fit the model ({_advice(tensors, wanted)}): {listed}"
         )
-    loaded = {where: _to_ours(tensors[key], wanted[key]) for key, where in keys.items()}
+    keys = torchvision_keys(shapes)
+    loaded = {}
+    for key, shape in wanted.items():
+        value = _to_ours(tensors[key], shape)
+        try:
+            _check_values(tensors.names[key], value)
+        except ValueError as error:
+            raise ValueError(f"weights={str(path)!r}: {error}; the file is damaged") from error
+        loaded[keys[key]] = value
     return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
 
 
-def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
-    """Writes variables to a safetensors file that torchvision's `load_state_dict` accepts; the file appears whole or not at all."""
-    flat = flax.traverse_util.flatten_dict(variables)
-    tensors = {
-        key: _to_torchvision(np.asarray(flat[where], np.float32))
-        for key, where in torchvision_keys(variables).items()
+def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Maps the keys that a file must hold to torchvision's shapes."""
+    flat = flax.traverse_util.flatten_dict(shapes)
+    return {
+        key: _torchvision_shape(flat[path].shape)
+        for key, path in torchvision_keys(shapes).items()
+        if key.split(".")[0] not in missing
     }
+
+
+def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
+    """Writes variables to a file that torchvision's `load_state_dict` accepts.
+
+    A name that ends in .pth or .pt gives the format of `torch.save`, which `torch.load` reads with
+    `weights_only=True`; any other name gives safetensors. torchvision takes both for every network
+    except MNASNet, whose loader needs the version that only .pth carries. The file appears whole or
+    not at all.
+    """
+    flat = flax.traverse_util.flatten_dict(variables)
+    tensors = {}
+    for key, path_in_tree in torchvision_keys(variables).items():
+        tensors[key] = _to_torchvision(np.asarray(flat[path_in_tree], np.float32))
     for key in [key for key in tensors if key.endswith("running_mean")]:
         tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        safetensors.numpy.save_file(tensors, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def fetch(name: str) -> str:
-    """Downloads torchvision's ImageNet weights of the model `name` from timm's repository on the Hugging Face hub -> path of the file.
-
-    The file stays in the standard Hugging Face cache. Raises `RuntimeError`, saying what to do, where it cannot be had.
-    """
-    import huggingface_hub
-
-    repository = f"timm/{name}.tv_in1k"
-    try:
-        return huggingface_hub.hf_hub_download(repository, "model.safetensors")
-    except Exception as error:  # the hub's client raises errors of many libraries: network, proxy, offline mode, no such repository
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RuntimeError(
-            f"weights='imagenet': {repository} is neither in the Hugging Face cache nor to be had from the hub ({reason}). Offline, "
-            "fetch its model.safetensors on another machine and give its path as the weights"
-        ) from error
+    files.write(tensors, pathlib.Path(path).expanduser())

@@ -1,0 +1,207 @@
+"""Where published weights come from: this machine's caches, the Hugging Face hub, torchvision.
+
+A file is looked for in this order:
+
+1. PyTorch's cache: `$TORCH_HOME/hub/checkpoints`, by default ~/.cache/torch/hub/checkpoints;
+2. the Hugging Face cache, if the hub carries the same numbers;
+3. the Hugging Face hub;
+4. torchvision's server, by https: the hash is checked, a download that was cut off is resumed, and
+   the file goes to PyTorch's cache.
+"""
+
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import pathlib
+import threading
+import urllib.error
+import urllib.request
+from typing import BinaryIO
+
+from cnnjax.runtime.progress import progress
+from cnnjax.weights import records
+
+_LOG = logging.getLogger("cnnjax")
+_HUB_FILE = "model.safetensors"
+_PROBE_SECONDS = 2.0
+_STALLED_SECONDS = 30.0
+_CHUNK = 1 << 20
+
+
+def checkpoints_folder() -> pathlib.Path:
+    """Returns the folder in which PyTorch keeps downloaded weights."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
+    return pathlib.Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def fetch(name: str, tag: str = records.V1) -> str:
+    """Returns the path of a network's ImageNet weights, downloading them where necessary.
+
+    - `name`: the network, such as "resnet50".
+    - `tag`: "imagenet1k_v1", what `pretrained=True` means in torchvision, or "imagenet1k_v2".
+
+    Raises `ValueError` if there are no such weights or a file is not the published one, and
+    `RuntimeError`, which says where to put which file, if they cannot be had.
+    """
+    record = records.find(name, tag)
+    cached = checkpoints_folder() / record.file
+    if cached.is_file():
+        check_sha256(cached, record.sha256)
+        return str(cached)
+    if record.hub and (found := _in_hub_cache(record.hub)):
+        return found
+    failures: list[str] = []
+    try:
+        return _from_servers(record, cached, failures)
+    except OSError as error:
+        failures.append(f"download.pytorch.org: {_first_line(error)}")
+    raise RuntimeError(
+        f"weights='imagenet': {record.file} is neither on this machine nor to be downloaded "
+        f"({'; '.join(failures)}); fetch {record.url} on another machine and put it into "
+        f"{cached.parent}, or give its path as the weights"
+    )
+
+
+def _from_servers(record: records.Record, cached: pathlib.Path, failures: list[str]) -> str:
+    """Downloads weights from the first server that has them; appends to `failures`."""
+    hub = _hub_endpoint() if record.hub else None
+    unreachable = _unreachable([url for url in (hub, record.url) if url])
+    if record.hub and hub in unreachable:
+        failures.append(f"{hub}: {unreachable[hub]}")
+    elif record.hub and hub:
+        import huggingface_hub
+
+        try:
+            return huggingface_hub.hf_hub_download(record.hub, _HUB_FILE)
+        except Exception as error:  # the hub's client raises errors of many libraries
+            failures.append(f"{hub}: {_first_line(error)}")
+    if record.url in unreachable:
+        raise OSError(unreachable[record.url])
+    return str(download(record.url, cached, record.sha256))
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason if isinstance(error.reason, BaseException) else error
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------ the Hugging Face hub
+
+
+def _in_hub_cache(repository: str) -> str | None:
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, _HUB_FILE)
+    return found if isinstance(found, str) else None
+
+
+def _hub_endpoint() -> str | None:
+    """Returns the hub's address; None if the user keeps the hub's client offline."""
+    from huggingface_hub import constants
+
+    return None if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+
+
+def _unreachable(urls: list[str]) -> dict[str, str]:
+    """Asks servers whether they answer; returns the reasons of those that do not.
+
+    The clients' own attempts to connect, with their retries, take up to a minute without a network.
+    Looking up a server's name cannot be timed out, so each server is asked by a thread.
+    """
+    reasons = dict.fromkeys(urls, f"no answer within {_PROBE_SECONDS:g} s")
+
+    def ask(url: str) -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+            reasons.pop(url)
+        except urllib.error.HTTPError as error:  # an answer too
+            error.close()
+            reasons.pop(url)
+        except (OSError, http.client.HTTPException) as error:
+            reasons[url] = _first_line(error)
+
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(_PROBE_SECONDS)
+    return dict(reasons)
+
+
+# ------------------------------------------------------------------ torchvision's server
+
+
+def check_sha256(path: pathlib.Path, prefix: str) -> None:
+    """Raises `ValueError` unless the file's SHA-256 begins with `prefix`."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not found.startswith(prefix):
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 begins with {found[: len(prefix)]}, "
+            f"the published file's with {prefix}; remove it to download it again"
+        )
+
+
+def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
+    """Downloads a file whose SHA-256 begins with `sha256`; resumes what was cut off.
+
+    What has arrived is kept beside the file as FILE.partial, for this call and for later ones.
+    Of several processes one downloads and the others wait for it.
+
+    Raises `OSError` if the server cannot be reached or stops answering, and `ValueError` if the
+    file is not the expected one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if path.is_file():  # another process has finished the download meanwhile
+            return path
+        _LOG.info("downloading %s to %s", url, path.parent)
+        while not _receive(url, stream):
+            _LOG.info("cut off after %.1f MB; resuming", stream.tell() / 1e6)
+        stream.flush()
+        try:
+            check_sha256(partial, sha256)
+        except ValueError:
+            partial.unlink()
+            raise
+        partial.replace(path)
+    return path
+
+
+def _receive(url: str, stream: BinaryIO) -> bool:
+    """Appends the rest of a file to what the stream holds; returns whether that is the whole file.
+
+    Raises `OSError` if nothing at all arrives.
+    """
+    before = stream.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={before}-"} if before else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_STALLED_SECONDS) as response:
+            if before and response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                stream.truncate(0)  # the server starts at the beginning
+                before = 0
+            missing = int(response.headers["Content-Length"])
+            with progress(missing, "bytes") as advance:
+                while chunk := response.read(_CHUNK):
+                    stream.write(chunk)
+                    advance(len(chunk))
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return True  # nothing is missing
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        if stream.tell() == before:
+            raise OSError(f"{url}: {_first_line(error)}") from error
+        return False
+    if stream.tell() == before and missing:
+        raise OSError(f"{url}: nothing arrived")
+    return stream.tell() == before + missing

@@ -1,0 +1,123 @@
+"""Files of named tensors: safetensors, and the .pth files of PyTorch.
+
+The tensors' names become torchvision's, whatever wrapper or older version wrote the file.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cnnjax.weights import pth
+
+_PTH_SUFFIXES = (".pth", ".pt")
+# What DataParallel and torch.compile put in front of every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+# DenseNets of PyTorch 0.3 say `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+# timm stores torchvision's VGG with a convolutional classifier of the same numbers.
+_TIMM_VGG = {
+    "pre_logits.fc1.": "classifier.0.",
+    "pre_logits.fc2.": "classifier.3.",
+    "head.fc.": "classifier.6.",
+}
+
+
+class StateDict(dict[str, np.ndarray]):
+    """Tensors by torchvision's names; `names` maps these to the file's own names."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], names: dict[str, str]):
+        super().__init__(tensors)
+        self.names = names
+
+    def without(self, modules: Iterable[str]) -> "StateDict":
+        """Returns the tensors that are not in the named top-level modules."""
+        modules = set(modules)
+        kept = {key: value for key, value in self.items() if key.split(".")[0] not in modules}
+        return StateDict(kept, self.names)
+
+
+def _torchvision_names(keys: list[str]) -> dict[str, str]:
+    """Maps torchvision's names to a file's own, leaving out BatchNorm's counters.
+
+    Raises `ValueError` if two tensors would have one name.
+    """
+    is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
+    prefix = ""
+    for wrapper in _WRAPPERS:
+        if keys and all(key.startswith(prefix + wrapper) for key in keys):
+            prefix += wrapper
+    names: dict[str, str] = {}
+    for own in keys:
+        if own.endswith("num_batches_tracked"):
+            continue
+        name = _OLD_DENSENET.sub(r"\1\2", own.removeprefix(prefix))
+        if is_timm_vgg:
+            for theirs, ours in _TIMM_VGG.items():
+                if name.startswith(theirs):
+                    name = ours + name.removeprefix(theirs)
+        if name in names:
+            raise ValueError(f"{names[name]!r} and {own!r} are both {name!r}")
+        names[name] = own
+    return names
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    # AttributeError: number formats that NumPy lacks.
+    except (safetensors.SafetensorError, KeyError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read(path: str | os.PathLike) -> StateDict:
+    """Reads the tensors of a safetensors or .pth file by torchvision's names.
+
+    Nothing in a file can run code. Understood are DataParallel's `module.` prefix, checkpoints with
+    the weights under `state_dict` or `model`, DenseNet's old names, and timm's names of VGG.
+    BatchNorm's counters are left out.
+
+    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
+    """
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "
+            "torchvision's names"
+        )
+    is_pth = pth.is_pth(path)
+    try:
+        tensors = pth.read(path) if is_pth else _read_safetensors(path)
+        for key, value in tensors.items():
+            if not key.isprintable() or value.dtype.kind == "c":
+                raise ValueError(
+                    f"{key!r} holds {value.dtype}; expected real numbers and a printable name"
+                )
+        names = _torchvision_names(list(tensors))
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        kind = "readable .pth file" if is_pth else "readable safetensors or .pth file"
+        raise ValueError(f"weights={str(path)!r} is not a {kind} ({reason})") from error
+    return StateDict({name: tensors[own] for name, own in names.items()}, names)
+
+
+def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes tensors as the file's suffix says; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if path.suffix in _PTH_SUFFIXES:
+            pth.write(tensors, partial)
+        else:
+            # safetensors creates files that only their owner may read; a plain `open` follows the
+            # umask, as every other file of a work directory does.
+            partial.write_bytes(b"")
+            mode = partial.stat().st_mode
+            safetensors.numpy.save_file(tensors, partial)
+            partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

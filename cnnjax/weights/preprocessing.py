@@ -1,0 +1,45 @@
+"""What a photograph goes through before a network with published weights sees it.
+
+As torchvision's `ImageClassification` transform: the shorter side is resized with antialiasing, the
+center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
+"""
+
+import pathlib
+
+import numpy as np
+import PIL.Image
+
+from cnnjax.data import photographs
+from cnnjax.weights.records import Record
+
+
+def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
+    """Resizes an image and cuts out its center -> uint8 [crop, crop, 3]."""
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    width, height = image.size
+    short = min(width, height)
+    # Rounded down, as torchvision does; Pillow's resizing is antialiased.
+    size = (record.resize * width // short, record.resize * height // short)
+    image = image.resize(size, PIL.Image.Resampling[record.interpolation.upper()])
+    # To the nearest pixel, and halves to the even one.
+    left = round((size[0] - record.crop) / 2)
+    top = round((size[1] - record.crop) / 2)
+    return np.asarray(image.crop((left, top, left + record.crop, top + record.crop)))
+
+
+def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> np.ndarray:
+    """Prepares a photograph as the weights of `record` expect it.
+
+    - `image`: a file's path, or an image in memory.
+
+    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read.
+    """
+    if isinstance(image, (str, pathlib.Path)):
+        with photographs.opened(pathlib.Path(image).expanduser()) as opened:
+            pixels = resize_and_crop(opened, record)
+    else:
+        pixels = resize_and_crop(image, record)
+    mean = np.asarray(record.mean, np.float32)
+    std = np.asarray(record.std, np.float32)
+    return (pixels / np.float32(255) - mean) / std

@@ -1,0 +1,61 @@
+"""A network with its published weights, in one call."""
+
+import os
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from cnnjax.models import Network, create_model
+from cnnjax.weights import download, records, torchvision
+
+
+def load_pretrained(
+    name: str,
+    *,
+    tag: str = records.V1,
+    num_classes: int | None = None,
+    padding: str = "zeros",
+    dtype: DTypeLike = jnp.float32,
+    path: str | os.PathLike | None = None,
+    seed: int = 0,
+) -> tuple[Network, dict]:
+    """Loads a network with ImageNet weights.
+
+    The network is built as the weights need it: GoogLeNet and Inception v3 convert their input and
+    have no auxiliary heads (`Record.fields`). Its input is what `preprocess` gives.
+
+    - `name`: the network, such as "resnet50"; `python -m cnnjax.weights` lists all.
+    - `tag`: "imagenet1k_v1", or "imagenet1k_v2" where there are newer weights.
+    - `num_classes`: gives the network a head of that many classes, drawn at random from `seed`.
+    - `padding`, `dtype`: fields of the network; neither changes the weights, which stay float32.
+    - `path`: a file to read the weights from, instead of looking for them (see `fetch`).
+
+    Returns (model, variables). Raises `ValueError` for unknown weights or a file that does not fit,
+    and `RuntimeError` if the weights cannot be had.
+    """
+    record = records.find(name, tag)
+    model = create_model(name, padding=padding, dtype=dtype, **record.fields)
+    file = download.fetch(name, tag) if path is None else path
+    variables = torchvision.load_torchvision(file, model)
+    if num_classes is None:
+        return model, variables
+    model = model.clone(num_classes=num_classes)
+    return model, _with_fresh_head(model, variables, seed)
+
+
+def _with_fresh_head(model: Network, variables: dict, seed: int) -> dict:
+    """Returns the variables with a newly initialized head."""
+    head = torchvision.head(model)
+    image = jnp.zeros((1, *model.input_shape))
+
+    @jax.jit  # compiles what the head needs and leaves out the rest
+    def draw(key):
+        drawn = model.clone(padding="zeros").init(key, image)
+        flat = flax.traverse_util.flatten_dict(drawn)
+        return {path: flat[path] for path in head}
+
+    flat = flax.traverse_util.flatten_dict(variables)
+    flat |= jax.device_get(draw(jax.random.key(seed)))
+    return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(flat)}

@@ -1,0 +1,180 @@
+"""The ImageNet weights that torchvision publishes: files, accuracies and preprocessing."""
+
+import dataclasses
+import difflib
+import functools
+import os
+import pathlib
+
+V1 = "imagenet1k_v1"
+V2 = "imagenet1k_v2"
+TAGS = (V1, V2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One set of weights and how it was published.
+
+    - `file`: name on torchvision's server; what follows its last dash begins the SHA-256.
+    - `top1`, `top5`: accuracies in percent on ImageNet's validation set, as torchvision states.
+    - `resize`, `crop`: pixels of the shorter side, and of the square cut from the center.
+    - `mean`, `std`: per channel, of pixels between 0 and 1.
+    - `hub`: repository on the Hugging Face hub with the same numbers, if there is one.
+    - `transform_input`: whether the network was trained on pixels normalized by 0.5 and 0.5, so
+      that it converts its input (a field of GoogLeNet and Inception v3).
+    """
+
+    network: str
+    tag: str
+    file: str
+    top1: float
+    top5: float
+    resize: int = 256
+    crop: int = 224
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    hub: str | None = None
+    transform_input: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"https://download.pytorch.org/models/{self.file}"
+
+    @property
+    def sha256(self) -> str:
+        """The first digits of the file's SHA-256."""
+        return self.file.removesuffix(".pth").rpartition("-")[2]
+
+    @property
+    def fields(self) -> dict[str, bool]:
+        """Fields that a network needs to use these weights.
+
+        Those that convert their input also have auxiliary heads in the file, which only training
+        uses, and which torchvision never trained for GoogLeNet.
+        """
+        return {"transform_input": True, "aux_logits": False} if self.transform_input else {}
+
+
+# torchvision 0.28, `torchvision.models.get_model_weights(NAME)`: file, top-1, top-5.
+_V1 = {
+    "alexnet": ("alexnet-owt-7be5be79", 56.522, 79.066),
+    "densenet121": ("densenet121-a639ec97", 74.434, 91.972),
+    "densenet161": ("densenet161-8d451a50", 77.138, 93.560),
+    "densenet169": ("densenet169-b2777c0a", 75.600, 92.806),
+    "densenet201": ("densenet201-c1103571", 76.896, 93.370),
+    "googlenet": ("googlenet-1378be20", 69.778, 89.530),
+    "inception_v3": ("inception_v3_google-0cc3c7bd", 77.294, 93.450),
+    "mnasnet0_5": ("mnasnet0.5_top1_67.823-3ffadce67e", 67.734, 87.490),
+    "mnasnet0_75": ("mnasnet0_75-7090bc5f", 71.180, 90.496),
+    "mnasnet1_0": ("mnasnet1.0_top1_73.512-f206786ef8", 73.456, 91.510),
+    "mnasnet1_3": ("mnasnet1_3-a4c69d6f", 76.506, 93.522),
+    "mobilenet_v2": ("mobilenet_v2-b0353104", 71.878, 90.286),
+    "resnet18": ("resnet18-f37072fd", 69.758, 89.078),
+    "resnet34": ("resnet34-b627a593", 73.314, 91.420),
+    "resnet50": ("resnet50-0676ba61", 76.130, 92.862),
+    "resnet101": ("resnet101-63fe2227", 77.374, 93.546),
+    "resnet152": ("resnet152-394f9c45", 78.312, 94.046),
+    "resnext50_32x4d": ("resnext50_32x4d-7cdf4587", 77.618, 93.698),
+    "shufflenet_v2_x0_5": ("shufflenetv2_x0.5-f707e7126e", 60.552, 81.746),
+    "shufflenet_v2_x1_0": ("shufflenetv2_x1-5666bf0f80", 69.362, 88.316),
+    "shufflenet_v2_x1_5": ("shufflenetv2_x1_5-3c479a10", 72.996, 91.086),
+    "shufflenet_v2_x2_0": ("shufflenetv2_x2_0-8be3c8ee", 76.230, 93.006),
+    "squeezenet1_0": ("squeezenet1_0-b66bff10", 58.092, 80.420),
+    "squeezenet1_1": ("squeezenet1_1-b8a52dc0", 58.178, 80.624),
+    "vgg11": ("vgg11-8a719046", 69.020, 88.628),
+    "vgg11_bn": ("vgg11_bn-6002323d", 70.370, 89.810),
+    "vgg13": ("vgg13-19584684", 69.928, 89.246),
+    "vgg13_bn": ("vgg13_bn-abd245e5", 71.586, 90.374),
+    "vgg16": ("vgg16-397923af", 71.592, 90.382),
+    "vgg16_bn": ("vgg16_bn-6c64b313", 73.360, 91.516),
+    "vgg19": ("vgg19-dcbb9e9d", 72.376, 90.876),
+    "vgg19_bn": ("vgg19_bn-c79401a0", 74.218, 91.842),
+    "wide_resnet50_2": ("wide_resnet50_2-95faca4d", 78.468, 94.086),
+}
+_V2 = {
+    "mobilenet_v2": ("mobilenet_v2-7ebf99e0", 72.154, 90.822),
+    "resnet50": ("resnet50-11ad3fa6", 80.858, 95.434),
+    "resnet101": ("resnet101-cd907fc2", 81.886, 95.780),
+    "resnet152": ("resnet152-f82ba261", 82.284, 96.002),
+    "resnext50_32x4d": ("resnext50_32x4d-1a0047aa", 81.198, 95.340),
+    "wide_resnet50_2": ("wide_resnet50_2-9ba9bcbe", 81.602, 95.758),
+}
+# V1 weights that were trained by torchvision's newer recipe, as all of V2.
+_RESIZED_TO_232 = ("mnasnet0_75", "mnasnet1_3", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0")
+# timm carries torchvision's own numbers of these families as NAME.tv_in1k and NAME.tv2_in1k. Its
+# MobileNetV2 and MNASNet are other weights.
+_ON_HUB = ("densenet", "inception", "resnet", "resnext", "vgg", "wide_resnet")
+
+
+def _record(network: str, tag: str) -> Record:
+    file, top1, top5 = (_V1 if tag == V1 else _V2)[network]
+    hub = None
+    if network.startswith(_ON_HUB):
+        hub = f"timm/{network}.{'tv' if tag == V1 else 'tv2'}_in1k"
+    resize, crop = (256, 224)
+    if network == "inception_v3":
+        resize, crop = (342, 299)
+    elif tag == V2 or network in _RESIZED_TO_232:
+        resize = 232
+    return Record(
+        network,
+        tag,
+        f"{file}.pth",
+        top1,
+        top5,
+        resize=resize,
+        crop=crop,
+        hub=hub,
+        transform_input=network in ("googlenet", "inception_v3"),
+    )
+
+
+def list_weights() -> list[Record]:
+    """Returns all weights, by network and tag."""
+    found = []
+    for network in _V1:
+        found.append(_record(network, V1))
+        if network in _V2:
+            found.append(_record(network, V2))
+    return found
+
+
+def find(network: str, tag: str = V1) -> Record:
+    """Returns the record of a network's weights.
+
+    Raises `ValueError`, saying what there is, for an unknown network or tag.
+    """
+    if network not in _V1:
+        near = difflib.get_close_matches(network, _V1, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see python -m cnnjax.weights"
+        raise ValueError(f"model={network!r} has no published ImageNet weights; {hint}")
+    tags = [V1, V2] if network in _V2 else [V1]
+    if tag.lower() not in tags:
+        raise ValueError(f"tag={tag!r} is not one of {network}'s: {', '.join(tags)}")
+    return _record(network, tag.lower())
+
+
+def of_file(path: str | os.PathLike) -> Record | None:
+    """Returns the record of the file of this name; None if torchvision publishes no such file."""
+    name = pathlib.Path(path).name
+    return next((record for record in list_weights() if record.file == name), None)
+
+
+def fields_for(network: str, source: str | os.PathLike) -> dict[str, bool]:
+    """Returns the fields that a network needs for weights from `source`.
+
+    `source` is "imagenet", or a file; of a file torchvision's published name is recognized.
+    """
+    record = find(network) if source == "imagenet" else of_file(source)
+    return record.fields if record and record.network == network else {}
+
+
+@functools.cache
+def imagenet_classes() -> tuple[str, ...]:
+    """Returns the names of ImageNet's 1,000 classes in the order of the logits.
+
+    Source: torchvision's `_IMAGENET_CATEGORIES` (BSD 3-Clause).
+    """
+    text = pathlib.Path(__file__).with_name("imagenet_classes.txt").read_text()
+    return tuple(text.splitlines())

@@ -1,0 +1,312 @@
+"""PyTorch's .pth files: what PyTorch wrote is read exactly, what is hostile is refused."""
+
+import collections
+import io
+import pathlib
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from test_fuzz import Watch
+
+from cnnjax import weights
+from cnnjax.weights import pth
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# ------------------------------------------------------------------ what PyTorch wrote
+
+
+@pytest.mark.parametrize("file", ["kinds.pth", "kinds_legacy.pth"])
+def test_every_type_and_layout_is_read(file):
+    """The values are those that tests/golden/make_pth.py states."""
+    tensors = pth.read(GOLDEN / file)
+    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+    expected = {
+        "base": base,
+        "transposed": base.T,
+        "sliced": base[1:3, ::2],
+        "bool": np.array([True, False, True]),
+        "scalar": np.float32(3),
+        "empty": np.zeros((0, 3), np.float32),
+        "repeated": np.ones(7, np.float32),
+        "parameter": np.ones(2, np.float32),
+    }
+    for name in ("float16", "float64", "int64", "int32", "int16", "int8", "uint8"):
+        expected[name] = np.arange(5).astype(name)
+    expected["bfloat16"] = np.arange(5).astype(ml_dtypes.bfloat16)
+    assert tensors.keys() == expected.keys()
+    for name, values in expected.items():
+        assert tensors[name].dtype == values.dtype, name
+        assert tensors[name].shape == values.shape, name
+        assert np.array_equal(tensors[name], values), name
+
+
+def test_a_checkpoint_of_parallel_training_is_unwrapped():
+    """The weights lie under `state_dict` and have DataParallel's prefix."""
+    tensors = weights.read(GOLDEN / "checkpoint.pth")
+    assert sorted(tensors) == ["bias", "running_mean", "running_var", "weight"]
+    assert np.array_equal(tensors["running_var"], [1, 1])
+    assert tensors.names["bias"] == "module.bias"
+
+
+def test_a_whole_module_is_refused_with_advice():
+    message = (
+        r"model.pth' is not a readable .pth file .*'torch.nn.modules.linear.Linear'.*state_dict"
+    )
+    with pytest.raises(ValueError, match=message):
+        weights.read(GOLDEN / "model.pth")
+
+
+# ------------------------------------------------------------------ what is written
+
+
+class _StandardUnpickler(pickle.Unpickler):
+    """Python's own unpickler, with lists in place of tensors."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if name == "_rebuild_tensor_v2":
+            return lambda *arguments: list(arguments)
+        return f"{module}.{name}"
+
+    def persistent_load(self, identity):
+        return identity
+
+
+def test_what_is_written_reads_back_and_is_what_torch_save_writes(tmp_path):
+    tensors = {
+        "layers.0.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "layers.1.running_mean": np.zeros(3, np.float32),
+        "layers.1.num_batches_tracked": np.zeros((), np.int64),
+    }
+    path = tmp_path / "written.pth"
+    pth.write(tensors, path)
+    loaded = pth.read(path)
+    assert loaded.keys() == tensors.keys()
+    for name, values in tensors.items():
+        assert loaded[name].dtype == values.dtype
+        assert np.array_equal(loaded[name], values)
+
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.read("archive/version") == b"3\n"
+        unpickled = _StandardUnpickler(io.BytesIO(archive.read("archive/data.pkl"))).load()
+    storage = ("storage", "torch.FloatStorage", "0", "cpu", 24)
+    assert unpickled["layers.0.weight"] == [storage, 0, (2, 3, 4), (12, 4, 1), False, {}]
+    # torchvision's MNASNet takes version 1 or 2 of the whole network, and no file without one.
+    assert unpickled._metadata[""] == {"version": 2}
+    assert unpickled._metadata["layers.0"] == {"version": 1}
+    assert unpickled._metadata["layers.1"] == {"version": 2}
+
+
+# ------------------------------------------------------------------ attacks
+
+
+def archive(pickled: bytes, storages: dict[str, bytes], method=zipfile.ZIP_STORED) -> bytes:
+    """A file in zip format."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as members:
+        members.writestr("x/data.pkl", pickled)
+        for key, content in storages.items():
+            members.writestr(f"x/data/{key}", content)
+    return buffer.getvalue()
+
+
+def legacy(pickled: bytes, keys: list, tail: bytes, system: dict | None = None) -> bytes:
+    """A file in legacy format; `tail` follows the list of keys."""
+    system = {"little_endian": True} if system is None else system
+    before = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
+    return b"".join([*before, pickled, pickle.dumps(keys, 2), tail])
+
+
+def name(text: str) -> bytes:
+    module, _, attribute = text.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def plain(value) -> bytes:
+    """A value's opcodes, without its pickle's first and last."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def storage(kind="torch.FloatStorage", key="0", count=4) -> bytes:
+    return b"(" + plain("storage") + name(kind) + plain(key) + plain("cpu") + plain(count) + b"tQ"
+
+
+def tensor(*, offset=0, shape=(2, 2), strides=(2, 1), of: bytes | None = None) -> bytes:
+    arguments = (of or storage()) + plain(offset) + plain(shape) + plain(strides)
+    rebuild = name("torch._utils._rebuild_tensor_v2")
+    return rebuild + b"(" + arguments + plain(False) + b"}tR"
+
+
+def state(*tensors: bytes) -> bytes:
+    items = [plain(f"t{number}") + value for number, value in enumerate(tensors)]
+    return b"\x80\x02}(" + b"".join(items) + b"u."
+
+
+NUMBERS = np.arange(4, dtype=np.float32).tobytes()
+
+
+def test_the_attacks_begin_from_files_that_are_read(tmp_path):
+    """What is changed below is right as it stands."""
+    path = tmp_path / "w.pth"
+    for content in (
+        archive(state(tensor()), {"0": NUMBERS}),
+        legacy(state(tensor()), ["0"], struct.pack("<q", 4) + NUMBERS),
+    ):
+        path.write_bytes(content)
+        assert pth.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
+
+
+def calls(function: str, argument) -> bytes:
+    return b"\x80\x02" + name(function) + b"(" + plain(argument) + b"tR."
+
+
+# Opcodes of a value x = ((x, x), (x, x), ...): 2**200 leaves in 600 bytes.
+DOUBLED = b"K\x01" + b"q\x00h\x00\x86" * 200
+
+PICKLES = {
+    "os.system": calls("os.system", "touch ran"),
+    "posix.system": calls("posix.system", "touch ran"),
+    "eval": calls("builtins.eval", "open('ran', 'w')"),
+    "getattr": calls("builtins.getattr", "x"),
+    "popen": calls("subprocess.Popen", "touch ran"),
+    "torch.load": calls("torch.load", "x"),
+    "bytes as a storage": calls("torch.storage._load_from_bytes", "x"),
+    "a module of torch": calls("torch.hub.load", "x"),
+    "a dotted name": b"\x80\x02ctorch\n_utils._rebuild_tensor_v2.__globals__\n.",
+    "codecs": calls("_codecs.encode", "x"),
+    "a long name": b"\x80\x02c" + b"a" * 10_000 + b"\nb\n.",
+    "INST": b"\x80\x02(X\x01\x00\x00\x00xios\nsystem\n.",
+    "OBJ": b"\x80\x02(" + name("collections.OrderedDict") + b"o.",
+    "NEWOBJ": b"\x80\x02" + name("collections.OrderedDict") + b")\x81.",
+    "NEWOBJ_EX": b"\x80\x04" + name("collections.OrderedDict") + b")}\x92.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "PERSID": b"\x80\x02Pos.system\n.",
+    "a call of a number": b"\x80\x02K\x01)R.",
+    "a call of a constant": b"\x80\x02" + name("torch.float32") + b")R.",
+    "a call of a storage": b"\x80\x02" + name("torch.FloatStorage") + b")R.",
+    "a call without a tuple": b"\x80\x02" + name("collections.OrderedDict") + b"]R.",
+    "attributes of a tensor": state(tensor() + b"}b"),
+    "attributes of a name": b"\x80\x02" + name("torch.Size") + b"}b.",
+    "a memo of 2**32": b"\x80\x02K\x01r\xff\xff\xff\xff.",
+    "a text of 4 GB": b"\x80\x02X\xff\xff\xff\xffabc.",
+    "a number of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7fabc.",
+    "a number of many digits": b"\x80\x02I" + b"9" * 1_000_000 + b"\n.",
+    "a deep key": b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "a key of 2**200 leaves": b"\x80\x02}" + DOUBLED + b"K\x01s.",
+    "a value of 2**200 leaves": state(DOUBLED),
+    "colliding keys": b"\x80\x02}("
+    + b"".join(plain(number * (2**61 - 1)) + b"N" for number in range(1, 1000))
+    + b"u.",
+    "a million marks": b"\x80\x02" + b"(" * 1_000_000,
+    "five million dictionaries": b"\x80\x02" + b"}" * 5_000_000 + b".",
+    "no end": b"\x80\x02}",
+    "no value": b"\x80\x02.",
+    "no mark": b"\x80\x02t.",
+    "a value never stored": b"\x80\x02h\x05.",
+    "a list that holds itself": b"\x80\x02]q\x00h\x00a.",
+    "a tensor alone": b"\x80\x02" + tensor() + b".",
+    "a number in place of a tensor": state(b"K\x01"),
+    "a name in place of a tensor": state(name("torch.float32")),
+    "a key with an escape": b"\x80\x02}" + plain("a\n\x1b[31mb") + tensor() + b"s.",
+    "one key of two wrappers": b"\x80\x02}("
+    + plain("module.a")
+    + tensor()
+    + plain("module.a.num_batches_tracked")
+    + b"Nu.",
+    "an offset beyond": state(tensor(offset=1)),
+    "a negative offset": state(tensor(offset=-1)),
+    "a huge offset": state(tensor(offset=2**61)),
+    "a shape beyond": state(tensor(shape=(3, 2))),
+    "a huge shape": state(tensor(shape=(2**61, 2**61))),
+    "a negative shape": state(tensor(shape=(-2, 2))),
+    "a stride beyond": state(tensor(strides=(3, 1))),
+    "a negative stride": state(tensor(offset=3, strides=(-2, -1))),
+    "a number repeated without end": state(tensor(shape=(2**40, 2**20), strides=(0, 0))),
+    "too few strides": state(tensor(strides=(1,))),
+    "fractional strides": state(tensor(strides=(2.0, 1.0))),
+    "a shape of truth values": state(tensor(shape=(True, True))),
+    "a thousand dimensions": state(tensor(shape=(1,) * 1000, strides=(1,) * 1000)),
+    "an empty tensor of huge dimensions": state(tensor(shape=(0, 2**61, 2**61), strides=(1, 1, 1))),
+    "a storage of another type": state(tensor(of=storage("torch.DoubleStorage"))),
+    "a storage of two types": state(tensor(), tensor(of=storage("torch.IntStorage"))),
+    "a storage of an unknown type": state(tensor(of=storage("torch.QInt8Storage"))),
+    "a storage that is a function": state(tensor(of=storage("torch.Size"))),
+    "a storage that is too large": state(tensor(of=storage(count=2**61))),
+    "a storage outside the archive": state(tensor(of=storage(key="../../etc/passwd"))),
+    "a storage without a name": state(tensor(of=b"(K\x01K\x01K\x01K\x01K\x01tQ")),
+    "a reference to a number": b"\x80\x02K\x01Q.",
+}
+
+
+@pytest.mark.parametrize("attack", PICKLES)
+def test_pickles_that_attack(attack, tmp_path, monkeypatch):
+    """In both formats: an error of one line, nothing run, little memory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    watch = Watch(400)
+    for content in (
+        archive(PICKLES[attack], {"0": NUMBERS}),
+        legacy(PICKLES[attack], ["0"], struct.pack("<q", 4) + NUMBERS),
+    ):
+        path.write_bytes(content)
+        watch(weights.read, path)
+    watch.end()
+    assert watch.refused == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def overlapping() -> bytes:
+    """An archive whose members all lie on the same bytes: 64 MB that are 1 MB."""
+    content = bytearray(archive(state(tensor()), {"0": bytes(1 << 20)}))
+    end = content.rindex(b"PK\x05\x06")
+    directory = struct.unpack_from("<I", content, end + 16)[0]
+    entries = content[directory:end]
+    large = entries[entries.rindex(b"PK\x01\x02") :]
+    copies = b"".join(large.replace(b"data/0", f"data/{n}".encode()) for n in "123456789") * 7
+    made = content[:directory] + entries + copies
+    struct.pack_into("<HH", content, end + 8, 65, 65)
+    struct.pack_into("<I", content, end + 12, len(entries) + len(copies))
+    return bytes(made + content[end:])
+
+
+GOOD = archive(state(tensor()), {"0": NUMBERS})
+COUNT = struct.pack("<q", 4)
+FILES = {
+    "nothing but a beginning": b"PK\x03\x04",
+    "an empty archive's beginning": b"PK\x03\x04" + bytes(100),
+    "a compressed member": archive(state(tensor()), {"0": NUMBERS}, zipfile.ZIP_DEFLATED),
+    "a bomb": archive(state(tensor()), {"0": bytes(1 << 26)}, zipfile.ZIP_DEFLATED),
+    "overlapping members": overlapping(),
+    "a changed number": GOOD.replace(NUMBERS, NUMBERS[::-1]),
+    "no storage": archive(state(tensor()), {}),
+    "a short storage": archive(state(tensor()), {"0": NUMBERS[:-1]}),
+    "a long storage": archive(state(tensor()), {"0": NUMBERS + b"\0"}),
+    "another archive": GOOD.replace(b"x/data.pkl", b"x/data.pki"),
+    "cut in the middle": GOOD[: len(GOOD) // 2],
+    "a count of 2**63": legacy(state(tensor()), ["0"], struct.pack("<Q", 2**63) + NUMBERS),
+    "a count beyond": legacy(state(tensor()), ["0"], struct.pack("<q", 5) + NUMBERS),
+    "an unknown storage": legacy(state(tensor()), ["1"], COUNT + NUMBERS),
+    "a storage twice": legacy(state(tensor()), ["0", "0"], (COUNT + NUMBERS) * 2),
+    "a storage left out": legacy(state(tensor()), [], COUNT + NUMBERS),
+    "keys that are numbers": legacy(state(tensor()), [0], COUNT + NUMBERS),
+    "another byte order": legacy(state(tensor()), ["0"], COUNT + NUMBERS, {"little_endian": False}),
+    "nothing behind the number": pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+}
+
+
+@pytest.mark.parametrize("attack", FILES)
+def test_files_that_attack(attack, tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(FILES[attack])
+    watch = Watch(200)
+    watch(weights.read, path)
+    watch.end()
+    assert watch.refused == 1
