@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from cnnjax.runtime import backend, command, workdir
 
-# What a configuration's `kind` may be, and the module whose `check` and `run` do it.
+# What a configuration's `kind` may be, and the module whose `check`, `run` and `report.write` do it.
 _JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
 
 _LOG = logging.getLogger("cnnjax")
@@ -99,7 +99,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("%s holds the finished run", folder)
     workdir.completed(begin, config, folder)
     if is_finished:
-        importlib.import_module("cnnjax.report").write(folder)
+        job.report.write(folder)
     _LOG.info("finished: see %s", folder / "report.md")
 
 

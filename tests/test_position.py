@@ -538,9 +538,9 @@ def test_rings_divide_a_map_by_the_distance_to_its_border():
 def test_controls_of_the_study(small_config):
     """Mirrored training crops come in fours, and the test stays as it is."""
     config = small_config.copy_and_resolve_references()
-    plain = study._images(config, 0)
+    plain = study.draw_images(config, 0)
     config.mirrored = True
-    mirrored = study._images(config, 0)
+    mirrored = study.draw_images(config, 0)
     count = len(plain["train"])
     assert (
         np.array_equal(mirrored["train"][:count], plain["train"])
@@ -554,7 +554,7 @@ def test_controls_of_the_study(small_config):
 
 def test_coordinates_give_the_ramps_and_nothing_else(small_config):
     """A linear readout of two coordinates is exact for H and V, and cannot bend to a Gaussian or stripes."""
-    images = study._images(small_config, 0)
+    images = study.draw_images(small_config, 0)
     features = {
         name: image_features(images[name], coordinates=True)
         for name in ("train", "held_out", "natural")

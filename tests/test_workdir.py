@@ -9,7 +9,7 @@ import time
 import matplotlib.figure
 import pytest
 
-from cnnjax import report
+from cnnjax.position import report
 from cnnjax.runtime import workdir
 
 
@@ -82,7 +82,7 @@ def test_a_report_needs_results(tmp_path):
     for name in ("config", "environment"):
         (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "results.json").write_text('{"kind": "dance"}')
-    with pytest.raises(ValueError, match="kind='dance' of .*results.json is not one of position"):
+    with pytest.raises(ValueError, match="kind='dance' of .*results.json is not 'position'"):
         report.write(tmp_path)
 
 

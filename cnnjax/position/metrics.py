@@ -4,57 +4,71 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float, Int
 
-# Below this range, in units of a target that spans [0, 1], a map is called constant: ranking its rounding errors would
-# give correlations of up to 0.1 that mean nothing.
+METRICS = ("spc", "mae", "r2")
+RING_METRICS = ("spc", "mae")
+# A map with less than this range is called constant, where its target spans [0, 1]: ranking
+# rounding errors would give correlations of up to 0.1 that mean nothing.
 CONSTANT = 1e-4
 
 
 def scores(
     prediction: Float[np.ndarray, "*images _ _"], target: Float[np.ndarray, "_ _"]
 ) -> dict[str, Float[np.ndarray, "*images"]]:
-    """Per-image scores of `prediction` [..., height, width] against `target` [height, width], each of shape [...].
+    """Scores predicted maps [..., height, width] against a target, map by map.
 
-    `spc` is Spearman's rank correlation (0 where the prediction is constant), `mae` the mean absolute error, `r2` the share
-    of the target's variance that is explained (0 for its mean, negative for worse). Raises `ValueError` where shapes differ.
+    - `spc`: Spearman's rank correlation; 0 for a constant map.
+    - `mae`: the mean absolute error.
+    - `r2`: the share of the target's variance explained; 0 for its mean, negative for worse.
+
+    Raises `ValueError` where the shapes of prediction and target differ.
     """
     if prediction.shape[-2:] != target.shape:
         raise ValueError(
-            f"a prediction of shape {prediction.shape} does not fit a target of shape {target.shape}"
+            f"a prediction of shape {prediction.shape} does not fit a target of shape "
+            f"{target.shape}"
         )
     flat = prediction.reshape(-1, target.size).astype(np.float64)
     goal = target.ravel().astype(np.float64)
-    goal_ranks = scipy.stats.rankdata(goal) - (goal.size + 1) / 2
-    ranks = scipy.stats.rankdata(flat, axis=1) - (goal.size + 1) / 2
+
+    # Spearman's correlation is Pearson's of the ranks, which have the mean (n + 1) / 2. A map of
+    # equal values has ranks of norm 0.
+    mean_rank = (goal.size + 1) / 2
+    goal_ranks = scipy.stats.rankdata(goal) - mean_rank
+    ranks = scipy.stats.rankdata(flat, axis=1) - mean_rank
     norm = np.linalg.norm(ranks, axis=1) * np.linalg.norm(goal_ranks)
+    correlation = ranks @ goal_ranks / np.where(norm > 0, norm, 1)
     varies = np.ptp(flat, axis=1) >= CONSTANT
+
     error = flat - goal
+    variance = np.square(goal - goal.mean()).sum()
     result = {
-        "spc": np.where(varies, ranks @ goal_ranks / np.where(norm > 0, norm, 1), 0.0),
+        "spc": np.where(varies, correlation, 0.0),
         "mae": np.abs(error).mean(1),
-        "r2": 1 - np.square(error).sum(1) / np.square(goal - goal.mean()).sum(),
+        "r2": 1 - np.square(error).sum(1) / variance,
     }
     return {name: value.reshape(prediction.shape[:-2]) for name, value in result.items()}
 
 
 def border_distance(height: int, width: int) -> Int[np.ndarray, "{height} {width}"]:
-    """How many positions lie between each position and the nearest border."""
-    return np.minimum.outer(
-        *(np.minimum(np.arange(n), np.arange(n)[::-1]) for n in (height, width))
-    )
+    """Counts the positions between each position and the nearest border."""
+    rows = np.minimum(np.arange(height), np.arange(height)[::-1])
+    columns = np.minimum(np.arange(width), np.arange(width)[::-1])
+    return np.minimum.outer(rows, columns)
 
 
 def rings(size: int, count: int) -> Int[np.ndarray, "{size} {size}"]:
-    """Divides a square map by the distance to its border into `count` rings of one width, 0 the outermost."""
+    """Divides a square map into `count` rings of equal width, numbered from the border inwards."""
     return np.minimum(border_distance(size, size) * 2 * count // size, count - 1)
 
 
 def by_ring(
     prediction: Float[np.ndarray, "n size size"], target: Float[np.ndarray, "size size"], count: int
 ) -> dict[str, Float[np.ndarray, "n {count}"]]:
-    """`spc` and `mae` of every ring by itself."""
+    """Scores each ring of square maps by itself: `spc` and `mae`."""
     where = rings(len(target), count)
-    found = [
-        scores(prediction[:, where == ring][:, None], target[where == ring][None])
-        for ring in range(count)
-    ]
-    return {name: np.stack([ring[name] for ring in found], 1) for name in ("spc", "mae")}
+    by_number = []
+    for number in range(count):
+        ring = where == number
+        # `scores` takes maps of two dimensions: a ring's pixels are a map of one row.
+        by_number.append(scores(prediction[:, ring][:, None], target[ring][None]))
+    return {name: np.stack([ring[name] for ring in by_number], 1) for name in RING_METRICS}

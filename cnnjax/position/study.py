@@ -1,23 +1,27 @@
-"""The position study: what a readout finds of an absolute position in the features of a frozen encoder, under each padding.
+"""The position study: what a readout learns about position from a frozen encoder's features.
 
-`check` refuses a bad configuration before anything is computed; `run` computes the table and writes it to a work directory.
+`check` refuses a bad configuration before anything is computed. `run` measures every encoder under
+every padding (`measure` shows the way of an image from the configuration to its score), then
+writes results.json and the report.
 """
 
+import dataclasses
 import functools
 import itertools
 import pathlib
 import time
-from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jaxtyping import Float, UInt8
 
-from cnnjax import report, weights
+from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import check_fill, resize
+from cnnjax.position import report, results
 from cnnjax.position.encoder import (
     FEATURE_SIZE,
     PIXELS,
@@ -28,65 +32,79 @@ from cnnjax.position.encoder import (
 )
 from cnnjax.position.metrics import CONSTANT, by_ring, scores
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
+from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.runtime import workdir
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
 RINGS = 7  # of the profile by the distance to the border
-# Read out without an encoder: the image itself, named as in the paper, and one with its pixels' coordinates, the most there is to find.
-CONTROLS = {"posenet": ["image"], "coordinates": ["image", "coordinates"]}
+# Read without an encoder: the image itself, named as in the paper, and the image with its pixels'
+# coordinates, which is the most that a linear readout can find.
+CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 
-# What the literature leaves open and this study decides; printed in every report.
+# What this study decides where the literature is silent, and where it departs from the authors'
+# code (github.com/SenJia/Position-Information). Every report prints it.
 DECISIONS = (
-    "Inputs: RGB / 255 with ImageNet's mean and standard deviation taken out, for random weights too, so that a black image is not "
-    "equal to the zeros of the padding (unless `pixels` is 'unit').",
-    "Stages: VGG's five blocks, each before its max-pool (the authors' taps); ResNet's stem before its max-pool and its layers (the "
-    "authors take the layers only). With `stages` empty, those that every padding under study leaves something of at this image "
-    "size are used for all paddings.",
-    f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned); the channels of all are joined and each is "
-    "standardized over the training images.",
-    "'none' pads nothing anywhere (residual skips are cropped to their branch); the readout itself is padded only where `readout_padding` "
-    "says so, with zeros before the features are standardized.",
-    "Readout 'sgd' is the authors' code: convolution, BatchNorm, sigmoid; SGD of learning rate 0.1 (a tenth after two thirds of the "
-    "steps), momentum 0.9, weight decay 1e-4, batches of 32, mean squared error at the image's size. Readout 'exact' is the ridge "
-    f"solution on the readout's own grid, its strength chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} for each target on held-out "
-    "photographs.",
-    "Predictions are upsampled to the image's size (bilinear, corners aligned) and scored there, image by image.",
-    "With `depth` above 1 the readout 'sgd' has as many convolutions, each but the last followed by BatchNorm and ReLU; 'exact' keeps one.",
-    f"SPC is Spearman's rank correlation; a map whose range is under {CONSTANT:g} of the target's counts as constant and scores 0. SPC "
-    "is blind to amplitude: read it beside R2, the share of the target's variance explained (0 for a constant, negative for worse).",
-    "Targets span 0 to 1, stripes included (the paper's tables have stripes from -1 to 1: its errors on HS and VS are twice as large).",
-    "Each seed draws its own division of the photographs (training, held-out, test: disjoint), its own crops, its own random weights "
-    "and its own start of the SGD readout. Mean and std (of the sample) are over images and seeds together.",
+    "Photographs are cropped to squares; the authors squash whole images.",
+    "Noise images are Gaussian with mean 127.5 and standard deviation 64, another one for each "
+    "seed; the authors have one dark image with mean 25 and standard deviation 24.",
+    "Inputs are RGB / 255 standardized by ImageNet's mean and standard deviation, with random "
+    "weights too: a black image then differs from the zeros of the padding. The authors' inputs "
+    "are pixels from 0 to 1, as here where `pixels` is 'unit'.",
+    "The stages are VGG's five blocks, each before its max-pool, as in the authors' code, and "
+    "ResNet's stem before its max-pool and its layers, of which the authors read the layers alone. "
+    "Where `stages` is empty, all paddings use the stages that every padding reaches at this image "
+    "size.",
+    f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned), as in "
+    "the authors' code; the channels of all stages are joined. Each channel is standardized over "
+    "the training images; the authors' features are raw.",
+    "'none' pads nothing anywhere (residual skips are cropped to their branch). The readout itself "
+    "is padded only by `readout_padding`, with zeros, before the features are standardized.",
+    "The readout's `kernel` is 1 by default; the authors' is 3.",
+    "Readout 'sgd' is the authors' head: convolution, BatchNorm, sigmoid; SGD with learning rate "
+    "0.1 (a tenth after two thirds of the steps), momentum 0.9, weight decay 1e-4, mean squared "
+    "error at the image's size. A batch has 32 images, or all training images where there are "
+    "fewer (24 by default), for `sgd_steps` steps (540 by default); the authors' 15 epochs on "
+    "10,553 images are some 5,000 steps.",
+    "Where `depth` is above 1, readout 'sgd' has that many convolutions, each but the last "
+    "followed by BatchNorm and ReLU; 'exact' keeps one.",
+    "Readout 'exact' is the ridge solution on the readout's own grid. Each target's strength is "
+    f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
+    "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
+    "authors' code) and scored there, image by image.",
+    "SPC is Spearman's rank correlation; a map whose range is under "
+    f"{CONSTANT:g} of the target's counts as constant and scores 0. SPC is blind to amplitude: "
+    "read it beside R2, the share of the target's variance explained (0 for a constant, negative "
+    "for worse).",
+    "Targets span 0 to 1, stripes included. In the paper's tables stripes span -1 to 1, so its "
+    "errors on HS and VS are twice as large.",
+    "Each seed draws its own division of the photographs (training, held-out and test are "
+    "disjoint), its own crops, its own random weights and its own start of the SGD readout. Mean "
+    "and sample standard deviation are over images and seeds together.",
 )
 
 
-def _stages(config: ml_collections.ConfigDict, name: str) -> list[str]:
-    """The stages that the study reads of an encoder, the same for all its paddings."""
-    reachable = {
-        fill: reachable_stages(create_model(name, padding=fill), config.image_size)
-        for fill in config.paddings
-    }
-    if not config.stages:
-        common = min(reachable.values(), key=len)
-        if not common:
-            raise ValueError(
-                f"image_size={config.image_size} leaves nothing of any stage of {name} under some padding; take a larger one"
-            )
-        return common
-    for fill, names in reachable.items():
-        for stage in config.stages:
-            if stage not in names:
-                raise ValueError(
-                    f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at image_size="
-                    f"{config.image_size}; it reaches {', '.join(names) or 'none'}"
-                )
-    return [stage for stage in names if stage in config.stages]  # in the network's order
+# ------------------------------------------------------------------ the configuration, checked
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises `ValueError`, naming the key, its value and what is accepted, for whatever can be seen to be wrong before computing."""
+    """Checks a configuration before anything is computed.
+
+    Raises `ValueError`, naming the key, its value and what is accepted.
+    """
+    _check_names(config)
+    _check_numbers(config)
+    _check_photographs(config)
+    if config.weights == "imagenet":
+        for name in config.encoders:
+            # Where there is no network, this says so before any computation.
+            weights.fetch(name)
+    for name in config.encoders:
+        _common_stages(config, name)
+
+
+def _check_names(config: ml_collections.ConfigDict) -> None:
     for key, accepted in (("targets", TARGETS), ("data", DATA)):
         for value in config[key]:
             if value not in accepted:
@@ -96,29 +114,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"{key}={tuple(config[key])} must name at least one, each once")
     for fill in (*config.paddings, *config.sgd_paddings):
         check_fill(fill)
-    for key in ("n_train", "n_held_out", "n_test", "n_noise", "seeds", "sgd_steps"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} is not a positive number")
-    if config.readout_padding < 0:
-        raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
-    side = FEATURE_SIZE + 2 * config.readout_padding
-    if not 1 <= config.kernel <= side:
-        raise ValueError(
-            f"kernel={config.kernel} is not between 1 and {side}, the side of the features"
-        )
-    if config.depth < 1 or config.depth * (config.kernel - 1) >= side:
-        raise ValueError(
-            f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} convolutions, at least 1, that leave "
-            f"something of {side}x{side} features"
-        )
-    if config.hidden < 0:
-        raise ValueError(
-            f"hidden={config.hidden} is not a number of channels, or 0 for as many as the features have"
-        )
     if config.pixels not in PIXELS:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
-    if config.image_size < 2:
-        raise ValueError(f"image_size={config.image_size} is not a number of pixels of at least 2")
     for name in config.encoders:
         create_model(name)
     is_file = pathlib.Path(config.weights).expanduser().is_file()
@@ -127,224 +124,324 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
             "file"
         )
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    for key in ("n_train", "n_held_out", "n_test", "n_noise", "seeds", "sgd_steps"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} is not a positive number")
+    if config.readout_padding < 0:
+        raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
+    if config.hidden < 0:
+        raise ValueError(
+            f"hidden={config.hidden} is not a number of channels, or 0 for as many as the "
+            "features have"
+        )
+    if config.image_size < 2:
+        raise ValueError(f"image_size={config.image_size} is not a number of pixels of at least 2")
+    side = FEATURE_SIZE + 2 * config.readout_padding
+    if not 1 <= config.kernel <= side:
+        raise ValueError(
+            f"kernel={config.kernel} is not between 1 and {side}, the side of the features"
+        )
+    if config.depth < 1 or config.depth * (config.kernel - 1) >= side:
+        raise ValueError(
+            f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} "
+            f"convolutions, at least 1, that leave something of {side}x{side} features"
+        )
+
+
+def _check_photographs(config: ml_collections.ConfigDict) -> None:
     paths = photographs.list_photographs(config.photographs)
     photographs.split(paths, (1, 1, 1), 0)
     for path in paths:
         height, width = photographs.image_size(path)
         if min(height, width) < config.image_size:
             raise ValueError(
-                f"photographs: {path} is {height}x{width}, smaller than image_size={config.image_size}"
+                f"photographs: {path} is {height}x{width}, smaller than "
+                f"image_size={config.image_size}"
             )
-    if config.weights == "imagenet":
-        for name in config.encoders:
-            weights.fetch(name)  # where there is no network, this says so before any computation
-    for name in config.encoders:
-        _stages(config, name)
 
 
-def _images(config: ml_collections.ConfigDict, seed: int) -> dict[str, np.ndarray]:
-    """One seed's images: "train", "held_out" and one test set for each kind of data, uint8 [n, size, size, 3]."""
-    counts = (config.n_train, config.n_held_out, config.n_test)
-    parts = photographs.split(photographs.list_photographs(config.photographs), counts, seed)
-    sets = {
-        name: photographs.crops(part, count, config.image_size, seed * 3 + number)
-        for number, (name, part, count) in enumerate(
-            zip(("train", "held_out", "natural"), parts, counts)
-        )
-    }
-    for kind in DATA[1:]:
-        sets[kind] = photographs.synthetic(
-            kind, config.n_noise if kind == "noise" else 1, config.image_size, seed
-        )
-    if config.mirrored:
-        sets |= {
-            name: np.concatenate([sets[name][:, ::v, ::h] for v in (1, -1) for h in (1, -1)])
-            for name in ("train", "held_out")
-        }
-    return {
-        name: images for name, images in sets.items() if name in ("train", "held_out", *config.data)
-    }
-
-
-def _variables(config: ml_collections.ConfigDict, name: str, stages: list[str], seed: int) -> dict:
-    """An encoder's weights, which do not depend on its padding: of the seed, from the hub or from a file."""
-    model = create_model(name, **weights.fields_for(name, config.weights))
-    if config.weights == "random":
-        image = jnp.zeros((1, config.image_size, config.image_size, 3))
-        return jax.jit(lambda key: model.init(key, image, method="stages", last=stages[-1]))(
-            jax.random.key(seed)
-        )
-    path = weights.fetch(name) if config.weights == "imagenet" else config.weights
-    return weights.load_torchvision(path, model, tuple(config.missing))
-
-
-def _encoders(config: ml_collections.ConfigDict):
-    """Every (encoder, weights, padding) of the study; the controls first."""
-    for name in CONTROLS if config.coordinates else ("posenet",):
-        yield name, "none", "none"
-    for name in config.encoders:
-        for fill in config.paddings:
-            yield name, config.weights, fill
-
-
-def _cell(
-    config: ml_collections.ConfigDict,
-    seed: int,
-    name: str,
-    fill: str,
-    images: dict[str, np.ndarray],
-    features: np.ndarray,
-    goals: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """What the readouts of one encoder find: each image's scores, the exact readout's by ring, and the maps of the first images."""
-    border = ((0, 0), *((config.readout_padding,) * 2,) * 2, (0, 0))
-    splits = np.cumsum([len(part) for part in images.values()])[:-1]
-    parts = dict(zip(images, np.split(np.pad(features, border), splits)))
-    exact = fit_exact(parts["train"], parts["held_out"], goals, config.kernel)
-    readouts: dict[str, Exact | Sgd] = {"exact": exact}
-    if name in CONTROLS or fill in config.sgd_paddings:
-        hidden = (config.hidden or features.shape[3],) * (config.depth - 1)
-        readouts["sgd"] = fit_sgd(
-            parts["train"], goals, config.kernel, config.sgd_steps, seed=seed, hidden=hidden
-        )
-    found = {"residual": np.asarray(exact.residual)}
-    for (kind, readout), data in itertools.product(readouts.items(), config.data):
-        predicted = readout(jnp.asarray(parts[data]))
-        predicted = predicted.reshape(-1, *predicted.shape[-3:])  # one seed
-        upsampled = np.asarray(
-            resize(jnp.asarray(predicted.transpose(0, 2, 3, 1)), config.image_size)
-        ).transpose(3, 0, 1, 2)
-        for goal_name, goal, prediction in zip(config.targets, goals, upsampled):
-            found |= {
-                f"scores/{kind}/{goal_name}/{data}/{metric}": value
-                for metric, value in scores(prediction, goal).items()
-            }
-            if kind == "exact" and goal_name == config.targets[0]:
-                found |= {
-                    f"rings/{goal_name}/{data}/{metric}": value
-                    for metric, value in by_ring(prediction, goal, RINGS).items()
-                }
-        found[f"maps/{kind}/{data}"] = predicted[0].astype(np.float32)
-    return found
-
-
-def _cells(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    goals: np.ndarray,
-    stages: dict[str, list[str]],
-    memory: pathlib.Path | None,
-) -> dict[tuple[int, str, str, str], dict[str, np.ndarray]]:
-    """(seed, encoder, weights, padding) -> its cell, computed where the work directory does not hold it yet."""
-    (folder / "cells").mkdir(exist_ok=True)
-    combinations, found = (
-        list(itertools.product(range(config.seed, config.seed + config.seeds), _encoders(config))),
-        {},
-    )
-    images = functools.lru_cache(maxsize=1)(functools.partial(_images, config))
-    variables = functools.lru_cache(maxsize=1)(
-        lambda name, seed: _variables(config, name, stages[name], seed)
-    )
-    run_encoder = functools.partial(encode_once, memory) if memory else encode
-    with progress(len(combinations), "encoders read out") as advance:
-        for seed, (name, origin, fill) in combinations:
-            path = folder / "cells" / f"{name}-{fill}-{seed}.npz"
-            if not path.exists():
-                began, everything = time.monotonic(), np.concatenate(list(images(seed).values()))
-                features = (
-                    image_features(everything, config.pixels, name == "coordinates")
-                    if name in CONTROLS
-                    else run_encoder(
-                        create_model(
-                            name, padding=fill, **weights.fields_for(name, config.weights)
-                        ),
-                        variables(name, seed),
-                        everything,
-                        stages[name],
-                        config.pixels,
-                    )
+def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
+    """The stages that are read from an encoder, the same for all paddings."""
+    reachable = {}
+    for fill in config.paddings:
+        reachable[fill] = reachable_stages(create_model(name, padding=fill), config.image_size)
+    if not config.stages:
+        common = min(reachable.values(), key=len)
+        if not common:
+            raise ValueError(
+                f"image_size={config.image_size} leaves nothing of any stage of {name} under some "
+                "padding; take a larger one"
+            )
+        return tuple(common)
+    for fill, names in reachable.items():
+        for stage in config.stages:
+            if stage not in names:
+                raise ValueError(
+                    f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at "
+                    f"image_size={config.image_size}; it reaches {', '.join(names) or 'none'}"
                 )
-                cell = _cell(config, seed, name, fill, images(seed), features, goals)
-                workdir.write_arrays(path, cell | {"seconds": np.asarray(time.monotonic() - began)})
-            with np.load(path) as kept:
-                found[seed, name, origin, fill] = dict(kept)
-            advance(1)
-    return found
+    # In the network's order.
+    return tuple(stage for stage in names if stage in config.stages)
+
+
+# ------------------------------------------------------------------ the study
 
 
 def run(
     config: ml_collections.ConfigDict, folder: pathlib.Path, memory: pathlib.Path | None = None
 ) -> None:
-    """Computes every row, and writes results.json, maps.npz, report.md and the figures to the work directory.
+    """Measures every point and writes results.json, maps.npz, the report and its figures.
 
-    `memory` is a folder that keeps what the encoders give, for other studies of the same images. Raises `workdir.Interrupted` when it
-    was stopped: the encoders that were read out are not read out again.
+    - `folder`: the work directory; what it holds already is not measured again.
+    - `memory`: the folder of a cache of features, for other studies of the same images.
+
+    Raises `workdir.Interrupted` when it was stopped; the same command goes on from there.
     """
-    goals = np.stack([target(name, config.image_size) for name in config.targets])
-    if config.shuffled:
-        order = np.random.default_rng(config.seed).permutation(config.image_size**2)
-        goals = goals.reshape(len(goals), -1)[:, order].reshape(goals.shape)
-    stages = {name: _stages(config, name) for name in config.encoders}
-    for name in (
-        config.encoders if config.weights != "random" else ()
-    ):  # a file that does not fit is refused before anything is computed
-        _variables(config, name, stages[name], config.seed)
+    targets = draw_targets(config)
+    points = list_points(config)
+    _check_weights(config, points)
     try:
-        cells = _cells(config, folder, goals, stages, memory)
+        measurements = _measure_missing(config, points, folder, targets, memory)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
             "stopped; the same command goes on after the last encoder that was read out"
         ) from stop
 
-    maps = {f"target/{name}": goal for name, goal in zip(config.targets, goals)}
-    maps |= {
-        f"image/{data}": images[0]
-        for data, images in _images(config, config.seed).items()
-        if data in config.data
-    }
-    # "scores" or "rings", and what they are of -> by metric, one array a seed
-    pooled: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    for (seed, *subject), cell in cells.items():
-        for key, value in cell.items():
-            what, *rest = key.split("/")
-            if what in ("scores", "rings"):
-                pooled[what, *subject, *rest[:-1]][rest[-1]].append(value)
-            elif what == "maps" and seed == config.seed:
-                maps[f"{subject[0]}/{subject[2]}/{'/'.join(rest)}"] = value
-    rows: list[dict] = []
-    rings: list[dict] = []
-    for (what, name, origin, fill, *rest), metrics in pooled.items():
-        row = {"encoder": name, "weights": origin, "padding": fill}
-        values = {metric: np.concatenate(per_seed) for metric, per_seed in metrics.items()}
-        if what == "rings":
-            rings.append(
-                row
-                | dict(zip(("target", "data"), rest))
-                | {metric: found.mean(0).tolist() for metric, found in values.items()}
-            )
-            continue
-        row |= {"stages": (stages | CONTROLS)[name], "kernel": config.kernel} | dict(
-            zip(("readout", "target", "data"), rest)
-        )
-        row["depth"] = config.depth if row["readout"] == "sgd" else 1
-        for metric, found in values.items():
-            row |= {
-                metric: float(found.mean()),
-                f"{metric}_std": float(found.std(ddof=1)) if len(found) > 1 else None,
-            }
-        rows.append(row | {"n_images": len(found) // config.seeds, "n_seeds": config.seeds})
-    results = {
-        "kind": "position",
-        "rows": rows,
-        "rings": rings,
-        "chance_mae": {
-            name: float(np.abs(goal - np.median(goal)).mean())
-            for name, goal in zip(config.targets, goals)
-        },
-        "ridge_residual": float(max(cell["residual"] for cell in cells.values())),
-        "decisions": list(DECISIONS),
-        "seconds": round(float(sum(cell["seconds"] for cell in cells.values())), 1),
-    }
-    workdir.write_arrays(folder / "maps.npz", maps)
-    workdir.write_json(folder / "results.json", results)
+    images = draw_images(config, config.seed)
+    results.save_maps(
+        folder / "maps.npz",
+        targets=dict(zip(config.targets, targets)),
+        images={kind: images[kind][0] for kind in images if kind in config.data},
+        measurements=[found for found in measurements if found.point.seed == config.seed],
+    )
+    summary = Results(
+        rows=results.summarize(measurements, config.kernel, config.depth),
+        rings=results.ring_profiles(measurements),
+        chance_mae={name: best_constant(goal) for name, goal in zip(config.targets, targets)},
+        ridge_residual=max(found.residual for found in measurements),
+        decisions=list(DECISIONS),
+        seconds=round(sum(found.seconds for found in measurements), 1),
+    )
+    workdir.write_json(folder / "results.json", dataclasses.asdict(summary))
     report.write(folder)
+
+
+def list_points(config: ml_collections.ConfigDict) -> list[Point]:
+    """Lists what the study measures: for every seed the controls, then encoders and paddings."""
+    controls = CONTROLS if config.coordinates else ("posenet",)
+    subjects = [(name, "none", "none", CONTROLS[name]) for name in controls]
+    for name in config.encoders:
+        stages = _common_stages(config, name)
+        subjects += [(name, config.weights, fill, stages) for fill in config.paddings]
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [Point(*subject, seed) for seed in seeds for subject in subjects]
+
+
+def _check_weights(config: ml_collections.ConfigDict, points: list[Point]) -> None:
+    """Refuses a file that does not fit an encoder, before anything is computed."""
+    if config.weights != "random":
+        for name in config.encoders:
+            first = next(point for point in points if point.encoder == name)
+            load_variables(config, name, first.stages[-1], first.seed)
+
+
+def _measure_missing(
+    config: ml_collections.ConfigDict,
+    points: list[Point],
+    folder: pathlib.Path,
+    targets: Float[np.ndarray, "targets size size"],
+    memory: pathlib.Path | None,
+) -> list[Measurement]:
+    """Measures the points without a file in the work directory; returns those of all."""
+    (folder / "cells").mkdir(exist_ok=True)
+
+    # Points of one seed share their images, and those of one encoder and seed its weights: they
+    # follow each other, so keeping the last is enough.
+    keep_last = functools.lru_cache(maxsize=1)
+    images_of = keep_last(functools.partial(draw_images, config))
+    variables_of = keep_last(functools.partial(load_variables, config))
+
+    measurements = []
+    with progress(len(points), "encoders read out") as advance:
+        for point in points:
+            path = folder / "cells" / point.file
+            if not path.exists():
+                measurement = measure(
+                    config,
+                    point,
+                    images=images_of(point.seed),
+                    variables=variables_of(point.encoder, point.stages[-1], point.seed),
+                    targets=targets,
+                    memory=memory,
+                )
+                results.save(path, measurement)
+            measurements.append(results.load(path, point, config.targets, config.data))
+            advance(1)
+    return measurements
+
+
+# ------------------------------------------------------------------ the way of an image
+
+
+def measure(
+    config: ml_collections.ConfigDict,
+    point: Point,
+    *,
+    images: dict[str, UInt8[np.ndarray, "_ size size 3"]],
+    variables: dict,
+    targets: Float[np.ndarray, "targets size size"],
+    memory: pathlib.Path | None,
+) -> Measurement:
+    """Measures one encoder under one padding: images, features, readouts, maps, scores.
+
+    - `images`: those of `draw_images`, to fit readouts to and to score them on.
+    - `variables`: the encoder's weights.
+    - `memory`: the folder of a cache of features, or None.
+    """
+    began = time.monotonic()
+    all_scores = []
+    rings = []
+    all_maps = []
+
+    # Images [n, size, size, 3] -> features [n, 28, 28, channels]
+    features = extract_features(config, point, images, variables, memory)
+    exact = fit_exact(features["train"], features["held_out"], targets, config.kernel)
+    readouts: dict[str, Exact | Sgd] = {"exact": exact}
+    if point.encoder in CONTROLS or point.padding in config.sgd_paddings:
+        readouts["sgd"] = train_readout(config, point.seed, features["train"], targets)
+
+    for (name, readout), kind in itertools.product(readouts.items(), config.data):
+        # -> maps [n, targets, 28, 28], smaller for larger kernels -> [targets, n, size, size]
+        maps = predict(readout, features[kind])
+        predictions = upsample(maps, config.image_size)
+        all_maps.append(Maps(name, kind, maps[0]))
+        # -> scores [n] of each target
+        for label, goal, prediction in zip(config.targets, targets, predictions):
+            all_scores.append(Scores(name, label, kind, **scores(prediction, goal)))
+        if name == "exact":
+            by_distance = by_ring(predictions[0], targets[0], RINGS)
+            rings.append(RingScores(config.targets[0], kind, **by_distance))
+
+    return Measurement(
+        point=point,
+        scores=all_scores,
+        rings=rings,
+        maps=all_maps,
+        residual=exact.residual,
+        seconds=time.monotonic() - began,
+    )
+
+
+def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "targets size size"]:
+    """Returns the maps to read at the images' size; their pixels in random order if `shuffled`."""
+    size = config.image_size
+    targets = np.stack([target(name, size) for name in config.targets])
+    if config.shuffled:
+        order = np.random.default_rng(config.seed).permutation(size**2)
+        targets = targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
+    return targets
+
+
+def draw_images(
+    config: ml_collections.ConfigDict, seed: int
+) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
+    """Draws one seed's images: "train", "held_out" and a test set for each kind of data."""
+    size = config.image_size
+    counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
+    paths = photographs.list_photographs(config.photographs)
+    parts = photographs.split(paths, tuple(counts.values()), seed)
+    images = {}
+    for number, (name, part) in enumerate(zip(counts, parts)):
+        images[name] = photographs.crops(part, counts[name], size, seed * 3 + number)
+    for kind in DATA[1:]:
+        count = config.n_noise if kind == "noise" else 1
+        images[kind] = photographs.synthetic(kind, count, size, seed)
+    if config.mirrored:
+        for name in ("train", "held_out"):
+            x = images[name]
+            images[name] = np.concatenate([x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]])
+    used = ("train", "held_out", *config.data)
+    return {name: images[name] for name in images if name in used}
+
+
+def load_variables(config: ml_collections.ConfigDict, encoder: str, last: str, seed: int) -> dict:
+    """Loads an encoder's weights, or draws those up to stage `last`; padding does not matter."""
+    if encoder in CONTROLS:
+        return {}
+    model = create_model(encoder, **weights.fields_for(encoder, config.weights))
+    if config.weights != "random":
+        path = weights.fetch(encoder) if config.weights == "imagenet" else config.weights
+        return weights.load_torchvision(path, model, tuple(config.missing))
+
+    @jax.jit
+    def initialize(key):
+        image = jnp.zeros((1, config.image_size, config.image_size, 3))
+        return model.init(key, image, method="stages", last=last)
+
+    return initialize(jax.random.key(seed))
+
+
+def extract_features(
+    config: ml_collections.ConfigDict,
+    point: Point,
+    images: dict[str, UInt8[np.ndarray, "_ size size 3"]],
+    variables: dict,
+    memory: pathlib.Path | None,
+) -> dict[str, Float[np.ndarray, "_ side side channels"]]:
+    """Encodes all images at once; pads the features with zeros where the readout is padded."""
+    everything = np.concatenate(list(images.values()))
+    if point.encoder in CONTROLS:
+        with_coordinates = point.encoder == "coordinates"
+        features = image_features(everything, config.pixels, with_coordinates)
+    else:
+        fields = weights.fields_for(point.encoder, point.weights)
+        model = create_model(point.encoder, padding=point.padding, **fields)
+        run_encoder = functools.partial(encode_once, memory) if memory else encode
+        features = run_encoder(model, variables, everything, point.stages, config.pixels)
+    border = (config.readout_padding, config.readout_padding)
+    features = np.pad(features, ((0, 0), border, border, (0, 0)))
+    ends = np.cumsum([len(part) for part in images.values()])[:-1]
+    return dict(zip(images, np.split(features, ends)))
+
+
+def train_readout(
+    config: ml_collections.ConfigDict,
+    seed: int,
+    train: Float[np.ndarray, "n side side channels"],
+    targets: Float[np.ndarray, "targets size size"],
+) -> Sgd:
+    """Trains the authors' readout, with its hidden layers where `depth` is above 1."""
+    channels = config.hidden or train.shape[3]
+    return fit_sgd(
+        train,
+        targets,
+        size=config.kernel,
+        steps=config.sgd_steps,
+        seed=seed,
+        hidden=(channels,) * (config.depth - 1),
+    )
+
+
+def predict(
+    readout: Exact | Sgd, features: Float[np.ndarray, "n side side channels"]
+) -> Float[np.ndarray, "n targets rows columns"]:
+    """Reads the maps of all targets from features."""
+    maps = readout(jnp.asarray(features))
+    # The SGD readout has an axis of initializations first, of which the study trains one.
+    return maps.reshape(-1, *maps.shape[-3:])
+
+
+def upsample(
+    maps: Float[np.ndarray, "n targets rows columns"], size: int
+) -> Float[np.ndarray, "targets n size size"]:
+    """Resizes maps to the images' size, bilinearly with corners aligned."""
+    channels_last = jnp.asarray(maps.transpose(0, 2, 3, 1))
+    return np.asarray(resize(channels_last, size)).transpose(3, 0, 1, 2)
+
+
+def best_constant(goal: Float[np.ndarray, "size size"]) -> float:
+    """Returns the mean absolute error of the constant map that has the least, the median."""
+    return float(np.abs(goal - np.median(goal)).mean())

@@ -1,0 +1,259 @@
+"""The position study's report: tables and figures from the files of a work directory."""
+
+import pathlib
+from collections.abc import Iterable
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from cnnjax.nn import FILLS
+from cnnjax.position.results import MapsFile, Results, Row
+from cnnjax.runtime import report, tables, workdir
+
+
+def write(folder: pathlib.Path) -> None:
+    """Writes report.md and its figures to a finished study's work directory.
+
+    Raises `ValueError` if it holds no results, or those of another kind of job.
+    """
+    run = report.read(folder, kind="position")
+    results = Results.from_json(run.results)
+    maps = MapsFile(folder / "maps.npz")
+
+    figures = {"spc_by_padding.png": _draw_scores(results), "rings.png": _draw_rings(results)}
+    for encoder in _values(results.rows, "encoder"):
+        for kind in _values(results.rows, "data"):
+            figures[f"maps_{encoder}_{kind}.png"] = _draw_maps(results, maps, encoder, kind)
+    for name, figure in figures.items():
+        workdir.write_figure(folder / name, figure)
+        plt.close(figure)
+
+    sections = [
+        "# Position read from frozen features\n",
+        _format_summary(results),
+        *(_format_scores(results, kind) for kind in _values(results.rows, "data")),
+        _format_encoders(results),
+        _format_decisions(results),
+        "## Figures\n",
+        "\n\n".join(f"![{name}]({name})" for name in figures) + "\n",
+    ]
+    workdir.write(folder / "report.md", "\n".join(sections) + report.footer(run))
+
+
+def _values(records: Iterable, field: str) -> list:
+    """The different values of a field, in order of appearance."""
+    return list(dict.fromkeys(getattr(record, field) for record in records))
+
+
+def _select(records: Iterable, **fields) -> list:
+    """The records with these values of fields."""
+    chosen = []
+    for record in records:
+        if all(getattr(record, name) == value for name, value in fields.items()):
+            chosen.append(record)
+    return chosen
+
+
+# ------------------------------------------------------------------ tables
+
+
+def _decimals(value: float) -> str:
+    """Two decimals without a leading zero, as papers print correlations; never "-.00"."""
+    return f"{value:.2f}".replace("0.", ".", 1).replace("-.00", ".00")
+
+
+def _format_summary(results: Results) -> str:
+    """SPC and R2 of the first target, by padding and kind of image."""
+    target = results.rows[0].target
+    data = _values(results.rows, "data")
+    lines = []
+    for setting in _settings(results, readout="exact"):
+        line = [setting.encoder, setting.padding]
+        for kind in data:
+            row = _row(results, setting, target, kind)
+            line.append(f"{_decimals(row.spc)} ({_decimals(row.r2)})")
+        lines.append(line)
+    return (
+        f"## {target}: what padding changes\n\n"
+        f"Exact readout, SPC (R2) of target {target}. On an image without content only a border "
+        "can tell the position.\n\n" + tables.table(["encoder", "padding", *data], lines)
+    )
+
+
+def _format_scores(results: Results, kind: str) -> str:
+    """All scores on one kind of image."""
+    targets = _values(results.rows, "target")
+    first = _select(results.rows, data=kind)[0]
+    chance = [f".00 / {results.chance_mae[target]:.3f} / .00" for target in targets]
+    lines = [["*the best constant*", "", "", *chance]]
+    for setting in _settings(results):
+        rows = [_row(results, setting, target, kind) for target in targets]
+        cells = [_format_score(row) for row in rows]
+        lines.append([setting.encoder, setting.padding, setting.readout, *cells])
+    return (
+        f"\n## All targets, {kind} images\n\n"
+        f"SPC ± std / MAE / R2; {first.n_images} image(s) a seed, {first.n_seeds} seed(s).\n\n"
+        + tables.table(["encoder", "padding", "readout", *targets], lines)
+    )
+
+
+def _format_score(row: Row) -> str:
+    spread = "" if row.spc_std is None else f"±{_decimals(row.spc_std)}"
+    return f"{_decimals(row.spc)}{spread} / {row.mae:.3f} / {_decimals(row.r2)}"
+
+
+def _format_encoders(results: Results) -> str:
+    lines = []
+    for row in results.rows:
+        stages = ", ".join(row.stages)
+        lines.append(f"- {row.encoder}: {row.weights} weights, stages {stages}")
+    return "\n## Encoders\n\n" + "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _format_decisions(results: Results) -> str:
+    lines = [f"- {decision}" for decision in results.decisions]
+    residual = f"{results.ridge_residual:.1g}"
+    lines.append(f"- Largest relative residual of the ridge systems solved: {residual}.")
+    return "\n## What was decided\n\n" + "\n".join(lines) + "\n"
+
+
+def _settings(results: Results, **fields) -> list[Row]:
+    """The first row of every encoder, padding and readout."""
+    first: dict[tuple, Row] = {}
+    for row in _select(results.rows, **fields):
+        first.setdefault((row.encoder, row.padding, row.readout), row)
+    return list(first.values())
+
+
+def _row(results: Results, setting: Row, target: str, kind: str) -> Row:
+    """The row of a setting's encoder, padding and readout for another target and data."""
+    (row,) = _select(
+        results.rows,
+        encoder=setting.encoder,
+        padding=setting.padding,
+        readout=setting.readout,
+        target=target,
+        data=kind,
+    )
+    return row
+
+
+# ------------------------------------------------------------------ figures
+
+
+def _draw_scores(results: Results) -> Figure:
+    """Draws SPC by padding: a panel for each encoder and kind of image, a bar for each target."""
+    rows = _select(results.rows, readout="exact")
+    control = _select(rows, stages=["image"])
+    encoders = [name for name in _values(rows, "encoder") if name != control[0].encoder]
+    targets = _values(rows, "target")
+    data = _values(rows, "data")
+    height = max(1, len(encoders))
+    figure, axes = plt.subplots(
+        height,
+        len(data),
+        figsize=(3.6 * len(data), 2.6 * height),
+        sharey=True,
+        squeeze=False,
+    )
+    # A study without encoders has one line of panels, of the image alone.
+    for axis_row, encoder in zip(axes, encoders or ["posenet"]):
+        for axis, kind in zip(axis_row, data):
+            shown = _select(rows, encoder=encoder, data=kind) if encoders else []
+            groups = {}
+            for fill in sorted(_values(shown, "padding"), key=FILLS.index):
+                groups[fill] = _select(shown, padding=fill)
+            groups["image\nalone"] = _select(control, data=kind)
+            _draw_bars(axis, groups, targets)
+            axis.set_title(f"{encoder}, {kind} images", fontsize=10)
+        axis_row[0].set_ylabel("SPC")
+    axes[0, 0].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_bars(axis, groups: dict[str, list[Row]], targets: list[str]) -> None:
+    """Draws a group of bars for each padding, with a bar for each target."""
+    width = 0.8 / len(targets)
+    for number, target in enumerate(targets):
+        rows = [_select(group, target=target)[0] for group in groups.values()]
+        offset = (number - (len(targets) - 1) / 2) * width
+        axis.bar(
+            np.arange(len(groups)) + offset,
+            [row.spc for row in rows],
+            width,
+            yerr=[row.spc_std or 0 for row in rows],
+            error_kw={"lw": 0.6},
+            color=f"C{number}",
+            label=target,
+        )
+    axis.axhline(0, color="black", lw=0.5)
+    axis.set_xticks(range(len(groups)), groups, fontsize=8)
+    axis.set_ylim(-0.6, 1.05)
+
+
+def _draw_rings(results: Results) -> Figure:
+    """Draws the first target's error by distance to the border.
+
+    There is a panel for each encoder and kind of image, with a line for each padding.
+    """
+    encoders = _values(results.rings, "encoder")
+    data = _values(results.rings, "data")
+    figure, axes = plt.subplots(
+        len(encoders),
+        len(data),
+        figsize=(3 * len(data), 2.2 * len(encoders)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    colors = plt.get_cmap("tab20")
+    for axis_row, encoder in zip(axes, encoders):
+        for axis, kind in zip(axis_row, data):
+            for profile in _select(results.rings, encoder=encoder, data=kind):
+                axis.plot(
+                    range(1, len(profile.mae) + 1),
+                    profile.mae,
+                    marker=".",
+                    color=colors(FILLS.index(profile.padding)),
+                    label=profile.padding,
+                )
+            axis.set_title(f"{encoder}, {kind} images", fontsize=9)
+        axis_row[0].set_ylabel(f"MAE of {results.rings[0].target}", fontsize=8)
+        axis_row[0].legend(fontsize=6)
+    for axis in axes[-1]:
+        axis.set_xlabel("ring, from the border inwards", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_maps(results: Results, maps: MapsFile, encoder: str, kind: str) -> Figure:
+    """Draws the maps read from one image: targets first, then a row for each setting."""
+    targets = _values(results.rows, "target")
+    settings = _settings(results, encoder=encoder)
+    settings.sort(key=lambda setting: (setting.readout, FILLS.index(setting.padding)))
+    height = len(settings) + 1
+    width = len(targets) + 1
+    figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.3 * height), squeeze=False)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    axes[0, 0].imshow(maps.image(kind), vmin=0, vmax=255)
+    axes[0, 0].set_title(f"{kind} image", fontsize=8)
+    for axis, target in zip(axes[0, 1:], targets):
+        axis.imshow(maps.target(target), vmin=0, vmax=1)
+        axis.set_title(f"target {target}", fontsize=8)
+    for axis_row, setting in zip(axes[1:], settings):
+        label = f"{setting.padding}\n({setting.readout})"
+        axis_row[0].text(0.5, 0.5, label, ha="center", va="center", fontsize=9)
+        predicted = maps.predicted(encoder, setting.padding, setting.readout, kind)
+        for axis, values in zip(axis_row[1:], predicted):
+            axis.imshow(values, vmin=0, vmax=1, interpolation="bilinear")
+    figure.suptitle(f"{encoder}: position read from one {kind} image", fontsize=10)
+    figure.tight_layout()
+    return figure

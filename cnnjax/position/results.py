@@ -1,0 +1,304 @@
+"""The study's results as records, and the files that hold them.
+
+A `Point` is one encoder under one padding with one seed. A `Measurement` is what was measured
+there, image by image; each has a file, so that an interrupted study goes on after the last one.
+`Results` summarize all of them, in results.json.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cnnjax.position.metrics import METRICS, RING_METRICS
+from cnnjax.runtime import workdir
+
+READOUTS = ("exact", "sgd")
+
+
+# ------------------------------------------------------------------ one point
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One encoder under one padding, with the weights and photographs of one seed."""
+
+    encoder: str
+    weights: str
+    padding: str
+    stages: tuple[str, ...]
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """The name of the measurement's file."""
+        return f"{self.encoder}-{self.padding}-{self.seed}.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """One readout's scores for one target, image by image."""
+
+    readout: str
+    target: str
+    data: str
+    spc: Float[np.ndarray, " images"]
+    mae: Float[np.ndarray, " images"]
+    r2: Float[np.ndarray, " images"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RingScores:
+    """The exact readout's scores in each ring, image by image."""
+
+    target: str
+    data: str
+    spc: Float[np.ndarray, "images rings"]
+    mae: Float[np.ndarray, "images rings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """One readout's maps of all targets, for the first image of its kind."""
+
+    readout: str
+    data: str
+    values: Float[np.ndarray, "targets height width"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What was measured at a point.
+
+    - `residual`: the largest relative residual of the ridge systems solved.
+    - `seconds`: how long it took.
+    """
+
+    point: Point
+    scores: list[Scores]
+    rings: list[RingScores]
+    maps: list[Maps]
+    residual: float
+    seconds: float
+
+
+def _key(*names: str) -> str:
+    """The name of an array in an npz file."""
+    return "/".join(names)
+
+
+def save(path: pathlib.Path, measurement: Measurement) -> None:
+    """Writes a measurement as an npz file."""
+    arrays = {
+        "residual": np.asarray(measurement.residual),
+        "seconds": np.asarray(measurement.seconds),
+    }
+    for scores in measurement.scores:
+        for metric in METRICS:
+            key = _key("scores", scores.readout, scores.target, scores.data, metric)
+            arrays[key] = getattr(scores, metric)
+    for rings in measurement.rings:
+        for metric in RING_METRICS:
+            arrays[_key("rings", rings.target, rings.data, metric)] = getattr(rings, metric)
+    for maps in measurement.maps:
+        arrays[_key("maps", maps.readout, maps.data)] = maps.values
+    workdir.write_arrays(path, arrays)
+
+
+def load(
+    path: pathlib.Path, point: Point, targets: Sequence[str], data: Sequence[str]
+) -> Measurement:
+    """Reads the measurement of a point, for the study's targets and kinds of images."""
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    scores = []
+    rings = []
+    maps = []
+    for readout, kind in itertools.product(READOUTS, data):
+        key = _key("maps", readout, kind)
+        if key not in arrays:
+            continue
+        maps.append(Maps(readout, kind, arrays[key]))
+        for target in targets:
+            columns = {m: arrays[_key("scores", readout, target, kind, m)] for m in METRICS}
+            scores.append(Scores(readout, target, kind, **columns))
+    for kind in data:
+        columns = {m: arrays[_key("rings", targets[0], kind, m)] for m in RING_METRICS}
+        rings.append(RingScores(targets[0], kind, **columns))
+    return Measurement(
+        point=point,
+        scores=scores,
+        rings=rings,
+        maps=maps,
+        residual=float(arrays["residual"]),
+        seconds=float(arrays["seconds"]),
+    )
+
+
+# ------------------------------------------------------------------ all points
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Mean and sample standard deviation over images and seeds together."""
+
+    encoder: str
+    weights: str
+    padding: str
+    stages: Sequence[str]
+    kernel: int
+    readout: str
+    target: str
+    data: str
+    depth: int
+    spc: float
+    spc_std: float | None
+    mae: float
+    mae_std: float | None
+    r2: float
+    r2_std: float | None
+    n_images: int
+    n_seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RingProfile:
+    """Mean scores of the exact readout by ring, from the border inwards."""
+
+    encoder: str
+    weights: str
+    padding: str
+    target: str
+    data: str
+    spc: list[float]
+    mae: list[float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What results.json holds.
+
+    - `chance_mae`: the error of the best constant, by target.
+    - `ridge_residual`: the largest relative residual of all ridge systems.
+    - `decisions`: what the study decided where the literature is silent or the code departs.
+    """
+
+    kind: str = "position"
+    rows: list[Row]
+    rings: list[RingProfile]
+    chance_mae: dict[str, float]
+    ridge_residual: float
+    decisions: Sequence[str]
+    seconds: float
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Results":
+        """Reads the records from the contents of results.json."""
+        rows = [Row(**row) for row in values["rows"]]
+        rings = [RingProfile(**profile) for profile in values["rings"]]
+        return cls(**(values | {"rows": rows, "rings": rings}))
+
+
+def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[Row]:
+    """Pools scores over images and seeds, one row per setting, readout, target and data."""
+    rows = []
+    for point, group in _by_setting(measurements):
+        for seeds in zip(*(measurement.scores for measurement in group)):
+            first = seeds[0]
+            columns: dict[str, Any] = {}
+            for metric in METRICS:
+                values = np.concatenate([getattr(scores, metric) for scores in seeds])
+                columns[metric] = float(values.mean())
+                columns[f"{metric}_std"] = float(values.std(ddof=1)) if len(values) > 1 else None
+            rows.append(
+                Row(
+                    encoder=point.encoder,
+                    weights=point.weights,
+                    padding=point.padding,
+                    stages=point.stages,
+                    kernel=kernel,
+                    readout=first.readout,
+                    target=first.target,
+                    data=first.data,
+                    depth=depth if first.readout == "sgd" else 1,
+                    n_images=len(first.spc),
+                    n_seeds=len(seeds),
+                    **columns,
+                )
+            )
+    return rows
+
+
+def ring_profiles(measurements: list[Measurement]) -> list[RingProfile]:
+    """Averages the scores by ring over images and seeds."""
+    profiles = []
+    for point, group in _by_setting(measurements):
+        for seeds in zip(*(measurement.rings for measurement in group)):
+            columns = {}
+            for metric in RING_METRICS:
+                values = np.concatenate([getattr(rings, metric) for rings in seeds])
+                columns[metric] = values.mean(0).tolist()
+            profiles.append(
+                RingProfile(
+                    encoder=point.encoder,
+                    weights=point.weights,
+                    padding=point.padding,
+                    target=seeds[0].target,
+                    data=seeds[0].data,
+                    **columns,
+                )
+            )
+    return profiles
+
+
+def _by_setting(measurements: list[Measurement]) -> list[tuple[Point, list[Measurement]]]:
+    """Groups measurements that differ in their seed only, with the point of the first."""
+    groups: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for measurement in measurements:
+        groups[measurement.point.encoder, measurement.point.padding].append(measurement)
+    return [(group[0].point, group) for group in groups.values()]
+
+
+# ------------------------------------------------------------------ maps.npz, for the figures
+
+
+def save_maps(
+    path: pathlib.Path,
+    targets: dict[str, Float[np.ndarray, "size size"]],
+    images: dict[str, np.ndarray],
+    measurements: list[Measurement],
+) -> None:
+    """Writes the targets, an image of each kind and the maps read from it."""
+    arrays = {_key("target", name): values for name, values in targets.items()}
+    arrays |= {_key("image", kind): image for kind, image in images.items()}
+    for measurement in measurements:
+        point = measurement.point
+        for maps in measurement.maps:
+            key = _key(point.encoder, point.padding, maps.readout, maps.data)
+            arrays[key] = maps.values
+    workdir.write_arrays(path, arrays)
+
+
+class MapsFile:
+    """The contents of maps.npz."""
+
+    def __init__(self, path: pathlib.Path):
+        with np.load(path) as archive:
+            self._arrays = dict(archive)
+
+    def target(self, name: str) -> Float[np.ndarray, "size size"]:
+        """Returns the map that readouts must produce."""
+        return self._arrays[_key("target", name)]
+
+    def image(self, kind: str) -> np.ndarray:
+        """Returns the image that maps were read from, uint8 [size, size, 3]."""
+        return self._arrays[_key("image", kind)]
+
+    def predicted(self, encoder: str, padding: str, readout: str, kind: str) -> np.ndarray:
+        """Returns the maps of all targets, [targets, height, width]."""
+        return self._arrays[_key(encoder, padding, readout, kind)]

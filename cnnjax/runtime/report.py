@@ -1,0 +1,52 @@
+"""What the reports of all jobs share: reading a finished run, and naming what made it."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+from cnnjax.runtime import workdir
+
+
+class Finished(NamedTuple):
+    """The files of a finished run, read."""
+
+    config: dict
+    environment: dict
+    results: dict
+
+
+def read(folder: pathlib.Path, kind: str) -> Finished:
+    """Reads a finished run.
+
+    - `kind`: the kind of job that its results must be of.
+
+    Raises `ValueError` if the work directory holds no results, or those of another kind.
+    """
+    names = ("config", "environment", "results")
+    missing = [f"{name}.json" for name in names if not (folder / f"{name}.json").is_file()]
+    if missing:
+        raise ValueError(
+            f"workdir={str(folder)!r} has no {', '.join(missing)}: there is no finished run to "
+            "report on"
+        )
+    run = Finished(*(workdir.read_json(folder / f"{name}.json") for name in names))
+    if run.results.get("kind") != kind:
+        raise ValueError(
+            f"kind={run.results.get('kind')!r} of {folder / 'results.json'} is not {kind!r}"
+        )
+    return run
+
+
+def footer(run: Finished) -> str:
+    """Formats a report's last section: hardware, versions, seed, revision, configuration."""
+    environment = run.environment
+    packages = [f"{name} {version}" for name, version in environment["packages"].items()]
+    devices = sorted(set(environment["devices"]))
+    return (
+        "\n## Environment\n\n"
+        f"{environment['backend']} ({', '.join(devices)}), {environment['cpus']} CPUs, "
+        f"Python {environment['python']}, {', '.join(packages)}; "
+        f"XLA_FLAGS `{environment['xla_flags']}`; seed {environment['seed']}; "
+        f"revision {environment['git_revision'] or 'unknown'}; {run.results['seconds']} s.\n\n"
+        f"```json\n{json.dumps(run.config, indent=1)}\n```\n"
+    )
