@@ -87,7 +87,7 @@ CASES = [
     ((*TRAIN, "--workdir=/proc/run"), "cannot be written to"),
     # The position study.
     ((*STUDY, "--config.encoders=('vgg61',)"), "model='vgg61' is not known; did you mean vgg19"),
-    ((*STUDY, "--config.encoders=('mlp1',)"), "image_size=224: MLP takes images of 32x32x3 alone"),
+    ((*STUDY, "--config.encoders=('mlp1',)"), "image_size=224: MLP takes only images of 32x32x3"),
     ((*STUDY, "--config.paddings=('mirror',)"), "padding='mirror' is not one of zeros, none"),
     ((*STUDY, "--config.paddings=()"), "paddings=() must name at least one"),
     ((*STUDY, "--config.sgd_paddings=('mirror',)"), "padding='mirror' is not one of"),
