@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import numpy as np
 import optax
 import pytest
 
+from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
+from cnnjax.train.run import open_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -404,6 +407,49 @@ def test_a_run_leaves_its_record(finished):
         command("--workdir", finished).returncode == 0
     )  # finished already: it says so and writes the report anew
     assert json.loads((finished / "results.json").read_text()) == results
+
+
+def test_a_finished_run_is_reopened_as_it_was_evaluated(finished):
+    """Its network gives the recorded predictions; what was not recorded comes from the data."""
+    reopened = open_run(finished)
+    assert reopened.image_shape == (8, 8, 1) and reopened.resize == 8
+    assert reopened.classes == tuple("0123456789")
+    with np.load(finished / "test.npz") as test:
+        predicted = test["predicted"]
+    images = arrays.load("digits").test.images / np.float32(255)
+    x = (images - reopened.mean) / reopened.std
+    logits = jax.jit(reopened.model.apply)(reopened.variables, x)
+    np.testing.assert_array_equal(logits.argmax(-1), predicted)
+
+
+def test_a_run_without_a_recorded_normalization_is_reopened(finished, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    results = json.loads((folder / "results.json").read_text())
+    for key in ("mean", "std", "image_shape"):
+        del results[key]
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="results.json is not as it was written"):
+        open_run(folder)
+    (folder / "manifest.json").unlink()
+    old = open_run(folder)
+    new = open_run(finished)
+    np.testing.assert_array_equal([old.mean, old.std], [new.mean, new.std])
+    assert old.image_shape == new.image_shape
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dataset": "camvid"}))
+    with pytest.raises(ValueError, match=f"{folder} was trained before .* cannot be read"):
+        open_run(folder)
+
+
+def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a finished training run: it has no"):
+        open_run(tmp_path)
+    for name in ("results.json", "weights.safetensors"):
+        shutil.copy(finished / name, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"kind": "position"}')
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a training run"):
+        open_run(tmp_path)
 
 
 def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):

@@ -18,6 +18,7 @@ from cnnjax.models import base, create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import loop, step
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
+from cnnjax.train.run import moments_of
 from experiments import transfer as study
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -382,12 +383,12 @@ def test_bad_settings_are_named(settings, message):
 
 def test_imagenets_moments_are_for_colors():
     config = changed_config(pixels="imagenet")
-    assert np.allclose(loop._moments(config, *np.full((2, 3), 0.5)), augment.IMAGENET)
+    assert np.allclose(moments_of(config, *np.full((2, 3), 0.5)), augment.IMAGENET)
     with pytest.raises(
         ValueError,
-        match="pixels='imagenet' has three channels, and the images of dataset='digits' have 1",
+        match="pixels='imagenet' is for three channels; the images of dataset='digits' have 1",
     ):
-        loop._moments(config, np.ones(1), np.ones(1))
+        moments_of(config, np.ones(1), np.ones(1))
 
 
 # ------------------------------------------------------------------ the study

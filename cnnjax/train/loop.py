@@ -28,6 +28,7 @@ from cnnjax.train import evaluate, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import WAYS, Parallel
+from cnnjax.train.run import build_model, is_streamed, moments_of
 from cnnjax.train.schedules import Plateau, learning_rates
 
 _LOG = logging.getLogger("cnnjax")
@@ -37,14 +38,10 @@ _SECONDS_A_CALL = 2.0
 _MISTAKES, _SCENES = 36, 6  # images, and images with masks, that are shown in the report
 
 
-def _is_streamed(config: ml_collections.ConfigDict) -> bool:
-    return config.dataset == "folder" or config.dataset.startswith("tfds:")
-
-
 def _has_validation(config: ml_collections.ConfigDict) -> bool:
     if config.n_validation:
         return True
-    return _is_streamed(config) and "validation" in stream.find_splits(
+    return is_streamed(config) and "validation" in stream.find_splits(
         config.dataset, config.data_dir
     )
 
@@ -91,9 +88,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             "schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number"
         )
     _check_parts(config, create_model(config.model, **config.model_fields))
-    if not _is_streamed(config):
+    if not is_streamed(config):
         arrays.check_name(config.dataset)
-    fitting = "cross_entropy" if _is_streamed(config) else arrays.loss_of(config.dataset)
+    fitting = "cross_entropy" if is_streamed(config) else arrays.loss_of(config.dataset)
     if config.loss != fitting:
         raise ValueError(
             f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which are for loss={fitting!r}"
@@ -104,7 +101,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"{config.loss!r} accepts 1"
         )
     if config.test_views == 10 and (
-        not _is_streamed(config) or 0 < config.resize <= config.image_size
+        not is_streamed(config) or 0 < config.resize <= config.image_size
     ):
         raise ValueError(
             "test_views=10 takes corners, which needs a streamed dataset and a resize above image_size: "
@@ -145,19 +142,6 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
 
 
-def _moments(config, mean, std) -> tuple[np.ndarray, np.ndarray]:
-    """What pixels of 0 to 1 are normalized by. Raises `ValueError` where ImageNet's three channels are not the data's."""
-    if config.pixels == "imagenet":
-        if len(mean) != 3:
-            raise ValueError(
-                f"pixels='imagenet' has three channels, and the images of dataset={config.dataset!r} have {len(mean)}"
-            )
-        mean, std = augment.IMAGENET
-    return np.asarray(mean, np.float32), np.asarray(
-        np.full(len(std), 1 / 255) if config.pixels == "centred" else std, np.float32
-    )
-
-
 class _Resident:
     """A data set that lives on the devices; one call takes many steps."""
 
@@ -174,7 +158,7 @@ class _Resident:
         validation = self.data.validation
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.moments = parallel.replicate(
-            _moments(config, *arrays.normalization(self.data.train.images))
+            moments_of(config, *arrays.normalization(self.data.train.images))
         )
         self._placed = parallel.replicate(tuple(self.data.train))
         self._epoch, self._order = None, None
@@ -221,7 +205,7 @@ class _Streamed:
         self.classes, self.count = self.sources["train"].classes, len(self.sources["train"])
         self.n_validation = len(self.sources.get("validation", ()))
         self.shape = (config.image_size, config.image_size, 3)
-        self.moments = parallel.replicate(_moments(config, *augment.IMAGENET))
+        self.moments = parallel.replicate(moments_of(config, *augment.IMAGENET))
         self._batches: Iterator | None = None
         self._told: set[int] = set()
         self.damaged = (
@@ -306,20 +290,14 @@ class Training:
                 f"batch_size={config.batch_size} is not a multiple of {self.parallel.size} device(s) times "
                 f"accumulate={config.accumulate}"
             )
-        self.data = (_Streamed if _is_streamed(config) else _Resident)(config, self.parallel)
+        self.data = (_Streamed if is_streamed(config) else _Resident)(config, self.parallel)
         self.steps_per_epoch = self.data.count // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={config.batch_size} is more than the {self.data.count} training images"
             )
-        self.model = create_model(
-            config.model,
-            num_classes=len(self.data.classes),
-            dtype=jnp.dtype(config.dtype).type,
-            input_shape=self.data.shape,
-            axis_name=self.parallel.axis_name if config.sync_batch_norm else None,
-            **config.model_fields,
-        )
+        axis_name = self.parallel.axis_name if config.sync_batch_norm else None
+        self.model = build_model(config, len(self.data.classes), self.data.shape, axis_name)
         self._check_output()
         self.recipe = step.Recipe(
             self.model,
@@ -654,6 +632,7 @@ def _run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     )
     _write_events(folder / "tensorboard", current.history)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(end.params))
+    mean, std = current.parallel.fetch(current.data.moments)
     workdir.write_json(
         folder / "results.json",
         {
@@ -661,6 +640,9 @@ def _run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             "final": final,
             "history": current.history,
             "classes": list(current.data.classes),
+            "image_shape": list(current.data.shape),
+            "mean": mean.tolist(),
+            "std": std.tolist(),
             "parameters": parameters,
             **by_class,
             "n_train": current.data.count,
