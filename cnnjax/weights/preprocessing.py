@@ -36,10 +36,8 @@ def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> n
     Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read.
     """
     if isinstance(image, (str, pathlib.Path)):
-        with photographs.opened(pathlib.Path(image).expanduser()) as opened:
-            pixels = resize_and_crop(opened, record)
-    else:
-        pixels = resize_and_crop(image, record)
+        image = photographs.open_rgb(pathlib.Path(image).expanduser())
+    pixels = resize_and_crop(image, record)
     mean = np.asarray(record.mean, np.float32)
     std = np.asarray(record.std, np.float32)
     return (pixels / np.float32(255) - mean) / std

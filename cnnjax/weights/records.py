@@ -55,6 +55,17 @@ class Record:
         """
         return {"transform_input": True, "aux_logits": False} if self.transform_input else {}
 
+    def resized(self, resize: int | None) -> "Record":
+        """Returns the record with another `resize`; with None, the record itself.
+
+        Raises `ValueError` if the crop would not fit.
+        """
+        if resize is None:
+            return self
+        if resize < self.crop:
+            raise ValueError(f"resize={resize} is not at least {self.crop}, the side of the crop")
+        return dataclasses.replace(self, resize=resize)
+
 
 # torchvision 0.28, `torchvision.models.get_model_weights(NAME)`: file, top-1, top-5.
 _V1 = {

@@ -1,0 +1,383 @@
+"""Published weights: their records, where they come from, and what they are used for."""
+
+import dataclasses
+import hashlib
+import http.server
+import pathlib
+import socket
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import skimage
+from quick import exit_code
+from test_weights import numbered
+
+import cnnjax
+from cnnjax import evaluate, predict, transfer, weights
+from cnnjax.models import create_model
+from cnnjax.weights import __main__ as listing
+from cnnjax.weights import download
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+PHOTOGRAPHS = pathlib.Path(skimage.__file__).parent / "data"
+
+# ------------------------------------------------------------------ records
+
+
+def test_every_network_of_torchvision_has_its_records():
+    torchvision = np.load(GOLDEN / "torchvision.npz")
+    networks = {case.split("/")[0] for case in torchvision.files if case.endswith("/keys")}
+    records = weights.list_weights()
+    assert {record.network for record in records} == networks
+    assert len(networks) == 33
+    newer = [record.network for record in records if record.tag == "imagenet1k_v2"]
+    assert sorted(newer) == [
+        "mobilenet_v2",
+        "resnet101",
+        "resnet152",
+        "resnet50",
+        "resnext50_32x4d",
+        "wide_resnet50_2",
+    ]
+    assert len({record.file for record in records}) == len(records) == 39
+    for record in records:
+        assert len(bytes.fromhex(record.sha256)) >= 4
+        assert 50 < record.top1 < record.top5 < 97
+        assert record.crop == create_model(record.network).input_shape[0]
+
+
+def test_a_record_as_torchvision_publishes_it():
+    record = weights.find("resnet50", "IMAGENET1K_V2")
+    assert record.url == "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"
+    assert (record.sha256, record.top1, record.top5) == ("11ad3fa6", 80.858, 95.434)
+    assert (record.resize, record.crop, record.hub) == (232, 224, "timm/resnet50.tv2_in1k")
+    inception = weights.find("inception_v3")
+    assert (inception.resize, inception.crop, inception.transform_input) == (342, 299, True)
+    assert weights.find("mobilenet_v2").hub is None  # timm's are other weights
+    assert weights.of_file("~/x/googlenet-1378be20.pth") == weights.find("googlenet")
+    assert weights.of_file("googlenet.pth") is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("resnet5",), "model='resnet5' has no published ImageNet weights; did you mean resnet"),
+        (("lenet",), "model='lenet' has no published ImageNet weights"),
+        (("vgg16", "imagenet1k_v2"), "tag='imagenet1k_v2' is not one of vgg16's: imagenet1k_v1"),
+    ],
+)
+def test_unknown_weights_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        weights.find(*arguments)
+
+
+def test_the_command_lists_all_weights(capsys):
+    assert exit_code(listing.main, []) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 39
+    row = next(line for line in lines if line.startswith("googlenet"))
+    assert row.split() == [
+        "googlenet",
+        "imagenet1k_v1",
+        "69.778",
+        "89.530",
+        "256",
+        "224",
+        "googlenet-1378be20.pth",
+    ]
+
+
+def test_the_documentation_has_the_table():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "pretrained.md"
+    assert listing.markdown() in page.read_text()
+
+
+def test_the_classes_are_imagenets():
+    classes = weights.imagenet_classes()
+    assert len(set(classes)) == 1000
+    assert [classes[number] for number in (0, 1, 281, 999)] == [
+        "tench",
+        "goldfish",
+        "tabby",
+        "toilet tissue",
+    ]
+
+
+# ------------------------------------------------------------------ where files come from
+
+CONTENT = bytes(np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8))
+SHA256 = hashlib.sha256(CONTENT).hexdigest()[:8]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT, cuts the connection after `cut` bytes, and notes the ranges asked for."""
+
+    cut = len(CONTENT)
+    takes_ranges = True
+    asked: list[str | None] = []
+
+    def do_GET(self):
+        wanted = self.headers["Range"]
+        self.asked.append(wanted)
+        start = 0
+        if wanted and self.takes_ranges:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start : start + self.cut])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine and its settings -> (address, handler class)."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = type("Handler", (Server,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/w.pth", handler
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_that_is_cut_off_is_resumed(server, tmp_path):
+    url, handler = server
+    handler.cut = 1_250_000
+    path = download.download(url, tmp_path / "cache" / "w.pth", SHA256)
+    assert path.read_bytes() == CONTENT
+    assert handler.asked == [None, "bytes=1250000-", "bytes=2500000-"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("takes_ranges", [True, False])
+@pytest.mark.parametrize("arrived", [1, 2_000_000, len(CONTENT)])
+def test_a_later_call_resumes_what_an_earlier_one_left(arrived, takes_ranges, server, tmp_path):
+    """Also from a server that starts at the beginning, and where only the renaming was left."""
+    url, handler = server
+    handler.takes_ranges = takes_ranges
+    (tmp_path / "w.pth.partial").write_bytes(CONTENT[:arrived])
+    path = download.download(url, tmp_path / "w.pth", SHA256)
+    assert path.read_bytes() == CONTENT
+    assert handler.asked == [f"bytes={arrived}-"]
+
+
+def test_a_file_of_another_hash_is_not_kept(server, tmp_path):
+    url, _ = server
+    with pytest.raises(ValueError, match=f"SHA-256 begins with {SHA256}, .* with 00000000"):
+        download.download(url, tmp_path / "w.pth", "00000000")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_sends_nothing_is_an_error(server, tmp_path):
+    url, handler = server
+    handler.cut = 0
+    with pytest.raises(OSError, match="nothing arrived"):
+        download.download(url, tmp_path / "w.pth", SHA256)
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty caches, and a proxy in place of the network, which refuses connections."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    return tmp_path
+
+
+def test_pytorchs_cache_comes_first_and_its_hash_is_checked(caches, monkeypatch):
+    folder = caches / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "alexnet-owt-7be5be79.pth").write_bytes(CONTENT)
+    with pytest.raises(ValueError, match="alexnet-owt-7be5be79.pth is damaged or another file"):
+        weights.fetch("alexnet")
+    record = dataclasses.replace(weights.find("alexnet"), file=f"alexnet-owt-{SHA256}.pth")
+    monkeypatch.setattr("cnnjax.weights.records.find", lambda name, tag: record)
+    (folder / record.file).write_bytes(CONTENT)
+    assert weights.fetch("alexnet") == str(folder / record.file)
+
+
+def test_the_cache_is_where_pytorch_has_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert download.checkpoints_folder() == tmp_path / "torch" / "hub" / "checkpoints"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = tmp_path / ".cache" / "torch" / "hub" / "checkpoints"
+    assert download.checkpoints_folder() == expected
+
+
+@pytest.mark.parametrize("name", ["vgg16", "alexnet"])
+def test_without_a_network_one_line_says_what_to_put_where(name, caches):
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        weights.fetch(name)
+    assert time.monotonic() - began < 5
+    record = weights.find(name)
+    for part in (record.file, record.url, f"put it into {caches}/torch/hub/checkpoints"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="vgg16-397923af.pth is neither on this machine"):
+            weights.fetch("vgg16")
+        assert time.monotonic() - began < 5
+
+
+# ------------------------------------------------------------------ use
+
+
+@pytest.mark.parametrize(
+    "name, resize, crop",
+    [
+        ("chelsea.png", 256, 224),
+        ("coffee.png", 232, 224),
+        ("motorcycle_left.png", 342, 299),
+        ("camera.png", 256, 224),
+    ],
+)
+def test_photographs_are_prepared_as_by_torchvision(name, resize, crop):
+    """tests/golden/make_pth.py has every 16th pixel of torchvision's own transforms."""
+    record = dataclasses.replace(weights.find("resnet50"), resize=resize, crop=crop)
+    pixels = weights.preprocess(PHOTOGRAPHS / name, record)
+    assert pixels.shape == (crop, crop, 3)
+    expected = np.load(GOLDEN / "preprocessed.npz")[name]
+    np.testing.assert_allclose(pixels[::16, ::16], expected, atol=1e-5)
+    in_memory = PIL.Image.open(PHOTOGRAPHS / name)
+    np.testing.assert_array_equal(weights.preprocess(in_memory, record), pixels)
+
+
+@pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
+def test_networks_of_google_convert_their_input(name, stage):
+    """With ImageNet weights alone: x * (std / 0.5) + (mean - 0.5) / 0.5 of each channel."""
+    assert not create_model(name).transform_input
+    plain = create_model(name, aux_logits=False)
+    fields = weights.fields_for(name, "imagenet")
+    assert fields == weights.fields_for(name, weights.find(name).file)
+    assert weights.fields_for(name, "mine.pth") == {}
+    converting = create_model(name, **fields)
+    assert converting == plain.clone(transform_input=True)
+
+    record = weights.find(name)
+    mean = np.float32(record.mean)
+    std = np.float32(record.std)
+    variables = numbered(plain)
+    pixels = np.random.default_rng(1).random((1, 16, 16, 3), np.float32)
+    normalized = (pixels - mean) / std
+    run = lambda model, x: model.apply(variables, x, method="stages", last=stage)[stage]
+    np.testing.assert_allclose(
+        run(converting, normalized), run(plain, (pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp_path):
+    path = tmp_path / "googlenet-1378be20.pth"
+    path.touch()
+    model = create_model("googlenet", num_classes=10)
+    with pytest.raises(ValueError, match="need model_fields.transform_input=True"):
+        transfer.take(path, model)
+
+
+def test_a_pretrained_network_with_its_own_head_and_with_another(tmp_path):
+    variables = {"batch_stats": {}, **numbered(create_model("squeezenet1_1"))}
+    path = tmp_path / "w.pth"
+    weights.save_torchvision(variables, path)
+    model, loaded = cnnjax.load_pretrained("squeezenet1_1", path=path)
+    assert model == create_model("squeezenet1_1")
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+    model, loaded = cnnjax.load_pretrained(
+        "squeezenet1_1",
+        path=path,
+        num_classes=7,
+        padding="reflect",
+        dtype=jnp.bfloat16,
+    )
+    assert (model.num_classes, model.padding, model.dtype) == (7, "reflect", jnp.bfloat16)
+    head = loaded["params"].pop("classifier.1")
+    assert head["kernel"].shape == (1, 1, 512, 7)
+    assert np.std(head["kernel"]) > 0
+    assert not head["bias"].any()
+    variables["params"].pop("classifier.1")
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def real(data_dir) -> list[str]:
+    file = data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"
+    return ["--weights", str(file)]
+
+
+def test_predict_names_what_photographs_show(data_dir, capsys):
+    names = ("chelsea.png", "coffee.png")
+    photographs = [str(PHOTOGRAPHS / name) for name in names]
+    assert exit_code(predict.main, ["squeezenet1_1", *photographs, *real(data_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert lines[0] == photographs[0] and lines[6] == photographs[1]
+    assert lines[1].split("%")[1].strip() == "Egyptian cat"
+    assert lines[7].split("%")[1].strip() == "espresso"
+    shares = [float(line.split("%")[0]) for line in lines[1:6]]
+    assert shares == sorted(shares, reverse=True) and 99 < sum(shares) <= 100.05
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_evaluate_counts_the_same_in_every_layout(data_dir, tmp_path, capsys):
+    """40 photographs of the first classes, by their names and in folders by number, on 8 devices."""
+    files = sorted((data_dir / "imagenet_sample").iterdir())[:40]
+    for file in files:
+        number, _, label = file.stem.split("_", 2)
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / file.name).symlink_to(file)
+        (tmp_path / "numbers" / str(int(number))).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "numbers" / str(int(number)) / file.name).symlink_to(file)
+    for layout in ("flat", "numbers"):
+        arguments = ["squeezenet1_1", "--data_dir", str(tmp_path / layout), "--resize", "224"]
+        assert exit_code(evaluate.main, [*arguments, *real(data_dir)]) == 0
+        out = capsys.readouterr().out
+        assert "squeezenet1_1 imagenet1k_v1, 40 photographs" in out
+        assert "top-1  67.50 %   published, on 50,000: 58.178 %" in out
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["tench/a.jpg", "dog/b.jpg"], "the folder 'dog' is neither a class's number"),
+        (["1000/b.jpg"], "the folder '1000' is neither a class's number"),
+        (["1000_b.jpg"], "1000_b.jpg does not begin with a class's number, 0 to 999"),
+        (["b.jpg"], "b.jpg does not begin with a class's number"),
+        ([], "has no photographs"),
+    ],
+)
+def test_labels_that_cannot_be_told_are_refused(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=message):
+        evaluate.list_labeled(tmp_path)
+
+
+def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
+    for number in range(1000):
+        folder = tmp_path / f"n{number:08}"
+        folder.mkdir()
+        (folder / "a.jpg").touch()
+    files, labels = evaluate.list_labeled(tmp_path)
+    assert [file.parent.name for file in files] == [f"n{number:08}" for number in range(1000)]
+    assert labels.tolist() == list(range(1000))
