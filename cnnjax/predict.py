@@ -10,14 +10,28 @@ network of a finished training run. Photographs are prepared as the network was 
 import argparse
 import pathlib
 import sys
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cnnjax.runtime import backend, command
 from cnnjax.weights import records
 
+if TYPE_CHECKING:
+    from cnnjax.models import Network
+
 _BATCH = 32
 _SHOWN = 5
+
+
+class Task(NamedTuple):
+    """Photographs, and the network that is to classify them."""
+
+    model: "Network"
+    variables: dict
+    images: np.ndarray  # float32 [n, height, width, channels], normalized
+    classes: tuple[str, ...]
+    activation: str = "softmax"  # or "sigmoid", where a photograph has several classes
 
 
 def published(
@@ -27,53 +41,87 @@ def published(
     tag: str = records.V1,
     path: str | None = None,
     resize: int | None = None,
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Classifies photographs by published weights.
+) -> Task:
+    """Prepares photographs for a network with published weights.
 
     - `path`: a file to read the weights from, instead of looking for them.
     - `resize`: pixels of the shorter side, instead of the published ones.
-
-    Returns probabilities [n, 1000] and the classes' names.
     """
     from cnnjax.weights import load_pretrained, preprocess
 
     record = records.find(name, tag).resized(resize)
-    images = np.stack([preprocess(photograph, record) for photograph in photographs])
+    images = [preprocess(photograph, record) for photograph in photographs]
     model, variables = load_pretrained(name, tag=tag, path=path)
-    return probabilities(model, variables, images), records.imagenet_classes()
+    return Task(model, variables, np.stack(images), records.imagenet_classes())
 
 
-def probabilities(model, variables: dict, images: np.ndarray) -> np.ndarray:
-    """Returns the classes' probabilities [n, classes] of normalized images."""
+def trained(folder: pathlib.Path, photographs: list[pathlib.Path]) -> Task:
+    """Prepares photographs for the network of a finished training run.
+
+    Raises `ValueError` if it is none, or if it labels pixels instead of photographs.
+    """
+    from cnnjax.data.photographs import open_rgb
+    from cnnjax.data.stream import center
+    from cnnjax.train.run import open_run
+
+    run = open_run(folder)
+    if run.config.loss == "pixelwise":
+        raise ValueError(f"{folder} is a run that labels every pixel; expected one of photographs")
+    height, _, channels = run.image_shape
+    images = []
+    for photograph in photographs:
+        image = center(open_rgb(photograph.expanduser()), height, run.resize)
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
+        images.append((pixels.reshape(run.image_shape) / 255 - run.mean) / run.std)
+    activation = "sigmoid" if run.config.loss == "sigmoid" else "softmax"
+    return Task(run.model, run.variables, np.stack(images), run.classes, activation)
+
+
+def probabilities(task: Task) -> np.ndarray:
+    """Returns the probabilities [n, classes] of the classes."""
     import jax
 
     from cnnjax.train.evaluate import logits
 
-    # Batches of one size, so that one program is compiled.
-    size = min(len(images), _BATCH)
+    activation = getattr(jax.nn, task.activation)
+
+    @jax.jit
+    def compute(variables, batch):
+        return activation(logits(task.model, variables, batch))
+
+    # The last batch is filled up, so that one program is compiled.
+    size = min(len(task.images), _BATCH)
+    variables = jax.device_put(task.variables)
     found = []
-    apply = jax.jit(lambda variables, batch: jax.nn.softmax(logits(model, variables, batch)))
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        filled = np.zeros((size, *images.shape[1:]), np.float32)
+    for start in range(0, len(task.images), size):
+        batch = task.images[start : start + size]
+        filled = np.zeros((size, *batch.shape[1:]), np.float32)
         filled[: len(batch)] = batch
-        found.append(np.asarray(apply(variables, filled))[: len(batch)])
+        found.append(np.asarray(compute(variables, filled))[: len(batch)])
     return np.concatenate(found)
 
 
 def _work(options: argparse.Namespace) -> None:
     backend.start()
-    found, classes = published(
-        options.model,
-        options.photographs,
-        tag=options.tag,
-        path=options.weights,
-        resize=options.resize,
-    )
-    for photograph, row in zip(options.photographs, found):
+    folder = pathlib.Path(options.model).expanduser()
+    if folder.is_dir():
+        if options.weights or options.resize:
+            raise ValueError("weights and resize are those of the run; leave out the options")
+        task = trained(folder, options.photographs)
+    elif folder.name != options.model:
+        raise ValueError(f"{folder} is neither a network's name nor a run's work directory")
+    else:
+        task = published(
+            options.model,
+            options.photographs,
+            tag=options.tag,
+            path=options.weights,
+            resize=options.resize,
+        )
+    for photograph, row in zip(options.photographs, probabilities(task)):
         print(photograph)
         for number in np.argsort(-row, kind="stable")[:_SHOWN]:
-            print(f"  {100 * row[number]:6.2f} %  {classes[number]}")
+            print(f"  {100 * row[number]:6.2f} %  {task.classes[number]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

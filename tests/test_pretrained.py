@@ -18,8 +18,10 @@ from quick import exit_code
 from test_weights import numbered
 
 import cnnjax
+import configs.lenet_digits
 from cnnjax import evaluate, predict, transfer, weights
 from cnnjax.models import create_model
+from cnnjax.runtime import workdir
 from cnnjax.weights import __main__ as listing
 from cnnjax.weights import download
 
@@ -335,6 +337,68 @@ def test_predict_names_what_photographs_show(data_dir, capsys):
     assert lines[7].split("%")[1].strip() == "espresso"
     shares = [float(line.split("%")[0]) for line in lines[1:6]]
     assert shares == sorted(shares, reverse=True) and 99 < sum(shares) <= 100.05
+
+
+def finished_run(folder: pathlib.Path, **settings) -> tuple:
+    """The work directory of a run on digits that was never trained -> its model and variables."""
+    config = configs.lenet_digits.get_config()
+    config.update(settings)
+    model = create_model("lenet", num_classes=10, input_shape=(8, 8, 1))
+    variables = {"batch_stats": {}, **numbered(model)}
+    folder.mkdir()
+    weights.save_torchvision(variables, folder / transfer.WEIGHTS)
+    workdir.write_json(folder / "config.json", config.to_dict())
+    results = {
+        "classes": [f"digit {number}" for number in range(10)],
+        "image_shape": [8, 8, 1],
+        "mean": [0.25],
+        "std": [0.5],
+    }
+    workdir.write_json(folder / "results.json", results)
+    return model, variables
+
+
+def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
+    """Grayscale, at the run's size, normalized by the run's own moments."""
+    model, variables = finished_run(tmp_path / "run")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
+    files = []
+    for number, image in enumerate(pixels):
+        files.append(str(tmp_path / f"{number}.png"))
+        PIL.Image.fromarray(image[..., 0]).save(files[-1])
+    task = predict.trained(tmp_path / "run", [pathlib.Path(file) for file in files])
+    normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
+    np.testing.assert_allclose(task.images, normalized, atol=1e-6)
+    expected = jax.nn.softmax(jax.jit(model.apply)(variables, normalized))
+    np.testing.assert_allclose(predict.probabilities(task), expected, atol=1e-5)
+
+    assert exit_code(predict.main, [str(tmp_path / "run"), *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[6] == files[1]
+    assert lines[7].endswith(f"%  digit {int(expected[1].argmax())}")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--resize", "224"], "weights and resize are those of the run"),
+        (["run/none"], "run/none is neither a network's name nor a run's work directory"),
+        (["resnet5"], "model='resnet5' has no published ImageNet weights; did you mean resnet"),
+        (["squeezenet1_1", "--resize", "8"], "resize=8 is not at least 224"),
+    ],
+)
+def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path / "run", loss="pixelwise")
+    model, *options = arguments
+    assert exit_code(predict.main, [model, "photo.jpg", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predict_refuses_a_run_that_labels_pixels(tmp_path):
+    finished_run(tmp_path / "run", loss="pixelwise")
+    with pytest.raises(ValueError, match="labels every pixel"):
+        predict.trained(tmp_path / "run", [])
 
 
 @pytest.mark.usefixtures("standard_promotion")
