@@ -111,7 +111,7 @@ def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) 
 
 
 class _Inert:
-    """A stand-in for NumPy's objects in a pickle: it keeps their state and calls nothing."""
+    """A stand-in for NumPy's objects in a pickle, which keeps their state."""
 
     state = ()
 
@@ -223,7 +223,10 @@ class File(NamedTuple):
 
 
 def _reason(error: BaseException) -> str:
-    """Put an exception's first cause in a line; the libraries above it say more and tell less."""
+    """Put an exception's first cause in a line.
+
+    The libraries above it say more and tell less.
+    """
     while error.__context__:
         error = error.__context__
     return " ".join(str(error).split())[:300]
@@ -256,7 +259,7 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _check_hash(path: pathlib.Path, file: File) -> None:
-    """Refuse a file other than the published one, before anything of it is decompressed."""
+    """Refuse a file other than the published one before it is decompressed."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest != file.md5:
@@ -370,9 +373,13 @@ class Cifar:
     counts: tuple[int, int] = (50_000, 10_000)
 
     def _find_folder(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path] | None:
-        """Find the folder of the batches -> (whether their layout is the binary one, the folder).
+        """Find the folder of the batches.
 
-        None if there is none. Raises `ValueError` if some of the batches are missing.
+        Returns:
+          Whether their layout is the binary one, and the folder; None if there is none.
+
+        Raises:
+          ValueError: if some of the batches are missing.
         """
         for is_binary, folder in ((True, self.binary), (False, self.python)):
             suffix = ".bin" if is_binary else ""
@@ -389,7 +396,11 @@ class Cifar:
         return None
 
     def _find_archive(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path]:
-        """Find or download the archive -> (whether its layout is the binary one, its path)."""
+        """Find or download the archive.
+
+        Returns:
+          Whether its layout is the binary one, and its path.
+        """
         binary, python = self.archives
         is_binary = (data_dir / binary.name).is_file() or not (data_dir / python.name).is_file()
         file = binary if is_binary else python
@@ -526,7 +537,7 @@ class CamVid:
 
 
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Map the names of image files, without suffixes, to their paths; an absent folder has none."""
+    """Map the names of image files without suffixes to their paths."""
     if not folder.is_dir():
         return {}
     return {path.stem: path for path in list_folder(folder).images}
@@ -610,20 +621,35 @@ DATASETS: dict[str, Source] = {
         ),
     ),
     "cifar10": Cifar(
-        "cifar-10-batches-bin",
-        "cifar-10-batches-py",
-        _cifar_files(10, "c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"),
-        tuple(f"data_batch_{number}" for number in range(1, 6)),
-        "test_batch",
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        binary="cifar-10-batches-bin",
+        python="cifar-10-batches-py",
+        archives=_cifar_files(
+            10, "c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"
+        ),
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test="test_batch",
+        classes=(
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ),
     ),
     "cifar100": Cifar(
-        "cifar-100-binary",
-        "cifar-100-python",
-        _cifar_files(100, "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"),
-        ("train",),
-        "test",
-        tuple(_CIFAR100.split()),
+        binary="cifar-100-binary",
+        python="cifar-100-python",
+        archives=_cifar_files(
+            100, "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"
+        ),
+        train=("train",),
+        test="test",
+        classes=tuple(_CIFAR100.split()),
         label_bytes=2,
         key=b"fine_labels",
     ),
@@ -639,7 +665,7 @@ def check_name(name: str) -> None:
 
 
 def loss_of(name: str) -> str:
-    """Return the loss that a data set's labels are for: one class an image unless it says so."""
+    """Return the loss that a data set's labels are for."""
     return getattr(DATASETS.get(name), "loss", "cross_entropy")
 
 
@@ -694,7 +720,8 @@ def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       images: uint8 [n, height, width, channels].
     """
     levels = np.arange(256) / 255
-    means, deviations = [], []
+    means = []
+    deviations = []
     for channel in range(images.shape[-1]):
         values = images[..., channel].ravel()
         share = np.bincount(values, minlength=256) / values.size

@@ -47,7 +47,10 @@ def _crop(key, image, padding, fill, value=0):
 
 
 def _cutout(key, image, size):
-    """Blacken a square whose center is anywhere in the image (DeVries and Taylor 2017)."""
+    """Blacken a square whose center is anywhere in the image.
+
+    DeVries and Taylor 2017.
+    """
     center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
 
     def inside(length, middle):

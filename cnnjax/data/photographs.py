@@ -1,4 +1,4 @@
-"""Image files: which are read and how; photographs, and synthetic images beside them.
+"""Image files, and which of them are read; photographs and synthetic images.
 
 Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
 """
@@ -175,8 +175,13 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
         if image.mode[0] in "IF":
             raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
         image.load()
+        # Pillow converts a palette with transparency the same way, but with a warning.
+        if image.mode == "P":
+            return image.convert("RGBA").convert("RGB")
         # Converting an image that is RGB already would copy it.
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "RGB":
+            return image
+        return image.convert("RGB")
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
@@ -210,8 +215,10 @@ def split(
     for i in range(len(ends)):
         # At least one photograph for each part before this end, and for each part after it.
         ends[i] = min(max(ends[i], i + 1), len(paths) - len(ends) + i + 1)
-    parts = np.split(order, ends[:-1])
-    return [[paths[number] for number in sorted(part)] for part in parts]
+    parts = []
+    for part in np.split(order, ends[:-1]):
+        parts.append([paths[number] for number in sorted(part)])
+    return parts
 
 
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:

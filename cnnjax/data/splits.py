@@ -1,4 +1,7 @@
-"""Rules that data sets in memory and streamed ones share: valid labels, held-out images."""
+"""Valid labels and held-out images.
+
+The rules are the same for data sets in memory and for streamed ones.
+"""
 
 import numpy as np
 

@@ -1,10 +1,11 @@
-"""Images decoded as they are needed: folders and prepared tensorflow-datasets, streamed by grain.
+"""Folders of images and prepared tensorflow-datasets, streamed by grain.
 
 A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a
 step gives what an uninterrupted one gives from there.
 """
 
 import atexit
+import collections
 import dataclasses
 import functools
 import gc
@@ -29,7 +30,7 @@ from cnnjax.data.photographs import SUFFIXES, Damaged, describe_others, list_fol
 _LOG = logging.getLogger("cnnjax")
 # The names of the validation split; ImageNet's labeled test is called so, too.
 _VALIDATION = ("val", "validation", "valid")
-# Pixels of a resized image, 67 MB in Pillow.
+# The most pixels that an image is resized to as a whole: 67 MB in Pillow.
 _MOST_RESIZED = 2**24
 # Images that one process decodes in the seconds that worker processes take to start.
 FEW_IMAGES = 500
@@ -38,10 +39,10 @@ FEW_IMAGES = 500
 
 
 class Folder:
-    """Images under ROOT/CLASS/ in the order of their names; classes are the folders' names.
+    """Images under ROOT/CLASS/ in the order of their names.
 
-    Hidden folders are no classes. Files of other kinds, files beside the class folders and folders
-    inside them are passed over, and `passed_over` says how many of each.
+    The classes are the folders' names; hidden folders are none. Other files, images outside a
+    class folder and folders inside one are passed over; `passed_over` says how many.
 
     Raises:
       ValueError: if there are no images, or a class has none.
@@ -61,24 +62,17 @@ class Folder:
         others = top.others
         if top.images:
             others["outside a class folder"] = len(top.images)
-        nested = []
+        nested: list[pathlib.Path] = []
         for label, folder in enumerate(top.folders):
             _check_name(folder)
             listing = list_folder(folder)
             if not listing.images:
-                reason = describe_others(listing.others) if listing.others else "it is empty"
+                reason = _describe_left(root, listing.others, listing.folders) or "it is empty"
                 raise ValueError(f"the class folder {folder} has no images; {expected} ({reason})")
             self.files += [(path, label) for path in listing.images]
             others += listing.others
-            nested += [str(path.relative_to(root)) for path in listing.folders]
-        passed_over = []
-        if others:
-            passed_over.append(describe_others(others))
-        if nested:
-            folders = "folder" if len(nested) == 1 else "folders"
-            names = ", ".join(nested[:3]) + (", ..." if len(nested) > 3 else "")
-            passed_over.append(f"{len(nested):,} {folders} passed over: {names}")
-        self.passed_over = "; ".join(passed_over)
+            nested += listing.folders
+        self.passed_over = _describe_left(root, others, nested)
 
     def __len__(self):
         return len(self.files)
@@ -90,6 +84,22 @@ class Folder:
     def labels(self) -> np.ndarray:
         """Return the labels of all images, int32 [n]."""
         return np.array([label for _, label in self.files], np.int32)
+
+
+def _describe_left(
+    root: pathlib.Path, others: collections.Counter[str], folders: list[pathlib.Path]
+) -> str:
+    """Describe the files and folders that are passed over; empty if there are none."""
+    passed_over = []
+    if others:
+        passed_over.append(describe_others(others))
+    if folders:
+        noun = "folder" if len(folders) == 1 else "folders"
+        names = [str(path.relative_to(root)) for path in folders[:3]]
+        if len(folders) > 3:
+            names.append("...")
+        passed_over.append(f"{len(folders):,} {noun} passed over: {', '.join(names)}")
+    return "; ".join(passed_over)
 
 
 def _check_name(folder: pathlib.Path) -> None:
@@ -117,9 +127,11 @@ class Tfds:
         import tensorflow_datasets as tfds
 
         self.place = f"dataset='tfds:{name}', split {split!r}"
-        self._split, self._records_of = split, (name, data_dir or None)
+        self._name = name
+        self._data_dir = data_dir or None
+        self._split = split
         try:
-            builder = tfds.builder(name, data_dir=data_dir or None)
+            builder = tfds.builder(name, data_dir=self._data_dir)
             self._records = builder.as_data_source(split=split)
         except Exception as error:
             # It raises errors of many kinds, among them of TensorFlow's absence.
@@ -154,7 +166,8 @@ class Tfds:
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         record = self._record(self._records, index)
-        pixels, label = record[self._image], int(record[self._label])
+        pixels = record[self._image]
+        label = int(record[self._label])
         splits.check_labels(np.array([label]), len(self.classes), f"record {index} of {self.place}")
         if pixels.shape[-1] == 1:
             pixels = pixels[..., 0]
@@ -164,10 +177,9 @@ class Tfds:
         """The records with their images as encoded bytes."""
         import tensorflow_datasets as tfds
 
-        name, data_dir = self._records_of
-        return tfds.builder(name, data_dir=data_dir).as_data_source(
-            split=self._split, decoders={self._image: tfds.decode.SkipDecoding()}
-        )
+        builder = tfds.builder(self._name, data_dir=self._data_dir)
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split=self._split, decoders=decoders)
 
     def labels(self) -> np.ndarray:
         """Read the labels of all images, int32 [n], which reads their files whole.
@@ -209,7 +221,7 @@ Source = Folder | Tfds | Part
 
 
 def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
-    """Divide a source into (the rest, `count` images), as `splits.hold_out` chooses them."""
+    """Divide a source into (the rest, `count` images) by `splits.hold_out`."""
     mask = splits.hold_out(source.labels(), count)
     return Part(source, np.flatnonzero(~mask)), Part(source, np.flatnonzero(mask))
 
@@ -272,7 +284,7 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
 
 
 def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
-    """Open the splits of a data set, and log how many images of how many classes each has.
+    """Open the splits of a data set and log the number of images and classes.
 
     Args:
       dataset: as in `find_splits`.
@@ -297,9 +309,10 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
     trained = opened["train"].classes
     for use, source in opened.items():
         noun = "class" if len(source.classes) == 1 else "classes"
-        passed_over = source.passed_over and f"; {source.passed_over}"
-        counts = f"{len(source):,} images, {len(source.classes)} {noun}"
-        _LOG.info("%s: %s in %s%s", use, counts, source.place, passed_over)
+        counts = f"{len(source):,} images, {len(source.classes)} {noun} in {source.place}"
+        if source.passed_over:
+            counts = f"{counts}; {source.passed_over}"
+        _LOG.info("%s: %s", use, counts)
         if source.classes != trained:
             raise ValueError(
                 f"data_dir={data_dir!r}: the {use} split has the classes "
@@ -351,7 +364,7 @@ def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator)
     )
 
 
-def _crop(
+def resized_crop(
     image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
 ) -> PIL.Image.Image:
     """Crop a square from the image with its shorter side resized to `shorter`.
@@ -387,7 +400,7 @@ def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
       size: the crop's side in pixels.
       resize: the image's shorter side before the crop; 0 for the customary 256/224 of `size`.
     """
-    return _crop(image, size, resize or round(size * 256 / 224), None)
+    return resized_crop(image, size, resize or round(size * 256 / 224), None)
 
 
 # ------------------------------------------------------------------ batches
@@ -400,7 +413,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
-    """Training batches as a sequence, of which each of grain's workers takes its steps."""
+    """Training batches as a sequence; each of grain's workers takes its steps."""
 
     source: Source
     batch_size: int
@@ -421,25 +434,31 @@ class _TrainingBatches:
         order = _epoch_order(self.seed, epoch, count)
         share = self.batch_size // self.process_count
         start = within * self.batch_size + self.process_index * share
-        images, labels, damaged = [], [], []
+        images = []
+        labels = []
+        damaged = []
         for place in range(start, start + share):
             image, label, number = self._decoded(order, place)
             generator = np.random.default_rng([self.seed, epoch, int(order[place])])
             if self.resize:
-                crop = _crop(image, self.size, self.resize, generator)
+                crop = resized_crop(image, self.size, self.resize, generator)
             else:
                 crop = area_crop(image, self.size, generator)
             images.append(np.asarray(crop))
             labels.append(label)
             damaged.append(number)
-        batch = np.stack(images), np.asarray(labels, np.int32)
-        return (*batch, np.asarray(damaged, np.int32)) if self.skip_damaged else batch
+        batch = [np.stack(images), np.asarray(labels, np.int32)]
+        if self.skip_damaged:
+            batch.append(np.asarray(damaged, np.int32))
+        return tuple(batch)
 
     def _decoded(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
-        """Decode an image of an epoch -> (the image, its label, -1).
+        """Decode the image at a place in an epoch's order.
 
-        In the place of a damaged one it is the next of the epoch's order that is whole, and the
-        last value is the damaged one's number.
+        In the place of a damaged one it is the next that is whole.
+
+        Returns:
+          The image, its label, and the damaged one's number or -1.
         """
         for after in range(len(order)):
             try:
@@ -449,7 +468,8 @@ class _TrainingBatches:
                     raise
                 last = error
             else:
-                return image, label, int(order[place]) if after else -1
+                damaged = int(order[place]) if after else -1
+                return image, label, damaged
         raise ValueError(
             f"skip_damaged=True: none of the {len(order)} images can be decoded; {last}"
         )
@@ -468,7 +488,8 @@ class _EvaluationBatches:
         return math.ceil(len(self.source) / self.batch_size)
 
     def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
-        images, labels = [], []
+        images = []
+        labels = []
         start = at * self.batch_size
         for index in range(start, min(start + self.batch_size, len(self.source))):
             image, label = self.source[index]
@@ -570,7 +591,11 @@ def _close_open() -> None:
 
 
 def _closing(iterator, count: int, has_workers: bool) -> Iterator:
-    """Give `count` batches and end the worker processes before the last, or when let go of."""
+    """Give `count` batches; end the worker processes before the last.
+
+    Or earlier, when the iterator is let go of.
+    """
+    failure = None
     try:
         for left in reversed(range(count)):
             batch = next(iterator)
@@ -579,6 +604,11 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
                 batch = tuple(map(np.array, batch))
             if left:
                 yield batch
+    except Exception as error:
+        if not has_workers:
+            raise
+        # The frames of its traceback hold the iterator, so it is raised without.
+        failure = error.with_traceback(None)
     finally:
         iterator.close()
         if has_workers:
@@ -586,12 +616,17 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
             # shared memory.
             del iterator
             gc.collect()
+    if failure:
+        raise failure
     if count:
         yield batch
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepare a worker process: it leaves signals to its parent, and ends when that has ended."""
+    """Prepare a worker process.
+
+    It leaves signals to its parent, and ends when that has ended, in whatever way.
+    """
     # Signals such as Ctrl-C reach all processes of a group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
