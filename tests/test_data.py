@@ -1,4 +1,4 @@
-"""Data sets come from their original files, in every published layout, whole or not at all."""
+"""Data sets come from their original files, in every layout, whole or not at all."""
 
 import dataclasses
 import gzip
@@ -11,6 +11,7 @@ import tarfile
 import threading
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from cnnjax.data import arrays, splits
@@ -22,24 +23,19 @@ def test_cifar10_is_the_published_one(data_dir):
         assert split.images.shape == (10 * each, 32, 32, 3) and split.images.dtype == np.uint8
         assert np.bincount(split.labels).tolist() == [each] * 10
     mean, std = arrays.normalization(found.train.images)
-    np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=5e-5)  # as printed everywhere
+    # As printed everywhere.
+    np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
     np.testing.assert_allclose(std, [0.2470, 0.2435, 0.2616], atol=5e-5)
 
 
 def test_mnist_is_the_published_one(data_dir):
     found = arrays.load("mnist", str(data_dir))
-    assert found.train.images.shape == (60_000, 28, 28, 1) and found.test.images.shape == (
-        10_000,
-        28,
-        28,
-        1,
-    )
-    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and found.test.labels[
-        :5
-    ].tolist() == [7, 2, 1, 0, 4]
-    np.testing.assert_allclose(
-        arrays.normalization(found.train.images), [[0.1307], [0.3081]], atol=5e-5
-    )
+    assert found.train.images.shape == (60_000, 28, 28, 1)
+    assert found.test.images.shape == (10_000, 28, 28, 1)
+    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert found.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    moments = arrays.normalization(found.train.images)
+    np.testing.assert_allclose(moments, [[0.1307], [0.3081]], atol=5e-5)
 
 
 def test_the_default_needs_no_file():
@@ -48,7 +44,7 @@ def test_the_default_needs_no_file():
     assert found.train.images.max() == 255 and found.validation is None
 
 
-# ------------------------------------------------------------------ every layout, on small files made here
+# ------------------------------------------------------------------ every layout, on small files
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
@@ -73,7 +69,8 @@ def python(first, last, key=b"labels"):
 
 
 def batches(is_binary):
-    make, suffix = (binary, ".bin") if is_binary else (python, "")
+    make = binary if is_binary else python
+    suffix = ".bin" if is_binary else ""
     parts = {f"data_batch_{n + 1}{suffix}": make(3 * n, 3 * n + 3) for n in range(5)}
     return parts | {f"test_batch{suffix}": make(15, 20)}
 
@@ -99,14 +96,12 @@ def archive(path, folder, files):
 
 
 def as_published(source, path):
-    """The data set of which an archive made here is the published one."""
+    """Make an archive the published one of a data set."""
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    return dataclasses.replace(
-        source,
-        archives=tuple(
-            file._replace(md5=md5) if file.name == path.name else file for file in source.archives
-        ),
-    )
+    archives = []
+    for file in source.archives:
+        archives.append(file._replace(md5=md5) if file.name == path.name else file)
+    return dataclasses.replace(source, archives=tuple(archives))
 
 
 def assert_ours(found):
@@ -125,20 +120,21 @@ def test_cifars_layouts(tmp_path, source, make, is_binary, place):
         archive(path, folder, make(is_binary))
         source = as_published(source, path)
     else:
-        write(tmp_path / folder if place == "folder" else tmp_path, make(is_binary))
+        parent = tmp_path / folder if place == "folder" else tmp_path
+        write(parent, make(is_binary))
     assert_ours(source.read(tmp_path))
 
 
 def idx(values):
-    return (
-        bytes((0, 0, 8, values.ndim))
-        + b"".join(n.to_bytes(4, "big") for n in values.shape)
-        + values.tobytes()
-    )
+    sizes = b"".join(n.to_bytes(4, "big") for n in values.shape)
+    return bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes()
 
 
 def small_idx(url="http://localhost:1/"):
-    """MNIST's layout with 15 and 5 images, its four files' contents, compressed, and a source that knows their hashes."""
+    """Make MNIST's layout with 15 and 5 images.
+
+    Returns a source that knows the files' hashes, and their compressed contents by name.
+    """
     files = {}
     for part, where in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
         files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[where, ..., 0]))
@@ -147,9 +143,9 @@ def small_idx(url="http://localhost:1/"):
         arrays.File(name, (url + name,), hashlib.md5(content).hexdigest())
         for name, content in files.items()
     )
-    return dataclasses.replace(
-        arrays.DATASETS["mnist"], files=entries, counts=(15, 5), shape=(32, 32, 1)
-    ), files
+    mnist = arrays.DATASETS["mnist"]
+    source = dataclasses.replace(mnist, files=entries, counts=(15, 5), shape=(32, 32, 1))
+    return source, files
 
 
 @pytest.mark.parametrize("place", ["mnist", "MNIST/raw", ""])
@@ -160,10 +156,8 @@ def test_mnists_layout_compressed_or_not(tmp_path, place):
     if place:
         for name in files:
             (tmp_path / place / name).unlink()
-        write(
-            tmp_path / place,
-            {name.removesuffix(".gz"): gzip.decompress(content) for name, content in files.items()},
-        )
+        plain = {name[:-3]: gzip.decompress(content) for name, content in files.items()}
+        write(tmp_path / place, plain)
         np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
@@ -211,6 +205,50 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
         arrays.load("cifar10", str(tmp_path))
 
 
+class Own:
+    """A data set of one's own, whose test set has `labels`."""
+
+    classes = ("a", "b")
+
+    def __init__(self, loss, labels):
+        self.loss = loss
+        self.labels = np.array(labels)
+
+    def read(self, data_dir):
+        images = np.zeros((2, 2, 1, 1), np.uint8)
+        good = arrays.Split(images, np.zeros_like(self.labels))
+        return good, arrays.Split(images, self.labels)
+
+
+@pytest.mark.parametrize(
+    "loss, labels, wrong",
+    [
+        ("cross_entropy", [0, -1], -1),
+        ("cross_entropy", [2, 1], 2),
+        ("pixelwise", [[[0], [255]], [[1], [2]]], 2),
+        ("sigmoid", [[0, 1], [2, 0]], 2),
+    ],
+)
+def test_labels_of_any_kind_are_checked(monkeypatch, loss, labels, wrong):
+    monkeypatch.setitem(arrays.DATASETS, "own", Own(loss, labels))
+    with pytest.raises(
+        ValueError,
+        match=f"^the test set of own in data_dir='x' has the label {wrong}; expected 0 to 1$",
+    ):
+        arrays.load("own", "x")
+
+
+def test_a_mask_in_jpeg_is_refused(tmp_path):
+    """Its compression changes labels."""
+    source = arrays.CamVid("pixelwise", size=(8, 8))
+    mask = PIL.Image.new("L", (8, 8), 3)
+    mask.save(tmp_path / "mask.png")
+    assert (source._mask(tmp_path / "mask.png") == 3).all()
+    mask.save(tmp_path / "mask.jpg", quality=100)
+    with pytest.raises(ValueError, match="mask.jpg is a mask in JPEG, which changes labels"):
+        source._mask(tmp_path / "mask.jpg")
+
+
 def test_a_damaged_gzip_and_a_wrong_header_are_named(tmp_path):
     source, files = small_idx()
     write(tmp_path / "mnist", files)
@@ -226,13 +264,15 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
     path = tmp_path / SMALL.archives[0].name
     with tarfile.open(path, "w:gz") as file:
         member = tarfile.TarInfo(f"{SMALL.binary}/data_batch_1.bin")
-        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        member.type = tarfile.SYMTYPE
+        member.linkname = "/etc/passwd"
         file.addfile(member)
     for content in (path.read_bytes(), path.read_bytes()[:40]):
         path.write_bytes(content)
         with pytest.raises(
             ValueError,
-            match=f"^{path} has the MD5 hash .*, and the published file has c32a1d4a.*: it is damaged or another",
+            match=f"^{path} has the MD5 hash .*, and the published file has c32a1d4a.*: it is "
+            "damaged or another",
         ):
             SMALL.read(tmp_path)
 
@@ -242,8 +282,12 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
 
 @pytest.fixture
 def server():
-    """Serves `files`, and breaks off after `cut` bytes of any; yields (its address, files, settings)."""
-    files, settings = {}, {"cut": None}
+    """Serve `files`, and break off after `cut` bytes of any.
+
+    Yields (its address, files, settings).
+    """
+    files = {}
+    settings = {"cut": None}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -279,12 +323,8 @@ def test_a_second_address_serves_where_the_first_does_not(tmp_path, server):
     address, served, _ = server
     source, files = small_idx(address)
     served |= files
-    source = dataclasses.replace(
-        source,
-        files=tuple(
-            file._replace(urls=("http://localhost:1/x", *file.urls)) for file in source.files
-        ),
-    )
+    more = [file._replace(urls=("http://localhost:1/x", *file.urls)) for file in source.files]
+    source = dataclasses.replace(source, files=tuple(more))
     np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
@@ -299,15 +339,14 @@ def test_a_second_address_serves_where_the_first_does_not(tmp_path, server):
 )
 def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, fault, reason):
     address, served, settings = server
-    source, files = small_idx("http://localhost:1/" if fault == "unreachable" else address)
-    served |= (
-        {}
-        if fault == "absent"
-        else {name: gzip.compress(b"another file") for name in files}
-        if fault == "other"
-        else files
-    )
-    settings["cut"] = 50 if fault == "cut" else None
+    if fault == "unreachable":
+        address = "http://localhost:1/"
+    source, files = small_idx(address)
+    if fault == "other":
+        served |= dict.fromkeys(files, gzip.compress(b"another file"))
+    elif fault == "cut":
+        served |= files
+        settings["cut"] = 50
     data_dir = tmp_path / "new" / "data"
     with pytest.raises(
         ValueError,
@@ -323,14 +362,28 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, 
 
 
 def test_the_held_out_images_are_balanced_and_the_same_each_time():
-    found, again = (arrays.load("digits", n_validation=101) for _ in range(2))
+    found = arrays.load("digits", n_validation=101)
+    again = arrays.load("digits", n_validation=101)
     assert len(found.train.labels) == 1437 - 101 and len(found.validation.labels) == 101
     assert set(np.bincount(found.validation.labels)) == {10, 11}
     np.testing.assert_array_equal(found.validation.images, again.validation.images)
     whole = arrays.load("digits").train
     mask = splits.hold_out(whole.labels, 101)
-    np.testing.assert_array_equal(found.train.images, whole.images[~mask])  # in their order
+    # In their order.
+    np.testing.assert_array_equal(found.train.images, whole.images[~mask])
     np.testing.assert_array_equal(found.validation.images, whole.images[mask])
+
+
+@pytest.mark.parametrize("count, most", [(1, 1), (4, 2), (7, 3), (9, 5)])
+def test_a_class_keeps_its_last_image(count, most):
+    """The larger of four classes give more where the smaller have no more."""
+    labels = np.random.default_rng(0).permutation(np.repeat([5, 7, 8, 9], [1, 2, 4, 6]))
+    mask = splits.hold_out(labels, count)
+    shares = np.bincount(labels[mask], minlength=10)[[5, 7, 8, 9]]
+    assert shares.sum() == mask.sum() == count
+    assert shares.max() == most and (shares < [1, 2, 4, 6]).all()
+    # A class gives as many as the most generous one, or one less, or all but its last.
+    assert ((shares >= most - 1) | (shares == np.array([0, 1, 3, 5]))).all()
 
 
 @pytest.mark.parametrize(
@@ -338,7 +391,8 @@ def test_the_held_out_images_are_balanced_and_the_same_each_time():
     [
         (
             {"name": "cifar11"},
-            "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, camvid, camvid_scenes, tfds:NAME, folder",
+            "dataset='cifar11' is not one of digits, mnist, fashion_mnist, cifar10, cifar100, "
+            "camvid, camvid_scenes, tfds:NAME, folder",
         ),
         ({"name": "digits", "n_validation": -1}, "n_validation=-1 is not between 1 and 1427"),
         (

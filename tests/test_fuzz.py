@@ -1,10 +1,15 @@
-"""Files from strangers: whatever is in them, a reader gives what it promises or raises a `ValueError` of one line, in bounded memory and
-time, and runs nothing. CNNJAX_FUZZ sets the number of mutants of each reader, CNNJAX_FUZZ_SEED which ones they are."""
+"""Files from strangers.
+
+Whatever is in them, a reader gives what it promises or raises a `ValueError` of one line, in
+bounded memory and time, and runs nothing. CNNJAX_FUZZ sets the number of mutants of each reader,
+and CNNJAX_FUZZ_SEED which ones they are.
+"""
 
 import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -29,11 +34,14 @@ from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import checkpoints
 
-CASES, SEED = int(os.environ.get("CNNJAX_FUZZ", 100)), int(os.environ.get("CNNJAX_FUZZ_SEED", 0))
-_SECONDS = 20.0  # of processor time, at most, for one file
-_MOST_PIXELS_MB = 800  # 4 bytes in Pillow and 3 in the array for each of Pillow's MAX_IMAGE_PIXELS, about 90 million
+CASES = int(os.environ.get("CNNJAX_FUZZ", 100))
+SEED = int(os.environ.get("CNNJAX_FUZZ_SEED", 0))
+# The processor time that one file may take.
+_SECONDS = 20.0
+# Pillow's MAX_IMAGE_PIXELS is about 90 million, each of 4 bytes in Pillow and 3 in the array.
+_MOST_PIXELS_MB = 800
 
-# ------------------------------------------------------------------ watching: what a reader does besides
+# ------------------------------------------------------------------ watching what a reader does
 
 _FORBIDDEN = (
     "subprocess.",
@@ -51,16 +59,16 @@ _FORBIDDEN = (
     "os.link",
     "os.symlink",
 )
-_armed, _seen = [], []
+_armed = []
+_seen = []
 
 
 def _audit(event: str, arguments: tuple) -> None:
-    if _armed and (
-        event.startswith(_FORBIDDEN)
-        or event == "open"
-        and isinstance(arguments[1], str)
-        and set(arguments[1]) & set("wax+")
-    ):
+    if not _armed:
+        return
+    mode = arguments[1] if event == "open" else None
+    is_writing = isinstance(mode, str) and set(mode) & set("wax+")
+    if is_writing or event.startswith(_FORBIDDEN):
         _seen.append((event, arguments))
 
 
@@ -68,24 +76,28 @@ sys.addaudithook(_audit)
 
 
 def _memory(field: str) -> float:
-    """This process's memory in MB: "VmRSS" now, "VmHWM" at most since it was last asked for anew."""
-    return next(
-        int(line.split()[1]) / 1024
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
+    """Return this process's memory in MB: "VmRSS" now, "VmHWM" at most."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
+    return int(kilobytes) / 1024
 
 
 class Watch:
-    """Reads files, and counts what is refused; fails where a reader does anything but read or raise a `ValueError` of one line."""
+    """Reads files and counts what is refused.
+
+    It fails where a reader does anything but read or raise a `ValueError` of one line.
+    """
 
     def __init__(self, most_mb: float):
         self.refused = self.read = 0
-        self.most_mb, self.before = most_mb, _memory("VmRSS")
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
+        self.most_mb = most_mb
+        self.before = _memory("VmRSS")
+        # This resets the peak, "VmHWM": proc(5).
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
 
     def __call__(self, reader, *arguments):
-        began, found = time.process_time(), None
+        began = time.process_time()
+        found = None
         _armed.append(True)
         try:
             found = reader(*arguments)
@@ -123,7 +135,10 @@ _EXTREME = [
 
 
 def mutants(seeds: list[bytes], cases: int):
-    """Files that were changed in a few places, most of them near an end, where headers are; some are cut, joined or nothing but noise."""
+    """Change files in a few places, most of them near an end, where headers are.
+
+    Some are cut, joined or nothing but noise.
+    """
     generator = np.random.default_rng([SEED, zlib.crc32(seeds[0])])
     below = lambda n: int(generator.integers(max(n, 1)))
     for _ in range(cases):
@@ -131,12 +146,13 @@ def mutants(seeds: list[bytes], cases: int):
         if not below(50):
             data = bytearray(generator.bytes(below(300)))
         for _ in range(1 + below(4)):
-            size, near = (
-                len(data),
-                min(len(data), int(generator.choice([16, 64, 256, len(data) + 1]))),
-            )
-            at = below(near) if below(4) else size - 1 - below(near)
-            at, kind = max(at, 0), below(9)
+            size = len(data)
+            near = min(size, int(generator.choice([16, 64, 256, size + 1])))
+            from_the_end = not below(4)
+            at = below(near)
+            if from_the_end:
+                at = max(size - 1 - at, 0)
+            kind = below(9)
             if kind <= 2:
                 data[at : at + 1] = bytes([below(256)])
             elif kind == 3:
@@ -153,11 +169,15 @@ def mutants(seeds: list[bytes], cases: int):
                 other = seeds[below(len(seeds))]
                 data[at:] = other[min(at, below(len(other))) :]
             else:
-                del data[at if below(2) else below(size) :]
+                if not below(2):
+                    at = below(size)
+                del data[at:]
         yield bytes(data)
 
 
-# ------------------------------------------------------------------ readers: the seeds, a function that places a file and gives its reader, and the memory allowed, MB
+# ------------------------------------------------------------------ readers
+# Each returns the seeds, a function that places a file and gives its reader, and the memory
+# allowed in MB.
 
 
 def idx_files(folder):
@@ -171,7 +191,8 @@ def idx_files(folder):
 
 def gzipped(folder):
     content = gzip.compress(idx(np.zeros((5, 4, 3), np.uint8)))
-    file, path = arrays.File("x.gz", (), hashlib.md5(content).hexdigest()), folder / "x.gz"
+    file = arrays.File("x.gz", (), hashlib.md5(content).hexdigest())
+    path = folder / "x.gz"
 
     def place(mutant):
         path.write_bytes(mutant)
@@ -182,12 +203,8 @@ def gzipped(folder):
 
 def archives(folder):
     path = folder / SMALL.archives[0].name
-    archive(
-        path,
-        SMALL.binary,
-        {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)}
-        | {"test_batch.bin": binary(15, 20)},
-    )
+    batches = {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)}
+    archive(path, SMALL.binary, batches | {"test_batch.bin": binary(15, 20)})
     content = path.read_bytes()
     source = as_published(SMALL, path)
 
@@ -209,11 +226,8 @@ def cifar_binary(folder):
 def cifar_pickle(folder):
     def check(content):
         found = arrays.read_cifar_pickle(content, "x", 3)
-        assert (
-            found.images.shape == (3, 32, 32, 3)
-            and found.images.dtype == np.uint8
-            and found.labels.shape == (3,)
-        )
+        assert found.images.shape == (3, 32, 32, 3) and found.images.dtype == np.uint8
+        assert found.labels.shape == (3,)
 
     content = {
         b"batch_label": b"batch 1",
@@ -221,11 +235,8 @@ def cifar_pickle(folder):
         b"data": np.zeros((3, 3072), np.uint8),
         b"filenames": [b"a.png", b"b.png"],
     }
-    return (
-        [python(0, 3), *(pickle.dumps(content, protocol) for protocol in (2, 3, 4))],
-        lambda mutant: lambda: check(mutant),
-        50,
-    )
+    seeds = [python(0, 3), *(pickle.dumps(content, protocol) for protocol in (2, 3, 4))]
+    return seeds, lambda mutant: lambda: check(mutant), 50
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
@@ -235,11 +246,12 @@ def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
 
 
 def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
-    """A photograph as every kind of file that is read, and as some that are not."""
+    """Write a photograph as every kind of file that is read, and as some that are not."""
     image = PIL.Image.open(photographs.list_photographs()[0]).resize((40, 30)).convert("RGB")
     exif = PIL.Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a photograph"
-    found = [
+    exif[0x0112] = 6
+    exif[0x010E] = "a photograph"
+    files = [
         encoded(image, "JPEG", exif=exif),
         encoded(image, "JPEG", progressive=True),
         encoded(image.convert("L"), "JPEG"),
@@ -257,12 +269,15 @@ def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
         encoded(image, "TIFF"),
         encoded(image, "PPM"),
     ]
-    return found + [next((data_dir / "bsds500").rglob("*.jpg")).read_bytes()] if data_dir else found
+    if data_dir:
+        files.append(next((data_dir / "bsds500").rglob("*.jpg")).read_bytes())
+    return files
 
 
 def camvid_masks(folder):
     mask = np.arange(24 * 32).reshape(24, 32).astype(np.uint8) % 12
-    source, path = arrays.CamVid("pixelwise", size=(24, 32)), folder / "mask.png"
+    source = arrays.CamVid("pixelwise", size=(24, 32))
+    path = folder / "mask.png"
 
     def place(content):
         path.write_bytes(content)
@@ -272,14 +287,9 @@ def camvid_masks(folder):
         found = source._mask(path)
         assert found.shape == (24, 32) and found.dtype == np.uint8
 
-    return (
-        [
-            encoded(PIL.Image.fromarray(mask), "PNG"),
-            encoded(PIL.Image.fromarray(mask), "PNG", optimize=True),
-        ],
-        place,
-        _MOST_PIXELS_MB,
-    )
+    image = PIL.Image.fromarray(mask)
+    seeds = [encoded(image, "PNG"), encoded(image, "PNG", optimize=True)]
+    return seeds, place, _MOST_PIXELS_MB
 
 
 def images(folder):
@@ -341,19 +351,18 @@ def weight_files(folder):
 
 
 def _data() -> pathlib.Path | None:
-    return pathlib.Path(os.environ["CNNJAX_DATA"]) if "CNNJAX_DATA" in os.environ else None
+    folder = os.environ.get("CNNJAX_DATA")
+    return folder and pathlib.Path(folder)
 
 
 def checkpoint_files(folder):
-    """One file of a checkpoint is another: it is damaged, and that is said."""
+    """A checkpoint with another file in the place of one of its own is damaged."""
     with checkpoints.Checkpoints(folder / "checkpoints") as kept:
         kept.save(1, {"w": np.arange(6.0)}, {"history": [{"loss": 0.5}]})
-    whole = {
-        path: path.read_bytes()
-        for path in sorted((folder / "checkpoints" / "1").rglob("*"))
-        if path.is_file()
-    }
-    generator, changed = np.random.default_rng(SEED), []
+    paths = sorted((folder / "checkpoints" / "1").rglob("*"))
+    whole = {path: path.read_bytes() for path in paths if path.is_file()}
+    generator = np.random.default_rng(SEED)
+    changed = []
 
     def place(mutant):
         for path in changed:
@@ -366,11 +375,10 @@ def checkpoint_files(folder):
             damage = checkpoints._damage(folder / "checkpoints" / "1")
             if damage is not None:
                 raise ValueError(damage)
-            assert (
-                mutant == whole[path]
-                or path.name == "manifest.json"
-                and json.loads(mutant) == json.loads(whole[path])
-            )
+            if path.name == "manifest.json":
+                assert json.loads(mutant) == json.loads(whole[path])
+            else:
+                assert mutant == whole[path]
 
         return check
 
@@ -395,7 +403,8 @@ READERS = (
 def test_mutants_are_read_or_refused(make, tmp_path):
     seeds, place, most_mb = make(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about metadata
+        # Pillow's warnings about metadata.
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         watch = Watch(most_mb)
         for number, mutant in enumerate(mutants(seeds, CASES)):
@@ -411,7 +420,7 @@ def test_mutants_are_read_or_refused(make, tmp_path):
     print(f"{make.__name__}: {watch.read} read, {watch.refused} refused")
 
 
-# ------------------------------------------------------------------ attacks that chance would not find
+# ------------------------------------------------------------------ attacks
 
 
 def pickled(body: bytes) -> bytes:
@@ -424,16 +433,17 @@ _NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
 @pytest.mark.parametrize(
     "content",
     [
-        pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),  # a memo of 2^31 places
-        pickled(
-            b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"
-        ),  # lists that hold each other: 3^40 numbers
-        pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),  # tuples as a key: 3^40 hashes
-        pickled(
-            b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"
-        ),  # an object at an address of choice
+        # A memo of 2^31 places.
+        pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),
+        # Lists that hold each other: 3^40 numbers.
+        pickled(b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"),
+        # Tuples as a key: 3^40 hashes.
+        pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),
+        # An object at an address of choice.
+        pickled(b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"),
+        # Bytes that are not there.
         pickled(b"\x8e" + struct.pack("<Q", 2**40)),
-        pickled(b"\x96" + struct.pack("<Q", 2**34)),  # bytes that are not there
+        pickled(b"\x96" + struct.pack("<Q", 2**34)),
         pickled(b"c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb"),
         b"I" + b"9" * 10**6 + b"\n.",
         b"(" * 10**5,
@@ -460,7 +470,7 @@ def test_pickles_that_attack(content):
 
 
 def test_bombs_are_not_opened(tmp_path):
-    """A gigabyte in a megabyte as gzip and in an archive; an archive whose members climb out; more bytes than a batch has."""
+    """A gigabyte in a megabyte, members that climb out, more bytes than a batch has."""
     bomb = gzip.compress(bytes(2**20), 9) * 1000
     source = dataclasses.replace(arrays.DATASETS["mnist"], folders=("mnist",))
     (tmp_path / "mnist").mkdir()
@@ -518,7 +528,8 @@ _TEXT = chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**27), 9))
         png(12_000, 12_000, chunk(b"IDAT", zlib.compress(bytes(12_000 * 1_501)))),
         png(2**31 - 1, 2**31 - 1),
         png(8, 8, *[_TEXT] * 100),
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch ran) system\n%%EOF\n",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(touch ran) system\n"
+        b"%%EOF\n",
     ],
     ids=["large", "overflow", "text", "postscript"],
 )
@@ -542,14 +553,11 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
     path = tmp_path / "cat" / "x.png"
     path.parent.mkdir()
     path.write_bytes(png(width, height, content, chunk(b"IEND", b"")))
-    source, watch = stream.Folder(tmp_path), Watch(100)
-    for options in (
-        {"resize": 256, "train": True, "steps": range(3)},
-        {"resize": 0, "train": True, "steps": range(3)},
-        {"resize": 256, "train": False},
-        {"resize": 0, "train": False},
-    ):
-        for images, _ in watch(lambda: list(stream.batches(source, 1, 0, 224, **options))):  # noqa: B023 - called at once
+    source = stream.Folder(tmp_path)
+    watch = Watch(100)
+    for resize, train in itertools.product((256, 0), (True, False)):
+        batches = stream.batches(source, 1, 0, 224, resize=resize, train=train, steps=range(3))
+        for images, _ in watch(list, batches):
             assert images.shape == (1, 224, 224, 3) and not images.any()
     watch.end()
     assert watch.read == 4
@@ -557,7 +565,8 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
 
 def test_weights_that_attack(tmp_path):
     path = tmp_path / "w.safetensors"
-    model, watch = create_model("lenet5"), Watch(100)
+    model = create_model("lenet5")
+    watch = Watch(100)
     weights.variable_shapes(model)
 
     def tensor(name="conv1.weight", dtype="F32", shape=(1,), size=4):
@@ -587,9 +596,10 @@ def test_weights_that_attack(tmp_path):
 
 
 def test_a_changed_config_is_refused(tmp_path):
-    """A work directory whose config.json says anything else than what is now to be run is left alone."""
+    """A work directory whose config.json says anything else is left alone."""
     config = {"kind": "train", "seed": 0, "model_fields": {"padding": "zeros"}, "freeze": []}
-    folder, path = tmp_path / "run", tmp_path / "run" / "config.json"
+    folder = tmp_path / "run"
+    path = folder / "config.json"
     folder.mkdir()
     (folder / "results.json").write_text("{}")
     for mutant in mutants([json.dumps(config, indent=1).encode()], CASES):

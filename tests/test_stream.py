@@ -1,4 +1,4 @@
-"""Streams of folders and prepared data sets: sources, splits, order, crops, processes."""
+"""Streams: sources, splits, order, crops, processes."""
 
 import io
 import itertools
@@ -192,7 +192,7 @@ def test_a_class_whose_name_no_report_could_hold_is_refused(tmp_path):
 
 
 def test_pixels_of_every_kind_become_rgb(tmp_path):
-    """As torchvision reads them: transparency and an orientation in metadata are ignored."""
+    """As in torchvision, transparency and an orientation in metadata are ignored."""
     color = (200, 100, 0)
     image = PIL.Image.new("RGB", (12, 8), color)
     exif = PIL.Image.Exif()
@@ -402,7 +402,7 @@ print(json.dumps(found))
 
 
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
-    """Every pixel and label as written; tensorflow-datasets shuffles them by their keys."""
+    """Every pixel and label is as written; tensorflow-datasets shuffles them."""
     done = subprocess.run(
         [sys.executable, "-c", READ_TFDS.replace("NAME", make_tfds.NAME), str(prepared)],
         capture_output=True,
@@ -460,7 +460,7 @@ def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, s
 
 @pytest.fixture
 def imagenets_way(prepared, tmp_path):
-    """A copy with the splits train and validation, and a function that adds a test split."""
+    """A copy with the splits train and validation; a function adds a test split."""
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     where = copy / make_tfds.NAME / "1.0.0"
@@ -514,7 +514,7 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
 
 
 def test_labels_that_are_no_class_are_refused(imagenets_way):
-    """Where the first is one, so that the split is used; damaged images passed over or not."""
+    """The first label is right, so that the split is used."""
     copy, _, add_test = imagenets_way
     add_test([0, 1, 2, 0, 3, -1])
     uses = {"train": "train", "validation": "validation", "test": "test"}
@@ -701,7 +701,7 @@ def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
 
 @pytest.mark.parametrize("width, height", [(200, 2), (3, 250)])
 def test_a_strips_crop_is_that_of_the_whole(width, height):
-    """Pixels differ by one level at most. Resized, the whole has 26 or 21 million pixels."""
+    """Pixels differ by one level at most. The whole has over 20 million pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
     image = PIL.Image.fromarray(noise)
     scale = 512 / min(width, height)
@@ -978,7 +978,7 @@ def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
 
 
 def test_damaged_images_are_counted_named_and_passed_over(colors, tmp_path):
-    """Also by a run that was stopped within an epoch. One of the test set ends the run."""
+    """Also by a run that was stopped within an epoch. A test image ends the run."""
     paths = [harm(colors / "train" / "green" / f"00{number}.png") for number in (5, 7)]
     tested = colors / "val" / "red" / "001.png"
     kept = tested.read_bytes()

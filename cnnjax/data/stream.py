@@ -468,8 +468,10 @@ class _TrainingBatches:
                     raise
                 last = error
             else:
-                damaged = int(order[place]) if after else -1
-                return image, label, damaged
+                number = -1
+                if after:
+                    number = int(order[place])
+                return image, label, number
         raise ValueError(
             f"skip_damaged=True: none of the {len(order)} images can be decoded; {last}"
         )

@@ -1,9 +1,10 @@
-"""Makes tfds.zip: a tiny data set, prepared by tensorflow-datasets as a user's would be, for tests/test_stream.py.
+"""Make tfds.zip, a tiny prepared data set, for tests/test_stream.py.
 
-    pip install tensorflow-cpu==2.21.0 tensorflow-datasets==4.9.10 array_record==0.8.6 && python tests/golden/make_tfds.py
+    pip install tensorflow-cpu==2.21.0 tensorflow-datasets==4.9.10 array_record==0.8.6
+    python tests/golden/make_tfds.py
 
-Lossless images, so that what is read can be compared with `examples` to the bit; an archive, because the format fills its files
-up to multiples of 64 KiB.
+Images are lossless, so that what is read can be compared with `examples` to the bit. It is an
+archive because the format fills its files up to multiples of 64 KiB.
 """
 
 import pathlib
@@ -18,13 +19,19 @@ COUNTS = {"train": 18, "test": 6}
 
 
 def examples(split: str) -> list[tuple[np.ndarray, int]]:
-    """The images and labels of a split: a ramp from left to right in the class's channel, and from top to bottom in the next."""
+    """Make the images and labels of a split.
+
+    An image is a ramp from left to right in the class's channel, and from top to bottom in the
+    next one.
+    """
     found = []
     for number in range(COUNTS[split]):
-        label = (number * number + number) % 3  # in no order, and not equally many
+        # In no order, and not equally many: none is green.
+        label = (number * number + number) % 3
         x, y = np.meshgrid(np.arange(8 + number % 5), np.arange(8 + number % 3))
         image = np.full((*x.shape, 3), 7 * number + (split == "test"), np.uint8)
-        image[..., label], image[..., (label + 1) % 3] = 20 * x, 20 * y
+        image[..., label] = 20 * x
+        image[..., (label + 1) % 3] = 20 * y
         found.append((image, label))
     return found
 
