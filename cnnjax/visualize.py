@@ -1056,7 +1056,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             "--weights",
             required=True,
             metavar="FILE",
-            help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'",
+            help="a safetensors or .pth file with torchvision's names, 'imagenet' or 'random'",
         )
         add(
             "--missing",

@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.kind = "position"
     config.encoders = ("vgg16", "resnet18")
-    config.weights = "random"  # or "imagenet" (from the hub), or the path of a safetensors file
+    config.weights = "random"  # or "imagenet", or the path of a safetensors or .pth file
     config.missing = ()  # top-level modules that the file is known not to hold, such as ("layer4", "fc")
     config.paddings = ("zeros", "none", "reflect", "replicate", "circular")
     config.stages = ()  # empty: all that every padding reaches

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--weights",
         type=pathlib.Path,
         required=True,
-        help="a safetensors file with torchvision's names",
+        help="a safetensors or .pth file with torchvision's names",
     )
     parser.add_data_dir()
     parser.add_workdir("runs/probe")

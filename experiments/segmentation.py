@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         type=pathlib.Path,
-        help="a safetensors file of SqueezeNet 1.1; default: trained from scratch",
+        help="a safetensors or .pth file of SqueezeNet 1.1; default: trained from scratch",
     )
     options = parser.parse_args(arguments)
     return command.run(lambda: _work(options))

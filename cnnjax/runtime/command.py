@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             action=_Trained,
             default={},
             metavar=("NAME", "FILE"),
-            help="an encoder, a safetensors file of its ImageNet weights, and modules that the file lacks",
+            help="an encoder, a file of its ImageNet weights, and modules that the file lacks",
         )
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
