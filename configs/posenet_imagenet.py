@@ -7,7 +7,7 @@ Give it a folder of photographs:
 The weights are found in PyTorch's or the Hugging Face cache or downloaded, 770 MB once; without a
 network, one line says which file to put where. One encoder can be read from a file instead:
 
-    python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER \
+    python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER \\
         --config.encoders="('resnet18',)" --config.weights=FILE
 
 Measured on the second form, with a file that ends at layer3 (`--config.missing="('layer4','fc')"
