@@ -5,7 +5,9 @@ Give it a folder of photographs:
     python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER
 
 The weights are found in PyTorch's or the Hugging Face cache or downloaded, 770 MB once; without a
-network, one line says which file to put where. One encoder can be read from a file instead:
+network, one line says which file to put where. Without padding, an image of 224 pixels leaves
+nothing of ResNet-152 beyond layer2, so this is as far as the study reads; leave "none" out of
+`paddings` to read all stages. One encoder can be read from a file instead:
 
     python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER \\
         --config.encoders="('resnet18',)" --config.weights=FILE

@@ -243,6 +243,61 @@ def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
         assert time.monotonic() - began < 5
 
 
+@pytest.fixture
+def servers(caches, monkeypatch):
+    """Servers that answer, without a network -> what is asked of them, in order."""
+    asked = []
+
+    def from_hub(repository, file):
+        asked.append(f"{repository}/{file}")
+        if repository == "timm/resnet18.tv_in1k":
+            raise RuntimeError("no such repository\nand more")
+        return "hub.safetensors"
+
+    def from_torchvision(url, path, sha256):
+        asked.append(url.rpartition("/")[2])
+        return path
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_hub)
+    monkeypatch.setattr(download, "download", from_torchvision)
+    monkeypatch.setattr(download, "_unreachable", lambda urls: {})
+    return asked
+
+
+@pytest.mark.parametrize(
+    "name, tag, asked",
+    [
+        ("resnet50", "imagenet1k_v2", ["timm/resnet50.tv2_in1k/model.safetensors"]),
+        ("mobilenet_v2", "imagenet1k_v2", ["mobilenet_v2-7ebf99e0.pth"]),
+        (
+            "resnet18",
+            "imagenet1k_v1",
+            ["timm/resnet18.tv_in1k/model.safetensors", "resnet18-f37072fd.pth"],
+        ),
+    ],
+)
+def test_the_hub_comes_before_torchvisions_server(name, tag, asked, servers, caches):
+    """Unless timm has other weights of that name, or the hub fails."""
+    found = weights.fetch(name, tag)
+    assert servers == asked
+    if asked[-1].endswith(".pth"):
+        assert found == str(caches / "torch" / "hub" / "checkpoints" / asked[-1])
+    else:
+        assert found == "hub.safetensors"
+
+
+def test_the_hubs_cache_comes_before_any_server(servers, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: "cached")
+    assert weights.fetch("vgg16") == "cached"
+    assert servers == []
+
+
+def test_a_hub_that_is_offline_is_not_asked(servers, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert weights.fetch("vgg16").endswith("vgg16-397923af.pth")
+    assert servers == ["vgg16-397923af.pth"]
+
+
 # ------------------------------------------------------------------ use
 
 
@@ -403,7 +458,7 @@ def test_predict_refuses_a_run_that_labels_pixels(tmp_path):
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_evaluate_counts_the_same_in_every_layout(data_dir, tmp_path, capsys):
-    """40 photographs of the first classes, by their names and in folders by number, on 8 devices."""
+    """The first 40 photographs, by their names and in folders by number, on 8 devices."""
     files = sorted((data_dir / "imagenet_sample").iterdir())[:40]
     for file in files:
         number, _, label = file.stem.split("_", 2)

@@ -7,7 +7,8 @@
   both formats of `torch.save`; `test_pth.py` states their values.
 - `checkpoint.pth`: such a file of a training run, with the weights under `state_dict`.
 - `model.pth`: a whole module, which names a class.
-- `preprocessed.npz`: every 16th pixel of what torchvision's ImageNet transforms make of photographs.
+- `preprocessed.npz`: every 16th pixel of what torchvision's ImageNet transforms make of
+  photographs.
 """
 
 import collections
