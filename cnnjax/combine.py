@@ -28,7 +28,7 @@ import scipy.special
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
-from cnnjax.nn.sums import channel_sum
+from cnnjax.nn.sums import channel_sum, squared_deviation
 from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train.checkpoints import Checkpoints
@@ -179,7 +179,7 @@ def _input_moments(model: Network, variables, images) -> dict:
             mean = channel_sum(x) / count
             found[context.module.path] = (
                 mean[None],
-                (channel_sum(x - mean, x - mean) / count)[None],
+                (squared_deviation(x, mean) / count)[None],
                 jnp.full(1, count),
             )
         return call(*arguments, **options)

@@ -103,6 +103,10 @@ def _seen(equation, fields: list) -> Field | str | None:
             .widened(reach)
             .strided(parameters["window_strides"])
         )
+    if operation.startswith("reduce_window"):
+        reach = tuple(size - 1 for size in parameters["window_dimensions"][1:3])
+        before = [-low for low, _ in parameters["padding"][1:3]]
+        return field.shifted(before).widened(reach).strided(parameters["window_strides"][1:3])
     if (
         operation == "dot_general" or equation.outvars[0].aval.ndim == 2
     ):  # adaptive pooling, flattening
@@ -144,10 +148,10 @@ def _walk(jaxpr, fields: list, rows: dict[str, Layer]) -> Generator[Layer, None,
         if inner is not None:
             inner = getattr(inner, "jaxpr", inner)
             outputs = yield from _walk(inner, inputs, rows)
-            if inner.debug_info.func_name == "_max_pool":
-                yield _row("", "max-pool", equation.outvars[0].aval, outputs[0])
         else:
             outputs = [_seen(equation, inputs)] * len(equation.outvars)
+            if equation.primitive.name == "reduce_window_max":
+                yield _row("", "max-pool", equation.outvars[0].aval, outputs[0])
             if equation.primitive.name == "name" and equation.params["name"] in rows:
                 row = rows[equation.params["name"]]
                 yield _row(
@@ -186,7 +190,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     import jax
     from jax.ad_checkpoint import checkpoint_name
 
-    from cnnjax.nn.conv import as_written
+    from cnnjax.nn import lowering
 
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -217,7 +221,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
         )
         return checkpoint_name(y, name)
 
-    with nn.intercept_methods(report), as_written():
+    with nn.intercept_methods(report), lowering("reference"):
         jaxpr = jax.make_jaxpr(model.apply)(variables, images).jaxpr
     fields = [None] * (len(jaxpr.invars) - 1) + [Field()]
     table = [_row("", "input", jaxpr.invars[-1].aval, Field()), *_walk(jaxpr, fields, rows)]
@@ -244,14 +248,14 @@ def receptive_fields(
     """
     import jax
 
-    from cnnjax.nn.conv import as_written
+    from cnnjax.nn import lowering
 
     model = model.clone(padding="zeros") if model.padding in _LOOK_AROUND else model
     image = jax.ShapeDtypeStruct((1, *(shape or model.input_shape)), "float32")
     run = {"method": "stages", "last": stages[-1]}
     variables = jax.eval_shape(lambda key, x: model.init(key, x, **run), jax.random.key(0), image)
     maps = lambda variables, x: [model.apply(variables, x, **run)[stage] for stage in stages]
-    with as_written():
+    with lowering("reference"):
         jaxpr: Any = jax.make_jaxpr(maps)(variables, image).jaxpr
     found: list[Any] = []
 

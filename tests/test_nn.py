@@ -1,7 +1,6 @@
 """Convolution, pooling and padding: algebra and comparison with the native operations."""
 
 import functools
-import importlib
 
 import flax.linen as nn
 import jax
@@ -11,10 +10,10 @@ import pytest
 import quick
 
 from cnnjax import nn as cnn
-from cnnjax.nn.conv import _native
-from cnnjax.nn.materialize import materialize
-from cnnjax.nn.pooling import _max_pool
-from cnnjax.nn.sums import channel_sum
+from cnnjax.nn.cpu.barrier import materialize
+from cnnjax.nn.cpu.conv import kernel_gradient, packed_outputs
+from cnnjax.nn.cpu.sums import channel_sum
+from cnnjax.nn.geometry import Window
 
 FILL_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -23,34 +22,40 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
+def native_conv(x, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """Convolves as JAX does by itself, with the gradients that JAX derives."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=stride,
+        padding=[(amount, amount) for amount in padding],
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def padded_rows(size, amount, fill):
+    """Returns the positions that NumPy pads a row with; those of zeros are out of bounds."""
+    mode = FILL_MODES.get(fill, "constant")
+    options = {"constant_values": size} if mode == "constant" else {}
+    return np.pad(np.arange(size), 0 if fill == "none" else amount, mode, **options)
+
+
 def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
-    """The native convolution of an image whose rows and columns NumPy has padded; those out of bounds are zero."""
-    amount, mode = 0 if fill == "none" else padding, FILL_MODES.get(fill, "constant")
-    rows, columns = (
-        np.pad(
-            np.arange(size),
-            amount,
-            mode,
-            **({"constant_values": size} if mode == "constant" else {}),
-        )
-        for size in x.shape[1:3]
-    )
-    lay = lambda x: (
-        x.at[:, rows]
-        .get(mode="fill", fill_value=0)
-        .at[:, :, columns]
-        .get(mode="fill", fill_value=0)
-    )
-    native = lambda x, kernel, groups=1: _native(
-        lay(x), kernel, (stride,) * 2, (0, 0), (dilation,) * 2, groups
-    )
-    y = native(x, kernel, groups)
+    """Convolves natively an image whose rows and columns NumPy has padded."""
+    rows = padded_rows(x.shape[1], padding, fill)
+    columns = padded_rows(x.shape[2], padding, fill)
+
+    def convolve(x, kernel, groups=1):
+        x = x.at[:, rows].get(mode="fill", fill_value=0)
+        x = x.at[:, :, columns].get(mode="fill", fill_value=0)
+        return native_conv(x, kernel, (stride, stride), (0, 0), (dilation, dilation), groups)
+
+    y = convolve(x, kernel, groups)
     if fill == "partial":
-        y *= (
-            kernel.shape[0]
-            * kernel.shape[1]
-            / native(jnp.ones((1, *x.shape[1:3], 1)), jnp.ones((*kernel.shape[:2], 1, 1)))
-        )
+        ones = jnp.ones((*kernel.shape[:2], 1, 1))
+        y *= ones.size / convolve(jnp.ones((1, *x.shape[1:3], 1)), ones)
     return y
 
 
@@ -132,14 +137,7 @@ def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
 def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, padding, dilation):
     x, kernel = normal(0, 2, 9, 12, 4), normal(1, *kernel_size, 4, 6)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
-    theirs = lambda x, kernel: jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        stride,
-        [(p, p) for p in padding],
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    theirs = functools.partial(native_conv, stride=stride, padding=padding, dilation=dilation)
     assert_alike(ours, theirs, x, kernel)
 
 
@@ -157,13 +155,12 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
 )
 def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
     """Neighbors computed at once, and the kernel's gradient from what it sees side by side."""
-    module = importlib.import_module("cnnjax.nn.conv")
     width += 2 - 2 * padding  # of the output: width
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
-    assert module._neighbors(x, kernel, (1, 1), (padding, padding), (1, 1)) == together
+    assert packed_outputs(x, kernel, Window(padding=(padding, padding))) == together
     y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
     want, want_vjp = jax.vjp(
-        jax.jit(lambda x, kernel: _native(x, kernel, (1, 1), (padding,) * 2, (1, 1))), x, kernel
+        jax.jit(functools.partial(native_conv, padding=(padding, padding))), x, kernel
     )
     cotangent = normal(2, *y.shape)
     for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
@@ -175,24 +172,22 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
 @pytest.mark.parametrize(
     "kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)]
 )
-def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation, monkeypatch):
-    """Large maps are transposed in two steps; bit for bit nothing else changes, also under vmap and in a loop."""
+def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation):
+    """A transposition in two steps changes nothing, also under vmap and in a loop."""
     x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)
-    loss = lambda kernel, x: jnp.square(
-        cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
-    ).sum()
+    window = Window((stride, stride), (1, 1), (dilation, dilation))
 
-    def gradients():
-        each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(kernel, x)
-        looped = jax.jit(lambda: jax.lax.map(functools.partial(jax.grad(loss), kernel), x))()
-        return jax.jit(jax.grad(loss))(kernel, x[0]), each, looped
+    def gradients(large):
+        """Differentiates the sum of squares of the output."""
 
-    small = gradients()
-    monkeypatch.setattr(importlib.import_module("cnnjax.nn.conv"), "_LARGE", 0)
-    jax.clear_caches()
-    large = gradients()
-    jax.clear_caches()
-    for one, other in zip(small, large):
+        def gradient(x):
+            y = cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
+            return kernel_gradient(x, kernel.shape, window, 2 * y, large)
+
+        looped = jax.jit(lambda: jax.lax.map(gradient, x))()
+        return jax.jit(gradient)(x[0]), jax.jit(jax.vmap(gradient))(x), looped
+
+    for one, other in zip(gradients(large=x.size + 1), gradients(large=0)):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
@@ -674,5 +669,5 @@ def test_wrong_arguments_name_themselves():
 
 def test_max_pool_core_is_differentiable_in_bfloat16():
     x = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16)
-    grad = jax.grad(lambda x: _max_pool(x, (2, 2), (2, 2)).astype(jnp.float32).sum())(x)
+    grad = jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum())(x)
     assert grad.dtype == jnp.bfloat16 and float(grad.astype(jnp.float32).sum()) == 8

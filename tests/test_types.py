@@ -1,7 +1,5 @@
 """The annotations are checked: the import hook of conftest.py refuses what does not fit them."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,14 +34,14 @@ def test_axes_of_one_name_must_agree():
         )
 
 
-def test_a_wrong_dtype_and_a_wrong_result_are_refused(monkeypatch):
+def test_a_wrong_dtype_and_a_wrong_result_are_refused():
     x = jnp.ones((1, 4, 4, 2))
     with pytest.raises(TypeCheckError, match="Float"):
         cnn.global_avg_pool(x.astype(jnp.int32))
-    monkeypatch.setattr(
-        importlib.import_module("cnnjax.nn.pooling"),
-        "_max_pool",
-        lambda x, window, stride: x.swapaxes(2, 3),
-    )
+
+    def five_features(key, shape, dtype):
+        return jnp.ones((*shape[:3], 5), dtype)
+
+    layer = cnn.Conv(4, 3, kernel_init=five_features, use_bias=False)
     with pytest.raises(TypeCheckError, match="return value"):
-        cnn.max_pool(x, 2)
+        layer.init(jax.random.key(0), x)

@@ -1,7 +1,6 @@
 """One side of a benchmark, a process of its own: what it runs, and how it answers."""
 
 import functools
-import importlib
 import json
 import math
 import operator
@@ -9,7 +8,6 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 
 from cnnjax.runtime import backend
 
@@ -85,22 +83,14 @@ PRODUCT = {
 # ------------------------------------------------------------------ what a side measures: name -> a function that runs n times and waits
 
 
-def use_stock(replace: Callable = setattr) -> None:
-    """Gives cnnjax's layers the gradients that jax derives; `replace(module, name, value)` does it."""
-    import flax.linen as nn
+def side_lowering(side: str):
+    """Returns the context in which a side's programs are traced.
 
-    def normalize(x, scale, bias, eps, axis_name):
-        axes = tuple(range(x.ndim - 1))
-        mean, var = x.mean(axes), x.var(axes)
-        return (x - mean) * (scale / (var + eps) ** 0.5) + bias, mean, var
+    Stock jax has the plain operations of jax and the gradients that it derives.
+    """
+    from cnnjax.nn import lowering
 
-    conv, norm, pooling = (
-        importlib.import_module(f"cnnjax.nn.{name}") for name in ("conv", "norm", "pooling")
-    )
-    replace(conv, "_zero_padded", conv._native)
-    replace(conv, "add_bias", operator.add)
-    replace(norm, "_normalize", normalize)
-    replace(pooling, "_max_pool", nn.max_pool)
+    return lowering("reference" if side == "stock" else "auto")
 
 
 def _repeated(function, *arguments):
@@ -377,9 +367,6 @@ def _peak_memory(side: str, what: str, run, before: float | None) -> float | Non
 
 def _work(side: str, what: str, name: str, batch: int) -> None:
     """A worker: tells its facts, and answers each line, the name of a pass, with the milliseconds of one run in a short burst."""
-    if side == "stock":
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(backend.CPU_FLAG, "")
-        use_stock()
     if side.startswith("torch"):
         import torch
 
@@ -434,4 +421,7 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
 
 if __name__ == "__main__":
     side, what, name, batch = sys.argv[1:]
-    _work(side, what, name, int(batch))
+    if side == "stock":
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(backend.CPU_FLAG, "")
+    with side_lowering(side):
+        _work(side, what, name, int(batch))

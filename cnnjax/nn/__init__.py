@@ -1,10 +1,15 @@
-"""What every network is made of."""
+"""The operations that networks are made of.
+
+A file holds an operation's definition, its checks and one plain lax call; `cnnjax.nn.cpu` holds the
+forms that run fast on the CPU, and `cnnjax.nn.lowering` decides which of the two is used.
+"""
 
 from cnnjax.nn.conv import Conv, Dense, conv, he_normal_fan_out, uniform_fan_in
 from cnnjax.nn.geometry import output_size
+from cnnjax.nn.lowering import lowering
 from cnnjax.nn.norm import BatchNorm, local_response_norm
 from cnnjax.nn.padding import FILLS, align, center, check_fill, concatenate, fit_to_branch, pad
-from cnnjax.nn.pooling import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
+from cnnjax.nn.pooling import adaptive_avg_pool, avg_pool, flatten, global_avg_pool, max_pool
 from cnnjax.nn.resize import resize
 
 __all__ = [
@@ -20,9 +25,11 @@ __all__ = [
     "concatenate",
     "conv",
     "fit_to_branch",
+    "flatten",
     "global_avg_pool",
     "he_normal_fan_out",
     "local_response_norm",
+    "lowering",
     "max_pool",
     "output_size",
     "pad",

@@ -1,13 +1,52 @@
 """Sizes and positions of windows on a map."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Int
 
 Both = int | tuple[int, int]  # the same for height and width, or a pair with one for each
 
 
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """How a kernel moves over a map, as (height, width) pairs.
+
+    Arguments:
+    - `stride`: positions from one output to the next.
+    - `padding`: zeros on each side.
+    - `dilation`: positions from one tap of the kernel to the next.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def output_shape(self, x_shape: tuple, kernel_size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the height and width of the output for a map of shape `x_shape`, NHWC."""
+        height, width = (
+            output_size(size, kernel, stride, padding, dilation)
+            for size, kernel, stride, padding, dilation in zip(
+                x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
+            )
+        )
+        return height, width
+
+    def valid_taps(
+        self, x_shape: tuple, kernel_size: tuple[int, int]
+    ) -> Int[np.ndarray, "height_out width_out"]:
+        """Counts the taps of each window that lie inside a map of shape `x_shape`, NHWC."""
+        rows, columns = (
+            valid_counts(size, kernel, stride, padding, dilation)
+            for size, kernel, stride, padding, dilation in zip(
+                x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
+            )
+        )
+        return np.multiply.outer(rows, columns)
+
+
 def pair(value: Both, name: str, least: int) -> tuple[int, int]:
-    """A (height, width) pair from an integer or a pair; raises `ValueError` below `least`."""
+    """Makes a (height, width) pair of an integer or a pair; raises `ValueError` below `least`."""
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(not isinstance(v, (int, np.integer)) or v < least for v in both):
         raise ValueError(
@@ -17,14 +56,14 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    """The number of output positions along one axis: floor((n + 2p - d(k - 1) - 1) / s) + 1."""
+    """Counts the output positions along one axis: floor((n + 2p - d(k - 1) - 1) / s) + 1."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def valid_counts(
     size: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Int[np.ndarray, " positions"]:
-    """How many of a window's `kernel` taps lie inside the image, for each output position along one axis."""
+    """Counts, for each output position along one axis, the taps that lie inside the image."""
     starts = np.arange(output_size(size, kernel, stride, padding, dilation)) * stride - padding
     taps = starts[:, None] + np.arange(kernel) * dilation
     return ((taps >= 0) & (taps < size)).sum(1)

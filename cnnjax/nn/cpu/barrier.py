@@ -1,0 +1,28 @@
+"""Barriers that keep XLA from computing a value more than once, or from merging two operations."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from cnnjax.nn.cpu.linear import linear_call
+from cnnjax.runtime.types import AnyArray
+
+
+def materialize(x: AnyArray) -> AnyArray:
+    """Returns `x`, computed once and not again in every operation that reads it.
+
+    The plain form is `x` itself. XLA's CPU backend fuses cheap operations into each of their
+    readers: it computed BatchNorm's gradient nine times for the kernel of a depthwise
+    convolution, and `lax.optimization_barrier` is gone before operations are fused. Only a
+    conditional stops it. Around output gradients of convolutions and BatchNorm and around inputs
+    of convolutions, it made training steps of MobileNetV2 1.6 times faster, of ResNet-18 1.3.
+    """
+    if not x.size:
+        return x
+    return linear_call(_conditional, lambda residuals, dy: (dy,), (), x)
+
+
+def _conditional(residuals: tuple, x: AnyArray) -> AnyArray:
+    # Both branches return x, which XLA cannot see: the first is taken only where x begins with
+    # a NaN, and replaces NaN by NaN.
+    begins_with_nan = jnp.isnan(x[(0,) * x.ndim])
+    return lax.cond(begins_with_nan, lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)

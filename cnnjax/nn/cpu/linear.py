@@ -1,0 +1,140 @@
+"""Linear functions with a transpose of their own.
+
+Reverse mode transposes linear functions. The transposes that JAX derives are slow on the CPU, so
+the fast gradients of this package are stated as transposes. `jax.custom_vjp` would state them
+too, but leaves no forward mode (`jax.jvp`, `jax.linearize`, `jax.hessian`), and
+`jax.custom_derivatives.linear_call` has no rule for `vmap` and none for tangents of its
+residuals. So this module defines a primitive, by the interface that JAX documents for that
+(https://docs.jax.dev/en/latest/jax-primitives.html).
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+_linear_call = Primitive("cnnjax_linear_call")
+
+
+def linear_call(
+    function: Callable, transpose: Callable, residuals: Sequence, *arguments
+) -> jax.Array:
+    """Calls a function that is linear in its arguments, with its transpose given.
+
+    Arguments:
+    - `function`: `function(residuals, *arguments)` returns an array. It is given `None` for an
+        argument that is a symbolic zero.
+    - `transpose`: `transpose(residuals, cotangent)` returns a tuple of the arguments' cotangents.
+    - `residuals`: arrays in which the function need not be linear.
+    - `arguments`: arrays, or symbolic zeros as `jax.custom_jvp` gives them.
+    """
+    given = tuple(not isinstance(argument, SymbolicZero) for argument in arguments)
+
+    def of_given(residuals, *nonzero):
+        remaining = iter(nonzero)
+        return function(residuals, *(next(remaining) if is_given else None for is_given in given))
+
+    def transpose_to_given(residuals, cotangent):
+        cotangents = transpose(residuals, cotangent)
+        of_arguments = (value for value, is_given in zip(cotangents, given) if is_given)
+        return vary_alike(cotangent, *of_arguments)[1:]
+
+    operands = vary_alike(
+        *residuals, *(value for value, is_given in zip(arguments, given) if is_given)
+    )
+    return _linear_call.bind(
+        *operands,
+        function=of_given,
+        transpose=transpose_to_given,
+        residual_count=len(residuals),
+    )
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Makes arrays vary over the same mesh axes, as the operations inside `jax.shard_map` need.
+
+    Operations of JAX do this by themselves. Outside `shard_map` it changes nothing.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    union = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(array, tuple(sorted(union - own)), to="varying") if union - own else array
+        for array, own in zip(arrays, varying)
+    )
+
+
+def add_given(*terms: jax.Array | None) -> jax.Array:
+    """Adds the terms that are not `None`."""
+    return functools.reduce(operator.add, (term for term in terms if term is not None))
+
+
+def _evaluate(*operands, function, transpose, residual_count):
+    return function(operands[:residual_count], *operands[residual_count:])
+
+
+def _abstract_value(*avals, **parameters):
+    shape = jax.eval_shape(functools.partial(_evaluate, **parameters), *avals)
+    return jax.core.ShapedArray(
+        shape.shape, shape.dtype, manual_axis_type=avals[0].manual_axis_type
+    )
+
+
+def _tangent(primals, tangents, **parameters):
+    """Differentiates in the arguments, where the function is its own tangent, and in residuals."""
+    count = parameters["residual_count"]
+    zero = [isinstance(tangent, ad.Zero) for tangent in tangents]
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    in_arguments = None
+    if not all(zero[count:]):
+        in_arguments = _linear_call.bind(*primals[:count], *tangents[count:], **parameters)
+    in_residuals = None
+    if not all(zero[:count]):
+        _, in_residuals = jax.jvp(
+            lambda *residuals: _evaluate(*residuals, *primals[count:], **parameters),
+            tuple(primals[:count]),
+            tuple(tangents[:count]),
+        )
+    return _linear_call.bind(*primals, **parameters), add_given(in_arguments, in_residuals)
+
+
+def _transpose(cotangent, *operands, function, transpose, residual_count):
+    residuals = operands[:residual_count]
+    cotangents = transpose(residuals, ad.instantiate_zeros(cotangent))
+    return [None] * residual_count + [
+        value if ad.is_undefined_primal(argument) else None
+        for value, argument in zip(cotangents, operands[residual_count:])
+    ]
+
+
+def _batch(axis, operands, dimensions, *, function, transpose, residual_count):
+    """Maps both directions over the batch; a broadcast sums cotangents of unbatched arguments."""
+    residuals = operands[:residual_count]
+    of_residuals = tuple(dimensions[:residual_count])
+    arguments = [
+        batching.bdim_at_front(operand, dimension, axis.size)
+        for operand, dimension in zip(operands[residual_count:], dimensions[residual_count:])
+    ]
+    over = functools.partial(jax.vmap, axis_name=axis.name, axis_size=axis.size)
+    mapped = over(function, in_axes=(of_residuals, *(0 for _ in arguments)))
+    mapped_transpose = over(transpose, in_axes=(of_residuals, 0))
+    result = _linear_call.bind(
+        *residuals,
+        *arguments,
+        function=mapped,
+        transpose=mapped_transpose,
+        residual_count=residual_count,
+    )
+    return result, 0
+
+
+_linear_call.def_impl(_evaluate)
+_linear_call.def_abstract_eval(_abstract_value)
+mlir.register_lowering(_linear_call, mlir.lower_fun(_evaluate, multiple_results=False))
+ad.primitive_jvps[_linear_call] = _tangent
+ad.primitive_transposes[_linear_call] = _transpose
+batching.fancy_primitive_batchers[_linear_call] = _batch

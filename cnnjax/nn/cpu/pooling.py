@@ -1,0 +1,95 @@
+"""Pooling by shifted views of the map."""
+
+import functools
+import operator
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from cnnjax.nn.cpu.conv import taps
+from cnnjax.nn.cpu.linear import linear_call
+from cnnjax.nn.geometry import Window
+from cnnjax.runtime.types import AnyArray
+
+
+def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+    """Sums each window as a sum of shifted views; the plain form is `lax.reduce_window`."""
+    return functools.reduce(operator.add, _views(x, size, stride))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def max_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+    """Takes the maximum of each window as a maximum of shifted views.
+
+    The plain form is `lax.reduce_window`, whose gradient, select-and-scatter, is 3 to 80 times
+    slower on the CPU. This gradient is the same bit for bit: the first maximum of a window, row
+    by row, has all of it.
+    """
+    return functools.reduce(jnp.maximum, _views(x, size, stride))
+
+
+@max_windows.defjvp
+def _max_windows_tangent(size, stride, primals, tangents):
+    (x,) = primals
+    y = max_windows(x, size, stride)
+
+    def select(residuals, dx):
+        x, y = residuals
+        views = zip(_first_maxima(x, y, size, stride), _views(dx, size, stride))
+        return functools.reduce(operator.add, (jnp.where(first, view, 0) for first, view in views))
+
+    def scatter(residuals, dy):
+        x, y = residuals
+        tiles = all(length % step == 0 for length, step in zip(x.shape[1:3], stride))
+        if size == stride and tiles:
+            return (_scatter_into_tiles(x, y, dy, size),)
+        return (_scatter(x, y, dy, size, stride),)
+
+    return y, linear_call(select, scatter, (x, y), *tangents)
+
+
+def _views(x, size, stride) -> Iterator[jax.Array]:
+    window = Window(stride=stride)
+    return taps(x, size, window, window.output_shape(x.shape, size))
+
+
+def _first_maxima(x, y, size, stride) -> Iterator[jax.Array]:
+    """Yields for each tap the windows whose first maximum it is."""
+    found = jnp.zeros(y.shape, bool)
+    for view in _views(x, size, stride):
+        first = (view == y) & ~found
+        found |= first
+        yield first
+
+
+def _scatter(x, y, dy, size, stride):
+    """Adds the shares of overlapping windows in the windows' order, as select-and-scatter does."""
+    shares = []
+    places = np.ndindex(*size)
+    for place, first in zip(places, _first_maxima(x, y, size, stride)):
+        widths = [
+            (start, length - start - (count - 1) * step - 1, step - 1)
+            for start, length, count, step in zip(place, x.shape[1:3], y.shape[1:3], stride)
+        ]
+        shares.append((jnp.where(first, dy, 0), [(0, 0, 0), *widths, (0, 0, 0)]))
+    dx = jnp.zeros(x.shape, dy.dtype)
+    for share, widths in reversed(shares):  # a later tap belongs to an earlier window
+        dx += lax.pad(share, jnp.zeros((), dy.dtype), widths)
+    return dx
+
+
+def _scatter_into_tiles(x, y, dy, size):
+    """Scatters where windows tile the map: each position asks whether it is the first maximum.
+
+    One pass over the map, 1.0 to 1.6 times faster than view by view.
+    """
+    count = size[0] * size[1]
+    first = jnp.full(y.shape, count - 1, jnp.int32)
+    for tap, view in reversed(list(enumerate(_views(x, size, size)))):
+        first = jnp.where(view == y, tap, first)
+    own_tap = np.arange(count, dtype=np.int32).reshape(1, 1, size[0], 1, size[1], 1)
+    widen = lambda a: a[:, :, None, :, None, :]
+    return jnp.where(widen(first) == own_tap, widen(dy), 0).reshape(x.shape)

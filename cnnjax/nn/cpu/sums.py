@@ -1,0 +1,136 @@
+"""Sums over positions and their transposes, broadcasts, as matrix products.
+
+BatchNorm and the gradients of biases are made of them.
+"""
+
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cnnjax.nn.cpu.barrier import materialize
+from cnnjax.nn.cpu.linear import add_given, linear_call, vary_alike
+from cnnjax.runtime.types import AnyArray
+
+_PARTS = 8  # parts of the batch that are added elementwise
+
+
+def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
+    """Multiplies maps elementwise and sums over all axes but the last.
+
+    The plain form is `(a * b).sum(axes)`. XLA's CPU backend reduces rows two to nine times slower
+    than it multiplies them with a row of ones, so up to eight parts of the batch are added
+    elementwise, together with the product, and a matrix product sums the rows. It keeps the
+    columns of a map apart, which are added at the end: one long float32 sum would lose two more
+    digits (and Inception v3 its parity).
+    """
+    product = functools.partial(functools.reduce, operator.mul)
+    shape = factors[0].shape
+    if len(shape) == 1:
+        return product(factors)
+    batch = shape[0]
+    # The number of images is symbolic in `jax.export`; then nothing is known of its divisors.
+    count = math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
+    parts = zip(*(jnp.split(factor, count) for factor in factors))
+    total = functools.reduce(operator.add, map(product, parts))
+    column_shape = total.shape[1:][-2:]
+    width = math.prod(column_shape)
+    rows = total.reshape(math.prod(total.shape[: -len(column_shape)]), width)
+    sums = jnp.ones((1, rows.shape[0]), rows.dtype) @ rows
+    return sums.reshape(width // shape[-1], shape[-1]).sum(0)
+
+
+def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
+    """Sums over all axes but the last, as `channel_sum` does, with a broadcast as its transpose."""
+    return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, x.shape),), (), x)
+
+
+def spread(
+    values: Float[AnyArray, " channels"], shape: tuple
+) -> Float[Array, "*positions channels"]:
+    """Broadcasts a value for each channel to all positions, with `total` as its transpose."""
+    return linear_call(
+        lambda _, values: jnp.broadcast_to(values, shape), lambda _, dy: (total(dy),), (), values
+    )
+
+
+@jax.custom_jvp
+def _squared_deviation(x, mean):
+    centered = x - jnp.broadcast_to(mean, x.shape)
+    return channel_sum(centered, centered)
+
+
+def _squared_deviation_tangent(primals, tangents):
+    x, mean = primals
+    dx, _ = tangents  # deviations from the mean add up to zero, and so does its derivative
+    centered = x - spread(mean, x.shape)
+    tangent = linear_call(
+        lambda residuals, dx: 2 * channel_sum(residuals[0], dx),
+        lambda residuals, dy: (spread(2 * dy, x.shape) * residuals[0],),
+        (centered,),
+        dx,
+    )
+    return _squared_deviation(x, mean), tangent
+
+
+_squared_deviation.defjvp(_squared_deviation_tangent)
+
+
+def squared_deviation(
+    x: Float[AnyArray, "*positions channels"], mean: Float[AnyArray, " channels"]
+) -> Float[Array, " channels"]:
+    """Sums the squares of `x - mean` over all axes but the last.
+
+    The derivative in `mean` is taken to be zero, as that of all devices together is.
+    """
+    return _squared_deviation(*vary_alike(x, mean))
+
+
+@jax.custom_jvp
+def _scale_and_shift(x, mean, factor, bias):
+    return x * jnp.broadcast_to(factor, x.shape) + jnp.broadcast_to(bias - mean * factor, x.shape)
+
+
+def _scaled_tangents(residuals, dx, dmean, dfactor, dbias):
+    x, mean, factor = residuals
+    over = functools.partial(jnp.broadcast_to, shape=x.shape)
+    return add_given(
+        None if dx is None else over(factor) * dx,
+        None if dmean is None else -over(factor * dmean),
+        None if dfactor is None else (x - over(mean)) * over(dfactor),
+        None if dbias is None else over(dbias),
+    )
+
+
+def _scaled_cotangents(residuals, dy):
+    x, mean, factor = residuals
+    dy = materialize(dy)
+    sums = channel_sum(dy)
+    centered = x - jnp.broadcast_to(mean, x.shape)
+    return jnp.broadcast_to(factor, x.shape) * dy, -factor * sums, channel_sum(dy, centered), sums
+
+
+def _scale_and_shift_tangent(primals, tangents):
+    y = _scale_and_shift(*primals)
+    return y, linear_call(_scaled_tangents, _scaled_cotangents, primals[:3], *tangents)
+
+
+_scale_and_shift.defjvp(_scale_and_shift_tangent, symbolic_zeros=True)
+
+
+def scale_and_shift(
+    x: Float[AnyArray, "*positions channels"],
+    mean: Float[AnyArray, " channels"],
+    factor: Float[AnyArray, " channels"],
+    bias: Float[AnyArray, " channels"],
+) -> Float[Array, "*positions channels"]:
+    """Returns `(x - mean) * factor + bias`, channel by channel, with gradients in few passes.
+
+    The plain form is the same expression. Autodiff sums rows in six separate passes; here both
+    directions are a few passes of `channel_sum`. On 2 CPU cores BatchNorm's training pass over
+    (64, 32, 32, 64) with its ReLU took 3.6 ms, by autodiff 71 ms, in PyTorch 7.9 ms.
+    """
+    return _scale_and_shift(*vary_alike(x, mean, factor, bias))

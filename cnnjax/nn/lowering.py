@@ -1,0 +1,32 @@
+"""Which form operations take: one plain lax call, or a form that is fast on XLA's CPU backend."""
+
+import contextlib
+
+import jax
+
+FORMS = ("auto", "reference", "cpu")
+# A user context is part of jit's cache key: a function is traced again when the form changes.
+_FORM = jax.make_user_context("auto")
+
+
+def lowering(form: str) -> contextlib.AbstractContextManager:
+    """Chooses the form of the operations that are traced inside a `with` block.
+
+    Values and gradients are the same in every form, up to the rounding of sums.
+
+    Arguments:
+    - `form`: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,
+        "reference" plain lax calls everywhere, "cpu" the forms of `cnnjax.nn.cpu` everywhere.
+
+    Raises `ValueError` for another form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"lowering={form!r} is not one of {', '.join(FORMS)}")
+    return _FORM(form)
+
+
+def fast_on_cpu() -> bool:
+    """Tells whether operations are traced in the forms of `cnnjax.nn.cpu`."""
+    if _FORM.value == "auto":
+        return jax.default_backend() == "cpu"
+    return _FORM.value == "cpu"
