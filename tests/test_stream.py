@@ -659,6 +659,10 @@ def test_what_is_never_passed_over(harmed, tmp_path):
     source.files[0][0].unlink()
     with pytest.raises(ValueError, match="000.png cannot be read: .*No such file"):
         read(source, steps=range(6), skip_damaged=True)
+    source.files[0][0].symlink_to(source.files[0][0])
+    with pytest.raises(ValueError, match="000.png cannot be read: .*symbolic links"):
+        read(stream.Folder(tmp_path / "images"), steps=range(6), skip_damaged=True)
+    source.files[0][0].unlink()
     for path, _ in source.files:
         path.write_bytes(b"no image")
     with pytest.raises(

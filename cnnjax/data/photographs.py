@@ -46,6 +46,14 @@ class Listing(NamedTuple):
     others: collections.Counter[str]
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link that leads to itself; it is named where it is read.
+        return False
+
+
 def list_folder(folder: pathlib.Path) -> Listing:
     """List the image files, folders and other files of a folder by name.
 
@@ -57,7 +65,7 @@ def list_folder(folder: pathlib.Path) -> Listing:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = pathlib.Path(entry.path)
             suffix = path.suffix.lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not entry.name.startswith("."):
                     listing.folders.append(path)
             elif entry.name.startswith("."):
