@@ -15,6 +15,7 @@ over all devices.
 
 import argparse
 import concurrent.futures
+import logging
 import pathlib
 import re
 import sys
@@ -26,6 +27,7 @@ from cnnjax.runtime import backend, command
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import Record, records
 
+_LOG = logging.getLogger("cnnjax")
 _NUMBERED = re.compile(r"(\d{1,4})_.*", re.DOTALL)
 
 
@@ -64,6 +66,8 @@ def list_labeled(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
     listing = photographs.list_folder(folder)
     if listing.folders:
         source = stream.Folder(folder)
+        if source.passed_over:
+            _LOG.info("%s: %s", folder, source.passed_over)
         of_folder = _folder_labels(list(source.classes))
         files = [path for path, _ in source.files]
         labels = [of_folder[number] for _, number in source.files]
@@ -76,6 +80,8 @@ def list_labeled(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
         labels.append(int(matched[1]))
     if not labels:
         raise ValueError(f"data_dir={str(folder)!r} has no photographs")
+    if listing.others:
+        _LOG.info("%s: %s", folder, photographs.describe_others(listing.others))
     return listing.images, np.array(labels, np.int32)
 
 

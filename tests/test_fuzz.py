@@ -33,6 +33,7 @@ from cnnjax.data import arrays, photographs, stream
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import checkpoints
+from cnnjax.weights import preprocessing
 
 CASES = int(os.environ.get("CNNJAX_FUZZ", 100))
 SEED = int(os.environ.get("CNNJAX_FUZZ_SEED", 0))
@@ -559,8 +560,10 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
         batches = stream.batches(source, 1, 0, 224, resize=resize, train=train, steps=range(3))
         for images, _ in watch(list, batches):
             assert images.shape == (1, 224, 224, 3) and not images.any()
+    pixels = watch(preprocessing.resize_and_crop, source[0][0], weights.records.find("resnet18"))
+    assert pixels.shape == (224, 224, 3) and not pixels.any()
     watch.end()
-    assert watch.read == 4
+    assert watch.read == 5
 
 
 def test_weights_that_attack(tmp_path):

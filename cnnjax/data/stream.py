@@ -25,13 +25,18 @@ import PIL.Image
 from absl import flags
 
 from cnnjax.data import splits
-from cnnjax.data.photographs import SUFFIXES, Damaged, describe_others, list_folder, open_rgb
+from cnnjax.data.photographs import (
+    SUFFIXES,
+    Damaged,
+    describe_others,
+    list_folder,
+    open_rgb,
+    resized_window,
+)
 
 _LOG = logging.getLogger("cnnjax")
 # The names of the validation split; ImageNet's labeled test is called so, too.
 _VALIDATION = ("val", "validation", "valid")
-# The most pixels that an image is resized to as a whole: 67 MB in Pillow.
-_MOST_RESIZED = 2**24
 # Images that one process decodes in the seconds that worker processes take to start.
 FEW_IMAGES = 500
 
@@ -378,18 +383,13 @@ def resized_crop(
         top = (height - size) // 2
     else:
         left, top = generator.integers(0, (width - size + 1, height - size + 1)).tolist()
-    bilinear = PIL.Image.Resampling.BILINEAR
-    if width * height <= _MOST_RESIZED:
-        resized = image.resize((width, height), bilinear)
-        return resized.crop((left, top, left + size, top + size))
-    # A strip of 20,000 x 1 pixels would be 5,120,000 x 256 as a whole, so only the crop is
-    # resized. Pillow keeps the box in single precision, and some pixels differ by one level from
-    # the whole's: that is why this is not done for all images.
-    across = image.width / width
-    down = image.height / height
-    right = min((left + size) * across, image.width)
-    bottom = min((top + size) * down, image.height)
-    return image.resize((size, size), bilinear, box=(left * across, top * down, right, bottom))
+    return resized_window(
+        image,
+        size=(width, height),
+        place=(left, top),
+        window=size,
+        filter=PIL.Image.Resampling.BILINEAR,
+    )
 
 
 def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:

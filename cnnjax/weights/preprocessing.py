@@ -21,11 +21,17 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
     short = min(width, height)
     # Rounded down, as torchvision does; Pillow's resizing is antialiased.
     size = (record.resize * width // short, record.resize * height // short)
-    image = image.resize(size, PIL.Image.Resampling[record.interpolation.upper()])
     # To the nearest pixel, and halves to the even one.
     left = round((size[0] - record.crop) / 2)
     top = round((size[1] - record.crop) / 2)
-    return np.asarray(image.crop((left, top, left + record.crop, top + record.crop)))
+    window = photographs.resized_window(
+        image,
+        size=size,
+        place=(left, top),
+        window=record.crop,
+        filter=PIL.Image.Resampling[record.interpolation.upper()],
+    )
+    return np.asarray(window)
 
 
 def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> np.ndarray:
