@@ -234,21 +234,19 @@ def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
 # ------------------------------------------------------------------ splits: what each is used for
 
 
-def _labeled_splits(dataset: str, data_dir: str) -> list[str]:
-    """List the splits that are known by name and have labels."""
+def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
+    """Find the splits that are known by name, and whether they have labels."""
     known = ("train", *_VALIDATION, "test")
     if dataset == "folder":
         root = pathlib.Path(data_dir)
-        names = [name for name in known if (root / name).is_dir()]
-        # The images of a withheld test set lie in its folder as they are.
-        if "test" in names and not list_folder(root / "test").folders:
-            names.remove("test")
-        return names
+        present = {name: True for name in known if (root / name).is_dir()}
+        if "test" in present:
+            # The images of a withheld test set lie in its folder as they are.
+            present["test"] = bool(list_folder(root / "test").folders)
+        return present
     name = dataset.removeprefix("tfds:")
-    present = Tfds(name, data_dir, "train").splits
-    return [
-        split for split in known if split in present and Tfds(name, data_dir, split).is_labeled()
-    ]
+    names = Tfds(name, data_dir, "train").splits
+    return {split: Tfds(name, data_dir, split).is_labeled() for split in known if split in names}
 
 
 def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
@@ -272,7 +270,8 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     if dataset != "folder":
         place = f"dataset={dataset!r} in {place}"
         kind = "split"
-    names = _labeled_splits(dataset, data_dir)
+    is_labeled = _known_splits(dataset, data_dir)
+    names = [name for name in is_labeled if is_labeled[name]]
     validation = [name for name in names if name in _VALIDATION]
     if "train" not in names:
         raise ValueError(f"{place} has no {kind} train of images by class")
@@ -285,7 +284,16 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     if validation:
         return {"train": "train", "test": validation[0]}
     expected = " or ".join(("test", *_VALIDATION))
-    raise ValueError(f"{place} has no {kind} {expected} of images by class")
+    unlabeled = [f"; its {name} has no labels" for name in is_labeled if not is_labeled[name]]
+    raise ValueError(f"{place} has no {kind} {expected} of images by class{''.join(unlabeled)}")
+
+
+def _describe(source: Folder | Tfds) -> str:
+    noun = "class" if len(source.classes) == 1 else "classes"
+    counts = f"{len(source):,} images, {len(source.classes)} {noun} in {source.place}"
+    if source.passed_over:
+        return f"{counts}; {source.passed_over}"
+    return counts
 
 
 def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
@@ -313,11 +321,7 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
             opened[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
     trained = opened["train"].classes
     for use, source in opened.items():
-        noun = "class" if len(source.classes) == 1 else "classes"
-        counts = f"{len(source):,} images, {len(source.classes)} {noun} in {source.place}"
-        if source.passed_over:
-            counts = f"{counts}; {source.passed_over}"
-        _LOG.info("%s: %s", use, counts)
+        _LOG.info("%s: %s", use, _describe(source))
         if source.classes != trained:
             raise ValueError(
                 f"data_dir={data_dir!r}: the {use} split has the classes "
@@ -325,7 +329,7 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
                 "expected the same"
             )
     if names["test"] != "test":
-        _LOG.info("%s is the test set, since no split named test has labels", names["test"])
+        _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
     if not n_validation:
         return {**opened}
     if "validation" in opened:
