@@ -185,9 +185,8 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
         if image.mode[0] in "IF":
             raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
         image.load()
-        # Pillow converts a palette with transparency the same way, but with a warning.
-        if image.mode == "P":
-            return image.convert("RGBA").convert("RGB")
+        # Pillow drops the transparency of a palette with a warning.
+        image.info.pop("transparency", None)
         # Converting an image that is RGB already would copy it.
         if image.mode == "RGB":
             return image
