@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
     config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
-    config.workers = 2  # processes that decode them
+    config.workers = 2  # processes that decode them; 0 decodes in the training process
     config.skip_damaged = False  # True counts and names training images that cannot be decoded, and takes the next; else they end the run
     config.pixels = "standardised"  # by the data's mean and deviation, "imagenet": by that one's, or "centred": of 0 to 255, less the mean
     config.augment = ml_collections.ConfigDict(
