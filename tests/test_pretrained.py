@@ -500,3 +500,13 @@ def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
     files, labels = evaluate.list_labeled(tmp_path)
     assert [file.parent.name for file in files] == [f"n{number:08}" for number in range(1000)]
     assert labels.tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("names", [("0/a.jpg", "0/b.gif"), ("0_a.jpg", "b.gif")])
+def test_files_that_evaluate_passes_over_are_told(names, tmp_path, caplog):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with caplog.at_level("INFO", "cnnjax"):
+        assert len(evaluate.list_labeled(tmp_path)[0]) == 1
+    assert f"{tmp_path}: 1 file passed over: 1 .gif" in caplog.text
