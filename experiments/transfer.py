@@ -380,10 +380,13 @@ def _check(options) -> None:
         )
     options.files = {}
     for network in options.networks if "labels" in options.studies else ():
-        found = sorted(options.weights.glob(f"{network}*.safetensors")) if options.weights else []
+        suffixes = (".safetensors", ".pth", ".pt")
+        files = sorted(options.weights.glob(f"{network}*")) if options.weights else []
+        found = [file for file in files if file.suffix in suffixes]
         if len(found) != 1:
             raise ValueError(
-                f"weights={str(options.weights)!r} is not a folder with one file {network}*.safetensors; it has {len(found)}"
+                f"weights={str(options.weights)!r} is not a folder with one file "
+                f"{network}*.safetensors or .pth; it has {len(found)}"
             )
         options.files[network] = found[0]
 

@@ -163,6 +163,20 @@ def test_the_attacks_begin_from_files_that_are_read(tmp_path):
         assert pth.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
 
 
+def test_a_file_of_python_2_is_read(tmp_path):
+    """PyTorch 0.1 to 0.3: bytes for text, an OrderedDict of pairs, the first rebuilder, longs."""
+    text = lambda value: b"U" + bytes([len(value)]) + value.encode()
+    stored = b"(" + text("storage") + name("torch.FloatStorage") + text("9")
+    stored += text("cuda:0") + b"\x8a\x01\x04" + b"NtQ"
+    rebuilt = name("torch._utils._rebuild_tensor") + b"(" + stored + b"K\x00"
+    rebuilt += b"K\x02K\x02\x86" + b"K\x02K\x01\x86" + b"tR"
+    pairs = b"](](" + text("fc.weight") + rebuilt + b"ee"
+    pickled = b"\x80\x02" + name("collections.OrderedDict") + pairs + b"\x85R."
+    path = tmp_path / "w.pth"
+    path.write_bytes(legacy(pickled, ["9"], struct.pack("<q", 4) + NUMBERS))
+    assert pth.read(path)["fc.weight"].tolist() == [[0, 1], [2, 3]]
+
+
 def calls(function: str, argument) -> bytes:
     return b"\x80\x02" + name(function) + b"(" + plain(argument) + b"tR."
 

@@ -14,7 +14,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model_fields = ml_collections.ConfigDict(
         {"padding": "zeros"}
     )  # fields of the model, such as dropout
-    config.initial_weights = ""  # a safetensors file with torchvision's names, or the work directory of a finished run, to start from
+    # A safetensors or .pth file with torchvision's names, or a finished run's work directory.
+    config.initial_weights = ""
     config.initial_parts = ()  # which of them, by stage or by a pattern of names ("features.*"); () is all but the head
     config.freeze = ()  # parts that stay as they are, their BatchNorm in evaluation mode
     config.rates = ()  # pairs of a part and what multiplies its learning rate: (("conv1", 0.1),); of several the last counts
