@@ -140,9 +140,11 @@ def _check_values(key: str, value: np.ndarray) -> None:
     least = value.min()  # NaN if any value is
     greatest = value.max()
     if not (np.isfinite(least) and np.isfinite(greatest)):
-        raise ValueError(f"{key} holds values that are not finite")
+        raise ValueError(
+            f"{key} holds values that are not finite; the training diverged, or the file is damaged"
+        )
     if key.endswith("running_var") and least < 0:
-        raise ValueError(f"{key} holds a negative variance, {least:g}")
+        raise ValueError(f"{key} holds a negative variance, {least:g}; the file is damaged")
 
 
 def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
@@ -161,47 +163,57 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it does not fit.
     """
-    tensors = files.read(path)
     if isinstance(missing, str):
         missing = (missing,)
-    shapes = variable_shapes(model)
-    _check_missing(missing, torchvision_keys(shapes))
-    wanted = _wanted(shapes, missing)
+    keys = torchvision_keys(variable_shapes(model))
+    _check_missing(missing, keys)
+    tensors = files.read(path)
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(_AUXILIARY)
-    problems = _misfits(tensors, wanted)
-    if problems and model.padding in ("none", "full"):
-        published = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
-        if not _misfits(tensors, published):
-            wanted = published
-            problems = []
-    if problems:
-        listed = "; ".join(problems[:_MOST_PROBLEMS])
-        if len(problems) > _MOST_PROBLEMS:
-            listed += f"; and {len(problems) - _MOST_PROBLEMS} more"
-        raise ValueError(
-            f"weights={str(path)!r} do not fit the model ({_advice(tensors, wanted)}): {listed}"
-        )
-    keys = torchvision_keys(shapes)
+    try:
+        shapes = _fitting_shapes(tensors, model, missing)
+    except ValueError as error:
+        raise ValueError(f"weights={str(path)!r} do not fit the model {error}") from error
     loaded = {}
-    for key, shape in wanted.items():
+    for key, shape in shapes.items():
         value = _to_ours(tensors[key], shape)
         try:
             _check_values(tensors.names[key], value)
         except ValueError as error:
-            raise ValueError(f"weights={str(path)!r}: {error}; the file is damaged") from error
+            raise ValueError(f"weights={str(path)!r}: {error}") from error
         loaded[keys[key]] = value
     return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
+
+
+def _fitting_shapes(
+    tensors: files.StateDict, model: Network, missing: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Maps the keys that are read to torchvision's shapes.
+
+    Raises `ValueError` with all that does not fit.
+    """
+    wanted = _wanted(variable_shapes(model), missing)
+    problems = _misfits(tensors, wanted)
+    if not problems:
+        return wanted
+    if model.padding in ("none", "full"):
+        padded = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
+        if not _misfits(tensors, padded):
+            return padded
+    listed = "; ".join(problems[:_MOST_PROBLEMS])
+    if len(problems) > _MOST_PROBLEMS:
+        listed += f"; and {len(problems) - _MOST_PROBLEMS} more"
+    raise ValueError(f"({_advice(tensors, wanted)}): {listed}")
 
 
 def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Maps the keys that a file must hold to torchvision's shapes."""
     flat = flax.traverse_util.flatten_dict(shapes)
-    return {
-        key: _torchvision_shape(flat[path].shape)
-        for key, path in torchvision_keys(shapes).items()
-        if key.split(".")[0] not in missing
-    }
+    wanted = {}
+    for key, path in torchvision_keys(shapes).items():
+        if key.split(".")[0] not in missing:
+            wanted[key] = _torchvision_shape(flat[path].shape)
+    return wanted
 
 
 def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
