@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, adaptive_avg_pool, max_pool
+from cnnjax.nn import Conv, Dense, adaptive_avg_pool, flatten, max_pool
 
 # (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of stride 2 follow?)
 _TABLE = (
@@ -38,7 +38,7 @@ class AlexNet(Network):
                 yield f"conv{number}", x
                 x = max_pool(x, 3, 2, fill=self.padding)
         x = adaptive_avg_pool(x, 6)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         for layer in (1, 4):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = nn.relu(Dense(4096, dtype=self.dtype, name=f"classifier.{layer}")(x))

@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, local_response_norm, max_pool
+from cnnjax.nn import Conv, Dense, flatten, local_response_norm, max_pool
 
 # Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky et al.:
 _ALEXNET = ((96, 11, 4, 0), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1))
@@ -65,7 +65,7 @@ class AlexNet2012(Network):
                 x = max_pool(x, 3, 2, pools[number], fill=self.padding)
             if number <= 2:
                 x = local_response_norm(x)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         for number in (6, 7):
             x = nn.relu(Dense(4096, name=f"fc{number}", **shared(number))(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -18,6 +18,7 @@ from cnnjax.nn import (
     Dense,
     adaptive_avg_pool,
     concatenate,
+    flatten,
     global_avg_pool,
     max_pool,
 )
@@ -120,7 +121,7 @@ class Auxiliary(nn.Module):
         x = ConvNorm(
             128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv"
         )(x, train)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(1024, name="fc1")(x)))
         logits = dense(self.num_classes, name="fc2")(x).astype(jnp.float32)
         if not self.is_initializing():

@@ -16,6 +16,7 @@ from cnnjax.nn import (
     Dense,
     avg_pool,
     concatenate,
+    flatten,
     global_avg_pool,
     local_response_norm,
     max_pool,
@@ -90,7 +91,7 @@ class Auxiliary(nn.Module):
                 avg_pool(x, 5, 3, fill=self.fill)
             )
         )
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(
             nn.relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
         )

@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, max_pool
+from cnnjax.nn import Conv, Dense, flatten, max_pool
 
 KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
 
@@ -24,7 +24,7 @@ class TutorialNet(Network):
             )
             yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         for number, features in enumerate((120, 84), 1):
             x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc3")(x)
@@ -46,7 +46,7 @@ class KerasConvNet(Network):
             x = nn.relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
             yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         x = nn.relu(Dense(512, name="fc1", **shared)(x))
         yield "logits", Dense(self.num_classes, name="fc2", **shared)(x)
 
@@ -80,7 +80,7 @@ class ConvNet(Network):
                 )
             yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         for number in (1, 2):
             x = nn.relu(Dense(4096, name=f"linear{number}", **shared)(x))
         yield "logits", Dense(self.num_classes, name="linear3", **shared)(x)

@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, avg_pool, conv, max_pool
+from cnnjax.nn import Conv, Dense, add_bias, avg_pool, conv, flatten, max_pool
 
 # Table I: which of S2's six maps (rows) each of C3's sixteen maps (columns) reads.
 _TABLE = """
@@ -67,7 +67,8 @@ class Subsample(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", uniform(4), (x.shape[-1],)).astype(self.dtype)
         bias = self.param("bias", uniform(4), (x.shape[-1],)).astype(self.dtype)
-        return 4 * avg_pool(x, 2) * scale + bias
+        sums = 4 * avg_pool(x, 2)
+        return add_bias(sums * jnp.broadcast_to(scale, sums.shape), bias)
 
 
 class TableConv(nn.Module):
@@ -86,7 +87,7 @@ class TableConv(nn.Module):
             .at[:, :, sources, targets]
             .set(planes)
         )
-        return conv(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return add_bias(conv(x, kernel.astype(self.dtype)), bias.astype(self.dtype))
 
 
 class LeNet5(Network):
@@ -139,7 +140,7 @@ class LeNet5(Network):
             )(x)
         )
         yield "c5", x
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         x = squash(
             Dense(
                 84,
@@ -162,7 +163,7 @@ class LeNet5(Network):
             )
         else:
             codes = jnp.asarray(CODES[: self.num_classes], x.dtype)
-            yield "logits", -jnp.square(x[:, None] - codes).sum(-1)
+            yield "logits", -jnp.square(x[:, None] - codes[None]).sum(-1)
 
 
 class LeNet(Network):
@@ -186,7 +187,7 @@ class LeNet(Network):
             )
             yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         x = nn.relu(Dense(100, dtype=self.dtype, name="linear1")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear2")(x)
 

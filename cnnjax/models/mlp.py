@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Dense
+from cnnjax.nn import Dense, flatten
 
 
 class MLP(Network):
@@ -18,7 +18,7 @@ class MLP(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         for number, features in enumerate(self.hidden, 1):
             x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

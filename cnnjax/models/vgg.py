@@ -10,6 +10,7 @@ from cnnjax.nn import (
     Conv,
     Dense,
     adaptive_avg_pool,
+    flatten,
     he_normal_fan_out,
     local_response_norm,
     max_pool,
@@ -76,7 +77,7 @@ class VGG(Network):
             x = max_pool(x, 2, fill=self.padding)
             index += 1
         x = adaptive_avg_pool(x, 7)
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # channel first, PyTorch's order
+        x = flatten(x)
         dense = functools.partial(
             Dense,
             kernel_init=nn.initializers.normal(0.01),

@@ -11,6 +11,7 @@ from cnnjax.nn.norm import BatchNorm, local_response_norm
 from cnnjax.nn.padding import FILLS, align, center, check_fill, concatenate, fit_to_branch, pad
 from cnnjax.nn.pooling import adaptive_avg_pool, avg_pool, flatten, global_avg_pool, max_pool
 from cnnjax.nn.resize import resize
+from cnnjax.nn.sums import add_bias
 
 __all__ = [
     "FILLS",
@@ -18,6 +19,7 @@ __all__ = [
     "Conv",
     "Dense",
     "adaptive_avg_pool",
+    "add_bias",
     "align",
     "avg_pool",
     "center",

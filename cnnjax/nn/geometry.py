@@ -22,7 +22,7 @@ class Window:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    def output_shape(self, x_shape: tuple, kernel_size: tuple[int, int]) -> tuple[int, int]:
+    def output_shape(self, x_shape: tuple, kernel_size: tuple) -> tuple[int, int]:
         """Returns the height and width of the output for a map of shape `x_shape`, NHWC."""
         height, width = (
             output_size(size, kernel, stride, padding, dilation)
@@ -33,7 +33,7 @@ class Window:
         return height, width
 
     def valid_taps(
-        self, x_shape: tuple, kernel_size: tuple[int, int]
+        self, x_shape: tuple, kernel_size: tuple
     ) -> Int[np.ndarray, "height_out width_out"]:
         """Counts the taps of each window that lie inside a map of shape `x_shape`, NHWC."""
         rows, columns = (

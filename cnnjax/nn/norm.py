@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         axis_name = None if self.is_initializing() else self.axis_name
         count = _count(x, axis_name)
         if train and _is_at_least(count, 1):

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.resize import resize
@@ -92,7 +93,15 @@ def pad(
     if fill in _NUMPY_MODES:
         _check_border(x, amount, fill)
         return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
-    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
+    return pad_constant(x, widths, value)
+
+
+def pad_constant(x: AnyArray, widths: Sequence[tuple[int, int]], value: float) -> Array:
+    """Pads each axis by (low, high) with a constant.
+
+    `jnp.pad` would first make an array of the constant, which `jax_debug_infs` finds.
+    """
+    return jax.lax.pad(x, np.asarray(value, x.dtype), [(low, high, 0) for low, high in widths])
 
 
 def _set_into(frame: AnyArray, x: AnyArray, widths) -> Array:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from cnnjax.nn.cpu import pooling as cpu
 from cnnjax.nn.geometry import Both, Window, output_size, pair
 from cnnjax.nn.lowering import fast_on_cpu
-from cnnjax.nn.padding import check_fill, pad
+from cnnjax.nn.padding import check_fill, pad, pad_constant
 from cnnjax.runtime.types import AnyArray
 
 
@@ -45,10 +45,10 @@ def max_pool(
 # Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
 def _max_pool(x, size, stride, border, missing, fill):
-    x = pad(x, border, fill, value=-jnp.inf)
+    x = pad(x, border, fill, value=-np.inf)
     if any(missing):
         widths = ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0))
-        x = jnp.pad(x, widths, constant_values=jnp.asarray(-jnp.inf, x.dtype))
+        x = pad_constant(x, widths, -np.inf)
     if fast_on_cpu():
         return cpu.max_windows(x, size, stride)
     return _reduce_windows(x, -np.inf, lax.max, size, stride)

@@ -34,7 +34,7 @@ def scale_and_shift(
     if fast_on_cpu():
         return cpu.scale_and_shift(x, mean, factor, bias)
     shift = bias - mean * factor
-    return x * jnp.broadcast_to(factor, x.shape) + jnp.broadcast_to(shift, x.shape)
+    return jnp.broadcast_to(factor, x.shape) * x + jnp.broadcast_to(shift, x.shape)
 
 
 def add_bias(
@@ -42,5 +42,5 @@ def add_bias(
 ) -> Float[Array, "*positions channels"]:
     """Adds `bias` to each position of `x`."""
     if fast_on_cpu():
-        return x + cpu.spread(bias, x.shape)
-    return x + jnp.broadcast_to(bias, x.shape)
+        return cpu.spread(bias, x.shape) + x
+    return jnp.broadcast_to(bias, x.shape) + x

@@ -120,7 +120,7 @@ def _exchanges_operands(x, kernel_size) -> bool:
     return math.prod(kernel_size) > math.prod(x.shape[1:3])
 
 
-def keep_padding_apart(x: AnyArray, padded: AnyArray, kernel_size: tuple[int, int]) -> AnyArray:
+def keep_padding_apart(x: AnyArray, padded: AnyArray, kernel_size: tuple) -> AnyArray:
     """Keeps XLA from moving the border of `padded` into a convolution that it would exchange.
 
     The plain form is `padded`. An optimization barrier keeps the two operations apart.
@@ -288,8 +288,8 @@ def batch_last(x: AnyArray) -> jax.Array:
 
 
 def taps(
-    x: AnyArray, kernel_size: tuple[int, int], window: Window, size: tuple[int, int]
-) -> Iterator[jax.Array]:
+    x: AnyArray, kernel_size: tuple, window: Window, size: tuple[int, int]
+) -> Iterator[AnyArray]:
     """Yields what each tap of a kernel reads, row by row, as strided views of the padded map.
 
     `size` is the output's (height, width), and so that of each view.

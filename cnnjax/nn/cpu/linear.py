@@ -18,6 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from cnnjax.runtime.types import AnyArray
+
 _linear_call = Primitive("cnnjax_linear_call")
 
 
@@ -55,7 +57,7 @@ def linear_call(
     )
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def vary_alike(*arrays: AnyArray) -> tuple[AnyArray, ...]:
     """Makes arrays vary over the same mesh axes, as the operations inside `jax.shard_map` need.
 
     Operations of JAX do this by themselves. Outside `shard_map` it changes nothing.
@@ -78,10 +80,8 @@ def _evaluate(*operands, function, transpose, residual_count):
 
 
 def _abstract_value(*avals, **parameters):
-    shape = jax.eval_shape(functools.partial(_evaluate, **parameters), *avals)
-    return jax.core.ShapedArray(
-        shape.shape, shape.dtype, manual_axis_type=avals[0].manual_axis_type
-    )
+    (result,) = jax.make_jaxpr(functools.partial(_evaluate, **parameters))(*avals).out_avals
+    return result
 
 
 def _tangent(primals, tangents, **parameters):

@@ -51,7 +51,7 @@ def _max_windows_tangent(size, stride, primals, tangents):
     return y, linear_call(select, scatter, (x, y), *tangents)
 
 
-def _views(x, size, stride) -> Iterator[jax.Array]:
+def _views(x, size, stride):
     window = Window(stride=stride)
     return taps(x, size, window, window.output_shape(x.shape, size))
 

@@ -1,0 +1,388 @@
+"""Every operation in both of its forms, and under every transformation and mode of JAX."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from cnnjax import nn as cnn
+
+ALL_FILLS = {f"fill {fill}": {"padding": 1, "fill": fill} for fill in cnn.FILLS}
+CONVOLUTIONS = {
+    "plain": {"padding": 1},
+    "strided": {"padding": 1, "stride": 2},
+    "dilated": {"padding": 2, "dilation": 2},
+    "strided and dilated": {"padding": (1, 2), "stride": (2, 1), "dilation": 2},
+    "grouped": {"padding": 1, "groups": 2},
+    "depthwise": {"padding": 1, "groups": 4},
+    "strided depthwise": {"padding": 1, "stride": 2, "groups": 4},
+    **ALL_FILLS,
+}
+
+
+def draw(seed, *shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def norm_values(x, scale, bias, train):
+    """Returns the output of BatchNorm and, in training, its new statistics."""
+    zeros = jnp.zeros(x.shape[-1], jnp.float32)
+    variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": zeros + 0.5, "var": zeros + 2},
+    }
+    layer = cnn.BatchNorm(dtype=x.dtype)
+    if not train:
+        return layer.apply(variables, x)
+    y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    return y, new["batch_stats"]
+
+
+def operations():
+    """Makes a table: name -> (function, shapes of its arguments, the batch first)."""
+    table = {}
+    key = jax.random.key(0)
+    for name, options in CONVOLUTIONS.items():
+        kernel = (3, 2, 4 // options.get("groups", 1), 8)
+        convolve = functools.partial(cnn.conv, key=key, **options)
+        table[f"conv, {name}"] = (convolve, [(3, 7, 6, 4), kernel])
+    table["conv, few channels"] = (
+        functools.partial(cnn.conv, padding=1),
+        [(3, 6, 8, 1), (3, 3, 1, 20)],
+    )
+    table["conv, 1x1"] = (cnn.conv, [(3, 4, 5, 4), (1, 1, 4, 20)])
+    table["conv, small map"] = (
+        functools.partial(cnn.conv, padding=1),
+        [(3, 2, 2, 4), (3, 3, 4, 20)],
+    )
+    for fill in cnn.FILLS:
+        for pool in (cnn.max_pool, cnn.avg_pool):
+            call = functools.partial(pool, window=3, stride=2, padding=1, fill=fill)
+            table[f"{pool.__name__}, fill {fill}"] = (call, [(3, 6, 7, 2)])
+    table["max_pool, tiles"] = (lambda x: cnn.max_pool(x, 2), [(3, 4, 6, 2)])
+    table["max_pool, ceil"] = (lambda x: cnn.max_pool(x, 3, 2, ceil=True), [(3, 6, 6, 2)])
+    table["adaptive_avg_pool"] = (lambda x: cnn.adaptive_avg_pool(x, (2, 3)), [(3, 5, 4, 2)])
+    table["global_avg_pool"] = (cnn.global_avg_pool, [(3, 5, 4, 2)])
+    table["flatten"] = (cnn.flatten, [(3, 5, 4, 2)])
+    table["resize"] = (lambda x: cnn.resize(x, (7, 3)), [(3, 5, 4, 2)])
+    table["local_response_norm"] = (
+        lambda x: cnn.local_response_norm(x, alpha=0.1),
+        [(3, 5, 4, 6)],
+    )
+    for train in (True, False):
+        call = functools.partial(norm_values, train=train)
+        table[f"BatchNorm, train={train}"] = (call, [(3, 5, 4, 6), (6,), (6,)])
+    table["Dense"] = (
+        lambda x, kernel, bias: cnn.Dense(5, dtype=x.dtype).apply(
+            {"params": {"kernel": kernel, "bias": bias}}, x
+        ),
+        [(3, 4), (4, 5), (5,)],
+    )
+    return table
+
+
+OPERATIONS = operations()
+
+
+def derivatives(function):
+    """Returns a function: arguments -> value, gradient, tangent and the gradient's tangent."""
+
+    def everything(*arguments):
+        directions = [jnp.cos(3 * argument) for argument in arguments]
+
+        def loss(*arguments):
+            leaves = jax.tree.leaves(function(*arguments))
+            return sum(jnp.sin(leaf + 0.1).sum() for leaf in leaves)
+
+        gradient = jax.grad(loss, tuple(range(len(arguments))))
+        value, tangent = jax.jvp(function, tuple(arguments), tuple(directions))
+        gradients, second = jax.jvp(gradient, tuple(arguments), tuple(directions))
+        return {
+            "value": value,
+            "tangent": tangent,
+            "gradients": gradients,
+            "second": second,
+        }
+
+    return everything
+
+
+def assert_close(one, other, relative=1e-4):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        scale = max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=relative * scale)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_both_forms_have_the_same_values_and_derivatives(name):
+    function, shapes = OPERATIONS[name]
+    arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
+    everything = quick.jit(derivatives(function))
+    with cnn.lowering("cpu"):
+        fast = everything(*arguments)
+    with cnn.lowering("reference"):
+        plain = everything(*arguments)
+    for part in plain:
+        assert_close(fast[part], plain[part])
+
+
+def test_a_form_is_part_of_jits_cache_key():
+    """Changing the form traces anew, and staying in one never does."""
+    traces = []
+
+    @jax.jit
+    def pool(x):
+        traces.append(None)
+        return cnn.max_pool(x, 2)
+
+    x = draw(0, 1, 4, 4, 1)
+    text = {}
+    for form in ("cpu", "reference", "cpu", "reference"):
+        with cnn.lowering(form):
+            pool(x)
+            pool(x)
+            text[form] = pool.lower(x).as_text()
+    assert len(traces) == 2
+    assert "reduce_window" in text["reference"] and "reduce_window" not in text["cpu"]
+    with pytest.raises(ValueError, match="lowering='fast' is not one of auto, reference, cpu"):
+        cnn.lowering("fast")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_rank_is_promoted(name):
+    function, shapes = OPERATIONS[name]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    for form in ("cpu", "reference"):
+        with jax.numpy_rank_promotion("raise"), cnn.lowering(form):
+            jax.eval_shape(derivatives(function), *arguments)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_float64_is_computed_in_float64(name):
+    """Gradients and tangents agree to more digits than float32 has."""
+    function, shapes = OPERATIONS[name]
+    statistics = name.startswith("BatchNorm, train=True")
+    with jax.enable_x64(True), cnn.lowering("cpu"):
+        arguments = [draw(seed, *shape, dtype=np.float64) for seed, shape in enumerate(shapes)]
+        directions = [draw(seed + 9, *shape, dtype=np.float64) for seed, shape in enumerate(shapes)]
+
+        @quick.jit
+        def pairings(arguments, directions):
+            output = (lambda *args: function(*args)[0]) if statistics else function
+            y, tangent = jax.jvp(output, tuple(arguments), tuple(directions))
+            _, vjp = jax.vjp(output, *arguments)
+            weights = jnp.cos(2 * y)
+            pairs = zip(vjp(weights), directions)
+            return y, (weights * tangent).sum(), sum((a * b).sum() for a, b in pairs)
+
+        y, forward, reverse = pairings(arguments, directions)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(forward, reverse, rtol=1e-11)
+
+
+def test_parameters_and_statistics_stay_float32_under_x64():
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = cnn.Conv(4, 3, kernel_init=nn.initializers.he_normal(), dtype=x.dtype)(x)
+            x = cnn.BatchNorm(dtype=x.dtype)(x, train=True)
+            return cnn.Dense(2, bias_init=nn.initializers.zeros, dtype=x.dtype)(x)
+
+    with jax.enable_x64(True):
+        for dtype in (np.float32, np.float64):
+            x = draw(0, 2, 5, 5, 3, dtype=dtype)
+            variables = Layers().init(jax.random.key(0), x)
+            y, new = Layers().apply(variables, x, mutable=["batch_stats"])
+            kept = jax.tree.leaves((variables, new))
+            assert y.dtype == dtype and {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
+    function, shapes = OPERATIONS[name]
+    empty = draw(0, 0, *shapes[0][1:])
+    arguments = [empty, *(draw(seed, *shape) for seed, shape in enumerate(shapes[1:]))]
+
+    @quick.jit
+    def run(*arguments):
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(jax.tree.map(jnp.ones_like, y))
+
+    for form in ("cpu", "reference"):
+        with cnn.lowering(form):
+            y, gradients = run(*arguments)
+        assert jax.tree.leaves(y)[0].shape[0] == 0
+        assert [gradient.shape for gradient in gradients] == [a.shape for a in arguments]
+        assert not any(np.any(gradient != 0) for gradient in gradients)
+
+
+def test_an_empty_batch_leaves_running_statistics_alone():
+    layer = cnn.BatchNorm()
+    variables = layer.init(jax.random.key(0), draw(0, 2, 3, 3, 4))
+    _, new = layer.apply(variables, draw(0, 0, 3, 3, 4), train=True, mutable=["batch_stats"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, new["batch_stats"], variables["batch_stats"]))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_programs_are_exported_for_every_batch_size(name):
+    function, shapes = OPERATIONS[name]
+    (batch,) = jax.export.symbolic_shape("batch")
+
+    def gradients(*arguments):
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(jax.tree.map(jnp.ones_like, y))
+
+    first = jax.ShapeDtypeStruct((batch, *shapes[0][1:]), jnp.float32)
+    others = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[1:]]
+    with cnn.lowering("cpu"):
+        exported = jax.export.export(quick.jit(gradients))(first, *others)
+    if name not in ("conv, plain", "conv, depthwise", "BatchNorm, train=True", "max_pool, tiles"):
+        return  # tracing is the check; four of them are compiled and compared
+    arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
+    assert_close(exported.call(*arguments), quick.jit(gradients)(*arguments))
+
+
+@functools.partial(quick.jit, static_argnums=1)
+def pool_gradient(x, ceil):
+    # Outside jit the padded map is an intermediate result of the gradient.
+    return jax.grad(lambda x: cnn.max_pool(x, 3, 2, 1, ceil=ceil).sum())(x)
+
+
+@pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
+def test_no_infinity_or_nan_is_met(flag):
+    """Without jit each intermediate result is looked at."""
+    options = {"jax_debug_infs": jax.debug_infs, "jax_debug_nans": jax.debug_nans}[flag]
+    x = draw(0, 2, 5, 5, 2)
+    with options(True), cnn.lowering("cpu"):
+        for ceil in (False, True):
+            y = cnn.max_pool(x, 3, 2, 1, ceil=ceil)
+            assert np.isfinite(y).all()
+            assert pool_gradient(x, ceil).sum() == y.size
+        convolve = functools.partial(cnn.conv, padding=1)
+        y, vjp = jax.vjp(convolve, x, draw(1, 3, 3, 2, 3))
+        vjp(y)
+        y, vjp = jax.vjp(functools.partial(norm_values, train=True), x, draw(1, 2), draw(2, 2))
+        vjp(y)
+
+
+# ------------------------------------------------------------------ a network, transformed
+
+
+class Small(nn.Module):
+    """Every kind of layer with derivatives of its own."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = cnn.Conv(8, 3, padding=1)(x)
+        x = nn.relu(cnn.BatchNorm(axis_name=self.axis_name)(x, train=True))
+        x = cnn.max_pool(x, 3, 2, padding=1)
+        x = cnn.Conv(8, 3, stride=2, padding=1, groups=2)(x)
+        x = cnn.Conv(8, 3, padding=1, groups=8)(x)
+        x = cnn.local_response_norm(x)
+        return cnn.Dense(3)(cnn.flatten(cnn.avg_pool(x, 2)))
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A loss of the whole batch, images, parameters, and the loss's gradient."""
+    images = draw(0, 8, 8, 8, 2)
+    variables = Small().init(jax.random.key(0), images)
+
+    def loss(params, images, axis_name=None):
+        y, new = Small(axis_name).apply(
+            variables | {"params": params}, images, mutable=["batch_stats"]
+        )
+        return jnp.square(y).sum() + sum(leaf.sum() for leaf in jax.tree.leaves(new)) * 0
+
+    gradient = quick.jit(jax.grad(loss))(variables["params"], images)
+    return loss, images, variables["params"], gradient
+
+
+def over_devices(loss):
+    """Returns the gradient of the sum of all devices' losses, with statistics of all images."""
+
+    def gradient(params, images):
+        return jax.grad(lambda params: jax.lax.psum(loss(params, images, "data"), "data"))(params)
+
+    return gradient
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_shard_map_with_its_checks(case, form):
+    loss, images, params, gradient = case
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    step = jax.shard_map(over_devices(loss), mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with cnn.lowering(form):
+        assert_close(quick.jit(step)(params, images), gradient)
+
+
+def test_pmap(case):
+    loss, images, params, gradient = case
+
+    def step(params, images):
+        own = jax.grad(loss)(params, images, "data")
+        return jax.lax.psum(own, "data")
+
+    parts = images.reshape(4, 2, *images.shape[1:])
+    each = jax.pmap(step, axis_name="data", in_axes=(None, 0))(params, parts)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], each), gradient)
+
+
+def test_checkpoint_and_scan(case):
+    loss, images, params, gradient = case
+
+    def looped(params):
+        def body(total, images):
+            return total + jax.checkpoint(loss)(params, images), None
+
+        return jax.lax.scan(body, 0.0, images[None])[0]
+
+    assert_close(quick.jit(jax.grad(looped))(params), gradient)
+
+
+def test_vmap_over_networks_and_images(case):
+    """Gradients of each of two copies of the parameters, and one gradient of both."""
+    loss, images, params, gradient = case
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    each = quick.jit(jax.vmap(jax.grad(loss), (0, None)))(two, images)
+    assert_close(each, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), gradient))
+
+    def both(params):
+        return jax.vmap(loss, (None, 0))(params, jnp.stack([images, images])).sum()
+
+    assert_close(quick.jit(jax.grad(both))(params), jax.tree.map(lambda leaf: 2 * leaf, gradient))
+
+
+def test_products_with_the_hessian(case):
+    """Forward over reverse, reverse over forward, reverse over reverse and `linearize` agree."""
+    loss, images, params, gradient = case
+    scalar = lambda params: loss(params, images)
+    direction = jax.tree.map(lambda leaf: jnp.cos(3 * leaf), params)
+
+    def dot(one, other):
+        return sum((a * b).sum() for a, b in zip(*map(jax.tree.leaves, (one, other))))
+
+    @quick.jit
+    def products(params):
+        derivative = lambda params: jax.jvp(scalar, (params,), (direction,))[1]
+        _, linear = jax.linearize(scalar, params)
+        return {
+            "slopes": (derivative(params), linear(direction)),
+            "forward over reverse": jax.jvp(jax.grad(scalar), (params,), (direction,))[1],
+            "reverse over forward": jax.grad(derivative)(params),
+            "reverse over reverse": jax.grad(lambda p: dot(jax.grad(scalar)(p), direction))(params),
+        }
+
+    found = products(params)
+    for slope in found["slopes"]:
+        np.testing.assert_allclose(slope, dot(gradient, direction), rtol=1e-4)
+    assert_close(found["forward over reverse"], found["reverse over reverse"])
+    assert_close(found["reverse over forward"], found["reverse over reverse"])
