@@ -1,6 +1,7 @@
 """Published weights: their records, where they come from, and what they are used for."""
 
 import dataclasses
+import functools
 import hashlib
 import http.server
 import pathlib
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 import skimage
 from quick import exit_code
 from test_weights import numbered
@@ -338,10 +340,13 @@ def test_networks_of_google_convert_their_input(name, stage):
     variables = numbered(plain)
     pixels = np.random.default_rng(1).random((1, 16, 16, 3), np.float32)
     normalized = (pixels - mean) / std
-    run = lambda model, x: model.apply(variables, x, method="stages", last=stage)[stage]
-    np.testing.assert_allclose(
-        run(converting, normalized), run(plain, (pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-4
-    )
+
+    def run(model, x):
+        apply = functools.partial(model.apply, method="stages", last=stage)
+        return quick.jit(apply)(variables, x)[stage]
+
+    expected = run(plain, (pixels - 0.5) / 0.5)
+    np.testing.assert_allclose(run(converting, normalized), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp_path):
