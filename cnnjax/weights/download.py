@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import http.client
 import logging
+import math
 import os
 import pathlib
 import threading
@@ -27,7 +28,7 @@ _LOG = logging.getLogger("cnnjax")
 _HUB_FILE = "model.safetensors"
 _PROBE_SECONDS = 2.0
 _STALLED_SECONDS = 30.0
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes, 1 MiB
 
 
 def checkpoints_folder() -> pathlib.Path:
@@ -189,10 +190,10 @@ def _receive(url: str, stream: BinaryIO) -> bool:
                 stream.truncate(0)  # the server starts at the beginning
                 before = 0
             missing = int(response.headers["Content-Length"])
-            with progress(missing, "bytes") as advance:
+            with progress(math.ceil(missing / _CHUNK), "MiB") as advance:
                 while chunk := response.read(_CHUNK):
                     stream.write(chunk)
-                    advance(len(chunk))
+                    advance(1)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
