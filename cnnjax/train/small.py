@@ -1,0 +1,71 @@
+"""Training and testing a small network on images in memory, without a work directory."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from cnnjax.data import arrays, augment
+from cnnjax.models import Network
+from cnnjax.train import step
+from cnnjax.train.parallel import Parallel
+
+_TEST_BATCH = 200
+
+
+def train_epochs(
+    model: Network,
+    data: arrays.Split,
+    epochs: int,
+    seed: int,
+    *,
+    batch_size: int = 100,
+    learning_rate: float = 2e-3,
+    momentum: float = 0.9,
+) -> Iterator[dict]:
+    """Trains with Adam, at a rate that falls linearly to 0.
+
+    Yields the variables before the first and after every epoch. The next epoch takes over their
+    memory, so they must be used before it is asked for.
+    """
+    recipe = step.Recipe(model, "adam")
+    numbers = step.Numbers(seed=seed, momentum=momentum)
+    steps = len(data.labels) // batch_size
+    run = step.resident_steps(Parallel("jit"), recipe, batch_size)
+    rates = np.linspace(learning_rate, 0, epochs * steps, dtype=np.float32)
+    state = step.init(recipe, data.images.shape[1:], numbers)
+    resident = jax.device_put(tuple(data))
+    for epoch in range(epochs + 1):
+        yield {"params": state.params, "batch_stats": state.batch_stats}
+        if epoch < epochs:
+            order = step.epoch_order(len(data.labels), epoch, seed)
+            last = (epoch + 1) * steps
+            state = run(state, resident, order, augment.IMAGENET, rates, last, numbers)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _classes(model, variables, images, key):
+    x = augment.normalize(images, *augment.IMAGENET)
+    return model.apply(variables, x, rngs={"padding": key, "dropout": key}).argmax(1)
+
+
+def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
+    """Returns the class of each uint8 image.
+
+    Every batch has its own random numbers, for networks that draw some.
+    """
+    parts = []
+    for start in range(0, len(images), _TEST_BATCH):
+        batch = images[start : start + _TEST_BATCH]
+        parts.append(_classes(model, variables, batch, jax.random.key(start)))
+    return np.concatenate(parts)
+
+
+def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
+    """Raises `ValueError` if more images are asked for than there are."""
+    for name, count, split in (("train", train, data.train), ("test", test, data.test)):
+        if count > len(split.labels):
+            raise ValueError(
+                f"{name}={count} is more than the {len(split.labels)} images of that part"
+            )

@@ -1,0 +1,135 @@
+"""The frame of a study: resumable points, a work directory bound to its options, one report."""
+
+import dataclasses
+import importlib.util
+import json
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from quick import exit_code
+
+from cnnjax import study
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The study in the docstring of `cnnjax.study`, as a module."""
+    _, text = study.__doc__.split("one file in `experiments/`:\n\n")
+    path = tmp_path_factory.mktemp("example") / "blur.py"
+    path.write_text(textwrap.dedent(text))
+    spec = importlib.util.spec_from_file_location("blur", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_the_example_writes_a_table_and_a_figure(example, tmp_path, capsys):
+    assert example.main(["--workdir", str(tmp_path), "--seeds", "2"]) == 0
+    results = read(tmp_path / "blur.json")
+    assert [(row["fill"], row["seed"]) for row in results] == [
+        (fill, seed) for fill in ("zeros", "reflect", "circular") for seed in (0, 1)
+    ]
+    # The mean of noise from 0 to 1 is about 0.5, and its mean distance from that is 0.25.
+    assert all(0.15 < row["error"] < 0.35 for row in results)
+    text = (tmp_path / "report.md").read_text()
+    errors = [row["error"] for row in results[:2]]
+    assert f"| zeros | {np.mean(errors):.3f} ± {np.std(errors, ddof=1):.3f} | 2 |" in text
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "blur.png").stat().st_size > 1000
+
+
+def test_a_later_call_measures_only_new_points(example, tmp_path):
+    command = ["--workdir", str(tmp_path), "--seeds"]
+    assert example.main([*command, "1"]) == 0
+    first = read(tmp_path / "blur.json")
+    measured = []
+
+    def measure(point, options):
+        measured.append(point)
+        return example.measure(point, options)
+
+    again = dataclasses.replace(example.STUDY, measure=measure)
+    assert again.main([*command, "2"]) == 0
+    assert measured == [example.Point(fill, 1) for fill in example.FILLS]
+    assert study.select(read(tmp_path / "blur.json"), seed=0) == first
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path):
+    command = ["--workdir", str(tmp_path / "a"), "--seeds", "2"]
+
+    def stop(point, options):
+        if point.seed == 1:
+            raise KeyboardInterrupt
+        return example.measure(point, options)
+
+    assert dataclasses.replace(example.STUDY, measure=stop).main(command) == 130
+    assert [path.name for path in (tmp_path / "a" / "points").iterdir()] == [
+        "fill=zeros,seed=0.json"
+    ]
+    assert not (tmp_path / "a" / "report.md").exists()
+    assert example.main(command) == 0
+    assert example.main(["--workdir", str(tmp_path / "b"), "--seeds", "2"]) == 0
+    assert read(tmp_path / "a" / "blur.json") == read(tmp_path / "b" / "blur.json")
+
+
+def test_a_work_directory_belongs_to_its_options(example, tmp_path, capsys):
+    command = ["--workdir", str(tmp_path), "--seeds", "1"]
+    assert example.main(command) == 0
+    assert example.main([*command, "--size", "8"]) == 2
+    assert "another configuration (size=16 there, 8 now)" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_nothing_is_written(example, tmp_path, capsys):
+    def load(options):
+        raise ValueError("size=16 is odd")
+
+    assert dataclasses.replace(example.STUDY, load=load).main(["--workdir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: size=16 is odd\n"
+    assert not list(tmp_path.iterdir())
+    assert exit_code(example.main, ["--seeds", "0"]) == 2
+    assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_help_shows_the_docstring(example, capsys):
+    assert exit_code(example.main, ["--help"]) == 0
+    assert example.__doc__ in capsys.readouterr().out
+
+
+def test_what_is_loaded_is_shared_by_all_points(example, tmp_path):
+    shared = []
+
+    def measure(point, options, loaded):
+        shared.append(loaded)
+        return example.measure(point, options)
+
+    changed = dataclasses.replace(example.STUDY, load=lambda options: object(), measure=measure)
+    assert changed.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 0
+    assert len(shared) == 3 and len(set(shared)) == 1
+
+
+class Point(NamedTuple):
+    name: str
+    rate: float
+    seed: int
+
+
+def test_points_are_named_by_their_fields():
+    assert study.label(Point("a", 0.50, 3)) == "name=a,rate=0.5,seed=3"
+
+
+def test_results_are_selected_by_their_fields():
+    results = [
+        {"name": "a", "seed": 0, "scores": [1, 2]},
+        {"name": "b", "seed": 0, "scores": [3, 4]},
+        {"name": "a", "seed": 1, "scores": [5, 6]},
+    ]
+    assert study.select(results, name="a") == [results[0], results[2]]
+    assert study.unique(results, "name") == ["a", "b"]
+    assert study.values(results, "scores", name="a").tolist() == [[1, 2], [5, 6]]
+    assert study.values(results, "seed", name="b", seed=0).tolist() == [0]
