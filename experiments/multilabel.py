@@ -1,246 +1,266 @@
-"""Multi-label classification: which of CamVid's eleven classes appear in a scene, each by a sigmoid of its own?
+"""Which of CamVid's eleven classes appear in a scene? Multi-label classification.
 
-    python -m experiments.multilabel --data_dir data --workdir runs/multilabel [--weights squeezenet1_1=FILE mobilenet_v2=FILE] [--seeds 3]
+    python -m experiments.multilabel --data_dir data --workdir runs/multilabel \\
+        [--weights squeezenet1_1=FILE mobilenet_v2=FILE] [--seeds 3]
 
-A class appears where it has at least 50 pixels of the mask. Compared are a small network trained from scratch under the sigmoid loss,
-and logistic regression on the pooled last stage of frozen networks, with ImageNet weights (torchvision's names, from the files in
---weights) and without. The score is the average precision of each class on 233 test scenes; a ranking by chance has the class's
-prevalence. Classes that fewer than ten scenes of a part show, or lack, say little and are left out of the mean. Seeds are of weights
-and order for what is trained from scratch, and of a bootstrap of the training scenes (and of random weights) for frozen networks.
-Writes report.md, multilabel.json and multilabel.png.
+A class appears where it has at least 50 pixels of the mask. Compared are a small network trained
+from scratch under the sigmoid loss, and logistic regression on the pooled last stage of frozen
+networks, with ImageNet weights (torchvision's names, from the files in --weights) and with random
+ones. The score is the average precision of each class on 233 test scenes; a ranking by chance has
+the class's prevalence. Classes that fewer than ten scenes of a part show, or lack, say little and
+are left out of the mean. A seed draws the weights and the order of a trained network, and for a
+frozen one a bootstrap of the training scenes and the random weights. Writes report.md,
+multilabel.json, and multilabel.png.
 """
 
 import functools
-import itertools
-import pathlib
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import ml_collections
 import numpy as np
 import sklearn.linear_model
+from matplotlib.figure import Figure
 
-from cnnjax import transfer
+from cnnjax import study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 
 _BATCH = 16
 _STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
-_LEAST = 10  # scenes of either part that have a class, and that have it not, for it to be counted
-_BASELINE, _SCRATCH = "prevalence", "scene_net, trained from scratch"
+_LEAST = 10  # scenes of either part that show a counted class, and as many that lack it
+BASELINE, SCRATCH = "prevalence", "scene_net, trained from scratch"
 
 
-def configure(options, seed: int) -> ml_collections.ConfigDict:
-    """The configuration of a small network that is trained from scratch."""
-    config = defaults.get_config()
-    config.model, config.dataset, config.data_dir, config.loss = (
-        "scene_net",
-        "camvid_scenes",
-        options.data_dir,
-        "sigmoid",
-    )
-    config.augment.flip, config.batch_size, config.epochs, config.seed = (
-        True,
-        8,
-        options.epochs,
-        seed,
-    )
-    config.optimizer, config.weight_decay, config.schedule.name, config.schedule.learning_rate = (
-        "adamw",
-        1e-4,
-        "cosine",
-        0.002,
-    )
-    return config.lock()
+# --- Options and points ---------------------------------------------------------------------------
 
 
-def features(name: str, file: str | None, seed: int, parts: list[np.ndarray]) -> list[np.ndarray]:
-    """The pooled last stage of a network with a file's weights, or with random ones, for each array of images: [n, channels]."""
-    model, parallel = create_model(name), Parallel("jit")
-    random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
-    variables = parallel.replicate(
-        transfer.merge(random, transfer.take(file, model) if file else {})
-    )
-    moments = parallel.replicate(augment.IMAGENET)
-    stage = list(transfer.stage_paths(model))[-2]  # the last is "logits"
-    return [
-        evaluate.predict(
-            parallel,
-            model,
-            variables,
-            moments,
-            evaluate.batches_of(images, _BATCH),
-            _BATCH,
-            evaluate.pooled(stage),
-        )
-        for images in parts
-    ]
+class Point(NamedTuple):
+    """A method and a repetition; `weights` is "scratch", "imagenet", or "random"."""
+
+    network: str
+    weights: str
+    seed: int
+
+    def method(self) -> str:
+        if self.weights == "scratch":
+            return SCRATCH
+        return f"{self.network}, {self.weights}, frozen"
 
 
-def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    """Logistic regression of every class on a bootstrap sample of the training features -> scores of the test [n, classes]."""
-    chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
-    train, labels = train[chosen], labels[chosen]
-    mean, std = train.mean(0), train.std(0)
-    std = np.where(std > 1e-6 * std.max(), std, np.inf)  # a constant feature says nothing
-    scores = np.zeros((len(test), labels.shape[1]))
-    for number, label in enumerate(labels.T):
-        if 0 < label.sum() < len(label):  # else its score is a constant
-            model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000).fit(
-                (train - mean) / std, label
-            )
-            scores[:, number] = model.decision_function((test - mean) / std)
-    return scores
-
-
-def _figure(
-    folder: pathlib.Path, found: dict[str, np.ndarray], prevalence: np.ndarray, names: list[str]
-) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 3.8), layout="constrained")
-    width = 0.8 / len(found)
-    for number, (method, values) in enumerate(found.items()):
-        at = np.arange(len(names)) + (number - (len(found) - 1) / 2) * width
-        axis.bar(
-            at,
-            100 * values.mean(0),
-            width,
-            yerr=100 * tables.bar(values),
-            error_kw={"lw": 0.8},
-            label=f"{method} (n={len(values)})",
-        )
-    for number, value in enumerate(prevalence):
-        axis.plot(
-            [number - 0.45, number + 0.45],
-            [100 * value] * 2,
-            color="black",
-            lw=1,
-            label=None if number else _BASELINE,
-        )
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="average precision on the test, %", ylim=(0, 100))
-    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
-    workdir.write_figure(folder / "multilabel.png", figure)
-    pyplot.close(figure)
-
-
-def write(options, data: arrays.Dataset, rows: list[dict]) -> str:
-    """Writes the results, the report and the figure; returns the table."""
-    shares = [split.labels.mean(0) for split in (data.train, data.test)]
-    found = [
-        np.minimum(split.labels.sum(0), (1 - split.labels).sum(0))
-        for split in (data.train, data.test)
-    ]
-    told = np.flatnonzero(np.minimum(*found) >= _LEAST)
-    if not len(told):
-        raise ValueError(
-            f"dataset='camvid_scenes' of data_dir={options.data_dir!r} has no class that {_LEAST} scenes show and "
-            f"{_LEAST} lack"
-        )
-    names, prevalence = [data.classes[number] for number in told], shares[1][told]
-    found = {
-        method: np.array(
-            [[row["ap"][number] for number in told] for row in rows if row["method"] == method]
-        )
-        for method in dict.fromkeys(row["method"] for row in rows)
-    }
-    cell = lambda values: tables.spread(100 * np.asarray(values), 1)
-    lines = [[_BASELINE, cell([prevalence.mean()]), *(cell([value]) for value in prevalence), ""]]
-    lines += [
-        [method, cell(values.mean(1)), *map(cell, values.T), str(len(values))]
-        for method, values in found.items()
-    ]
-    table = tables.table(["method", "mean AP", *names, "n"], lines)
-    workdir.write_json(
-        options.workdir / "multilabel.json",
-        {
-            "classes": list(data.classes),
-            "counted": names,
-            "rows": rows,
-            "prevalence": {part: share.tolist() for part, share in zip(("train", "test"), shares)},
-        },
-    )
-    _figure(options.workdir, found, prevalence, names)
-    left_out = ", ".join(name for name in data.classes if name not in names)
-    text = (
-        f"# Which classes appear in a scene\n\nAverage precision in percent on {len(data.test.images)} test scenes of CamVid, mean ± "
-        f"sample standard deviation over seeds; {len(data.train.images)} training scenes, {options.epochs} epochs from scratch. Left "
-        f"out, because hardly a scene of a part lacks, or shows, them: {left_out}.\n\n{table}\n![Average precision](multilabel.png)\n"
-    )
-    workdir.write(options.workdir / "report.md", text)
-    return table
-
-
-def _work(options) -> None:
-    configs, files = (
-        [configure(options, seed) for seed in range(options.seeds)],
-        dict(options.weights),
-    )
-    for name, file in files.items():
-        transfer.weights_file(file)
-        create_model(name)
-    loop.check(configs[0])
-    data, rows = arrays.load("camvid_scenes", options.data_dir), []
-    folder = workdir.prepare(
-        options.workdir, {"data_dir": options.data_dir, "weights": files, "epochs": options.epochs}
-    )
-    backend.start()
-    for seed, config in enumerate(configs):
-        found = workdir.completed(loop.run, config, folder / f"scene_net,seed={seed}")
-        rows.append({"method": _SCRATCH, "seed": seed, "ap": found["by_class"]})
-    read = functools.cache(
-        lambda name, file, seed: features(name, file, seed, [data.train.images, data.test.images])
-    )
-
-    def frozen(name, file, kind, seed):
-        train, test = read(name, file, 0) if kind == "imagenet" else read(name, None, seed)
-        return evaluate.average_precision(
-            regress(train, data.train.labels, test, seed), data.test.labels
-        )
-
-    for (name, file), kind, seed in itertools.product(
-        files.items(), ("imagenet", "random"), range(options.seeds)
-    ):
-        path = folder / f"{name},{kind},seed={seed}.json"
-        rows.append(
-            {
-                "method": f"{name}, {kind}, frozen",
-                "seed": seed,
-                "ap": workdir.finished(path, frozen, name, file, kind, seed),
-            }
-        )
-    print(write(options, data, rows))
-
-
-def _named_file(text: str) -> tuple[str, str]:
+def named_file(text: str) -> tuple[str, str]:
     name, _, file = text.partition("=")
     return name, file
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_workdir("runs/multilabel")
     parser.add_data_dir("camvid/")
     parser.add_argument(
         "--weights",
         nargs="+",
         default=[],
-        type=_named_file,
+        type=named_file,
         metavar="MODEL=FILE",
         help="networks whose features are read",
     )
     parser.add_count("seeds", 3, "repetitions")
     parser.add_count("epochs", 12, "of the network trained from scratch")
-    options = parser.parse_args(arguments)
-    return command.run(lambda: _work(options))
 
+
+def points(options):
+    seeds = range(options.seeds)
+    result = [Point("scene_net", "scratch", seed) for seed in seeds]
+    for name, _ in options.weights:
+        for kind in ("imagenet", "random"):
+            result += [Point(name, kind, seed) for seed in seeds]
+    return result
+
+
+class Shared(NamedTuple):
+    """The scenes, and the features of both parts by network, file, and seed, computed once."""
+
+    data: arrays.Dataset
+    features: Callable[[str, str | None, int], list[np.ndarray]]
+
+
+def load(options) -> Shared:
+    for name, file in options.weights:
+        transfer.weights_file(file)
+        create_model(name)
+    loop.check(configure(options, 0))
+    data = arrays.load("camvid_scenes", options.data_dir)
+    counted_classes(data)
+
+    @functools.cache
+    def of_both_parts(name, file, seed):
+        return [features(name, file, seed, split.images) for split in (data.train, data.test)]
+
+    return Shared(data, of_both_parts)
+
+
+# --- One repetition of one method -----------------------------------------------------------------
+
+
+def configure(options, seed: int) -> ml_collections.ConfigDict:
+    """Returns the configuration of the network that is trained from scratch."""
+    config = defaults.get_config()
+    config.model = "scene_net"
+    config.dataset = "camvid_scenes"
+    config.data_dir = options.data_dir
+    config.loss = "sigmoid"
+    config.augment.flip = True
+    config.batch_size = 8
+    config.epochs = options.epochs
+    config.seed = seed
+    config.optimizer = "adamw"
+    config.weight_decay = 1e-4
+    config.schedule.name = "cosine"
+    config.schedule.learning_rate = 0.002
+    return config.lock()
+
+
+def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.ndarray:
+    """Returns the pooled last stage [n, channels] of a frozen network.
+
+    Its weights are a file's, or random ones where `file` is None.
+    """
+    model, parallel = create_model(name), Parallel("jit")
+    random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
+    trained = transfer.take(file, model) if file else {}
+    variables = parallel.replicate(transfer.merge(random, trained))
+    moments = parallel.replicate(augment.IMAGENET)
+    *_, last_stage, _ = transfer.stage_paths(model)  # the last of all is "logits"
+    batches = evaluate.batches_of(images, _BATCH)
+    pooled = evaluate.pooled(last_stage)
+    return evaluate.predict(parallel, model, variables, moments, batches, _BATCH, pooled)
+
+
+def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+    """Fits each class on a bootstrap of the training features -> test scores [n, classes]."""
+    chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
+    train, labels = train[chosen], labels[chosen]
+    mean, std = train.mean(0), train.std(0)
+    # A constant feature says nothing: it is divided away.
+    std = np.where(std > 1e-6 * std.max(), std, np.inf)
+    scores = np.zeros((len(test), labels.shape[1]))
+    for number, label in enumerate(labels.T):
+        # A class that every scene of the sample shows, or none, keeps a constant score.
+        if 0 < label.sum() < len(label):
+            model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000)
+            model.fit((train - mean) / std, label)
+            scores[:, number] = model.decision_function((test - mean) / std)
+    return scores
+
+
+def measure(point: Point, options, shared: Shared) -> dict:
+    """Returns the average precision of each class on the test scenes."""
+    if point.weights == "scratch":
+        folder = options.workdir / f"scene_net,seed={point.seed}"
+        result = workdir.completed(loop.run, configure(options, point.seed), folder)
+        return {"method": point.method(), "ap": result["by_class"]}
+    # ImageNet's weights are the same in all repetitions; random ones are drawn by the seed.
+    file = dict(options.weights)[point.network] if point.weights == "imagenet" else None
+    train, test = shared.features(point.network, file, 0 if file else point.seed)
+    scores = regress(train, shared.data.train.labels, test, point.seed)
+    ap = evaluate.average_precision(scores, shared.data.test.labels)
+    return {"method": point.method(), "ap": ap}
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def counted_classes(data: arrays.Dataset) -> np.ndarray:
+    """Returns the numbers of the classes that enough scenes show, and enough lack."""
+    scenes = []
+    for split in (data.train, data.test):
+        scenes += [split.labels.sum(0), (1 - split.labels).sum(0)]
+    counted = np.flatnonzero(np.min(scenes, axis=0) >= _LEAST)
+    if not len(counted):
+        raise ValueError(
+            f"dataset='camvid_scenes' has no class that {_LEAST} scenes show and {_LEAST} lack"
+        )
+    return counted
+
+
+def precision_by_method(results: list[dict], counted: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the average precision of the counted classes, [seeds, classes], by method."""
+    by_method = {}
+    for method in study.unique(results, "method"):
+        rows = study.select(results, method=method)
+        by_method[method] = np.array([[row["ap"][number] for number in counted] for row in rows])
+    return by_method
+
+
+def tabulate(by_method: dict, prevalence: np.ndarray, names: list[str]) -> str:
+    chance = [f"{100 * value:.1f}" for value in (prevalence.mean(), *prevalence)]
+    lines = [[BASELINE, *chance, ""]]
+    for method, values in by_method.items():
+        percent = 100 * values
+        cells = [tables.spread(column, 1) for column in (percent.mean(1), *percent.T)]
+        lines.append([method, *cells, str(len(values))])
+    return tables.table(["method", "mean AP", *names, "n"], lines)
+
+
+def draw(by_method: dict, prevalence: np.ndarray, names: list[str]) -> Figure:
+    """Draws the average precision of each class, method by method, above the prevalence."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(by_method)
+    for number, (method, values) in enumerate(by_method.items()):
+        place = np.arange(len(names)) + (number - (len(by_method) - 1) / 2) * width
+        axis.bar(
+            place,
+            100 * values.mean(0),
+            width,
+            yerr=100 * tables.bar(values),
+            error_kw={"lw": 0.8},
+            label=f"{method} (n={len(values)})",
+        )
+    left, right = np.arange(len(names)) - 0.45, np.arange(len(names)) + 0.45
+    axis.hlines(100 * prevalence, left, right, color="black", lw=1, label=BASELINE)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="average precision on the test, %", ylim=(0, 100))
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    data = arrays.load("camvid_scenes", options.data_dir)
+    counted = counted_classes(data)
+    names = [data.classes[number] for number in counted]
+    prevalence = data.test.labels.mean(0)[counted]
+    by_method = precision_by_method(results, counted)
+    left_out = ", ".join(name for name in data.classes if name not in names)
+    text = f"""# Which classes appear in a scene
+
+Average precision in percent on {len(data.test.images)} test scenes of CamVid, mean ± sample
+standard deviation over seeds; {len(data.train.images)} training scenes, {options.epochs} epochs
+from scratch. Left out, because hardly a scene of a part lacks or shows them: {left_out}.
+
+{tabulate(by_method, prevalence, names)}
+![Average precision](multilabel.png)
+"""
+    return study.Report(text, {"multilabel.png": draw(by_method, prevalence, names)})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="multilabel.json",
+    add_options=add_options,
+    axes=("seeds",),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

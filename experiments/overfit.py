@@ -1,113 +1,45 @@
-"""Every family of networks overfits one batch: eight CIFAR-10 images, learned by heart.
+"""Every family of networks can learn one batch by heart.
 
-    python -m experiments.overfit --workdir runs/overfit [--data_dir data] [--models resnet18 vgg11 ...]
+    python -m experiments.overfit --workdir runs/overfit [--data_dir data] [--models resnet18 ...]
 
-A network that cannot bring the loss of one batch to zero has a gradient, an initialization or a loss that is wrong. Adam at a
-constant rate, in training mode, without dropout, until the loss is below 0.001. Writes overfit.json and report.md.
+A network that cannot bring the loss of eight CIFAR-10 images to zero has a wrong gradient, a wrong
+initialization, or a wrong loss. Each is trained with Adam at a constant rate, in training mode and
+without dropout, until the loss is below 0.001; a network that misses it ends the command with an
+error. Writes overfit.json and report.md.
 """
 
-import inspect
-import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnnjax import study
 from cnnjax.data import arrays
-from cnnjax.models import base, create_model, list_models
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.models import Network, create_model, list_models
+from cnnjax.runtime import tables
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 
 FAMILIES = (
-    "mlp3",
-    "lenet5",
-    "lenet",
-    "tutorial_net",
-    "keras_convnet",
-    "convnet",
-    "alexnet_2012",
-    "zfnet",
-    "alexnet",
-    "vgg11",
-    "vgg11_bn",
-    "resnet18",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "googlenet_2014",
-    "googlenet",
-    "inception_v3",
-    "squeezenet1_1",
-    "densenet121",
-    "shufflenet_v2_x0_5",
-    "mobilenet_v2",
-    "mnasnet0_5",
+    *("mlp3", "lenet5", "lenet", "tutorial_net", "keras_convnet", "convnet"),
+    *("alexnet_2012", "zfnet", "alexnet", "vgg11", "vgg11_bn"),
+    *("resnet18", "resnext50_32x4d", "wide_resnet50_2"),
+    *("googlenet_2014", "googlenet", "inception_v3", "squeezenet1_1", "densenet121"),
+    *("shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"),
 )
-# Image sizes where 64 does not leave something of every layer, auxiliary classifiers included.
+# 64 px suffice for most networks; these lose a layer, or an auxiliary head, on less.
 _SIZES = {"alexnet_2012": 67, "googlenet_2014": 79, "inception_v3": 299}
 GOAL = 1e-3
+_COUNT, _RATE, _STEPS = 8, 3e-4, 1000
 
 
-def overfit(
-    name: str, images: np.ndarray, labels: np.ndarray, rate: float = 3e-4, steps: int = 1000
-) -> dict:
-    """Trains a network on one batch until its loss is below `GOAL` -> the steps it took, and the last loss and error."""
-    rates = [
-        field
-        for field in ("dropout", "dropout_aux")
-        if field in inspect.signature(base._REGISTRY[name]).parameters
-    ]
-    height = create_model(name).input_shape[0]
-    size = _SIZES.get(name, min(height, 64))
-    model = create_model(
-        name, num_classes=10, input_shape=(size, size, 3), **dict.fromkeys(rates, 0.0)
-    )
-    images = np.asarray(jax.image.resize(images, (len(images), size, size, 3), "nearest"))
-    parallel, recipe, numbers = (
-        Parallel("jit"),
-        step.Recipe(model, optimizer="adam"),
-        step.Numbers(seed=0),
-    )
-    state, take = (
-        step.init(recipe, model.input_shape, numbers),
-        step.streamed_step(parallel, recipe),
-    )
-    moments, table = arrays.normalization(images), jnp.full(steps, rate)
-    for _ in range(steps):
-        state = take(state, moments, table, images, labels, np.int32(1), numbers)
-        if (loss := float(state.totals["loss"]) / len(images)) < GOAL:
-            break
-    return {
-        "model": name,
-        "size": size,
-        "steps": int(state.step),
-        "loss": loss,
-        "error": float(state.totals["errors"]) / len(images),
-    }
+class Point(NamedTuple):
+    model: str
 
 
-def write(folder: pathlib.Path, rows: list[dict]) -> str:
-    """Writes the results and the report; returns the table."""
-    workdir.write_json(folder / "overfit.json", rows)
-    lines = [
-        [
-            row["model"],
-            str(row["size"]),
-            str(row["steps"]),
-            f"{row['loss']:.1e}",
-            f"{row['error']:.3f}",
-        ]
-        for row in rows
-    ]
-    table = tables.table(["network", "image size", "steps", "loss", "error"], lines)
-    text = f"# One batch learned by heart\n\nEight CIFAR-10 images; the goal is a loss below {GOAL}.\n\n"
-    workdir.write(folder / "report.md", text + table)
-    return table
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_workdir("runs/overfit")
     parser.add_data_dir()
     parser.add_argument(
@@ -118,21 +50,74 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="MODEL",
         help="default: one of each family",
     )
-    options = parser.parse_args(arguments)
 
-    def work():
-        backend.start()
-        data = arrays.load("cifar10", options.data_dir)
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for name in options.models:
-            rows.append(overfit(name, data.train.images[:8], data.train.labels[:8]))
-            print(write(options.workdir, rows).splitlines()[-1], flush=True)
-        if missed := [row["model"] for row in rows if row["loss"] >= GOAL]:
-            raise RuntimeError(f"not overfitted: {', '.join(missed)}")
 
-    return command.run(work)
+def points(options):
+    return [Point(name) for name in options.models]
 
+
+def load(options) -> arrays.Split:
+    """Returns the batch."""
+    train = arrays.load("cifar10", options.data_dir).train
+    return arrays.Split(train.images[:_COUNT], train.labels[:_COUNT])
+
+
+def without_dropout(name: str) -> Network:
+    """Builds a network of ten classes, at the smallest size that its layers allow."""
+    published = create_model(name)
+    size = _SIZES.get(name, min(published.input_shape[0], 64))
+    rates = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]
+    shape = (size, size, 3)
+    return create_model(name, num_classes=10, input_shape=shape, **dict.fromkeys(rates, 0.0))
+
+
+def measure(point: Point, options, batch: arrays.Split) -> dict:
+    """Trains one network until it reaches the goal, or for 1,000 steps."""
+    model = without_dropout(point.model)
+    shape = (_COUNT, *model.input_shape)
+    images = np.asarray(jax.image.resize(batch.images, shape, "nearest"))
+    recipe, numbers = step.Recipe(model, optimizer="adam"), step.Numbers(seed=0)
+    moments = arrays.normalization(images)
+    rates = jnp.full(_STEPS, _RATE)
+
+    state = step.init(recipe, model.input_shape, numbers)
+    take_step = step.streamed_step(Parallel("jit"), recipe)
+    for _ in range(_STEPS):
+        state = take_step(state, moments, rates, images, batch.labels, np.int32(1), numbers)
+        loss = float(state.totals["loss"]) / _COUNT
+        if loss < GOAL:
+            break
+    else:
+        raise RuntimeError(f"{point.model}: the loss is {loss:.1e} after {_STEPS} steps")
+    error = float(state.totals["errors"]) / _COUNT
+    return {"size": shape[1], "steps": int(state.step), "loss": loss, "error": error}
+
+
+def report(results: list[dict], options) -> study.Report:
+    lines = []
+    for result in results:
+        numbers = [f"{result['loss']:.1e}", f"{result['error']:.3f}"]
+        lines.append([result["model"], str(result["size"]), str(result["steps"]), *numbers])
+    table = tables.table(["network", "image size", "steps", "loss", "error"], lines)
+    text = f"""# One batch learned by heart
+
+Eight CIFAR-10 images; the goal is a loss below {GOAL}.
+
+{table}"""
+    return study.Report(text, {})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="overfit.json",
+    add_options=add_options,
+    axes=("models",),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -221,8 +221,7 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
             "1",
         ]
     )
-    trained, untrained = [
-        row["accuracy"] for row in json.loads((tmp_path / "probe.json").read_text())["rows"]
-    ]
+    results = json.loads((tmp_path / "probe.json").read_text())
+    trained, untrained = [result["accuracy"] for result in results]
     assert trained > 0.5 > 0.35 > untrained
     assert "| ImageNet | " in (tmp_path / "report.md").read_text()
