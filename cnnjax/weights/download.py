@@ -10,6 +10,7 @@ A file is looked for in this order:
 """
 
 import fcntl
+import functools
 import hashlib
 import http.client
 import logging
@@ -19,7 +20,9 @@ import pathlib
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import records
@@ -54,34 +57,24 @@ def fetch(name: str, tag: str = records.V1) -> str:
         return str(cached)
     if record.hub and (found := _in_hub_cache(record.hub)):
         return found
-    failures: list[str] = []
-    try:
-        return _from_servers(record, cached, failures)
-    except OSError as error:
-        failures.append(f"download.pytorch.org: {_first_line(error)}")
+    servers: dict[str, Callable[[], str | pathlib.Path]] = {}
+    if record.hub and (endpoint := _hub_endpoint()):
+        servers[endpoint] = functools.partial(_from_hub, record.hub)
+    servers[record.url] = functools.partial(download, record.url, cached, record.sha256)
+    failures = _unreachable(list(servers))
+    for address, get in servers.items():
+        if address in failures:
+            continue
+        try:
+            return str(get())
+        except OSError as error:
+            failures[address] = _first_line(error)
+    reasons = [f"{urlsplit(address).netloc}: {reason}" for address, reason in failures.items()]
     raise RuntimeError(
         f"weights='imagenet': {record.file} is neither on this machine nor to be downloaded "
-        f"({'; '.join(failures)}); fetch {record.url} on another machine and put it into "
+        f"({'; '.join(reasons)}); fetch {record.url} on another machine and put it into "
         f"{cached.parent}, or give its path as the weights"
     )
-
-
-def _from_servers(record: records.Record, cached: pathlib.Path, failures: list[str]) -> str:
-    """Downloads weights from the first server that has them; appends to `failures`."""
-    hub = _hub_endpoint() if record.hub else None
-    unreachable = _unreachable([url for url in (hub, record.url) if url])
-    if record.hub and hub in unreachable:
-        failures.append(f"{hub}: {unreachable[hub]}")
-    elif record.hub and hub:
-        import huggingface_hub
-
-        try:
-            return huggingface_hub.hf_hub_download(record.hub, _HUB_FILE)
-        except Exception as error:  # the hub's client raises errors of many libraries
-            failures.append(f"{hub}: {_first_line(error)}")
-    if record.url in unreachable:
-        raise OSError(unreachable[record.url])
-    return str(download(record.url, cached, record.sha256))
 
 
 def _first_line(error: BaseException) -> str:
@@ -106,6 +99,16 @@ def _hub_endpoint() -> str | None:
     from huggingface_hub import constants
 
     return None if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+
+
+def _from_hub(repository: str) -> str:
+    """Returns the path of a file in the Hugging Face cache, downloading it. Raises `OSError`."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(repository, _HUB_FILE)
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise OSError(f"{repository}: {_first_line(error)}") from error
 
 
 def _unreachable(urls: list[str]) -> dict[str, str]:
