@@ -11,7 +11,6 @@ A file is looked for in this order:
 
 import fcntl
 import functools
-import hashlib
 import http.client
 import logging
 import math
@@ -47,13 +46,13 @@ def fetch(name: str, tag: str = records.V1) -> str:
     - `name`: the network, such as "resnet50".
     - `tag`: "imagenet1k_v1", what `pretrained=True` means in torchvision, or "imagenet1k_v2".
 
-    Raises `ValueError` if there are no such weights or a file is not the published one, and
-    `RuntimeError`, which says where to put which file, if they cannot be had.
+    Raises `ValueError` if there are no such weights or what was downloaded is not the published
+    file, and `RuntimeError`, which says where to put which file, if they cannot be had. Reading a
+    file of a published name checks its hash (`read`).
     """
     record = records.find(name, tag)
     cached = checkpoints_folder() / record.file
     if cached.is_file():
-        check_sha256(cached, record.sha256)
         return str(cached)
     if record.hub and (found := _in_hub_cache(record.hub)):
         return found
@@ -141,17 +140,6 @@ def _unreachable(urls: list[str]) -> dict[str, str]:
 # ------------------------------------------------------------------ torchvision's server
 
 
-def check_sha256(path: pathlib.Path, prefix: str) -> None:
-    """Raises `ValueError` unless the file's SHA-256 begins with `prefix`."""
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not found.startswith(prefix):
-        raise ValueError(
-            f"{path} is damaged or another file: its SHA-256 begins with {found[: len(prefix)]}, "
-            f"the published file's with {prefix}; remove it to download it again"
-        )
-
-
 def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
     """Downloads a file whose SHA-256 begins with `sha256`; resumes what was cut off.
 
@@ -172,7 +160,7 @@ def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
             _LOG.info("cut off after %.1f MB; resuming", stream.tell() / 1e6)
         stream.flush()
         try:
-            check_sha256(partial, sha256)
+            records.check_sha256(partial, sha256)
         except ValueError:
             partial.unlink()
             raise

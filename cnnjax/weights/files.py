@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cnnjax.weights import pth
+from cnnjax.weights import pth, records
 
 _PTH_SUFFIXES = (".pth", ".pt")
 # What DataParallel and torch.compile put in front of every name.
@@ -79,7 +79,7 @@ def read(path: str | os.PathLike) -> StateDict:
 
     Nothing in a file can run code. Understood are DataParallel's `module.` prefix, checkpoints with
     the weights under `state_dict` or `model`, DenseNet's old names, and timm's names of VGG.
-    BatchNorm's counters are left out.
+    BatchNorm's counters are left out. A file with the name of a published one must have its hash.
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
@@ -89,6 +89,8 @@ def read(path: str | os.PathLike) -> StateDict:
             f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "
             "torchvision's names"
         )
+    if record := records.of_file(path):
+        records.check_sha256(path, record.sha256)
     is_pth = pth.is_pth(path)
     try:
         tensors = pth.read(path) if is_pth else _read_safetensors(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import os
 import pathlib
 
@@ -170,6 +171,17 @@ def of_file(path: str | os.PathLike) -> Record | None:
     """Returns the record of the file of this name; None if torchvision publishes no such file."""
     name = pathlib.Path(path).name
     return next((record for record in list_weights() if record.file == name), None)
+
+
+def check_sha256(path: pathlib.Path, prefix: str) -> None:
+    """Raises `ValueError` unless the file's SHA-256 begins with `prefix`."""
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not found.startswith(prefix):
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 begins with {found[: len(prefix)]}, "
+            f"the published file's with {prefix}; remove or rename it"
+        )
 
 
 def fields_for(network: str, source: str | os.PathLike) -> dict[str, bool]:
