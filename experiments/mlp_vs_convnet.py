@@ -1,25 +1,28 @@
-"""The lectures' networks on their data, beside what the lectures print: perceptrons against convolutional networks.
+"""The lectures' networks on their data: perceptrons against convolutional networks.
 
-    python -m experiments.mlp_vs_convnet --workdir runs/mlp_vs_convnet --config.data_dir=FOLDER [--networks mlp1_cifar10 ...]
+    python -m experiments.mlp_vs_convnet --workdir runs/mlp_vs_convnet \\
+        --config.data_dir=FOLDER [--networks mlp1_cifar10 ...]
 
-Runs the sweep over seeds of each network's configuration in configs/, and goes on where an earlier call stopped; further
-arguments, such as --config.epochs=2, are given to every sweep. Writes report.md, comparison.json and curves.png of whatever is
-finished. The perceptrons and LeNet take minutes per seed on two CPU cores, the ConvNet an hour.
+Runs the sweep over seeds of each network's configuration in configs/, and sets the errors beside
+those that the lectures print. Further arguments, such as --config.epochs=2, are passed to every
+sweep. The same command continues an interrupted call. Writes report.md, comparison.json, and
+curves.png of whatever is finished. The perceptrons and LeNet take minutes per seed on two CPU
+cores, the ConvNet an hour.
 """
 
 import contextlib
-import json
 import pathlib
 import subprocess
 import sys
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from cnnjax.runtime import command, tables, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); it has no such figures for the tutorial's network.
+# Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); the tutorial
+# prints none for its network.
 CLAIMS = {
     "mlp1_cifar10": (59, 65),
     "mlp3_cifar10": (0, 46),
@@ -27,120 +30,125 @@ CLAIMS = {
     "lenet_mnist": (0, 0.78),
     "tutorial_cifar10": (None, None),
 }
-_HEADER = [
-    "configuration",
-    "parameters",
-    "epochs",
-    "train error, lecture",
-    "measured",
-    "test error, lecture",
-    "measured",
-    "n",
-    "failed",
-    "minutes a run",
-]
 
 
-def collect(folder: pathlib.Path) -> list[dict]:
-    """The results of the runs in a sweep's folder that are finished."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+# --- Training -------------------------------------------------------------------------------------
 
 
-def failures(folder: pathlib.Path) -> list[str]:
-    """What the runs that failed in a sweep's folder said."""
-    return [json.loads(path.read_text())["error"] for path in sorted(folder.glob("*/failure.json"))]
+def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
+    """Sweeps one configuration in a process of its own and returns its exit code."""
+    words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
+    process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
+    while True:
+        # Ctrl-C reaches the sweep as well; it is left the time to save.
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def read_all(folder: pathlib.Path, name: str) -> list[dict]:
+    """Returns what the files of one name hold in the runs of a sweep."""
+    return [workdir.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
 
 
 def compare(folder: pathlib.Path) -> list[dict]:
-    """One row per network that has a finished or a failed run under `folder`; errors in percent."""
+    """Returns a row for each network with a finished or a failed run; errors in percent."""
     rows = []
-    for name, claim in CLAIMS.items():
-        runs, failed = collect(folder / name), failures(folder / name)
+    for name, printed in CLAIMS.items():
+        runs = read_all(folder / name, "results.json")
+        failed = [failure["error"] for failure in read_all(folder / name, "failure.json")]
         if not runs and not failed:
             continue
         row = {"network": name, "n": len(runs), "failed": failed}
         if runs:
-            row |= {
-                "parameters": runs[0]["parameters"],
-                "epochs": runs[0]["final"]["epoch"],
-                "minutes": float(np.mean([run["training_seconds"] for run in runs]) / 60),
-                "curve": np.mean(
-                    [[100 * entry["train_error"] for entry in run["history"]] for run in runs], 0
-                ).tolist(),
-            }
-        for split, claimed in zip(("train", "test"), claim):
+            row |= describe(runs)
+        for split, claimed in zip(("train", "test"), printed):
             errors = [100 * run["final"][f"{split}_error"] for run in runs]
             row[split] = {
                 "claimed": claimed,
-                "mean": float(np.mean(errors)) if runs else None,
-                "std": float(np.std(errors, ddof=1)) if len(runs) > 1 else None,
+                "mean": float(np.mean(errors)) if errors else None,
+                "std": float(np.std(errors, ddof=1)) if len(errors) > 1 else None,
             }
         rows.append(row)
     return rows
 
 
-def write(folder: pathlib.Path, rows: list[dict]) -> str:
-    """Writes the report and returns its table."""
+def describe(runs: list[dict]) -> dict:
+    """Returns what the runs of one network have in common, and their mean learning curve."""
+    curves = []
+    for run in runs:
+        curves.append([100 * epoch["train_error"] for epoch in run["history"]])
+    return {
+        "parameters": runs[0]["parameters"],
+        "epochs": runs[0]["final"]["epoch"],
+        "minutes": float(np.mean([run["training_seconds"] for run in runs]) / 60),
+        "curve": np.mean(curves, 0).tolist(),
+    }
 
-    def shown(found):
-        return (
-            ""
-            if found["mean"] is None
-            else f"{found['mean']:.2f}" + ("" if found["std"] is None else f" ± {found['std']:.2f}")
-        )
 
-    claimed = lambda found: "" if found["claimed"] is None else f"{found['claimed']:g}"
-    lines = [
-        [
-            row["network"],
-            f"{row['parameters']:,}" if row["n"] else "",
-            str(row.get("epochs", "")),
-            *(
-                cell
-                for split in ("train", "test")
-                for cell in (claimed(row[split]), shown(row[split]))
-            ),
-            str(row["n"]),
-            str(len(row["failed"]) or ""),
-            f"{row['minutes']:.1f}" if row["n"] else "",
-        ]
-        for row in rows
-    ]
-    table = tables.table(_HEADER, lines)
-    told = "".join(f"\n{row['network']}: {error}\n" for row in rows for error in row["failed"][:1])
-    workdir.write_json(folder / "comparison.json", rows)
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+# --- Report ---------------------------------------------------------------------------------------
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+
+def show_claimed(error: dict) -> str:
+    return "" if error["claimed"] is None else f"{error['claimed']:g}"
+
+
+def show_measured(error: dict) -> str:
+    if error["mean"] is None:
+        return ""
+    spread = "" if error["std"] is None else f" ± {error['std']:.2f}"
+    return f"{error['mean']:.2f}{spread}"
+
+
+def tabulate(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        line = [row["network"], "", ""]
+        if row["n"]:
+            line = [row["network"], f"{row['parameters']:,}", str(row["epochs"])]
+        for split in ("train", "test"):
+            line += [show_claimed(row[split]), show_measured(row[split])]
+        minutes = f"{row['minutes']:.1f}" if row["n"] else ""
+        lines.append([*line, str(row["n"]), str(len(row["failed"]) or ""), minutes])
+    header = ["configuration", "parameters", "epochs", "train error, lecture", "measured"]
+    header += ["test error, lecture", "measured", "n", "failed", "minutes a run"]
+    return tables.table(header, lines)
+
+
+def draw(rows: list[dict]) -> Figure:
+    """Draws the learning curves."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     for row in rows:
         if row["n"]:
-            axes.plot(
-                range(1, row["epochs"] + 1), row["curve"], label=f"{row['network']} (n={row['n']})"
-            )
-    axes.set(
-        xlabel="epoch",
-        ylabel="error on the epoch's training images, %",
-        yscale="symlog",
-        ylim=(0, 100),
-    )
+            epochs = range(1, row["epochs"] + 1)
+            axes.plot(epochs, row["curve"], label=f"{row['network']} (n={row['n']})")
+    axes.set(xlabel="epoch", ylabel="error on the epoch's training images, %")
+    axes.set(yscale="symlog", ylim=(0, 100))
     axes.legend()
-    workdir.write_figure(folder / "curves.png", figure)
-    pyplot.close(figure)
-    text = (
-        "# Perceptrons against convolutional networks\n\nErrors in percent, mean ± sample standard deviation over seeds; the test set "
-        "is scored once, at the end.\n\n"
-    )
-    workdir.write(folder / "report.md", f"{text}{table}{told}\n![Training errors](curves.png)\n")
-    return table
+    return figure
 
 
-def _run(words: list[str]) -> int:
-    """Runs a command to its end, also through Ctrl-C, which it receives as well and is left the time to save at."""
-    process = subprocess.Popen(words, cwd=ROOT)
-    while True:
-        with contextlib.suppress(KeyboardInterrupt):
-            return process.wait()
+def write_report(folder: pathlib.Path, rows: list[dict]) -> None:
+    table = tabulate(rows)
+    failures = ""
+    for row in rows:
+        for error in row["failed"][:1]:
+            failures += f"\n{row['network']}: {error}\n"
+    text = f"""# Perceptrons against convolutional networks
+
+Errors in percent, mean ± sample standard deviation over seeds; the test set is scored once, at the
+end.
+
+{table}{failures}
+![Training errors](curves.png)
+"""
+    workdir.write_json(folder / "comparison.json", rows)
+    workdir.write_figure(folder / "curves.png", draw(rows))
+    workdir.write(folder / "report.md", text)
+    print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,24 +163,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options, more = parser.parse_known_args(arguments)
     folder = options.workdir.absolute()
-    try:
-        for name in options.networks:
-            words = [
-                sys.executable,
-                "-m",
-                "cnnjax.sweep",
-                "--config",
-                f"configs/{name}.py",
-                "--workdir",
-                str(folder / name),
-                *more,
-            ]
-            if code := _run(words):
-                return code  # the sweep has said why
-        return 0
-    finally:
-        if rows := compare(folder):
-            print(write(folder, rows))
+    code = 0
+    for name in options.networks:
+        # A sweep that ends with an error has said why.
+        code = run_sweep(name, folder / name, more)
+        if code:
+            break
+    if rows := compare(folder):
+        write_report(folder, rows)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,244 +1,297 @@
-"""The zoo against torchvision: parameters, logits in evaluation and training mode, times on the same CPU in the same run.
+"""Every network beside torchvision's: parameters, logits, and times.
 
     pip install torch==2.13.0 torchvision==0.28.0
-    python -m experiments.zoo --workdir /tmp/zoo [--models 'resnet*'] [--batch 4] [--repeats 5]
+    python -m experiments.zoo --workdir runs/zoo [--models 'resnet*'] [--batch 4] [--repeats 5]
 
-Both frameworks hold the same random weights, without dropout, and see the same images. Errors of logits are against torchvision in
-float64, relative to the largest logit, and torchvision's own in float32 stand beside them. Times are the fastest of runs that
-alternate between the two, since whatever else the machine does only adds to them: forward in evaluation mode, and one SGD
-step on the mean square of the logits. PyTorch runs eagerly, with channels last, on as many threads as JAX has processors.
-Writes zoo.md and zoo.json, a network at a time.
+Both frameworks hold the same random weights, without dropout, and see the same images. Errors of
+logits, in evaluation and training mode, are against torchvision in float64, relative to the largest
+logit; torchvision's own in float32 stand beside them. Times are the fastest of runs that alternate
+between the two, since whatever else the machine does only adds to them: a forward pass in
+evaluation mode, and one SGD step on the mean square of the logits. PyTorch runs eagerly, with
+channels last, on as many threads as JAX has processors. Writes report.md and zoo.json.
 """
 
 import copy
-import inspect
 import os
 import sys
 import time
 import warnings
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import weights
-from cnnjax.models import base, create_model, list_models
-from cnnjax.runtime import backend, command, workdir
+from cnnjax import study, weights
+from cnnjax.models import Network, create_model, list_models
+from cnnjax.runtime import tables
 
+_RATE = 1e-6  # of the SGD step: small, so that repeated steps change no time
+
+# Fields of a result: heading and format of its column.
 COLUMNS = {
-    "model": "network",
-    "parameters": "parameters",
-    "torchvision": "torchvision's",
-    "eval": "eval error",
-    "their_eval": "torchvision's",
-    "train": "train error",
-    "their_train": "torchvision's",
-    "forward_ms": "forward, ms",
-    "forward_ratio": "over torch",
-    "step_ms": "training step, ms",
-    "step_ratio": "over torch",
+    "model": ("network", ""),
+    "parameters": ("parameters", ","),
+    "torchvision": ("torchvision's", ","),
+    "eval": ("eval error", ".0e"),
+    "their_eval": ("torchvision's", ".0e"),
+    "train": ("train error", ".0e"),
+    "their_train": ("torchvision's", ".0e"),
+    "forward_ms": ("forward, ms", ".0f"),
+    "forward_ratio": ("over torch", ".2f"),
+    "step_ms": ("training step, ms", ".0f"),
+    "step_ratio": ("over torch", ".2f"),
 }
 
 
-def load_torchvision():
-    """Imports torchvision, which this script alone needs; raises `SystemExit` where it is absent."""
-    try:
-        import torch
-        import torchvision
-    except (ImportError, RuntimeError) as error:
-        raise SystemExit(
-            f"experiments.zoo compares with torchvision, which cannot be imported ({error}): "
-            "pip install torch==2.13.0 torchvision==0.28.0"
-        ) from error
-    return torch, torchvision
+# --- Options and points ---------------------------------------------------------------------------
 
 
-def compare(torch, torchvision, name: str, batch: int, repeats: int) -> dict:
-    """One network's row."""
-    rates = [
-        field
-        for field in ("dropout", "dropout_aux")
-        if field in inspect.signature(base._REGISTRY[name]).parameters
-    ]
-    model = create_model(name, **dict.fromkeys(rates, 0.0))
-    size = model.input_shape[0]
-    rates = (
-        {} if name.startswith("densenet") else dict.fromkeys(rates, 0.0)
-    )  # there torchvision calls it drop_rate, and it is 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the slow initialization of two networks
-        theirs = torchvision.models.get_model(name, weights=None, **rates)
-    theirs = theirs.to(memory_format=torch.channels_last)
-    # The same weights on both sides; BatchNorm's are moved off their initial ones and zeros.
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in theirs.state_dict().values():
-            if value.ndim == 1:
-                value += 0.1 * torch.rand(value.shape, generator=generator)
-    paths = weights.torchvision_keys(weights.variable_shapes(model))
-    state = {
-        key: value.numpy()
-        for key, value in theirs.state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
-    if paths.keys() != state.keys():
-        raise ValueError(
-            f"{name} has not torchvision's keys: {sorted(paths.keys() ^ state.keys())[:5]} ..."
-        )
-    axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}  # torchvision's -> ours
-    variables = {
-        paths[key]: jnp.array(value.transpose(axes[value.ndim])) for key, value in state.items()
-    }
-    variables = flax.traverse_util.unflatten_dict(variables)
-    params, stats = variables["params"], variables.get("batch_stats", {})
-    images = np.random.default_rng(0).standard_normal((batch, size, size, 3), np.float32)
-    x, y = (
-        jnp.asarray(images),
-        torch.from_numpy(images.transpose(0, 3, 1, 2)).to(memory_format=torch.channels_last),
-    )
-
-    apply = jax.jit(model.apply)
-
-    def loss(params, stats, x):
-        logits, new = model.apply(
-            {"params": params, "batch_stats": stats},
-            x,
-            train=True,
-            mutable=["batch_stats", "auxiliary"],
-        )
-        heads = [logits, *jax.tree.leaves(new.get("auxiliary", {}))]
-        return sum(jnp.square(head).mean() for head in heads), (logits, new.get("batch_stats", {}))
-
-    def step(params, stats, x):
-        grads, (logits, stats) = jax.grad(loss, has_aux=True)(params, stats, x)
-        return jax.tree.map(lambda p, g: p - 1e-6 * g, params, grads), stats, logits
-
-    step = jax.jit(step, donate_argnums=(0, 1))
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=1e-6)
-
-    def their_forward():
-        theirs.eval()
-        with torch.inference_mode():
-            return theirs(y)
-
-    def their_step():
-        theirs.train()
-        optimizer.zero_grad()
-        output = theirs(y)
-        heads = [output] if isinstance(output, torch.Tensor) else list(output)
-        sum(head.square().mean() for head in heads).backward()
-        optimizer.step()
-        return heads[0].detach()
-
-    def errors(ours, theirs, expected):
-        return [
-            float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
-            for found in (ours, theirs)
-        ]
-
-    def exact(train):
-        output = copy.deepcopy(theirs).double().train(train)(y.double())
-        return (output if isinstance(output, torch.Tensor) else output[0]).numpy()
-
-    row = {
-        "model": name,
-        "batch": batch,
-        "size": size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "torchvision": sum(p.numel() for p in theirs.parameters()),
-    }
-    with torch.inference_mode():
-        expected = {train: exact(train) for train in (False, True)}
-    row["eval"], row["their_eval"] = errors(
-        apply({"params": params, "batch_stats": stats}, x), their_forward(), expected[False]
-    )
-    params, stats, logits = step(params, stats, x)
-    row["train"], row["their_train"] = errors(logits, their_step(), expected[True])
-    times = {"forward": [], "their_forward": [], "step": [], "their_step": []}
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(apply({"params": params, "batch_stats": stats}, x))
-        times["forward"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        their_forward()
-        times["their_forward"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        params, stats, logits = jax.block_until_ready(step(params, stats, x))
-        times["step"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        their_step()
-        times["their_step"].append(time.perf_counter() - start)
-    times = {
-        key: 1e3 * min(values[1:]) for key, values in times.items()
-    }  # the first run of each warms up
-    return {
-        **row,
-        "forward_ms": times["forward"],
-        "forward_ratio": times["forward"] / times["their_forward"],
-        "step_ms": times["step"],
-        "step_ratio": times["step"] / times["their_step"],
-    }
+class Point(NamedTuple):
+    model: str
 
 
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
-    formats = {
-        "parameters": ",",
-        "torchvision": ",",
-        "eval": ".0e",
-        "their_eval": ".0e",
-        "train": ".0e",
-        "their_train": ".0e",
-        "forward_ms": ".0f",
-        "forward_ratio": ".2f",
-        "step_ms": ".0f",
-        "step_ratio": ".2f",
-    }
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    return (
-        "\n".join(
-            lines
-            + [
-                "| " + " | ".join(format(row[key], formats.get(key, "")) for key in COLUMNS) + " |"
-                for row in rows
-            ]
-        )
-        + "\n"
-    )
+class Frameworks(NamedTuple):
+    torch: Any
+    torchvision: Any
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_workdir("runs/zoo")
     parser.add_argument("--models", default="*", help="shell pattern of names")
     parser.add_count("batch", 4, "images")
     parser.add_count("repeats", 5, "timings, of which the fastest counts")
-    options = parser.parse_args(arguments)
 
-    def work():
-        backend.start()
-        torch, torchvision = load_torchvision()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        known = set(torchvision.models.list_models(module=torchvision.models))
-        names = [name for name in list_models(options.models) if name in known]
-        if not names:
-            raise ValueError(f"models={options.models!r} matches no network that torchvision has")
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for name in names:
-            rows.append(compare(torch, torchvision, name, options.batch, options.repeats))
-            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-            workdir.write(
-                options.workdir / "zoo.md",
-                f"Batch {options.batch}, {len(os.sched_getaffinity(0))} threads, torch {torch.__version__}, "
-                f"torchvision {torchvision.__version__}, jax {jax.__version__}.\n\n"
-                + markdown(rows),
-            )
-            workdir.write_json(options.workdir / "zoo.json", rows)
 
-    return command.run(work)
+def points(options):
+    models = load_torchvision().torchvision.models
+    known = set(models.list_models(module=models))
+    names = [name for name in list_models(options.models) if name in known]
+    if not names:
+        raise ValueError(f"models={options.models!r} matches no network that torchvision has")
+    return [Point(name) for name in names]
 
+
+def load_torchvision() -> Frameworks:
+    """Imports torchvision, which this study alone needs."""
+    try:
+        import torch
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"experiments.zoo compares with torchvision, which cannot be imported ({error}): "
+            "pip install torch==2.13.0 torchvision==0.28.0"
+        ) from error
+    return Frameworks(torch, torchvision)
+
+
+def load(options) -> Frameworks:
+    frameworks = load_torchvision()
+    frameworks.torch.set_num_threads(processors())
+    return frameworks
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# --- The same network on both sides ---------------------------------------------------------------
+
+
+def without_dropout(name: str) -> tuple[Network, dict]:
+    """Returns our network without dropout, and the arguments that make torchvision's so."""
+    fields = [field for field in ("dropout", "dropout_aux") if hasattr(create_model(name), field)]
+    rates = dict.fromkeys(fields, 0.0)
+    # torchvision's DenseNet calls its rate otherwise, and it is 0 by default.
+    return create_model(name, **rates), {} if name.startswith("densenet") else rates
+
+
+def build_theirs(frameworks: Frameworks, name: str, rates: dict):
+    """Builds torchvision's network with random weights."""
+    torch, torchvision = frameworks
+    with warnings.catch_warnings():
+        # Two networks warn that their initialization is slow.
+        warnings.simplefilter("ignore")
+        network = torchvision.models.get_model(name, weights=None, **rates)
+    # BatchNorm starts at ones and zeros, under which a wrong order of channels would not show.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            if value.ndim == 1:
+                value += 0.1 * torch.rand(value.shape, generator=generator)
+    return network.to(memory_format=torch.channels_last)
+
+
+def same_weights(model: Network, theirs) -> dict:
+    """Returns torchvision's weights as our variables; raises `ValueError` if the keys differ."""
+    paths = weights.torchvision_keys(weights.variable_shapes(model))
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            state[key] = value.numpy()
+    if different := sorted(paths.keys() ^ state.keys()):
+        raise ValueError(f"the keys are not torchvision's: {different[:5]} ...")
+    # Convolutions [out, in, height, width] and linear layers [out, in] are transposed here.
+    axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+    flat = {}
+    for key, value in state.items():
+        flat[paths[key]] = jnp.array(value.transpose(axes[value.ndim]))
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+class Ours:
+    """Our side: a forward pass, and SGD steps that keep the state."""
+
+    def __init__(self, model: Network, variables: dict, images: np.ndarray):
+        self.params = variables["params"]
+        self.stats = variables.get("batch_stats", {})
+        self.images = jnp.asarray(images)
+        self._apply = jax.jit(model.apply)
+
+        def loss(params, stats, x):
+            variables = {"params": params, "batch_stats": stats}
+            collections = ["batch_stats", "auxiliary"]
+            logits, new = model.apply(variables, x, train=True, mutable=collections)
+            heads = [logits, *jax.tree.leaves(new.get("auxiliary", {}))]
+            squares = [jnp.square(head).mean() for head in heads]
+            return sum(squares), (logits, new.get("batch_stats", {}))
+
+        def step(params, stats, x):
+            grads, (logits, stats) = jax.grad(loss, has_aux=True)(params, stats, x)
+            params = jax.tree.map(lambda p, g: p - _RATE * g, params, grads)
+            return params, stats, logits
+
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+
+    def forward(self):
+        variables = {"params": self.params, "batch_stats": self.stats}
+        return jax.block_until_ready(self._apply(variables, self.images))
+
+    def step(self):
+        outputs = self._step(self.params, self.stats, self.images)
+        self.params, self.stats, logits = jax.block_until_ready(outputs)
+        return logits
+
+
+class Theirs:
+    """torchvision's side of the same."""
+
+    def __init__(self, torch, network, images: np.ndarray):
+        self.torch = torch
+        self.network = network
+        x = torch.from_numpy(images.transpose(0, 3, 1, 2))
+        self.images = x.to(memory_format=torch.channels_last)
+        self._optimizer = torch.optim.SGD(network.parameters(), lr=_RATE)
+
+    def forward(self):
+        self.network.eval()
+        with self.torch.inference_mode():
+            return self.network(self.images)
+
+    def step(self):
+        self.network.train()
+        self._optimizer.zero_grad()
+        heads = self._heads(self.network(self.images))
+        sum(head.square().mean() for head in heads).backward()
+        self._optimizer.step()
+        return heads[0].detach()
+
+    def exact(self, train: bool) -> np.ndarray:
+        """Returns the logits in float64."""
+        network = copy.deepcopy(self.network).double().train(train)
+        with self.torch.inference_mode():
+            return self._heads(network(self.images.double()))[0].numpy()
+
+    def _heads(self, output) -> list:
+        """Returns the logits and those of auxiliary heads."""
+        return [output] if isinstance(output, self.torch.Tensor) else list(output)
+
+
+# --- One network ----------------------------------------------------------------------------------
+
+
+def relative_error(logits, expected: np.ndarray) -> float:
+    """Returns the largest difference, relative to the largest logit."""
+    return float(np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max())
+
+
+def measure(point: Point, options, frameworks: Frameworks) -> dict:
+    """Compares one network on both sides."""
+    model, rates = without_dropout(point.model)
+    network = build_theirs(frameworks, point.model, rates)
+    variables = same_weights(model, network)
+    shape = (options.batch, *model.input_shape)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    ours = Ours(model, variables, images)
+    theirs = Theirs(frameworks.torch, network, images)
+
+    result = {
+        "batch": options.batch,
+        "size": shape[1],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "torchvision": sum(parameter.numel() for parameter in network.parameters()),
+    }
+    # Both exact outputs before the first step, which changes the weights.
+    expected, expected_train = theirs.exact(train=False), theirs.exact(train=True)
+    result["eval"] = relative_error(ours.forward(), expected)
+    result["their_eval"] = relative_error(theirs.forward(), expected)
+    result["train"] = relative_error(ours.step(), expected_train)
+    result["their_train"] = relative_error(theirs.step(), expected_train)
+
+    passes = {
+        "forward": ours.forward,
+        "their_forward": theirs.forward,
+        "step": ours.step,
+        "their_step": theirs.step,
+    }
+    milliseconds = fastest(passes, options.repeats)
+    for name in ("forward", "step"):
+        result[f"{name}_ms"] = milliseconds[name]
+        result[f"{name}_ratio"] = milliseconds[name] / milliseconds[f"their_{name}"]
+    return result
+
+
+def fastest(passes: dict, repeats: int) -> dict[str, float]:
+    """Times each pass in turns -> its fastest run in milliseconds, a first one for warming up."""
+    seconds = {name: [] for name in passes}
+    for _ in range(repeats + 1):
+        for name, run in passes.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * min(runs[1:]) for name, runs in seconds.items()}
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def report(results: list[dict], options) -> study.Report:
+    lines = []
+    for result in results:
+        lines.append([format(result[name], style) for name, (_, style) in COLUMNS.items()])
+    table = tables.table([heading for heading, _ in COLUMNS.values()], lines)
+    torch, torchvision = load_torchvision()
+    text = f"""# The networks beside torchvision's
+
+Batch {options.batch}, {processors()} threads, torch {torch.__version__}, torchvision
+{torchvision.__version__}, jax {jax.__version__}.
+
+{table}"""
+    return study.Report(text, {})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="zoo.json",
+    add_options=add_options,
+    axes=("models",),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())
