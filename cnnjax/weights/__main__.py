@@ -40,7 +40,7 @@ def markdown() -> str:
 
 def text() -> str:
     lines = [_HEADER, *rows()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     padded = []
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths)]

@@ -41,6 +41,7 @@ def _member(data: memoryview, info: zipfile.ZipInfo) -> memoryview:
         raise ValueError(f"{info.filename!r} is not stored as torch.save stores it")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + 30 + name_length + extra_length
+    # Slices end with the file, so a size beyond it shows as a short slice.
     content = data[start : start + info.file_size]
     if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
         raise ValueError(f"{info.filename!r} is damaged")
@@ -147,6 +148,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     Raises `ValueError` for anything else.
     """
+    # Mapped rather than read: a converted copy of each tensor is made anyway, and pages of a mapped
+    # file are given back when memory is short.
     with path.open("rb") as stream:
         archive = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     data = memoryview(archive)
