@@ -1,0 +1,1 @@
+"""The lectures' basics as pictures and numbers: `python -m experiments.basics`."""

@@ -1,0 +1,154 @@
+"""The report: a sentence or two beside each figure, made from the numbers."""
+
+from cnnjax.runtime import tables
+from experiments.basics.numbers import POOLED
+
+_MB = 4e-6  # of a float32
+
+
+def holds(truth: bool) -> str:
+    return "holds" if truth else "does not hold"
+
+
+def sobel(numbers: dict, photograph: str) -> str:
+    flat = numbers["flat image of 100, greatest magnitude"]
+    strongest = numbers["share of squared gradient in the strongest 10 %"]
+    error = numbers["greatest error of direction, degrees"]
+    along = numbers["response along an edge, share of that across"]
+    noise = numbers["share of noise above that threshold"]
+    return (
+        f"The pair finds the edges of '{photograph}' (the strongest tenth of the pixels has "
+        f"{strongest:.0%} of the squared gradient) and their directions, right to {error:.1f} "
+        "degrees on synthetic edges all around. The claim holds for the pair only: a vertical edge "
+        f"gives the first filter {along:.0%} of what it gives the second. Other things answer too: "
+        f"{noise:.0%} of the pixels of noise (deviation 64) are above the photograph's threshold, "
+        f"and a flat image of 100 gets an edge of up to {flat['zeros']:.0f} along its border if "
+        f"padded with zeros ({flat['replicate']:.0f} if its border is repeated)."
+    )
+
+
+def steps(numbers: dict) -> str:
+    return (
+        "Nine windows, two filters: each value is the sum of 27 products and a bias. The steps "
+        f"differ from `cnnjax.nn.conv` by {numbers['differs from conv']:g}. The sizes are UTSA's "
+        "(7x7x3 with its padding, two 3x3x3 filters, stride 2), the numbers are drawn; the "
+        "lecture's own are checked in the claims ledger (A40). Stride 2 takes every second value "
+        "of "
+        "stride 1 (they differ by "
+        f"{numbers['differs from every second value of stride 1']:g}), which is not what NUS "
+        "prints "
+        "for its example (A5.2)."
+    )
+
+
+def im2col(numbers: dict) -> str:
+    layers = numbers["vgg16"]
+
+    def megabytes(rows, key):
+        return f"{_MB * sum(row[key] for row in rows):.3g} MB"
+
+    difference = numbers["differs from conv"]
+    return (
+        f"Windows as rows times filters as columns: A7 {holds(difference < 1e-4)} (greatest "
+        f"difference from the convolution {difference:g}). Its price is memory: one image's "
+        f"{megabytes(layers[:1], 'input')} before VGG-16's first convolution become "
+        f"{megabytes(layers[:1], 'unfolded')}, the {megabytes(layers[1:2], 'input')} before the "
+        f"second {megabytes(layers[1:2], 'unfolded')}, and the {megabytes(layers, 'input')} before "
+        f"all thirteen {megabytes(layers, 'unfolded')}."
+    )
+
+
+def pooling(numbers: dict) -> str:
+    rows = numbers["one pixel"]
+    difference = {(row["pool"], row["window"]): row["difference"] for row in rows}
+    still = difference["none", "stride 1"]
+    maximum = difference["max", "2x2, stride 2"]
+    average = difference["average", "2x2, stride 2"]
+    lines = []
+    for row in rows:
+        changes = [f"{row['changed']:.0%}", f"{row['difference']:.2f}"]
+        lines.append([row["pool"], row["window"], *changes])
+    header = ["pool", "window", "values that differ", "RMS difference / deviation of the map"]
+    whole = max(row["by the stride"] for row in rows)
+    return (
+        f"2x2 max-pooling turns the lecture's map into {numbers['A6']}: A6 "
+        f"{holds(numbers['A6'] == POOLED.tolist())}. That pooling makes features invariant to "
+        "small "
+        f"shifts, as is often said, {holds(max(maximum, average) < 0.01)} of one small pool: "
+        "when a "
+        f"photograph moves by one pixel, its pixels change by {still:.2f} of their standard "
+        f"deviation, its 2x2 maxima by {maximum:.2f}, its 2x2 averages by {average:.2f}. Moved by "
+        f"the whole stride, every map moves by one cell (greatest difference {whole:g}).\n\n"
+        f"{tables.table(header, lines)}"
+    )
+
+
+def network_verdict(row: dict) -> str:
+    """Says what a fill's numbers tell of the shift network."""
+    if row["columns told apart"] == 1 or row["pixels without spread"] == 0:
+        return "does not know it: every pixel varies from image to image"
+    counts = f"tells {row['columns told apart']} of {row['size'][1]} columns apart"
+    if row["greatest spread"] == 0:
+        return f"has forgotten the image, {counts}"
+    return f"{counts}, but holds the image in {1 - row['pixels without spread']:.0%} of its pixels"
+
+
+def shift(numbers: dict) -> str:
+    lines = []
+    for fill, row in numbers.items():
+        explained = f"{row['explained by the position']:.2f}".replace("-0.00", "0.00")
+        middle = " ".join(f"{value:g}" for value in row["middle row of a constant 4"])
+        spread = f"{row['greatest spread']:.3g}"
+        lines.append([fill, explained, spread, middle, network_verdict(row)])
+    header = ["fill", "variance explained by the position"]
+    header += ["greatest spread of a pixel over images", "middle row of a constant 4"]
+    zeros = numbers["zeros"]
+    counts = zeros["middle row of a constant 4"] == list(range(1, 8))
+    return (
+        "Seven layers that take the left neighbor and add 1, on 256 noise images and on a constant "
+        "one, their central 7x7 pixels ('none' uses up a margin around them, 'full' makes 21x21 of "
+        "them). That zeros make the network forget the image and know the column "
+        f"{holds(zeros['greatest spread'] == 0 and counts)}. In the figure, maps too large for "
+        f"numbers are colors only.\n\n{tables.table([*header, 'the network'], lines)}"
+    )
+
+
+def sizes(numbers: dict) -> str:
+    lines = []
+    different = []
+    for row in numbers["layers"]:
+        case = ", ".join(map(str, row["case"]))
+        values = [f"{row['formula']:g}", str(row["printed"]), str(row["computed"])]
+        lines.append([row["layer"], case, *values])
+        if row["printed"] != row["computed"]:
+            different.append(row["layer"])
+    fits, equal = numbers["with an output"], numbers["equal"]
+    rounded = numbers["equal when rounded down"]
+    header = ["layer", "n, p, k, s", "formula", "printed", "computed"]
+    return (
+        f"Of {fits} cases with an output the code agrees with the formula as it stands in {equal} "
+        f"and rounded down in {rounded}: without rounding it {holds(equal == fits)}, with it "
+        f"{holds(rounded == fits)}. {numbers['refused without output']} of the other "
+        f"{numbers['cases'] - fits} cases raise an error. Published layers; not as printed: "
+        f"{', '.join(different) or 'none'}.\n\n{tables.table(header, lines)}"
+    )
+
+
+def sections(numbers: dict, photograph: str) -> list[tuple[str, str, str]]:
+    """Returns (title, figure, text) of each topic."""
+    return [
+        ("Edges: the Sobel pair (A39)", "sobel.png", sobel(numbers["sobel"], photograph)),
+        ("One convolution, step by step (A40)", "steps.png", steps(numbers["steps"])),
+        ("The same as one matrix product (A7)", "im2col.png", im2col(numbers["im2col"])),
+        ("Pooling (A6, A33)", "pooling.png", pooling(numbers["pooling"])),
+        ("The shift network (section B)", "shift.png", shift(numbers["shift"])),
+        ("Sizes: (n + 2p - k) / s + 1 (A1)", "sizes.png", sizes(numbers["sizes"])),
+    ]
+
+
+def render(numbers: dict, photograph: str) -> str:
+    """The whole report in Markdown."""
+    parts = ["# The lectures' basics\n"]
+    for title, figure, text in sections(numbers, photograph):
+        parts.append(f"## {title}\n\n![{title}]({figure})\n\n{text}\n")
+    return "\n".join(parts)
