@@ -1,11 +1,10 @@
-"""The benchmarks' sides compute the same, their tables hold what was measured, and the speedrun learns."""
+"""Benchmark sides compute the same, tables hold what was measured, and the speedrun learns."""
 
 import functools
 import json
 import math
 import sys
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +13,16 @@ import quick
 
 from cnnjax import summary
 from cnnjax.benchmark import __main__ as benchmark
-from cnnjax.benchmark import programs, sides, turns
+from cnnjax.benchmark import cases, jax_side, programs, sides, turns
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
-from cnnjax.nn import BatchNorm, Conv, Dense, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, flatten, max_pool
 from cnnjax.train import loop
 from experiments import speedrun
 
 
 class Tiny(Network):
-    """What the stock side replaces: a convolution with its bias, a depthwise one, BatchNorm, a max-pool."""
+    """Has each layer with a form of its own on the CPU."""
 
     num_classes: int = 3
     input_shape: tuple[int, int, int] = (8, 8, 2)
@@ -32,7 +31,7 @@ class Tiny(Network):
         x = Conv(4, 3, padding=1, name="conv1")(x)
         x = BatchNorm(name="norm")(Conv(4, 3, padding=1, groups=4, name="conv2")(x), train)
         yield "block", x
-        yield "logits", Dense(self.num_classes, name="fc")(max_pool(x, 2).reshape(len(x), -1))
+        yield "logits", Dense(self.num_classes, name="fc")(flatten(max_pool(x, 2)))
 
 
 def test_the_stock_side_is_the_same_network(standard_promotion):
@@ -48,7 +47,7 @@ def test_the_stock_side_is_the_same_network(standard_promotion):
 
     results = {}
     for side in ("cnnjax", "stock"):
-        with sides.side_lowering(side):
+        with jax_side.traced(side):
             results[side] = quick.jit(jax.value_and_grad(loss))(variables["params"])
             program = str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))
             assert ("select_and_scatter" in program) == (side == "stock")
@@ -60,92 +59,100 @@ def test_the_stock_side_is_the_same_network(standard_promotion):
 
 
 def test_a_layers_passes_are_those_of_the_convolution():
-    """The sizes that sides are compared by, from a convolution written out; and operations counted as the table of a network does."""
-    shape = (2, 5, 4, 6, 3, 2, 1, 2)  # batch, side, in, out, kernel, stride, padding, groups
-    _, facts = sides._layer("cnnjax", shape)
+    """Compares the sizes of the results with those of a convolution written out."""
+    case = cases.Convolution(
+        batch=2, size=5, inputs=4, outputs=6, kernel=3, stride=2, padding=1, groups=2
+    )
+    _, facts = sides.layer_passes("cnnjax", case)
     rng = np.random.default_rng(0)
-    x, w, dy = (
-        rng.standard_normal(s, np.float32) for s in ((2, 5, 5, 4), (3, 3, 2, 6), (2, 3, 3, 6))
-    )
+    x = rng.standard_normal((2, 5, 5, 4), np.float32)
+    kernel = rng.standard_normal((3, 3, 2, 6), np.float32)
+    dy = rng.standard_normal((2, 3, 3, 6), np.float32)
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    y, dx, dw = np.zeros(dy.shape), np.zeros(padded.shape), np.zeros(w.shape)
+    y = np.zeros(dy.shape)
+    dx = np.zeros(padded.shape)
+    dkernel = np.zeros(kernel.shape)
     for group, i, j, a, b in np.ndindex(2, 3, 3, 3, 3):
-        read, made = slice(2 * group, 2 * group + 2), slice(3 * group, 3 * group + 3)
-        cell = padded[:, 2 * i + a, 2 * j + b, read]
-        y[:, i, j, made] += cell @ w[a, b, :, made]
-        dx[:, 2 * i + a, 2 * j + b, read] += dy[:, i, j, made] @ w[a, b, :, made].T
-        dw[a, b, :, made] += cell.T @ dy[:, i, j, made]
-    np.testing.assert_allclose(
-        facts["sizes"], [np.abs(value).mean() for value in (y, dx[:, 1:-1, 1:-1], dw)], rtol=1e-4
-    )
+        inputs = slice(2 * group, 2 * group + 2)
+        outputs = slice(3 * group, 3 * group + 3)
+        values = padded[:, 2 * i + a, 2 * j + b, inputs]
+        y[:, i, j, outputs] += values @ kernel[a, b, :, outputs]
+        dx[:, 2 * i + a, 2 * j + b, inputs] += dy[:, i, j, outputs] @ kernel[a, b, :, outputs].T
+        dkernel[a, b, :, outputs] += values.T @ dy[:, i, j, outputs]
+    sizes = [np.abs(value).mean() for value in (y, dx[:, 1:-1, 1:-1], dkernel)]
+    np.testing.assert_allclose(facts["sizes"], sizes, rtol=1e-4)
 
 
-@pytest.mark.parametrize("network", sorted({name.partition(".")[0] for name in sides.LAYERS}))
+@pytest.mark.parametrize("network", sorted({name.partition(".")[0] for name in cases.LAYERS}))
 def test_the_layers_are_of_the_networks_that_they_name(network):
     macs = {layer.name: layer.macs for layer in summary.layers(create_model(network))}
-    for name, shape in sides.LAYERS.items():
-        if name.partition(".")[0] == network:
-            assert benchmark._layer_flops(shape) == 2 * shape[0] * macs[name.partition(".")[2]]
+    for name, case in cases.LAYERS.items():
+        owner, _, layer = name.partition(".")
+        if owner == network:
+            assert case.flops == 2 * case.batch * macs[layer]
 
 
-@pytest.mark.parametrize("name", sides.SPECIFICATIONS)
+@pytest.mark.parametrize("name", cases.SPECIFICATIONS)
 def test_the_specifications_are_the_networks(name):
-    """The other side's list of layers has the parameters of the network here."""
-    side, channels, layers = sides.SPECIFICATIONS[name]
+    """The list of layers for PyTorch has as many parameters as the network here."""
+    side, channels, layers = cases.SPECIFICATIONS[name]
     assert create_model(name).input_shape == (side, side, channels)
     count = 0
     for layer in layers:
         if layer == "pool":
             side //= 2
         elif isinstance(layer, tuple):
-            count += (layer[1] ** 2 * channels + 1) * layer[0]
-            channels, side = layer[0], side + 2 * layer[2] - layer[1] + 1
+            features, kernel, padding = layer
+            count += (kernel**2 * channels + 1) * features
+            side += 2 * padding - kernel + 1
+            channels = features
         else:
-            inputs, side = channels * max(side, 1) ** 2, 0
-            count, channels = count + (inputs + 1) * layer, layer
+            inputs = channels * max(side, 1) ** 2
+            count += (inputs + 1) * layer
+            channels = layer
+            side = 0
     assert count == summary.totals(summary.layers(create_model(name)))["parameters"]
 
 
 def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion):
-    assert sides._TRAINING_BURST == loop._SECONDS_A_CALL
+    assert sides.TRAINING_BURST == loop._SECONDS_A_CALL
     monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
-    monkeypatch.setattr(sides, "_BATCHES", 1)
-    one_by_one, at_once = (
-        sides._jax_network("lenet", 4, "float32", looped)[0]["training"] for looped in (False, True)
-    )
-    states = [
-        jax.tree.map(np.array, run(3)) for run in (one_by_one, at_once, one_by_one)
-    ]  # the next run consumes them
+    monkeypatch.setattr(jax_side, "_BATCHES", 1)
+
+    def training(looped):
+        passes, _ = jax_side.network("lenet", 4, "float32", looped)
+        return passes["training"]
+
+    one_by_one = training(looped=False)
+    at_once = training(looped=True)
+    # Copies, since the next run consumes the state.
+    states = [jax.tree.map(np.array, run(3)) for run in (one_by_one, at_once, one_by_one)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0], states[1]
     )
-    assert any(
-        np.abs(a - b).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, (states[0], states[2])))
-    )
+    pairs = zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[2]))
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in pairs)
 
 
 def test_two_processes_take_turns_and_agree(monkeypatch):
-    """The protocol, on one small layer; utilisation and ratios are those of the times."""
+    """The protocol on one small layer; utilization and ratios follow from the times."""
     monkeypatch.setitem(turns.SIDES, "layers", ("cnnjax", "stock"))
     facts, times = turns.measure("layers", ("cnnjax", "stock"), "lenet.conv1", 128, 2)
     rows = turns.rows_of("layers", "lenet.conv1", 128, 1e9, facts, times)
     assert [(row["pass"], row["side"]) for row in rows] == [
-        (key, side) for key in sides.PASSES["layers"] for side in ("cnnjax", "stock")
+        (key, side) for key in cases.PASSES["layers"] for side in ("cnnjax", "stock")
     ]
     for ours, stock in zip(rows[::2], rows[1::2]):
-        assert (
-            ours["over_cnnjax"] == 1
-            and stock["min_ms"] <= stock["ms"] <= stock["max_ms"]
-            and stock["over_cnnjax"] > 0
-        )
+        assert ours["over_cnnjax"] == 1
+        assert stock["min_ms"] <= stock["ms"] <= stock["max_ms"]
+        assert stock["over_cnnjax"] > 0
         assert ours["gflop_per_s"] == pytest.approx(1e3 / ours["ms"])
         assert ours["utilisation"] == pytest.approx(ours["gflop_per_s"] / ours["peak_gflop_per_s"])
 
 
-def test_sides_that_differ_or_fail_are_refused(monkeypatch, capfd):
-    with pytest.raises(
-        RuntimeError, match="the nobody side of lenet.conv1 stopped with exit code 1"
-    ):
+def test_sides_that_differ_or_fail_are_refused(capfd):
+    message = "the nobody side of lenet.conv1 stopped with exit code 1"
+    with pytest.raises(RuntimeError, match=message):
         turns.measure("cpu", ("nobody",), "lenet.conv1", 1, 1)
     assert "lenet.conv1" in capfd.readouterr().err
 
@@ -175,76 +182,71 @@ def test_seeds_in_one_program_agree_and_are_reported(
     monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
     monkeypatch.setattr(programs, "_LENET_BATCH", 8)
     benchmark.main(["seeds", "--configurations", "2", "--rounds", "1", "--workdir", str(tmp_path)])
-    found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [row["way"] for row in found["results"]] == [
-        "one after the other",
-        "vmap",
-        "lax.map",
-        "unrolled",
-    ]
-    assert all(
-        row["configurations"] == 2 and row["ms"] > 0 and row["compile_s"] > 0
-        for row in found["results"]
-    )
-    assert (
-        found["results"][0]["speedup"] == 1
-        and "| unrolled | " in (tmp_path / "report.md").read_text()
-    )
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    ways = ["one after the other", "vmap", "lax.map", "unrolled"]
+    assert [row["way"] for row in rows] == ways
+    for row in rows:
+        assert row["configurations"] == 2 and row["ms"] > 0 and row["compile_s"] > 0
+    assert rows[0]["speedup"] == 1
+    assert "| unrolled | " in (tmp_path / "report.md").read_text()
     assert "of 2 LeNets" in capsys.readouterr().out
 
 
 def test_the_studys_arithmetic(monkeypatch, standard_promotion):
-    """On a small part, the sums are those of the parts measured."""
+    """The sums of a small study are those of the parts measured."""
     monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(Tiny, input_shape=(32, 32, 3)))
-    found = programs.study(1, encoder="tiny", size=32, images=2, steps=2)
-    seconds = found["seconds"]
-    assert found["together_s"] == seconds["encode all"] + seconds["train all"]
-    assert (
-        found["authors_way_s"] == 5 * (2 * seconds["encode a batch"] + seconds["train one"])
-        and found["batch"] == 2
-    )
+    results = programs.study(1, encoder="tiny", size=32, images=2, steps=2)
+    seconds = results["seconds"]
+    assert results["together_s"] == seconds["encode all"] + seconds["train all"]
+    one_target = 2 * seconds["encode a batch"] + seconds["train one"]
+    assert results["authors_way_s"] == 5 * one_target
+    assert results["batch"] == 2
 
 
 # ------------------------------------------------------------------ the speedrun
 
 
-def test_whitened_patches_are_uncorrelated():
-    images = (
-        jax.random.normal(jax.random.key(0), (40, 9, 9, 3)).cumsum(1).cumsum(2)
-    )  # neighbors are alike
-    filters = whitening_filters(images)
-    assert filters.shape == (2, 2, 3, 24) and jnp.array_equal(filters[..., :12], -filters[..., 12:])
-    found = jax.lax.conv_general_dilated(
-        images, filters[..., :12], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+def native_conv(x, kernel, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    flat = np.asarray(found, np.float64).reshape(-1, 12)
+
+
+def test_whitened_patches_are_uncorrelated():
+    images = jax.random.normal(jax.random.key(0), (40, 9, 9, 3))
+    images = images.cumsum(1).cumsum(2)  # neighbors are alike
+    filters = whitening_filters(images)
+    assert filters.shape == (2, 2, 3, 24)
+    assert jnp.array_equal(filters[..., :12], -filters[..., 12:])
+    whitened = native_conv(images, filters[..., :12], "VALID")
+    flat = np.asarray(whitened, np.float64).reshape(-1, 12)
     np.testing.assert_allclose(flat.T @ flat / len(flat), np.eye(12), atol=0.05)
 
 
 def test_the_network_of_the_record():
-    """Jordan's network: 24 whitening filters, groups of 64, 256 and 256, ten classes, and the first filters copy their input."""
+    """24 whitening filters, groups of 64, 256 and 256, ten classes; first filters copy inputs."""
     shapes = jax.eval_shape(
         create_model("speedrun").init,
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
     )
-    sizes = {
-        path: leaf.size
-        for path, leaf in flax.traverse_util.flatten_dict(shapes["params"], sep="/").items()
-    }
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     # The record has no BatchNorm scale: 2 * (64 + 256 + 256) are ours alone, fixed at 1.
     convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 * 3)
-    assert sum(sizes.values()) == convolutions + 12 * 24 + 24 + 4 * (64 + 256 + 256) + 2560
+    assert count == convolutions + 12 * 24 + 24 + 4 * (64 + 256 + 256) + 2560
     kernel = _partly_identity(jax.random.key(0), (3, 3, 8, 32))
     x = jax.random.normal(jax.random.key(1), (1, 6, 6, 8))
-    y = jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    assert np.allclose(y[..., :8], x, atol=1e-6) and not np.allclose(y[..., 8:16], x, atol=0.1)
+    y = native_conv(x, kernel, "SAME")
+    assert np.allclose(y[..., :8], x, atol=1e-6)
+    assert not np.allclose(y[..., 8:16], x, atol=0.1)
 
 
 def test_each_parameter_is_trained_as_in_the_record():
-    """After one step: Muon's filters have unit norm each plus the rate times an orthogonal matrix; frozen ones have not moved."""
+    """Checks one step.
+
+    Muon's filters have unit norm each, plus the rate times an orthogonal matrix; frozen
+    parameters have not moved.
+    """
     config = speedrun.speedrun_cifar10.get_config()
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
@@ -258,98 +260,74 @@ def test_each_parameter_is_trained_as_in_the_record():
     with jax.numpy_dtype_promotion("standard"):
         optimizer = speedrun._optimizer(config, 200, 75)
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    assert not updates["whiten"]["kernel"].any() and not updates["block1.norm1"]["scale"].any()
-    for (module, name), rate in {
+    assert not updates["whiten"]["kernel"].any()
+    assert not updates["block1.norm1"]["scale"].any()
+    rates = {
         ("whiten", "bias"): 0.053,
         ("block1.norm1", "bias"): 0.053,
         ("fc", "kernel"): 0.67,
-    }.items():
-        # PyTorch's Nesterov, first step: the gradient counts once and, through the momentum, 0.85 times.
+    }
+    for (module, name), rate in rates.items():
+        # PyTorch's Nesterov, first step: the gradient counts once, and 0.85 times by momentum.
         gradient = grads[module][name] + 2e-6 * 2000 / rate * params[module][name]
         np.testing.assert_allclose(updates[module][name], -rate * 1.85 * gradient, rtol=1e-4)
     kernel = params["block1.conv1"]["kernel"]
     moved = updates["block1.conv1"]["kernel"] + kernel * (1 - 8**0.5 / np.linalg.norm(kernel))
     singular = np.linalg.svd(np.asarray(moved).reshape(-1, 8), compute_uv=False) / 0.24
-    assert (
-        0.3 < singular.min() and singular.max() < 1.3
-    )  # three Newton-Schulz steps leave them about 1
+    # Three Newton-Schulz steps leave singular values about 1.
+    assert 0.3 < singular.min() and singular.max() < 1.3
 
 
-def test_views_and_t_test():
+def test_six_views_are_weighted_and_shifted():
     images = jnp.arange(4 * 4, dtype=jnp.float32).reshape(1, 4, 4, 1)
     views, weights = speedrun._views(images)
-    assert (
-        sum(weights) == 1
-        and len(views) == 6
-        and all(jnp.array_equal(views[n + 3], views[n][:, :, ::-1]) for n in range(3))
-    )
-    assert jnp.array_equal(views[1][0, 1:, 1:], images[0, :-1, :-1]) and jnp.array_equal(
-        views[2][0, :-1, :-1], images[0, 1:, 1:]
-    )
+    assert sum(weights) == 1 and len(views) == 6
+    for number in range(3):
+        assert jnp.array_equal(views[number + 3], views[number][:, :, ::-1])
+    assert jnp.array_equal(views[1][0, 1:, 1:], images[0, :-1, :-1])
+    assert jnp.array_equal(views[2][0, :-1, :-1], images[0, 1:, 1:])
+
+
+def test_runs_are_summarized_by_a_t_test():
     rows = [
-        {"accuracy": a, "one_view": a - 1, "seconds": s, "compile_seconds": 1.0}
-        for a, s in ((93.9, 3.0), (94.1, 1.0), (94.3, 2.0))
+        {"accuracy": accuracy, "one_view": accuracy - 1, "seconds": s, "compile_seconds": 1.0}
+        for accuracy, s in ((93.9, 3.0), (94.1, 1.0), (94.3, 2.0))
     ]
-    found = speedrun.summarize(rows)
-    # t = (94.1 - 94) / (0.2 / sqrt 3); Student's distribution with 2 degrees of freedom has P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)).
+    results = speedrun.summarize(rows)
+    # t = (94.1 - 94) / (0.2 / sqrt 3). Student's distribution with 2 degrees of freedom has
+    # P(T > t) = 1/2 - t / (2 sqrt(2 + t^2)).
     t = 0.1 / (0.2 / math.sqrt(3))
-    assert (
-        found["t"] == pytest.approx(t)
-        and found["p"] == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)))
-        and found["seconds"] == 2
-    )
-    assert found["mean"] == pytest.approx(94.1) and found["half_width"] == pytest.approx(
-        4.3027 * 0.2 / math.sqrt(3), rel=1e-4
-    )
+    assert results["t"] == pytest.approx(t)
+    assert results["p"] == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)))
+    assert results["seconds"] == 2
+    assert results["mean"] == pytest.approx(94.1)
+    assert results["half_width"] == pytest.approx(4.3027 * 0.2 / math.sqrt(3), rel=1e-4)
 
 
 def test_the_speedrun_learns_and_goes_on(
     data_dir, tmp_path, monkeypatch, standard_promotion, capsys
 ):
-    """2,000 images, a narrow network, two epochs: three times chance; a second call makes the missing run only."""
-    arguments = [
-        "--workdir",
-        str(tmp_path),
-        "--data_dir",
-        str(data_dir),
-        "--n_train",
-        "2000",
-        "--n_test",
-        "500",
-        "--batch_size",
-        "200",
-        "--width",
-        "8",
-        "--epochs",
-        "2",
-        "--whiten_epochs",
-        "1",
-    ]
-    monkeypatch.setattr(
-        speedrun,
-        "train_and_test",
-        quick.jit(speedrun.train_and_test.__wrapped__, static_argnames="config"),
-    )
+    """Two epochs of a narrow network reach three times chance; a second call makes what lacks."""
+    arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 500".split()
+    arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
+    quickly = quick.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
+    monkeypatch.setattr(speedrun, "train_and_test", quickly)
+
     speedrun.main([*arguments, "--runs", "1"])
     first = (tmp_path / "runs" / "0.json").read_text()
-    found = json.loads((tmp_path / "speedrun.json").read_text())
-    assert (
-        found["mean"] > 30
-        and found["t"] is None
-        and found["runs"][0]["losses"][1] < found["runs"][0]["losses"][0]
-    )
+    results = json.loads((tmp_path / "speedrun.json").read_text())
+    losses = results["runs"][0]["losses"]
+    assert results["mean"] > 30 and results["t"] is None and losses[1] < losses[0]
     table = capsys.readouterr().out
-    assert f"{found['mean']:.2f}" in table and "| A100 | 94.01 | 200 | 2.59 |" in table
-    assert (tmp_path / "speedrun.png").stat().st_size > 1000 and "![Losses" in (
-        tmp_path / "report.md"
-    ).read_text()
-    (tmp_path / "runs" / "1.json").write_text(
-        json.dumps({**json.loads(first), "seed": 1, "accuracy": found["mean"] + 1})
-    )
+    assert f"{results['mean']:.2f}" in table and "| A100 | 94.01 | 200 | 2.59 |" in table
+    assert (tmp_path / "speedrun.png").stat().st_size > 1000
+    assert "![Losses" in (tmp_path / "report.md").read_text()
+
+    second = {**json.loads(first), "seed": 1, "accuracy": results["mean"] + 1}
+    (tmp_path / "runs" / "1.json").write_text(json.dumps(second))
     speedrun.main([*arguments, "--runs", "2"])
-    assert (tmp_path / "runs" / "0.json").read_text() == first and "t = " in (
-        tmp_path / "report.md"
-    ).read_text()
+    assert (tmp_path / "runs" / "0.json").read_text() == first
+    assert "t = " in (tmp_path / "report.md").read_text()
     assert speedrun.main([*arguments, "--runs", "2", "--filter_rate", "0.1"]) == 2
     assert "filter_rate=0.24 there, 0.1 now" in capsys.readouterr().err
     assert speedrun.main([*arguments, "--batch_size", "4000"]) == 2

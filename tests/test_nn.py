@@ -61,7 +61,7 @@ def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
 
 @functools.partial(quick.jit, static_argnums=0)
 def with_gradients(function, *arguments):
-    """What a function gives, and what its gradient makes of a random one."""
+    """Returns a function's value and the gradients for a random cotangent."""
     y, vjp = jax.vjp(function, *arguments)
     return y, *vjp(normal(2, *y.shape))
 
@@ -91,15 +91,17 @@ CASES = [
 @pytest.mark.parametrize("kernel_size, stride, groups, dilation, fill", CASES)
 def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, groups, dilation, fill):
     size = dilation * (kernel_size - 1) + 1 + 2 * stride + 1
-    padding = min(kernel_size // 2, size // 2)
-    x, kernel = normal(0, 2, size, size + 1, 4), normal(1, kernel_size, kernel_size, 4 // groups, 8)
-    ours = functools.partial(
-        cnn.conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill
-    )
-    theirs = functools.partial(
-        reference_conv, stride=stride, padding=padding, dilation=dilation, groups=groups, fill=fill
-    )
-    assert_alike(ours, theirs, x, kernel)
+    x = normal(0, 2, size, size + 1, 4)
+    kernel = normal(1, kernel_size, kernel_size, 4 // groups, 8)
+    options = {
+        "stride": stride,
+        "padding": min(kernel_size // 2, size // 2),
+        "dilation": dilation,
+        "groups": groups,
+        "fill": fill,
+    }
+    ours = functools.partial(cnn.conv, **options)
+    assert_alike(ours, functools.partial(reference_conv, **options), x, kernel)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
     ],
 )
 def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
-    """The padding that they need is computed apart, and gradients have it too."""
+    """Their padding is an operation of its own, in gradients too."""
     padding = kernel_size - 1 if fill == "full" else kernel_size // 2
     x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, fill=fill)
@@ -154,19 +156,12 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
     ],
 )
 def test_convolutions_of_few_channels_are_the_same(width, channels, features, padding, together):
-    """Neighbors computed at once, and the kernel's gradient from what it sees side by side."""
-    width += 2 - 2 * padding  # of the output: width
+    """Neighbors are computed together, and the kernel's gradient comes from its patches."""
+    width += 2 - 2 * padding  # so that the output's width is `width`
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
     assert packed_outputs(x, kernel, Window(padding=(padding, padding))) == together
-    y, vjp = jax.vjp(jax.jit(functools.partial(cnn.conv, padding=padding)), x, kernel)
-    want, want_vjp = jax.vjp(
-        jax.jit(functools.partial(native_conv, padding=(padding, padding))), x, kernel
-    )
-    cotangent = normal(2, *y.shape)
-    for got, expected in zip((y, *vjp(cotangent)), (want, *want_vjp(cotangent))):
-        np.testing.assert_allclose(
-            got, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
-        )
+    ours = functools.partial(cnn.conv, padding=padding)
+    assert_alike(ours, functools.partial(native_conv, padding=(padding, padding)), x, kernel)
 
 
 @pytest.mark.parametrize(
@@ -191,31 +186,26 @@ def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilati
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
 
 
-@pytest.mark.parametrize(
-    "window, stride, padding, height, width",
-    [
-        *(
-            (k, s, p, 11, 14)
-            for k in (1, 2, 3, 5)
-            for s in (1, 2, 3, 4)
-            for p in (0, 1)
-            if p <= k // 2
-        ),
-        (2, 2, 0, 12, 14),
-        (3, 3, 0, 12, 15),
-        (2, 2, 1, 12, 14),
-        (4, 4, 0, 4, 8),
-    ],
-)  # and windows that tile the image
+POOLS = [
+    (window, stride, padding, 11, 14)
+    for window in (1, 2, 3, 5)
+    for stride in (1, 2, 3, 4)
+    for padding in (0, 1)
+    if padding <= window // 2
+]
+TILES = [(2, 2, 0, 12, 14), (3, 3, 0, 12, 15), (2, 2, 1, 12, 14), (4, 4, 0, 4, 8)]
+
+
+@pytest.mark.parametrize("window, stride, padding, height, width", POOLS + TILES)
 def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
     x = jnp.maximum(jnp.round(2 * normal(0, 2, height, width, 3)), 0)  # many ties, as after a ReLU
     native = lambda x: jax.lax.reduce_window(
         x,
         -jnp.inf,
         jax.lax.max,
-        (1, window, window, 1),
-        (1, stride, stride, 1),
-        ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)),
+        window_dimensions=(1, window, window, 1),
+        window_strides=(1, stride, stride, 1),
+        padding=((0, 0), (padding, padding), (padding, padding), (0, 0)),
     )
     y, vjp = jax.vjp(jax.jit(lambda x: cnn.max_pool(x, window, stride, padding)), x)
     want, want_vjp = jax.vjp(jax.jit(native), x)
@@ -224,32 +214,30 @@ def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height,
     assert np.array_equal(vjp(cotangent)[0], want_vjp(cotangent)[0])
 
 
+def windows(a, size, stride):
+    """Stacks what each tap of the windows reads."""
+    height, width = ((length - size) // stride * stride + 1 for length in a.shape[1:3])
+    return np.stack(
+        [
+            a[:, row : row + height : stride, column : column + width : stride]
+            for row, column in np.ndindex(size, size)
+        ]
+    )
+
+
 @pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
 def test_pools_pad_as_numpy_does(fill):
     x = normal(0, 1, 6, 7, 2)
     amount = 0 if fill == "none" else 1
-    widths = ((0, 0), (amount,) * 2, (amount,) * 2, (0, 0))
+    widths = ((0, 0), (amount, amount), (amount, amount), (0, 0))
     mode = FILL_MODES.get(fill, "constant")
-    largest = np.pad(
-        x, widths, mode=mode, **({"constant_values": -np.inf} if mode == "constant" else {})
-    )
-    total, count = (
-        np.pad(x, widths, mode=mode),
-        np.pad(np.ones_like(x), widths, mode=mode) if fill == "partial" else None,
-    )
-    tap = lambda a: np.stack(
-        [
-            a[
-                :,
-                i : i + 2 * ((a.shape[1] - 3) // 2) + 1 : 2,
-                j : j + 2 * ((a.shape[2] - 3) // 2) + 1 : 2,
-            ]
-            for i in range(3)
-            for j in range(3)
-        ]
-    )
-    assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), tap(largest).max(0))
-    mean = tap(total).mean(0) if count is None else tap(total).sum(0) / tap(count).sum(0)
+    lowest = {"constant_values": -np.inf} if mode == "constant" else {}
+    largest = windows(np.pad(x, widths, mode=mode, **lowest), 3, 2)
+    assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), largest.max(0))
+
+    mean = windows(np.pad(x, widths, mode=mode), 3, 2).mean(0)
+    if fill == "partial":
+        mean = mean / windows(np.pad(np.ones_like(x), widths), 3, 2).mean(0)
     np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
 
 
@@ -258,37 +246,35 @@ def test_pools_pad_as_numpy_does(fill):
 )
 @pytest.mark.parametrize("height, width", [(2, 3), (7, 8), (9, 10), (11, 13)])
 def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, window, stride, padding):
-    """PyTorch's rule: windows are counted with the quotient rounded up, and one that begins beyond the image and its border is dropped."""
+    """Windows are counted with the quotient rounded up.
+
+    One that begins beyond the image and its border is dropped.
+    """
     x = np.asarray(normal(0, 2, height, width, 3)) - 10  # a zero in the added cells would win
     y = np.asarray(cnn.max_pool(x, window, stride, padding, ceil=True))
-    for size, got in zip((height, width), y.shape[1:3]):
+    for size, outputs in zip((height, width), y.shape[1:3]):
         count = -(-(size + 2 * padding - window) // stride) + 1
-        assert got == count - ((count - 1) * stride >= size + padding)
+        assert outputs == count - ((count - 1) * stride >= size + padding)
     for i, j in np.ndindex(*y.shape[1:3]):
-        rows, columns = (
-            slice(max(0, at * stride - padding), at * stride - padding + window) for at in (i, j)
-        )
-        assert np.array_equal(y[:, i, j], x[:, rows, columns].max((1, 2)))
+        top, left = i * stride - padding, j * stride - padding
+        values = x[:, max(0, top) : top + window, max(0, left) : left + window]
+        assert np.array_equal(y[:, i, j], values.max((1, 2)))
     for fill in ("reflect", "replicate", "circular"):
         if min(height, width) > padding + 1:
             assert cnn.max_pool(x, window, stride, padding, ceil=True, fill=fill).shape == y.shape
-    assert np.array_equal(
-        cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none"), cnn.max_pool(x[:, :7], 2, 2)
-    )
+    unpadded = cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none")
+    assert np.array_equal(unpadded, cnn.max_pool(x[:, :7], 2, 2))
 
 
 def test_branches_are_joined_about_their_centers():
     x = normal(0, 1, 7, 9, 2)
     parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
-    np.testing.assert_array_equal(
-        cnn.concatenate(parts, "none"), jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
-    )
+    smallest = jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
+    np.testing.assert_array_equal(cnn.concatenate(parts, "none"), smallest)
     framed = [
-        np.pad(
-            part,
-            ((0, 0), *(((a - b) // 2,) * 2 for a, b in zip(x.shape[1:3], part.shape[1:3])), (0, 0)),
-        )
-        for part in parts
+        x,
+        np.pad(parts[1], ((0, 0), (1, 1), (0, 0), (0, 0))),
+        np.pad(parts[2], ((0, 0), (2, 2), (1, 1), (0, 0))),
     ]
     np.testing.assert_array_equal(cnn.concatenate(parts, "full"), np.concatenate(framed, 3))
 
@@ -296,11 +282,18 @@ def test_branches_are_joined_about_their_centers():
 @pytest.mark.parametrize("shape", [(1, 3, 3, 5), (6, 4, 5, 3), (16, 2, 2, 7), (8, 4)])
 def test_channel_sums(shape):
     x, y = normal(0, *shape), normal(1, *shape)
+    wide = np.asarray(x, np.float64)
     axes = tuple(range(len(shape) - 1))
-    np.testing.assert_allclose(channel_sum(x), np.asarray(x, np.float64).sum(axes), atol=1e-5)
-    np.testing.assert_allclose(
-        channel_sum(x, y), (np.asarray(x, np.float64) * np.asarray(y)).sum(axes), atol=1e-5
-    )
+    np.testing.assert_allclose(channel_sum(x), wide.sum(axes), atol=1e-5)
+    np.testing.assert_allclose(channel_sum(x, y), (wide * np.asarray(y)).sum(axes), atol=1e-5)
+
+
+def test_the_bias_of_a_single_vector_has_a_gradient():
+    """Dense takes an input without a batch, whose number of features eight may divide."""
+    layer, x = cnn.Dense(8), normal(0, 3)
+    variables = layer.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda params: layer.apply({"params": params}, x).sum())
+    assert np.array_equal(gradient(variables["params"])["bias"], np.ones(8))
 
 
 def test_fills_are_what_the_documentation_shows():
@@ -329,58 +322,64 @@ def test_fills_are_what_the_documentation_shows():
 def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
     x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
     for fill in ("mean", "interpolate"):
-        constant = cnn.conv(jnp.ones_like(x), kernel, padding=1, fill=fill)
+        convolve = functools.partial(cnn.conv, padding=1, fill=fill)
+        constant = convolve(jnp.ones_like(x), kernel)
         assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
-        run = lambda x, kernel, fill=fill: cnn.conv(x, kernel, padding=1, fill=fill)
-        np.testing.assert_allclose(
-            run(x[:, ::-1, ::-1], kernel[::-1, ::-1]), run(x, kernel)[:, ::-1, ::-1], atol=1e-5
-        )
-        np.testing.assert_allclose(
-            cnn.pad(x + 3, (1, 2), fill), cnn.pad(x, (1, 2), fill) + 3, atol=1e-5
-        )
+        mirrored = convolve(x[:, ::-1, ::-1], kernel[::-1, ::-1])
+        np.testing.assert_allclose(mirrored, convolve(x, kernel)[:, ::-1, ::-1], atol=1e-5)
+        shifted = cnn.pad(x + 3, (1, 2), fill)
+        np.testing.assert_allclose(shifted, cnn.pad(x, (1, 2), fill) + 3, atol=1e-5)
     assert np.array_equal(cnn.pad(x, (1, 2), "mean")[:, 1:-1, 2:-2], x)
 
 
 def test_random_draws_a_border_of_the_maps_own_moments():
     x = 5 + 2 * normal(0, 2, 64, 64, 3)
-    padded, again, other = (
-        cnn.pad(x, (40, 40), "random", key=jax.random.key(seed)) for seed in (0, 0, 1)
-    )
-    assert np.array_equal(padded, again) and np.array_equal(padded[:, 40:-40, 40:-40], x)
-    assert not np.any(np.all(padded[:, :40] == other[:, :40], axis=-1)) and not np.any(
-        padded[0, :40] == padded[1, :40]
-    )
+    draw = lambda seed: cnn.pad(x, (40, 40), "random", key=jax.random.key(seed))
+    padded, other = draw(0), draw(1)
+    assert np.array_equal(padded, draw(0))
+    assert np.array_equal(padded[:, 40:-40, 40:-40], x)
+    assert not np.any(np.all(padded[:, :40] == other[:, :40], axis=-1))
+    assert not np.any(padded[0, :40] == padded[1, :40])
     border = np.concatenate([padded[:, :40].reshape(-1, 3), padded[:, -40:].reshape(-1, 3)])
     np.testing.assert_allclose(border.mean(0), 5, atol=0.1)
     np.testing.assert_allclose(border.std(0), 2, atol=0.1)
     with pytest.raises(ValueError, match="padding='random' draws noise: a network needs rngs="):
         cnn.pad(x, (1, 1), "random")
+
+
+def test_random_padding_of_a_layer_needs_a_key():
+    x = 5 + 2 * normal(0, 2, 9, 9, 3)
     layer = cnn.Conv(4, 3, padding=1, fill="random")
     variables = layer.init(jax.random.key(0), x)
-    draws = [layer.apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1)]
-    assert np.array_equal(draws[0][:, 1:-1, 1:-1], draws[1][:, 1:-1, 1:-1]) and not np.array_equal(
-        *draws
+    one, other = (
+        layer.apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1)
     )
+    assert np.array_equal(one[:, 1:-1, 1:-1], other[:, 1:-1, 1:-1])
+    assert not np.array_equal(one, other)
     with pytest.raises(ValueError, match="padding='random' draws noise"):
         layer.apply(variables, x)
 
 
 def test_full_brings_every_weight_to_every_pixel():
-    """What Kayhan and van Gemert ask of it: wherever a pixel is, its responses are the same, so that sums and maxima do not know the place."""
+    """Kayhan and van Gemert's demand: responses to a pixel are the same wherever it is.
+
+    Sums and maxima of a map then do not depend on the place.
+    """
     kernel = normal(1, 3, 5, 2, 4)
-    for stride, dilation in ((1, 1), (1, 2)):
-        run = lambda x, s=stride, d=dilation: cnn.conv(
-            x, kernel, stride=s, dilation=d, padding=0, fill="full"
+    x = normal(0, 1, 8, 9, 2)
+    for dilation in (1, 2):
+        convolve = functools.partial(
+            cnn.conv, kernel=kernel, dilation=dilation, padding=0, fill="full"
         )
-        x = normal(0, 1, 8, 9, 2)
-        y = run(x)
+        y = convolve(x)
         assert y.shape[1:3] == (8 + dilation * 2, 9 + dilation * 4)
         np.testing.assert_allclose(y.sum((1, 2)), jnp.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
-        corners = [
-            jnp.zeros((1, 8, 9, 2)).at[0, i, j].set(1.0) for i, j in ((0, 0), (3, 4), (7, 8))
+        responses = [
+            jnp.sort(convolve(jnp.zeros((1, 8, 9, 2)).at[0, row, column].set(1.0)).ravel())
+            for row, column in ((0, 0), (3, 4), (7, 8))
         ]
-        for corner in corners:
-            assert np.array_equal(jnp.sort(run(corner).ravel()), jnp.sort(run(corners[0]).ravel()))
+        for response in responses[1:]:
+            assert np.array_equal(response, responses[0])
 
 
 def test_one_sided_is_zeros_moved_by_the_amount():
@@ -408,23 +407,26 @@ def test_which_fills_show_the_border_of_a_constant_image(fill):
     assert (np.ptp(conv(ones, box)) > 1e-6) == (fill in ("zeros", "full", "one-sided"))
 
 
-@pytest.mark.parametrize(
-    "fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"})
-)  # the first has no grid, the others another
+# 'interpolate' has no grid, 'full' and 'one-sided' have another.
+@pytest.mark.parametrize("fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"}))
 def test_padding_does_not_move_the_sampling_grid(fill):
     x = normal(0, 1, 12, 12, 1)
     identity = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
     y = cnn.conv(x, identity, stride=2, padding=1, fill=fill, key=jax.random.key(0))
     inner = x[:, 1::2, 1::2][:, :5, :5] if fill == "none" else x[:, ::2, ::2]
-    ratio = y / inner if fill == "partial" else None
     if fill == "partial":
-        assert np.isclose(ratio[0, 1:, 1:], 1).all() and np.isclose(ratio[0, 0, 0, 0], 9 / 4)
+        ratio = y / inner
+        assert np.isclose(ratio[0, 1:, 1:], 1).all()
+        assert np.isclose(ratio[0, 0, 0, 0], 9 / 4)
     else:
         np.testing.assert_array_equal(y, inner)
 
 
 def test_seven_shift_layers_count_columns():
-    """The lectures' demonstration that zero padding writes the position: one channel, weight on the left neighbor, bias 1."""
+    """The lectures' demonstration that zero padding writes the position.
+
+    One channel, a weight on the left neighbor, bias 1.
+    """
     x = normal(0, 1, 7, 7, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 0].set(1)
     y = x
@@ -436,22 +438,23 @@ def test_seven_shift_layers_count_columns():
 def test_adaptive_pool_averages_pytorchs_bins():
     x = normal(0, 2, 10, 7, 3)
     y = cnn.adaptive_avg_pool(x, (4, 3))
-    for i in range(4):
-        for j in range(3):
-            rows, columns = (
-                slice(i * 10 // 4, -(-(i + 1) * 10 // 4)),
-                slice(j * 7 // 3, -(-(j + 1) * 7 // 3)),
-            )
-            np.testing.assert_allclose(y[:, i, j], x[:, rows, columns].mean((1, 2)), atol=1e-6)
+    for i, j in np.ndindex(4, 3):
+        rows = slice(i * 10 // 4, -(-(i + 1) * 10 // 4))
+        columns = slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
+        np.testing.assert_allclose(y[:, i, j], x[:, rows, columns].mean((1, 2)), atol=1e-6)
     assert cnn.adaptive_avg_pool(x[:, :1, :1], 7).shape == (2, 7, 7, 3)
+
+
+def test_flatten_has_pytorchs_order():
+    x = np.arange(24.0, dtype=np.float32).reshape(1, 2, 3, 4)
+    assert list(cnn.flatten(x)[0, :7]) == [0, 4, 8, 12, 16, 20, 1]
 
 
 def test_resize_is_pytorchs_align_corners():
     x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
     np.testing.assert_allclose(cnn.resize(x, (1, 5)).ravel(), [0, 1.5, 3, 4.5, 6])
-    assert (
-        np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0
-    )  # a constant stays one, to the last bit
+    # A constant stays one, to the last bit.
+    assert np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0
 
 
 def test_batch_norm_keeps_pytorchs_running_statistics():
@@ -472,7 +475,7 @@ def test_batch_norm_keeps_pytorchs_running_statistics():
 
 
 def test_batch_norm_has_the_gradient_of_its_formula():
-    """Of the output and of the running statistics, whose gradient nothing in training asks for."""
+    """Also of the running statistics, which nothing in training differentiates."""
     x, weight = 3 * normal(0, 4, 5, 3, 6) + 1, normal(1, 4, 5, 3, 6)
     layer = cnn.BatchNorm()
     variables = {
@@ -482,20 +485,15 @@ def test_batch_norm_has_the_gradient_of_its_formula():
 
     def loss(params, x):
         y, new = layer.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
-        return (
-            (y * weight).sum()
-            + 7 * jnp.cos(new["batch_stats"]["mean"]).sum()
-            + 5 * jnp.sin(new["batch_stats"]["var"]).sum()
-        )
+        mean, var = new["batch_stats"]["mean"], new["batch_stats"]["var"]
+        return (y * weight).sum() + 7 * jnp.cos(mean).sum() + 5 * jnp.sin(var).sum()
 
     def formula(params, x):
         mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
         y = (x - mean) / jnp.sqrt(var + 1e-5) * params["scale"] + params["bias"]
-        return (
-            (y * weight).sum()
-            + 7 * jnp.cos(0.1 * mean).sum()
-            + 5 * jnp.sin(0.9 + 0.1 * var * 60 / 59).sum()
-        )
+        running_mean = 0.1 * mean
+        running_var = 0.9 + 0.1 * var * 60 / 59
+        return (y * weight).sum() + 7 * jnp.cos(running_mean).sum() + 5 * jnp.sin(running_var).sum()
 
     jax.tree.map(
         lambda ours, want: np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4),
@@ -508,7 +506,9 @@ def test_batch_norm_over_devices_is_that_of_the_whole_batch():
     x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)
     variables = cnn.BatchNorm().init(jax.random.key(0), x)
 
-    def run(layer, x, weight):
+    def gradients(x, weight, axis_name=None):
+        layer = cnn.BatchNorm(axis_name=axis_name)
+
         def loss(params, x):
             y, new = layer.apply(
                 variables | {"params": params}, x, train=True, mutable=["batch_stats"]
@@ -517,27 +517,18 @@ def test_batch_norm_over_devices_is_that_of_the_whole_batch():
 
         return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
 
-    (dparams, dx), (y, new) = run(cnn.BatchNorm(), x, weight)
+    (dparams, dx), (y, new) = gradients(x, weight)
     parts = lambda a: a.reshape(4, 2, 5, 3, 6)
-    (all_dparams, all_dx), (all_y, all_new) = jax.vmap(
-        lambda x, w: run(cnn.BatchNorm(axis_name="devices"), x, w), axis_name="devices"
-    )(parts(x), parts(weight))
+    on_device = functools.partial(gradients, axis_name="devices")
+    on_devices = jax.vmap(on_device, axis_name="devices")(parts(x), parts(weight))
+    (all_dparams, all_dx), (all_y, all_new) = on_devices
     np.testing.assert_allclose(all_y, parts(y), atol=1e-5)
     np.testing.assert_allclose(all_dx, parts(dx), atol=1e-5)
-    jax.tree.map(
-        lambda per_device, whole: np.testing.assert_allclose(
-            per_device.sum(0), whole, rtol=1e-4, atol=1e-4
-        ),
-        all_dparams,
-        dparams,
-    )
-    jax.tree.map(
-        lambda per_device, whole: np.testing.assert_allclose(
-            per_device, np.broadcast_to(whole, per_device.shape), rtol=1e-5
-        ),
-        all_new,
-        new,
-    )
+    for name, whole in dparams.items():
+        np.testing.assert_allclose(all_dparams[name].sum(0), whole, rtol=1e-4, atol=1e-4)
+    for name, whole in new["batch_stats"].items():
+        each = all_new["batch_stats"][name]
+        np.testing.assert_allclose(each, np.broadcast_to(whole, each.shape), rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
@@ -564,10 +555,9 @@ class Small(nn.Module):
 
 def assert_fast(program):
     convolutions = [line for line in program.splitlines() if " convolution(" in line]
-    assert convolutions and all(
-        "dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line
-        for line in convolutions
-    )
+    assert convolutions
+    for line in convolutions:
+        assert "dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line
 
 
 @pytest.mark.skipif(
@@ -582,9 +572,11 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
         loss, grads = jax.value_and_grad(lambda p: jnp.square(model.apply(p, x)).mean())(params)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
 
-    run = (
-        (lambda p: jax.lax.scan(step, p, None, length=3)) if in_scan else (lambda p: step(p, None))
-    )
+    def run(params):
+        if in_scan:
+            return jax.lax.scan(step, params, None, length=3)
+        return step(params, None)
+
     text = jax.jit(run).lower(params).compile().as_text()
     assert_fast(text)
     assert "select-and-scatter" not in text
@@ -605,54 +597,58 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
     ],
 )
 def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
-    """XLA exchanges image and kernel where the latter is the larger, as the output gradient is for full padding's kernel gradients."""
-    x, kernel = (
-        jax.ShapeDtypeStruct(size, jnp.float32)
-        for size in (shape, (kernel_size, kernel_size, 32, 32))
-    )
-    run = functools.partial(cnn.conv, stride=stride, padding=kernel_size // 2, fill=fill)
+    """XLA exchanges image and kernel if the kernel is larger.
+
+    In the kernel gradients of full padding, the output gradient is such a kernel.
+    """
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, 32, 32), jnp.float32)
+    convolve = functools.partial(cnn.conv, stride=stride, padding=kernel_size // 2, fill=fill)
 
     def step(x, kernel, dy):
-        y, vjp = jax.vjp(run, x, kernel)
+        y, vjp = jax.vjp(convolve, x, kernel)
         return y, vjp(dy)
 
-    assert_fast(jax.jit(step).lower(x, kernel, jax.eval_shape(run, x, kernel)).compile().as_text())
+    dy = jax.eval_shape(convolve, x, kernel)
+    assert_fast(jax.jit(step).lower(x, kernel, dy).compile().as_text())
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
 def test_a_materialized_value_stays_one_and_is_itself():
-    """The compiler keeps the conditional, through vmap and gradients nothing changes, and a NaN in front harms no other value."""
+    """The compiler keeps the conditional; vmap and gradients change nothing.
+
+    A NaN in front harms no other value.
+    """
     x = normal(0, 4, 3).at[0, 0].set(jnp.nan)
     assert " conditional(" in jax.jit(lambda x: materialize(x * 2) + 1).lower(x).compile().as_text()
     for value in (x, x[1:], x.astype(jnp.bfloat16), jnp.zeros((0, 3))):
-        np.testing.assert_array_equal(
-            *(np.asarray(a, np.float32) for a in (jax.jit(materialize)(value), value))
-        )
+        same = np.asarray(jax.jit(materialize)(value), np.float32)
+        np.testing.assert_array_equal(same, np.asarray(value, np.float32))
     np.testing.assert_array_equal(jax.jit(jax.vmap(materialize))(x), x)
-    np.testing.assert_array_equal(
-        jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))(x[1:]), 2 * x[1:]
-    )
+    gradient = jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))
+    np.testing.assert_array_equal(gradient(x[1:]), 2 * x[1:])
 
 
 def test_a_step_in_scan_equals_a_loop():
     model, x = Small(), normal(0, 4, 16, 16, 3)
     params = model.init(jax.random.key(0), x)
-    step = lambda p: jax.tree.map(
-        lambda a, g: a - 0.1 * g, p, jax.grad(lambda p: jnp.square(model.apply(p, x)).mean())(p)
-    )
-    scanned = jax.jit(lambda p: jax.lax.scan(lambda p, _: (step(p), None), p, None, length=3)[0])(
-        params
-    )
+    gradient = jax.grad(lambda params: jnp.square(model.apply(params, x)).mean())
+    step = lambda params: jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params))
+
+    @jax.jit
+    def scan(params):
+        return jax.lax.scan(lambda params, _: (step(params), None), params, None, length=3)[0]
+
     looped = params
     for _ in range(3):
         looped = jax.jit(step)(looped)
-    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(looped)):
+    for a, b in zip(jax.tree.leaves(scan(params)), jax.tree.leaves(looped)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_arguments_name_themselves():
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
-    for message, call in {
+    wrong_calls = {
         "padding='mirror' is not one of zeros, none, reflect": lambda: cnn.conv(
             x, kernel, padding=1, fill="mirror"
         ),
@@ -662,12 +658,14 @@ def test_wrong_arguments_name_themselves():
         "cannot pad a 1x1 map by 1x1": lambda: cnn.pad(x[:, :1, :1], (1, 1), "reflect"),
         "a 5x5 pool with padding='zeros' has no output": lambda: cnn.max_pool(x, 5),
         "size=0 is not a positive number of channels": lambda: cnn.local_response_norm(x, 0),
-    }.items():
+    }
+    for message, call in wrong_calls.items():
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_max_pool_core_is_differentiable_in_bfloat16():
+def test_max_pool_is_differentiable_in_bfloat16():
     x = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16)
     grad = jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum())(x)
-    assert grad.dtype == jnp.bfloat16 and float(grad.astype(jnp.float32).sum()) == 8
+    assert grad.dtype == jnp.bfloat16
+    assert float(grad.astype(jnp.float32).sum()) == 8

@@ -20,7 +20,7 @@ import pytest
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from cnnjax.benchmark import decoding, sides
+from cnnjax.benchmark import decoding, jax_side
 from cnnjax.data import photographs, splits, stream
 from cnnjax.train import loop
 from cnnjax.train.parallel import Parallel
@@ -798,7 +798,7 @@ def test_the_benchmark_measures_every_way(monkeypatch):
     monkeypatch.setattr(decoding, "_SECONDS", 0.05)
     monkeypatch.setattr(decoding, "_COUNT", 16)
     monkeypatch.setattr(
-        sides, "_jax_network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {})
+        jax_side, "network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {})
     )
     (found,) = decoding.measure("", 1, workers=(0,))
     assert found["photographs"] == 13 and found["step_batch"] == 8

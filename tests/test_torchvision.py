@@ -1,4 +1,4 @@
-"""Every network that torchvision has, held to torchvision's own outputs (tests/golden) and to real weights."""
+"""Every network of torchvision against its own outputs (tests/golden) and real weights."""
 
 import inspect
 import json
@@ -19,8 +19,9 @@ from experiments import probe
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
 NAMES = sorted(case.split("/")[0] for case in GOLDEN.files if case.endswith("/keys"))
-# The smallest network of each kind of block: the others are the same code at other sizes. All are held to torchvision's outputs here, and
-# in experiments/zoo.py trained; what takes longer (three steps, every fill, operation by operation) is asked of these.
+# The smallest network of each kind of block; the others are the same code at other sizes. All are
+# compared with torchvision's outputs here and trained in experiments/zoo.py. What takes longer
+# (three steps, every fill, operation by operation) is asked of these.
 KINDS = (
     "alexnet",
     "densenet121",
@@ -42,9 +43,10 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def golden_variables(model) -> dict:
-    """A model's variables with the values of tests/golden/formula.py."""
-    shapes, values = weights.variable_shapes(model), {}
+    """Returns a model's variables with the values of tests/golden/formula.py."""
+    shapes = weights.variable_shapes(model)
     flat = flax.traverse_util.flatten_dict(shapes)
+    values = {}
     for key, path in weights.torchvision_keys(shapes).items():
         order = AXES[len(flat[path].shape)]
         theirs = formula.parameter(key, tuple(flat[path].shape[axis] for axis in order))
@@ -57,17 +59,14 @@ def golden_images(batch: int, size: int, key: str = "input") -> np.ndarray:
 
 
 def golden_keys(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """torchvision's keys and shapes, in its order."""
+    """Returns torchvision's keys and shapes, in its order."""
     lines = [line.split() for line in bytes(GOLDEN[f"{name}/keys"]).decode().splitlines()]
     return [(key, tuple(map(int, shape.split("x")))) for key, shape in lines]
 
 
 def without_dropout(name: str, **fields):
-    rates = [
-        field
-        for field in ("dropout", "dropout_aux")
-        if field in inspect.signature(base._REGISTRY[name]).parameters
-    ]
+    parameters = inspect.signature(base._REGISTRY[name]).parameters
+    rates = [field for field in ("dropout", "dropout_aux") if field in parameters]
     return create_model(name, **dict.fromkeys(rates, 0.0), **fields)
 
 
@@ -84,79 +83,88 @@ def test_keys_and_shapes_are_torchvisions(name):
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
-    """Logits of a compiled network equal the golden ones; one image alone, operation by operation, gets the same, of each kind of block."""
+    """Logits of a compiled network equal the golden ones.
+
+    Networks of each kind give the same for one image alone, operation by operation.
+    """
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
     variables = golden_variables(model)
-    logits = (jax.jit if name in KINDS else quick.jit)(model.apply)(variables, images)
+    compile_model = jax.jit if name in KINDS else quick.jit
+    logits = compile_model(model.apply)(variables, images)
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
     assert 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
     if name in KINDS:
-        assert np.abs(model.apply(variables, images[:1]) - logits[:1]).max() <= 1e-5 * scale
+        alone = model.apply(variables, images[:1])
+        assert np.abs(alone - logits[:1]).max() <= 1e-5 * scale
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] in KINDS],
-)
+TRAINED = [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] in KINDS]
+
+
+@pytest.mark.parametrize("case", TRAINED)
 def test_training_is_torchvisions(case):
-    """After three passes in training mode logits and running statistics equal the golden ones; all parameters receive gradients."""
+    """After three passes in training mode, logits and running statistics equal the golden ones.
+
+    All parameters receive gradients.
+    """
     name, size, _ = case.split("/")
     model = without_dropout(name)
     variables = golden_variables(model)
-    params, state = variables["params"], {"batch_stats": variables["batch_stats"]}
+    params = variables["params"]
+    state = {"batch_stats": variables["batch_stats"]}
 
     def loss(params, state, images):
         logits, new = model.apply(
             {"params": params, **state}, images, train=True, mutable=["batch_stats", "auxiliary"]
         )
-        outputs = {
-            "train": logits,
-            **{head: sown["logits"] for head, sown in new.get("auxiliary", {}).items()},
-        }
-        return sum(jnp.square(output).sum() for output in outputs.values()), (
-            outputs,
-            {"batch_stats": new.get("batch_stats", {})},
-        )
+        outputs = {"train": logits}
+        for head, sown in new.get("auxiliary", {}).items():
+            outputs[head] = sown["logits"]
+        total = sum(jnp.square(output).sum() for output in outputs.values())
+        return total, (outputs, {"batch_stats": new.get("batch_stats", {})})
 
-    images = [golden_images(len(GOLDEN[case]), int(size), f"input {step}") for step in range(3)]
-    run = quick.jit(jax.grad(loss, has_aux=True))
-    for batch in images:
-        grads, (outputs, state) = run(params, state, batch)
+    gradient = quick.jit(jax.grad(loss, has_aux=True))
+    for number in range(3):
+        images = golden_images(len(GOLDEN[case]), int(size), f"input {number}")
+        grads, (outputs, state) = gradient(params, state, images)
 
-    assert set(outputs) == {
-        case.split("/")[2] for case in GOLDEN.files if case.startswith(f"{name}/{size}/")
-    } - {"eval", "statistics"}
+    heads = {key.split("/")[2] for key in GOLDEN.files if key.startswith(f"{name}/{size}/")}
+    assert set(outputs) == heads - {"eval", "statistics"}
     for head, logits in outputs.items():
         expected = GOLDEN[f"{name}/{size}/{head}"]
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max(), head
-    paths, flat = weights.torchvision_keys(state), flax.traverse_util.flatten_dict(state)
-    running = [key for key, _ in golden_keys(name) if "running_" in key]
-    assert (f"{name}/{size}/statistics" in GOLDEN.files) == bool(running) == bool(flat)
-    for key, expected in zip(running, GOLDEN[f"{name}/{size}/statistics"] if running else ()):
-        np.testing.assert_allclose(
-            formula.digest(key, flat[paths[key]]),
-            expected,
-            rtol=0,
-            atol=1e-4 * expected[2],
-            err_msg=key,
-        )
+    assert_statistics(name, size, state)
     for path, grad in flax.traverse_util.flatten_dict(jax.device_get(grads), sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
+def assert_statistics(name, size, state):
+    """Compares running statistics with torchvision's, of which the golden file has digests."""
+    paths = weights.torchvision_keys(state)
+    flat = flax.traverse_util.flatten_dict(state)
+    running = [key for key, _ in golden_keys(name) if "running_" in key]
+    assert (f"{name}/{size}/statistics" in GOLDEN.files) == bool(running) == bool(flat)
+    for key, expected in zip(running, GOLDEN[f"{name}/{size}/statistics"] if running else ()):
+        digest = formula.digest(key, flat[paths[key]])
+        np.testing.assert_allclose(digest, expected, rtol=0, atol=1e-4 * expected[2], err_msg=key)
+
+
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"vgg11"}))
 def test_initialization_has_torchvisions_distributions(name):
-    """Mean, spread and family: a uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500 draws.
+    """Compares mean, spread and family of each parameter.
 
-    Left out are those that differ from one of these in numbers only, or as vgg11 from vgg11_bn.
+    A uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500
+    draws. Networks that differ from one of these in numbers only are left out, and vgg11, which
+    is vgg11_bn without BatchNorm.
     """
     model = create_model(name)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
     variables = quick.jit(lambda key: model.init(key, image))(jax.random.key(0))
-    flat, paths = flax.traverse_util.flatten_dict(variables), weights.torchvision_keys(shapes)
+    flat = flax.traverse_util.flatten_dict(variables)
+    paths = weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
     for key, (mean, std, largest) in zip(keys, GOLDEN[f"{name}/moments"], strict=True):
         values = np.asarray(flat[paths[key]])
@@ -174,34 +182,29 @@ def test_initialization_has_torchvisions_distributions(name):
 
 
 def test_squeezenet_with_real_weights(data_dir):
-    """The published network's reference output, and its accuracy on half a thousand photographs."""
+    """The published network has its reference output and its accuracy on 500 photographs."""
+    folder = data_dir / "weights"
     model = create_model("squeezenet1_1")
-    variables = weights.load_torchvision(
-        data_dir / "weights" / "squeezenet1_1_imagenet.safetensors", model
-    )
+    variables = weights.load_torchvision(folder / "squeezenet1_1_imagenet.safetensors", model)
     apply = jax.jit(model.apply)
-    pair = np.load(data_dir / "weights" / "squeezenet1_1_test_vector.npz")
+    pair = np.load(folder / "squeezenet1_1_test_vector.npz")
     logits = apply(variables, pair["input_0"].transpose(0, 2, 3, 1))
-    assert (
-        np.abs(logits - pair["output_0"].reshape(logits.shape)).max() <= 2e-4 * 290
-    )  # the largest logit is 290
+    largest = 290  # logit
+    error = np.abs(logits - pair["output_0"].reshape(logits.shape)).max()
+    assert error <= 2e-4 * largest
     files = sorted((data_dir / "imagenet_sample").glob("*.*"))
     assert len(files) == 500
-    right = 0
+    labels = np.array([int(file.name.split("_")[0]) for file in files])
+    answers = []
     for start in range(0, 500, 50):
-        images = np.stack(
-            [np.asarray(PIL.Image.open(file).convert("RGB")) for file in files[start : start + 50]]
-        )
-        answers = apply(variables, (images / np.float32(255) - MEAN) / STD).argmax(1)
-        right += sum(
-            int(answer) == int(file.name.split("_")[0])
-            for answer, file in zip(answers, files[start : start + 50])
-        )
-    assert right == 306
+        images = [PIL.Image.open(file).convert("RGB") for file in files[start : start + 50]]
+        images = np.stack([np.asarray(image) for image in images])
+        answers.append(apply(variables, (images / np.float32(255) - MEAN) / STD).argmax(1))
+    assert (np.concatenate(answers) == labels).sum() == 306
 
 
 def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
-    """The linear probe on a few hundred images: far above what the same probe gets from the untrained network."""
+    """A linear probe on 400 images is far better with real weights than with random ones."""
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
         weights.load_torchvision(file, create_model("mobilenet_v2"))

@@ -1,5 +1,6 @@
-"""Images a second that a stream decodes, beside those that a training step takes and a loop of Pillow's decodes."""
+"""Images a second that a stream decodes, beside a loop of Pillow's and a training step."""
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -14,47 +15,41 @@ import PIL.Image
 
 from cnnjax.data import photographs, stream
 
-SIZE, _RESIZE = 224, 256
-MEAN_PIXELS, _QUALITY = 500 * 375, 95  # of ImageNet's images, most of which are 500 x 375
-_BATCH, _COUNT = 32, 256
+SIZE = 224
+_RESIZE = 256
+MEAN_PIXELS = 500 * 375  # of ImageNet's images, most of which are 500 x 375
+_QUALITY = 95  # of a JPEG
+_BATCH = 32
+_COUNT = 256  # files
 _SECONDS = 4.0  # a burst
 _STEP_BATCH = {"cpu": 8}  # images; elsewhere 256
 
 
 def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> stream.Folder:
-    """Photographs as JPEGs of ImageNet's usual size -> the folder of them, `_COUNT` files, the photographs taken in turn."""
-    (root / "photographs").mkdir(parents=True)
+    """Writes photographs as JPEGs of ImageNet's usual size.
+
+    Returns the folder of `_COUNT` files, for which the photographs are taken in turn.
+    """
+    folder = root / "photographs"
+    folder.mkdir(parents=True)
     for number in range(_COUNT):
-        path = root / "photographs" / f"{number:04}.jpg"
+        path = folder / f"{number:04}.jpg"
         if number >= len(paths):
-            path.write_bytes((root / "photographs" / f"{number % len(paths):04}.jpg").read_bytes())
+            path.write_bytes((folder / f"{number % len(paths):04}.jpg").read_bytes())
             continue
         image = PIL.Image.fromarray(photographs.read_image(paths[number]))
         scale = (MEAN_PIXELS / (image.width * image.height)) ** 0.5
-        image.resize([round(n * scale) for n in image.size], PIL.Image.Resampling.LANCZOS).save(
-            path, quality=_QUALITY
-        )
+        size = [round(n * scale) for n in image.size]
+        image.resize(size, PIL.Image.Resampling.LANCZOS).save(path, quality=_QUALITY)
     return stream.Folder(root)
 
 
-def _rate(made: Callable[[], Iterator], skipped: int) -> float:
-    """Images a second of a stream's batches, after those that were made ahead while its processes started."""
-    found = iter(made())
-    for _ in range(skipped):
-        next(found)
-    count, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < _SECONDS:
-        next(found)
-        count += _BATCH
-    getattr(found, "close", lambda: None)()
-    return count / seconds
-
-
 class _Crops:
-    """What a stream does to each image."""
+    """A data set of crops, as a stream makes them of each image."""
 
     def __init__(self, source: stream.Folder, train: bool):
-        self.source, self.train = source, train
+        self.source = source
+        self.train = train
 
     def __len__(self):
         return len(self.source)
@@ -65,16 +60,21 @@ class _Crops:
             image = stream.area_crop(image, SIZE, np.random.default_rng())
         else:
             image = stream.center(image, SIZE, _RESIZE)
-        return np.array(image), label  # PyTorch wants one that it may write to
+        return np.array(image), label  # PyTorch wants an array that it may write to
+
+
+# ------------------------------------------------------------------ ways to read
 
 
 def _loop(crops: _Crops) -> Iterator[np.ndarray]:
+    """Yields batches that are decoded one image after the other."""
     for start in itertools.count(0, _BATCH):
-        yield np.stack([crops[number % len(crops)][0] for number in range(start, start + _BATCH)])
+        numbers = range(start, start + _BATCH)
+        yield np.stack([crops[number % len(crops)][0] for number in numbers])
 
 
 def _loader(crops: _Crops, workers: int) -> Iterator:
-    """PyTorch's DataLoader of the same images and crops, which makes tensors of bytes of them."""
+    """Makes PyTorch's DataLoader of the same crops, which yields tensors of bytes."""
     import torch
 
     sampler = torch.utils.data.RandomSampler(crops, replacement=True, num_samples=10**6)
@@ -87,92 +87,125 @@ def _loader(crops: _Crops, workers: int) -> Iterator:
     )
 
 
+def _stream(source: stream.Folder, workers: int, train: bool) -> Iterator:
+    """Makes cnnjax's stream of the same crops."""
+    return stream.batches(
+        stream.Part(source, np.arange(10**6) % len(source)),
+        _BATCH,
+        0,
+        SIZE,
+        resize=0 if train else _RESIZE,
+        train=train,
+        steps=range(10**4),
+        workers=workers,
+    )
+
+
 def _ways(
     source: stream.Folder, workers: tuple[int, ...], train: bool
-) -> dict[tuple[str, int], Callable]:
-    """(name, worker processes) -> a function that measures images a second."""
-    crops, endless = _Crops(source, train), stream.Part(source, np.arange(10**6) % len(source))
-    found: dict[tuple[str, int], Callable] = {
-        ("Pillow in a loop", 0): lambda: _rate(lambda: _loop(crops), 1)
+) -> dict[tuple[str, int], Callable[[], float]]:
+    """Returns functions that measure images a second, by (name, worker processes)."""
+    crops = _Crops(source, train)
+    ways: dict[tuple[str, int], Callable[[], float]] = {
+        ("Pillow in a loop", 0): functools.partial(_rate, lambda: _loop(crops), 1)
     }
     for count in workers:
-        found["cnnjax", count] = lambda count=count: _rate(
-            lambda: stream.batches(
-                endless,
-                _BATCH,
-                0,
-                SIZE,
-                resize=0 if train else _RESIZE,
-                train=train,
-                steps=range(10**4),
-                workers=count,
-            ),
-            4 + 4 * count,
-        )
+        make = functools.partial(_stream, source, count, train)
+        ways["cnnjax", count] = functools.partial(_rate, make, 4 + 4 * count)
     if importlib.util.find_spec("torch"):
         for count in workers:
-            found["PyTorch", count] = lambda count=count: _rate(
-                lambda: _loader(crops, count), 4 + 4 * count
-            )
-    return found
+            make = functools.partial(_loader, crops, count)
+            ways["PyTorch", count] = functools.partial(_rate, make, 4 + 4 * count)
+    return ways
 
 
-def _row(
-    mode: str, way: str, workers: int, found: list[float], loop: list[float], steps: list[float]
-) -> dict:
-    return {
-        "mode": mode,
-        "way": way,
-        "workers": workers,
-        "images_per_s": statistics.median(found),
-        "min": min(found),
-        "max": max(found),
-        "over_loop": statistics.median(a / b for a, b in zip(found, loop)),
-        "over_step": statistics.median(a / b for a, b in zip(found, steps)),
-    }
+def _rate(make: Callable[[], Iterator], skipped: int) -> float:
+    """Measures images a second of a stream of batches.
+
+    The first `skipped` batches do not count: they are made while processes start.
+    """
+    batches = iter(make())
+    for _ in range(skipped):
+        next(batches)
+    count = 0
+    began = time.perf_counter()
+    while (seconds := time.perf_counter() - began) < _SECONDS:
+        next(batches)
+        count += _BATCH
+    if hasattr(batches, "close"):
+        batches.close()
+    return count / seconds
+
+
+# ------------------------------------------------------------------ the measurement
 
 
 def measure(
     photographs_folder: str, rounds: int, workers: tuple[int, ...] = (0, 1, 2, 4)
 ) -> Iterator[dict]:
-    """Images a second of every way to read, in training and evaluation, in turns; and of ResNet-50's training step on this device.
+    """Measures every way to read images, in training and evaluation, in turns.
 
-    Yields what is known after each round.
+    ResNet-50's training step on this device is measured beside them. Yields the results so far
+    after each round.
     """
-    from cnnjax.benchmark import sides
-
-    paths, device = photographs.list_photographs(photographs_folder), jax.default_backend()
-    batch = _STEP_BATCH.get(device, 256)
-    functions, _ = sides._jax_network(
-        "resnet50", batch, "float32" if device == "cpu" else "bfloat16"
-    )
-    functions["step"](2)
+    paths = photographs.list_photographs(photographs_folder)
+    step_batch, take_step = _training_step()
     steps: list[float] = []
     rates: dict[tuple[str, str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = write_folder(paths, pathlib.Path(folder))
-        size = round(sum(path.stat().st_size for path, _ in source.files) / len(source) / 1000)
-        ways = {
-            (mode, *way): measured
-            for mode in ("training", "evaluation")
-            for way, measured in _ways(source, workers, mode == "training").items()
-        }
+        size = sum(path.stat().st_size for path, _ in source.files) / len(source)
+        ways = {}
+        for mode in ("training", "evaluation"):
+            for (name, count), measured in _ways(source, workers, mode == "training").items():
+                ways[mode, name, count] = measured
         for _ in range(rounds):
-            began, count = time.perf_counter(), 0
-            while time.perf_counter() - began < _SECONDS:
-                functions["step"](1)
-                count += batch
-            steps.append(count / (time.perf_counter() - began))
+            steps.append(_step_rate(step_batch, take_step))
             for way, measured in ways.items():
                 rates.setdefault(way, []).append(measured())
             yield {
                 "photographs": len(paths),
-                "kilobytes": size,
-                "step_batch": batch,
+                "kilobytes": round(size / 1000),
+                "step_batch": step_batch,
                 "step_images_per_s": statistics.median(steps),
                 "rounds": len(steps),
-                "rows": [
-                    _row(*way, found, rates[way[0], "Pillow in a loop", 0], steps)
-                    for way, found in rates.items()
-                ],
+                "rows": [_row(way, rates, steps) for way in rates],
             }
+
+
+def _training_step() -> tuple[int, Callable]:
+    """Prepares ResNet-50's training step and returns it with its number of images."""
+    from cnnjax.benchmark import jax_side
+
+    device = jax.default_backend()
+    batch = _STEP_BATCH.get(device, 256)
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    passes, _ = jax_side.network("resnet50", batch, dtype)
+    passes["step"](2)
+    return batch, passes["step"]
+
+
+def _step_rate(batch: int, take_step: Callable) -> float:
+    count = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < _SECONDS:
+        take_step(1)
+        count += batch
+    return count / (time.perf_counter() - began)
+
+
+def _row(way: tuple[str, str, int], rates: dict, steps: list[float]) -> dict:
+    """Makes the row of one way; ratios are medians of ratios within a round."""
+    mode, name, workers = way
+    own = rates[way]
+    loop = rates[mode, "Pillow in a loop", 0]
+    return {
+        "mode": mode,
+        "way": name,
+        "workers": workers,
+        "images_per_s": statistics.median(own),
+        "min": min(own),
+        "max": max(own),
+        "over_loop": statistics.median(a / b for a, b in zip(own, loop)),
+        "over_step": statistics.median(a / b for a, b in zip(own, steps)),
+    }

@@ -1,4 +1,7 @@
-"""What is gained by computing things together: all readouts of the position study, and many seeds and rates of one network."""
+"""The gain of computing things together in one program.
+
+Measured are all readouts of the position study, and many seeds and rates of one network.
+"""
 
 import functools
 import statistics
@@ -20,8 +23,11 @@ _BATCH = 32  # of the authors' readout (Islam et al. 2020)
 _LENET_BATCH = 128
 
 
-def interleaved(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, round by round in turns; a first call of each, which compiles, is not counted."""
+def interleave(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Measures the seconds of each way, round by round in turns.
+
+    A first call of each, which compiles, does not count.
+    """
     for way in ways.values():
         jax.block_until_ready(way())
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -33,32 +39,39 @@ def interleaved(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]
     return times
 
 
+# ------------------------------------------------------------------ the position study
+
+
 def study(
     rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24, steps: int = 540
 ) -> dict:
-    """One encoder's part of the position study: `steps` of the authors' readout for every target.
+    """Measures one encoder's part of the position study, `steps` of the readout for every target.
 
-    Together, the encoder is run once and all targets train in one program. The authors' way trains one readout at a time and runs the
-    encoder on the batch of every step; measured are one such encoding and one whole training of one target, the rest is arithmetic.
+    Together, the encoder is run once and all targets train in one program. The authors' way
+    trains one readout at a time and runs the encoder on the batch of every step: one such
+    encoding and one whole training of one target are measured, the rest is arithmetic.
     """
     model = create_model(encoder)
     stages = reachable_stages(model, size)
     pictures = photographs.crops(photographs.list_photographs(), images, size, 0)
     goals = np.stack([target(name, size) for name in TARGETS])
-    variables = jax.jit(
-        lambda key: model.init(key, jnp.zeros((1, size, size, 3)), method="stages", last=stages[-1])
-    )(jax.random.key(0))
-    features, batch = encode(model, variables, pictures, stages), pictures[:_BATCH]
-    trained = lambda goals: fit_sgd(features, goals, steps=steps).layers
+
+    def initialize(key):
+        blank = jnp.zeros((1, size, size, 3))
+        return model.init(key, blank, method="stages", last=stages[-1])
+
+    variables = jax.jit(initialize)(jax.random.key(0))
+    features = encode(model, variables, pictures, stages)
+    batch = pictures[:_BATCH]
+    train = lambda goals: fit_sgd(features, goals, steps=steps).layers
     ways = {
         "encode all": lambda: encode(model, variables, pictures, stages),
         "encode a batch": lambda: encode(model, variables, batch, stages),
-        "train one": lambda: trained(goals[:1]),
-        "train all": lambda: trained(goals),
+        "train one": lambda: train(goals[:1]),
+        "train all": lambda: train(goals),
     }
-    seconds = {
-        name: statistics.median(values) for name, values in interleaved(ways, rounds).items()
-    }
+    times = interleave(ways, rounds)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     ours = seconds["encode all"] + seconds["train all"]
     theirs = len(goals) * (steps * seconds["encode a batch"] + seconds["train one"])
     return {
@@ -76,62 +89,37 @@ def study(
     }
 
 
+# ------------------------------------------------------------------ seeds
+
+
 def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict]:
-    """One training step of each of many configurations (seed x learning rate) of a network, in four ways that must agree.
+    """Measures one training step of many configurations (seed x learning rate), in four ways.
 
-    Raises `RuntimeError` if their losses differ.
+    Raises `RuntimeError` if the losses of two ways differ.
     """
-    model, generator = create_model(network), np.random.default_rng(0)
-    recipe = step.Recipe(model)
-    images = jnp.asarray(generator.integers(0, 256, (_LENET_BATCH, *model.input_shape), np.uint8))
-    labels = jnp.asarray(generator.integers(0, model.num_classes, _LENET_BATCH, np.int32))
-    moments = jnp.float32(0.5), jnp.float32(0.25)
-    numbers = [step.Numbers(seed=np.int32(seed)) for seed in range(configurations)]
-    rates = jnp.asarray(np.resize([0.01, 0.02, 0.05, 0.1], configurations), jnp.float32)
-    states = [step.init(recipe, model.input_shape, number) for number in numbers]
-    one = lambda state, number, rate: step.batch_step(
-        None, recipe, state, images, labels, moments, rate, np.int32(1), number
-    )
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    stacked, counted = stack(states), stack(numbers)
-
+    take_step, states, numbers, rates = _configurations(network, configurations)
+    each = list(zip(states, numbers, rates))
+    stacked = (_stack(states), _stack(numbers), rates)
     programs: dict[str, tuple[Callable, tuple]] = {
-        "one after the other": (one, (states[0], numbers[0], rates[0])),
-        "vmap": (jax.vmap(one), (stacked, counted, rates)),
-        "lax.map": (
-            lambda *all_of: jax.lax.map(lambda a: one(*a), all_of),
-            (stacked, counted, rates),
+        "one after the other": (take_step, each[0]),
+        "vmap": (jax.vmap(take_step), stacked),
+        "lax.map": (lambda *all_of: jax.lax.map(lambda one: take_step(*one), all_of), stacked),
+        "unrolled": (
+            lambda *all_of: list(map(take_step, *all_of)),
+            (states, numbers, list(rates)),
         ),
-        "unrolled": (lambda *all_of: list(map(one, *all_of)), (states, numbers, list(rates))),
     }
-    compiled, seconds = {}, {}
+    ways: dict[str, Callable] = {}
+    seconds = {}
     for name, (function, arguments) in programs.items():
         began = time.perf_counter()
-        compiled[name] = jax.jit(function).lower(*arguments).compile()
+        compiled = jax.jit(function).lower(*arguments).compile()
         seconds[name] = time.perf_counter() - began
-    each = list(zip(states, numbers, rates))
-    ways: dict[str, Callable] = {
-        name: functools.partial(compiled[name], *arguments)
-        for name, (_, arguments) in programs.items()
-    }
-    ways["one after the other"] = lambda: [
-        compiled["one after the other"](*arguments) for arguments in each
-    ]
-
-    losses = {
-        name: np.ravel(
-            [state.totals["loss"] for state in found]
-            if isinstance(found := way(), list)
-            else found.totals["loss"]
-        )
-        for name, way in ways.items()
-    }
-    for name, found in losses.items():
-        if not np.allclose(found, losses["one after the other"], rtol=1e-4):
-            raise RuntimeError(
-                f"{name} computes other losses than one after the other: {found} and {losses['one after the other']}"
-            )
-    times = interleaved(ways, rounds)
+        ways[name] = functools.partial(compiled, *arguments)
+        if name == "one after the other":
+            ways[name] = functools.partial(_call_each, compiled, each)
+    _check_losses(ways)
+    times = interleave(ways, rounds)
     alone = times["one after the other"]
     return [
         {
@@ -139,12 +127,54 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
             "batch": _LENET_BATCH,
             "configurations": configurations,
             "way": name,
-            "ms": 1e3 * statistics.median(found),
-            "min_ms": 1e3 * min(found),
-            "max_ms": 1e3 * max(found),
+            "ms": 1e3 * statistics.median(values),
+            "min_ms": 1e3 * min(values),
+            "max_ms": 1e3 * max(values),
             "compile_s": seconds[name],
-            "speedup": statistics.median(a / b for a, b in zip(alone, found)),
+            "speedup": statistics.median(a / b for a, b in zip(alone, values)),
             "rounds": rounds,
         }
-        for name, found in times.items()
+        for name, values in times.items()
     ]
+
+
+def _configurations(network: str, count: int):
+    """Returns a training step, and `count` states, numbers and learning rates that it takes."""
+    model = create_model(network)
+    recipe = step.Recipe(model)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (_LENET_BATCH, *model.input_shape), np.uint8)
+    labels = generator.integers(0, model.num_classes, _LENET_BATCH, np.int32)
+    batch = (jnp.asarray(images), jnp.asarray(labels))
+    moments = (jnp.float32(0.5), jnp.float32(0.25))
+
+    def take_step(state, numbers, rate):
+        return step.batch_step(None, recipe, state, *batch, moments, rate, np.int32(1), numbers)
+
+    numbers = [step.Numbers(seed=np.int32(seed)) for seed in range(count)]
+    states = [step.init(recipe, model.input_shape, own) for own in numbers]
+    rates = jnp.asarray(np.resize([0.01, 0.02, 0.05, 0.1], count), jnp.float32)
+    return take_step, states, numbers, rates
+
+
+def _stack(trees: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _call_each(function: Callable, arguments: list[tuple]) -> list:
+    return [function(*own) for own in arguments]
+
+
+def _check_losses(ways: dict[str, Callable]) -> None:
+    """Compares the losses of all ways with those of the first."""
+    losses = {}
+    for name, way in ways.items():
+        state = way()
+        parts = state if isinstance(state, list) else [state]
+        losses[name] = np.concatenate([np.ravel(part.totals["loss"]) for part in parts])
+    first = next(iter(losses))
+    for name, own in losses.items():
+        if not np.allclose(own, losses[first], rtol=1e-4):
+            raise RuntimeError(
+                f"{name} computes other losses than {first}: {own} and {losses[first]}"
+            )

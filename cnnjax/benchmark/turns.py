@@ -1,4 +1,4 @@
-"""Sides that take turns: networks and single convolutions in cnnjax, in jax's own operations and in PyTorch."""
+"""Sides that take turns: networks and single convolutions in cnnjax, stock jax and PyTorch."""
 
 import json
 import math
@@ -6,72 +6,89 @@ import statistics
 import subprocess
 import sys
 
-from cnnjax.benchmark.sides import PASSES, PRODUCT, SIDES
+from cnnjax.benchmark.cases import PASSES, PRODUCT, SIDES
 
 
-def measure(
-    what: str, sides: tuple[str, ...], name: str, batch: int, rounds: int
-) -> tuple[dict, dict]:
-    """Facts of each side, and its milliseconds (side, pass) -> list over rounds. Raises `RuntimeError` if sides disagree or fail."""
-    workers = {
-        side: subprocess.Popen(
+class _Side:
+    """The process of one side."""
+
+    def __init__(self, side: str, what: str, name: str, batch: int):
+        self.side = side
+        self.name = name
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "cnnjax.benchmark.sides", side, what, name, str(batch)],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        for side in sides
-    }
 
-    def answer(side, request=""):
-        worker = workers[side]
-        assert worker.stdin and worker.stdout  # pipes, as they were asked for
-        worker.stdin.write(request)
-        worker.stdin.flush()
-        line = worker.stdout.readline()
+    def answer(self, request: str = ""):
+        """Sends a request and reads one line of JSON; raises `RuntimeError` if the side failed."""
+        assert self.process.stdin and self.process.stdout  # pipes, as they were asked for
+        self.process.stdin.write(request)
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the {side} side of {name} stopped with exit code {worker.wait()}")
+            code = self.process.wait()
+            raise RuntimeError(f"the {self.side} side of {self.name} stopped with exit code {code}")
         return json.loads(line)
 
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure(
+    what: str, sides: tuple[str, ...], name: str, batch: int, rounds: int
+) -> tuple[dict, dict]:
+    """Measures a network or a layer on all sides, which take turns.
+
+    Returns each side's facts, and milliseconds by (side, pass), a list over rounds. Raises
+    `RuntimeError` if a side fails or sides disagree.
+    """
+    workers = {side: _Side(side, what, name, batch) for side in sides}
     try:
-        facts = {side: answer(side) for side in sides}
-        first = facts[sides[0]]
-        for side, found in facts.items():
-            if found.get("parameters") != first.get("parameters") or any(
-                not math.isclose(a, b, rel_tol=1e-2)
-                for a, b in zip(found.get("sizes", ()), first.get("sizes", ()))
-            ):
-                raise RuntimeError(
-                    f"the sides of {name} do not compute the same: {sides[0]} {first}, {side} {found}"
-                )
+        facts = {side: worker.answer() for side, worker in workers.items()}
+        _check_agreement(name, facts)
         times: dict[tuple[str, str], list[float]] = {
             (side, key): [] for side in sides for key in (*PASSES[what], "product")
         }
         for _ in range(rounds):
             for side, key in times:
-                times[side, key].append(answer(side, f"{key}\n"))
+                times[side, key].append(workers[side].answer(f"{key}\n"))
     finally:
         for worker in workers.values():
-            worker.kill()
-            worker.communicate()
+            worker.stop()
     return facts, times
 
 
+def _check_agreement(name: str, facts: dict) -> None:
+    """Compares numbers of parameters and sizes of results with those of the first side."""
+    first_side, first = next(iter(facts.items()))
+    for side, own in facts.items():
+        pairs = zip(own.get("sizes", ()), first.get("sizes", ()))
+        alike = all(math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)
+        if own.get("parameters") != first.get("parameters") or not alike:
+            raise RuntimeError(
+                f"the sides of {name} do not compute the same: {first_side} {first}, {side} {own}"
+            )
+
+
 def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: dict) -> list[dict]:
-    """One row for each pass and side. `flops` are those of a forward pass; a training step is three of them, a gradient one."""
-    peak = (
-        2
-        * PRODUCT[what] ** 3
-        / min(min(values) for (_, key), values in times.items() if key == "product")
-        * 1e3
-    )
+    """Makes one row for each pass and side.
+
+    `flops` are those of a forward pass; a training step is three of them, a gradient one.
+    """
+    products = [min(values) for (_, key), values in times.items() if key == "product"]
+    peak = 2 * PRODUCT[what] ** 3 / min(products) * 1e3
     rows = []
     for key in PASSES[what]:
+        passes = 3 if key in ("step", "training") else 1
         ours = times[SIDES[what][0], key]
-        for side in facts:
-            found = times[side, key]
-            ms = statistics.median(found)
-            rate = flops * (3 if key in ("step", "training") else 1) / ms * 1e3
+        for side, own_facts in facts.items():
+            values = times[side, key]
+            ms = statistics.median(values)
+            rate = flops * passes / ms * 1e3
             rows.append(
                 {
                     "name": name,
@@ -79,15 +96,15 @@ def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: 
                     "pass": key,
                     "side": side,
                     "ms": ms,
-                    "min_ms": min(found),
-                    "max_ms": max(found),
+                    "min_ms": min(values),
+                    "max_ms": max(values),
                     "images_per_s": batch / ms * 1e3,
                     "gflop_per_s": rate / 1e9,
                     "peak_gflop_per_s": peak / 1e9,
                     "utilisation": rate / peak,
-                    "over_cnnjax": statistics.median(a / b for a, b in zip(found, ours)),
-                    "rounds": len(found),
-                    **facts[side],
+                    "over_cnnjax": statistics.median(a / b for a, b in zip(values, ours)),
+                    "rounds": len(values),
+                    **own_facts,
                 }
             )
     return rows
