@@ -8,18 +8,14 @@ each). A command writes COMMAND.png and results.json to its work directory. The 
 """
 
 import argparse
-import contextlib
 import functools
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import flax.errors
-import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,26 +27,16 @@ from matplotlib.patches import Rectangle
 
 from cnnjax import summary, weights
 from cnnjax.data import photographs
+from cnnjax.inspect import count_named
 from cnnjax.models import Network, create_model
-from cnnjax.nn import FILLS
+from cnnjax.nn import FILLS, relu_rule
+from cnnjax.nn.activation import RELU
 from cnnjax.position.encoder import normalize
 from cnnjax.position.metrics import border_distance
 from cnnjax.runtime import backend, command, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
 
-# Through which ReLUs a signal dy passes on its way back from a map to the image, where x went in. "gradient": the derivative (Simonyan
-# et al. 2013, arXiv 1312.6034); "deconvnet": Zeiler and Fergus 2014 (arXiv 1311.2901); "guided": Springenberg et al. 2015 (arXiv
-# 1412.6806), whose figure 1 has all three; "redirected": the derivative, but where it is 0 for a whole image, whatever would wake silent
-# units (after Lucid, of Olah et al. 2017, distill.pub/2017/feature-visualization).
-_PASSES = {
-    "gradient": lambda x, dy: x > 0,
-    "deconvnet": lambda x, dy: dy > 0,
-    "guided": lambda x, dy: (x > 0) & (dy > 0),
-    "redirected": lambda x, dy: (
-        (x > 0) | (dy > 0) & ~((x > 0) & (dy != 0)).any(range(1, x.ndim), keepdims=True)
-    ),
-}
 RULES = ("gradient", "deconvnet", "guided")
 
 # Luo et al. 2016 (arXiv 1701.04128), section 3: a pixel is in the effective field above 1 - 95.45 % of the strongest.
@@ -163,37 +149,6 @@ def peaks(
     return flat.max(1), np.stack(np.divmod(flat.argmax(1), maps.shape[2]), -1)
 
 
-_swapping = threading.RLock()
-
-
-@contextlib.contextmanager
-def rectifiers(rule: str) -> Iterator[list]:
-    """While it is open, `nn.relu` passes signals back by `rule`, in this thread only; yields a list with an entry per ReLU traced.
-
-    Networks look `nn.relu` up when they are traced, so what is compiled inside keeps the rule and what is compiled outside never has it.
-    """
-    traced, thread, passes = [], threading.get_ident(), _PASSES[rule]
-
-    @jax.custom_vjp
-    def ours(x):
-        return jnp.maximum(x, 0)
-
-    ours.defvjp(lambda x: (ours(x), x), lambda x, dy: (jnp.where(passes(x, dy), dy, 0),))
-
-    def relu(x):
-        if threading.get_ident() != thread:
-            return theirs(x)
-        traced.append(rule)
-        return ours(x)
-
-    with _swapping:
-        theirs, nn.relu = nn.relu, relu
-        try:
-            yield traced
-        finally:
-            nn.relu = theirs
-
-
 @functools.partial(jax.jit, static_argnames=("model", "stage", "rule"))
 def _saliency(model, variables, images, channels, stage, rule):
     def strongest(images):
@@ -201,13 +156,22 @@ def _saliency(model, variables, images, channels, stage, rule):
         maps = jnp.take_along_axis(maps, channels[:, None, None, None], 3).reshape(len(images), -1)
         return jnp.take_along_axis(maps, maps.argmax(1)[:, None], 1).astype(jnp.float32).sum()
 
-    with rectifiers(rule) as traced:
-        signal = jax.grad(strongest)(images)
-    if rule != "gradient" and not traced:
-        raise ValueError(
-            f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; use rule='gradient'"
+    with relu_rule(rule):
+        return jax.grad(strongest)(images)
+
+
+@functools.cache
+def count_relus(model: Network, stage: str) -> int:
+    """How many ReLUs a network has up to a stage."""
+    model = model.clone(padding="zeros")
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    with relu_rule("guided"):
+        return count_named(
+            RELU,
+            lambda variables, x: _stage(model, variables, x, stage),
+            weights.variable_shapes(model),
+            image,
         )
-    return signal
 
 
 def saliency(
@@ -227,6 +191,11 @@ def saliency(
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
     _check_stage(model, stage, channel)
+    if rule != "gradient" and not count_relus(model, stage):
+        raise ValueError(
+            f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; "
+            "use rule='gradient'"
+        )
     return _saliency(
         model, variables, images, jnp.broadcast_to(jnp.asarray(channel), len(images)), stage, rule
     )
@@ -275,33 +244,16 @@ def occlusion(
     return np.concatenate(logits)[: len(corners)].reshape(*grid, -1)
 
 
-def _head(model, variables, images, stage):
-    """(maps of the stage, function from maps of the stage to logits): the network cut in two.
-
-    A network yields its stages and takes nothing back, so the cut is made in its traced operations: without the one that makes the
-    map, the map is an input.
-    """
-
-    def both(images):
-        found = _apply(model, variables, images, train=False, last="logits", method="_run")
-        return found[stage], found["logits"]
-
-    closed = jax.make_jaxpr(both)(images)
-    jaxpr = closed.jaxpr
-    maps, logits = jaxpr.outvars
-    rest = [equation for equation in jaxpr.eqns if maps not in equation.outvars]
-    cut = jaxpr.replace(invars=[*jaxpr.invars, maps], outvars=[logits], eqns=rest)
-    run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(cut, closed.consts))
-    return _stage(model, variables, images, stage), lambda maps: run(images, maps)[0]
-
-
 @functools.partial(jax.jit, static_argnames=("model", "stage"))
 def _grad_cam(model, variables, images, classes, stage):
-    maps, head = _head(model, variables, images, stage)
-    gradient = jax.grad(
-        lambda maps: jnp.take_along_axis(head(maps), classes[:, None], 1).astype(jnp.float32).sum()
-    )(maps)
-    return nn.relu((gradient.mean((1, 2), keepdims=True) * maps).sum(3))
+    maps = _stage(model, variables, images, stage)
+
+    def evidence(maps):
+        logits = _apply(model, variables, images, replace={stage: lambda _: maps})
+        return jnp.take_along_axis(logits, classes[:, None], 1).sum()
+
+    gradient = jax.grad(evidence)(maps)
+    return jax.nn.relu((gradient.mean((1, 2), keepdims=True) * maps).sum(3))
 
 
 def grad_cam(
@@ -375,7 +327,7 @@ def network_input(
 @functools.partial(jax.jit, static_argnames=("model", "stage", "rule", "at"))
 def _unit(model, variables, pixels, channels, stage, rule, at):
     """The activation of each image's own channel at one place of a stage, [batch]."""
-    with rectifiers(rule):
+    with relu_rule(rule):
         maps = _stage(model, variables, network_input(model, 255 * pixels), stage)
     return maps[jnp.arange(len(channels)), at[0], at[1], channels].astype(jnp.float32)
 

@@ -12,6 +12,7 @@ import test_lectures
 import test_torchvision
 
 from cnnjax import weights
+from cnnjax.inspect import depends
 from cnnjax.models import create_model, inception, list_models
 from cnnjax.nn import FILLS
 
@@ -95,6 +96,44 @@ def test_parameters_head_and_stages(name):
         round(before / after) in ((first,) if at == 0 else (2, 4))
         for at, (before, after) in enumerate(zip(sizes, sizes[1:]))
     )
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_stage_is_taken_back(name):
+    """With all stages replaced, only the first still depends on the image, and not the logits."""
+    model = create_model(name)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    variables = weights.variable_shapes(model)
+    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, image)
+
+    def outputs(image, variables, maps):
+        made = []
+
+        def replacement(stage):
+            return lambda y: made.append(y) or maps[stage]
+
+        replace = {stage: replacement(stage) for stage in maps}
+        logits = model.apply(variables, image, replace=replace)
+        return [*made, logits]
+
+    found = depends(outputs, image, variables, maps)
+    assert found == [True] + [False] * len(maps)
+    assert list(depends(lambda x, v: model.apply(v, x), image, variables)) == [True]
+
+
+def test_a_unit_is_taken_out():
+    """Setting a map's unit to zero is setting the kernel that reads it to zero."""
+    model = create_model("lenet")
+    variables = quick.variables(model)
+    image = jax.random.normal(jax.random.key(1), (2, *model.input_shape))
+    without = model.apply(variables, image, replace={"conv1": lambda y: y.at[..., 3].set(0)})
+    kernel = variables["params"]["conv2"]["kernel"]
+    variables["params"]["conv2"]["kernel"] = kernel.at[:, :, 3].set(0)
+    np.testing.assert_allclose(without, model.apply(variables, image), atol=1e-5)
+    stages = model.apply(variables, image, method="stages", replace={"conv1": jnp.zeros_like})
+    assert not stages["conv1"].any()
+    with pytest.raises(ValueError, match="replace='conv9' is not a stage of this network up to"):
+        model.apply(variables, image, replace={"conv9": jnp.zeros_like})
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from quick import exit_code, jit
 
+from cnnjax.inspect import receptive_fields
 from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
 from cnnjax.position import patterns
 from cnnjax.position.encoder import normalize, stage_shapes
-from cnnjax.summary import receptive_fields
 from experiments import position_patterns, position_quadrant
 
 
@@ -242,8 +242,36 @@ def test_sizes_that_are_read_evenly():
     assert isinstance(create_model("mobilenet_v2"), MobileNetV2)
     with pytest.raises(ValueError, match="size=1 is too small: nothing is left of it after pool1"):
         patterns.unread(patterns.windows(create_model("vgg16")), 1)
-    with pytest.raises(ValueError, match="model=AlexNet is not one of ResNet, VGG, MobileNetV2"):
-        patterns.windows(create_model("alexnet"))
+    alexnet = patterns.windows(create_model("alexnet"))
+    assert [window[1:] for window in alexnet] == [
+        (11, 4, 2, False),
+        (3, 2, 0, True),
+        (5, 1, 2, False),
+        (3, 2, 0, True),
+        (3, 1, 1, False),
+        (3, 1, 1, False),
+        (3, 1, 1, False),
+        (3, 2, 0, True),
+    ]
+    with pytest.raises(ValueError, match="model=GoogLeNet2014 has a window, pool1, with unequal"):
+        patterns.windows(create_model("googlenet_2014"))
+
+
+def test_windows_side_by_side_form_no_chain():
+    with pytest.raises(ValueError, match="model=Beside has windows side by side, b and a"):
+        patterns.windows(Beside())
+
+
+class Beside(base.Network):
+    """Windows of 3 and of 5, and behind them one more."""
+
+    input_shape: tuple[int, int, int] = (16, 16, 1)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        small = Conv(1, 3, padding=1, name="a")(x)
+        large = Conv(1, 5, padding=2, name="b")(x)
+        yield "logits", (small + large).mean((1, 2))
 
 
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):

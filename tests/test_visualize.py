@@ -14,8 +14,8 @@ import quick
 from cnnjax import summary, visualize
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
-from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool
-from cnnjax.weights import load_torchvision, variable_shapes
+from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
+from cnnjax.weights import load_torchvision
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -28,12 +28,12 @@ class Chain(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        x = nn.relu(Conv(3, 1, use_bias=False, name="first")(x))
-        yield "hidden", x
-        x = nn.relu(Conv(1, 1, use_bias=False, name="second")(x))
-        yield "output", x
+        x = relu(Conv(3, 1, use_bias=False, name="first")(x))
+        x = yield "hidden", x
+        x = relu(Conv(1, 1, use_bias=False, name="second")(x))
+        x = yield "output", x
         x = max_pool(x, 2)
-        yield "pooled", x
+        x = yield "pooled", x
         yield "logits", global_avg_pool(x)
 
 
@@ -53,8 +53,8 @@ class Pooled(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        x = nn.relu(Conv(5, 3, padding=1, fill=self.padding, name="conv")(x))
-        yield "maps", x
+        x = relu(Conv(5, 3, padding=1, fill=self.padding, name="conv")(x))
+        x = yield "maps", x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
 
@@ -80,7 +80,7 @@ class Stack(Network):
     def walk(self, x, train):
         for number in range(self.depth):
             x = Conv(1, 3, padding=1, fill=self.padding, use_bias=False, name=f"conv{number}")(x)
-        yield "last", x
+        x = yield "last", x
         yield "logits", global_avg_pool(x)
 
 
@@ -142,34 +142,30 @@ def test_each_image_may_have_its_own_channel():
 def test_every_relu_up_to_the_last_stage_follows_the_rule(name, count):
     model = create_model(name)
     stage = list(visualize.stage_channels(model))[-1]
-    shapes, image = (
-        variable_shapes(model),
-        jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32),
-    )
-    with visualize.rectifiers("guided") as traced:
-        jax.eval_shape(lambda v, x: model.apply(v, x, method="stages", last=stage), shapes, image)
-    assert len(traced) == count
+    assert visualize.count_relus(model, stage) == count
 
 
-def test_the_networks_relu_is_back_even_after_an_error_and_never_another_threads():
-    original, seen = nn.relu, []
+def test_the_gradient_is_back_even_after_an_error_and_a_rule_is_never_another_threads():
+    seen = []
+    negated = jax.grad(lambda x: -relu(x))
+    one = jnp.float32(1)
     with pytest.raises(ZeroDivisionError):
-        with visualize.rectifiers("deconvnet"):
-            with visualize.rectifiers("guided"):
-                assert nn.relu is not original
-                slope = jax.grad(lambda x: nn.relu(x) * jnp.float32(2))
-                assert (
-                    slope(jnp.float32(-1)) == 0
-                    and jax.grad(lambda x: -nn.relu(x))(jnp.float32(1)) == 0
-                )
-                thread = threading.Thread(
-                    target=lambda: seen.append(jax.grad(lambda x: -nn.relu(x))(jnp.float32(1)))
-                )
+        with relu_rule("deconvnet"):
+            with relu_rule("guided"):
+                assert jax.grad(lambda x: relu(x) * jnp.float32(2))(-one) == 0
+                assert negated(one) == 0
+                thread = threading.Thread(target=lambda: seen.append(negated(one)))
                 thread.start()
                 thread.join()
-            assert jax.grad(nn.relu)(jnp.float32(-1)) == 1
+            assert jax.grad(relu)(-one) == 1
             raise ZeroDivisionError
-    assert nn.relu is original and seen == [-1]
+    assert jax.grad(relu)(-one) == 0 and negated(one) == -1
+    assert seen == [-1]
+
+
+def test_forward_mode_reaches_relu():
+    assert jax.jvp(relu, (jnp.float32(2),), (jnp.float32(3),)) == (2, 3)
+    assert jax.jvp(relu, (jnp.float32(-2),), (jnp.float32(3),)) == (0, 0)
 
 
 def test_a_rule_does_not_stay_in_compiled_code():
@@ -230,21 +226,21 @@ def test_grad_cam_through_layers_that_are_not_linear():
 
 
 @pytest.mark.parametrize("name, stage", [("resnet18", "layer1"), ("squeezenet1_1", "fire3")])
-def test_a_network_cut_in_two_is_the_network(name, stage):
+def test_a_network_given_its_own_map_is_the_network(name, stage):
     model = create_model(name, num_classes=7)
     image = jax.random.normal(jax.random.key(0), (1, 48, 48, 3))
     variables = quick.variables(model)
 
     @jax.jit
-    def cut(image):
-        maps, head = visualize._head(model, variables, image, stage)
+    def logits(image):
+        maps = model.apply(variables, image, method="stages", last=stage)[stage]
+        head = lambda y: model.apply(variables, 0 * image, replace={stage: lambda _: y})
         return model.apply(variables, image), head(maps), head(2 * maps)
 
-    whole, joined, changed = cut(image)
+    whole, joined, changed = logits(image)
     np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
-    assert (
-        jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0
-    )  # what goes in does matter
+    # What goes in does matter.
+    assert jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0
 
 
 def test_occlusion_finds_the_region_that_a_linear_network_reads():

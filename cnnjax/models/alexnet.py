@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, adaptive_avg_pool, flatten, max_pool
+from cnnjax.nn import Conv, Dense, adaptive_avg_pool, flatten, max_pool, relu
 
 # (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of stride 2 follow?)
 _TABLE = (
@@ -23,7 +23,7 @@ class AlexNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, (index, features, size, stride, padding, pooled) in enumerate(_TABLE, 1):
-            x = nn.relu(
+            x = relu(
                 Conv(
                     features,
                     size,
@@ -35,13 +35,13 @@ class AlexNet(Network):
                 )(x)
             )
             if pooled:
-                yield f"conv{number}", x
+                x = yield f"conv{number}", x
                 x = max_pool(x, 3, 2, fill=self.padding)
         x = adaptive_avg_pool(x, 6)
         x = flatten(x)
         for layer in (1, 4):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = nn.relu(Dense(4096, dtype=self.dtype, name=f"classifier.{layer}")(x))
+            x = relu(Dense(4096, dtype=self.dtype, name=f"classifier.{layer}")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="classifier.6")(x)
 
 

@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, flatten, local_response_norm, max_pool
+from cnnjax.nn import Conv, Dense, flatten, local_response_norm, max_pool, relu
 
 # Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky et al.:
 _ALEXNET = ((96, 11, 4, 0), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1))
@@ -48,7 +48,7 @@ class AlexNet2012(Network):
         pools = dict(zip((1, 2, 5), self.pool_padding))
         for number, (features, size, stride, padding) in enumerate(self.convolutions, 1):
             groups = self.groups if number in _SPLIT else 1
-            x = nn.relu(
+            x = relu(
                 Conv(
                     features,
                     size,
@@ -61,13 +61,13 @@ class AlexNet2012(Network):
                 )(x)
             )
             if number in pools:
-                yield f"conv{number}", x
+                x = yield f"conv{number}", x
                 x = max_pool(x, 3, 2, pools[number], fill=self.padding)
             if number <= 2:
                 x = local_response_norm(x)
         x = flatten(x)
         for number in (6, 7):
-            x = nn.relu(Dense(4096, name=f"fc{number}", **shared(number))(x))
+            x = relu(Dense(4096, name=f"fc{number}", **shared(number))(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield "logits", Dense(self.num_classes, name="fc8", **shared(8))(x)
 

@@ -4,7 +4,7 @@ import collections
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,25 +14,30 @@ from jaxtyping import Array, Float
 from cnnjax.nn import check_fill
 from cnnjax.runtime.types import AnyArray
 
+# What a network goes on with in place of the map of a stage, by the name of the stage.
+Replacements = Mapping[str, Callable[[Array], Array]]
+
 
 class Network(nn.Module):
-    """An image classifier [batch, height, width, channels] -> logits [batch, num_classes], written as a walk through its stages.
+    """An image classifier, written as a walk through its stages.
 
-    A subclass defines `walk`, which yields (stage name, map) at falling resolution and, last, ("logits", logits). Modules
-    are named so that a parameter's path, joined with dots, is torchvision's key (`cnnjax.weights`); a name may hold dots.
-    `padding` is the fill of every convolution and pool (`cnnjax.nn.padding`), `dtype` that of the computation: parameters
-    stay float32. `axis_name` is the device axis over which BatchNorm takes its statistics.
+    A subclass defines `walk`, a generator: at falling resolution it yields (stage name, map) and
+    takes back the map with which it goes on, as in `x = yield "layer1", x`; last it yields
+    ("logits", logits). Modules are named so that a parameter's path, joined with dots, is
+    torchvision's key (`cnnjax.weights`); a name may itself hold dots.
+
+    - `num_classes`: number of logits.
+    - `padding`: fill of every convolution and pool (`cnnjax.nn.padding`).
+    - `dtype`: of the computation; parameters stay float32.
+    - `axis_name`: device axis over which BatchNorm takes its statistics.
+    - `input_shape`: height, width and channels of the publication's images.
     """
 
     num_classes: int = 1000
     padding: str = "zeros"
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
-    input_shape: tuple[int, int, int] = (
-        224,
-        224,
-        3,
-    )  # height, width and channels that the publication uses
+    input_shape: tuple[int, int, int] = (224, 224, 3)
 
     def __post_init__(self):
         check_fill(self.padding)
@@ -43,40 +48,71 @@ class Network(nn.Module):
     @nn.nowrap
     def walk(
         self, x: Float[AnyArray, "batch height width channels"], train: bool
-    ) -> Iterator[tuple[str, Array]]:
+    ) -> Generator[tuple[str, Array], Array, None]:
         raise NotImplementedError
 
-    @nn.compact
-    def _run(self, x, train, last):
-        if x.ndim != 4:
-            raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
-        maps = collections.OrderedDict()  # a plain dict would come out of jit in alphabetical order
-        for name, y in self.walk(x, train):
-            maps[name] = y
-            if name == last:
-                return maps
-        raise ValueError(
-            f"last={last!r} is not a stage of this network; its stages are {', '.join(list(maps)[:-1])}"
-        )
-
     def __call__(
-        self, x: Float[AnyArray, "batch height width channels"], train: bool = False
+        self,
+        x: Float[AnyArray, "batch height width channels"],
+        train: bool = False,
+        replace: Replacements | None = None,
     ) -> Float[Array, "batch ..."]:
-        """Returns logits; `train` turns on dropout and BatchNorm's batch statistics."""
-        return self._run(x, train, "logits")["logits"].astype(jnp.float32)
+        """Computes logits, float32.
+
+        - `x`: images [batch, height, width, channels].
+        - `train`: turns on dropout and BatchNorm's batch statistics.
+        - `replace`: functions by the names of stages. The network goes on with what a function
+          makes of its stage's map: with `{"layer1": lambda y: y.at[..., 3].set(0)}`, without
+          that unit.
+
+        Raises `ValueError` if the images do not fit or a stage is unknown.
+        """
+        logits = self._run(x, train, "logits", replace)["logits"]
+        return logits.astype(jnp.float32)
 
     def stages(
         self,
         x: Float[AnyArray, "batch height width channels"],
         train: bool = False,
         last: str | None = None,
+        replace: Replacements | None = None,
     ) -> collections.OrderedDict[str, Float[Array, "batch ..."]]:
-        """Returns the named activations in order, up to the stage `last`, which need no parameters of what comes after it.
+        """Computes the maps of the stages, by name and in order.
 
-        Raises `ValueError` if there is no stage of that name.
+        - `last`: the stage to stop at; parameters of what comes after it are not needed.
+        - `replace`: as in `__call__`; the maps are those that the network goes on with.
+
+        Raises `ValueError` if the images do not fit or a stage is unknown.
         """
-        maps = self._run(x, train, last or "logits")
+        maps = self._run(x, train, last or "logits", replace)
         maps.pop("logits", None)
+        return maps
+
+    @nn.compact
+    def _run(self, x, train, last, replace=None):
+        if x.ndim != 4:
+            raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
+        replace = replace or {}
+        # A plain dict would come out of jit in alphabetical order.
+        maps = collections.OrderedDict()
+        walk = self.walk(x, train)
+        name, y = next(walk)
+        while True:
+            maps[name] = replace[name](y) if name in replace else y
+            if name in (last, "logits"):
+                break
+            name, y = walk.send(maps[name])
+        stages = ", ".join(stage for stage in maps if stage != "logits")
+        if last not in maps:
+            raise ValueError(
+                f"last={last!r} is not a stage of this network; its stages are {stages}"
+            )
+        for stage in replace:
+            if stage not in maps:
+                raise ValueError(
+                    f"replace={stage!r} is not a stage of this network up to {last!r}; "
+                    f"those are {stages}"
+                )
         return maps
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, avg_pool, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, avg_pool, concatenate, global_avg_pool, max_pool, relu
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
@@ -24,8 +24,8 @@ class DenseLayer(nn.Module):
     def __call__(self, x, train):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        y = conv(4 * self.growth, 1, name="conv1")(nn.relu(norm(name="norm1")(x, train)))
-        y = conv(self.growth, 3, padding=1, name="conv2")(nn.relu(norm(name="norm2")(y, train)))
+        y = conv(4 * self.growth, 1, name="conv1")(relu(norm(name="norm1")(x, train)))
+        y = conv(self.growth, 3, padding=1, name="conv2")(relu(norm(name="norm2")(y, train)))
         return concatenate([x, nn.Dropout(self.dropout, deterministic=not train)(y)], self.fill)
 
 
@@ -41,8 +41,8 @@ class DenseNet(Network):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         x = _conv(2 * self.growth, 7, 2, padding=3, name="features.conv0", **shared)(x)
-        x = nn.relu(norm(name="features.norm0")(x, train))
-        yield "stem", x
+        x = relu(norm(name="features.norm0")(x, train))
+        x = yield "stem", x
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for block, depth in enumerate(self.depths, 1):
             for layer in range(1, depth + 1):
@@ -53,12 +53,12 @@ class DenseNet(Network):
                     name=f"features.denseblock{block}.denselayer{layer}",
                     **shared,
                 )(x, train)
-            yield f"denseblock{block}", x
+            x = yield f"denseblock{block}", x
             if block < len(self.depths):
-                x = nn.relu(norm(name=f"features.transition{block}.norm")(x, train))
+                x = relu(norm(name=f"features.transition{block}.norm")(x, train))
                 x = _conv(x.shape[-1] // 2, 1, name=f"features.transition{block}.conv", **shared)(x)
                 x = avg_pool(x, 2, fill=self.padding)
-        x = global_avg_pool(nn.relu(norm(name="features.norm5")(x, train)))
+        x = global_avg_pool(relu(norm(name="features.norm5")(x, train)))
         yield (
             "logits",
             Dense(

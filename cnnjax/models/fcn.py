@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from cnnjax import summary
+from cnnjax.inspect import receptive_fields
 from cnnjax.models.base import Network, create_model, register
-from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool, relu
 
 
 class SceneNet(Network):
@@ -35,12 +35,12 @@ class SceneNet(Network):
                     dtype=self.dtype,
                     name=f"conv{number}{letter}",
                 )(x)
-                x = nn.relu(
+                x = relu(
                     BatchNorm(
                         axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}"
                     )(x, train)
                 )
-            yield f"block{number}", x
+            x = yield f"block{number}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 
@@ -56,7 +56,7 @@ def grids(
     )
     return tuple(
         (centers(field, output[1], 0), centers(field, output[2], 1))
-        for field, output in summary.receptive_fields(encoder, stages, shape)
+        for field, output in receptive_fields(encoder, stages, shape)
     )
 
 
@@ -107,15 +107,18 @@ class FCN(Network):
     @nn.nowrap
     def walk(self, x, train):
         encoder, maps, shape = self.backbone(), {}, x.shape[1:]
-        for name, y in encoder.walk(x, train):  # its modules become this network's own
-            if name == "logits":
-                raise ValueError(
-                    f"scored={self.scored!r} are not stages of {self.encoder}, in their order; they are {', '.join(maps)}"
-                )
-            yield name, y
-            maps[name] = y
+        walk = encoder.walk(x, train)  # the encoder's modules become this network's own
+        name, y = next(walk)
+        while name != "logits":
+            maps[name] = yield name, y
             if [stage for stage in maps if stage in self.scored] == list(self.scored):
                 break
+            name, y = walk.send(maps[name])
+        else:
+            raise ValueError(
+                f"scored={self.scored!r} are not stages of {self.encoder}, in their order; "
+                f"they are {', '.join(maps)}"
+            )
         places = grids(encoder, shape, tuple(self.scored))
         scores, known = None, None
         for stage, here in reversed(list(zip(self.scored, places))):

@@ -21,6 +21,7 @@ from cnnjax.nn import (
     flatten,
     global_avg_pool,
     max_pool,
+    relu,
 )
 
 # torchvision truncates at +-2, two hundred standard deviations away.
@@ -70,7 +71,7 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        return nn.relu(
+        return relu(
             BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train)
         )
 
@@ -122,7 +123,7 @@ class Auxiliary(nn.Module):
             128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv"
         )(x, train)
         x = flatten(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(dense(1024, name="fc1")(x)))
+        x = nn.Dropout(self.dropout, deterministic=not train)(relu(dense(1024, name="fc1")(x)))
         logits = dense(self.num_classes, name="fc2")(x).astype(jnp.float32)
         if not self.is_initializing():
             self.sow(
@@ -166,10 +167,10 @@ class GoogLeNet(Network):
         shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
         pool = functools.partial(max_pool, stride=2, ceil=True, fill=self.padding)
         x = ConvNorm(64, 7, 2, padding=3, name="conv1", **shared)(x, train)
-        yield "conv1", x
+        x = yield "conv1", x
         x = ConvNorm(64, 1, name="conv2", **shared)(pool(x, 3), train)
         x = ConvNorm(192, 3, padding=1, name="conv3", **shared)(x, train)
-        yield "conv3", x
+        x = yield "conv3", x
         x = pool(x, 3)
         for name, widths in _TABLE.items():
             x = Inception(widths, name=name, **shared)(x, train)
@@ -178,9 +179,9 @@ class GoogLeNet(Network):
                     x, train
                 )
             if name in _POOLED:
-                yield name, x
+                x = yield name, x
                 x = pool(x, _POOLED[name])
-        yield name, x
+        x = yield name, x
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         yield "logits", Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")(x)
 

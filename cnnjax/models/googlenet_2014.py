@@ -20,6 +20,7 @@ from cnnjax.nn import (
     global_avg_pool,
     local_response_norm,
     max_pool,
+    relu,
 )
 
 
@@ -33,7 +34,7 @@ class NaiveInception(nn.Module):
     @nn.compact
     def __call__(self, x):
         branches = [
-            nn.relu(
+            relu(
                 Conv(
                     features,
                     size,
@@ -58,7 +59,7 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(x, features, size, name):
-            return nn.relu(
+            return relu(
                 Conv(
                     features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name
                 )(x)
@@ -86,14 +87,14 @@ class Auxiliary(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.relu(
+        x = relu(
             Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(
                 avg_pool(x, 5, 3, fill=self.fill)
             )
         )
         x = flatten(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(
-            nn.relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
+            relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
         )
         logits = Dense(self.num_classes, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
         if not self.is_initializing():
@@ -119,12 +120,12 @@ class GoogLeNet2014(Network):
         pool = functools.partial(
             max_pool, window=3, stride=2, ceil=True, fill=self.padding
         )  # table 1's 56, 28, 14 and 7
-        x = nn.relu(Conv(64, 7, 2, padding=3, name="conv1", **shared)(x))
-        yield "conv1", x
+        x = relu(Conv(64, 7, 2, padding=3, name="conv1", **shared)(x))
+        x = yield "conv1", x
         x = local_response_norm(pool(x))
-        x = nn.relu(Conv(64, 1, name="conv2", **shared)(x))
-        x = nn.relu(Conv(192, 3, padding=1, name="conv3", **shared)(x))
-        yield "conv3", x
+        x = relu(Conv(64, 1, name="conv2", **shared)(x))
+        x = relu(Conv(192, 3, padding=1, name="conv3", **shared)(x))
+        x = yield "conv3", x
         x = pool(local_response_norm(x))
         for name, widths in _TABLE.items():
             x = Inception(widths, name=name, **shared)(x)
@@ -133,9 +134,9 @@ class GoogLeNet2014(Network):
                     x, train
                 )
             if name in ("inception3b", "inception4e"):
-                yield name, x
+                x = yield name, x
                 x = pool(x)
-        yield name, x
+        x = yield name, x
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 

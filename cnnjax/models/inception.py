@@ -186,15 +186,15 @@ class InceptionV3(Network):
         x = conv(32, 3, 2, name="Conv2d_1a_3x3")(x, train)
         x = conv(32, 3, name="Conv2d_2a_3x3")(x, train)
         x = conv(64, 3, padding=1, name="Conv2d_2b_3x3")(x, train)
-        yield "Conv2d_2b_3x3", x
+        x = yield "Conv2d_2b_3x3", x
         x = conv(80, 1, name="Conv2d_3b_1x1")(max_pool(x, 3, 2, fill=self.padding), train)
         x = conv(192, 3, name="Conv2d_4a_3x3")(x, train)
-        yield "Conv2d_4a_3x3", x
+        x = yield "Conv2d_4a_3x3", x
         x = max_pool(x, 3, 2, fill=self.padding)
         for name, branches in _TABLE.items():
             x = Block(branches, name=name, **shared)(x, train)
             if name in ("Mixed_5d", "Mixed_6e", "Mixed_7c"):
-                yield name, x
+                x = yield name, x
             if name == "Mixed_6e" and self.aux_logits and (train or self.is_initializing()):
                 Auxiliary(self.num_classes, name="AuxLogits", **shared)(x, train)
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))

@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, flatten, max_pool
+from cnnjax.nn import Conv, Dense, flatten, max_pool, relu
 
 KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
 
@@ -19,14 +19,14 @@ class TutorialNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((6, 16), 1):
-            x = nn.relu(
+            x = relu(
                 Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x)
             )
-            yield f"conv{number}", x
+            x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = flatten(x)
         for number, features in enumerate((120, 84), 1):
-            x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+            x = relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc3")(x)
 
 
@@ -43,11 +43,11 @@ class KerasConvNet(Network):
     def walk(self, x, train):
         shared = {**KERAS, "dtype": self.dtype}
         for number, features in enumerate((32, 64, 128, 128), 1):
-            x = nn.relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
-            yield f"conv{number}", x
+            x = relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
+            x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = flatten(x)
-        x = nn.relu(Dense(512, name="fc1", **shared)(x))
+        x = relu(Dense(512, name="fc1", **shared)(x))
         yield "logits", Dense(self.num_classes, name="fc2", **shared)(x)
 
 
@@ -68,7 +68,7 @@ class ConvNet(Network):
         shared = {**KERAS, "dtype": self.dtype}
         for number, block in enumerate(self.blocks, 1):
             for letter, features in zip("abcd", block):
-                x = nn.relu(
+                x = relu(
                     Conv(
                         features,
                         3,
@@ -78,11 +78,11 @@ class ConvNet(Network):
                         **shared,
                     )(x)
                 )
-            yield f"block{number}", x
+            x = yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = flatten(x)
         for number in (1, 2):
-            x = nn.relu(Dense(4096, name=f"linear{number}", **shared)(x))
+            x = relu(Dense(4096, name=f"linear{number}", **shared)(x))
         yield "logits", Dense(self.num_classes, name="linear3", **shared)(x)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, add_bias, avg_pool, conv, flatten, max_pool
+from cnnjax.nn import Conv, Dense, add_bias, avg_pool, conv, flatten, max_pool, relu
 
 # Table I: which of S2's six maps (rows) each of C3's sixteen maps (columns) reads.
 _TABLE = """
@@ -123,10 +123,10 @@ class LeNet5(Network):
                 name="c1",
             )(x)
         )
-        yield "c1", x
+        x = yield "c1", x
         x = squash(Subsample(self.dtype, name="s2")(x))
         x = squash(TableConv(self.dtype, name="c3")(x))
-        yield "c3", x
+        x = yield "c3", x
         x = squash(Subsample(self.dtype, name="s4")(x))
         x = squash(
             Conv(
@@ -139,7 +139,7 @@ class LeNet5(Network):
                 name="c5",
             )(x)
         )
-        yield "c5", x
+        x = yield "c5", x
         x = flatten(x)
         x = squash(
             Dense(
@@ -175,7 +175,7 @@ class LeNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((50, 100), 1):
-            x = nn.relu(
+            x = relu(
                 Conv(
                     features,
                     3,
@@ -185,10 +185,10 @@ class LeNet(Network):
                     name=f"conv{number}",
                 )(x)
             )
-            yield f"conv{number}", x
+            x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding)
         x = flatten(x)
-        x = nn.relu(Dense(100, dtype=self.dtype, name="linear1")(x))
+        x = relu(Dense(100, dtype=self.dtype, name="linear1")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear2")(x)
 
 

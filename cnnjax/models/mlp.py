@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Dense, flatten
+from cnnjax.nn import Dense, flatten, relu
 
 
 class MLP(Network):
@@ -20,7 +20,7 @@ class MLP(Network):
     def walk(self, x, train):
         x = flatten(x)
         for number, features in enumerate(self.hidden, 1):
-            x = nn.relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+            x = relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield (
             "logits",

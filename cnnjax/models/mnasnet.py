@@ -9,7 +9,15 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    fit_to_branch,
+    global_avg_pool,
+    he_normal_fan_out,
+    relu,
+)
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 _norm = functools.partial(
@@ -50,11 +58,11 @@ class InvertedResidual(nn.Module):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         width = self.expansion * x.shape[-1]
-        y = nn.relu(norm(name="layers.1")(conv(width, 1, name="layers.0")(x), train))
+        y = relu(norm(name="layers.1")(conv(width, 1, name="layers.0")(x), train))
         y = conv(
             width, self.size, self.stride, padding=self.size // 2, groups=width, name="layers.3"
         )(y)
-        y = nn.relu(norm(name="layers.4")(y, train))
+        y = relu(norm(name="layers.4")(y, train))
         y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
         return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
 
@@ -70,12 +78,12 @@ class MNASNet(Network):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         first, second = scaled(32, self.width), scaled(16, self.width)
-        x = nn.relu(
+        x = relu(
             norm(name="layers.1")(
                 _conv(first, 3, 2, padding=1, name="layers.0", **shared)(x), train
             )
         )
-        x = nn.relu(
+        x = relu(
             norm(name="layers.4")(
                 _conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x), train
             )
@@ -84,7 +92,7 @@ class MNASNet(Network):
         stage = 1
         for index, (features, size, stride, expansion, repetitions) in enumerate(_TABLE, 8):
             if stride == 2:
-                yield f"stage{stage}", x
+                x = yield f"stage{stage}", x
                 stage += 1
             for number in range(repetitions):
                 x = InvertedResidual(
@@ -96,8 +104,8 @@ class MNASNet(Network):
                     name=f"layers.{index}.{number}",
                     **shared,
                 )(x, train)
-        yield f"stage{stage}", x
-        x = nn.relu(norm(name="layers.15")(_conv(1280, 1, name="layers.14", **shared)(x), train))
+        x = yield f"stage{stage}", x
+        x = relu(norm(name="layers.15")(_conv(1280, 1, name="layers.14", **shared)(x), train))
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         uniform = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
         yield (

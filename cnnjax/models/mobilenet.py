@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, fit_to_branch, global_avg_pool, he_normal_fan_out
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    fit_to_branch,
+    global_avg_pool,
+    he_normal_fan_out,
+    relu,
+)
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
@@ -25,7 +33,7 @@ _TABLE = (
 
 def relu6(x: jnp.ndarray) -> jnp.ndarray:
     """min(max(x, 0), 6), with PyTorch's gradient of 0 at both ends."""
-    return jnp.where(x >= 6, jnp.asarray(6, x.dtype), nn.relu(x))
+    return jnp.where(x >= 6, jnp.asarray(6, x.dtype), relu(x))
 
 
 class InvertedResidual(nn.Module):
@@ -71,7 +79,7 @@ class MobileNetV2(Network):
         index, stage = 1, 1
         for expansion, features, repetitions, first in _TABLE:
             if first == 2:
-                yield f"stage{stage}", x
+                x = yield f"stage{stage}", x
                 stage += 1
             for number in range(repetitions):
                 x = InvertedResidual(
@@ -83,7 +91,7 @@ class MobileNetV2(Network):
                     **shared,
                 )(x, train)
                 index += 1
-        yield f"stage{stage}", x
+        x = yield f"stage{stage}", x
         x = relu6(
             norm(name=f"features.{index}.1")(
                 _conv(1280, 1, name=f"features.{index}.0", **shared)(x), train

@@ -20,6 +20,7 @@ from cnnjax.nn import (
     global_avg_pool,
     he_normal_fan_out,
     max_pool,
+    relu,
 )
 
 
@@ -44,13 +45,13 @@ class Block(nn.Module):
             )(y)
             y = norm(name=f"bn{number}")(y, train)
             if number < len(self.layers):
-                y = nn.relu(y)
+                y = relu(y)
         stride = max(stride for _, _, stride, _ in self.layers)
         x = fit_to_branch(x, y, stride)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 def basic(width: int, stride: int) -> tuple:
@@ -82,8 +83,8 @@ class ResNet(Network):
             name="conv1",
             **shared,
         )(x)
-        x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
-        yield "stem", x
+        x = relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
+        x = yield "stem", x
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for stage, depth in enumerate(self.depths):
             for number in range(depth):
@@ -91,7 +92,7 @@ class ResNet(Network):
                 x = Block(
                     layers, axis_name=self.axis_name, name=f"layer{stage + 1}.{number}", **shared
                 )(x, train)
-            yield f"layer{stage + 1}", x
+            x = yield f"layer{stage + 1}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, concatenate, global_avg_pool, max_pool, relu
 
 _conv = functools.partial(Conv, use_bias=False)
 
@@ -40,11 +40,11 @@ class Unit(nn.Module):
             left, right = jnp.split(x, 2, axis=3)
         else:
             left = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
-            left = nn.relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
+            left = relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
             right = x
-        right = nn.relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
+        right = relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
         right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
-        right = nn.relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
+        right = relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
         return channel_shuffle(concatenate([left, right], self.fill))
 
 
@@ -58,10 +58,10 @@ class ShuffleNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = nn.relu(
+        x = relu(
             norm(name="conv1.1")(_conv(24, 3, 2, padding=1, name="conv1.0", **shared)(x), train)
         )
-        yield "conv1", x
+        x = yield "conv1", x
         x = max_pool(x, 3, 2, padding=1, fill=self.padding)
         for stage, depth, width in zip((2, 3, 4), (4, 8, 4), self.widths):
             for number in range(depth):
@@ -72,8 +72,8 @@ class ShuffleNetV2(Network):
                     name=f"stage{stage}.{number}",
                     **shared,
                 )(x, train)
-            yield f"stage{stage}", x
-        x = nn.relu(norm(name="conv5.1")(_conv(self.last, 1, name="conv5.0", **shared)(x), train))
+            x = yield f"stage{stage}", x
+        x = relu(norm(name="conv5.1")(_conv(self.last, 1, name="conv5.0", **shared)(x), train))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 

@@ -5,7 +5,7 @@ import jax
 
 from cnnjax.models.base import Network
 from cnnjax.models.resnet import Block, basic
-from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out
+from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out, relu
 
 
 class SmallConvNet(Network):
@@ -31,8 +31,8 @@ class SmallConvNet(Network):
                 kernel_init=he_normal_fan_out,
                 name=name,
             )
-            x = nn.relu(conv(x))
-            yield name, x
+            x = relu(conv(x))
+            x = yield name, x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
 
@@ -60,13 +60,13 @@ class SmallResNet(Network):
             kernel_init=he_normal_fan_out,
             name="conv1",
         )
-        x = nn.relu(BatchNorm(name="bn1")(stem(x), train))
+        x = relu(BatchNorm(name="bn1")(stem(x), train))
         for number, width in enumerate(self.widths, 1):
             stride = 1 if number == 1 else 2
             name = f"layer{number}"
             block = Block(basic(width, stride), self.padding, self.dtype, self.axis_name, name=name)
             x = block(x, train)
-            yield name, x
+            x = yield name, x
         if self.permute:
             pooled = jax.random.permutation(self.make_rng("dropout"), global_avg_pool(x), axis=1)
             yield "logits", Dense(self.num_classes, name="head")(pooled)

@@ -79,7 +79,7 @@ class Speedrun(Network):
                         name=f"block{number}.norm{layer}",
                     )(x, train)
                 )
-            yield f"block{number}", x
+            x = yield f"block{number}", x
         x = x.max((1, 2))  # of the 3x3 that are left of 32x32
         yield (
             "logits",

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool, relu
 
 _conv = functools.partial(
     Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros
@@ -27,12 +27,12 @@ class Fire(nn.Module):
     @nn.compact
     def __call__(self, x):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
-        x = nn.relu(conv(self.squeeze, 1, name="squeeze")(x))
+        x = relu(conv(self.squeeze, 1, name="squeeze")(x))
         expanded = [
             conv(self.expand, 1, name="expand1x1")(x),
             conv(self.expand, 3, padding=1, name="expand3x3")(x),
         ]
-        return nn.relu(concatenate(expanded, self.fill))
+        return relu(concatenate(expanded, self.fill))
 
 
 class SqueezeNet(Network):
@@ -46,19 +46,19 @@ class SqueezeNet(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         features, size = self.stem
-        x = nn.relu(_conv(features, size, 2, name="features.0", **shared)(x))
+        x = relu(_conv(features, size, 2, name="features.0", **shared)(x))
         index = 2  # torchvision numbers convolution, ReLU, pools and fire modules alike
         for number, widths in enumerate((None, *_FIRES), 1):
             if widths:
                 x = Fire(*widths, name=f"features.{index}", **shared)(x)
                 index += 1
             if number in self.pools or number == 9:
-                yield f"fire{number}" if widths else "conv1", x
+                x = yield (f"fire{number}" if widths else "conv1"), x
             if number in self.pools:
                 x = max_pool(x, 3, 2, ceil=True, fill=self.padding)
                 index += 1
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = nn.relu(
+        x = relu(
             _conv(
                 self.num_classes,
                 1,

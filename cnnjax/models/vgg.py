@@ -14,6 +14,7 @@ from cnnjax.nn import (
     he_normal_fan_out,
     local_response_norm,
     max_pool,
+    relu,
 )
 
 # Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1 one, "LRN" the
@@ -68,12 +69,12 @@ class VGG(Network):
                         axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}"
                     )(x, train)
                     index += 1
-                x = nn.relu(x)
+                x = relu(x)
                 index, within = index + 1, within + 1
                 if self.every_layer:
-                    yield f"conv{number}_{within}", x
+                    x = yield f"conv{number}_{within}", x
             if not self.every_layer:
-                yield f"block{number}", x
+                x = yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding)
             index += 1
         x = adaptive_avg_pool(x, 7)
@@ -85,7 +86,7 @@ class VGG(Network):
             dtype=self.dtype,
         )
         for layer in (0, 3):
-            x = nn.relu(dense(4096, name=f"classifier.{layer}")(x))
+            x = relu(dense(4096, name=f"classifier.{layer}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield "logits", dense(self.num_classes, name="classifier.6")(x)
 

@@ -4,6 +4,7 @@ A file holds an operation's definition, its checks and one plain lax call; `cnnj
 forms that run fast on the CPU, and `cnnjax.nn.lowering` decides which of the two is used.
 """
 
+from cnnjax.nn.activation import relu, relu_rule
 from cnnjax.nn.conv import Conv, Dense, conv, he_normal_fan_out, uniform_fan_in
 from cnnjax.nn.geometry import output_size
 from cnnjax.nn.lowering import lowering
@@ -35,6 +36,8 @@ __all__ = [
     "max_pool",
     "output_size",
     "pad",
+    "relu",
+    "relu_rule",
     "resize",
     "uniform_fan_in",
 ]

@@ -15,15 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from cnnjax.inspect import Window, receptive_field, windows
 from cnnjax.models import Network
-from cnnjax.models.mobilenet import _TABLE as _MOBILENET
-from cnnjax.models.mobilenet import MobileNetV2
-from cnnjax.models.resnet import ResNet
-from cnnjax.models.vgg import VGG
 from cnnjax.nn import check_fill, conv, output_size
 from cnnjax.position.encoder import in_batches, normalize, stage_shapes
 from cnnjax.position.metrics import border_distance
-from cnnjax.summary import receptive_field
+
+__all__ = [
+    "ALIGNED",
+    "Strength",
+    "Window",
+    "asymmetry",
+    "features",
+    "features_inside",
+    "margin",
+    "reads",
+    "strength",
+    "unread",
+    "windows",
+]
 
 # The fills that leave every position where it is: under the others maps shrink, grow, are stretched or shifted.
 ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
@@ -155,54 +165,6 @@ def strength(
 
 
 # --- Blind spots ---------------------------------------------------------------------------------------------------------
-
-
-class Window(NamedTuple):
-    """A square convolution or pool, with its padding on each side."""
-
-    name: str
-    kernel: int
-    stride: int
-    padding: int
-    pool: bool = False
-
-
-def windows(model: Network) -> tuple[Window, ...]:
-    """The windows of more than one cell that a ResNet, VGG or MobileNetV2 puts one behind another, skips left out.
-
-    Raises `ValueError` for another network.
-    """
-    if isinstance(model, ResNet):
-        found = [Window("conv1", 7, 2, 3), Window("maxpool", 3, 2, 1, True)]
-        for stage, depth in enumerate(model.depths):
-            for number in range(depth):
-                layers = model.block(64, 2 if stage > 0 and number == 0 else 1)
-                found += [
-                    Window(f"layer{stage + 1}.{number}.conv{at}", size, stride, size // 2)
-                    for at, (_, size, stride, _) in enumerate(layers, 1)
-                    if size > 1
-                ]
-    elif isinstance(model, VGG):
-        found = []
-        for number, block in enumerate(model.blocks, 1):
-            convolutions = [
-                layer for layer in block if isinstance(layer, int)
-            ]  # neither 1x1 nor the normalization
-            found += [
-                Window(f"conv{number}_{at}", 3, 1, 1) for at in range(1, len(convolutions) + 1)
-            ]
-            found.append(Window(f"pool{number}", 2, 2, 0, True))
-    elif isinstance(model, MobileNetV2):
-        found, index = [Window("features.0", 3, 2, 1)], 1
-        for _, _, repetitions, first in _MOBILENET:
-            for number in range(repetitions):
-                found.append(Window(f"features.{index}", 3, first if number == 0 else 1, 1))
-                index += 1
-    else:
-        raise ValueError(
-            f"model={type(model).__name__} is not one of ResNet, VGG, MobileNetV2, whose windows are known"
-        )
-    return tuple(found)
 
 
 def unread(chain: Sequence[Window], size: int) -> dict[str, int]:

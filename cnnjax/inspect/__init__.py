@@ -1,0 +1,24 @@
+"""Networks looked into without computing them: layers, windows and receptive fields.
+
+Networks are traced on shapes alone, and what a value depends on is followed through the traced
+operations. Nothing here knows a particular network.
+"""
+
+from cnnjax.inspect.fields import EVERYTHING, Field, receptive_field, receptive_fields
+from cnnjax.inspect.layers import Layer, layers, totals
+from cnnjax.inspect.trace import count_named, depends
+from cnnjax.inspect.windows import Window, windows
+
+__all__ = [
+    "EVERYTHING",
+    "Field",
+    "Layer",
+    "Window",
+    "count_named",
+    "depends",
+    "layers",
+    "receptive_field",
+    "receptive_fields",
+    "totals",
+    "windows",
+]

@@ -1,0 +1,156 @@
+"""Receptive fields, followed through a network's traced operations."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from cnnjax.inspect.trace import follow, trace, with_local_fill
+
+EVERYTHING = "everything"  # the field of a value without a position: flattened, globally pooled
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What the output positions of a map see of the image, along height and width.
+
+    Position i sees the pixels from step * i + low to step * i + high, both included.
+    """
+
+    step: tuple[int, ...] = (1, 1)
+    low: tuple[int, ...] = (0, 0)
+    high: tuple[int, ...] = (0, 0)
+
+    def shifted(self, by: Sequence[int]) -> "Field":
+        """The field of the map without its first `by` positions; negative numbers add some."""
+        return Field(self.step, self._moved(self.low, by), self._moved(self.high, by))
+
+    def strided(self, strides: Sequence[int]) -> "Field":
+        """The field of every `strides`-th position."""
+        step = tuple(step * stride for step, stride in zip(self.step, strides))
+        return Field(step, self.low, self.high)
+
+    def widened(self, by: Sequence[int]) -> "Field":
+        """The field of a window that reaches `by` positions further."""
+        return Field(self.step, self.low, self._moved(self.high, by))
+
+    def size(self) -> tuple[int, ...]:
+        """Height and width in pixels."""
+        return tuple(high - low + 1 for low, high in zip(self.low, self.high))
+
+    def _moved(self, pixels, positions):
+        return tuple(
+            pixel + step * position for pixel, step, position in zip(pixels, self.step, positions)
+        )
+
+
+def union(fields: Sequence[Field | str | None]) -> Field | str | None:
+    """The field of a value made, position by position, from values with these fields.
+
+    None is the field of a constant.
+    """
+    known = [field for field in fields if field is not None]
+    if not known:
+        return None
+    if EVERYTHING in known:
+        return EVERYTHING
+    low = tuple(map(min, zip(*(field.low for field in known))))
+    high = tuple(map(max, zip(*(field.high for field in known))))
+    return Field(known[0].step, low, high)
+
+
+def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
+    """The field of an operation's output, from those of its operands."""
+    operation = equation.primitive.name
+    together = union(fields)
+    if together is None or together == EVERYTHING:
+        return together
+    if operation == "conv_general_dilated":
+        return _seen_by_convolution(equation, fields[0])
+    if operation.startswith("reduce_window"):
+        return _seen_by_pool(equation, fields[0])
+    if operation == "concatenate":
+        return _seen_by_concatenation(equation, fields)
+    # Adaptive pooling is a matrix product; without height and width there is no position.
+    if operation == "dot_general" or equation.outvars[0].aval.ndim == 2:
+        return EVERYTHING
+    if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
+        return EVERYTHING
+    if equation.invars[0].aval.ndim == 4:
+        if operation == "pad":
+            widths = equation.params["padding_config"][1:3]
+            return fields[0].shifted([-int(low) for low, _, _ in widths])
+        if operation == "slice":
+            starts = equation.params["start_indices"][1:3]
+            strides = equation.params["strides"] or (1, 1, 1, 1)
+            return fields[0].shifted(starts).strided(strides[1:3])
+    return together
+
+
+def _seen_by_convolution(equation, field):
+    window = equation.invars[1].aval.shape[:2]
+    dilation = equation.params["rhs_dilation"]
+    reach = [(size - 1) * step for size, step in zip(window, dilation)]
+    before = [-low for low, _ in equation.params["padding"]]
+    return field.shifted(before).widened(reach).strided(equation.params["window_strides"])
+
+
+def _seen_by_pool(equation, field):
+    reach = [size - 1 for size in equation.params["window_dimensions"][1:3]]
+    before = [-low for low, _ in equation.params["padding"][1:3]]
+    return field.shifted(before).widened(reach).strided(equation.params["window_strides"][1:3])
+
+
+def _seen_by_concatenation(equation, fields):
+    axis = equation.params["dimension"]
+    if axis not in (1, 2):
+        return union(fields)
+    # A border that is mirrored, repeated or wrapped, and the map itself, which is the largest.
+    sizes = [variable.aval.shape[axis] for variable in equation.invars]
+    inner = sizes.index(max(sizes))
+    before = -sum(sizes[:inner])
+    return fields[inner].shifted((before, 0) if axis == 1 else (0, before))
+
+
+@functools.cache
+def receptive_fields(
+    model, stages: tuple[str, ...], shape: tuple[int, int, int] | None = None
+) -> tuple[tuple[Field, tuple[int, ...]], ...]:
+    """What a position of each of a network's stages sees of the image at most.
+
+    Under a fill that looks at the whole map, it is what the position sees beside the border.
+
+    - `model`: a `cnnjax.models.Network`.
+    - `stages`: names of stages, the deepest last.
+    - `shape`: [height, width, channels] of the image; the publication's unless given.
+
+    Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if there is no
+    such stage or the image is too small.
+    """
+    model = with_local_fill(model)
+    image = jax.ShapeDtypeStruct((1, *(shape or model.input_shape)), "float32")
+    until = {"method": "stages", "last": stages[-1]}
+
+    def initialize(key, image):
+        return model.init(key, image, **until)
+
+    def maps(variables, image):
+        found = model.apply(variables, image, **until)
+        return [found[stage] for stage in stages]
+
+    variables = jax.eval_shape(initialize, jax.random.key(0), image)
+    program = trace(maps, variables, image)
+    constants = [None] * (len(program.invars) - 1)
+    fields = follow(program, [*constants, Field()], seen)
+    shapes = [output.aval.shape for output in program.outvars]
+    return tuple(zip(fields, shapes))
+
+
+def receptive_field(model, stage: str) -> Field:
+    """What a position of one stage of a network sees of the image at most.
+
+    Raises `ValueError` if there is no such stage.
+    """
+    ((field, _),) = receptive_fields(model, (stage,))
+    return field

@@ -1,0 +1,104 @@
+"""A network's layers: shapes, parameters, activation memory, multiply-adds and fields."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+from cnnjax.inspect.fields import Field, seen
+from cnnjax.inspect.trace import follow, is_max_pool, own_parameters, trace, with_local_fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A row of a network's table.
+
+    - `output`: shape of the output; None for a layer that runs in training only.
+    - `memory`: bytes of the output, for the whole batch.
+    - `macs`: multiply-adds of the kernel, for the whole batch.
+    - `receptive_field`, `stride`: (height, width) in pixels of the image; None if the layer sees
+      the whole image.
+    """
+
+    name: str
+    kind: str
+    output: tuple[int, ...] | None
+    parameters: int = 0
+    memory: int = 0
+    macs: int = 0
+    receptive_field: tuple[int, ...] | None = None
+    stride: tuple[int, ...] | None = None
+
+
+def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 1) -> list[Layer]:
+    """Lists the layers of a network in the order in which they run.
+
+    Parameters of layers that run in training only, such as auxiliary classifiers, come last.
+
+    - `model`: a `cnnjax.models.Network`.
+    - `input_shape`: height, width and channels of an image; the publication's unless given.
+    - `batch`: number of images.
+
+    Raises `ValueError` if the network has no output for such an image.
+    """
+    model = with_local_fill(model)
+    images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    reported: dict[str, Layer] = {}
+
+    def report(name, module, output):
+        parameters = own_parameters(module)
+        # Every weight of a kernel is used once at every position.
+        kernel = parameters["kernel"].size if "kernel" in parameters else 0
+        reported[name] = Layer(
+            name=name,
+            kind=type(module).__name__,
+            output=output.shape,
+            parameters=sum(value.size for value in parameters.values()),
+            macs=kernel * math.prod(output.shape[:-1]),
+        )
+
+    program = trace(model.apply, variables, images, report=report)
+    rows = [_measured(Layer("", "input", None), program.invars[-1].aval, Field())]
+
+    def visit(equation, fields):
+        field = seen(equation, fields)
+        output = equation.outvars[0].aval
+        if is_max_pool(equation):
+            rows.append(_measured(Layer("", "max-pool", None), output, field))
+        elif equation.primitive.name == "name" and equation.params["name"] in reported:
+            rows.append(_measured(reported[equation.params["name"]], output, field))
+        return field
+
+    constants = [None] * (len(program.invars) - 1)
+    follow(program, [*constants, Field()], visit)
+    return rows + _in_training_only(variables["params"], reported)
+
+
+def _measured(layer, output, field):
+    """The layer with its output's shape, memory and field."""
+    layer = dataclasses.replace(
+        layer, output=tuple(output.shape), memory=output.size * output.dtype.itemsize
+    )
+    if not isinstance(field, Field) or output.ndim != 4:
+        return layer
+    return dataclasses.replace(layer, receptive_field=field.size(), stride=field.step)
+
+
+def _in_training_only(parameters, reported):
+    sizes: dict[str, int] = {}
+    for path, value in jax.tree.leaves_with_path(parameters):
+        name = ".".join(key.key for key in path[:-1])
+        if name not in reported:
+            sizes[name] = sizes.get(name, 0) + value.size
+    return [Layer(name, "in training only", None, parameters=size) for name, size in sizes.items()]
+
+
+def totals(table: Sequence[Layer]) -> dict[str, int]:
+    """Sums a table: parameters, activation memory in bytes, multiply-adds."""
+    return {
+        "parameters": sum(layer.parameters for layer in table),
+        "memory": sum(layer.memory for layer in table),
+        "macs": sum(layer.macs for layer in table),
+    }

@@ -1,0 +1,123 @@
+"""Programs traced on shapes, and facts about values followed through their operations."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from cnnjax.nn import lowering
+
+# Fills that depend on the whole map. Each has the grid of "zeros".
+_WHOLE_MAP_FILLS = ("mean", "random", "interpolate")
+
+Report = Callable[[str, nn.Module, Any], None]
+
+
+def with_local_fill(model: nn.Module) -> nn.Module:
+    """Returns the network, padded with zeros if its own fill reads the whole map."""
+    return model.clone(padding="zeros") if model.padding in _WHOLE_MAP_FILLS else model
+
+
+def trace(function: Callable, *arguments, report: Report | None = None):
+    """Traces a function of shapes, with windows as networks define them.
+
+    The output of every layer that has parameters carries the layer's name through the trace, as an
+    operation "name".
+
+    - `arguments`: trees of `jax.ShapeDtypeStruct`.
+    - `report`: called with each layer's name, module and output.
+
+    Returns the jaxpr, whose inputs are the leaves of the arguments.
+    """
+
+    def name_layers(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        module = context.module
+        if context.method_name != "__call__" or not own_parameters(module):
+            return output
+        name = ".".join(module.path)
+        if report is not None:
+            report(name, module, output)
+        return checkpoint_name(output, name)
+
+    # A fresh function, since jax keeps traces by function: one without names may be kept.
+    fresh = lambda *arguments: function(*arguments)
+    with nn.intercept_methods(name_layers), lowering("reference"):
+        return jax.make_jaxpr(fresh)(*arguments).jaxpr
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a layer that are not those of layers inside it."""
+    parameters = module.variables.get("params", {})
+    return {name: value for name, value in parameters.items() if hasattr(value, "size")}
+
+
+def inner_program(equation):
+    """The program inside an operation (a compiled function, a custom gradient), or None."""
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner)
+
+
+def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list:
+    """Follows facts about values through a traced program, in the order of its operations.
+
+    - `program`: a jaxpr.
+    - `inputs`: a fact for each input; None is that of a constant.
+    - `visit`: (operation, facts of its operands) -> fact of its outputs.
+
+    Returns the facts of the program's outputs.
+    """
+    facts = dict(zip(program.invars, inputs))
+
+    def fact(variable):
+        is_literal = hasattr(variable, "val")
+        return None if is_literal else facts.get(variable)
+
+    for equation in program.eqns:
+        operands = [fact(variable) for variable in equation.invars]
+        inner = inner_program(equation)
+        if inner is None:
+            outputs = [visit(equation, operands)] * len(equation.outvars)
+        else:
+            outputs = follow(inner, operands, visit)
+        facts.update(zip(equation.outvars, outputs))
+    return [fact(variable) for variable in program.outvars]
+
+
+def is_pool(equation) -> bool:
+    """Whether an operation is a pool."""
+    return equation.primitive.name.startswith("reduce_window")
+
+
+def is_max_pool(equation) -> bool:
+    """Whether an operation is a max-pool."""
+    return equation.primitive.name == "reduce_window_max"
+
+
+def depends(function: Callable, argument, *others) -> list[bool]:
+    """Whether each output of a function depends on its first argument.
+
+    Arguments are trees of `jax.ShapeDtypeStruct`; outputs are in the order of their leaves.
+    """
+    program = trace(function, argument, *others)
+    count = len(jax.tree.leaves(argument))
+    inputs = [True] * count + [False] * (len(program.invars) - count)
+    return [bool(fact) for fact in follow(program, inputs, lambda _, operands: any(operands))]
+
+
+def count_named(name: str, function: Callable, *arguments) -> int:
+    """Counts the values of a function that `checkpoint_name` has given this name."""
+
+    def count(program):
+        total = 0
+        for equation in program.eqns:
+            inner = inner_program(equation)
+            if inner is not None:
+                total += count(inner)
+            elif equation.primitive.name == "name":
+                total += equation.params["name"] == name
+        return total
+
+    return count(trace(function, *arguments))

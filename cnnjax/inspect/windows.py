@@ -1,0 +1,111 @@
+"""The windows that a network puts one behind another, read from its traced operations."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from cnnjax.inspect.fields import EVERYTHING, Field, seen
+from cnnjax.inspect.trace import follow, is_pool, trace, with_local_fill
+from cnnjax.nn import output_size
+
+
+class Window(NamedTuple):
+    """A square convolution or pool, with its padding on each side."""
+
+    name: str
+    kernel: int
+    stride: int
+    padding: int
+    pool: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How a value came from the image: its field and the windows on its way.
+
+    `field_behind` and `size_behind` are those of the map behind the last window.
+    """
+
+    field: Field | str
+    windows: tuple[Window, ...] = ()
+    field_behind: Field = Field()
+    size_behind: tuple[int, int] = (0, 0)
+
+
+def windows(model) -> tuple[Window, ...]:
+    """The windows of more than one position on a network's way from the image to its logits.
+
+    Skips, which have fewer windows, are left out. A convolution has its layer's name; pools are
+    counted: pool1, pool2, ...
+
+    Raises `ValueError` if the network has different windows side by side, or one that is not square
+    or not padded alike on both sides.
+    """
+    name = type(model).__name__
+    model = with_local_fill(model)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    program = trace(model.apply, variables, image)
+
+    def visit(equation, ways):
+        field = seen(equation, [None if way is None else way.field for way in ways])
+        if field is None:
+            return None
+        way = _joined(name, [way for way in ways if way is not None])
+        way = dataclasses.replace(way, field=field)
+        if is_pool(equation):
+            count = sum(window.pool for window in way.windows)
+            return _extended(name, way, f"pool{count + 1}", True, equation)
+        if equation.primitive.name == "name":
+            return _extended(name, way, equation.params["name"], False, equation)
+        return way
+
+    start = _Way(Field(), size_behind=model.input_shape[:2])
+    constants = [None] * (len(program.invars) - 1)
+    (way,) = follow(program, [*constants, start], visit)
+    return way.windows
+
+
+def _joined(network, ways):
+    """The way with most windows, of which the others are shorter forms (skips)."""
+    longest, *others = sorted(ways, key=lambda way: -len(_shapes(way)))
+    for way in others:
+        shapes = _shapes(way)
+        if shapes != _shapes(longest)[: len(shapes)]:
+            raise ValueError(
+                f"model={network} has windows side by side, {way.windows[-1].name} and "
+                f"{longest.windows[-1].name}: they form no chain"
+            )
+    return longest
+
+
+def _shapes(way):
+    """The shapes of the windows of more than one position."""
+    return [window[1:] for window in way.windows if window.kernel > 1]
+
+
+def _extended(network, way, name, is_pool, equation):
+    """The way behind a layer: with a window more if the layer widened or strode the field."""
+    before = way.field_behind
+    if way.field in (EVERYTHING, before):
+        return way
+    after = way.field
+    size = equation.outvars[0].aval.shape[1:3]
+    found = []
+    for axis in (0, 1):
+        step = before.step[axis]
+        widened = after.size()[axis] - before.size()[axis]
+        window = Window(
+            name=name,
+            kernel=widened // step + 1,
+            stride=after.step[axis] // step,
+            padding=(before.low[axis] - after.low[axis]) // step,
+            pool=is_pool,
+        )
+        found.append(window)
+        if output_size(way.size_behind[axis], *window[1:4]) != size[axis]:
+            raise ValueError(f"model={network} has a window, {name}, with unequal padding")
+    if found[0] != found[1]:
+        raise ValueError(f"model={network} has a window, {name}, that is not square")
+    return _Way(after, (*way.windows, found[0]), after, size)
