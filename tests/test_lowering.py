@@ -12,6 +12,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cnnjax import nn as cnn
+from cnnjax.models import create_model
+from cnnjax.weights import variable_shapes
 
 ALL_FILLS = {f"fill {fill}": {"padding": 1, "fill": fill} for fill in cnn.FILLS}
 CONVOLUTIONS = {
@@ -386,3 +388,27 @@ def test_products_with_the_hessian(case):
         np.testing.assert_allclose(slope, dot(gradient, direction), rtol=1e-4)
     assert_close(found["forward over reverse"], found["reverse over reverse"])
     assert_close(found["reverse over forward"], found["reverse over reverse"])
+
+
+@pytest.mark.parametrize("name", ["lenet5", "mlp1", "tutorial_net"])
+def test_networks_take_any_batch(name):
+    """Training is traced for an empty and a symbolic batch, without a promotion of ranks."""
+    model = create_model(name)
+    rngs = {"dropout": jax.random.key(0), "padding": jax.random.key(1)}
+
+    def gradients(variables, images):
+        def loss(params):
+            logits, _ = model.apply(
+                variables | {"params": params}, images, train=True, mutable=True, rngs=rngs
+            )
+            return jnp.square(logits).sum()
+
+        return jax.grad(loss)(variables["params"])
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    with jax.numpy_rank_promotion("raise"):
+        variables = variable_shapes(model)
+        for count in (0, batch):
+            images = jax.ShapeDtypeStruct((count, *model.input_shape), jnp.float32)
+            traced = jax.jit(gradients).trace(variables, images)
+            assert jax.tree.structure(traced.out_info) == jax.tree.structure(variables["params"])
