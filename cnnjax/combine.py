@@ -277,7 +277,7 @@ def _check(configs: dict[pathlib.Path, dict], method: str) -> None:
             raise ValueError(
                 f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has"
             )
-    if known["dataset"] not in arrays.DATASETS:
+    if not arrays.is_known(known["dataset"]):
         raise ValueError(
             f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of {', '.join(arrays.DATASETS)}"
         )

@@ -1,32 +1,36 @@
-"""Ensembles against soups (UBC CPSC 532S, lecture 6): what it costs to combine networks, and what it gives.
+"""What does it cost to combine networks, and what does it give? Ensembles against soups.
 
-    python -m experiments.ensemble_vs_soup --data_dir data --workdir runs/ensemble_vs_soup [--repetitions 3] [--train 10000]
+    python -m experiments.ensemble_vs_soup --data_dir data --workdir runs/ensemble_vs_soup \\
+        [--repetitions 3] [--train 10000]
 
-Each repetition trains, on the same `train` images of CIFAR-10 and with seeds of its own: one start, at a constant rate, with a moving
-average of its parameters; `members` networks fine-tuned from that average, which differ in rate, flipping and order; half as many
-independent ones of the same length; and one of the same length whose rate restarts, with snapshots. `cnnjax.combine` then combines
-them. A call goes on where an earlier one stopped. Writes report.md, ensemble_vs_soup.json and ensemble_vs_soup.png.
+UBC CPSC 532S, lecture 6. Each repetition trains, on the same `train` images of CIFAR-10 and with
+seeds of its own:
+
+- one start at a constant rate, with a moving average of its parameters;
+- `members` networks fine-tuned from that average, which differ in rate, flipping, and order;
+- half as many independent networks of the same length;
+- one network of the same length whose rate restarts, with snapshots.
+
+`cnnjax.combine` then combines them. The same command continues an interrupted call. Writes
+report.md, ensemble_vs_soup.json, and ensemble_vs_soup.png.
 """
 
-import argparse
-import dataclasses
-import functools
-import json
-import logging
 import pathlib
 import sys
+from typing import NamedTuple
 
-import matplotlib
 import ml_collections
 import numpy as np
+from matplotlib.figure import Figure
 
-from cnnjax import combine
-from cnnjax.data import arrays
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax import combine, study
+from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, loop
 
-_LOG = logging.getLogger("cnnjax")
-# What all networks share. The rate is that of the start, the independent networks and the restarts.
+# Its images are published in random order: the first ones are a fair sample.
+DATASET = "cifar10"
+# What all networks share. The rate is that of the start, the independent networks, and the
+# restarts.
 SETTINGS = {
     "model": "tutorial_net",
     "batch_size": 64,
@@ -34,15 +38,16 @@ SETTINGS = {
     "augment.flip": True,
     "schedule.learning_rate": 0.02,
 }
-RATES = (
-    0.02,
-    0.014,
-    0.01,
-    0.007,
-)  # of fine-tuning: the members take them in turn, the first ones with flipping, the next without
+# Of fine-tuning. The members take the rates in turn, the first four with flipping, the next four
+# without, and so on.
+RATES = (0.02, 0.014, 0.01, 0.007)
 EMA_DECAY = 0.99  # the average is over about a hundred steps
+SINGLE = "single, mean"
+LAST = "last iterate"
+# By group of networks; the first method is what the others of the group are compared with.
 METHODS = {
     "fine-tuned": (
+        SINGLE,
         "best",
         "ensemble",
         "ensemble-logits",
@@ -51,361 +56,23 @@ METHODS = {
         "learned",
         "learned-by-layer",
     ),
-    "independent": ("best", "ensemble", "uniform", "greedy"),
+    "independent": (SINGLE, "best", "ensemble", "uniform", "greedy"),
     "restarts": ("snapshot",),
-    "start": ("polyak",),
+    "start": (LAST, "polyak"),
 }
-_FIELDS = (
-    "model",
-    "train",
-    "validation",
-    "members",
-    "start_epochs",
-    "epochs",
-)  # options that a work directory belongs to
+SOUPS = ("uniform", "greedy", "learned", "learned-by-layer")
 
 
-_read = functools.cache(arrays.DATASETS["cifar10"].read)  # dozens of runs read it
+# --- Options and points ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The first training images of CIFAR-10, which is published in random order, and the whole test set."""
-
-    count: int
-    classes: tuple[str, ...] = arrays.DATASETS["cifar10"].classes
-
-    def read(self, data_dir: pathlib.Path) -> tuple[arrays.Split, arrays.Split]:
-        train, test = _read(data_dir)
-        return arrays.Split(train.images[: self.count], train.labels[: self.count]), test
+class Point(NamedTuple):
+    group: str
+    method: str
+    repetition: int
 
 
-def plan(
-    folder: pathlib.Path, options: argparse.Namespace, repetition: int
-) -> dict[pathlib.Path, ml_collections.ConfigDict]:
-    """One repetition's training runs, in order, by their work directories."""
-    count = options.train + options.validation
-    arrays.DATASETS[f"cifar10-{count}"] = Part(count)
-    whole = options.start_epochs + options.epochs
-    shared = SETTINGS | {
-        "dataset": f"cifar10-{count}",
-        "data_dir": options.data_dir,
-        "n_validation": options.validation,
-        "model": options.model,
-        "epochs": whole,
-    }
-    cosine, runs = shared | {"schedule.name": "cosine"}, {}
-
-    def add(group: str, number: int, settings: dict) -> None:
-        config = defaults.get_config()
-        config.update_from_flattened_dict(settings | {"seed": 1000 * repetition + len(runs)})
-        runs[folder / group / f"{number:02}"] = config
-
-    add(
-        "start",
-        0,
-        shared
-        | {"epochs": options.start_epochs, "ema_decay": EMA_DECAY, "schedule.name": "constant"},
-    )
-    for number in range(options.members):
-        add(
-            "fine-tuned",
-            number,
-            cosine
-            | {
-                "initial_weights": str(folder / "start" / "00"),
-                "initial_parts": ("*",),
-                "epochs": options.epochs,
-                "schedule.learning_rate": RATES[number % len(RATES)],
-                "augment.flip": number // len(RATES) % 2 == 0,
-            },
-        )
-    for number in range(options.members // 2):
-        add("independent", number, cosine)
-    add(
-        "restarts",
-        0,
-        shared
-        | {
-            "schedule.name": "restarts",
-            "schedule.every": options.epochs,
-            "keep_checkpoints": whole,
-            "checkpoint_every_steps": options.train // SETTINGS["batch_size"] * options.epochs,
-        },
-    )
-    return runs
-
-
-def repeat(folder: pathlib.Path, options: argparse.Namespace, repetition: int) -> None:
-    """Trains and combines what is not yet trained and combined."""
-    for place, config in plan(folder, options, repetition).items():
-        _LOG.info("repetition %d: %s", repetition, place.relative_to(folder))
-        loop.check(config)
-        workdir.completed(loop.run, config, place)
-    for group, methods in METHODS.items():
-        for method in methods:
-            if not (folder / "combined" / group / method / "results.json").exists():
-                combine.run(
-                    [str(folder / group / "*")], method, folder / "combined" / group / method
-                )
-
-
-def collect(folder: pathlib.Path, options: argparse.Namespace) -> list[dict]:
-    """One repetition's rows; accuracies in percent, and gains in points over the mean of the single networks that a method stands
-    beside: its own, for snapshots the independent ones, and for the moving average the last iterate of its run."""
-    read = lambda group, method: json.loads(
-        (folder / "combined" / group / method / "results.json").read_text()
-    )
-    accuracy = lambda error: 100 * (1 - error)
-    whole, rows, singles = options.start_epochs + options.epochs, [], {}
-    for group, epochs in (
-        ("fine-tuned", whole),
-        ("independent", whole),
-        ("start", options.start_epochs),
-    ):
-        found = read(group, METHODS[group][0])
-        # Of the start, whose checkpoints are of one run, the last is what the average is compared with.
-        singles[group] = accuracy(
-            found["individual"][-1]["test"]["error"]
-            if group == "start"
-            else found["mean_error"]["test"]
-        )
-        rows.append(
-            {
-                "group": group,
-                "method": "last iterate" if group == "start" else "single, mean",
-                "accuracy": singles[group],
-                "gain": 0.0,
-                "epochs": epochs,
-                "passes": 1,
-                "ratio": 1.0,
-                "ingredients": 1,
-            }
-        )
-    training = {
-        "fine-tuned": options.start_epochs + options.members * options.epochs,
-        "independent": options.members // 2 * whole,
-        "restarts": whole,
-        "start": options.start_epochs,
-    }
-    for group, methods in METHODS.items():
-        for method in methods:
-            found = read(group, method)
-            reached = accuracy(found["test"]["error"])
-            rows.append(
-                {
-                    "group": group,
-                    "method": method,
-                    "accuracy": reached,
-                    "gain": reached - singles.get(group, singles["independent"]),
-                    "epochs": training[group],
-                    "passes": found["forward_passes"],
-                    "ratio": found["seconds_per_image"]["ratio"],
-                    "ingredients": len(found["ingredients"]),
-                }
-            )
-    return sorted(rows, key=lambda row: list(METHODS).index(row["group"]))
-
-
-def summary(values: list[float]) -> dict:
-    """Mean, median, n and, from two values on, the sample standard deviation and the ends of the mean's 95 % interval (Student's t)."""
-    mean, n, half = float(np.mean(values)), len(values), tables.half_width(values)
-    std = float(np.std(values, ddof=1)) if n > 1 else None
-    return {
-        "mean": mean,
-        "median": float(np.median(values)),
-        "std": std,
-        "n": n,
-        "low": mean - half,
-        "high": mean + half,
-    }
-
-
-def show(found: dict) -> str:
-    return f"{found['mean']:.2f}" + ("" if found["std"] is None else f" ± {found['std']:.2f}")
-
-
-def judge(found: dict) -> str:
-    """What the 95 % interval says of "the mean is more than zero"."""
-    return (
-        "holds"
-        if found["low"] > 0
-        else "does not hold"
-        if found["high"] < 0
-        else f"is not decided by n={found['n']}"
-    )
-
-
-def verdicts(of: dict, options: argparse.Namespace) -> list[str]:
-    """Sentences on the lecture's statements; `of[group, method]` are the rows of all repetitions, "gain" and the like summarized."""
-    gain, ratio, passes = (
-        lambda group, method, key=key: of[group, method][key] for key in ("gain", "ratio", "passes")
-    )
-    independent, soups = (
-        gain("independent", "ensemble"),
-        ("uniform", "greedy", "learned", "learned-by-layer"),
-    )
-    about = "is" if 1 <= independent["mean"] <= 3 else "is not"
-    costs = {
-        name: [ratio("fine-tuned", name)["median"], passes("fine-tuned", name)["mean"]]
-        for name in ("best", *soups, "ensemble")
-    }
-    constant = all(passes == 1 for name, (_, passes) in costs.items() if name != "ensemble")
-    over_best = summary(
-        [
-            a - b
-            for a, b in zip(
-                of["fine-tuned", "greedy"]["values"], of["fine-tuned", "best"]["values"]
-            )
-        ]
-    )
-    over_soup = summary(
-        [
-            a - b
-            for a, b in zip(
-                of["fine-tuned", "ensemble"]["values"], of["fine-tuned", "greedy"]["values"]
-            )
-        ]
-    )
-    return [
-        f'D7, "ensembling independent models gains about 2 %": {options.members // 2} gain {show(independent)} points. That they gain '
-        f"{judge(independent)}; the mean {about} between 1 and 3.",
-        f'D7, "snapshots of one run are a cheaper ensemble": {passes("restarts", "snapshot")["mean"]:.0f} of one run gain '
-        f"{show(gain('restarts', 'snapshot'))} points over one independent network of the same length; a gain "
-        f"{judge(gain('restarts', 'snapshot'))}.",
-        f'D7, "Polyak averages improve on the last iterate": {show(gain("start", "polyak"))} points: {judge(gain("start", "polyak"))}.',
-        f"D8, costs: soups take {'one forward pass' if constant else 'several forward passes'} and "
-        f"{min(costs[name][0] for name in soups):.2f} to {max(costs[name][0] for name in soups):.2f} times one network's time, the "
-        f"ensemble {costs['ensemble'][1]:.0f} passes and {costs['ensemble'][0]:.2f} times: O(1) against O(k) "
-        f"{'holds' if constant and costs['ensemble'][1] == options.members else 'does not hold'}.",
-        f"D8, accuracy: the greedy soup has {show(over_best)} points over the best on validation: that it is better {judge(over_best)}. "
-        f"The ensemble has {show(over_soup)} points over the greedy soup: that it is better {judge(over_soup)}.",
-        f"Soups need a common start: the average of independent networks has {show(of['independent', 'uniform']['accuracy'])} % of the "
-        f"test set right (one of ten classes by chance: 10 %), and the greedy soup keeps "
-        f"{of['independent', 'greedy']['ingredients']['mean']:.1f} of {options.members // 2} of them.",
-    ]
-
-
-def draw(of: dict):
-    """Accuracy of every method, with each repetition, and the time that an image takes with it."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, 2, figsize=(10, 5.5), sharey=True, width_ratios=(2, 1), layout="constrained"
-    )
-    least = (
-        min(
-            found["accuracy"]["mean"]
-            for (_, method), found in of.items()
-            if method.startswith(("single", "last"))
-        )
-        - 2
-    )
-    colors = dict(zip(METHODS, ("C0", "C1", "C2", "C3")))
-    for place, ((group, _), found) in enumerate(of.items()):
-        if found["accuracy"]["mean"] < least:
-            axes[0].text(
-                least + 0.1,
-                place,
-                f"← {show(found['accuracy'])} %",
-                va="center",
-                color=colors[group],
-            )
-        else:
-            axes[0].plot(
-                found["values"],
-                [place] * len(found["values"]),
-                ".",
-                color=colors[group],
-                alpha=0.4,
-            )
-            axes[0].errorbar(
-                found["accuracy"]["mean"],
-                place,
-                xerr=found["accuracy"]["std"],
-                fmt="o",
-                color=colors[group],
-                capsize=3,
-            )
-        axes[1].barh(place, found["ratio"]["median"], color=colors[group])
-    axes[0].set(
-        xlabel="test accuracy, %: mean, standard deviation, repetitions", xlim=(least, None)
-    )
-    axes[0].set_yticks(range(len(of)), [f"{group}: {method}" for group, method in of])
-    axes[0].invert_yaxis()
-    axes[0].grid(axis="x", alpha=0.3)
-    axes[1].set(xlabel="time of an image, single networks = 1")
-    return figure
-
-
-def write(folder: pathlib.Path, options: argparse.Namespace, repetitions: list[list[dict]]) -> str:
-    """Writes the results, the report and the figure; returns the table and the verdicts."""
-    of = {}
-    for rows in zip(*repetitions):
-        found = {
-            key: summary([row[key] for row in rows])
-            for key in ("accuracy", "gain", "epochs", "passes", "ratio", "ingredients")
-        }
-        of[rows[0]["group"], rows[0]["method"]] = found | {
-            "values": [row["accuracy"] for row in rows]
-        }
-    figure = draw(of)
-    workdir.write_figure(folder / "ensemble_vs_soup.png", figure)
-    matplotlib.pyplot.close(figure)
-    baseline = lambda method: method.startswith(("single", "last"))
-    lines = [
-        [
-            group,
-            method,
-            f"{found['epochs']['mean']:.0f}",
-            f"{found['passes']['mean']:.0f}",
-            f"{found['ratio']['median']:.2f}",
-            f"{found['ingredients']['mean']:.1f}",
-            show(found["accuracy"]),
-            "" if baseline(method) else show(found["gain"]),
-            str(len(repetitions)),
-        ]
-        for (group, method), found in of.items()
-    ]
-    header = [
-        "networks",
-        "method",
-        "training epochs",
-        "forward passes",
-        "time of an image",
-        "ingredients",
-        "accuracy, %",
-        "gain, points",
-        "n",
-    ]
-    told = "\n".join(f"- {sentence}" for sentence in verdicts(of, options)) + "\n"
-    table = tables.table(header, lines)
-    workdir.write_json(
-        folder / "ensemble_vs_soup.json",
-        {
-            "options": {key: getattr(options, key) for key in _FIELDS},
-            "repetitions": repetitions,
-            "verdicts": verdicts(of, options),
-        },
-    )
-    text = (
-        f"# Ensembles against soups\n\n{options.model} on CIFAR-10: {options.train:,} training, {options.validation:,} validation and "
-        f"10,000 test images; {options.members} networks fine-tuned for {options.epochs} epochs from a start of "
-        f"{options.start_epochs}, {options.members // 2} independent ones of {options.start_epochs + options.epochs}, and snapshots "
-        f"every {options.epochs} epochs. Mean ± sample standard deviation over repetitions, each with a start of its own; the time of "
-        "an image is the median, in units of one network's. Gains are over the mean of the single networks, of snapshots over the "
-        'independent ones, of the moving average (polyak) over the last iterate of its own run. "Holds" is said where the mean\'s '
-        "95 % interval agrees.\n\n"
-    )
-    workdir.write(
-        folder / "report.md", f"{text}{table}\n{told}\n![Accuracy and cost](ensemble_vs_soup.png)\n"
-    )
-    return f"{table}\n{told}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_data_dir()
     parser.add_workdir("runs/ensemble_vs_soup")
     parser.add_argument(
@@ -419,43 +86,344 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_count("validation", 2_000, "images that methods choose by", 10)
     parser.add_count("start_epochs", 9, "epochs of the common start")
     parser.add_count("epochs", 3, "epochs of fine-tuning, and of a cycle")
-    options = parser.parse_args(arguments)
 
-    def work():
-        if options.train + options.validation > 50_000:
-            raise ValueError(
-                f"train={options.train} and validation={options.validation} are more than CIFAR-10's 50000 training images"
-            )
-        folder = options.workdir.absolute()
-        loop.check(
-            next(iter(plan(folder, options, 0).values()))
-        )  # the others begin with its parameters
-        backend.start()
-        workdir.prepare(
-            folder,
-            {
-                "kind": "ensemble_vs_soup",
-                "settings": SETTINGS,
-                "rates": RATES,
-                "ema_decay": EMA_DECAY,
-                **{key: getattr(options, key) for key in _FIELDS},
-            },
+
+def points(options):
+    if options.train + options.validation > 50_000:
+        raise ValueError(
+            f"train={options.train} and validation={options.validation} are more than CIFAR-10's "
+            "50000 training images"
         )
-        for repetition in range(options.repetitions):
-            repeat(folder / f"repetition{repetition}", options, repetition)
-        print(
-            write(
-                folder,
-                options,
+    # The start is the first network; the others need its weights before they can be checked.
+    start, *_ = plan(folder_of(options, 0), options, 0).values()
+    loop.check(start)
+    result = []
+    for repetition in range(options.repetitions):
+        for group, methods in METHODS.items():
+            result += [Point(group, method, repetition) for method in methods]
+    return result
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def folder_of(options, repetition: int) -> pathlib.Path:
+    return options.workdir.absolute() / f"repetition{repetition}"
+
+
+def plan(
+    folder: pathlib.Path, options, repetition: int
+) -> dict[pathlib.Path, ml_collections.ConfigDict]:
+    """Returns the configurations of a repetition's networks, in order, by work directory."""
+    whole = options.start_epochs + options.epochs
+    shared = SETTINGS | {
+        "dataset": f"{DATASET}[:{options.train + options.validation}]",
+        "data_dir": options.data_dir,
+        "n_validation": options.validation,
+        "model": options.model,
+        "epochs": whole,
+    }
+    start = shared | {
+        "epochs": options.start_epochs,
+        "ema_decay": EMA_DECAY,
+        "schedule.name": "constant",
+    }
+    independent = shared | {"schedule.name": "cosine"}
+    fine_tuned = independent | {
+        "epochs": options.epochs,
+        "initial_weights": str(folder / "start" / "00"),
+        "initial_parts": ("*",),
+    }
+    # A checkpoint at the end of each cycle is a snapshot.
+    restarts = shared | {
+        "schedule.name": "restarts",
+        "schedule.every": options.epochs,
+        "keep_checkpoints": whole,
+        "checkpoint_every_steps": options.train // SETTINGS["batch_size"] * options.epochs,
+    }
+    configs = {}
+
+    def add(group: str, number: int, settings: dict) -> None:
+        config = defaults.get_config()
+        config.update_from_flattened_dict(settings)
+        config.seed = 1000 * repetition + len(configs)
+        configs[folder / group / f"{number:02}"] = config
+
+    add("start", 0, start)
+    for number in range(options.members):
+        varied = {
+            "schedule.learning_rate": RATES[number % len(RATES)],
+            "augment.flip": number // len(RATES) % 2 == 0,
+        }
+        add("fine-tuned", number, fine_tuned | varied)
+    for number in range(options.members // 2):
+        add("independent", number, independent)
+    add("restarts", 0, restarts)
+    return configs
+
+
+def train(group: str, options, repetition: int) -> None:
+    """Trains those networks of a group, and their start, that are not finished."""
+    for folder, config in plan(folder_of(options, repetition), options, repetition).items():
+        if folder.parent.name in ("start", group):
+            loop.check(config)
+            workdir.completed(loop.run, config, folder)
+
+
+# --- Combining ------------------------------------------------------------------------------------
+
+
+def combined(group: str, method: str, options, repetition: int) -> dict:
+    """Returns what `cnnjax.combine` measures, training and combining what is not finished."""
+    folder = folder_of(options, repetition)
+    place = folder / "combined" / group / method
+    if not (place / "results.json").exists():
+        train(group, options, repetition)
+        combine.run([str(folder / group / "*")], method, place)
+    return workdir.read_json(place / "results.json")
+
+
+def single_accuracy(group: str, options, repetition: int) -> float:
+    """Returns what a group's methods are compared with, in percent.
+
+    That is the mean of the group's single networks; for snapshots, of the independent ones; and
+    for the moving average, the last iterate of its own run.
+    """
+    if group == "restarts":
+        group = "independent"
+    results = combined(group, METHODS[group][1], options, repetition)
+    if group == "start":
+        # Its ingredients are the checkpoints of one run.
+        error = results["individual"][-1]["test"]["error"]
+    else:
+        error = results["mean_error"]["test"]
+    return 100 * (1 - error)
+
+
+def training_epochs(point: Point, options) -> int:
+    """Returns the epochs of all networks that a method needs."""
+    whole = options.start_epochs + options.epochs
+    if point.group == "start":
+        return options.start_epochs
+    if point.method in (SINGLE, "snapshot"):
+        return whole
+    if point.group == "independent":
+        return options.members // 2 * whole
+    return options.start_epochs + options.members * options.epochs
+
+
+def measure(point: Point, options) -> dict:
+    """Returns the accuracy of one method in percent, its gain in points, and its costs."""
+    single = single_accuracy(point.group, options, point.repetition)
+    result = {"epochs": training_epochs(point, options)}
+    if point.method in (SINGLE, LAST):
+        alone = {"accuracy": single, "gain": 0.0, "passes": 1, "ratio": 1.0, "ingredients": 1}
+        return result | alone
+    results = combined(point.group, point.method, options, point.repetition)
+    accuracy = 100 * (1 - results["test"]["error"])
+    return result | {
+        "accuracy": accuracy,
+        "gain": accuracy - single,
+        "passes": results["forward_passes"],
+        "ratio": results["seconds_per_image"]["ratio"],
+        "ingredients": len(results["ingredients"]),
+    }
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def summary(values) -> dict:
+    """Returns the mean, the median, n, the sample standard deviation, and the 95 % interval.
+
+    The interval is the mean's (Student's t), from "low" to "high". The deviation of one value is
+    None.
+    """
+    mean = float(np.mean(values))
+    half = tables.half_width(values)
+    return {
+        "mean": mean,
+        "median": float(np.median(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": len(values),
+        "low": mean - half,
+        "high": mean + half,
+    }
+
+
+def judge(found: dict) -> str:
+    """Says what the 95 % interval decides on "the mean is more than zero"."""
+    if found["low"] > 0:
+        return "holds"
+    if found["high"] < 0:
+        return "does not hold"
+    return f"is not decided by n={found['n']}"
+
+
+def tabulate(results: list[dict]) -> str:
+    lines = []
+    for group, methods in METHODS.items():
+        for method in methods:
+            column = {
+                name: study.values(results, name, group=group, method=method)
+                for name in ("epochs", "passes", "ratio", "ingredients", "accuracy", "gain")
+            }
+            gain = "" if method in (SINGLE, LAST) else tables.spread(column["gain"], 2)
+            lines.append(
                 [
-                    collect(folder / f"repetition{number}", options)
-                    for number in range(options.repetitions)
-                ],
+                    group,
+                    method,
+                    f"{column['epochs'].mean():.0f}",
+                    f"{column['passes'].mean():.0f}",
+                    f"{np.median(column['ratio']):.2f}",
+                    f"{column['ingredients'].mean():.1f}",
+                    tables.spread(column["accuracy"], 2),
+                    gain,
+                    str(len(column["accuracy"])),
+                ]
             )
-        )
+    header = ["networks", "method", "training epochs", "forward passes", "time of an image"]
+    header += ["ingredients", "accuracy, %", "gain, points", "n"]
+    return tables.table(header, lines)
 
-    return command.run(work)
 
+def gain_sentences(results: list[dict], options) -> list[str]:
+    """Judges what the lecture says of ensembles, snapshots, and averages."""
+
+    def gain(group, method):
+        values = study.values(results, "gain", group=group, method=method)
+        return tables.spread(values, 2), summary(values)
+
+    ensemble, ensemble_summary = gain("independent", "ensemble")
+    snapshot, snapshot_summary = gain("restarts", "snapshot")
+    polyak, polyak_summary = gain("start", "polyak")
+    count = study.values(results, "passes", method="snapshot").mean()
+    about = "is" if 1 <= ensemble_summary["mean"] <= 3 else "is not"
+    return [
+        f'D7, "ensembling independent models gains about 2 %": {options.members // 2} gain '
+        f"{ensemble} points. That they gain {judge(ensemble_summary)}; the mean {about} between 1 "
+        "and 3.",
+        f'D7, "snapshots of one run are a cheaper ensemble": {count:.0f} of one run gain '
+        f"{snapshot} points over one independent network of the same length; a gain "
+        f"{judge(snapshot_summary)}.",
+        f'D7, "Polyak averages improve on the last iterate": {polyak} points: '
+        f"{judge(polyak_summary)}.",
+    ]
+
+
+def cost_sentence(results: list[dict], options) -> str:
+    """Judges the lecture's O(1) of soups against O(k) of ensembles."""
+
+    def ratio(method):
+        return np.median(study.values(results, "ratio", group="fine-tuned", method=method))
+
+    def passes(method):
+        return study.values(results, "passes", group="fine-tuned", method=method).mean()
+
+    ratios = [ratio(method) for method in SOUPS]
+    constant = all(passes(method) == 1 for method in ("best", *SOUPS))
+    linear = passes("ensemble") == options.members
+    return (
+        f"D8, costs: soups take {'one forward pass' if constant else 'several forward passes'} and "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times one network's time, the ensemble "
+        f"{passes('ensemble'):.0f} passes and {ratio('ensemble'):.2f} times: O(1) against O(k) "
+        f"{'holds' if constant and linear else 'does not hold'}."
+    )
+
+
+def accuracy_sentences(results: list[dict], options) -> list[str]:
+    """Judges the accuracy of soups, and their need of a common start."""
+
+    def accuracy(group, method):
+        return study.values(results, "accuracy", group=group, method=method)
+
+    greedy = accuracy("fine-tuned", "greedy")
+    over_best = greedy - accuracy("fine-tuned", "best")
+    over_soup = accuracy("fine-tuned", "ensemble") - greedy
+    strangers = accuracy("independent", "uniform")
+    kept = study.values(results, "ingredients", group="independent", method="greedy").mean()
+    return [
+        f"D8, accuracy: the greedy soup has {tables.spread(over_best, 2)} points over the best on "
+        f"validation: that it is better {judge(summary(over_best))}. The ensemble has "
+        f"{tables.spread(over_soup, 2)} points over the greedy soup: that it is better "
+        f"{judge(summary(over_soup))}.",
+        "Soups need a common start: the average of independent networks has "
+        f"{tables.spread(strangers, 2)} % of the test set right (one of ten classes by chance: "
+        f"10 %), and the greedy soup keeps {kept:.1f} of {options.members // 2} of them.",
+    ]
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draws the accuracy of every method, and the time that it takes for an image."""
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    singles = []
+    for group, methods in METHODS.items():
+        if methods[0] in (SINGLE, LAST):
+            alone = study.values(results, "accuracy", group=group, method=methods[0])
+            singles.append(alone.mean())
+    # Where the axis begins; a soup of networks that do not fit is far below.
+    least = min(singles) - 2
+    names = []
+    for number, (group, methods) in enumerate(METHODS.items()):
+        color = f"C{number}"
+        for method in methods:
+            place = len(names)
+            names.append(f"{group}: {method}")
+            accuracy = study.values(results, "accuracy", group=group, method=method)
+            mean = accuracy.mean()
+            if mean < least:
+                text = f"← {tables.spread(accuracy, 2)} %"
+                left.text(least + 0.1, place, text, va="center", color=color)
+            else:
+                left.plot(accuracy, [place] * len(accuracy), ".", color=color, alpha=0.4)
+                bar = tables.bar(accuracy)
+                left.errorbar(mean, place, xerr=bar, fmt="o", color=color, capsize=3)
+            ratio = study.values(results, "ratio", group=group, method=method)
+            right.barh(place, np.median(ratio), color=color)
+    left.set(xlabel="test accuracy, %: mean, standard deviation, repetitions", xlim=(least, None))
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.grid(axis="x", alpha=0.3)
+    right.set(xlabel="time of an image, single networks = 1")
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    sentences = [
+        *gain_sentences(results, options),
+        cost_sentence(results, options),
+        *accuracy_sentences(results, options),
+    ]
+    verdicts = "".join(f"- {sentence}\n" for sentence in sentences)
+    text = f"""# Ensembles against soups
+
+{options.model} on CIFAR-10: {options.train:,} training, {options.validation:,} validation, and
+10,000 test images; {options.members} networks fine-tuned for {options.epochs} epochs from a start
+of {options.start_epochs}, {options.members // 2} independent ones of
+{options.start_epochs + options.epochs}, and snapshots every {options.epochs} epochs. Mean ± sample
+standard deviation over repetitions, each with a start of its own; the time of an image is the
+median, in units of one network's. Gains are over the mean of the single networks; for snapshots,
+over the independent ones; for the moving average (polyak), over the last iterate of its own run.
+"Holds" means that the mean's 95 % interval agrees.
+
+{tabulate(results)}
+{verdicts}
+![Accuracy and cost](ensemble_vs_soup.png)
+"""
+    return study.Report(text, {"ensemble_vs_soup.png": draw(results)})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="ensemble_vs_soup.json",
+    add_options=add_options,
+    axes=("repetitions",),
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

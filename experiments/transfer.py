@@ -1,398 +1,75 @@
-"""Transfer learning on CIFAR-10: from ImageNet with few labels, and between halves of the classes (Yosinski et al. 2014, arXiv 1411.1792).
+"""Transfer learning on CIFAR-10: ImageNet's features with few labels, and halves of the classes.
 
-    python -m experiments.transfer --weights FOLDER --data_dir data --workdir runs/transfer [--studies labels halves] [--seeds 3]
+    python -m experiments.transfer --weights FOLDER --data_dir data --workdir runs/transfer \\
+        [--studies labels halves] [--seeds 3]
 
-labels: a network with ImageNet's weights (FOLDER/NAME*.safetensors) on 1, 10 and 100 % of the labels of `images` training images.
-`frozen` is the exact linear probe on its pooled last stage, `partly frozen` trains that stage and a new head, `fine-tuned` trains
-everything, the head at ten times the rate of the rest, `from scratch` starts from random weights; all take as many steps.
-halves: five classes, A, and the other five, B, of every seed's own choice. The first n layers of a network trained on A (AnB) or B
-(BnB) are taken and frozen, or, with +, trained on; what is above them starts anew and learns B. The drop of BnB is that of
-layers which no longer fit each other, what AnB loses beyond it is that of layers which are special to A.
+labels: a network with ImageNet's weights (FOLDER/NAME*.safetensors) on 1, 10, and 100 % of the
+labels of `images` training images. `frozen` is the exact linear probe on its pooled last stage,
+`partly frozen` trains that stage and a new head, `fine-tuned` trains everything, the head at ten
+times the rate of the rest, and `from scratch` starts from random weights. All take as many steps.
 
-Each network is a run of the ordinary engine in a work directory of its own, and what is finished is not run again. Writes report.md,
-transfer.json, labels.png and halves.png.
+halves (Yosinski et al. 2014, arXiv 1411.1792): five classes, A, and the other five, B, divided anew
+by every seed. The first n layers of a network trained on A (AnB) or B (BnB) are taken and frozen
+or, with +, trained on; the layers above them start anew and learn B. BnB loses accuracy where
+layers no longer fit each other; what AnB loses beyond it is lost by layers special to A.
+
+Each network has a work directory of its own, and data/ holds their data sets (about 200 MB a seed).
+Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
 import itertools
-import logging
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import matplotlib.pyplot as pyplot
 import numpy as np
+from matplotlib.figure import Figure
 
-from cnnjax import transfer
+from cnnjax import study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import variable_shapes
 
+STUDIES = ("labels", "halves")
 SHARES = (0.01, 0.1, 1.0)
 METHODS = ("frozen", "partly frozen", "fine-tuned", "from scratch")
 LAYERS = ("conv1.*", "conv2.*", "fc1.*", "fc2.*")  # of the tutorial's network, below its last layer
+CUTS = range(1, len(LAYERS) + 1)
 TREATMENTS = ("BnB", "BnB+", "AnB", "AnB+")
-# Yosinski et al. 2014, table 1: the mean gain of AnB+ over layers 1 to 7, in percent points of ImageNet's halves.
+# Yosinski et al. 2014, table 1: the mean gain of AnB+ over layers 1 to 7, in percent points of
+# ImageNet's halves.
 PUBLISHED = {"baseB": 1.6, "BnB+": 1.4}
 LONG = "baseB, twice the epochs"  # as many as base and transferred network take together
 _BATCH = 50
 
 
-class Memory(NamedTuple):
-    """A data set for the engine that is in memory already."""
-
-    train: arrays.Split
-    test: arrays.Split
-    classes: tuple[str, ...]
-
-    def read(self, data_dir):
-        return self.train, self.test
+# --- Options and points ---------------------------------------------------------------------------
 
 
-def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
-    """The numbers of all images in random order, but with every class as often as the next among the first of them, however many."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rank = np.empty(len(labels), int)
-    for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        rank[mine] = np.arange(len(mine))
-    return order[np.argsort(rank[order], kind="stable")]
+class FewLabels(NamedTuple):
+    """A network on the labels of `count` images."""
+
+    study: str
+    network: str
+    count: int
+    method: str
+    seed: int
 
 
-def resize(split: arrays.Split, size: int) -> arrays.Split:
-    """Images of `size` pixels a side, uint8, bilinear."""
-    run = jax.jit(
-        lambda x: (
-            jax.image.resize(x.astype(np.float32), (len(x), size, size, 3), "bilinear")
-            .round()
-            .astype(np.uint8)
-        )
-    )
-    return arrays.Split(
-        np.concatenate([np.asarray(run(part)) for part in np.array_split(split.images, 10)]),
-        split.labels,
-    )
+class Halves(NamedTuple):
+    """A network on half of the classes; `cut` layers are taken, none by the base networks."""
+
+    study: str
+    treatment: str
+    cut: int
+    seed: int
 
 
-def train(
-    folder: pathlib.Path, name: str, source: Memory, seed: int, epochs: int, **settings
-) -> float:
-    """Runs the engine on a data set in memory, unless it has been -> the test accuracy."""
-    config = defaults.get_config()
-    arrays.DATASETS[name] = source
-    config.update(
-        dataset=name,
-        seed=seed,
-        epochs=epochs,
-        batch_size=_BATCH,
-        pixels="imagenet",
-        parallel="jit",
-        keep_checkpoints=1,
-        checkpoint_every_steps=100_000,
-    )
-    config.schedule.name = "cosine"
-    config.update_from_flattened_dict(settings)
-    loop.check(config)
-    return 1 - workdir.completed(loop.run, config, folder)["final"]["test_error"]
-
-
-# ------------------------------------------------------------------ ImageNet's features with few labels
-
-
-def probe(network: str, file: pathlib.Path, source: Memory) -> dict:
-    """The exact linear readout of a frozen network's last stage: its test accuracy, and the strength chosen."""
-    model = create_model(network, num_classes=10, input_shape=source.train.images.shape[1:])
-    last, parallel = list(transfer.stage_paths(model))[-2], Parallel("jit")
-    fresh = jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model)
-    )  # the head, which is not used
-    variables = transfer.merge(fresh, transfer.take(file, model))
-    placed = parallel.replicate((variables, augment.IMAGENET))
-    features = [
-        evaluate.predict(
-            parallel,
-            model,
-            *placed,
-            evaluate.batches_of(split.images, 100),
-            100,
-            evaluate.pooled(last),
-        )
-        for split in (source.train, source.test)
-    ]
-    accuracy, strength = transfer.linear_probe(
-        features[0], source.train.labels, features[1], source.test.labels
-    )
-    return {"accuracy": accuracy, "strength": strength}
-
-
-def labels(options, data: arrays.Dataset) -> list[dict]:
-    """The study of few labels: one row for each network, share of the labels, method and seed."""
-    rows, test = (
-        [],
-        resize(
-            arrays.Split(data.test.images[: options.test], data.test.labels[: options.test]),
-            options.size,
-        ),
-    )
-    for seed in range(options.seeds):
-        chosen = balanced(data.train.labels, seed)[: options.images]
-        pool = resize(
-            arrays.Split(data.train.images[chosen], data.train.labels[chosen]), options.size
-        )
-        for network in options.networks:
-            file, stages = options.files[network], list(transfer.stage_paths(create_model(network)))
-            taken = {"model": network, "initial_weights": str(file)}
-            settings = {
-                "partly frozen": taken | {"freeze": tuple(stages[:-2])},
-                "fine-tuned": taken | {"rates": (("*", 0.1), ("logits", 1.0))},
-                "from scratch": {"model": network},
-            }
-            for share in SHARES:
-                count = round(share * options.images)
-                source = Memory(
-                    arrays.Split(pool.images[:count], pool.labels[:count]), test, data.classes
-                )
-                for method in METHODS:
-                    place = (
-                        options.workdir
-                        / "labels"
-                        / f"{network}-{count}-{method.replace(' ', '-')}-{seed}"
-                    )
-                    if method == "frozen":
-                        accuracy = workdir.finished(
-                            place.with_suffix(".json"), probe, network, file, source
-                        )["accuracy"]
-                    else:
-                        accuracy = train(
-                            place,
-                            f"cifar10-{options.size}px-{count}-{seed}",
-                            source,
-                            seed,
-                            options.steps * _BATCH // count,
-                            optimizer="adam",
-                            **{"schedule.learning_rate": 1e-3},
-                            **settings[method],
-                        )
-                    rows.append(
-                        {
-                            "network": network,
-                            "count": count,
-                            "method": method,
-                            "seed": seed,
-                            "accuracy": accuracy,
-                        }
-                    )
-                    print(*rows[-1].values(), flush=True)
-    return rows
-
-
-# ------------------------------------------------------------------ halves of the classes
-
-
-def divide(data: arrays.Dataset, seed: int, count: int) -> dict[str, Memory]:
-    """The classes in two halves by the seed, "A" and "B", each with `count` training images and labels of 0 to 4."""
-    order, found = np.random.default_rng(seed).permutation(10), {}
-    for half, classes in (("A", np.sort(order[:5])), ("B", np.sort(order[5:]))):
-        splits = []
-        for split in (data.train, data.test):
-            mine = np.flatnonzero(np.isin(split.labels, classes))
-            splits.append(
-                arrays.Split(
-                    split.images[mine],
-                    np.searchsorted(classes, split.labels[mine]).astype(np.int32),
-                )
-            )
-        few = balanced(splits[0].labels, seed)[:count]
-        found[half] = Memory(
-            arrays.Split(*(part[few] for part in splits[0])),
-            splits[1],
-            tuple(data.classes[label] for label in classes),
-        )
-    return found
-
-
-def halves(options, data: arrays.Dataset) -> list[dict]:
-    """Yosinski's study: one row for each treatment, cut n and seed; accuracy on B. The base networks are the cut 0."""
-    rows, folder = [], options.workdir / "halves"
-    for seed in range(options.seeds):
-        sources, base = (
-            divide(data, seed, options.half_images),
-            {half: folder / f"base{half}-{seed}" for half in "AB"},
-        )
-        # (treatment, n): the folder, the seed of what starts anew, and what is set; base networks come first.
-        cells = {(f"base{half}", 0): (base[half], 2 * seed, {}) for half in "AB"}
-        cells[LONG, 0] = folder / f"longB-{seed}", 2 * seed, {}
-        for cut, treatment in itertools.product(range(1, len(LAYERS) + 1), TREATMENTS):
-            taken = {"initial_weights": str(base[treatment[0]]), "initial_parts": LAYERS[:cut]}
-            frozen = {} if treatment.endswith("+") else {"freeze": LAYERS[:cut]}
-            cells[treatment, cut] = (
-                folder / f"{treatment.replace('n', str(cut))}-{seed}",
-                2 * seed + 1,
-                taken | frozen,
-            )
-        for (treatment, cut), (place, start, settings) in cells.items():
-            half = "A" if treatment == "baseA" else "B"
-            accuracy = train(
-                place,
-                f"cifar10-{half}-{seed}",
-                sources[half],
-                start,
-                options.epochs * (1 + (treatment == LONG)),
-                model="tutorial_net",
-                **{"schedule.learning_rate": 0.01},
-                **settings,
-            )
-            rows.append({"treatment": treatment, "cut": cut, "seed": seed, "accuracy": accuracy})
-            print(*rows[-1].values(), flush=True)
-    return rows
-
-
-# ------------------------------------------------------------------ report
-
-
-def values(rows: list[dict], key: str = "accuracy", **which) -> np.ndarray:
-    """A number of the rows that have these values, in percent, seed by seed."""
-    return 100 * np.array(
-        [row[key] for row in rows if all(row[name] == value for name, value in which.items())]
-    )
-
-
-def shown(found: np.ndarray, sign: str = "") -> str:
-    return tables.spread(found, 1, sign)
-
-
-def curve(axis, x, found: list[np.ndarray], **style) -> None:
-    """Means with their sample standard deviations, and every seed as a point."""
-    axis.errorbar(x, [f.mean() for f in found], list(map(tables.bar, found)), capsize=2, **style)
-    for place, f in zip(x, found):
-        axis.plot([place] * len(f), f, ".", ms=3, color=style["color"], alpha=0.6)
-
-
-def write_labels(folder: pathlib.Path, rows: list[dict], options) -> str:
-    """The study of few labels -> its section, and its figure."""
-    networks, counts = (
-        list(dict.fromkeys(row["network"] for row in rows)),
-        sorted({row["count"] for row in rows}),
-    )
-    figure, axes = pyplot.subplots(
-        1,
-        len(networks),
-        figsize=(5 * len(networks), 3.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    lines = []
-    for axis, network in zip(axes[0], networks):
-        for number, method in enumerate(METHODS):
-            found = [values(rows, network=network, method=method, count=count) for count in counts]
-            lines.append([network, method, *map(shown, found), str(len(found[0]))])
-            curve(axis, counts, found, color=f"C{number}", label=method)
-        axis.set(xscale="log", xlabel="labeled images", title=network)
-    axes[0, 0].set_ylabel("test accuracy, %")
-    axes[0, 0].legend(fontsize=8)
-    workdir.write_figure(folder / "labels.png", figure)
-    pyplot.close(figure)
-    header = ["network", "method", *(f"{count:,} labels" for count in counts), "n"]
-    return (
-        f"## Few labels\n\nFrom ImageNet to CIFAR-10 at {options.size} px: test accuracy in percent on {options.test:,} images. A seed "
-        f"has training images, initial weights and an order of its own. {options.steps} steps of {_BATCH} images (Adam, rate 0.001 "
-        "falling as a cosine) whatever the method; frozen is solved exactly.\n\n"
-        + tables.table(header, lines)
-        + "\n![Few labels](labels.png)\n\n"
-    )
-
-
-def write_halves(folder: pathlib.Path, rows: list[dict], options) -> str:
-    """Yosinski's study -> its section, and its figure."""
-    cuts, base, longer = (
-        range(1, len(LAYERS) + 1),
-        values(rows, treatment="baseB"),
-        values(rows, treatment=LONG),
-    )
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    lines, differences = (
-        [["baseB", *[shown(base)] * len(cuts)], [LONG, *[shown(longer)] * len(cuts)]],
-        [],
-    )
-    for axis, less in zip(axes, (0, base)):
-        axis.axhline(np.mean(base - less), color="black", lw=0.8, label="baseB")
-        axis.axhline(np.mean(longer - less), color="black", lw=0.8, ls=":", label=LONG)
-    for number, treatment in enumerate(TREATMENTS):
-        found = [values(rows, treatment=treatment, cut=cut) for cut in cuts]
-        style = {
-            "color": "C0" if treatment[0] == "B" else "C3",
-            "ls": "--" if treatment.endswith("+") else "-",
-            "label": treatment,
-        }
-        shift = 0.06 * (number - 1.5)
-        curve(axes[0], [cut + shift for cut in cuts], found, **style)
-        curve(axes[1], [cut + shift for cut in cuts], [f - base for f in found], **style)
-        lines.append([treatment, *map(shown, found)])
-        differences.append([treatment, *(shown(f - base, "+") for f in found)])
-    for axis, label in zip(axes, ("test accuracy on B, %", "less the same seed's baseB, points")):
-        axis.set(xlabel="layers taken, n", ylabel=label, xticks=list(cuts))
-    axes[0].legend(fontsize=8, ncols=2)
-    workdir.write_figure(folder / "halves.png", figure)
-    pyplot.close(figure)
-    header = ["", *(f"n = {cut} ({layer.removesuffix('.*')})" for cut, layer in zip(cuts, LAYERS))]
-    tuned = np.mean([values(rows, treatment="AnB+", cut=cut) for cut in cuts], 0)
-    controls = {
-        "baseB": base,
-        LONG: longer,
-        "BnB+": np.mean([values(rows, treatment="BnB+", cut=cut) for cut in cuts], 0),
-    }
-    published = {name: f"{gain:+.1f}" for name, gain in PUBLISHED.items()}
-    gains = [
-        [name, shown(tuned - control, "+"), published.get(name, "")]
-        for name, control in controls.items()
-    ]
-    half = min(options.half_images, 25_000)
-    return (
-        f"## Halves of the classes\n\nThe tutorial's network on five classes of CIFAR-10, {half:,} training images, "
-        f"{options.epochs} epochs of batches of {_BATCH} (SGD, momentum 0.9, rate 0.01 falling as a cosine); all 5,000 "
-        f"test images of these classes. n = {len(base)} seeds, each with a division of its own. The layers "
-        "above the cut and the order of the images come from another seed than the base networks'. BnB+ has seen B for "
-        "twice the epochs, and AnB+ has had as many in all: a gain is one of transfer only as far as it exceeds that of the longer "
-        "training.\n\nTest accuracy on B, %:\n\n"
-        + tables.table(header, lines)
-        + "\nLess that of the same seed's baseB, in points:\n\n"
-        + tables.table(header, differences)
-        + "\nThe mean gain of AnB+ over all cuts, beside the published one (ImageNet's halves, AlexNet, layers 1 to 7), in points:\n\n"
-        + tables.table(["over", "here", "published"], gains)
-        + "\n![Halves](halves.png)\n\n"
-    )
-
-
-STUDIES = {"labels": (labels, write_labels), "halves": (halves, write_halves)}
-
-
-def _check(options) -> None:
-    """Raises `ValueError` for what does not fit, and finds the weights."""
-    epoch = options.images // _BATCH  # in steps
-    if options.images % (100 * _BATCH) or options.images > 50_000 or options.steps % max(epoch, 1):
-        raise ValueError(
-            f"images={options.images} and steps={options.steps} do not fit: images is a multiple of {100 * _BATCH} of at most "
-            f"50000, and steps one of images / {_BATCH}, the steps of an epoch"
-        )
-    options.files = {}
-    for network in options.networks if "labels" in options.studies else ():
-        suffixes = (".safetensors", ".pth", ".pt")
-        files = sorted(options.weights.glob(f"{network}*")) if options.weights else []
-        found = [file for file in files if file.suffix in suffixes]
-        if len(found) != 1:
-            raise ValueError(
-                f"weights={str(options.weights)!r} is not a folder with one file "
-                f"{network}*.safetensors or .pth; it has {len(found)}"
-            )
-        options.files[network] = found[0]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_workdir("runs/transfer")
     parser.add_data_dir()
     parser.add_argument(
@@ -417,33 +94,401 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_count("steps", 200, "of labels: training steps of every run")
     parser.add_count("half_images", 10_000, "of halves: training images", _BATCH)
     parser.add_count("epochs", 6, "of halves")
-    options = parser.parse_args(arguments)
 
-    def work():
-        _check(options)
-        backend.start()
-        data = arrays.load("cifar10", options.data_dir)
-        logging.getLogger("cnnjax").setLevel(
-            logging.WARNING
-        )  # the epochs of every run are in its own folder
-        sizes = {
-            name: getattr(options, name)
-            for name in ("images", "test", "size", "steps", "half_images", "epochs")
-        }
-        workdir.prepare(options.workdir, {"kind": "transfer"} | sizes)
-        rows = {study: STUDIES[study][0](options, data) for study in options.studies}
-        workdir.write_json(options.workdir / "transfer.json", rows)
-        text = "".join(
-            STUDIES[study][1](options.workdir, found, options) for study, found in rows.items()
+
+def points(options):
+    result = []
+    seeds = range(options.seeds)
+    if "labels" in options.studies:
+        for seed, network, share in itertools.product(seeds, options.networks, SHARES):
+            count = round(share * options.images)
+            result += [FewLabels("labels", network, count, method, seed) for method in METHODS]
+    if "halves" in options.studies:
+        for seed in seeds:
+            # The base networks come first: the others take layers from them.
+            result += [Halves("halves", base, 0, seed) for base in ("baseA", "baseB", LONG)]
+            for cut, treatment in itertools.product(CUTS, TREATMENTS):
+                result.append(Halves("halves", treatment, cut, seed))
+    return result
+
+
+class Shared(NamedTuple):
+    """CIFAR-10, and the files of ImageNet's weights by network."""
+
+    data: arrays.Dataset
+    files: dict[str, pathlib.Path]
+
+
+def load(options) -> Shared:
+    epoch = options.images // _BATCH  # in steps
+    if options.images % (100 * _BATCH) or options.images > 50_000 or options.steps % epoch:
+        raise ValueError(
+            f"images={options.images} and steps={options.steps} do not fit: images is a multiple "
+            f"of {100 * _BATCH} of at most 50000, and steps one of images / {_BATCH}, the steps of "
+            "an epoch"
         )
-        workdir.write(
-            options.workdir / "report.md",
-            "# Transfer learning\n\nMean ± sample standard deviation over n seeds.\n\n" + text,
+    networks = options.networks if "labels" in options.studies else ()
+    files = {network: find_weights(options.weights, network) for network in networks}
+    return Shared(arrays.load("cifar10", options.data_dir), files)
+
+
+def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
+    """Returns the one file of a network's weights in a folder."""
+    found = []
+    for file in sorted(folder.glob(f"{network}*")) if folder else ():
+        if file.suffix in (".safetensors", ".pth", ".pt"):
+            found.append(file)
+    if len(found) != 1:
+        raise ValueError(
+            f"weights={str(folder)!r} is not a folder with one file {network}*.safetensors or "
+            f".pth; it has {len(found)}"
         )
-        print(text)
+    return found[0]
 
-    return command.run(work)
 
+# --- Data sets ------------------------------------------------------------------------------------
+
+
+def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Returns the numbers of all images in random order, balanced over the classes.
+
+    Among the first ones, however many, every class is as frequent as the next.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels), int)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    return order[np.argsort(rank[order], kind="stable")]
+
+
+def resize(split: arrays.Split, size: int) -> arrays.Split:
+    """Returns images of `size` pixels a side, uint8, bilinear."""
+
+    @jax.jit
+    def resized(images):
+        shape = (len(images), size, size, 3)
+        enlarged = jax.image.resize(images.astype(np.float32), shape, "bilinear")
+        return enlarged.round().astype(np.uint8)
+
+    parts = [np.asarray(resized(part)) for part in np.array_split(split.images, 10)]
+    return arrays.Split(np.concatenate(parts), split.labels)
+
+
+def choose(split: arrays.Split, numbers) -> arrays.Split:
+    return arrays.Split(split.images[numbers], split.labels[numbers])
+
+
+def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:
+    """Returns the images of few labels, of which the first ones are balanced."""
+    chosen = balanced(data.train.labels, seed)[: options.images]
+    train = resize(choose(data.train, chosen), options.size)
+    test = resize(choose(data.test, slice(options.test)), options.size)
+    return arrays.Dataset(train, None, test, data.classes)
+
+
+def restrict(split: arrays.Split, classes: np.ndarray) -> arrays.Split:
+    """Returns the images of some classes, which are labeled by their place among these."""
+    images, labels = choose(split, np.isin(split.labels, classes))
+    return arrays.Split(images, np.searchsorted(classes, labels).astype(np.int32))
+
+
+def divide(data: arrays.Dataset, seed: int, count: int) -> dict[str, arrays.Dataset]:
+    """Returns halves of the classes by the seed, "A" and "B", with `count` training images each."""
+    order = np.random.default_rng(seed).permutation(10)
+    halves = {}
+    for half, members in (("A", order[:5]), ("B", order[5:])):
+        classes = np.sort(members)
+        train = restrict(data.train, classes)
+        few = balanced(train.labels, seed)[:count]
+        names = tuple(data.classes[label] for label in classes)
+        halves[half] = arrays.Dataset(choose(train, few), None, restrict(data.test, classes), names)
+    return halves
+
+
+def labels_file(options, data: arrays.Dataset, seed: int) -> pathlib.Path:
+    """Returns the file of a seed's images for few labels; writes it if it is absent."""
+    path = options.workdir.absolute() / "data" / f"labels-{seed}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        arrays.save(enlarge(data, options, seed), path)
+    return path
+
+
+def half_file(options, data: arrays.Dataset, half: str, seed: int) -> pathlib.Path:
+    """Returns the file of one half of the classes; writes it if it is absent."""
+    path = options.workdir.absolute() / "data" / f"half{half}-{seed}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        arrays.save(divide(data, seed, options.half_images)[half], path)
+    return path
+
+
+# --- One network ----------------------------------------------------------------------------------
+
+
+def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
+    """Trains a network, unless it is finished, and returns its test accuracy."""
+    config = defaults.get_config()
+    config.batch_size = _BATCH
+    config.pixels = "imagenet"
+    config.parallel = "jit"
+    config.keep_checkpoints = 1
+    config.checkpoint_every_steps = 100_000
+    config.schedule.name = "cosine"
+    config.update_from_flattened_dict(settings)
+    loop.check(config)
+    return 1 - workdir.completed(loop.run, config, folder)["final"]["test_error"]
+
+
+def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
+    """Fits the exact linear readout of a frozen network's last stage.
+
+    Returns its test accuracy, and the strength of the ridge penalty that was chosen.
+    """
+    model = create_model(network, num_classes=10, input_shape=data.train.images.shape[1:])
+    parallel = Parallel("jit")
+    *_, last_stage, _ = transfer.stage_paths(model)  # the last of all is "logits"
+    # The head is not used.
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
+    variables = parallel.replicate(transfer.merge(zeros, transfer.take(file, model)))
+    moments = parallel.replicate(augment.IMAGENET)
+    pooled = evaluate.pooled(last_stage)
+
+    def features(split):
+        batches = evaluate.batches_of(split.images, 100)
+        return evaluate.predict(parallel, model, variables, moments, batches, 100, pooled)
+
+    accuracy, strength = transfer.linear_probe(
+        features(data.train), data.train.labels, features(data.test), data.test.labels
+    )
+    return {"accuracy": accuracy, "strength": strength}
+
+
+def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
+    """Returns the test accuracy of one network on few labels."""
+    dataset = f"{labels_file(options, shared.data, point.seed)}[:{point.count}]"
+    file = shared.files[point.network]
+    if point.method == "frozen":
+        return probe(point.network, file, arrays.load(dataset))
+    settings = {
+        "dataset": dataset,
+        "model": point.network,
+        "seed": point.seed,
+        "epochs": options.steps * _BATCH // point.count,
+        "optimizer": "adam",
+        "schedule.learning_rate": 1e-3,
+    }
+    if point.method != "from scratch":
+        settings["initial_weights"] = str(file)
+    if point.method == "partly frozen":
+        *lower, _, _ = transfer.stage_paths(create_model(point.network))
+        settings["freeze"] = tuple(lower)
+    if point.method == "fine-tuned":
+        settings["rates"] = (("*", 0.1), ("logits", 1.0))
+    name = f"{point.network}-{point.count}-{point.method.replace(' ', '-')}-{point.seed}"
+    return {"accuracy": train(options.workdir / "labels" / name, settings)}
+
+
+def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:
+    name = "longB" if treatment == LONG else treatment.replace("n", str(cut))
+    return options.workdir.absolute() / "halves" / f"{name}-{seed}"
+
+
+def measure_halves(point: Halves, options, shared: Shared) -> dict:
+    """Returns the test accuracy of one network on its half of the classes."""
+    half = "A" if point.treatment == "baseA" else "B"
+    settings = {
+        "dataset": str(half_file(options, shared.data, half, point.seed)),
+        "model": "tutorial_net",
+        # What starts anew above the cut is not what the base networks started from.
+        "seed": 2 * point.seed + (point.cut > 0),
+        "epochs": 2 * options.epochs if point.treatment == LONG else options.epochs,
+        "schedule.learning_rate": 0.01,
+    }
+    if point.cut:
+        base = f"base{point.treatment[0]}"
+        settings["initial_weights"] = str(halves_folder(options, base, 0, point.seed))
+        settings["initial_parts"] = LAYERS[: point.cut]
+        if not point.treatment.endswith("+"):
+            settings["freeze"] = LAYERS[: point.cut]
+    folder = halves_folder(options, point.treatment, point.cut, point.seed)
+    return {"accuracy": train(folder, settings)}
+
+
+def measure(point: FewLabels | Halves, options, shared: Shared) -> dict:
+    if isinstance(point, FewLabels):
+        return measure_labels(point, options, shared)
+    return measure_halves(point, options, shared)
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def accuracies(results: list[dict], **fields) -> np.ndarray:
+    """Returns the accuracies of the selected results in percent, seed by seed."""
+    return 100 * study.values(results, "accuracy", **fields)
+
+
+def spreads(columns: list[np.ndarray], sign: str = "") -> list[str]:
+    return [tables.spread(column, 1, sign) for column in columns]
+
+
+def curve(axis, x, columns: list[np.ndarray], **style) -> None:
+    """Draws means with their sample standard deviations, and every seed as a point."""
+    means = [column.mean() for column in columns]
+    bars = [tables.bar(column) for column in columns]
+    axis.errorbar(x, means, bars, capsize=2, **style)
+    for place, column in zip(x, columns):
+        axis.plot([place] * len(column), column, ".", ms=3, color=style["color"], alpha=0.6)
+
+
+def tabulate_labels(results: list[dict]) -> str:
+    counts = sorted(study.unique(results, "count"))
+    lines = []
+    for network, method in itertools.product(study.unique(results, "network"), METHODS):
+        columns = [
+            accuracies(results, network=network, method=method, count=count) for count in counts
+        ]
+        lines.append([network, method, *spreads(columns), str(len(columns[0]))])
+    header = ["network", "method", *(f"{count:,} labels" for count in counts), "n"]
+    return tables.table(header, lines)
+
+
+def draw_labels(results: list[dict]) -> Figure:
+    """Draws the accuracy by the number of labels, network by network."""
+    networks = study.unique(results, "network")
+    counts = sorted(study.unique(results, "count"))
+    figure = Figure(figsize=(5 * len(networks), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axis, network in zip(axes, networks):
+        for number, method in enumerate(METHODS):
+            columns = [
+                accuracies(results, network=network, method=method, count=count) for count in counts
+            ]
+            curve(axis, counts, columns, color=f"C{number}", label=method)
+        axis.set(xscale="log", xlabel="labeled images", title=network)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def report_labels(results: list[dict], options) -> study.Report:
+    text = f"""## Few labels
+
+From ImageNet to CIFAR-10 at {options.size} px: test accuracy in percent on {options.test:,} images.
+A seed has training images, initial weights, and an order of its own. {options.steps} steps of
+{_BATCH} images (Adam, rate 0.001 falling as a cosine) with every method; frozen is solved exactly.
+
+{tabulate_labels(results)}
+![Few labels](labels.png)
+
+"""
+    return study.Report(text, {"labels.png": draw_labels(results)})
+
+
+def by_cut(results: list[dict], treatment: str) -> list[np.ndarray]:
+    """Returns the accuracies of a treatment in percent, cut by cut, seed by seed."""
+    return [accuracies(results, treatment=treatment, cut=cut) for cut in CUTS]
+
+
+def tabulate_gains(results: list[dict]) -> str:
+    """Makes the table of AnB+ over the controls, the mean of all cuts, beside the published."""
+    transferred = np.mean(by_cut(results, "AnB+"), 0)
+    controls = {
+        "baseB": accuracies(results, treatment="baseB"),
+        LONG: accuracies(results, treatment=LONG),
+        "BnB+": np.mean(by_cut(results, "BnB+"), 0),
+    }
+    lines = []
+    for name, control in controls.items():
+        published = f"{PUBLISHED[name]:+.1f}" if name in PUBLISHED else ""
+        lines.append([name, *spreads([transferred - control], "+"), published])
+    return tables.table(["over", "here", "published"], lines)
+
+
+def draw_halves(results: list[dict]) -> Figure:
+    """Draws the accuracy by the cut: itself, and less that of the same seed's baseB."""
+    base = accuracies(results, treatment="baseB")
+    longer = accuracies(results, treatment=LONG)
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    labels = ("test accuracy on B, %", "less the same seed's baseB, points")
+    for axis, subtracted, label in zip(axes, (0, base), labels):
+        axis.axhline(np.mean(base - subtracted), color="black", lw=0.8, label="baseB")
+        axis.axhline(np.mean(longer - subtracted), color="black", lw=0.8, ls=":", label=LONG)
+        for number, treatment in enumerate(TREATMENTS):
+            columns = [column - subtracted for column in by_cut(results, treatment)]
+            curve(
+                axis,
+                np.array(CUTS) + 0.06 * (number - 1.5),
+                columns,
+                color="C0" if treatment[0] == "B" else "C3",
+                ls="--" if treatment.endswith("+") else "-",
+                label=treatment,
+            )
+        axis.set(xlabel="layers taken, n", ylabel=label, xticks=list(CUTS))
+    axes[0].legend(fontsize=8, ncols=2)
+    return figure
+
+
+def report_halves(results: list[dict], options) -> study.Report:
+    base = accuracies(results, treatment="baseB")
+    longer = accuracies(results, treatment=LONG)
+    header = ["", *(f"n = {cut} ({layer.removesuffix('.*')})" for cut, layer in zip(CUTS, LAYERS))]
+    lines = [["baseB", *spreads([base] * len(CUTS))], [LONG, *spreads([longer] * len(CUTS))]]
+    differences = []
+    for treatment in TREATMENTS:
+        columns = by_cut(results, treatment)
+        lines.append([treatment, *spreads(columns)])
+        differences.append([treatment, *spreads([column - base for column in columns], "+")])
+    text = f"""## Halves of the classes
+
+The tutorial's network on five classes of CIFAR-10, {min(options.half_images, 25_000):,} training
+images, {options.epochs} epochs of batches of {_BATCH} (SGD, momentum 0.9, rate 0.01 falling as a
+cosine); all 5,000 test images of these classes. n = {len(base)} seeds, each with a division of its
+own. The layers above the cut and the order of the images come from another seed than the base
+networks'. BnB+ has seen B for twice the epochs, and AnB+ has had as many in all: a gain is one of
+transfer only as far as it exceeds that of the longer training.
+
+Test accuracy on B, %:
+
+{tables.table(header, lines)}
+Less that of the same seed's baseB, in points:
+
+{tables.table(header, differences)}
+The mean gain of AnB+ over all cuts, beside the published one (ImageNet's halves, AlexNet, layers 1
+to 7), in points:
+
+{tabulate_gains(results)}
+![Halves](halves.png)
+
+"""
+    return study.Report(text, {"halves.png": draw_halves(results)})
+
+
+def report(results: list[dict], options) -> study.Report:
+    text = "# Transfer learning\n\nMean ± sample standard deviation over n seeds.\n\n"
+    figures = {}
+    for name, report_part in (("labels", report_labels), ("halves", report_halves)):
+        if name in options.studies:
+            part = report_part(study.select(results, study=name), options)
+            text += part.text
+            figures |= part.figures
+    return study.Report(text, figures)
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="transfer.json",
+    add_options=add_options,
+    axes=("studies", "weights", "networks", "seeds"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -238,6 +238,66 @@ def test_labels_of_any_kind_are_checked(monkeypatch, loss, labels, wrong):
         arrays.load("own", "x")
 
 
+def test_a_slice_is_the_first_training_images_and_the_whole_test_set():
+    whole = arrays.load("digits")
+    part = arrays.load("digits[:300]")
+    np.testing.assert_array_equal(part.train.images, whole.train.images[:300])
+    np.testing.assert_array_equal(part.train.labels, whole.train.labels[:300])
+    np.testing.assert_array_equal(part.test.images, whole.test.images)
+    assert part.classes == whole.classes
+    # Images are held out of the slice.
+    with_validation = arrays.load("digits[:300]", n_validation=40)
+    assert len(with_validation.train.labels) == 260
+    assert len(with_validation.validation.labels) == 40
+    rows = [*with_validation.train.images, *with_validation.validation.images]
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, whole.train.images[:300]))
+    # A slice's labels are for the same loss.
+    assert arrays.loss_of("camvid[:20]") == "pixelwise"
+
+
+def test_wrong_slices_are_named():
+    with pytest.raises(ValueError, match=r"dataset='digits\[:1438\]': digits has 1437 training"):
+        arrays.load("digits[:1438]")
+    for name in ("digits[:0]", "digits[5:]", "digits[:]", "digit[:5]"):
+        with pytest.raises(ValueError, match="is not one of digits, .* such as cifar10"):
+            arrays.check_name(name)
+
+
+def test_a_saved_data_set_is_read_as_it_was(tmp_path):
+    whole = arrays.load("digits")
+    file = tmp_path / "own.npz"
+    arrays.save(whole, file)
+    again = arrays.load(f"{file}[:300]")
+    np.testing.assert_array_equal(again.train.images, whole.train.images[:300])
+    np.testing.assert_array_equal(again.train.labels, whole.train.labels[:300])
+    np.testing.assert_array_equal(again.test.images, whole.test.images)
+    np.testing.assert_array_equal(again.test.labels, whole.test.labels)
+    assert again.classes == whole.classes
+    assert arrays.loss_of(str(file)) == "cross_entropy"
+
+
+def test_a_file_that_is_no_saved_data_set_is_named(tmp_path):
+    good = arrays.load("digits[:10]")
+    file = tmp_path / "own.npz"
+    refused = r"own.npz' is not a file that cnnjax.data.arrays.save wrote: "
+    with pytest.raises(ValueError, match=f"{refused}FileNotFoundError"):
+        arrays.load(str(file))
+    np.savez(file, train_images=good.train.images)
+    with pytest.raises(ValueError, match=f"{refused}KeyError"):
+        arrays.load(str(file))
+    wrong = arrays.Split(good.train.images[:-1], good.train.labels)
+    arrays.save(dataclasses.replace(good, train=wrong), file)
+    with pytest.raises(ValueError, match=rf"{refused}.*train_labels is int32 \[10\]"):
+        arrays.load(str(file))
+    wrong = arrays.Split(good.test.images, good.test.labels + 1)
+    arrays.save(dataclasses.replace(good, test=wrong), file)
+    with pytest.raises(ValueError, match="the test set of .*own.npz .* has the label 10"):
+        arrays.load(str(file))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{refused}BadZipFile"):
+        arrays.load(str(file))
+
+
 def test_a_mask_in_jpeg_is_refused(tmp_path):
     """Its compression changes labels."""
     source = arrays.CamVid("pixelwise", size=(8, 8))

@@ -1,4 +1,7 @@
-"""Ensembles against soups, and dropout's redundancy: brute force on small cases, and whole experiments on digits."""
+"""Ensembles against soups, and dropout's redundancy.
+
+Brute force on small cases, and whole experiments on digits.
+"""
 
 import argparse
 import functools
@@ -33,7 +36,7 @@ class Linear(Network):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs on one device, without their figures and events, and with a registry of data sets of their own."""
+    """Runs on one device, without their figures and events."""
 
     def on_one_device(default=defaults.get_config):
         config = default()
@@ -43,7 +46,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(defaults, "get_config", on_one_device)
     monkeypatch.setattr(loop.report, "write", lambda folder: None)
     monkeypatch.setattr(loop, "_write_events", lambda *arguments: None)
-    monkeypatch.setattr(arrays, "DATASETS", dict(arrays.DATASETS))
     monkeypatch.setitem(base._REGISTRY, "linear", Linear)
     monkeypatch.setitem(base._REGISTRY, "mlp3", functools.partial(MLP, hidden=(64, 64)))
 
@@ -51,99 +53,63 @@ def quick(monkeypatch):
 # ------------------------------------------------------------------ ensembles against soups
 
 
-class FewDigits(arrays.Digits):
-    """The first digits, in place of the first images of CIFAR-10."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def read(self, data_dir):
-        train, test = super().read(data_dir)
-        return arrays.Split(train.images[: self.count], train.labels[: self.count]), test
-
-
 def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ensemble_vs_soup, "Part", FewDigits)
+    monkeypatch.setattr(ensemble_vs_soup, "DATASET", "digits")
     monkeypatch.setattr(ensemble_vs_soup, "EMA_DECAY", 0.5)
     monkeypatch.setattr(ensemble_vs_soup.combine, "_LEARNED_STEPS", 5)
-    command = [
-        "--workdir",
-        str(tmp_path),
-        "--model",
-        "linear",
-        "--members",
-        "4",
-        "--train",
-        "640",
-        "--validation",
-        "100",
-        "--start_epochs",
-        "2",
-        "--epochs",
-        "1",
-        "--repetitions",
-        "1",
-    ]
+    sizes = "--members 4 --train 640 --validation 100 --start_epochs 2 --epochs 1 --repetitions 1"
+    command = ["--workdir", str(tmp_path), "--model", "linear", *sizes.split()]
     assert ensemble_vs_soup.main(command) == 0, capsys.readouterr().err
     place = tmp_path / "repetition0"
-    read = lambda *parts: json.loads(place.joinpath(*parts).read_text())
-    rows = {
-        (row["group"], row["method"]): row
-        for row in json.loads((tmp_path / "ensemble_vs_soup.json").read_text())["repetitions"][0]
-    }
-    errors = lambda group: [
-        read(group, folder.name, "results.json")["final"]["test_error"]
-        for folder in sorted((place / group).iterdir())
-    ]
-    assert rows["fine-tuned", "single, mean"]["accuracy"] == pytest.approx(
-        100 - 100 * np.mean(errors("fine-tuned"))
-    )
-    assert rows["independent", "single, mean"]["accuracy"] == pytest.approx(
-        100 - 100 * np.mean(errors("independent"))
-    )
-    assert (len(errors("fine-tuned")), len(errors("independent"))) == (4, 2)
-    # Of a run that averages its parameters the test error is the average's.
+
+    def read(*parts):
+        return json.loads(place.joinpath(*parts).read_text())
+
+    def of_group(group):
+        return [read(group, run.name, "results.json") for run in sorted((place / group).iterdir())]
+
+    def errors(group):
+        return [results["final"]["test_error"] for results in of_group(group)]
+
+    results = json.loads((tmp_path / "ensemble_vs_soup.json").read_text())
+    assert {result["repetition"] for result in results} == {0}
+    rows = {(result["group"], result["method"]): result for result in results}
+    assert len(rows) == len(results) == 16
+    for group in ("fine-tuned", "independent"):
+        mean = 100 - 100 * np.mean(errors(group))
+        assert rows[group, "single, mean"]["accuracy"] == pytest.approx(mean)
+    assert len(errors("fine-tuned")) == 4
+    assert len(errors("independent")) == 2
+    # The test error of a run that averages its parameters is the average's.
     assert rows["start", "polyak"]["accuracy"] == pytest.approx(100 - 100 * errors("start")[0])
+
+    alone = {"restarts": ("independent", "single, mean"), "start": ("start", "last iterate")}
     for (group, method), row in rows.items():
-        alone = {
-            "restarts": ("independent", "single, mean"),
-            "start": ("start", "last iterate"),
-        }.get(group, (group, "single, mean"))
-        assert row["gain"] == pytest.approx(row["accuracy"] - rows[alone]["accuracy"])
-        assert row["passes"] == {
+        single = rows[alone.get(group, (group, "single, mean"))]
+        assert row["gain"] == pytest.approx(row["accuracy"] - single["accuracy"])
+        passes = {
             "ensemble": 4 if group == "fine-tuned" else 2,
             "ensemble-logits": 4,
             "snapshot": 3,
-        }.get(method, 1)
-        assert (
-            row["epochs"]
-            == {
-                "fine-tuned": 3 if "single" in method else 6,
-                "independent": 3 if "single" in method else 6,
-                "restarts": 3,
-                "start": 2,
-            }[group]
-        )
-    assert read("combined", "restarts", "snapshot", "results.json")["ingredients"] == [
-        "step 10",
-        "step 20",
-        "step 30",
-    ]
+        }
+        assert row["passes"] == passes.get(method, 1)
+        epochs = {
+            "fine-tuned": 3 if "single" in method else 6,
+            "independent": 3 if "single" in method else 6,
+            "restarts": 3,
+            "start": 2,
+        }
+        assert row["epochs"] == epochs[group]
+    snapshots = read("combined", "restarts", "snapshot", "results.json")["ingredients"]
+    assert snapshots == ["step 10", "step 20", "step 30"]
     # Fine-tuned networks start where the start ended, independent ones do not.
-    first = {
-        group: [
-            read(group, folder.name, "results.json")["history"][0]["train_loss"]
-            for folder in sorted((place / group).iterdir())
-        ]
-        for group in ("start", "fine-tuned", "independent")
-    }
+    first = {}
+    for group in ("start", "fine-tuned", "independent"):
+        first[group] = [results["history"][0]["train_loss"] for results in of_group(group)]
     assert max(first["fine-tuned"]) < min(first["start"] + first["independent"])
     report = (tmp_path / "report.md").read_text()
-    assert (
-        "D7" in report
-        and "D8" in report
-        and (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
-    )
+    assert "D7" in report and "D8" in report
+    assert (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
 
     # What is finished is not done again, and other settings are refused.
     monkeypatch.setattr(loop, "run", pytest.fail)
@@ -151,20 +117,16 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
     assert ensemble_vs_soup.main(command) == 0
     capsys.readouterr()
     assert ensemble_vs_soup.main([*command, "--epochs", "2"]) == 2
-    assert (
-        capsys.readouterr().err.startswith("error: workdir=")
-        and (tmp_path / "report.md").read_text() == report
-    )
+    assert capsys.readouterr().err.startswith("error: workdir=")
+    assert (tmp_path / "report.md").read_text() == report
 
 
-def test_wrong_arguments_of_soups_are_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(arrays, "DATASETS", dict(arrays.DATASETS))
-    assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--train", "49000"]) == 2
-    assert (
-        "error: train=49000 and validation=2000 are more than CIFAR-10's 50000"
-        in capsys.readouterr().err
-    )
-    assert ensemble_vs_soup.main(["--workdir", str(tmp_path / "out"), "--model", "tutorial"]) == 2
+def test_wrong_arguments_of_soups_are_named(tmp_path, capsys):
+    command = ["--workdir", str(tmp_path / "out")]
+    assert ensemble_vs_soup.main([*command, "--train", "49000"]) == 2
+    message = "error: train=49000 and validation=2000 are more than CIFAR-10's 50000"
+    assert message in capsys.readouterr().err
+    assert ensemble_vs_soup.main([*command, "--model", "tutorial"]) == 2
     assert "model='tutorial' is not known" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -179,9 +141,8 @@ def test_members_differ_and_seeds_are_not_used_twice(quick):
         epochs=1,
         data_dir="data",
     )
-    plans = [
-        ensemble_vs_soup.plan(pathlib.Path("runs"), options, repetition) for repetition in (0, 1)
-    ]
+    folder = pathlib.Path("runs")
+    plans = [ensemble_vs_soup.plan(folder, options, repetition) for repetition in (0, 1)]
     tuned = [config for place, config in plans[0].items() if place.parent.name == "fine-tuned"]
     assert len({(config.schedule.learning_rate, config.augment.flip) for config in tuned}) == 8
     seeds = [config.seed for runs in plans for config in runs.values()]
@@ -191,30 +152,28 @@ def test_members_differ_and_seeds_are_not_used_twice(quick):
 def test_intervals_and_judgments():
     values = [1.0, 2.0, 4.0]
     found = ensemble_vs_soup.summary(values)
-    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
-    assert (found["low"], found["high"], found["std"]) == pytest.approx(
-        (low, high, np.std(values, ddof=1))
-    )
-    judge = lambda *values: ensemble_vs_soup.judge(ensemble_vs_soup.summary(list(values)))
-    assert [judge(1.0, 1.1, 1.2), judge(-1.0, -1.1, -1.2), judge(-1.0, 1.0, 2.0), judge(5.0)] == [
-        "holds",
-        "does not hold",
-        "is not decided by n=3",
-        "is not decided by n=1",
-    ]
+    interval = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    assert (found["low"], found["high"]) == pytest.approx(interval)
+    assert found["std"] == pytest.approx(np.std(values, ddof=1))
+
+    def judge(*values):
+        return ensemble_vs_soup.judge(ensemble_vs_soup.summary(list(values)))
+
+    assert judge(1.0, 1.1, 1.2) == "holds"
+    assert judge(-1.0, -1.1, -1.2) == "does not hold"
+    assert judge(-1.0, 1.0, 2.0) == "is not decided by n=3"
+    assert judge(5.0) == "is not decided by n=1"
 
 
 def test_the_part_of_cifar10_is_its_beginning(data_dir):
     """With the binary file itself: a label, then the planes of red, green and blue."""
-    train, test = ensemble_vs_soup.Part(3).read(data_dir)
-    records = np.frombuffer(
-        (data_dir / "cifar-10-batches-bin" / "data_batch_1.bin").read_bytes()[: 3 * 3073], np.uint8
-    ).reshape(3, 3073)
-    np.testing.assert_array_equal(train.labels, records[:, 0])
-    np.testing.assert_array_equal(
-        train.images, records[:, 1:].reshape(3, 3, 32, 32).transpose(0, 2, 3, 1)
-    )
-    assert len(test.labels) == 10_000
+    data = arrays.load("cifar10[:3]", data_dir)
+    file = data_dir / "cifar-10-batches-bin" / "data_batch_1.bin"
+    records = np.frombuffer(file.read_bytes()[: 3 * 3073], np.uint8).reshape(3, 3073)
+    images = records[:, 1:].reshape(3, 3, 32, 32).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(data.train.labels, records[:, 0])
+    np.testing.assert_array_equal(data.train.images, images)
+    assert len(data.test.labels) == 10_000
 
 
 # ------------------------------------------------------------------ dropout

@@ -5,6 +5,7 @@ CIFAR-10 and -100, MNIST, Fashion-MNIST, CamVid, scikit-learn's digits.
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -13,6 +14,7 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import sys
 import tarfile
 from typing import NamedTuple, Protocol
@@ -24,6 +26,7 @@ import requests
 from cnnjax.data import splits
 from cnnjax.data.augment import IGNORED
 from cnnjax.data.photographs import list_folder, opened, read_image
+from cnnjax.runtime import workdir
 
 DIGITS = tuple("0123456789")
 
@@ -536,6 +539,63 @@ class CamVid:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Npz:
+    """A data set in one file that `save` has written."""
+
+    path: pathlib.Path
+
+    @functools.cached_property
+    def _members(self) -> dict[str, np.ndarray]:
+        names = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+        try:
+            with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                members = {name: file[name] for name in names}
+            for part in ("train", "test"):
+                images = members[f"{part}_images"]
+                labels = members[f"{part}_labels"]
+                if images.dtype != np.uint8 or images.ndim != 4:
+                    raise ValueError(f"{part}_images is {images.dtype} {list(images.shape)}")
+                if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
+                    raise ValueError(f"{part}_labels is {labels.dtype} {list(labels.shape)}")
+        except Exception as error:
+            # Any exception, because a damaged file raises nearly anything.
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"dataset={str(self.path)!r} is not a file that cnnjax.data.arrays.save wrote: "
+                f"{type(error).__name__}: {reason}"
+            ) from error
+        return members
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._members["classes"].tolist())
+
+    def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
+        members = self._members
+        return (
+            Split(members["train_images"], members["train_labels"]),
+            Split(members["test_images"], members["test_labels"]),
+        )
+
+
+def save(data: Dataset, path: pathlib.Path) -> None:
+    """Write a data set with one class an image to a file that `load` reads.
+
+    Args:
+      data: training and test images; it has no validation images, `load` holds them out.
+      path: the file, whose name ends in ".npz".
+    """
+    members = {
+        "train_images": data.train.images,
+        "train_labels": data.train.labels,
+        "test_images": data.test.images,
+        "test_labels": data.test.labels,
+        "classes": np.array(data.classes),
+    }
+    workdir.write_arrays(path, members, compress=False)
+
+
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Map the names of image files without suffixes to their paths."""
     if not folder.is_dir():
@@ -658,46 +718,81 @@ DATASETS: dict[str, Source] = {
 }
 
 
+# A slice as tensorflow-datasets writes it: "cifar10[:12000]".
+_SLICE = re.compile(r"(?P<name>.+)\[:(?P<count>[1-9][0-9]*)\]")
+
+
+def _parse(name: str) -> tuple[str, int | None]:
+    """Split a name into the data set's own and the number of training images; None for all."""
+    match = _SLICE.fullmatch(name)
+    if match is None:
+        return name, None
+    return match["name"], int(match["count"])
+
+
+def is_known(name: str) -> bool:
+    """Tell whether `load` accepts a name."""
+    whole, _ = _parse(name)
+    return whole in DATASETS or whole.endswith(".npz")
+
+
 def check_name(name: str) -> None:
-    """Raise `ValueError` for a name that is not in `DATASETS`."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset={name!r} is not one of {', '.join(DATASETS)}, tfds:NAME, folder")
+    """Raise `ValueError` for a name that `load` does not accept."""
+    if not is_known(name):
+        names = ", ".join(DATASETS)
+        raise ValueError(
+            f"dataset={name!r} is not one of {names}, tfds:NAME, folder, FILE.npz, or a slice such "
+            "as cifar10[:12000]"
+        )
+
+
+def _find_source(name: str) -> Source:
+    check_name(name)
+    whole, _ = _parse(name)
+    return Npz(pathlib.Path(whole)) if whole.endswith(".npz") else DATASETS[whole]
+
+
+def _loss(source: Source | None) -> str:
+    return getattr(source, "loss", "cross_entropy")
 
 
 def loss_of(name: str) -> str:
     """Return the loss that a data set's labels are for."""
-    return getattr(DATASETS.get(name), "loss", "cross_entropy")
+    whole, _ = _parse(name)
+    return _loss(DATASETS.get(whole))
 
 
-def _check_labels(split: Split, name: str, source: str) -> None:
+def _check_labels(split: Split, source: Source, description: str) -> None:
     labels = split.labels.ravel()
-    count = len(DATASETS[name].classes)
-    if loss_of(name) == "pixelwise":
+    count = len(source.classes)
+    if _loss(source) == "pixelwise":
         labels = labels[labels != IGNORED]
-    if loss_of(name) == "sigmoid":
+    if _loss(source) == "sigmoid":
         # A class is in an image or not.
         count = 2
-    splits.check_labels(labels, count, source)
+    splits.check_labels(labels, count, description)
 
 
 def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
     """Read a data set from its original files, downloading those that are absent.
 
     Args:
-      name: one of `DATASETS`.
+      name: one of `DATASETS`, or a file that `save` has written. A number of training images may
+        follow, as in "cifar10[:12000]" for the first 12,000; the test set stays whole.
       data_dir: the folder of the files; empty for "data".
       n_validation: training images to hold out, balanced over the classes. A data set with
         validation images of its own gives all of those or, for 0, none.
 
     Raises:
-      ValueError: for an unknown name, for files that are absent and cannot be downloaded, for
-        files other than the published ones, and for labels that are no class's.
+      ValueError: for an unknown name, for more training images than there are, for files that are
+        absent and cannot be downloaded, for files other than the published ones, and for labels
+        that are no class's.
     """
-    check_name(name)
-    source = DATASETS[name]
+    source = _find_source(name)
     train, test, *own = source.read(pathlib.Path(data_dir or "data"))
     for part, split in zip(("training", "test", "validation"), (train, test, *own)):
-        _check_labels(split, name, f"the {part} set of {name} in data_dir={data_dir!r}")
+        _check_labels(split, source, f"the {part} set of {name} in data_dir={data_dir!r}")
+    train = _slice(train, name)
     if own and n_validation not in (0, len(own[0].images)):
         raise ValueError(
             f"n_validation={n_validation} is not 0 or {len(own[0].images)}, the validation images "
@@ -711,6 +806,16 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     rest = Split(train.images[~mask], train.labels[~mask])
     held_out = Split(train.images[mask], train.labels[mask])
     return Dataset(rest, held_out, test, source.classes)
+
+
+def _slice(train: Split, name: str) -> Split:
+    """Take as many training images as a name says."""
+    whole, count = _parse(name)
+    if count is None:
+        return train
+    if count > len(train.images):
+        raise ValueError(f"dataset={name!r}: {whole} has {len(train.images)} training images")
+    return Split(train.images[:count], train.labels[:count])
 
 
 def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.rates = ()  # pairs of a part and what multiplies its learning rate: (("conv1", 0.1),); of several the last counts
     config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
 
-    config.dataset = "digits"  # or cifar10, cifar100, mnist, fashion_mnist, camvid, camvid_scenes, tfds:NAME, folder
+    # Or cifar10, cifar100, mnist, fashion_mnist, camvid, camvid_scenes, tfds:NAME, folder, FILE.npz;
+    # "cifar10[:12000]" is its first 12,000 training images and the whole test set.
+    config.dataset = "digits"
     config.data_dir = (
         ""  # the folder of the original files; they are downloaded where they are absent
     )
