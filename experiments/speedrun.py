@@ -1,30 +1,34 @@
-"""CIFAR-10 to 94 % as fast as can be: many whole training runs, each one call to the device, beside the public records.
+"""CIFAR-10 to 94 % as fast as possible: many training runs, beside the public records.
 
-    python -m experiments.speedrun --workdir runs/speedrun --data_dir FOLDER [--runs 200] [--epochs 8 ...]
+    python -m experiments.speedrun --workdir runs/speedrun --data_dir FOLDER [--runs 200] \\
+        [--epochs 8 ...]
 
-A run is one compiled program: whitening filters from the training images, all epochs with their augmentation, and the test on six
-views of each image. The recipe, whose every number is an option, is that of configs/speedrun_cifar10.py; the computation is in bfloat16,
-on a CPU in float32. Writes report.md, speedrun.json, speedrun.png and one file a run in runs/; called again, it makes the runs that
-are missing. The time of a run is that of its call, with the data on the device and compilation apart.
+A run is one compiled program, called once: whitening filters from the training images, all epochs
+with their augmentation, and the test on six views of each image. Every number of the recipe in
+configs/speedrun_cifar10.py is an option. Runs compute in bfloat16, and in float32 on a CPU. The
+time of a run is that of its call; the data are on the device by then, and compilation is timed
+apart. Called again, the command makes the runs that are missing. Writes report.md, speedrun.json,
+speedrun.png, and one file a run in runs/.
 """
 
 import functools
-import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import ml_collections
 import numpy as np
 import optax
 import scipy.stats
+from matplotlib.figure import Figure
 
 from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
-from cnnjax.models import create_model
+from cnnjax.models import Network, create_model
 from cnnjax.models.speedrun import whitening_filters
 from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
@@ -32,23 +36,33 @@ from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
 
 TARGET = 94.0  # percent of the test images
-# Public records on one A100: accuracy in percent, its standard deviation where it is stated, runs, seconds a run.
+# Public records on one A100: accuracy in percent, its standard deviation where it is stated, runs,
+# seconds a run.
 RECORDS = {
     "hiverge/cifar10-speedrun": (94.01, 0.13, 2000, 2.015),
     "KellerJordan/cifar10-airbench, airbench94_muon": (94.01, None, 200, 2.59),
 }
 _WHITENED = 5000  # images whose patches are whitened, as in the record
-_AUGMENT, _FLIP = range(2)  # what a random number is for
+# Purposes of random numbers.
+_AUGMENT = 0
+_FLIP = 1
+
+
+# --- Optimizer ------------------------------------------------------------------------------------
 
 
 def _group(path, _) -> str:
-    """How a parameter is trained."""
-    module, name = path[-2].key, path[-1].key
+    """Names how a parameter is trained."""
+    module = path[-2].key
+    name = path[-1].key
     if module == "whiten":
         return "whiten" if name == "bias" else "frozen"
-    return {"kernel": "head" if module == "fc" else "filters", "bias": "biases", "scale": "frozen"}[
-        name
-    ]
+    groups = {
+        "kernel": "head" if module == "fc" else "filters",
+        "bias": "biases",
+        "scale": "frozen",
+    }
+    return groups[name]
 
 
 def _as_matrices(filters):
@@ -57,15 +71,19 @@ def _as_matrices(filters):
 
 def _renormalized(updates, params):
     """Gives every filter bank the norm of one with unit filters before the update is added."""
-    return jax.tree.map(
-        lambda update, p: update + p * (p.shape[3] ** 0.5 / jnp.linalg.norm(p.ravel()) - 1),
-        updates,
-        params,
-    )
+
+    def renormalized(update, kernel):
+        factor = kernel.shape[3] ** 0.5 / jnp.linalg.norm(kernel.ravel())
+        return update + kernel * (factor - 1)
+
+    return jax.tree.map(renormalized, updates, params)
 
 
 def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransformation:
-    """Muon for filters, Nesterov's SGD for the rest; rates fall linearly to 0, that of the first layer's bias earlier."""
+    """Makes Muon for filters, and SGD with Nesterov's momentum for the rest.
+
+    Rates fall linearly to 0 in `steps`, that of the first layer's bias in `whiten_steps`.
+    """
 
     def sgd(rate, steps):
         return optax.chain(
@@ -91,88 +109,114 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
     return optax.partition(groups, functools.partial(jax.tree_util.tree_map_with_path, _group))
 
 
+# --- One run --------------------------------------------------------------------------------------
+
+
+def _initial_variables(model: Network, images, moments, key) -> dict:
+    """Draws the variables, with whitening filters of the first images in the first layer."""
+    variables = model.init(key, jnp.zeros((1, *model.input_shape)))
+    filters = whitening_filters(normalize(images[:_WHITENED], *moments))
+    whiten = variables["params"]["whiten"] | {"kernel": filters}
+    return variables | {"params": variables["params"] | {"whiten": whiten}}
+
+
+def _training_views(config, images, mirrored, moments, number, key):
+    """Crops, mirrors, and normalizes the images of step `number`.
+
+    `mirrored` says which images' first view is mirrored.
+    """
+    keys = jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number)
+    keys = jax.random.split(keys, config.batch_size)
+    images = normalize(augment(keys, images, crop=config.crop, fill="reflect"), *moments)
+    # An image's first view is mirrored by chance, and from then on every second one is.
+    per_epoch = config.n_train // config.batch_size
+    flip = mirrored ^ (number // per_epoch % 2 == 1)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
 def _views(images):
-    """Six views of normalized images, and their weights: as they are, shifted by a pixel to either corner, and all mirrored."""
+    """Returns six views of normalized images, and their weights.
+
+    These are the images as they are, shifted by a pixel to either corner, and all of them mirrored.
+    """
     size = images.shape[1]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shifted = [images, padded[:, :size, :size], padded[:, 2:, 2:]]
-    return shifted + [view[:, :, ::-1] for view in shifted], (0.25, 0.125, 0.125) * 2
+    mirrored = [view[:, :, ::-1] for view in shifted]
+    return shifted + mirrored, (0.25, 0.125, 0.125) * 2
+
+
+def _test(config, model: Network, variables: dict, test, moments) -> tuple:
+    """Returns the share of test images that are right on six views, and on one."""
+
+    def right(batch):
+        images, labels = batch
+        views, weights = _views(normalize(images, *moments))
+        logits = jax.lax.map(functools.partial(model.apply, variables), jnp.stack(views))
+        averaged = jnp.tensordot(jnp.asarray(weights), logits, 1)
+        return [(outputs.argmax(1) == labels).mean() for outputs in (averaged, logits[0])]
+
+    # Images at a time, so that all batches are alike.
+    size = np.gcd(config.n_test, config.batch_size)
+    batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), test)
+    six_views, one_view = jax.lax.map(right, batches)
+    return six_views.mean(), one_view.mean()
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def train_and_test(config, train, test, moments, seed):
-    """A whole run on uint8 images and labels -> the share of test images right on six views, on one, and the loss of every step."""
-    model = create_model(
-        "speedrun",
-        width=config.width,
-        dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
-    )
-    size, per_epoch = config.batch_size, config.n_train // config.batch_size
+    """Makes a whole run.
+
+    `train` and `test` are uint8 images and labels. Returns the share of test images that are right
+    on six views, the share on one, and the loss of every step.
+    """
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = create_model("speedrun", width=config.width, dtype=dtype)
+    images, labels = train
+    size = config.batch_size
+    per_epoch = config.n_train // size
     optimizer = _optimizer(config, config.epochs * per_epoch, config.whiten_epochs * per_epoch)
     key = jax.random.key(seed)
-    variables = model.init(key, jnp.zeros((1, *model.input_shape)))
-    params = variables["params"]
-    params |= {
-        "whiten": params["whiten"]
-        | {"kernel": whitening_filters(normalize(train[0][:_WHITENED], *moments))}
-    }
+    variables = _initial_variables(model, images, moments, key)
     mirrored = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), shape=(config.n_train,))
 
     def step(carry, batch):
-        (params, stats, state), (number, chosen) = carry, batch
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number), size)
-        images = normalize(
-            augment(keys, train[0][chosen], crop=config.crop, fill="reflect"), *moments
-        )
-        # An image's first view is mirrored by chance, and from then on every second one is.
-        flip = mirrored[chosen] ^ (number // per_epoch % 2 == 1)
-        images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+        params, stats, state = carry
+        number, chosen = batch
+        views = _training_views(config, images[chosen], mirrored[chosen], moments, number, key)
 
         def loss(params):
             logits, new = model.apply(
-                {"params": params, "batch_stats": stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
+                {"params": params, "batch_stats": stats}, views, train=True, mutable=["batch_stats"]
             )
-            return loss_and_errors(
-                "cross_entropy", logits, train[1][chosen], config.label_smoothing
-            )[0].sum(), new["batch_stats"]
+            losses, _ = loss_and_errors(
+                "cross_entropy", logits, labels[chosen], config.label_smoothing
+            )
+            return losses.sum(), new["batch_stats"]
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), stats, state), value / size
 
-    orders = jax.lax.map(
-        lambda epoch: epoch_order(config.n_train, epoch, seed)[: per_epoch * size],
-        jnp.arange(config.epochs),
+    def order(epoch):
+        return epoch_order(config.n_train, epoch, seed)[: per_epoch * size]
+
+    numbers = jnp.arange(config.epochs * per_epoch)
+    orders = jax.lax.map(order, jnp.arange(config.epochs)).reshape(-1, size)
+    params = variables["params"]
+    carry = (params, variables["batch_stats"], optimizer.init(params))
+    (params, stats, _), losses = jax.lax.scan(step, carry, (numbers, orders))
+    six_views, one_view = _test(
+        config, model, {"params": params, "batch_stats": stats}, test, moments
     )
-    batches = jnp.arange(config.epochs * per_epoch), orders.reshape(-1, size)
-    (params, stats, _), losses = jax.lax.scan(
-        step, (params, variables["batch_stats"], optimizer.init(params)), batches
-    )
-
-    def right(batch):
-        images, labels = batch
-        views, weights = _views(normalize(images, *moments))
-        logits = jax.lax.map(
-            functools.partial(model.apply, {"params": params, "batch_stats": stats}),
-            jnp.stack(views),
-        )
-        return [
-            (found.argmax(1) == labels).mean()
-            for found in (jnp.tensordot(jnp.asarray(weights), logits, 1), logits[0])
-        ]
-
-    parts = np.gcd(config.n_test, size)  # images at a time, all batches alike
-    shares = jax.lax.map(right, jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), test))
-    return *(share.mean() for share in shares), losses
+    return six_views, one_view, losses
 
 
-def check(config, runs: int) -> None:
-    """Raises `ValueError`, naming the key, its value and what is accepted."""
-    if runs < 1:
-        raise ValueError(f"runs={runs} is not a positive number")
+# --- All runs -------------------------------------------------------------------------------------
+
+
+def check(config) -> None:
+    """Raises `ValueError`, naming the key, its value, and what is accepted."""
     for key in (
         "epochs",
         "batch_size",
@@ -193,135 +237,158 @@ def check(config, runs: int) -> None:
             raise ValueError(f"{key}={config[key]} is not a number of at least 0")
     if not config.batch_size <= config.n_train <= 50_000 or config.n_test > 10_000:
         raise ValueError(
-            f"n_train={config.n_train} and n_test={config.n_test} do not fit: CIFAR-10 has 50,000 training images, of which a "
-            f"batch takes batch_size={config.batch_size}, and 10,000 test images"
+            f"n_train={config.n_train} and n_test={config.n_test} do not fit: CIFAR-10 has 50,000 "
+            f"training images, of which a batch takes batch_size={config.batch_size}, and 10,000 "
+            "test images"
         )
 
 
-def run_all(config, data, runs: int, folder: pathlib.Path) -> list[dict]:
-    """Makes the runs that are missing in a work directory -> all of them."""
-    moments = arrays.normalization(data.train.images)
-    arguments = jax.device_put(
-        (
-            tuple(x[: config.n_train] for x in data.train),
-            tuple(x[: config.n_test] for x in data.test),
-            moments,
-        )
-    )
-    (folder / "runs").mkdir(exist_ok=True)
-    paths, compiled = [folder / "runs" / f"{seed}.json" for seed in range(runs)], None
-    with progress(runs, "runs") as done:
-        for seed, path in enumerate(paths):
-            if not path.exists():
-                if compiled is None:
-                    began = time.perf_counter()
-                    compiled = train_and_test.lower(
-                        ml_collections.FrozenConfigDict(config), *arguments, seed
-                    ).compile()
-                    compile_seconds = time.perf_counter() - began
-                began = time.perf_counter()
-                six, one, losses = jax.block_until_ready(compiled(*arguments, seed))
-                seconds = time.perf_counter() - began
-                epochs = np.asarray(losses, np.float64).reshape(config.epochs, -1).mean(1)
-                workdir.write_json(
-                    path,
-                    {
-                        "seed": seed,
-                        "accuracy": 100 * float(six),
-                        "one_view": 100 * float(one),
-                        "seconds": seconds,
-                        "compile_seconds": compile_seconds,
-                        "losses": epochs.tolist(),
-                    },
-                )
-            done(1)
-    return [json.loads(path.read_text()) for path in paths]
+class Program:
+    """The compiled run, and its data on the device; it is compiled for the first run."""
+
+    def __init__(self, config, data: arrays.Dataset):
+        self._config = ml_collections.FrozenConfigDict(config)
+        train = tuple(part[: config.n_train] for part in data.train)
+        test = tuple(part[: config.n_test] for part in data.test)
+        moments = arrays.normalization(data.train.images)
+        self._arguments = jax.device_put((train, test, moments))
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[Callable, float]:
+        """The program, and the seconds that it took to compile."""
+        began = time.perf_counter()
+        compiled = train_and_test.lower(self._config, *self._arguments, 0).compile()
+        return compiled, time.perf_counter() - began
+
+    def run(self, seed: int) -> dict:
+        """Makes one run; returns accuracies in percent, seconds, and the epochs' losses."""
+        compiled, compile_seconds = self._compiled
+        began = time.perf_counter()
+        outputs = jax.block_until_ready(compiled(*self._arguments, seed))
+        seconds = time.perf_counter() - began
+        six_views, one_view, losses = outputs
+        epochs = np.asarray(losses, np.float64).reshape(self._config.epochs, -1).mean(1)
+        return {
+            "seed": seed,
+            "accuracy": 100 * float(six_views),
+            "one_view": 100 * float(one_view),
+            "seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "losses": epochs.tolist(),
+        }
 
 
-def summarize(rows: list[dict]) -> dict:
-    """Mean, sample standard deviation, 95 % interval of the mean, and the t-test of a mean above the target (one-sided)."""
-    values, n = np.array([row["accuracy"] for row in rows]), len(rows)
-    found = {
-        "n": n,
-        "mean": float(values.mean()),
+def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> list[dict]:
+    """Makes the runs that are missing in a work directory, and returns all of them."""
+    program = Program(config, data)
+    rows = []
+    with progress(runs, "runs") as advance:
+        for seed in range(runs):
+            path = folder / "runs" / f"{seed}.json"
+            rows.append(workdir.finished(path, program.run, seed))
+            advance(1)
+    return rows
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def summarize(rows: list[dict]) -> dict[str, Any]:
+    """Returns the statistics of all runs.
+
+    These are the mean accuracy, its sample standard deviation, half of the mean's 95 % interval,
+    the one-sided t-test of a mean above the target, and times in seconds. One run, or runs alike,
+    have no test.
+    """
+    accuracies = np.array([row["accuracy"] for row in rows])
+    seconds = [row["seconds"] for row in rows]
+    statistics = {
+        "n": len(rows),
+        "mean": float(accuracies.mean()),
         "one_view": float(np.mean([row["one_view"] for row in rows])),
         "std": None,
         "half_width": None,
         "t": None,
         "p": None,
-        "seconds": float(np.median([row["seconds"] for row in rows])),
-        "seconds_range": [min(row["seconds"] for row in rows), max(row["seconds"] for row in rows)],
+        "seconds": float(np.median(seconds)),
+        "seconds_range": [min(seconds), max(seconds)],
         "compile_seconds": rows[0]["compile_seconds"],
     }
-    if n > 1 and (std := float(values.std(ddof=1))) > 0:
-        test = scipy.stats.ttest_1samp(values, TARGET, alternative="greater")
-        found |= {
-            "std": std,
-            "half_width": tables.half_width(values),
-            "t": float(test.statistic),
-            "p": float(test.pvalue),
-        }
-    return found
+    std = float(accuracies.std(ddof=1)) if len(rows) > 1 else 0.0
+    if std > 0:
+        test = scipy.stats.ttest_1samp(accuracies, TARGET, alternative="greater")
+        statistics["std"] = std
+        statistics["half_width"] = tables.half_width(accuracies)
+        statistics["t"] = float(test.statistic)
+        statistics["p"] = float(test.pvalue)
+    return statistics
 
 
-def write(folder: pathlib.Path, config, rows: list[dict]) -> str:
-    """Writes the report, the results and the figure; returns the table."""
-    found, device = summarize(rows), jax.devices()[0].device_kind
-    workdir.write_json(
-        folder / "speedrun.json", found | {"device": device, "target": TARGET, "runs": rows}
+def tabulate(statistics: dict[str, Any], device: str) -> str:
+    """Makes the table of these runs beside the records."""
+    own = (statistics["mean"], statistics["std"], statistics["n"], statistics["seconds"])
+    lines = []
+    for name, where, (mean, std, n, seconds) in (
+        ("cnnjax", device, own),
+        *((name, "A100", record) for name, record in RECORDS.items()),
+    ):
+        deviation = "" if std is None else f" ± {std:.2f}"
+        lines.append([name, where, f"{mean:.2f}{deviation}", f"{n:,}", f"{seconds:.2f}"])
+    return tables.table(["", "device", "accuracy, %", "n", "seconds a run"], lines)
+
+
+def describe_test(statistics: dict[str, Any]) -> str:
+    if statistics["t"] is None:
+        return "One run, or runs alike, have no t-test."
+    return (
+        f"The mean is {statistics['mean']:.3f} ± {statistics['half_width']:.3f} (95 % interval); "
+        f"that it is above {TARGET:g}: t = {statistics['t']:.2f}, one-sided "
+        f"p = {statistics['p']:.3g}."
     )
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+
+def draw(config, rows: list[dict]) -> Figure:
+    """Draws the losses of all runs, and the histogram of their accuracies."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = np.array([row["losses"] for row in rows])
-    left.plot(
-        np.arange(1, config.epochs + 1), losses.T, ".-", color="C0", alpha=max(0.05, 1 / len(rows))
-    )
+    epochs = np.arange(1, config.epochs + 1)
+    left.plot(epochs, losses.T, ".-", color="C0", alpha=max(0.05, 1 / len(rows)))
     left.set(xlabel="epoch", ylabel="training loss (smoothed labels)")
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.hist([row["accuracy"] for row in rows], bins=min(30, 5 + len(rows) // 5))
+    accuracies = [row["accuracy"] for row in rows]
+    mean = np.mean(accuracies)
+    right.hist(accuracies, bins=min(30, 5 + len(rows) // 5))
     right.axvline(TARGET, color="black", lw=1, ls="--", label=f"{TARGET:g} %")
-    right.axvline(found["mean"], color="C1", label=f"mean {found['mean']:.2f} %")
+    right.axvline(mean, color="C1", label=f"mean {mean:.2f} %")
     right.set(xlabel="test accuracy, six views, %", ylabel=f"runs of {len(rows)}")
     right.yaxis.get_major_locator().set_params(integer=True)
     right.legend(fontsize=8)
-    workdir.write_figure(folder / "speedrun.png", figure)
-    pyplot.close(figure)
-    spread = lambda std: "" if std is None else f" ± {std:.2f}"
-    lines = [
-        [
-            "cnnjax",
-            device,
-            f"{found['mean']:.2f}{spread(found['std'])}",
-            str(found["n"]),
-            f"{found['seconds']:.2f}",
-        ]
-    ]
-    lines += [
-        [name, "A100", f"{mean:.2f}{spread(std)}", f"{n:,}", f"{seconds:.2f}"]
-        for name, (mean, std, n, seconds) in RECORDS.items()
-    ]
-    table = tables.table(["", "device", "accuracy, %", "n", "seconds a run"], lines)
-    least, most = found["seconds_range"]
-    test = (
-        "One run, or runs alike, have no t-test."
-        if found["t"] is None
-        else (
-            f"The mean is {found['mean']:.3f} ± {found['half_width']:.3f} (95 % interval); that it is above {TARGET:g}: t = {found['t']:.2f}, "
-            f"one-sided p = {found['p']:.3g}."
-        )
-    )
-    text = (
-        f"# CIFAR-10, as fast as can be\n\n{config.epochs} epochs of {config.n_train:,} images in batches of {config.batch_size:,}, "
-        f"width {config.width}, {config.n_test:,} test images. Accuracy on six views, mean ± sample standard deviation over seeds; "
-        "seconds: the median of whole runs, test included, compilation apart.\n\n"
-    )
-    more = (
-        f"\n{test} On one view: {found['one_view']:.2f} %. Fastest and slowest run: {least:.2f} and {most:.2f} s; compilation: "
-        f"{found['compile_seconds']:.1f} s.\n\n![Losses and accuracies](speedrun.png)\n"
-    )
-    workdir.write(folder / "report.md", text + table + more)
+    return figure
+
+
+def write(folder: pathlib.Path, config, rows: list[dict]) -> str:
+    """Writes the report, the results, and the figure, and returns the table."""
+    statistics = summarize(rows)
+    device = jax.devices()[0].device_kind
+    table = tabulate(statistics, device)
+    least, most = statistics["seconds_range"]
+    text = f"""# CIFAR-10, as fast as possible
+
+{config.epochs} epochs of {config.n_train:,} images in batches of {config.batch_size:,}, width
+{config.width}, {config.n_test:,} test images. Accuracy on six views, mean ± sample standard
+deviation over seeds; seconds: the median of whole runs, test included, compilation apart.
+
+{table}
+{describe_test(statistics)} On one view: {statistics["one_view"]:.2f} %. Fastest and slowest run:
+{least:.2f} and {most:.2f} s; compilation: {statistics["compile_seconds"]:.1f} s.
+
+![Losses and accuracies](speedrun.png)
+"""
+    results = statistics | {"device": device, "target": TARGET, "runs": rows}
+    workdir.write_json(folder / "speedrun.json", results)
+    workdir.write_figure(folder / "speedrun.png", draw(config, rows))
+    workdir.write(folder / "report.md", text)
     return table
 
 
@@ -336,16 +403,17 @@ def main(arguments: list[str] | None = None) -> int:
             f"--{key}", type=type(value), default=value, help="default: %(default)s"
         )
     options = parser.parse_args(arguments)
+    config.update({key: getattr(options, key) for key in config})
 
     def work():
-        config.update({key: getattr(options, key) for key in config})
-        check(config, options.runs)
+        check(config)
         data = arrays.load("cifar10", options.data_dir)
         backend.start()
-        workdir.prepare(
-            options.workdir, config.to_dict() | {"device": jax.devices()[0].device_kind}
-        )
-        print(write(options.workdir, config, run_all(config, data, options.runs, options.workdir)))
+        # Times of several devices are not mixed.
+        device = jax.devices()[0].device_kind
+        workdir.prepare(options.workdir, config.to_dict() | {"device": device})
+        rows = run_all(config, data, options.runs, options.workdir)
+        print(write(options.workdir, config, rows))
 
     return command.run(work)
 
