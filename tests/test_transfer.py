@@ -413,3 +413,70 @@ def test_balanced_halves_and_their_labels(data_dir):
         assert set(np.bincount(half.train.labels)) == {10}
         for image, label in zip(*half.test):
             assert known[image.tobytes()] == half.classes[label]
+
+
+def test_each_network_of_the_study_has_its_images_and_parts(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    """The whole command; an accuracy tells the settings of the network instead of training it."""
+    settings_by_name = {}
+
+    def train(folder, settings):
+        data = arrays.load(settings["dataset"])
+        settings_by_name[folder.name] = settings | {"data": data}
+        return len(data.train.labels) / 10_000
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(
+        study, "probe", lambda network, file, data: {"accuracy": 0.25, "strength": 1.0}
+    )
+    options = "--seeds 1 --size 32 --test 20 --steps 100 --half_images 50 --epochs 3"
+    weights_folder = data_dir / "weights"
+    command = ["--workdir", str(tmp_path), "--data_dir", str(data_dir), *options.split()]
+    assert study.main([*command, "--weights", str(weights_folder)]) == 0, capsys.readouterr().err
+
+    # Few labels: the first images of one balanced pool.
+    pool = settings_by_name["squeezenet1_1-5000-fine-tuned-0"]
+    tuned = settings_by_name["squeezenet1_1-50-fine-tuned-0"]
+    scratch = settings_by_name["squeezenet1_1-50-from-scratch-0"]
+    partly = settings_by_name["squeezenet1_1-50-partly-frozen-0"]
+    np.testing.assert_array_equal(tuned["data"].train.images, pool["data"].train.images[:50])
+    assert set(np.bincount(tuned["data"].train.labels)) == {5}
+    assert len(tuned["data"].test.labels) == 20
+    assert (tuned["epochs"], pool["epochs"]) == (100, 1)
+    assert tuned["rates"] == (("*", 0.1), ("logits", 1.0))
+    assert "initial_weights" not in scratch
+    assert partly["freeze"] and "logits" not in partly["freeze"]
+
+    # Halves: AnB and BnB learn the same images from layers of different networks.
+    base = settings_by_name["baseB-0"]
+    assert base["data"].classes != settings_by_name["baseA-0"]["data"].classes
+    assert settings_by_name["longB-0"]["epochs"] == 2 * base["epochs"] == 6
+    for name, origin in (("A2B-0", "baseA-0"), ("B2B-0", "baseB-0")):
+        settings = settings_by_name[name]
+        assert settings["data"].classes == base["data"].classes
+        assert settings["initial_weights"].endswith(origin)
+        assert settings["initial_parts"] == settings["freeze"] == ("conv1.*", "conv2.*")
+        assert settings["seed"] != base["seed"]
+    assert "freeze" not in settings_by_name["A2B+-0"]
+
+    report = (tmp_path / "report.md").read_text()
+    assert "| squeezenet1_1 | frozen | 25.0 | 25.0 | 25.0 | 1 |" in report
+    assert "| squeezenet1_1 | fine-tuned | 0.5 | 5.0 | 50.0 | 1 |" in report
+    assert "| AnB | +0.0 | +0.0 | +0.0 | +0.0 |" in report
+    for figure in ("labels.png", "halves.png"):
+        assert (tmp_path / figure).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--images 5050", "images=5050 and steps=200 do not fit: images is a multiple of 5000"),
+        ("--steps 150", "images=5000 and steps=150 do not fit"),
+        ("--studies labels", "weights='None' is not a folder with one file squeezenet1_1*"),
+    ],
+)
+def test_wrong_options_of_the_study_are_named(options, message, tmp_path, capsys):
+    assert study.main(["--workdir", str(tmp_path / "out"), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
