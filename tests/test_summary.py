@@ -12,7 +12,7 @@ import pytest
 
 from cnnjax import summary
 from cnnjax.models import create_model, list_models
-from cnnjax.nn import lowering
+from cnnjax.nn import FILLS, lowering
 from cnnjax.weights import variable_shapes
 
 # torchvision's documentation of its weights: GFLOPS, by which it means 1e9 multiply-adds, in evaluation mode.
@@ -224,6 +224,17 @@ def test_the_three_formats_hold_the_same_table(capsys):
         == len(written["text"].splitlines()) - 4
         == len(written["markdown"].splitlines()) - 3
     )
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_every_fill_has_a_table(fill, capsys):
+    """Random padding needs no random stream; the fills that read the whole map have zeros' grid."""
+    assert summary.main(["lenet", "--padding", fill, "--format", "json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    rows = {layer["name"]: layer for layer in table["layers"]}
+    size = {"none": 26, "full": 30}.get(fill, 28)
+    assert rows["conv1"]["output"] == [1, size, size, 50]
+    assert rows["conv2"]["receptive_field"] == [8, 8] and rows["conv2"]["stride"] == [2, 2]
 
 
 def test_help_comes_without_jax():

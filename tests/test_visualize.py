@@ -15,7 +15,11 @@ from cnnjax import summary, visualize
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
-from cnnjax.weights import load_torchvision
+from cnnjax.runtime import workdir
+from cnnjax.train.run import open_run
+from cnnjax.visualize import __main__ as options
+from cnnjax.visualize import commands, figures, subject
+from cnnjax.weights import load_torchvision, save_torchvision
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -347,7 +351,7 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
     maps = np.asarray(visualize.activations(model, variables, x, "fire5"))
     inner = np.argwhere(((places >= 5) & (places < 22)).all(2) & (values > 1))[:20]
     assert len(inner) == 20
-    patches = visualize._patches(
+    patches = figures.patches(
         np.asarray(x)[inner[:, 0]], places[inner[:, 0], inner[:, 1]], field, np.nan
     )
     alone = np.zeros((20, *size, 3), np.float32)
@@ -362,7 +366,7 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
             == maps[image, place[0], place[1], channel]
         )
         assert found[channel] == pytest.approx(values[image, channel], rel=1e-4)
-    corner = visualize._patches(images[:1], np.array([[0, 0]]), field, 7)[0]
+    corner = figures.patches(images[:1], np.array([[0, 0]]), field, 7)[0]
     low = -field.low[0]
     assert (corner[:low] == 7).all() and np.array_equal(
         corner[low:, low:], images[0, : 63 - low, : 63 - low]
@@ -516,9 +520,9 @@ def folder(data_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
-    assert COMMANDS.keys() == visualize._COMMANDS.keys()
+    assert COMMANDS.keys() == commands.COMMANDS.keys() == options._COMMANDS.keys()
     monkeypatch.setattr(
-        visualize, "FILLS", ("zeros", "none", "mean")
+        commands, "FILLS", ("zeros", "none", "mean")
     )  # each is compiled, and all are tested above
     arguments = [
         command,
@@ -613,7 +617,7 @@ def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
             raise ValueError("the image is too small for this network")
         return np.array([0.5, 0.25, 0.0])
 
-    monkeypatch.setattr(visualize, "equivariance_error", error)
+    monkeypatch.setattr(commands, "equivariance_error", error)
     visualize.main(
         [
             "equivariance",
@@ -637,6 +641,56 @@ def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
         if row["padding"] == "none"
     )
     assert all(row["error"] == [0.5, 0.25, 0] for row in rows if row["padding"] != "none")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A training run's folder, as `cnnjax.train.run.open_run` reads it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = create_model("lenet", num_classes=3, input_shape=(20, 20, 1), padding="reflect")
+    config = {"kind": "train", "model": "lenet", "model_fields": {"padding": "reflect"}}
+    results = {
+        "classes": ["ant", "bee", "cat"],
+        "image_shape": [20, 20, 1],
+        "mean": [0.25],
+        "std": [0.5],
+    }
+    workdir.write_json(folder / "config.json", config)
+    workdir.write_json(folder / "results.json", results)
+    save_torchvision(quick.variables(model), folder / "weights.safetensors")
+    workdir.seal(folder)
+    return folder
+
+
+def test_a_training_run_gives_network_classes_size_and_normalization(run, folder, tmp_path):
+    command = ["activations", "--images", "1", "--photographs", str(folder)]
+    visualize.main([*command, "--run", str(run), "--workdir", str(tmp_path)])
+    (row, *_) = json.loads((tmp_path / "results.json").read_text())["maps"]
+    reopened = open_run(run)
+    assert reopened.model.padding == "reflect"
+    images = subject.read_photographs(reopened.model, photographs.list_photographs(folder)[:1])
+    assert images.shape == (1, 20, 20, 3)
+    x = (images.mean(3, keepdims=True) / 255 - 0.25) / 0.5
+    maps = visualize.activations(reopened.model, reopened.variables, jnp.float32(x), "conv1")
+    np.testing.assert_allclose(row["mean"], maps[0].mean((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(commands, "_show_photograph", lambda *arguments: titles.append(arguments))
+    command = ["grad-cam", "--stage", "conv2", "--images", "1", "--photographs", str(folder)]
+    visualize.main([*command, "--run", str(run), "--workdir", str(tmp_path)])
+    (photograph,) = json.loads((tmp_path / "results.json").read_text())["photographs"]
+    name = ["ant", "bee", "cat"][photograph["class"]]
+    assert f"\n{name}: {photograph['probability']:.2f}" in titles[0][2]
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_every_fill_is_visualized(fill, run, folder, tmp_path):
+    command = ["field", "--stages", "conv2", "--images", "1", "--photographs", str(folder)]
+    visualize.main([*command, "--run", str(run), "--padding", fill, "--workdir", str(tmp_path)])
+    (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert stage["theoretical"] == [8, 8] and 0 < stage["effective"] <= 20
 
 
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
@@ -696,6 +750,16 @@ GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
         ),
         ("occlusion", {"--size": "29"}, "size=29 of the square is not between 1 and 28"),
         ("dance", {}, "invalid choice: 'dance'"),
+        (
+            "filters",
+            {"--run": "WORK"},
+            "--run names the network and its weights; leave out --model",
+        ),
+        (
+            "filters",
+            {"--run": "WORK", "--model": None, "--weights": None},
+            "is not a finished training run: it has no config.json",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_path, capsys):

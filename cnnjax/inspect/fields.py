@@ -53,18 +53,19 @@ def union(fields: Sequence[Field | str | None]) -> Field | str | None:
     known = [field for field in fields if field is not None]
     if not known:
         return None
-    if EVERYTHING in known:
+    located = [field for field in known if isinstance(field, Field)]
+    if len(located) < len(known):
         return EVERYTHING
-    low = tuple(map(min, zip(*(field.low for field in known))))
-    high = tuple(map(max, zip(*(field.high for field in known))))
-    return Field(known[0].step, low, high)
+    low = tuple(map(min, zip(*(field.low for field in located))))
+    high = tuple(map(max, zip(*(field.high for field in located))))
+    return Field(located[0].step, low, high)
 
 
 def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
     """The field of an operation's output, from those of its operands."""
     operation = equation.primitive.name
     together = union(fields)
-    if together is None or together == EVERYTHING:
+    if not isinstance(together, Field):
         return together
     if operation == "conv_general_dilated":
         return _seen_by_convolution(equation, fields[0])
@@ -77,14 +78,15 @@ def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
         return EVERYTHING
     if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
         return EVERYTHING
-    if equation.invars[0].aval.ndim == 4:
+    field = fields[0]
+    if isinstance(field, Field) and equation.invars[0].aval.ndim == 4:
         if operation == "pad":
             widths = equation.params["padding_config"][1:3]
-            return fields[0].shifted([-int(low) for low, _, _ in widths])
+            return field.shifted([-int(low) for low, _, _ in widths])
         if operation == "slice":
             starts = equation.params["start_indices"][1:3]
             strides = equation.params["strides"] or (1, 1, 1, 1)
-            return fields[0].shifted(starts).strided(strides[1:3])
+            return field.shifted(starts).strided(strides[1:3])
     return together
 
 

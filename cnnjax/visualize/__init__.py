@@ -1,0 +1,38 @@
+"""What the units of a network look for, as numbers and as pictures.
+
+    python -m cnnjax.visualize levels --model squeezenet1_1 --weights FILE --photographs FOLDER
+        --workdir runs/levels
+
+Computing is in `stages`, `gradients`, `class_maps`, `occluders`, `ascent`, `fields` and `borders`,
+drawing in `figures`, the commands in `commands`. Functions take and return arrays: `images` are
+[batch, height, width, channels] as the network takes them, `stage` is the name of a stage.
+"""
+
+import importlib
+
+# What needs JAX is imported when it is asked for, so that the command's --help is there at once.
+_MODULES = {
+    "RULES": "gradients",
+    "activations": "stages",
+    "count_relus": "gradients",
+    "effective_receptive_field": "fields",
+    "effective_size": "fields",
+    "equivariance_error": "borders",
+    "first_filters": "stages",
+    "frame": "fields",
+    "grad_cam": "class_maps",
+    "main": "__main__",
+    "maximize": "ascent",
+    "network_input": "stages",
+    "occlusion": "occluders",
+    "peaks": "stages",
+    "receptive_field": "stages",
+    "saliency": "gradients",
+    "stage_channels": "stages",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

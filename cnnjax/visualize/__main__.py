@@ -1,0 +1,279 @@
+"""The command line: python -m cnnjax.visualize COMMAND.
+
+A command writes COMMAND.png and results.json to its work directory. What it looks at is a
+registered network with weights (--model, --weights) or a finished training run (--run).
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+
+from cnnjax.runtime import command
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    """What a command's help says, and which options it has.
+
+    `images` is its default number of photographs: 0 for all, None if it needs none.
+    """
+
+    description: str
+    images: int | None
+    options: tuple[str, ...] = ()
+
+
+_COMMANDS = {
+    "filters": _Command("the kernels of the first convolution", None),
+    "activations": _Command("maps of stages on photographs", 1, ("stages", "channels")),
+    "maximise": _Command(
+        "images that excite channels most", None, ("stages", "channels", "ascent")
+    ),
+    "patches": _Command(
+        "the nine patches that excite each channel most, and their deconvolution",
+        0,
+        ("stage", "channels"),
+    ),
+    "occlusion": _Command(
+        "the predicted class's probability while a gray square hides parts", 4, ("square",)
+    ),
+    "grad-cam": _Command("where photographs speak for their predicted class", 6, ("stage",)),
+    "field": _Command("effective receptive fields against theoretical ones", 32, ("stages",)),
+    "equivariance": _Command(
+        "the error of shifted features by distance to the border, for every padding",
+        4,
+        ("stages",),
+    ),
+    "levels": _Command(
+        "low-, mid- and high-level features: three stages", 0, ("stages", "channels", "ascent")
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (`cnnjax.runtime.command.run`)."""
+    options = _parse(arguments)
+    return command.run(lambda: _work(options))
+
+
+def _parse(arguments):
+    top = command.Parser(
+        prog="python -m cnnjax.visualize", description="Shows what the units of a network look for."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, entry in _COMMANDS.items():
+        description = f"Shows {entry.description}."
+        parser = commands.add_parser(name, help=entry.description, description=description)
+        parser.set_defaults(stages=None, channels=None, images=None)
+        _add_subject(parser)
+        if entry.images is not None:
+            _add_photographs(parser, entry.images)
+        for group in entry.options:
+            _GROUPS[group](parser)
+        parsers[name] = parser
+    options = top.parse_args(arguments)
+    _check_subject(parsers[options.command], options)
+    return options
+
+
+def _add_subject(parser):
+    add = parser.add_argument
+    add("--model", help="a registered name, such as squeezenet1_1")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'",
+    )
+    add(
+        "--run",
+        metavar="FOLDER",
+        help="a finished training run, in place of --model and --weights",
+    )
+    add(
+        "--missing",
+        nargs="+",
+        default=(),
+        metavar="MODULE",
+        help="modules that the file is known not to hold",
+    )
+    add("--padding", help="fill of every convolution and pool (default: zeros, or the run's)")
+    add(
+        "--every-layer",
+        action="store_true",
+        help="names the stages of a VGG by convolution: conv1_1, conv1_2, ...",
+    )
+    add(
+        "--workdir",
+        required=True,
+        metavar="FOLDER",
+        help="where the figure and the numbers are written",
+    )
+
+
+def _check_subject(parser, options):
+    named = {"--model": options.model, "--weights": options.weights}
+    if options.run is None:
+        missing = [name for name, value in named.items() if value is None]
+        if missing:
+            parser.error(
+                f"the following arguments are required: {', '.join(missing)} (or --run FOLDER)"
+            )
+        return
+    named["--missing"] = options.missing or None
+    superfluous = [name for name, value in named.items() if value is not None]
+    if superfluous:
+        parser.error(f"--run names the network and its weights; leave out {', '.join(superfluous)}")
+
+
+def _add_photographs(parser, images):
+    parser.add_argument(
+        "--photographs",
+        default="",
+        metavar="FOLDER",
+        help="default: those that scikit-image and scikit-learn carry",
+    )
+    parser.add_argument(
+        "--images",
+        type=command.whole(1),
+        default=images,
+        metavar="N",
+        help=f"photographs, evenly spread (default: {images or 'all'})",
+    )
+
+
+def _add_stages(parser):
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        metavar="STAGE",
+        help="default: all, or three evenly spread for levels",
+    )
+
+
+def _add_stage(parser):
+    parser.add_argument(
+        "--stage", dest="stages", nargs=1, required=True, help="a stage of the network"
+    )
+
+
+def _add_channels(parser):
+    parser.add_argument(
+        "--channels",
+        nargs="+",
+        type=command.whole(0),
+        metavar="N",
+        help="channels of the stages (default: some evenly spread)",
+    )
+
+
+def _add_ascent(parser):
+    parser.add_argument(
+        "--steps",
+        type=command.whole(1),
+        default=256,
+        metavar="N",
+        help="of gradient ascent (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jitter",
+        type=command.whole(0),
+        metavar="PIXELS",
+        help="default: a quarter of the stage's stride",
+    )
+    parser.add_argument(
+        "--total-variation",
+        type=_share,
+        default=0.02,
+        metavar="SHARE",
+        help="of the activation, what an edge across the image costs (default: %(default)s)",
+    )
+
+
+def _add_square(parser):
+    parser.add_argument(
+        "--size",
+        type=command.whole(1),
+        default=48,
+        metavar="PIXELS",
+        help="side of the square (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=command.whole(1),
+        default=16,
+        metavar="PIXELS",
+        help="of the square (default: %(default)s)",
+    )
+
+
+_GROUPS = {
+    "stages": _add_stages,
+    "stage": _add_stage,
+    "channels": _add_channels,
+    "ascent": _add_ascent,
+    "square": _add_square,
+}
+
+
+def _share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def _work(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    import flax.errors
+
+    from cnnjax.runtime import backend, workdir
+    from cnnjax.visualize.commands import COMMANDS
+    from cnnjax.visualize.subject import Subject
+
+    backend.start()
+    try:
+        subject = Subject(options)
+        folder = workdir.prepare(options.workdir, _record(options))
+        figure, numbers = COMMANDS[options.command](subject)
+    except flax.errors.FlaxError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}"
+        ) from error
+    workdir.write_figure(folder / f"{options.command}.png", figure)
+    seconds = round(time.monotonic() - started, 1)
+    results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
+    workdir.write_json(folder / "results.json", results)
+    print(f"see {folder / options.command}.png")
+
+
+def _record(options):
+    """The configuration that the work directory keeps, with the fields it always had."""
+    config = {key: value for key, value in vars(options).items() if key != "debug"}
+    if options.run is None:
+        del config["run"]
+        config["padding"] = options.padding or "zeros"
+    return config
+
+
+def _plain(value):
+    """Arrays and NumPy's numbers as JSON has them."""
+    import jax
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""How far padding reaches into a network's maps."""
+
+import numpy as np
+from jaxtyping import Float
+
+from cnnjax.models import Network
+from cnnjax.position.metrics import border_distance
+from cnnjax.runtime.types import AnyArray
+from cnnjax.visualize.stages import activations, receptive_field
+
+
+def equivariance_error(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> Float[np.ndarray, " distances"]:
+    """Compares a shifted image's features with the shifted features, by distance to the border.
+
+    The image is shifted by the stage's stride along both axes: two windows that much smaller are
+    cut out of `images`, at two opposite corners, so that a feature lies one position further in the
+    other. The error is relative: the root of the squared differences over that of the squared
+    features, of all images, channels and positions at a distance, in positions; 0 is the border.
+
+    Raises `ValueError` for an unknown stage and for images too small to compare.
+    """
+    step = receptive_field(model, stage).step
+    late, early = (
+        np.asarray(activations(model, variables, window, stage), np.float64)
+        for window in (images[:, step[0] :, step[1] :], images[:, : -step[0], : -step[1]])
+    )
+    late = late[:, :-1, :-1]
+    early = early[:, 1:, 1:]
+    if not early.size:
+        raise ValueError(
+            f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of "
+            f"stage={stage!r} to compare under padding={model.padding!r}; "
+            "use larger ones or another stage"
+        )
+    distance = border_distance(*early.shape[1:3]).ravel()
+    different, whole = (
+        np.bincount(distance, np.square(maps).sum((0, 3)).ravel()) for maps in (late - early, early)
+    )
+    return np.sqrt(different / np.maximum(whole, np.finfo(np.float64).tiny))

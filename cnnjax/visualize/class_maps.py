@@ -1,0 +1,49 @@
+"""Grad-CAM: which positions of a stage speak for a class."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray
+from cnnjax.visualize.stages import apply, check_stage, stage_maps
+
+
+def grad_cam(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    classes: Sequence[int] | Int[AnyArray, " batch"],
+    stage: str,
+) -> Float[Array, "batch rows columns"]:
+    """Weights a stage's maps by the mean gradients of the class's logit.
+
+    - `classes`: one for all images, or one for each.
+
+    Raises `ValueError` for an unknown stage or class.
+
+    Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2.
+    """
+    check_stage(model, stage)
+    chosen = jnp.broadcast_to(jnp.asarray(classes), len(images))
+    if not 0 <= chosen.min() <= chosen.max() < model.num_classes:
+        raise ValueError(
+            f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, "
+            "the network's classes"
+        )
+    return _grad_cam(model, variables, images, chosen, stage)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stage"))
+def _grad_cam(model, variables, images, classes, stage):
+    maps = stage_maps(model, variables, images, stage)
+
+    def evidence(maps):
+        logits = apply(model, variables, images, replace={stage: lambda _: maps})
+        return jnp.take_along_axis(logits, classes[:, None], 1).sum()
+
+    importance = jax.grad(evidence)(maps).mean((1, 2), keepdims=True)
+    return jnp.maximum((importance * maps).sum(3), 0)

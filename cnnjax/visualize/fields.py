@@ -1,0 +1,85 @@
+"""Effective receptive fields, and the least image in which a unit sees no border."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from cnnjax import weights
+from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray
+from cnnjax.visualize.stages import check_stage, receptive_field, stage_maps
+
+# Luo et al. 2016 (arXiv 1701.04128), section 3: a pixel is in the effective field above
+# 1 - 95.45 % of the strongest.
+_IN_FIELD = 1 - 0.9545
+
+
+def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[slice, ...]]:
+    """Finds the least image at the heart of which a unit of a stage sees no border.
+
+    It is never larger than the publication's image, of which the unit then is the central one and
+    sees everything.
+
+    Returns the image's (height, width), the unit's (row, column), and the slices of the image that
+    the unit sees. Raises `ValueError` if there is no such stage.
+    """
+    field = receptive_field(model, stage)
+    unit = tuple(-(low // step) for low, step in zip(field.low, field.step))
+    first, last = (
+        tuple(step * place + side for step, place, side in zip(field.step, unit, sides))
+        for sides in (field.low, field.high)
+    )
+    size = tuple(end + 1 for end in last)
+    height, width, _ = model.input_shape
+    if size[0] <= height and size[1] <= width:
+        return size, unit, tuple(slice(start, end + 1) for start, end in zip(first, last))
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    maps = jax.eval_shape(
+        lambda variables, image: stage_maps(model, variables, image, stage),
+        weights.variable_shapes(model),
+        image,
+    )
+    central = tuple(n // 2 for n in maps.shape[1:3])
+    return (height, width), central, (slice(None), slice(None))
+
+
+def effective_receptive_field(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+    seed: int = 0,
+) -> Float[np.ndarray, "height width"]:
+    """Measures how much each pixel moves the central unit of a stage, relative to the strongest.
+
+    It is the root mean square of the gradient over images, colors and the stage's channels, whose
+    signals go back together under random signs.
+
+    Raises `ValueError` if there is no such stage.
+
+    Source: Luo et al. 2016 (arXiv 1701.04128), section 3.
+    """
+    check_stage(model, stage)
+    key = jax.random.key(seed)
+    field = np.asarray(_central_gradients(model, variables, images, key, stage))
+    return field / max(field.max(), np.finfo(np.float32).tiny)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stage"))
+def _central_gradients(model, variables, images, key, stage):
+    maps, pull_back = jax.vjp(lambda images: stage_maps(model, variables, images, stage), images)
+    signs = jax.random.rademacher(key, (len(maps), maps.shape[3]), maps.dtype)
+    row, column = maps.shape[1] // 2, maps.shape[2] // 2
+    (gradient,) = pull_back(jnp.zeros_like(maps).at[:, row, column].set(signs))
+    return jnp.sqrt(jnp.square(gradient.astype(jnp.float32)).mean((0, 3)))
+
+
+def effective_size(field: Float[np.ndarray, "height width"]) -> float:
+    """Returns the side, in pixels, of a square as large as an effective receptive field.
+
+    The field has the pixels above 4.55 % of its largest.
+    """
+    return float(np.sqrt((field > _IN_FIELD).sum()))

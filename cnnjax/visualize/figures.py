@@ -1,0 +1,87 @@
+"""Drawing: images side by side, signals as colors, heat over photographs."""
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+from matplotlib.figure import Figure
+
+from cnnjax.inspect import Field
+
+_CELL = 48  # pixels, the least height of an image in a mosaic
+
+
+def grid(rows: int, columns: int, cell: float = 2.0):
+    """Makes a figure and its axes [rows, columns], without ticks; `cell` is in inches."""
+    figure = Figure(figsize=(cell * columns, cell * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set(xticks=[], yticks=[])
+        for side in axis.spines.values():
+            side.set_visible(False)
+    return figure, axes
+
+
+def brighten(
+    signals: Float[np.ndarray, "n height width channels"],
+) -> Float[np.ndarray, "n height width 3"]:
+    """Shows signals of either sign as RGB in [0, 1] about gray.
+
+    Each is scaled by its strongest half percent.
+    """
+    strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
+    colors = np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1)
+    return np.broadcast_to(colors, (*signals.shape[:3], 3))
+
+
+def mosaic(images: Shaped[np.ndarray, "n height width *colors"]) -> Shaped[np.ndarray, "..."]:
+    """Joins images to one, in a square of rows and columns with white lines between."""
+    zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
+    images = images.repeat(zoom, 1).repeat(zoom, 2)
+    side = int(np.ceil(np.sqrt(len(images))))
+    gap = images.shape[1] // 24
+    cells = np.ones((side**2, *images.shape[1:]), np.float32)
+    cells[: len(images)] = images
+    colors = [(0, 0)] * (images.ndim - 3)
+    cells = np.pad(cells, [(0, 0), (0, gap), (0, gap), *colors], constant_values=1)
+    height, width = cells.shape[1:3]
+    cells = cells.reshape(side, side, *cells.shape[1:]).swapaxes(1, 2)
+    return cells.reshape(side * height, side * width, *images.shape[3:])[:-gap, :-gap]
+
+
+def patches(
+    images: Shaped[np.ndarray, "n height width *colors"],
+    places: Int[np.ndarray, "n 2"],
+    field: Field,
+    blank: float,
+) -> Shaped[np.ndarray, "n _ _ *colors"]:
+    """Cuts out what the units at `places` see; `blank` is what lies outside the image."""
+    height, width = field.size()
+    cut = []
+    for image, place in zip(images, places):
+        low = np.array(field.low) + np.array(field.step) * place
+        high = np.array(field.high) + np.array(field.step) * place
+        before = np.maximum(-low, 0)
+        after = np.maximum(high + 1 - image.shape[:2], 0)
+        colors = [(0, 0)] * (image.ndim - 2)
+        padded = np.pad(image, [*zip(before, after), *colors], constant_values=blank)
+        top, left = low + before
+        cut.append(padded[top : top + height, left : left + width])
+    return np.stack(cut)
+
+
+def overlay(axis, image: np.ndarray, heat: np.ndarray, centers, **limits):
+    """Draws an image in gray under a map.
+
+    - `centers`: pixels of the centers of the map's outer positions: left, right, top, bottom.
+    - `limits`: vmin and vmax of the colors.
+    """
+    axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
+    left, right, top, bottom = centers
+    rows, columns = heat.shape
+    half_column = (right - left) / max(columns - 1, 1) / 2
+    half_row = (bottom - top) / max(rows - 1, 1) / 2
+    extent = (left - half_column, right + half_column, bottom + half_row, top - half_row)
+    shown = axis.imshow(
+        heat, cmap="jet", alpha=0.5, extent=extent, interpolation="bilinear", **limits
+    )
+    axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    return shown

@@ -1,0 +1,72 @@
+"""Signals back from a unit to the image: saliency, deconvolution, guided backpropagation."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cnnjax import inspect, weights
+from cnnjax.models import Network
+from cnnjax.nn import relu_rule
+from cnnjax.nn.activation import RELU
+from cnnjax.runtime.types import AnyArray
+from cnnjax.visualize.stages import check_stage, stage_maps
+
+RULES = ("gradient", "deconvnet", "guided")
+
+
+def saliency(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+    channel: int | Sequence[int] | Int[AnyArray, " batch"],
+    rule: str,
+) -> Float[Array, "batch height width channels"]:
+    """Sends a signal back from a channel's strongest unit to each image.
+
+    A max-pool sends the signal to where the maximum was (the deconvnet's switches). Whatever else
+    is not a ReLU passes it back as its derivative does, and so does a saturated ReLU6.
+
+    - `channel`: one for all images, or one for each.
+    - `rule`: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
+
+    Raises `ValueError` for an unknown stage, channel or rule, and for a rule about ReLUs if there
+    are none.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
+    check_stage(model, stage, channel)
+    if rule != "gradient" and not count_relus(model, stage):
+        raise ValueError(
+            f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; "
+            "use rule='gradient'"
+        )
+    channels = jnp.broadcast_to(jnp.asarray(channel), len(images))
+    return _signals(model, variables, images, channels, stage=stage, rule=rule)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stage", "rule"))
+def _signals(model, variables, images, channels, *, stage, rule):
+    def strongest(images):
+        maps = stage_maps(model, variables, images, stage)
+        maps = jnp.take_along_axis(maps, channels[:, None, None, None], 3)
+        maps = maps.reshape(len(images), -1)
+        units = jnp.take_along_axis(maps, maps.argmax(1)[:, None], 1)
+        return units.astype(jnp.float32).sum()
+
+    with relu_rule(rule):
+        return jax.grad(strongest)(images)
+
+
+@functools.cache
+def count_relus(model: Network, stage: str) -> int:
+    """Counts the ReLUs of a network up to a stage."""
+    model = model.clone(padding="zeros")
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    maps = lambda variables, image: stage_maps(model, variables, image, stage)
+    # Under a rule, ReLUs carry their name through the trace.
+    with relu_rule("guided"):
+        return inspect.count_named(RELU, maps, weights.variable_shapes(model), image)

@@ -1,0 +1,64 @@
+"""Occlusion: what a network answers with a part of the image hidden."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray
+from cnnjax.visualize.stages import apply
+
+_BATCH = 16
+
+
+def occlusion(
+    model: Network,
+    variables: dict,
+    image: Float[AnyArray, "height width channels"],
+    size: int,
+    stride: int,
+    value: float = 0.0,
+) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
+    """Computes the logits for an image with a square hidden, for each place of the square.
+
+    The square [i, j] has its upper left corner at (i * stride, j * stride).
+
+    - `size`: side of the square in pixels.
+    - `stride`: pixels from one square to the next.
+    - `value`: what the square is filled with; 0 is the mean color of a normalized image.
+
+    Raises `ValueError` if the square does not fit into the image.
+
+    Source: Zeiler and Fergus 2014 (arXiv 1311.2901), section 4.2.
+    """
+    shortest = min(image.shape[:2])
+    if not 1 <= size <= shortest:
+        raise ValueError(
+            f"size={size} of the square is not between 1 and {shortest}, the side of the image"
+        )
+    if stride < 1:
+        raise ValueError(f"stride={stride} is not a positive number of pixels")
+    rows, columns = ((side - size) // stride + 1 for side in image.shape[:2])
+    corners = np.stack(np.divmod(np.arange(rows * columns), columns), -1) * stride
+    # The last batch is filled up, so that all are of one shape and compiled once.
+    batches = -(-len(corners) // _BATCH)
+    filled = np.resize(corners, (batches * _BATCH, 2)).reshape(batches, _BATCH, 2)
+    fill = jnp.asarray(value, image.dtype)
+    logits = [
+        _occluded_logits(model, variables, image, corners=batch, value=fill, size=size)
+        for batch in filled
+    ]
+    return np.concatenate(logits)[: len(corners)].reshape(rows, columns, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size"))
+def _occluded_logits(model, variables, image, *, corners, value, size):
+    rows = jnp.arange(image.shape[0]) - corners[:, :1]
+    columns = jnp.arange(image.shape[1]) - corners[:, 1:]
+    hidden_rows = (rows >= 0) & (rows < size)
+    hidden_columns = (columns >= 0) & (columns < size)
+    hidden = hidden_rows[:, :, None, None] & hidden_columns[:, None, :, None]
+    return apply(model, variables, jnp.where(hidden, value, image))

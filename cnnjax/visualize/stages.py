@@ -1,0 +1,131 @@
+"""A network's stages on images: maps, strongest units, first filters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+from cnnjax import inspect, weights
+from cnnjax.data import augment
+from cnnjax.models import Network
+from cnnjax.runtime.types import AnyArray
+
+# Mean and standard deviation of each color, in units of 0 to 1.
+Moments = tuple[Float[AnyArray, " colors"], Float[AnyArray, " colors"]]
+
+
+@functools.cache
+def stage_channels(model: Network) -> dict[str, int]:
+    """Counts the channels of each stage, in order, without computing them."""
+    # The fill changes neither names nor channels, and this one needs no large image.
+    model = model.clone(padding="zeros")
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    shapes = jax.eval_shape(
+        lambda variables, image: model.apply(variables, image, method="stages"),
+        weights.variable_shapes(model),
+        image,
+    )
+    return {name: shape.shape[-1] for name, shape in shapes.items()}
+
+
+def check_stage(model: Network, stage: str, channels=()) -> None:
+    """Raises `ValueError` for an unknown stage or channel."""
+    known = stage_channels(model)
+    if stage not in known:
+        raise ValueError(
+            f"stage={stage!r} is not a stage of this network; "
+            f"its stages are {', '.join(known) or 'none'}"
+        )
+    for channel in np.ravel(channels):
+        if not 0 <= channel < known[stage]:
+            raise ValueError(
+                f"channel={channel} is not between 0 and {known[stage] - 1}, "
+                f"the channels of stage {stage}"
+            )
+
+
+def receptive_field(model: Network, stage: str) -> inspect.Field:
+    """Finds what a position of a stage sees of the image at most.
+
+    Raises `ValueError` if there is no such stage.
+    """
+    check_stage(model, stage)
+    return inspect.receptive_field(model, stage)
+
+
+def apply(model: Network, variables: dict, images, **options):
+    """Runs a network in evaluation mode; padding='random' draws the same noise each time."""
+    return model.apply(variables, images, rngs={"padding": jax.random.key(0)}, **options)
+
+
+def stage_maps(model: Network, variables: dict, images, stage: str):
+    """The maps of one stage, for use inside compiled functions."""
+    return apply(model, variables, images, method="stages", last=stage)[stage]
+
+
+_compiled_maps = jax.jit(stage_maps, static_argnames=("model", "stage"))
+logits = jax.jit(apply, static_argnames="model")
+
+
+def first_filters(
+    model: Network, variables: dict
+) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
+    """Returns the name and the kernels of the convolution that runs first.
+
+    Raises `ValueError` if the network has none.
+    """
+    names = [layer.name for layer in inspect.layers(model) if layer.kind == "Conv"]
+    if not names:
+        raise ValueError("the network has no convolution, and so no filters to show")
+    keys = weights.torchvision_keys(weights.variable_shapes(model))
+    kernel = variables["params"]
+    for key in keys[f"{names[0]}.weight"][1:]:
+        kernel = kernel[key]
+    return names[0], np.asarray(kernel)
+
+
+def activations(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> Float[Array, "batch rows columns units"]:
+    """Computes the maps of a stage. Raises `ValueError` if there is no such stage."""
+    check_stage(model, stage)
+    return _compiled_maps(model, variables, images, stage)
+
+
+def peaks(
+    model: Network,
+    variables: dict,
+    images: Float[AnyArray, "batch height width channels"],
+    stage: str,
+) -> tuple[Float[np.ndarray, "batch units"], Int[np.ndarray, "batch units 2"]]:
+    """Finds each channel's largest activation on each image, and its row and column.
+
+    Raises `ValueError` if there is no such stage.
+    """
+    maps = np.asarray(activations(model, variables, images, stage))
+    flat = maps.reshape(len(maps), -1, maps.shape[-1])
+    places = np.divmod(flat.argmax(1), maps.shape[2])
+    return flat.max(1), np.stack(places, -1)
+
+
+def network_input(
+    model: Network,
+    images: Shaped[AnyArray, "batch height width 3"],
+    moments: Moments = augment.IMAGENET,
+) -> Float[AnyArray, "batch height width channels"]:
+    """Normalizes RGB from 0 to 255 for a network.
+
+    A network of one channel gets the mean of the three.
+
+    - `moments`: mean and standard deviation; ImageNet's unless given.
+    """
+    gray = model.input_shape[2] == 1
+    if gray and len(moments[0]) == 1:
+        images = images.astype(jnp.float32).mean(3, keepdims=True)
+    x = augment.normalize(images, *moments)
+    return x.mean(3, keepdims=True) if gray else x

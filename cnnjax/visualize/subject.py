@@ -1,0 +1,124 @@
+"""What a command looks at: a network, its variables, its stages, photographs."""
+
+import argparse
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import UInt8
+
+from cnnjax import weights
+from cnnjax.data import augment, photographs
+from cnnjax.models import Network, create_model
+from cnnjax.runtime.progress import progress
+from cnnjax.runtime.types import AnyArray
+from cnnjax.train.run import open_run
+from cnnjax.visualize.stages import check_stage, network_input, stage_channels
+
+_BATCH = 16
+
+
+def read_photographs(
+    model: Network, paths: Sequence[pathlib.Path], times: int = 1
+) -> UInt8[np.ndarray, "n height width 3"]:
+    """Reads photographs, scaled and cut to `times` the network's image size."""
+    height, width, _ = model.input_shape
+    images = []
+    for path in paths:
+        image = PIL.Image.fromarray(photographs.read_image(path))
+        size = (times * width, times * height)
+        fitted = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BICUBIC)
+        images.append(np.asarray(fitted))
+    return np.stack(images)
+
+
+def spread(items: Sequence, count: int) -> list:
+    """Picks `count` of the items, evenly spread; all if there are no more."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[place] for place in np.unique(places.round().astype(int))]
+
+
+class Subject:
+    """A command's network, from its options, with its photographs."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.moments = augment.IMAGENET
+        self.classes: tuple[str, ...] = ()
+        if options.run is None:
+            self.name = options.model
+            self.model = _registered(options)
+        else:
+            self._open_run()
+        self.stages = options.stages or list(stage_channels(self.model))
+        if not self.stages and options.command != "filters":
+            raise ValueError(f"model={self.name!r} has no stages, and so no maps to look at")
+        for stage in self.stages:
+            check_stage(self.model, stage, options.channels or ())
+        if options.images is not None:
+            found = photographs.list_photographs(options.photographs)
+            self.paths = spread(found, options.images or len(found))
+        if options.run is None:
+            self.variables = _variables(self.model, options)
+
+    def _open_run(self):
+        run = open_run(self.options.run)
+        self.name = run.config.model
+        self.model = run.model
+        if self.options.padding is not None:
+            self.model = self.model.clone(padding=self.options.padding)
+        if self.options.every_layer:
+            self.model = _with_every_layer(self.model, self.name)
+        self.variables = run.variables
+        self.classes = run.classes
+        self.moments = (run.mean, run.std)
+
+    def class_name(self, label: int) -> str:
+        """The name of a class where it is known, and its number."""
+        return self.classes[label] if self.classes else f"class {label}"
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Yields the photographs, uint8, some at a time."""
+        with progress(len(self.paths), "photographs") as advance:
+            for start in range(0, len(self.paths), _BATCH):
+                paths = self.paths[start : start + _BATCH]
+                yield read_photographs(self.model, paths)
+                advance(len(paths))
+
+    def photographs(self) -> np.ndarray:
+        """Reads all photographs."""
+        return np.concatenate(list(self.batches()))
+
+    def input(self, images: np.ndarray) -> AnyArray:
+        """Normalizes photographs as the network was trained."""
+        return network_input(self.model, jnp.asarray(images), self.moments)
+
+    def channels(self, stage: str, count: int) -> list[int]:
+        """The channels asked for, or `count` evenly spread ones."""
+        return self.options.channels or spread(range(stage_channels(self.model)[stage]), count)
+
+
+def _registered(options):
+    fields = weights.fields_for(options.model, options.weights)
+    if options.every_layer:
+        fields = {"every_layer": True, **fields}
+    return create_model(options.model, padding=options.padding or "zeros", **fields)
+
+
+def _with_every_layer(model, name):
+    if not hasattr(model, "every_layer"):
+        raise ValueError(f"every_layer=True is not a field of {name}; it is one of a VGG")
+    return model.clone(every_layer=True)
+
+
+def _variables(model, options):
+    if options.weights == "random":
+        image = jnp.zeros((1, *model.input_shape))
+        initialize = jax.jit(model.clone(padding="zeros").init)
+        return initialize(jax.random.key(0), image)
+    file = weights.fetch(options.model) if options.weights == "imagenet" else options.weights
+    return weights.load_torchvision(file, model, options.missing)
