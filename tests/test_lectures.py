@@ -12,7 +12,8 @@ from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.lenet import CODES, CONNECTIONS
 from cnnjax.weights import torchvision_keys, variable_shapes
 
-# Published counts, or sums of published layers; per top-level module where the publication prints them.
+# Published counts, or sums of published layers; per top-level module where the publication prints
+# them.
 PARAMETERS = {
     "mlp1": {"fc1": 30_730},
     "mlp3": {"fc1": 3072 * 512 + 512, "fc2": 512 * 512 + 512, "fc3": 5_130},
@@ -187,7 +188,8 @@ def test_torchs_names_of_the_tutorial_net():
 
 
 def test_lenet5_connections_are_table_1():
-    """Six maps read three neighbors, six read four, three read four in two pairs, one reads all (LeCun et al. 1998, section II.B)."""
+    """Six maps read three neighbors, six read four, three read four in two pairs, one reads all
+    (LeCun et al. 1998, section II.B)."""
     expected = [{i, (i + 1) % 6, (i + 2) % 6} for i in range(6)] + [
         {(i + j) % 6 for j in range(4)} for i in range(6)
     ]

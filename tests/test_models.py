@@ -1,4 +1,5 @@
-"""Every model held to one contract; what torchvision has is held to torchvision's outputs in test_torchvision.py."""
+"""Every model held to one contract; what torchvision has is held to torchvision's outputs in
+test_torchvision.py."""
 
 import functools
 
@@ -67,8 +68,8 @@ def test_every_model_is_under_contract():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_head_and_stages(name):
-    """There are as many parameters as published; `num_classes` changes the classifiers' last layers and nothing else; stages fall in
-    resolution from one to the next."""
+    """There are as many parameters as published; `num_classes` changes the classifiers' last layers
+    and nothing else; stages fall in resolution from one to the next."""
     small = create_model(name, num_classes=7)
     whole, variables = (weights.variable_shapes(model) for model in (create_model(name), small))
     assert sum(leaf.size for leaf in jax.tree.leaves(whole["params"])) == PARAMETERS[name]
@@ -156,7 +157,8 @@ def test_every_parameter_receives_a_finite_gradient(name):
     "name", sorted(set(list_models()) - set(test_torchvision.NAMES))
 )  # those are held to it there
 def test_compiled_equals_eager_whatever_the_batch(name):
-    """A network run operation by operation on one image gives what it gives compiled on that image and another."""
+    """A network run operation by operation on one image gives what it gives compiled on that image
+    and another."""
     model = create_model(name, num_classes=7)
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
@@ -172,9 +174,11 @@ def test_compiled_equals_eager_whatever_the_batch(name):
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - {"fcn"}))
 def test_every_fill_and_bfloat16(name):
-    """Every fill gives every network logits and the stages of zero padding; stages are computed in bfloat16, all else is float32.
+    """Every fill gives every network logits and the stages of zero padding; stages are computed in
+    bfloat16, all else is float32.
 
-    Of torchvision's networks that are another's code at another size only the fills that change shapes are asked for.
+    Of torchvision's networks that are another's code at another size only the fills that change
+    shapes are asked for.
     """
     stages, others = (
         {},
@@ -379,7 +383,8 @@ def test_the_stages_of_a_vgg_by_layer():
 
 @pytest.mark.parametrize("name, size", [("vgg16", 224), ("resnet18", 435), ("resnet50", 427)])
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
-    """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50 reduce to one pixel."""
+    """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50
+    reduce to one pixel."""
     model = create_model(name, padding="none")
     shapes = lambda size: jax.eval_shape(
         lambda v, x: model.apply(v, x, method="stages"),
@@ -403,7 +408,8 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     ],
 )
 def test_a_cropped_skip_is_centered_on_its_branch(name, last):
-    """Without padding, features of a shifted image are the shifted features wherever strides divide the shift."""
+    """Without padding, features of a shifted image are the shifted features wherever strides divide
+    the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
     variables = quick.variables(model, image, method="stages", last=last)
@@ -456,7 +462,8 @@ REACHED = [
     ],
 )
 def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
-    """On a constant image only fills of zeros can make a feature map vary: one layer left out would show."""
+    """On a constant image only fills of zeros can make a feature map vary: one layer left out would
+    show."""
     model = create_model(name, padding=fill)
     x = jnp.full((1, size, size, model.input_shape[2]), 0.7)
     variables = quick.variables(create_model(name), x, method="stages", last=last)
@@ -478,7 +485,8 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"])
 def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
-    """Block by block, since without padding the whole needs an image of some two thousand pixels."""
+    """Block by block, since without padding the whole needs an image of some two thousand
+    pixels."""
     block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
     x = jnp.full((1, 31, 31, 64), 0.7)
     variables = quick.variables(block("zeros"), x, False)

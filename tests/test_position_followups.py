@@ -1,4 +1,5 @@
-"""What padding does without a trained readout: rook and quadrants, patterns inside photographs, blind spots."""
+"""What padding does without a trained readout: rook and quadrants, patterns inside photographs,
+blind spots."""
 
 import functools
 import json
@@ -96,7 +97,8 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
         assert d[:, 0].any() and d[:, :, 0].any() and 0 < free[0]  # and the border shows
     with pytest.raises(
         ValueError,
-        match="context of 58x58 about a crop of size=40 does not fit stage='layer4'; expected a square with a "
+        match="context of 58x58 about a crop of size=40 does not fit stage='layer4'; expected a "
+        "square with a "
         "margin of at least 8, a multiple of 4",
     ):
         patterns.features_inside(model, variables, images(58), size, ["layer4"])
@@ -146,7 +148,8 @@ def test_strength_finds_what_was_put_in():
 
 
 def matrix(window, n, fill):
-    """How often each of n cells enters each output of a window, along one axis, one tap at a time."""
+    """How often each of n cells enters each output of a window, along one axis, one tap at a
+    time."""
     padding = {"none": 0, "full": window.kernel - 1}.get(fill, window.padding)
     rows = []
     for start in range(-padding, n + padding - window.kernel + 1, window.stride):

@@ -15,7 +15,8 @@ from cnnjax.models import create_model, list_models
 from cnnjax.nn import FILLS, lowering
 from cnnjax.weights import variable_shapes
 
-# torchvision's documentation of its weights: GFLOPS, by which it means 1e9 multiply-adds, in evaluation mode.
+# torchvision's documentation of its weights: GFLOPS, by which it means 1e9 multiply-adds, in
+# evaluation mode.
 GIGA_MACS = {
     "alexnet": 0.714,
     "densenet121": 2.834,
@@ -37,7 +38,8 @@ GIGA_MACS = {
     "vgg19": 19.632,
     "wide_resnet50_2": 11.398,
 }
-# Araujo, Norris and Sim 2019, "Computing receptive fields of convolutional neural networks" (distill.pub), table 1.
+# Araujo, Norris and Sim 2019, "Computing receptive fields of convolutional neural networks"
+# (distill.pub), table 1.
 FIELDS = {"alexnet": 195, "vgg16": 212, "inception_v3": 1311}
 
 
@@ -48,7 +50,8 @@ def widest(table):
 
 
 def test_vgg16_layer_by_layer():
-    """Simonyan and Zisserman 2014, table 1, column D, with the receptive field and stride that its 3x3 and 2x2 windows add up to."""
+    """Simonyan and Zisserman 2014, table 1, column D, with the receptive field and stride that its
+    3x3 and 2x2 windows add up to."""
     expected, size, before, field, stride = [((1, 224, 224, 3), 0, 0, (1, 1), (1, 1))], 224, 3, 1, 1
     for filters, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
@@ -88,7 +91,8 @@ def test_multiply_adds_are_torchvisions(name):
     "name", ["tutorial_net", "keras_convnet", "lenet", "convnet", "zfnet", "resnet18", "resnet50"]
 )
 def test_multiply_adds_agree_with_xlas_count(name):
-    """XLA counts two operations a multiply-add and the element-wise ones beside; taps on zero padding, which it leaves out, are avoided."""
+    """XLA counts two operations a multiply-add and the element-wise ones beside; taps on zero
+    padding, which it leaves out, are avoided."""
     model = create_model(name, padding="circular")
     image = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
     with lowering("reference"):
@@ -153,7 +157,8 @@ def test_fields_are_the_same_under_every_fill(name):
     [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"), ("lenet5", "c3", "c3")],
 )
 def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
-    """The input pixels with a gradient, in any of some images, from one central output, and their shift from its neighbor's."""
+    """The input pixels with a gradient, in any of some images, from one central output, and their
+    shift from its neighbor's."""
     row = {layer.name: layer for layer in summary.layers(create_model(name))}[layer]
     model = create_model(name)
     size = 2 * row.receptive_field[0]
@@ -240,7 +245,8 @@ def test_every_fill_has_a_table(fill, capsys):
 def test_help_comes_without_jax():
     start = time.perf_counter()
     code = (
-        "import sys\nfrom cnnjax import summary\ntry:\n    summary.main(['--help'])\nexcept SystemExit as end:\n"
+        "import sys\nfrom cnnjax import summary\ntry:\n    summary.main(['--help'])\nexcept "
+        "SystemExit as end:\n"
         "    sys.exit(end.code or ('jax' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""Each picture's numbers against a network worked out by hand, a closed form or a brute-force computation."""
+"""Each picture's numbers against a network worked out by hand, a closed form or a brute-force
+computation."""
 
 import json
 import shutil
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Chain(Network):
-    """Two 1x1 convolutions with ReLUs and a max-pool of the whole image; stages `hidden`, `output`, `pooled`."""
+    """Two 1x1 convolutions with ReLUs and a max-pool of the whole image; stages `hidden`, `output`,
+    `pooled`."""
 
     num_classes: int = 1
     input_shape: tuple[int, int, int] = (2, 2, 1)
@@ -110,7 +112,8 @@ def read(folder, count):
     ],
 )
 def test_rules_by_hand(rule, expected):
-    """The signal reaches one pixel alone: that of the largest output, which is also where the max-pool has its maximum."""
+    """The signal reaches one pixel alone: that of the largest output, which is also where the
+    max-pool has its maximum."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
     for stage in ("output", "pooled"):
         signal = visualize.saliency(Chain(), CHAIN, image, stage, 0, rule)
@@ -125,8 +128,9 @@ def test_each_image_may_have_its_own_channel():
     assert np.array_equal(signals[..., 0], [[[0, 0], [1, 0]], [[0, 0], [-1, 0]]])
 
 
-# VGG: 13 convolutions; ResNet-18: 1 + 16; SqueezeNet: conv1, then 8 fire modules of 2; MobileNetV2: 1, a block of 1, 16 blocks of 2 and
-# the last convolution, unless the stages end before it; the others as their publications count up to the last stage.
+# VGG: 13 convolutions; ResNet-18: 1 + 16; SqueezeNet: conv1, then 8 fire modules of 2; MobileNetV2:
+# 1, a block of 1, 16 blocks of 2 and the last convolution, unless the stages end before it; the
+# others as their publications count up to the last stage.
 @pytest.mark.parametrize(
     "name, count",
     [
@@ -196,7 +200,8 @@ def test_a_rule_about_relus_needs_relus():
 
 
 def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
-    """Selvaraju et al. 2017, section 3.1: there Grad-CAM is CAM, the maps weighted by the linear layer, over the number of positions."""
+    """Selvaraju et al. 2017, section 3.1: there Grad-CAM is CAM, the maps weighted by the linear
+    layer, over the number of positions."""
     model = Pooled()
     variables = quick.variables(model)
     images = jax.random.normal(jax.random.key(1), (3, *model.input_shape))
@@ -267,7 +272,8 @@ def test_occlusion_finds_the_region_that_a_linear_network_reads():
 
 
 def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gaussian():
-    """Luo et al. 2016, section 2.1: n convolutions of equal weights have the n-fold convolution of a box, of variance 2/3 n per axis."""
+    """Luo et al. 2016, section 2.1: n convolutions of equal weights have the n-fold convolution of
+    a box, of variance 2/3 n per axis."""
     model = Stack()
     variables = {
         "params": {f"conv{number}": {"kernel": jnp.ones((3, 3, 1, 1)) / 9} for number in range(10)}
@@ -309,8 +315,9 @@ def test_effective_fields_lie_inside_theoretical_ones(squeezenet, data_dir, stag
     assert visualize.effective_size(effective) <= field.size()[0] * (1 if stage == "conv1" else 0.9)
 
 
-# Block 1 of the lecture's network is two 3x3 convolutions at stride 1, so two positions see a border, four where it is all on one side
-# or as wide as the kernels; stretched maps have no position that is left alone.
+# Block 1 of the lecture's network is two 3x3 convolutions at stride 1, so two positions see a
+# border, four where it is all on one side or as wide as the kernels; stretched maps have no
+# position that is left alone.
 BORDER = dict.fromkeys(FILLS, 2) | {"none": 0, "full": 4, "one-sided": 4, "interpolate": None}
 
 
@@ -413,7 +420,8 @@ def test_maximizing_beats_the_best_photograph_patch(squeezenet, data_dir):
     best = visualize.peaks(model, variables, x, "fire3")[0].max(0)[channels]
     images, (before, after) = visualize.maximize(model, variables, "fire3", channels, steps=100)
     assert (before == 0).any() and (after > 1.1 * best).all() and (best > before).all()
-    # The images returned are those that were measured, and the pixels that a patch of the photographs has.
+    # The images returned are those that were measured, and the pixels that a patch of the
+    # photographs has.
     x = visualize.network_input(model, 255 * jnp.asarray(images))
     at = visualize.frame(model, "fire3")[1]
     size = visualize.frame(model, "fire3")[0]
@@ -781,7 +789,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
 
 
 def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, capsys):
-    """A file without the last modules serves the stages before them, and is refused by name for the rest."""
+    """A file without the last modules serves the stages before them, and is refused by name for the
+    rest."""
     path = str(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors")
     common = [
         "--model",

@@ -1,11 +1,13 @@
-"""AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without normalization."""
+"""AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without
+normalization."""
 
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, adaptive_avg_pool, flatten, max_pool, relu
 
-# (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of stride 2 follow?)
+# (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of
+# stride 2 follow?)
 _TABLE = (
     (0, 64, 11, 4, 2, True),
     (3, 192, 5, 1, 2, True),
@@ -16,7 +18,8 @@ _TABLE = (
 
 
 class AlexNet(Network):
-    """Stages `conv1`, `conv2` and `conv5`: the activations before each max-pool, at strides 4, 8, 16."""
+    """Stages `conv1`, `conv2` and `conv5`: the activations before each max-pool, at strides 4, 8,
+    16."""
 
     dropout: float = 0.5
 

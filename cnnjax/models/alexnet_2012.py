@@ -1,4 +1,7 @@
-"""AlexNet (Krizhevsky, Sutskever and Hinton 2012) and ZFNet (Zeiler and Fergus 2013, arXiv 1311.2901), as the lectures print them."""
+"""AlexNet and ZFNet as the lectures print them.
+
+Sources: Krizhevsky, Sutskever and Hinton 2012; Zeiler and Fergus 2013 (arXiv 1311.2901).
+"""
 
 import functools
 
@@ -7,20 +10,25 @@ import flax.linen as nn
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, flatten, local_response_norm, max_pool, relu
 
-# Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky et al.:
+# Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky
+# et al.:
 _ALEXNET = ((96, 11, 4, 0), (256, 5, 1, 2), (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1))
-# Figure 3 of Zeiler and Fergus, whose maps are 110, 55, 26, 13 and 6 wide; the lectures' 512, 1024, 512 filters in
-# convolutions 3 to 5 are those of their section 4.3 (figure 3 itself has 384, 384, 256).
+# Figure 3 of Zeiler and Fergus, whose maps are 110, 55, 26, 13 and 6 wide; the lectures' 512, 1024,
+# 512 filters in convolutions 3 to 5 are those of their section 4.3 (figure 3 itself has 384, 384,
+# 256).
 _ZFNET = ((96, 7, 2, 1), (256, 5, 2, 0), (512, 3, 1, 1), (1024, 3, 1, 1), (512, 3, 1, 1))
-# Section 3.5: the convolutions that see only the maps of their own GPU. Section 5: the layers whose biases start at 1.
+# Section 3.5: the convolutions that see only the maps of their own GPU. Section 5: the layers whose
+# biases start at 1.
 _SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
 
 
 class AlexNet2012(Network):
-    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16 of a 227x227 image.
+    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16 of a
+    227x227 image.
 
-    Pools overlap (3x3, stride 2) and come before LRN, as the lectures and Caffe have it (the publication normalizes first).
-    `groups` is 1, as the lectures count, or 2, as the two GPUs of the publication split convolutions 2, 4 and 5.
+    Pools overlap (3x3, stride 2) and come before LRN, as the lectures and Caffe have it (the
+    publication normalizes first). `groups` is 1, as the lectures count, or 2, as the two GPUs of
+    the publication split convolutions 2, 4 and 5.
     """
 
     input_shape: tuple[int, int, int] = (227, 227, 3)

@@ -127,14 +127,17 @@ def register(name: str, build: Callable[..., Network]) -> None:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The registered names that match a shell pattern, such as `*vgg*`, in alphabetical order."""
+    """Lists the registered names that match a shell pattern, such as `*vgg*`, sorted."""
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 
 def create_model(name: str, **fields) -> Network:
-    """Builds a network by name; `fields` are `num_classes`, `padding`, `dtype`, `axis_name` and the family's own.
+    """Builds a network by name.
 
-    Raises `ValueError`, with the nearest names, for an unknown model, and for a field that it does not have.
+    - `fields`: `num_classes`, `padding`, `dtype`, `axis_name` and the family's own.
+
+    Raises `ValueError`, with the nearest names, for an unknown model, and for a field that it does
+    not have.
     """
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=3)
@@ -151,6 +154,7 @@ def create_model(name: str, **fields) -> Network:
     for field in fields:
         if field not in accepted:
             raise ValueError(
-                f"{field}={fields[field]!r} is not a field of {name}; it accepts {', '.join(accepted)}"
+                f"{field}={fields[field]!r} is not a field of {name}; it accepts "
+                f"{', '.join(accepted)}"
             )
     return build(**fields)

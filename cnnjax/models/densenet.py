@@ -1,4 +1,5 @@
-"""DenseNet-BC: Huang et al. 2016 (arXiv 1608.06993), table 1, in torchvision's structure and names."""
+"""DenseNet-BC: Huang et al. 2016 (arXiv 1608.06993), table 1, in torchvision's structure and
+names."""
 
 import functools
 
@@ -12,7 +13,10 @@ _conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.he_n
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth, appended to the input's channels (section 3)."""
+    """BN-ReLU-1x1 to four times the growth, BN-ReLU-3x3 to the growth (section 3).
+
+    The result is appended to the input's channels.
+    """
 
     growth: int
     dropout: float
@@ -30,7 +34,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(Network):
-    """Stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4`, at strides 2, 4, 8, 16, 32."""
+    """Stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4`.
+
+    Their strides are 2, 4, 8, 16 and 32.
+    """
 
     depths: tuple[int, int, int, int] = (6, 12, 24, 16)
     growth: int = 32

@@ -1,7 +1,10 @@
-"""Fully convolutional networks: Long et al. 2015 (arXiv 1411.4038), a score for every class at every pixel, from any network's stages.
+"""Fully convolutional networks: a score for every class at every pixel.
 
-Each of the named stages is scored by a 1x1 convolution; the scores of the deepest are brought to the grid of the next by bilinear
-interpolation and added to its own, and so on, and the sum is brought to the pixels (section 4.2; here nothing of that is learned).
+Each of the named stages of any network is scored by a 1x1 convolution. The scores of the deepest
+are brought to the grid of the next by bilinear interpolation and added to its own, and so on; the
+sum is brought to the pixels. Unlike in section 4.2, the interpolation is not learned.
+
+Source: Long et al. 2015 (arXiv 1411.4038).
 """
 
 import flax.linen as nn
@@ -15,7 +18,10 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool, relu
 
 
 class SceneNet(Network):
-    """A narrow VGG with BatchNorm for images of a few hundred pixels. Stages `block1` ... `block4` at strides 2, 4, 8, 16."""
+    """A narrow VGG with BatchNorm for images of a few hundred pixels.
+
+    Stages `block1` ... `block4` at strides 2, 4, 8, 16.
+    """
 
     input_shape: tuple[int, int, int] = (180, 240, 3)
     blocks: tuple[tuple[int, ...], ...] = ((16,), (32, 32), (64, 64), (128,))
@@ -47,9 +53,12 @@ class SceneNet(Network):
 def grids(
     encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Where the positions of stages are in images of `shape`: for each, the rows and the columns, in pixels, of their fields' centers.
+    """Finds where the positions of stages are in images of `shape`.
 
-    They are followed through the traced network, so that maps that a fill of 'none' shrinks are where they belong.
+    They are followed through the traced network, so that maps that a fill of 'none' shrinks are
+    where they belong.
+
+    Returns for each stage the rows and the columns, in pixels, of its fields' centers.
     """
     centers = lambda field, count, axis: (
         field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
@@ -63,7 +72,10 @@ def grids(
 def _bilinear(
     to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]
 ) -> Float[np.ndarray, "to known"]:
-    """The matrix [to, known] of linear interpolation at positions `to`, that of the nearest beyond the first and the last one known."""
+    """Makes the matrix [to, known] of linear interpolation at positions `to`.
+
+    Beyond the first and the last known position, the nearest one counts.
+    """
     return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(
         np.float32
     )
@@ -74,19 +86,23 @@ def place(
     known: tuple[np.ndarray, np.ndarray],
     to: tuple[np.ndarray, np.ndarray],
 ) -> Float[Array, "batch rows columns channels"]:
-    """Brings maps whose (rows, columns) are at `known` to other rows and columns.
+    """Brings maps from (rows, columns) `known` to other rows and columns.
 
-    In between it is bilinear interpolation; what lies beyond the map has the value of the nearest position on its edge.
+    Interpolation is bilinear; beyond the map, the nearest position on its edge counts.
     """
     rows, columns = (jnp.asarray(_bilinear(*axis), x.dtype) for axis in zip(to, known))
     return jnp.einsum("bw,nawc->nabc", columns, jnp.einsum("ah,nhwc->nawc", rows, x))
 
 
 class FCN(Network):
-    """Scores [batch, height, width, num_classes] of each pixel, from the stages `scored` of the network `encoder`, in its order.
+    """Scores of each pixel, [batch, height, width, num_classes], from stages of a network.
 
-    The stages are those of the encoder, whose parameters keep their names. Where padding leaves a map smaller than the image
-    ('none'), a map lies where its fields' centers are, and pixels beyond it take the scores of the nearest position.
+    The stages are those of the encoder, whose parameters keep their names. If padding leaves a map
+    smaller than the image ('none'), the map lies where its fields' centers are, and pixels beyond
+    it take the scores of the nearest position.
+
+    - `encoder`: name of the network.
+    - `scored`: the stages that are scored, in the network's order.
     """
 
     encoder: str = "scene_net"

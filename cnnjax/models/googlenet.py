@@ -1,4 +1,5 @@
-"""GoogLeNet with BatchNorm: Szegedy et al. 2014 (arXiv 1409.4842), table 1, in torchvision's structure and names.
+"""GoogLeNet with BatchNorm: Szegedy et al. 2014 (arXiv 1409.4842), table 1, in torchvision's
+structure and names.
 
 As in torchvision, the "5x5" branch is a 3x3 convolution (pytorch/vision issue 906).
 """
@@ -27,7 +28,8 @@ from cnnjax.nn import (
 # torchvision truncates at +-2, two hundred standard deviations away.
 _normal = nn.initializers.normal(0.01)
 
-# Table 1: filters of the 1x1, the 3x3 with its reduction, the "5x5" with its reduction, and the projection after the pool.
+# Table 1: filters of the 1x1, the 3x3 with its reduction, the "5x5" with its reduction, and the
+# projection after the pool.
 _TABLE = {
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
@@ -107,7 +109,10 @@ class Inception(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A classifier on an intermediate map (section 5), which sows its logits into the collection "auxiliary"."""
+    """A classifier on an intermediate map (section 5).
+
+    It sows its logits into the collection "auxiliary".
+    """
 
     num_classes: int
     dropout: float
@@ -137,7 +142,7 @@ _IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 def normalize_by_half(x):
-    """Turns pixels normalized by ImageNet's moments into pixels normalized by 0.5 and 0.5.
+    """Turns normalization by ImageNet's moments into normalization by 0.5 and 0.5.
 
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
     `transform_input`).
@@ -148,10 +153,11 @@ def normalize_by_half(x):
 
 
 class GoogLeNet(Network):
-    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`, at strides 2, 4, 8, 16, 32.
+    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`.
 
-    In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; whoever
-    makes it mutable can add their losses (weighted 0.3 in section 5). Without `aux_logits` there are none, nor their parameters.
+    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifiers leave
+    {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; section 5 adds their
+    losses weighted 0.3. Without `aux_logits` there are neither classifiers nor their parameters.
     """
 
     dropout: float = 0.2  # torchvision's; the publication has 0.4

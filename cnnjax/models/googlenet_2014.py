@@ -1,6 +1,8 @@
-"""GoogLeNet as published: Szegedy et al. 2014 (arXiv 1409.4842), table 1 and section 5, with LRN and without BatchNorm.
+"""GoogLeNet as published, with LRN and without BatchNorm.
 
-Parameters are named as torchvision's form of the network names them (`cnnjax.models.googlenet`).
+Parameters have the names of torchvision's form of the network (`cnnjax.models.googlenet`).
+
+Source: Szegedy et al. 2014 (arXiv 1409.4842), table 1 and section 5.
 """
 
 import functools
@@ -25,7 +27,7 @@ from cnnjax.nn import (
 
 
 class NaiveInception(nn.Module):
-    """Figure 2(a): 1x1, 3x3 and 5x5 convolutions and a 3x3 max-pool side by side, on the input itself."""
+    """1x1, 3x3 and 5x5 convolutions and a 3x3 max-pool side by side (figure 2a)."""
 
     widths: tuple[int, int, int]
     fill: str = "zeros"
@@ -50,7 +52,10 @@ class NaiveInception(nn.Module):
 
 
 class Inception(nn.Module):
-    """Figure 2(b): as `NaiveInception`, with 1x1 convolutions before the large ones and after the pool; `widths` is a row of table 1."""
+    """`NaiveInception` with 1x1 convolutions before the large ones and after the pool.
+
+    `widths` is a row of table 1 (figure 2b).
+    """
 
     widths: tuple[int, int, int, int, int, int]
     fill: str = "zeros"
@@ -78,7 +83,10 @@ class Inception(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A classifier on an intermediate map (section 5), which sows its logits into the collection "auxiliary"."""
+    """A classifier on an intermediate map (section 5).
+
+    It sows its logits into the collection "auxiliary".
+    """
 
     num_classes: int
     dropout: float
@@ -104,10 +112,11 @@ class Auxiliary(nn.Module):
 
 
 class GoogLeNet2014(Network):
-    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`, at strides 2, 4, 8, 16, 32.
+    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`.
 
-    In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; the
-    publication adds their losses weighted 0.3. With them it needs images of at least 79 pixels.
+    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifiers leave
+    {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; the publication adds their
+    losses weighted 0.3. With them the network needs images of at least 79 pixels.
     """
 
     dropout: float = 0.4

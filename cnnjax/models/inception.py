@@ -1,4 +1,7 @@
-"""Inception v3: Szegedy et al. 2015 (arXiv 1512.00567), table 1 and figures 5 to 7, in torchvision's structure and names."""
+"""Inception v3 in torchvision's structure and names.
+
+Source: Szegedy et al. 2015 (arXiv 1512.00567), table 1 and figures 5 to 7.
+"""
 
 import functools
 
@@ -13,8 +16,9 @@ from cnnjax.nn import Dense, align, avg_pool, concatenate, global_avg_pool, max_
 # torchvision truncates at +-2, twenty standard deviations away.
 _normal = nn.initializers.normal(0.1)
 
-# A block is a tuple of branches side by side; a branch is a tuple of steps, a step (name, filters, kernel[, stride]), a pool,
-# or a tuple of steps side by side. A strided step is the last of its branch and, unlike the others, is never padded.
+# A block is a tuple of branches side by side; a branch is a tuple of steps, a step (name, filters,
+# kernel[, stride]), a pool, or a tuple of steps side by side. A strided step is the last of its
+# branch and, unlike the others, is never padded.
 _AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
 
 
@@ -137,7 +141,10 @@ class Block(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A classifier on the last map of stride 16 (figure 8), which sows its logits into the collection "auxiliary"."""
+    """A classifier on the last map of stride 16 (figure 8).
+
+    It sows its logits into the collection "auxiliary".
+    """
 
     num_classes: int
     fill: str
@@ -164,11 +171,12 @@ class Auxiliary(nn.Module):
 
 
 class InceptionV3(Network):
-    """Stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e`, `Mixed_7c`, at strides 2, 4, 8, 16, 32.
+    """Stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e`, `Mixed_7c`.
 
-    In training the auxiliary classifier leaves {"AuxLogits": {"logits": ...}} in the collection "auxiliary"; whoever makes it
-    mutable can add its loss (weighted 0.4 by convention). It needs images of at least 299 pixels; without `aux_logits` there is
-    none, nor its parameters.
+    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifier leaves
+    {"AuxLogits": {"logits": ...}} in the collection "auxiliary"; by convention its loss is added
+    weighted 0.4, and it needs images of at least 299 pixels. Without `aux_logits` there is neither
+    classifier nor its parameters.
     """
 
     input_shape: tuple[int, int, int] = (299, 299, 3)

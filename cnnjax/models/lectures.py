@@ -1,4 +1,7 @@
-"""Networks that the lectures and their tutorials define themselves, in PyTorch's initialization unless stated."""
+"""Networks that the lectures and their tutorials define themselves.
+
+Initialization is PyTorch's unless stated.
+"""
 
 import functools
 
@@ -11,7 +14,10 @@ KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initia
 
 
 class TutorialNet(Network):
-    """`Net` of PyTorch's "Training a classifier" tutorial (WPI CS 539): 6-16-120-84-10. Stages `conv1`, `conv2`, before each pool."""
+    """`Net` of PyTorch's "Training a classifier" tutorial (WPI CS 539): 6-16-120-84-10.
+
+    Stages `conv1`, `conv2`, before each pool.
+    """
 
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (32, 32, 3)
@@ -31,9 +37,10 @@ class TutorialNet(Network):
 
 
 class KerasConvNet(Network):
-    """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539), in Keras's initialization.
+    """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539).
 
-    Stages `conv1` ... `conv4`, before each pool. Its one logit is that of the second class, for a sigmoid.
+    Initialization is Keras's. Stages `conv1` ... `conv4`, before each pool. The one logit is that
+    of the second class, for a sigmoid.
     """
 
     num_classes: int = 1
@@ -52,11 +59,13 @@ class KerasConvNet(Network):
 
 
 class ConvNet(Network):
-    """The VGG for CIFAR-10 of NUS CS5242, lecture 8. Stages `block1` ... `block4`, before each pool, at strides 1, 2, 4, 8.
+    """The VGG for CIFAR-10 of NUS CS5242, lecture 8. Stages `block1` ... `block4`, before each
+    pool, at strides 1, 2, 4, 8.
 
-    Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the printed 25.2 M parameters. The
-    lecture names no initialization; this one is Glorot's, Keras's default, with which its rate of 0.25 learns from the first steps
-    (PyTorch's is still at chance after an epoch, He's ends in NaN within ten steps).
+    Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the
+    printed 25.2 M parameters. The lecture names no initialization; this one is Glorot's, Keras's
+    default, with which its rate of 0.25 learns from the first steps (PyTorch's is still at chance
+    after an epoch, He's ends in NaN within ten steps).
     """
 
     num_classes: int = 10
@@ -88,8 +97,8 @@ class ConvNet(Network):
 
 register("tutorial_net", TutorialNet)
 register("keras_convnet", KerasConvNet)
-# The lecture draws one convolution in the fourth block and calls the network ten layers deep (27.5 M parameters), but prints
-# two convolutions and 30 M in total (29.9 M): each is a network here.
+# The lecture draws one convolution in the fourth block and calls the network ten layers deep (27.5
+# M parameters), but prints two convolutions and 30 M in total (29.9 M): each is a network here.
 register("convnet", ConvNet)
 register(
     "convnet_512x2",

@@ -1,4 +1,7 @@
-"""LeNet: LeNet-5 as LeCun, Bottou, Bengio and Haffner published it (1998), and the NUS lecture's LeNet for MNIST."""
+"""LeNet-5 as published, and the NUS lecture's LeNet for MNIST.
+
+Source of the former: LeCun, Bottou, Bengio and Haffner 1998.
+"""
 
 import flax.linen as nn
 import jax
@@ -20,8 +23,8 @@ _TABLE = """
 """
 CONNECTIONS = np.array([[cell == "X" for cell in row] for row in _TABLE.split()])
 
-# The output units' target codes: digits drawn on 7x12 bitmaps, as section II.B describes them (its own drawings are printed
-# only in part, in figure 3; these are new).
+# The output units' target codes: digits drawn on 7x12 bitmaps, as section II.B describes them (its
+# own drawings are printed only in part, in figure 3; these are new).
 _DIGITS = """
     ..###.. ...#... .#####. .#####. .....#. ####### ..####. ####### .#####. .#####.
     .#...#. ..##... #.....# #.....# ....##. #...... .#..... ......# #.....# #.....#
@@ -51,7 +54,10 @@ def squash(x: jnp.ndarray) -> jnp.ndarray:
 
 
 def uniform(fan_in):
-    """Appendix A: weights uniform in +-2.4 / fan-in; an array of fan-ins serves one unit each along the last axis."""
+    """Appendix A: weights uniform in +-2.4 / fan-in.
+
+    An array of fan-ins serves one unit each along the last axis.
+    """
     bound = jnp.asarray(2.4 / np.asarray(fan_in), jnp.float32)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
@@ -59,7 +65,7 @@ def uniform(fan_in):
 
 
 class Subsample(nn.Module):
-    """The sum of each 2x2 square, times one trainable coefficient per map, plus one trainable bias."""
+    """The sum of each 2x2 square, times a trainable coefficient, plus a trainable bias."""
 
     dtype: DTypeLike
 
@@ -72,7 +78,8 @@ class Subsample(nn.Module):
 
 
 class TableConv(nn.Module):
-    """A 5x5 convolution along the table's connections only: `kernel` [5, 5, connections], one plane for each of them."""
+    """A 5x5 convolution along the table's connections only: `kernel` [5, 5, connections], one plane
+    for each of them."""
 
     dtype: DTypeLike
 
@@ -91,10 +98,12 @@ class TableConv(nn.Module):
 
 
 class LeNet5(Network):
-    """The network of 1998, figure 2: 60,000 trainable parameters. Stages `c1`, `c3`, `c5`, before each subsampling.
+    """The network of 1998, figure 2: 60,000 trainable parameters. Stages `c1`, `c3`, `c5`, before
+    each subsampling.
 
-    `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its class's fixed code; or
-    "linear". Its convolutions are not padded, so `padding` has nothing to fill.
+    `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its
+    class's fixed code; or "linear". Its convolutions are not padded, so `padding` has nothing to
+    fill.
     """
 
     num_classes: int = 10
@@ -106,7 +115,8 @@ class LeNet5(Network):
             raise ValueError(f"output={self.output!r} is not one of rbf, linear")
         if self.output == "rbf" and self.num_classes > len(CODES):
             raise ValueError(
-                f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have a code; use output='linear'"
+                f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have "
+                "a code; use output='linear'"
             )
         super().__post_init__()
 
@@ -167,7 +177,10 @@ class LeNet5(Network):
 
 
 class LeNet(Network):
-    """50-100-100 (NUS CS5242, lecture 8): 500 + 45,100 + 490,100 + 1,010 parameters. Stages `conv1`, `conv2`, before each pool."""
+    """50-100-100 (NUS CS5242, lecture 8): 500 + 45,100 + 490,100 + 1,010 parameters.
+
+    Stages `conv1`, `conv2`, before each pool.
+    """
 
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (28, 28, 1)

@@ -1,4 +1,7 @@
-"""Multi-layer perceptrons, the baselines of the NUS lecture (CS5242, lecture 8): 0.03 M and 2 M parameters on CIFAR-10."""
+"""Multi-layer perceptrons, the baselines of the NUS lecture (CS5242, lecture 8).
+
+They have 0.03 M and 2 M parameters on CIFAR-10.
+"""
 
 import functools
 
@@ -9,7 +12,10 @@ from cnnjax.nn import Dense, flatten, relu
 
 
 class MLP(Network):
-    """Fully connected layers `fc1`, `fc2`, ... with ReLUs and dropout between them; no stages, since it has no maps."""
+    """Fully connected layers `fc1`, `fc2`, ... with ReLUs and dropout between them.
+
+    There are no stages, since there are no maps.
+    """
 
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (32, 32, 3)
@@ -29,5 +35,6 @@ class MLP(Network):
 
 
 register("mlp1", MLP)
-# The lecture prints "2 M" and no widths: two hidden layers of 512 make 1.84 M, the nearest power of two.
+# The lecture prints "2 M" and no widths: two hidden layers of 512 make 1.84 M, the nearest power of
+# two.
 register("mlp3", functools.partial(MLP, hidden=(512, 512)))

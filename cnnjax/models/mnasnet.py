@@ -1,6 +1,7 @@
 """MNASNet-B1: Tan et al. 2018 (arXiv 1807.11626), in torchvision's structure and names.
 
-B1 is the network without squeeze-and-excitation of the authors' released code; figure 7 shows the one with it.
+B1 is the network without squeeze-and-excitation of the authors' released code; figure 7 shows the
+one with it.
 """
 
 import functools
@@ -24,7 +25,8 @@ _norm = functools.partial(
     BatchNorm, momentum=1 - 0.9997
 )  # the publication's 0.9997 weighs the old statistics
 
-# Output channels at width 1, kernel, stride of the first repetition, expansion, repetitions; torchvision's layers 8 ... 13.
+# Output channels at width 1, kernel, stride of the first repetition, expansion, repetitions;
+# torchvision's layers 8 ... 13.
 _TABLE = (
     (24, 3, 2, 3, 3),
     (40, 5, 2, 3, 3),
@@ -36,14 +38,17 @@ _TABLE = (
 
 
 def scaled(channels: int, width: float) -> int:
-    """`width` times `channels` as a multiple of 8, rounded to the nearest unless that loses more than a tenth."""
+    """Returns `width` times `channels` as a multiple of 8.
+
+    It is rounded to the nearest unless that loses more than a tenth.
+    """
     exact = width * channels
     nearest = max(8, int(exact + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * exact else nearest + 8
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, `size` x `size` of each channel on its own, 1x1 without activation."""
+    """1x1 to `expansion` times the channels, depthwise convolution, 1x1 without activation."""
 
     features: int
     size: int

@@ -1,4 +1,5 @@
-"""MobileNetV2: Sandler et al. 2018 (arXiv 1801.04381), table 2, in torchvision's structure and names."""
+"""MobileNetV2: Sandler et al. 2018 (arXiv 1801.04381), table 2, in torchvision's structure and
+names."""
 
 import functools
 
@@ -37,7 +38,10 @@ def relu6(x: jnp.ndarray) -> jnp.ndarray:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, a 3x3 of each channel on its own, 1x1 without activation (figure 4d)."""
+    """1x1 to `expansion` times the channels, depthwise 3x3, 1x1 without activation.
+
+    Source: figure 4d.
+    """
 
     features: int
     stride: int

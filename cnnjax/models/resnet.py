@@ -1,8 +1,9 @@
 """ResNet, ResNeXt and Wide ResNet in torchvision's structure and names.
 
-ResNet is He et al. 2015 (arXiv 1512.03385), table 1; ResNeXt, Xie et al. 2016 (arXiv 1611.05431), table 1, splits the 3x3
-convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv 1605.07146), table 9, widens it. As in
-torchvision, the bottleneck's stride sits on its 3x3 convolution (the publication has it on the first 1x1).
+ResNet is He et al. 2015 (arXiv 1512.03385), table 1; ResNeXt, Xie et al. 2016 (arXiv 1611.05431),
+table 1, splits the 3x3 convolution into groups; Wide ResNet, Zagoruyko and Komodakis 2016 (arXiv
+1605.07146), table 9, widens it. As in torchvision, the bottleneck's stride sits on its 3x3
+convolution (the publication has it on the first 1x1).
 """
 
 import functools
@@ -25,7 +26,10 @@ from cnnjax.nn import (
 
 
 class Block(nn.Module):
-    """A residual block: its branch's convolutions are (features, kernel, stride, groups), the skip is projected where shapes differ."""
+    """A residual block; its skip is projected if the shapes differ.
+
+    - `layers`: (features, kernel, stride, groups) of the branch's convolutions.
+    """
 
     layers: tuple[tuple[int, int, int, int], ...]
     fill: str
@@ -60,12 +64,18 @@ def basic(width: int, stride: int) -> tuple:
 
 
 def bottleneck(width: int, stride: int, inner: int = 1, groups: int = 1) -> tuple:
-    """1x1, 3x3 of `inner` times the width in `groups`, 1x1 with four times the width out (table 1, 50 layers and more)."""
+    """1x1, 3x3 in `groups`, 1x1 with four times the width (table 1, 50 layers and more).
+
+    The first two have `inner` times the width.
+    """
     return (inner * width, 1, 1, 1), (inner * width, 3, stride, groups), (4 * width, 1, 1, 1)
 
 
 class ResNet(Network):
-    """Stages `stem` (before the max-pool) and `layer1` ... `layer4`, at strides 2, 4, 8, 16, 32."""
+    """Stages `stem` (before the max-pool) and `layer1` ... `layer4`.
+
+    Their strides are 2, 4, 8, 16 and 32.
+    """
 
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)
     block: Callable = basic

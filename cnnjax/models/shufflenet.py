@@ -1,4 +1,5 @@
-"""ShuffleNetV2: Ma et al. 2018 (arXiv 1807.11164), table 5, in torchvision's structure and names."""
+"""ShuffleNetV2: Ma et al. 2018 (arXiv 1807.11164), table 5, in torchvision's structure and
+names."""
 
 import functools
 
@@ -13,13 +14,19 @@ _conv = functools.partial(Conv, use_bias=False)
 
 
 def channel_shuffle(x: jnp.ndarray, groups: int = 2) -> jnp.ndarray:
-    """Interleaves the channels of `groups` equal parts, so that the next unit's halves mix what this one's parts hold."""
+    """Interleaves the channels of `groups` equal parts.
+
+    The next unit's halves then mix what this one's parts hold.
+    """
     *shape, channels = x.shape
     return x.reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
 
 
 class Unit(nn.Module):
-    """At stride 1 one half of the channels passes by (figure 3c); at stride 2 both branches see all of them (figure 3d)."""
+    """Two branches: at stride 2 both see all channels, at stride 1 one half passes by.
+
+    Source: figures 3d and 3c.
+    """
 
     features: int
     stride: int
@@ -49,7 +56,10 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2(Network):
-    """Stages `conv1` (before the max-pool) and `stage2`, `stage3`, `stage4`, at strides 2, 8, 16, 32."""
+    """Stages `conv1` (before the max-pool) and `stage2`, `stage3`, `stage4`.
+
+    Their strides are 2, 8, 16 and 32.
+    """
 
     widths: tuple[int, int, int] = (116, 232, 464)  # of stages 2, 3, 4
     last: int = 1024

@@ -1,4 +1,7 @@
-"""The network of the public CIFAR-10 speed record `airbench94_muon` (Jordan 2024, github.com/KellerJordan/cifar10-airbench)."""
+"""The network of the public CIFAR-10 speed record `airbench94_muon`.
+
+Source: Jordan 2024 (github.com/KellerJordan/cifar10-airbench).
+"""
 
 import functools
 
@@ -17,7 +20,10 @@ _gelu = functools.partial(nn.gelu, approximate=False)
 
 
 def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
-    """Filters [2, 2, channels, 8 * channels] under which the 2x2 patches of normalized images are uncorrelated, and their negatives."""
+    """Makes filters [2, 2, channels, 8 * channels] that whiten patches, and their negatives.
+
+    Under them the 2x2 patches of normalized images are uncorrelated.
+    """
     _, height, width, channels = images.shape
     patches = jnp.concatenate(
         [images[:, i : height - 1 + i, j : width - 1 + j] for i in (0, 1) for j in (0, 1)], 3
@@ -30,7 +36,7 @@ def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
 
 
 def _partly_identity(key, shape, dtype=jnp.float32):
-    """PyTorch's default, but the first filters copy an input channel each."""
+    """PyTorch's default, except that the first filters copy an input channel each."""
     kernel = uniform_fan_in(shape[0] * shape[1] * shape[2])(key, shape, dtype)
     kept = min(shape[2:])
     identity = (
@@ -46,10 +52,12 @@ def _unit_variance(key, shape, dtype=jnp.float32):
 
 
 class Speedrun(Network):
-    """A 2x2 convolution for whitening, then three groups of two 3x3 convolutions. Stages `block1`, `block2`, `block3`, after each group.
+    """A 2x2 convolution for whitening, then three groups of two 3x3 convolutions.
 
-    Training sets the kernel of `whiten` (`whitening_filters`) and leaves it and BatchNorm's scales as they are. `width` is the first
-    group's; the others have four times as many channels.
+    Stages `block1`, `block2`, `block3`, after each group. Training sets the kernel of `whiten`
+    (`whitening_filters`) and leaves it and BatchNorm's scales as they are.
+
+    - `width`: channels of the first group; the others have four times as many.
     """
 
     num_classes: int = 10

@@ -1,4 +1,7 @@
-"""SqueezeNet: Iandola et al. 2016 (arXiv 1602.07360), table 1, and its authors' version 1.1, in torchvision's structure and names."""
+"""SqueezeNet and its authors' version 1.1, in torchvision's structure and names.
+
+Source: Iandola et al. 2016 (arXiv 1602.07360), table 1.
+"""
 
 import functools
 
@@ -36,7 +39,10 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(Network):
-    """Stages `conv1` and the last fire module before each max-pool and at the end, at strides 2, 4, 8, 16."""
+    """Stages `conv1` and the last fire module before each max-pool and at the end.
+
+    Their strides are 2, 4, 8 and 16.
+    """
 
     stem: tuple[int, int] = (96, 7)  # filters and kernel of the first convolution
     pools: tuple[int, ...] = (1, 4, 8)  # the layers, counted as in table 1, that a max-pool follows

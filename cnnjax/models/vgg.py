@@ -1,4 +1,5 @@
-"""VGG: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1, in torchvision's structure and names."""
+"""VGG: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1, in torchvision's structure and
+names."""
 
 import functools
 
@@ -17,8 +18,8 @@ from cnnjax.nn import (
     relu,
 )
 
-# Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1 one, "LRN" the
-# normalization; a max-pool closes every block.
+# Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1
+# one, "LRN" the normalization; a max-pool closes every block.
 _TABLE = {
     "A": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     "A-LRN": ((64, "LRN"), (128,), (256, 256), (512, 512), (512, 512)),
@@ -30,9 +31,10 @@ _TABLE = {
 
 
 class VGG(Network):
-    """Stages `block1` ... `block5`: each block's last activation before its max-pool, at strides 1, 2, 4, 8, 16.
+    """Stages `block1` ... `block5`: each block's last activation before its max-pool.
 
-    With `every_layer` the stages are every convolution's activation instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
+    Their strides are 1, 2, 4, 8 and 16. With `every_layer` the stages are every convolution's
+    activation instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
     """
 
     blocks: tuple = _TABLE["D"]
@@ -42,7 +44,8 @@ class VGG(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        index = 0  # torchvision numbers every layer of `features`: convolution, normalization, ReLU and pool alike
+        # torchvision numbers every layer of `features`: convolution, normalization, ReLU and pool.
+        index = 0
         for number, block in enumerate(self.blocks, 1):
             within = 0
             for layer in block:

@@ -1,9 +1,10 @@
-"""What padding alone writes into a network's features, and which pixels a network reads how often: no readout, no training.
+"""What padding alone writes into a network's features, without readout or training.
 
-The features of a crop differ from those that the same pixels have inside a larger photograph by what the padding did. What these
-differences have in common over photographs is a pattern of positions (Lin et al. 2022, arXiv 2206.01202, whose formulas are not
-public: the metrics here are defined in `strength`). The second half is arithmetic of windows: where a stride leaves cells unread
-(Alsallakh et al. 2021, arXiv 2010.02178), and how often each pixel is read.
+The features of a crop differ from those of the same pixels inside a larger photograph by what the
+padding did. What these differences have in common over photographs is a pattern of positions (Lin
+et al. 2022, arXiv 2206.01202, whose formulas are not public: `strength` defines the metrics here).
+The second half is arithmetic of windows: which rows a stride leaves unread (Alsallakh et al. 2021,
+arXiv 2010.02178), and how often each pixel is read.
 """
 
 import functools
@@ -35,16 +36,21 @@ __all__ = [
     "windows",
 ]
 
-# The fills that leave every position where it is: under the others maps shrink, grow, are stretched or shifted.
+# The fills that leave every position where it is: under the others maps shrink, grow, are stretched
+# or shifted.
 ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
 _BATCH = 4
 
 
 def margin(model: Network, stage: str, size: int) -> int:
-    """How many pixels more a photograph needs on each side of a crop of `size` so that no unit of the crop's map sees its border.
+    """Finds how much wider than a crop a photograph must be, on each side.
 
-    It is a multiple of the stage's stride, so that the crop's map lies on the grid of the photograph's. Raises `ValueError` if there
-    is no such stage.
+    With this margin no unit of the crop's map sees the photograph's border. It is a multiple of the
+    stage's stride, so that both maps lie on one grid.
+
+    - `size`: side of the crop in pixels.
+
+    Returns pixels. Raises `ValueError` if there is no such stage.
     """
     field = receptive_field(model, stage)
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
@@ -70,7 +76,7 @@ def features(
     images: UInt8[np.ndarray, "n height width 3"],
     stages: Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
-    """The named stages, in the network's order, of images."""
+    """Computes the named stages, in the network's order, of images."""
     parts = []
     for start, count, batch in in_batches(images, _BATCH):
         maps = _stages(model, variables, batch, tuple(stages), jax.random.key(start))
@@ -85,37 +91,50 @@ def features_inside(
     size: int,
     stages: Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
-    """What `features` would be of the central crop of `size` if it had no border: cut out of those of photographs around it.
+    """Computes what `features` would be of the central crop if it had no border.
 
-    Raises `ValueError` where `context` is not square or too small, or where its margin is no multiple of a stage's stride.
+    The maps are cut out of those of photographs around the crop.
+
+    - `context`: the photographs, square.
+    - `size`: side of the crop in pixels.
+
+    Raises `ValueError` if `context` is not square or too small, or if its margin is no multiple of
+    a stage's stride.
     """
     have = (context.shape[1] - size) // 2
     for stage in stages:
-        least, step = margin(model, stage, size), receptive_field(model, stage).step[0]
+        least = margin(model, stage, size)
+        step = receptive_field(model, stage).step[0]
         if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
             raise ValueError(
-                f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} does not fit "
-                f"stage={stage!r}; expected a square with a margin of at least {least}, a multiple of {step}"
+                f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} "
+                f"does not fit stage={stage!r}; expected a square with a margin of at least "
+                f"{least}, a multiple of {step}"
             )
     shapes = stage_shapes(model.clone(padding="zeros"), size, stages[-1])
-    maps = features(
-        model.clone(padding="zeros"), variables, context, stages
-    )  # what it is padded with is not seen
+    # What the photographs are padded with is not seen.
+    maps = features(model.clone(padding="zeros"), variables, context, stages)
     cut = {}
     for stage, y in maps.items():
-        start, (height, width) = have // receptive_field(model, stage).step[0], shapes[stage][1:3]
+        start = have // receptive_field(model, stage).step[0]
+        height, width = shapes[stage][1:3]
         cut[stage] = y[:, start : start + height, start : start + width]
     return cut
 
 
 class Strength(NamedTuple):
-    """How strong the trace of the padding is in one stage, relative to the features themselves.
+    """How strong the trace of the padding is in a stage, relative to the features.
 
-    `mae` and `rms` are the mean absolute and the root mean square difference over those of the features; `snr` the mean absolute
-    mean over images of a difference, over their mean standard deviation (with n images and no pattern at all it is about
-    0.8 / sqrt(n)); `shared` the share of the differences' energy that all images have in common, estimated without that bias: 1 if
-    every image has the same difference, 0 if they have nothing in common. `profile` [distances] is `rms` by the distance to the
-    border in positions, `pattern` [height, width] the root mean square over channels of the mean difference, relative as `rms`.
+    - `mae`, `rms`: mean absolute and root mean square difference, over those of the features.
+    - `snr`: mean absolute mean over images of a difference, over their mean standard deviation;
+    about
+        0.8 / sqrt(n) for n images without any pattern.
+    - `shared`: share of the differences' energy that all images have in common, without that bias:
+    1
+        if every image has the same difference, 0 if they have nothing in common.
+    - `profile`: [distances], `rms` by the distance to the border in positions.
+    - `pattern`: [height, width], root mean square over channels of the mean difference, relative as
+        `rms`.
     """
 
     mae: float
@@ -129,51 +148,58 @@ class Strength(NamedTuple):
 def strength(
     padded: Float[np.ndarray, "n _ _ channels"], inside: Float[np.ndarray, "n _ _ channels"]
 ) -> Strength:
-    """Compares the features of crops with those inside their photographs, both [n, height, width, channels].
+    """Compares the features of crops with those inside their photographs.
 
-    Raises `ValueError` for maps of two sizes, and for fewer than two images: they could not differ.
+    - `padded`, `inside`: [n, height, width, channels].
+
+    Raises `ValueError` for maps of two sizes and for fewer than two images, which could not differ.
     """
     if len(padded) < 2 or padded.shape != inside.shape:
         raise ValueError(
-            f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected two of one shape, of 2 images "
-            "or more"
+            f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected "
+            "two of one shape, of 2 images or more"
         )
-    scale = np.float32(
-        max(np.abs(inside).max(), np.finfo(np.float32).tiny)
-    )  # squares of what random weights shrank would underflow
-    inside, delta = inside / scale, (padded - inside) / scale
-    mean, variance, energy = delta.mean(0), delta.var(0, ddof=1), np.square(delta).mean(0)
+    # Squares of what random weights shrank would underflow.
+    scale = np.float32(max(np.abs(inside).max(), np.finfo(np.float32).tiny))
+    delta = (padded - inside) / scale
+    inside = inside / scale
+    mean = delta.mean(0)
+    variance = delta.var(0, ddof=1)
+    energy = np.square(delta).mean(0)
     size = float(np.sqrt(np.square(inside).mean()))
     distance = border_distance(*mean.shape[:2]).ravel()
-    ring, whole = (
-        np.bincount(distance, x.mean(-1).ravel()) for x in (energy, np.square(inside).mean(0))
-    )
-    common = (
-        float((np.square(mean) - variance / len(delta)).mean() / energy.mean())
-        if energy.any()
-        else 0.0
-    )
-    snr = float(np.abs(mean).mean() / np.sqrt(variance).mean()) if energy.any() else 0.0
+    ring = np.bincount(distance, energy.mean(-1).ravel())
+    whole = np.bincount(distance, np.square(inside).mean(0).mean(-1).ravel())
+    shared = 0.0
+    snr = 0.0
+    if energy.any():
+        shared = float((np.square(mean) - variance / len(delta)).mean() / energy.mean())
+        snr = float(np.abs(mean).mean() / np.sqrt(variance).mean())
     return Strength(
-        float(np.abs(delta).mean() / np.abs(inside).mean()),
-        float(np.sqrt(energy.mean())) / size,
-        snr,
-        common,
-        np.sqrt(ring / whole),
-        np.sqrt(np.square(mean).mean(-1)) / size,
+        mae=float(np.abs(delta).mean() / np.abs(inside).mean()),
+        rms=float(np.sqrt(energy.mean())) / size,
+        snr=snr,
+        shared=shared,
+        profile=np.sqrt(ring / whole),
+        pattern=np.sqrt(np.square(mean).mean(-1)) / size,
     )
 
 
-# --- Blind spots ---------------------------------------------------------------------------------------------------------
+# --- Blind spots ---
 
 
 def unread(chain: Sequence[Window], size: int) -> dict[str, int]:
-    """How many padded rows, and columns, each strided window leaves unread at the far side of an image of `size`.
+    """Counts the padded rows that each strided window leaves unread at the far side.
 
-    Only with 0 does the window use its padding, or where it has none the image, as much below as above and right as left. Raises
-    `ValueError` if the image is too small.
+    Columns are as rows. With 0 a window uses its padding, or without any the image, as much below
+    as above and right as left.
+
+    - `size`: side of the image in pixels.
+
+    Raises `ValueError` if the image is too small.
     """
-    left, n = {}, size
+    left = {}
+    n = size
     for window in chain:
         if window.stride > 1:
             left[window.name] = (n + 2 * window.padding - window.kernel) % window.stride
@@ -188,7 +214,8 @@ def _reads(chain, size, fill):
     def total(x):
         for window in chain:
             kernel = jnp.full((window.kernel, window.kernel, 1, 1), 1 / window.kernel**2)
-            # A max-pool's border never wins under these fills, and pools are not padded any further.
+            # A max-pool's border never wins under these fills, and pools are not padded any
+            # further.
             own = "zeros" if window.pool and fill in ("partial", "full") else fill
             x = conv(x, kernel, stride=window.stride, padding=window.padding, fill=own)
         return x.sum()
@@ -197,10 +224,10 @@ def _reads(chain, size, fill):
 
 
 def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{size} {size}"]:
-    """How often each pixel is read on all ways through a chain of windows, relative to the average pixel.
+    """Counts how often each pixel is read by a chain of windows, relative to the mean.
 
-    All weights of a window are equal and pools sum: the gradient of the last map's sum counts the ways. Raises `ValueError` for an
-    unknown fill, and for 'random', which depends on the image.
+    All weights of a window are equal and pools sum: the gradient of the last map's sum counts the
+    ways. Raises `ValueError` for an unknown fill and for 'random', which depends on the image.
     """
     if check_fill(fill) == "random":
         raise ValueError(
@@ -211,5 +238,8 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{
 
 
 def asymmetry(counts: Float[np.ndarray, "height width"]) -> float:
-    """The share of all reading that differs between the left and the right half of a map: 0 if they are mirror images."""
+    """Returns the share of all reading that differs between the left and the right half.
+
+    It is 0 if they are mirror images.
+    """
     return float(np.abs(counts - counts[:, ::-1]).sum() / (2 * counts.sum()))
