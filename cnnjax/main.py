@@ -1,93 +1,51 @@
-"""The command line: reads a configuration and runs it in a work directory.
+"""Run a configuration in a work directory.
 
 python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
+
+With --config FILE, --help lists the keys of that configuration and their values.
 """
 
-import importlib
+import argparse
 import logging
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Callable
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-from cnnjax.runtime import backend, command, workdir
-
-# What a configuration's `kind` may be, and the module whose `check`, `run` and `report.write` do it.
-_JOBS = {"position": "cnnjax.position.study", "train": "cnnjax.train.loop"}
+from cnnjax.runtime import backend, command, configuration, workdir
 
 _LOG = logging.getLogger("cnnjax")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A configuration file, such as configs/posenet.py.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "The folder of the results; by default one under runs/ named after the configuration.",
-)
-_DISTRIBUTED = flags.DEFINE_string(
-    "distributed",
-    None,
-    "Makes this process one of several: auto (Slurm, Cloud TPU, GKE), or "
-    "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0.",
-)
-flags.DEFINE_boolean("debug", False, "Shows the traceback of an error.")
 
 
-def _default_workdir() -> pathlib.Path:
-    """runs/NAME, and with overrides runs/NAME-DIGEST, so that a changed configuration never meets another's results."""
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    if not config_flags.get_override_values(flags.FLAGS["config"]):
-        return pathlib.Path("runs") / name
-    return pathlib.Path("runs") / f"{name}-{workdir.digest(_CONFIG.value.to_dict())}"
+# ------------------------------------------------------------------ what is run
 
 
-def _parse(argv: list[str]) -> None:
-    """Parses the flags; raises `ValueError` in one line for whatever is wrong with them or the configuration file."""
-    try:
-        rest = flags.FLAGS(argv)[1:]
-        if rest:
-            raise ValueError(
-                f"unexpected argument {rest[0]!r}; options are written --workdir=FOLDER or --config.KEY=VALUE"
-            )
-        if not flags.FLAGS["config"].present:
-            raise ValueError(
-                "--config is missing; name a configuration file, such as --config configs/posenet.py"
-            )
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        if not pathlib.Path(path).is_file():
-            raise ValueError(
-                f"config={path!r} is not a file; name a configuration file, such as configs/posenet.py"
-            )
-        config = _CONFIG.value  # read and overridden here
-    except (KeyError, AttributeError) as error:
-        quoted = (
-            str(error).replace("\\n", " ").replace("\\", "").strip("\"'")
-        )  # ml_collections quotes its own message, and again
-        key, _, advice = " ".join(quoted.split()).partition("'")
-        raise ValueError(f"--config has no such key: {key!r}{advice}") from error
-    except flags.UnrecognizedFlagError as error:
-        known = ", ".join(f"--{name}" for name in _options())
-        raise ValueError(
-            f"--{error.flagname} is not an option; there are {known}, and --config.KEY=VALUE for the keys of the "
-            "configuration"
-        ) from error
-    except (flags.Error, TypeError, ImportError, SyntaxError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    if config.get("kind") not in _JOBS:
-        raise ValueError(
-            f"kind={config.get('kind')!r} of the configuration is not one of {', '.join(_JOBS)}"
-        )
+def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
+    """The module whose `check`, `run` and `report.write` do what the configuration's `kind` says.
+
+    Raises `ValueError` for a kind that there is no job for.
+    """
+    # Imported when needed: --help does not wait for jax.
+    if config.get("kind") == "train":
+        from cnnjax.train import loop
+
+        return loop
+    if config.get("kind") == "position":
+        from cnnjax.position import study
+
+        return study
+    raise ValueError(
+        f"kind={config.get('kind')!r} of the configuration is not one of position, train"
+    )
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Runs one configuration in a work directory; of a finished run, only the report is written anew."""
-    job = importlib.import_module(_JOBS[config.kind])
-    if _DISTRIBUTED.value:
-        backend.join(_DISTRIBUTED.value)
+    """Run a configuration in a work directory; for a finished run, only write its report anew."""
+    job = job_of(config)
+    backend.reach_devices()
     job.check(config)
     backend.start()
 
@@ -95,7 +53,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
-    if is_finished := (folder / "results.json").exists():
+    is_finished = (folder / "results.json").exists()
+    if is_finished:
         _LOG.info("%s holds the finished run", folder)
     workdir.completed(begin, config, folder)
     if is_finished:
@@ -103,43 +62,142 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     _LOG.info("finished: see %s", folder / "report.md")
 
 
-def _options() -> list[str]:
-    """The names of this package's own options; libraries have some too."""
-    mine = (
-        "cnnjax.main",
-        "cnnjax.sweep",
-        sys.argv[0],
-    )  # the last is what absl calls the module that runs
-    return [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name) in mine]
+def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Complete the name of a model that a configuration file registers to FILE.py:NAME.
+
+    So config.json says where the model comes from, for every command that opens the run again.
+    """
+    if config.get("kind") != "train":
+        return config
+    from cnnjax.models import base
+
+    return configuration.override(config, {"model": base.name_with_file(config.model)})
 
 
-def main(
-    argv: list[str], work: Callable[[ml_collections.ConfigDict, pathlib.Path], None] = run
-) -> int:
-    """Does `work` with a configuration and returns the exit code (`cnnjax.runtime.command.run`)."""
-    if {"-h", "-help", "--help"} & set(argv[1:]):
-        told = (f"  --{name:12}{flags.FLAGS[name].help}" for name in _options())
-        print(
-            sys.modules[work.__module__].__doc__,
-            *told,
-            "  --config.KEY=VALUE  changes a key of the configuration.",
-            sep="\n",
+# ------------------------------------------------------------------ the command line
+
+
+def build_parser(module: str, description: str) -> command.Parser:
+    """A parser of the options that every command with a configuration has."""
+    parser = command.Parser(
+        prog=f"python -m {module}",
+        usage="%(prog)s --config FILE [options] [--config.KEY=VALUE ...]",
+        description=description,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a configuration file, such as configs/posenet.py"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=command.path,
+        metavar="FOLDER",
+        help="the folder of the results (default: one under runs/, named after the configuration)",
+    )
+    parser.add_argument(
+        "--distributed",
+        metavar="HOW",
+        help="make this process one of several: auto (Slurm, Cloud TPU, GKE), or "
+        "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0",
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this help, and the keys of --config"
+    )
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    """Read the options, and the configuration with its changes.
+
+    The options have the changes, too, as `overrides`. Raises `ValueError` for bad input.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and not name.startswith("--config."):
+            known = ", ".join(f"--{option}" for option in vars(options))
+            raise ValueError(
+                f"{name} is not an option; there are {known}, and --config.KEY=VALUE for the keys "
+                "of the configuration"
+            )
+    if options.config is None:
+        raise ValueError(
+            "--config is missing; name a configuration file, such as --config configs/posenet.py"
         )
-        return 0
+    if not pathlib.Path(options.config).expanduser().is_file():
+        raise ValueError(
+            f"config={options.config!r} is not a file; name a configuration file, such as "
+            "configs/posenet.py"
+        )
+    config = configuration.load(options.config)
+    options.overrides = configuration.parse_overrides(config, rest)
+    config = name_model_file(configuration.override(config, options.overrides))
+    if options.workdir is None:
+        options.workdir = _default_workdir(options, config)
+    return options, config
 
-    def do():
-        _parse(argv)
-        work(_CONFIG.value, pathlib.Path(_WORKDIR.value or _default_workdir()))
 
-    return command.run(do)
+def print_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Print the options and, if --config names a file, the keys of that configuration."""
+    options, _ = parser.parse_known_args(arguments)
+    print(parser.format_help())
+    if options.config is None:
+        print("  --config.KEY=VALUE  change a key of the configuration")
+        return
+    print(f"keys of {options.config}:")
+    for key, value in configuration.flatten(configuration.load(options.config)).items():
+        print(f"  --config.{key}={value}")
+
+
+def _default_workdir(
+    options: argparse.Namespace, config: ml_collections.ConfigDict
+) -> pathlib.Path:
+    """runs/NAME, or runs/NAME-DIGEST, so that a changed configuration has a folder of its own."""
+    name = pathlib.Path(options.config).stem
+    if options.overrides:
+        name = f"{name}-{workdir.digest(config.to_dict())}"
+    return pathlib.Path("runs") / name
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    work: Callable[[argparse.Namespace, ml_collections.ConfigDict], None],
+) -> int:
+    """Do `work` with the options and the configuration -> the exit code (`command.run`)."""
+
+    def read_and_work():
+        if {"-h", "--help"} & set(arguments):
+            print_help(parser, arguments)
+            return
+        options, config = parse(parser, arguments)
+        if options.distributed:
+            backend.join(options.distributed)
+        work(options, config)
+
+    return command.run(read_and_work)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command -> its exit code."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    parser = build_parser("cnnjax.main", __doc__)
+    return run_command(parser, arguments, lambda options, config: run(config, options.workdir))
 
 
 def leave(code: int) -> None:
-    """Ends the process at once: at an interruption, threads of the numerical libraries may still be busy, and nothing is left to save."""
+    """End the process at once.
+
+    After an interruption, threads of the numerical libraries may be busy, with nothing to save.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv))
+    leave(main())

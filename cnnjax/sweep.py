@@ -1,209 +1,309 @@
-"""Sweeps: a configuration's `sweep()` says which settings to run; each is a work directory, and one table holds them all.
+r"""Run the settings that a configuration's `sweep()` lists, and put their results into one table.
 
-    python -m cnnjax.sweep --config configs/lenet_mnist.py --workdir runs/lenet_sweep [--config.KEY=VALUE ...]
+    python -m cnnjax.sweep --config configs/lenet_mnist.py --workdir runs/lenet_sweep \
+        [--config.KEY=VALUE ...]
 
-What is finished is not run again, what was stopped goes on. Cells that differ in seeds and numbers only share one compilation,
-since they run in one process. Any number of processes may work at one sweep: each takes cells that no other is at. With
-`--launcher=slurm --jobs=8` so many are submitted to Slurm (by submitit), with `--launcher=local` started here. Writes sweep.json and
-sweep.md: mean, sample standard deviation, n and 95 % interval (Student's t) of the final errors over the seeds of each cell.
+Each cell of the sweep is a run in a work directory of its own. A finished cell is not run again,
+and a stopped one goes on. Cells that differ in seeds and numbers only share one compilation. Any
+number of processes may work on one sweep: each takes a free cell, and one that finds none waits
+for the others, to take up what they leave. `--launcher=slurm --jobs=8` submits eight such
+processes to Slurm, `--launcher=local` starts them on this machine.
+
+Writes sweep.json and sweep.md: for each cell the mean, sample standard deviation, n and 95 %
+interval (Student's t) of the final errors over its seeds. A cell fails if its numbers are no longer
+finite or its batch does not fit into memory; the exit code is then 1, and the table has the reason.
 """
 
-import copy
-import importlib.util
+import argparse
+import dataclasses
 import logging
-import os
 import pathlib
-import re
-import subprocess
 import sys
+import time
 from collections import defaultdict
 
 import ml_collections
-import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from cnnjax import main
-from cnnjax.runtime import tables, workdir
+from cnnjax import main as single
+from cnnjax.runtime import backend, command, configuration, jobs, source, workdir
 
-_LAUNCHER = flags.DEFINE_enum(
-    "launcher", None, ["slurm", "local"], "Hands the sweep to jobs of its own, and ends."
-)
-_JOBS = flags.DEFINE_integer("jobs", 1, "How many jobs the launcher starts.", lower_bound=1)
-_SLURM = flags.DEFINE_multi_string(
-    "slurm",
-    [],
-    "A parameter of submitit's for every job, such as --slurm=slurm_partition=gpu or "
-    "--slurm=timeout_min=60; may be repeated.",
-)
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
+# Seconds between two looks at the cells that other processes are working on.
+_PATIENCE = 5.0
 
 
-def _cells(path: str) -> list[dict]:
-    """The overrides that a configuration file's `sweep()` lists. Raises `ValueError` if it has none, or one twice."""
-    spec = importlib.util.spec_from_file_location("sweep_config", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"config={path!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+# ------------------------------------------------------------------ cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One setting of a sweep, its whole configuration, and its work directory."""
+
+    overrides: dict
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        return name_of(self.overrides)
+
+    @property
+    def results(self) -> pathlib.Path:
+        return self.folder / "results.json"
+
+    @property
+    def failure(self) -> pathlib.Path:
+        return self.folder / "failure.json"
+
+    @property
+    def is_done(self) -> bool:
+        return self.results.exists() or self.failure.exists()
+
+
+def name_of(overrides: dict) -> str:
+    """The name of a cell's folder: "seed=0,batch_size=64"."""
+    text = ",".join(f"{key}={value}" for key, value in overrides.items())
+    return text.replace("/", "_").replace(" ", "") or "default"
+
+
+def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Cell]:
+    """The cells that the `sweep()` of a configuration file lists.
+
+    Args:
+        path: the configuration file.
+        config: its configuration, which each cell changes.
+        folder: the work directory of the sweep.
+
+    Raises `ValueError` if there is no `sweep()`, or it lists no cell, or one twice or a wrong one.
+    """
+    module = source.import_file(path)
     if not hasattr(module, "sweep"):
         raise ValueError(
-            f"config={path!r} has no sweep(): define one that returns a list of overrides, such as [{{'seed': 0}}, "
-            "{'seed': 1}]"
+            f"config={path!r} has no sweep(): define one that returns a list of overrides, such as "
+            "[{'seed': 0}, {'seed': 1}]"
         )
-    cells = [dict(cell) for cell in module.sweep()]
-    if not cells or len({_name(cell) for cell in cells}) < len(cells):
+    with source.running(path):
+        settings = [dict(overrides) for overrides in module.sweep()]
+    names = {name_of(overrides) for overrides in settings}
+    if not settings or len(names) < len(settings):
         raise ValueError(
-            f"sweep() of config={path!r} must list at least one cell, each once; it lists {len(cells)}"
+            f"sweep() of config={path!r} must list at least one cell, each once; it lists "
+            f"{len(settings)}"
         )
+    cells = []
+    for overrides in settings:
+        try:
+            changed = single.name_model_file(configuration.override(config, overrides))
+        except ValueError as error:
+            raise ValueError(
+                f"sweep() sets {overrides}, which does not fit the configuration: {error}"
+            ) from error
+        cells.append(Cell(overrides, changed, folder / name_of(overrides)))
     return cells
 
 
-def _name(cell: dict) -> str:
-    return (
-        ",".join(f"{key}={value}" for key, value in cell.items()).replace("/", "_").replace(" ", "")
-        or "default"
-    )
+def check(cells: list[Cell]) -> None:
+    """Raise `ValueError` if a cell cannot be run, or its folder holds another or a damaged run."""
+    for cell in cells:
+        single.job_of(cell.config).check(cell.config)
+        if cell.is_done:
+            workdir.check_config(cell.folder, cell.config.to_dict())
+            workdir.check_seal(cell.folder)
 
 
-def _config(config: ml_collections.ConfigDict, cell: dict) -> ml_collections.ConfigDict:
-    changed = copy.deepcopy(config)
+# ------------------------------------------------------------------ running them
+
+
+def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
+    """Run every cell that is not done, and wait for those that other processes are running.
+
+    A process that ends leaves its cell free; so all cells are done when this returns.
+    """
+    numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
+    pending = [cell for cell in cells if not cell.is_done]
+    is_waiting = False
+    while pending:
+        left = []
+        for cell in pending:
+            if cell.is_done:
+                continue
+            if not is_waiting:
+                _LOG.info("cell %d of %d: %s", numbers[cell.name], len(cells), cell.name)
+            try:
+                run_cell(cell)
+            except workdir.Claimed as error:
+                left.append(cell)
+                if not is_waiting:
+                    _LOG.info("cell %s is left out: %s", cell.name, error)
+            write_table(folder, cells)
+        if left and not is_waiting:
+            _LOG.info("waiting for %d cells of other processes", len(left))
+        if left:
+            time.sleep(_PATIENCE)
+        is_waiting = True
+        pending = left
+
+
+def run_cell(cell: Cell) -> None:
+    """Run one cell; if it fails, record the reason.
+
+    Raises `workdir.Claimed` if another process is running it.
+    """
     try:
-        changed.update_from_flattened_dict(cell)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"sweep() sets {cell}, which does not fit the configuration: {' '.join(str(error).split())}"
-        ) from error
-    return changed
+        single.run(cell.config, cell.folder)
+    except (ArithmeticError, MemoryError) as error:
+        _LOG.warning("cell %s failed: %s", cell.name, error)
+        workdir.write_json(cell.failure, {"error": str(error)})
 
 
-def _interval(values: list[float]) -> dict:
-    """Mean, sample standard deviation, n and the half-width of the mean's 95 % interval; the last needs two values."""
+def launch(options: argparse.Namespace) -> None:
+    """Start jobs that each run this same command without its launcher."""
+    words = [sys.executable, "-m", "cnnjax.sweep"]
+    words += ["--config", options.config, "--workdir", str(options.workdir)]
+    words += [f"--config.{key}={text}" for key, text in options.overrides.items()]
+    folder = options.workdir / "jobs"
+    names = jobs.submit(
+        words,
+        folder=folder,
+        cluster=options.launcher,
+        count=options.jobs,
+        settings=options.slurm,
+    )
+    told = ", ".join(f"job {name}" for name in names)
+    _LOG.info("started %s; their output is in %s", told, folder)
+
+
+# ------------------------------------------------------------------ the table
+
+
+def summarize(values: list[float]) -> dict:
+    """Mean, sample standard deviation, n and half-width of the mean's 95 % interval.
+
+    One value has no spread: `std` and `half_width` are then None.
+    """
+    # Imported when needed: --help does not wait for scipy.
+    import numpy as np
+
+    from cnnjax.runtime import tables
+
     n = len(values)
-    std = float(np.std(values, ddof=1)) if n > 1 else None
-    return {
-        "mean": float(np.mean(values)),
-        "std": std,
-        "n": n,
-        "half_width": tables.half_width(values) if n > 1 else None,
-    }
+    std = None
+    half_width = None
+    if n > 1:
+        std = float(np.std(values, ddof=1))
+        half_width = tables.half_width(values)
+    return {"mean": float(np.mean(values)), "std": std, "n": n, "half_width": half_width}
 
 
-def summarize(folder: pathlib.Path, cells: list[dict]) -> None:
-    """Writes sweep.json and sweep.md from the cells' results on the disk; cells that differ in their seed only make one row."""
+def summarize_cells(cells: list[Cell]) -> list[dict]:
+    """One row for all cells that differ in their seed only."""
     groups = defaultdict(list)
     for cell in cells:
-        groups[_name({key: value for key, value in cell.items() if key != "seed"})].append(
-            folder / _name(cell)
-        )
+        shared = {key: value for key, value in cell.overrides.items() if key != "seed"}
+        groups[name_of(shared)].append(cell)
     rows = []
-    for name, folders in groups.items():
-        done = [
-            workdir.read_json(path)["final"]
-            for place in folders
-            if (path := place / "results.json").exists()
-        ]
-        failed = [
-            workdir.read_json(path)["error"]
-            for place in folders
-            if (path := place / "failure.json").exists()
-        ]
-        row = {"cell": name, "failed": failed}
-        measured = [metric for metric in _METRICS if done and metric in done[0]]
-        rows.append(
-            row | {metric: _interval([final[metric] for final in done]) for metric in measured}
-        )
+    for name, members in groups.items():
+        finals = []
+        row: dict = {"cell": name, "failed": [], "unfinished": []}
+        for cell in members:
+            if cell.results.exists():
+                finals.append(workdir.read_json(cell.results)["final"])
+            elif cell.failure.exists():
+                row["failed"].append(workdir.read_json(cell.failure)["error"])
+            else:
+                row["unfinished"].append(cell.name)
+        for metric in _METRICS:
+            if finals and metric in finals[0]:
+                row[metric] = summarize([final[metric] for final in finals])
+        rows.append(row)
+    return rows
+
+
+def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
+    """Write sweep.json and sweep.md from the results of the cells on the disk."""
+    from cnnjax.runtime import tables
+
+    rows = summarize_cells(cells)
     workdir.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
-
-    def show(found):
-        if found is None:
-            return ""
-        spread = (
-            f" ± {100 * found['half_width']:.2f} (std {100 * found['std']:.2f})"
-            if found["n"] > 1
-            else ""
-        )
-        return f"{100 * found['mean']:.2f}{spread}, n={found['n']}"
-
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
-    lines = [
-        [row["cell"], *(show(row.get(metric)) for metric in metrics), str(len(row["failed"]) or "")]
-        for row in rows
-    ]
-    text = "Final errors in percent: mean ± half-width of its 95 % interval (sample standard deviation), n.\n\n"
-    workdir.write(
-        folder / "sweep.md",
-        text
-        + tables.table(
-            ["cell", *(metric.replace("_", " ") for metric in metrics), "failed"], lines
-        ),
+    header = ["cell", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
+    lines = []
+    notes = ""
+    for row in rows:
+        counts = [str(len(row[key]) or "") for key in ("failed", "unfinished")]
+        lines.append([row["cell"], *(_format(row.get(metric)) for metric in metrics), *counts])
+        for reason in row["failed"]:
+            notes += f"\nFailed, {row['cell']}: {reason}\n"
+        for name in row["unfinished"]:
+            notes += f"\nUnfinished: {name}\n"
+    text = (
+        "Final errors in percent: mean ± half-width of its 95 % interval "
+        "(sample standard deviation), n.\n\n"
     )
+    workdir.write(folder / "sweep.md", text + tables.table(header, lines) + notes)
 
 
-def launch(folder: pathlib.Path) -> None:
-    """Starts jobs that each run this same command without its launcher."""
-    import submitit
-
-    mine = "|".join(("launcher", "jobs", "slurm"))
-    own = re.sub(f"\0--?({mine})(=|\0)[^\0]*", "", "\0" + "\0".join(sys.argv[1:])).split("\0")[
-        1:
-    ]  # --jobs=8 and --jobs 8
-    executor = submitit.AutoExecutor(folder / "jobs", cluster=_LAUNCHER.value)
-    try:
-        executor.update_parameters(
-            name="cnnjax-sweep",
-            **{"timeout_min": 24 * 60}
-            | {
-                key: int(value) if value.isdecimal() else value
-                for key, _, value in (text.partition("=") for text in _SLURM.value)
-            },
-        )
-    except NameError as error:
-        raise ValueError(f"slurm={_SLURM.value}: {' '.join(str(error).split())}") from error
-    command = [sys.executable, "-m", "cnnjax.sweep", *own]
-    jobs = [
-        executor.submit(subprocess.run, command, check=True, cwd=os.getcwd())
-        for _ in range(_JOBS.value)
-    ]
-    _LOG.info(
-        "started %s; their output is in %s",
-        ", ".join(f"job {job.job_id}" for job in jobs),
-        folder / "jobs",
-    )
+def _format(summary: dict | None) -> str:
+    """A summary in percent: "1.25 ± 0.31 (std 0.12), n=3"."""
+    if summary is None:
+        return ""
+    text = f"{100 * summary['mean']:.2f}"
+    if summary["n"] > 1:
+        text += f" ± {100 * summary['half_width']:.2f} (std {100 * summary['std']:.2f})"
+    return f"{text}, n={summary['n']}"
 
 
-def sweep(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Runs every cell that is not done. A cell whose loss is not finite counts as done, and as failed."""
-    if config.kind != "train":
+# ------------------------------------------------------------------ the command line
+
+
+def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    """Run or launch the sweep of a configuration. Raises `RuntimeError` if a cell failed."""
+    if config.get("kind") != "train":
         raise ValueError(
-            f"kind={config.kind!r} of the configuration is not 'train', the only kind that is swept"
+            f"kind={config.get('kind')!r} of the configuration is not 'train', the only kind that "
+            "is swept"
         )
-    cells = _cells(config_flags.get_config_filename(flags.FLAGS["config"]))
-    configs = [_config(config, cell) for cell in cells]
-    if _LAUNCHER.value:
-        return launch(folder)
-    for cell, changed in zip(cells, configs):
-        place = folder / _name(cell)
-        if any(
-            (place / name).exists() for name in ("results.json", "failure.json")
-        ):  # main.run refuses the others
-            workdir.check_config(place, changed.to_dict())
-            workdir.check_seal(place)
-    for number, (cell, changed) in enumerate(zip(cells, configs), 1):
-        place = folder / _name(cell)
-        if not (place / "results.json").exists() and not (place / "failure.json").exists():
-            _LOG.info("cell %d of %d: %s", number, len(cells), _name(cell))
-            try:
-                main.run(changed, place)
-            except workdir.Claimed as error:
-                _LOG.info("cell %s is left out: %s", _name(cell), error)
-            except ArithmeticError as error:
-                _LOG.warning("cell %s failed: %s", _name(cell), error)
-                workdir.write_json(place / "failure.json", {"error": str(error)})
-        summarize(folder, cells)
-    _LOG.info("finished: see %s", folder / "sweep.md")
+    cells = read_cells(options.config, config, options.workdir)
+    backend.reach_devices()
+    check(cells)
+    if options.launcher:
+        launch(options)
+        return
+    try:
+        run_cells(cells, options.workdir)
+    except KeyboardInterrupt as stop:
+        raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
+    write_table(options.workdir, cells)
+    failed = [cell for cell in cells if cell.failure.exists()]
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(cells)} cells failed: see {options.workdir / 'sweep.md'}"
+        )
+    _LOG.info("finished: see %s", options.workdir / "sweep.md")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command -> its exit code (`cnnjax.runtime.command.run`)."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    parser = single.build_parser("cnnjax.sweep", __doc__)
+    parser.add_argument(
+        "--launcher", choices=("slurm", "local"), help="hand the sweep to jobs, and end"
+    )
+    parser.add_argument(
+        "--jobs", type=command.whole(1), default=1, help="number of jobs that the launcher starts"
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of submitit's for every job, such as slurm_partition=gpu or "
+        "timeout_min=60; may be repeated",
+    )
+    return single.run_command(parser, arguments, sweep)
 
 
 if __name__ == "__main__":
-    main.leave(main.main(sys.argv, sweep))
+    single.leave(main())

@@ -18,14 +18,13 @@ DRIVER = """
 import json, os, sys, tempfile, traceback
 from cnnjax import combine, main, summary, sweep, visualize
 import cnnjax.position.study, cnnjax.train.loop
-commands = {"main": lambda given: main.main(["main", *given]), "sweep": lambda given: main.main(["sweep", *given], sweep.sweep),
-            "combine": combine.main, "summary": summary.main, "visualize": visualize.main}
+commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
+            "summary": summary.main, "visualize": visualize.main}
 found = []
 for command, arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         if not (child := os.fork()):
             os.dup2(output.fileno(), 1), os.dup2(errors.fileno(), 2)
-            sys.argv = [command, *arguments]  # where ml_collections looks for overrides
             try:
                 code = commands[command](arguments) or 0
             except SystemExit as stop:
@@ -59,20 +58,90 @@ WEIGHTS = (
 LEVELS = ("visualize", "filters", "--model=squeezenet1_1", "--workdir=OUT")
 SOUP = ("combine", "--method=uniform", "--workdir=OUT")
 
+# Configuration files by name.
+CONFIGURATIONS = {
+    "undefined": "import cnnjax\n\nmissing\n",
+    "nothing_returned": "def get_config():\n    pass\n",
+    "unknown_keys": """
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.epoch = 1
+    config.lr = 0.5
+    return config
+
+def sweep():
+    return [{"seed": 0}]
+""",
+    "unknown_study_keys": """
+from cnnjax.position import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.n_trian = 1
+    return config
+""",
+    "from_nothing": """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({"kind": "train", "model": "lenet"})
+""",
+    "failing_model": """
+from cnnjax.models import base
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.epochs = 1 // 0
+    return config
+""",
+}
+
 # A command's arguments, in which words in capitals are made by `place`, and what its one line says.
 CASES = [
     # Flags and configuration files.
     (("main",), "--config is missing; name a configuration file"),
     (("main", "--config=configs/nothing.py"), "config='configs/nothing.py' is not a file"),
-    (("main", "--config=FILES/empty.py"), "get_config"),
-    (("main", "--config=FILES/wrong.py"), "invalid syntax"),
-    ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --config, --workdir"),
+    (("main", "--config=FILES/empty.py"), "empty.py' has no get_config(): define one"),
+    (("main", "--config=FILES/wrong.py"), "wrong.py', line 1: SyntaxError: invalid syntax"),
+    (
+        ("main", "--config=FILES/undefined.py"),
+        "undefined.py', line 3: NameError: name 'missing' is not defined",
+    ),
+    (
+        ("main", "--config=FILES/nothing_returned.py"),
+        "nothing_returned.py' returns NoneType, not a ConfigDict",
+    ),
+    (
+        ("main", "--config=FILES/unknown_keys.py"),
+        "epoch is not a key of the configuration; did you mean epochs?",
+    ),
+    (
+        ("sweep", "--config=FILES/unknown_keys.py", "--workdir=OUT"),
+        "epoch is not a key of the configuration; did you mean epochs?",
+    ),
+    (
+        ("main", "--config=FILES/unknown_study_keys.py"),
+        "n_trian is not a key of the configuration; did you mean n_train?",
+    ),
+    (
+        ("main", "--config=FILES/from_nothing.py"),
+        "the configuration lacks the key accumulate; start from cnnjax.train.defaults.get_config()",
+    ),
+    (("main", "--config=FILES/failing_model.py"), "line 7: ZeroDivisionError: integer division"),
+    ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --debug, --config, --workdir"),
     ((*STUDY, "surplus"), "unexpected argument 'surplus'"),
     (
         (*STUDY, "--config.encodrs=('vgg16',)"),
-        "--config has no such key: 'encodrs' Did you mean \"encoders\"",
+        "encodrs is not a key of the configuration; did you mean encoders?",
     ),
-    ((*STUDY, "--config.seeds=many"), "many"),
+    ((*STUDY, "--config.seeds=many"), "seeds='many' is not of the type int"),
+    ((*STUDY, "--config.seeds"), "--config.seeds has no value"),
+    ((*STUDY, "--config.seed=2147483648"), "seed=2147483648 is not a number of at least 0 and at"),
+    ((*TRAIN, "--config.seed=2147483648"), "seed=2147483648 is not a number of at least 0 and at"),
+    ((*TRAIN, "--config.augment.flop=True"), "augment.flop is not a key of the configuration; did"),
     (
         (*STUDY, "--config.kind=dance"),
         "kind='dance' of the configuration is not one of position, train",
@@ -118,8 +187,11 @@ CASES = [
         (*WEIGHTS, "--config.weights=FILES/nothing.safetensors"),
         "nothing.safetensors' is neither 'random', 'imagenet' nor a safetensors or .pth file",
     ),
-    ((*WEIGHTS, "--config.weights=FILES/pickle.pth"), "is not a readable safetensors file"),
-    ((*WEIGHTS, "--config.weights=FILES/cut.safetensors"), "is not a readable safetensors file"),
+    ((*WEIGHTS, "--config.weights=FILES/pickle.pth"), "is not a readable safetensors or .pth file"),
+    (
+        (*WEIGHTS, "--config.weights=FILES/cut.safetensors"),
+        "is not a readable safetensors or .pth file",
+    ),
     (
         (*WEIGHTS, "--config.weights=FILES/other.safetensors"),
         "not in the file: classifier.1.bias (1000,); ",
@@ -144,7 +216,23 @@ CASES = [
     ((*TRAIN, "--config.momentum=-0.5"), "momentum=-0.5 is not between 0 and 1"),
     ((*TRAIN, "--config.model=lenet6"), "model='lenet6' is not known; did you mean lenet"),
     ((*TRAIN, "--config.model_fields.padding=mirror"), "padding='mirror' is not one of"),
-    ((*TRAIN, "--config.model_fields.pading=zeros"), "pading"),
+    (
+        (*TRAIN, "--config.model_fields.pading=zeros"),
+        "pading='zeros' is not a field of lenet; it accepts num_classes, padding",
+    ),
+    (
+        (*TRAIN, "--config.model=alexnet", "--config.model_fields.dropout=much"),
+        "dropout='much' is not of the type float, as alexnet expects",
+    ),
+    (
+        (*TRAIN, "--config.model_fields.num_classes=5"),
+        "model_fields.num_classes=5: the data and the keys of the configuration decide this field",
+    ),
+    ((*TRAIN, "--config.model=FILES/nothing.py:Net"), "nothing.py' is not a Python file"),
+    ((*TRAIN, "--config.model=FILES/undefined.py:Net"), "line 3: NameError: name 'missing'"),
+    ((*TRAIN, "--config.model=FILES/empty.py:Net"), "empty.py has no network 'Net'"),
+    ((*TRAIN, "--config.model=nowhere.at_all:Net"), "ModuleNotFoundError: No module named"),
+    ((*TRAIN, "--config.model=collections:Counter"), "is a Counter, not a cnnjax.Network"),
     ((*TRAIN, "--config.optimizer=sdg"), "optimizer='sdg' is not one of sgd"),
     ((*TRAIN, "--config.loss=l2"), "loss='l2' is not one of cross_entropy"),
     ((*TRAIN, "--config.dtype=float16"), "dtype='float16' is not one of float32, bfloat16"),
@@ -229,6 +317,8 @@ def place(folder: pathlib.Path) -> dict[str, str]:
     (files / "file").write_text("")
     (files / "empty.py").write_text("")
     (files / "wrong.py").write_text("def get_config(:\n")
+    for name, text in CONFIGURATIONS.items():
+        (files / f"{name}.py").write_text(text)
     for name, text in (
         (
             "other",
@@ -316,7 +406,9 @@ def done(tmp_path_factory):
                 + [f"--workdir={folder}/run"] * unnamed,
             )
         )
-    before, runs = contents(folder), sorted(ROOT.glob("runs/*"))
+    before = contents(folder)
+    paths = set(folder.rglob("*"))
+    runs = sorted(ROOT.glob("runs/*"))
     process = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(given),
@@ -327,9 +419,8 @@ def done(tmp_path_factory):
     )
     kept = {path: content for path, content in contents(folder).items() if path in before}
     assert kept == before and sorted(ROOT.glob("runs/*")) == runs
-    assert {
-        path.name for path in folder.rglob("*") if str(path) not in before and path.is_file()
-    } <= {"config.json", "environment.json"}
+    # A refused run leaves no folder.
+    assert set(folder.rglob("*")) == paths
     return [
         (*outcome, filled(message))
         for outcome, (_, message) in zip(json.loads(process.stdout), CASES)

@@ -16,7 +16,6 @@ import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
-from absl import flags
 
 from cnnjax import combine, main, report
 from cnnjax.models import create_model
@@ -47,15 +46,14 @@ from cnnjax.runtime import workdir
 from cnnjax.train import loop
 for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
     setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
-commands = {"main": lambda given: main.main(["main", *given]), "sweep": lambda given: main.main(["sweep", *given], sweep.sweep),
-            "combine": combine.main, "mount": lambda given: os.execvp("mount", ["mount", *given])}
+commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
+            "mount": lambda given: os.execvp("mount", ["mount", *given])}
 
 def begin(command, arguments, beforehand):
     errors = tempfile.TemporaryFile("w+")
     if child := os.fork():
         return child, errors
     os.dup2(errors.fileno(), 2)
-    sys.argv = [command, *arguments]  # where ml_collections looks for overrides
     try:
         exec(beforehand, globals())
         code = commands[command](arguments)
@@ -359,8 +357,6 @@ def run_here(monkeypatch):
     """Runs the command's work on a copy of a folder, in this process -> the error, None if there is none."""
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
     def run(config: dict, folder: pathlib.Path):
         try:

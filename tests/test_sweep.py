@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 
 import numpy as np
@@ -13,26 +16,38 @@ import pytest
 import scipy.stats
 
 from cnnjax import sweep
+from cnnjax.runtime import jobs, workdir
+from cnnjax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.sweep"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
+def write_config(folder: pathlib.Path, body: str) -> str:
+    """Write a configuration file with a `sweep()` -> its path."""
+    path = folder / "swept.py"
+    imports = "from configs.lenet_digits import get_config\nfrom cnnjax.train import defaults\n\n"
+    path.write_text(imports + body + "\n")
+    return str(path)
+
+
+def read_rows(folder: pathlib.Path) -> list[dict]:
+    return json.loads((folder / "sweep.json").read_text())["rows"]
+
+
 def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
-    """Six cells: two learning rates and three seeds, of which one rate is far too large."""
-    config = tmp_path / "swept.py"
-    config.write_text(
-        "from configs.lenet_digits import get_config\nfrom cnnjax.train import defaults\n\n"
-        "def sweep():\n    return defaults.product({'schedule.learning_rate': (0.1, 1e9), 'seed': range(3)})\n"
-    )
+    """Six cells: two learning rates, of which one is far too large, and three seeds."""
+    axes = "{'schedule.learning_rate': (0.1, 1e9), 'seed': range(3)}"
+    config = write_config(tmp_path, f"def sweep():\n    return defaults.product({axes})")
+    runs = tmp_path / "runs"
     arguments = [
         *COMMAND,
         "--config",
-        str(config),
+        config,
         "--config.epochs=2",
         "--workdir",
-        str(tmp_path / "runs"),
+        str(runs),
     ]
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
@@ -41,70 +56,160 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    first = tmp_path / "runs" / "schedule.learning_rate=0.1,seed=0" / "results.json"
+    first = runs / "schedule.learning_rate=0.1,seed=0" / "results.json"
     written = first.stat().st_mtime_ns
+
     done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (
-        first.stat().st_mtime_ns == written
-        and "cell 1 of 6" not in done.stderr
-        and "cell 6 of 6" in done.stderr
-    )
-    good, bad = json.loads((tmp_path / "runs" / "sweep.json").read_text())["rows"]
-    errors = [
-        json.loads(
-            (
-                tmp_path / "runs" / f"schedule.learning_rate=0.1,seed={seed}" / "results.json"
-            ).read_text()
-        )["final"]["test_error"]
-        for seed in range(3)
-    ]
+    assert done.returncode == 1
+    assert "error: 3 of 6 cells failed: see " in done.stderr.splitlines()[-1]
+    assert first.stat().st_mtime_ns == written
+    assert "cell 1 of 6" not in done.stderr
+    assert "cell 6 of 6" in done.stderr
+
+    good, bad = read_rows(runs)
+    errors = []
+    for seed in range(3):
+        results = runs / f"schedule.learning_rate=0.1,seed={seed}" / "results.json"
+        errors.append(json.loads(results.read_text())["final"]["test_error"])
     low, high = scipy.stats.t.interval(0.95, 2, loc=np.mean(errors), scale=scipy.stats.sem(errors))
-    assert (
-        good["test_error"]["mean"] == pytest.approx(np.mean(errors))
-        and good["test_error"]["n"] == 3
-    )
-    assert (
-        good["test_error"]["half_width"] == pytest.approx((high - low) / 2) and len(set(errors)) > 1
-    )
-    assert len(bad["failed"]) == 3 and "not finite" in bad["failed"][0] and "test_error" not in bad
-    assert "learning_rate=0.1" in (tmp_path / "runs" / "sweep.md").read_text()
+    assert good["test_error"]["mean"] == pytest.approx(np.mean(errors))
+    assert good["test_error"]["n"] == 3
+    assert good["test_error"]["half_width"] == pytest.approx((high - low) / 2)
+    assert len(set(errors)) > 1
+    assert len(bad["failed"]) == 3
+    assert "not finite" in bad["failed"][0]
+    assert "test_error" not in bad
+    table = (runs / "sweep.md").read_text()
+    assert "learning_rate=0.1" in table
+    assert "\nFailed, schedule.learning_rate=1000000000.0: the loss is not finite at step" in table
 
 
 def test_workers_share_a_sweep(tmp_path):
     """Two jobs of the local launcher: every cell is run by one of them, once."""
-    config = tmp_path / "swept.py"
-    config.write_text(
-        "from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': seed} for seed in range(4)]\n"
+    config = write_config(
+        tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(4)]"
     )
+    runs = tmp_path / "runs"
     arguments = [
         *COMMAND,
         "--config",
-        str(config),
+        config,
         "--config.epochs=2",
         "--launcher=local",
         "--jobs",
         "2",
         "--workdir",
-        str(tmp_path / "runs"),
+        str(runs),
     ]
     done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and "started job" in done.stderr, done.stderr
     deadline = time.monotonic() + 240
-    while len(outputs := list((tmp_path / "runs" / "jobs").glob("*_result.pkl"))) < 2:
+    while len(outputs := list((runs / "jobs").glob("*_result.pkl"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    logs = [path.read_text() for path in (tmp_path / "runs" / "jobs").glob("*.err")]
+    logs = [path.read_text() for path in (runs / "jobs").glob("*.err")]
     assert len(outputs) == len(logs) == 2
     for seed in range(4):
-        assert (
-            sum(log.count(f"running in {tmp_path / 'runs' / f'seed={seed}'}") for log in logs) == 1
-        )
-        assert (tmp_path / "runs" / f"seed={seed}" / "results.json").exists()
-    assert (
-        json.loads((tmp_path / "runs" / "sweep.json").read_text())["rows"][0]["test_error"]["n"]
-        == 4
+        told = f"running in {runs / f'seed={seed}'}"
+        assert sum(log.count(told) for log in logs) == 1
+        assert (runs / f"seed={seed}" / "results.json").exists()
+    (row,) = read_rows(runs)
+    assert row["test_error"]["n"] == 4
+
+
+# ------------------------------------------------------------------ cells without training
+
+
+@pytest.fixture
+def run_sweep(tmp_path, monkeypatch):
+    """Runs a sweep of four seeds, whose cells only write results -> its exit code.
+
+    `train` is called with the configuration and the folder first.
+    """
+    config = write_config(
+        tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(4)]"
     )
+    monkeypatch.setattr(sweep, "_PATIENCE", 0.05)
+
+    def run(train=lambda config, folder: None) -> int:
+        def write_results(config, folder):
+            train(config, folder)
+            workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+
+        monkeypatch.setattr(loop, "run", write_results)
+        return sweep.main(["--config", config, "--workdir", str(tmp_path / "runs")])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("batch_size=128 does not fit"), FloatingPointError("not finite")]
+)
+def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tmp_path, capfd):
+    def train(config, folder):
+        if config.seed == 1:
+            raise error
+
+    assert run_sweep(train) == 1
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["failed"] == [str(error)]
+    assert row["unfinished"] == []
+    assert row["test_error"]["n"] == 3
+    table = (tmp_path / "runs" / "sweep.md").read_text()
+    assert "| default | 25.00 ± 0.00 (std 0.00), n=3 | 1 |  |" in table
+    assert f"\nFailed, default: {error}\n" in table
+    told = capfd.readouterr().err
+    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    # The failure is a result: it is not tried again, and the exit code stays.
+    assert run_sweep() == 1
+
+
+def test_a_cell_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
+    """A job on another machine holds a cell, and is cancelled while this one waits for it."""
+    left = tmp_path / "runs" / "seed=2"
+    left.mkdir(parents=True)
+    claim = left / "run.claim"
+    claim.write_text(json.dumps({"host": "elsewhere", "process": 1}))
+    ran = []
+
+    def cancel():
+        # Two minutes go by without a sign of life.
+        deadline = time.monotonic() + 60
+        while len(ran) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (row,) = read_rows(tmp_path / "runs")
+        unfinished.extend(row["unfinished"])
+        os.utime(claim, (time.time() - 130,) * 2)
+
+    unfinished: list[str] = []
+    thread = threading.Thread(target=cancel, daemon=True)
+    thread.start()
+    assert run_sweep(lambda config, folder: ran.append(config.seed)) == 0
+    thread.join()
+    assert ran == [0, 1, 3, 2]
+    assert "seed=2" in unfinished
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["test_error"]["n"] == 4
+    assert row["unfinished"] == []
+
+
+def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(run_sweep, tmp_path):
+    left = tmp_path / "runs" / "seed=2"
+    left.mkdir(parents=True)
+    (left / "run.claim").write_text(json.dumps({"host": platform.node(), "process": os.getpid()}))
+    ran = []
+
+    def stop():
+        while len(ran) < 3:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    assert run_sweep(lambda config, folder: ran.append(config.seed)) == 75
+    thread.join()
+    assert "\nUnfinished: seed=2\n" in (tmp_path / "runs" / "sweep.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,22 +219,100 @@ def test_workers_share_a_sweep(tmp_path):
         ("def sweep(): return []", "must list at least one cell"),
         ("def sweep(): return [{'seed': 1}, {'seed': 1}]", "each once"),
         ("def sweep(): return [{'sede': 1}]", "sets {'sede': 1}, which does not fit"),
+        ("def sweep(): return [{'sede': 1}]", "sede is not a key of the configuration; did you"),
+        ("def sweep(): return [{'seed': 'x'}]", "seed='x' is not of the type int"),
+        ("def sweep(): return [{'seed': -1}]", "seed=-1 is not a number of at least 0"),
+        ("def sweep(): return [{'seed': one}]", "line 4: NameError: name 'one' is not defined"),
     ],
 )
-def test_a_bad_sweep_is_named(tmp_path, body, message):
-    config = tmp_path / "swept.py"
-    config.write_text(f"from configs.lenet_digits import get_config\n\n{body}\n")
+def test_a_bad_sweep_is_named(tmp_path, body, message, capfd):
+    config = write_config(tmp_path, body)
+    assert sweep.main(["--config", config, "--workdir", str(tmp_path / "runs")]) == 2
+    told = capfd.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_value_has_no_spread():
+    assert sweep.summarize([0.25]) == {"mean": 0.25, "std": None, "n": 1, "half_width": None}
+
+
+# ------------------------------------------------------------------ jobs
+
+# Ends as a run does when its time is over; the second time it is finished.
+STOPPED_ONCE = """
+import pathlib, signal, sys, time
+record = pathlib.Path("saved")
+def save(number, frame):
+    record.write_text(signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGUSR2, save)
+if not record.exists():
+    pathlib.Path("started").touch()
+    time.sleep(60)
+pathlib.Path("finished").touch()
+"""
+
+
+def wait_for(path: pathlib.Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_is_requeued_when_its_time_is_over(tmp_path):
+    """submitit's signal reaches the command, which saves; the job that follows goes on."""
+    submitted = textwrap.dedent(
+        f"""
+        import submitit, sys
+        from cnnjax.runtime import jobs
+        executor = submitit.LocalExecutor({str(tmp_path / "jobs")!r})
+        executor.update_parameters(timeout_min=6 / 60, signal_delay_s=3)
+        words = [sys.executable, "-c", {STOPPED_ONCE!r}]
+        print(executor.submit(jobs.CommandJob(words, {str(tmp_path)!r})).result())
+        """
+    )
     done = subprocess.run(
-        [*COMMAND, "--config", str(config), "--workdir", str(tmp_path / "runs")],
+        [sys.executable, "-c", submitted],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
+        timeout=120,
     )
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0\n"
+    assert (tmp_path / "saved").read_text() == "SIGUSR2"
+    assert (tmp_path / "finished").exists()
 
 
-def test_one_value_has_no_spread():
-    assert sweep._interval([0.25]) == {"mean": 0.25, "std": None, "n": 1, "half_width": None}
+def test_a_checkpoint_waits_until_the_command_has_saved(tmp_path):
+    job = jobs.CommandJob([sys.executable, "-c", STOPPED_ONCE], str(tmp_path))
+    job.process = subprocess.Popen(job.words, cwd=tmp_path)
+    wait_for(tmp_path / "started")
+    submission = job.checkpoint()
+    assert (tmp_path / "saved").read_text() == "SIGUSR2"
+    assert job.process.wait() == 75
+    assert submission.function.words == job.words
+    # The submission that goes on from there.
+    assert submission.function() == 0
+    assert (tmp_path / "finished").exists()
+
+
+def test_a_job_whose_command_fails_has_failed(tmp_path):
+    job = jobs.CommandJob([sys.executable, "-c", "raise SystemExit(3)"], str(tmp_path))
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        job()
+
+
+def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match="slurm=.'slurm_partitoin=gpu'.: .*slurm_partitoin"):
+        jobs.submit(
+            ["true"],
+            folder=tmp_path,
+            cluster="local",
+            count=1,
+            settings=["slurm_partitoin=gpu"],
+        )

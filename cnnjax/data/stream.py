@@ -634,7 +634,7 @@ def _start_worker(index: int, count: int) -> None:
     It leaves signals to its parent, and ends when that has ended, in whatever way.
     """
     # Signals such as Ctrl-C reach all processes of a group.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

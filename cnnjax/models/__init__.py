@@ -19,6 +19,9 @@ from cnnjax.models import (  # noqa: F401  (each registers its networks)
     squeezenet,
     vgg,
 )
-from cnnjax.models.base import Network, create_model, list_models
+from cnnjax.models.base import Network, create_model, forget_files, list_models
 
 __all__ = ["Network", "create_model", "list_models"]
+
+# A user's file may be what imports this package first.
+forget_files()

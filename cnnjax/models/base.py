@@ -3,8 +3,13 @@
 import collections
 import difflib
 import fnmatch
+import functools
+import importlib
 import inspect
+import numbers
+import pathlib
 from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill
+from cnnjax.runtime import source
 from cnnjax.runtime.types import AnyArray
 
 # What a network goes on with in place of the map of a stage, by the name of the stage.
@@ -116,14 +122,46 @@ class Network(nn.Module):
         return maps
 
 
+# Filled when a file of networks is imported: a name on a command line finds its network here.
 _REGISTRY: dict[str, Callable[..., Network]] = {}
+# The user's file that registered a name; networks of this package have none.
+_FILES: dict[str, str] = {}
 
 
 def register(name: str, build: Callable[..., Network]) -> None:
-    """Makes `build(**fields)` the network called `name`."""
-    if name in _REGISTRY:
+    """Make `build(**fields)` the network called `name`.
+
+    A user's file may register its names again, since it may be imported twice.
+
+    Raises:
+        ValueError: if the name is another network's, or has a colon.
+    """
+    if ":" in name:
+        raise ValueError(f"model {name!r} has a colon, which stands between a file and a name")
+    file = source.running_file() or _users_file(build)
+    if name in _REGISTRY and (file is None or _FILES.get(name) != file):
         raise ValueError(f"model {name!r} is registered twice")
     _REGISTRY[name] = build
+    if file is not None:
+        _FILES[name] = file
+
+
+def forget_files() -> None:
+    """Take all networks registered so far as this package's own, whatever file imported them."""
+    _FILES.clear()
+
+
+def _users_file(build: Callable[..., Network]) -> str | None:
+    """The file that defines a network, or None for one of this package or of no file."""
+    while isinstance(build, functools.partial):
+        build = build.func
+    try:
+        file = pathlib.Path(inspect.getfile(build)).resolve()
+    # Defined at a prompt.
+    except (TypeError, OSError):
+        return None
+    package = pathlib.Path(__file__).parents[1].resolve()
+    return None if package in file.parents else str(file)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -131,30 +169,99 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 
-def create_model(name: str, **fields) -> Network:
-    """Builds a network by name.
+def name_with_file(name: str) -> str:
+    """Complete the name of a network that a user's file registered to FILE.py:NAME.
 
-    - `fields`: `num_classes`, `padding`, `dtype`, `axis_name` and the family's own.
-
-    Raises `ValueError`, with the nearest names, for an unknown model, and for a field that it does
-    not have.
+    Names of other networks stay as they are.
     """
+    file = _FILES.get(name, "")
+    return f"{file}:{name}" if pathlib.Path(file).is_file() else name
+
+
+def create_model(name: str, **fields) -> Network:
+    """Build a network by name.
+
+    Args:
+        name: a registered name, or FILE.py:NAME or package.module:NAME, where NAME is a subclass
+            of `Network`, a function that returns one, or a name that the file registers.
+        fields: `num_classes`, `padding`, `dtype`, `axis_name` and the family's own.
+
+    Raises:
+        ValueError: for an unknown model, with the nearest names, for a field that it does not
+            have, and for a value of another type.
+    """
+    build = _builder(name)
+    parameters = _parameters(build)
+    takes_any = any(
+        parameter.kind is parameter.VAR_KEYWORD
+        for parameter in inspect.signature(build).parameters.values()
+    )
+    for field, value in fields.items():
+        if field in parameters:
+            _check_type(field, value, parameters[field].default, name)
+        elif not takes_any:
+            raise ValueError(
+                f"{field}={value!r} is not a field of {name}; it accepts {', '.join(parameters)}"
+            )
+    try:
+        network = build(**fields)
+    except TypeError as error:
+        raise ValueError(f"model={name!r} cannot be built: {error}") from error
+    if not isinstance(network, Network):
+        raise ValueError(f"model={name!r} is a {type(network).__name__}, not a cnnjax.Network")
+    return network
+
+
+def _builder(name: str) -> Callable[..., Network]:
+    if ":" in name:
+        return _users_builder(name)
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"known models: {', '.join(list_models())}"
-        )
+        hint = f"known models: {', '.join(list_models())}"
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
         raise ValueError(f"model={name!r} is not known; {hint}")
-    build = _REGISTRY[name]
-    accepted = [
-        field for field in inspect.signature(build).parameters if field not in ("parent", "name")
-    ]
-    for field in fields:
-        if field not in accepted:
-            raise ValueError(
-                f"{field}={fields[field]!r} is not a field of {name}; it accepts "
-                f"{', '.join(accepted)}"
-            )
-    return build(**fields)
+    return _REGISTRY[name]
+
+
+def _users_builder(name: str) -> Callable[..., Network]:
+    """What builds the network FILE.py:NAME or package.module:NAME."""
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module = source.import_file(place)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise ValueError(f"model={name!r}: {type(error).__name__}: {error}") from error
+    if attribute in _FILES and _FILES[attribute] == module.__file__:
+        return _REGISTRY[attribute]
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        raise ValueError(f"model={name!r}: {place} has no network {attribute!r}")
+    return build
+
+
+def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
+    """The parameters of `build` that are fields; `parent` and `name` are Flax's."""
+    parameters = {}
+    for field, parameter in inspect.signature(build).parameters.items():
+        if field not in ("parent", "name") and parameter.kind is not parameter.VAR_KEYWORD:
+            parameters[field] = parameter
+    return parameters
+
+
+def _check_type(field: str, value: Any, default: Any, model: str) -> None:
+    """Raise `ValueError` for a word in place of a number, or the other way round."""
+    if isinstance(default, bool):
+        is_right = isinstance(value, bool)
+    elif isinstance(default, (int, float)):
+        is_right = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    elif isinstance(default, str):
+        is_right = isinstance(value, str)
+    else:
+        is_right = True
+    if not is_right:
+        raise ValueError(
+            f"{field}={value!r} is not of the type {type(default).__name__}, as {model} expects"
+        )

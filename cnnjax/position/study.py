@@ -21,7 +21,7 @@ from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import check_fill, resize
-from cnnjax.position import report, results
+from cnnjax.position import defaults, report, results
 from cnnjax.position.encoder import (
     FEATURE_SIZE,
     PIXELS,
@@ -34,7 +34,7 @@ from cnnjax.position.metrics import CONSTANT, by_ring, scores
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import workdir
+from cnnjax.runtime import configuration, workdir
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
@@ -93,6 +93,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Raises `ValueError`, naming the key, its value and what is accepted.
     """
+    configuration.check_keys(config, defaults.get_config(), "cnnjax.position.defaults")
+    configuration.check_seed(config)
     _check_names(config)
     _check_numbers(config)
     _check_photographs(config)

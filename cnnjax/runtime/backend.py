@@ -99,11 +99,27 @@ def _cache_dir() -> pathlib.Path:
     )
 
 
+def reach_devices() -> None:
+    """Raise `RuntimeError`, in one line, if the platform that JAX_PLATFORMS asks for is not here."""
+    import jax
+
+    try:
+        jax.devices()
+    # An assertion of jax's own, for a platform that the installed jaxlib does not have.
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: jax finds no such device "
+            f"({first or 'no further reason'}); unset it, or set it to cpu"
+        ) from error
+
+
 @functools.cache
 def start() -> None:
     """Makes the process ready to compute: turns on the persistent compilation cache and checks the numerics once."""
     import jax
 
+    reach_devices()
     # JAX_COMPILATION_CACHE_DIR, set by the user, comes first.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds its options when it is imported
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))

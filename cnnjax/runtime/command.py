@@ -1,14 +1,32 @@
-"""What all command lines have in common: an error is one line on standard error, and the exit code says of what kind it was."""
+"""What all command lines share: errors of one line, exit codes, and options that many have."""
 
 import argparse
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 
 from cnnjax.runtime import signals, workdir
 
-_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+# EX_TEMPFAIL of sysexits.h: the same command goes on from where this one stopped.
+RESUMABLE = 75
+
+
+def path(text: str) -> pathlib.Path:
+    """The type of an argument that is a path; "~" is the home folder."""
+    return pathlib.Path(text).expanduser()
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number of at least `least`."""
+
+    def parse(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
 
 
 class _Trained(argparse.Action):
@@ -17,19 +35,17 @@ class _Trained(argparse.Action):
     def __call__(self, parser, options, values, flag=None):
         if len(values) < 2:
             parser.error(f"trained={values[0]} names no file")
-        setattr(
-            options,
-            self.dest,
-            getattr(options, self.dest) | {values[0]: (values[1], tuple(values[2:]))},
-        )
+        name, file, *modules = values
+        trained = getattr(options, self.dest)
+        setattr(options, self.dest, trained | {name: (os.path.expanduser(file), tuple(modules))})
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose description is shown as it is written, and which tells of an error in one line."""
+    """An argument parser that keeps its description's lines and reports an error in one line."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.add_argument("--debug", action="store_true", help="shows the traceback of an error")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -37,19 +53,23 @@ class Parser(argparse.ArgumentParser):
     def add_workdir(self, default: str) -> None:
         self.add_argument(
             "--workdir",
-            type=pathlib.Path,
+            type=path,
             default=pathlib.Path(default),
             help="where to write (default: %(default)s)",
         )
 
     def add_data_dir(self, files: str = "CIFAR-10's files") -> None:
         self.add_argument(
-            "--data_dir", default="data", help=f"the folder of {files} (default: %(default)s)"
+            "--data_dir",
+            type=os.path.expanduser,
+            default="data",
+            help=f"the folder of {files} (default: %(default)s)",
         )
 
     def add_photographs(self) -> None:
         self.add_argument(
             "--photographs",
+            type=os.path.expanduser,
             default="",
             help="a folder; default: those that scikit-image and scikit-learn carry",
         )
@@ -65,21 +85,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
-        """An option that is a whole number of at least `least`."""
+        """Add an option that is a whole number of at least `least`."""
         self.add_argument(
             f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)"
         )
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number of at least `least`."""
-
-    def parse(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
 
 
 def _interrupt(number: int, frame) -> None:
@@ -87,27 +96,31 @@ def _interrupt(number: int, frame) -> None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Does a command's work -> the exit code: 0, 2 for bad input, 1 for a failure, 75 when it was stopped and the same command will go
-    on from there, 130 when it will not. With --debug on the command line an error comes with its traceback."""
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )  # imports may have set another
+    """Do a command's work -> the exit code.
+
+    With --debug on the command line an error comes with its traceback.
+
+    Returns:
+        0, 2 for bad input, 1 for a failure, 75 if the command was stopped and goes on from there
+        when it is given again, 130 if it was stopped and starts anew.
+    """
+    # Imported libraries may have set a format of their own.
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     try:
         with signals.heeded(_interrupt):
             work()
     except workdir.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return _RESUMABLE
+        return RESUMABLE
     except KeyboardInterrupt:
         print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
-        first, *_ = str(error).strip().splitlines() or [
-            type(error).__name__
-        ]  # XLA's have many lines
+        # XLA's messages have many lines.
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         print(f"error: {first}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0

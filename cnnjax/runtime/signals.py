@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first is heeded, a second one ends the process at once."""
+"""Signals that stop a run: it saves at the first one, and a second Ctrl-C or SIGTERM ends it."""
 
 import contextlib
 import os
@@ -6,40 +6,62 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+# A person or a system asks the process to stop.
+_STOP = (signal.SIGINT, signal.SIGTERM)
+# A scheduler announces the end of a job's time, perhaps more than once.
+_ANNOUNCE = (signal.SIGUSR1, signal.SIGUSR2)
+
 
 @contextlib.contextmanager
 def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None) -> Iterator[None]:
-    """Calls `first` with the number of the first signal at once, from a thread, and `handler` as `signal.signal` does.
+    """Handle SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 for as long as the context is entered.
 
-    A handler in Python waits for a compilation or a long computation to end; the thread does not. A signal that is ignored stays
-    so, as for a command that a shell runs in the background.
+    A handler in Python waits for a compilation or a long computation to end; a thread does not.
+    A signal that is ignored stays so, as for a command that a shell runs in the background.
+    A second SIGINT or SIGTERM ends the process at once.
+
+    Args:
+        handler: called with number and frame, as by `signal.signal`.
+        first: called with the number of the first signal at once, from a thread.
     """
-    heard = False
+
+    def handle(number, frame):
+        # One announcement is enough: another must not disturb the process while it saves and
+        # leaves.
+        if number in _ANNOUNCE:
+            for announcement in _ANNOUNCE:
+                signal.signal(announcement, signal.SIG_IGN)
+        handler(number, frame)
+
+    before = {}
+    for number in _STOP + _ANNOUNCE:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handle)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def receive():
-        nonlocal heard
+        is_told = False
+        is_stopping = False
         while number := os.read(reader, 1)[0]:
-            if number in before:
-                if heard:
-                    os._exit(128 + number)
-                heard = True
+            if number not in before:
+                continue
+            if is_stopping and number in _STOP:
+                os._exit(128 + number)
+            is_stopping = is_stopping or number in _STOP
+            if not is_told:
+                is_told = True
                 first(number)
 
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, handler) for number in numbers}
-    descriptor, thread = signal.set_wakeup_fd(writer), threading.Thread(target=receive, daemon=True)
+    descriptor = signal.set_wakeup_fd(writer)
+    thread = threading.Thread(target=receive, daemon=True)
     thread.start()
     try:
         yield
     finally:
         for number, previous in before.items():
-            signal.signal(number, previous)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, previous)
         signal.set_wakeup_fd(descriptor)
         os.write(writer, bytes(1))
         thread.join()

@@ -1,38 +1,43 @@
 """Tables in Markdown, and the spread of repeated measurements."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return (
-        "\n".join(
-            "| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]
-        )
-        + "\n"
-    )
+    """Format a table in Markdown."""
+    rule = ["---"] * len(header)
+    rows = ["| " + " | ".join(line) + " |" for line in [header, rule, *lines]]
+    return "\n".join(rows) + "\n"
 
 
-def spread(values, digits: int, sign: str = "") -> str:
-    """Mean ± sample standard deviation; of one value itself. `sign` "+" shows it of positive means too."""
-    return f"{np.mean(values):{sign}.{digits}f}" + (
-        f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    )
+def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Format mean ± sample standard deviation; one value has no deviation.
+
+    With `sign` "+", positive means have a sign, too.
+    """
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def bar(values) -> np.ndarray:
-    """An error bar's half: the sample standard deviation over the first axis, 0 of one value."""
-    return np.std(values, 0, ddof=1) if len(values) > 1 else 0 * np.asarray(values)[0]
+    """Half of an error bar: the sample standard deviation over the first axis, 0 for one value."""
+    if len(values) > 1:
+        return np.std(values, 0, ddof=1)
+    return np.zeros_like(np.asarray(values)[0])
 
 
-def half_width(values) -> float:
+def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
+    # Imported when needed: scipy.stats takes longer to import than all else here.
+    import scipy.stats
+
     n = len(values)
-    return (
-        float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-        if n > 1
-        else math.inf
-    )
+    if n == 1:
+        return math.inf
+    deviation = np.std(values, ddof=1)
+    return float(scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n))

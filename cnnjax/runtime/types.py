@@ -1,9 +1,11 @@
-"""What the shapes in annotations are said of: `Float[AnyArray, "batch height width channels"]`."""
+"""Array types for shape annotations: `Float[AnyArray, "batch height width channels"]`."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-AnyArray = np.ndarray | jax.Array  # on the host or on a device; traced ones are of the second kind
-Leaf = Any  # of a tree: an array or a number, but its shape, or a mere mark, where jax rebuilds the tree of those
+# On the host or on a device; a traced array is a `jax.Array`.
+AnyArray = np.ndarray | jax.Array
+# An array or a number of a tree; a shape or a marker where jax rebuilds the tree of those.
+Leaf = Any

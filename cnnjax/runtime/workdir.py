@@ -15,16 +15,11 @@ from collections.abc import Callable, Iterator
 from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
-_SEALED = (
-    ".json",
-    ".jsonl",
-    ".npz",
-    ".safetensors",
-)  # reports and figures are written anew from these
-_RENEWED, _EXPIRES = (
-    15.0,
-    120.0,
-)  # seconds: how often a claim is renewed, and after how long without it is void
+# Files that reports and figures are made from.
+_SEALED = (".json", ".jsonl", ".npz", ".safetensors")
+# Seconds after which a claim is renewed, and after which it is void unless it was.
+_RENEWED = 15.0
+_EXPIRES = 120.0
 
 
 class Claimed(ValueError):
@@ -32,22 +27,24 @@ class Claimed(ValueError):
 
 
 class Interrupted(Exception):
-    """A run was stopped and has saved where it was: the same command goes on from there."""
+    """A run was stopped and has saved its state: the same command goes on from there."""
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file by way of a temporary name beside it, so that an interruption leaves the old file or none.
+    """Write a file under a temporary name and rename it, so that it is whole or absent.
 
     Of several processes that compute together one writes.
     """
     if not backend.writes():
         return
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own for every call: several processes may write one table.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as error:
-        error.filename = str(path)  # a full disk's names none
+        # The error of a full disk names no file.
+        error.filename = str(path)
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -55,21 +52,23 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes a value as JSON; a NaN or an infinity raises `ValueError`, since JSON has neither."""
+    """Write a value as JSON; a NaN or an infinity raises `ValueError`, since JSON has neither."""
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
-    """Writes arrays by name as an npz file, which has a checksum of each."""
-    import numpy as np  # here, since every --help imports this module
+    """Write arrays by name as an npz file, which has a checksum of each."""
+    # Imported when needed: every --help imports this module.
+    import numpy as np
 
     buffer = io.BytesIO()
-    (np.savez_compressed if compress else np.savez)(buffer, allow_pickle=False, **arrays)
+    save = np.savez_compressed if compress else np.savez
+    save(buffer, allow_pickle=False, **arrays)
     write(path, buffer.getvalue())
 
 
 def read_json(path: pathlib.Path, **options):
-    """What a JSON file holds. Raises `ValueError`, with its name, if it is not JSON."""
+    """Read a JSON file. Raises `ValueError`, with its name, if it is not JSON."""
     try:
         return json.loads(path.read_bytes(), **options)
     except (ValueError, RecursionError) as error:
@@ -77,7 +76,7 @@ def read_json(path: pathlib.Path, **options):
 
 
 def finished(path: pathlib.Path, compute: Callable, *arguments):
-    """What a cell's JSON file holds; where there is none it is computed from the arguments and written."""
+    """Read a result from its JSON file, or compute it from the arguments and write the file."""
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_json(path, compute(*arguments))
@@ -85,7 +84,7 @@ def finished(path: pathlib.Path, compute: Callable, *arguments):
 
 
 def write_figure(path: pathlib.Path, figure) -> None:
-    """Writes a matplotlib figure as PNG."""
+    """Write a matplotlib figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write(path, buffer.getvalue())
@@ -93,98 +92,138 @@ def write_figure(path: pathlib.Path, figure) -> None:
 
 def digest(config: dict) -> str:
     """Eight characters that tell a configuration from others."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _git_revision() -> str | None:
-    """The commit of the checkout that the code runs from, with "+" where files differ from it; None outside one."""
+    """The commit of the checkout that the code runs from, or None outside one.
+
+    A "+" follows the commit if files differ from it.
+    """
 
     def git(*arguments):
-        folder = pathlib.Path(__file__).parent
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        revision = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{revision}+" if changes else revision
+
+
+# ------------------------------------------------------------------ one configuration
 
 
 def _difference(old, new, prefix: str = "") -> str | None:
     """The first key at which two nested configurations differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (
-            _difference(old.get(key), new.get(key), f"{prefix}{key}.")
-            for key in sorted(old.keys() | new.keys())
-        )
-        return next((difference for difference in found if difference), None)
+        for key in sorted(old.keys() | new.keys()):
+            found = _difference(old.get(key), new.get(key), f"{prefix}{key}.")
+            if found:
+                return found
+        return None
     return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
 
 
 def check_config(folder: pathlib.Path, config: dict) -> None:
-    """Raises `ValueError` if a work directory holds a run of another configuration, or a config.json that is none."""
-    config = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
+    """Raise `ValueError` if a work directory holds a run of another configuration.
+
+    So it does if its config.json is not JSON.
+    """
+    # As it will be read back: tuples are lists.
+    wanted = json.loads(json.dumps(config))
     try:
-        if difference := _difference(json.loads((folder / "config.json").read_text()), config):
-            raise ValueError(
-                f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose another --workdir"
-            )
+        recorded = json.loads((folder / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if the run is of this very "
-            "configuration, or choose another --workdir"
+            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if "
+            "the run is of this very configuration, or choose another --workdir"
         ) from error
+    # Earlier records name a model of one's own without its file.
+    if isinstance(recorded, dict) and str(wanted.get("model")).endswith(
+        f".py:{recorded.get('model')}"
+    ):
+        recorded["model"] = wanted["model"]
+    if difference := _difference(recorded, wanted):
+        raise ValueError(
+            f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
+            "another --workdir"
+        )
+
+
+def _is_begun(folder: pathlib.Path) -> bool:
+    """Whether a work directory holds more than the record of a run that was refused."""
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "environment.json") and file.suffix != ".claim":
+            return True
+    return False
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
-    """Creates a work directory and records the configuration and the environment in it -> its path.
+    """Create a work directory and record the configuration and the environment -> its path.
 
     Raises `ValueError` if it cannot be written to or holds a run of another configuration.
     """
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        begun = any(
-            other.name not in ("config.json", "environment.json") and other.suffix != ".claim"
-            for other in folder.iterdir()
-        )
-        # In a folder where nothing was begun there is nothing to mix up: the run before was refused.
-        if begun and (folder / "config.json").exists():
+        # Where nothing was begun there is nothing to mix up: the run before was refused.
+        if _is_begun(folder) and (folder / "config.json").exists():
             check_config(folder, config)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
-    if not (folder / "results.json").exists():  # else it says what made them
-        write_json(
-            folder / "environment.json",
-            backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()},
-        )
+    # The environment of a finished run is the one that made its results.
+    if not (folder / "results.json").exists():
+        environment = {"seed": config.get("seed"), "git_revision": _git_revision()}
+        write_json(folder / "environment.json", backend.describe() | environment)
     return folder
 
 
+def _forget(folder: pathlib.Path) -> None:
+    """Remove the record of a run that was refused before it began."""
+    if backend.writes() and not _is_begun(folder):
+        for name in ("config.json", "environment.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------ seals
+
+
 def _sealed(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of the files that a finished run's reports are made from, by name; config.json is compared as it is read."""
-    paths = (
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST)
-    )
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    """The SHA-256 by name of the files that a finished run's reports are made from.
+
+    config.json is not among them: it is compared when it is read.
+    """
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST):
+            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
 
 
 def seal(folder: pathlib.Path) -> None:
-    """Records in manifest.json what the files of a finished run are."""
+    """Record the hashes of a finished run's files in manifest.json."""
     if backend.writes():
         write_json(folder / _MANIFEST, _sealed(folder))
 
 
 def check_seal(folder: pathlib.Path) -> None:
-    """Raises `ValueError` if a file of a finished run is not as it was sealed; one that was never sealed passes."""
+    """Raise `ValueError` if a file of a finished run has changed since it was sealed.
+
+    A run that was never sealed passes.
+    """
     path = folder / _MANIFEST
     if not path.exists():
         return
@@ -194,58 +233,109 @@ def check_seal(folder: pathlib.Path) -> None:
         raise ValueError(
             f"{path} is damaged: remove it to take the files beside it as they are"
         ) from error
-    found = _sealed(folder)
-    if changed := [name for name in recorded if recorded[name] != found.get(name)]:
-        raise ValueError(
-            f"{folder / changed[0]} is not as it was written: remove results.json, and the same command makes all anew"
-        )
+    hashes = _sealed(folder)
+    for name, expected in recorded.items():
+        if hashes.get(name) != expected:
+            raise ValueError(
+                f"{folder / name} is not as it was written: remove results.json, and run the "
+                "command again to recompute everything"
+            )
 
 
 def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
-    """The results of a configuration in its work directory; it is run there unless it has been.
+    """The results of a configuration in its work directory, where it is run unless it has been.
 
-    Of several processes that compute together one has them, the others nothing. Raises `ValueError` as `prepare` and `claim` do.
+    Of several processes that compute together one has the results, the others an empty dict.
+    Raises `ValueError` as `prepare` and `claim` do; a run that is refused leaves no folder.
     """
-    with claim(
-        folder := pathlib.Path(folder)
-    ):  # before config.json is written, which must be that of the run under way
-        prepare(folder, config.to_dict())
-        if (folder / "results.json").exists():
-            check_seal(folder)
-        else:
-            run(config, folder)
-        seal(folder)
-        return read_json(folder / "results.json") if backend.writes() else {}
+    folder = pathlib.Path(folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        # Claimed before config.json is written, which must be that of the run under way.
+        with claim(folder):
+            prepare(folder, config.to_dict())
+            if (folder / "results.json").exists():
+                check_seal(folder)
+            else:
+                _run_or_forget(run, config, folder)
+            seal(folder)
+            return read_json(folder / "results.json") if backend.writes() else {}
+    finally:
+        # Only empty folders can be removed: those of a run that was refused.
+        with contextlib.suppress(OSError):
+            for path in created:
+                path.rmdir()
+
+
+def _run_or_forget(run: Callable, config, folder: pathlib.Path) -> None:
+    try:
+        run(config, folder)
+    except (ValueError, FileNotFoundError):
+        _forget(folder)
+        raise
+
+
+# ------------------------------------------------------------------ one process at a time
 
 
 def _holder(path: pathlib.Path, mine: pathlib.Path) -> str | None:
-    """Who holds a claim; None if it is void: not renewed for long, or made on this machine by a process that is gone."""
+    """Who holds a claim, or None if it is void.
+
+    It is void if it was not renewed for long, or its process is gone from this machine.
+    """
     try:
         held = path.read_bytes()
-        os.utime(mine)  # both times are the file system's, whatever this machine's clock says
+        # Both times are the file system's, whatever this machine's clock says.
+        os.utime(mine)
         idle = mine.stat().st_mtime - path.stat().st_mtime
     except FileNotFoundError:
         return None
     try:
-        host, process = (json.loads(held)[key] for key in ("host", "process"))
-    except (ValueError, KeyError, TypeError):  # damaged: it will not be renewed for ever
-        host, process = "a machine", "unknown"
-    here = host == platform.node() and pathlib.Path("/proc/self").exists()
-    gone = here and not pathlib.Path(f"/proc/{process}").exists()
-    return None if gone or idle > _EXPIRES else f"process {process} on {host}"
+        claimed = json.loads(held)
+        host = claimed["host"]
+        process = claimed["process"]
+    # A damaged claim is not renewed, and so void before long.
+    except (ValueError, KeyError, TypeError):
+        host = "a machine"
+        process = "unknown"
+    is_here = host == platform.node() and pathlib.Path("/proc/self").exists()
+    is_gone = is_here and not pathlib.Path(f"/proc/{process}").exists()
+    return None if is_gone or idle > _EXPIRES else f"process {process} on {host}"
+
+
+def _take(path: pathlib.Path, mine: pathlib.Path) -> None:
+    """Give the file `mine` the name `path`. Raises `Claimed` if another process holds it."""
+    while True:
+        try:
+            # A file with two names, of which only one process can make the second.
+            os.link(mine, path)
+            return
+        except FileExistsError:
+            if holder := _holder(path, mine):
+                raise Claimed(
+                    f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
+                    "another --workdir"
+                ) from None
+            void = mine.with_suffix(".void")
+            # Only one process can rename it.
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(void)
+                void.unlink()
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a work directory, which is made, for as long as this one works in it.
+    """Keep other processes out of a work directory, which is created, while the context lasts.
 
-    Raises `Claimed` if one is in it already, and `ValueError` if it cannot be written to. A claim whose process is gone from this
-    machine, or has not renewed it for two minutes, is void.
+    A claim whose process is gone from this machine, or that was not renewed for two minutes, is
+    void. Raises `Claimed` if another process is in the directory, and `ValueError` if it cannot be
+    written to.
     """
     if not backend.writes():
         yield
         return
-    path, mine = folder / "run.claim", folder / f".{uuid.uuid4().hex}.claim"
+    path = folder / "run.claim"
+    mine = folder / f".{uuid.uuid4().hex}.claim"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(mine, json.dumps({"host": platform.node(), "process": os.getpid()}))
@@ -261,28 +351,14 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
                 os.utime(mine)
 
     try:
-        while True:
-            try:
-                os.link(
-                    mine, path
-                )  # one file of two names, and only one process can make the second
-                break
-            except FileExistsError:
-                if holder := _holder(path, mine):
-                    raise Claimed(
-                        f"workdir={str(folder)!r} is in use by {holder}; wait for it, or choose another --workdir"
-                    ) from None
-                with contextlib.suppress(FileNotFoundError):
-                    path.rename(mine.with_suffix(".void"))  # only one process can take it away
-                    mine.with_suffix(".void").unlink()
+        _take(path, mine)
         threading.Thread(target=renew, daemon=True).start()
         try:
             yield
         finally:
             done.set()
-            with contextlib.suppress(
-                OSError
-            ):  # on a disk that can no longer be written to, what failed is told
+            # On a disk that can no longer be written to, the failure itself is reported.
+            with contextlib.suppress(OSError):
                 if path.samefile(mine):
                     path.unlink()
     finally:

@@ -1,10 +1,28 @@
 """The keys that every training configuration has; a file in configs/ changes the ones that make it what it is."""
 
 import itertools
+from typing import Any
 
 import ml_collections
 
-from cnnjax.train import schedules
+# Keys of all schedules, so that a configuration can change from one to another; each reads its own.
+SCHEDULE: dict[str, Any] = {
+    "learning_rate": None,
+    "warmup_epochs": 0.0,
+    # Of step and plateau.
+    "factor": 0.1,
+    # Of step: one of the two; of restarts: `every`.
+    "epochs": (),
+    "every": 0,
+    # Of plateau.
+    "metric": "error",
+    "patience": 10,
+    "mode": "min",
+    "threshold": 1e-4,
+    "threshold_mode": "rel",
+    "cooldown": 0,
+    "min_lr": 0.0,
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -48,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     config.decay_all = True  # False spares biases and normalization
     config.schedule = ml_collections.ConfigDict(
-        {"name": "constant", **schedules.DEFAULTS, "learning_rate": 0.1}
+        {"name": "constant", **SCHEDULE, "learning_rate": 0.1}
     )
     config.ema_decay = 0.0  # of the average of the parameters that is then evaluated; 0 for none
     config.accumulate = 1  # parts that each device's batch is computed in

@@ -23,8 +23,8 @@ import tensorboardX
 from cnnjax import report, transfer, weights
 from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import backend, signals, workdir
-from cnnjax.train import evaluate, step
+from cnnjax.runtime import backend, configuration, signals, workdir
+from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import WAYS, Parallel
@@ -48,6 +48,8 @@ def _has_validation(config: ml_collections.ConfigDict) -> bool:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises `ValueError`, naming the key, its value and what is accepted, for whatever can be seen to be wrong before computing."""
+    configuration.check_keys(config, defaults.get_config(), "cnnjax.train.defaults")
+    configuration.check_seed(config)
     least = dict.fromkeys(
         (
             "epochs",
@@ -59,9 +61,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         ),
         1,
     )
-    least |= dict.fromkeys(
-        ("n_validation", "resize", "workers", "mixup", "weight_decay", "seed"), 0
-    )
+    least |= dict.fromkeys(("n_validation", "resize", "workers", "mixup", "weight_decay"), 0)
     for key, value in least.items():
         if config[key] < value:
             raise ValueError(f"{key}={config[key]} is not a number of at least {value}")
@@ -87,6 +87,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             "schedule.name='plateau' watches the validation error: n_validation=0 is not a positive number"
         )
+    for field in ("num_classes", "dtype", "axis_name", "input_shape"):
+        if field in config.model_fields:
+            raise ValueError(
+                f"model_fields.{field}={config.model_fields[field]!r}: the data and the keys of "
+                "the configuration decide this field"
+            )
     _check_parts(config, create_model(config.model, **config.model_fields))
     if not is_streamed(config):
         arrays.check_name(config.dataset)
@@ -556,7 +562,7 @@ def _write_events(folder: pathlib.Path, history: list[dict]) -> None:
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Trains, scores the test set once, and writes results.json, metrics.jsonl, test.npz, TensorBoard events and the report.
 
-    Raises `workdir.Interrupted` when it was stopped, and `RuntimeError` where memory does not suffice.
+    Raises `workdir.Interrupted` when it was stopped, and `MemoryError` where memory does not suffice.
     """
     try:
         _run(config, folder)
@@ -571,7 +577,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             or isinstance(error, jax.errors.JaxRuntimeError)
             and first.startswith("RESOURCE_EXHAUSTED")
         ):
-            raise RuntimeError(
+            raise MemoryError(
                 f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or raise accumulate="
                 f"{config.accumulate}, the parts that a batch is computed in"
             ) from error

@@ -3,28 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 import numpy as np
 import optax
 
+from cnnjax.train.defaults import SCHEDULE
+
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
-# Keys of all schedules, so that a configuration can change from one to another; each looks at its own.
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": None,
-    "warmup_epochs": 0,
-    "factor": 0.1,  # of step and plateau
-    "epochs": (),
-    "every": 0,  # of step: one of them; of restarts: every
-    "metric": "error",
-    "patience": 10,
-    "mode": "min",
-    "threshold": 1e-4,
-    "threshold_mode": "rel",
-    "cooldown": 0,  # of plateau
-    "min_lr": 0.0,
-}
 
 
 def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
@@ -33,11 +19,11 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
     if name not in NAMES:
         raise ValueError(f"schedule.name={name!r} is not one of {', '.join(NAMES)}")
     for key in schedule:
-        if key != "name" and key not in DEFAULTS:
+        if key != "name" and key not in SCHEDULE:
             raise ValueError(
-                f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(DEFAULTS)}"
+                f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(SCHEDULE)}"
             )
-    found = DEFAULTS | dict(schedule)
+    found = SCHEDULE | dict(schedule)
     if found["learning_rate"] is None or not found["learning_rate"] >= 0:
         raise ValueError(
             f"schedule.learning_rate={found['learning_rate']!r} is not a number of at least 0"

@@ -1,0 +1,73 @@
+"""Hand a command to jobs of Slurm, or of this machine, by submitit."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+
+# In effect without end: a run goes on from its checkpoint, so a long one just takes more jobs.
+_MOST_REQUEUES = 10_000
+
+
+class CommandJob:
+    """One job: runs a command, and is put into the queue again when its time is over.
+
+    submitit calls the job, and `checkpoint` at the signal that announces the end of the time.
+    """
+
+    def __init__(self, words: list[str], folder: str):
+        self.words = words
+        self.folder = folder
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        """Run the command -> its exit code. Raises `RuntimeError` if it is not 0."""
+        self.process = subprocess.Popen(self.words, cwd=self.folder)
+        code = self.process.wait()
+        if code:
+            raise RuntimeError(f"{' '.join(self.words)} ended with exit code {code}")
+        return code
+
+    def checkpoint(self):
+        """Let the command save and end -> the submission that goes on from there."""
+        import submitit
+
+        if self.process is not None:
+            self.process.send_signal(signal.SIGUSR2)
+            # `Popen.wait` would wait for a lock, which its call in `__call__` may hold.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(CommandJob(self.words, self.folder))
+
+
+def submit(
+    words: list[str], *, folder: pathlib.Path, cluster: str, count: int, settings: list[str]
+) -> list[str]:
+    """Submit `count` jobs that each run a command in the current folder -> their names.
+
+    Args:
+        words: the command and its arguments.
+        folder: where submitit keeps the jobs' files and output.
+        cluster: "slurm" or "local".
+        count: number of jobs.
+        settings: parameters of submitit's, such as "timeout_min=60".
+    """
+    import submitit
+
+    executor = submitit.AutoExecutor(
+        folder,
+        cluster=cluster,
+        slurm_max_num_timeout=_MOST_REQUEUES,
+        local_max_num_timeout=_MOST_REQUEUES,
+    )
+    parameters: dict[str, str | int] = {"name": "cnnjax-sweep", "timeout_min": 24 * 60}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        parameters[key] = int(value) if value.isdecimal() else value
+    try:
+        executor.update_parameters(**parameters)
+    except NameError as error:
+        raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
+    jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
+    return [str(job.job_id) for job in jobs]

@@ -1,0 +1,77 @@
+"""Import Python files that users name: configurations, and networks of their own."""
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Iterator
+
+
+# The user's file whose code is running. A network that a file registers is later found by this file,
+# which `register` cannot ask for as an argument: its callers do not know that they are imported.
+_running: contextvars.ContextVar[str | None] = contextvars.ContextVar("running", default=None)
+
+
+def running_file() -> str | None:
+    """The path of the user's file whose code is running, or None if there is none."""
+    return _running.get()
+
+
+def import_file(path: str | pathlib.Path) -> types.ModuleType:
+    """Import a Python file, once per process.
+
+    Raises `ValueError`, with the file and the line, for whatever is wrong with it.
+    """
+    return _import_resolved(pathlib.Path(path).expanduser().resolve())
+
+
+# Cached, since the classes of a file must stay the same classes: jax recognizes a network that it
+# has compiled by its class.
+@functools.cache
+def _import_resolved(path: pathlib.Path) -> types.ModuleType:
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    name = f"cnnjax_file_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"{str(path)!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name.
+    sys.modules[name] = module
+    try:
+        with running(path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def running(path: str | pathlib.Path) -> Iterator[None]:
+    """Run code of a user's file: its errors become a `ValueError` with the file and the line."""
+    resolved = str(pathlib.Path(path).expanduser().resolve())
+    token = _running.set(resolved)
+    try:
+        yield
+    except Exception as error:
+        line = _line_of(error, resolved)
+        place = f"{str(path)!r}, line {line}" if line else repr(str(path))
+        # The messages of libraries may have many lines.
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
+    finally:
+        _running.reset(token)
+
+
+def _line_of(error: Exception, path: str) -> int | None:
+    """The line of the file that an error comes from, or None if it comes from elsewhere."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return lines[-1] if lines else None

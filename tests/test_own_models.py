@@ -1,0 +1,127 @@
+"""Networks of a user's own: registered by a configuration, or named by their file."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from cnnjax import main, summary, sweep
+from cnnjax.models import base, create_model
+from cnnjax.runtime import source
+
+# A network of two layers with a field of its own, registered by the configuration that uses it.
+OWN = """
+import flax.linen as nn
+from cnnjax.models import base
+from cnnjax.nn import Conv
+from cnnjax.train import defaults
+
+
+class Own(base.Network):
+    width: int = 3
+    dropout: float = 0.0
+    input_shape: tuple[int, int, int] = (8, 8, 1)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = nn.relu(Conv(self.width, (3, 3), padding=1, fill=self.padding, name="conv1")(x))
+        x = yield "block1", x
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+        yield "logits", nn.Dense(self.num_classes, name="fc")(x)
+
+
+def narrow(**fields):
+    return Own(width=2, **fields)
+
+
+base.register("own_NUMBER", Own)
+
+
+def get_config():
+    config = defaults.get_config()
+    config.model = "own_NUMBER"
+    config.epochs = 1
+    return config
+
+
+def sweep():
+    return [{"model_fields.width": width} for width in (1, 2)]
+"""
+
+
+@pytest.fixture
+def own(tmp_path, request):
+    """A file that registers a network under a name that no other test uses -> file and name."""
+    name = f"own_{request.node.name}"
+    path = tmp_path / "own.py"
+    path.write_text(OWN.replace("own_NUMBER", name))
+    return path, name
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_configuration_that_registers_a_network(own, tmp_path, capsys):
+    """It is trained, swept, and known to a command that opens the run by its record alone."""
+    path, name = own
+    run = tmp_path / "run"
+    arguments = ["--config", str(path), "--config.model_fields.dropout=0.2", "--workdir", str(run)]
+    assert main.main(arguments) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"] == f"{path}:{name}"
+    assert config["model_fields"] == {"padding": "zeros", "dropout": 0.2}
+    # A record of the name alone, as before, is one of the same run.
+    (run / "config.json").write_text(json.dumps(config | {"model": name}))
+    assert main.main(arguments) == 0
+
+    assert sweep.main(["--config", str(path), "--workdir", str(tmp_path / "runs")]) == 0
+    rows = json.loads((tmp_path / "runs" / "sweep.json").read_text())["rows"]
+    assert [row["cell"] for row in rows] == ["model_fields.width=1", "model_fields.width=2"]
+    capsys.readouterr()
+    summary.main([config["model"]])
+    assert "conv1" in capsys.readouterr().out
+
+
+def test_a_network_by_its_file(own):
+    path, name = own
+    for model in (f"{path}:Own", f"{path}:{name}"):
+        network = create_model(model, width=5, num_classes=7)
+        assert type(network).__name__ == "Own"
+        assert (network.width, network.num_classes, network.dropout) == (5, 7, 0.0)
+    assert create_model(f"{path}:narrow", dropout=0.5) == create_model(name, width=2, dropout=0.5)
+    assert create_model("cnnjax.models.lenet:LeNet") == create_model("lenet")
+    # jax knows a compiled network by its class.
+    assert type(create_model(f"{path}:Own")) is type(create_model(f"{path}:Own"))
+
+
+def test_home_in_the_name_of_a_file(own, monkeypatch):
+    path, _ = own
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert create_model("~/own.py:Own", width=5).width == 5
+
+
+def test_what_a_file_lacks_is_named(own):
+    path, name = own
+    with pytest.raises(ValueError, match="own.py has no network 'Owner'"):
+        create_model(f"{path}:Owner")
+    with pytest.raises(ValueError, match="size=1 is not a field of .*:Own; it accepts num_classes"):
+        create_model(f"{path}:Own", size=1)
+    with pytest.raises(ValueError, match="cannot be built: .*unexpected keyword argument 'size'"):
+        create_model(f"{path}:narrow", size=1)
+
+
+def test_a_name_belongs_to_one_file(own, tmp_path, monkeypatch):
+    path, name = own
+    monkeypatch.syspath_prepend(tmp_path)
+    source.import_file(path)
+    # Under its module's name the file is run once more.
+    module = importlib.import_module("own")
+    assert pathlib.Path(module.__file__) == path
+    assert type(create_model(name)) is module.Own
+    other = tmp_path / "other.py"
+    other.write_text(f"from cnnjax.models import base, lenet\nbase.register({name!r}, lenet.LeNet)")
+    with pytest.raises(ValueError, match=f"other.py', line 2: .* {name!r} is registered twice"):
+        source.import_file(other)
+    with pytest.raises(ValueError, match="'lenet' is registered twice"):
+        base.register("lenet", module.Own)
+    with pytest.raises(ValueError, match="has a colon"):
+        base.register("own:net", module.Own)
