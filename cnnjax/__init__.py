@@ -1,4 +1,5 @@
-"""cnnjax: convolutional networks in JAX and Flax, and the studies that the lectures on them report."""
+"""cnnjax: convolutional networks in JAX and Flax, and the studies that the lectures on them
+report."""
 
 from cnnjax.runtime import backend
 

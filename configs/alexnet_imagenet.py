@@ -1,12 +1,15 @@
-"""AlexNet on ImageNet by the recipe of 2012 (Krizhevsky et al., sections 3 to 5), which the lectures repeat.
+"""AlexNet on ImageNet by the recipe of 2012 (Krizhevsky et al., sections 3 to 5), which the
+lectures repeat.
 
     python -m cnnjax.main --config configs/alexnet_imagenet.py --config.data_dir=FOLDER
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what tensorflow-datasets prepared.
-Images at 256 pixels, random crops and mirror images, shifts along the principal components of color, dropout, response
-normalization, batches of 128, momentum 0.9, decay 5e-4 of every parameter; the rate 0.01 is divided by 10, three times at most,
-where the error of held-out images no longer falls; the test averages ten crops. Crops are of 227 pixels, which the layers need
-and the publication calls 224. Published: 18.2 % top-5 error of one network. Not measured here: this takes a GPU and ImageNet.
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what
+tensorflow-datasets prepared. Images at 256 pixels, random crops and mirror images, shifts along the
+principal components of color, dropout, response normalization, batches of 128, momentum 0.9, decay
+5e-4 of every parameter; the rate 0.01 is divided by 10, three times at most, where the error of
+held-out images no longer falls; the test averages ten crops. Crops are of 227 pixels, which the
+layers need and the publication calls 224. Published: 18.2 % top-5 error of one network. Not
+measured here: this takes a GPU and ImageNet.
 """
 
 from cnnjax.train import defaults

@@ -1,9 +1,11 @@
-"""The lecture's ConvNet on CIFAR-10: rate 0.25 halved at epochs 10, 14 and 18 (it prints 0 % train and 20 % test error).
+"""The lecture's ConvNet on CIFAR-10: rate 0.25 halved at epochs 10, 14 and 18 (it prints 0 % train
+and 20 % test error).
 
     python -m cnnjax.main --config configs/convnet_cifar10.py --config.data_dir=FOLDER
 
-0.00 % train and 20.79 % test error (n=1, 2 CPU cores, 22 November 2026; 3 minutes an epoch with nothing else running). The lecture names no
-initialization; with PyTorch's the network is at chance after the first epoch (loss 2.3001, 89.55 %), see `ConvNet`.
+0.00 % train and 20.79 % test error (n=1, 2 CPU cores, 22 November 2026; 3 minutes an epoch with
+nothing else running). The lecture names no initialization; with PyTorch's the network is at chance
+after the first epoch (loss 2.3001, 89.55 %), see `ConvNet`.
 """
 
 from cnnjax.train import defaults

@@ -1,9 +1,11 @@
-"""The lecture's LeNet on MNIST, as it is written there: rate 0.25 divided by 1.5 every 5 epochs (it prints 0 % train, 0.78 % test error).
+"""The lecture's LeNet on MNIST, as it is written there: rate 0.25 divided by 1.5 every 5 epochs (it
+prints 0 % train, 0.78 % test error).
 
     python -m cnnjax.main --config configs/lenet_mnist.py --config.data_dir=FOLDER
 
-Measured over 3 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 0.00 ± 0.00 % train and 0.74 ± 0.05 % test error (mean and
-sample standard deviation), 10 minutes of training a run on an idle machine.
+Measured over 3 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 0.00 ± 0.00 % train
+and 0.74 ± 0.05 % test error (mean and sample standard deviation), 10 minutes of training a run on
+an idle machine.
 """
 
 from cnnjax.train import defaults

@@ -1,9 +1,10 @@
-"""A one-layer perceptron on CIFAR-10: the lecture's first baseline (0.03 M parameters; it prints 59 % train and 65 % test error).
+"""A one-layer perceptron on CIFAR-10: the lecture's first baseline (0.03 M parameters; it prints 59
+% train and 65 % test error).
 
     python -m cnnjax.main --config configs/mlp1_cifar10.py --config.data_dir=FOLDER
 
-Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 54.96 ± 0.09 % train and 59.37 ± 0.27 % test error (mean and
-sample standard deviation), 7 to 11 s of training a run.
+Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 54.96 ± 0.09 % train
+and 59.37 ± 0.27 % test error (mean and sample standard deviation), 7 to 11 s of training a run.
 """
 
 from cnnjax.train import defaults

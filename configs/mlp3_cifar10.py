@@ -1,9 +1,10 @@
-"""A three-layer perceptron on CIFAR-10: the lecture's second baseline (2 M parameters; it prints 0 % train and 46 % test error).
+"""A three-layer perceptron on CIFAR-10: the lecture's second baseline (2 M parameters; it prints 0
+% train and 46 % test error).
 
     python -m cnnjax.main --config configs/mlp3_cifar10.py --config.data_dir=FOLDER
 
-Measured over 3 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 0.00 ± 0.00 % train and 43.53 ± 0.34 % test error (mean and
-sample standard deviation).
+Measured over 3 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 0.00 ± 0.00 % train
+and 43.53 ± 0.34 % test error (mean and sample standard deviation).
 """
 
 from cnnjax.train import defaults

@@ -1,10 +1,12 @@
-"""ResNet-50 on ImageNet by torchvision's first recipe: batches of 256, rate 0.1 divided by 10 every 30 epochs, decay 1e-4.
+"""ResNet-50 on ImageNet by torchvision's first recipe: batches of 256, rate 0.1 divided by 10 every
+30 epochs, decay 1e-4.
 
     python -m cnnjax.main --config configs/resnet50_imagenet.py --config.data_dir=FOLDER
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what tensorflow-datasets prepared.
-Crops of random area and aspect with mirror images; the center of 224 of 256 pixels in the test. torchvision's weights by this
-recipe err on 23.87 % (top 1). Computed in bfloat16 with float32 parameters. Not measured here: this takes GPUs and ImageNet.
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what
+tensorflow-datasets prepared. Crops of random area and aspect with mirror images; the center of 224
+of 256 pixels in the test. torchvision's weights by this recipe err on 23.87 % (top 1). Computed in
+bfloat16 with float32 parameters. Not measured here: this takes GPUs and ImageNet.
 """
 
 from cnnjax.train import defaults

@@ -1,9 +1,10 @@
-"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there: 2 epochs, batches of 4, rate 0.001.
+"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there: 2
+epochs, batches of 4, rate 0.001.
 
     python -m cnnjax.main --config configs/tutorial_cifar10.py --config.data_dir=FOLDER
 
-Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 41.66 ± 0.62 % train and 44.04 ± 0.51 % test error (mean and
-sample standard deviation), half a minute of training a run.
+Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 41.66 ± 0.62 % train
+and 44.04 ± 0.51 % test error (mean and sample standard deviation), half a minute of training a run.
 """
 
 from cnnjax.train import defaults

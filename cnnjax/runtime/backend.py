@@ -1,6 +1,7 @@
 """Start-up of the numerical backend: XLA flags, the numerics canary, the compilation cache.
 
-`set_flags` runs on `import cnnjax` and imports nothing heavy; `start` is called once by every command before it computes.
+`set_flags` runs on `import cnnjax` and imports nothing heavy; `start` is called once by every
+command before it computes.
 """
 
 import functools
@@ -14,24 +15,29 @@ import sys
 import warnings
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-# jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them wrongly
-# (github.com/jax-ml/jax/issues/39103); 0.11 crashes on others (issues/39257). `individual_dot` keeps YNNPACK's matrix
-# products, which are the fastest here, and gives it neither reductions nor convolutions.
+# jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them
+# wrongly (github.com/jax-ml/jax/issues/39103); 0.11 crashes on others (issues/39257).
+# `individual_dot` keeps YNNPACK's matrix products, which are the fastest here, and gives it neither
+# reductions nor convolutions.
 CPU_FLAG = f"{_FLAG}=individual_dot"
-# XLA aborts the process on a flag that it does not know, so only releases that were seen to have it are given it.
+# XLA aborts the process on a flag that it does not know, so only releases that were seen to have it
+# are given it.
 _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13, 0)
 
 
 def set_flags() -> None:
-    """Appends the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it; warns where it comes too late."""
+    """Appends the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it; warns
+    where it comes too late."""
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
     if not _FLAG_SINCE <= version < _FLAG_BEFORE or _FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
-            f"cnnjax was imported after jax had started its backend, so the XLA flag {CPU_FLAG} can no longer take "
-            "effect and convolutional training on the CPU may be slow or wrong: import cnnjax before the first jax "
+            f"cnnjax was imported after jax had started its backend, so the XLA flag {CPU_FLAG} "
+            "can no longer take "
+            "effect and convolutional training on the CPU may be slow or wrong: import cnnjax "
+            "before the first jax "
             "computation, or put the flag into XLA_FLAGS",
             RuntimeWarning,
             stacklevel=3,
@@ -41,7 +47,8 @@ def set_flags() -> None:
 
 
 def check_numerics() -> None:
-    """Raises `RuntimeError` if compiled code disagrees with NumPy on a reduction and a convolution known to break."""
+    """Raises `RuntimeError` if compiled code disagrees with NumPy on a reduction and a convolution
+    known to break."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -50,7 +57,8 @@ def check_numerics() -> None:
     rows = np.zeros((32769, 3), np.float32)
     rows[:, 0] = np.arange(32769)
     norm = jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)
-    # Small integers, so that every order of summation and every matrix precision gives the same result.
+    # Small integers, so that every order of summation and every matrix precision gives the same
+    # result.
     image = np.arange(2 * 6 * 6 * 3, dtype=np.float32).reshape(2, 6, 6, 3) % 7
     kernel = np.arange(3 * 3 * 3 * 4, dtype=np.float32).reshape(3, 3, 3, 4) % 5
     conv = jax.jit(
@@ -70,8 +78,10 @@ def check_numerics() -> None:
         if not np.array_equal(got, want):
             worst = float(np.max(np.abs(np.asarray(got) - want)))
             raise RuntimeError(
-                f"the {jax.default_backend()} backend of jaxlib {importlib.metadata.version('jaxlib')} computes a {what} wrongly "
-                f"(off by {worst:g}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}): nothing it prints can be trusted; "
+                f"the {jax.default_backend()} backend of jaxlib "
+                f"{importlib.metadata.version('jaxlib')} computes a {what} wrongly "
+                f"(off by {worst:g}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}): nothing it "
+                "prints can be trusted; "
                 "unset flags of your own or install another jaxlib"
             )
 
@@ -84,8 +94,8 @@ def cores() -> int:
 def _cache_dir() -> pathlib.Path:
     """The compilation cache's folder: one per jaxlib, host processor and number of cores.
 
-    What is compiled for one processor does not run on another (jax issue 38445), and what is compiled where one core may be used
-    keeps to one everywhere: jax's own key tells neither.
+    What is compiled for one processor does not run on another (jax issue 38445), and what is
+    compiled where one core may be used keeps to one everywhere: jax's own key tells neither.
     """
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     try:
@@ -100,7 +110,8 @@ def _cache_dir() -> pathlib.Path:
 
 
 def reach_devices() -> None:
-    """Raise `RuntimeError`, in one line, if the platform that JAX_PLATFORMS asks for is not here."""
+    """Raise `RuntimeError`, in one line, if the platform that JAX_PLATFORMS asks for is not
+    here."""
     import jax
 
     try:
@@ -116,7 +127,8 @@ def reach_devices() -> None:
 
 @functools.cache
 def start() -> None:
-    """Makes the process ready to compute: turns on the persistent compilation cache and checks the numerics once."""
+    """Makes the process ready to compute: turns on the persistent compilation cache and checks the
+    numerics once."""
     import jax
 
     reach_devices()
@@ -133,15 +145,17 @@ _JOINED: list[bool] = []  # whether this process is one of several, which it lea
 def join(how: str) -> None:
     """Makes this process one of several that compute together: before `start`.
 
-    `how` is "auto" (Slurm, Cloud TPU, GKE, Open MPI: their environment says it all) or "HOST:PORT,PROCESSES,INDEX". Raises
-    `ValueError` for anything else and `RuntimeError` if the others cannot be met.
+    `how` is "auto" (Slurm, Cloud TPU, GKE, Open MPI: their environment says it all) or
+    "HOST:PORT,PROCESSES,INDEX". Raises `ValueError` for anything else and `RuntimeError` if the
+    others cannot be met.
     """
     import jax
 
     given = _DISTRIBUTED.fullmatch(how)
     if how != "auto" and not (given and int(given["index"]) < int(given["count"])):
         raise ValueError(
-            f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES"
+            f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX "
+            "below PROCESSES"
         )
     try:
         jax.distributed.initialize(
@@ -149,7 +163,8 @@ def join(how: str) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise RuntimeError(
-            f"distributed={how!r}: the processes could not be joined: {' '.join(str(error).split())}"
+            f"distributed={how!r}: the processes could not be joined: "
+            f"{' '.join(str(error).split())}"
         ) from error
     _JOINED.append(True)
 
