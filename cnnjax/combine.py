@@ -1,9 +1,11 @@
-"""Combines trained networks: ensembles average what networks answer; soups and Polyak averages average their parameters.
+"""Combines trained networks: ensembles average what networks answer; soups and Polyak averages
+average their parameters.
 
     python -m cnnjax.combine --runs 'runs/a/*' --method greedy --workdir FOLDER
 
-`--runs` matches work directories of finished training runs: several, or for snapshot and polyak one that kept several checkpoints.
-Writes results.json and report.md; the test set is scored once, at the end.
+`--runs` matches work directories of finished training runs: several, or for snapshot and polyak one
+that kept several checkpoints. Writes results.json and report.md; the test set is scored once, at
+the end.
 """
 
 import functools
@@ -25,14 +27,16 @@ import numpy as np
 import optax
 import scipy.special
 
+from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.sums import channel_sum, squared_deviation
 from cnnjax.runtime import backend, command, tables, workdir
-from cnnjax.train import defaults, evaluate, loop, step
+from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
+from cnnjax.train.run import build_model, build_numbers, build_recipe, open_run
 
 _LOG = logging.getLogger("cnnjax")
 METHODS = {
@@ -43,7 +47,8 @@ METHODS = {
     "greedy": "the average of those that, from the best run down, do not make it worse",
     "learned": "the average with coefficients learned on the validation images, one a run",
     "learned-by-layer": "the same, one a run and layer",
-    "snapshot": "the mean of the probabilities of one run's checkpoints, with schedule.name=restarts those at the cycles' ends",
+    "snapshot": "the mean of the probabilities of one run's checkpoints, with "
+    "schedule.name=restarts those at the cycles' ends",
     "polyak": "the average of one run's checkpoints, or the one that it kept itself (ema_decay)",
 }
 _SELECTING = ("best", "greedy", "learned", "learned-by-layer")
@@ -68,7 +73,8 @@ def _layer(path) -> str:
 
 
 def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
-    """The sum of trees of arrays times `weights` [trees], or those of each layer by its name; computed in float64."""
+    """The sum of trees of arrays times `weights` [trees], or those of each layer by its name;
+    computed in float64."""
 
     def one(path, *leaves):
         share = weights[_layer(path)] if isinstance(weights, dict) else weights
@@ -82,8 +88,9 @@ def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float
 def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) -> list[int]:
     """Chooses a soup's ingredients -> their numbers, in the order in which they were added.
 
-    `accuracies` [models] are their own on validation images, `accuracy(numbers)` is that of the average of some. From the best
-    model down, one is kept if the average does not get worse: Wortsman et al. 2022 (arXiv 2203.05482), recipe 1.
+    `accuracies` [models] are their own on validation images, `accuracy(numbers)` is that of the
+    average of some. From the best model down, one is kept if the average does not get worse:
+    Wortsman et al. 2022 (arXiv 2203.05482), recipe 1.
     """
     kept: list[int] = []
     reached = -np.inf
@@ -99,10 +106,12 @@ def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) 
 def learned(
     loss: Callable, trees: Sequence, batches: Iterable, by_layer: bool = False, rate: float = 0.05
 ) -> dict[str, list[float]]:
-    """Learns the weights of an average by Adam on `loss(tree, batch)`, a step for each batch -> weights [trees] of each layer by name.
+    """Learns the weights of an average by Adam on `loss(tree, batch)`, a step for each batch ->
+    weights [trees] of each layer by name.
 
-    They are a softmax: positive, with sum 1, and without `by_layer` the same in all layers. Wortsman et al. 2022, appendix I, and
-    the rate of their code; the temperature that they learn beside them changes no prediction and is left out.
+    They are a softmax: positive, with sum 1, and without `by_layer` the same in all layers.
+    Wortsman et al. 2022, appendix I, and the rate of their code; the temperature that they learn
+    beside them changes no prediction and is left out.
     """
     layers = sorted({_layer(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])})
     row = {layer: number if by_layer else 0 for number, layer in enumerate(layers)}
@@ -137,13 +146,14 @@ def learned(
 def member_logits(output: Callable = evaluate.logits) -> Callable:
     """All members' `output` in one program, for `evaluate.predict`.
 
-    A function of (model, variables stacked [members, ...], images [members, batch, height, width, channels], normalized as each
-    member has it) -> [batch, members, classes].
+    A function of (model, variables stacked [members, ...], images [members, batch, height, width,
+    channels], normalized as each member has it) -> [batch, members, classes].
     """
 
     def run(model, variables, images):
-        # One member after the other: on 2 CPU cores three to five of them take 3.0 to 5.6 single passes, in the memory of one. vmap,
-        # which makes grouped convolutions of them, takes between 0.6 (three ResNet-18 on 32x32) and 9.3 passes (five LeNets).
+        # One member after the other: on 2 CPU cores three to five of them take 3.0 to 5.6 single
+        # passes, in the memory of one. vmap, which makes grouped convolutions of them, takes
+        # between 0.6 (three ResNet-18 on 32x32) and 9.3 passes (five LeNets).
         return jax.lax.map(lambda member: output(model, *member), (variables, images)).swapaxes(
             0, 1
         )
@@ -152,7 +162,8 @@ def member_logits(output: Callable = evaluate.logits) -> Callable:
 
 
 def ensemble_logits(logits: np.ndarray, mean_of: str = "probabilities") -> np.ndarray:
-    """Members' logits [..., members, classes] -> the logarithm of their mean probability [..., classes], or the mean of "logits"."""
+    """Members' logits [..., members, classes] -> the logarithm of their mean probability [...,
+    classes], or the mean of "logits"."""
     if mean_of == "logits":
         return logits.mean(-2)
     return scipy.special.logsumexp(scipy.special.log_softmax(logits, axis=-1), axis=-2) - math.log(
@@ -169,7 +180,8 @@ def _in_training_mode(model: Network, variables, images) -> jnp.ndarray:
 
 
 def _input_moments(model: Network, variables, images) -> dict:
-    """What every BatchNorm is given in training mode: by path its mean and variance [1, channels] and the number of values [1]."""
+    """What every BatchNorm is given in training mode: by path its mean and variance [1, channels]
+    and the number of values [1]."""
     found = {}
 
     def note(call, arguments, options, context):
@@ -192,10 +204,12 @@ def _input_moments(model: Network, variables, images) -> dict:
 def reestimate_statistics(
     parallel: Parallel, model: Network, variables, moments, images: np.ndarray, batch_size: int
 ) -> dict:
-    """BatchNorm's statistics over uint8 training images in random order, which averaged parameters need anew -> `batch_stats`.
+    """BatchNorm's statistics over uint8 training images in random order, which averaged parameters
+    need anew -> `batch_stats`.
 
-    The mean and the unbiased variance over all whole batches, each of them normalized by its own statistics on the way (Izmailov
-    et al. 2018, arXiv 1803.05407, section 3.2). `variables` and `moments` (mean, std) are host arrays.
+    The mean and the unbiased variance over all whole batches, each of them normalized by its own
+    statistics on the way (Izmailov et al. 2018, arXiv 1803.05407, section 3.2). `variables` and
+    `moments` (mean, std) are host arrays.
     """
     if not variables["batch_stats"]:
         return {}
@@ -227,7 +241,8 @@ def reestimate_statistics(
 
 
 class Member(NamedTuple):
-    """A trained network in host arrays: its variables, and the moments (mean, std) that its images are normalized by."""
+    """A trained network in host arrays: its variables, and the moments (mean, std) that its images
+    are normalized by."""
 
     name: str
     variables: dict
@@ -235,7 +250,8 @@ class Member(NamedTuple):
 
 
 def _find(patterns: Sequence[str]) -> dict[pathlib.Path, dict]:
-    """The training runs among the folders that match -> their configurations. Raises `ValueError` if there are none."""
+    """The training runs among the folders that match -> their configurations. Raises `ValueError`
+    if there are none."""
     paths = sorted(
         {pathlib.Path(name) / "config.json" for pattern in patterns for name in glob.glob(pattern)}
     )
@@ -273,17 +289,19 @@ def _check(configs: dict[pathlib.Path, dict], method: str) -> None:
             f"method={method!r} takes {wanted}, and --runs matches {', '.join(map(str, configs))}"
         )
     for folder, config in configs.items():
-        if lacking := sorted(set(defaults.get_config()) - set(config)):
+        if lacking := sorted(set(defaults.get_config()) - set(defaults.BEFORE) - set(config)):
             raise ValueError(
                 f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has"
             )
     if not arrays.is_known(known["dataset"]):
         raise ValueError(
-            f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of {', '.join(arrays.DATASETS)}"
+            f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of "
+            f"{', '.join(arrays.DATASETS)}"
         )
     if method in _SELECTING and not known["n_validation"]:
         raise ValueError(
-            f"method={method!r} chooses by validation images, and {first} held none out: n_validation=0 is not a positive "
+            f"method={method!r} chooses by validation images, and {first} held none out: "
+            "n_validation=0 is not a positive "
             "number; train with --config.n_validation=N"
         )
     for folder, config in others:
@@ -295,69 +313,81 @@ def _check(configs: dict[pathlib.Path, dict], method: str) -> None:
             )
             if mine != theirs:
                 why = (
-                    f"; method={method!r} chooses by validation images that no run was trained on, so all must hold out the same"
+                    f"; method={method!r} chooses by validation images that no run was trained "
+                    "on, so all must hold out the same"
                     if key == "n_validation"
                     else ""
                 )
                 raise ValueError(
-                    f"{first} and {folder} cannot be combined: {key}={mine!r} and {key}={theirs!r}{why}"
+                    f"{first} and {folder} cannot be combined: {key}={mine!r} and "
+                    f"{key}={theirs!r}{why}"
                 )
     for folder in configs:
         if not (folder / "results.json").is_file():
             raise ValueError(
-                f"{folder} is not finished, for it has no results.json: run its own command again, or leave it out of --runs"
+                f"{folder} is not finished, for it has no results.json: run its own command "
+                "again, or leave it out of --runs"
             )
 
 
 def _read(
-    folder: pathlib.Path, config: dict, method: str
-) -> tuple[loop.Training, list[Member], dict | None]:
-    """A run's data and model, and its network as training evaluated it; for a method of one run every whole checkpoint's network, and
-    the average of parameters (ema) that the run kept itself. Raises `ValueError` if there are too few checkpoints."""
-    run = loop.Training(ml_collections.ConfigDict(config), folder)
-    like = jax.eval_shape(lambda: step.init(run.recipe, run.data.shape, run.numbers))
-    workdir.check_seal(folder)
-    last = workdir.read_json(folder / "results.json")["final"]["step"]
-    with Checkpoints(folder / "checkpoints", config["keep_checkpoints"]) as checkpoints:
-        steps = checkpoints.steps() if method in _OF_ONE_RUN else [last]
-        if last not in checkpoints.steps():
+    folder: pathlib.Path, config: ml_collections.ConfigDict, method: str
+) -> tuple[list[Member], dict | None]:
+    """Read a run's network as it was scored; for a method of one run, that of every checkpoint.
+
+    Returns:
+      The members, and the average of parameters (ema) that a method of one run finds.
+
+    Raises:
+      ValueError: if there are too few checkpoints.
+    """
+    trained = open_run(folder)
+    if method not in _OF_ONE_RUN:
+        return [Member(str(folder), trained.variables, trained.moments)], None
+    recipe = build_recipe(config, trained.model)
+    numbers = build_numbers(config)
+    like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))
+    results = workdir.read_json(folder / "results.json")
+    last = results["final"]["step"]
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        steps = checkpoints.steps()
+        if last not in steps:
             raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
-        if (
-            method == "snapshot" and config["schedule"]["name"] == "restarts"
-        ):  # those from the middle of a cycle have a high rate
-            first, period = (
-                round(config["schedule"][key] * run.steps_per_epoch)
-                for key in ("warmup_epochs", "every")
-            )
+        if method == "snapshot" and config.schedule.name == "restarts":
+            # Checkpoints from the middle of a cycle have a high rate.
+            per_epoch = last // results["final"]["epoch"]
+            first = round(config.schedule.warmup_epochs * per_epoch)
+            period = round(config.schedule.every * per_epoch)
             steps = [at for at in steps if at > first and (at - first) % period == 0]
-        if len(steps) < 2 and (method == "snapshot" or method == "polyak" and not run.recipe.ema):
+        has_average = method == "polyak" and recipe.ema
+        if len(steps) < 2 and not has_average:
             raise ValueError(
-                f"{folder} kept one checkpoint, and method={method!r} takes at least two: train with "
-                "--config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
+                f"{folder} kept one checkpoint, and method={method!r} takes at least two: train "
+                "with --config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
             )
         states = [checkpoints.restore_step(at, like)[1] for at in steps]
-    moments, members = run.parallel.fetch(run.data.moments), []
+    members = []
     for at, state in zip(steps, states):
-        iterate = method in _OF_ONE_RUN or not run.recipe.ema
-        variables = {
-            "params": state.params if iterate else state.ema,
-            "batch_stats": state.batch_stats,
-        }
-        members.append(
-            Member(f"step {at}" if method in _OF_ONE_RUN else str(folder), variables, moments)
-        )
-    return run, members, states[-1].ema
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        members.append(Member(f"step {at}", variables, trained.moments))
+    return members, states[-1].ema
 
 
-# ------------------------------------------------------------------ a method, from its members to its report
+# ------------------------------------------------------------------ a method, from its members to
+# its report
 
 
 class _Kitchen:
     """The members of a combination, what runs them and what scores them."""
 
-    def __init__(self, run: loop.Training, members: list[Member]):
-        assert isinstance(run.data, loop._Resident)  # `_check` refuses what is streamed
-        self.run, self.members, self.data = run, members, run.data.data
+    def __init__(self, config: ml_collections.ConfigDict, members: list[Member]):
+        self.config = config
+        self.members = members
+        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
+        self.parallel = Parallel(config.parallel)
+        shape = self.data.train.images.shape[1:]
+        axis_name = self.parallel.axis_name if config.sync_batch_norm else None
+        self.model = build_model(config, len(self.data.classes), shape, axis_name)
         variables, (mean, std) = jax.tree.map(
             lambda *leaves: np.stack(leaves), *(member[1:] for member in members)
         )
@@ -365,11 +395,11 @@ class _Kitchen:
         self.all = Member("all", variables, (mean[:, None, None, None], std[:, None, None, None]))
 
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
-        parallel, size = self.run.parallel, self.run.config.batch_size
+        parallel, size = self.parallel, self.config.batch_size
         variables, moments = parallel.replicate((member.variables, member.moments))
         return evaluate.predict(
             parallel,
-            self.run.model,
+            self.model,
             variables,
             moments,
             evaluate.batches_of(images, size),
@@ -378,7 +408,8 @@ class _Kitchen:
         )
 
     def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
-        """Some members' average, by default the uniform one, or `params` in its place, with statistics of its own."""
+        """Some members' average, by default the uniform one, or `params` in its place, with
+        statistics of its own."""
         used, uniform = (
             [self.members[number] for number in numbers],
             [1 / len(numbers)] * len(numbers),
@@ -395,21 +426,22 @@ class _Kitchen:
             np.random.default_rng(0).permutation(len(self.data.train.images))
         ]
         found = reestimate_statistics(
-            self.run.parallel,
-            self.run.model,
+            self.parallel,
+            self.model,
             variables,
             moments,
             images,
-            self.run.config.batch_size,
+            self.config.batch_size,
         )
         return Member("average", variables | {"batch_stats": found}, moments)
 
     def evaluate(
         self, chosen: Member | None, name: str, mean_of: str, output: Callable = evaluate.logits
     ) -> tuple[list[dict], dict]:
-        """The scores of all members on a split, and that of the chosen average or, where there is none, of the members' ensemble."""
+        """The scores of all members on a split, and that of the chosen average or, where there is
+        none, of the members' ensemble."""
         split = getattr(self.data, name)
-        score = lambda logits: evaluate.score(self.run.config.loss, logits, split.labels)
+        score = lambda logits: evaluate.score(self.config.loss, logits, split.labels)
         logits = self.logits(self.all, split.images, member_logits(output))
         combined = (
             self.logits(chosen, split.images, output)
@@ -421,23 +453,24 @@ class _Kitchen:
     def learn(self, by_layer: bool) -> dict[str, list[float]]:
         """The coefficients that the validation images teach."""
         model, split, (_, variables, moments) = (
-            self.run.model.clone(axis_name=None),
+            self.model.clone(axis_name=None),
             self.data.validation,
             self.members[0],
         )
         assert split is not None  # `_check` refuses runs that held out nothing
 
         def loss(params, batch):
-            # A mixture's statistics are not known before it is chosen, so BatchNorm takes those of the batch.
+            # A mixture's statistics are not known before it is chosen, so BatchNorm takes those of
+            # the batch.
             apply = _in_training_mode if variables["batch_stats"] else evaluate.logits
             logits = apply(
                 model, variables | {"params": params}, augment.normalize(batch[0], *moments)
             )
-            return step.loss_and_errors(self.run.config.loss, logits, batch[1])[0].mean()
+            return step.loss_and_errors(self.config.loss, logits, batch[1])[0].mean()
 
         generator, size = (
             np.random.default_rng(0),
-            min(self.run.config.batch_size, len(split.labels)),
+            min(self.config.batch_size, len(split.labels)),
         )
         chosen = (
             generator.choice(len(split.labels), size, replace=False) for _ in range(_LEARNED_STEPS)
@@ -451,7 +484,7 @@ class _Kitchen:
 
     def seconds_per_image(self, member: Member, output: Callable) -> float:
         """The shortest of three passes over a few batches, once all is compiled."""
-        images, seconds = self.data.train.images[: 4 * self.run.config.batch_size], []
+        images, seconds = self.data.train.images[: 4 * self.config.batch_size], []
         for _ in range(4):
             began = time.monotonic()
             self.logits(member, images, output)
@@ -462,7 +495,8 @@ class _Kitchen:
 def _choose(
     kitchen: _Kitchen, method: str, ema: dict | None
 ) -> tuple[list[str], dict | None, Member | None]:
-    """The ingredients' names, the coefficients that were learned, and the average; None where there is none."""
+    """The ingredients' names, the coefficients that were learned, and the average; None where there
+    is none."""
     everyone, validation = list(range(len(kitchen.members))), kitchen.data.validation
     ingredients, coefficients = everyone, None
 
@@ -472,7 +506,7 @@ def _choose(
 
     if method == "polyak" and ema is not None:
         return (
-            [f"ema_decay={kitchen.run.config.ema_decay}"],
+            [f"ema_decay={kitchen.config.ema_decay}"],
             None,
             kitchen.average(everyone, params=ema),
         )
@@ -511,27 +545,30 @@ def _report(results: dict) -> str:
     lines.append([f"**{results['method']}**", *errors(results), str(results["forward_passes"])])
     ratio = results["seconds_per_image"]["ratio"]
     return (
-        f"# {results['method']}: {METHODS[results['method']]}\n\nErrors in percent; std is the sample standard deviation.\n\n"
+        f"# {results['method']}: {METHODS[results['method']]}\n\nErrors in percent; std is the "
+        "sample standard deviation.\n\n"
         + tables.table(["network", "validation error", "test error", "forward passes"], lines)
-        + f"\nIngredients: {', '.join(results['ingredients'])}. An image takes {ratio:.2f} times as long as with one network. The test "
-        "set was used once, at the end.\n"
+        + f"\nIngredients: {', '.join(results['ingredients'])}. An image takes {ratio:.2f} times as "
+        "long as with one network. The test set was used once, at the end.\n"
     )
 
 
 def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
-    """Combines the training runs that match, and writes results.json and report.md. Raises `ValueError` for runs that do not combine."""
+    """Combines the training runs that match, and writes results.json and report.md. Raises
+    `ValueError` for runs that do not combine."""
     began, configs = time.monotonic(), _find(patterns)
     _check(configs, method)
-    read = (
-        _read(path, config, method) for path, config in configs.items()
-    )  # one by one: each holds its data on the devices
-    current, members, ema = next(read)
-    for _, more, _ in read:
+    members: list[Member] = []
+    ema = None
+    for path, config in configs.items():
+        config = ml_collections.ConfigDict(defaults.BEFORE | config)
+        more, ema = _read(path, config, method)
         members += more
     folder = workdir.prepare(
         folder, {"kind": "combine", "method": method, "runs": [str(path) for path in configs]}
     )
-    kitchen = _Kitchen(current, members)
+    first = next(iter(configs.values()))
+    kitchen = _Kitchen(ml_collections.ConfigDict(defaults.BEFORE | first), members)
     ingredients, coefficients, chosen = _choose(kitchen, method, ema)
     names, mean_of = (
         [member.name for member in members],
@@ -549,7 +586,7 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
         if _validated(configs)
         else ([None] * len(names), None)
     )
-    test = kitchen.evaluate(chosen, "test", mean_of, evaluate.averaged(current.config.test_views))
+    test = kitchen.evaluate(chosen, "test", mean_of, evaluate.averaged(kitchen.config.test_views))
     errors = {
         split: [row["error"] for row in rows if row]
         for split, rows in (("validation", validation[0]), ("test", test[0]))
@@ -578,6 +615,8 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
         "seconds_per_image": {"single": single, "combined": whole, "ratio": whole / single},
         "seconds": round(time.monotonic() - began, 1),
     }
+    if chosen:
+        weights.save_torchvision(chosen.variables, folder / transfer.WEIGHTS)
     workdir.write_json(folder / "results.json", results)
     workdir.write(folder / "report.md", _report(results))
     _LOG.info(

@@ -78,12 +78,12 @@ def measure(point: Point, options, batch: arrays.Split) -> dict:
     images = np.asarray(jax.image.resize(batch.images, shape, "nearest"))
     recipe, numbers = step.Recipe(model, optimizer="adam"), step.Numbers(seed=0)
     moments = arrays.normalization(images)
-    rates = jnp.full(_STEPS, _RATE)
+    constants = step.Constants(moments=moments, rates=jnp.full(_STEPS, _RATE))
 
     state = step.init(recipe, model.input_shape, numbers)
     take_step = step.streamed_step(Parallel("jit"), recipe)
     for _ in range(_STEPS):
-        state = take_step(state, moments, rates, images, batch.labels, np.int32(1), numbers)
+        state = take_step(state, constants, (images, batch.labels), numbers, np.int32(1))
         loss = float(state.totals["loss"]) / _COUNT
         if loss < GOAL:
             break

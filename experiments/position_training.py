@@ -91,15 +91,10 @@ def trained(
     for epoch in range(epochs + 1):
         yield {"params": state.params, "batch_stats": state.batch_stats}
         if epoch < epochs:
-            state = run(
-                state,
-                data,
-                step.epoch_order(len(data[1]), epoch, seed),
-                augment.IMAGENET,
-                rates,
-                (epoch + 1) * steps,
-                numbers,
-            )
+            constants = step.Constants(moments=augment.IMAGENET, rates=rates)
+            order = step.epoch_order(len(data[1]), epoch, seed)
+            images = step.Images(images=data[0], labels=data[1], order=order)
+            state = run(state, constants, images, numbers, (epoch + 1) * steps)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -22,7 +22,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cnnjax import report as pictures
 from cnnjax import study, weights
 from cnnjax.data import arrays
 from cnnjax.models import create_model, fcn
@@ -30,6 +29,7 @@ from cnnjax.nn import FILLS
 from cnnjax.position import metrics
 from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, evaluate, loop
+from cnnjax.train import report as pictures
 
 LECTURE = {"none": 12.3, "zeros": 23.1}  # mean IoU in percent
 ALONE = "*position alone*"

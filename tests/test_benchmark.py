@@ -17,7 +17,7 @@ from cnnjax.benchmark import cases, jax_side, programs, sides, turns
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
 from cnnjax.nn import BatchNorm, Conv, Dense, flatten, max_pool
-from cnnjax.train import loop
+from cnnjax.train import data
 from experiments import speedrun
 
 
@@ -115,7 +115,7 @@ def test_the_specifications_are_the_networks(name):
 
 
 def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion):
-    assert sides.TRAINING_BURST == loop._SECONDS_A_CALL
+    assert sides.TRAINING_BURST == data.SECONDS_A_CALL
     monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
     monkeypatch.setattr(jax_side, "_BATCHES", 1)
 

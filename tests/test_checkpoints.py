@@ -151,7 +151,8 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: the system refuses to write in the same way."""
+    """A limit on the size of files stands for the disk: the system refuses to write in the same
+    way."""
     state = {"x": jax.random.normal(jax.random.key(0), (1000, 1000))}
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as checkpoints:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from quick import jit
 
-from cnnjax import combine
+from cnnjax import combine, transfer, weights
 from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
@@ -21,6 +21,7 @@ from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
+from cnnjax.train.run import build_run, read_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -115,7 +116,8 @@ def recipe_1(accuracies, accuracy):
 
 
 def test_greedy_is_recipe_1():
-    """On random accuracies of every set of five models, coarse enough for ties in half of the decisions."""
+    """On random accuracies of every set of five models, coarse enough for ties in half of the
+    decisions."""
     generator, sizes = np.random.default_rng(0), []
     for _ in range(200):
         table = generator.integers(0, 4, 2**5) / 4
@@ -129,7 +131,8 @@ def test_greedy_is_recipe_1():
 
 
 def test_a_bad_ingredient_is_refused_and_a_tie_kept():
-    """Scalars: the best average is nearest to 1; number 3 makes it worse, number 0 keeps it as it is."""
+    """Scalars: the best average is nearest to 1; number 3 makes it worse, number 0 keeps it as it
+    is."""
     models = [1.1, 1.1, 0.9, 5.0]
     accuracy = lambda numbers: -round(abs(np.mean([models[number] for number in numbers]) - 1), 6)
     accuracies = [accuracy([number]) for number in range(4)]
@@ -202,7 +205,8 @@ def test_one_program_of_many_networks_is_each_of_them(way):
 
 @WAYS
 def test_reestimated_statistics_are_numpys_moments(way):
-    """Over all whole batches; what comes after a BatchNorm in training mode is normalized batch by batch."""
+    """Over all whole batches; what comes after a BatchNorm in training mode is normalized batch by
+    batch."""
     parallel, images = Parallel(way), some_images(37)
     model = Tiny(axis_name=parallel.axis_name)
     variables, moments = some(model, 0), (np.full(1, 0.4, np.float32), np.full(1, 0.2, np.float32))
@@ -258,23 +262,19 @@ def train(folder: pathlib.Path, **changes) -> pathlib.Path:
             "parallel": "jit",
             "keep_checkpoints": 3,
             "checkpoint_every_steps": 5,
+            "final_weights": "last",
             **changes,
         }
     )
     workdir.prepare(folder, config.to_dict())
-    run = loop.Training(config, folder)
-    state = run.train()
-    scored = run.score(state, "test", config.test_views)[0]
-    workdir.write_json(
-        folder / "results.json",
-        {"kind": "train", "final": {"step": int(state.step), "test_error": scored["error"]}},
-    )
+    loop.train(config, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Three runs of one seed, of which one has hardly learned, and one that keeps an average of its parameters."""
+    """Three runs of one seed, of which one has hardly learned, and one that keeps an average of its
+    parameters."""
     with jax.numpy_dtype_promotion("standard"):
         folder = tmp_path_factory.mktemp("combined")
         for rate in (0.1, 0.05, 1e-4):
@@ -290,16 +290,16 @@ def finished(tmp_path_factory):
 
 def results(patterns, method: str, folder: pathlib.Path) -> dict:
     combine.run([str(pattern) for pattern in patterns], method, folder)
+    is_average = method not in combine._ENSEMBLES
+    assert (folder / "weights.safetensors").exists() == is_average
     assert f"**{method}**" in (folder / "report.md").read_text()
     return json.loads((folder / "results.json").read_text())
 
 
 def checkpoints_of(folder: pathlib.Path) -> tuple[list[int], list]:
     """The steps and the states that a run kept."""
-    run = loop.Training(
-        defaults.ml_collections.ConfigDict(json.loads((folder / "config.json").read_text())), folder
-    )
-    like = loop.step.init(run.recipe, run.data.shape, run.numbers)
+    run = build_run(read_config(folder))
+    like = run.initial_state()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.steps(), [
             checkpoints.restore_step(at, like)[1] for at in checkpoints.steps()
@@ -334,7 +334,8 @@ def errors_of(folder: pathlib.Path):
 
 
 def test_greedy_from_the_command_line(finished, tmp_path):
-    """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is refused, the scores are the model's."""
+    """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is
+    refused, the scores are the model's."""
     command = [
         sys.executable,
         "-m",
@@ -418,7 +419,8 @@ def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
 
 
 def test_ensembles_of_several_runs(finished, tmp_path):
-    """Runs that held out different images have no validation score; what they answer is averaged all the same."""
+    """Runs that held out different images have no validation score; what they answer is averaged
+    all the same."""
     found = results(
         [finished / "rates" / "rate=0.1", finished / "held"], "ensemble", tmp_path / "held"
     )
@@ -470,7 +472,8 @@ def test_checkpoints_of_one_run(finished, tmp_path):
 
 
 def test_a_run_that_averaged_its_parameters(finished, tmp_path):
-    """Polyak takes its own average; beside others it is scored with it, as in training, and as snapshots its iterates are."""
+    """Polyak takes its own average; beside others it is scored with it, as in training, and as
+    snapshots its iterates are."""
     _, states = checkpoints_of(finished / "ema")
     error, own = (
         errors_of(finished),
@@ -508,12 +511,9 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
         config = defaults.get_config()
         config.update({"model": "tiny", "n_validation": 200, "parallel": "jit"})
         folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
-        run = loop.Training(config, folder)
-        with Checkpoints(folder / "checkpoints") as checkpoints:
-            checkpoints.save(
-                1, loop.step.init(run.recipe, run.data.shape, run.numbers).replace(**variables), {}
-            )
-        workdir.write_json(folder / "results.json", {"final": {"step": 1}})
+        weights.save_torchvision(variables, folder / "weights.safetensors")
+        classes = list("0123456789")
+        workdir.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
     train = arrays.load("digits", n_validation=200).train
     images = train.images[np.random.default_rng(0).permutation(len(train.images))]
     for method in ("uniform", "learned", "best"):
@@ -532,6 +532,8 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
                 ),
             }
             if method == "learned":
+                taken = transfer.take(tmp_path / method, Tiny(), ("*",))
+                jax.tree.map(np.testing.assert_array_equal, taken, soup)
                 assert coefficients["conv1"] != pytest.approx([0.5, 0.5], abs=0.01)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), soup, want
@@ -587,7 +589,7 @@ def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
     assert "is streamed" in refused(
         capsys, "--runs", fake("folder", dataset="folder"), "--method", "polyak", *rest
     )
-    assert "has no whole checkpoint of its last step, 1" in refused(
+    assert "is not a finished training run: it has no weights.safetensors" in refused(
         capsys, "--runs", first, tmp_path / "held", "--method", "uniform", *rest
     )
     assert "kept one checkpoint" in refused(

@@ -13,6 +13,7 @@ import pytest
 
 from cnnjax import sweep
 from cnnjax.train import loop
+from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
 from experiments import mlp_vs_convnet
 
@@ -125,7 +126,7 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
         ValueError,
         match="the test split has the classes red, and the training split blue, red; expected the same",
     ):
-        loop._Streamed(config, Parallel("jit"))
+        Streamed(config, Parallel("jit"))
 
 
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):

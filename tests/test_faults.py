@@ -17,10 +17,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from cnnjax import combine, main, report
+from cnnjax import combine, main
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
-from cnnjax.train import step
+from cnnjax.train import report, step
 from cnnjax.train.checkpoints import Checkpoints, _leaves
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -41,9 +41,10 @@ DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits that it is ignored
 import matplotlib.figure, sklearn.datasets
-from cnnjax import combine, main, report, sweep
+from cnnjax import combine, main, sweep
 from cnnjax.runtime import workdir
-from cnnjax.train import loop
+from cnnjax.train import data, loop, report, results
+from cnnjax.train import evaluate, step
 for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
     setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
@@ -206,7 +207,7 @@ def finished(machine, tmp_path_factory):
 def stopped(machine, tmp_path_factory):
     """A run that was stopped after its first epoch, with two checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    code, errors = machine.train(folder, SIGNAL + 'at(loop.evaluate, "predict", signal.SIGTERM)')
+    code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict", signal.SIGTERM)')
     assert (
         code == 75
         and "SIGTERM after step 10 of 30" in line(errors)
@@ -265,12 +266,12 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
             8,
         ),
         (
-            'full(loop.weights, "save_torchvision")',
+            'full(results.weights, "save_torchvision")',
             f"{folder}/weights.safetensors could not be written",
             16,
         ),
         ('full_at("test.npz")', f"{NO_SPACE}: '{folder}/test.npz'", STEPS),
-        ('full(loop, "_write_events")', f"{NO_SPACE}: '{folder}/tensorboard'", STEPS),
+        ('full(results, "write_events")', f"{NO_SPACE}: '{folder}/tensorboard'", STEPS),
         ('full_at("results.json")', f"{NO_SPACE}: '{folder}/results.json'", STEPS),
         ('full(workdir, "write_figure")', f"{NO_SPACE}: '{folder}/curves.png'", STEPS),
         ('full_at("report.md")', f"{NO_SPACE}: '{folder}/report.md'", "finished"),
@@ -571,27 +572,27 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
     """One run, which is stopped wherever it is at work; each time it goes on, and in the end comes to the same."""
     for where, message, log in (
         (
-            'at(loop.arrays, "load", signal.SIGTERM)',
+            'at(data.arrays, "load", signal.SIGTERM)',
             "stopped; the same command goes on from the last checkpoint",
             "running in",
         ),
         (
-            'at(loop.step, "resident_steps", signal.SIGINT)',
+            'at(step, "resident_steps", signal.SIGINT)',
             "stopped by SIGINT after step 1 of 30, which is saved",
             "running in",
         ),
         (
-            'at(loop.evaluate, "predict", signal.SIGTERM)',
+            'at(evaluate, "predict", signal.SIGTERM)',
             "stopped by SIGTERM after step 10 of 30",
             "from step 1 of 30",
         ),
         (
-            'at(loop.evaluate, "predict", signal.SIGINT, nth=2)',
+            'at(evaluate, "predict", signal.SIGINT, nth=2)',
             "stopped by SIGINT after step 30 of 30",
             "from step 10 of 30",
         ),
         (
-            'at(loop.evaluate, "predict", signal.SIGTERM)',
+            'at(evaluate, "predict", signal.SIGTERM)',
             "stopped; the same command goes on",
             "from step 30 of 30",
         ),
@@ -626,13 +627,13 @@ def signals():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
-def advance(self, *arguments):
+def advance(self, **arguments):
     threading.Thread(target=signals).start()
     jax.jit(lambda: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jax.numpy.sin(x + i), 0.0))().block_until_ready()
-loop._Resident.advance = advance
+data.Resident.advance = advance
 """
-    outside = long.replace("loop._Resident.advance", "report.write").replace(
-        "advance(self, *arguments)", "advance(folder)"
+    outside = long.replace("data.Resident.advance", "report.write").replace(
+        "advance(self, **arguments)", "advance(folder)"
     )
     stubborn = (
         SIGNAL
@@ -670,12 +671,12 @@ def test_a_batch_that_does_not_fit(machine, tmp_path):
 import functools, resource
 from cnnjax.models import base, mlp
 base.register("wide", functools.partial(mlp.MLP, hidden=(100_000,)))
-advance = loop._Resident.advance
-def limited(*arguments):
+advance = data.Resident.advance
+def limited(*arguments, **options):
     most = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 300 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    return advance(*arguments)
-loop._Resident.advance = limited
+    return advance(*arguments, **options)
+data.Resident.advance = limited
 """
     code, errors = machine.train(
         tmp_path, limited, "--config.model=wide", "--config.batch_size=1024"
@@ -704,13 +705,13 @@ base.register("small", functools.partial(mlp.MLP, hidden=(4,)))
     killing = (
         model
         + """
-advance, calls = loop._Streamed.advance, []
-def killed(*arguments):
+advance, calls = data.Streamed.advance, []
+def killed(*arguments, **options):
     if len(calls) == 2:
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     calls.append(0)
-    return advance(*arguments)
-loop._Streamed.advance = killed
+    return advance(*arguments, **options)
+data.Streamed.advance = killed
 """
     )
     more = (

@@ -1,4 +1,5 @@
-"""Optimizers, schedules and the plateau rule, against what PyTorch's did (golden/make_optimizers.py)."""
+"""Optimizers, schedules and the plateau rule, against what PyTorch's did
+(golden/make_optimizers.py)."""
 
 import json
 import math
@@ -22,8 +23,9 @@ RATES = [0.1] * 3 + [0.05] * 4 + [0.01] * 3
     [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)],
 )
 def test_ten_steps_are_pytorchs(name, tolerance):
-    """Weight decay and a changing rate included; float32 differs by some 3e-6 after ten steps of Adam. PyTorch's Muon takes its Newton-Schulz
-    steps in bfloat16, ours are in float32: a hundredth of each step of 0.1."""
+    """Weight decay and a changing rate included; float32 differs by some 3e-6 after ten steps of
+    Adam. PyTorch's Muon takes its Newton-Schulz steps in bfloat16, ours are in float32: a hundredth
+    of each step of 0.1."""
     generator = np.random.default_rng(0)
     w, a = (jnp.asarray(generator.normal(size=(6, 4)), jnp.float32) for _ in range(2))
     traced = []
@@ -56,7 +58,8 @@ def test_weight_decay_can_spare_biases(name):
 
 
 def test_muon_makes_a_convolutions_update_orthogonal():
-    """Newton-Schulz leaves singular values near one, 0.68 to 1.13 by its coefficients, times sqrt(out / in) where that is above 1."""
+    """Newton-Schulz leaves singular values near one, 0.68 to 1.13 by its coefficients, times
+    sqrt(out / in) where that is above 1."""
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 12))
     made = optimizer("muon", 1.0)
     updates, _ = made.update({"kernel": kernel}, made.init({"kernel": kernel}), {"kernel": kernel})

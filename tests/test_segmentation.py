@@ -18,6 +18,7 @@ from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
+from cnnjax.train.run import build_run
 from experiments import multilabel, segmentation
 
 SIZE = (24, 32)
@@ -310,7 +311,7 @@ def test_an_output_that_does_not_fit_the_loss_is_refused(scenes, small, tmp_path
         ValueError,
         match=r"model='scene_net' puts out \[11\] for an image; loss='pixelwise' accepts \[24, 32, 11\]",
     ):
-        loop.Training(configure(scenes, model="scene_net"), tmp_path)
+        build_run(configure(scenes, model="scene_net"))
 
 
 # ------------------------------------------------------------------ the experiments

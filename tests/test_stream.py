@@ -22,7 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from cnnjax.benchmark import decoding, jax_side
 from cnnjax.data import photographs, splits, stream
-from cnnjax.train import loop
+from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
 from configs import lenet_digits
 
@@ -960,7 +960,7 @@ def test_a_run_on_a_folder(colors, tmp_path):
 def test_an_evaluation_of_few_images_starts_no_processes(colors):
     config = lenet_digits.get_config()
     config.update({"dataset": "folder", "data_dir": str(colors), "image_size": 32, "workers": 2})
-    images, _ = next(loop._Streamed(config, Parallel("jit")).evaluation("test"))
+    images, _ = next(Streamed(config, Parallel("jit")).evaluation("test"))
     assert images.shape == (9, 32, 32, 3) and not multiprocessing.active_children()
 
 

@@ -1,6 +1,8 @@
-"""The engine: three ways to run one step, what the step computes, and runs that are stopped, killed and resumed."""
+"""The engine: three ways to run one step, what the step computes, and runs that are stopped, killed
+and resumed."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,9 +23,11 @@ import pytest
 from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
-from cnnjax.train import evaluate, step
+from cnnjax.runtime import workdir
+from cnnjax.train import defaults, evaluate, loop, step
+from cnnjax.train import results as training_results
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import open_run
+from cnnjax.train.run import Run, open_run, read_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,6 +56,7 @@ def some_data(count=64):
 
 
 MOMENTS = (np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32))
+CONSTANTS = step.Constants(moments=MOMENTS, rates=np.full(50, 0.1, np.float32))
 RECIPE = step.Recipe(Tiny(num_classes=5), augment=(("crop", 1), ("flip", True)), ema=True)
 NUMBERS = step.Numbers(seed=3, momentum=0.9, weight_decay=1e-3, label_smoothing=0.1, ema_decay=0.9)
 
@@ -66,14 +71,13 @@ def losses(
     )
     data = parallel.replicate(some_data())
     state = parallel.replicate(step.init(recipe, (8, 8, 3), NUMBERS))
-    moments, rates = (
-        parallel.replicate(MOMENTS),
-        parallel.replicate(np.full(steps, 0.1, np.float32)),
-    )
+    rates = np.full(steps, 0.1, np.float32)
+    constants = parallel.replicate(step.Constants(moments=MOMENTS, rates=rates))
     run, found, seen = step.resident_steps(parallel, recipe, batch_size), [], 0.0
     for number in range(steps):
         order = parallel.replicate(step.epoch_order(64, number // 4, NUMBERS.seed))
-        state = run(state, data, order, moments, rates, np.int32(number + 1), NUMBERS)
+        images = step.Images(images=data[0], labels=data[1], order=order)
+        state = run(state, constants, images, NUMBERS, np.int32(number + 1))
         total = float(parallel.fetch(state.totals)["loss"])
         seen = 0.0 if number % 4 == 0 else seen
         found.append((total - seen) / batch_size)
@@ -89,7 +93,8 @@ def on_one_device():
 
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_eight_devices_train_as_one(way, on_one_device):
-    """Over 50 steps, with augmentation, BatchNorm over all devices, momentum, weight decay and the parameters' average."""
+    """Over 50 steps, with augmentation, BatchNorm over all devices, momentum, weight decay and the
+    parameters' average."""
     assert Parallel(way).size == 8
     found, state = losses(way, RECIPE)
     np.testing.assert_allclose(found, on_one_device[0], rtol=1e-5)
@@ -147,31 +152,20 @@ def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
     run = step.resident_steps(parallel, RECIPE, 16)
     for epoch in range(13):
         order = step.epoch_order(64, epoch, NUMBERS.seed)
-        state = run(
-            state,
-            some_data(),
-            order,
-            MOMENTS,
-            np.full(50, 0.1, np.float32),
-            np.int32(min(50, 4 * epoch + 4)),
-            NUMBERS,
-        )
+        images, labels = some_data()
+        data = step.Images(images=images, labels=labels, order=order)
+        state = run(state, CONSTANTS, data, NUMBERS, np.int32(min(50, 4 * epoch + 4)))
     jax.tree.map(np.testing.assert_array_equal, state, on_one_device[1])
 
 
 def test_seeds_and_numbers_share_one_compilation():
     run = step.resident_steps(Parallel("jit"), RECIPE, 16)
-    arguments = (
-        some_data(),
-        step.epoch_order(64, 0, 0),
-        MOMENTS,
-        np.full(50, 0.1, np.float32),
-        np.int32(1),
-    )
+    images, labels = some_data()
+    data = step.Images(images=images, labels=labels, order=step.epoch_order(64, 0, 0))
     compiled = None
     for seed, momentum, decay in ((0, 0.9, 0.0), (1, 0.5, 0.1), (2, 0.0, 0.2)):
         numbers = step.Numbers(seed, momentum, decay)
-        run(step.init(RECIPE, (8, 8, 3), numbers), *arguments, numbers)
+        run(step.init(RECIPE, (8, 8, 3), numbers), CONSTANTS, data, numbers, np.int32(1))
         compiled = compiled or (run._cache_size(), step.init._cache_size())
     assert (run._cache_size(), step.init._cache_size()) == compiled
 
@@ -186,13 +180,19 @@ def test_every_epoch_has_its_own_order():
 
 def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.1):
     state = step.init(recipe, images.shape[1:], numbers)
-    return state, step.batch_step(
-        None, recipe, state, images, labels, MOMENTS, jnp.float32(rate), 4, numbers
+    batch = step.Batch(
+        images=images,
+        labels=labels,
+        moments=MOMENTS,
+        learning_rate=jnp.float32(rate),
+        steps_per_epoch=4,
     )
+    return state, step.batch_step(recipe, state, batch, numbers)
 
 
 def test_a_step_is_plain_gradient_descent():
-    """Against the formula, without this engine; the average of parameters and the sums for the epoch as well."""
+    """Against the formula, without this engine; the average of parameters and the sums for the
+    epoch as well."""
     images, labels = some_data(16)
     recipe, numbers = (
         step.Recipe(Tiny(num_classes=5), ema=True),
@@ -244,7 +244,8 @@ def test_losses_are_their_formulas():
         generator.integers(0, 5, (4, 3, 3)),
     )
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    # PyTorch's label smoothing: 0.1 of the probability is spread over all classes, the true one included.
+    # PyTorch's label smoothing: 0.1 of the probability is spread over all classes, the true one
+    # included.
     smooth = lambda y: 0.9 * np.eye(5)[y] + 0.1 / 5
     found, errors = step.loss_and_errors("cross_entropy", logits[:, 0, 0], labels[:, 0, 0], 0.1)
     np.testing.assert_allclose(found, -(logs[:, 0, 0] * smooth(labels[:, 0, 0])).sum(-1), rtol=1e-5)
@@ -270,7 +271,8 @@ def test_losses_are_their_formulas():
 
 
 def test_mixup_mixes_images_and_losses():
-    """An image is mixed with the one opposite in the batch: where that is the same image, of the same label, nothing changes."""
+    """An image is mixed with the one opposite in the batch: where that is the same image, of the
+    same label, nothing changes."""
     images, labels = some_data(16)
     images[8:] = images[7::-1]
     same = labels.copy()
@@ -326,7 +328,8 @@ def test_prediction_and_features_run_the_same_three_ways(way):
         np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-# ------------------------------------------------------------------ whole runs, as a user starts them
+# ------------------------------------------------------------------ whole runs, as a user starts
+# them
 
 SMALL = [
     sys.executable,
@@ -450,6 +453,135 @@ def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
     (tmp_path / "config.json").write_text('{"kind": "position"}')
     with pytest.raises(ValueError, match=f"{tmp_path} is not a training run"):
         open_run(tmp_path)
+
+
+# Small enough for this process: three epochs of a linear network on digits.
+QUICK = {
+    "model": "mlp1",
+    "epochs": 3,
+    "n_validation": 100,
+    "parallel": "jit",
+    "checkpoint_every_steps": 4,
+}
+
+
+def train_here(folder: pathlib.Path, **changes) -> dict:
+    """Train in this process, without the report -> results.json."""
+    config = defaults.get_config()
+    config.update_from_flattened_dict({**QUICK, **changes})
+    loop.check(config)
+    loop.train(config, workdir.prepare(folder, config.to_dict()))
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def worse_after_first_epoch(monkeypatch):
+    """Validation errors that rise from the first epoch on, whatever is learned."""
+    score = Run.score
+    errors = itertools.count(1)
+
+    def rising(self, state, split, views=1):
+        scored = score(self, state, split, views)
+        if split == "validation":
+            scored.scores["error"] = next(errors) / 100
+        return scored
+
+    monkeypatch.setattr(Run, "score", rising)
+
+
+def test_the_best_epochs_weights_are_kept_and_scored(worse_after_first_epoch, tmp_path):
+    """Later checkpoints are there, but the first epoch's weights count."""
+    one = train_here(tmp_path / "one", epochs=1)
+    best = train_here(tmp_path / "best")
+    assert best["weights"] == {
+        "epoch": 1,
+        "step": 10,
+        "chosen_by": "the smallest validation error",
+    }
+    assert best["final"]["epoch"] == 3 and best["final"]["step"] == 30
+    for name in ("train_loss", "validation_loss", "test_loss"):
+        assert best["final"][name] == one["final"][name]
+    files = [tmp_path / name / "weights.safetensors" for name in ("one", "best")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_last_weights_are_kept_where_a_key_says_so(worse_after_first_epoch, tmp_path):
+    last = train_here(tmp_path, final_weights="last")
+    assert last["weights"] == {"epoch": 3, "step": 30, "chosen_by": "the end of training"}
+    assert last["final"]["validation_loss"] == last["history"][2]["validation_loss"]
+
+
+def test_training_ends_early(worse_after_first_epoch, tmp_path):
+    """After two epochs without a smaller validation error."""
+    results = train_here(tmp_path, epochs=9, early_stopping=2)
+    assert len(results["history"]) == 3 and results["weights"]["epoch"] == 1
+    config = defaults.get_config()
+    config.early_stopping = 2
+    with pytest.raises(ValueError, match="early_stopping=2 watches the validation error"):
+        loop.check(config)
+
+
+def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
+    """One step, whose loss is that of the initial network and finite."""
+    with pytest.raises(FloatingPointError, match="a parameter is not finite after step 1 "):
+        train_here(
+            tmp_path,
+            epochs=1,
+            batch_size=1437,
+            n_validation=0,
+            **{"schedule.learning_rate": float("inf")},
+        )
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "score", lambda *given: {"loss": float("nan"), "error": 0.5})
+    with pytest.raises(FloatingPointError, match="validation_loss=nan is not finite after step 10"):
+        train_here(tmp_path)
+
+
+def test_events_and_curves_appear_while_a_run_goes_on(monkeypatch, tmp_path):
+    """An epoch's events are in the file when the next epoch begins."""
+    monkeypatch.setattr(training_results, "_SECONDS_BETWEEN_CURVES", 0.0)
+    history = training_results.History(tmp_path)
+    sizes = []
+    for epoch in (1, 2):
+        entry = {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "learning_rate": 0.1,
+            "train_loss": 1.0 / epoch,
+            "train_error": 0.5,
+        }
+        history.append(entry, 1.0)
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        sizes.append(events.stat().st_size)
+        assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert 0 < sizes[0] < sizes[1]
+    assert b"train_loss" in events.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "shape"),
+    [
+        ("cross_entropy", [0, -1], (2, 3)),
+        ("cross_entropy", [0, 3], (2, 3)),
+        ("sigmoid", [[0, 1, 2]], (1, 3)),
+        ("pixelwise", [[[0, 254]]], (1, 1, 2, 3)),
+    ],
+)
+def test_labels_of_no_class_are_not_scored(kind, labels, shape):
+    with pytest.raises(ValueError, match="has the label (-1|3|2|254); expected 0 to"):
+        evaluate.score(kind, np.zeros(shape, np.float32), np.array(labels))
+
+
+def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
+    config = json.loads((finished / "config.json").read_text())
+    for key in defaults.BEFORE:
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).final_weights == "last"
 
 
 def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):

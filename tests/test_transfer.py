@@ -17,8 +17,8 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import loop, step
+from cnnjax.train.data import moments_of
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
-from cnnjax.train.run import moments_of
 from experiments import transfer as study
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -42,6 +42,16 @@ def small_batch() -> tuple[np.ndarray, np.ndarray]:
     return images[:16], labels[:16]
 
 
+def as_batch(images, labels, learning_rate) -> step.Batch:
+    return step.Batch(
+        images=images,
+        labels=labels,
+        moments=MOMENTS,
+        learning_rate=learning_rate,
+        steps_per_epoch=4,
+    )
+
+
 def steps(recipe, numbers=None, count=3, rate=0.1, taken=None):
     """Trains for a few steps on one batch -> the states before and after."""
     images, labels = small_batch()
@@ -50,7 +60,7 @@ def steps(recipe, numbers=None, count=3, rate=0.1, taken=None):
     state = before
     run = jit(
         lambda state: step.batch_step(
-            None, recipe, state, images, labels, MOMENTS, jnp.float32(rate), 4, numbers
+            recipe, state, as_batch(images, labels, jnp.float32(rate)), numbers
         )
     )
     for _ in range(count):
@@ -166,7 +176,7 @@ def test_frozen_layers_cost_no_gradient():
         numbers = step.Numbers(seed=1)
         run = jax.jit(
             lambda state: step.batch_step(
-                None, recipe, state, images, labels, MOMENTS, jnp.float32(0.1), 4, numbers
+                recipe, state, as_batch(images, labels, jnp.float32(0.1)), numbers
             )
         )
         compiled = run.lower(step.init(recipe, (8, 8, 3), numbers)).compile()
@@ -185,7 +195,7 @@ def test_a_rate_multiplies_the_learning_rate_of_its_part():
     def params_after(recipe, rate, numbers):
         run = jit(
             lambda state, rate, numbers: step.batch_step(
-                None, recipe, state, images, labels, MOMENTS, rate, 4, numbers
+                recipe, state, as_batch(images, labels, rate), numbers
             )
         )
         return flatten_dict(run(state, jnp.float32(rate), numbers).params, sep=".")

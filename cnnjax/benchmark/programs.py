@@ -145,11 +145,17 @@ def _configurations(network: str, count: int):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (_LENET_BATCH, *model.input_shape), np.uint8)
     labels = generator.integers(0, model.num_classes, _LENET_BATCH, np.int32)
-    batch = (jnp.asarray(images), jnp.asarray(labels))
     moments = (jnp.float32(0.5), jnp.float32(0.25))
 
     def take_step(state, numbers, rate):
-        return step.batch_step(None, recipe, state, *batch, moments, rate, np.int32(1), numbers)
+        batch = step.Batch(
+            images=jnp.asarray(images),
+            labels=jnp.asarray(labels),
+            moments=moments,
+            learning_rate=rate,
+            steps_per_epoch=np.int32(1),
+        )
+        return step.batch_step(recipe, state, batch, numbers)
 
     numbers = [step.Numbers(seed=np.int32(seed)) for seed in range(count)]
     states = [step.init(recipe, model.input_shape, own) for own in numbers]

@@ -7,6 +7,7 @@ command before it computes.
 import functools
 import hashlib
 import importlib.metadata
+import logging
 import os
 import pathlib
 import platform
@@ -167,6 +168,9 @@ def join(how: str) -> None:
             f"{' '.join(str(error).split())}"
         ) from error
     _JOINED.append(True)
+    if jax.process_index():
+        # One process logs; the others only warn.
+        logging.getLogger("cnnjax").setLevel(logging.WARNING)
 
 
 def writes() -> bool:

@@ -1,13 +1,12 @@
-"""Checkpoints: written by orbax while training goes on, and believed only if every file has the hash that it was written with."""
+"""Checkpoints: written by orbax while training goes on, and believed only if every file has the
+hash that it was written with."""
 
 import contextlib
 import copy
-import functools
 import hashlib
 import logging
 import os
 import pathlib
-import sys
 import threading
 import time
 
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from cnnjax.runtime import workdir
+from cnnjax.train import tensorstore_noise
 
 _LOG = logging.getLogger("cnnjax")
 _MANIFEST = "manifest.json"
@@ -70,19 +70,12 @@ def _leaves(state) -> dict[str, np.ndarray]:
     }
 
 
-@functools.cache
-def _quieten() -> None:
-    """Keeps tensorstore from telling, array by array, that others of a checkpoint that failed were still under way."""
-    tell = sys.unraisablehook
-    sys.unraisablehook = lambda told: (
-        None if str(told.exc_value) == "Event loop is closed" else tell(told)
-    )
-
-
 class Checkpoints:
-    """A folder of checkpoints, of which the last `keep` are kept, and the one of the smallest metric.
+    """A folder of checkpoints, of which the last `keep` are kept, and the one of the smallest
+    metric.
 
-    A context manager: leaving it waits for what is still being written. A state is any tree of arrays, a record any JSON.
+    A context manager: leaving it waits for what is still being written. A state is any tree of
+    arrays, a record any JSON.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
@@ -90,7 +83,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(
             logging.CRITICAL
         )  # orbax tells every step; what fails is raised here
-        _quieten()
+        tensorstore_noise.quieten()
         best = BestN(
             get_metric_fn=lambda metrics: metrics["metric"],
             reverse=True,
@@ -116,14 +109,16 @@ class Checkpoints:
                 self._manager.close()
 
     def _finish(self) -> None:
-        """Waits for the checkpoint that is being written. Raises `RuntimeError` if it could not be."""
+        """Waits for the checkpoint that is being written. Raises `RuntimeError` if it could not
+        be."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise RuntimeError(
-                f"a checkpoint could not be written to {self.folder}: {failure}; the earlier ones are whole"
+                f"a checkpoint could not be written to {self.folder}: {failure}; the earlier "
+                "ones are whole"
             ) from failure
 
     def _seal(self, step: int) -> None:
@@ -138,14 +133,16 @@ class Checkpoints:
             self._failure = error
 
     def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
-        """Begins to write a checkpoint, unless there is one of this step; the state's memory and the record may be changed at once.
+        """Begins to write a checkpoint, unless there is one of this step; the state's memory and
+        the record may be changed at once.
 
         Raises `RuntimeError` if this one or the one before could not be written.
         """
         self._finish()
         if step in self._manager.all_steps():
             return
-        # Copied, since a host array that was fetched from a CPU device may share the device's memory.
+        # Copied, since a host array that was fetched from a CPU device may share the device's
+        # memory.
         leaves = {name: leaf.copy() for name, leaf in _leaves(state).items()}
         try:
             header = {
@@ -182,12 +179,14 @@ class Checkpoints:
         ]
 
     def restore_step(self, step: int, like):
-        """One checkpoint -> (step, state, record). Raises `ValueError` if it is of another state than `like`."""
+        """One checkpoint -> (step, state, record). Raises `ValueError` if it is of another state
+        than `like`."""
         header, expected = self._header(step), _described(like)
         for name in sorted(header["leaves"].keys() | expected.keys()):
             if header["leaves"].get(name) != expected.get(name):
                 raise ValueError(
-                    f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, where {expected.get(name)} is "
+                    f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, "
+                    f"where {expected.get(name)} is "
                     "expected: it is of another model or optimizer"
                 )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
@@ -201,10 +200,12 @@ class Checkpoints:
         )
 
     def restore(self, like):
-        """The newest whole checkpoint -> (step, state of host arrays, record), or None if there is none.
+        """The newest whole checkpoint -> (step, state of host arrays, record), or None if there is
+        none.
 
-        `like` gives the state's structure, shapes and dtypes. A damaged checkpoint is put aside, with a warning. Raises
-        `ValueError` if all are damaged, or if the state is of another structure.
+        `like` gives the state's structure, shapes and dtypes. A damaged checkpoint is put aside,
+        with a warning. Raises `ValueError` if all are damaged, or if the state is of another
+        structure.
         """
         self._finish()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -222,12 +223,14 @@ class Checkpoints:
             self._manager.reload()
         if steps:
             raise ValueError(
-                f"every checkpoint in {self.folder} is damaged; remove the folder to start from the beginning"
+                f"every checkpoint in {self.folder} is damaged; remove the folder to start from "
+                "the beginning"
             )
         return None
 
     def restore_best(self, like):
-        """The checkpoint of the smallest metric -> (step, state, record). Raises `ValueError` if there is none, or it is damaged."""
+        """The checkpoint of the smallest metric -> (step, state, record). Raises `ValueError` if
+        there is none, or it is damaged."""
         self._finish()
         metrics = {step: self._header(step)["metric"] for step in self._manager.all_steps()}
         measured = {step: metric for step, metric in metrics.items() if metric is not None}

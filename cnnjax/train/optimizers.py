@@ -1,4 +1,5 @@
-"""Optimizers, made of optax's pieces and built inside jit: every number may be traced, so changing one compiles nothing."""
+"""Optimizers, made of optax's pieces and built inside jit: every number may be traced, so changing
+one compiles nothing."""
 
 import jax
 import optax
@@ -10,7 +11,8 @@ def _kernels(params):
 
 
 def _as_matrices(params):
-    """How Muon sees parameters: kernels as matrices [height * width * in, out], all else not at all."""
+    """How Muon sees parameters: kernels as matrices [height * width * in, out], all else not at
+    all."""
 
     def axes(x):
         return (
@@ -57,12 +59,14 @@ OPTIMIZERS = {
 def optimizer(
     name: str, learning_rate, momentum=0.9, weight_decay=0.0, decay_all: bool = True
 ) -> optax.GradientTransformation:
-    """Builds one of `OPTIMIZERS`; `decay_all=False` spares biases and normalization parameters from weight decay.
+    """Builds one of `OPTIMIZERS`; `decay_all=False` spares biases and normalization parameters from
+    weight decay.
 
-    "sgd" and "nesterov" are PyTorch's: weight decay is added to the gradient, and the learning rate multiplies the momentum's
-    buffer. "adam" couples weight decay in the same way, "adamw" does not; `momentum` is their first beta, the second is 0.999.
-    "muon" (Jordan et al. 2024) takes kernels as matrices [height * width * in, out]; all else goes to AdamW with betas of 0.9
-    and 0.999, at the same learning rate. Raises `ValueError` for another name.
+    "sgd" and "nesterov" are PyTorch's: weight decay is added to the gradient, and the learning rate
+    multiplies the momentum's buffer. "adam" couples weight decay in the same way, "adamw" does not;
+    `momentum` is their first beta, the second is 0.999. "muon" (Jordan et al. 2024) takes kernels
+    as matrices [height * width * in, out]; all else goes to AdamW with betas of 0.9 and 0.999, at
+    the same learning rate. Raises `ValueError` for another name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not one of {', '.join(OPTIMIZERS)}")

@@ -1,8 +1,10 @@
-"""How a per-device function is run: by `jit` on one device, by `pmap` or `shard_map` on many. Nothing else knows.
+"""How a per-device function is run: by `jit` on one device, by `pmap` or `shard_map` on many.
+Nothing else knows.
 
-A per-device function takes the axis name (None on one device) and then arguments of three kinds: replicated ones (the
-state, the data set: placed by `replicate`), shared ones (batches: placed by `share`, the first axis divided over the
-devices) and plain host values. In all three ways its gradients are the device's own until it averages them itself.
+A per-device function takes the axis name (None on one device) and then arguments of three kinds:
+replicated ones (the state, the data set: placed by `replicate`), shared ones (batches: placed by
+`share`, the first axis divided over the devices) and plain host values. In all three ways its
+gradients are the device's own until it averages them itself.
 """
 
 import functools
@@ -19,7 +21,8 @@ WAYS = ("auto", "jit", "pmap", "shard_map")
 
 
 class Parallel:
-    """One of `WAYS`; "auto" is `jit` on one device and `pmap` on many. Raises `ValueError` for another, or `jit` over processes."""
+    """One of `WAYS`; "auto" is `jit` on one device and `pmap` on many. Raises `ValueError` for
+    another, or `jit` over processes."""
 
     def __init__(self, way: str = "auto"):
         if way not in WAYS:
@@ -27,7 +30,8 @@ class Parallel:
         self.way = way if way != "auto" else "jit" if jax.device_count() == 1 else "pmap"
         if self.way == "jit" and jax.process_count() > 1:
             raise ValueError(
-                f"parallel='jit' runs on one device of one process, and there are {jax.process_count()} processes"
+                f"parallel='jit' runs on one device of one process, and there are "
+                f"{jax.process_count()} processes"
             )
         self.size = 1 if self.way == "jit" else jax.device_count()
         self.axis_name = None if self.way == "jit" else AXIS
@@ -45,7 +49,8 @@ class Parallel:
 
     @staticmethod
     def gather(number: int) -> list[int]:
-        """A number of each process, on every process; what they decide by a clock or a signal, they must decide alike."""
+        """A number of each process, on every process; what they decide by a clock or a signal, they
+        must decide alike."""
         if jax.process_count() == 1:
             return [number]
         try:
@@ -67,7 +72,8 @@ class Parallel:
         )
 
     def share(self, tree):
-        """This process's part of a batch, host arrays -> divided over the devices; the first axis must be a multiple of them."""
+        """This process's part of a batch, host arrays -> divided over the devices; the first axis
+        must be a multiple of them."""
         if self.way == "jit":
             return jax.device_put(tree)
         if self.way == "pmap":
@@ -110,7 +116,8 @@ class Parallel:
         shares_output: bool = False,
         donate: bool = False,
     ) -> Callable:
-        """Compiles `function(axis_name, *replicated, *shared, *plain)`, whose output is replicated unless `shares_output`.
+        """Compiles `function(axis_name, *replicated, *shared, *plain)`, whose output is replicated
+        unless `shares_output`.
 
         With `donate`, the first argument's memory is given to the output.
         """
@@ -126,7 +133,8 @@ class Parallel:
                 donate_argnums=donated,
             )
         whole, part = PartitionSpec(), PartitionSpec(AXIS)
-        # Unchecked, collectives differentiate as under pmap; checked, JAX would sum the gradients of replicated values on its own.
+        # Unchecked, collectives differentiate as under pmap; checked, JAX would sum the gradients
+        # of replicated values on its own.
         mapped = jax.shard_map(
             function,
             mesh=self._everywhere.mesh,

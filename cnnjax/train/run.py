@@ -1,9 +1,10 @@
-"""Building a network from a training configuration, and reopening a finished training run."""
+"""A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -12,12 +13,12 @@ from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
-from cnnjax.train import defaults
+from cnnjax.train import defaults, evaluate, step
+from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
+from cnnjax.train.parallel import Parallel
+from cnnjax.train.schedules import learning_rates
 
-
-def is_streamed(config: ml_collections.ConfigDict) -> bool:
-    """Tell whether a configuration's images are decoded as they are needed."""
-    return config.dataset == "folder" or config.dataset.startswith("tfds:")
+# ------------------------------------------------------------------ a run's parts
 
 
 def build_model(
@@ -44,32 +45,180 @@ def build_model(
     )
 
 
-def moments_of(
-    config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the mean and deviation that pixels of 0 to 1 are normalized by.
+def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:
+    """Build what a training step of a configuration is, apart from its numbers."""
+    return step.Recipe(
+        model=model,
+        optimizer=config.optimizer,
+        decay_all=config.decay_all,
+        loss=config.loss,
+        augment=tuple(sorted(config.augment.items())),
+        mixup=config.mixup > 0,
+        ema=config.ema_decay > 0,
+        accumulate=config.accumulate,
+        freeze=tuple(config.freeze),
+        rates=tuple(part for part, _ in config.rates),
+    )
 
-    Args:
-      config: a training configuration.
-      mean: the data's own, of each channel.
-      std: the data's own, of each channel.
 
-    Returns:
-      The mean and the standard deviation, float32 [channels].
+def build_numbers(config: ml_collections.ConfigDict) -> step.Numbers:
+    """Collect the numbers of a configuration's training step."""
+    return step.Numbers(
+        seed=config.seed,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+        ema_decay=config.ema_decay,
+        rates=tuple(float(rate) for _, rate in config.rates),
+    )
+
+
+# ------------------------------------------------------------------ a run under way
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Scores on a split, and what they were computed from.
+
+    Attributes:
+      scores: as `cnnjax.train.evaluate.score` returns them.
+      outputs: logits of all images.
+      labels: their labels.
+    """
+
+    scores: dict[str, float]
+    outputs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that a configuration says about training, built.
+
+    Attributes:
+      config: the configuration.
+      parallel: how steps are run on the devices.
+      data: the data set.
+      model: the network.
+      recipe: what a training step is.
+      numbers: its numbers.
+      rates: the learning rate of every step, float32 [steps].
+      steps_per_epoch: an epoch drops the images that fill no batch.
+    """
+
+    config: ml_collections.ConfigDict
+    parallel: Parallel
+    data: TrainingData
+    model: Network
+    recipe: step.Recipe
+    numbers: step.Numbers
+    rates: np.ndarray
+    steps_per_epoch: int
+
+    def initial_state(self) -> step.State:
+        """Build the state before the first step, with the weights that it starts from."""
+        taken = None
+        if self.config.initial_weights:
+            parts = self.config.initial_parts
+            taken = transfer.take(self.config.initial_weights, self.model, parts)
+        return step.init(self.recipe, self.data.image_shape, self.numbers, taken)
+
+    def score(self, state: step.State, split: str, views: int = 1) -> Scored | None:
+        """Score a replicated state on a split, in evaluation mode.
+
+        Args:
+          state: the state.
+          split: "train", "validation" or "test".
+          views: how many views of each image are averaged.
+
+        Returns:
+          None if `TrainingData.evaluation` has no such split.
+
+        Raises:
+          FloatingPointError: for scores that are not finite.
+        """
+        pairs = self.data.evaluation(split, views)
+        if pairs is None:
+            return None
+        seen = []
+
+        def images_only():
+            for images, labels in pairs:
+                evaluate.check_labels(
+                    self.config.loss, labels, len(self.data.classes), f"the {split} set"
+                )
+                seen.append(labels)
+                yield images
+
+        outputs = evaluate.predict(
+            parallel=self.parallel,
+            model=self.model,
+            variables=state.evaluated(),
+            moments=self.parallel.replicate(self.data.moments),
+            batches=images_only(),
+            batch_size=self.config.batch_size,
+            output=evaluate.averaged(views),
+        )
+        labels = np.concatenate(seen)
+        scores = evaluate.score(self.config.loss, outputs, labels)
+        for name, value in scores.items():
+            if not np.isfinite(value):
+                at = int(self.parallel.fetch(state.step))
+                raise FloatingPointError(f"{split}_{name}={value} is not finite after step {at}")
+        return Scored(scores=scores, outputs=outputs, labels=labels)
+
+
+def build_run(config: ml_collections.ConfigDict) -> Run:
+    """Open a configuration's data and build its network and training step.
 
     Raises:
-      ValueError: for ImageNet's moments, where images do not have three channels.
+      ValueError: for values of the configuration that do not fit the devices, the data or the
+        network.
     """
-    if config.pixels == "imagenet":
-        if len(mean) != 3:
-            raise ValueError(
-                f"pixels='imagenet' is for three channels; the images of "
-                f"dataset={config.dataset!r} have {len(mean)}"
-            )
-        mean, std = augment.IMAGENET
-    if config.pixels == "centred":
-        std = np.full(len(std), 1 / 255)
-    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    parallel = Parallel(config.parallel)
+    if config.batch_size % (parallel.size * config.accumulate):
+        raise ValueError(
+            f"batch_size={config.batch_size} is not a multiple of {parallel.size} device(s) times "
+            f"accumulate={config.accumulate}"
+        )
+    data = open_data(config, parallel)
+    steps_per_epoch = data.n_train // config.batch_size
+    if not steps_per_epoch:
+        raise ValueError(
+            f"batch_size={config.batch_size} is more than the {data.n_train} training images"
+        )
+    axis_name = parallel.axis_name if config.sync_batch_norm else None
+    model = build_model(config, len(data.classes), data.image_shape, axis_name)
+    _check_output(config, model)
+    return Run(
+        config=config,
+        parallel=parallel,
+        data=data,
+        model=model,
+        recipe=build_recipe(config, model),
+        numbers=build_numbers(config),
+        rates=learning_rates(config.schedule, steps_per_epoch, config.epochs),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _check_output(config: ml_collections.ConfigDict, model: Network) -> None:
+    """Check that the model's output is what the loss needs."""
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    trace = model.clone(padding="zeros").init_with_output
+    output, _ = jax.eval_shape(trace, jax.random.key(0), image)
+    expected = [model.num_classes]
+    if config.loss == "pixelwise":
+        expected = [*model.input_shape[:2], model.num_classes]
+    if list(output.shape[1:]) != expected:
+        raise ValueError(
+            f"model={config.model!r} puts out {list(output.shape[1:])} for an image; "
+            f"loss={config.loss!r} accepts {expected}"
+        )
+
+
+# ------------------------------------------------------------------ a finished run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +245,10 @@ class TrainedRun:
     std: np.ndarray
     image_shape: tuple[int, int, int]
     resize: int
+
+    @property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, self.std
 
 
 def open_run(folder: str | pathlib.Path) -> TrainedRun:
@@ -136,7 +289,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """Read the configuration of a training run, finished or not.
 
-    Keys that were introduced after the run take their default.
+    Keys that were introduced after the run have the value that was in force before.
 
     Raises:
       ValueError: if the folder is not the work directory of a training run.
@@ -145,8 +298,8 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
     if not isinstance(recorded, dict) or recorded.get("kind") != "train":
         raise ValueError(f"{folder} is not a training run: its config.json is not one's")
-    config = defaults.get_config().to_dict()
-    return ml_collections.ConfigDict(config | recorded)
+    complete = defaults.get_config().to_dict() | defaults.BEFORE | recorded
+    return ml_collections.ConfigDict(complete)
 
 
 def _with_tuples(found: dict[str, Any]) -> dict[str, Any]:

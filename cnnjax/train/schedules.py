@@ -1,4 +1,5 @@
-"""Learning rates: a table of every step's made beforehand, and the plateau rule, which watches a metric."""
+"""Learning rates: a table of every step's made beforehand, and the plateau rule, which watches a
+metric."""
 
 import dataclasses
 import math
@@ -14,14 +15,16 @@ NAMES = ("constant", "step", "cosine", "restarts", "plateau")
 
 
 def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
-    """A schedule's settings with their defaults. Raises `ValueError` for a wrong name, key or value."""
+    """A schedule's settings with their defaults. Raises `ValueError` for a wrong name, key or
+    value."""
     name = schedule.get("name")
     if name not in NAMES:
         raise ValueError(f"schedule.name={name!r} is not one of {', '.join(NAMES)}")
     for key in schedule:
         if key != "name" and key not in SCHEDULE:
             raise ValueError(
-                f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have {', '.join(SCHEDULE)}"
+                f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have "
+                f"{', '.join(SCHEDULE)}"
             )
     found = SCHEDULE | dict(schedule)
     if found["learning_rate"] is None or not found["learning_rate"] >= 0:
@@ -37,12 +40,14 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
         modes = {"error": "min", "loss": "min", "accuracy": "max"}  # of the validation images
         if modes.get(found["metric"]) != found["mode"]:
             raise ValueError(
-                f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is not one of "
+                f"schedule.metric={found['metric']!r} with schedule.mode={found['mode']!r} is "
+                "not one of "
                 + ", ".join(f"{metric!r} with {mode!r}" for metric, mode in modes.items())
             )
     if name == "restarts" and not found["every"] > 0:
         raise ValueError(
-            f"schedule.every={found['every']!r} is not a positive number of epochs, which schedule.name='restarts' needs"
+            f"schedule.every={found['every']!r} is not a positive number of epochs, which "
+            "schedule.name='restarts' needs"
         )
     if name == "step":
         epochs = list(found["epochs"])
@@ -50,7 +55,8 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
             raise ValueError(f"schedule.factor={found['factor']!r} is not a positive number")
         if bool(epochs) == bool(found["every"]) or found["every"] < 0:
             raise ValueError(
-                f"schedule.epochs={tuple(epochs)} and schedule.every={found['every']}: give one of them, a list of epochs or "
+                f"schedule.epochs={tuple(epochs)} and schedule.every={found['every']}: give one "
+                "of them, a list of epochs or "
                 "a positive number of epochs"
             )
         if epochs != sorted(set(epochs)) or epochs[:1] < [1] and epochs:
@@ -63,11 +69,13 @@ def learning_rates(
 ) -> np.ndarray:
     """The learning rate of every step, float32 [epochs * steps_per_epoch].
 
-    "step" multiplies by `factor` after each of `epochs` (10: the first 10 epochs have the rate before it) or after `every` so
-    many: the lectures' schedules are every=5 with factor=1/1.5, and epochs=(10, 14, 18) with factor=1/2. "cosine" falls to
-    zero at the last step, "restarts" at the end of `every` so many epochs, after which it starts anew (Loshchilov and Hutter 2017,
-    arXiv 1608.03983; the snapshots of Huang et al. 2017, arXiv 1704.00109, are taken there). `warmup_epochs` rise linearly from
-    zero first; a cosine then takes the rest. "plateau" is constant: `Plateau` scales it. Raises `ValueError` for wrong settings.
+    "step" multiplies by `factor` after each of `epochs` (10: the first 10 epochs have the rate
+    before it) or after `every` so many: the lectures' schedules are every=5 with factor=1/1.5, and
+    epochs=(10, 14, 18) with factor=1/2. "cosine" falls to zero at the last step, "restarts" at the
+    end of `every` so many epochs, after which it starts anew (Loshchilov and Hutter 2017, arXiv
+    1608.03983; the snapshots of Huang et al. 2017, arXiv 1704.00109, are taken there).
+    `warmup_epochs` rise linearly from zero first; a cosine then takes the rest. "plateau" is
+    constant: `Plateau` scales it. Raises `ValueError` for wrong settings.
     """
     found, total = settings(schedule), steps_per_epoch * epochs
     rate, warmup = found["learning_rate"], round(found["warmup_epochs"] * steps_per_epoch)
@@ -92,11 +100,13 @@ def learning_rates(
 
 @dataclasses.dataclass
 class Plateau:
-    """PyTorch's ReduceLROnPlateau, rule for rule: `scale` times the schedule's learning rate is the rate to use.
+    """PyTorch's ReduceLROnPlateau, rule for rule: `scale` times the schedule's learning rate is the
+    rate to use.
 
-    The rate is multiplied by `factor` at the first check after `patience` in a row that were no improvement by more than
-    `threshold` (relative, "rel", or absolute, "abs") over the best; the `cooldown` checks after that count for nothing. It does
-    not fall below `min_lr`, nor by less than 1e-8. A NaN is no improvement.
+    The rate is multiplied by `factor` at the first check after `patience` in a row that were no
+    improvement by more than `threshold` (relative, "rel", or absolute, "abs") over the best; the
+    `cooldown` checks after that count for nothing. It does not fall below `min_lr`, nor by less
+    than 1e-8. A NaN is no improvement.
     """
 
     learning_rate: float
@@ -160,7 +170,8 @@ class Plateau:
             self.cooling, self.bad = self.cooldown, 0
 
     def state(self) -> dict:
-        """What the rule remembers, for a checkpoint; JSON has no infinity, so a best that is not yet known is None."""
+        """What the rule remembers, for a checkpoint; JSON has no infinity, so a best that is not
+        yet known is None."""
         return {
             "rate": self.rate,
             "best": self.best if math.isfinite(self.best) else None,

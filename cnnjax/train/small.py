@@ -34,6 +34,7 @@ def train_epochs(
     steps = len(data.labels) // batch_size
     run = step.resident_steps(Parallel("jit"), recipe, batch_size)
     rates = np.linspace(learning_rate, 0, epochs * steps, dtype=np.float32)
+    constants = step.Constants(moments=augment.IMAGENET, rates=rates)
     state = step.init(recipe, data.images.shape[1:], numbers)
     resident = jax.device_put(tuple(data))
     for epoch in range(epochs + 1):
@@ -41,7 +42,8 @@ def train_epochs(
         if epoch < epochs:
             order = step.epoch_order(len(data.labels), epoch, seed)
             last = (epoch + 1) * steps
-            state = run(state, resident, order, augment.IMAGENET, rates, last, numbers)
+            images = step.Images(images=resident[0], labels=resident[1], order=order)
+            state = run(state, constants, images, numbers, last)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -1,7 +1,8 @@
-"""What happens on one device in one training step: a pure function of the state, a batch and the step's number.
+"""One training step on one device: a pure function of the state, a batch and the step's number.
 
-Everything random derives from (seed, step, place in the batch), everything that is a number (learning rate, momentum, weight
-decay, ...) is an argument: seeds and scalar settings share one compilation, and a run resumes from its state alone.
+Everything random derives from (seed, step, place in the batch). Everything that is a number
+(learning rate, momentum, weight decay, ...) is an argument. So seeds and scalar settings share one
+compilation, and a run resumes from its state alone.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Array, Float, Int, Integer
 
 from cnnjax import transfer
 from cnnjax.data.augment import IGNORED, augment, augment_masks, normalize
@@ -25,45 +26,85 @@ from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
 
 LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
-# Weights of the auxiliary heads' losses: Szegedy et al. 2014, section 5. Models without such heads have none.
+# The weight of the auxiliary heads' losses: Szegedy et al. 2014, section 5.
 _AUXILIARY = 0.3
 
-_SHUFFLE, _AUGMENT, _DROPOUT, _MIXUP = range(4)  # what a random number is for
+# What a random number is for.
+_SHUFFLE = 0
+_AUGMENT = 1
+_DROPOUT = 2
+_MIXUP = 3
+
+
+# ------------------------------------------------------------------ what a step is made of
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a training step is, but for its numbers; equal recipes share one compilation."""
+    """What a training step is, apart from its numbers; equal recipes share one compilation.
+
+    Attributes:
+      model: the network.
+      optimizer: one of `cnnjax.train.optimizers.OPTIMIZERS`.
+      decay_all: whether weight decay applies to biases and normalization, too.
+      loss: one of `LOSSES`.
+      augment: arguments of `cnnjax.data.augment.augment`.
+      mixup: whether images are mixed.
+      ema: whether an average of the parameters is kept.
+      accumulate: parts of a device's batch that are computed one after the other.
+      freeze: parts of the model that are not trained, as in `cnnjax.transfer`.
+      rates: parts whose learning rates `Numbers.rates` multiply.
+    """
 
     model: Network
     optimizer: str = "sgd"
-    decay_all: bool = True  # else weight decay spares biases and normalization
+    decay_all: bool = True
     loss: str = "cross_entropy"
-    augment: tuple[tuple[str, Any], ...] = ()  # arguments of `cnnjax.data.augment.augment`
+    augment: tuple[tuple[str, Any], ...] = ()
     mixup: bool = False
     ema: bool = False
-    accumulate: int = 1  # parts of a device's batch that are computed one after the other
-    freeze: tuple[str, ...] = ()  # parts of the model, as in `cnnjax.transfer`
-    rates: tuple[str, ...] = ()  # parts whose learning rates `Numbers.rates` multiply
+    accumulate: int = 1
+    freeze: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
 
 
 @flax.struct.dataclass
 class Numbers:
-    """The scalar settings of a step."""
+    """The scalar settings of a step.
+
+    Attributes:
+      seed: of everything random.
+      momentum: as in `cnnjax.train.optimizers.optimizer`.
+      weight_decay: likewise.
+      label_smoothing: the share of the probability that is spread over all classes.
+      mixup: both parameters of the Beta distribution (Zhang et al. 2018).
+      ema_decay: of the parameters' average.
+      rates: factors of the learning rate of each of `Recipe.rates`; the last one that names a
+        parameter counts.
+    """
 
     seed: Leaf
     momentum: Leaf = 0.9
     weight_decay: Leaf = 0.0
     label_smoothing: Leaf = 0.0
-    mixup: Leaf = 0.0  # both parameters of the Beta distribution (Zhang et al. 2018)
+    mixup: Leaf = 0.0
     ema_decay: Leaf = 0.0
-    rates: tuple[Leaf, ...] = ()  # of several that a parameter has, the last counts
+    rates: tuple[Leaf, ...] = ()
 
 
 @flax.struct.dataclass
 class State:
-    """All that training changes. `totals` sums loss, errors and examples over the epoch; `bad_step` is the first of a loss that is
-    not finite, or -1."""
+    """All that training changes.
+
+    Attributes:
+      step: the number of steps taken.
+      params: the network's parameters.
+      batch_stats: BatchNorm's statistics.
+      opt_state: the optimizer's state.
+      ema: the average of the parameters, if the recipe keeps one.
+      totals: sums of loss, errors and examples over the epoch.
+      bad_step: the first step whose loss was not finite, or -1.
+    """
 
     step: Leaf
     params: dict
@@ -73,10 +114,58 @@ class State:
     totals: dict
     bad_step: Leaf
 
+    def evaluated(self) -> dict:
+        """Return the variables that scores are of: the average of the parameters, if any."""
+        params = self.params if self.ema is None else self.ema
+        return {"params": params, "batch_stats": self.batch_stats}
 
-def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate):
+
+@flax.struct.dataclass
+class Batch:
+    """A device's part of a batch, and how this step treats it.
+
+    Attributes:
+      images: uint8 [batch, height, width, channels].
+      labels: as in `loss_and_errors`.
+      moments: mean and standard deviation, [channels], that images are normalized by.
+      learning_rate: of this step.
+      steps_per_epoch: after so many steps `State.totals` start from zero.
+    """
+
+    images: Leaf
+    labels: Leaf
+    moments: tuple[Leaf, Leaf]
+    learning_rate: Leaf
+    steps_per_epoch: Leaf
+
+
+@flax.struct.dataclass
+class _Gradients:
+    """What a batch, or a part of it, contributes to a step.
+
+    Attributes:
+      grads: the mean gradient of the trained parameters.
+      batch_stats: BatchNorm's new statistics.
+      loss: the sum over the images.
+      errors: the sum over the images.
+    """
+
+    grads: dict
+    batch_stats: dict
+    loss: Leaf
+    errors: Leaf
+
+
+# ------------------------------------------------------------------ the state before the first step
+
+
+def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate) -> optax.GradientTransformation:
     return optimizer(
-        recipe.optimizer, learning_rate, numbers.momentum, numbers.weight_decay, recipe.decay_all
+        recipe.optimizer,
+        learning_rate,
+        momentum=numbers.momentum,
+        weight_decay=numbers.weight_decay,
+        decay_all=recipe.decay_all,
     )
 
 
@@ -84,24 +173,33 @@ def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate):
 def init(
     recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers, taken: dict | None = None
 ) -> State:
-    """The state before the first step: the model's initial variables of the seed, but for those of the tree `taken`.
+    """Build the state before the first step.
 
     Frozen parameters have no part in the optimizer's state.
+
+    Args:
+      recipe: the step.
+      input_shape: height, width and channels.
+      numbers: its numbers, among them the seed of the initial variables.
+      taken: variables that replace initial ones.
     """
-    variables = transfer.merge(
-        recipe.model.init(jax.random.key(numbers.seed), jnp.zeros((1, *input_shape))), taken or {}
-    )
+    image = jnp.zeros((1, *input_shape), jnp.float32)
+    initial = recipe.model.init(jax.random.key(numbers.seed), image)
+    variables = transfer.merge(initial, taken or {})
     params = variables["params"]
     trained, _ = transfer.split(params, transfer.select(recipe.model, recipe.freeze))
     return State(
         step=jnp.int32(0),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=_optimizer(recipe, numbers, 0.0).init(trained),
+        opt_state=_optimizer(recipe, numbers, jnp.float32(0)).init(trained),
         ema=params if recipe.ema else None,
         totals=dict.fromkeys(("loss", "errors", "count"), jnp.float32(0)),
         bad_step=jnp.int32(-1),
     )
+
+
+# ------------------------------------------------------------------ the loss
 
 
 def loss_and_errors(
@@ -110,251 +208,344 @@ def loss_and_errors(
     labels: Integer[AnyArray, "batch ..."],
     smoothing=0.0,
 ) -> tuple[Float[AnyArray, " batch"], Float[AnyArray, " batch"]]:
-    """The loss and the share of errors of each image.
+    """Compute the loss and the share of errors of each image.
 
-    "cross_entropy": `logits` [batch, classes], `labels` [batch]. "sigmoid": `labels` [batch, classes] of 0 and 1, the loss
-    averaged over classes. "pixelwise": `logits` [batch, height, width, classes], `labels` [batch, height, width], averaged over
-    the pixels whose label is not 255. Smoothing is that of PyTorch: the share of the probability that is spread over all classes.
+    Args:
+      kind: one of `LOSSES`. "cross_entropy" is for one class an image; "sigmoid" for several, its
+        loss averaged over the classes; "pixelwise" for masks, its loss averaged over the pixels
+        whose label is not 255.
+      logits: [batch, classes], and [batch, height, width, classes] for masks.
+      labels: classes [batch], 0 and 1 [batch, classes] for "sigmoid", or masks
+        [batch, height, width].
+      smoothing: the share of the probability that is spread over all classes, as in PyTorch.
     """
     if kind == "sigmoid":
         targets = labels.astype(jnp.float32) * (1 - smoothing) + smoothing / 2
-        return optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1), jnp.mean(
-            (logits > 0) != (labels > 0), -1, dtype=jnp.float32
-        )
+        losses = optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)
+        return losses, jnp.mean((logits > 0) != (labels > 0), -1, dtype=jnp.float32)
     labels = labels.astype(jnp.int32)
-    counted = (labels != IGNORED) if kind == "pixelwise" else jnp.ones(labels.shape, bool)
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(jnp.where(counted, labels, 0), logits.shape[-1]), smoothing
-    )
-    losses, errors = optax.softmax_cross_entropy(logits, targets), logits.argmax(-1) != labels
+    counted = jnp.ones(labels.shape, bool)
+    if kind == "pixelwise":
+        counted = labels != IGNORED
+    one_hot = jax.nn.one_hot(jnp.where(counted, labels, 0), logits.shape[-1], dtype=jnp.float32)
+    losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
+    errors = logits.argmax(-1) != labels
     axes = tuple(range(1, labels.ndim))
-    share = counted / jnp.maximum(counted.sum(axes, keepdims=True), 1)
+    n_counted = jnp.maximum(counted.sum(axes, keepdims=True), 1)
+    share = counted.astype(jnp.float32) / n_counted.astype(jnp.float32)
     return (losses * share).sum(axes), (errors * share).sum(axes)
 
 
-def _gradients(recipe: Recipe, numbers: Numbers, trained, fixed, batch_stats, images, labels, keys):
-    """One part of a device's batch: gradients by what is trained, new batch statistics, and the sums of loss and errors."""
-    weight: float | jax.Array = 1.0
-    if recipe.mixup:
-        weight = jax.random.beta(keys[1], numbers.mixup, numbers.mixup)
-        images = weight * images + (1 - weight) * images[::-1]
+# ------------------------------------------------------------------ the step
 
-    def loss(trained):
-        variables = {"params": transfer.merge(trained, fixed), "batch_stats": batch_stats}
-        with nn.intercept_methods(
-            transfer.in_evaluation_mode(transfer.select(recipe.model, recipe.freeze))
-        ):
+
+def batch_step(
+    recipe: Recipe, state: State, batch: Batch, numbers: Numbers, axis_name: str | None = None
+) -> State:
+    """Take one training step on this device's part of a batch.
+
+    Args:
+      recipe: what the step is.
+      state: the state before.
+      batch: this device's part.
+      numbers: the step's numbers.
+      axis_name: the axis of the devices that share the batch; None for one device.
+
+    Returns:
+      The state after, the same on all devices.
+    """
+    rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    images, labels = _prepare(recipe, batch, _key(state, numbers, _AUGMENT), rank)
+    found = _accumulate(
+        recipe=recipe, state=state, numbers=numbers, images=images, labels=labels, rank=rank
+    )
+    count = jnp.float32(len(batch.images))
+    if axis_name is not None:
+        found, count = _reduce(recipe, state, found, count, axis_name)
+    return _update(
+        recipe=recipe, state=state, batch=batch, numbers=numbers, found=found, count=count
+    )
+
+
+def _key(state: State, numbers: Numbers, purpose: int) -> jax.Array:
+    """Derive this step's random key for a purpose."""
+    of_step = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
+    return jax.random.fold_in(of_step, purpose)
+
+
+def _prepare(recipe: Recipe, batch: Batch, key: jax.Array, rank) -> tuple[AnyArray, AnyArray]:
+    """Augment and normalize a device's images; masks are augmented alike."""
+    size = len(batch.images)
+    # The key of an image follows its place in the whole batch, however many devices there are.
+    places = rank * size + jnp.arange(size)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
+    settings = dict(recipe.augment)
+    images = normalize(augment(keys, batch.images, **settings), *batch.moments)
+    labels = batch.labels
+    if recipe.loss == "pixelwise":
+        labels = augment_masks(keys, labels, **settings)
+    return images, labels
+
+
+def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, rank) -> _Gradients:
+    """Compute the gradients of a device's images, in `recipe.accumulate` parts one by one."""
+
+    def keys(purpose):
+        of_device = jax.random.fold_in(_key(state, numbers, purpose), rank)
+        return jax.random.split(of_device, recipe.accumulate)
+
+    dropout_keys = keys(_DROPOUT)
+    mixup_keys = keys(_MIXUP)
+    if recipe.accumulate == 1:
+        return _gradients(
+            recipe=recipe,
+            state=state,
+            numbers=numbers,
+            images=images,
+            labels=labels,
+            keys=(dropout_keys[0], mixup_keys[0]),
+        )
+
+    def add_part(total: _Gradients, part):
+        images, labels, *keys = part
+        found = _gradients(
+            recipe=recipe,
+            state=dataclasses.replace(state, batch_stats=total.batch_stats),
+            numbers=numbers,
+            images=images,
+            labels=labels,
+            keys=keys,
+        )
+        total = _Gradients(
+            grads=jax.tree.map(jnp.add, total.grads, found.grads),
+            batch_stats=found.batch_stats,
+            loss=total.loss + found.loss,
+            errors=total.errors + found.errors,
+        )
+        return total, None
+
+    trained, _ = _divide(recipe, state.params)
+    nothing = _Gradients(
+        grads=jax.tree.map(jnp.zeros_like, trained),
+        batch_stats=state.batch_stats,
+        loss=jnp.float32(0),
+        errors=jnp.float32(0),
+    )
+    split = lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:])
+    parts = (split(images), split(labels), dropout_keys, mixup_keys)
+    total, _ = jax.lax.scan(add_part, nothing, parts)
+    mean = jax.tree.map(lambda g: g / recipe.accumulate, total.grads)
+    return dataclasses.replace(total, grads=mean)
+
+
+def _divide(recipe: Recipe, params: dict) -> tuple[dict, dict]:
+    """Divide parameters into those that are trained and those that are frozen."""
+    return transfer.split(params, transfer.select(recipe.model, recipe.freeze))
+
+
+def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, keys) -> _Gradients:
+    """Compute the gradients of a part of a device's images; `keys` are dropout's and mixup's."""
+    dropout_key, mixup_key = keys
+    trained, fixed = _divide(recipe, state.params)
+    # The share of each image's own pixels and label; the rest is that of the image opposite.
+    share: float | jax.Array = 1.0
+    if recipe.mixup:
+        share = jax.random.beta(mixup_key, numbers.mixup, numbers.mixup, dtype=jnp.float32)
+        images = share * images + (1 - share) * images[::-1]
+
+    def losses_of(logits):
+        smoothing = numbers.label_smoothing
+        losses, errors = loss_and_errors(recipe.loss, logits, labels, smoothing)
+        if recipe.mixup:
+            opposite, _ = loss_and_errors(recipe.loss, logits, labels[::-1], smoothing)
+            losses = share * losses + (1 - share) * opposite
+        return losses, errors
+
+    def mean_loss(trained):
+        variables = {
+            "params": transfer.merge(trained, fixed),
+            "batch_stats": state.batch_stats,
+        }
+        frozen = transfer.select(recipe.model, recipe.freeze)
+        with nn.intercept_methods(transfer.in_evaluation_mode(frozen)):
             logits, new = recipe.model.apply(
                 variables,
                 images,
                 train=True,
                 mutable=["batch_stats", "auxiliary"],
-                rngs={"dropout": keys[0], "padding": keys[0]},
+                rngs={"dropout": dropout_key, "padding": dropout_key},
             )
+        losses, errors = losses_of(logits)
+        heads = jax.tree.leaves(new.get("auxiliary", {}))
+        auxiliary = sum(losses_of(head)[0].mean() for head in heads)
+        sums = (losses.sum(), errors.sum())
+        return losses.mean() + _AUXILIARY * auxiliary, (new.get("batch_stats", {}), *sums)
 
-        def of(logits):
-            losses, errors = loss_and_errors(recipe.loss, logits, labels, numbers.label_smoothing)
-            if recipe.mixup:
-                losses = (
-                    weight * losses
-                    + (1 - weight)
-                    * loss_and_errors(recipe.loss, logits, labels[::-1], numbers.label_smoothing)[0]
-                )
-            return losses, errors
-
-        losses, errors = of(logits)
-        auxiliary = sum(of(head)[0].mean() for head in jax.tree.leaves(new.get("auxiliary", {})))
-        return losses.mean() + _AUXILIARY * auxiliary, (
-            new.get("batch_stats", {}),
-            losses.sum(),
-            errors.sum(),
-        )
-
-    (_, (batch_stats, losses, errors)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-    return grads, batch_stats, losses, errors
+    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+    (_, (batch_stats, loss, errors)), grads = value_and_grad(trained)
+    return _Gradients(grads=grads, batch_stats=batch_stats, loss=loss, errors=errors)
 
 
-def _scaled(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
-    """Updates, which are proportional to the learning rate with every optimizer, times the rates of their parts."""
-    rates = {
-        path[1:]: rate
-        for part, rate in zip(recipe.rates, numbers.rates)
-        for path in transfer.select(recipe.model, (part,))
-    }
-    return unflatten_dict(
-        {path: leaf * rates.get(path, 1.0) for path, leaf in flatten_dict(updates).items()}
-    )
-
-
-def batch_step(
-    axis_name,
-    recipe: Recipe,
-    state: State,
-    images: UInt8[AnyArray, "batch height width channels"],
-    labels: Integer[AnyArray, "batch ..."],
-    moments,
-    learning_rate,
-    steps_per_epoch,
-    numbers: Numbers,
-) -> State:
-    """One step on this device's part of a batch; `moments` are the mean and std that they are normalized by."""
-    size = len(images)
-    rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-    key = lambda purpose: jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(numbers.seed), state.step), purpose
-    )
-    places = jax.vmap(functools.partial(jax.random.fold_in, key(_AUGMENT)))(
-        rank * size + jnp.arange(size)
-    )
-    images = normalize(augment(places, images, **dict(recipe.augment)), *moments)
-    if recipe.loss == "pixelwise":
-        labels = augment_masks(places, labels, **dict(recipe.augment))
-
-    parts = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), (images, labels))
-    keys = [
-        jax.random.split(jax.random.fold_in(key(purpose), rank), recipe.accumulate)
-        for purpose in (_DROPOUT, _MIXUP)
-    ]
-
+def _reduce(
+    recipe: Recipe, state: State, found: _Gradients, count, axis_name: str
+) -> tuple[_Gradients, Array]:
+    """Average gradients and statistics over the devices, and sum losses, errors and images."""
+    grads, batch_stats = jax.lax.pmean((found.grads, found.batch_stats), axis_name)
+    loss, errors, count = jax.lax.psum((found.loss, found.errors, count), axis_name)
+    # The mean of equal numbers may differ from them in its last bit: frozen ones are put back.
     frozen = transfer.select(recipe.model, recipe.freeze)
-    trained, fixed = transfer.split(state.params, frozen)
+    _, kept = transfer.split(state.batch_stats, frozen, "batch_stats")
+    batch_stats = transfer.merge(batch_stats, kept)
+    return _Gradients(grads=grads, batch_stats=batch_stats, loss=loss, errors=errors), count
 
-    def part(carry, inputs):
-        total, batch_stats, losses, errors = carry
-        grads, batch_stats, more_losses, more_errors = _gradients(
-            recipe, numbers, trained, fixed, batch_stats, *inputs
-        )
-        return (
-            jax.tree.map(jnp.add, total, grads),
-            batch_stats,
-            losses + more_losses,
-            errors + more_errors,
-        ), None
 
-    if recipe.accumulate == 1:
-        grads, batch_stats, losses, errors = _gradients(
-            recipe, numbers, trained, fixed, state.batch_stats, images, labels, [k[0] for k in keys]
-        )
-    else:
-        start = (
-            jax.tree.map(jnp.zeros_like, trained),
-            state.batch_stats,
-            jnp.float32(0),
-            jnp.float32(0),
-        )
-        (grads, batch_stats, losses, errors), _ = jax.lax.scan(part, start, (*parts, keys))
-        grads = jax.tree.map(lambda g: g / recipe.accumulate, grads)
-    count = jnp.float32(size)
-    if axis_name is not None:
-        grads, batch_stats = jax.lax.pmean((grads, batch_stats), axis_name)
-        losses, errors, count = jax.lax.psum((losses, errors, count), axis_name)
-        # Of equal numbers, too, the mean may differ in its last bit.
-        batch_stats = transfer.merge(
-            batch_stats, transfer.split(state.batch_stats, frozen, "batch_stats")[1]
-        )
-
-    updates, opt_state = _optimizer(recipe, numbers, learning_rate).update(
-        grads, state.opt_state, trained
-    )
-    trained = optax.apply_updates(trained, _scaled(recipe, numbers, updates))
+def _update(
+    recipe: Recipe, state: State, batch: Batch, numbers: Numbers, found: _Gradients, count
+) -> State:
+    """Apply the optimizer, move the average of the parameters and add up the epoch's sums."""
+    trained, fixed = _divide(recipe, state.params)
+    transform = _optimizer(recipe, numbers, batch.learning_rate)
+    updates, opt_state = transform.update(found.grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, _scale_parts(recipe, numbers, updates))
     ema = None
-    if state.ema is not None:  # frozen parameters are their own average, to the bit
-        average, _ = transfer.split(state.ema, frozen)
-        ema = transfer.merge(
-            optax.incremental_update(trained, average, 1 - numbers.ema_decay), fixed
-        )
-    begins = state.step % steps_per_epoch == 0
-    sums = {"loss": losses, "errors": errors, "count": count}
+    if state.ema is not None:
+        # Frozen parameters are their own average, to the bit.
+        average, _ = _divide(recipe, state.ema)
+        average = optax.incremental_update(trained, average, 1 - numbers.ema_decay)
+        ema = transfer.merge(average, fixed)
+    begins_epoch = state.step % batch.steps_per_epoch == 0
+    sums = {"loss": found.loss, "errors": found.errors, "count": count}
+    totals = {
+        name: jnp.where(begins_epoch, 0, state.totals[name]) + value for name, value in sums.items()
+    }
+    is_first_bad = (state.bad_step < 0) & ~jnp.isfinite(found.loss)
     return State(
         step=state.step + 1,
         params=transfer.merge(trained, fixed),
-        batch_stats=batch_stats,
+        batch_stats=found.batch_stats,
         opt_state=opt_state,
         ema=ema,
-        totals={
-            name: jnp.where(begins, 0, state.totals[name]) + value for name, value in sums.items()
-        },
-        bad_step=jnp.where(
-            (state.bad_step < 0) & ~jnp.isfinite(losses), state.step, state.bad_step
-        ),
+        totals=totals,
+        bad_step=jnp.where(is_first_bad, state.step, state.bad_step),
     )
+
+
+def _scale_parts(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
+    """Multiply updates by the rates of their parts.
+
+    Updates are proportional to the learning rate with every optimizer.
+    """
+    rates: dict = {}
+    for part, rate in zip(recipe.rates, numbers.rates):
+        paths = transfer.select(recipe.model, (part,))
+        rates |= {path[1:]: rate for path in paths}
+    scaled = {path: leaf * rates.get(path, 1.0) for path, leaf in flatten_dict(updates).items()}
+    return unflatten_dict(scaled)
+
+
+# ------------------------------------------------------------------ compiled programs
+
+
+@flax.struct.dataclass
+class Constants:
+    """What all steps of a run share, on every device.
+
+    Attributes:
+      moments: as in `Batch`.
+      rates: the learning rate of every step, float32 [steps].
+    """
+
+    moments: tuple[Leaf, Leaf]
+    rates: Leaf
+
+
+@flax.struct.dataclass
+class Images:
+    """A data set on every device, and the order in which an epoch goes through it.
+
+    Attributes:
+      images: uint8 [n, height, width, channels].
+      labels: as in `loss_and_errors`.
+      order: the epoch's permutation, int32 [n].
+    """
+
+    images: Leaf
+    labels: Leaf
+    order: Leaf
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def epoch_order(count: int, epoch, seed) -> Int[AnyArray, " {count}"]:
-    """The order in which an epoch takes its `count` images, a permutation of the seed and the epoch."""
-    return jax.random.permutation(
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), _SHUFFLE), count
-    )
-
-
-def _resident_steps(
-    axis_name,
-    recipe: Recipe,
-    batch_size: int,
-    state: State,
-    data,
-    order,
-    moments,
-    rates,
-    last,
-    numbers: Numbers,
-) -> State:
-    images, labels = data
-    steps_per_epoch = len(order) // batch_size
-    size = batch_size if axis_name is None else batch_size // jax.lax.axis_size(axis_name)
-    rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-
-    def body(step, state):
-        chosen = jax.lax.dynamic_slice(
-            order, (step % steps_per_epoch * batch_size + rank * size,), (size,)
-        )
-        return batch_step(
-            axis_name,
-            recipe,
-            state,
-            images[chosen],
-            labels[chosen],
-            moments,
-            rates[step],
-            steps_per_epoch,
-            numbers,
-        )
-
-    return jax.lax.fori_loop(state.step, last, body, state)
+    """Permute the numbers of `count` images, for an epoch and a seed."""
+    of_epoch = jax.random.fold_in(jax.random.key(seed), epoch)
+    return jax.random.permutation(jax.random.fold_in(of_epoch, _SHUFFLE), count)
 
 
 @functools.lru_cache(maxsize=32)
 def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Callable:
-    """Compiles steps on a data set that lives on the device.
+    """Compile steps on a data set that lives on the devices.
 
-    The result takes (state, (images, labels), order, moments, rates: replicated; last, numbers) and steps from the state's own
-    step up to `last`, all in one epoch. How many steps one call takes does not change a bit: the loop's body is one program.
+    How many steps one call takes does not change a bit: the loop's body is one program.
+
+    Returns:
+      A function of (state, `Constants`, `Images`, `Numbers`, last) that takes steps from the
+      state's own step to `last`, all in one epoch. The first three are replicated.
     """
-    function = lambda axis_name, *arguments: _resident_steps(
-        axis_name, recipe, batch_size, *arguments
-    )
-    return parallel.compile(function, replicated=5, plain=2, donate=True)
+
+    def take_steps(axis_name, state, constants, data, numbers, last):
+        steps_per_epoch = len(data.order) // batch_size
+        size = batch_size
+        rank = 0
+        if axis_name is not None:
+            size = batch_size // jax.lax.axis_size(axis_name)
+            rank = jax.lax.axis_index(axis_name)
+
+        def take_step(step, state):
+            start = step % steps_per_epoch * batch_size + rank * size
+            chosen = jax.lax.dynamic_slice(data.order, (start,), (size,))
+            batch = Batch(
+                images=data.images[chosen],
+                labels=data.labels[chosen],
+                moments=constants.moments,
+                learning_rate=constants.rates[step],
+                steps_per_epoch=steps_per_epoch,
+            )
+            return batch_step(recipe, state, batch, numbers, axis_name=axis_name)
+
+        return jax.lax.fori_loop(state.step, last, take_step, state)
+
+    return parallel.compile(take_steps, replicated=3, plain=2, donate=True)
 
 
 @functools.lru_cache(maxsize=32)
 def streamed_step(parallel: Parallel, recipe: Recipe) -> Callable:
-    """Compiles one step on a batch that comes from the host.
+    """Compile one step on a batch that comes from the host.
 
-    The result takes (state, moments, rates: replicated; images, labels: shared; steps_per_epoch, numbers).
+    Returns:
+      A function of (state, `Constants`, (images, labels), `Numbers`, steps_per_epoch). The first
+      two are replicated, the third is shared.
     """
 
-    def function(axis_name, state, moments, rates, images, labels, steps_per_epoch, numbers):
-        return batch_step(
-            axis_name,
-            recipe,
-            state,
-            images,
-            labels,
-            moments,
-            rates[state.step],
-            steps_per_epoch,
-            numbers,
+    def take_step(axis_name, state, constants, data, numbers, steps_per_epoch):
+        images, labels = data
+        batch = Batch(
+            images=images,
+            labels=labels,
+            moments=constants.moments,
+            learning_rate=constants.rates[state.step],
+            steps_per_epoch=steps_per_epoch,
         )
+        return batch_step(recipe, state, batch, numbers, axis_name=axis_name)
 
-    return parallel.compile(function, replicated=3, shared=2, plain=2, donate=True)
+    return parallel.compile(take_step, replicated=2, shared=1, plain=2, donate=True)
+
+
+@functools.lru_cache(maxsize=32)
+def finiteness(parallel: Parallel) -> Callable:
+    """Compile a test of a replicated state -> whether all its parameters are finite."""
+
+    def is_finite(axis_name, state):
+        leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema))
+        return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+    return parallel.compile(is_finite, replicated=1)

@@ -11,7 +11,8 @@ import numpy as np
 from cnnjax.data.augment import IGNORED
 from cnnjax.runtime import report, tables, workdir
 
-# Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin again, no class is black.
+# Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin
+# again, no class is black.
 _COLORS = np.array(
     [
         [128, 128, 128],
@@ -31,7 +32,8 @@ _COLORS = np.array(
 
 
 def paint(masks: np.ndarray) -> np.ndarray:
-    """Masks uint8 [..., height, width] in colors, uint8 [..., height, width, 3]; pixels of no class (255) are black."""
+    """Masks uint8 [..., height, width] in colors, uint8 [..., height, width, 3]; pixels of no class
+    (255) are black."""
     return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
 
 
@@ -55,6 +57,13 @@ def _curves_figure(history: list[dict]):
         axis.set_xlabel("epoch")
     figure.tight_layout()
     return figure
+
+
+def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
+    """Draw the curves of a run that goes on or has ended, as curves.png."""
+    figure = _curves_figure(history)
+    workdir.write_figure(folder / "curves.png", figure)
+    plt.close(figure)
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
@@ -108,7 +117,8 @@ def _mistakes_figure(test: dict, classes: list[str]):
 
 
 def _scenes_figure(test: dict):
-    """The test images with most pixels wrong: the image, its mask, and what was predicted, one above the other."""
+    """The test images with most pixels wrong: the image, its mask, and what was predicted, one
+    above the other."""
     shown = test["shown"]
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
@@ -125,11 +135,21 @@ def _scenes_figure(test: dict):
     return figure
 
 
+def _chosen(results: dict) -> str:
+    """Say which epoch's weights were scored; older runs, which did not choose, do not say."""
+    if "weights" not in results:
+        return ""
+    chosen = results["weights"]
+    return f" Scored are the weights of epoch {chosen['epoch']}, that of {chosen['chosen_by']}."
+
+
 def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
     final, history = results["final"], results["history"]
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
-    figures = {"curves.png": _curves_figure(history)}
+    write_curves(folder, history)
+    figures = {}
+    names = ["curves.png"]
     if config["loss"] != "sigmoid":
         figures["confusion.png"] = _confusion_figure(
             test["labels"], test["predicted"], results["classes"]
@@ -139,6 +159,7 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
             if config["loss"] == "pixelwise"
             else _mistakes_figure(test, results["classes"])
         )
+    names += figures
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)
@@ -162,7 +183,8 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         "" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])
     ]
     by_class = (
-        f"\n{metric} of each class of the test set, %:\n\n{tables.table(results['classes'], [scores])}"
+        f"\n{metric} of each class of the test set, "
+        f"%:\n\n{tables.table(results['classes'], [scores])}"
         if scores
         else ""
     )
@@ -172,12 +194,15 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         else "measured after training, without augmentation"
     )
     return (
-        f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, {final['epoch']} epochs, "
+        f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, "
+        f"{final['epoch']} epochs, "
         f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
         + tables.table(["part", "images", "loss", "error", metric], lines)
         + by_class
-        + f"\nThe training error is {measured}; the curve's is the mean over each epoch while training. The test set was used once, at "
-        "the end.\n\n" + "\n\n".join(f"![{name}]({name})" for name in figures) + "\n"
+        + f"\nThe training error is {measured}; the curve's is the mean over each epoch while "
+        f"training. The test set was used once, at the end.{_chosen(results)}\n\n"
+        + "\n\n".join(f"![{name}]({name})" for name in names)
+        + "\n"
     )
 
 

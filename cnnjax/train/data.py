@@ -1,0 +1,288 @@
+"""Where a training run's images come from: resident on the devices, or streamed from the host.
+
+Both kinds have one interface, `TrainingData`; `open_data` chooses between them.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from cnnjax.data import arrays, augment, stream
+from cnnjax.train import evaluate, step
+from cnnjax.train.parallel import Parallel
+
+_LOG = logging.getLogger("cnnjax")
+# The target length of one compiled call in seconds; signals and losses are checked between calls.
+# The CPU backend allocates a step's memory anew in each call, page by page, which takes an eighth
+# of the ConvNet's time where a call is one step.
+SECONDS_A_CALL = 2.0
+
+Moments = tuple[np.ndarray, np.ndarray]
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+class TrainingData(Protocol):
+    """A data set as training uses it.
+
+    Attributes:
+      classes: the classes' names.
+      image_shape: height, width and channels of the network's input.
+      n_train: the number of training images.
+      n_validation: the number of validation images.
+      moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
+      damaged: images that this process passed over in this epoch; None where they are not.
+    """
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    n_train: int
+    n_validation: int
+    moments: Moments
+    damaged: int | None
+
+    def advance(
+        self,
+        *,
+        recipe: step.Recipe,
+        numbers: step.Numbers,
+        rates: np.ndarray,
+        state: step.State,
+        steps: range,
+    ) -> tuple[step.State, int]:
+        """Take some of the given steps, which are of one epoch.
+
+        Args:
+          recipe: what a step is.
+          numbers: its numbers.
+          rates: the learning rates of all steps of the run.
+          state: the replicated state before the first of the steps; its memory is reused.
+          steps: the steps to take.
+
+        Returns:
+          The state, and the number of the step that comes next.
+        """
+        ...
+
+    def evaluation(self, split: str, views: int = 1) -> Batches | None:
+        """Give a split's images and labels in order, batch by batch.
+
+        Args:
+          split: "train", "validation" or "test".
+          views: how many views of an image are evaluated. With ten, images keep the margin that
+            corner crops need.
+
+        Returns:
+          None if there is no such split, or if it is too large to go through again.
+        """
+        ...
+
+    def test_images(self, numbers: np.ndarray) -> np.ndarray:
+        """Return some of the test images, uint8."""
+        ...
+
+
+def is_streamed(config: ml_collections.ConfigDict) -> bool:
+    """Tell whether a configuration's images are decoded as they are needed."""
+    return config.dataset == "folder" or config.dataset.startswith("tfds:")
+
+
+def has_validation(config: ml_collections.ConfigDict) -> bool:
+    """Tell whether a configuration's data have images for validation."""
+    if config.n_validation:
+        return True
+    if not is_streamed(config):
+        return False
+    return "validation" in stream.find_splits(config.dataset, config.data_dir)
+
+
+def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> TrainingData:
+    """Open a configuration's data set."""
+    kind = Streamed if is_streamed(config) else Resident
+    return kind(config, parallel)
+
+
+def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndarray) -> Moments:
+    """Choose the mean and deviation that pixels of 0 to 1 are normalized by.
+
+    Args:
+      config: a training configuration.
+      mean: the data's own, of each channel.
+      std: the data's own, of each channel.
+
+    Returns:
+      The mean and the standard deviation, float32 [channels].
+
+    Raises:
+      ValueError: for ImageNet's moments, where images do not have three channels.
+    """
+    if config.pixels == "imagenet":
+        if len(mean) != 3:
+            raise ValueError(
+                f"pixels='imagenet' is for three channels; the images of "
+                f"dataset={config.dataset!r} have {len(mean)}"
+            )
+        mean, std = augment.IMAGENET
+    if config.pixels == "centred":
+        std = np.full(len(std), 1 / 255)
+    return np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+
+class Resident:
+    """A data set that lives on the devices; one call takes many steps."""
+
+    damaged: int | None = None
+
+    def __init__(self, config: ml_collections.ConfigDict, parallel: Parallel):
+        self._config = config
+        self._parallel = parallel
+        self._dataset = arrays.load(config.dataset, config.data_dir, config.n_validation)
+        train = self._dataset.train
+        validation = self._dataset.validation
+        self.classes = self._dataset.classes
+        self.image_shape = train.images.shape[1:]
+        self.n_train = len(train.images)
+        self.n_validation = 0 if validation is None else len(validation.labels)
+        self.moments = moments_of(config, *arrays.normalization(train.images))
+        self._placed_moments = parallel.replicate(self.moments)
+        self._placed = parallel.replicate(tuple(train))
+        self._epoch: int | None = None
+        self._order = None
+        # Of one step, in the last calls.
+        self._seconds: list[float] = []
+
+    def advance(self, *, recipe, numbers, rates, state, steps):
+        batch_size = self._config.batch_size
+        epoch = steps.start // (self.n_train // batch_size)
+        if self._epoch != epoch:
+            order = step.epoch_order(self.n_train, epoch, self._config.seed)
+            self._epoch = epoch
+            self._order = self._parallel.replicate(order)
+        images, labels = self._placed
+        take_steps = step.resident_steps(self._parallel, recipe, batch_size)
+        stop = min(steps.stop, steps.start + self._steps_a_call())
+        began = time.monotonic()
+        state = take_steps(
+            state,
+            step.Constants(moments=self._placed_moments, rates=rates),
+            step.Images(images=images, labels=labels, order=self._order),
+            numbers,
+            np.int32(stop),
+        )
+        jax.block_until_ready(state)
+        seconds = (time.monotonic() - began) / (stop - steps.start)
+        self._seconds = [*self._seconds, seconds][-3:]
+        return state, stop
+
+    def _steps_a_call(self) -> int:
+        """Choose how many steps fill a call; all processes choose the same."""
+        # The first call compiles and the second times one step.
+        count = 1
+        if len(self._seconds) > 1:
+            count = max(1, int(SECONDS_A_CALL / min(self._seconds)))
+        return min(self._parallel.gather(count))
+
+    def evaluation(self, split, views=1):
+        part = getattr(self._dataset, split)
+        if part is None:
+            return None
+        size = self._config.batch_size
+        images = evaluate.batches_of(part.images, size)
+        return zip(images, evaluate.batches_of(part.labels, size))
+
+    def test_images(self, numbers):
+        return self._dataset.test.images[numbers]
+
+
+class Streamed:
+    """A data set that is read and decoded as it is needed; one call takes one step."""
+
+    def __init__(self, config: ml_collections.ConfigDict, parallel: Parallel):
+        self._config = config
+        self._parallel = parallel
+        self._sources = stream.open_splits(config.dataset, config.data_dir, config.n_validation)
+        self.classes = self._sources["train"].classes
+        self.image_shape = (config.image_size, config.image_size, 3)
+        self.n_train = len(self._sources["train"])
+        self.n_validation = len(self._sources.get("validation", ()))
+        self.moments = moments_of(config, *augment.IMAGENET)
+        self._placed_moments = parallel.replicate(self.moments)
+        self._batches: Iterator | None = None
+        self.damaged = 0 if config.skip_damaged else None
+        self._named: set[int] = set()
+
+    def _read(self, split: str, image_size: int, *, train: bool, **options) -> Iterator:
+        source = self._sources[split]
+        workers = self._config.workers
+        # Every evaluation starts its worker processes anew, which takes longer than a few images.
+        if not train and len(source) < stream.FEW_IMAGES:
+            workers = 0
+        return stream.batches(
+            source,
+            self._config.batch_size,
+            self._config.seed,
+            image_size,
+            resize=self._config.resize,
+            train=train,
+            workers=workers,
+            **options,
+        )
+
+    def _training_batches(self, first: int) -> Iterator:
+        """Read the batches of all steps from the first one to the end of the run."""
+        total = self._config.epochs * (self.n_train // self._config.batch_size)
+        return self._read(
+            "train",
+            self._config.image_size,
+            train=True,
+            steps=range(first, total),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            skip_damaged=self._config.skip_damaged,
+        )
+
+    def advance(self, *, recipe, numbers, rates, state, steps):
+        if self._batches is None:
+            self._batches = self._training_batches(steps.start)
+        images, labels, *damaged = next(self._batches)
+        if damaged:
+            self._count(damaged[0][damaged[0] >= 0].tolist())
+        source = f"the training set of dataset={self._config.dataset!r}"
+        evaluate.check_labels(recipe.loss, labels, len(self.classes), source)
+        state = step.streamed_step(self._parallel, recipe)(
+            state,
+            step.Constants(moments=self._placed_moments, rates=rates),
+            self._parallel.share((images, labels)),
+            numbers,
+            np.int32(self.n_train // self._config.batch_size),
+        )
+        return state, steps.start + 1
+
+    def _count(self, damaged: list[int]) -> None:
+        """Count images that were passed over, and name each once."""
+        self.damaged = (self.damaged or 0) + len(damaged)
+        for number in sorted(set(damaged) - self._named):
+            self._named.add(number)
+            try:
+                self._sources["train"][number]
+            except stream.Damaged as error:
+                _LOG.warning("passed over: %s", error)
+
+    def evaluation(self, split, views=1):
+        if split == "train" or split not in self._sources:
+            return None
+        size = self._config.image_size
+        if views == 10:
+            size = self._config.resize or round(size * 256 / 224)
+        return self._read(split, size, train=False)
+
+    def test_images(self, numbers):
+        source = self._sources["test"]
+        size = self._config.image_size
+        images = [source[int(number)][0] for number in numbers]
+        crops = [stream.center(image, size, self._config.resize) for image in images]
+        return np.stack([np.asarray(crop) for crop in crops])
