@@ -53,6 +53,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
+    if config.kind == "train":
+        job.adopt(config, folder)
     is_finished = (folder / "results.json").exists()
     if is_finished:
         _LOG.info("%s holds the finished run", folder)

@@ -120,6 +120,7 @@ def plan(
         "dataset": f"{DATASET}[:{options.train + options.validation}]",
         "data_dir": options.data_dir,
         "n_validation": options.validation,
+        "final_weights": "last",
         "model": options.model,
         "epochs": whole,
     }

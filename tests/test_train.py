@@ -26,6 +26,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train import results as training_results
+from cnnjax.train.adopt import adopt
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
 
@@ -582,6 +583,39 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
         del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path).final_weights == "last"
+
+
+def test_a_finished_run_extended_is_the_longer_run(tmp_path):
+    """To the bit; a cosine, which ends at the last epoch, is not extended."""
+    longer = train_here(tmp_path / "longer", epochs=4)
+    folder = tmp_path / "extended"
+    shorter = train_here(folder, epochs=2)
+    config = defaults.get_config()
+    config.update_from_flattened_dict({**QUICK, "epochs": 4})
+    adopt(config, folder)
+    results = train_here(folder, epochs=4)
+    assert results["extended_from"] == [shorter["final"]]
+    assert results["history"] == longer["history"] and results["final"] == longer["final"]
+    config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
+    workdir.write_json(folder / "config.json", config.to_dict())
+    config.epochs = 8
+    adopt(config, folder)
+    with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
+        workdir.prepare(folder, config.to_dict())
+
+
+def test_a_work_directory_of_before_goes_on_as_before(tmp_path):
+    results = train_here(tmp_path, epochs=1, final_weights="last")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in defaults.BEFORE:
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    now = defaults.get_config()
+    now.update_from_flattened_dict({**QUICK, "epochs": 1})
+    adopt(now, tmp_path)
+    assert now.final_weights == "last"
+    workdir.prepare(tmp_path, now.to_dict())
+    assert results["weights"]["chosen_by"] == "the end of training"
 
 
 def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):

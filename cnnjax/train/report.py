@@ -140,7 +140,13 @@ def _chosen(results: dict) -> str:
     if "weights" not in results:
         return ""
     chosen = results["weights"]
-    return f" Scored are the weights of epoch {chosen['epoch']}, that of {chosen['chosen_by']}."
+    text = f" Scored are the weights of epoch {chosen['epoch']}, that of {chosen['chosen_by']}."
+    for final in results.get("extended_from", []):
+        text += (
+            f" The run was extended after {final['epoch']} epochs, when its test error was "
+            f"{100 * final['test_error']:.2f} %."
+        )
+    return text
 
 
 def _train(folder: pathlib.Path, config: dict, results: dict) -> str:

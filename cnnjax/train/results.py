@@ -17,6 +17,7 @@ from cnnjax import transfer, weights
 from cnnjax.data import augment
 from cnnjax.runtime import backend, workdir
 from cnnjax.train import evaluate, report, step
+from cnnjax.train.adopt import EXTENDED
 from cnnjax.train.run import Run, Scored
 
 _LOG = logging.getLogger("cnnjax")
@@ -199,6 +200,8 @@ def write_results(
         "std": run.data.moments[1].tolist(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
+    if (folder / EXTENDED).exists():
+        results["extended_from"] = workdir.read_json(folder / EXTENDED)
     loss = run.config.loss
     if loss != "cross_entropy":
         results["by_class"] = evaluate.by_class(loss, tested.outputs, tested.labels)

@@ -1,0 +1,75 @@
+"""Going on in a work directory of an earlier version, or of a run of fewer epochs."""
+
+import json
+import logging
+import pathlib
+
+import ml_collections
+import numpy as np
+
+from cnnjax.runtime import workdir
+from cnnjax.train import defaults
+from cnnjax.train.schedules import learning_rates
+
+_LOG = logging.getLogger("cnnjax")
+EXTENDED = "extended.json"
+
+
+def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Make a training run's work directory and its configuration agree, where that is safe.
+
+    Keys introduced since the run keep what was in force before. A finished run goes on to more
+    epochs if its learning rates so far are those of the longer run; extended.json then records the
+    earlier results. All other differences stay, and are refused later.
+
+    Args:
+      config: what is to be run; it is changed.
+      folder: the work directory, which may not exist yet.
+    """
+    path = folder / "config.json"
+    try:
+        recorded = json.loads(path.read_text())
+    except (OSError, ValueError):
+        # Damage is reported where the configurations are compared.
+        return
+    if not isinstance(recorded, dict) or recorded.get("kind") != "train":
+        return
+    missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
+    if missing:
+        current = defaults.get_config()
+        for key, value in missing.items():
+            if config[key] == current[key]:
+                config[key] = value
+        _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
+        recorded |= missing
+        workdir.write_json(path, recorded)
+    if _is_longer(recorded, config) and _was_finished(folder):
+        _extend(folder, recorded, config)
+
+
+def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
+    """Whether only epochs differ, and the rates of the shorter run begin those of the longer."""
+    now = json.loads(json.dumps(config.to_dict()))
+    if recorded | {"epochs": config.epochs} != now or recorded["epochs"] >= config.epochs:
+        return False
+    # That does not depend on how many steps an epoch has.
+    shorter = learning_rates(config.schedule, 10, recorded["epochs"])
+    longer = learning_rates(config.schedule, 10, config.epochs)
+    return np.array_equal(shorter, longer[: len(shorter)])
+
+
+def _was_finished(folder: pathlib.Path) -> bool:
+    # The second is left where an extension was interrupted.
+    return (folder / "results.json").exists() or (folder / EXTENDED).exists()
+
+
+def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
+    path = folder / "results.json"
+    if path.exists():
+        workdir.check_seal(folder)
+        results = workdir.read_json(path)
+        earlier = [*results.get("extended_from", []), results["final"]]
+        workdir.write_json(folder / EXTENDED, earlier)
+        path.unlink()
+    workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
+    _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)
