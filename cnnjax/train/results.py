@@ -1,5 +1,6 @@
 """What a training run leaves in its work directory, while it goes on and at its end."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -65,6 +66,13 @@ class History:
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES and backend.writes():
             report.write_curves(self._folder, self.entries)
             self._drawn = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file of events."""
+        # A full disk was told when the event was written.
+        with contextlib.suppress(OSError):
+            if self._events is not None:
+                self._events.close()
 
     def _write_metrics(self) -> None:
         lines = [json.dumps(entry) + "\n" for entry in self.entries]
