@@ -14,6 +14,7 @@ from cnnjax.data import arrays
 from cnnjax.models import base
 from cnnjax.nn import global_avg_pool
 from cnnjax.nn.conv import conv
+from cnnjax.position import canvas as canvases
 from experiments import position_canvas, position_channels, position_shift, position_training
 
 
@@ -31,20 +32,20 @@ def _init(model, **options):
 # ------------------------------------------------------------------ canvases
 
 
-@pytest.mark.parametrize("canvas", position_canvas.CANVASES)
+@pytest.mark.parametrize("canvas", canvases.CANVASES)
 def test_an_image_fills_its_cell_and_nothing_else(canvas):
     images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
-    for number, placed in enumerate(position_canvas.place(images, np.arange(9), canvas)):
+    for number, placed in enumerate(canvases.place(images, np.arange(9), canvas)):
         top, left = number // 3 * 32, number % 3 * 32
         assert np.array_equal(placed[top : top + 32, left : left + 32], images[number])
         rest = np.ones((96, 96), bool)
         rest[top : top + 32, left : left + 32] = False
-        assert np.array_equal(np.unique(placed[rest], axis=0), [position_canvas.CANVASES[canvas]])
+        assert np.array_equal(np.unique(placed[rest], axis=0), [canvases.CANVASES[canvas]])
 
 
 def test_circular_padding_cannot_tell_the_cell():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-    x = position_canvas.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255
+    x = canvases.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255
     found = {}
     for fill in ("circular", "zeros"):
         model = position_training.Net(
@@ -56,7 +57,7 @@ def test_circular_padding_cannot_tell_the_cell():
 
 def test_training_and_test_canvases_are_drawn_from_the_seed(cifar):
     (images, labels), (again, _), (other, _) = (
-        position_canvas.draw(cifar.train, 300, seed) for seed in (0, 0, 1)
+        canvases.draw(cifar.train, 300, seed) for seed in (0, 0, 1)
     )
     assert np.array_equal(images, again) and not np.array_equal(images, other)
     assert set(labels["location"]) == set(range(9)) and set(labels["object"]) == set(range(10))

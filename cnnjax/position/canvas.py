@@ -24,7 +24,7 @@ def place(
 ) -> UInt8[np.ndarray, "n 96 96 3"]:
     """Lays images in their cells, which are counted from 0 row by row."""
     out = np.empty((len(images), GRID, SIDE, GRID, SIDE, 3), np.uint8)
-    out[:] = np.uint8(CANVASES[canvas])
+    out[:] = np.array(CANVASES[canvas], np.uint8)
     out[np.arange(len(images)), cells // GRID, :, cells % GRID] = images
     return out.reshape(len(images), GRID * SIDE, GRID * SIDE, 3)
 
