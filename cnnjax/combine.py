@@ -548,8 +548,8 @@ def _report(results: dict) -> str:
         f"# {results['method']}: {METHODS[results['method']]}\n\nErrors in percent; std is the "
         "sample standard deviation.\n\n"
         + tables.table(["network", "validation error", "test error", "forward passes"], lines)
-        + f"\nIngredients: {', '.join(results['ingredients'])}. An image takes {ratio:.2f} times as "
-        "long as with one network. The test set was used once, at the end.\n"
+        + f"\nIngredients: {', '.join(results['ingredients'])}. An image takes {ratio:.2f} times "
+        "as long as with one network. The test set was used once, at the end.\n"
     )
 
 

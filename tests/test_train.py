@@ -559,7 +559,6 @@ def test_events_and_curves_appear_while_a_run_goes_on(monkeypatch, tmp_path):
         (events,) = (tmp_path / "tensorboard").iterdir()
         sizes.append(events.stat().st_size)
         assert (tmp_path / "curves.png").stat().st_size > 1000
-    history.close()
     assert 0 < sizes[0] < sizes[1]
     assert b"train_loss" in events.read_bytes()
 

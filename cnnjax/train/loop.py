@@ -60,7 +60,6 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     with (
         _heard_signals() as received,
         _explained_peers(),
-        contextlib.closing(history),
         Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints,
     ):
         # ---------------------------------------------------------- state: new, or the last saved

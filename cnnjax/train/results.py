@@ -4,15 +4,17 @@ import contextlib
 import json
 import logging
 import pathlib
+import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from cnnjax import transfer, weights
 from cnnjax.data import augment
@@ -27,6 +29,8 @@ _MISTAKES = 36
 _SCENES = 6
 # The curves are drawn again after so many seconds, since drawing takes half of one.
 _SECONDS_BETWEEN_CURVES = 30.0
+# TensorBoard looks for names with "tfevents".
+_EVENTS = "events.out.tfevents.0"
 
 
 # ------------------------------------------------------------------ while training goes on
@@ -42,7 +46,7 @@ class History:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._events: EventsWriter | None = None
+        self._events = folder / "tensorboard"
         self._drawn = time.monotonic()
         self.entries: list[dict] = []
         self.seconds = 0.0
@@ -52,27 +56,20 @@ class History:
         self.entries = entries
         self.seconds = seconds
         self._write_metrics()
-        self._events = write_events(self._folder / "tensorboard", entries)
+        write_events(self._events, entries)
 
     def append(self, entry: dict, seconds: float) -> None:
         """Add an epoch that took some seconds, and write it at once."""
         self.entries.append(entry)
         self.seconds += seconds
         self._write_metrics()
-        if self._events is None:
-            self._events = write_events(self._folder / "tensorboard", self.entries)
+        if len(self.entries) == 1:
+            write_events(self._events, self.entries)
         else:
-            _append_event(self._events, entry, self._folder / "tensorboard")
+            append_events(self._events, [entry])
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES and backend.writes():
             report.write_curves(self._folder, self.entries)
             self._drawn = time.monotonic()
-
-    def close(self) -> None:
-        """Close the file of events."""
-        # A full disk was told when the event was written.
-        with contextlib.suppress(OSError):
-            if self._events is not None:
-                self._events.close()
 
     def _write_metrics(self) -> None:
         lines = [json.dumps(entry) + "\n" for entry in self.entries]
@@ -88,41 +85,54 @@ class History:
         return 0 if best is None else len(self.entries) - best["epoch"]
 
 
-def write_events(folder: pathlib.Path, entries: list[dict]) -> EventsWriter | None:
-    """Begin a file of TensorBoard events with what was measured so far; older files are removed."""
+def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
+    """Write what was measured so far as TensorBoard events; older files of events are removed."""
     if not backend.writes():
-        return None
-    try:
+        return
+    with _named(folder):
         folder.mkdir(exist_ok=True)
         for old in folder.glob("events.*"):
             old.unlink()
-        # Unlike SummaryWriter, it writes in this thread: an event is there when the epoch ends.
-        writer = EventsWriter(str(folder / "events"))
-        for entry in entries:
-            _add_event(writer, entry)
-        writer.flush()
-    except OSError as error:
-        # A full disk's error names no file.
-        error.filename = str(folder)
-        raise
-    return writer
+        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        (folder / _EVENTS).write_bytes(_record(version))
+    append_events(folder, entries)
 
 
-def _append_event(writer: EventsWriter, entry: dict, folder: pathlib.Path) -> None:
+def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
+    """Append epochs to the file of events.
+
+    TensorBoard reads it while it grows. tensorboardX's own writer does so in a thread, where a full
+    disk would go unnoticed.
+    """
+    if not backend.writes():
+        return
+    records = []
+    for entry in entries:
+        for name, value in entry.items():
+            if name not in ("epoch", "step"):
+                scalar = summary.scalar(name, value)
+                event = event_pb2.Event(wall_time=time.time(), step=entry["step"], summary=scalar)
+                records.append(_record(event))
+    with _named(folder), (folder / _EVENTS).open("ab") as file:
+        file.write(b"".join(records))
+
+
+def _record(event: event_pb2.Event) -> bytes:
+    """Encode an event as a TFRecord: its length and its bytes, each with a checksum."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    parts = (length, struct.pack("<I", masked_crc32c(length)))
+    return b"".join((*parts, data, struct.pack("<I", masked_crc32c(data))))
+
+
+@contextlib.contextmanager
+def _named(folder: pathlib.Path) -> Iterator[None]:
+    """Name the folder in errors, since that of a full disk names no file."""
     try:
-        _add_event(writer, entry)
-        writer.flush()
+        yield
     except OSError as error:
         error.filename = str(folder)
         raise
-
-
-def _add_event(writer: EventsWriter, entry: dict) -> None:
-    for name, value in entry.items():
-        if name not in ("epoch", "step"):
-            event = event_pb2.Event(summary=summary.scalar(name, value), step=entry["step"])
-            event.wall_time = time.time()
-            writer.write_event(event)
 
 
 # ------------------------------------------------------------------ at the end
