@@ -36,7 +36,7 @@ class Linear(Network):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs on one device, without their figures and events."""
+    """Runs on one device, without their figures."""
 
     def on_one_device(default=defaults.get_config):
         config = default()
@@ -45,7 +45,6 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(defaults, "get_config", on_one_device)
     monkeypatch.setattr(loop.report, "write", lambda folder: None)
-    monkeypatch.setattr(loop, "_write_events", lambda *arguments: None)
     monkeypatch.setitem(base._REGISTRY, "linear", Linear)
     monkeypatch.setitem(base._REGISTRY, "mlp3", functools.partial(MLP, hidden=(64, 64)))
 
