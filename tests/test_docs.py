@@ -42,7 +42,9 @@ LESS = {
 
 
 def commands(page: str) -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    # A command may go on after a backslash at the end of a line.
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
 
 
