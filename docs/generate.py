@@ -1,0 +1,81 @@
+"""Writes the pages of docs/reference/ that are made from the code.
+
+    python docs/generate.py
+
+`configuration.md` lists every configuration key with its type, default and comment, read from the two files that define them;
+`commands.md` holds what each command prints for `--help`. A test fails if either page is out of date.
+"""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+KEYS = {
+    "Training": "cnnjax/train/defaults.py",
+    "The position study": "configs/posenet.py",
+}
+COMMANDS = ("main", "sweep", "combine", "summary", "predict", "evaluate", "visualize", "benchmark")
+
+
+def comment_of(lines: list[str], first: int, last: int) -> str:
+    """The comment behind the statement on lines `first` to `last`, or else the block above it."""
+    behind = lines[last - 1].partition("  # ")[2]
+    if behind:
+        return behind
+    above: list[str] = []
+    for line in reversed(lines[: first - 1]):
+        if not line.strip().startswith("#"):
+            break
+        above.insert(0, line.strip().removeprefix("#").strip())
+    return " ".join(above)
+
+
+def keys(path: pathlib.Path) -> list[tuple[str, str, str]]:
+    """Each assignment to `config.KEY` in a file -> (key, default as it is written, comment)."""
+    text = path.read_text()
+    lines = text.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Assign):
+            continue
+        name = ast.unparse(node.targets[0])
+        if name.startswith("config."):
+            comment = comment_of(lines, node.lineno, node.end_lineno or node.lineno)
+            found.append((name.removeprefix("config."), ast.unparse(node.value), comment))
+    return found
+
+
+def configuration() -> str:
+    sections = ["# Configuration keys\n\nChange any key from the command line: `--config.KEY=VALUE`.\n"]
+    for title, path in KEYS.items():
+        sections.append(f"## {title}\n\nFrom `{path}`.\n")
+        sections.append("| key | default | meaning |\n| --- | --- | --- |")
+        for name, default, comment in keys(ROOT / path):
+            default = default.replace("|", "\\|")
+            sections.append(f"| `{name}` | `{default}` | {comment.replace('|', chr(92) + '|')} |")
+        sections.append("")
+    return "\n".join(sections)
+
+
+def commands() -> str:
+    sections = ["# Commands\n\nWhat each command prints for `--help`.\n"]
+    environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+    for name in COMMANDS:
+        command = [sys.executable, "-m", f"cnnjax.{name}", "--help"]
+        told = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        sections.append(f"## python -m cnnjax.{name}\n\n```text\n{told.strip()}\n```\n")
+    return "\n".join(sections)
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands}
+
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (ROOT / "docs" / "reference" / name).write_text(make())

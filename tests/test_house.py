@@ -1,0 +1,82 @@
+"""The layout that the README's map draws: imports point one way, and none of them closes a circle."""
+
+import ast
+import graphlib
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# From the ground up; a module imports from its own floor and from those below it.
+FLOORS = (
+    ("runtime",),
+    ("nn",),
+    ("inspect",),
+    ("models",),
+    ("data", "weights", "ridge"),
+    ("transfer",),
+    ("train", "position", "visualize"),
+    ("study", "main", "sweep", "combine", "summary", "predict", "evaluate", "benchmark"),
+)
+
+
+def imports() -> dict[str, set[str]]:
+    """The modules of the package, and which of them each imports, wherever in the file."""
+    paths = {}
+    for path in (ROOT / "cnnjax").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        paths[module.removesuffix(".__init__")] = path
+    graph = {}
+    for module, path in paths.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                # `from package import name` may take a module or something that the package defines.
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in paths else node.module for name in inner]
+            graph[module] |= {name for name in names if name in paths}
+    return graph
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[1]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_no_module_imports_from_a_floor_above():
+    # The package itself is the front door and opens onto every room.
+    graph = {module: needs for module, needs in imports().items() if module != "cnnjax"}
+    upward = [
+        f"{module} -> {other}"
+        for module, needs in graph.items()
+        for other in needs - {"cnnjax"}
+        if floor_of(other) > floor_of(module)
+    ]
+    assert not upward
+
+
+def test_imports_close_no_circle():
+    graph = {module: needs - {module} for module, needs in imports().items()}
+    # A package's own __init__ gathers its modules; a circle through it is none between files.
+    files = {
+        module: {n for n in needs if not module.startswith(f"{n}.")}
+        for module, needs in graph.items()
+    }
+    graphlib.TopologicalSorter(files).prepare()
+
+
+def test_nothing_imports_another_framework():
+    for folder in ("cnnjax", "experiments", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module]
+                roots = {name.split(".")[0] for name in names}
+                assert "tensorflow" not in roots, path
+                # The benchmark's other side is PyTorch.
+                assert "torch" not in roots or "benchmark" in path.parts, path
