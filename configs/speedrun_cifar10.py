@@ -16,7 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.n_test = 10_000
     config.filter_rate = 0.24  # Muon, of momentum 0.6 and 3 Newton-Schulz steps, on the 3x3 filters
     config.filter_momentum = 0.6
-    config.bias_rate = 0.053  # SGD with Nesterov's momentum on all else; the gradients are those of the summed loss
+    # SGD with Nesterov's momentum on all else; the gradients are those of the summed loss.
+    config.bias_rate = 0.053
     config.head_rate = 0.67
     config.momentum = 0.85
     config.weight_decay = 2e-6  # times the batch size, per unit of learning rate

@@ -2,8 +2,9 @@
 
     python docs/generate.py
 
-`configuration.md` lists every configuration key with its type, default and comment, read from the two files that define them;
-`commands.md` holds what each command prints for `--help`. A test fails if either page is out of date.
+`configuration.md` lists every configuration key with its default and comment, read from the two
+files that define them. `commands.md` holds what each command prints for `--help`. A test fails if
+either page is out of date.
 """
 
 import ast
@@ -16,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 KEYS = {
     "Training": "cnnjax/train/defaults.py",
-    "The position study": "configs/posenet.py",
+    "The position study": "cnnjax/position/defaults.py",
 }
 COMMANDS = ("main", "sweep", "combine", "summary", "predict", "evaluate", "visualize", "benchmark")
 
@@ -50,7 +51,9 @@ def keys(path: pathlib.Path) -> list[tuple[str, str, str]]:
 
 
 def configuration() -> str:
-    sections = ["# Configuration keys\n\nChange any key from the command line: `--config.KEY=VALUE`.\n"]
+    sections = [
+        "# Configuration keys\n\nChange any key from the command line: `--config.KEY=VALUE`.\n"
+    ]
     for title, path in KEYS.items():
         sections.append(f"## {title}\n\nFrom `{path}`.\n")
         sections.append("| key | default | meaning |\n| --- | --- | --- |")

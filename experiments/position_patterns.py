@@ -1,14 +1,18 @@
-"""What padding does without any readout: the pattern it leaves in the features, and how often which pixel is read.
+"""What padding does without any readout: the pattern it leaves in the features, and how often which
+pixel is read.
 
-    python -m experiments.position_patterns --workdir runs/patterns [--photographs FOLDER] [--encoders resnet18 ...]
-        [--trained squeezenet1_1 FILE] [--trained resnet18 FILE layer4 fc] ...
+    python -m experiments.position_patterns --workdir runs/patterns [--photographs FOLDER]
+        [--encoders resnet18 ...] [--trained squeezenet1_1 FILE]
+        [--trained resnet18 FILE layer4 fc] ...
 
-The features of a crop of a photograph, less those of the same pixels inside the photograph, are what the padding did: how strong it
-is, how much of it all photographs share, how far it reaches, for random weights and for those of a safetensors file (followed by the
-modules that the file is known not to hold; the stages before those are then compared). Photographs are scaled and cut to the size
-that a network needs around the crop. Each seed has random weights and photographs of its own. Then, by arithmetic: which image
-sizes every strided layer reads to the same distance on both sides, and the map of how often each pixel is read. Finished cells are
-not computed again. Writes report.md, results.json, patterns.png, distances.png and reads.png.
+The features of a crop of a photograph, less those of the same pixels inside the photograph, are
+what the padding did: how strong it is, how much of it all photographs share, how far it reaches,
+for random weights and for those of a safetensors file (followed by the modules that the file is
+known not to hold; the stages before those are then compared). Photographs are scaled and cut to the
+size that a network needs around the crop. Each seed has random weights and photographs of its own.
+Then, by arithmetic: which image sizes every strided layer reads to the same distance on both sides,
+and the map of how often each pixel is read. Finished cells are not computed again. Writes
+report.md, results.json, patterns.png, distances.png and reads.png.
 """
 
 import functools
@@ -249,7 +253,8 @@ def blind_spots(folder: pathlib.Path) -> tuple[str, dict]:
     figure.colorbar(
         image,
         ax=axes,
-        label=f"reads of a pixel by {READ_BY[0]} / average,\naveraged over {_SMOOTH}x{_SMOOTH} pixels",
+        label=f"reads of a pixel by {READ_BY[0]} / average,\naveraged over {_SMOOTH}x{_SMOOTH} "
+        "pixels",
     )
     workdir.write_figure(folder / "reads.png", figure)
     return f"{sizes}\n{tables.table(['network', 'size', *_READ_FILLS], lines)}", numbers
@@ -261,13 +266,20 @@ def write(folder: pathlib.Path, cells: list[dict]) -> str:
     workdir.write_json(folder / "results.json", {"patterns": cells, "blind_spots": numbers})
     count = min(row["images"] for row in cells)
     text = (
-        "# What padding does without a readout\n\n## Patterns\n\nMean ± sample standard deviation over n seeds of photographs, "
-        f"and of weights where they are random; {count} photographs or more each. MAE is the mean absolute difference that the padding "
-        "makes, relative to the features; SNR its mean over photographs, absolute, over its standard deviation (with no pattern at "
-        f"all {0.8 / count**0.5:.2f}); shared is the part of its energy that all photographs have in common, from 0 to 1.\n\n{table}\n"
-        "![patterns](patterns.png)\n\n![distances](distances.png)\n\n## Blind spots\n\nA strided window reads a size evenly if it "
-        "leaves no row and column at the far side unread. The second table is the share of all reading, in percent, that differs "
-        "between the left and the right half; ways through skips are left out, and without padding the windows behind the one that has "
+        "# What padding does without a readout\n\n## Patterns\n\nMean ± sample standard "
+        "deviation over n seeds of photographs, "
+        f"and of weights where they are random; {count} photographs or more each. MAE is the "
+        "mean absolute difference that the padding "
+        "makes, relative to the features; SNR its mean over photographs, absolute, over its "
+        "standard deviation (with no pattern at "
+        f"all {0.8 / count**0.5:.2f}); shared is the part of its energy that all photographs "
+        f"have in common, from 0 to 1.\n\n{table}\n"
+        "![patterns](patterns.png)\n\n![distances](distances.png)\n\n## Blind spots\n\nA strided "
+        "window reads a size evenly if it "
+        "leaves no row and column at the far side unread. The second table is the share of all "
+        "reading, in percent, that differs "
+        "between the left and the right half; ways through skips are left out, and without "
+        "padding the windows behind the one that has "
         f"nothing left to read.\n\n{sizes}\n![reads](reads.png)\n"
     )
     workdir.write(folder / "report.md", text)
@@ -298,7 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         if min(map(len, parts)) < 2:
             raise ValueError(
-                f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of {len(paths)} photographs"
+                f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of "
+                f"{len(paths)} photographs"
             )
         subjects = [
             Subject(name, options.size, None, options.trained.get(name, (None, ()))[1])

@@ -1,13 +1,17 @@
-"""Rook and quadrants (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1): at the top left or at the bottom right?
+"""Rook and quadrants (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1): at the top left
+or at the bottom right?
 
-    python -m experiments.position_quadrant --workdir runs/quadrant [--photographs FOLDER] [--seeds 5] [--paddings zeros none ...]
+    python -m experiments.position_quadrant --workdir runs/quadrant [--photographs FOLDER]
+        [--seeds 5] [--paddings zeros none ...]
 
-A network that takes each channel's largest response over the whole map should not be able to tell. The rook: one trained 5x5
-convolution on two images, and how many of 1,000 untrained ones respond differently to the two. The quadrants: ResNet-18 with random
-frozen weights on photographs of 56 pixels in two corners of an empty 120x120 canvas, with a border of empty pixels around; every
-stage is read by ridge regression, trained on one half of the photographs and tested on the other. Empty is 0, the value of zero
-padding, and the authors' canvas too. Each seed has weights and photographs of its own. Finished cells are not computed again.
-Writes report.md, results.json, rook.png and quadrants.png.
+A network that takes each channel's largest response over the whole map should not be able to tell.
+The rook: one trained 5x5 convolution on two images, and how many of 1,000 untrained ones respond
+differently to the two. The quadrants: ResNet-18 with random frozen weights on photographs of 56
+pixels in two corners of an empty 120x120 canvas, with a border of empty pixels around; every stage
+is read by ridge regression, trained on one half of the photographs and tested on the other. Empty
+is 0, the value of zero padding, and the authors' canvas too. Each seed has weights and photographs
+of its own. Finished cells are not computed again. Writes report.md, results.json, rook.png and
+quadrants.png.
 """
 
 import functools
@@ -31,7 +35,8 @@ from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 ROOK_PUBLISHED = 100  # % over 5 seeds, zero padding
-# Accuracy in percent by border, ResNet-18 with random frozen weights and zero padding, as read off the paper's figure.
+# Accuracy in percent by border, ResNet-18 with random frozen weights and zero padding, as read off
+# the paper's figure.
 PUBLISHED = {0: 100.0, 16: 100.0, 32: 100.0, 64: 80.5, 128: 51.5, 256: 50.0}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 _STEPS, _RATE, _MOMENTUM = (
@@ -113,7 +118,8 @@ def kernels_that_differ(padding: str, seed: int) -> float:
 
 
 def canvases(images: np.ndarray, border: int) -> np.ndarray:
-    """Photographs uint8 [n, 56, 56, 3], normalized, at the top left of empty canvases and then at the bottom right: [2 n, side, side, 3].
+    """Photographs uint8 [n, 56, 56, 3], normalized, at the top left of empty canvases and then at
+    the bottom right: [2 n, side, side, 3].
 
     The side is 120 pixels and a border on each side.
     """
@@ -135,7 +141,8 @@ def _largest(model, variables, x, last, key):
 
 
 def largest(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[str, np.ndarray]:
-    """Each channel's largest response in every stage up to `last`, [2, n, channels]: first the canvases with the content top left."""
+    """Each channel's largest response in every stage up to `last`, [2, n, channels]: first the
+    canvases with the content top left."""
     found = []
     for start, count, batch in in_batches(x, _BATCH):
         maps = _largest(model, variables, batch, last, jax.random.key(start))
@@ -147,10 +154,11 @@ def largest(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[s
 
 
 def read_out(train: np.ndarray, test: np.ndarray) -> float:
-    """The accuracy of ridge regression that tells the first half of `test` [2, n, channels] from the second.
+    """The accuracy of ridge regression that tells the first half of `test` [2, n, channels] from
+    the second.
 
-    The strength is the one with which photographs left out of the training, at both places together, are predicted best: exactly,
-    from the one solution for all.
+    The strength is the one with which photographs left out of the training, at both places
+    together, are predicted best: exactly, from the one solution for all.
     """
     count = train.shape[1]
     train, test = (x.reshape(-1, x.shape[2]).astype(np.float64) for x in (train, test))
@@ -182,7 +190,8 @@ def _weights(seed: int) -> dict:
 
 
 def cell(padding: str, border: int, seed: int, paths: list[pathlib.Path], images: int) -> dict:
-    """One encoder: accuracy by stage, and how much the responses differ between the two places, relative to their mean."""
+    """One encoder: accuracy by stage, and how much the responses differ between the two places,
+    relative to their mean."""
     model = create_model("resnet18", padding=padding)
     stages = reachable_stages(model, _CANVAS + 2 * border)
     chosen = np.random.default_rng(seed).permutation(len(paths))[:images]
@@ -324,12 +333,16 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
     )
     workdir.write_json(folder / "results.json", {"rook": rook, "quadrants": cells})
     text = (
-        "# Rook and quadrants\n\nMean ± sample standard deviation over n seeds; chance is 50 %. Published: Kayhan and van Gemert 2020, "
-        f"with 2,000 photographs (here {cells[0]['images']} of each seed, half of them to train on), whose networks' "
+        "# Rook and quadrants\n\nMean ± sample standard deviation over n seeds; chance is 50 %. "
+        "Published: Kayhan and van Gemert 2020, "
+        f"with 2,000 photographs (here {cells[0]['images']} of each seed, half of them to train "
+        "on), whose networks' "
         "BatchNorm took statistics of the canvases, while these are as initialized.\n\n## Rook\n\n"
         f"{sections[0]}\n![rook](rook.png)\n\n## Quadrants, % correct\n\n"
-        "A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 pixels apart, a whole number of steps "
-        "of every stage. Circular padding hides the place only where the canvas is a whole number of steps wide too: 120 pixels are 15 "
+        "A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 "
+        "pixels apart, a whole number of steps "
+        "of every stage. Circular padding hides the place only where the canvas is a whole "
+        "number of steps wide too: 120 pixels are 15 "
         f"steps of layer2, 7.5 of layer3.\n\n{sections[1]}\n![quadrants](quadrants.png)\n"
     )
     workdir.write(folder / "report.md", text)
@@ -362,7 +375,8 @@ def main(arguments: list[str] | None = None) -> int:
         images = min(options.images, len(paths))
         if images < 4:
             raise ValueError(
-                f"photographs={options.photographs!r} has {images} photographs; at least 4 are needed"
+                f"photographs={options.photographs!r} has {images} photographs; at least 4 are "
+                "needed"
             )
         folder = workdir.prepare(
             options.workdir, {"photographs": options.photographs, "images": images}

@@ -1,14 +1,17 @@
-"""Red/Green (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2): is told apart by place what differs in order?
+"""Red/Green (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2): is told apart by place
+what differs in order?
 
-    python -m experiments.position_redgreen --workdir runs/redgreen [--seeds 10] [--paddings none zeros circular full ...]
-        [--splits own|published]
+    python -m experiments.position_redgreen --workdir runs/redgreen [--seeds 10]
+        [--paddings none zeros circular full ...] [--splits own|published]
 
-Two boxes in a 32x32 image: red left of green in its upper part is one class, green left of red in its lower part the other. The
-test is on images like these, and on dissimilar ones whose rows are exchanged: a network that learned the order is as right there,
-one that learned the place is wrong. Training, validation and test images are drawn with seeds of their own. In the authors' code
-(github.com/oskyhn/CNNs-Without-Borders, Exp2_Red_Green) they have one seed, so that validation and similar test are the first of the
-training images, and the same for all networks: `--splits published` does so, and its figures are what to hold theirs against.
-Writes report.md, redgreen.json and redgreen.png.
+Two boxes in a 32x32 image: red left of green in its upper part is one class, green left of red in
+its lower part the other. The test is on images like these, and on dissimilar ones whose rows are
+exchanged: a network that learned the order is as right there, one that learned the place is wrong.
+Training, validation and test images are drawn with seeds of their own. In the authors' code
+(github.com/oskyhn/CNNs-Without-Borders, Exp2_Red_Green) they have one seed, so that validation and
+similar test are the first of the training images, and the same for all networks: `--splits
+published` does so, and its figures are what to hold theirs against. Writes report.md, redgreen.json
+and redgreen.png.
 """
 
 import functools
@@ -26,7 +29,8 @@ from cnnjax.nn import FILLS, Conv, Dense
 from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
-# Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10 seeds.
+# Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10
+# seeds.
 PUBLISHED = {
     "none": ((100.0, 0.0), (0.2, 0.1)),
     "zeros": ((99.8, 0.1), (8.4, 0.7)),
@@ -34,13 +38,16 @@ PUBLISHED = {
     "full": ((89.7, 0.5), (89.7, 0.5)),
 }
 _SPLITS = {
-    "own": "Every network has images of its own, and those of validation and test are drawn anew, where the published figures "
+    "own": "Every network has images of its own, and those of validation and test are drawn "
+    "anew, where the published figures "
     "are of training images.",
-    "published": "As in the authors' code, all networks have the same images, and those of validation and of the similar test are "
+    "published": "As in the authors' code, all networks have the same images, and those of "
+    "validation and of the similar test are "
     "training images.",
 }
-# The recipe of its code: Adadelta of rate 1 and decay 5e-5, batches of 200 in the same order in every epoch, at most 50 epochs; the
-# weights of the lowest validation loss are tested, and 9 epochs without a lower one end the training.
+# The recipe of its code: Adadelta of rate 1 and decay 5e-5, batches of 200 in the same order in
+# every epoch, at most 50 epochs; the weights of the lowest validation loss are tested, and 9 epochs
+# without a lower one end the training.
 _SIZE, _BOX, _TRAIN, _TEST, _BATCH, _EPOCHS, _PATIENCE, _RATE, _DECAY = (
     32,
     4,
@@ -52,11 +59,10 @@ _SIZE, _BOX, _TRAIN, _TEST, _BATCH, _EPOCHS, _PATIENCE, _RATE, _DECAY = (
     1.0,
     5e-5,
 )
-_TOPS, _LEFT, _APART = (
-    (7, 23),
-    10,
-    5,
-)  # the boxes' first rows, less 4 to plus 3; columns of the left one; least distance of the right one
+# The boxes' first rows, less 4 to plus 3; columns of the left one; least distance of the right one.
+_TOPS = (7, 23)
+_LEFT = 10
+_APART = 5
 
 
 class Net(nn.Module):
@@ -74,7 +80,8 @@ class Net(nn.Module):
 def draw(
     generator: np.random.Generator, count: int, dissimilar: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images [count, 32, 32, 3] of 0 and 1, and labels, in turns: 0 where red is on the left, above, or below if `dissimilar`."""
+    """Images [count, 32, 32, 3] of 0 and 1, and labels, in turns: 0 where red is on the left,
+    above, or below if `dissimilar`."""
     labels = np.arange(count) % 2
     rows = np.where((labels == 1) != dissimilar, _TOPS[1], _TOPS[0])[:, None] + generator.integers(
         -4, 4, (count, 2)
@@ -91,7 +98,8 @@ def draw(
 
 @functools.partial(jax.jit, static_argnames="padding")
 def _run(padding, key, train, validation, tests):
-    """Trains one network with early stopping -> its accuracies on the tests, and the epochs it took."""
+    """Trains one network with early stopping -> its accuracies on the tests, and the epochs it
+    took."""
     model, optimizer = (
         Net(padding),
         optax.chain(optax.add_decayed_weights(_DECAY), optax.adadelta(_RATE)),
@@ -204,7 +212,8 @@ def write(folder: pathlib.Path, rows: list[dict], splits: str) -> str:
     )
     workdir.write_json(folder / "redgreen.json", rows)
     text = (
-        "# Red/Green\n\nAccuracy, mean ± sample standard deviation over networks, which begin from weights of their own. "
+        "# Red/Green\n\nAccuracy, mean ± sample standard deviation over networks, which begin "
+        "from weights of their own. "
         f"Published: Kayhan and van Gemert 2020. {_SPLITS[splits]}\n\n"
     )
     workdir.write(folder / "report.md", f"{text}{table}\n![Red/Green](redgreen.png)\n")

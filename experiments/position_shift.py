@@ -1,12 +1,16 @@
-"""Does a readout of position follow the frame or the content? It is fitted as in the position study; then the content is moved.
+"""Does a readout of position follow the frame or the content? It is fitted as in the position
+study; then the content is moved.
 
-    python -m experiments.position_shift --workdir runs/position_shift [--photographs FOLDER] [--seeds 3] [--paddings zeros ...]
+    python -m experiments.position_shift --workdir runs/position_shift
+        [--photographs FOLDER] [--seeds 3] [--paddings zeros ...]
 
-The encoders have random weights. A window moves over a photograph it has not seen: the frame stays, the content wanders through it. Or
-a piece of a photograph wanders over a gray image. The map of H that is predicted, averaged over rows, is regressed on a pixel's place
-in the frame and on its place in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the absolute
-position has (1, 0); one that goes by content has (0, 1): its prediction changes by as much as the content has moved; one that
-knows nothing has (0, 0). A cell that is finished is not computed again. Writes report.md, shift.json and shift.png.
+The encoders have random weights. A window moves over a photograph it has not seen: the frame stays,
+the content wanders through it. Or a piece of a photograph wanders over a gray image. The map of H
+that is predicted, averaged over rows, is regressed on a pixel's place in the frame and on its place
+in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the
+absolute position has (1, 0); one that goes by content has (0, 1): its prediction changes by as much
+as the content has moved; one that knows nothing has (0, 0). A cell that is finished is not computed
+again. Writes report.md, shift.json and shift.png.
 """
 
 import itertools
@@ -41,16 +45,18 @@ KINDS = ("photograph", "object")
 
 
 def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Moved content, uint8 [shifts, size, size, 3] by kind: in each image it lies further to the left by its shift.
+    """Moved content, uint8 [shifts, size, size, 3] by kind: in each image it lies further to the
+    left by its shift.
 
-    "photograph": windows of its middle. "object": the middle of the first window, on gray. Raises `ValueError` for a photograph
-    that is too small.
+    "photograph": windows of its middle. "object": the middle of the first window, on gray. Raises
+    `ValueError` for a photograph that is too small.
     """
     image, width = photographs.read_image(path), _SIZE + _SHIFTS[-1]
     top, left = ((has - needs) // 2 for has, needs in zip(image.shape, (_SIZE, width)))
     if min(top, left) < 0:
         raise ValueError(
-            f"photographs: {path} is {image.shape[0]}x{image.shape[1]}, smaller than {_SIZE}x{width}"
+            f"photographs: {path} is {image.shape[0]}x{image.shape[1]}, smaller than "
+            f"{_SIZE}x{width}"
         )
     strip, low = image[top : top + _SIZE, left : left + width], (_SIZE - _OBJECT) // 2
     objects = np.full((len(_SHIFTS), _SIZE, _SIZE, 3), 128, np.uint8)
@@ -66,9 +72,11 @@ def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
-    """How predicted maps [shifts, size, size] of one scene change with a pixel's place in the frame and with its place in the scene.
+    """How predicted maps [shifts, size, size] of one scene change with a pixel's place in the frame
+    and with its place in the scene.
 
-    Least squares over all pixels of a photograph, or over those of the object. 1 is as much as H changes.
+    Least squares over all pixels of a photograph, or over those of the object. 1 is as much as H
+    changes.
     """
     low = (_SIZE - _OBJECT) // 2
     rows = maps.mean(1) if kind == "photograph" else maps[:, low : low + _OBJECT].mean(1)
@@ -85,7 +93,8 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
 def cell(
     encoder: str, padding: str, stages: list[str], seed: int, paths: list[pathlib.Path]
 ) -> dict:
-    """One encoder with random weights: R2 of the windows of unseen photographs, and the slopes of each scene."""
+    """One encoder with random weights: R2 of the windows of unseen photographs, and the slopes of
+    each scene."""
     parts = photographs.split(paths, _PARTS, seed)
     images = [
         photographs.crops(part, count, _SIZE, 2 * seed + number)
@@ -205,11 +214,13 @@ def write(folder: pathlib.Path, rows: list[dict]) -> str:
         folder / "report.md",
         f"""# Does the readout follow the frame or the content?
 
-Random weights, exact readout of H, images of {_SIZE} px whose content moves by {_SHIFTS[0]} to {_SHIFTS[-1]} px. Mean ± sample standard
-deviation over scenes, each a photograph that was not fitted to, read by one of the encoders. Frame 1 and scene 0: the readout
-knows the absolute position. Frame 0 and scene 1: it goes by content, and its prediction moves with it. R2 is that of H on the
-moving windows: near 0 or below, there is little that could follow anything. On the object, "frame" is how the prediction on it
-changes as it moves, and "scene" how it changes from its left to its right: its edges against the gray are content as well.
+Random weights, exact readout of H, images of {_SIZE} px whose content moves by {_SHIFTS[0]} to
+{_SHIFTS[-1]} px. Mean ± sample standard deviation over scenes, each a photograph that was not
+fitted to, read by one of the encoders. Frame 1 and scene 0: the readout knows the absolute
+position. Frame 0 and scene 1: it goes by content, and its prediction moves with it. R2 is that of H
+on the moving windows: near 0 or below, there is little that could follow anything. On the object,
+"frame" is how the prediction on it changes as it moves, and "scene" how it changes from its left to
+its right: its edges against the gray are content as well.
 
 {table}
 ![Predicted H as the content moves](shift.png)

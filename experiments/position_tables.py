@@ -1,15 +1,19 @@
-"""The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the paper's numbers.
+"""The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the
+paper's numbers.
 
-    python -m experiments.position_tables [main kernels depth stages readout_padding encoder_padding controls weights photographs]
-        --workdir runs/tables [--photographs FOLDER] [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
+    python -m experiments.position_tables [main kernels depth stages readout_padding
+        encoder_padding controls weights photographs] --workdir runs/tables [--photographs FOLDER]
+        [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
         [--set KEY=VALUE ...]
 
-All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys changed); those that are finished are
-not run again, and what an encoder gave is kept in `features/` for the others. `--set` changes any key of that configuration
-for all of them. The paper's networks have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
-own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to be fitted to. ImageNet weights come
-from the Hugging Face hub, or for the networks named by `--trained` from a safetensors file with torchvision's names, followed by the
-modules that it is known to lack. Writes NAME.md and NAME.json.
+All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys
+changed); those that are finished are not run again, and what an encoder gave is kept in `features/`
+for the others. `--set` changes any key of that configuration for all of them. The paper's networks
+have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
+own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to
+be fitted to. ImageNet weights come from the Hugging Face hub, or for the networks named by
+`--trained` from a safetensors file with torchvision's names, followed by the modules that it is
+known to lack. Writes NAME.md and NAME.json.
 """
 
 import argparse
@@ -30,7 +34,8 @@ from configs import posenet
 
 
 class Row(NamedTuple):
-    """A line of a table: a study's keys, the row of its results that is shown, and what the paper prints for it, by target and data."""
+    """A line of a table: a study's keys, the row of its results that is shown, and what the paper
+    prints for it, by target and data."""
 
     label: str
     changes: dict
@@ -52,7 +57,8 @@ _ALL, _DATA = "H V G HS VS", "natural black white noise"
 
 
 def _study(encoder: str = "vgg16", paddings: tuple[str, ...] = ("zeros",), **keys) -> dict:
-    """A study's keys: one encoder, or none for the image alone, under these paddings with both readouts; a 3x3 readout unless told."""
+    """A study's keys: one encoder, or none for the image alone, under these paddings with both
+    readouts; a 3x3 readout unless told."""
     return {
         "encoders": (encoder,) if encoder else (),
         "paddings": paddings,
@@ -262,7 +268,8 @@ for _name, _row in _rows():
 
 
 def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDict:
-    """The configuration of a row's study. Raises `ValueError` for a key that it does not have or a value of another type."""
+    """The configuration of a row's study. Raises `ValueError` for a key that it does not have or a
+    value of another type."""
     config = posenet.get_config()
     config.photographs, config.weights, config.seeds = (
         options.photographs,
@@ -278,7 +285,8 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
         key, _, text = setting.partition("=")
         if key not in config:
             raise ValueError(
-                f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has {', '.join(sorted(config))}"
+                f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has "
+                f"{', '.join(sorted(config))}"
             )
         try:
             config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
@@ -316,7 +324,8 @@ def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
                     cells.append("")
                     continue
                 cells.append(
-                    f"{entry['spc']:.3f} ± {entry['spc_std'] or 0:.3f} / {entry['mae']:.3f} / {entry['r2']:.2f}"
+                    f"{entry['spc']:.3f} ± {entry['spc_std'] or 0:.3f} / {entry['mae']:.3f} / "
+                    f"{entry['r2']:.2f}"
                 )
                 values.append(entry | {"row": row.label, "paper": paper})
             printed = f"{paper[0]:.3f} / {paper[1]:.3f}" if paper else ""
@@ -348,7 +357,8 @@ def write(name: str, options: argparse.Namespace, table: str, values: list[dict]
     """Writes a table's values and its page; returns the table."""
     workdir.write_json(options.workdir / f"{name}.json", values)
     text = (
-        f"# {name}\n\nStd is over images and seeds together; stripes span 0 to 1, for which the paper's errors are halved. SPC is "
+        f"# {name}\n\nStd is over images and seeds together; stripes span 0 to 1, for which the "
+        "paper's errors are halved. SPC is "
         "blind to amplitude: read R2, the share of variance explained, beside it.\n\n"
     )
     workdir.write(options.workdir / f"{name}.md", text + table)
@@ -384,7 +394,8 @@ def main(arguments: list[str] | None = None) -> int:
         }
         if unread := sorted(set(options.trained) - encoders):
             raise ValueError(
-                f"trained={unread[0]} is not an encoder of the tables, which are {', '.join(sorted(encoders))}"
+                f"trained={unread[0]} is not an encoder of the tables, which are "
+                f"{', '.join(sorted(encoders))}"
             )
         studies = {
             name: [configure(row, options) for row in TABLES[name]]

@@ -1,13 +1,16 @@
-"""Does training add or remove position, and does padding matter for the task? A small ConvNet under each fill, probed as it learns.
+"""Does training add or remove position, and does padding matter for the task? A small ConvNet under
+each fill, probed as it learns.
 
-    python -m experiments.position_training --data_dir data --workdir runs/position_training [--seeds 3] [--epochs 8] [--paddings zeros ...]
-        [--network resnet18] [--enlarge 2]
+    python -m experiments.position_training --data_dir data --workdir runs/position_training
+        [--seeds 3] [--epochs 8] [--paddings zeros ...] [--network resnet18] [--enlarge 2]
 
-The network has four convolutions unless another is named. Those of one seed start from the same weights and see the same batches;
-only their padding differs. They are trained on the middle 24x24 px of CIFAR-10, so that a shift by 4 px in both directions brings in
-real pixels and needs no filling; `--enlarge 2` makes 2x2 pixels of each, for networks that leave too little of so small an image. At
-epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and on a black one. A cell that is
-finished is not computed again. Writes report.md, training.json and training.png.
+The network has four convolutions unless another is named. Those of one seed start from the same
+weights and see the same batches; only their padding differs. They are trained on the middle 24x24
+px of CIFAR-10, so that a shift by 4 px in both directions brings in real pixels and needs no
+filling; `--enlarge 2` makes 2x2 pixels of each, for networks that leave too little of so small an
+image. At epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test
+images and on a black one. A cell that is finished is not computed again. Writes report.md,
+training.json and training.png.
 """
 
 import functools
@@ -44,7 +47,8 @@ _RATE, _BATCH, _TEST_BATCH = 2e-3, 100, 200
 
 
 class Net(Network):
-    """3x3 convolutions of (features, stride), stages `conv1`, `conv2`, ..., and a linear layer on their global average."""
+    """3x3 convolutions of (features, stride), stages `conv1`, `conv2`, ..., and a linear layer on
+    their global average."""
 
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (_SIZE, _SIZE, 3)
@@ -77,7 +81,8 @@ def trained(
     batch: int = _BATCH,
     momentum: float = 0.9,
 ) -> Iterator[dict]:
-    """Trains with Adam, its rate falling to 0 in a straight line: yields the variables before the first and after every epoch.
+    """Trains with Adam, its rate falling to 0 in a straight line: yields the variables before the
+    first and after every epoch.
 
     They are there until the next are asked for, which take over their memory.
     """
@@ -107,7 +112,8 @@ def _classes(model, variables, images, key):
 
 
 def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
-    """The class of each uint8 image; every batch has random numbers of its own, for networks that draw some."""
+    """The class of each uint8 image; every batch has random numbers of its own, for networks that
+    draw some."""
     starts = range(0, len(images), _TEST_BATCH)
     return np.concatenate(
         [
@@ -118,7 +124,8 @@ def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
 
 
 def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """32x32 images -> their middles [n, 24, 24, 3], and these shifted by 4 px in both directions, to each corner [4, n, 24, 24, 3].
+    """32x32 images -> their middles [n, 24, 24, 3], and these shifted by 4 px in both directions,
+    to each corner [4, n, 24, 24, 3].
 
     Every pixel of both becomes `enlarge` x `enlarge`.
     """
@@ -131,7 +138,8 @@ def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarra
 
 
 def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[dict]:
-    """What the exact readout finds of H and V in every stage of a frozen network, and in all together; None is the image itself."""
+    """What the exact readout finds of H and V in every stage of a frozen network, and in all
+    together; None is the image itself."""
     everything = np.concatenate([images[: sum(_PROBE)], np.zeros((1, *images.shape[1:]), np.uint8)])
     if model is None:
         named = {"image": image_features(everything)}
@@ -157,7 +165,8 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
 
 
 def network(name: str, padding: str, size: int) -> Network:
-    """The network of four layers or a registered one, for images of `size`. Raises `ValueError` if nothing is left of them in it."""
+    """The network of four layers or a registered one, for images of `size`. Raises `ValueError` if
+    nothing is left of them in it."""
     shape = (size, size, 3)
     model = (
         create_model(name, num_classes=10, padding=padding, input_shape=shape)
@@ -177,7 +186,8 @@ def cell(
     tests: int,
     enlarge: int,
 ) -> dict:
-    """One network: trained on `count` images of its seed's choice, probed on its way, tested in place and shifted."""
+    """One network: trained on `count` images of its seed's choice, probed on its way, tested in
+    place and shifted."""
     chosen = np.random.default_rng(seed).permutation(len(data.train.labels))[:count]
     train = arrays.Split(windows(data.train.images[chosen], enlarge)[0], data.train.labels[chosen])
     middle, shifted = windows(data.test.images, enlarge)
@@ -320,9 +330,10 @@ def write(
         folder / "report.md",
         f"""# Position before and after training
 
-{name}, CIFAR-10, {train:,} training images of {size}x{size} px{enlarged}, {epochs[-1]} epochs; mean ± sample standard deviation over
-seeds. R2 is the share of the variance of H (left to right) and V (top to bottom) that the exact readout explains: of all stages
-together on unseen test images, and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted
+{name}, CIFAR-10, {train:,} training images of {size}x{size} px{enlarged}, {epochs[-1]} epochs;
+mean ± sample standard deviation over seeds. R2 is the share of the variance of H (left to right)
+and V (top to bottom) that the exact readout explains: of all stages together on unseen test images,
+and on a black one. Read from the image itself it is: {alone}. "Same answer" is the share of shifted
 images that are given the class of the unshifted one.
 
 {table}

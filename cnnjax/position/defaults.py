@@ -6,23 +6,33 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
     """The configuration of a study on random weights."""
     config = ml_collections.ConfigDict()
+    # What the configuration is for: "position".
     config.kind = "position"
+    # Names of registered networks.
     config.encoders = ("vgg16", "resnet18")
-    # Or "imagenet", or the path of a safetensors or .pth file.
+    # "random", "imagenet", or the path of a safetensors or .pth file.
     config.weights = "random"
     # Top-level modules that the file is known not to hold, such as ("layer4", "fc").
     config.missing = ()
+    # The fills that are compared: names of `cnnjax.nn.padding`.
     config.paddings = ("zeros", "none", "reflect", "replicate", "circular")
     # Empty: all stages that every padding reaches.
     config.stages = ()
+    # Position maps: "H", "V", "G", "HS", "VS".
     config.targets = ("H", "V", "G", "HS", "VS")
+    # Images that readouts are scored on.
     config.data = ("natural", "black", "white", "noise")
     # A folder; empty: the photographs that scikit-image and scikit-learn carry.
     config.photographs = ""
+    # Height and width of the crops, in pixels.
     config.image_size = 224
+    # Photograph crops that readouts are fitted to.
     config.n_train = 24
+    # Photograph crops that the strength of the exact readout is chosen on.
     config.n_held_out = 6
+    # Photograph crops to score on.
     config.n_test = 12
+    # Noise images to score on.
     config.n_noise = 2
     # "imagenet": standardized by its mean and deviation. "unit": from 0 to 1, where black is what
     # zero padding fills with.
@@ -33,16 +43,21 @@ def get_config() -> ml_collections.ConfigDict:
     config.mirrored = False
     # A control that must fail: train towards targets whose pixels are shuffled.
     config.shuffled = False
+    # Height and width of the readout's convolution.
     config.kernel = 1
     # Convolutions of the authors' readout, and the channels between them; 0 channels: as many as
     # the features have, as in the authors' code.
     config.depth = 1
+    # Channels between the convolutions of the authors' readout; 0 for as many as the features have.
     config.hidden = 0
     # Zeros around the features, on each side.
     config.readout_padding = 0
     # Paddings for which the authors' readout is trained beside the exact one.
     config.sgd_paddings = ("zeros", "none")
+    # Steps of the authors' readout.
     config.sgd_steps = 540
+    # Repetitions, each with weights, photographs, and crops of its own.
     config.seeds = 3
+    # The first seed.
     config.seed = 0
     return config

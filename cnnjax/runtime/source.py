@@ -11,7 +11,6 @@ import traceback
 import types
 from collections.abc import Iterator
 
-
 # The user's file whose code is running. A network that a file registers is later found by this
 # file, which `register` cannot ask for as an argument: its callers do not know that they are
 # imported.

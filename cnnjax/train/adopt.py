@@ -40,17 +40,25 @@ def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         for key, value in missing.items():
             if config[key] == current[key]:
                 config[key] = value
-        _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         recorded |= missing
-        workdir.write_json(path, recorded)
+        # The record of a run that will be refused stays as it is.
+        if _differences(recorded, config) <= {"epochs", "model"}:
+            _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
+            workdir.write_json(path, recorded)
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
 
 
+def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
+    """The keys in which a recorded configuration differs from the one to be run."""
+    # As it will be recorded: tuples are lists.
+    now = json.loads(json.dumps(config.to_dict()))
+    return {key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key)}
+
+
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     """Whether only epochs differ, and the rates of the shorter run begin those of the longer."""
-    now = json.loads(json.dumps(config.to_dict()))
-    if recorded | {"epochs": config.epochs} != now or recorded["epochs"] >= config.epochs:
+    if _differences(recorded, config) != {"epochs"} or recorded["epochs"] >= config.epochs:
         return False
     # That does not depend on how many steps an epoch has.
     shorter = learning_rates(config.schedule, 10, recorded["epochs"])

@@ -1,5 +1,4 @@
-"""The keys that every training configuration has; a file in configs/ changes the ones that make it
-what it is."""
+"""The keys of every training configuration; a file in configs/ changes those that define it."""
 
 import itertools
 from typing import Any
@@ -30,75 +29,112 @@ BEFORE = {"final_weights": "last", "early_stopping": 0}
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Return the default configuration of training."""
     config = ml_collections.ConfigDict()
+    # What the configuration is for: "train".
     config.kind = "train"
+
+    # ---- Network
+    # The name of a registered network, FILE.py:NAME, or package.module:NAME.
     config.model = "lenet"
-    config.model_fields = ml_collections.ConfigDict(
-        {"padding": "zeros"}
-    )  # fields of the model, such as dropout
-    # A safetensors or .pth file with torchvision's names, or a finished run's work directory.
+    # Fields of the network, such as padding or dropout.
+    config.model_fields = ml_collections.ConfigDict({"padding": "zeros"})
+    # A safetensors or .pth file with torchvision's names, or a finished run's work directory;
+    # empty for random weights.
     config.initial_weights = ""
-    # The parts of them, by stage or by a pattern of names ("features.*"); () is all but the head.
+    # The parts to take from it: stages, or patterns of names ("features.*"); () for all but the
+    # head.
     config.initial_parts = ()
-    config.freeze = ()  # parts that stay as they are, their BatchNorm in evaluation mode
+    # Parts that stay fixed, their BatchNorm in evaluation mode.
+    config.freeze = ()
     # Pairs of a part and a factor of its learning rate: (("conv1", 0.1),); the last pair counts.
     config.rates = ()
-    config.dtype = "float32"  # of the computation, or "bfloat16"; parameters are float32
+    # The type of the computation: "float32" or "bfloat16". Parameters are float32.
+    config.dtype = "float32"
 
-    # Or cifar10, cifar100, mnist, fashion_mnist, camvid, camvid_scenes, tfds:NAME, folder,
-    # FILE.npz; "cifar10[:12000]" is its first 12,000 training images and the whole test set.
+    # ---- Data
+    # "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "camvid", "camvid_scenes",
+    # "folder", "tfds:NAME", or FILE.npz; "cifar10[:12000]" is its first 12,000 training images and
+    # the whole test set.
     config.dataset = "digits"
-    config.data_dir = (
-        ""  # the folder of the original files; they are downloaded where they are absent
-    )
-    config.n_validation = (
-        0  # training images held out, of which the plateau rule and the best checkpoint are chosen
-    )
-    config.image_size = 224  # of streamed data sets (tfds:NAME, folder)
-    config.resize = 256  # their shorter side before the crop; 0 for crops of random area and aspect
-    config.workers = 2  # processes that decode them; 0 decodes in the training process
-    # True counts and names training images that cannot be decoded, and takes the next instead;
-    # False ends the run.
+    # The folder of the data set's files; small data sets are downloaded where they are absent.
+    config.data_dir = ""
+    # Training images to hold out for validation; 0 for none, or for a data set's own.
+    config.n_validation = 0
+    # Height and width of streamed images (folder, tfds:NAME), in pixels.
+    config.image_size = 224
+    # The shorter side of streamed images before the crop, in pixels; 0 for crops of random area
+    # and aspect.
+    config.resize = 256
+    # Processes that decode streamed images; 0 decodes in the training process.
+    config.workers = 2
+    # Whether training images that cannot be decoded are counted, named, and replaced by the next;
+    # otherwise they end the run.
     config.skip_damaged = False
     # "standardised" uses the data's mean and deviation, "imagenet" those of ImageNet; "centred"
     # leaves 0 to 255 minus the data's mean.
     config.pixels = "standardised"
+    # flip: mirror half of the images. crop: pixels to shift by. fill: "zeros" or "reflect", of the
+    # crop's border. cutout: the side of a black square. colour: deviation of the color shift.
     config.augment = ml_collections.ConfigDict(
         {"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0}
     )
+    # Both parameters of mixup's Beta distribution; 0 for none.
     config.mixup = 0.0
-    config.test_views = 1  # or 2 with the mirror image, or 10 with corners
+    # Views of a test image that are averaged: 1, 2 with the mirror image, or 10 with corners.
+    config.test_views = 1
 
-    # Or "pixelwise" for masks (camvid), "sigmoid" for several classes an image (camvid_scenes).
+    # ---- Loss and optimizer
+    # "cross_entropy", "pixelwise" for masks (camvid), or "sigmoid" for several classes an image
+    # (camvid_scenes).
     config.loss = "cross_entropy"
+    # The share of the probability that is spread over all classes.
     config.label_smoothing = 0.0
+    # "sgd", "nesterov", "adam", "adamw", or "muon".
     config.optimizer = "sgd"
+    # Momentum of SGD, and the first decay rate of Adam.
     config.momentum = 0.9
+    # The factor of the L2 penalty, or of decoupled decay in "adamw" and "muon".
     config.weight_decay = 0.0
-    config.decay_all = True  # False spares biases and normalization
+    # Whether biases and normalization decay, too.
+    config.decay_all = True
+    # name: "constant", "step", "cosine", "restarts", or "plateau"; SCHEDULE above has the other
+    # keys.
     config.schedule = ml_collections.ConfigDict(
         {"name": "constant", **SCHEDULE, "learning_rate": 0.1}
     )
-    config.ema_decay = 0.0  # of the average of the parameters that is then evaluated; 0 for none
-    config.accumulate = 1  # parts that each device's batch is computed in
-    # str: the weights that are scored and kept. "best" is the epoch of the smallest validation
-    # error, where there is a validation set; "last" is the end of training.
+    # Decay of the average of the parameters that is scored and saved; 0 for none.
+    config.ema_decay = 0.0
+    # Parts that each device's batch is computed in, one after the other.
+    config.accumulate = 1
+    # The weights that are scored and saved: "best" for those of the smallest validation error,
+    # where there are validation images; "last" for the end of training.
     config.final_weights = "best"
-    # int: training ends after so many epochs without a smaller validation error; 0 never ends
-    # early.
+    # Epochs without a smaller validation error after which training ends; 0 never ends it early.
     config.early_stopping = 0
+    # Epochs to train. More epochs than a finished run has continue it.
     config.epochs = 10
+    # Images of a step, over all devices.
     config.batch_size = 128
+    # The seed of weights, order, augmentation, and dropout.
     config.seed = 0
 
-    config.parallel = "auto"  # jit on one device, pmap on many; or jit, pmap, shard_map
-    config.sync_batch_norm = True  # statistics over all devices
+    # ---- Devices and checkpoints
+    # "auto" is jit on one device and pmap on several; or "jit", "pmap", "shard_map".
+    config.parallel = "auto"
+    # Whether BatchNorm takes its statistics over all devices.
+    config.sync_batch_norm = True
+    # Steps between checkpoints; one is also written when the validation error falls, and at the
+    # end.
     config.checkpoint_every_steps = 1000
+    # The number of last checkpoints to keep, besides the best.
     config.keep_checkpoints = 2
     return config
 
 
 def product(axes: dict) -> list[dict]:
-    """Every combination of the axes' values, as overrides: {"schedule.learning_rate": (0.1, 0.2),
-    "seed": range(5)} -> ten."""
+    """Return every combination of the axes' values, as overrides.
+
+    {"schedule.learning_rate": (0.1, 0.2), "seed": range(5)} gives ten.
+    """
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]

@@ -1,0 +1,25 @@
+"""Training on a folder of your own images: one folder per class, below train/ and val/.
+
+    python -m cnnjax.main --config configs/folder.py --config.data_dir=FOLDER --workdir runs/mine
+
+A narrow VGG with BatchNorm on crops of 128 pixels, small enough for a laptop. With few images,
+start from ImageNet's weights instead: `--config.model=resnet18 --config.initial_weights=FILE
+--config.pixels=imagenet`.
+"""
+
+from cnnjax.train import defaults
+
+
+def get_config():
+    config = defaults.get_config()
+    config.model = "scene_net"
+    config.dataset = "folder"
+    config.image_size = 128
+    config.resize = 144
+    config.augment.flip = True
+    config.optimizer = "adamw"
+    config.weight_decay = 1e-4
+    config.schedule.update({"name": "cosine", "learning_rate": 0.002})
+    config.batch_size = 16
+    config.epochs = 20
+    return config
