@@ -17,6 +17,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.train import defaults, evaluate, loop
+from cnnjax.train import run as training_run
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import build_run
 from experiments import multilabel, segmentation
@@ -361,7 +362,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
     )
     for name, value in (("_RING", 4), ("_SHOWN", (1, 5))):
         monkeypatch.setattr(segmentation, name, value)
-    monkeypatch.setattr(loop, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
     arguments = [
         "--workdir",
         str(tmp_path),
@@ -396,7 +397,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
 
 
 def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
-    monkeypatch.setattr(loop, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
     file = tmp_path / "weights.safetensors"
     weights.save_torchvision(
