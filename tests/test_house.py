@@ -78,5 +78,6 @@ def test_nothing_imports_another_framework():
                     names = [node.module]
                 roots = {name.split(".")[0] for name in names}
                 assert "tensorflow" not in roots, path
-                # The benchmark's other side is PyTorch.
-                assert "torch" not in roots or "benchmark" in path.parts, path
+                # What is measured against PyTorch imports it, when it is asked to.
+                is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
+                assert "torch" not in roots or is_comparison, path
