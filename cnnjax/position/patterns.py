@@ -127,11 +127,9 @@ class Strength(NamedTuple):
 
     - `mae`, `rms`: mean absolute and root mean square difference, over those of the features.
     - `snr`: mean absolute mean over images of a difference, over their mean standard deviation;
-    about
-        0.8 / sqrt(n) for n images without any pattern.
+        about 0.8 / sqrt(n) for n images without any pattern.
     - `shared`: share of the differences' energy that all images have in common, without that bias:
-    1
-        if every image has the same difference, 0 if they have nothing in common.
+        1 if every image has the same difference, 0 if they have nothing in common.
     - `profile`: [distances], `rms` by the distance to the border in positions.
     - `pattern`: [height, width], root mean square over channels of the mean difference, relative as
         `rms`.
