@@ -16,8 +16,13 @@ Report = Callable[[str, nn.Module, Any], None]
 
 
 def with_local_fill(model: nn.Module) -> nn.Module:
-    """Returns the network, padded with zeros if its own fill reads the whole map."""
-    return model.clone(padding="zeros") if model.padding in _WHOLE_MAP_FILLS else model
+    """Returns the network, padded with zeros if its own fill reads the whole map.
+
+    A module without a field `padding`, such as a single block, is returned as it is.
+    """
+    if getattr(model, "padding", None) in _WHOLE_MAP_FILLS:
+        return model.clone(padding="zeros")
+    return model
 
 
 def trace(function: Callable, *arguments, report: Report | None = None):
