@@ -1,24 +1,26 @@
-"""What padding does without any readout: the pattern it leaves in the features, and how often which
-pixel is read.
+"""What does padding do without any readout?
 
     python -m experiments.position_patterns --workdir runs/patterns [--photographs FOLDER]
         [--encoders resnet18 ...] [--trained squeezenet1_1 FILE]
         [--trained resnet18 FILE layer4 fc] ...
 
-The features of a crop of a photograph, less those of the same pixels inside the photograph, are
-what the padding did: how strong it is, how much of it all photographs share, how far it reaches,
-for random weights and for those of a safetensors file (followed by the modules that the file is
-known not to hold; the stages before those are then compared). Photographs are scaled and cut to the
-size that a network needs around the crop. Each seed has random weights and photographs of its own.
+First, the pattern that padding leaves in the features. A crop's features, less those of the same
+pixels inside the whole photograph, are what the padding did: how strong it is, how much of it all
+photographs share, how far it reaches. The weights are random, or those of a safetensors file
+followed by the modules that the file lacks; only the stages before those modules are compared.
+Photographs are scaled and cut to the size that a network needs around the crop. Each seed has
+random weights and photographs of its own.
+
 Then, by arithmetic: which image sizes every strided layer reads to the same distance on both sides,
-and the map of how often each pixel is read. Finished cells are not computed again. Writes
+and the map of how often each pixel is read. Finished points are not measured again. Writes
 report.md, results.json, patterns.png, distances.png and reads.png.
 """
 
 import functools
-import json
+import itertools
 import pathlib
 import sys
+from typing import NamedTuple
 
 import flax.errors
 import jax
@@ -29,265 +31,50 @@ import PIL.ImageOps
 import scipy.ndimage
 from matplotlib.figure import Figure
 
-from cnnjax import weights
+from cnnjax import study, weights
 from cnnjax.data import photographs
+from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
 from cnnjax.position import patterns
 from cnnjax.position.encoder import stage_shapes
-from cnnjax.runtime import backend, command, tables, workdir
-from cnnjax.runtime.progress import progress
-from cnnjax.summary import receptive_field
+from cnnjax.runtime import tables
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")
-READ_BY, SIZES, SHOWN = ("resnet18", "vgg16", "mobilenet_v2"), range(193, 257), (224, 225)
+READ_BY = ("resnet18", "vgg16", "mobilenet_v2")
+SIZES = range(193, 257)
+SHOWN = (224, 225)
 _READ_FILLS = ("zeros", "none", "partial", "reflect", "replicate", "circular", "full")
-_SMOOTH = 9  # pixels, in the figure of reads: a stride reads every second pixel more often
-_LARGEST_MAP = 28  # positions: larger patterns are not kept
+# The figure of reads is smoothed over this many pixels: a stride of 2 reads every second one more
+# often.
+_SMOOTH = 9
+# Patterns of more positions a side are not stored.
+_LARGEST_MAP = 28
+# The last stage with this many distances to the border (14 positions a side) is drawn.
+_DRAWN_DISTANCES = 7
 
 
-def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[str]:
-    """The stages that need none of the missing modules; raises `ValueError` if there are none."""
-    shapes = weights.variable_shapes(model)
-    held = {
-        kind: {
-            name: tree
-            for name, tree in shapes.get(kind, {}).items()
-            if name.split(".")[0] not in missing
-        }
-        for kind in shapes
-    }
-    image, names = (
-        jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),
-        list(stage_shapes(model, size)),
-    )
-    while names:
-        try:
-            return list(
-                jax.eval_shape(
-                    functools.partial(model.apply, method="stages", last=names[-1]), held, image
-                )
-            )
-        except flax.errors.FlaxError:  # of a class that depends on what is absent
-            names.pop()
-    raise ValueError(f"no stage of the network can do without its modules {', '.join(missing)}")
+# --- Options and points ---------------------------------------------------------------------------
 
 
-class Subject:
-    """One network with one origin of its weights: `random`, or a file."""
+class Trace(NamedTuple):
+    """One encoder, whose `weights` are "random" or "trained"."""
 
-    def __init__(self, name: str, size: int, file: str | None, missing: tuple[str, ...]):
-        self.name, self.file, self.missing, self.size = name, file, missing, size
-        self.model = create_model(name)
-        self.origin = "random" if file is None else "trained"
-        self.stages = known_stages(self.model, size, missing)
-        self.margin = max(patterns.margin(self.model, stage, size) for stage in self.stages)
-        step = receptive_field(self.model, self.stages[-1]).step[0]
-        self.margin = -(-self.margin // step) * step
-        image = jnp.zeros((1, 64, 64, 3))
-        self.init = jax.jit(
-            lambda key: self.model.init(key, image, method="stages", last=self.stages[-1])
-        )
-        self.loaded = file and weights.load_torchvision(file, self.model, missing)
-
-    def variables(self, seed: int) -> dict:
-        return self.loaded or self.init(jax.random.key(seed))
-
-    def cells(self, seed: int, paths: list[pathlib.Path], paddings: list[str]) -> dict[str, dict]:
-        """A cell for each padding, on one seed's weights and photographs."""
-        side, variables = self.size + 2 * self.margin, self.variables(seed)
-        scaled = [
-            PIL.ImageOps.fit(
-                PIL.Image.fromarray(photographs.read_image(path)),
-                (side, side),
-                PIL.Image.Resampling.BICUBIC,
-            )
-            for path in paths
-        ]
-        context = np.stack([np.asarray(image) for image in scaled])
-        crop = context[:, self.margin : -self.margin, self.margin : -self.margin]
-        inside, found = (
-            patterns.features_inside(self.model, variables, context, self.size, self.stages),
-            {},
-        )
-        for padding in paddings:
-            padded, rows = (
-                patterns.features(self.model.clone(padding=padding), variables, crop, self.stages),
-                [],
-            )
-            for stage in self.stages:
-                row = patterns.strength(padded[stage], inside[stage])._asdict()
-                small = len(row["pattern"]) <= _LARGEST_MAP
-                step = receptive_field(self.model, stage).step[0]
-                rows.append(
-                    row
-                    | {
-                        "stage": stage,
-                        "step": step,
-                        "profile": row["profile"].tolist(),
-                        "pattern": row["pattern"].tolist() if small else None,
-                    }
-                )
-            found[padding] = {
-                "encoder": self.name,
-                "weights": self.origin,
-                "padding": padding,
-                "seed": seed,
-                "images": len(paths),
-                "stages": rows,
-            }
-        return found
+    part: str
+    encoder: str
+    weights: str
+    padding: str
+    seed: int
 
 
-def _strengths(folder: pathlib.Path, cells: list[dict]) -> str:
-    """The figures of the patterns and the distances -> the table."""
-    subjects = list(dict.fromkeys((row["encoder"], row["weights"]) for row in cells))
-    paddings, lines = list(dict.fromkeys(row["padding"] for row in cells)), []
-    maps = Figure(figsize=(2 * len(paddings) + 0.5, 2.2 * len(subjects)), layout="constrained")
-    curves = Figure(figsize=(3.6 * len(subjects), 3.4), layout="constrained")
-    map_axes = maps.subplots(len(subjects), len(paddings), squeeze=False)
-    curve_axes = curves.subplots(1, len(subjects), squeeze=False, sharey=True)[0]
-    for subject, row_of_axes, curve_axis in zip(subjects, map_axes, curve_axes):
-        by_padding = {
-            padding: [
-                row["stages"]
-                for row in cells
-                if (row["encoder"], row["weights"], row["padding"]) == (*subject, padding)
-            ]
-            for padding in paddings
-        }
-        stages = by_padding[paddings[0]][0]
-        for number, stage in enumerate(stages):
-            for padding, per_seed in by_padding.items():
-                rows = [of[number] for of in per_seed]
-                found = (
-                    tables.spread([row[key] for row in rows], 3) for key in ("mae", "snr", "shared")
-                )
-                lines.append([*subject, stage["stage"], padding, *found, str(len(rows))])
-        shown = max(
-            number for number, stage in enumerate(stages) if len(stage["profile"]) >= 7
-        )  # the last of 14 positions or more
-        pictures = [
-            np.mean([of[shown]["pattern"] for of in per_seed], 0)
-            for per_seed in by_padding.values()
-        ]
-        for axis, padding, picture, per_seed in zip(
-            row_of_axes, paddings, pictures, by_padding.values()
-        ):
-            image = axis.imshow(picture, vmin=0, vmax=np.max(pictures), cmap="magma")
-            axis.set(title=padding, xticks=[], yticks=[])
-            profile = np.mean([of[shown]["profile"] for of in per_seed], 0)
-            curve_axis.plot(
-                stages[shown]["step"] * np.arange(len(profile)), profile, marker=".", label=padding
-            )
-        maps.colorbar(image, ax=row_of_axes)
-        row_of_axes[0].set_ylabel(f"{' '.join(subject)}\n{stages[shown]['stage']}", fontsize=8)
-        curve_axis.set(
-            title=f"{' '.join(subject)}, {stages[shown]['stage']}",
-            xlabel="distance to the border, pixels",
-            yscale="log",
-        )
-    curve_axes[0].set_ylabel("rms difference / rms feature")
-    curve_axes[-1].legend(fontsize=8)
-    workdir.write_figure(folder / "patterns.png", maps)
-    workdir.write_figure(folder / "distances.png", curves)
-    return tables.table(
-        ["encoder", "weights", "stage", "padding", "MAE", "SNR", "shared", "n"], lines
-    )
+class Windows(NamedTuple):
+    """The windows of one network, without any images."""
+
+    part: str
+    network: str
 
 
-def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Window, ...]:
-    """The first windows of a chain, as far as there is something to read without padding."""
-    for number, window in enumerate(chain):
-        size = output_size(size, window.kernel, window.stride, 0)
-        if size < 1:
-            return chain[:number]
-    return chain
-
-
-def blind_spots(folder: pathlib.Path) -> tuple[str, dict]:
-    """The figure of how often pixels are read, the tables, and their numbers."""
-    chains, lines, numbers = (
-        {name: patterns.windows(create_model(name)) for name in READ_BY},
-        [],
-        {"unread": {}, "asymmetry": {}},
-    )
-    for name, chain in chains.items():
-        unread = numbers["unread"][name] = {size: patterns.unread(chain, size) for size in SIZES}
-        even = [str(size) for size in SIZES if not any(unread[size].values())]
-        uneven = {
-            size: [window for window, cells in unread[size].items() if cells] for size in SHOWN
-        }
-        lines.append(
-            [
-                name,
-                str(len(unread[SHOWN[0]])),
-                ", ".join(even),
-                *(", ".join(uneven[size]) or "none" for size in SHOWN),
-            ]
-        )
-    header = [
-        "network",
-        "strided windows",
-        f"sizes {SIZES[0]} to {SIZES[-1]} that all of them read evenly",
-    ]
-    sizes = tables.table([*header, *(f"uneven at {size}" for size in SHOWN)], lines)
-    figure, lines = Figure(figsize=(2 * len(_READ_FILLS) + 0.5, 4.4), layout="constrained"), []
-    axes = figure.subplots(len(SHOWN), len(_READ_FILLS))
-    for name, chain in chains.items():
-        for number, size in enumerate(SHOWN):
-            maps = [
-                patterns.reads(unpadded(chain, size) if fill == "none" else chain, size, fill)
-                for fill in _READ_FILLS
-            ]
-            found = numbers["asymmetry"][f"{name} at {size}"] = dict(
-                zip(_READ_FILLS, map(patterns.asymmetry, maps))
-            )
-            lines.append([name, str(size), *(f"{100 * value:.2f}" for value in found.values())])
-            if name == READ_BY[0]:
-                for axis, fill, counts in zip(axes[number], _READ_FILLS, maps):
-                    image = axis.imshow(
-                        scipy.ndimage.uniform_filter(counts, _SMOOTH), vmin=0, vmax=2
-                    )
-                    axis.set(title=f"{fill}, {size}", xticks=[], yticks=[])
-    figure.colorbar(
-        image,
-        ax=axes,
-        label=f"reads of a pixel by {READ_BY[0]} / average,\naveraged over {_SMOOTH}x{_SMOOTH} "
-        "pixels",
-    )
-    workdir.write_figure(folder / "reads.png", figure)
-    return f"{sizes}\n{tables.table(['network', 'size', *_READ_FILLS], lines)}", numbers
-
-
-def write(folder: pathlib.Path, cells: list[dict]) -> str:
-    """Writes the results, the report and the figures; returns the tables."""
-    table, (sizes, numbers) = _strengths(folder, cells), blind_spots(folder)
-    workdir.write_json(folder / "results.json", {"patterns": cells, "blind_spots": numbers})
-    count = min(row["images"] for row in cells)
-    text = (
-        "# What padding does without a readout\n\n## Patterns\n\nMean ± sample standard "
-        "deviation over n seeds of photographs, "
-        f"and of weights where they are random; {count} photographs or more each. MAE is the "
-        "mean absolute difference that the padding "
-        "makes, relative to the features; SNR its mean over photographs, absolute, over its "
-        "standard deviation (with no pattern at "
-        f"all {0.8 / count**0.5:.2f}); shared is the part of its energy that all photographs "
-        f"have in common, from 0 to 1.\n\n{table}\n"
-        "![patterns](patterns.png)\n\n![distances](distances.png)\n\n## Blind spots\n\nA strided "
-        "window reads a size evenly if it "
-        "leaves no row and column at the far side unread. The second table is the share of all "
-        "reading, in percent, that differs "
-        "between the left and the right half; ways through skips are left out, and without "
-        "padding the windows behind the one that has "
-        f"nothing left to read.\n\n{sizes}\n![reads](reads.png)\n"
-    )
-    workdir.write(folder / "report.md", text)
-    return f"{table}\n{sizes}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+def add_options(parser):
     parser.add_workdir("runs/patterns")
     parser.add_photographs()
     parser.add_argument(
@@ -301,50 +88,352 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 12, "photographs of one seed, at most", 2)
     parser.add_count("seeds", 3, "of random weights and photographs")
-    options = parser.parse_args(arguments)
 
-    def work():
-        paths = photographs.list_photographs(options.photographs)
-        parts = [
-            part[: options.images] for part in photographs.split(paths, (1,) * options.seeds, 0)
-        ]
-        if min(map(len, parts)) < 2:
-            raise ValueError(
-                f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of "
-                f"{len(paths)} photographs"
-            )
-        subjects = [
-            Subject(name, options.size, None, options.trained.get(name, (None, ()))[1])
-            for name in options.encoders
-        ]
-        subjects += [Subject(name, options.size, *rest) for name, rest in options.trained.items()]
-        if not subjects:
-            raise ValueError("encoders= and trained= are empty: there is no network to look at")
-        config = {
-            key: getattr(options, key)
-            for key in ("photographs", "size", "images", "seeds", "trained")
-        }
-        folder = workdir.prepare(options.workdir, config)
-        backend.start()
-        cells = []
-        with progress(len(subjects) * options.seeds, "encoders") as done:
-            for subject in subjects:
-                for seed in range(options.seeds):
-                    files = {
-                        padding: folder / f"{subject.name}-{subject.origin}-{padding}-{seed}.json"
-                        for padding in options.paddings
-                    }
-                    if open_ones := [
-                        padding for padding, path in files.items() if not path.exists()
-                    ]:
-                        for padding, found in subject.cells(seed, parts[seed], open_ones).items():
-                            workdir.write_json(files[padding], found)
-                    cells += [json.loads(path.read_text()) for path in files.values()]
-                    done(1)
-        print(write(folder, cells))
 
-    return command.run(work)
+def points(options):
+    subjects = [(name, "random") for name in options.encoders]
+    subjects += [(name, "trained") for name in options.trained]
+    if not subjects:
+        raise ValueError("encoders= and trained= are empty: there is no network to look at")
+    # A seed's paddings follow each other: they share the photographs and their features.
+    grid = itertools.product(subjects, range(options.seeds), options.paddings)
+    for (name, origin), seed, padding in grid:
+        yield Trace("patterns", name, origin, padding, seed)
+    for name in READ_BY:
+        yield Windows("reads", name)
 
+
+class Shared(NamedTuple):
+    """The encoders, by name and origin of weights, and each seed's photographs."""
+
+    subjects: dict[tuple[str, str], "Subject"]
+    paths: list[tuple[pathlib.Path, ...]]
+
+
+def load(options) -> Shared:
+    paths = photographs.list_photographs(options.photographs)
+    parts = photographs.split(paths, (1,) * options.seeds, 0)
+    parts = [tuple(part[: options.images]) for part in parts]
+    if min(map(len, parts)) < 2:
+        raise ValueError(
+            f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of "
+            f"{len(paths)} photographs"
+        )
+    subjects = {}
+    for name in options.encoders:
+        # The same stages as with the file's weights, beside which they stand.
+        _, missing = options.trained.get(name, (None, ()))
+        subjects[name, "random"] = Subject(name, options.size, None, missing)
+    for name, (file, missing) in options.trained.items():
+        subjects[name, "trained"] = Subject(name, options.size, file, missing)
+    return Shared(subjects, parts)
+
+
+def measure(point: Trace | Windows, options, shared: Shared) -> dict:
+    if isinstance(point, Windows):
+        return count_reads(point.network)
+    paths = shared.paths[point.seed]
+    subject = shared.subjects[point.encoder, point.weights]
+    return {"images": len(paths), "stages": traces(subject, point.padding, point.seed, paths)}
+
+
+# --- Patterns -------------------------------------------------------------------------------------
+
+
+def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[str]:
+    """Lists the stages that need none of the missing modules.
+
+    Raises `ValueError` if there are none.
+    """
+    variables = {}
+    for kind, modules in weights.variable_shapes(model).items():
+        names = [name for name in modules if name.split(".")[0] not in missing]
+        variables[kind] = {name: modules[name] for name in names}
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    names = list(stage_shapes(model, size))
+    while names:
+        stages = functools.partial(model.apply, method="stages", last=names[-1])
+        try:
+            return list(jax.eval_shape(stages, variables, image))
+        except flax.errors.FlaxError:
+            # The class of the error depends on what is absent.
+            names.pop()
+    raise ValueError(f"no stage of the network can do without its modules {', '.join(missing)}")
+
+
+class Subject:
+    """One network with one origin of its weights: random if `file` is None."""
+
+    def __init__(self, name: str, size: int, file: str | None, missing: tuple[str, ...]):
+        self.size = size
+        self.model = create_model(name)
+        self.stages = known_stages(self.model, size, missing)
+        margin = max(patterns.margin(self.model, stage, size) for stage in self.stages)
+        # A whole number of steps of the last stage, and so of every stage.
+        step = receptive_field(self.model, self.stages[-1]).step[0]
+        self.margin = -(-margin // step) * step
+        self.loaded = None
+        if file is not None:
+            self.loaded = weights.load_torchvision(file, self.model, missing)
+
+    def variables(self, seed: int) -> dict:
+        """Returns the file's variables, or random ones."""
+        if self.loaded is not None:
+            return self.loaded
+        image = jnp.zeros((1, 64, 64, 3))
+        initialize = functools.partial(self.model.init, method="stages", last=self.stages[-1])
+        return jax.jit(initialize)(jax.random.key(seed), image)
+
+
+class Inside(NamedTuple):
+    """What the paddings of one seed share.
+
+    `crop` is uint8 [n, size, size, 3]; `features` are its stages inside the photographs.
+    """
+
+    variables: dict
+    crop: np.ndarray
+    features: dict[str, np.ndarray]
+
+
+# The points of one subject and seed follow each other.
+@functools.lru_cache(maxsize=1)
+def look_inside(subject: Subject, seed: int, paths: tuple[pathlib.Path, ...]) -> Inside:
+    """Computes the features of crops that see the photographs around them."""
+    side = subject.size + 2 * subject.margin
+    images = []
+    for path in paths:
+        image = PIL.Image.fromarray(photographs.read_image(path))
+        images.append(PIL.ImageOps.fit(image, (side, side), PIL.Image.Resampling.BICUBIC))
+    context = np.stack([np.asarray(image) for image in images])
+    middle = slice(subject.margin, -subject.margin)
+    variables = subject.variables(seed)
+    inside = patterns.features_inside(
+        subject.model, variables, context, subject.size, subject.stages
+    )
+    return Inside(variables, context[:, middle, middle], inside)
+
+
+def traces(
+    subject: Subject, padding: str, seed: int, paths: tuple[pathlib.Path, ...]
+) -> list[dict]:
+    """Measures the trace of a padding in each stage."""
+    shared = look_inside(subject, seed, paths)
+    model = subject.model.clone(padding=padding)
+    padded = patterns.features(model, shared.variables, shared.crop, subject.stages)
+    results = []
+    for stage in subject.stages:
+        strength = patterns.strength(padded[stage], shared.features[stage])
+        small = len(strength.pattern) <= _LARGEST_MAP
+        results.append(
+            strength._asdict()
+            | {
+                "stage": stage,
+                "step": receptive_field(subject.model, stage).step[0],
+                "profile": strength.profile.tolist(),
+                "pattern": strength.pattern.tolist() if small else None,
+            }
+        )
+    return results
+
+
+# --- Reads ----------------------------------------------------------------------------------------
+
+
+def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Window, ...]:
+    """Returns the first windows of a chain, as far as something is left without padding."""
+    for number, window in enumerate(chain):
+        size = output_size(size, window.kernel, window.stride, 0)
+        if size < 1:
+            return chain[:number]
+    return chain
+
+
+def reads(chain: tuple[patterns.Window, ...], size: int, fill: str) -> np.ndarray:
+    """Counts how often each pixel is read, [size, size]; without padding, as far as it goes."""
+    if fill == "none":
+        chain = unpadded(chain, size)
+    return patterns.reads(chain, size, fill)
+
+
+def count_reads(network: str) -> dict:
+    """Measures a network's unread rows by image size, and asymmetry by size and fill."""
+    chain = patterns.windows(create_model(network))
+    asymmetry = {}
+    for size in SHOWN:
+        by_fill = {fill: patterns.asymmetry(reads(chain, size, fill)) for fill in _READ_FILLS}
+        asymmetry[str(size)] = by_fill
+    return {
+        "unread": {str(size): patterns.unread(chain, size) for size in SIZES},
+        "asymmetry": asymmetry,
+    }
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def flatten(results: list[dict]) -> list[dict]:
+    """Returns one record for each stage of each encoder."""
+    records = []
+    for result in results:
+        point = {name: result[name] for name in Trace._fields}
+        records += [point | stage for stage in result["stages"]]
+    return records
+
+
+def subjects_of(results: list[dict]) -> list[tuple[str, str]]:
+    """Returns the pairs of encoder and weights, in order."""
+    return list(dict.fromkeys((result["encoder"], result["weights"]) for result in results))
+
+
+def tabulate_patterns(results: list[dict]) -> str:
+    lines = []
+    for encoder, origin in subjects_of(results):
+        records = study.select(flatten(results), encoder=encoder, weights=origin)
+        grid = itertools.product(study.unique(records, "stage"), study.unique(records, "padding"))
+        for stage, padding in grid:
+            measured = study.select(records, stage=stage, padding=padding)
+            line = [encoder, origin, stage, padding]
+            for name in ("mae", "snr", "shared"):
+                line.append(tables.spread(study.values(measured, name), 3))
+            lines.append([*line, str(len(measured))])
+    header = ["encoder", "weights", "stage", "padding", "MAE", "SNR", "shared", "n"]
+    return tables.table(header, lines)
+
+
+def shown_stage(records: list[dict]) -> list[dict]:
+    """Returns the records of the stage that is drawn."""
+    large = [record for record in records if len(record["profile"]) >= _DRAWN_DISTANCES]
+    return study.select(records, stage=study.unique(large, "stage")[-1])
+
+
+def draw_patterns(results: list[dict]) -> Figure:
+    """Draws the patterns: a row for each encoder, a panel for each padding."""
+    subjects = subjects_of(results)
+    paddings = study.unique(results, "padding")
+    size = (2 * len(paddings) + 0.5, 2.2 * len(subjects))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(subjects), len(paddings), squeeze=False)
+    for axis_row, (encoder, origin) in zip(axes, subjects):
+        records = shown_stage(study.select(flatten(results), encoder=encoder, weights=origin))
+        means = [study.values(records, "pattern", padding=name).mean(0) for name in paddings]
+        for axis, padding, mean in zip(axis_row, paddings, means):
+            image = axis.imshow(mean, vmin=0, vmax=np.max(means), cmap="magma")
+            axis.set(title=padding, xticks=[], yticks=[])
+        figure.colorbar(image, ax=axis_row)
+        axis_row[0].set_ylabel(f"{encoder} {origin}\n{records[0]['stage']}", fontsize=8)
+    return figure
+
+
+def draw_distances(results: list[dict]) -> Figure:
+    """Draws the difference by the distance to the border: a panel for each encoder."""
+    subjects = subjects_of(results)
+    figure = Figure(figsize=(3.6 * len(subjects), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(subjects), squeeze=False, sharey=True)[0]
+    for axis, (encoder, origin) in zip(axes, subjects):
+        records = shown_stage(study.select(flatten(results), encoder=encoder, weights=origin))
+        for padding in study.unique(records, "padding"):
+            profile = study.values(records, "profile", padding=padding).mean(0)
+            pixels = records[0]["step"] * np.arange(len(profile))
+            axis.plot(pixels, profile, marker=".", label=padding)
+        axis.set(
+            title=f"{encoder} {origin}, {records[0]['stage']}",
+            xlabel="distance to the border, pixels",
+            yscale="log",
+        )
+    axes[0].set_ylabel("rms difference / rms feature")
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+def tabulate_sizes(results: list[dict]) -> str:
+    lines = []
+    for result in results:
+        unread = result["unread"]
+        even = [size for size in unread if not any(unread[size].values())]
+        line = [result["network"], str(len(unread[str(SHOWN[0])])), ", ".join(even)]
+        for size in SHOWN:
+            uneven = [window for window, count in unread[str(size)].items() if count]
+            line.append(", ".join(uneven) or "none")
+        lines.append(line)
+    sizes = f"sizes {SIZES[0]} to {SIZES[-1]} that all of them read evenly"
+    header = ["network", "strided windows", sizes, *(f"uneven at {size}" for size in SHOWN)]
+    return tables.table(header, lines)
+
+
+def tabulate_asymmetry(results: list[dict]) -> str:
+    lines = []
+    for result in results:
+        for size, by_fill in result["asymmetry"].items():
+            percents = [f"{100 * by_fill[fill]:.2f}" for fill in _READ_FILLS]
+            lines.append([result["network"], size, *percents])
+    return tables.table(["network", "size", *_READ_FILLS], lines)
+
+
+def draw_reads(network: str) -> Figure:
+    """Draws how often a network reads each pixel: a row for each size, a panel for each fill."""
+    chain = patterns.windows(create_model(network))
+    figure = Figure(figsize=(2 * len(_READ_FILLS) + 0.5, 4.4), layout="constrained")
+    axes = figure.subplots(len(SHOWN), len(_READ_FILLS))
+    for axis_row, size in zip(axes, SHOWN):
+        for axis, fill in zip(axis_row, _READ_FILLS):
+            smooth = scipy.ndimage.uniform_filter(reads(chain, size, fill), _SMOOTH)
+            image = axis.imshow(smooth, vmin=0, vmax=2)
+            axis.set(title=f"{fill}, {size}", xticks=[], yticks=[])
+    label = f"reads of a pixel by {network} / average,\naveraged over {_SMOOTH}x{_SMOOTH} pixels"
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    traced = study.select(results, part="patterns")
+    windows = study.select(results, part="reads")
+    count = min(study.unique(traced, "images"))
+    text = f"""# What padding does without a readout
+
+## Patterns
+
+Mean ± sample standard deviation over n seeds of photographs, and of weights where they are random;
+{count} photographs or more each. MAE is the mean absolute difference that the padding makes,
+relative to the features. SNR is its mean over photographs, absolute, over its standard deviation
+(with no pattern at all {0.8 / count**0.5:.2f}). Shared is the part of its energy that all
+photographs have in common, from 0 to 1.
+
+{tabulate_patterns(traced)}
+![patterns](patterns.png)
+
+![distances](distances.png)
+
+## Blind spots
+
+A strided window reads a size evenly if it leaves no row and column at the far side unread. The
+second table is the share of all reading, in percent, that differs between the left and the right
+half. Ways through skips are left out, and without padding also the windows behind the one that has
+nothing left to read.
+
+{tabulate_sizes(windows)}
+{tabulate_asymmetry(windows)}
+![reads](reads.png)
+"""
+    figures = {
+        "patterns.png": draw_patterns(traced),
+        "distances.png": draw_distances(traced),
+        "reads.png": draw_reads(READ_BY[0]),
+    }
+    return study.Report(text, figures)
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="results.json",
+    add_options=add_options,
+    axes=("encoders", "paddings"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -399,7 +399,10 @@ def test_the_quadrants_go_on_where_they_stopped(
 def test_the_patterns_are_reported_for_random_and_trained_weights(
     tiny, tmp_path, data_dir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(position_patterns, "blind_spots", lambda folder: ("", {}))
+    monkeypatch.setattr(position_patterns, "READ_BY", ("tiny",))
+    monkeypatch.setattr(position_patterns, "SIZES", range(24, 28))
+    monkeypatch.setattr(position_patterns, "SHOWN", (24, 25))
+    monkeypatch.setattr(position_patterns, "_READ_FILLS", ("zeros", "none"))
     file = tmp_path / "tiny.safetensors"
     model = tiny()
     held = variables_of(model)
@@ -425,26 +428,30 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
         str(file),
     ]
     position_patterns.main([*command, "c"])
-    cells = json.loads((tmp_path / "run" / "results.json").read_text())["patterns"]
-    assert [(row["weights"], row["seed"], row["padding"]) for row in cells] == [
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    traced = [result for result in results if result["part"] == "patterns"]
+    assert [(result["weights"], result["seed"], result["padding"]) for result in traced] == [
         (origin, seed, "zeros") for origin in ("random", "trained") for seed in (0, 1)
     ]
-    for row in cells:
-        assert [stage["stage"] for stage in row["stages"]] == [
-            "layer2",
-            "layer3",
-        ]  # those before the absent module
-        assert row["stages"][1]["profile"][0] > 0.01 and max(row["stages"][1]["profile"][2:]) < 1e-5
+    for result in traced:
+        # Only the stages before the absent module are compared.
+        assert [stage["stage"] for stage in result["stages"]] == ["layer2", "layer3"]
+        profile = result["stages"][1]["profile"]
+        assert profile[0] > 0.01
+        assert max(profile[2:]) < 1e-5
+    [reads] = [result for result in results if result["part"] == "reads"]
+    # Both strided windows read 25 pixels evenly: 25 + 2 - 3 and 13 + 2 - 3 are even.
+    assert reads["unread"]["25"] == {"b": 0, "pool1": 0}
+    assert reads["unread"]["24"] == {"b": 1, "pool1": 1}
+    assert reads["asymmetry"]["25"]["zeros"] < 1e-6 < reads["asymmetry"]["24"]["zeros"]
     report = (tmp_path / "run" / "report.md").read_text()
-    assert (
-        "| tiny | trained | layer3 | zeros | " in report
-        and (tmp_path / "run" / "patterns.png").stat().st_size > 1000
-    )
+    assert "| tiny | trained | layer3 | zeros | " in report
+    assert "| tiny | 2 | 25 | b, pool1 | none |" in report
+    for name in ("patterns.png", "distances.png", "reads.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
     for wrong, message in (
         (["--seeds", "60"], "leave a seed fewer than 2 of 100"),
         (["--trained", "tiny"], "trained=tiny names no file"),
     ):
-        assert (
-            exit_code(position_patterns.main, [*command, "c", *wrong]) == 2
-            and message in capsys.readouterr().err
-        )
+        assert exit_code(position_patterns.main, [*command, "c", *wrong]) == 2
+        assert message in capsys.readouterr().err
