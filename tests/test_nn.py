@@ -15,7 +15,13 @@ from cnnjax.nn.cpu.conv import kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sum
 from cnnjax.nn.geometry import Window
 
-FILL_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+FILL_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "symmetric": "symmetric",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 
 
 def normal(seed, *shape):
@@ -225,7 +231,9 @@ def windows(a, size, stride):
     )
 
 
-@pytest.mark.parametrize("fill", ["zeros", "none", "reflect", "replicate", "circular", "partial"])
+@pytest.mark.parametrize(
+    "fill", ["zeros", "none", "reflect", "symmetric", "replicate", "circular", "partial"]
+)
 def test_pools_pad_as_numpy_does(fill):
     x = normal(0, 1, 6, 7, 2)
     amount = 0 if fill == "none" else 1
@@ -259,7 +267,7 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
         top, left = i * stride - padding, j * stride - padding
         values = x[:, max(0, top) : top + window, max(0, left) : left + window]
         assert np.array_equal(y[:, i, j], values.max((1, 2)))
-    for fill in ("reflect", "replicate", "circular"):
+    for fill in ("reflect", "symmetric", "replicate", "circular"):
         if min(height, width) > padding + 1:
             assert cnn.max_pool(x, window, stride, padding, ceil=True, fill=fill).shape == y.shape
     unpadded = cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none")
@@ -302,6 +310,7 @@ def test_fills_are_what_the_documentation_shows():
         "zeros": "00123400",
         "none": "1234",
         "reflect": "32123432",
+        "symmetric": "21123443",
         "replicate": "11123444",
         "circular": "34123412",
         "partial": "00123400",
@@ -317,6 +326,16 @@ def test_fills_are_what_the_documentation_shows():
     np.testing.assert_allclose(
         cnn.pad(row, (0, 2), "interpolate").ravel(), np.linspace(1, 4, 8), rtol=1e-6
     )
+
+
+def test_symmetric_is_replicate_where_one_pixel_is_added():
+    x = normal(0, 2, 5, 6, 3)
+    symmetric, replicate = (cnn.pad(x, (1, 1), fill) for fill in ("symmetric", "replicate"))
+    assert np.array_equal(symmetric, replicate)
+    assert not np.array_equal(cnn.pad(x, (2, 2), "symmetric"), cnn.pad(x, (2, 2), "replicate"))
+    assert cnn.pad(x, (5, 6), "symmetric").shape == (2, 15, 18, 3)
+    with pytest.raises(ValueError, match="'symmetric' cannot pad a 5x6 map by 6x1"):
+        cnn.pad(x, (6, 1), "symmetric")
 
 
 def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():

@@ -5,6 +5,8 @@ The fills, shown on the row 1234 with an amount of 2:
     zeros          00 1234 00
     none              1234         no padding anywhere, whatever the amount: maps shrink
     reflect        32 1234 32      mirrored about the border pixel
+    symmetric      21 1234 43      mirrored about the border, the border pixel included (Alsallakh
+                                   et al. 2021, arXiv 2010.02178): 'replicate' where the amount is 1
     replicate      11 1234 44      the border pixel repeated
     circular       34 1234 12      wrapped around
     partial        00 1234 00      zeros, and a convolution is rescaled by (kernel taps / taps
@@ -46,8 +48,14 @@ FILLS = (
     "interpolate",
     "full",
     "one-sided",
+    "symmetric",
 )
-_NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+_NUMPY_MODES = {
+    "reflect": "reflect",
+    "symmetric": "symmetric",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 
 
 def check_fill(fill: str) -> str:
@@ -124,7 +132,7 @@ def _noise(x, amount, key) -> Array:
 
 def _check_border(x, amount, fill):
     """Checks that a map is large enough for its own border: beyond the border pixel if mirrored."""
-    least = {"reflect": 1, "replicate": 1 - max(amount), "circular": 0}[fill]
+    least = {"reflect": 1, "symmetric": 0, "replicate": 1 - max(amount), "circular": 0}[fill]
     if min(size - n for size, n in zip(x.shape[1:3], amount)) < least:
         raise ValueError(
             f"padding={fill!r} cannot pad a {x.shape[1]}x{x.shape[2]} map by "

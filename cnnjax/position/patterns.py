@@ -38,7 +38,16 @@ __all__ = [
 
 # The fills that leave every position where it is: under the others maps shrink, grow, are stretched
 # or shifted.
-ALIGNED = ("zeros", "partial", "reflect", "replicate", "circular", "mean", "random")
+ALIGNED = (
+    "zeros",
+    "partial",
+    "reflect",
+    "symmetric",
+    "replicate",
+    "circular",
+    "mean",
+    "random",
+)
 _BATCH = 4
 
 
