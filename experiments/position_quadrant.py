@@ -1,23 +1,25 @@
-"""Rook and quadrants (Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1): at the top left
-or at the bottom right?
+"""Can a network that forgets positions tell the top left from the bottom right?
 
     python -m experiments.position_quadrant --workdir runs/quadrant [--photographs FOLDER]
         [--seeds 5] [--paddings zeros none ...]
 
-A network that takes each channel's largest response over the whole map should not be able to tell.
-The rook: one trained 5x5 convolution on two images, and how many of 1,000 untrained ones respond
-differently to the two. The quadrants: ResNet-18 with random frozen weights on photographs of 56
-pixels in two corners of an empty 120x120 canvas, with a border of empty pixels around; every stage
-is read by ridge regression, trained on one half of the photographs and tested on the other. Empty
-is 0, the value of zero padding, and the authors' canvas too. Each seed has weights and photographs
-of its own. Finished cells are not computed again. Writes report.md, results.json, rook.png and
-quadrants.png.
+After Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1. A network that takes each
+channel's largest response over the whole map should not be able to tell.
+
+The rook: one 5x5 convolution is trained on two images, and 1,000 untrained ones are counted that
+respond differently to the two. The quadrants: ResNet-18 with random frozen weights sees photographs
+of 56 pixels in two corners of an empty 120x120 canvas, with a border of empty pixels around it.
+Every stage is read by ridge regression, trained on one half of the photographs and tested on the
+other. Empty is 0, the value of zero padding, as on the authors' canvas. Each seed has weights and
+photographs of its own. Finished points are not measured again. Writes report.md, results.json,
+rook.png and quadrants.png.
 """
 
 import functools
 import itertools
 import pathlib
 import sys
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,51 +29,113 @@ import optax
 import PIL.Image
 from matplotlib.figure import Figure
 
+from cnnjax import ridge, study
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, conv, uniform_fan_in
 from cnnjax.position.encoder import in_batches, normalize, reachable_stages
-from cnnjax.runtime import backend, command, tables, workdir
-from cnnjax.runtime.progress import progress
+from cnnjax.runtime import command, tables
 
-ROOK_PUBLISHED = 100  # % over 5 seeds, zero padding
+# Accuracy on the rooks in percent, over 5 seeds with zero padding.
+ROOK_PUBLISHED = 100
 # Accuracy in percent by border, ResNet-18 with random frozen weights and zero padding, as read off
 # the paper's figure.
 PUBLISHED = {0: 100.0, 16: 100.0, 32: 100.0, 64: 80.5, 128: 51.5, 256: 50.0}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
-_STEPS, _RATE, _MOMENTUM = (
-    200,
-    0.1,
-    0.9,
-)  # the authors' rook: 100 epochs of two batches of one image
+# The authors train on the rooks for 100 epochs of two batches of one image.
+_STEPS = 200
+_RATE = 0.1
+_MOMENTUM = 0.9
 _KERNELS = 1000
-_PHOTOGRAPH, _CANVAS, _BATCH = 56, 120, 8
-_STRENGTHS = tuple(
-    10.0**power for power in range(-4, 3)
-)  # of the ridge, relative to the mean eigenvalue
-# A rook as on the authors' images: 12 columns, 16 rows, touching the border.
+_PHOTOGRAPH = 56  # pixels
+_CANVAS = 120  # pixels
+_BATCH = 8
+# Of the ridge, relative to the mean eigenvalue of the Gram matrix.
+_STRENGTHS = 10.0 ** np.arange(-4, 3)
+# A rook like the one on the authors' images: 12 columns and 16 rows, by row and its repetitions.
 _ROOK = (
-    np.repeat(
-        [
-            [9, 9, 0, 0, 9, 9, 9, 9, 0, 0, 9, 9],
-            [9] * 12,
-            [0, 5] + [6] * 8 + [5, 0],
-            [0, 0, 5] + [9] * 6 + [5, 0, 0],
-            [0, 5] + [6] * 8 + [5, 0],
-            [6] * 12,
-        ],
-        (2, 1, 2, 7, 2, 2),
-        0,
-    ).astype(np.float32)
-    / 9
+    ([9, 9, 0, 0, 9, 9, 9, 9, 0, 0, 9, 9], 2),
+    ([9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], 1),
+    ([0, 5, 6, 6, 6, 6, 6, 6, 6, 6, 5, 0], 2),
+    ([0, 0, 5, 9, 9, 9, 9, 9, 9, 5, 0, 0], 7),
+    ([0, 5, 6, 6, 6, 6, 6, 6, 6, 6, 5, 0], 2),
+    ([6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6], 2),
 )
 
 
+# --- Options and points ---------------------------------------------------------------------------
+
+
+class Rook(NamedTuple):
+    """One small network on the two rooks; `part` is "rook"."""
+
+    part: str
+    padding: str
+    seed: int
+
+
+class Quadrant(NamedTuple):
+    """One encoder on canvases with a border of so many pixels; `part` is "quadrant"."""
+
+    part: str
+    padding: str
+    border: int
+    seed: int
+
+
+def add_options(parser):
+    parser.add_workdir("runs/quadrant")
+    parser.add_photographs()
+    parser.add_count("images", 32, "photographs of one encoder at most, half to train on", 4)
+    parser.add_count("seeds", 5, "of weights and photographs")
+    paddings = ["zeros", "none", "reflect", "replicate", "circular"]
+    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
+    parser.add_argument(
+        "--borders",
+        nargs="+",
+        type=command.whole(0),
+        default=list(PUBLISHED),
+        help="pixels (default: those published)",
+    )
+
+
+def load(options) -> list[pathlib.Path]:
+    paths = photographs.list_photographs(options.photographs)
+    if len(paths) < 4:
+        raise ValueError(
+            f"photographs={options.photographs!r} has {len(paths)} photographs; at least 4 are "
+            "needed"
+        )
+    return paths
+
+
+def points(options):
+    seeds = range(options.seeds)
+    for padding, seed in itertools.product(options.paddings, seeds):
+        yield Rook("rook", padding, seed)
+    for padding, border, seed in itertools.product(options.paddings, options.borders, seeds):
+        yield Quadrant("quadrant", padding, border, seed)
+
+
+def measure(point: Rook | Quadrant, options, paths: list[pathlib.Path]) -> dict:
+    if isinstance(point, Rook):
+        accuracy = train_rook(point.padding, jax.random.key(point.seed))
+        differ = kernels_that_differ(point.padding, point.seed)
+        return {"accuracy": float(accuracy), "differ": differ}
+    return measure_quadrant(point, paths, min(options.images, len(paths)))
+
+
+# --- Rook -----------------------------------------------------------------------------------------
+
+
 def rooks() -> np.ndarray:
-    """The rook at the top left and at the bottom right of a black image, [2, 32, 32, 1]."""
-    height, width = _ROOK.shape
+    """Draws the rook at the top left and at the bottom right of black images, [2, 32, 32, 1]."""
+    rows, repetitions = zip(*_ROOK)
+    rook = np.repeat(rows, repetitions, 0).astype(np.float32) / 9
+    height, width = rook.shape
     images = np.zeros((2, 32, 32, 1), np.float32)
-    images[0, :height, :width, 0] = images[1, -height:, -width:, 0] = _ROOK
+    images[0, :height, :width, 0] = rook
+    images[1, -height:, -width:, 0] = rook
     return images
 
 
@@ -87,234 +151,224 @@ class RookNet(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnames="padding")
-def _train_rook(padding, key):
-    """Trains on the two rooks in turn -> the accuracy on them."""
-    model, optimizer, images = RookNet(padding), optax.sgd(_RATE, _MOMENTUM), jnp.asarray(rooks())
+def train_rook(padding, key):
+    """Trains a network on the two rooks in turn; returns its accuracy on them."""
+    model = RookNet(padding)
+    optimizer = optax.sgd(_RATE, _MOMENTUM)
+    images = jnp.asarray(rooks())
     init_key, noise = jax.random.split(key)
-    apply = lambda params, x: model.apply({"params": params}, x, rngs={"padding": noise})
-    params = model.init(init_key, images)["params"]
+
+    def apply(params, x):
+        return model.apply({"params": params}, x, rngs={"padding": noise})
+
+    def loss(params, label):
+        logits = apply(params, images[label][None])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label[None]).mean()
 
     def step(carry, number):
         params, state = carry
-        label = number % 2
-        loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
-            apply(p, images[label][None]), label[None]
-        ).mean()
-        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        updates, state = optimizer.update(jax.grad(loss)(params, number % 2), state)
         return (optax.apply_updates(params, updates), state), None
 
+    params = model.init(init_key, images)["params"]
     (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(_STEPS))
     return (apply(params, images).argmax(1) == jnp.arange(2)).mean()
 
 
 def kernels_that_differ(padding: str, seed: int) -> float:
-    """The share of untrained kernels whose largest response is not the same for the two rooks."""
+    """Returns the share of untrained kernels whose largest responses to the two rooks differ."""
     kernel_key, noise = jax.random.split(jax.random.key(seed))
     kernels = uniform_fan_in(25)(kernel_key, (5, 5, 1, _KERNELS))
-    found = nn.relu(conv(jnp.asarray(rooks()), kernels, padding=2, fill=padding, key=noise)).max(
-        (1, 2)
-    )
-    return float((jnp.abs(found[0] - found[1]) > 1e-5 * found.max()).mean())
+    responses = conv(jnp.asarray(rooks()), kernels, padding=2, fill=padding, key=noise)
+    largest = nn.relu(responses).max((1, 2))
+    return float((jnp.abs(largest[0] - largest[1]) > 1e-5 * largest.max()).mean())
+
+
+# --- Quadrants ------------------------------------------------------------------------------------
 
 
 def canvases(images: np.ndarray, border: int) -> np.ndarray:
-    """Photographs uint8 [n, 56, 56, 3], normalized, at the top left of empty canvases and then at
-    the bottom right: [2 n, side, side, 3].
+    """Puts photographs on empty canvases, first at the top left, then at the bottom right.
 
-    The side is 120 pixels and a border on each side.
+    The photographs are uint8 [n, 56, 56, 3], the canvases [2 n, side, side, 3], normalized. The
+    side is 120 pixels and a border on each side.
     """
-    content, side = np.asarray(normalize(jnp.asarray(images))), _CANVAS + 2 * border
+    content = np.asarray(normalize(jnp.asarray(images)))
+    side = _CANVAS + 2 * border
     out = np.zeros((2, len(images), side, side, 3), np.float32)
     for place, start in zip(out, (border, side - border - _PHOTOGRAPH)):
-        place[:, start : start + _PHOTOGRAPH, start : start + _PHOTOGRAPH] = content
-    return out.reshape(-1, *out.shape[2:])
+        covered = slice(start, start + _PHOTOGRAPH)
+        place[:, covered, covered] = content
+    return out.reshape(-1, side, side, 3)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def initialize(model, key):
+    return model.init(key, jnp.zeros((1, 64, 64, 3)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "last"))
-def _largest(model, variables, x, last, key):
-    return {
-        name: y.max((1, 2))
-        for name, y in model.apply(
-            variables, x, method="stages", last=last, rngs={"padding": key}
-        ).items()
-    }
+def _maxima(model, variables, x, last, key):
+    maps = model.apply(variables, x, method="stages", last=last, rngs={"padding": key})
+    return {stage: y.max((1, 2)) for stage, y in maps.items()}
 
 
-def largest(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[str, np.ndarray]:
-    """Each channel's largest response in every stage up to `last`, [2, n, channels]: first the
-    canvases with the content top left."""
-    found = []
+def maxima(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[str, np.ndarray]:
+    """Computes each channel's largest response in every stage up to `last`, [n, channels]."""
+    parts = []
     for start, count, batch in in_batches(x, _BATCH):
-        maps = _largest(model, variables, batch, last, jax.random.key(start))
-        found.append({name: np.asarray(y)[:count] for name, y in maps.items()})
-    return {
-        name: np.concatenate([part[name] for part in found]).reshape(2, len(x) // 2, -1)
-        for name in found[0]
-    }
+        part = _maxima(model, variables, batch, last, jax.random.key(start))
+        parts.append({stage: np.asarray(y)[:count] for stage, y in part.items()})
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def left_out_errors(
+    factors: ridge.Factors, labels: np.ndarray, strengths: np.ndarray
+) -> np.ndarray:
+    """Returns the squared error on left-out photographs for each strength, [strengths].
+
+    - `factors`: of the Gram matrix of standardized features [2 n, channels], in which photograph
+      number i is in rows i and n + i. Both are left out together.
+    """
+    # With (K + s I)^-1 the residuals of the fit to all are r = R y, where
+    # R = s (K + s I)^-1 - 1 / (2 n); the second term is the intercept's. The residuals of a fit
+    # without the rows P are then (R_PP)^-1 r_P at these rows, exactly: nothing is fitted again.
+    count = len(labels)
+    inverses = ridge.solve(factors, np.eye(count), strengths)
+    rows = np.arange(count // 2)[:, None] + [0, count // 2]
+    errors = []
+    for strength, inverse in zip(strengths, inverses):
+        residual = strength * inverse - 1 / count
+        blocks = residual[rows[:, :, None], rows[:, None, :]]
+        left_out = np.linalg.solve(blocks, (residual @ labels)[rows][..., None])
+        errors.append(np.square(left_out).sum())
+    return np.array(errors)
 
 
 def read_out(train: np.ndarray, test: np.ndarray) -> float:
-    """The accuracy of ridge regression that tells the first half of `test` [2, n, channels] from
-    the second.
+    """Returns the accuracy of ridge regression at telling `test[0]` from `test[1]`.
 
-    The strength is the one with which photographs left out of the training, at both places
-    together, are predicted best: exactly, from the one solution for all.
+    The features `train` and `test` are [2, n, channels], by place and photograph. The strength is
+    the one that best predicts photographs left out of the training, at both places together.
     """
     count = train.shape[1]
-    train, test = (x.reshape(-1, x.shape[2]).astype(np.float64) for x in (train, test))
-    mean, std = train.mean(0), train.std(0)
-    scale = np.where(std > 1e-6 * std.max(), std, np.inf)  # a constant channel says nothing
-    z, goal = (train - mean) / scale, np.repeat([1.0, -1.0], count)
-    values, basis = np.linalg.eigh(z @ z.T)
-    values = np.maximum(values, 0)
-    pairs = np.arange(count)[:, None] + [0, count]
-
-    def left_out(strength):
-        residual = (
-            np.eye(2 * count) - (basis * (values / (values + strength))) @ basis.T - 1 / (2 * count)
-        )
-        return np.square(
-            np.linalg.solve(
-                residual[pairs[:, :, None], pairs[:, None]], (residual @ goal)[pairs][..., None]
-            )
-        ).sum()
-
-    strength = min(max(values.mean(), 1e-12) * np.array(_STRENGTHS), key=left_out)
-    predicted = (test - mean) / scale @ (z.T @ (basis @ (basis.T @ goal / (values + strength))))
-    return float(((predicted > 0) == np.repeat([True, False], len(test) // 2)).mean())
+    train = train.astype(np.float64)
+    scaler = ridge.fit_scaler(train)
+    x = scaler(train).reshape(2 * count, -1)
+    labels = np.repeat([1.0, -1.0], count)
+    factors = ridge.factor(x @ x.T)
+    strengths = max(factors.values.mean(), 1e-12) * _STRENGTHS
+    best = strengths[left_out_errors(factors, labels, strengths).argmin()]
+    weights = x.T @ ridge.solve(factors, labels[:, None], best)[:, 0]
+    is_top_left = scaler(test.astype(np.float64)) @ weights > 0
+    return float((is_top_left == [[True], [False]]).mean())
 
 
-@functools.cache
-def _weights(seed: int) -> dict:
-    return jax.jit(create_model("resnet18").init)(jax.random.key(seed), jnp.zeros((1, 64, 64, 3)))
+def measure_quadrant(point: Quadrant, paths: list[pathlib.Path], images: int) -> dict:
+    """Measures accuracy by stage, and the difference of the responses at the two places.
 
-
-def cell(padding: str, border: int, seed: int, paths: list[pathlib.Path], images: int) -> dict:
-    """One encoder: accuracy by stage, and how much the responses differ between the two places,
-    relative to their mean."""
-    model = create_model("resnet18", padding=padding)
-    stages = reachable_stages(model, _CANVAS + 2 * border)
-    chosen = np.random.default_rng(seed).permutation(len(paths))[:images]
-    size = (_PHOTOGRAPH, _PHOTOGRAPH)
-    content = [
-        PIL.Image.fromarray(photographs.read_image(paths[i])).resize(
-            size, PIL.Image.Resampling.BILINEAR
-        )
-        for i in chosen
-    ]
-    found = largest(model, _weights(seed), canvases(np.stack(content), border), stages[-1])
+    The difference is relative to the mean response.
+    """
+    model = create_model("resnet18", padding=point.padding)
+    variables = initialize(create_model("resnet18"), jax.random.key(point.seed))
+    last = reachable_stages(model, _CANVAS + 2 * point.border)[-1]
+    content = []
+    for number in np.random.default_rng(point.seed).permutation(len(paths))[:images]:
+        image = PIL.Image.fromarray(photographs.read_image(paths[number]))
+        content.append(image.resize((_PHOTOGRAPH, _PHOTOGRAPH), PIL.Image.Resampling.BILINEAR))
+    features = maxima(model, variables, canvases(np.stack(content), point.border), last)
     half = images // 2
-    return {
-        "padding": padding,
-        "border": border,
-        "seed": seed,
-        "images": images,
-        "accuracy": {stage: read_out(y[:, :half], y[:, half:]) for stage, y in found.items()},
-        "difference": {
-            stage: float(np.abs(y[0] - y[1]).mean() / max(np.abs(y).mean(), 1e-30))
-            for stage, y in found.items()
-        },
-    }
+    accuracy = {}
+    difference = {}
+    for stage, y in features.items():
+        y = y.reshape(2, images, -1)
+        accuracy[stage] = read_out(y[:, :half], y[:, half:])
+        scale = max(np.abs(y).mean(), 1e-30)
+        difference[stage] = float(np.abs(y[0] - y[1]).mean() / scale)
+    return {"images": images, "accuracy": accuracy, "difference": difference}
 
 
-def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
-    """Writes the results, the report and the figures; returns the tables."""
-    paddings, borders = (
-        list(dict.fromkeys(row[key] for row in cells)) for key in ("padding", "border")
-    )
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def tabulate_rook(results: list[dict]) -> str:
     lines = []
-    for padding in paddings:
-        accuracy, differ = (
-            [100 * row[key] for row in rook if row["padding"] == padding]
-            for key in ("accuracy", "differ")
-        )
-        lines.append(
-            [
-                padding,
-                tables.spread(accuracy, 0),
-                str(ROOK_PUBLISHED) if padding == "zeros" else "",
-                tables.spread(differ, 1),
-                str(len(accuracy)),
-            ]
-        )
-    sections = [
-        tables.table(
-            [
-                "padding",
-                "trained, %",
-                "published",
-                "untrained kernels that respond differently, %",
-                "n",
-            ],
-            lines,
-        )
-    ]
+    for padding in study.unique(results, "padding"):
+        accuracy = 100 * study.values(results, "accuracy", padding=padding)
+        differ = 100 * study.values(results, "differ", padding=padding)
+        published = str(ROOK_PUBLISHED) if padding == "zeros" else ""
+        spreads = [tables.spread(accuracy, 0), published, tables.spread(differ, 1)]
+        lines.append([padding, *spreads, str(len(accuracy))])
+    differ = "untrained kernels that respond differently, %"
+    return tables.table(["padding", "trained, %", "published", differ, "n"], lines)
+
+
+def draw_rook(results: list[dict]) -> Figure:
+    """Draws the two images, and bars by padding."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
-    for axis, image, title in zip(axes, rooks(), ("top left", "bottom right")):
-        axis.imshow(image[..., 0], cmap="gray")
-        axis.set(title=title, xticks=[], yticks=[])
-    for shift, key, label in (
+    *images, axis = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
+    for image_axis, image, title in zip(images, rooks(), ("top left", "bottom right")):
+        image_axis.imshow(image[..., 0], cmap="gray")
+        image_axis.set(title=title, xticks=[], yticks=[])
+    paddings = study.unique(results, "padding")
+    places = np.arange(len(paddings))
+    for shift, name, label in (
         (-0.2, "accuracy", "trained: accuracy"),
         (0.2, "differ", "untrained: kernels that respond differently"),
     ):
-        values = [
-            [100 * row[key] for row in rook if row["padding"] == padding] for padding in paddings
-        ]
-        axes[2].bar(
-            np.arange(len(paddings)) + shift,
-            list(map(np.mean, values)),
-            0.4,
-            yerr=list(map(tables.bar, values)),
-            label=label,
-        )
-    axes[2].axhline(50, color="black", lw=0.5)
-    axes[2].set_xticks(range(len(paddings)), paddings, fontsize=8)
-    axes[2].set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
-    axes[2].legend(fontsize=8, loc="upper left")
-    workdir.write_figure(folder / "rook.png", figure)
+        values = [100 * study.values(results, name, padding=padding) for padding in paddings]
+        means = [part.mean() for part in values]
+        axis.bar(places + shift, means, 0.4, yerr=[*map(tables.bar, values)], label=label)
+    axis.axhline(50, color="black", lw=0.5)
+    axis.set_xticks(places, paddings, fontsize=8)
+    axis.set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
+    axis.legend(fontsize=8, loc="upper left")
+    return figure
 
+
+def accuracies(results: list[dict], padding: str, stage: str) -> dict[int, np.ndarray]:
+    """Returns the accuracies by border, in percent, where the stage has a position left."""
+    by_border = {}
+    for result in study.select(results, padding=padding):
+        if stage in result["accuracy"]:
+            by_border.setdefault(result["border"], []).append(100 * result["accuracy"][stage])
+    return {border: np.array(values) for border, values in by_border.items()}
+
+
+def tabulate_quadrants(results: list[dict]) -> str:
+    borders = study.unique(results, "border")
+    published = [f"{PUBLISHED[border]:.1f}" if border in PUBLISHED else "" for border in borders]
+    lines = [["zeros", "layer4, published", *published, ""]]
+    for padding, stage in itertools.product(study.unique(results, "padding"), STAGES):
+        measured = accuracies(results, padding, stage)
+        if measured:
+            cells = {border: tables.spread(values, 1) for border, values in measured.items()}
+            count = max(map(len, measured.values()))
+            by_border = [cells.get(border, "") for border in borders]
+            lines.append([padding, stage, *by_border, str(count)])
+    return tables.table(["padding", "stage", *(f"border {n}" for n in borders), "n"], lines)
+
+
+def draw_quadrants(results: list[dict]) -> Figure:
+    """Draws accuracy by border: a panel for each stage, a curve for each padding."""
+    borders = study.unique(results, "border")
     figure = Figure(figsize=(3 * len(STAGES), 3), layout="constrained")
     axes = figure.subplots(1, len(STAGES), sharey=True)
-    lines = [
-        [
-            "zeros",
-            "layer4, published",
-            *(f"{PUBLISHED[border]:.1f}" if border in PUBLISHED else "" for border in borders),
-            "",
-        ]
-    ]
-    axes[-1].plot(
-        [borders.index(b) for b in PUBLISHED if b in borders],
-        [PUBLISHED[b] for b in PUBLISHED if b in borders],
+    known = [border for border in PUBLISHED if border in borders]
+    [published] = axes[-1].plot(
+        [borders.index(border) for border in known],
+        [PUBLISHED[border] for border in known],
         "k--",
         label="published, zeros",
     )
     for axis, stage in zip(axes, STAGES):
-        for padding in paddings:
-            at = [
-                [
-                    100 * row["accuracy"][stage]
-                    for row in cells
-                    if (row["padding"], row["border"]) == (padding, border)
-                    and stage in row["accuracy"]
-                ]
-                for border in borders
-            ]
-            if any(at):
-                lines.append(
-                    [
-                        padding,
-                        stage,
-                        *(tables.spread(v, 1) if v else "" for v in at),
-                        str(max(map(len, at))),
-                    ]
-                )
-                where = [number for number, values in enumerate(at) if values]
+        for padding in study.unique(results, "padding"):
+            measured = accuracies(results, padding, stage)
+            if measured:
                 axis.errorbar(
-                    where,
-                    [np.mean(at[i]) for i in where],
-                    [tables.bar(at[i]) for i in where],
+                    [borders.index(border) for border in measured],
+                    [values.mean() for values in measured.values()],
+                    [tables.bar(values) for values in measured.values()],
                     marker=".",
                     capsize=2,
                     color=f"C{FILLS.index(padding) % 10}",
@@ -323,97 +377,51 @@ def write(folder: pathlib.Path, rook: list[dict], cells: list[dict]) -> str:
         axis.axhline(50, color="black", lw=0.5)
         axis.set(title=stage, xlabel="border, pixels")
         axis.set_xticks(range(len(borders)), borders)
-    lines[1:] = sorted(lines[1:], key=lambda line: paddings.index(line[0]))
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(fontsize=8)
-    axes[-1].legend(*([entry[:1] for entry in axes[-1].get_legend_handles_labels()]), fontsize=8)
-    workdir.write_figure(folder / "quadrants.png", figure)
-    sections.append(
-        tables.table(["padding", "stage", *(f"border {border}" for border in borders), "n"], lines)
-    )
-    workdir.write_json(folder / "results.json", {"rook": rook, "quadrants": cells})
-    text = (
-        "# Rook and quadrants\n\nMean ± sample standard deviation over n seeds; chance is 50 %. "
-        "Published: Kayhan and van Gemert 2020, "
-        f"with 2,000 photographs (here {cells[0]['images']} of each seed, half of them to train "
-        "on), whose networks' "
-        "BatchNorm took statistics of the canvases, while these are as initialized.\n\n## Rook\n\n"
-        f"{sections[0]}\n![rook](rook.png)\n\n## Quadrants, % correct\n\n"
-        "A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 "
-        "pixels apart, a whole number of steps "
-        "of every stage. Circular padding hides the place only where the canvas is a whole "
-        "number of steps wide too: 120 pixels are 15 "
-        f"steps of layer2, 7.5 of layer3.\n\n{sections[1]}\n![quadrants](quadrants.png)\n"
-    )
-    workdir.write(folder / "report.md", text)
-    return "\n".join(sections)
+    axes[-1].legend(handles=[published], fontsize=8)
+    return figure
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
-    parser.add_workdir("runs/quadrant")
-    parser.add_photographs()
-    parser.add_count("images", 32, "photographs of one cell at most, half to train on", 4)
-    parser.add_count("seeds", 5, "of weights and photographs")
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=["zeros", "none", "reflect", "replicate", "circular"],
-    )
-    parser.add_argument(
-        "--borders",
-        nargs="+",
-        type=command.whole(0),
-        default=list(PUBLISHED),
-        help="pixels (default: those published)",
-    )
-    options = parser.parse_args(arguments)
+def report(results: list[dict], options) -> study.Report:
+    rook = study.select(results, part="rook")
+    quadrants = study.select(results, part="quadrant")
+    text = f"""# Rook and quadrants
 
-    def work():
-        paths = photographs.list_photographs(options.photographs)
-        images = min(options.images, len(paths))
-        if images < 4:
-            raise ValueError(
-                f"photographs={options.photographs!r} has {images} photographs; at least 4 are "
-                "needed"
-            )
-        folder = workdir.prepare(
-            options.workdir, {"photographs": options.photographs, "images": images}
-        )
-        backend.start()
-        rook = [
-            {
-                "padding": padding,
-                "seed": seed,
-                "accuracy": float(_train_rook(padding, jax.random.key(seed))),
-                "differ": kernels_that_differ(padding, seed),
-            }
-            for padding in options.paddings
-            for seed in range(options.seeds)
-        ]
-        cells, wanted = (
-            [],
-            list(itertools.product(options.paddings, options.borders, range(options.seeds))),
-        )
-        with progress(len(wanted), "encoders") as done:
-            for padding, border, seed in wanted:
-                cells.append(
-                    workdir.finished(
-                        folder / f"{padding}-{border}-{seed}.json",
-                        cell,
-                        padding,
-                        border,
-                        seed,
-                        paths,
-                        images,
-                    )
-                )
-                done(1)
-        print(write(folder, rook, cells))
+Mean ± sample standard deviation over n seeds; chance is 50 %. Published: Kayhan and van Gemert
+2020, with 2,000 photographs (here {quadrants[0]["images"]} of each seed, half of them for
+training). The BatchNorm of their networks took statistics of the canvases; here it is as
+initialized.
 
-    return command.run(work)
+## Rook
 
+{tabulate_rook(rook)}
+![rook](rook.png)
+
+## Quadrants, % correct
+
+A cell is empty where padding 'none' leaves nothing of a stage. The two places are 64 pixels apart,
+a whole number of steps of every stage. Circular padding hides the place only where the canvas, too,
+is a whole number of steps wide: 120 pixels are 15 steps of layer2, 7.5 of layer3.
+
+{tabulate_quadrants(quadrants)}
+![quadrants](quadrants.png)
+"""
+    figures = {"rook.png": draw_rook(rook), "quadrants.png": draw_quadrants(quadrants)}
+    return study.Report(text, figures)
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="results.json",
+    add_options=add_options,
+    axes=("paddings", "borders", "seeds"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,8 +61,8 @@ def tiny(monkeypatch):
     )
     monkeypatch.setattr(
         position_quadrant,
-        "_largest",
-        jit(position_quadrant._largest.__wrapped__, static_argnames=("model", "last")),
+        "_maxima",
+        jit(position_quadrant._maxima.__wrapped__, static_argnames=("model", "last")),
     )
     return lambda **fields: create_model("tiny", **fields)
 
@@ -278,7 +278,7 @@ class Beside(base.Network):
 
 
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
-    train = jit(position_quadrant._train_rook.__wrapped__, static_argnames="padding")
+    train = jit(position_quadrant.train_rook.__wrapped__, static_argnames="padding")
     assert train("zeros", jax.random.key(0)) == 1  # published: 100 %
     found = {
         fill: position_quadrant.kernels_that_differ(fill, 0)
@@ -287,9 +287,9 @@ def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
     assert found["none"] > found["zeros"] > 0.1 and found["full"] == found["circular"] == 0
 
 
-def test_quadrants_and_their_readout(tiny, monkeypatch):
+def test_quadrants_and_their_readout(tiny):
     content = images(56, count=4)
-    for border in (0, 5):
+    for border in (5, 0):
         canvases = position_quadrant.canvases(content, border)
         assert canvases.shape == (8, 120 + 2 * border, 120 + 2 * border, 3)
         at = [slice(border, border + 56), slice(border + 64, border + 120)]
@@ -300,20 +300,15 @@ def test_quadrants_and_their_readout(tiny, monkeypatch):
             )
             assert np.count_nonzero(canvases[4 * place]) <= content[0].size
     model = tiny(whole=True)
-    found = {
-        fill: position_quadrant.largest(
-            model.clone(padding=fill),
-            variables_of(model),
-            position_quadrant.canvases(content, 0),
-            "layer4",
-        )
-        for fill in ("zeros", "circular")
-    }
-    assert found["circular"]["layer4"].shape == (2, 4, 4)
-    np.testing.assert_array_equal(
-        *found["circular"]["layer4"]
-    )  # 120 is a multiple of the stride: the same wherever it stands
-    assert (found["zeros"]["layer4"][0] != found["zeros"]["layer4"][1]).any()
+    variables = variables_of(model)
+    maxima = {}
+    for fill in ("zeros", "circular"):
+        padded = model.clone(padding=fill)
+        maxima[fill] = position_quadrant.maxima(padded, variables, canvases, "layer4")["layer4"]
+        assert maxima[fill].shape == (8, 4)
+    # 120 pixels are a multiple of the stride: circular padding hides where the content stands.
+    np.testing.assert_array_equal(maxima["circular"][:4], maxima["circular"][4:])
+    assert (maxima["zeros"][:4] != maxima["zeros"][4:]).any()
 
     rng = np.random.default_rng(0)
     both = np.tile(rng.standard_normal((1, 40, 30)), (2, 1, 1))
@@ -340,22 +335,23 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
             )
             error += np.square((z[[i, i + 6]] - center) @ w - y[[i, i + 6]]).sum()
         errors.append(error)
-    seen = []
-    monkeypatch.setattr(
-        position_quadrant,
-        "min",
-        lambda values, key: seen.extend(map(key, values)) or values[0],
-        raising=False,
-    )
+    computed = []
+    left_out_errors = position_quadrant.left_out_errors
+
+    def record(*arguments):
+        computed.append(left_out_errors(*arguments))
+        return computed[-1]
+
+    monkeypatch.setattr(position_quadrant, "left_out_errors", record)
     position_quadrant.read_out(x, x)
-    np.testing.assert_allclose(seen, errors, rtol=1e-8)
+    np.testing.assert_allclose(computed, [errors], rtol=1e-8)
 
 
 def test_the_quadrants_go_on_where_they_stopped(
     tiny, tmp_path, data_dir, monkeypatch, standard_promotion, capsys
 ):
     monkeypatch.setattr(position_quadrant, "STAGES", STAGES)
-    monkeypatch.setattr(position_quadrant, "_train_rook", lambda padding, key: 1.0)
+    monkeypatch.setattr(position_quadrant, "train_rook", lambda padding, key: 1.0)
     command = [
         "--workdir",
         str(tmp_path),
@@ -369,31 +365,29 @@ def test_the_quadrants_go_on_where_they_stopped(
         "zeros",
         "--seeds",
     ]
-    position_quadrant._weights.cache_clear()
     position_quadrant.main([*command, "1"])
-    kept = tmp_path / "zeros-0-0.json"
-    changed = json.loads(kept.read_text())
+    finished = tmp_path / "points" / "part=quadrant,padding=zeros,border=0,seed=0.json"
+    changed = json.loads(finished.read_text())
     changed["accuracy"]["layer4"] = 0.125
-    kept.write_text(json.dumps(changed))
+    finished.write_text(json.dumps(changed))
     position_quadrant.main([*command, "2"])
-    position_quadrant._weights.cache_clear()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (
-        results["quadrants"][0]["accuracy"]["layer4"] == 0.125
-        and results["quadrants"][1]["accuracy"]["layer2"] >= 0
-    )
-    assert (
-        "layer4, published | 100.0" in (tmp_path / "report.md").read_text()
-        and (tmp_path / "quadrants.png").stat().st_size > 1000
-    )
+    assert [(result["part"], result["seed"]) for result in results] == [
+        ("rook", 0),
+        ("rook", 1),
+        ("quadrant", 0),
+        ("quadrant", 1),
+    ]
+    assert results[2]["accuracy"]["layer4"] == 0.125
+    assert results[3]["accuracy"]["layer2"] >= 0
+    assert "layer4, published | 100.0" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "quadrants.png").stat().st_size > 1000
     for wrong, message in (
         (["--images", "3"], "'3' is not a whole number of at least 4"),
         (["--images", "10"], "another configuration"),
     ):
-        assert (
-            exit_code(position_quadrant.main, [*command, "1", *wrong]) == 2
-            and message in capsys.readouterr().err
-        )
+        assert exit_code(position_quadrant.main, [*command, "1", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_patterns_are_reported_for_random_and_trained_weights(
