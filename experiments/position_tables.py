@@ -1,19 +1,20 @@
-"""The tables of Islam, Jia and Bruce (ICLR 2020, arXiv 2001.08248), each by one command, beside the
-paper's numbers.
+"""Measures the tables of Islam, Jia and Bruce (ICLR 2020), each by one command.
 
     python -m experiments.position_tables [main kernels depth stages readout_padding
         encoder_padding controls weights photographs] --workdir runs/tables [--photographs FOLDER]
         [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
         [--set KEY=VALUE ...]
 
-All of them, if none is named. A table is a handful of studies (configs/posenet.py with a few keys
-changed); those that are finished are not run again, and what an encoder gave is kept in `features/`
-for the others. `--set` changes any key of that configuration for all of them. The paper's networks
-have ImageNet weights; without any at hand the encoders have random ones, which is a question of its
-own: `weights` puts both side by side, and `photographs` gives the readout 24, 96 and 384 of them to
-be fitted to. ImageNet weights come from the Hugging Face hub, or for the networks named by
-`--trained` from a safetensors file with torchvision's names, followed by the modules that it is
-known to lack. Writes NAME.md and NAME.json.
+All tables, if none is named; the paper's numbers (arXiv 2001.08248) stand beside the measured ones.
+A table is a handful of studies: configs/posenet.py with a few keys changed. Finished studies are
+not run again, and an encoder's features are cached in `features/` for the others. `--set` changes
+any key of that configuration for all studies.
+
+The paper's networks have ImageNet weights. Here they are random unless told otherwise, which is a
+question of its own: `weights` puts both side by side, and `photographs` fits the readout to 24, 96
+and 384 photographs. ImageNet weights come from the Hugging Face hub, or for the networks named by
+`--trained` from a safetensors file with torchvision's names, followed by the modules that the file
+lacks. Writes NAME.md and NAME.json.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import functools
 import itertools
 import pathlib
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,339 +30,362 @@ import ml_collections
 
 from cnnjax.position import study
 from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.study import select, unique
 from configs import posenet
+
+READOUTS = ("sgd", "exact")
+_TARGETS = ("H", "V", "G", "HS", "VS")
+_DATA = ("natural", "black", "white", "noise")
+
+# SPC (Spearman's rank correlation) and MAE (mean absolute error) as the paper prints them.
+
+# Table 1: a line for each target, a column for each kind of images.
+_POSENET = """
+     .012/.251  .0/.251   .0/.251   .001/.251
+     .131/.248  .0/.251   .0/.251   .053/.250
+    -.001/.233  .0/.186   .0/.186  -.034/.214
+    -.001/.712 -.055/.704 .0/.704   .023/.710
+     .006/.723  .081/.709 .081/.709 .018/.714"""
+_VGG16 = """
+    .742/.149 .751/.164 .873/.157 .591/.173
+    .816/.129 .846/.146 .927/.138 .771/.150
+    .814/.109 .842/.123 .898/.116 .762/.129
+    .405/.556 .532/.583 .576/.574 .375/.573
+    .374/.567 .538/.575 .437/.578 .526/.566"""
+_RESNET152 = """
+    .933/.084 .987/.080 .994/.078 .973/.077
+    .951/.083 .978/.069 .979/.072 .968/.074
+    .936/.070 .953/.068 .964/.064 .971/.055
+    .534/.528 .566/.518 .562/.515 .471/.530
+    .520/.537 .574/.523 .593/.514 .523/.545"""
+# The other tables have photographs only; their cells are H, G and HS, or H and G.
+# Tables 2a and 2b: PosENet and VGG-16 by the readout's layers and kernel.
+_DEPTHS = {
+    1: (".012/.251 -.001/.233 -.001/.712", ".742/.149 .814/.109 .405/.556"),
+    2: (".056/.250 .067/.187 -.006/.628", ".797/.128 .828/.105 .483/.538"),
+    3: (".055/.250 .126/.186 .003/.628", ".830/.117 .835/.104 .491/.540"),
+}
+_KERNELS = {
+    1: (".013/.251 .017/.188 -.004/.628", ".542/.196 .724/.127 .317/.576"),
+    3: (".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
+    7: (".060/.250 .068/.187 .002/.628", ".828/.120 .816/.111 .487/.532"),
+}
+# Table 3: one block of VGG-16, or all.
+_STAGES = {
+    "f1": (("block1",), ".101/.249 .241/.182"),
+    "f2": (("block2",), ".344/.225 .404/.168"),
+    "f3": (("block3",), ".472/.203 .588/.146"),
+    "f4": (("block4",), ".610/.181 .653/.138"),
+    "f5": (("block5",), ".657/.177 .693/.135"),
+    "all": ((), ".742/.149 .814/.109"),
+}
+# Table 4, first rows: zeros around the image, whose pixels are from 0 to 1.
+_READOUT_PADDINGS = {
+    0: ".012/.251 -.001/.233 -.001/.712",
+    1: ".274/.239 .205/.184 .148/.608",
+    2: ".397/.223 .380/.177 .214/.595",
+}
+# Table 4, last rows: VGG-16 with and without padding.
+_ENCODER_PADDINGS = {
+    "zeros": ".742/.149 .814/.109 .405/.556",
+    "none": ".381/.223 .359/.174 .011/.628",
+}
+
+
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """A line of a table: a study's keys, the row of its results that is shown, and what the paper
-    prints for it, by target and data."""
+    """A row of a table.
+
+    - `label`: its name.
+    - `changes`: what its study changes in configs/posenet.py.
+    - `paper`: the published SPC and MAE by target and data.
+    - `encoder`, `padding`: the part of the study's results that is shown.
+    """
 
     label: str
     changes: dict
-    encoder: str
-    padding: str
     paper: dict[tuple[str, str], tuple[float, float]]
+    encoder: str = "vgg16"
+    padding: str = "zeros"
 
 
-def _grid(targets: str, data: str, text: str) -> dict[tuple[str, str], tuple[float, float]]:
-    """The paper's "SPC/MAE" by target and data, read line by line: a line for each target."""
-    return {
-        (target, kind): tuple(map(float, cell.split("/")))
-        for target, line in zip(targets.split(), text.strip().splitlines())
-        for kind, cell in zip(data.split(), line.split())
-    }
+def published(
+    text: str, targets: tuple[str, ...], data: tuple[str, ...]
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Reads cells "SPC/MAE" in the order of targets, and of data within a target."""
+    scores = {}
+    for key, cell in zip(itertools.product(targets, data), text.split(), strict=True):
+        spc, mae = cell.split("/")
+        scores[key] = (float(spc), float(mae))
+    return scores
 
 
-_ALL, _DATA = "H V G HS VS", "natural black white noise"
+def changes(
+    encoders: tuple[str, ...] = ("vgg16",), paddings: tuple[str, ...] = ("zeros",), **keys
+) -> dict:
+    """Returns a study's changes: both readouts, with a 3x3 kernel unless told otherwise."""
+    common = {"encoders": encoders, "paddings": paddings, "sgd_paddings": paddings, "kernel": 3}
+    return common | keys
 
 
-def _study(encoder: str = "vgg16", paddings: tuple[str, ...] = ("zeros",), **keys) -> dict:
-    """A study's keys: one encoder, or none for the image alone, under these paddings with both
-    readouts; a 3x3 readout unless told."""
-    return {
-        "encoders": (encoder,) if encoder else (),
-        "paddings": paddings,
-        "sgd_paddings": paddings,
-        "kernel": 3,
-    } | keys
-
-
-def _natural(targets: str, text: str, **keys) -> tuple[dict, dict]:
-    """A study on photographs only, and the paper's cells for it."""
-    return {"targets": tuple(targets.split()), "data": ("natural",)} | keys, _grid(
-        targets, "natural", text.replace(" ", "\n")
-    )
-
-
-def _rows() -> Iterator[tuple[str, Row]]:
-    for label, encoder, shown, padding, text in (  # table 1
-        (
-            "PosENet",
-            "vgg16",
-            "posenet",
-            "none",
-            """
-                .012/.251 .0/.251 .0/.251 .001/.251
-                .131/.248 .0/.251 .0/.251 .053/.250
-                -.001/.233 .0/.186 .0/.186 -.034/.214
-                -.001/.712 -.055/.704 .0/.704 .023/.710
-                .006/.723 .081/.709 .081/.709 .018/.714""",
-        ),
-        (
-            "VGG-16",
-            "vgg16",
-            "vgg16",
-            "zeros",
-            """
-                .742/.149 .751/.164 .873/.157 .591/.173
-                .816/.129 .846/.146 .927/.138 .771/.150
-                .814/.109 .842/.123 .898/.116 .762/.129
-                .405/.556 .532/.583 .576/.574 .375/.573
-                .374/.567 .538/.575 .437/.578 .526/.566""",
-        ),
-        (
-            "ResNet-152",
-            "resnet152",
-            "resnet152",
-            "zeros",
-            """
-                .933/.084 .987/.080 .994/.078 .973/.077
-                .951/.083 .978/.069 .979/.072 .968/.074
-                .936/.070 .953/.068 .964/.064 .971/.055
-                .534/.528 .566/.518 .562/.515 .471/.530
-                .520/.537 .574/.523 .593/.514 .523/.545""",
-        ),
+def main_rows() -> Iterator[Row]:
+    for label, changed, text, encoder, padding in (
+        ("PosENet", changes(), _POSENET, "posenet", "none"),
+        ("VGG-16", changes(), _VGG16, "vgg16", "zeros"),
+        ("ResNet-152", changes(("resnet152",)), _RESNET152, "resnet152", "zeros"),
     ):
-        yield "main", Row(label, _study(encoder), shown, padding, _grid(_ALL, _DATA, text))
-    for table, key, value, shown, alone, vgg in (  # tables 2a and 2b
-        (
-            "depth",
-            "depth",
-            1,
-            "layers: 1",
-            ".012/.251 -.001/.233 -.001/.712",
-            ".742/.149 .814/.109 .405/.556",
-        ),
-        (
-            "depth",
-            "depth",
-            2,
-            "layers: 2",
-            ".056/.250 .067/.187 -.006/.628",
-            ".797/.128 .828/.105 .483/.538",
-        ),
-        (
-            "depth",
-            "depth",
-            3,
-            "layers: 3",
-            ".055/.250 .126/.186 .003/.628",
-            ".830/.117 .835/.104 .491/.540",
-        ),
-        (
-            "kernels",
-            "kernel",
-            1,
-            "1x1",
-            ".013/.251 .017/.188 -.004/.628",
-            ".542/.196 .724/.127 .317/.576",
-        ),
-        (
-            "kernels",
-            "kernel",
-            3,
-            "3x3",
-            ".012/.251 -.001/.233 -.001/.723",
-            ".742/.149 .814/.109 .405/.556",
-        ),
-        (
-            "kernels",
-            "kernel",
-            7,
-            "7x7",
-            ".060/.250 .068/.187 .002/.628",
-            ".828/.120 .816/.111 .487/.532",
-        ),
-    ):
-        for label, encoder, padding, text in (
-            ("PosENet", "posenet", "none", alone),
-            ("VGG-16", "vgg16", "zeros", vgg),
-        ):
-            keys, paper = _natural("H G HS", text, **{key: value})
-            yield table, Row(f"{label}, {shown}", _study(**keys), encoder, padding, paper)
-    for label, stages, text in (  # table 3
-        ("f1", ("block1",), ".101/.249 .241/.182"),
-        ("f2", ("block2",), ".344/.225 .404/.168"),
-        ("f3", ("block3",), ".472/.203 .588/.146"),
-        ("f4", ("block4",), ".610/.181 .653/.138"),
-        ("f5", ("block5",), ".657/.177 .693/.135"),
-        ("all", (), ".742/.149 .814/.109"),
-    ):
-        keys, paper = _natural("H G", text, stages=stages)
-        yield "stages", Row(f"VGG-16, {label}", _study(**keys), "vgg16", "zeros", paper)
-    for amount, text in (  # table 4, its first rows: on pixels from 0 to 1
-        (0, ".012/.251 -.001/.233 -.001/.712"),
-        (1, ".274/.239 .205/.184 .148/.608"),
-        (2, ".397/.223 .380/.177 .214/.595"),
-    ):
-        keys, paper = _natural("H G HS", text, readout_padding=amount, pixels="unit")
-        yield (
-            "readout_padding",
-            Row(f"PosENet, padded by {amount}", _study("", **keys), "posenet", "none", paper),
-        )
-    for padding, text in (
-        ("zeros", ".742/.149 .814/.109 .405/.556"),
-        ("none", ".381/.223 .359/.174 .011/.628"),
-    ):  # its last rows
-        keys, paper = _natural("H G HS", text)
-        yield (
-            "encoder_padding",
-            Row(
-                f"VGG-16, {padding}",
-                _study(paddings=("zeros", "none"), **keys),
-                "vgg16",
-                padding,
-                paper,
-            ),
-        )
-    keys = {"coordinates": True, "targets": _ALL.split(), "data": ("natural", "black"), "kernel": 1}
-    yield "controls", Row("image and coordinates", _study("", **keys), "coordinates", "none", {})
+        yield Row(label, changed, published(text, _TARGETS, _DATA), encoder, padding)
+
+
+def photograph_row(
+    label: str,
+    text: str,
+    changed: dict,
+    targets: tuple[str, ...] = ("H", "G", "HS"),
+    encoder: str = "vgg16",
+    padding: str = "zeros",
+) -> Row:
+    """Returns a row of a published table that has photographs only."""
+    data = ("natural",)
+    changed = changed | {"targets": targets, "data": data}
+    return Row(label, changed, published(text, targets, data), encoder, padding)
+
+
+def readout_rows(name: str, changed: dict, cells: tuple[str, str]) -> Iterator[Row]:
+    """Yields the rows of PosENet and VGG-16 with one readout."""
+    posenet, vgg16 = cells
+    yield photograph_row(f"PosENet, {name}", posenet, changed, encoder="posenet", padding="none")
+    yield photograph_row(f"VGG-16, {name}", vgg16, changed)
+
+
+def depth_rows() -> Iterator[Row]:
+    for depth, cells in _DEPTHS.items():
+        yield from readout_rows(f"layers: {depth}", changes(depth=depth), cells)
+
+
+def kernel_rows() -> Iterator[Row]:
+    for kernel, cells in _KERNELS.items():
+        yield from readout_rows(f"{kernel}x{kernel}", changes(kernel=kernel), cells)
+
+
+def stage_rows() -> Iterator[Row]:
+    for name, (stages, text) in _STAGES.items():
+        yield photograph_row(f"VGG-16, {name}", text, changes(stages=stages), ("H", "G"))
+
+
+def readout_padding_rows() -> Iterator[Row]:
+    for amount, text in _READOUT_PADDINGS.items():
+        label = f"PosENet, padded by {amount}"
+        changed = changes((), readout_padding=amount, pixels="unit")
+        yield photograph_row(label, text, changed, encoder="posenet", padding="none")
+
+
+def encoder_padding_rows() -> Iterator[Row]:
+    changed = changes(paddings=tuple(_ENCODER_PADDINGS))
+    for padding, text in _ENCODER_PADDINGS.items():
+        yield photograph_row(f"VGG-16, {padding}", text, changed, padding=padding)
+
+
+# The paper has none of the following.
+
+
+def control_rows() -> Iterator[Row]:
+    data = ("natural", "black")
+    changed = changes((), coordinates=True, targets=_TARGETS, data=data, kernel=1)
+    yield Row("image and coordinates", changed, {}, "coordinates", "none")
+    paddings = ("zeros", "none")
     for label, keys in (
         ("as it is", {}),
         ("mirrored photographs", {"mirrored": True}),
         ("shuffled targets", {"shuffled": True}),
     ):
-        keys |= {"targets": ("H", "V", "G"), "data": ("natural", "black"), "kernel": 1}
-        for padding in ("zeros", "none"):  # not in the paper
-            yield (
-                "controls",
-                Row(
-                    f"VGG-16, {padding}, {label}",
-                    _study(paddings=("zeros", "none"), **keys),
-                    "vgg16",
-                    padding,
-                    {},
-                ),
-            )
-    for name, origin, padding in itertools.product(
-        ("squeezenet1_1", "mobilenet_v2", "resnet18"),
-        ("random", "imagenet"),
-        ("zeros", "none", "reflect"),
-    ):  # not in the paper, but for VGG-16
-        keys = {
-            "targets": ("H", "V", "G"),
-            "data": ("natural", "black", "white"),
-            "weights": origin,
-        }
-        yield (
-            "weights",
-            Row(
-                f"{name}, {origin}, {padding}",
-                _study(name, ("zeros", "none", "reflect"), **keys),
-                name,
-                padding,
-                {},
-            ),
+        changed = changes(paddings=paddings, targets=("H", "V", "G"), data=data, kernel=1, **keys)
+        for padding in paddings:
+            yield Row(f"VGG-16, {padding}, {label}", changed, {}, padding=padding)
+
+
+def weight_rows() -> Iterator[Row]:
+    encoders = ("squeezenet1_1", "mobilenet_v2", "resnet18")
+    paddings = ("zeros", "none", "reflect")
+    grid = itertools.product(encoders, ("random", "imagenet"), paddings)
+    for encoder, origin, padding in grid:
+        changed = changes(
+            (encoder,),
+            paddings,
+            targets=("H", "V", "G"),
+            data=("natural", "black", "white"),
+            weights=origin,
         )
-    fills = ("zeros", "none", "reflect", "circular")
-    for count, origin, padding in itertools.product(
-        (24, 96, 384), ("random", "imagenet"), fills
-    ):  # not in the paper
-        keys = {
-            "targets": ("H", "G"),
-            "data": ("natural", "black"),
-            "weights": origin,
-            "kernel": 1,
-            "sgd_paddings": (),
-            "n_train": count,
-            "n_held_out": 64,
-            "n_test": 48,
-        }
+        yield Row(f"{encoder}, {origin}, {padding}", changed, {}, encoder, padding)
+
+
+def photographs_rows() -> Iterator[Row]:
+    paddings = ("zeros", "none", "reflect", "circular")
+    grid = itertools.product((24, 96, 384), ("random", "imagenet"), paddings)
+    for count, origin, padding in grid:
+        changed = changes(
+            ("resnet18",),
+            paddings,
+            targets=("H", "G"),
+            data=("natural", "black"),
+            weights=origin,
+            kernel=1,
+            sgd_paddings=(),
+            n_train=count,
+            n_held_out=64,
+            n_test=48,
+        )
         label = f"resnet18, {origin}, {count} photographs, {padding}"
-        yield "photographs", Row(label, _study("resnet18", fills, **keys), "resnet18", padding, {})
+        yield Row(label, changed, {}, "resnet18", padding)
 
 
-TABLES = defaultdict(list)
-for _name, _row in _rows():
-    TABLES[_name].append(_row)
+TABLES = {
+    "main": list(main_rows()),
+    "depth": list(depth_rows()),
+    "kernels": list(kernel_rows()),
+    "stages": list(stage_rows()),
+    "readout_padding": list(readout_padding_rows()),
+    "encoder_padding": list(encoder_padding_rows()),
+    "controls": list(control_rows()),
+    "weights": list(weight_rows()),
+    "photographs": list(photographs_rows()),
+}
+
+
+# --- Configurations -------------------------------------------------------------------------------
 
 
 def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDict:
-    """The configuration of a row's study. Raises `ValueError` for a key that it does not have or a
-    value of another type."""
+    """Returns the configuration of a row's study.
+
+    Raises `ValueError` if `--set` names an unknown key or a value of another type.
+    """
     config = posenet.get_config()
-    config.photographs, config.weights, config.seeds = (
-        options.photographs,
-        options.weights,
-        options.seeds,
-    )
+    config.photographs = options.photographs
+    config.weights = options.weights
+    config.seeds = options.seeds
     for key, value in row.changes.items():
         config[key] = value
     name = next(iter(config.encoders), None)
     if row.changes.get("weights") != "random" and name in options.trained:
         config.weights, config.missing = options.trained[name]
     for setting in options.set:
-        key, _, text = setting.partition("=")
-        if key not in config:
-            raise ValueError(
-                f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has "
-                f"{', '.join(sorted(config))}"
-            )
-        try:
-            config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(
-                f"--set {setting}: {text!r} is not a value for {key}, which is {config[key]!r}"
-            ) from error
+        change(config, setting)
     return config.lock()
 
 
-def tabulate(rows: list[Row], found: list[dict]) -> tuple[str, list[dict]]:
-    """The table beside the paper's numbers, as text and as values."""
-    lines, values = [], []
-    for row, result in zip(rows, found):
-        mine = [
-            entry
-            for entry in result["rows"]
-            if (entry["encoder"], entry["padding"]) == (row.encoder, row.padding)
-        ]
-        for target, data in dict.fromkeys((entry["target"], entry["data"]) for entry in mine):
-            paper = row.paper.get((target, data))
-            if paper and target in ("HS", "VS"):
-                paper = (
-                    paper[0],
-                    paper[1] / 2,
-                )  # the paper's stripes reach from -1 to 1, ours from 0
-            cells = []
-            for readout in ("sgd", "exact"):
-                kind = target, data, readout, row.changes.get("depth", 1)
-                entry = next(
-                    (e for e in mine if (e["target"], e["data"], e["readout"], e["depth"]) == kind),
-                    None,
-                )
-                if entry is None:
-                    cells.append("")
-                    continue
-                cells.append(
-                    f"{entry['spc']:.3f} ± {entry['spc_std'] or 0:.3f} / {entry['mae']:.3f} / "
-                    f"{entry['r2']:.2f}"
-                )
-                values.append(entry | {"row": row.label, "paper": paper})
-            printed = f"{paper[0]:.3f} / {paper[1]:.3f}" if paper else ""
-            lines.append(
-                [
-                    row.label,
-                    pathlib.Path(mine[0]["weights"]).name,
-                    target,
-                    data,
-                    printed,
-                    *cells,
-                    str(mine[0]["n_seeds"]),
-                ]
-            )
-    header = [
-        "row",
-        "weights",
-        "target",
-        "data",
-        "paper: SPC / MAE",
-        "SGD: SPC ± std / MAE / R2",
-        "exact: SPC ± std / MAE / R2",
-        "seeds",
-    ]
-    return tables.table(header, lines), values
+def change(config: ml_collections.ConfigDict, setting: str) -> None:
+    """Changes a configuration by a setting "KEY=VALUE"."""
+    key, _, text = setting.partition("=")
+    if key not in config:
+        raise ValueError(
+            f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has "
+            f"{', '.join(sorted(config))}"
+        )
+    try:
+        config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(
+            f"--set {setting}: {text!r} is not a value for {key}, which is {config[key]!r}"
+        ) from error
 
 
-def write(name: str, options: argparse.Namespace, table: str, values: list[dict]) -> str:
-    """Writes a table's values and its page; returns the table."""
-    workdir.write_json(options.workdir / f"{name}.json", values)
-    text = (
-        f"# {name}\n\nStd is over images and seeds together; stripes span 0 to 1, for which the "
-        "paper's errors are halved. SPC is "
-        "blind to amplitude: read R2, the share of variance explained, beside it.\n\n"
-    )
-    workdir.write(options.workdir / f"{name}.md", text + table)
-    return table
+def check_trained(names: set[str]) -> None:
+    """Raises `ValueError` for an encoder that no table has."""
+    encoders = set()
+    for row in itertools.chain(*TABLES.values()):
+        encoders.update(row.changes["encoders"])
+    if unknown := sorted(names - encoders):
+        raise ValueError(
+            f"trained={unknown[0]} is not an encoder of the tables, which are "
+            f"{', '.join(sorted(encoders))}"
+        )
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def compare(row: Row, results: dict) -> list[dict]:
+    """Returns the records of a study that a row shows, with its label and the paper's scores."""
+    depth = row.changes.get("depth", 1)
+    shown = select(results["rows"], encoder=row.encoder, padding=row.padding, depth=depth)
+    records = []
+    for target, data in dict.fromkeys((record["target"], record["data"]) for record in shown):
+        paper = row.paper.get((target, data))
+        if paper and target in ("HS", "VS"):
+            # The paper's stripes span -1 to 1, these 0 to 1.
+            spc, mae = paper
+            paper = (spc, mae / 2)
+        for readout in READOUTS:
+            for record in select(shown, target=target, data=data, readout=readout):
+                records.append(record | {"row": row.label, "paper": paper})
+    return records
+
+
+def tabulate(records: list[dict]) -> str:
+    """Makes a table: a line for each row, target and kind of images."""
+    lines = []
+    for row in unique(records, "row"):
+        shown = select(records, row=row)
+        for target, data in dict.fromkeys((record["target"], record["data"]) for record in shown):
+            measured = select(shown, target=target, data=data)
+            cells = dict.fromkeys(READOUTS, "")
+            for record in measured:
+                spread = f"{record['spc']:.3f} ± {record['spc_std'] or 0:.3f}"
+                cells[record["readout"]] = f"{spread} / {record['mae']:.3f} / {record['r2']:.2f}"
+            first = measured[0]
+            paper = ""
+            if first["paper"]:
+                paper = "{:.3f} / {:.3f}".format(*first["paper"])
+            weights = pathlib.Path(first["weights"]).name
+            seeds = str(first["n_seeds"])
+            lines.append([row, weights, target, data, paper, *cells.values(), seeds])
+    header = ["row", "weights", "target", "data", "paper: SPC / MAE"]
+    header += [f"{name}: SPC ± std / MAE / R2" for name in ("SGD", "exact")]
+    return tables.table([*header, "seeds"], lines)
+
+
+def write(name: str, folder: pathlib.Path, records: list[dict]) -> None:
+    """Writes a table's records and its page, and prints the table."""
+    table = tabulate(records)
+    text = f"""# {name}
+
+Std is over images and seeds together. Stripes span 0 to 1, for which the paper's errors are halved.
+SPC is blind to amplitude: read it beside R2, the share of variance explained.
+
+{table}"""
+    workdir.write_json(folder / f"{name}.json", records)
+    workdir.write(folder / f"{name}.md", text)
+    print(table)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Runs the studies of the tables, and writes each table as soon as it is complete."""
+    backend.start()
+    check_trained(set(options.trained))
+    table_configs = {}
+    # Rows share studies, also across tables.
+    studies = {}
+    for name in options.tables or TABLES:
+        table_configs[name] = [configure(row, options) for row in TABLES[name]]
+        for config in table_configs[name]:
+            studies[workdir.digest(config.to_dict())] = config
+    for config in studies.values():
+        study.check(config)
+
+    run = functools.partial(study.run, memory=options.workdir / "features")
+
+    @functools.cache
+    def complete(digest):
+        return workdir.completed(run, studies[digest], options.workdir / digest)
+
+    for name, configs in table_configs.items():
+        records = []
+        for row, config in zip(TABLES[name], configs):
+            records += compare(row, complete(workdir.digest(config.to_dict())))
+        write(name, options.workdir, records)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -386,36 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="changes to every study's configuration",
     )
     options = parser.parse_args(arguments)
-
-    def work():
-        backend.start()
-        encoders = {
-            name for row in itertools.chain(*TABLES.values()) for name in row.changes["encoders"]
-        }
-        if unread := sorted(set(options.trained) - encoders):
-            raise ValueError(
-                f"trained={unread[0]} is not an encoder of the tables, which are "
-                f"{', '.join(sorted(encoders))}"
-            )
-        studies = {
-            name: [configure(row, options) for row in TABLES[name]]
-            for name in options.tables or TABLES
-        }
-        different = {
-            workdir.digest(config.to_dict()): config
-            for config in itertools.chain(*studies.values())
-        }  # rows share studies
-        for config in different.values():
-            study.check(config)
-        run = functools.partial(study.run, memory=options.workdir / "features")
-        result = functools.cache(
-            lambda key: workdir.completed(run, different[key], options.workdir / key)
-        )
-        for name, configs in studies.items():
-            found = [result(workdir.digest(config.to_dict())) for config in configs]
-            print(write(name, options, *tabulate(TABLES[name], found)))
-
-    return command.run(work)
+    return command.run(lambda: measure(options))
 
 
 if __name__ == "__main__":
