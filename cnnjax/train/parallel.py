@@ -1,10 +1,13 @@
-"""How a per-device function is run: by `jit` on one device, by `pmap` or `shard_map` on many.
-Nothing else knows.
+"""Runs a per-device function: by `jit` on one device, by `pmap` or `shard_map` on many.
 
-A per-device function takes the axis name (None on one device) and then arguments of three kinds:
-replicated ones (the state, the data set: placed by `replicate`), shared ones (batches: placed by
-`share`, the first axis divided over the devices) and plain host values. In all three ways its
-gradients are the device's own until it averages them itself.
+No other module knows which of them is used. A per-device function takes the axis name (None on one
+device) and then arguments of three kinds:
+
+- replicated: the same on every device (the state, the data set); `replicate` places them.
+- shared: divided over the devices along their first axis (batches); `share` places them.
+- plain: host values.
+
+In all three ways, gradients are the device's own until the function averages them.
 """
 
 import functools
@@ -20,26 +23,44 @@ AXIS = "devices"
 WAYS = ("auto", "jit", "pmap", "shard_map")
 
 
+def _automatic_way() -> str:
+    if jax.device_count() == 1:
+        return "jit"
+    return "pmap" if hasattr(jax, "pmap") else "shard_map"
+
+
 class Parallel:
-    """One of `WAYS`; "auto" is `jit` on one device and `pmap` on many. Raises `ValueError` for
-    another, or `jit` over processes."""
+    """Places values on the devices and compiles functions of them, in one of `WAYS`.
+
+    "auto" is `jit` on one device and `pmap` on many, or `shard_map` where jax has no `pmap`.
+
+    Attributes:
+      way: "jit", "pmap" or "shard_map".
+      size: the number of devices, of all processes together.
+      axis_name: the name of the axis of devices; None on one device.
+
+    Raises:
+      ValueError: for another way, and for "jit" with several processes.
+    """
 
     def __init__(self, way: str = "auto"):
         if way not in WAYS:
             raise ValueError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
-        self.way = way if way != "auto" else "jit" if jax.device_count() == 1 else "pmap"
+        self.way = _automatic_way() if way == "auto" else way
         if self.way == "jit" and jax.process_count() > 1:
             raise ValueError(
                 f"parallel='jit' runs on one device of one process, and there are "
                 f"{jax.process_count()} processes"
             )
-        self.size = 1 if self.way == "jit" else jax.device_count()
-        self.axis_name = None if self.way == "jit" else AXIS
+        self.size = 1
+        self.axis_name = None
+        if self.way != "jit":
+            self.size = jax.device_count()
+            self.axis_name = AXIS
         if self.way == "shard_map":
             mesh = Mesh(np.array(jax.devices()), (AXIS,))
-            self._everywhere, self._divided = (
-                NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS))
-            )
+            self._everywhere = NamedSharding(mesh, PartitionSpec())
+            self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def __eq__(self, other):
         return isinstance(other, Parallel) and self.way == other.way
@@ -49,43 +70,51 @@ class Parallel:
 
     @staticmethod
     def gather(number: int) -> list[int]:
-        """A number of each process, on every process; what they decide by a clock or a signal, they
-        must decide alike."""
+        """Collect a number of each process, on every process.
+
+        Processes must decide alike what they decide by a clock or a signal.
+
+        Raises:
+          RuntimeError: if another process is gone.
+        """
         if jax.process_count() == 1:
             return [number]
         try:
             return multihost_utils.process_allgather(np.int32(number)).ravel().tolist()
-        except ValueError as error:  # what jaxlib makes of a peer that is gone, here
+        except ValueError as error:
+            # jaxlib's error for a peer that is gone.
             raise RuntimeError(str(error)) from error
 
     def replicate(self, tree):
-        """Host or device arrays -> the same on every device."""
+        """Place host or device arrays on every device."""
         if self.way == "jit":
             return jax.device_put(tree)
         if self.way == "pmap":
             return flax.jax_utils.replicate(tree)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(
+
+        def place(x):
+            return jax.make_array_from_process_local_data(
                 self._everywhere, np.asarray(x), np.shape(x)
-            ),
-            tree,
-        )
+            )
+
+        return jax.tree.map(place, tree)
 
     def share(self, tree):
-        """This process's part of a batch, host arrays -> divided over the devices; the first axis
-        must be a multiple of them."""
+        """Divide this process's part of a batch over its devices.
+
+        Args:
+          tree: host arrays, whose first axis is a multiple of the number of devices.
+        """
         if self.way == "jit":
             return jax.device_put(tree)
         if self.way == "pmap":
-            return jax.tree.map(
-                lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), tree
-            )
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self._divided, x), tree
-        )
+            count = jax.local_device_count()
+            return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
+        place = functools.partial(jax.make_array_from_process_local_data, self._divided)
+        return jax.tree.map(place, tree)
 
     def fetch(self, tree):
-        """A replicated tree -> host arrays."""
+        """Copy a replicated tree to the host."""
 
         def first(x):
             shard = np.asarray(x.addressable_shards[0].data)
@@ -94,16 +123,14 @@ class Parallel:
         return jax.tree.map(first, tree)
 
     def fetch_shared(self, tree):
-        """A divided tree -> host arrays of this process's part, in order."""
+        """Copy this process's part of a divided tree to the host, in order."""
 
         def join(x):
             shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
             parts = [np.asarray(shard.data) for shard in shards]
-            return np.concatenate(
-                [part.reshape(-1, *part.shape[2:]) for part in parts]
-                if self.way == "pmap"
-                else parts
-            )
+            if self.way == "pmap":
+                parts = [part.reshape(-1, *part.shape[2:]) for part in parts]
+            return np.concatenate(parts)
 
         return jax.tree.map(join, tree)
 
@@ -116,10 +143,16 @@ class Parallel:
         shares_output: bool = False,
         donate: bool = False,
     ) -> Callable:
-        """Compiles `function(axis_name, *replicated, *shared, *plain)`, whose output is replicated
-        unless `shares_output`.
+        """Compile a per-device function.
 
-        With `donate`, the first argument's memory is given to the output.
+        Args:
+          function: called with the axis name, then the replicated, the shared and the plain
+            arguments.
+          replicated: the number of replicated arguments.
+          shared: the number of shared arguments.
+          plain: the number of plain arguments.
+          shares_output: whether the output is divided over the devices; else it is replicated.
+          donate: whether the first argument's memory is given to the output.
         """
         function = functools.partial(function, self.axis_name)
         donated = (0,) if donate else ()
@@ -132,7 +165,8 @@ class Parallel:
                 in_axes=(0,) * (replicated + shared) + (None,) * plain,
                 donate_argnums=donated,
             )
-        whole, part = PartitionSpec(), PartitionSpec(AXIS)
+        whole = PartitionSpec()
+        part = PartitionSpec(AXIS)
         # Unchecked, collectives differentiate as under pmap; checked, JAX would sum the gradients
         # of replicated values on its own.
         mapped = jax.shard_map(
