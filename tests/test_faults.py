@@ -181,7 +181,7 @@ def record(folder: pathlib.Path) -> dict:
             "results": {key: value for key, value in results.items() if "seconds" not in key},
             "weights": (folder / "weights.safetensors").read_bytes(),
             "test": {name: test[name].tobytes() for name in test},
-            "state": {name: leaf.tobytes() for name, leaf in _leaves(state).items()},
+            "state": {name: np.asarray(leaf).tobytes() for name, leaf in _leaves(state).items()},
         }
 
 

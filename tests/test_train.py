@@ -368,7 +368,7 @@ def parameters(folder: pathlib.Path) -> dict[str, str]:
     return {
         "step": at,
         "history": record["history"],
-        **{name: leaf.tobytes() for name, leaf in _leaves(state).items()},
+        **{name: np.asarray(leaf).tobytes() for name, leaf in _leaves(state).items()},
     }
 
 

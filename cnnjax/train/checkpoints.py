@@ -1,5 +1,7 @@
-"""Checkpoints: written by orbax while training goes on, and believed only if every file has the
-hash that it was written with."""
+"""Checkpoints, written by orbax while training goes on.
+
+Each has a manifest of its files' hashes. Only a checkpoint whose every file has its hash is used.
+"""
 
 import contextlib
 import copy
@@ -23,20 +25,19 @@ _MANIFEST = "manifest.json"
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of every file under a folder, by relative path."""
-    found = {}
-    for path in sorted(
-        path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST
-    ):
+    """The SHA-256 of every file under a folder but the manifest, by relative path."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path == folder / _MANIFEST:
+            continue
         with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()
-    return found
+            digest = hashlib.file_digest(file, "sha256")
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return hashes
 
 
 def _damage(folder: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if nothing is."""
+    """Say what is wrong with a checkpoint's files; None if nothing is."""
     try:
         recorded = workdir.read_json(folder / _MANIFEST)
     except FileNotFoundError:
@@ -45,44 +46,36 @@ def _damage(folder: pathlib.Path) -> str | None:
         return f"its {_MANIFEST} cannot be read ({error})"
     if not isinstance(recorded, dict):
         return f"its {_MANIFEST} is not a list of hashes by name"
-    found = _hashes(folder)
-    changed = [
-        name
-        for name in sorted(recorded.keys() | found.keys())
-        if recorded.get(name) != found.get(name)
-    ]
-    return f"{changed[0]} is not as it was written" if changed else None
+    hashes = _hashes(folder)
+    for name in sorted(recorded.keys() | hashes.keys()):
+        if recorded.get(name) != hashes.get(name):
+            return f"{name} is not as it was written"
+    return None
+
+
+def _leaves(state) -> dict:
+    """A state's arrays by path, as they are."""
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths_and_leaves}
 
 
 def _described(state) -> dict[str, list]:
     """The shape and, last, the dtype of a state's arrays, by path."""
-    return {
-        jax.tree_util.keystr(path): [*leaf.shape, str(leaf.dtype)]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def _leaves(state) -> dict[str, np.ndarray]:
-    """A state's arrays on the host, by path."""
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
 
 
 class Checkpoints:
-    """A folder of checkpoints, of which the last `keep` are kept, and the one of the smallest
-    metric.
+    """The checkpoints of a folder.
 
-    A context manager: leaving it waits for what is still being written. A state is any tree of
-    arrays, a record any JSON.
+    It keeps the last `keep`, and the one of the smallest metric. Leaving its context waits for the
+    checkpoint that is being written. A state is any tree of arrays, a record is any JSON.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
-        self.folder = pathlib.Path(folder).absolute()  # orbax refuses relative paths
-        logging.getLogger("absl").setLevel(
-            logging.CRITICAL
-        )  # orbax tells every step; what fails is raised here
+        # orbax refuses relative paths.
+        self.folder = pathlib.Path(folder).absolute()
+        # orbax logs every step through absl; what fails is raised here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         tensorstore_noise.quieten()
         best = BestN(
             get_metric_fn=lambda metrics: metrics["metric"],
@@ -105,59 +98,61 @@ class Checkpoints:
         try:
             self._finish()
         finally:
-            with contextlib.suppress(Exception):  # it repeats a failure to write that has been told
+            # Closing repeats a failure to write that has been raised already.
+            with contextlib.suppress(Exception):
                 self._manager.close()
 
+    def _path(self, step: int) -> pathlib.Path:
+        return self.folder / str(step)
+
     def _finish(self) -> None:
-        """Waits for the checkpoint that is being written. Raises `RuntimeError` if it could not
-        be."""
+        """Wait for the checkpoint that is being written; raise `RuntimeError` if it failed."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
         if self._failure is not None:
-            failure, self._failure = self._failure, None
+            failure = self._failure
+            self._failure = None
             raise RuntimeError(
                 f"a checkpoint could not be written to {self.folder}: {failure}; the earlier "
                 "ones are whole"
             ) from failure
 
     def _seal(self, step: int) -> None:
-        """Writes the manifest once all else is on the disk."""
+        """Write the manifest once all other files are on the disk."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                workdir.write_json(
-                    self.folder / str(step) / _MANIFEST, _hashes(self.folder / str(step))
-                )
-        except Exception as error:  # told to whoever saves or leaves next
+                folder = self._path(step)
+                workdir.write_json(folder / _MANIFEST, _hashes(folder))
+        except Exception as error:
+            # Raised by the next call of `_finish`.
             self._failure = error
 
     def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
-        """Begins to write a checkpoint, unless there is one of this step; the state's memory and
-        the record may be changed at once.
+        """Begin to write a checkpoint, unless there is one of this step.
 
-        Raises `RuntimeError` if this one or the one before could not be written.
+        The state's memory and the record may be changed at once.
+
+        Raises:
+          RuntimeError: if this checkpoint or the one before could not be written.
         """
         self._finish()
         if step in self._manager.all_steps():
             return
-        # Copied, since a host array that was fetched from a CPU device may share the device's
-        # memory.
-        leaves = {name: leaf.copy() for name, leaf in _leaves(state).items()}
+        # Copied, since a host array that was fetched from a CPU device may share its memory.
+        leaves = {name: np.array(leaf) for name, leaf in _leaves(state).items()}
+        header = {
+            "record": copy.deepcopy(record),
+            "metric": metric,
+            "leaves": _described(state),
+        }
+        contents = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
+        )
+        metrics = None if metric is None else {"metric": metric}
         try:
-            header = {
-                "record": copy.deepcopy(record),
-                "metric": metric,
-                "leaves": _described(state),
-            }
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
-                ),
-                metrics=None if metric is None else {"metric": metric},
-                force=True,
-            )
+            self._manager.save(step, args=contents, metrics=metrics, force=True)
         except (OSError, ValueError) as error:
             self._failure = error
             self._finish()
@@ -165,61 +160,72 @@ class Checkpoints:
         self._writing.start()
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are whole, in order."""
+        """Return the steps of the checkpoints that are whole, in order."""
         self._finish()
-        return [
-            step
-            for step in sorted(self._manager.all_steps())
-            if _damage(self.folder / str(step)) is None
-        ]
+        steps = sorted(self._manager.all_steps())
+        return [step for step in steps if _damage(self._path(step)) is None]
 
     def _header(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore()))[
-            "header"
-        ]
+        wanted = ocp.args.Composite(header=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=wanted)["header"]
 
     def restore_step(self, step: int, like):
-        """One checkpoint -> (step, state, record). Raises `ValueError` if it is of another state
-        than `like`."""
-        header, expected = self._header(step), _described(like)
-        for name in sorted(header["leaves"].keys() | expected.keys()):
-            if header["leaves"].get(name) != expected.get(name):
+        """Read one checkpoint.
+
+        Args:
+          step: its step.
+          like: a tree of the state's structure, shapes and dtypes.
+
+        Returns:
+          The step, the state (host arrays) and the record.
+
+        Raises:
+          ValueError: if the checkpoint is of another state than `like`.
+        """
+        header = self._header(step)
+        saved = header["leaves"]
+        expected = _described(like)
+        for name in sorted(saved.keys() | expected.keys()):
+            if saved.get(name) != expected.get(name):
                 raise ValueError(
-                    f"{self.folder / str(step)} holds {header['leaves'].get(name)} for {name}, "
-                    f"where {expected.get(name)} is "
-                    "expected: it is of another model or optimizer"
+                    f"{self._path(step)} holds {saved.get(name)} for {name}, where "
+                    f"{expected.get(name)} is expected: it is of another model or optimizer"
                 )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-        )["state"]
-        return (
-            step,
-            jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected]),
-            header["record"],
-        )
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+        leaves = self._manager.restore(step, args=wanted)["state"]
+        structure = jax.tree.structure(like)
+        state = jax.tree.unflatten(structure, [leaves[name] for name in expected])
+        return step, state, header["record"]
 
     def restore(self, like):
-        """The newest whole checkpoint -> (step, state of host arrays, record), or None if there is
-        none.
+        """Read the newest whole checkpoint.
 
-        `like` gives the state's structure, shapes and dtypes. A damaged checkpoint is put aside,
-        with a warning. Raises `ValueError` if all are damaged, or if the state is of another
-        structure.
+        A damaged checkpoint is put aside with a warning.
+
+        Args:
+          like: a tree of the state's structure, shapes and dtypes.
+
+        Returns:
+          The step, the state (host arrays) and the record; None if there is no checkpoint.
+
+        Raises:
+          ValueError: if all are damaged, or if the state is of another structure.
         """
         self._finish()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            damage = _damage(self.folder / str(step))
+            folder = self._path(step)
+            damage = _damage(folder)
             if damage is None:
                 return self.restore_step(step, like)
             _LOG.warning(
                 "checkpoint %s is damaged: %s; it is put aside, and the one before is used",
-                self.folder / str(step),
+                folder,
                 damage,
             )
             if jax.process_index() == 0:
-                (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
+                folder.rename(self.folder / f"damaged-{step}-{time.time_ns()}")
             self._manager.reload()
         if steps:
             raise ValueError(
@@ -229,16 +235,23 @@ class Checkpoints:
         return None
 
     def restore_best(self, like):
-        """The checkpoint of the smallest metric -> (step, state, record). Raises `ValueError` if
-        there is none, or it is damaged."""
+        """Read the checkpoint of the smallest metric.
+
+        Args:
+          like: a tree of the state's structure, shapes and dtypes.
+
+        Returns:
+          The step, the state (host arrays) and the record.
+
+        Raises:
+          ValueError: if no checkpoint has a metric, or if the best is damaged.
+        """
         self._finish()
         metrics = {step: self._header(step)["metric"] for step in self._manager.all_steps()}
         measured = {step: metric for step, metric in metrics.items() if metric is not None}
         if not measured:
             raise ValueError(f"no checkpoint in {self.folder} has a metric")
         best = min(measured, key=measured.get)
-        if damage := _damage(self.folder / str(best)):
-            raise ValueError(
-                f"the best checkpoint, {self.folder / str(best)}, is damaged: {damage}"
-            )
+        if damage := _damage(self._path(best)):
+            raise ValueError(f"the best checkpoint, {self._path(best)}, is damaged: {damage}")
         return self.restore_step(best, like)
