@@ -40,7 +40,7 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
     words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
     process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
     while True:
-        # Ctrl-C reaches the sweep as well; it is left the time to save.
+        # Ctrl-C reaches the sweep as well; wait until it has saved.
         with contextlib.suppress(KeyboardInterrupt):
             return process.wait()
 
@@ -66,13 +66,19 @@ def compare(folder: pathlib.Path) -> list[dict]:
             row |= describe(runs)
         for split, claimed in zip(("train", "test"), printed):
             errors = [100 * run["final"][f"{split}_error"] for run in runs]
-            row[split] = {
-                "claimed": claimed,
-                "mean": float(np.mean(errors)) if errors else None,
-                "std": float(np.std(errors, ddof=1)) if len(errors) > 1 else None,
-            }
+            row[split] = {"claimed": claimed} | summarize(errors)
         rows.append(row)
     return rows
+
+
+def summarize(errors: list[float]) -> dict:
+    """Returns mean and sample standard deviation, each None for too few values."""
+    summary = {"mean": None, "std": None}
+    if errors:
+        summary["mean"] = float(np.mean(errors))
+    if len(errors) > 1:
+        summary["std"] = float(np.std(errors, ddof=1))
+    return summary
 
 
 def describe(runs: list[dict]) -> dict:
@@ -98,20 +104,27 @@ def show_claimed(error: dict) -> str:
 def show_measured(error: dict) -> str:
     if error["mean"] is None:
         return ""
-    spread = "" if error["std"] is None else f" ± {error['std']:.2f}"
-    return f"{error['mean']:.2f}{spread}"
+    text = f"{error['mean']:.2f}"
+    if error["std"] is not None:
+        text += f" ± {error['std']:.2f}"
+    return text
 
 
 def tabulate(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        line = [row["network"], "", ""]
+        parameters = ""
+        epochs = ""
+        minutes = ""
         if row["n"]:
-            line = [row["network"], f"{row['parameters']:,}", str(row["epochs"])]
+            parameters = f"{row['parameters']:,}"
+            epochs = str(row["epochs"])
+            minutes = f"{row['minutes']:.1f}"
+        errors = []
         for split in ("train", "test"):
-            line += [show_claimed(row[split]), show_measured(row[split])]
-        minutes = f"{row['minutes']:.1f}" if row["n"] else ""
-        lines.append([*line, str(row["n"]), str(len(row["failed"]) or ""), minutes])
+            errors += [show_claimed(row[split]), show_measured(row[split])]
+        failed = str(len(row["failed"]) or "")
+        lines.append([row["network"], parameters, epochs, *errors, str(row["n"]), failed, minutes])
     header = ["configuration", "parameters", "epochs", "train error, lecture", "measured"]
     header += ["test error, lecture", "measured", "n", "failed", "minutes a run"]
     return tables.table(header, lines)
@@ -169,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = run_sweep(name, folder / name, more)
         if code:
             break
-    if rows := compare(folder):
+    rows = compare(folder)
+    if rows:
         write_report(folder, rows)
     return code
 

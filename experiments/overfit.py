@@ -23,16 +23,35 @@ from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 
 FAMILIES = (
-    *("mlp3", "lenet5", "lenet", "tutorial_net", "keras_convnet", "convnet"),
-    *("alexnet_2012", "zfnet", "alexnet", "vgg11", "vgg11_bn"),
-    *("resnet18", "resnext50_32x4d", "wide_resnet50_2"),
-    *("googlenet_2014", "googlenet", "inception_v3", "squeezenet1_1", "densenet121"),
-    *("shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"),
+    "mlp3",
+    "lenet5",
+    "lenet",
+    "tutorial_net",
+    "keras_convnet",
+    "convnet",
+    "alexnet_2012",
+    "zfnet",
+    "alexnet",
+    "vgg11",
+    "vgg11_bn",
+    "resnet18",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "googlenet_2014",
+    "googlenet",
+    "inception_v3",
+    "squeezenet1_1",
+    "densenet121",
+    "shufflenet_v2_x0_5",
+    "mobilenet_v2",
+    "mnasnet0_5",
 )
 # 64 px suffice for most networks; these lose a layer, or an auxiliary head, on less.
 _SIZES = {"alexnet_2012": 67, "googlenet_2014": 79, "inception_v3": 299}
 GOAL = 1e-3
-_COUNT, _RATE, _STEPS = 8, 3e-4, 1000
+_COUNT = 8  # images
+_RATE = 3e-4
+_STEPS = 1000
 
 
 class Point(NamedTuple):
@@ -66,9 +85,9 @@ def without_dropout(name: str) -> Network:
     """Builds a network of ten classes, at the smallest size that its layers allow."""
     published = create_model(name)
     size = _SIZES.get(name, min(published.input_shape[0], 64))
-    rates = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]
-    shape = (size, size, 3)
-    return create_model(name, num_classes=10, input_shape=shape, **dict.fromkeys(rates, 0.0))
+    fields = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]
+    rates = dict.fromkeys(fields, 0.0)
+    return create_model(name, num_classes=10, input_shape=(size, size, 3), **rates)
 
 
 def measure(point: Point, options, batch: arrays.Split) -> dict:
@@ -76,7 +95,8 @@ def measure(point: Point, options, batch: arrays.Split) -> dict:
     model = without_dropout(point.model)
     shape = (_COUNT, *model.input_shape)
     images = np.asarray(jax.image.resize(batch.images, shape, "nearest"))
-    recipe, numbers = step.Recipe(model, optimizer="adam"), step.Numbers(seed=0)
+    recipe = step.Recipe(model, optimizer="adam")
+    numbers = step.Numbers(seed=0)
     moments = arrays.normalization(images)
     constants = step.Constants(moments=moments, rates=jnp.full(_STEPS, _RATE))
 

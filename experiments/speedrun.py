@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,21 @@ from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
 
 TARGET = 94.0  # percent of the test images
-# Public records on one A100: accuracy in percent, its standard deviation where it is stated, runs,
-# seconds a run.
+
+
+class Record(NamedTuple):
+    """Accuracy in percent, its standard deviation where it is stated, and seconds a run."""
+
+    accuracy: float
+    std: float | None
+    runs: int
+    seconds: float
+
+
+# Public records on one A100.
 RECORDS = {
-    "hiverge/cifar10-speedrun": (94.01, 0.13, 2000, 2.015),
-    "KellerJordan/cifar10-airbench, airbench94_muon": (94.01, None, 200, 2.59),
+    "hiverge/cifar10-speedrun": Record(94.01, 0.13, 2000, 2.015),
+    "KellerJordan/cifar10-airbench, airbench94_muon": Record(94.01, None, 200, 2.59),
 }
 _WHITENED = 5000  # images whose patches are whitened, as in the record
 # Purposes of random numbers.
@@ -57,12 +67,9 @@ def _group(path, _) -> str:
     name = path[-1].key
     if module == "whiten":
         return "whiten" if name == "bias" else "frozen"
-    groups = {
-        "kernel": "head" if module == "fc" else "filters",
-        "bias": "biases",
-        "scale": "frozen",
-    }
-    return groups[name]
+    if name == "kernel":
+        return "head" if module == "fc" else "filters"
+    return {"bias": "biases", "scale": "frozen"}[name]
 
 
 def _as_matrices(filters):
@@ -125,8 +132,8 @@ def _training_views(config, images, mirrored, moments, number, key):
 
     `mirrored` says which images' first view is mirrored.
     """
-    keys = jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number)
-    keys = jax.random.split(keys, config.batch_size)
+    step_key = jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number)
+    keys = jax.random.split(step_key, config.batch_size)
     images = normalize(augment(keys, images, crop=config.crop, fill="reflect"), *moments)
     # An image's first view is mirrored by chance, and from then on every second one is.
     per_epoch = config.n_train // config.batch_size
@@ -154,7 +161,9 @@ def _test(config, model: Network, variables: dict, test, moments) -> tuple:
         views, weights = _views(normalize(images, *moments))
         logits = jax.lax.map(functools.partial(model.apply, variables), jnp.stack(views))
         averaged = jnp.tensordot(jnp.asarray(weights), logits, 1)
-        return [(outputs.argmax(1) == labels).mean() for outputs in (averaged, logits[0])]
+        six_views = (averaged.argmax(1) == labels).mean()
+        one_view = (logits[0].argmax(1) == labels).mean()
+        return six_views, one_view
 
     # Images at a time, so that all batches are alike.
     size = np.gcd(config.n_test, config.batch_size)
@@ -326,15 +335,23 @@ def summarize(rows: list[dict]) -> dict[str, Any]:
 
 def tabulate(statistics: dict[str, Any], device: str) -> str:
     """Makes the table of these runs beside the records."""
-    own = (statistics["mean"], statistics["std"], statistics["n"], statistics["seconds"])
-    lines = []
-    for name, where, (mean, std, n, seconds) in (
-        ("cnnjax", device, own),
-        *((name, "A100", record) for name, record in RECORDS.items()),
-    ):
-        deviation = "" if std is None else f" ± {std:.2f}"
-        lines.append([name, where, f"{mean:.2f}{deviation}", f"{n:,}", f"{seconds:.2f}"])
+    own = Record(
+        accuracy=statistics["mean"],
+        std=statistics["std"],
+        runs=statistics["n"],
+        seconds=statistics["seconds"],
+    )
+    lines = [["cnnjax", device, *format_record(own)]]
+    for name, record in RECORDS.items():
+        lines.append([name, "A100", *format_record(record)])
     return tables.table(["", "device", "accuracy, %", "n", "seconds a run"], lines)
+
+
+def format_record(record: Record) -> list[str]:
+    accuracy = f"{record.accuracy:.2f}"
+    if record.std is not None:
+        accuracy += f" ± {record.std:.2f}"
+    return [accuracy, f"{record.runs:,}", f"{record.seconds:.2f}"]
 
 
 def describe_test(statistics: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ from cnnjax import study, weights
 from cnnjax.models import Network, create_model, list_models
 from cnnjax.runtime import tables
 
-_RATE = 1e-6  # of the SGD step: small, so that repeated steps change no time
+# The learning rate is so small that repeated steps do not change the time.
+_RATE = 1e-6
 
 # Fields of a result: heading and format of its column.
 COLUMNS = {
@@ -101,10 +102,14 @@ def processors() -> int:
 
 def without_dropout(name: str) -> tuple[Network, dict]:
     """Returns our network without dropout, and the arguments that make torchvision's so."""
-    fields = [field for field in ("dropout", "dropout_aux") if hasattr(create_model(name), field)]
+    published = create_model(name)
+    fields = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]
     rates = dict.fromkeys(fields, 0.0)
-    # torchvision's DenseNet calls its rate otherwise, and it is 0 by default.
-    return create_model(name, **rates), {} if name.startswith("densenet") else rates
+    model = create_model(name, **rates)
+    if name.startswith("densenet"):
+        # torchvision's DenseNet has another name for its rate, which is 0 by default.
+        return model, {}
+    return model, rates
 
 
 def build_theirs(frameworks: Frameworks, name: str, rates: dict):
@@ -130,7 +135,8 @@ def same_weights(model: Network, theirs) -> dict:
     for key, value in theirs.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             state[key] = value.numpy()
-    if different := sorted(paths.keys() ^ state.keys()):
+    different = sorted(paths.keys() ^ state.keys())
+    if different:
         raise ValueError(f"the keys are not torchvision's: {different[:5]} ...")
     # Convolutions [out, in, height, width] and linear layers [out, in] are transposed here.
     axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
@@ -193,7 +199,8 @@ class Theirs:
         self.network.train()
         self._optimizer.zero_grad()
         heads = self._heads(self.network(self.images))
-        sum(head.square().mean() for head in heads).backward()
+        loss = sum(head.square().mean() for head in heads)
+        loss.backward()
         self._optimizer.step()
         return heads[0].detach()
 
@@ -205,7 +212,9 @@ class Theirs:
 
     def _heads(self, output) -> list:
         """Returns the logits and those of auxiliary heads."""
-        return [output] if isinstance(output, self.torch.Tensor) else list(output)
+        if isinstance(output, self.torch.Tensor):
+            return [output]
+        return list(output)
 
 
 # --- One network ----------------------------------------------------------------------------------
@@ -232,8 +241,9 @@ def measure(point: Point, options, frameworks: Frameworks) -> dict:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "torchvision": sum(parameter.numel() for parameter in network.parameters()),
     }
-    # Both exact outputs before the first step, which changes the weights.
-    expected, expected_train = theirs.exact(train=False), theirs.exact(train=True)
+    # The exact outputs are computed before the first step, which changes the weights.
+    expected = theirs.exact(train=False)
+    expected_train = theirs.exact(train=True)
     result["eval"] = relative_error(ours.forward(), expected)
     result["their_eval"] = relative_error(theirs.forward(), expected)
     result["train"] = relative_error(ours.step(), expected_train)
@@ -253,7 +263,10 @@ def measure(point: Point, options, frameworks: Frameworks) -> dict:
 
 
 def fastest(passes: dict, repeats: int) -> dict[str, float]:
-    """Times each pass in turns -> its fastest run in milliseconds, a first one for warming up."""
+    """Times each pass in turns; returns its fastest run in milliseconds.
+
+    The first run warms up and is not counted.
+    """
     seconds = {name: [] for name in passes}
     for _ in range(repeats + 1):
         for name, run in passes.items():
