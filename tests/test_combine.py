@@ -14,6 +14,8 @@ import pytest
 from quick import jit
 
 from cnnjax import combine, transfer, weights
+from cnnjax.combine import combination
+from cnnjax.combine.methods import ENSEMBLES
 from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
@@ -290,7 +292,7 @@ def finished(tmp_path_factory):
 
 def results(patterns, method: str, folder: pathlib.Path) -> dict:
     combine.run([str(pattern) for pattern in patterns], method, folder)
-    is_average = method not in combine._ENSEMBLES
+    is_average = method not in ENSEMBLES
     assert (folder / "weights.safetensors").exists() == is_average
     assert f"**{method}**" in (folder / "report.md").read_text()
     return json.loads((folder / "results.json").read_text())
@@ -393,7 +395,7 @@ def test_greedy_from_the_command_line(finished, tmp_path):
 
 
 def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(combine, "_LEARNED_STEPS", 40)
+    monkeypatch.setattr(combination, "_LEARNED_STEPS", 40)
     trained, error = networks(finished), errors_of(finished)
     uniform, learned, layers, best = (
         results([finished / "rates" / "*"], method, tmp_path / method)
@@ -499,10 +501,10 @@ def test_a_run_that_averaged_its_parameters(finished, tmp_path):
 def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch):
     """In whole commands; the best run alone keeps those that it has."""
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
-    monkeypatch.setattr(combine, "_LEARNED_STEPS", 20)
-    chosen, average = [], combine._Kitchen.average
+    monkeypatch.setattr(combination, "_LEARNED_STEPS", 20)
+    chosen, average = [], combination.Networks.average
     monkeypatch.setattr(
-        combine._Kitchen,
+        combination.Networks,
         "average",
         lambda self, *rest, **named: chosen.append(average(self, *rest, **named)) or chosen[-1],
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from cnnjax.combine import combination
 from cnnjax.data import arrays
 from cnnjax.models import Network, base
 from cnnjax.models.mlp import MLP
@@ -55,7 +56,7 @@ def quick(monkeypatch):
 def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ensemble_vs_soup, "DATASET", "digits")
     monkeypatch.setattr(ensemble_vs_soup, "EMA_DECAY", 0.5)
-    monkeypatch.setattr(ensemble_vs_soup.combine, "_LEARNED_STEPS", 5)
+    monkeypatch.setattr(combination, "_LEARNED_STEPS", 5)
     sizes = "--members 4 --train 640 --validation 100 --start_epochs 2 --epochs 1 --repetitions 1"
     command = ["--workdir", str(tmp_path), "--model", "linear", *sizes.split()]
     assert ensemble_vs_soup.main(command) == 0, capsys.readouterr().err

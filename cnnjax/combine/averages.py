@@ -1,0 +1,119 @@
+"""Averages of parameter trees, the choice of what enters them, and means of logits."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.special
+
+
+def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
+    """Compute a weighted sum of trees of arrays, in float64.
+
+    Args:
+      trees: of the same structure and shapes.
+      weights: one of each tree, or by layer name one of each tree.
+    """
+
+    def combine_leaves(path, *leaves):
+        shares = weights[_layer(path)] if isinstance(weights, dict) else weights
+        total = np.tensordot(np.asarray(shares, np.float64), np.stack(leaves), 1)
+        return total.astype(leaves[0].dtype)
+
+    return jax.tree_util.tree_map_with_path(combine_leaves, *trees)
+
+
+def _layer(path) -> str:
+    """The name of the module that a parameter belongs to."""
+    return ".".join(key.key for key in path[:-1])
+
+
+def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) -> list[int]:
+    """Choose the ingredients of a soup: recipe 1 of Wortsman et al. 2022 (arXiv 2203.05482).
+
+    From the best model down, one is kept if the average does not get worse.
+
+    Args:
+      accuracies: of each model alone, on validation images.
+      accuracy: the accuracy of the average of some models, by their numbers.
+
+    Returns:
+      The numbers of the models, in the order in which they were added.
+    """
+    kept: list[int] = []
+    reached = -np.inf
+    # The sort is stable: of equal models the first comes first.
+    by_accuracy = sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
+    for number in by_accuracy:
+        new = accuracy([*kept, number])
+        if new >= reached:
+            kept = [*kept, number]
+            reached = new
+    return kept
+
+
+def learned(
+    loss: Callable, trees: Sequence, batches: Iterable, by_layer: bool = False, rate: float = 0.05
+) -> dict[str, list[float]]:
+    """Learn the weights of an average by Adam, one step for each batch.
+
+    The weights are a softmax: they are positive and their sum is 1. The learning rate is that of
+    the code of Wortsman et al. 2022, appendix I. Their temperature, learned beside the weights,
+    changes no prediction and is left out.
+
+    Args:
+      loss: a function of (tree, batch).
+      trees: the trees that are averaged.
+      batches: what `loss` takes.
+      by_layer: whether each layer has weights of its own.
+      rate: the learning rate.
+
+    Returns:
+      By layer name, the weight of each tree.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(trees[0])
+    layers = sorted({_layer(path) for path, _ in paths})
+    row = {layer: number if by_layer else 0 for number, layer in enumerate(layers)}
+    optimizer = optax.adam(rate)
+
+    def mix(scores, stacked):
+        weights = jax.nn.softmax(scores)
+
+        def mix_leaves(path, leaves):
+            return jnp.tensordot(weights[row[_layer(path)]], leaves, 1, precision="highest")
+
+        return jax.tree_util.tree_map_with_path(mix_leaves, stacked)
+
+    @jax.jit
+    def update(scores, state, stacked, batch):
+        gradient = jax.grad(lambda scores: loss(mix(scores, stacked), batch))(scores)
+        changes, state = optimizer.update(gradient, state)
+        return scores + changes, state
+
+    stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees))
+    scores = jnp.zeros((len(set(row.values())), len(trees)))
+    state = optimizer.init(scores)
+    for batch in batches:
+        scores, state = update(scores, state, stacked, batch)
+    weights = scipy.special.softmax(np.asarray(scores, np.float64), axis=1)
+    return {layer: weights[row[layer]].tolist() for layer in layers}
+
+
+def ensemble_logits(logits: np.ndarray, mean_of: str = "probabilities") -> np.ndarray:
+    """Average the outputs of an ensemble's members.
+
+    Args:
+      logits: [..., members, classes].
+      mean_of: "probabilities" or "logits".
+
+    Returns:
+      The logarithm of the mean probability, or the mean of the logits; [..., classes].
+    """
+    if mean_of == "logits":
+        return logits.mean(-2)
+    members = logits.shape[-2]
+    log_probabilities = scipy.special.log_softmax(logits, axis=-1)
+    return scipy.special.logsumexp(log_probabilities, axis=-2) - math.log(members)

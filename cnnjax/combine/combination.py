@@ -1,0 +1,363 @@
+"""A combination of trained networks, from its members to its report."""
+
+import functools
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from cnnjax import transfer, weights
+from cnnjax.combine.averages import average, ensemble_logits, greedy, learned
+from cnnjax.combine.methods import ENSEMBLES, METHODS
+from cnnjax.combine.networks import (
+    logits_in_training_mode,
+    member_logits,
+    reestimate_statistics,
+)
+from cnnjax.combine.runs import Member, check_runs, find_runs, read_members, share_validation
+from cnnjax.data import arrays, augment
+from cnnjax.runtime import tables, workdir
+from cnnjax.train import defaults, evaluate, step
+from cnnjax.train.parallel import Parallel
+from cnnjax.train.run import build_model
+
+_LOG = logging.getLogger("cnnjax")
+_LEARNED_STEPS = 200
+
+
+def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
+    """Combine training runs, and write results.json and report.md.
+
+    Methods that make one network write its weights, too. The test set is scored once, at the end.
+
+    Args:
+      patterns: folders, or patterns that match them; `~` is expanded.
+      method: one of `METHODS`.
+      folder: the work directory.
+
+    Raises:
+      ValueError: for runs that do not combine.
+    """
+    began = time.monotonic()
+
+    # ------------------------------------------------------------- members
+    configs = find_runs(patterns)
+    check_runs(configs, method)
+    members: list[Member] = []
+    ema = None
+    for path, config in configs.items():
+        more, ema = read_members(path, _complete(config), method)
+        members += more
+    names = [str(path) for path in configs]
+    folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
+    networks = Networks(_complete(next(iter(configs.values()))), members)
+
+    # ------------------------------------------------------------- the combination
+    choice = choose(networks, method, ema)
+
+    # ------------------------------------------------------------- scores
+    score = functools.partial(
+        networks.score,
+        choice.average,
+        mean_of="logits" if method == "ensemble-logits" else "probabilities",
+    )
+    validation = Scores([None] * len(members), None)
+    if share_validation(configs):
+        validation = score(split="validation")
+    test = score(split="test", output=evaluate.averaged(networks.config.test_views))
+
+    # ------------------------------------------------------------- results
+    results = {
+        "kind": "combine",
+        "method": method,
+        "runs": names,
+        "ingredients": choice.ingredients,
+        "coefficients": choice.coefficients,
+        **_summarize(members, validation, test),
+        "forward_passes": 1 if choice.average else len(members),
+        "seconds_per_image": _time(networks, choice.average),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    if choice.average:
+        weights.save_torchvision(choice.average.variables, folder / transfer.WEIGHTS)
+    workdir.write_json(folder / "results.json", results)
+    workdir.write(folder / "report.md", _report(results))
+    _LOG.info(
+        "%s: test error %.2f %%, of the runs alone %.2f %%: see %s",
+        method,
+        100 * results["test"]["error"],
+        100 * results["mean_error"]["test"],
+        folder / "report.md",
+    )
+
+
+def _complete(config: dict) -> ml_collections.ConfigDict:
+    """Add the keys that were introduced after a run, with the values in force before."""
+    return ml_collections.ConfigDict(defaults.BEFORE | config)
+
+
+# ------------------------------------------------------------------ the members' networks
+
+
+class Scores(NamedTuple):
+    """The scores on a split of every member and of their combination; None if it has none."""
+
+    members: list[dict | None]
+    combined: dict | None
+
+
+class Networks:
+    """The members of a combination, what runs them and what scores them."""
+
+    def __init__(self, config: ml_collections.ConfigDict, members: list[Member]):
+        self.config = config
+        self.members = members
+        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
+        self.parallel = Parallel(config.parallel)
+        shape = self.data.train.images.shape[1:]
+        axis_name = self.parallel.axis_name if config.sync_batch_norm else None
+        self.model = build_model(config, len(self.data.classes), shape, axis_name)
+        trees = [(member.variables, member.moments) for member in members]
+        variables, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+        # With these axes images [batch, ...] leave their normalization as [members, batch, ...].
+        moments = (mean[:, None, None, None], std[:, None, None, None])
+        self.all = Member("all", variables, moments)
+
+    def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
+        """Compute a member's outputs, or those of `self.all` by `member_logits`."""
+        size = self.config.batch_size
+        variables, moments = self.parallel.replicate((member.variables, member.moments))
+        return evaluate.predict(
+            parallel=self.parallel,
+            model=self.model,
+            variables=variables,
+            moments=moments,
+            batches=evaluate.batches_of(images, size),
+            batch_size=size,
+            output=output,
+        )
+
+    def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
+        """Average some members, with BatchNorm statistics of the average's own.
+
+        Args:
+          numbers: the members' numbers. A single one is returned as it is.
+          weights: as in `averages.average`; all the same by default.
+          params: parameters in place of the members' average.
+        """
+        used = [self.members[number] for number in numbers]
+        uniform = [1 / len(used)] * len(used)
+        if params is None:
+            if len(used) == 1:
+                return used[0]
+            params = average([member.variables["params"] for member in used], weights or uniform)
+        variables = used[-1].variables | {"params": params}
+        moments = average([member.moments for member in used], uniform)
+        images = self.data.train.images
+        order = np.random.default_rng(0).permutation(len(images))
+        statistics = reestimate_statistics(
+            parallel=self.parallel,
+            model=self.model,
+            variables=variables,
+            moments=moments,
+            images=images[order],
+            batch_size=self.config.batch_size,
+        )
+        return Member("average", variables | {"batch_stats": statistics}, moments)
+
+    def accuracy(self, numbers: Sequence[int]) -> float:
+        """Compute the accuracy of some members' average on the validation images."""
+        split = self.data.validation
+        # `check_runs` refuses runs without validation images for methods that ask for this.
+        assert split is not None
+        logits = self.logits(self.average(numbers), split.images, evaluate.logits)
+        return float(np.mean(logits.argmax(-1) == split.labels))
+
+    def score(
+        self,
+        chosen: Member | None,
+        split: str,
+        mean_of: str,
+        output: Callable = evaluate.logits,
+    ) -> Scores:
+        """Score all members and their combination.
+
+        Args:
+          chosen: the network that is the combination; None for the ensemble of all members.
+          split: "validation" or "test".
+          mean_of: as in `ensemble_logits`.
+          output: what is computed of a network, as in `evaluate.predict`.
+        """
+        images, labels = getattr(self.data, split)
+        of_members = self.logits(self.all, images, member_logits(output))
+        if chosen is None:
+            combined = ensemble_logits(of_members, mean_of)
+        else:
+            combined = self.logits(chosen, images, output)
+        score = lambda logits: evaluate.score(self.config.loss, logits, labels)
+        count = len(self.members)
+        return Scores([score(of_members[:, number]) for number in range(count)], score(combined))
+
+    def learn(self, by_layer: bool) -> dict[str, list[float]]:
+        """Learn the coefficients of an average on the validation images."""
+        model = self.model.clone(axis_name=None)
+        variables, moments = self.members[0].variables, self.members[0].moments
+        # A mixture's statistics are not known before it is chosen: BatchNorm takes the batch's.
+        apply = logits_in_training_mode if variables["batch_stats"] else evaluate.logits
+
+        def loss(params, batch):
+            images, labels = batch
+            normalized = augment.normalize(images, *moments)
+            logits = apply(model, variables | {"params": params}, normalized)
+            losses, _ = step.loss_and_errors(self.config.loss, logits, labels)
+            return losses.mean()
+
+        def draw_batches():
+            split = self.data.validation
+            assert split is not None
+            generator = np.random.default_rng(0)
+            size = min(self.config.batch_size, len(split.labels))
+            for _ in range(_LEARNED_STEPS):
+                drawn = generator.choice(len(split.labels), size, replace=False)
+                yield split.images[drawn], split.labels[drawn]
+
+        params = [member.variables["params"] for member in self.members]
+        return learned(loss, params, draw_batches(), by_layer)
+
+    def seconds_per_image(self, member: Member, output: Callable) -> float:
+        """Time the shortest of three passes over a few batches, once all is compiled."""
+        images = self.data.train.images[: 4 * self.config.batch_size]
+        seconds = []
+        for _ in range(4):
+            began = time.monotonic()
+            self.logits(member, images, output)
+            seconds.append(time.monotonic() - began)
+        return min(seconds[1:]) / len(images)
+
+
+# ------------------------------------------------------------------ methods
+
+
+class Choice(NamedTuple):
+    """What a method makes of the members.
+
+    Attributes:
+      ingredients: the names of those that are combined.
+      coefficients: those that were learned, by layer; None if none were.
+      average: the network that is the combination; None for an ensemble.
+    """
+
+    ingredients: list[str]
+    coefficients: dict | None
+    average: Member | None
+
+
+def choose(networks: Networks, method: str, ema: dict | None) -> Choice:
+    """Choose what is combined by a method, and average it if the method makes one network.
+
+    Args:
+      networks: the members.
+      method: one of `METHODS`.
+      ema: the average of parameters that a single run kept.
+    """
+    everyone = list(range(len(networks.members)))
+    if method == "polyak" and ema is not None:
+        name = f"ema_decay={networks.config.ema_decay}"
+        return Choice([name], None, networks.average(everyone, params=ema))
+    ingredients = everyone
+    coefficients = None
+    if method in ("best", "greedy"):
+        accuracies = [networks.accuracy([number]) for number in everyone]
+        if method == "greedy":
+            ingredients = greedy(accuracies, networks.accuracy)
+        else:
+            ingredients = [int(np.argmax(accuracies))]
+    elif method.startswith("learned"):
+        coefficients = networks.learn(method == "learned-by-layer")
+    chosen = None
+    if method not in ENSEMBLES:
+        chosen = networks.average(ingredients, coefficients)
+    names = [networks.members[number].name for number in ingredients]
+    return Choice(names, coefficients, chosen)
+
+
+def _time(networks: Networks, chosen: Member | None) -> dict[str, float]:
+    """Time one member and the combination."""
+    single = networks.seconds_per_image(networks.members[0], evaluate.logits)
+    if chosen is None:
+        combined = networks.seconds_per_image(networks.all, member_logits())
+    else:
+        combined = networks.seconds_per_image(chosen, evaluate.logits)
+    return {"single": single, "combined": combined, "ratio": combined / single}
+
+
+# ------------------------------------------------------------------ results
+
+
+def _summarize(members: Sequence[Member], validation: Scores, test: Scores) -> dict[str, Any]:
+    """Collect the members' scores, their mean, spread and best, and the combination's."""
+    individual: list[dict[str, Any]] = []
+    for member, mine, tested in zip(members, validation.members, test.members):
+        individual.append({"name": member.name, "validation": mine, "test": tested})
+    errors = {}
+    for split in ("validation", "test"):
+        errors[split] = [row[split]["error"] for row in individual if row[split]]
+    best = None
+    if errors["validation"]:
+        best = members[int(np.argmin(errors["validation"]))].name
+    return {
+        "validation": validation.combined,
+        "test": test.combined,
+        "individual": individual,
+        "mean_error": {split: _mean(values) for split, values in errors.items()},
+        "std_error": {split: _deviation(values) for split, values in errors.items()},
+        "best": best,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _deviation(values: list[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _report(results: dict) -> str:
+    """Write the runs, their mean, spread and best, and the combination beside them, as Markdown."""
+
+    def errors(row):
+        return [
+            _percent(row[split]["error"] if row[split] else None)
+            for split in ("validation", "test")
+        ]
+
+    individual = results["individual"]
+    lines = [[row["name"], *errors(row), "1"] for row in individual]
+    for what in ("mean", "std"):
+        by_split = results[f"{what}_error"]
+        values = [_percent(by_split["validation"]), _percent(by_split["test"])]
+        lines.append([f"*{what}*", *values, ""])
+    for row in individual:
+        if row["name"] == results["best"]:
+            lines.append(["*best on validation*", *errors(row), "1"])
+    method = results["method"]
+    lines.append([f"**{method}**", *errors(results), str(results["forward_passes"])])
+    columns = ["network", "validation error", "test error", "forward passes"]
+    return (
+        f"# {method}: {METHODS[method]}\n\n"
+        "Errors in percent; std is the sample standard deviation.\n\n"
+        f"{tables.table(columns, lines)}\n"
+        f"Ingredients: {', '.join(results['ingredients'])}. An image takes "
+        f"{results['seconds_per_image']['ratio']:.2f} times as long as with one network. The test "
+        "set was used once, at the end.\n"
+    )
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{100 * error:.2f}"

@@ -1,0 +1,20 @@
+"""The methods by which trained networks are combined."""
+
+METHODS = {
+    "best": "the run of the highest validation accuracy, the baseline",
+    "ensemble": "the mean of all runs' probabilities",
+    "ensemble-logits": "the mean of all runs' logits",
+    "uniform": "the average of all runs' parameters",
+    "greedy": "the average of those that, from the best run down, do not make it worse",
+    "learned": "the average with coefficients learned on the validation images, one a run",
+    "learned-by-layer": "the same, one a run and layer",
+    "snapshot": "the mean of the probabilities of one run's checkpoints, with "
+    "schedule.name=restarts those at the cycles' ends",
+    "polyak": "the average of one run's checkpoints, or the one that it kept itself (ema_decay)",
+}
+# Methods that choose by validation images.
+SELECTING = ("best", "greedy", "learned", "learned-by-layer")
+# Methods that average outputs; the others make one network.
+ENSEMBLES = ("ensemble", "ensemble-logits", "snapshot")
+# Methods that combine the checkpoints of one run.
+OF_ONE_RUN = ("snapshot", "polyak")

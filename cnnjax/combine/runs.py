@@ -1,0 +1,180 @@
+"""The training runs that are combined: found, checked and read."""
+
+import glob
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.traverse_util
+import jax
+import ml_collections
+import numpy as np
+
+from cnnjax.combine.methods import OF_ONE_RUN, SELECTING
+from cnnjax.data import arrays
+from cnnjax.runtime import workdir
+from cnnjax.train import defaults, step
+from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run
+
+Configs = dict[pathlib.Path, dict]
+
+# The keys that runs agree in, besides the fields of the model.
+_SHARED_KEYS = ("model", "dtype", "dataset", "pixels", "test_views")
+
+
+class Member(NamedTuple):
+    """A trained network in host arrays.
+
+    Attributes:
+      name: its run, or its step.
+      variables: its variables.
+      moments: the mean and deviation that its images are normalized by.
+    """
+
+    name: str
+    variables: dict
+    moments: tuple[np.ndarray, np.ndarray]
+
+
+def find_runs(patterns: Sequence[str]) -> Configs:
+    """Read the configurations of the training runs among the folders that match, by folder.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    folders: set[pathlib.Path] = set()
+    for pattern in patterns:
+        matches = glob.glob(os.path.expanduser(pattern))
+        folders |= {pathlib.Path(name) for name in matches}
+    configs = {}
+    for folder in sorted(folders):
+        path = folder / "config.json"
+        config = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
+        if isinstance(config, dict) and config.get("kind") == "train":
+            configs[folder] = config
+    if not configs:
+        raise ValueError(f"runs={' '.join(patterns)!r} matches no work directory of a training run")
+    return configs
+
+
+def _with_tuples(values: dict) -> dict:
+    """Turn lists into tuples, since a model's fields are hashed."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+
+
+def share_validation(configs: Configs) -> bool:
+    """Say whether all runs held out the same images, so that none was trained on another's."""
+    counts = {config["n_validation"] for config in configs.values()}
+    return len(counts) == 1 and counts.pop() > 0
+
+
+def check_runs(configs: Configs, method: str) -> None:
+    """Raise `ValueError`, in one line, for runs that the method cannot combine."""
+    first, *others = configs
+    known = configs[first]
+    if (method in OF_ONE_RUN) == bool(others):
+        wanted = "the checkpoints of one run" if others else "at least two runs"
+        raise ValueError(
+            f"method={method!r} takes {wanted}, and --runs matches {', '.join(map(str, configs))}"
+        )
+    required = set(defaults.get_config()) - set(defaults.BEFORE)
+    for folder, config in configs.items():
+        if lacking := sorted(required - set(config)):
+            raise ValueError(
+                f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has"
+            )
+    if not arrays.is_known(known["dataset"]):
+        raise ValueError(
+            f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of "
+            f"{', '.join(arrays.DATASETS)}"
+        )
+    if method in SELECTING and not known["n_validation"]:
+        raise ValueError(
+            f"method={method!r} chooses by validation images, and {first} held none out: "
+            "n_validation=0 is not a positive number; train with --config.n_validation=N"
+        )
+    for folder in others:
+        _check_alike(first, folder, configs, method)
+    for folder in configs:
+        if not (folder / "results.json").is_file():
+            raise ValueError(
+                f"{folder} is not finished, for it has no results.json: run its own command "
+                "again, or leave it out of --runs"
+            )
+
+
+def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, method: str) -> None:
+    """Check that two runs agree in what a combination needs."""
+    fields = configs[first]["model_fields"] | configs[folder]["model_fields"]
+    keys = [*_SHARED_KEYS, *(f"model_fields.{field}" for field in fields)]
+    if method in SELECTING:
+        keys.append("n_validation")
+    mine = flax.traverse_util.flatten_dict(configs[first], sep=".")
+    theirs = flax.traverse_util.flatten_dict(configs[folder], sep=".")
+    for key in keys:
+        if mine.get(key) == theirs.get(key):
+            continue
+        reason = ""
+        if key == "n_validation":
+            reason = (
+                f"; method={method!r} chooses by validation images that no run was trained on, so "
+                "all must hold out the same"
+            )
+        raise ValueError(
+            f"{first} and {folder} cannot be combined: {key}={mine.get(key)!r} and "
+            f"{key}={theirs.get(key)!r}{reason}"
+        )
+
+
+def read_members(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, method: str
+) -> tuple[list[Member], dict | None]:
+    """Read a run's network as it was scored; for a method of one run, that of every checkpoint.
+
+    Returns:
+      The members, and the average of parameters (ema) that a method of one run finds.
+
+    Raises:
+      ValueError: if there are too few checkpoints.
+    """
+    trained = open_run(folder)
+    if method not in OF_ONE_RUN:
+        return [Member(str(folder), trained.variables, trained.moments)], None
+    steps, states = _read_checkpoints(folder, config, method, trained)
+    members = []
+    for at, state in zip(steps, states):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        members.append(Member(f"step {at}", variables, trained.moments))
+    return members, states[-1].ema
+
+
+def _read_checkpoints(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, method: str, trained: TrainedRun
+) -> tuple[list[int], list[step.State]]:
+    """Read the checkpoints of a run that the method takes: their steps and states."""
+    recipe = build_recipe(config, trained.model)
+    numbers = build_numbers(config)
+    like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))
+    results = workdir.read_json(folder / "results.json")
+    last = results["final"]["step"]
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        steps = checkpoints.steps()
+        if last not in steps:
+            raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
+        if method == "snapshot" and config.schedule.name == "restarts":
+            # Checkpoints from the middle of a cycle have a high rate.
+            per_epoch = last // results["final"]["epoch"]
+            first = round(config.schedule.warmup_epochs * per_epoch)
+            period = round(config.schedule.every * per_epoch)
+            steps = [at for at in steps if at > first and (at - first) % period == 0]
+        has_average = method == "polyak" and recipe.ema
+        if len(steps) < 2 and not has_average:
+            raise ValueError(
+                f"{folder} kept one checkpoint, and method={method!r} takes at least two: train "
+                "with --config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
+            )
+        return steps, [checkpoints.restore_step(at, like)[1] for at in steps]
