@@ -297,7 +297,8 @@ def check_trained(names: set[str]) -> None:
     encoders = set()
     for row in itertools.chain(*TABLES.values()):
         encoders.update(row.changes["encoders"])
-    if unknown := sorted(names - encoders):
+    unknown = sorted(names - encoders)
+    if unknown:
         raise ValueError(
             f"trained={unknown[0]} is not an encoder of the tables, which are "
             f"{', '.join(sorted(encoders))}"
