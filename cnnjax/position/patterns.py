@@ -1,8 +1,8 @@
 """What padding alone writes into a network's features, without readout or training.
 
 The features of a crop differ from those of the same pixels inside a larger photograph by what the
-padding did. What these differences have in common over photographs is a pattern of positions (Lin
-et al. 2022, arXiv 2206.01202, whose formulas are not public: `strength` defines the metrics here).
+padding did. What these differences have in common over photographs is a pattern of positions; the
+idea is Lin et al.'s (2022, arXiv 2206.01202). `strength` defines the metrics, which are our own.
 The second half is arithmetic of windows: which rows a stride leaves unread (Alsallakh et al. 2021,
 arXiv 2010.02178), and how often each pixel is read.
 """
