@@ -581,10 +581,21 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
             "stopped by SIGINT after step 1 of 30, which is saved",
             "running in",
         ),
+        # What Slurm and submitit announce a time limit with.
+        (
+            'at(step, "resident_steps", signal.SIGUSR1)',
+            "stopped by SIGUSR1 after step 2 of 30, which is saved",
+            "from step 1 of 30",
+        ),
+        (
+            'at(step, "resident_steps", signal.SIGUSR2)',
+            "stopped by SIGUSR2 after step 3 of 30, which is saved",
+            "from step 2 of 30",
+        ),
         (
             'at(evaluate, "predict", signal.SIGTERM)',
             "stopped by SIGTERM after step 10 of 30",
-            "from step 1 of 30",
+            "from step 3 of 30",
         ),
         (
             'at(evaluate, "predict", signal.SIGINT, nth=2)',

@@ -58,6 +58,12 @@ PARAMETERS = {
     "resnet152": 60_192_808,
 }
 
+# One network of each `walk` and kind of block. The others are the same code with other numbers.
+KINDS = sorted(
+    {*test_torchvision.KINDS, "fcn", "speedrun", "scene_net", "vgg11_lrn", "vgg16_c"}
+    | set(test_lectures.TOTALS)
+)
+
 
 def test_every_model_is_under_contract():
     """Here, or, where it is the lectures' own, in test_lectures.py."""
@@ -88,9 +94,11 @@ def test_parameters_head_and_stages(name):
         {"classifier.6"},
     )
     x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
-    logits = jax.eval_shape(small.apply, variables, x)
+    # The stages and the logits in one trace.
+    run = functools.partial(small.apply, method="_run", train=False, last="logits")
+    stages = jax.eval_shape(run, variables, x)
+    logits = stages.pop("logits")
     assert logits.shape == (2, 7) and logits.dtype == jnp.float32
-    stages = jax.eval_shape(lambda v, x: small.apply(v, x, method="stages"), variables, x)
     sizes = [x.shape[1], *(y.shape[1] for y in stages.values())]
     first = {"vgg": 1, "alexnet": 4}.get(name.split("1")[0], 2)
     assert all(
@@ -99,7 +107,7 @@ def test_parameters_head_and_stages(name):
     )
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", KINDS)
 def test_every_stage_is_taken_back(name):
     """With all stages replaced, only the first still depends on the image, and not the logits."""
     model = create_model(name)
@@ -172,21 +180,14 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
 
 
-@pytest.mark.parametrize("name", sorted(set(list_models()) - {"fcn"}))
+@pytest.mark.parametrize("name", sorted({*KINDS} - {"fcn"}))
 def test_every_fill_and_bfloat16(name):
-    """Every fill gives every network logits and the stages of zero padding; stages are computed in
-    bfloat16, all else is float32.
+    """Every fill gives every network logits and the stages of zero padding.
 
-    Of torchvision's networks that are another's code at another size only the fills that change
-    shapes are asked for.
+    Stages are computed in bfloat16; everything else is float32.
     """
-    stages, others = (
-        {},
-        []
-        if name in {*test_torchvision.NAMES} - {*test_torchvision.KINDS}
-        else sorted({*FILLS} - {"none", "full", "zeros"}),
-    )
-    for fill in ("none", "full", "zeros", *others):
+    stages = {}
+    for fill in ("none", "full", "zeros", *sorted({*FILLS} - {"none", "full", "zeros"})):
         model = create_model(name, num_classes=7, padding=fill, dtype=jnp.bfloat16)
         size = (
             4000 if fill == "none" else model.input_shape[0]

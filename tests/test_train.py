@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
@@ -644,6 +645,25 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     assert kills >= int(os.environ.get("CNNJAX_KILLS", 3))
     assert command("--workdir", folder).returncode == 0
     assert parameters(folder) == parameters(finished)
+
+
+def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
+    losses = []
+    for enabled in ("0", "1"):
+        folder = tmp_path / enabled
+        done = subprocess.run(
+            [*SMALL, "--config.epochs=1", "--workdir", str(folder)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**CPU_ENVIRONMENT, "JAX_ENABLE_X64": enabled},
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        losses.append(results["final"]["test_loss"])
+        arrays = safetensors.numpy.load_file(folder / "weights.safetensors").values()
+        assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

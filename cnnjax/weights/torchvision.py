@@ -78,6 +78,13 @@ def variable_shapes(model: Network) -> dict:
     flattened map (LeNet's). Deep networks have no pixel left at their own image size under `none`;
     their parameters do not depend on the padding.
     """
+    # A copy, since callers may change their own.
+    return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))
+
+
+# Tracing a deep network takes seconds, and one command asks several times.
+@functools.lru_cache(maxsize=64)
+def _variable_shapes(model: Network) -> dict:
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     if model.padding in ("none", "full"):
         with contextlib.suppress(ValueError):
