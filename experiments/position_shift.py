@@ -1,27 +1,31 @@
-"""Does a readout of position follow the frame or the content? It is fitted as in the position
-study; then the content is moved.
+"""Does a readout of position follow the frame or the content?
 
     python -m experiments.position_shift --workdir runs/position_shift
         [--photographs FOLDER] [--seeds 3] [--paddings zeros ...]
 
-The encoders have random weights. A window moves over a photograph it has not seen: the frame stays,
-the content wanders through it. Or a piece of a photograph wanders over a gray image. The map of H
-that is predicted, averaged over rows, is regressed on a pixel's place in the frame and on its place
-in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the
-absolute position has (1, 0); one that goes by content has (0, 1): its prediction changes by as much
-as the content has moved; one that knows nothing has (0, 0). A cell that is finished is not computed
+A readout is fitted as in the position study; then the content is moved. The encoders have random
+weights. A window moves over an unseen photograph: the frame stays, the content wanders through it.
+Or a piece of a photograph wanders over a gray image.
+
+The predicted map of H, averaged over rows, is regressed on a pixel's place in the frame and on its
+place in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the
+absolute position has (1, 0). One that goes by content has (0, 1): its prediction changes by as much
+as the content has moved. One that knows nothing has (0, 0). Finished encoders are not computed
 again. Writes report.md, shift.json and shift.png.
 """
 
 import itertools
 import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
+from cnnjax import study
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, resize
@@ -29,190 +33,239 @@ from cnnjax.position.encoder import encode, reachable_stages
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
-from cnnjax.runtime import backend, command, tables, workdir
-from cnnjax.runtime.progress import progress
+from cnnjax.runtime import tables
 
-_SIZE, _OBJECT = 192, 64  # px
-_SHIFTS = tuple(
-    range(0, _SIZE - _OBJECT + 1, 32)
-)  # px, multiples of every stage's stride; the object goes from the right end to the left
-_COUNTS, _PARTS = (
-    (24, 6),
-    (6, 2, 5),
-)  # crops for training and held out; shares of the photographs for these and the test
+# Sides of an image and of the object, in pixels.
+_SIZE = 192
+_OBJECT = 64
+# Pixels, multiples of every stage's stride; the object goes from the right end to the left.
+_SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))
+# Crops to fit to and held out; shares of the photographs for these and for the test.
+_COUNTS = (24, 6)
+_PARTS = (6, 2, 5)
 ENCODERS = ("resnet18", "vgg11")
 KINDS = ("photograph", "object")
 
 
-def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Moved content, uint8 [shifts, size, size, 3] by kind: in each image it lies further to the
-    left by its shift.
+# --- Options and points ---------------------------------------------------------------------------
 
-    "photograph": windows of its middle. "object": the middle of the first window, on gray. Raises
-    `ValueError` for a photograph that is too small.
+
+class Point(NamedTuple):
+    encoder: str
+    padding: str
+    seed: int
+
+
+def add_options(parser):
+    parser.add_workdir("runs/position_shift")
+    parser.add_photographs()
+    parser.add_count("seeds", 3, "of weights, photographs and crops")
+    paddings = ["zeros", "none", "reflect", "replicate", "circular"]
+    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
+
+
+def load(options) -> list[pathlib.Path]:
+    """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
+    paths = photographs.list_photographs(options.photographs)
+    photographs.split(paths, _PARTS, 0)
+    for path in paths:
+        scenes(path)
+    return paths
+
+
+def points(options):
+    grid = itertools.product(options.encoders, options.paddings, range(options.seeds))
+    return itertools.starmap(Point, grid)
+
+
+# --- One encoder ----------------------------------------------------------------------------------
+
+
+def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Moves the content of a photograph: in each image it lies further to the left by its shift.
+
+    Returns uint8 [shifts, size, size, 3] by kind. "photograph" has windows of its middle, "object"
+    the middle of the first window, on gray. Raises `ValueError` for a photograph that is too small.
     """
-    image, width = photographs.read_image(path), _SIZE + _SHIFTS[-1]
-    top, left = ((has - needs) // 2 for has, needs in zip(image.shape, (_SIZE, width)))
+    image = photographs.read_image(path)
+    width = _SIZE + _SHIFTS[-1]
+    top = (image.shape[0] - _SIZE) // 2
+    left = (image.shape[1] - width) // 2
     if min(top, left) < 0:
         raise ValueError(
             f"photographs: {path} is {image.shape[0]}x{image.shape[1]}, smaller than "
             f"{_SIZE}x{width}"
         )
-    strip, low = image[top : top + _SIZE, left : left + width], (_SIZE - _OBJECT) // 2
+    strip = image[top : top + _SIZE, left : left + width]
+    low = (_SIZE - _OBJECT) // 2
+    piece = strip[low : low + _OBJECT, low : low + _OBJECT]
     objects = np.full((len(_SHIFTS), _SIZE, _SIZE, 3), 128, np.uint8)
     for frame, shift in zip(objects, _SHIFTS):
         at = _SIZE - _OBJECT - shift
-        frame[low : low + _OBJECT, at : at + _OBJECT] = strip[
-            low : low + _OBJECT, low : low + _OBJECT
-        ]
-    return {
-        "photograph": np.stack([strip[:, shift : shift + _SIZE] for shift in _SHIFTS]),
-        "object": objects,
-    }
+        frame[low : low + _OBJECT, at : at + _OBJECT] = piece
+    windows = [strip[:, shift : shift + _SIZE] for shift in _SHIFTS]
+    return {"photograph": np.stack(windows), "object": objects}
 
 
 def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
-    """How predicted maps [shifts, size, size] of one scene change with a pixel's place in the frame
-    and with its place in the scene.
+    """Fits how the predictions change with a pixel's place in the frame and in the scene.
 
-    Least squares over all pixels of a photograph, or over those of the object. 1 is as much as H
-    changes.
+    The fit is least squares over all pixels of a photograph, or over those of the object.
+
+    - `maps`: the predictions of one scene [shifts, size, size].
+    - `kind`: one of `KINDS`.
+
+    Returns the two slopes; 1 is as much as H changes.
     """
-    low = (_SIZE - _OBJECT) // 2
-    rows = maps.mean(1) if kind == "photograph" else maps[:, low : low + _OBJECT].mean(1)
-    place, shift = np.broadcast_to(np.arange(_SIZE), rows.shape), np.reshape(_SHIFTS, (-1, 1))
-    scene = place + shift
-    taken = (kind == "photograph") | ((scene >= _SIZE - _OBJECT) & (scene < _SIZE))
-    design = np.stack(
-        [place[taken] / (_SIZE - 1), scene[taken] / (_SIZE - 1), np.ones(taken.sum())], 1
-    )
-    frame, content, _ = np.linalg.lstsq(design, rows[taken].astype(np.float64), rcond=None)[0]
+    if kind == "object":
+        low = (_SIZE - _OBJECT) // 2
+        maps = maps[:, low : low + _OBJECT]
+    rows = maps.mean(1)
+    place = np.broadcast_to(np.arange(_SIZE), rows.shape)
+    scene = place + np.reshape(_SHIFTS, (-1, 1))
+    taken = np.ones(rows.shape, bool)
+    if kind == "object":
+        taken = (scene >= _SIZE - _OBJECT) & (scene < _SIZE)
+    columns = [place[taken] / (_SIZE - 1), scene[taken] / (_SIZE - 1), np.ones(taken.sum())]
+    values = rows[taken].astype(np.float64)
+    (frame, content, _), *_ = np.linalg.lstsq(np.stack(columns, 1), values, rcond=None)
     return float(frame), float(content)
 
 
-def cell(
-    encoder: str, padding: str, stages: list[str], seed: int, paths: list[pathlib.Path]
-) -> dict:
-    """One encoder with random weights: R2 of the windows of unseen photographs, and the slopes of
-    each scene."""
-    parts = photographs.split(paths, _PARTS, seed)
-    images = [
-        photographs.crops(part, count, _SIZE, 2 * seed + number)
-        for number, (part, count) in enumerate(zip(parts, _COUNTS))
-    ]
-    moved = [scenes(path) for path in parts[2]]
-    images += [scene[kind] for kind in KINDS for scene in moved]
-    model = create_model(encoder, padding=padding)
-    init = jax.jit(
-        lambda key: model.init(
-            key, jnp.zeros((1, _SIZE, _SIZE, 3)), method="stages", last=stages[-1]
-        )
-    )
-    features = encode(model, init(jax.random.key(seed)), np.concatenate(images), stages)
-    train, held_out, *rest = np.split(features, np.cumsum([len(part) for part in images])[:-1])
-    readout, goal, found = (
-        fit_exact(train, held_out, target("H", _SIZE)[None]),
-        target("H", _SIZE),
-        [],
-    )
-    upsample = jax.jit(lambda maps: resize(maps, _SIZE))
-    for number, part in enumerate(rest):
-        kind = KINDS[number // len(moved)]
-        maps = np.asarray(upsample(readout(part).transpose(0, 2, 3, 1)))[..., 0]
-        found.append(
-            {
-                "kind": kind,
-                "photograph": parts[2][number % len(moved)].stem,
-                "r2": float(scores(maps, goal)["r2"].mean()),
-            }
-            | dict(zip(("frame", "scene"), slopes(maps, kind)))
-            | {"profile": maps.mean(1)[:, ::8].tolist()}
-        )
-    return {"encoder": encoder, "padding": padding, "seed": seed, "scenes": found}
+def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
+    """Fits the readout of an encoder with random weights, and follows every test scene."""
+    *fitting, test = photographs.split(paths, _PARTS, point.seed)
+    images = []
+    for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
+        images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
+    moved = [scenes(path) for path in test]
+    for kind in KINDS:
+        images += [scene[kind] for scene in moved]
+    train, held_out, *maps = encode_parts(point, images)
+    readout = fit_exact(train, held_out, target("H", _SIZE)[None])
+    of_scenes = itertools.product(KINDS, test)
+    followed = [follow(readout, *scene, part) for scene, part in zip(of_scenes, maps)]
+    return {"scenes": followed}
 
 
-def write(folder: pathlib.Path, rows: list[dict]) -> str:
-    """Writes the results, the report and the figure; returns the table."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def encode_parts(point: Point, images: list[np.ndarray]) -> list[np.ndarray]:
+    """Encodes lists of images together, and returns the features of each."""
+    # The same stages for every padding.
+    stages = reachable_stages(create_model(point.encoder, padding="none"), _SIZE)
+    model = create_model(point.encoder, padding=point.padding)
+    blank = jnp.zeros((1, _SIZE, _SIZE, 3))
+    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
+    variables = initialize(jax.random.key(point.seed))
+    features = encode(model, variables, np.concatenate(images), stages)
+    ends = np.cumsum([len(part) for part in images])
+    return np.split(features, ends[:-1])
 
-    encoders, paddings = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("encoder", "padding")
-    )
-    size, widths = (
-        (2.3 * len(paddings) + 5.5, 2.7 * len(encoders)),
-        [1] * len(paddings) + [1.3, 1.3],
-    )
-    figure, axes = pyplot.subplots(
-        len(encoders),
-        len(widths),
-        figsize=size,
-        squeeze=False,
-        layout="constrained",
-        width_ratios=widths,
-    )
+
+@jax.jit
+def upsample(maps: jax.Array) -> jax.Array:
+    return resize(maps, _SIZE)
+
+
+def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict:
+    """Reads H from the features of a scene, and fits how it moves.
+
+    Returns the kind, the photograph, R2, both slopes and the profile of every eighth column.
+    """
+    maps = np.asarray(upsample(readout(features).transpose(0, 2, 3, 1)))[..., 0]
+    frame, scene = slopes(maps, kind)
+    return {
+        "kind": kind,
+        "photograph": path.stem,
+        "r2": float(scores(maps, target("H", _SIZE))["r2"].mean()),
+        "frame": frame,
+        "scene": scene,
+        "profile": maps.mean(1)[:, ::8].tolist(),
+    }
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def scenes_of(results: list[dict], kind: str, **fields) -> list[dict]:
+    """Returns the scenes of a kind, of all selected results."""
+    scenes = []
+    for result in study.select(results, **fields):
+        scenes += study.select(result["scenes"], kind=kind)
+    return scenes
+
+
+def tabulate(results: list[dict]) -> str:
     lines = []
+    grid = itertools.product(
+        study.unique(results, "encoder"), study.unique(results, "padding"), KINDS
+    )
+    for encoder, padding, kind in grid:
+        scenes = scenes_of(results, kind, encoder=encoder, padding=padding)
+        encoders = len(study.select(results, encoder=encoder, padding=padding))
+        spread = {key: tables.spread(study.values(scenes, key), 2) for key in ("frame", "scene")}
+        r2 = ""
+        if kind == "photograph":
+            r2 = tables.spread(study.values(scenes, "r2"), 2)
+        count = f"{len(scenes)} ({encoders})"
+        lines.append([encoder, padding, kind, spread["frame"], spread["scene"], r2, count])
+    header = ["encoder", "padding", "content", "frame", "scene", "R2", "n (encoders)"]
+    return tables.table(header, lines)
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draws, for each encoder, the profiles under each padding and the slopes of each kind."""
+    encoders = study.unique(results, "encoder")
+    paddings = study.unique(results, "padding")
+    widths = [1] * len(paddings) + [1.3] * len(KINDS)
+    figure = Figure(figsize=(2.3 * len(paddings) + 5.5, 2.7 * len(encoders)), layout="constrained")
+    axes = figure.subplots(len(encoders), len(widths), squeeze=False, width_ratios=widths)
     for axis_row, encoder in zip(axes, encoders):
-        for number, padding in enumerate(paddings):
-            mine = [row for row in rows if (row["encoder"], row["padding"]) == (encoder, padding)]
-            for panel, kind in enumerate(KINDS):
-                found = [scene for row in mine for scene in row["scenes"] if scene["kind"] == kind]
-                values = {key: [scene[key] for scene in found] for key in ("frame", "scene", "r2")}
-                lines.append(
-                    [
-                        encoder,
-                        padding,
-                        kind,
-                        *(tables.spread(values[key], 2) for key in ("frame", "scene")),
-                        tables.spread(values["r2"], 2) if kind == "photograph" else "",
-                        f"{len(found)} ({len(mine)})",
-                    ]
-                )
-                for shift, key in ((-0.2, "frame"), (0.2, "scene")):
-                    axis_row[len(paddings) + panel].bar(
-                        number + shift,
-                        np.mean(values[key]),
-                        0.4,
-                        yerr=tables.bar(values[key]),
-                        color="C0" if key == "frame" else "C1",
-                        label=None if number else key,
-                    )
-            profiles = np.mean(
-                [
-                    scene["profile"]
-                    for row in mine
-                    for scene in row["scenes"]
-                    if scene["kind"] == "photograph"
-                ],
-                0,
-            )
-            for profile, shift, shade in zip(profiles, _SHIFTS, np.linspace(0, 0.85, len(_SHIFTS))):
-                axis_row[number].plot(
-                    range(0, _SIZE, 8),
-                    profile,
-                    color=pyplot.get_cmap("viridis")(shade),
-                    label=f"moved {shift} px",
-                )
-            axis_row[number].plot([0, _SIZE - 1], [0, 1], color="black", lw=0.5, ls=":")
-            axis_row[number].set(
-                title=f"{encoder}, {padding}", ylim=(-0.1, 1.1), xlabel="place in the frame, px"
-            )
+        for axis, padding in zip(axis_row, paddings):
+            draw_profiles(axis, scenes_of(results, "photograph", encoder=encoder, padding=padding))
+            axis.set_title(f"{encoder}, {padding}")
         for axis, kind in zip(axis_row[len(paddings) :], KINDS):
+            by_padding = [
+                scenes_of(results, kind, encoder=encoder, padding=padding) for padding in paddings
+            ]
+            draw_slopes(axis, by_padding)
             axis.set_xticks(range(len(paddings)), paddings, fontsize=7)
-            axis.axhline(0, color="black", lw=0.5)
-            axis.set(title=f"{encoder}, {kind}", ylabel="slope")
-            axis.legend(fontsize=7)
+            axis.set_title(f"{encoder}, {kind}")
         axis_row[0].set_ylabel("H as predicted")
     axes[0, 0].legend(fontsize=6)
-    workdir.write_figure(folder / "shift.png", figure)
-    pyplot.close(figure)
-    table = tables.table(
-        ["encoder", "padding", "content", "frame", "scene", "R2", "n (encoders)"], lines
-    )
-    workdir.write_json(folder / "shift.json", rows)
-    workdir.write(
-        folder / "report.md",
-        f"""# Does the readout follow the frame or the content?
+    return figure
+
+
+def draw_profiles(axis, scenes: list[dict]) -> None:
+    """Draws the mean prediction along the frame, one line for each shift."""
+    profiles = study.values(scenes, "profile").mean(0)
+    shades = np.linspace(0, 0.85, len(_SHIFTS))
+    colors = matplotlib.colormaps["viridis"](shades)
+    for profile, shift, color in zip(profiles, _SHIFTS, colors):
+        axis.plot(range(0, _SIZE, 8), profile, color=color, label=f"moved {shift} px")
+    axis.plot([0, _SIZE - 1], [0, 1], color="black", lw=0.5, ls=":")
+    axis.set(ylim=(-0.1, 1.1), xlabel="place in the frame, px")
+
+
+def draw_slopes(axis, by_padding: list[list[dict]]) -> None:
+    """Draws both slopes as bars, one pair for each padding."""
+    for key, offset, color in (("frame", -0.2, "C0"), ("scene", 0.2, "C1")):
+        slopes = [study.values(scenes, key) for scenes in by_padding]
+        axis.bar(
+            [number + offset for number in range(len(slopes))],
+            [values.mean() for values in slopes],
+            0.4,
+            yerr=[tables.bar(values) for values in slopes],
+            color=color,
+            label=key,
+        )
+    axis.axhline(0, color="black", lw=0.5)
+    axis.set_ylabel("slope")
+    axis.legend(fontsize=7)
+
+
+def report(results: list[dict], options) -> study.Report:
+    text = f"""# Does the readout follow the frame or the content?
 
 Random weights, exact readout of H, images of {_SIZE} px whose content moves by {_SHIFTS[0]} to
 {_SHIFTS[-1]} px. Mean ± sample standard deviation over scenes, each a photograph that was not
@@ -222,49 +275,23 @@ on the moving windows: near 0 or below, there is little that could follow anythi
 "frame" is how the prediction on it changes as it moves, and "scene" how it changes from its left to
 its right: its edges against the gray are content as well.
 
-{table}
+{tabulate(results)}
 ![Predicted H as the content moves](shift.png)
-""",
-    )
-    return table
+"""
+    return study.Report(text, {"shift.png": draw(results)})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
-    parser.add_workdir("runs/position_shift")
-    parser.add_photographs()
-    parser.add_count("seeds", 3, "of weights, photographs and crops")
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=["zeros", "none", "reflect", "replicate", "circular"],
-    )
-    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
-    options = parser.parse_args(arguments)
-
-    def work():
-        backend.start()
-        paths = photographs.list_photographs(options.photographs)
-        photographs.split(paths, _PARTS, 0)
-        for path in paths:
-            scenes(path)  # refuses one that is too small
-        folder, rows = workdir.prepare(options.workdir, {"photographs": options.photographs}), []
-        with progress(
-            options.seeds * len(options.encoders) * len(options.paddings), "encoders"
-        ) as done:
-            for encoder in options.encoders:
-                stages = reachable_stages(
-                    create_model(encoder, padding="none"), _SIZE
-                )  # the same for every padding
-                for padding, seed in itertools.product(options.paddings, range(options.seeds)):
-                    path = folder / "cells" / f"{encoder}_{padding}_{seed}.json"
-                    rows.append(workdir.finished(path, cell, encoder, padding, stages, seed, paths))
-                    done(1)
-        print(write(folder, rows))
-
-    return command.run(work)
-
+STUDY = study.Study(
+    description=__doc__,
+    results="shift.json",
+    add_options=add_options,
+    axes=("paddings", "encoders", "seeds"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())
