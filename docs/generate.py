@@ -19,7 +19,17 @@ KEYS = {
     "Training": "cnnjax/train/defaults.py",
     "The position study": "cnnjax/position/defaults.py",
 }
-COMMANDS = ("main", "sweep", "combine", "summary", "predict", "evaluate", "visualize", "benchmark")
+COMMANDS = (
+    "main",
+    "sweep",
+    "combine",
+    "summary",
+    "predict",
+    "evaluate",
+    "weights",
+    "visualize",
+    "benchmark",
+)
 
 
 def comment_of(lines: list[str], first: int, last: int) -> str:

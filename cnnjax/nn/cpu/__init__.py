@@ -1,5 +1,5 @@
 """The operations of `cnnjax.nn` in forms that XLA's CPU backend runs fast.
 
-Only `cnnjax.nn` imports this package, and `cnnjax.nn.lowering` decides when it is used. Figures
+Only `cnnjax.nn` imports this package, and `cnnjax.nn.lowering` decides when it is used. The reasons
 are in docs/performance.md.
 """
