@@ -165,7 +165,7 @@ end.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+    parser = command.Parser(prog="python -m experiments.mlp_vs_convnet", description=__doc__)
     parser.add_workdir("runs/mlp_vs_convnet")
     parser.add_argument(
         "--networks",

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.main"]
 SMALL = [
@@ -22,6 +24,20 @@ SMALL = [
     "--config.seeds=1",
     "--config.sgd_steps=5",
 ]
+# Importing jax takes seconds, so each of these does without it until it computes.
+COMMANDS = (
+    "cnnjax.main",
+    "cnnjax.sweep",
+    "cnnjax.combine",
+    "cnnjax.summary",
+    "cnnjax.predict",
+    "cnnjax.evaluate",
+    "cnnjax.weights",
+    "cnnjax.visualize",
+    "cnnjax.benchmark",
+    "experiments.mlp_vs_convnet",
+    "experiments.claims",
+)
 
 
 def run(*arguments, **options):
@@ -126,3 +142,18 @@ def test_help_names_every_option():
             word in done.stdout
             for word in (f"python -m cnnjax.{module}", "--config.KEY=VALUE", "--workdir", own)
         )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_comes_without_jax(name):
+    code = f"""
+import runpy, sys
+sys.argv = ["{name}", "--help"]
+try:
+    runpy.run_module("{name}", run_name="__main__")
+except SystemExit as end:
+    sys.exit(end.code or "jax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m {name}")

@@ -12,15 +12,6 @@ import dataclasses
 import sys
 
 from cnnjax.runtime import backend, command, workdir
-from experiments.claims import figures, report
-from experiments.claims.ledger import find
-from experiments.claims.named import NAMED
-from experiments.claims.networks import NETWORKS
-from experiments.claims.operations import OPERATIONS
-from experiments.claims.position import POSITION
-from experiments.claims.trained import POSITION_STUDY, TRAINED
-
-SECTIONS = (OPERATIONS, NETWORKS, POSITION, POSITION_STUDY, TRAINED, NAMED)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
+        # Imported late, because these import jax and --help does not need it.
+        from experiments.claims import figures, report
+        from experiments.claims.ledger import find
+        from experiments.claims.sections import SECTIONS
+
         findings = find(claim for section in SECTIONS for claim in section.claims)
         folder.mkdir(parents=True, exist_ok=True)
         records = [dataclasses.asdict(finding) for finding in findings]

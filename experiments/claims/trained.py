@@ -208,9 +208,7 @@ def convnet_result() -> Verdict:
     computed = evidence("convnet_train", "convnet_test")
     if not near:
         return judge(False, computed)
-    return Verdict(
-        READING, "for one run (n=1); it trains only with Glorot initialization", computed
-    )
+    return Verdict(READING, "for one run (n=1), with Glorot initialization", computed)
 
 
 @TRAINED.claim(
