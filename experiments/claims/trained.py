@@ -122,7 +122,7 @@ def padding_contributes() -> Verdict:
     lost = mean("vgg_h_1x1") - mean("vgg_h_without")
     computed = evidence("vgg_h_1x1", "vgg_h_without")
     certain = lost > interval("vgg_h_1x1") + interval("vgg_h_without")
-    note = "to nothing for a linear readout fitted to 24 photographs, with random weights"
+    note = "to nothing for a linear readout fitted to 24 crops, with random weights"
     return judge(False, computed, as_read=certain, note=note)
 
 
