@@ -78,7 +78,9 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
     """Check that there are validation images where something watches them."""
-    if has_validation(config):
+    is_watched = config.schedule.name == "plateau" or config.early_stopping
+    # Asked last, since of a streamed data set the folder is read.
+    if not is_watched or has_validation(config):
         return
     if config.schedule.name == "plateau":
         raise ValueError(
