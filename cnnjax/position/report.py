@@ -14,6 +14,9 @@ from cnnjax.nn import FILLS
 from cnnjax.position.results import MapsFile, Results, Row
 from cnnjax.runtime import report, tables, workdir
 
+# Of the targets' bars: Okabe and Ito's palette, which color-blind readers can tell apart.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+
 
 def write(folder: pathlib.Path) -> None:
     """Writes report.md and its figures to a finished study's work directory.
@@ -172,6 +175,7 @@ def _draw_scores(results: Results) -> Figure:
             axis.set_title(f"{encoder}, {kind} images", fontsize=10)
         axis_row[0].set_ylabel("SPC")
     axes[0, 0].legend(fontsize=7, ncols=2)
+    figure.suptitle("Rank correlation (SPC) of a linear readout with position maps, by padding")
     figure.tight_layout()
     return figure
 
@@ -188,9 +192,13 @@ def _draw_bars(axis, groups: dict[str, list[Row]], targets: list[str]) -> None:
             width,
             yerr=[row.spc_std or 0 for row in rows],
             error_kw={"lw": 0.6},
-            color=f"C{number}",
+            color=_COLORS[number],
             label=target,
         )
+    # A bar of height 0 looks like a missing one.
+    for position, group in enumerate(groups.values()):
+        if not any(row.spc or row.spc_std for row in group):
+            axis.text(position, 0.04, "0", ha="center", fontsize=8)
     axis.axhline(0, color="black", lw=0.5)
     axis.set_xticks(range(len(groups)), groups, fontsize=8)
     axis.set_ylim(-0.6, 1.05)
