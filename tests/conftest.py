@@ -3,6 +3,7 @@ import gc
 import os
 import pathlib
 
+import deep_calls
 import jax
 import jaxtyping
 import pytest
@@ -38,18 +39,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 gc.set_threshold(50_000)
 
 
-def _call(function, /, **arguments):
-    return function(**arguments)
-
-
-# Python takes memory for the frames of its calls in pieces of 16 KiB and gives each back as soon as it is left: where calls are as deep
-# as in tracing, it maps and unmaps one all the time (an eighth of the tests' time, by Python 3.11). What is called from a frame that
-# asks for more lies in the one piece made for that frame.
-_call.__code__ = _call.__code__.replace(co_stacksize=1 << 20)
-
-
 def pytest_itemcollected(item):
-    item.obj = functools.wraps(item.obj)(functools.partial(_call, item.obj))
+    item.obj = functools.wraps(item.obj)(functools.partial(deep_calls.call, item.obj))
 
 
 # Modules whose tests share what takes long to make, and would be made once on every worker.
