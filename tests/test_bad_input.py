@@ -12,6 +12,8 @@ import PIL.Image
 import pytest
 import safetensors.numpy
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Every case is a process of its own, forked from one that has imported everything and computed nothing.
 DRIVER = """

@@ -72,6 +72,7 @@ def test_sobel_tells_the_direction_of_an_edge(brighter, direction):
     assert far.any() and not found["magnitude"][far].any()
 
 
+@pytest.mark.slow
 def test_sobel_is_scipys_and_the_edges_point_where_they_say():
     image = np.random.default_rng(0).normal(size=(9, 11))
     found = numbers.sobel(image)
@@ -112,6 +113,7 @@ def test_steps_are_the_convolution(stride):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stride, padding, size, fill",
     [
@@ -158,6 +160,7 @@ def test_pooling_is_numpys(function, reduce, window, stride):
     )
 
 
+@pytest.mark.slow
 def test_one_pixel_on_a_ramp_is_one_step():
     columns = np.arange(128)
     for row in numbers.moved(np.tile(np.arange(150.0), (140, 1))):
@@ -168,6 +171,7 @@ def test_one_pixel_on_a_ramp_is_one_step():
         )
 
 
+@pytest.mark.slow
 def test_zeros_count_columns_layer_by_layer():
     images = numbers.shift_images()
     inner = images[:, 7:-7, 7:-7]
@@ -178,6 +182,7 @@ def test_zeros_count_columns_layer_by_layer():
         np.testing.assert_array_equal(y[:, :, layer:], inner[:, :, : 7 - layer] + layer)
 
 
+@pytest.mark.slow
 def test_other_fills_move_the_image():
     images = numbers.shift_images()
     assert (images[-1] == 4).all() and len(np.unique(images[0])) > 5
@@ -189,6 +194,7 @@ def test_other_fills_move_the_image():
         assert np.ptp(circular[-1]) == 0  # of a constant image no position is left
 
 
+@pytest.mark.slow
 def test_which_fills_know_the_position():
     found = numbers.shift_numbers(numbers.shift_images())
     assert list(found) == list(FILLS)
@@ -208,6 +214,7 @@ def test_which_fills_know_the_position():
     assert found["zeros"]["middle row of a constant 4"] == [1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_sizes_are_the_number_of_windows():
     for case in [
         (7, 0, 3, 2),
@@ -221,6 +228,7 @@ def test_sizes_are_the_number_of_windows():
         assert numbers.computed_size(*case) == len(range(0, n + 2 * p - k + 1, s))
 
 
+@pytest.mark.slow
 def test_every_file_is_there_and_the_report_names_every_figure(finished):
     assert sorted(path.name for path in finished.iterdir()) == sorted(
         [*FIGURES, "basics.json", "config.json", "environment.json", "report.md"]
@@ -255,6 +263,7 @@ def test_every_file_is_there_and_the_report_names_every_figure(finished):
     assert computed["sizes"]["equal"] == 14 and computed["sizes"]["refused without output"] == 6
 
 
+@pytest.mark.slow
 def test_the_report_says_so_where_a_claim_does_not_hold(finished):
     computed = json.loads((finished / "basics.json").read_text())
     text = report.render(computed, "camera")
@@ -282,6 +291,7 @@ def test_the_report_says_so_where_a_claim_does_not_hold(finished):
         assert said in text
 
 
+@pytest.mark.slow
 def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (

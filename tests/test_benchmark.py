@@ -34,6 +34,7 @@ class Tiny(Network):
         yield "logits", Dense(self.num_classes, name="fc")(flatten(max_pool(x, 2)))
 
 
+@pytest.mark.slow
 def test_the_stock_side_is_the_same_network(standard_promotion):
     """Loss and every gradient agree, and the stock gradients are those that jax derives."""
     model, x = Tiny(), jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
@@ -58,6 +59,7 @@ def test_the_stock_side_is_the_same_network(standard_promotion):
     )
 
 
+@pytest.mark.slow
 def test_a_layers_passes_are_those_of_the_convolution():
     """Compares the sizes of the results with those of a convolution written out."""
     case = cases.Convolution(
@@ -114,6 +116,7 @@ def test_the_specifications_are_the_networks(name):
     assert count == summary.totals(summary.layers(create_model(name)))["parameters"]
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion):
     assert sides.TRAINING_BURST == data.SECONDS_A_CALL
     monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
@@ -134,6 +137,7 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
     assert any(np.abs(a - b).max() > 1e-4 for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_two_processes_take_turns_and_agree(monkeypatch):
     """The protocol on one small layer; utilization and ratios follow from the times."""
     monkeypatch.setitem(turns.SIDES, "layers", ("cnnjax", "stock"))
@@ -157,6 +161,7 @@ def test_sides_that_differ_or_fail_are_refused(capfd):
     assert "lenet.conv1" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -176,6 +181,7 @@ def test_the_command_says_in_one_line_why_not(arguments, message, tmp_path, monk
     assert message in error
 
 
+@pytest.mark.slow
 def test_seeds_in_one_program_agree_and_are_reported(
     tmp_path, monkeypatch, standard_promotion, capsys
 ):
@@ -192,6 +198,7 @@ def test_seeds_in_one_program_agree_and_are_reported(
     assert "of 2 LeNets" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_studys_arithmetic(monkeypatch, standard_promotion):
     """The sums of a small study are those of the parts measured."""
     monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(Tiny, input_shape=(32, 32, 3)))
@@ -212,6 +219,7 @@ def native_conv(x, kernel, padding):
     )
 
 
+@pytest.mark.slow
 def test_whitened_patches_are_uncorrelated():
     images = jax.random.normal(jax.random.key(0), (40, 9, 9, 3))
     images = images.cumsum(1).cumsum(2)  # neighbors are alike
@@ -223,6 +231,7 @@ def test_whitened_patches_are_uncorrelated():
     np.testing.assert_allclose(flat.T @ flat / len(flat), np.eye(12), atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_network_of_the_record():
     """24 whitening filters, groups of 64, 256 and 256, ten classes; first filters copy inputs."""
     shapes = jax.eval_shape(
@@ -241,6 +250,7 @@ def test_the_network_of_the_record():
     assert not np.allclose(y[..., 8:16], x, atol=0.1)
 
 
+@pytest.mark.slow
 def test_each_parameter_is_trained_as_in_the_record():
     """Checks one step.
 
@@ -304,6 +314,7 @@ def test_runs_are_summarized_by_a_t_test():
     assert results["half_width"] == pytest.approx(4.3027 * 0.2 / math.sqrt(3), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_speedrun_learns_and_goes_on(
     data_dir, tmp_path, monkeypatch, standard_promotion, capsys
 ):

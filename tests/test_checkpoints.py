@@ -87,6 +87,7 @@ def files_of(folder: pathlib.Path) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
     """Whichever of its files is harmed, its manifest included."""
@@ -136,6 +137,7 @@ def test_nothing_starts_again_in_silence(tmp_path):
         checkpoints.restore(a_state(0))
 
 
+@pytest.mark.slow
 def test_another_models_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {}, metric=None)
@@ -150,6 +152,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
             checkpoints.restore_best(a_state(0))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
     """A limit on the size of files stands for the disk: the system refuses to write in the same
     way."""
@@ -186,6 +189,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
     generator, reached = random.Random(0), 0
     for _ in range(6):

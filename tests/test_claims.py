@@ -60,6 +60,7 @@ def findings(workdir):
     return {record["id"]: record for record in records}
 
 
+@pytest.mark.slow
 def test_every_verdict(findings):
     def having(verdict):
         return {id for id, finding in findings.items() if finding["verdict"] == verdict}
@@ -71,6 +72,7 @@ def test_every_verdict(findings):
     assert len(having(ledger.HOLDS)) == 69 and len(findings) == 142
 
 
+@pytest.mark.slow
 def test_every_finding_says_what_it_rests_on(findings):
     for finding in findings.values():
         assert finding["statement"] and set(finding["sources"]) <= set(ledger.LECTURES)
@@ -78,11 +80,13 @@ def test_every_finding_says_what_it_rests_on(findings):
         assert finding["note"] or finding["verdict"] == ledger.HOLDS, finding["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", WRONG)
 def test_a_wrong_claim_gets_its_right_value(findings, id):
     assert WRONG[id] in findings[id]["note"]
 
 
+@pytest.mark.slow
 def test_every_row_of_the_vgg_table_is_a_claim(findings):
     rows = [id for id in findings if id.startswith("A16.4.")]
     assert len(rows) == len(networks.VGG16_TABLE) == 22
@@ -121,6 +125,7 @@ def test_a_verdict_follows_from_its_check(literally, as_read, verdict):
     assert row in report.render((section,), found).splitlines()
 
 
+@pytest.mark.slow
 def test_report_and_figures(workdir, findings):
     text = (workdir / "report.md").read_text()
     rows = [line for line in text.splitlines() if " | **" in line]
@@ -141,6 +146,7 @@ def test_report_and_figures(workdir, findings):
     assert names == sorted(["claims.json", "report.md", *pictures])
 
 
+@pytest.mark.slow
 def test_measured_values_are_those_of_the_pages():
     """measured.json repeats figures of the documentation; both must say the same."""
     pages = (ROOT / "README.md", ROOT / "docs" / "lectures.md", ROOT / "docs" / "position.md")
@@ -165,6 +171,7 @@ def test_a_difference_counts_only_outside_its_interval():
 DIRECTIONS = position.DIRECTIONS.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction, turns", DIRECTIONS)
 def test_the_demo_counts_with_zeros_and_carries_the_image_otherwise(direction, turns):
     image = position.example_images(1)[0]

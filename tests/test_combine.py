@@ -146,6 +146,7 @@ def test_a_bad_ingredient_is_refused_and_a_tie_kept():
     ]  # then 1 moves it away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_learned_coefficients_recover_a_known_mixture(by_layer):
     generator = np.random.default_rng(0)
@@ -173,6 +174,7 @@ def test_learned_coefficients_recover_a_known_mixture(by_layer):
     )
 
 
+@pytest.mark.slow
 @WAYS
 def test_one_program_of_many_networks_is_each_of_them(way):
     """Each with its own statistics and its own normalization of the images."""
@@ -205,6 +207,7 @@ def test_one_program_of_many_networks_is_each_of_them(way):
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @WAYS
 def test_reestimated_statistics_are_numpys_moments(way):
     """Over all whole batches; what comes after a BatchNorm in training mode is normalized batch by
@@ -335,6 +338,7 @@ def errors_of(folder: pathlib.Path):
     return error
 
 
+@pytest.mark.slow
 def test_greedy_from_the_command_line(finished, tmp_path):
     """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is
     refused, the scores are the model's."""
@@ -394,6 +398,7 @@ def test_greedy_from_the_command_line(finished, tmp_path):
     assert f"{100 * found['test']['error']:.2f}" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(combination, "_LEARNED_STEPS", 40)
     trained, error = networks(finished), errors_of(finished)
@@ -420,6 +425,7 @@ def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_ensembles_of_several_runs(finished, tmp_path):
     """Runs that held out different images have no validation score; what they answer is averaged
     all the same."""
@@ -449,6 +455,7 @@ def test_ensembles_of_several_runs(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_of_one_run(finished, tmp_path):
     place, error = finished / "rates" / "rate=0.1", errors_of(finished)
     snapshot, polyak = (
@@ -473,6 +480,7 @@ def test_checkpoints_of_one_run(finished, tmp_path):
     )  # Jensen: the logarithm of a mean is more than the mean of the logarithms
 
 
+@pytest.mark.slow
 def test_a_run_that_averaged_its_parameters(finished, tmp_path):
     """Polyak takes its own average; beside others it is scored with it, as in training, and as
     snapshots its iterates are."""
@@ -498,6 +506,7 @@ def test_a_run_that_averaged_its_parameters(finished, tmp_path):
     assert ensemble["individual"][0]["test"]["error"] == own
 
 
+@pytest.mark.slow
 def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch):
     """In whole commands; the best run alone keeps those that it has."""
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
@@ -549,6 +558,7 @@ def refused(capsys, *arguments) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
     def fake(name, **changes):
         """A finished run as far as can be seen without its checkpoints."""

@@ -29,6 +29,7 @@ def test_the_lectures_networks_have_configurations():
     assert set(TRAINING) >= {*mlp_vs_convnet.CLAIMS, "alexnet_imagenet", "resnet50_imagenet"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_configuration_fits_the_engine(name, tmp_path):
     file = ROOT / "configs" / f"{name}.py"
@@ -65,6 +66,7 @@ def colors(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
     """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on ten crops: with a small network."""
     done = subprocess.run(
@@ -129,6 +131,7 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
         Streamed(config, Parallel("jit"))
 
 
+@pytest.mark.slow
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
     """A perceptron on the digits, and the same at a rate that makes its loss infinite; a second call runs nothing again."""
     arguments = [

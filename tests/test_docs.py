@@ -48,6 +48,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page, tmp_path):
     """In the page's order, since one may need what another left; results go to a temporary folder instead of runs/."""

@@ -53,6 +53,7 @@ def quick(monkeypatch):
 # ------------------------------------------------------------------ ensembles against soups
 
 
+@pytest.mark.slow
 def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ensemble_vs_soup, "DATASET", "digits")
     monkeypatch.setattr(ensemble_vs_soup, "EMA_DECAY", 0.5)
@@ -121,6 +122,7 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
     assert (tmp_path / "report.md").read_text() == report
 
 
+@pytest.mark.slow
 def test_wrong_arguments_of_soups_are_named(tmp_path, capsys):
     command = ["--workdir", str(tmp_path / "out")]
     assert ensemble_vs_soup.main([*command, "--train", "49000"]) == 2
@@ -131,6 +133,7 @@ def test_wrong_arguments_of_soups_are_named(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_members_differ_and_seeds_are_not_used_twice(quick):
     options = argparse.Namespace(
         model="tutorial_net",
@@ -165,6 +168,7 @@ def test_intervals_and_judgments():
     assert judge(5.0) == "is not decided by n=1"
 
 
+@pytest.mark.slow
 def test_the_part_of_cifar10_is_its_beginning(data_dir):
     """With the binary file itself: a label, then the planes of red, green and blue."""
     data = arrays.load("cifar10[:3]", data_dir)
@@ -187,6 +191,7 @@ def test_removals_are_nested():
     assert (np.diff(found, axis=0) <= 0).all() and len(np.unique(found[1], axis=0)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_a_removed_unit_is_silent(layer):
     """As a perceptron written out in NumPy, whose activations are multiplied by the mask."""
@@ -225,6 +230,7 @@ def test_a_removed_unit_is_silent(layer):
     )
 
 
+@pytest.mark.slow
 def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
     monkeypatch.setattr(dropout, "_STRENGTH", 0.0)
     generator = np.random.default_rng(0)
@@ -242,6 +248,7 @@ def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
     )  # of equals one may fall otherwise
 
 
+@pytest.mark.slow
 def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dropout.SETTINGS, "dataset", "digits")
     command = ["--workdir", str(tmp_path), "--seeds", "2", "--epochs", "4", "--removals", "2"]

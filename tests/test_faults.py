@@ -23,7 +23,7 @@ from cnnjax.runtime import workdir
 from cnnjax.train import report, step
 from cnnjax.train.checkpoints import Checkpoints, _leaves
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = (
     "--config=configs/lenet_digits.py",

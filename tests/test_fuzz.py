@@ -400,6 +400,7 @@ READERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
 def test_mutants_are_read_or_refused(make, tmp_path):
     seeds, place, most_mb = make(tmp_path)
@@ -470,6 +471,7 @@ def test_pickles_that_attack(content):
     assert watch.refused == 1
 
 
+@pytest.mark.slow
 def test_bombs_are_not_opened(tmp_path):
     """A gigabyte in a megabyte, members that climb out, more bytes than a batch has."""
     bomb = gzip.compress(bytes(2**20), 9) * 1000
@@ -546,6 +548,7 @@ def test_images_that_attack(content, tmp_path):
     assert watch.refused == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height", [(20_000, 1), (1, 20_000)])
 def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
     """A file of 138 bytes, which resized as a whole would take gigabytes."""

@@ -141,6 +141,7 @@ def test_stages(name):
     assert list(stages) == list(STAGES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOTALS)
 def test_every_parameter_receives_a_finite_gradient(name):
     model, x = create_model(name, num_classes=7), images(name)
@@ -166,6 +167,7 @@ def test_every_parameter_receives_a_finite_gradient(name):
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOTALS)
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = images(name)
@@ -178,6 +180,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     assert 0 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
 
 
+@pytest.mark.slow
 def test_torchs_names_of_the_tutorial_net():
     keys = set(torchvision_keys(variable_shapes(create_model("tutorial_net"))))
     assert keys == {
@@ -197,6 +200,7 @@ def test_lenet5_connections_are_table_1():
     assert [set(np.flatnonzero(column)) for column in CONNECTIONS.T] == expected
 
 
+@pytest.mark.slow
 def test_lenet5_equals_numpy():
     model = create_model("lenet5")
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
@@ -258,6 +262,7 @@ def test_lenet5s_codes_are_ten_different_digits():
     np.testing.assert_array_equal(CODES[0].reshape(12, 7), CODES[0].reshape(12, 7)[:, ::-1])
 
 
+@pytest.mark.slow
 def test_lenet5_starts_as_published():
     """Uniform within 2.4 / fan-in, where a map of C3 has 75, 100 or 150 inputs (appendix A)."""
     params = create_model("lenet5").init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
@@ -272,6 +277,7 @@ def test_lenet5_starts_as_published():
     assert np.abs(scaled["c3"]).max((0, 1)).min() > 1.8  # every connection fills its own range
 
 
+@pytest.mark.slow
 def test_tutorial_net_equals_numpy():
     model, x = create_model("tutorial_net"), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     variables = model.init(jax.random.key(0), x)
@@ -291,6 +297,7 @@ def test_tutorial_net_equals_numpy():
     )
 
 
+@pytest.mark.slow
 def test_alexnets_groups_halve_what_convolutions_2_4_and_5_see():
     one, two = (
         counts(variable_shapes(create_model("alexnet_2012", groups=groups))) for groups in (1, 2)
@@ -303,6 +310,7 @@ def test_alexnets_groups_halve_what_convolutions_2_4_and_5_see():
     assert sum(two.values()) == 60_965_224
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, biased", [("alexnet_2012", {"conv2", "conv4", "conv5", "fc6", "fc7"}), ("zfnet", set())]
 )
@@ -319,6 +327,7 @@ def test_alexnet_starts_as_published(name, biased):
         )
 
 
+@pytest.mark.slow
 def test_inception_is_its_branches_side_by_side():
     x = jax.random.normal(jax.random.key(0), (1, 12, 12, 8))
     module = NaiveInception((3, 4, 5))
@@ -339,6 +348,7 @@ def test_inception_is_its_branches_side_by_side():
     )
 
 
+@pytest.mark.slow
 def test_auxiliary_logits_appear_in_training_only():
     model, rngs = create_model("googlenet_2014", num_classes=5), {"dropout": jax.random.key(1)}
 
@@ -360,6 +370,7 @@ def test_auxiliary_logits_appear_in_training_only():
     assert sum(counts(without).values()) == 6_998_552
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, fields", [("mlp3", {"dropout": 0.5}), ("alexnet_2012", {})])
 def test_dropout_acts_in_training_only(name, fields):
     model, x = create_model(name, **fields), images(name)

@@ -121,6 +121,7 @@ def assert_close(one, other, relative=1e-4):
         np.testing.assert_allclose(a, b, rtol=0, atol=relative * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_both_forms_have_the_same_values_and_derivatives(name):
     function, shapes = OPERATIONS[name]
@@ -165,6 +166,7 @@ def test_no_rank_is_promoted(name):
             jax.eval_shape(derivatives(function), *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_float64_is_computed_in_float64(name):
     """Gradients and tangents agree to more digits than float32 has."""
@@ -188,6 +190,7 @@ def test_float64_is_computed_in_float64(name):
         np.testing.assert_allclose(forward, reverse, rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_parameters_and_statistics_stay_float32_under_x64():
     class Layers(nn.Module):
         @nn.compact
@@ -205,6 +208,7 @@ def test_parameters_and_statistics_stay_float32_under_x64():
             assert y.dtype == dtype and {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
     function, shapes = OPERATIONS[name]
@@ -224,6 +228,7 @@ def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
         assert not any(np.any(gradient != 0) for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_an_empty_batch_leaves_running_statistics_alone():
     layer = cnn.BatchNorm()
     variables = layer.init(jax.random.key(0), draw(0, 2, 3, 3, 4))
@@ -231,6 +236,7 @@ def test_an_empty_batch_leaves_running_statistics_alone():
     assert jax.tree.all(jax.tree.map(np.array_equal, new["batch_stats"], variables["batch_stats"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_programs_are_exported_for_every_batch_size(name):
     function, shapes = OPERATIONS[name]
@@ -256,6 +262,7 @@ def pool_gradient(x, ceil):
     return jax.grad(lambda x: cnn.max_pool(x, 3, 2, 1, ceil=ceil).sum())(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
 def test_no_infinity_or_nan_is_met(flag):
     """Without jit each intermediate result is looked at."""
@@ -317,6 +324,7 @@ def over_devices(loss):
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["cpu", "reference"])
 def test_shard_map_with_its_checks(case, form):
     loss, images, params, gradient = case
@@ -326,6 +334,7 @@ def test_shard_map_with_its_checks(case, form):
         assert_close(quick.jit(step)(params, images), gradient)
 
 
+@pytest.mark.slow
 def test_pmap(case):
     loss, images, params, gradient = case
 
@@ -338,6 +347,7 @@ def test_pmap(case):
     assert_close(jax.tree.map(lambda leaf: leaf[0], each), gradient)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_scan(case):
     loss, images, params, gradient = case
 
@@ -350,6 +360,7 @@ def test_checkpoint_and_scan(case):
     assert_close(quick.jit(jax.grad(looped))(params), gradient)
 
 
+@pytest.mark.slow
 def test_vmap_over_networks_and_images(case):
     """Gradients of each of two copies of the parameters, and one gradient of both."""
     loss, images, params, gradient = case
@@ -363,6 +374,7 @@ def test_vmap_over_networks_and_images(case):
     assert_close(quick.jit(jax.grad(both))(params), jax.tree.map(lambda leaf: 2 * leaf, gradient))
 
 
+@pytest.mark.slow
 def test_products_with_the_hessian(case):
     """Forward over reverse, reverse over forward, reverse over reverse and `linearize` agree."""
     loss, images, params, gradient = case
@@ -390,6 +402,7 @@ def test_products_with_the_hessian(case):
     assert_close(found["reverse over forward"], found["reverse over reverse"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet5", "mlp1", "tutorial_net"])
 def test_networks_take_any_batch(name):
     """Training is traced for an empty and a symbolic batch, without a promotion of ranks."""

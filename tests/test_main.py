@@ -46,6 +46,7 @@ def run(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(tmp_path):
     done = run(*SMALL, "--workdir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -66,6 +67,7 @@ def test_a_run_leaves_its_record(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback():
     done = run("--config", "configs/posenet.py", "--config.seeds=0", "--debug")
     assert (
@@ -75,6 +77,7 @@ def test_debug_shows_the_traceback():
     )
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     """Every file is whole, and what was read out is not read out again."""
     folder, cells = tmp_path / "run", tmp_path / "run" / "cells"
@@ -130,6 +133,7 @@ def test_import_and_help_do_not_start_jax():
     )
 
 
+@pytest.mark.slow
 def test_help_names_every_option():
     for module, own in (("main", "--distributed"), ("sweep", "--launcher")):
         done = subprocess.run(
@@ -144,6 +148,7 @@ def test_help_names_every_option():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command_comes_without_jax(name):
     code = f"""

@@ -72,6 +72,7 @@ def test_every_model_is_under_contract():
     }  # which tests/test_segmentation.py has
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_head_and_stages(name):
     """There are as many parameters as published; `num_classes` changes the classifiers' last layers
@@ -107,6 +108,7 @@ def test_parameters_head_and_stages(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_stage_is_taken_back(name):
     """With all stages replaced, only the first still depends on the image, and not the logits."""
@@ -145,6 +147,7 @@ def test_a_unit_is_taken_out():
         model.apply(variables, image, replace={"conv9": jnp.zeros_like})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"]
 )  # the others, without dropout: test_torchvision.py
@@ -161,6 +164,7 @@ def test_every_parameter_receives_a_finite_gradient(name):
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", sorted(set(list_models()) - set(test_torchvision.NAMES))
 )  # those are held to it there
@@ -180,6 +184,7 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"fcn"}))
 def test_every_fill_and_bfloat16(name):
     """Every fill gives every network logits and the stages of zero padding.
@@ -357,6 +362,7 @@ def test_stages_have_their_names_sizes_and_channels(name, size, shapes):
     assert list(early) == list(shapes)[:3]
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_vgg_by_layer():
     """Their names are the literature's, and the last of a block is the block."""
     model = create_model("vgg16", every_layer=True)
@@ -382,6 +388,7 @@ def test_the_stages_of_a_vgg_by_layer():
     ] and len(every) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size", [("vgg16", 224), ("resnet18", 435), ("resnet50", 427)])
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50
@@ -399,6 +406,7 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
             shapes(size - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, last",
     [
@@ -454,6 +462,7 @@ REACHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, last, size, fill",
     [
@@ -483,6 +492,7 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"])
 def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
@@ -508,6 +518,7 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
         }.get(fill, {}).get(name, 15 if name in ("Mixed_6a", "Mixed_7a") else 31)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["vgg11", "resnet18", "squeezenet1_0", "mobilenet_v2", "shufflenet_v2_x0_5"]
 )

@@ -94,6 +94,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_size, stride, groups, dilation, fill", CASES)
 def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, groups, dilation, fill):
     size = dilation * (kernel_size - 1) + 1 + 2 * stride + 1
@@ -110,6 +111,7 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
     assert_alike(ours, functools.partial(reference_conv, **options), x, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, kernel_size, stride, fill",
     [
@@ -170,6 +172,7 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
     assert_alike(ours, functools.partial(native_conv, padding=(padding, padding)), x, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)]
 )
@@ -202,6 +205,7 @@ POOLS = [
 TILES = [(2, 2, 0, 12, 14), (3, 3, 0, 12, 15), (2, 2, 1, 12, 14), (4, 4, 0, 4, 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window, stride, padding, height, width", POOLS + TILES)
 def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
     x = jnp.maximum(jnp.round(2 * normal(0, 2, height, width, 3)), 0)  # many ties, as after a ReLU
@@ -249,6 +253,7 @@ def test_pools_pad_as_numpy_does(fill):
     np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window, stride, padding", [(3, 2, 0), (3, 2, 1), (2, 2, 0), (2, 3, 1), (3, 1, 1), (5, 4, 2)]
 )
@@ -521,6 +526,7 @@ def test_batch_norm_has_the_gradient_of_its_formula():
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_over_devices_is_that_of_the_whole_batch():
     x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)
     variables = cnn.BatchNorm().init(jax.random.key(0), x)
@@ -579,6 +585,7 @@ def assert_fast(program):
         assert "dim_labels=b01f_01io->b01f" in line and "feature_group_count" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path"
 )
@@ -601,6 +608,7 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
     assert "select-and-scatter" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path"
 )

@@ -18,6 +18,7 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "optimizers.json
 RATES = [0.1] * 3 + [0.05] * 4 + [0.01] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, tolerance",
     [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)],
@@ -57,6 +58,7 @@ def test_weight_decay_can_spare_biases(name):
         )
 
 
+@pytest.mark.slow
 def test_muon_makes_a_convolutions_update_orthogonal():
     """Newton-Schulz leaves singular values near one, 0.68 to 1.13 by its coefficients, times
     sqrt(out / in) where that is above 1."""

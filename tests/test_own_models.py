@@ -59,6 +59,7 @@ def own(tmp_path, request):
     return path, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_configuration_that_registers_a_network(own, tmp_path, capsys):
     """It is trained, swept, and known to a command that opens the run by its record alone."""
@@ -93,6 +94,7 @@ def test_a_network_by_its_file(own):
     assert type(create_model(f"{path}:Own")) is type(create_model(f"{path}:Own"))
 
 
+@pytest.mark.slow
 def test_home_in_the_name_of_a_file(own, monkeypatch):
     path, _ = own
     monkeypatch.setenv("HOME", str(path.parent))
@@ -109,6 +111,7 @@ def test_what_a_file_lacks_is_named(own):
         create_model(f"{path}:narrow", size=1)
 
 
+@pytest.mark.slow
 def test_a_name_belongs_to_one_file(own, tmp_path, monkeypatch):
     path, name = own
     monkeypatch.syspath_prepend(tmp_path)

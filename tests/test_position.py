@@ -85,6 +85,7 @@ def features_with_position(n, seed, side=9, channels=6, noise=1.0):
     return f
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_exact_readout_is_the_ridge_solution(size):
     train = features_with_position(40, 0)
@@ -141,6 +142,7 @@ def test_exact_readout_of_nothing_is_a_constant():
         fit_exact(noise(2), noise(2), target("H", 9)[None], size=10)
 
 
+@pytest.mark.slow
 def test_small_grid_loss_is_the_error_at_full_size():
     goals = jnp.stack([jnp.asarray(target(name, 50)) for name in TARGETS])
     maps = jax.random.uniform(jax.random.key(0), (3, 7, 7, 2, 5))
@@ -151,6 +153,7 @@ def test_small_grid_loss_is_the_error_at_full_size():
     np.testing.assert_allclose(full_size_error(goals, 7)(maps), direct, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     train = features_with_position(40, 0, noise=0.3)
@@ -172,6 +175,7 @@ def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     assert np.array_equal(maps, again)
 
 
+@pytest.mark.slow
 def test_deeper_readouts_are_the_definition_and_learn():
     """Two hidden layers of BatchNorm and ReLU, written out for each output by itself."""
     train = features_with_position(40, 0, noise=0.3)
@@ -208,6 +212,7 @@ def test_deeper_readouts_are_the_definition_and_learn():
         fit_sgd(train, goals, 3, hidden=(5,) * 4)
 
 
+@pytest.mark.slow
 def test_stages_that_survive_without_padding():
     blocks = [f"block{i}" for i in range(1, 6)]
     layers = ["stem", "layer1", "layer2", "layer3", "layer4"]
@@ -239,6 +244,7 @@ def test_encoding_is_the_stages_resized_and_joined():
     assert image_features(images).shape == (9, 28, 28, 3)
 
 
+@pytest.mark.slow
 def test_features_are_cached_by_what_makes_them(tmp_path, monkeypatch):
     """Read where they were computed before, with whatever other stages; else computed."""
     model = create_model("vgg11")
@@ -321,6 +327,7 @@ def read_rows(folder) -> list[dict]:
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_job_writes_every_row(finished, small_config):
     written = json.loads((finished / "results.json").read_text())
     rows = written["rows"]
@@ -363,6 +370,7 @@ def test_the_job_writes_every_row(finished, small_config):
     assert all(row["n_seeds"] == 2 for row in rows)
 
 
+@pytest.mark.slow
 def test_only_zeros_show_position_on_an_image_without_content(finished):
     for row in read_rows(finished):
         if row["data"] in ("black", "white"):
@@ -372,6 +380,7 @@ def test_only_zeros_show_position_on_an_image_without_content(finished):
                 assert row["spc"] == 0 and row["spc_std"] == 0, row
 
 
+@pytest.mark.slow
 def test_report_and_figures_are_there_and_readable(finished):
     import PIL.Image
 
@@ -390,6 +399,7 @@ def test_report_and_figures_are_there_and_readable(finished):
     assert names == sorted([*figures, "cells", *others])
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     for name in ("config", "environment"):
         (tmp_path / f"{name}.json").write_text((finished / f"{name}.json").read_text())
@@ -397,6 +407,7 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     assert read_rows(tmp_path) == read_rows(finished)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     finished, small_config, tmp_path, monkeypatch
 ):
@@ -424,6 +435,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     assert read_rows(folder) == read_rows(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -466,6 +478,7 @@ def test_a_wrong_configuration_is_refused_before_anything_is_computed(
         study.check(config)
 
 
+@pytest.mark.slow
 def test_photographs_from_a_folder(tmp_path):
     import PIL.Image
 
@@ -501,6 +514,7 @@ def test_embedded_photographs_divide_into_disjoint_parts(counts):
         assert sorted(sum(parts, [])) == sorted(paths)
 
 
+@pytest.mark.slow
 def test_imagenet_weights_on_real_photographs(data_dir):
     """ResNet-18 to layer3 shows position with zeros, little without, on black with zeros alone."""
     counts = {"train": 48, "held_out": 12, "natural": 16}
@@ -562,6 +576,7 @@ def test_controls_of_the_study(small_config):
     assert np.array_equal(mirrored["natural"], plain["natural"])
 
 
+@pytest.mark.slow
 def test_coordinates_give_the_ramps_and_nothing_else(small_config):
     """Two coordinates give H and V linearly, and cannot bend to a Gaussian or stripes."""
     images = study.draw_images(small_config, 0)
@@ -576,6 +591,7 @@ def test_coordinates_give_the_ramps_and_nothing_else(small_config):
     assert max(r2[2:]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_papers_tables(tmp_path, capsys):
     """Zeros around the image alone show position, as in the paper's table 4.
 
@@ -622,6 +638,7 @@ def test_the_papers_tables(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, rows",
     [

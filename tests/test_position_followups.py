@@ -167,6 +167,7 @@ def matrix(window, n, fill):
     return np.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fill", ["zeros", "none", "reflect", "replicate", "circular", "partial", "full"]
 )
@@ -193,6 +194,7 @@ def test_reads_are_counted_right(fill):
         patterns.reads(chain, 21, "random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, stages",
     [
@@ -277,6 +279,7 @@ class Beside(base.Network):
         yield "logits", (small + large).mean((1, 2))
 
 
+@pytest.mark.slow
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
     train = jit(position_quadrant.train_rook.__wrapped__, static_argnames="padding")
     assert train("zeros", jax.random.key(0)) == 1  # published: 100 %
@@ -287,6 +290,7 @@ def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
     assert found["none"] > found["zeros"] > 0.1 and found["full"] == found["circular"] == 0
 
 
+@pytest.mark.slow
 def test_quadrants_and_their_readout(tiny):
     content = images(56, count=4)
     for border in (5, 0):
@@ -317,6 +321,7 @@ def test_quadrants_and_their_readout(tiny):
     assert position_quadrant.read_out(told[:, :20], told[:, 20:]) > 0.9
 
 
+@pytest.mark.slow
 def test_leaving_photographs_out_is_done_exactly(monkeypatch):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 6, 4)) + np.array([0.3, -0.3])[:, None, None]
@@ -347,6 +352,7 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
     np.testing.assert_allclose(computed, [errors], rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_quadrants_go_on_where_they_stopped(
     tiny, tmp_path, data_dir, monkeypatch, standard_promotion, capsys
 ):
@@ -390,6 +396,7 @@ def test_the_quadrants_go_on_where_they_stopped(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_patterns_are_reported_for_random_and_trained_weights(
     tiny, tmp_path, data_dir, monkeypatch, capsys
 ):

@@ -117,6 +117,7 @@ def test_slopes_tell_the_frame_from_the_scene(kind, frame, scene):
     np.testing.assert_allclose(position_shift.slopes(maps, kind), (frame, scene), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 330, 3), np.uint8)).save(
         tmp_path / "a.png"
@@ -133,6 +134,7 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
         position_shift.scenes(tmp_path / "b.png")
 
 
+@pytest.mark.slow
 def test_every_encoder_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(
         base._REGISTRY, "resnet18", functools.partial(position_training.Net, layers=((16, 2),) * 5)
@@ -177,6 +179,7 @@ def test_shifted_windows_show_what_lies_beside_the_middle():
         )
 
 
+@pytest.mark.slow
 def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
     tmp_path, cifar, data_dir, monkeypatch, standard_promotion
 ):
@@ -224,6 +227,7 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
         position_training.main([*arguments, "2"])
 
 
+@pytest.mark.slow
 def test_a_registered_network_is_probed_in_its_stages(
     tmp_path, cifar, data_dir, monkeypatch, standard_promotion, capsys
 ):
@@ -277,6 +281,7 @@ def test_a_registered_network_is_probed_in_its_stages(
     )
 
 
+@pytest.mark.slow
 def test_canvas_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
     monkeypatch.setattr(position_canvas, "LAYERS", ((8, 2), (16, 2)))
     arguments = [
@@ -310,6 +315,7 @@ def test_canvas_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_
     )
 
 
+@pytest.mark.slow
 def test_channel_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
     monkeypatch.setattr(
         position_channels,
@@ -344,6 +350,7 @@ def test_channel_networks_are_reported(tmp_path, data_dir, monkeypatch, standard
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", [position_training, position_canvas, position_channels, position_shift]
 )

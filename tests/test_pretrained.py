@@ -184,6 +184,7 @@ def test_a_file_of_another_hash_is_not_kept(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_sends_nothing_is_an_error(server, tmp_path):
     url, handler = server
     handler.cut = 0
@@ -238,6 +239,7 @@ def test_without_a_network_one_line_says_what_to_put_where(name, caches):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -306,6 +308,7 @@ def test_a_hub_that_is_offline_is_not_asked(servers, monkeypatch):
 # ------------------------------------------------------------------ use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, resize, crop",
     [
@@ -326,6 +329,7 @@ def test_photographs_are_prepared_as_by_torchvision(name, resize, crop):
     np.testing.assert_array_equal(weights.preprocess(in_memory, record), pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
 def test_networks_of_google_convert_their_input(name, stage):
     """With ImageNet weights alone: x * (std / 0.5) + (mean - 0.5) / 0.5 of each channel."""
@@ -360,6 +364,7 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
         transfer.take(path, model)
 
 
+@pytest.mark.slow
 def test_a_pretrained_network_with_its_own_head_and_with_another(tmp_path):
     variables = {"batch_stats": {}, **numbered(create_model("squeezenet1_1"))}
     path = tmp_path / "w.pth"
@@ -389,6 +394,7 @@ def real(data_dir) -> list[str]:
     return ["--weights", str(file)]
 
 
+@pytest.mark.slow
 def test_predict_names_what_photographs_show(data_dir, capsys):
     names = ("chelsea.png", "coffee.png")
     photographs = [str(PHOTOGRAPHS / name) for name in names]
@@ -464,6 +470,7 @@ def test_predict_refuses_a_run_that_labels_pixels(tmp_path):
         predict.trained(tmp_path / "run", [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_evaluate_counts_the_same_in_every_layout(data_dir, tmp_path, capsys):
     """The first 40 photographs, by their names and in folders by number, on 8 devices."""

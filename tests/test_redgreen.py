@@ -8,6 +8,8 @@ from quick import exit_code
 
 from experiments import position_redgreen
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dissimilar", [False, True])
 def test_order_and_rows(dissimilar):

@@ -74,6 +74,7 @@ def scenes(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ data
 
 
+@pytest.mark.slow
 def test_camvid_is_what_was_published(data_dir):
     found = arrays.load("camvid", str(data_dir), 101)
     assert [len(split.images) for split in (found.train, found.validation, found.test)] == [
@@ -103,6 +104,7 @@ def test_camvid_is_what_was_published(data_dir):
     assert (scenes.test.labels == (pixels >= 50)).all() and scenes.test.labels.shape == (233, 11)
 
 
+@pytest.mark.slow
 def test_files_that_are_not_as_published_are_named(scenes):
     with pytest.raises(
         ValueError,
@@ -191,6 +193,7 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
         )
 
 
+@pytest.mark.slow
 def test_grids_of_the_scene_network():
     """By hand: a first 3x3 convolution at stride 2 sees pixels 2i-1 ... 2i+1; without padding it begins one later, as every further one."""
     for padding, first in (("zeros", (1, 3, 7)), ("none", (10, 28, 48))):
@@ -206,6 +209,7 @@ def test_grids_of_the_scene_network():
     assert found[-1][0][-1] <= 179 - 48 and len(found[-1][0]) == 6
 
 
+@pytest.mark.slow
 def test_scores_lie_where_the_image_is(small):
     """Without padding, an image that is moved by the stride moves the scores, away from the border."""
     model = create_model("fcn", num_classes=3, padding="none", **small)
@@ -224,6 +228,7 @@ def test_scores_lie_where_the_image_is(small):
     assert np.abs(moved[:, :, 5:11] - y[:, :, 1:7]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_stages_and_names_are_the_encoders(small):
     model, encoder, x = (
         create_model("fcn", num_classes=3, **small),
@@ -247,6 +252,7 @@ def test_stages_and_names_are_the_encoders(small):
 # ------------------------------------------------------------------ scores
 
 
+@pytest.mark.slow
 def test_scores_are_their_definitions(standard_promotion):
     counts = evaluate.confusion(np.array([[0, 0, 1, 2]]), np.array([[0, 1, 1, 255]]), 4)
     assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
@@ -286,6 +292,7 @@ def configure(scenes, **changes):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -307,6 +314,7 @@ def test_a_loss_that_does_not_fit_is_refused(changes, message, scenes, small):
         loop.check(configure(scenes, **changes))
 
 
+@pytest.mark.slow
 def test_an_output_that_does_not_fit_the_loss_is_refused(scenes, small, tmp_path):
     with pytest.raises(
         ValueError,
@@ -355,6 +363,7 @@ def test_the_verdict_follows_the_numbers():
         assert verdict in segmentation.judge(rows(zeros, none))
 
 
+@pytest.mark.slow
 def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
     """Bright sky above dark buildings is learned, and the report has what the networks' own work directories have."""
     monkeypatch.setitem(
@@ -396,6 +405,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("rings.png", "scenes.png"))
 
 
+@pytest.mark.slow
 def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
     monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
@@ -429,6 +439,7 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
     assert (tmp_path / "run" / "multilabel.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_pooled_features_rank_what_they_know():
     labels = np.random.default_rng(0).integers(0, 2, (80, 3))
     labels[:, 2] = 1  # in every scene
@@ -441,6 +452,7 @@ def test_pooled_features_rank_what_they_know():
     ]
 
 
+@pytest.mark.slow
 def test_the_encoders_weights_are_kept(data_dir, tmp_path):
     file = data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"
     segmentation.keep_encoder(file, tmp_path)

@@ -550,6 +550,7 @@ def test_a_data_set_without_a_test_split_says_so(imagenets_way):
 # ------------------------------------------------------------------ which images, in which order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", [0, 20])
 def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, resize):
     whole = read(folder, resize=resize, steps=range(8))
@@ -559,6 +560,7 @@ def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, res
     assert all((images != theirs).any() for (images, _), (theirs, _) in zip(whole, other))
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(prepared):
     source = stream.Tfds(make_tfds.NAME, str(prepared), "train")
     want = read(source, size=8, resize=0, steps=range(9))
@@ -578,6 +580,7 @@ def test_every_epoch_is_a_permutation(folder):
     assert sum(numbers(read(folder, steps=range(3), seed=1)), []) != epochs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", [0, 20])
 def test_processes_share_every_batch(folder, resize):
     whole = read(folder, resize=resize, steps=range(5))
@@ -625,6 +628,7 @@ def harmed(folder, tmp_path_factory):
     return source
 
 
+@pytest.mark.slow
 def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, harmed):
     whole = read(folder, steps=range(12))
     found = read(harmed, steps=range(12), skip_damaged=True)
@@ -652,6 +656,7 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
     assert_same(joined(parts), found)
 
 
+@pytest.mark.slow
 def test_what_is_never_passed_over(harmed, tmp_path):
     """Images of an evaluation, unreadable files, and a folder of damaged images alone."""
     for options in ({"train": False}, {"train": False, "skip_damaged": True}, {"steps": range(6)}):
@@ -793,6 +798,7 @@ def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
 # ------------------------------------------------------------------ the benchmark of all this
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_way(monkeypatch):
     """On JPEGs of ImageNet's size; a step that takes 20 ms stands for the network's."""
     monkeypatch.setattr(decoding, "_SECONDS", 0.05)
@@ -812,6 +818,7 @@ def test_the_benchmark_measures_every_way(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "_COUNT", 16)
     source = decoding.write_folder(photographs.list_photographs(), tmp_path)
@@ -856,6 +863,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
     """A signal to the whole group is the parent's to handle.
@@ -924,6 +932,7 @@ def run(data_dir, workdir, **more):
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder(colors, tmp_path):
     """With its own validation images, which the plateau rule watches, and odd files."""
     (colors / "val").rename(colors / "test")
@@ -957,6 +966,7 @@ def test_a_run_on_a_folder(colors, tmp_path):
     assert error == pytest.approx(results["final"]["test_error"])
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_few_images_starts_no_processes(colors):
     config = lenet_digits.get_config()
     config.update({"dataset": "folder", "data_dir": str(colors), "image_size": 32, "workers": 2})
@@ -973,6 +983,7 @@ def harm(path: pathlib.Path) -> pathlib.Path:
     return damaged
 
 
+@pytest.mark.slow
 def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
     path = harm(colors / "train" / "green" / "005.png")
     done = run(colors, tmp_path / "run")
@@ -984,6 +995,7 @@ def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_damaged_images_are_counted_named_and_passed_over(colors, tmp_path):
     """Also by a run that was stopped within an epoch. A test image ends the run."""
     paths = [harm(colors / "train" / "green" / f"00{number}.png") for number in (5, 7)]

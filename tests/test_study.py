@@ -60,6 +60,7 @@ def test_a_later_call_measures_only_new_points(example, tmp_path):
     assert study.select(read(tmp_path / "blur.json"), seed=0) == first
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path):
     command = ["--workdir", str(tmp_path / "a"), "--seeds", "2"]
 

@@ -81,12 +81,14 @@ def test_vgg16_layer_by_layer():
     assert summary.totals(table)["parameters"] == 138_357_544
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GIGA_MACS)
 def test_multiply_adds_are_torchvisions(name):
     macs = summary.totals(summary.layers(create_model(name)))["macs"]
     assert round(macs / 1e9, 3) == GIGA_MACS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["tutorial_net", "keras_convnet", "lenet", "convnet", "zfnet", "resnet18", "resnet50"]
 )
@@ -101,6 +103,7 @@ def test_multiply_adds_agree_with_xlas_count(name):
     assert 1 < flops / (2 * macs) < 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_parameter_is_in_the_table_once(name):
     model = create_model(name)
@@ -117,6 +120,7 @@ def test_receptive_fields_are_the_published_ones(name):
     assert widest(summary.layers(create_model(name))) == (FIELDS[name],) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x1_0", "densenet121", "googlenet_2014"],
@@ -139,6 +143,7 @@ def test_a_receptive_field_is_the_least_unpadded_image_with_an_output(name):
         stages(field - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "googlenet_2014", "inception_v3"])
 def test_fields_are_the_same_under_every_fill(name):
     zeros, *others = (
@@ -152,6 +157,7 @@ def test_fields_are_the_same_under_every_fill(name):
         assert other == zeros
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, stage, layer",
     [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"), ("lenet5", "c3", "c3")],
@@ -181,6 +187,7 @@ def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
     )
 
 
+@pytest.mark.slow
 def test_batch_dtype_size_and_padding_take_effect():
     table = summary.layers(
         create_model("vgg11", padding="none", dtype=jnp.bfloat16), (256, 192, 3), batch=3
@@ -191,6 +198,7 @@ def test_batch_dtype_size_and_padding_take_effect():
     assert by_name["features.0"].macs == 3 * 254 * 190 * 64 * 27
 
 
+@pytest.mark.slow
 def test_layers_that_run_in_training_only_are_counted_last():
     table = summary.layers(create_model("googlenet_2014"))
     assert [layer.name for layer in table if layer.output is None] == [
@@ -231,6 +239,7 @@ def test_the_three_formats_hold_the_same_table(capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_has_a_table(fill, capsys):
     """Random padding needs no random stream; the fills that read the whole map have zeros' grid."""
@@ -242,6 +251,7 @@ def test_every_fill_has_a_table(fill, capsys):
     assert rows["conv2"]["receptive_field"] == [8, 8] and rows["conv2"]["stride"] == [2, 2]
 
 
+@pytest.mark.slow
 def test_help_comes_without_jax():
     start = time.perf_counter()
     code = (

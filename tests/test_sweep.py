@@ -19,6 +19,8 @@ from cnnjax import sweep
 from cnnjax.runtime import jobs, workdir
 from cnnjax.train import loop
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.sweep"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

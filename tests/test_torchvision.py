@@ -81,6 +81,7 @@ def test_keys_and_shapes_are_torchvisions(name):
     assert ours == dict(golden_keys(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
     """Logits of a compiled network equal the golden ones.
@@ -103,6 +104,7 @@ def test_evaluation_is_torchvisions(case):
 TRAINED = [case for case in GOLDEN.files if case.endswith("/train") and case.split("/")[0] in KINDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAINED)
 def test_training_is_torchvisions(case):
     """After three passes in training mode, logits and running statistics equal the golden ones.
@@ -151,6 +153,7 @@ def assert_statistics(name, size, state):
         np.testing.assert_allclose(digest, expected, rtol=0, atol=1e-4 * expected[2], err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"vgg11"}))
 def test_initialization_has_torchvisions_distributions(name):
     """Compares mean, spread and family of each parameter.
@@ -181,6 +184,7 @@ def test_initialization_has_torchvisions_distributions(name):
             assert (values == (0 if path[-1] == "mean" else 1)).all(), path
 
 
+@pytest.mark.slow
 def test_squeezenet_with_real_weights(data_dir):
     """The published network has its reference output and its accuracy on 500 photographs."""
     folder = data_dir / "weights"
@@ -203,6 +207,7 @@ def test_squeezenet_with_real_weights(data_dir):
     assert (np.concatenate(answers) == labels).sum() == 306
 
 
+@pytest.mark.slow
 def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
     """A linear probe on 400 images is far better with real weights than with random ones."""
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"

@@ -93,6 +93,7 @@ def on_one_device():
         return losses("jit", RECIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_eight_devices_train_as_one(way, on_one_device):
     """Over 50 steps, with augmentation, BatchNorm over all devices, momentum, weight decay and the
@@ -117,6 +118,7 @@ if jax.process_index() == 0:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_two_processes_train_as_one(way, on_one_device):
     """Four devices in each, joined by jax.distributed."""
@@ -148,6 +150,7 @@ def test_two_processes_train_as_one(way, on_one_device):
     )
 
 
+@pytest.mark.slow
 def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
     parallel = Parallel("jit")
     state = step.init(RECIPE, (8, 8, 3), NUMBERS)
@@ -160,6 +163,7 @@ def test_how_many_steps_a_call_takes_changes_no_bit(on_one_device):
     jax.tree.map(np.testing.assert_array_equal, state, on_one_device[1])
 
 
+@pytest.mark.slow
 def test_seeds_and_numbers_share_one_compilation():
     run = step.resident_steps(Parallel("jit"), RECIPE, 16)
     images, labels = some_data()
@@ -192,6 +196,7 @@ def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.
     return state, step.batch_step(recipe, state, batch, numbers)
 
 
+@pytest.mark.slow
 def test_a_step_is_plain_gradient_descent():
     """Against the formula, without this engine; the average of parameters and the sums for the
     epoch as well."""
@@ -226,6 +231,7 @@ def test_a_step_is_plain_gradient_descent():
     )
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_the_whole_batch():
     images, labels = some_data(16)
     model = create_model(
@@ -239,6 +245,7 @@ def test_accumulated_parts_are_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, parts)
 
 
+@pytest.mark.slow
 def test_losses_are_their_formulas():
     generator = np.random.default_rng(0)
     logits, labels = (
@@ -272,6 +279,7 @@ def test_losses_are_their_formulas():
     np.testing.assert_allclose(errors, ((probability > 0.5) != many).mean(-1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mixup_mixes_images_and_losses():
     """An image is mixed with the one opposite in the batch: where that is the same image, of the
     same label, nothing changes."""
@@ -302,6 +310,7 @@ def test_mixup_mixes_images_and_losses():
     np.testing.assert_allclose(after.totals["loss"], sum(both) / 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "pmap", "shard_map"])
 def test_prediction_and_features_run_the_same_three_ways(way):
     images, _ = some_data(37)  # no multiple of anything
@@ -427,6 +436,7 @@ def test_a_finished_run_is_reopened_as_it_was_evaluated(finished):
     np.testing.assert_array_equal(logits.argmax(-1), predicted)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_recorded_normalization_is_reopened(finished, tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
@@ -447,6 +457,7 @@ def test_a_run_without_a_recorded_normalization_is_reopened(finished, tmp_path):
         open_run(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is not a finished training run: it has no"):
         open_run(tmp_path)
@@ -491,6 +502,7 @@ def worse_after_first_epoch(monkeypatch):
     monkeypatch.setattr(Run, "score", rising)
 
 
+@pytest.mark.slow
 def test_the_best_epochs_weights_are_kept_and_scored(worse_after_first_epoch, tmp_path):
     """Later checkpoints are there, but the first epoch's weights count."""
     one = train_here(tmp_path / "one", epochs=1)
@@ -507,12 +519,14 @@ def test_the_best_epochs_weights_are_kept_and_scored(worse_after_first_epoch, tm
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_last_weights_are_kept_where_a_key_says_so(worse_after_first_epoch, tmp_path):
     last = train_here(tmp_path, final_weights="last")
     assert last["weights"] == {"epoch": 3, "step": 30, "chosen_by": "the end of training"}
     assert last["final"]["validation_loss"] == last["history"][2]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_training_ends_early(worse_after_first_epoch, tmp_path):
     """After two epochs without a smaller validation error."""
     results = train_here(tmp_path, epochs=9, early_stopping=2)
@@ -523,6 +537,7 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
         loop.check(config)
 
 
+@pytest.mark.slow
 def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
     """One step, whose loss is that of the initial network and finite."""
     with pytest.raises(FloatingPointError, match="a parameter is not finite after step 1 "):
@@ -537,12 +552,14 @@ def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "score", lambda *given: {"loss": float("nan"), "error": 0.5})
     with pytest.raises(FloatingPointError, match="validation_loss=nan is not finite after step 10"):
         train_here(tmp_path)
 
 
+@pytest.mark.slow
 def test_events_and_curves_appear_while_a_run_goes_on(monkeypatch, tmp_path):
     """An epoch's events are in the file when the next epoch begins."""
     monkeypatch.setattr(training_results, "_SECONDS_BETWEEN_CURVES", 0.0)
@@ -578,6 +595,7 @@ def test_labels_of_no_class_are_not_scored(kind, labels, shape):
         evaluate.score(kind, np.zeros(shape, np.float32), np.array(labels))
 
 
+@pytest.mark.slow
 def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
     config = json.loads((finished / "config.json").read_text())
     for key in defaults.BEFORE:
@@ -586,6 +604,7 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
     assert read_config(tmp_path).final_weights == "last"
 
 
+@pytest.mark.slow
 def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     """To the bit; a cosine, which ends at the last epoch, is not extended."""
     longer = train_here(tmp_path / "longer", epochs=4)
@@ -605,6 +624,7 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
         workdir.prepare(folder, config.to_dict())
 
 
+@pytest.mark.slow
 def test_a_work_directory_of_before_goes_on_as_before(tmp_path):
     results = train_here(tmp_path, epochs=1, final_weights="last")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -619,6 +639,7 @@ def test_a_work_directory_of_before_goes_on_as_before(tmp_path):
     assert results["weights"]["chosen_by"] == "the end of training"
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     """SIGKILL at random moments, three times; CNNJAX_KILLS sets how often."""
     generator = random.Random(1)
@@ -646,6 +667,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     assert parameters(folder) == parameters(finished)
 
 
+@pytest.mark.slow
 def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
     losses = []
     for enabled in ("0", "1"):
@@ -665,6 +687,7 @@ def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
     process = subprocess.Popen(
@@ -688,6 +711,7 @@ def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
     assert parameters(tmp_path) == parameters(finished)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = command("--config.schedule.learning_rate=1e6", "--workdir", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -114,6 +114,7 @@ GOOGLENET_HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -134,6 +135,7 @@ def test_the_head_is_what_depends_on_the_classes(name, expected):
 TRAINED = {"conv2.kernel", "conv2.bias", "bn2.scale", "bn2.bias", "fc.kernel", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_state():
     before, after = steps(step.Recipe(MODEL, freeze=("conv1",), ema=True))
     assert changed(before.params, after.params) == TRAINED
@@ -144,6 +146,7 @@ def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_
     assert sorted(momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(trained))
 
 
+@pytest.mark.slow
 def test_a_frozen_network_under_a_new_head_trains_as_the_head_on_its_features():
     """The gradient is a linear classifier's on features in evaluation mode.
 
@@ -164,6 +167,7 @@ def test_a_frozen_network_under_a_new_head_trains_as_the_head_on_its_features():
     np.testing.assert_allclose(after.params["fc"]["bias"], bias, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_layers_cost_no_gradient():
     """With all but the head frozen, a step is little more than the forward pass.
 
@@ -214,6 +218,7 @@ def test_a_rate_multiplies_the_learning_rate_of_its_part():
     assert any(not np.allclose(tenth[name], whole[name], rtol=1e-6, atol=1e-8) for name in slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
     """So multiplying the update multiplies the rate, as `rates` does."""
@@ -239,6 +244,7 @@ def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
 # ------------------------------------------------------------------ from another network
 
 
+@pytest.mark.slow
 def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
     file = tmp_path / "seven.safetensors"
     given = Tiny(num_classes=7).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
@@ -275,6 +281,7 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
         transfer.take(file, create_model("lenet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding, state", [("none", None), ("zeros", "of another shape")])
 def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
     """A network without padding takes all of it but the head; one with padding, convolutions."""
@@ -291,6 +298,7 @@ def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
             transfer.take(tmp_path / "w.pth", model)
 
 
+@pytest.mark.slow
 def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     """torchvision's files: with a head of 1000 classes, without one, and without the last stage.
 
@@ -332,6 +340,7 @@ def test_the_linear_probe_is_the_exact_solution():
 # ------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch):
     """Frozen parts stay as they are; a run stopped after an epoch ends with the same weights."""
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
@@ -408,6 +417,7 @@ def test_imagenets_moments_are_for_colors():
 # ------------------------------------------------------------------ the study
 
 
+@pytest.mark.slow
 def test_balanced_halves_and_their_labels(data_dir):
     data = arrays.load("cifar10", data_dir)
     order = study.balanced(data.train.labels, 3)
@@ -425,6 +435,7 @@ def test_balanced_halves_and_their_labels(data_dir):
             assert known[image.tobytes()] == half.classes[label]
 
 
+@pytest.mark.slow
 def test_each_network_of_the_study_has_its_images_and_parts(
     data_dir, tmp_path, monkeypatch, capsys
 ):
@@ -478,6 +489,7 @@ def test_each_network_of_the_study_has_its_images_and_parts(
         assert (tmp_path / figure).stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [

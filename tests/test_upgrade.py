@@ -18,7 +18,7 @@ import pytest
 from cnnjax import combine, main, weights
 from cnnjax.train.run import open_run
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 ARCHIVE = pathlib.Path(__file__).parent / "golden" / "runs_0_1.zip"
 TRAIN = (
     "--config=configs/lenet_digits.py",

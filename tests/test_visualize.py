@@ -131,6 +131,7 @@ def test_each_image_may_have_its_own_channel():
 # VGG: 13 convolutions; ResNet-18: 1 + 16; SqueezeNet: conv1, then 8 fire modules of 2; MobileNetV2:
 # 1, a block of 1, 16 blocks of 2 and the last convolution, unless the stages end before it; the
 # others as their publications count up to the last stage.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, count",
     [
@@ -171,11 +172,13 @@ def test_the_gradient_is_back_even_after_an_error_and_a_rule_is_never_another_th
     assert seen == [-1]
 
 
+@pytest.mark.slow
 def test_forward_mode_reaches_relu():
     assert jax.jvp(relu, (jnp.float32(2),), (jnp.float32(3),)) == (2, 3)
     assert jax.jvp(relu, (jnp.float32(-2),), (jnp.float32(3),)) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_rule_does_not_stay_in_compiled_code():
     """The same network under one rule, then another, then differentiated as it is."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
@@ -187,6 +190,7 @@ def test_a_rule_does_not_stay_in_compiled_code():
     assert jax.grad(lambda x: Chain().apply(CHAIN, x).sum())(image)[0, 1, 0, 0] == 2
 
 
+@pytest.mark.slow
 def test_a_rule_about_relus_needs_relus():
     model = create_model("lenet5")
     variables, image = quick.variables(model), jnp.ones((1, 32, 32, 1))
@@ -215,6 +219,7 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     )
 
 
+@pytest.mark.slow
 def test_grad_cam_through_layers_that_are_not_linear():
     model = create_model("lenet")
     variables = quick.variables(model)
@@ -234,6 +239,7 @@ def test_grad_cam_through_layers_that_are_not_linear():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("resnet18", "layer1"), ("squeezenet1_1", "fire3")])
 def test_a_network_given_its_own_map_is_the_network(name, stage):
     model = create_model(name, num_classes=7)
@@ -271,6 +277,7 @@ def test_occlusion_finds_the_region_that_a_linear_network_reads():
     ]  # the squares from rows 2 and 4, column 8, hide all of it: -1 four times
 
 
+@pytest.mark.slow
 def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gaussian():
     """Luo et al. 2016, section 2.1: n convolutions of equal weights have the n-fold convolution of
     a box, of variance 2/3 n per axis."""
@@ -293,6 +300,7 @@ def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gauss
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, layer",
     [("conv1", "features.0"), ("fire3", "features.4.expand3x3"), ("fire5", "features.7.expand3x3")],
@@ -321,6 +329,7 @@ def test_effective_fields_lie_inside_theoretical_ones(squeezenet, data_dir, stag
 BORDER = dict.fromkeys(FILLS, 2) | {"none": 0, "full": 4, "one-sided": 4, "interpolate": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_equivariance_error_by_padding(fill):
     model = create_model("convnet", padding=fill)
@@ -331,6 +340,7 @@ def test_equivariance_error_by_padding(fill):
     assert fill == "interpolate" or (error[BORDER[fill] :] < 1e-6).all()
 
 
+@pytest.mark.slow
 def test_circular_padding_is_equivariant_to_circular_shifts():
     model = create_model("convnet", padding="circular")
     variables = quick.variables(model)
@@ -343,6 +353,7 @@ def test_circular_padding_is_equivariant_to_circular_shifts():
     assert zeros[0] > 0.01
 
 
+@pytest.mark.slow
 def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
     """Cut out and run alone, in the least image without a border, it gives the same activation."""
     model, variables = squeezenet
@@ -380,6 +391,7 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
     )
 
 
+@pytest.mark.slow
 def test_maximizing_a_linear_filter_nears_its_bound(squeezenet):
     """The best image of a filter has every pixel at 0 or 1, by the weight's sign."""
     model, variables = squeezenet
@@ -413,6 +425,7 @@ def test_maximizing_a_linear_filter_nears_its_bound(squeezenet):
     assert np.ptp(rolled, axis=(1, 2)).mean() < 0.8 * np.ptp(images, axis=(1, 2)).mean()
 
 
+@pytest.mark.slow
 def test_maximizing_beats_the_best_photograph_patch(squeezenet, data_dir):
     model, variables = squeezenet
     channels = [0, 51, 85, 127]  # the second and third are silent on noise
@@ -438,6 +451,7 @@ def test_maximizing_beats_the_best_photograph_patch(squeezenet, data_dir):
     assert np.array_equal(same, images) and roughness(smooth) < 0.8 * roughness(images)
 
 
+@pytest.mark.slow
 def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
     model = create_model("resnet50")
     size, at, seen = visualize.frame(model, "layer4")
@@ -526,6 +540,7 @@ def folder(data_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
     assert COMMANDS.keys() == commands.COMMANDS.keys() == options._COMMANDS.keys()
@@ -617,6 +632,7 @@ def test_a_network_of_one_channel(folder, tmp_path):
     ] == ["conv1", "conv2"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
     folder, tmp_path, monkeypatch
 ):
@@ -670,6 +686,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_training_run_gives_network_classes_size_and_normalization(run, folder, tmp_path):
     command = ["activations", "--images", "1", "--photographs", str(folder)]
     visualize.main([*command, "--run", str(run), "--workdir", str(tmp_path)])
@@ -683,6 +700,7 @@ def test_a_training_run_gives_network_classes_size_and_normalization(run, folder
     np.testing.assert_allclose(row["mean"], maps[0].mean((0, 1)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(commands, "_show_photograph", lambda *arguments: titles.append(arguments))
@@ -693,6 +711,7 @@ def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
     assert f"\n{name}: {photograph['probability']:.2f}" in titles[0][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_is_visualized(fill, run, folder, tmp_path):
     command = ["field", "--stages", "conv2", "--images", "1", "--photographs", str(folder)]
@@ -710,6 +729,7 @@ def refused(arguments: list[str], capsys) -> tuple[int, str]:
 GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, changed, message",
     [
@@ -788,6 +808,7 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
     assert not list((tmp_path / "work").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, capsys):
     """A file without the last modules serves the stages before them, and is refused by name for the
     rest."""
@@ -827,6 +848,7 @@ def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, caps
     assert (tmp_path / "b" / "activations.png").exists()
 
 
+@pytest.mark.slow
 def test_a_work_directory_is_one_configurations(folder, tmp_path, capsys):
     arguments = ["filters", "--model", "lenet", "--weights", "random", "--workdir", str(tmp_path)]
     visualize.main(arguments)

@@ -79,6 +79,7 @@ def test_missing_names_modules_known_to_be_absent(resnet, saved, tmp_path):
         weights.load_torchvision(saved, model, missing=("fc",))
 
 
+@pytest.mark.slow
 def test_timms_vgg_is_the_same_network_by_other_names(tmp_path):
     model = create_model("vgg11", num_classes=3)
     rng = np.random.default_rng(0)
@@ -144,6 +145,7 @@ def test_an_interrupted_save_leaves_nothing(resnet, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_real_weights_of_resnet18_load(data_dir):
     model = create_model("resnet18")
     trunk = weights.load_torchvision(
@@ -184,6 +186,7 @@ def test_pth_and_safetensors_hold_the_same(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.pth", "w.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, padding",
     [
@@ -210,6 +213,7 @@ def test_weights_of_every_padding_load(name, padding, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
 
 
+@pytest.mark.slow
 def test_weights_saved_under_zeros_serve_other_paddings(tmp_path):
     """Convolutions do not depend on the padding, and their maps are what studies look at."""
     variables = numbered(create_model("lenet5", num_classes=3))
@@ -234,6 +238,7 @@ def state_dict(variables) -> dict:
     return tensors
 
 
+@pytest.mark.slow
 def test_names_of_parallel_training_and_of_old_densenets(tmp_path):
     model = create_model("densenet121", num_classes=2)
     variables = numbered(model)
