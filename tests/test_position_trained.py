@@ -12,6 +12,7 @@ from quick import jit
 
 from cnnjax.data import arrays
 from cnnjax.models import base
+from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import global_avg_pool
 from cnnjax.nn.conv import conv
 from cnnjax.position import canvas as canvases
@@ -48,9 +49,7 @@ def test_circular_padding_cannot_tell_the_cell():
     x = canvases.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255
     found = {}
     for fill in ("circular", "zeros"):
-        model = position_training.Net(
-            9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS
-        )
+        model = SmallConvNet(9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS)
         found[fill] = np.asarray(jit(model.apply)(_init(model), x))
     assert np.ptp(found["circular"], 0).max() < 1e-5 < 1e-3 < np.ptp(found["zeros"], 0).max()
 
@@ -137,7 +136,7 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
 @pytest.mark.slow
 def test_every_encoder_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        base._REGISTRY, "resnet18", functools.partial(position_training.Net, layers=((16, 2),) * 5)
+        base._REGISTRY, "resnet18", functools.partial(SmallConvNet, layers=((16, 2),) * 5)
     )
     arguments = [
         "--workdir",
@@ -184,9 +183,8 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
     tmp_path, cifar, data_dir, monkeypatch, standard_promotion
 ):
     monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
-    monkeypatch.setattr(
-        position_training, "Net", functools.partial(position_training.Net, layers=((8, 1), (16, 2)))
-    )
+    small = functools.partial(SmallConvNet, layers=((8, 1), (16, 2)))
+    monkeypatch.setattr(position_training, "SmallConvNet", small)
     arguments = [
         "--workdir",
         str(tmp_path),
@@ -205,7 +203,8 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
     ]
     assert position_training.main([*arguments, "1"]) == 0
     found = json.loads((tmp_path / "training.json").read_text())
-    zeros, none = found["rows"]
+    image, zeros, none = found
+    assert image["part"] == "image" and {row["stage"] for row in image["probes"]} == {"image"}
     assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1} and len(
         zeros["probes"]
     ) == 2 * 3 * 2 * 2
@@ -221,7 +220,7 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
     def again(*_):
         raise AssertionError("a finished cell is computed again")
 
-    monkeypatch.setattr(position_training, "cell", again)
+    monkeypatch.setattr(position_training, "probe", again)
     assert position_training.main([*arguments, "1"]) == 0
     with pytest.raises(AssertionError):
         position_training.main([*arguments, "2"])
@@ -233,7 +232,7 @@ def test_a_registered_network_is_probed_in_its_stages(
 ):
     monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
     monkeypatch.setitem(
-        base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 6), (16, 6)))
+        base._REGISTRY, "tiny", functools.partial(SmallConvNet, layers=((8, 6), (16, 6)))
     )
     arguments = [
         "--data_dir",
@@ -255,12 +254,12 @@ def test_a_registered_network_is_probed_in_its_stages(
         )
         == 0
     )
-    probes = json.loads((tmp_path / "a" / "training.json").read_text())["rows"][0]["probes"]
+    probes = json.loads((tmp_path / "a" / "training.json").read_text())[1]["probes"]
     assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (
         tmp_path / "a" / "report.md"
     ).read_text()
     monkeypatch.setitem(
-        base._REGISTRY, "tiny", functools.partial(position_training.Net, layers=((8, 12), (16, 1)))
+        base._REGISTRY, "tiny", functools.partial(SmallConvNet, layers=((8, 12), (16, 1)))
     )
     assert (
         position_training.main(
