@@ -462,6 +462,15 @@ REACHED = [
 ]
 
 
+# The fills of a network are tested one after the other.
+@functools.lru_cache(maxsize=2)
+def constant_image_and_variables(name, last, size):
+    """Returns a constant image and variables, which are the same under every fill."""
+    model = create_model(name)
+    x = jnp.full((1, size, size, model.input_shape[2]), 0.7)
+    return x, quick.variables(model, x, method="stages", last=last)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, last, size, fill",
@@ -475,13 +484,13 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     """On a constant image only fills of zeros can make a feature map vary: one layer left out would
     show."""
     model = create_model(name, padding=fill)
-    x = jnp.full((1, size, size, model.input_shape[2]), 0.7)
-    variables = quick.variables(create_model(name), x, method="stages", last=last)
+    x, variables = constant_image_and_variables(name, last, size)
+    # The variables are an argument: as constants of the program they would be copied into it.
     y = quick.jit(
-        lambda x: model.apply(
+        lambda variables, x: model.apply(
             variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)}
         )[last]
-    )(x)
+    )(variables, x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
     assert (
         varies > 0.1
@@ -492,18 +501,28 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     )
 
 
+def inception_block(name, fill):
+    return inception.Block(inception._TABLE[name], fill, jnp.float32, None)
+
+
+@functools.lru_cache(maxsize=2)
+def constant_maps_and_variables(name):
+    """Returns constant maps and a block's variables, which are the same under every fill."""
+    x = jnp.full((1, 31, 31, 64), 0.7)
+    return x, quick.variables(inception_block(name, "zeros"), x, False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"])
 def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     """Block by block, since without padding the whole needs an image of some two thousand
     pixels."""
-    block = lambda fill: inception.Block(inception._TABLE[name], fill, jnp.float32, None)
-    x = jnp.full((1, 31, 31, 64), 0.7)
-    variables = quick.variables(block("zeros"), x, False)
+    x, variables = constant_maps_and_variables(name)
+    block = inception_block(name, fill)
     y = quick.jit(
-        lambda x: block(fill).apply(variables, x, False, rngs={"padding": jax.random.key(1)})
-    )(x)
+        lambda variables, x: block.apply(variables, x, False, rngs={"padding": jax.random.key(1)})
+    )(variables, x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
     assert (
         varies > 0.1
