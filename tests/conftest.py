@@ -57,6 +57,7 @@ _TOGETHER = tuple(
         "faults",
         "notebooks",
         "position",
+        "summary",
         "train",
     )
 )

@@ -225,6 +225,7 @@ def test_windows_are_those_of_the_networks(name, stages):
         ), stage
 
 
+@pytest.mark.slow
 def test_sizes_that_are_read_evenly():
     even = {
         name: [

@@ -1,5 +1,6 @@
 """The table against published figures, XLA's own count, and what gradients and shapes show."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -43,6 +44,13 @@ GIGA_MACS = {
 FIELDS = {"alexnet": 195, "vgg16": 212, "inception_v3": 1311}
 
 
+# Several tests read the table of a network, and tracing a deep one takes seconds.
+@functools.cache
+def layers_of(name):
+    """Returns the rows of a network's table at its own image size, in a tuple."""
+    return tuple(summary.layers(create_model(name)))
+
+
 def widest(table):
     return tuple(
         map(max, zip(*(layer.receptive_field for layer in table if layer.receptive_field)))
@@ -71,7 +79,7 @@ def test_vgg16_layer_by_layer():
         expected.append(((1, size, size, filters), 0, 0, (field, field), (stride, stride)))
     for inputs, outputs in ((25088, 4096), (4096, 4096), (4096, 1000)):
         expected.append(((1, outputs), inputs * outputs + outputs, inputs * outputs, None, None))
-    table = summary.layers(create_model("vgg16"))
+    table = layers_of("vgg16")
     assert [
         (layer.output, layer.parameters, layer.macs, layer.receptive_field, layer.stride)
         for layer in table
@@ -84,7 +92,7 @@ def test_vgg16_layer_by_layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GIGA_MACS)
 def test_multiply_adds_are_torchvisions(name):
-    macs = summary.totals(summary.layers(create_model(name)))["macs"]
+    macs = summary.totals(layers_of(name))["macs"]
     assert round(macs / 1e9, 3) == GIGA_MACS[name]
 
 
@@ -107,7 +115,7 @@ def test_multiply_adds_agree_with_xlas_count(name):
 @pytest.mark.parametrize("name", list_models())
 def test_every_parameter_is_in_the_table_once(name):
     model = create_model(name)
-    table = summary.layers(model)
+    table = layers_of(name)
     assert summary.totals(table)["parameters"] == sum(
         leaf.size for leaf in jax.tree.leaves(variable_shapes(model)["params"])
     )
@@ -117,7 +125,7 @@ def test_every_parameter_is_in_the_table_once(name):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_receptive_fields_are_the_published_ones(name):
-    assert widest(summary.layers(create_model(name))) == (FIELDS[name],) * 2
+    assert widest(layers_of(name)) == (FIELDS[name],) * 2
 
 
 @pytest.mark.slow
@@ -165,7 +173,7 @@ def test_fields_are_the_same_under_every_fill(name):
 def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
     """The input pixels with a gradient, in any of some images, from one central output, and their
     shift from its neighbor's."""
-    row = {layer.name: layer for layer in summary.layers(create_model(name))}[layer]
+    row = {layer.name: layer for layer in layers_of(name)}[layer]
     model = create_model(name)
     size = 2 * row.receptive_field[0]
     x = jax.random.uniform(
@@ -200,7 +208,7 @@ def test_batch_dtype_size_and_padding_take_effect():
 
 @pytest.mark.slow
 def test_layers_that_run_in_training_only_are_counted_last():
-    table = summary.layers(create_model("googlenet_2014"))
+    table = layers_of("googlenet_2014")
     assert [layer.name for layer in table if layer.output is None] == [
         f"aux{n}.{part}" for n in (1, 2) for part in ("conv", "fc1", "fc2")
     ]
