@@ -1,5 +1,4 @@
-"""cnnjax: convolutional networks in JAX and Flax, and the studies that the lectures on them
-report."""
+"""Convolutional networks in JAX and Flax, and the studies that lectures on them report."""
 
 from cnnjax.runtime import backend
 

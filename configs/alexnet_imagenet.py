@@ -1,5 +1,4 @@
-"""AlexNet on ImageNet by the recipe of 2012 (Krizhevsky et al., sections 3 to 5), which the
-lectures repeat.
+"""AlexNet on ImageNet by the recipe of 2012, which the lectures repeat.
 
     python -m cnnjax.main --config configs/alexnet_imagenet.py --config.data_dir=FOLDER
 

@@ -1,5 +1,6 @@
-"""The lecture's ConvNet on CIFAR-10: rate 0.25 halved at epochs 10, 14 and 18 (it prints 0 % train
-and 20 % test error).
+"""The lecture's ConvNet on CIFAR-10.
+
+The rate 0.25 is halved at epochs 10, 14 and 18. The lecture prints 0 % train and 20 % test error.
 
     python -m cnnjax.main --config configs/convnet_cifar10.py --config.data_dir=FOLDER
 

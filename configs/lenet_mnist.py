@@ -1,5 +1,6 @@
-"""The lecture's LeNet on MNIST, as it is written there: rate 0.25 divided by 1.5 every 5 epochs (it
-prints 0 % train, 0.78 % test error).
+"""The lecture's LeNet on MNIST, as it is written there.
+
+The rate 0.25 is divided by 1.5 every 5 epochs. The lecture prints 0 % train and 0.78 % test error.
 
     python -m cnnjax.main --config configs/lenet_mnist.py --config.data_dir=FOLDER
 

@@ -1,5 +1,6 @@
-"""A one-layer perceptron on CIFAR-10: the lecture's first baseline (0.03 M parameters; it prints 59
-% train and 65 % test error).
+"""A one-layer perceptron on CIFAR-10, the lecture's first baseline.
+
+It has 0.03 M parameters. The lecture prints 59 % train and 65 % test error.
 
     python -m cnnjax.main --config configs/mlp1_cifar10.py --config.data_dir=FOLDER
 

@@ -1,5 +1,6 @@
-"""A three-layer perceptron on CIFAR-10: the lecture's second baseline (2 M parameters; it prints 0
-% train and 46 % test error).
+"""A three-layer perceptron on CIFAR-10, the lecture's second baseline.
+
+It has 2 M parameters. The lecture prints 0 % train and 46 % test error.
 
     python -m cnnjax.main --config configs/mlp3_cifar10.py --config.data_dir=FOLDER
 

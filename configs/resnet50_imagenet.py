@@ -1,5 +1,6 @@
-"""ResNet-50 on ImageNet by torchvision's first recipe: batches of 256, rate 0.1 divided by 10 every
-30 epochs, decay 1e-4.
+"""ResNet-50 on ImageNet by torchvision's first recipe.
+
+Batches of 256, a rate of 0.1 divided by 10 every 30 epochs, and a decay of 1e-4.
 
     python -m cnnjax.main --config configs/resnet50_imagenet.py --config.data_dir=FOLDER
 

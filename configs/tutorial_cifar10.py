@@ -1,5 +1,6 @@
-"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there: 2
-epochs, batches of 4, rate 0.001.
+"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there.
+
+2 epochs, batches of 4, a rate of 0.001.
 
     python -m cnnjax.main --config configs/tutorial_cifar10.py --config.data_dir=FOLDER
 

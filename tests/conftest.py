@@ -9,8 +9,9 @@ import jaxtyping
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Of modules whose annotations name shapes they are checked at every call, an int being a float as everywhere in Python. It works on
-# what is imported after it. Over the whole package the tests took a quarter longer.
+# Of modules whose annotations name shapes they are checked at every call, an int being a float as
+# everywhere in Python. It works on what is imported after it. Over the whole package the tests took
+# a quarter longer.
 jaxtyping.install_import_hook(
     [
         f"cnnjax.{name}"
@@ -35,7 +36,8 @@ jax.config.update(
 )  # for what runs on many devices; the rest uses the first
 backend.start()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a quarter of the time.
+# Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a
+# quarter of the time.
 gc.set_threshold(50_000)
 
 
@@ -76,7 +78,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
-    """Real data sets laid out under $CNNJAX_DATA; tests that need them are skipped where it is not set."""
+    """Real data sets laid out under $CNNJAX_DATA; tests that need them are skipped where it is not
+    set."""
     if "CNNJAX_DATA" not in os.environ:
         pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
     return pathlib.Path(os.environ["CNNJAX_DATA"])

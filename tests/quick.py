@@ -1,4 +1,5 @@
-"""What many tests use: a jit that compiles quickly, variables without an initialization, and the exit code of a command."""
+"""What many tests use: a jit that compiles quickly, variables without an initialization, and the
+exit code of a command."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +15,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def variables(model, image=None, *arguments, **options) -> dict:
-    """Drawn by NumPy: He et al.'s variances, BatchNorm nearly at rest, small biases. To compile an initialization takes longer."""
+    """Drawn by NumPy: He et al.'s variances, BatchNorm nearly at rest, small biases. To compile an
+    initialization takes longer."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

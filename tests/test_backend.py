@@ -28,7 +28,10 @@ def test_flag_is_set_before_jax_and_appended_to_the_users():
 
 
 def test_warns_only_when_jax_has_started():
-    code = "import warnings, jax; {}; warnings.simplefilter('always')\nwith warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
+    code = (
+        "import warnings, jax; {}; warnings.simplefilter('always')\nwith "
+        "warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
+    )
     assert python(code.format("jax.numpy.zeros(1) + 1")) == "1"
     assert python(code.format("pass")) == "0"
 
@@ -53,7 +56,10 @@ def test_canary_is_silent_here():
 
 def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
     """By cores, since what is compiled for one core stays on one (jax's own key does not tell)."""
-    code = "from cnnjax.runtime import backend; backend.start(); import jax; print(jax.config.jax_compilation_cache_dir)"
+    code = (
+        "from cnnjax.runtime import backend; backend.start(); import jax; "
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
     own = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="")
     assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
     assert own.endswith(f"-{backend.cores()}")

@@ -1,4 +1,5 @@
-"""What a user may get wrong, command by command: one clear line, an exit code that is not 0, no traceback, and nothing damaged."""
+"""What a user may get wrong, command by command: one clear line, an exit code that is not 0, no
+traceback, and nothing damaged."""
 
 import gzip
 import json
@@ -15,7 +16,8 @@ import safetensors.numpy
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Every case is a process of its own, forked from one that has imported everything and computed nothing.
+# Every case is a process of its own, forked from one that has imported everything and computed
+# nothing.
 DRIVER = """
 import json, os, sys, tempfile, traceback
 from cnnjax import combine, main, summary, sweep, visualize
@@ -152,7 +154,8 @@ CASES = [
     ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
     (
         (*TRAIN, "--workdir=FILES/other"),
-        "holds a run of another configuration (accumulate=None there, 1 now); choose another --workdir",
+        "holds a run of another configuration (accumulate=None there, 1 now); choose another "
+        "--workdir",
     ),
     ((*TRAIN, "--workdir=FILES/scrawl"), "holds a config.json that is not JSON"),
     ((*TRAIN, "--workdir=/proc/run"), "cannot be written to"),
@@ -389,7 +392,8 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """What every case ended with: (exit code, standard output, standard error); and whether it left the files as they were."""
+    """What every case ended with: (exit code, standard output, standard error); and whether it left
+    the files as they were."""
     folder = tmp_path_factory.mktemp("wrong")
     words = place(folder)
 

@@ -145,7 +145,8 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         other["params"]["features.0"]["kernel"] = jnp.zeros((3, 3, 1, 4))
         with pytest.raises(
             ValueError,
-            match=r"holds \[3, 3, 1, 2, 'float32'\] for .*kernel.*, where \[3, 3, 1, 4, 'float32'\]",
+            match=r"holds \[3, 3, 1, 2, 'float32'\] for .*kernel.*, "
+            r"where \[3, 3, 1, 4, 'float32'\]",
         ):
             checkpoints.restore(other)
         with pytest.raises(ValueError, match="no checkpoint in .* has a metric"):

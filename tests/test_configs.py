@@ -1,4 +1,5 @@
-"""Every training configuration fits the engine; AlexNet's recipe of 2012 runs from end to end on a folder of images."""
+"""Every training configuration fits the engine; AlexNet's recipe of 2012 runs from end to end on a
+folder of images."""
 
 import ast
 import importlib
@@ -68,7 +69,8 @@ def colors(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
-    """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on ten crops: with a small network."""
+    """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on
+    ten crops: with a small network."""
     done = subprocess.run(
         [
             sys.executable,
@@ -97,7 +99,8 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    # Nothing improves by a factor of a thousand: the first value is the best, each later one divides the rate by ten, but not below 1e-5.
+    # Nothing improves by a factor of a thousand: the first value is the best, each later one
+    # divides the rate by ten, but not below 1e-5.
     assert [entry["learning_rate"] for entry in results["history"]] == pytest.approx(
         [1e-4, 1e-4, 1e-5, 1e-5]
     )
@@ -126,14 +129,16 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
     config.data_dir = str(tmp_path)
     with pytest.raises(
         ValueError,
-        match="the test split has the classes red, and the training split blue, red; expected the same",
+        match="the test split has the classes red, and the training split blue, red; expected "
+        "the same",
     ):
         Streamed(config, Parallel("jit"))
 
 
 @pytest.mark.slow
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
-    """A perceptron on the digits, and the same at a rate that makes its loss infinite; a second call runs nothing again."""
+    """A perceptron on the digits, and the same at a rate that makes its loss infinite; a second
+    call runs nothing again."""
     arguments = [
         "--workdir",
         str(tmp_path),

@@ -96,7 +96,8 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one,
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 1 and "Traceback" not in error
     assert re.search(
-        r"error: process 0 of 2 cannot go on, most likely because another is gone \(.*\); start them all again",
+        r"error: process 0 of 2 cannot go on, most likely because another is gone \(.*\); "
+        r"start them all again",
         error.splitlines()[-1],
     ), error
     # On one device, from the checkpoint of two.
@@ -138,5 +139,6 @@ def test_a_wrong_address_is_one_line(given, tmp_path):
         env=ENVIRONMENT,
     )
     assert done.returncode == 2 and done.stderr == (
-        f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX below PROCESSES\n"
+        f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an "
+        "INDEX below PROCESSES\n"
     )

@@ -51,7 +51,8 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run(page, tmp_path):
-    """In the page's order, since one may need what another left; results go to a temporary folder instead of runs/."""
+    """In the page's order, since one may need what another left; results go to a temporary folder
+    instead of runs/."""
     for words in commands(page):
         assert words[:2] == ["python", "-m"], words
         for kind, less in LESS.items():

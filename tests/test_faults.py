@@ -1,4 +1,5 @@
-"""Faults of the machine, on the commands that they hit: one clear line, nothing lost, and the same bits when the run goes on."""
+"""Faults of the machine, on the commands that they hit: one clear line, nothing lost, and the same
+bits when the run goes on."""
 
 import json
 import os
@@ -35,11 +36,13 @@ TRAIN = (
 )
 STEPS = 30  # three epochs of 1337 // 128
 
-# Commands that are given at once are processes at the same time, each forked from one that has imported everything and computed
-# nothing. What a case does beforehand makes its fault; figures are empty, since drawing them would take most of the time.
+# Commands that are given at once are processes at the same time, each forked from one that has
+# imported everything and computed nothing. What a case does beforehand makes its fault; figures are
+# empty, since drawing them would take most of the time.
 DRIVER = """
 import json, os, signal, sys, tempfile, traceback
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background inherits that it is ignored
+# What a shell runs in the background inherits that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import matplotlib.figure, sklearn.datasets
 from cnnjax import combine, main, sweep
 from cnnjax.runtime import workdir
@@ -88,7 +91,8 @@ def at(owner, name, *numbers, nth=1):
 
 
 class Machine:
-    """Runs commands, in a space of mounts of its own where the system allows one: there a disk may be full, or be read only."""
+    """Runs commands, in a space of mounts of its own where the system allows one: there a disk may
+    be full, or be read only."""
 
     def __init__(self, folder: pathlib.Path):
         apart = ["unshare", "--map-root-user", "--mount"]
@@ -116,7 +120,8 @@ class Machine:
         )
 
     def run(self, *cases: tuple) -> list[tuple[int, str]]:
-        """Cases (command, its arguments, what is done beforehand), all at once -> their exit codes and standard errors."""
+        """Cases (command, its arguments, what is done beforehand), all at once -> their exit codes
+        and standard errors."""
         self.process.stdin.write(
             json.dumps(
                 [
@@ -152,7 +157,8 @@ def disk(machine, tmp_path):
     """A disk of 4 MiB."""
     if not machine.mounts:
         pytest.skip(
-            "this system lets no process have mounts of its own (unshare --map-root-user --mount), and so no small disk"
+            "this system lets no process have mounts of its own (unshare --map-root-user "
+            "--mount), and so no small disk"
         )
     machine.mount("-t", "tmpfs", "-o", "size=4m", "none", tmp_path)
     return tmp_path
@@ -296,7 +302,8 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
 
 
 def test_a_disk_that_can_only_be_read(machine, finished, disk):
-    """It turns so at the end of a run, stays so for a while, and what lies there can be combined elsewhere."""
+    """It turns so at the end of a run, stays so for a while, and what lies there can be combined
+    elsewhere."""
     folder, seen, refused = (
         disk / "run",
         machine.seen(disk) / "run",
@@ -355,7 +362,8 @@ workdir.write = turned
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """Runs the command's work on a copy of a folder, in this process -> the error, None if there is none."""
+    """Runs the command's work on a copy of a folder, in this process -> the error, None if there is
+    none."""
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 
@@ -382,9 +390,11 @@ def configuration(folder: pathlib.Path) -> dict:
 
 
 def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path):
-    """In every file there is, one after the other: either the run is refused, or it goes on to the same end.
+    """In every file there is, one after the other: either the run is refused, or it goes on to the
+    same end.
 
-    What is in metrics.jsonl is in the checkpoint too, under its hash, and is written anew from there.
+    What is in metrics.jsonl is in the checkpoint too, under its hash, and is written anew from
+    there.
     """
     generator, folder, config, want = (
         random.Random(0),
@@ -425,7 +435,8 @@ def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path)
 
 
 def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
-    """Whatever the numbers of a report come from is as it was written, or there is no report; as is what is combined."""
+    """Whatever the numbers of a report come from is as it was written, or there is no report; as is
+    what is combined."""
     generator, folder, config, want = (
         random.Random(1),
         tmp_path / "run",
@@ -489,7 +500,8 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------ other configurations, other processes, other clocks
+# ------------------------------------------------------------------ other configurations, other
+# processes, other clocks
 
 
 def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):
@@ -523,7 +535,8 @@ def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
 
 
 def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
-    """Two of one configuration, and a moment later one of another: config.json is that of the run under way."""
+    """Two of one configuration, and a moment later one of another: config.json is that of the run
+    under way."""
     slow = (
         "import time\ntrain = loop.run\nwhile time.time() < {}:\n    pass\n"
         "loop.run = lambda *arguments: (time.sleep(4), train(*arguments))\n"
@@ -538,7 +551,8 @@ def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
     assert sorted(code for code, _ in same) == [0, 2] and code == 2
     for told in (errors, max(same)[1]):
         assert re.match(
-            rf"error: workdir='{tmp_path}' is in use by process \d+ on .*; wait for it, or choose another --workdir",
+            rf"error: workdir='{tmp_path}' is in use by process \d+ on .*; "
+            "wait for it, or choose another --workdir",
             line(told),
         )
     assert not left_over(tmp_path) and record(tmp_path) == record(finished)
@@ -569,7 +583,8 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
 
 
 def test_signals_outside_of_the_steps(machine, finished, tmp_path):
-    """One run, which is stopped wherever it is at work; each time it goes on, and in the end comes to the same."""
+    """One run, which is stopped wherever it is at work; each time it goes on, and in the end comes
+    to the same."""
     for where, message, log in (
         (
             'at(data.arrays, "load", signal.SIGTERM)',
@@ -630,7 +645,8 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
 
 
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
-    """During a call into XLA, of which a minute is left, in a step and outside of one, and while the first one is still being heeded."""
+    """During a call into XLA, of which a minute is left, in a step and outside of one, and while
+    the first one is still being heeded."""
     long = """
 import jax, signal, threading, time
 def signals():
@@ -640,7 +656,8 @@ def signals():
     os.kill(os.getpid(), signal.SIGINT)
 def advance(self, **arguments):
     threading.Thread(target=signals).start()
-    jax.jit(lambda: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: jax.numpy.sin(x + i), 0.0))().block_until_ready()
+    add = lambda i, x: jax.numpy.sin(x + i)
+    jax.jit(lambda: jax.lax.fori_loop(0, 2**31 - 1, add, 0.0))().block_until_ready()
 data.Resident.advance = advance
 """
     outside = long.replace("data.Resident.advance", "report.write").replace(
@@ -693,14 +710,16 @@ data.Resident.advance = limited
         tmp_path, limited, "--config.model=wide", "--config.batch_size=1024"
     )
     assert code == 1 and re.match(
-        r"error: batch_size=1024 does not fit into memory \(RESOURCE_EXHAUSTED: .*\); lower it, or raise accumulate=1,",
+        r"error: batch_size=1024 does not fit into memory \(RESOURCE_EXHAUSTED: .*\); "
+        r"lower it, or raise accumulate=1,",
         line(errors),
     ), errors
     assert not left_over(tmp_path)
 
 
 def test_a_killed_worker_ends_the_run(machine, tmp_path):
-    """As the system kills a process when memory runs out; the run is told of it, and goes on when started again."""
+    """As the system kills a process when memory runs out; the run is told of it, and goes on when
+    started again."""
     generator = np.random.default_rng(0)
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""The layout that the README's map draws: imports point one way, and none of them closes a circle."""
+"""The layout that the README's map draws: imports point one way, and none of them closes a
+circle."""
 
 import ast
 import graphlib
@@ -33,7 +34,8 @@ def imports() -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                # `from package import name` may take a module or something that the package defines.
+                # `from package import name` may take a module or something that the package
+                # defines.
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 names = [name if name in paths else node.module for name in inner]
             graph[module] |= {name for name in names if name in paths}

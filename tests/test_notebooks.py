@@ -24,7 +24,8 @@ _MOST_BYTES = 300_000
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-    """Runs a notebook in this interpreter, whatever kernels are installed -> the notebook with its outputs."""
+    """Runs a notebook in this interpreter, whatever kernels are installed -> the notebook with its
+    outputs."""
     notebook = nbformat.read(path, as_version=4)
     kernel = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])

@@ -1,4 +1,5 @@
-"""Position in trained networks, and what moves it: the canvases, windows, regressions and heads are what they say; every report is whole."""
+"""Position in trained networks, and what moves it: the canvases, windows, regressions and heads are
+what they say; every report is whole."""
 
 import functools
 import json

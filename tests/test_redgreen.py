@@ -39,7 +39,8 @@ def test_order_and_rows(dissimilar):
 
 
 def test_splits():
-    """Own images are drawn anew; published ones are training images, and the dissimilar ones those with other rows."""
+    """Own images are drawn anew; published ones are training images, and the dissimilar ones those
+    with other rows."""
     train, *others = (
         [image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own")
     )

@@ -1,4 +1,5 @@
-"""CamVid, its masks and its scenes; the fully convolutional network's geometry; the two losses through the engine; both experiments."""
+"""CamVid, its masks and its scenes; the fully convolutional network's geometry; the two losses
+through the engine; both experiments."""
 
 import argparse
 import functools
@@ -51,7 +52,8 @@ def small(monkeypatch):
 
 @pytest.fixture
 def scenes(tmp_path, monkeypatch):
-    """A CamVid of a few small scenes: bright above a random height (sky), dark below (building), void at the left border."""
+    """A CamVid of a few small scenes: bright above a random height (sky), dark below (building),
+    void at the left border."""
     generator = np.random.default_rng(0)
     counts = (16, 8, 4)
     for part, count in zip(("train", "test", "val"), counts):
@@ -163,7 +165,8 @@ def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
 
 @pytest.mark.parametrize("padding", ["zeros", "none", "reflect", "circular"])
 def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
-    """Of a position that sees no border, the pixels with a gradient are a box about the place that `grids` tells."""
+    """Of a position that sees no border, the pixels with a gradient are a box about the place that
+    `grids` tells."""
     encoder = create_model("scene_net", padding=padding)
     variables, x = encoder.init(jax.random.key(0), jnp.ones((1, *SIZE, 3))), jnp.ones((1, *SIZE, 3))
     variables = jax.tree.map(jnp.abs, variables)  # so that every ReLU is open
@@ -195,7 +198,8 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
 
 @pytest.mark.slow
 def test_grids_of_the_scene_network():
-    """By hand: a first 3x3 convolution at stride 2 sees pixels 2i-1 ... 2i+1; without padding it begins one later, as every further one."""
+    """By hand: a first 3x3 convolution at stride 2 sees pixels 2i-1 ... 2i+1; without padding it
+    begins one later, as every further one."""
     for padding, first in (("zeros", (1, 3, 7)), ("none", (10, 28, 48))):
         encoder = create_model("scene_net", padding=padding)
         found = fcn.grids(encoder, (180, 240, 3), ("block2", "block3", "block4"))
@@ -211,7 +215,8 @@ def test_grids_of_the_scene_network():
 
 @pytest.mark.slow
 def test_scores_lie_where_the_image_is(small):
-    """Without padding, an image that is moved by the stride moves the scores, away from the border."""
+    """Without padding, an image that is moved by the stride moves the scores, away from the
+    border."""
     model = create_model("fcn", num_classes=3, padding="none", **small)
     x = jax.random.uniform(jax.random.key(0), (1, *SIZE, 3))
     variables = model.init(jax.random.key(1), x)
@@ -261,7 +266,8 @@ def test_scores_are_their_definitions(standard_promotion):
         np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]),
         np.array([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]]),
     )
-    # Ranks 1 and 3 of four are right: (1 + 2/3) / 2. What all images have says nothing; ties have the prevalence.
+    # Ranks 1 and 3 of four are right: (1 + 2/3) / 2. What all images have says nothing; ties have
+    # the prevalence.
     assert evaluate.average_precision(outputs, labels) == [
         pytest.approx(5 / 6),
         None,
@@ -298,11 +304,13 @@ def configure(scenes, **changes):
     [
         (
             {"loss": "sigmoid"},
-            "loss='sigmoid' does not fit the labels of dataset='camvid', which are for loss='pixelwise'",
+            "loss='sigmoid' does not fit the labels of dataset='camvid', which are for "
+            "loss='pixelwise'",
         ),
         (
             {"dataset": "digits"},
-            "loss='pixelwise' does not fit the labels of dataset='digits', which are for loss='cross_entropy'",
+            "loss='pixelwise' does not fit the labels of dataset='digits', which are for "
+            "loss='cross_entropy'",
         ),
         ({"dataset": "tfds:x"}, "which are for loss='cross_entropy'"),
         ({"loss": "hinge"}, "loss='hinge' is not one of cross_entropy, sigmoid, pixelwise"),
@@ -318,7 +326,8 @@ def test_a_loss_that_does_not_fit_is_refused(changes, message, scenes, small):
 def test_an_output_that_does_not_fit_the_loss_is_refused(scenes, small, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"model='scene_net' puts out \[11\] for an image; loss='pixelwise' accepts \[24, 32, 11\]",
+        match=r"model='scene_net' puts out \[11\] for an image; "
+        r"loss='pixelwise' accepts \[24, 32, 11\]",
     ):
         build_run(configure(scenes, model="scene_net"))
 
@@ -365,7 +374,8 @@ def test_the_verdict_follows_the_numbers():
 
 @pytest.mark.slow
 def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
-    """Bright sky above dark buildings is learned, and the report has what the networks' own work directories have."""
+    """Bright sky above dark buildings is learned, and the report has what the networks' own work
+    directories have."""
     monkeypatch.setitem(
         base._REGISTRY, "fcn", functools.partial(fcn.FCN, scored=("block2", "block3"))
     )

@@ -76,7 +76,8 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
 def test_a_report_needs_results(tmp_path):
     with pytest.raises(
         ValueError,
-        match="has no config.json, environment.json, results.json: there is no finished run to report on",
+        match="has no config.json, environment.json, results.json: there is no finished run to "
+        "report on",
     ):
         report.write(tmp_path)
     for name in ("config", "environment"):
@@ -90,10 +91,13 @@ def test_a_report_needs_results(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    """A second one is refused by name; of twelve at once one gets in, and the folder is left as it was."""
+    """A second one is refused by name; of twelve at once one gets in, and the folder is left as it
+    was."""
     code = (
-        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\nwhile time.time() < float(sys.argv[2]): pass\n"
-        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', flush=True)\n        time.sleep(2)\n"
+        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\nwhile time.time() < "
+        "float(sys.argv[2]): pass\n"
+        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', "
+        "flush=True)\n        time.sleep(2)\n"
         "except workdir.Claimed as error:\n    print(error)"
     )
     with (

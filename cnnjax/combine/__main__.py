@@ -1,5 +1,6 @@
-"""Combines trained networks: ensembles average what networks answer; soups and Polyak averages
-average their parameters.
+"""Combines trained networks.
+
+Ensembles average what networks answer; soups and Polyak averages average their parameters.
 
     python -m cnnjax.combine --runs 'runs/a/*' --method greedy --workdir FOLDER
 

@@ -1,5 +1,7 @@
-"""AlexNet in torchvision's form: Krizhevsky 2014 (arXiv 1404.5997), one tower without
-normalization."""
+"""AlexNet in torchvision's form, one tower without normalization.
+
+Source: Krizhevsky 2014 (arXiv 1404.5997).
+"""
 
 import flax.linen as nn
 
@@ -18,8 +20,7 @@ _TABLE = (
 
 
 class AlexNet(Network):
-    """Stages `conv1`, `conv2` and `conv5`: the activations before each max-pool, at strides 4, 8,
-    16."""
+    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16."""
 
     dropout: float = 0.5
 

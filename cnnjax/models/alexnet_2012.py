@@ -23,8 +23,9 @@ _SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
 
 
 class AlexNet2012(Network):
-    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16 of a
-    227x227 image.
+    """Stages `conv1`, `conv2` and `conv5`, before each max-pool.
+
+    Their strides are 4, 8 and 16 on an image of 227x227.
 
     Pools overlap (3x3, stride 2) and come before LRN, as the lectures and Caffe have it (the
     publication normalizes first). `groups` is 1, as the lectures count, or 2, as the two GPUs of

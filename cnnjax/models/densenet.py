@@ -1,5 +1,7 @@
-"""DenseNet-BC: Huang et al. 2016 (arXiv 1608.06993), table 1, in torchvision's structure and
-names."""
+"""DenseNet-BC, in torchvision's structure and names.
+
+Source: Huang et al. 2016 (arXiv 1608.06993), table 1.
+"""
 
 import functools
 

@@ -59,8 +59,9 @@ class KerasConvNet(Network):
 
 
 class ConvNet(Network):
-    """The VGG for CIFAR-10 of NUS CS5242, lecture 8. Stages `block1` ... `block4`, before each
-    pool, at strides 1, 2, 4, 8.
+    """The VGG for CIFAR-10 of NUS CS5242, lecture 8.
+
+    Stages `block1` to `block4`, before each pool, at strides 1, 2, 4 and 8.
 
     Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the
     printed 25.2 M parameters. The lecture names no initialization; this one is Glorot's, Keras's

@@ -78,8 +78,10 @@ class Subsample(nn.Module):
 
 
 class TableConv(nn.Module):
-    """A 5x5 convolution along the table's connections only: `kernel` [5, 5, connections], one plane
-    for each of them."""
+    """A 5x5 convolution along the table's connections only.
+
+    `kernel` [5, 5, connections] has one plane for each of them.
+    """
 
     dtype: DTypeLike
 
@@ -98,8 +100,9 @@ class TableConv(nn.Module):
 
 
 class LeNet5(Network):
-    """The network of 1998, figure 2: 60,000 trainable parameters. Stages `c1`, `c3`, `c5`, before
-    each subsampling.
+    """The network of 1998, figure 2: 60,000 trainable parameters.
+
+    Stages `c1`, `c3` and `c5`, before each subsampling.
 
     `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its
     class's fixed code; or "linear". Its convolutions are not padded, so `padding` has nothing to

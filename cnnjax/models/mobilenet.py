@@ -1,5 +1,7 @@
-"""MobileNetV2: Sandler et al. 2018 (arXiv 1801.04381), table 2, in torchvision's structure and
-names."""
+"""MobileNetV2, in torchvision's structure and names.
+
+Source: Sandler et al. 2018 (arXiv 1801.04381), table 2.
+"""
 
 import functools
 

@@ -1,5 +1,7 @@
-"""ShuffleNetV2: Ma et al. 2018 (arXiv 1807.11164), table 5, in torchvision's structure and
-names."""
+"""ShuffleNetV2, in torchvision's structure and names.
+
+Source: Ma et al. 2018 (arXiv 1807.11164), table 5.
+"""
 
 import functools
 

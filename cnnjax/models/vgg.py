@@ -1,5 +1,7 @@
-"""VGG: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1, in torchvision's structure and
-names."""
+"""VGG, in torchvision's structure and names.
+
+Source: Simonyan and Zisserman 2014 (arXiv 1409.1556), table 1.
+"""
 
 import functools
 

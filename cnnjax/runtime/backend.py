@@ -27,8 +27,10 @@ _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13, 0)
 
 
 def set_flags() -> None:
-    """Appends the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it; warns
-    where it comes too late."""
+    """Append the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it.
+
+    Warns if it comes too late.
+    """
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
     if not _FLAG_SINCE <= version < _FLAG_BEFORE or _FLAG in os.environ.get("XLA_FLAGS", ""):
         return
@@ -48,8 +50,11 @@ def set_flags() -> None:
 
 
 def check_numerics() -> None:
-    """Raises `RuntimeError` if compiled code disagrees with NumPy on a reduction and a convolution
-    known to break."""
+    """Compare a reduction and a convolution that are known to break with NumPy.
+
+    Raises:
+      RuntimeError: if compiled code disagrees.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,8 +116,11 @@ def _cache_dir() -> pathlib.Path:
 
 
 def reach_devices() -> None:
-    """Raise `RuntimeError`, in one line, if the platform that JAX_PLATFORMS asks for is not
-    here."""
+    """Check that the platform that JAX_PLATFORMS asks for is here.
+
+    Raises:
+      RuntimeError: in one line, if it is not.
+    """
     import jax
 
     try:
@@ -128,8 +136,10 @@ def reach_devices() -> None:
 
 @functools.cache
 def start() -> None:
-    """Makes the process ready to compute: turns on the persistent compilation cache and checks the
-    numerics once."""
+    """Make the process ready to compute.
+
+    Turns on the persistent compilation cache and checks the numerics, once.
+    """
     import jax
 
     reach_devices()

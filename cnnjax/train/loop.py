@@ -1,7 +1,7 @@
-"""Training from a configuration, read downwards: data, state, steps, evaluation, checkpoint,
-report.
+"""Training from a configuration, read downwards.
 
-A run goes on where an earlier one in its work directory stopped, bit for bit.
+Data, state, steps, evaluation, checkpoint, report. A run goes on where an earlier one in its work
+directory stopped, bit for bit.
 """
 
 import contextlib

@@ -32,8 +32,10 @@ _COLORS = np.array(
 
 
 def paint(masks: np.ndarray) -> np.ndarray:
-    """Masks uint8 [..., height, width] in colors, uint8 [..., height, width, 3]; pixels of no class
-    (255) are black."""
+    """Color masks uint8 [..., height, width]; pixels of no class (255) are black.
+
+    Returns uint8 [..., height, width, 3].
+    """
     return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
 
 
@@ -117,8 +119,10 @@ def _mistakes_figure(test: dict, classes: list[str]):
 
 
 def _scenes_figure(test: dict):
-    """The test images with most pixels wrong: the image, its mask, and what was predicted, one
-    above the other."""
+    """Draw the test images with most pixels wrong.
+
+    The image, its mask, and the prediction stand one above the other.
+    """
     shown = test["shown"]
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"

@@ -66,8 +66,7 @@ def direction_error(degrees: float) -> float:
 
 
 def sobel_numbers(gray: np.ndarray) -> dict:
-    """Measures the pair on edges, on a photograph [height, width], on noise, and on a flat
-    image."""
+    """Measures the pair on edges, a photograph [height, width], noise, and a flat image."""
     vertical = sobel(edge(0))
     magnitude = sobel(gray)["magnitude"]
     threshold = np.quantile(magnitude, 0.9)
@@ -339,8 +338,7 @@ def computed_size(n: int, p: int, k: int, s: int) -> int:
 
 
 def size_numbers(cases=CASES) -> dict:
-    """Compares (n + 2p - k) / s + 1 with the code, over a table of cases and on published
-    layers."""
+    """Compares (n + 2p - k) / s + 1 with the code, over a table of cases and published layers."""
     expected = {case: formula(*case) for case in itertools.product(*cases)}
     sizes = {case: computed_size(*case) for case in expected}
     fits = [case for case in expected if expected[case] >= 1]

@@ -63,8 +63,10 @@ class Section:
         self.claims: list[Claim] = []
 
     def claim(self, id: str, sources: str, statement: str) -> Callable:
-        """Adds the decorated check to the section; `sources` names lectures, separated by
-        spaces."""
+        """Adds the decorated check to the section.
+
+        - `sources`: names of lectures, separated by spaces.
+        """
 
         def add(check: Callable[[], Verdict]) -> Callable[[], Verdict]:
             self.claims.append(Claim(id, tuple(sources.split()), statement, check))

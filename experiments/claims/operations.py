@@ -571,8 +571,10 @@ def collapse() -> Verdict:
 
 
 def collapse_error(fill: str) -> np.ndarray:
-    """|two 3x3 convolutions - the one 5x5 convolution of their composed filter|, [height,
-    width]."""
+    """Compares two 3x3 convolutions with the one 5x5 convolution of their composed filter.
+
+    Returns the absolute difference [height, width].
+    """
     image = np.asarray(jax.random.normal(jax.random.key(0), (12, 12)))
     first = np.asarray(jax.random.normal(jax.random.key(1), (3, 3)))
     second = np.asarray(jax.random.normal(jax.random.key(2), (3, 3)))
@@ -619,8 +621,10 @@ def smooth_image(size: int = 64) -> np.ndarray:
 
 
 def survivors(shift: int, *, pools: int = 1) -> float:
-    """The share of a max-pool's outputs that do not change when the image moves by `shift`
-    pixels."""
+    """Counts the outputs of a max-pool that stay when the image moves by `shift` pixels.
+
+    Returns their share.
+    """
     image = smooth_image()
     x, moved = one_channel(image), one_channel(np.roll(image, shift, 1))
     for _ in range(pools):

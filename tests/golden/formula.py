@@ -1,4 +1,5 @@
-"""Weights and inputs that any framework can regenerate: a formula of a parameter's name and an element's index."""
+"""Weights and inputs that any framework can regenerate: a formula of a parameter's name and an
+element's index."""
 
 import zlib
 
@@ -6,7 +7,8 @@ import numpy as np
 
 
 def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 values in [-1, 1): the 32-bit finaliser of MurmurHash3 over crc32(key) + index * 2654435761."""
+    """Float32 values in [-1, 1): the 32-bit finaliser of MurmurHash3 over crc32(key) + index *
+    2654435761."""
     h = np.arange(int(np.prod(shape)), dtype=np.uint32)
     h *= np.uint32(2654435761)
     h += np.uint32(zlib.crc32(key.encode()))
@@ -17,14 +19,15 @@ def uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def parameter(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The value of torchvision's parameter `key`, at the scale of a well-initialized network (He et al. 2015)."""
+    """The value of torchvision's parameter `key`, at the scale of a well-initialized network (He et
+    al. 2015)."""
     u = uniform(key, shape)
     if key.endswith("running_var"):
         return 1.25 + 0.25 * u
     if key.endswith("bn3.weight"):
-        return (
-            0.25 + 0.05 * u
-        )  # small at the end of a residual branch: a deep ResNet would amplify rounding errors in training mode
+        # Small at the end of a residual branch: a deep ResNet would amplify rounding errors in
+        # training mode.
+        return 0.25 + 0.05 * u
     if len(shape) == 1:
         return (
             1 + 0.2 * u if key.endswith("weight") else 0.1 * u
@@ -38,7 +41,8 @@ def images(batch: int, size: int, key: str = "input") -> np.ndarray:
 
 
 def digest(key: str, values: np.ndarray) -> tuple[float, float, float]:
-    """A vector in three numbers: its mean, its product with the values of the formula over sqrt(n), its largest magnitude."""
+    """A vector in three numbers: its mean, its product with the values of the formula over sqrt(n),
+    its largest magnitude."""
     values = np.asarray(values, np.float64)
     return (
         values.mean(),

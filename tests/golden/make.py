@@ -1,16 +1,18 @@
-"""Makes torchvision.npz: what torchvision's own networks give for the weights and inputs of formula.py.
+"""Makes torchvision.npz: what torchvision's own networks give for the weights and inputs of
+formula.py.
 
     pip install torch==2.13.0 torchvision==0.28.0 numpy && python tests/golden/make.py
 
-A CPU-only PyTorch has none of torchvision's compiled operators, which no classifier uses; where importing torchvision
-fails for want of `torchvision::nms`, declare their signatures first.
+A CPU-only PyTorch has none of torchvision's compiled operators, which no classifier uses; where
+importing torchvision fails for want of `torchvision::nms`, declare their signatures first.
 
-Per network `name` and image size, all computed in float64, so that only the network's own rounding is left to see:
-"name/size/eval" holds logits in evaluation mode; "name/size/train" the logits of the last of three forward passes in training
-mode, without dropout, on three inputs; "name/size/statistics" a digest of each running statistic after them, in the order of
-the state dict; "name/size/aux" the auxiliary logits of the last pass, where there are any. "name/keys" is the text of the
-state dict's keys and shapes; "name/moments" the mean, standard deviation and largest magnitude of each parameter that is newly
-initialized.
+Per network `name` and image size, all computed in float64, so that only the network's own rounding
+is left to see: "name/size/eval" holds logits in evaluation mode; "name/size/train" the logits of
+the last of three forward passes in training mode, without dropout, on three inputs;
+"name/size/statistics" a digest of each running statistic after them, in the order of the state
+dict; "name/size/aux" the auxiliary logits of the last pass, where there are any. "name/keys" is the
+text of the state dict's keys and shapes; "name/moments" the mean, standard deviation and largest
+magnitude of each parameter that is newly initialized.
 """
 
 import pathlib
@@ -59,8 +61,9 @@ NAMES = (
 SIZES = {"inception_v3": 139}
 TRAIN_SIZES = {"inception_v3": 299}  # the least that its auxiliary classifier takes
 TRAIN_BATCHES = {
+    # Its auxiliary classifier normalizes single pixels: two are too few to be well conditioned.
     "inception_v3": 4
-}  # its auxiliary classifier normalizes single pixels, of which two are too few to be well conditioned
+}
 LARGE = (("vgg16", 224), ("resnet50", 224))
 WITHOUT_DROPOUT = {
     "alexnet": ("dropout",),
@@ -74,7 +77,8 @@ WITHOUT_DROPOUT = {
 
 
 def build(name: str, init: bool = False):
-    """A network without dropout; `init` draws its parameters as torchvision does, which takes long for two of them."""
+    """A network without dropout; `init` draws its parameters as torchvision does, which takes long
+    for two of them."""
     fields = next(
         (fields for family, fields in WITHOUT_DROPOUT.items() if name.startswith(family)), ()
     )

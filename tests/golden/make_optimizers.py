@@ -1,4 +1,5 @@
-"""Records what PyTorch's optimizers and its plateau rule do, for tests/test_optimizers.py: `python make_optimizers.py`, with torch."""
+"""Records what PyTorch's optimizers and its plateau rule do, for tests/test_optimizers.py: `python
+make_optimizers.py`, with torch."""
 
 import json
 import pathlib
@@ -19,7 +20,8 @@ OPTIMIZERS = {
 
 
 def trajectory(name):
-    """The parameters [in, out] after each of ten steps on the loss sum(sin(3 w) * a), from fixed w and a; PyTorch's are [out, in]."""
+    """The parameters [in, out] after each of ten steps on the loss sum(sin(3 w) * a), from fixed w
+    and a; PyTorch's are [out, in]."""
     generator = np.random.default_rng(0)
     w = torch.nn.Parameter(torch.tensor(generator.normal(size=(6, 4)).astype(np.float32).T.copy()))
     a = torch.tensor(generator.normal(size=(6, 4)).astype(np.float32).T)
