@@ -4,6 +4,7 @@ circle."""
 import ast
 import graphlib
 import pathlib
+import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -83,3 +84,13 @@ def test_nothing_imports_another_framework():
                 # What is measured against PyTorch imports it, when it is asked to.
                 is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
                 assert "torch" not in roots or is_comparison, path
+
+
+def test_requirements_are_the_package_and_all_its_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    packages = {line for line in listed if not line.startswith("cnnjax[")}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = {line.partition("#")[0].strip() for line in lines}
+    assert packages == requirements - {""}
+    assert project["optional-dependencies"]["all"] == ["cnnjax[study,dev]"]

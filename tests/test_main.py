@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from cnnjax.runtime import command
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.main"]
 SMALL = [
@@ -65,6 +67,16 @@ def test_a_run_leaves_its_record(tmp_path):
         and "holds a run of another configuration (seed=0 there, 1 now); choose another --workdir"
         in other.stderr
     )
+
+
+def test_a_package_that_is_not_installed_is_named(capsys):
+    def work():
+        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+
+    assert command.run(work) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: grain is not installed; pip install 'cnnjax[all]'")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -116,6 +116,16 @@ def run(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        # An installation without extras has not what every command imports.
+        if "--debug" in sys.argv or (error.name or "").startswith("cnnjax"):
+            raise
+        print(
+            f"error: {error.name} is not installed; pip install 'cnnjax[all]' installs what all "
+            "commands import",
+            file=sys.stderr,
+        )
+        return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
