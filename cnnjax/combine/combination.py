@@ -22,9 +22,9 @@ from cnnjax.combine.networks import (
 from cnnjax.combine.runs import Member, check_runs, find_runs, read_members, share_validation
 from cnnjax.data import arrays, augment
 from cnnjax.runtime import tables, workdir
-from cnnjax.train import defaults, evaluate, step
+from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import build_model
+from cnnjax.train.run import build_model, complete
 
 _LOG = logging.getLogger("cnnjax")
 _LEARNED_STEPS = 200
@@ -51,11 +51,11 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
     members: list[Member] = []
     ema = None
     for path, config in configs.items():
-        more, ema = read_members(path, _complete(config), method)
+        more, ema = read_members(path, complete(config), method)
         members += more
     names = [str(path) for path in configs]
     folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
-    networks = Networks(_complete(next(iter(configs.values()))), members)
+    networks = Networks(complete(next(iter(configs.values()))), members)
 
     # ------------------------------------------------------------- the combination
     choice = choose(networks, method, ema)
@@ -94,11 +94,6 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
         100 * results["mean_error"]["test"],
         folder / "report.md",
     )
-
-
-def _complete(config: dict) -> ml_collections.ConfigDict:
-    """Add the keys that were introduced after a run, with the values in force before."""
-    return ml_collections.ConfigDict(defaults.BEFORE | config)
 
 
 # ------------------------------------------------------------------ the members' networks

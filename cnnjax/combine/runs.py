@@ -16,7 +16,7 @@ from cnnjax.data import arrays
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
-from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run
+from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, read_recorded
 
 Configs = dict[pathlib.Path, dict]
 
@@ -50,20 +50,12 @@ def find_runs(patterns: Sequence[str]) -> Configs:
         folders |= {pathlib.Path(name) for name in matches}
     configs = {}
     for folder in sorted(folders):
-        path = folder / "config.json"
-        config = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
-        if isinstance(config, dict) and config.get("kind") == "train":
-            configs[folder] = config
+        recorded = read_recorded(folder)
+        if recorded is not None:
+            configs[folder] = recorded
     if not configs:
         raise ValueError(f"runs={' '.join(patterns)!r} matches no work directory of a training run")
     return configs
-
-
-def _with_tuples(values: dict) -> dict:
-    """Turn lists into tuples, since a model's fields are hashed."""
-    return {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
 
 
 def share_validation(configs: Configs) -> bool:

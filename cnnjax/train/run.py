@@ -294,12 +294,24 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     Raises:
       ValueError: if the folder is not the work directory of a training run.
     """
+    recorded = read_recorded(folder)
+    if recorded is None:
+        raise ValueError(f"{folder} is not a training run: its config.json is not one's")
+    return complete(recorded)
+
+
+def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
+    """Read the keys that a training run recorded; None if the folder is not a run's."""
     path = folder / "config.json"
     recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
-    if not isinstance(recorded, dict) or recorded.get("kind") != "train":
-        raise ValueError(f"{folder} is not a training run: its config.json is not one's")
-    complete = defaults.get_config().to_dict() | defaults.BEFORE | recorded
-    return ml_collections.ConfigDict(complete)
+    if isinstance(recorded, dict) and recorded.get("kind") == "train":
+        return recorded
+    return None
+
+
+def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Add the keys that were introduced after a run, with the values in force before."""
+    return ml_collections.ConfigDict(defaults.get_config().to_dict() | defaults.BEFORE | recorded)
 
 
 def _with_tuples(found: dict[str, Any]) -> dict[str, Any]:
