@@ -1,19 +1,13 @@
 """Convolutional networks in JAX and Flax, and the studies that lectures on them report."""
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, lazy
 
 __version__ = "0.1.0"
 
-backend.set_flags()  # before jax starts; everything that needs jax is imported only when asked for
+# Before jax starts: what needs jax is imported when it is asked for.
+backend.set_flags()
 
-
-def __getattr__(name: str):
-    if name in ("create_model", "list_models"):
-        from cnnjax import models
-
-        return getattr(models, name)
-    if name == "load_pretrained":
-        from cnnjax import weights
-
-        return weights.load_pretrained
-    raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")
+__getattr__ = lazy.attributes(
+    __name__,
+    {"create_model": "models", "list_models": "models", "load_pretrained": "weights"},
+)

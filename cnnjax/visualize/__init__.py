@@ -8,31 +8,27 @@ drawing in `figures`, the commands in `commands`. Functions take and return arra
 [batch, height, width, channels] as the network takes them, `stage` is the name of a stage.
 """
 
-import importlib
+from cnnjax.runtime import lazy
 
-# What needs JAX is imported when it is asked for, so that the command's --help is there at once.
-_MODULES = {
-    "RULES": "gradients",
-    "activations": "stages",
-    "count_relus": "gradients",
-    "effective_receptive_field": "fields",
-    "effective_size": "fields",
-    "equivariance_error": "borders",
-    "first_filters": "stages",
-    "frame": "fields",
-    "grad_cam": "class_maps",
-    "main": "__main__",
-    "maximize": "ascent",
-    "network_input": "stages",
-    "occlusion": "occluders",
-    "peaks": "stages",
-    "receptive_field": "stages",
-    "saliency": "gradients",
-    "stage_channels": "stages",
-}
-
-
-def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy.attributes(
+    __name__,
+    {
+        "RULES": "gradients",
+        "activations": "stages",
+        "count_relus": "gradients",
+        "effective_receptive_field": "fields",
+        "effective_size": "fields",
+        "equivariance_error": "borders",
+        "first_filters": "stages",
+        "frame": "fields",
+        "grad_cam": "class_maps",
+        "main": "__main__",
+        "maximize": "ascent",
+        "network_input": "stages",
+        "occlusion": "occluders",
+        "peaks": "stages",
+        "receptive_field": "stages",
+        "saliency": "gradients",
+        "stage_channels": "stages",
+    },
+)

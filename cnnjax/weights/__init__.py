@@ -7,9 +7,9 @@ network's variables, `pretrained` does it all in one call, and `preprocessing` p
 `python -m cnnjax.weights` lists the published weights.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from cnnjax.runtime import lazy
 from cnnjax.weights.records import (
     Record,
     fields_for,
@@ -50,21 +50,17 @@ __all__ = [
     "variable_shapes",
 ]
 
-# What needs JAX or Flax is imported when it is asked for, so that the records are there at once.
-_MODULES = {
-    "fetch": "download",
-    "head": "torchvision",
-    "load_pretrained": "pretrained",
-    "load_torchvision": "torchvision",
-    "preprocess": "preprocessing",
-    "read": "files",
-    "save_torchvision": "torchvision",
-    "torchvision_keys": "torchvision",
-    "variable_shapes": "torchvision",
-}
-
-
-def __getattr__(name: str):
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy.attributes(
+    __name__,
+    {
+        "fetch": "download",
+        "head": "torchvision",
+        "load_pretrained": "pretrained",
+        "load_torchvision": "torchvision",
+        "preprocess": "preprocessing",
+        "read": "files",
+        "save_torchvision": "torchvision",
+        "torchvision_keys": "torchvision",
+        "variable_shapes": "torchvision",
+    },
+)
