@@ -29,8 +29,8 @@ def test_flag_is_set_before_jax_and_appended_to_the_users():
 
 def test_warns_only_when_jax_has_started():
     code = (
-        "import warnings, jax; {}; warnings.simplefilter('always')\nwith "
-        "warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
+        "import warnings, jax; {}; warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
     )
     assert python(code.format("jax.numpy.zeros(1) + 1")) == "1"
     assert python(code.format("pass")) == "0"

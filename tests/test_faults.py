@@ -500,8 +500,7 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------ other configurations, other
-# processes, other clocks
+# ------------------------------------------------- other configurations, processes and clocks
 
 
 def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):

@@ -339,8 +339,7 @@ def test_prediction_and_features_run_the_same_three_ways(way):
         np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-# ------------------------------------------------------------------ whole runs, as a user starts
-# them
+# ------------------------------------------------------- whole runs, as a user starts them
 
 SMALL = [
     sys.executable,

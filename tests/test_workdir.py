@@ -94,10 +94,10 @@ def test_one_process_at_a_time(tmp_path):
     """A second one is refused by name; of twelve at once one gets in, and the folder is left as it
     was."""
     code = (
-        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\nwhile time.time() < "
-        "float(sys.argv[2]): pass\n"
-        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n        print('in', "
-        "flush=True)\n        time.sleep(2)\n"
+        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\n"
+        "while time.time() < float(sys.argv[2]): pass\n"
+        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n"
+        "        print('in', flush=True)\n        time.sleep(2)\n"
         "except workdir.Claimed as error:\n    print(error)"
     )
     with (

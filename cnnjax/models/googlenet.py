@@ -1,7 +1,7 @@
 """GoogLeNet with BatchNorm, in torchvision's structure and names.
 
-Source: Szegedy et al. 2014 (arXiv 1409.4842), table 1. As in torchvision, the "5x5"
-branch is a 3x3 convolution (pytorch/vision issue 906).
+Source: Szegedy et al. 2014 (arXiv 1409.4842), table 1. As in torchvision, the "5x5" branch
+is a 3x3 convolution (pytorch/vision issue 906).
 """
 
 import functools

@@ -56,7 +56,7 @@ def _check_plateau(complete: dict) -> None:
     _build_plateau(complete)
     metric, mode = complete["metric"], complete["mode"]
     if _MODES.get(metric) != mode:
-        accepted = ", ".join(f"{metric!r} with {mode!r}" for metric, mode in _MODES.items())
+        accepted = ", ".join(f"{name!r} with {where!r}" for name, where in _MODES.items())
         raise ValueError(
             f"schedule.metric={metric!r} with schedule.mode={mode!r} is not one of {accepted}"
         )
