@@ -102,7 +102,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 Options = argparse.Namespace
@@ -205,3 +205,20 @@ def unique(results: list[dict], name: str) -> list:
 def values(results: list[dict], name: str, /, **fields) -> np.ndarray:
     """Returns one field of the selected results; the first axis is the results'."""
     return np.array([result[name] for result in select(results, **fields)])
+
+
+def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
+    """Draws groups of bars around 0, 1, 2, ...: means, with their sample standard deviations.
+
+    - `series`: by label, the values of each group; each series has a bar in each group.
+    """
+    width = 0.8 / len(series)
+    for number, (label, groups) in enumerate(series.items()):
+        shift = (number + 0.5) * width - 0.4
+        axis.bar(
+            [place + shift for place in range(len(groups))],
+            [values.mean() for values in groups],
+            width,
+            yerr=[tables.bar(values) for values in groups],
+            label=label,
+        )

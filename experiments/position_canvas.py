@@ -117,16 +117,11 @@ def draw_bars(results: list[dict]) -> Figure:
     paddings = study.unique(results, "padding")
     figure = Figure(figsize=(1.5 + 1.4 * len(paddings), 3.5), layout="constrained")
     axis = figure.subplots()
-    width = 0.8 / len(columns(results))
-    for number, column in enumerate(columns(results)):
-        cells = [accuracies(results, column, padding) for padding in paddings]
-        axis.bar(
-            [place + (number + 0.5) * width - 0.4 for place in range(len(paddings))],
-            [cell.mean() for cell in cells],
-            width,
-            yerr=[tables.bar(cell) for cell in cells],
-            label=f"{column[0]}, {column[1]} canvas",
-        )
+    series = {}
+    for column in columns(results):
+        label = f"{column[0]}, {column[1]} canvas"
+        series[label] = [accuracies(results, column, padding) for padding in paddings]
+    study.draw_bars(axis, series)
     for chance, style in ((100 / GRID**2, "-"), (10, ":")):
         axis.axhline(chance, color="black", lw=0.7, ls=style)
     axis.set(ylabel="accuracy, %", ylim=(0, 105))

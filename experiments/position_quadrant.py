@@ -311,16 +311,15 @@ def draw_rook(results: list[dict]) -> Figure:
         image_axis.imshow(image[..., 0], cmap="gray")
         image_axis.set(title=title, xticks=[], yticks=[])
     paddings = study.unique(results, "padding")
-    places = np.arange(len(paddings))
-    for shift, name, label in (
-        (-0.2, "accuracy", "trained: accuracy"),
-        (0.2, "differ", "untrained: kernels that respond differently"),
+    series = {}
+    for name, label in (
+        ("accuracy", "trained: accuracy"),
+        ("differ", "untrained: kernels that respond differently"),
     ):
-        values = [100 * study.values(results, name, padding=padding) for padding in paddings]
-        means = [part.mean() for part in values]
-        axis.bar(places + shift, means, 0.4, yerr=[*map(tables.bar, values)], label=label)
+        series[label] = [100 * study.values(results, name, padding=padding) for padding in paddings]
+    study.draw_bars(axis, series)
     axis.axhline(50, color="black", lw=0.5)
-    axis.set_xticks(places, paddings, fontsize=8)
+    axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
     axis.set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
     axis.legend(fontsize=8, loc="upper left")
     return figure

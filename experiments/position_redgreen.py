@@ -273,16 +273,10 @@ def draw_figure(results: list[dict]) -> Figure:
         axis.imshow(np.concatenate(pair, 1))
         axis.set(title=title, xticks=[], yticks=[])
     paddings = study.unique(results, "padding")
-    for kind, offset, color in (("similar", -0.2, "C0"), ("dissimilar", 0.2, "C1")):
-        by_padding = [percentages(results, kind, padding) for padding in paddings]
-        bars.bar(
-            [number + offset for number in range(len(paddings))],
-            [values.mean() for values in by_padding],
-            0.4,
-            yerr=[tables.bar(values) for values in by_padding],
-            color=color,
-            label=kind,
-        )
+    series = {}
+    for kind in KINDS:
+        series[kind] = [percentages(results, kind, padding) for padding in paddings]
+    study.draw_bars(bars, series)
     bars.axhline(50, color="black", lw=0.5)
     bars.set_xticks(range(len(paddings)), paddings, fontsize=8)
     bars.set_ylabel("accuracy, %")

@@ -249,16 +249,10 @@ def draw_profiles(axis, scenes: list[dict]) -> None:
 
 def draw_slopes(axis, by_padding: list[list[dict]]) -> None:
     """Draws both slopes as bars, one pair for each padding."""
-    for key, offset, color in (("frame", -0.2, "C0"), ("scene", 0.2, "C1")):
-        slopes = [study.values(scenes, key) for scenes in by_padding]
-        axis.bar(
-            [number + offset for number in range(len(slopes))],
-            [values.mean() for values in slopes],
-            0.4,
-            yerr=[tables.bar(values) for values in slopes],
-            color=color,
-            label=key,
-        )
+    series = {}
+    for key in ("frame", "scene"):
+        series[key] = [study.values(scenes, key) for scenes in by_padding]
+    study.draw_bars(axis, series)
     axis.axhline(0, color="black", lw=0.5)
     axis.set_ylabel("slope")
     axis.legend(fontsize=7)
