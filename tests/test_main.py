@@ -75,7 +75,9 @@ def test_a_package_that_is_not_installed_is_named(capsys):
 
     assert command.run(work) == 1
     told = capsys.readouterr().err
-    assert told.startswith("error: grain is not installed; pip install 'cnnjax[all]'")
+    assert told.startswith(
+        "error: grain is not installed; in a checkout of cnnjax, pip install '.[all]' installs"
+    )
     assert told.count("\n") == 1
 
 

@@ -121,8 +121,8 @@ def run(work: Callable[[], None]) -> int:
         if "--debug" in sys.argv or (error.name or "").startswith("cnnjax"):
             raise
         print(
-            f"error: {error.name} is not installed; pip install 'cnnjax[all]' installs what all "
-            "commands import",
+            f"error: {error.name} is not installed; in a checkout of cnnjax, pip install '.[all]' "
+            "installs what all commands import",
             file=sys.stderr,
         )
         return 1
