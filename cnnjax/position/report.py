@@ -162,6 +162,7 @@ def _draw_scores(results: Results) -> Figure:
         figsize=(3.6 * len(data), 2.6 * height),
         sharey=True,
         squeeze=False,
+        layout="constrained",
     )
     # A study without encoders has one line of panels, of the image alone.
     for axis_row, encoder in zip(axes, encoders or ["posenet"]):
@@ -174,9 +175,9 @@ def _draw_scores(results: Results) -> Figure:
             _draw_bars(axis, groups, targets)
             axis.set_title(f"{encoder}, {kind} images", fontsize=10)
         axis_row[0].set_ylabel("SPC")
-    axes[0, 0].legend(fontsize=7, ncols=2)
+    bars, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(bars, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.suptitle("Rank correlation (SPC) of a linear readout with position maps, by padding")
-    figure.tight_layout()
     return figure
 
 
@@ -192,7 +193,7 @@ def _draw_bars(axis, groups: dict[str, list[Row]], targets: list[str]) -> None:
             width,
             yerr=[row.spc_std or 0 for row in rows],
             error_kw={"lw": 0.6},
-            color=_COLORS[number],
+            color=_COLORS[number % len(_COLORS)],
             label=target,
         )
     # A bar of height 0 looks like a missing one.
