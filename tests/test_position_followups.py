@@ -227,23 +227,19 @@ def test_windows_are_those_of_the_networks(name, stages):
 
 @pytest.mark.slow
 def test_sizes_that_are_read_evenly():
-    even = {
-        name: [
-            size
-            for size in range(193, 257)
-            if not any(patterns.unread(patterns.windows(create_model(name)), size).values())
-        ]
-        for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16")
-    }
+    even = {}
+    for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16"):
+        chain = patterns.windows(create_model(name))
+        unread = {size: patterns.unread(chain, size) for size in range(193, 257)}
+        even[name] = [size for size in unread if not any(unread[size].values())]
     assert even == {
         "resnet18": [193, 225],
         "resnet50": [193, 225],
         "mobilenet_v2": [193, 225],
         "vgg16": [224, 256],
     }
-    chain = patterns.windows(
-        create_model("resnet18")
-    )  # Alsallakh et al. 2021: 224 is uneven at every down-sampling layer
+    # Alsallakh et al. 2021: 224 is uneven at every down-sampling layer.
+    chain = patterns.windows(create_model("resnet18"))
     assert list(patterns.unread(chain, 224).values()) == [1] * 5
     assert isinstance(create_model("mobilenet_v2"), MobileNetV2)
     with pytest.raises(ValueError, match="size=1 is too small: nothing is left of it after pool1"):
