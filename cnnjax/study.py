@@ -157,14 +157,16 @@ class Study:
         points = list(self.points(options))
         shared = (self.load(options),) if self.load else ()
         backend.start()
-        workdir.prepare(options.workdir, self._settings(options))
         results = []
-        with progress(len(points), "points") as advance:
+        with (
+            workdir.prepared(options.workdir, self._settings(options)) as folder,
+            progress(len(points), "points") as advance,
+        ):
             for point in points:
-                path = options.workdir / "points" / f"{label(point)}.json"
+                path = folder / "points" / f"{label(point)}.json"
                 results.append(workdir.finished(path, self._result, point, options, *shared))
                 advance(1)
-        self._write(options.workdir, results, self.report(results, options))
+        self._write(folder, results, self.report(results, options))
 
     def _settings(self, options: Options) -> dict:
         """The options that the work directory belongs to."""
@@ -185,11 +187,11 @@ class Study:
 
 def label(point: NamedTuple) -> str:
     """Names a point's files: "fill=zeros,seed=0"."""
-    fields = point._asdict().items()
-    return ",".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in fields
-    )
+    parts = []
+    for name, value in point._asdict().items():
+        text = f"{value:g}" if isinstance(value, float) else workdir.file_label(str(value))
+        parts.append(f"{name}={text}")
+    return ",".join(parts)
 
 
 def select(results: list[dict], /, **fields) -> list[dict]:

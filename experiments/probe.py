@@ -21,7 +21,7 @@ import numpy as np
 from cnnjax import study, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import tables
+from cnnjax.runtime import command, tables
 from cnnjax.runtime.progress import progress
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
@@ -38,7 +38,7 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_argument(
         "--weights",
-        type=pathlib.Path,
+        type=command.path,
         required=True,
         help="a safetensors or .pth file with torchvision's names",
     )

@@ -27,7 +27,7 @@ from cnnjax.data import arrays
 from cnnjax.models import create_model, fcn
 from cnnjax.nn import FILLS
 from cnnjax.position import metrics
-from cnnjax.runtime import tables, workdir
+from cnnjax.runtime import command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train import report as pictures
 
@@ -60,7 +60,7 @@ def add_options(parser):
     )
     parser.add_argument(
         "--weights",
-        type=pathlib.Path,
+        type=command.path,
         help="a safetensors or .pth file of SqueezeNet 1.1; default: trained from scratch",
     )
 

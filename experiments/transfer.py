@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from cnnjax import study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import tables, workdir
+from cnnjax.runtime import command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import variable_shapes
@@ -76,7 +76,7 @@ def add_options(parser):
         "--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both"
     )
     parser.add_argument(
-        "--weights", type=pathlib.Path, help="the folder of ImageNet's weights, which labels needs"
+        "--weights", type=command.path, help="the folder of ImageNet's weights, which labels needs"
     )
     parser.add_argument(
         "--networks",

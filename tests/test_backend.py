@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -71,3 +72,16 @@ def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
         )
         assert single == own.rpartition("-")[0] + "-1"
     assert python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("index, level", [(0, logging.INFO), (1, logging.WARNING)])
+def test_of_several_processes_one_logs(monkeypatch, index, level):
+    monkeypatch.setattr(backend, "_JOINED", [])
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: None)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    log = logging.getLogger("cnnjax")
+    monkeypatch.setattr(log, "level", log.level)
+    log.setLevel(logging.INFO)
+    backend.join(f"localhost:1234,2,{index}")
+    assert log.level == level
+    assert backend.writes() == (index == 0)

@@ -144,6 +144,10 @@ CASES = [
     ((*STUDY, "--config.seeds=many"), "seeds='many' is not of the type int"),
     ((*STUDY, "--config.seeds"), "--config.seeds has no value"),
     ((*STUDY, "--config.seed=2147483648"), "seed=2147483648 is not a number of at least 0 and at"),
+    (
+        (*STUDY, "--config.seed=2147483647", "--config.seeds=2"),
+        "seed=2147483647 and seeds=2 need seeds up to 2147483648; the largest is 2147483647",
+    ),
     ((*TRAIN, "--config.seed=2147483648"), "seed=2147483648 is not a number of at least 0 and at"),
     ((*TRAIN, "--config.augment.flop=True"), "augment.flop is not a key of the configuration; did"),
     (

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from cnnjax.train import defaults, loop, results
 from cnnjax.train.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -175,6 +176,41 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
         step, found, _ = checkpoints.restore(state)
         assert step == 1
         assert_equal(found, state)
+
+
+@pytest.fixture
+def history(tmp_path):
+    """Three epochs, of which the first is the best."""
+    history = results.History(tmp_path)
+    history.entries = [
+        {"epoch": step, "step": step, "validation_error": step / 10} for step in (1, 2, 3)
+    ]
+    return history
+
+
+@pytest.mark.parametrize("harmed, chosen", [(1, 3), (2, 1)])
+def test_the_best_checkpoint_is_used_unless_it_is_damaged(
+    history, tmp_path, caplog, harmed, chosen
+):
+    """Whatever became of the others: none can be read of which a file was cut off."""
+    config = defaults.get_config()
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        for entry in history.entries:
+            step = entry["step"]
+            checkpoints.save(step, a_state(step), {}, entry["validation_error"])
+    for path in (tmp_path / "checkpoints" / str(harmed)).rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            path.write_bytes(path.read_bytes()[:-2])
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        weights = loop.choose_weights(config, history, checkpoints)
+        assert weights["step"] == chosen
+        step, state, _ = checkpoints.restore_best(a_state(0))
+        assert step == {1: 2, 2: 1}[harmed]
+        assert_equal(state, a_state(step))
+    warning = "the checkpoint of the best epoch is damaged: the last weights are kept"
+    assert (warning in caplog.text) == (harmed == 1)
+    reasons = {1: "the smallest validation error", 3: "the end of training"}
+    assert weights["chosen_by"] == reasons[chosen]
 
 
 _WRITER = """

@@ -559,6 +559,20 @@ def refused(capsys, *arguments) -> str:
 
 
 @pytest.mark.slow
+def test_a_combination_without_its_data_leaves_no_folder(finished, tmp_path, capsys, monkeypatch):
+    def load(*arguments):
+        raise ValueError("data_dir='data' is not a folder")
+
+    monkeypatch.setattr(combination.arrays, "load", load)
+    runs = finished / "rates" / "rate=*"
+    message = refused(
+        capsys, "--runs", runs, "--method", "uniform", "--workdir", tmp_path / "a" / "b"
+    )
+    assert message == "error: data_dir='data' is not a folder\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
     def fake(name, **changes):
         """A finished run as far as can be seen without its checkpoints."""

@@ -4,9 +4,10 @@ import importlib
 import json
 import pathlib
 
+import PIL.Image
 import pytest
 
-from cnnjax import main, summary, sweep
+from cnnjax import combine, evaluate, main, predict, summary, sweep, visualize
 from cnnjax.models import base, create_model
 from cnnjax.runtime import source
 
@@ -80,6 +81,59 @@ def test_a_configuration_that_registers_a_network(own, tmp_path, capsys):
     capsys.readouterr()
     summary.main([config["model"]])
     assert "conv1" in capsys.readouterr().out
+
+    other = tmp_path / "other"
+    assert main.main([*arguments[:-1], str(other), "--config.seed=1"]) == 0
+    runs = ["--runs", str(run), str(other), "--method", "uniform"]
+    assert combine.main([*runs, "--workdir", str(tmp_path / "soup")]) == 0
+    photograph = tmp_path / "photographs" / "a.png"
+    photograph.parent.mkdir()
+    PIL.Image.new("L", (8, 8), 200).save(photograph)
+    assert predict.main([str(run), str(photograph)]) == 0
+    weights = str(tmp_path / "soup" / "weights.safetensors")
+    fields = ["--photographs", str(photograph.parent), "--stages", "block1", "--workdir"]
+    assert visualize.main(["field", "--run", str(run), *fields, str(tmp_path / "a")]) == 0
+    with_weights = ["filters", "--model", config["model"], "--weights", weights]
+    assert visualize.main([*with_weights, "--workdir", str(tmp_path / "b")]) == 2
+    assert "classes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_study_reads_a_network_by_its_file(own, tmp_path):
+    path, _ = own
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(3):
+        PIL.Image.new("RGB", (24, 24), (80 * number, 9, 9)).save(photographs / f"{number}.png")
+    changes = {
+        "encoders": (f"{path}:Own",),
+        "photographs": photographs,
+        "image_size": 16,
+        "paddings": ("zeros",),
+        "sgd_paddings": (),
+        "data": ("natural",),
+        "n_train": 1,
+        "n_held_out": 1,
+        "n_test": 1,
+        "seeds": 1,
+        "sgd_steps": 1,
+    }
+    given = [f"--config.{key}={value}" for key, value in changes.items()]
+    run = tmp_path / "run"
+    assert main.main(["--config", "configs/posenet.py", *given, "--workdir", str(run)]) == 0
+    (cell,) = (run / "cells").glob("own.py:Own-*-zeros-0.npz")
+    (picture,) = run.glob("maps_own.py:Own-*_natural.png")
+    assert f"![{picture.name}]({picture.name})" in (run / "report.md").read_text()
+
+
+def test_published_weights_are_those_of_registered_networks(own, capsys):
+    path, _ = own
+    model = f"{path}:Own"
+    for command, arguments in ((evaluate, ["--data_dir", "data"]), (predict, ["a.jpg"])):
+        assert command.main([model, *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and model in line
 
 
 def test_a_network_by_its_file(own):

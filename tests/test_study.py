@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import textwrap
 from typing import NamedTuple
 
@@ -97,6 +98,15 @@ def test_errors_are_one_line_and_nothing_is_written(example, tmp_path, capsys):
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
 
 
+def test_a_refused_measurement_leaves_no_folder(example, tmp_path):
+    def measure(point, options):
+        raise ValueError("a.jpg is not a readable image")
+
+    refusing = dataclasses.replace(example.STUDY, measure=measure)
+    assert refusing.main(["--workdir", str(tmp_path / "a" / "b"), "--seeds", "1"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_shows_the_docstring(example, capsys):
     assert exit_code(example.main, ["--help"]) == 0
     assert example.__doc__ in capsys.readouterr().out
@@ -122,6 +132,13 @@ class Point(NamedTuple):
 
 def test_points_are_named_by_their_fields():
     assert study.label(Point("a", 0.50, 3)) == "name=a,rate=0.5,seed=3"
+
+
+def test_a_network_of_a_file_names_files():
+    first, second = (study.label(Point(f"{folder}/own.py:Own", 0.5, 3)) for folder in ("a", "/b"))
+    for text in (first, second):
+        assert re.fullmatch(r"name=own\.py:Own-[0-9a-f]{8},rate=0\.5,seed=3", text)
+    assert first != second
 
 
 def test_results_are_selected_by_their_fields():

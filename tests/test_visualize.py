@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import quick
 
@@ -806,6 +807,66 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
     ]  # of which some were read
     assert code == 2 and len(lines) == 1 and message in lines[0], error
     assert not list((tmp_path / "work").glob("*.png"))
+
+
+def test_a_refused_command_leaves_no_folder(folder, tmp_path, capsys):
+    work = tmp_path / "a" / "b"
+    arguments = ["--model", "lenet", "--weights", "random", "--photographs", str(folder)]
+    code, error = refused(["occlusion", *arguments, "--workdir", str(work)], capsys)
+    assert code == 2 and "size=48 of the square is not between 1 and 28" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photographs").mkdir()
+    PIL.Image.new("RGB", (30, 30)).save(tmp_path / "photographs" / "a.png")
+    save_torchvision(quick.variables(create_model("lenet")), tmp_path / "a.safetensors")
+    arguments = ["--model", "lenet", "--weights", "~/a.safetensors", "--workdir", "~/run"]
+    command = ["activations", "--stages", "conv1", "--photographs", "~/photographs"]
+    assert visualize.main([*command, *arguments]) == 0
+    assert (tmp_path / "run" / "activations.png").exists()
+
+
+# ------------------------------------------------------------------ odd images
+
+ODD = {
+    "1x1.png": lambda path: PIL.Image.new("RGB", (1, 1), "red").save(path),
+    "gray and alpha.png": lambda path: PIL.Image.new("LA", (9, 7), (200, 100)).save(path),
+    "palette.png": lambda path: PIL.Image.new("P", (9, 7)).save(path, transparency=0),
+    "cmyk.jpg": lambda path: PIL.Image.new("CMYK", (9, 7), (0, 99, 9, 9)).save(path),
+    "bits.png": lambda path: PIL.Image.fromarray(np.zeros((9, 7), np.uint16)).save(path),
+    "empty.jpg": lambda path: path.touch(),
+    "animated.png": lambda path: PIL.Image.new("P", (9, 7)).save(
+        path, "GIF", save_all=True, append_images=[PIL.Image.new("P", (9, 7), 1)]
+    ),
+    "animated.gif": lambda path: PIL.Image.new("P", (9, 7)).save(path),
+    "folder.jpg": lambda path: path.mkdir(),
+}
+REFUSED = {
+    "bits.png": "bits.png is not a readable image: pixels of more than 8 bits",
+    "empty.jpg": "empty.jpg is not a readable image: cannot identify image file",
+    "animated.png": "animated.png is not a readable image: cannot identify image file",
+    "animated.gif": "holds no image file; expected .jpg",
+    "folder.jpg": "holds no image file; expected .jpg",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images(name, tmp_path, capsys):
+    """A picture, or one clear line and no folder."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    ODD[name](folder / name)
+    command = ["activations", "--model", "lenet", "--weights", "random", "--stages", "conv1"]
+    paths = ["--photographs", str(folder), "--workdir", str(tmp_path / "run")]
+    code, error = refused([*command, *paths], capsys)
+    lines = [line for line in error.splitlines() if " photographs, " not in line]
+    if name not in REFUSED:
+        assert code == 0 and not lines and (tmp_path / "run" / "activations.png").exists()
+        return
+    assert code == 2 and len(lines) == 1 and REFUSED[name] in lines[0], error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

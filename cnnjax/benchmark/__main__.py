@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m cnnjax.benchmark", description=__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument(
-        "--workdir", type=pathlib.Path, help="where to write (default: runs/benchmark_WHAT)"
+        "--workdir", type=command.path, help="where to write (default: runs/benchmark_WHAT)"
     )
     parser.add_count("rounds", 9, "turns of each side")
     parser.add_argument(

@@ -54,8 +54,9 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
         more, ema = read_members(path, complete(config), method)
         members += more
     names = [str(path) for path in configs]
-    folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
+    # Before the folder is made: the data may be missing.
     networks = Networks(complete(next(iter(configs.values()))), members)
+    folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
 
     # ------------------------------------------------------------- the combination
     choice = choose(networks, method, ema)

@@ -29,8 +29,9 @@ def write(folder: pathlib.Path) -> None:
 
     figures = {"spc_by_padding.png": _draw_scores(results), "rings.png": _draw_rings(results)}
     for encoder in _values(results.rows, "encoder"):
+        name = workdir.file_label(encoder)
         for kind in _values(results.rows, "data"):
-            figures[f"maps_{encoder}_{kind}.png"] = _draw_maps(results, maps, encoder, kind)
+            figures[f"maps_{name}_{kind}.png"] = _draw_maps(results, maps, encoder, kind)
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)

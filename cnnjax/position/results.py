@@ -37,7 +37,7 @@ class Point:
     @property
     def file(self) -> str:
         """The name of the measurement's file."""
-        return f"{self.encoder}-{self.padding}-{self.seed}.npz"
+        return f"{workdir.file_label(self.encoder)}-{self.padding}-{self.seed}.npz"
 
 
 @dataclasses.dataclass(frozen=True)

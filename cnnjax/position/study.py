@@ -132,6 +132,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     for key in ("n_train", "n_held_out", "n_test", "n_noise", "seeds", "sgd_steps"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not a positive number")
+    last = config.seed + config.seeds - 1
+    if last > configuration.LARGEST_SEED:
+        raise ValueError(
+            f"seed={config.seed} and seeds={config.seeds} need seeds up to {last}; the largest "
+            f"is {configuration.LARGEST_SEED}"
+        )
     if config.readout_padding < 0:
         raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
     if config.hidden < 0:
@@ -258,8 +264,6 @@ def _measure_missing(
     memory: pathlib.Path | None,
 ) -> list[Measurement]:
     """Measures the points without a file in the work directory; returns those of all."""
-    (folder / "cells").mkdir(exist_ok=True)
-
     # Points of one seed share their images, and those of one encoder and seed its weights: they
     # follow each other, so keeping the last is enough.
     keep_last = functools.lru_cache(maxsize=1)
@@ -279,6 +283,7 @@ def _measure_missing(
                     targets=targets,
                     memory=memory,
                 )
+                path.parent.mkdir(exist_ok=True)
                 results.save(path, measurement)
             measurements.append(results.load(path, point, config.targets, config.data))
             advance(1)

@@ -13,6 +13,8 @@ from cnnjax.runtime import source
 
 # A network's own fields are the only keys that may be added: `create_model` checks them.
 _OPEN_SECTION = "model_fields"
+# jax makes a random key of a 32-bit integer.
+LARGEST_SEED = 2**31 - 1
 
 
 def load(path: str) -> ml_collections.ConfigDict:
@@ -96,9 +98,9 @@ def check_keys(
 
 def check_seed(config: ml_collections.ConfigDict) -> None:
     """Raise `ValueError` for a seed that jax's random keys cannot take."""
-    if not 0 <= config.seed < 2**31:
+    if not 0 <= config.seed <= LARGEST_SEED:
         raise ValueError(
-            f"seed={config.seed} is not a number of at least 0 and at most {2**31 - 1}"
+            f"seed={config.seed} is not a number of at least 0 and at most {LARGEST_SEED}"
         )
 
 

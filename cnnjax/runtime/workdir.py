@@ -78,8 +78,9 @@ def read_json(path: pathlib.Path, **options):
 def finished(path: pathlib.Path, compute: Callable, *arguments):
     """Read a result from its JSON file, or compute it from the arguments and write the file."""
     if not path.exists():
+        result = compute(*arguments)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, compute(*arguments))
+        write_json(path, result)
     return read_json(path)
 
 
@@ -88,6 +89,16 @@ def write_figure(path: pathlib.Path, figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write(path, buffer.getvalue())
+
+
+def file_label(name: str) -> str:
+    """Make a name fit for a file's: a network FILE.py:NAME goes without its folders.
+
+    Eight characters of a digest tell it from those of other folders.
+    """
+    if "/" not in name:
+        return name
+    return f"{name.rpartition('/')[2]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def digest(config: dict) -> str:
@@ -249,17 +260,37 @@ def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
     Raises `ValueError` as `prepare` and `claim` do; a run that is refused leaves no folder.
     """
     folder = pathlib.Path(folder)
+    # Claimed before config.json is written, which must be that of the run under way.
+    with _removed_if_empty(folder), claim(folder):
+        prepare(folder, config.to_dict())
+        if (folder / "results.json").exists():
+            check_seal(folder)
+        else:
+            with _forgotten_if_refused(folder):
+                run(config, folder)
+        seal(folder)
+        return read_json(folder / "results.json") if backend.writes() else {}
+
+
+@contextlib.contextmanager
+def prepared(folder: str | os.PathLike, config: dict) -> Iterator[pathlib.Path]:
+    """Prepare a work directory for what is done in the context; it gives the directory's path.
+
+    Raises `ValueError` as `prepare` does. What is refused before it writes leaves no folder.
+    """
+    folder = pathlib.Path(folder)
+    with _removed_if_empty(folder):
+        prepare(folder, config)
+        with _forgotten_if_refused(folder):
+            yield folder
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
+    """Remove the folders that the context created if they are empty at its end."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        # Claimed before config.json is written, which must be that of the run under way.
-        with claim(folder):
-            prepare(folder, config.to_dict())
-            if (folder / "results.json").exists():
-                check_seal(folder)
-            else:
-                _run_or_forget(run, config, folder)
-            seal(folder)
-            return read_json(folder / "results.json") if backend.writes() else {}
+        yield
     finally:
         # Only empty folders can be removed: those of a run that was refused.
         with contextlib.suppress(OSError):
@@ -267,9 +298,10 @@ def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
                 path.rmdir()
 
 
-def _run_or_forget(run: Callable, config, folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: pathlib.Path) -> Iterator[None]:
     try:
-        run(config, folder)
+        yield
     except (ValueError, FileNotFoundError):
         _forget(folder)
         raise

@@ -235,7 +235,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, like):
-        """Read the checkpoint of the smallest metric.
+        """Read the checkpoint of the smallest metric among those that are whole.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.
@@ -244,14 +244,10 @@ class Checkpoints:
           The step, the state (host arrays) and the record.
 
         Raises:
-          ValueError: if no checkpoint has a metric, or if the best is damaged.
+          ValueError: if no whole checkpoint has a metric.
         """
-        self._finish()
-        metrics = {step: self._header(step)["metric"] for step in self._manager.all_steps()}
+        metrics = {step: self._header(step)["metric"] for step in self.steps()}
         measured = {step: metric for step, metric in metrics.items() if metric is not None}
         if not measured:
             raise ValueError(f"no checkpoint in {self.folder} has a metric")
-        best = min(measured, key=measured.get)
-        if damage := _damage(self._path(best)):
-            raise ValueError(f"the best checkpoint, {self._path(best)}, is damaged: {damage}")
-        return self.restore_step(best, like)
+        return self.restore_step(min(measured, key=measured.get), like)

@@ -125,8 +125,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                 break
 
         # ---------------------------------------------------------- the weights that are kept
-        chosen = _choose_weights(config, history, checkpoints, stop)
-        if chosen["step"] != at and not stop:
+        chosen = {"step": at} if stop else choose_weights(config, history, checkpoints)
+        if chosen["step"] != at:
             state = parallel.replicate(checkpoints.restore_best(like)[1])
     # A signal may have come while the last checkpoint was written.
     if number := stop or (received[0] if received else 0):
@@ -219,15 +219,10 @@ def _stops_early(config: ml_collections.ConfigDict, history: results.History) ->
     return 0 < config.early_stopping <= history.epochs_since_best()
 
 
-def _choose_weights(
-    config: ml_collections.ConfigDict,
-    history: results.History,
-    checkpoints: Checkpoints,
-    stop: int,
+def choose_weights(
+    config: ml_collections.ConfigDict, history: results.History, checkpoints: Checkpoints
 ) -> dict:
     """Say which epoch's weights are kept: the best on the validation set, or the last."""
-    if stop:
-        return {"step": 0}
     last = history.entries[-1]
     best = history.best()
     chosen = last

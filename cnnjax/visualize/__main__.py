@@ -6,6 +6,7 @@ registered network with weights (--model, --weights) or a finished training run 
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 
@@ -106,6 +107,7 @@ def _add_subject(parser):
     )
     add(
         "--workdir",
+        type=os.path.expanduser,
         required=True,
         metavar="FOLDER",
         help="where the figure and the numbers are written",
@@ -130,6 +132,7 @@ def _check_subject(parser, options):
 def _add_photographs(parser, images):
     parser.add_argument(
         "--photographs",
+        type=os.path.expanduser,
         default="",
         metavar="FOLDER",
         help="default: those that scikit-image and scikit-learn carry",
@@ -229,27 +232,34 @@ def _share(text):
 
 def _work(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    import flax.errors
-
     from cnnjax.runtime import backend, workdir
-    from cnnjax.visualize.commands import COMMANDS
     from cnnjax.visualize.subject import Subject
 
     backend.start()
+    subject = Subject(options)
+    with workdir.prepared(options.workdir, _record(options)) as folder:
+        figure, numbers = _look(subject)
+        workdir.write_figure(folder / f"{options.command}.png", figure)
+        seconds = round(time.monotonic() - started, 1)
+        results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
+        workdir.write_json(folder / "results.json", results)
+    print(f"see {folder / options.command}.png")
+
+
+def _look(subject):
+    """Runs a command; returns its figure and its numbers."""
+    import flax.errors
+
+    from cnnjax.visualize.commands import COMMANDS
+
+    options = subject.options
     try:
-        subject = Subject(options)
-        folder = workdir.prepare(options.workdir, _record(options))
-        figure, numbers = COMMANDS[options.command](subject)
+        return COMMANDS[options.command](subject)
     except flax.errors.FlaxError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}"
         ) from error
-    workdir.write_figure(folder / f"{options.command}.png", figure)
-    seconds = round(time.monotonic() - started, 1)
-    results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
-    workdir.write_json(folder / "results.json", results)
-    print(f"see {folder / options.command}.png")
 
 
 def _record(options):
