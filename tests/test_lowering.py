@@ -256,12 +256,6 @@ def test_programs_are_exported_for_every_batch_size(name):
     assert_close(exported.call(*arguments), quick.jit(gradients)(*arguments))
 
 
-@functools.partial(quick.jit, static_argnums=1)
-def pool_gradient(x, ceil):
-    # Outside jit the padded map is an intermediate result of the gradient.
-    return jax.grad(lambda x: cnn.max_pool(x, 3, 2, 1, ceil=ceil).sum())(x)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
 def test_no_infinity_or_nan_is_met(flag):
@@ -269,15 +263,24 @@ def test_no_infinity_or_nan_is_met(flag):
     options = {"jax_debug_infs": jax.debug_infs, "jax_debug_nans": jax.debug_nans}[flag]
     x = draw(0, 2, 5, 5, 2)
     with options(True), cnn.lowering("cpu"):
-        for ceil in (False, True):
-            y = cnn.max_pool(x, 3, 2, 1, ceil=ceil)
-            assert np.isfinite(y).all()
-            assert pool_gradient(x, ceil).sum() == y.size
         convolve = functools.partial(cnn.conv, padding=1)
         y, vjp = jax.vjp(convolve, x, draw(1, 3, 3, 2, 3))
         vjp(y)
         y, vjp = jax.vjp(functools.partial(norm_values, train=True), x, draw(1, 2), draw(2, 2))
         vjp(y)
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+@pytest.mark.parametrize("flag", [jax.debug_infs, jax.debug_nans])
+def test_no_infinity_of_a_border_is_met(flag, form):
+    """What the gradient keeps of the pool is looked at, too."""
+    x = draw(0, 2, 6, 6, 2)
+    with flag(True), cnn.lowering(form):
+        for options in ({"padding": 1}, {"padding": 1, "fill": "one-sided"}, {"ceil": True}):
+            pool = functools.partial(cnn.max_pool, window=3, stride=2, **options)
+            y, tangent = jax.jvp(pool, (x,), (jnp.ones_like(x),))
+            assert np.isfinite(y).all() and (tangent == 1).all()
+            assert jax.grad(lambda x, pool=pool: pool(x).sum())(x).sum() == y.size
 
 
 # ------------------------------------------------------------------ a network, transformed

@@ -6,10 +6,12 @@ import pathlib
 
 import PIL.Image
 import pytest
+import quick
 
 from cnnjax import combine, evaluate, main, predict, summary, sweep, visualize
 from cnnjax.models import base, create_model
 from cnnjax.runtime import source
+from cnnjax.weights import save_torchvision
 
 # A network of two layers with a field of its own, registered by the configuration that uses it.
 OWN = """
@@ -34,6 +36,10 @@ class Own(base.Network):
 
 def narrow(**fields):
     return Own(width=2, **fields)
+
+
+def of_colors(**fields):
+    return Own(input_shape=(16, 16, 3), **fields)
 
 
 base.register("own_NUMBER", Own)
@@ -93,9 +99,10 @@ def test_a_configuration_that_registers_a_network(own, tmp_path, capsys):
     weights = str(tmp_path / "soup" / "weights.safetensors")
     fields = ["--photographs", str(photograph.parent), "--stages", "block1", "--workdir"]
     assert visualize.main(["field", "--run", str(run), *fields, str(tmp_path / "a")]) == 0
+    # Without the run, the network has as many classes as its file says.
     with_weights = ["filters", "--model", config["model"], "--weights", weights]
     assert visualize.main([*with_weights, "--workdir", str(tmp_path / "b")]) == 2
-    assert "classes" in capsys.readouterr().err
+    assert "of another shape: fc.weight is (10, 3)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -107,7 +114,7 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     for number in range(3):
         PIL.Image.new("RGB", (24, 24), (80 * number, 9, 9)).save(photographs / f"{number}.png")
     changes = {
-        "encoders": (f"{path}:Own",),
+        "encoders": (f"{path}:of_colors",),
         "photographs": photographs,
         "image_size": 16,
         "paddings": ("zeros",),
@@ -122,9 +129,18 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     given = [f"--config.{key}={value}" for key, value in changes.items()]
     run = tmp_path / "run"
     assert main.main(["--config", "configs/posenet.py", *given, "--workdir", str(run)]) == 0
-    (cell,) = (run / "cells").glob("own.py:Own-*-zeros-0.npz")
-    (picture,) = run.glob("maps_own.py:Own-*_natural.png")
+    (cell,) = (run / "cells").glob("own.py:of_colors-*-zeros-0.npz")
+    (picture,) = run.glob("maps_own.py:of_colors-*_natural.png")
     assert f"![{picture.name}]({picture.name})" in (run / "report.md").read_text()
+
+
+def test_visualize_takes_a_file_and_its_weights(own, tmp_path):
+    path, _ = own
+    model = f"{path}:of_colors"
+    save_torchvision(quick.variables(create_model(model)), tmp_path / "a.safetensors")
+    arguments = ["--model", model, "--weights", str(tmp_path / "a.safetensors")]
+    assert visualize.main(["filters", *arguments, "--workdir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["shape"] == [3, 3, 3, 3]
 
 
 def test_published_weights_are_those_of_registered_networks(own, capsys):

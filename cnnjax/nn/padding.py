@@ -50,6 +50,8 @@ FILLS = (
     "one-sided",
     "symmetric",
 )
+# Fills of zeros, in whose place a max-pool has a border that never wins.
+ZERO_FILLS = ("zeros", "partial", "full", "one-sided")
 _NUMPY_MODES = {
     "reflect": "reflect",
     "symmetric": "symmetric",
@@ -78,7 +80,7 @@ def pad(
     - `x`: [batch, height, width, channels].
     - `amount`: rows on each side, columns on each side.
     - `fill`: one of `FILLS`.
-    - `value`: takes the place of zeros (-inf before a max-pool).
+    - `value`: takes the place of zeros.
     - `key`: source of the noise of 'random'.
 
     Raises `ValueError` for an unknown fill, for 'random' without a key, and if a map is too small
@@ -87,13 +89,10 @@ def pad(
     check_fill(fill)
     if fill == "none" or amount == (0, 0):
         return x
-    height, width = amount
     if fill == "interpolate":
+        height, width = amount
         return resize(x, (x.shape[1] + 2 * height, x.shape[2] + 2 * width))
-    if fill == "one-sided":
-        widths = ((0, 0), (2 * height, 0), (2 * width, 0), (0, 0))
-    else:
-        widths = ((0, 0), (height, height), (width, width), (0, 0))
+    widths = ((0, 0), *border_widths(amount, fill), (0, 0))
     if fill == "mean":
         return _set_into(x.mean((1, 2), keepdims=True), x, widths)
     if fill == "random":
@@ -105,11 +104,19 @@ def pad(
 
 
 def pad_constant(x: AnyArray, widths: Sequence[tuple[int, int]], value: float) -> Array:
-    """Pads each axis by (low, high) with a constant.
+    """Pads each axis by (low, high) with a constant; negative widths crop.
 
     `jnp.pad` would first make an array of the constant, which `jax_debug_infs` finds.
     """
     return jax.lax.pad(x, np.asarray(value, x.dtype), [(low, high, 0) for low, high in widths])
+
+
+def border_widths(amount: tuple[int, int], fill: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the (low, high) rows and columns that a fill adds."""
+    height, width = amount
+    if fill == "one-sided":
+        return (2 * height, 0), (2 * width, 0)
+    return (height, height), (width, width)
 
 
 def _set_into(frame: AnyArray, x: AnyArray, widths) -> Array:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from cnnjax.nn.cpu import pooling as cpu
 from cnnjax.nn.geometry import Both, Window, output_size, pair
 from cnnjax.nn.lowering import fast_on_cpu
-from cnnjax.nn.padding import check_fill, pad, pad_constant
+from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.runtime.types import AnyArray
 
 
@@ -42,22 +42,31 @@ def max_pool(
     return _max_pool(x, size, step, border, missing, "zeros" if fill == "random" else fill)
 
 
-# Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them.
+# Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them. The
+# border that never wins is made where the maximum is taken: a gradient keeps its operands, and a
+# map padded with infinities must not be one.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
 def _max_pool(x, size, stride, border, missing, fill):
-    x = pad(x, border, fill, value=-np.inf)
-    if any(missing):
-        widths = ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0))
-        x = pad_constant(x, widths, -np.inf)
+    rows, columns = (0, 0), (0, 0)
+    if fill in ZERO_FILLS:
+        rows, columns = border_widths(border, fill)
+    else:
+        x = pad(x, border, fill)
+    widths = (
+        (0, 0),
+        (rows[0], rows[1] + missing[0]),
+        (columns[0], columns[1] + missing[1]),
+        (0, 0),
+    )
     if fast_on_cpu():
-        return cpu.max_windows(x, size, stride)
-    return _reduce_windows(x, -np.inf, lax.max, size, stride)
+        return cpu.max_windows(x, size, stride, widths)
+    return _reduce_windows(x, -np.inf, lax.max, size, stride, widths)
 
 
-def _reduce_windows(x, start, operation, size, stride):
+def _reduce_windows(x, start, operation, size, stride, widths="VALID"):
     # A constant of NumPy, by which lax recognizes a maximum or a sum.
     start = np.asarray(start, x.dtype)
-    return lax.reduce_window(x, start, operation, (1, *size, 1), (1, *stride, 1), "VALID")
+    return lax.reduce_window(x, start, operation, (1, *size, 1), (1, *stride, 1), widths)
 
 
 def avg_pool(
