@@ -42,25 +42,34 @@ def max_windows(
 def _max_windows_tangent(size, stride, widths, primals, tangents):
     (x,) = primals
     y = max_windows(x, size, stride, widths)
-    crop = [(-low, -high) for low, high in widths]
-
-    def select(residuals, dx):
-        x, y = residuals
-        firsts = _first_maxima(pad_constant(x, widths, -np.inf), y, size, stride)
-        views = zip(firsts, _views(pad_constant(dx, widths, 0), size, stride))
-        return functools.reduce(operator.add, (jnp.where(first, view, 0) for first, view in views))
-
-    def scatter(residuals, dy):
-        x, y = residuals
-        x = pad_constant(x, widths, -np.inf)
-        tiles = all(length % step == 0 for length, step in zip(x.shape[1:3], stride))
-        if size == stride and tiles:
-            dx = _scatter_into_tiles(x, y, dy, size)
-        else:
-            dx = _scatter(x, y, dy, size, stride)
-        return (pad_constant(dx, crop, 0),)
-
+    window = {"size": size, "stride": stride, "widths": widths}
+    select = functools.partial(_select_tangents, **window)
+    scatter = functools.partial(_scatter_cotangents, **window)
     return y, linear_call(select, scatter, (x, y), *tangents)
+
+
+# Compiled as wholes, since outside jit `jax_debug_infs` would find the padded map.
+_compiled = functools.partial(jax.jit, static_argnames=("size", "stride", "widths"))
+
+
+@_compiled
+def _select_tangents(residuals, dx, *, size, stride, widths):
+    x, y = residuals
+    firsts = _first_maxima(pad_constant(x, widths, -np.inf), y, size, stride)
+    views = zip(firsts, _views(pad_constant(dx, widths, 0), size, stride))
+    return functools.reduce(operator.add, (jnp.where(first, view, 0) for first, view in views))
+
+
+@_compiled
+def _scatter_cotangents(residuals, dy, *, size, stride, widths):
+    x, y = residuals
+    x = pad_constant(x, widths, -np.inf)
+    tiles = all(length % step == 0 for length, step in zip(x.shape[1:3], stride))
+    if size == stride and tiles:
+        dx = _scatter_into_tiles(x, y, dy, size)
+    else:
+        dx = _scatter(x, y, dy, size, stride)
+    return (pad_constant(dx, [(-low, -high) for low, high in widths], 0),)
 
 
 def _views(x, size, stride):
