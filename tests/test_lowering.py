@@ -406,6 +406,19 @@ def test_products_with_the_hessian(case):
 
 
 @pytest.mark.slow
+def test_the_hessian_is_that_of_the_plain_form(case):
+    """Its primal values have no batch, while its tangents have one."""
+    loss, images, params, _ = case
+
+    def scaled(factors):
+        return loss(jax.tree.map(lambda leaf: factors.prod() * leaf, params), images * factors[0])
+
+    found = quick.jit(jax.hessian(scaled))(jnp.ones(2))
+    with cnn.lowering("reference"):
+        assert_close(found, quick.jit(jax.hessian(scaled))(jnp.ones(2)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet5", "mlp1", "tutorial_net"])
 def test_networks_take_any_batch(name):
     """Training is traced for an empty and a symbolic batch, without a promotion of ranks."""

@@ -113,6 +113,10 @@ def _transpose(cotangent, *operands, function, transpose, residual_count):
 
 def _batch(axis, operands, dimensions, *, function, transpose, residual_count):
     """Maps both directions over the batch; a broadcast sums cotangents of unbatched arguments."""
+    if all(dimension is None for dimension in dimensions):
+        # JAX asks for this case, too. `jax.hessian` needs results without a batch to stay so.
+        parameters = {"function": function, "transpose": transpose}
+        return _linear_call.bind(*operands, **parameters, residual_count=residual_count), None
     residuals = operands[:residual_count]
     of_residuals = tuple(dimensions[:residual_count])
     arguments = [
