@@ -4,13 +4,17 @@ import importlib
 import json
 import pathlib
 
+import matplotlib.figure
 import PIL.Image
 import pytest
 import quick
 
 from cnnjax import combine, evaluate, main, predict, summary, sweep, visualize
 from cnnjax.models import base, create_model
+from cnnjax.nn import FILLS
 from cnnjax.runtime import source
+from cnnjax.train import report
+from cnnjax.train.run import open_run
 from cnnjax.weights import save_torchvision
 
 # A network of two layers with a field of its own, registered by the configuration that uses it.
@@ -132,6 +136,23 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     (cell,) = (run / "cells").glob("own.py:of_colors-*-zeros-0.npz")
     (picture,) = run.glob("maps_own.py:of_colors-*_natural.png")
     assert f"![{picture.name}]({picture.name})" in (run / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("fill", FILLS)
+def test_every_fill_is_trained(fill, own, tmp_path, monkeypatch):
+    """One step of the whole command, but for the drawing of figures."""
+    path, _ = own
+    for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
+        monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
+    changes = {"model_fields.padding": fill, "batch_size": 1400, "parallel": "jit"}
+    given = [f"--config.{key}={value}" for key, value in changes.items()]
+    run = tmp_path / "run"
+    assert main.main(["--config", str(path), *given, "--workdir", str(run)]) == 0
+    model = open_run(run).model
+    assert (type(model).__name__, model.padding) == ("Own", fill)
+    assert 0 <= json.loads((run / "results.json").read_text())["final"]["test_error"] <= 1
 
 
 def test_visualize_takes_a_file_and_its_weights(own, tmp_path):
