@@ -64,6 +64,9 @@ def union(fields: Sequence[Field | str | None]) -> Field | str | None:
 def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
     """The field of an operation's output, from those of its operands."""
     operation = equation.primitive.name
+    if operation == "select_n":
+        # Of a choice, only what is chosen from: adaptive sampling chooses by the whole map.
+        fields = fields[1:]
     together = union(fields)
     if not isinstance(together, Field):
         return together

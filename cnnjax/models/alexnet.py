@@ -6,7 +6,7 @@ Source: Krizhevsky 2014 (arXiv 1404.5997).
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, adaptive_avg_pool, flatten, max_pool, relu
+from cnnjax.nn import Conv, Dense, adaptive_avg_pool, conv_stride, flatten, max_pool, relu, sample
 
 # (index in torchvision's `features`, filters, kernel, stride, padding, does a 3x3 max-pool of
 # stride 2 follow?)
@@ -26,21 +26,23 @@ class AlexNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
+        policy = {"fill": self.padding, "sampling": self.sampling}
         for number, (index, features, size, stride, padding, pooled) in enumerate(_TABLE, 1):
             x = relu(
                 Conv(
                     features,
                     size,
-                    stride,
+                    conv_stride(stride, self.sampling),
                     padding,
                     fill=self.padding,
                     dtype=self.dtype,
                     name=f"features.{index}",
                 )(x)
             )
+            x = sample(x, stride, **policy)
             if pooled:
                 x = yield f"conv{number}", x
-                x = max_pool(x, 3, 2, fill=self.padding)
+                x = max_pool(x, 3, 2, **policy)
         x = adaptive_avg_pool(x, 6)
         x = flatten(x)
         for layer in (1, 4):

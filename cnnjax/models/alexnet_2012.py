@@ -8,7 +8,7 @@ import functools
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, Dense, flatten, local_response_norm, max_pool, relu
+from cnnjax.nn import Conv, Dense, conv_stride, flatten, local_response_norm, max_pool, relu, sample
 
 # Convolutions 1 to 5 as (filters, kernel, stride, padding). Section 3.5 and figure 2 of Krizhevsky
 # et al.:
@@ -54,6 +54,7 @@ class AlexNet2012(Network):
                 "dtype": self.dtype,
             }
 
+        policy = {"fill": self.padding, "sampling": self.sampling}
         pools = dict(zip((1, 2, 5), self.pool_padding))
         for number, (features, size, stride, padding) in enumerate(self.convolutions, 1):
             groups = self.groups if number in _SPLIT else 1
@@ -61,7 +62,7 @@ class AlexNet2012(Network):
                 Conv(
                     features,
                     size,
-                    stride,
+                    conv_stride(stride, self.sampling),
                     padding,
                     groups=groups,
                     fill=self.padding,
@@ -69,9 +70,10 @@ class AlexNet2012(Network):
                     **shared(number),
                 )(x)
             )
+            x = sample(x, stride, **policy)
             if number in pools:
                 x = yield f"conv{number}", x
-                x = max_pool(x, 3, 2, pools[number], fill=self.padding)
+                x = max_pool(x, 3, 2, pools[number], **policy)
             if number <= 2:
                 x = local_response_norm(x)
         x = flatten(x)

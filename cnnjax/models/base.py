@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cnnjax.nn import check_fill
+from cnnjax.nn import check_fill, check_sampling
 from cnnjax.runtime import source
 from cnnjax.runtime.types import AnyArray
 
@@ -34,6 +34,7 @@ class Network(nn.Module):
 
     - `num_classes`: number of logits.
     - `padding`: fill of every convolution and pool (`cnnjax.nn.padding`).
+    - `sampling`: how every strided convolution and pool keeps positions (`cnnjax.nn.sampling`).
     - `dtype`: of the computation; parameters stay float32.
     - `axis_name`: device axis over which BatchNorm takes its statistics.
     - `input_shape`: height, width and channels of the publication's images.
@@ -41,12 +42,14 @@ class Network(nn.Module):
 
     num_classes: int = 1000
     padding: str = "zeros"
+    sampling: str = "stride"
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     input_shape: tuple[int, int, int] = (224, 224, 3)
 
     def __post_init__(self):
         check_fill(self.padding)
+        check_sampling(self.sampling)
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} is not a positive number")
         super().__post_init__()
@@ -184,7 +187,7 @@ def create_model(name: str, **fields) -> Network:
     Args:
         name: a registered name, or FILE.py:NAME or package.module:NAME, where NAME is a subclass
             of `Network`, a function that returns one, or a name that the file registers.
-        fields: `num_classes`, `padding`, `dtype`, `axis_name` and the family's own.
+        fields: `num_classes`, `padding`, `sampling`, `dtype`, `axis_name` and the family's own.
 
     Raises:
         ValueError: for an unknown model, with the nearest names, for a field that it does not

@@ -9,7 +9,18 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, avg_pool, concatenate, global_avg_pool, max_pool, relu
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    avg_pool,
+    concatenate,
+    conv_stride,
+    global_avg_pool,
+    max_pool,
+    relu,
+    sample,
+)
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
@@ -49,10 +60,13 @@ class DenseNet(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = _conv(2 * self.growth, 7, 2, padding=3, name="features.conv0", **shared)(x)
+        policy = {"fill": self.padding, "sampling": self.sampling}
+        stride = conv_stride(2, self.sampling)
+        x = _conv(2 * self.growth, 7, stride, padding=3, name="features.conv0", **shared)(x)
         x = relu(norm(name="features.norm0")(x, train))
+        x = sample(x, 2, **policy)
         x = yield "stem", x
-        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        x = max_pool(x, 3, 2, padding=1, **policy)
         for block, depth in enumerate(self.depths, 1):
             for layer in range(1, depth + 1):
                 x = DenseLayer(
@@ -66,7 +80,7 @@ class DenseNet(Network):
             if block < len(self.depths):
                 x = relu(norm(name=f"features.transition{block}.norm")(x, train))
                 x = _conv(x.shape[-1] // 2, 1, name=f"features.transition{block}.conv", **shared)(x)
-                x = avg_pool(x, 2, fill=self.padding)
+                x = avg_pool(x, 2, **policy)
         x = global_avg_pool(relu(norm(name="features.norm5")(x, train)))
         yield (
             "logits",

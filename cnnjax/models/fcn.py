@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Real
 
 from cnnjax.inspect import receptive_fields
 from cnnjax.models.base import Network, create_model, register
-from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, max_pool, relu
+from cnnjax.nn import BatchNorm, Conv, Dense, conv_stride, global_avg_pool, max_pool, relu, sample
 
 
 class SceneNet(Network):
@@ -28,13 +28,15 @@ class SceneNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
+        policy = {"fill": self.padding, "sampling": self.sampling}
         for number, block in enumerate(self.blocks, 1):
-            x = x if number == 1 else max_pool(x, 2, fill=self.padding)
+            stride = 2 if number == 1 else 1
+            x = x if number == 1 else max_pool(x, 2, **policy)
             for letter, features in zip("ab", block):
                 x = Conv(
                     features,
                     3,
-                    2 if number == 1 else 1,
+                    conv_stride(stride, self.sampling),
                     padding=1,
                     fill=self.padding,
                     use_bias=False,
@@ -46,6 +48,7 @@ class SceneNet(Network):
                         axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}"
                     )(x, train)
                 )
+                x = sample(x, stride, **policy)
             x = yield f"block{number}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
@@ -117,7 +120,11 @@ class FCN(Network):
     @nn.nowrap
     def backbone(self) -> Network:
         return create_model(
-            self.encoder, padding=self.padding, dtype=self.dtype, axis_name=self.axis_name
+            self.encoder,
+            padding=self.padding,
+            sampling=self.sampling,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
         ).clone(parent=None)
 
     @nn.nowrap

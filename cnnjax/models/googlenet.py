@@ -19,10 +19,12 @@ from cnnjax.nn import (
     Dense,
     adaptive_avg_pool,
     concatenate,
+    conv_stride,
     flatten,
     global_avg_pool,
     max_pool,
     relu,
+    sample,
 )
 
 # torchvision truncates at +-2, two hundred standard deviations away.
@@ -49,7 +51,7 @@ _AUXILIARY = {"inception4a": "aux1", "inception4d": "aux2"}
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, BatchNorm, ReLU."""
+    """A convolution without bias, BatchNorm, ReLU, and its sampling."""
 
     features: int
     size: int | tuple[int, int]
@@ -57,6 +59,7 @@ class ConvNorm(nn.Module):
     padding: int | tuple[int, int] = 0
     kernel_init: Callable = _normal
     fill: str = "zeros"
+    sampling: str = "stride"
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
@@ -65,7 +68,7 @@ class ConvNorm(nn.Module):
         x = Conv(
             self.features,
             self.size,
-            self.stride,
+            conv_stride(self.stride, self.sampling),
             self.padding,
             use_bias=False,
             kernel_init=self.kernel_init,
@@ -73,9 +76,10 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        return relu(
+        x = relu(
             BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train)
         )
+        return sample(x, self.stride, sampling=self.sampling, fill=self.fill)
 
 
 class Inception(nn.Module):
@@ -171,8 +175,11 @@ class GoogLeNet(Network):
         if self.transform_input:
             x = normalize_by_half(x)
         shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
-        pool = functools.partial(max_pool, stride=2, ceil=True, fill=self.padding)
-        x = ConvNorm(64, 7, 2, padding=3, name="conv1", **shared)(x, train)
+        pool = functools.partial(
+            max_pool, stride=2, ceil=True, fill=self.padding, sampling=self.sampling
+        )
+        stem = ConvNorm(64, 7, 2, padding=3, sampling=self.sampling, name="conv1", **shared)
+        x = stem(x, train)
         x = yield "conv1", x
         x = ConvNorm(64, 1, name="conv2", **shared)(pool(x, 3), train)
         x = ConvNorm(192, 3, padding=1, name="conv3", **shared)(x, train)

@@ -18,11 +18,13 @@ from cnnjax.nn import (
     Dense,
     avg_pool,
     concatenate,
+    conv_stride,
     flatten,
     global_avg_pool,
     local_response_norm,
     max_pool,
     relu,
+    sample,
 )
 
 
@@ -91,13 +93,14 @@ class Auxiliary(nn.Module):
     num_classes: int
     dropout: float
     fill: str
+    sampling: str
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, train):
         x = relu(
             Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(
-                avg_pool(x, 5, 3, fill=self.fill)
+                avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling)
             )
         )
         x = flatten(x)
@@ -126,10 +129,11 @@ class GoogLeNet2014(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
-        pool = functools.partial(
-            max_pool, window=3, stride=2, ceil=True, fill=self.padding
-        )  # table 1's 56, 28, 14 and 7
-        x = relu(Conv(64, 7, 2, padding=3, name="conv1", **shared)(x))
+        policy = {"fill": self.padding, "sampling": self.sampling}
+        # Table 1's 56, 28, 14 and 7.
+        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, **policy)
+        x = relu(Conv(64, 7, conv_stride(2, self.sampling), padding=3, name="conv1", **shared)(x))
+        x = sample(x, 2, **policy)
         x = yield "conv1", x
         x = local_response_norm(pool(x))
         x = relu(Conv(64, 1, name="conv2", **shared)(x))
@@ -139,9 +143,13 @@ class GoogLeNet2014(Network):
         for name, widths in _TABLE.items():
             x = Inception(widths, name=name, **shared)(x)
             if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(
-                    x, train
-                )
+                Auxiliary(
+                    self.num_classes,
+                    self.dropout_aux,
+                    sampling=self.sampling,
+                    name=_AUXILIARY[name],
+                    **shared,
+                )(x, train)
             if name in ("inception3b", "inception4e"):
                 x = yield name, x
                 x = pool(x)

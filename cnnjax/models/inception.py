@@ -11,7 +11,16 @@ from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
 from cnnjax.models.googlenet import ConvNorm, normalize_by_half
-from cnnjax.nn import Dense, align, avg_pool, concatenate, global_avg_pool, max_pool
+from cnnjax.nn import (
+    Dense,
+    align,
+    avg_pool,
+    concatenate,
+    conv_stride,
+    global_avg_pool,
+    max_pool,
+    sample,
+)
 
 # torchvision truncates at +-2, twenty standard deviations away.
 _normal = nn.initializers.normal(0.1)
@@ -96,6 +105,7 @@ class Block(nn.Module):
 
     branches: tuple
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -106,7 +116,7 @@ class Block(nn.Module):
         if step == _AVERAGE:
             return avg_pool(x, 3, 1, padding=1, fill=self.fill)
         if step == _MAXIMUM:
-            return max_pool(x, 3, 2, fill=self.fill)
+            return max_pool(x, 3, conv_stride(2, self.sampling), fill=self.fill)
         name, features, size, *stride = step
         padding = (
             0 if stride else (size // 2 if isinstance(size, int) else tuple(n // 2 for n in size))
@@ -114,7 +124,7 @@ class Block(nn.Module):
         return ConvNorm(
             features,
             size,
-            *stride,
+            *(conv_stride(number, self.sampling) for number in stride),
             padding=padding,
             kernel_init=_normal,
             fill=self.fill,
@@ -131,13 +141,15 @@ class Block(nn.Module):
             for step in branch[:-1]:
                 y = self.step(step, y, train)
             maps.append(y)
-        if self.branches[-1] == (
-            _MAXIMUM,
-        ):  # strided last steps see the same cells, though an unpadded branch has lost some
+        strided = self.branches[-1] == (_MAXIMUM,)
+        if strided:
+            # Strided last steps see the same cells, though an unpadded branch has lost some.
             maps = align(maps, self.fill)
-        return concatenate(
+        y = concatenate(
             [self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
         )
+        # All branches keep the same positions.
+        return sample(y, 2 if strided else 1, sampling=self.sampling, fill=self.fill)
 
 
 class Auxiliary(nn.Module):
@@ -148,6 +160,7 @@ class Auxiliary(nn.Module):
 
     num_classes: int
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -157,7 +170,7 @@ class Auxiliary(nn.Module):
             ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name
         )
         x = conv(128, 1, kernel_init=_normal, name="conv0")(
-            avg_pool(x, 5, 3, fill=self.fill), train
+            avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling), train
         )
         x = conv(768, 5, kernel_init=_normal, name="conv1")(x, train)
         dense = Dense(
@@ -189,16 +202,17 @@ class InceptionV3(Network):
     def walk(self, x, train):
         if self.transform_input:
             x = normalize_by_half(x)
-        shared = {"fill": self.padding, "dtype": self.dtype, "axis_name": self.axis_name}
+        policy = {"fill": self.padding, "sampling": self.sampling}
+        shared = {**policy, "dtype": self.dtype, "axis_name": self.axis_name}
         conv = functools.partial(ConvNorm, kernel_init=_normal, **shared)
         x = conv(32, 3, 2, name="Conv2d_1a_3x3")(x, train)
         x = conv(32, 3, name="Conv2d_2a_3x3")(x, train)
         x = conv(64, 3, padding=1, name="Conv2d_2b_3x3")(x, train)
         x = yield "Conv2d_2b_3x3", x
-        x = conv(80, 1, name="Conv2d_3b_1x1")(max_pool(x, 3, 2, fill=self.padding), train)
+        x = conv(80, 1, name="Conv2d_3b_1x1")(max_pool(x, 3, 2, **policy), train)
         x = conv(192, 3, name="Conv2d_4a_3x3")(x, train)
         x = yield "Conv2d_4a_3x3", x
-        x = max_pool(x, 3, 2, fill=self.padding)
+        x = max_pool(x, 3, 2, **policy)
         for name, branches in _TABLE.items():
             x = Block(branches, name=name, **shared)(x, train)
             if name in ("Mixed_5d", "Mixed_6e", "Mixed_7c"):

@@ -29,7 +29,7 @@ class TutorialNet(Network):
                 Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x)
             )
             x = yield f"conv{number}", x
-            x = max_pool(x, 2, fill=self.padding)
+            x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         for number, features in enumerate((120, 84), 1):
             x = relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
@@ -52,7 +52,7 @@ class KerasConvNet(Network):
         for number, features in enumerate((32, 64, 128, 128), 1):
             x = relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
             x = yield f"conv{number}", x
-            x = max_pool(x, 2, fill=self.padding)
+            x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         x = relu(Dense(512, name="fc1", **shared)(x))
         yield "logits", Dense(self.num_classes, name="fc2", **shared)(x)
@@ -89,7 +89,7 @@ class ConvNet(Network):
                     )(x)
                 )
             x = yield f"block{number}", x
-            x = max_pool(x, 2, fill=self.padding)
+            x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         for number in (1, 2):
             x = relu(Dense(4096, name=f"linear{number}", **shared)(x))

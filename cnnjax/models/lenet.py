@@ -3,6 +3,8 @@
 Source of the former: LeCun, Bottou, Bengio and Haffner 1998.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,13 +69,15 @@ def uniform(fan_in):
 class Subsample(nn.Module):
     """The sum of each 2x2 square, times a trainable coefficient, plus a trainable bias."""
 
+    fill: str
+    sampling: str
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", uniform(4), (x.shape[-1],)).astype(self.dtype)
         bias = self.param("bias", uniform(4), (x.shape[-1],)).astype(self.dtype)
-        sums = 4 * avg_pool(x, 2)
+        sums = 4 * avg_pool(x, 2, fill=self.fill, sampling=self.sampling)
         return add_bias(sums * jnp.broadcast_to(scale, sums.shape), bias)
 
 
@@ -106,7 +110,7 @@ class LeNet5(Network):
 
     `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its
     class's fixed code; or "linear". Its convolutions are not padded, so `padding` has nothing to
-    fill.
+    fill, except the border of a `sampling`'s filter.
     """
 
     num_classes: int = 10
@@ -125,6 +129,9 @@ class LeNet5(Network):
 
     @nn.nowrap
     def walk(self, x, train):
+        subsample = functools.partial(
+            Subsample, fill=self.padding, sampling=self.sampling, dtype=self.dtype
+        )
         x = squash(
             Conv(
                 6,
@@ -137,10 +144,10 @@ class LeNet5(Network):
             )(x)
         )
         x = yield "c1", x
-        x = squash(Subsample(self.dtype, name="s2")(x))
+        x = squash(subsample(name="s2")(x))
         x = squash(TableConv(self.dtype, name="c3")(x))
         x = yield "c3", x
-        x = squash(Subsample(self.dtype, name="s4")(x))
+        x = squash(subsample(name="s4")(x))
         x = squash(
             Conv(
                 120,
@@ -202,7 +209,7 @@ class LeNet(Network):
                 )(x)
             )
             x = yield f"conv{number}", x
-            x = max_pool(x, 2, fill=self.padding)
+            x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         x = relu(Dense(100, dtype=self.dtype, name="linear1")(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear2")(x)

@@ -14,10 +14,12 @@ from cnnjax.nn import (
     BatchNorm,
     Conv,
     Dense,
+    conv_stride,
     fit_to_branch,
     global_avg_pool,
     he_normal_fan_out,
     relu,
+    sample,
 )
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
@@ -55,6 +57,7 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -64,10 +67,10 @@ class InvertedResidual(nn.Module):
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         width = self.expansion * x.shape[-1]
         y = relu(norm(name="layers.1")(conv(width, 1, name="layers.0")(x), train))
-        y = conv(
-            width, self.size, self.stride, padding=self.size // 2, groups=width, name="layers.3"
-        )(y)
+        stride = conv_stride(self.stride, self.sampling)
+        y = conv(width, self.size, stride, padding=self.size // 2, groups=width, name="layers.3")(y)
         y = relu(norm(name="layers.4")(y, train))
+        y = sample(y, self.stride, sampling=self.sampling, fill=self.fill)
         y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
         return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
 
@@ -83,11 +86,9 @@ class MNASNet(Network):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         first, second = scaled(32, self.width), scaled(16, self.width)
-        x = relu(
-            norm(name="layers.1")(
-                _conv(first, 3, 2, padding=1, name="layers.0", **shared)(x), train
-            )
-        )
+        x = _conv(first, 3, conv_stride(2, self.sampling), padding=1, name="layers.0", **shared)(x)
+        x = relu(norm(name="layers.1")(x, train))
+        x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         x = relu(
             norm(name="layers.4")(
                 _conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x), train
@@ -105,6 +106,7 @@ class MNASNet(Network):
                     size,
                     stride if number == 0 else 1,
                     expansion,
+                    sampling=self.sampling,
                     axis_name=self.axis_name,
                     name=f"layers.{index}.{number}",
                     **shared,

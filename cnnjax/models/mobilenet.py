@@ -14,10 +14,12 @@ from cnnjax.nn import (
     BatchNorm,
     Conv,
     Dense,
+    conv_stride,
     fit_to_branch,
     global_avg_pool,
     he_normal_fan_out,
     relu,
+    sample,
 )
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
@@ -49,6 +51,7 @@ class InvertedResidual(nn.Module):
     stride: int
     expansion: int
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -60,8 +63,10 @@ class InvertedResidual(nn.Module):
         if self.expansion > 1:
             y = relu6(norm(name="conv.0.1")(conv(width, 1, name="conv.0.0")(y), train))
             index = 1
-        y = conv(width, 3, self.stride, padding=1, groups=width, name=f"conv.{index}.0")(y)
+        stride = conv_stride(self.stride, self.sampling)
+        y = conv(width, 3, stride, padding=1, groups=width, name=f"conv.{index}.0")(y)
         y = relu6(norm(name=f"conv.{index}.1")(y, train))
+        y = sample(y, self.stride, sampling=self.sampling, fill=self.fill)
         y = norm(name=f"conv.{index + 2}")(
             conv(self.features, 1, name=f"conv.{index + 1}")(y), train
         )
@@ -77,11 +82,10 @@ class MobileNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = relu6(
-            norm(name="features.0.1")(
-                _conv(32, 3, 2, padding=1, name="features.0.0", **shared)(x), train
-            )
-        )
+        stride = conv_stride(2, self.sampling)
+        x = _conv(32, 3, stride, padding=1, name="features.0.0", **shared)(x)
+        x = relu6(norm(name="features.0.1")(x, train))
+        x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         index, stage = 1, 1
         for expansion, features, repetitions, first in _TABLE:
             if first == 2:
@@ -92,6 +96,7 @@ class MobileNetV2(Network):
                     features,
                     first if number == 0 else 1,
                     expansion,
+                    sampling=self.sampling,
                     axis_name=self.axis_name,
                     name=f"features.{index}",
                     **shared,

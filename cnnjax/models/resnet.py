@@ -17,11 +17,13 @@ from cnnjax.nn import (
     BatchNorm,
     Conv,
     Dense,
+    conv_stride,
     fit_to_branch,
     global_avg_pool,
     he_normal_fan_out,
     max_pool,
     relu,
+    sample,
 )
 
 
@@ -33,6 +35,7 @@ class Block(nn.Module):
 
     layers: tuple[tuple[int, int, int, int], ...]
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -42,15 +45,24 @@ class Block(nn.Module):
             Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out
         )
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
+        keep = functools.partial(sample, sampling=self.sampling, fill=self.fill)
         y = x
         for number, (features, size, stride, groups) in enumerate(self.layers, 1):
             y = conv(
-                features, size, stride, padding=size // 2, groups=groups, name=f"conv{number}"
+                features,
+                size,
+                conv_stride(stride, self.sampling),
+                padding=size // 2,
+                groups=groups,
+                name=f"conv{number}",
             )(y)
             y = norm(name=f"bn{number}")(y, train)
             if number < len(self.layers):
                 y = relu(y)
-        stride = max(stride for _, _, stride, _ in self.layers)
+            # The skip keeps the positions that the branch keeps.
+            x = keep(x, stride, like=y)
+            y = keep(y, stride)
+        stride = max(conv_stride(stride, self.sampling) for _, _, stride, _ in self.layers)
         x = fit_to_branch(x, y, stride)
         if x.shape != y.shape:
             x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
@@ -82,25 +94,31 @@ class ResNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        shared = {"dtype": self.dtype, "fill": self.padding}
+        policy = {"fill": self.padding, "sampling": self.sampling}
         x = Conv(
             64,
             7,
-            2,
+            conv_stride(2, self.sampling),
             padding=3,
             use_bias=False,
             kernel_init=he_normal_fan_out,
+            fill=self.padding,
+            dtype=self.dtype,
             name="conv1",
-            **shared,
         )(x)
         x = relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
+        x = sample(x, 2, **policy)
         x = yield "stem", x
-        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        x = max_pool(x, 3, 2, padding=1, **policy)
         for stage, depth in enumerate(self.depths):
             for number in range(depth):
                 layers = self.block(64 * 2**stage, 2 if stage > 0 and number == 0 else 1)
                 x = Block(
-                    layers, axis_name=self.axis_name, name=f"layer{stage + 1}.{number}", **shared
+                    layers,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    name=f"layer{stage + 1}.{number}",
+                    **policy,
                 )(x, train)
             x = yield f"layer{stage + 1}", x
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))

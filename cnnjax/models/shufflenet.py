@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import BatchNorm, Conv, Dense, concatenate, global_avg_pool, max_pool, relu
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    concatenate,
+    conv_stride,
+    global_avg_pool,
+    max_pool,
+    relu,
+    sample,
+)
 
 _conv = functools.partial(Conv, use_bias=False)
 
@@ -33,6 +43,7 @@ class Unit(nn.Module):
     features: int
     stride: int
     fill: str
+    sampling: str
     dtype: DTypeLike
     axis_name: str | None
 
@@ -41,18 +52,25 @@ class Unit(nn.Module):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
 
+        keep = functools.partial(sample, stride=self.stride, sampling=self.sampling, fill=self.fill)
+        stride = conv_stride(self.stride, self.sampling)
+
         def depthwise(y, name):
-            return conv(y.shape[-1], 3, self.stride, padding=1, groups=y.shape[-1], name=name)(y)
+            return conv(y.shape[-1], 3, stride, padding=1, groups=y.shape[-1], name=name)(y)
 
         half = self.features // 2
         if self.stride == 1:
             left, right = jnp.split(x, 2, axis=3)
+            dense = None
         else:
-            left = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
+            dense = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
+            left = keep(dense)
             left = relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
             right = x
         right = relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
         right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
+        # Both branches keep the same positions.
+        right = keep(right, like=dense)
         right = relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
         return channel_shuffle(concatenate([left, right], self.fill))
 
@@ -70,16 +88,19 @@ class ShuffleNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        x = relu(
-            norm(name="conv1.1")(_conv(24, 3, 2, padding=1, name="conv1.0", **shared)(x), train)
-        )
+        policy = {"fill": self.padding, "sampling": self.sampling}
+        stride = conv_stride(2, self.sampling)
+        x = _conv(24, 3, stride, padding=1, name="conv1.0", **shared)(x)
+        x = relu(norm(name="conv1.1")(x, train))
+        x = sample(x, 2, **policy)
         x = yield "conv1", x
-        x = max_pool(x, 3, 2, padding=1, fill=self.padding)
+        x = max_pool(x, 3, 2, padding=1, **policy)
         for stage, depth, width in zip((2, 3, 4), (4, 8, 4), self.widths):
             for number in range(depth):
                 x = Unit(
                     width,
                     2 if number == 0 else 1,
+                    sampling=self.sampling,
                     axis_name=self.axis_name,
                     name=f"stage{stage}.{number}",
                     **shared,

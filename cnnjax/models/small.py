@@ -5,7 +5,16 @@ import jax
 
 from cnnjax.models.base import Network
 from cnnjax.models.resnet import Block, basic
-from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, he_normal_fan_out, relu
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    conv_stride,
+    global_avg_pool,
+    he_normal_fan_out,
+    relu,
+    sample,
+)
 
 
 class SmallConvNet(Network):
@@ -25,13 +34,14 @@ class SmallConvNet(Network):
             conv = Conv(
                 features,
                 3,
-                stride,
+                conv_stride(stride, self.sampling),
                 padding=1,
                 fill=self.padding,
                 kernel_init=he_normal_fan_out,
                 name=name,
             )
             x = relu(conv(x))
+            x = sample(x, stride, sampling=self.sampling, fill=self.padding)
             x = yield name, x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
@@ -53,7 +63,7 @@ class SmallResNet(Network):
         stem = Conv(
             self.widths[0],
             7,
-            2,
+            conv_stride(2, self.sampling),
             padding=3,
             fill=self.padding,
             use_bias=False,
@@ -61,10 +71,18 @@ class SmallResNet(Network):
             name="conv1",
         )
         x = relu(BatchNorm(name="bn1")(stem(x), train))
+        x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         for number, width in enumerate(self.widths, 1):
             stride = 1 if number == 1 else 2
             name = f"layer{number}"
-            block = Block(basic(width, stride), self.padding, self.dtype, self.axis_name, name=name)
+            block = Block(
+                basic(width, stride),
+                fill=self.padding,
+                sampling=self.sampling,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                name=name,
+            )
             x = block(x, train)
             x = yield name, x
         if self.permute:

@@ -79,7 +79,8 @@ class Speedrun(Network):
                     **shared,
                     name=f"block{number}.conv{layer}",
                 )(x)
-                x = max_pool(x, 2, fill=self.padding) if layer == 1 else x
+                if layer == 1:
+                    x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
                 x = _gelu(
                     _BatchNorm(
                         dtype=self.dtype,

@@ -9,7 +9,7 @@ import flax.linen as nn
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.nn import Conv, concatenate, global_avg_pool, max_pool, relu
+from cnnjax.nn import Conv, concatenate, conv_stride, global_avg_pool, max_pool, relu, sample
 
 _conv = functools.partial(
     Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros
@@ -51,8 +51,11 @@ class SqueezeNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
+        policy = {"fill": self.padding, "sampling": self.sampling}
         features, size = self.stem
-        x = relu(_conv(features, size, 2, name="features.0", **shared)(x))
+        stride = conv_stride(2, self.sampling)
+        x = relu(_conv(features, size, stride, name="features.0", **shared)(x))
+        x = sample(x, 2, **policy)
         index = 2  # torchvision numbers convolution, ReLU, pools and fire modules alike
         for number, widths in enumerate((None, *_FIRES), 1):
             if widths:
@@ -61,7 +64,7 @@ class SqueezeNet(Network):
             if number in self.pools or number == 9:
                 x = yield (f"fire{number}" if widths else "conv1"), x
             if number in self.pools:
-                x = max_pool(x, 3, 2, ceil=True, fill=self.padding)
+                x = max_pool(x, 3, 2, ceil=True, **policy)
                 index += 1
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = relu(

@@ -80,7 +80,7 @@ class VGG(Network):
                     x = yield f"conv{number}_{within}", x
             if not self.every_layer:
                 x = yield f"block{number}", x
-            x = max_pool(x, 2, fill=self.padding)
+            x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
             index += 1
         x = adaptive_avg_pool(x, 7)
         x = flatten(x)

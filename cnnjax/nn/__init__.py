@@ -12,10 +12,12 @@ from cnnjax.nn.norm import BatchNorm, local_response_norm
 from cnnjax.nn.padding import FILLS, align, center, check_fill, concatenate, fit_to_branch, pad
 from cnnjax.nn.pooling import adaptive_avg_pool, avg_pool, flatten, global_avg_pool, max_pool
 from cnnjax.nn.resize import resize
+from cnnjax.nn.sampling import SAMPLINGS, check_sampling, conv_stride, sample
 from cnnjax.nn.sums import add_bias
 
 __all__ = [
     "FILLS",
+    "SAMPLINGS",
     "BatchNorm",
     "Conv",
     "Dense",
@@ -25,8 +27,10 @@ __all__ = [
     "avg_pool",
     "center",
     "check_fill",
+    "check_sampling",
     "concatenate",
     "conv",
+    "conv_stride",
     "fit_to_branch",
     "flatten",
     "global_avg_pool",
@@ -39,5 +43,6 @@ __all__ = [
     "relu",
     "relu_rule",
     "resize",
+    "sample",
     "uniform_fan_in",
 ]

@@ -12,6 +12,7 @@ from cnnjax.nn.cpu import pooling as cpu
 from cnnjax.nn.geometry import Both, Window, output_size, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
+from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
 
 
@@ -23,6 +24,7 @@ def max_pool(
     *,
     ceil: bool = False,
     fill: str = "zeros",
+    sampling: str = "stride",
 ) -> Float[Array, "batch height_out width_out channels"]:
     """Takes the largest value of each window.
 
@@ -35,11 +37,20 @@ def max_pool(
         missing values never win, and 'none' has none.
     - `fill`: what the border is filled with (`cnnjax.nn.padding`). Under fills of zeros, and
         'random', the border never wins, as in PyTorch; under other fills it takes part.
+    - `sampling`: how a stride keeps positions (`cnnjax.nn.sampling`).
 
     Returns [batch, height', width', channels]. Raises `ValueError` if the output would be empty.
     """
+    check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
-    return _max_pool(x, size, step, border, missing, "zeros" if fill == "random" else fill)
+    policy = "zeros" if fill == "random" else fill
+    if sampling == "stride" or step == (1, 1):
+        return _max_pool(x, size, step, border, missing, policy)
+    if fill == "circular":
+        x = _wrap(x, size, step, border, missing)
+        border = missing = (0, 0)
+    dense = _max_pool(x, size, (1, 1), border, missing, policy)
+    return sample(dense, step, sampling=sampling, fill=fill)
 
 
 # Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them. The
@@ -76,14 +87,20 @@ def avg_pool(
     padding: Both = 0,
     *,
     fill: str = "zeros",
+    sampling: str = "stride",
 ) -> Float[Array, "batch height_out width_out channels"]:
     """Takes the mean of each window.
 
     Arguments are those of `max_pool`. Under fills of zeros the border counts, as PyTorch's
     default has it; under 'partial' and 'random' only values inside the image do. Raises
     `ValueError` if the output would be empty.
+
+    If the stride is above 1, the filter of a `sampling` such as 'blur' takes the place of the mean.
     """
+    check_sampling(sampling)
     size, step, border, _ = _geometry(x, window, stride, padding, fill)
+    if sampling != "stride" and step != (1, 1):
+        return _sampled_mean(x, size, step, border, fill, sampling)
     fill = "partial" if fill == "random" else fill
     padded = pad(x, border, fill)
     if fast_on_cpu():
@@ -94,6 +111,31 @@ def avg_pool(
         inside = Window(step, border).valid_taps(x.shape, size).clip(1)
         return total / jnp.asarray(inside, x.dtype)[None, :, :, None]
     return total / (size[0] * size[1])
+
+
+def _sampled_mean(x, size, stride, border, fill, sampling):
+    """Filters a map in place of its means, or chooses a grid of its dense means."""
+    if sampling in FILTERS:
+        height, width = Window(stride, border).output_shape(x.shape, size)
+        return sample(x, stride, sampling=sampling, fill=fill)[:, :height, :width]
+    if fill == "circular":
+        x = _wrap(x, size, stride, border, (0, 0))
+        border = (0, 0)
+    dense = avg_pool(x, size, 1, border, fill=fill)
+    return sample(dense, stride, sampling=sampling, fill=fill)
+
+
+def _wrap(x, size, stride, border, missing):
+    """Pads a map circularly, so far that dense windows are a multiple of the stride.
+
+    2x2 windows on a map of even size then wrap around its end, as in the code of Chaman and
+    Dokmanic: a circular shift of the map shifts the dense windows, and loses none.
+    """
+    widths = []
+    for length, window, step, low, more in zip(x.shape[1:3], size, stride, border, missing):
+        count = step * output_size(length + more, window, step, low)
+        widths.append((low, count + window - 1 - length - low))
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode="wrap")
 
 
 def _geometry(x, window, stride, padding, fill, ceil=False):
