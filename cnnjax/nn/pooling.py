@@ -43,14 +43,19 @@ def max_pool(
     """
     check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
-    policy = "zeros" if fill == "random" else fill
-    if sampling == "stride" or step == (1, 1):
-        return _max_pool(x, size, step, border, missing, policy)
+    if sampling != "stride" and step != (1, 1):
+        return _sampled_max(x, size, step, border, missing, fill, sampling)
+    return _max_pool(x, size, step, border, missing, fill)
+
+
+def _sampled_max(x, size, stride, border, missing, fill, sampling):
+    """Samples the maximum of every window."""
     if fill == "circular":
-        x = _wrap(x, size, step, border, missing)
-        border = missing = (0, 0)
-    dense = _max_pool(x, size, (1, 1), border, missing, policy)
-    return sample(dense, step, sampling=sampling, fill=fill)
+        x = _wrap(x, size, stride, border, missing)
+        border = (0, 0)
+        missing = (0, 0)
+    dense = _max_pool(x, size, (1, 1), border, missing, fill)
+    return sample(dense, stride, sampling=sampling, fill=fill)
 
 
 # Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them. The
@@ -58,6 +63,7 @@ def max_pool(
 # map padded with infinities must not be one.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
 def _max_pool(x, size, stride, border, missing, fill):
+    fill = "zeros" if fill == "random" else fill
     rows, columns = (0, 0), (0, 0)
     if fill in ZERO_FILLS:
         rows, columns = border_widths(border, fill)

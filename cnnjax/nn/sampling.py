@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from cnnjax.nn.geometry import Both, pair
 from cnnjax.nn.padding import center, pad
@@ -125,7 +125,7 @@ def _choose_grid(x, like, stride):
     return y
 
 
-def _grids(x: Array, stride: tuple[int, int]) -> Iterator[Array]:
+def _grids(x: AnyArray, stride: tuple[int, int]) -> Iterator[AnyArray]:
     """Yields the polyphase components, row by row, all of one size.
 
     As in the authors' code, a map that the stride does not divide is followed by its first rows.

@@ -1,0 +1,343 @@
+"""Sampling as a policy: its algebra, the authors' outputs, and every network under it."""
+
+import functools
+import itertools
+import pathlib
+
+import flax.traverse_util
+import formula
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+import test_lectures
+
+from cnnjax import weights
+from cnnjax.inspect import layers, receptive_field
+from cnnjax.models import create_model, list_models
+from cnnjax.models.resnet import Block, basic, bottleneck
+from cnnjax.models.small import SmallConvNet, SmallResNet
+from cnnjax.nn import FILLS, SAMPLINGS, avg_pool, lowering, max_pool, sample
+
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "sampling.npz")
+SAMPLED = tuple(sampling for sampling in SAMPLINGS if sampling != "stride")
+# NumPy's names of the fills that copy or repeat what they are given.
+MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "symmetric": "symmetric",
+    "replicate": "edge",
+    "circular": "wrap",
+}
+
+
+def image(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def all_shifts(x):
+    """Returns the circular shifts of one image, row by row, as a batch."""
+    shifts = np.ndindex(*x.shape[1:3])
+    return np.concatenate([np.roll(x, shift, (1, 2)) for shift in shifts])
+
+
+# --- The operation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taps, sampling", [(3, "blur"), (5, "blur5")])
+def test_the_filter_is_the_authors(taps, sampling):
+    x = formula.uniform("filter", (2, 3, 9, 8)).transpose(0, 2, 3, 1)
+    borders = {
+        "reflect": "reflect",
+        "replicate": "replicate",
+        "zeros": "zero",
+        "circular": "circular",
+    }
+    for fill, border in borders.items():
+        y = sample(x, 2, sampling=sampling, fill=fill)
+        theirs = GOLDEN[f"{taps}/{border}"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(y, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2)])
+def test_the_filter_is_a_binomial_convolution(stride):
+    x = image(1, 7, 6, 1)
+    rows, columns = stride if isinstance(stride, tuple) else (stride, stride)
+    row_weights = [1 / 4, 1 / 2, 1 / 4] if rows > 1 else [0, 1, 0]
+    kernel = np.outer(row_weights, [1 / 4, 1 / 2, 1 / 4])
+    for fill, mode in MODES.items():
+        padded = np.pad(x[0, :, :, 0], 1, mode)
+        dense = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))
+        expected = np.einsum("hwij,ij->hw", dense, kernel)[::rows, ::columns]
+        y = sample(x, stride, sampling="blur", fill=fill)
+        np.testing.assert_allclose(y[0, :, :, 0], expected, atol=1e-6)
+
+
+def test_a_constant_stays_constant_where_the_border_is_not_invented():
+    x = np.full((1, 7, 6, 2), 3.0, np.float32)
+
+    @quick.jit
+    def sampled(x):
+        maps = {}
+        for fill, sampling in itertools.product(FILLS, SAMPLED):
+            maps[fill, sampling] = sample(x, 2, sampling=sampling, fill=fill)
+        return maps
+
+    for (fill, sampling), y in sampled(x).items():
+        lost = {"blur": 2, "blur5": 4}.get(sampling, 0) if fill == "none" else 0
+        assert y.shape == (1, (7 - lost + 1) // 2, (6 - lost + 1) // 2, 2)
+        has_zeros = fill in ("zeros", "full", "one-sided") and sampling != "aps"
+        assert bool(np.allclose(y, 3)) == (not has_zeros), (fill, sampling)
+
+
+def test_adaptive_sampling_keeps_the_grid_of_largest_norm():
+    x = np.zeros((3, 4, 6, 2), np.float32)
+    x[0, 1::2, ::2] = 1
+    # Larger in sum, smaller in norm.
+    x[0, ::2, 1::2] = 0.9
+    # One channel decides for both.
+    x[1, 1::2, 1::2, 0] = -2
+    x[1, ::2, ::2, 1] = 1
+    # Of equals, the first.
+    x[2] = 1
+    x[2, :, :, 1] = np.arange(6) // 2
+    y = sample(x, 2, sampling="aps")
+    np.testing.assert_array_equal(y[0], x[0, 1::2, ::2])
+    np.testing.assert_array_equal(y[1], x[1, 1::2, 1::2])
+    np.testing.assert_array_equal(y[2], x[2, ::2, ::2])
+
+
+def test_a_skip_keeps_the_grid_of_its_branch():
+    x = image(4, 6, 6, 3)
+    branch = image(4, 6, 6, 5, seed=1)
+    y = sample(x, 2, sampling="aps", like=branch)
+    for one, its_branch, kept in zip(x, branch, y):
+        grids = list(np.ndindex(2, 2))
+        norms = [np.linalg.norm(its_branch[row::2, column::2]) for row, column in grids]
+        row, column = grids[int(np.argmax(norms))]
+        np.testing.assert_array_equal(kept, one[row::2, column::2])
+
+
+def test_a_map_that_the_stride_does_not_divide_is_followed_by_its_first_rows():
+    x = np.zeros((1, 5, 4, 1), np.float32)
+    x[0, 1::2] = 1
+    y = sample(x, 2, sampling="aps")
+    assert y.shape == (1, 3, 2, 1)
+    np.testing.assert_array_equal(y[0, :, 0, 0], [1, 1, 0])
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+@pytest.mark.parametrize(
+    "pool, window, stride, padding, options",
+    [
+        (max_pool, 2, 2, 0, {}),
+        (max_pool, 3, 2, 1, {}),
+        (max_pool, 3, 2, 0, {"ceil": True}),
+        (max_pool, 2, (2, 1), 0, {}),
+        (avg_pool, 2, 2, 0, {}),
+        (avg_pool, 5, 3, 0, {}),
+    ],
+)
+def test_pools_have_the_size_that_the_stride_gives(
+    pool, window, stride, padding, options, sampling
+):
+    def shape(size, **policy):
+        x = jax.ShapeDtypeStruct((1, size, size + 1, 2), jnp.float32)
+        call = lambda x: pool(x, window, stride, padding, **options, **policy)
+        return jax.eval_shape(call, x).shape
+
+    for size in (9, 10, 12, 13):
+        for fill in sorted({*FILLS} - {"none"}):
+            assert shape(size, fill=fill, sampling=sampling) == shape(size, fill=fill)
+
+
+def test_pools_by_their_definition():
+    x = image(2, 6, 8, 3)
+    wrapped = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), "wrap")
+    windows = np.lib.stride_tricks.sliding_window_view(wrapped, (2, 2), (1, 2))
+    for sampling in SAMPLED:
+        policy = {"sampling": sampling, "fill": "circular"}
+        np.testing.assert_allclose(
+            max_pool(x, 2, **policy), sample(windows.max((-1, -2)), 2, **policy), atol=1e-6
+        )
+        means = windows.mean((-1, -2)) if sampling == "aps" else x
+        np.testing.assert_allclose(avg_pool(x, 2, **policy), sample(means, 2, **policy), atol=1e-6)
+
+
+def test_wrong_words_and_small_maps():
+    words = "sampling='mirror' is not one of stride, blur, blur5, aps"
+    x = image(1, 4, 4, 1)
+    calls = [
+        lambda: create_model("lenet", sampling="mirror"),
+        lambda: sample(x, 2, sampling="mirror"),
+        lambda: max_pool(x, 2, sampling="mirror"),
+        lambda: avg_pool(x, 2, sampling="mirror"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(ValueError, match="5 taps with padding='none' has no output on a 4x4 map"):
+        sample(x, 2, sampling="blur5", fill="none")
+    with pytest.raises(ValueError, match="padding='reflect' cannot pad a 2x2 map by 2x2"):
+        sample(x[:, :2, :2], 2, sampling="blur5", fill="reflect")
+
+
+# --- Networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["blur", "aps"])
+@pytest.mark.parametrize("kind, make", [("basic", basic), ("bottleneck", bottleneck)])
+def test_a_residual_block_is_the_authors(kind, make, sampling):
+    block = Block(
+        make(4, 2),
+        fill="circular",
+        sampling=sampling,
+        dtype=jnp.float32,
+        axis_name=None,
+    )
+    x = formula.uniform("block", (3, 8, 8, 8)).transpose(0, 2, 3, 1)
+    shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, False), x)
+    # The formula's parameters by torchvision's names and layout.
+    names = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    flat = {}
+    for path, leaf in flax.traverse_util.flatten_dict(shapes).items():
+        key = ".".join((*path[1:-1], names.get(path[-1], path[-1])))
+        order = (3, 2, 0, 1) if len(leaf.shape) == 4 else (0,)
+        values = formula.parameter(key, tuple(leaf.shape[axis] for axis in order))
+        flat[path] = values.transpose(np.argsort(order))
+    y = quick.jit(block.apply, static_argnums=2)(flax.traverse_util.unflatten_dict(flat), x, False)
+    theirs = GOLDEN[f"{sampling}/{kind}"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(y, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def stages_and_logits(model, variables, x):
+    return model.apply(variables, x, False, "logits", method="_run")
+
+
+def outputs(model, shape):
+    """Returns the shapes of stages and logits, and of parameters, without computing any."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    run = functools.partial(model.init_with_output, method="_run", train=False, last="logits")
+    maps, variables = jax.eval_shape(run, jax.random.key(0), x)
+    sizes = jax.tree.map(lambda leaf: leaf.shape, dict(maps))
+    return sizes, jax.tree.map(lambda leaf: leaf.shape, variables)
+
+
+def check_outputs(name, sizes, samplings):
+    for size in sizes:
+        model = create_model(name, num_classes=7)
+        shape = (2, size, size, model.input_shape[2])
+        published = outputs(model, shape)
+        for sampling in samplings:
+            assert outputs(model.clone(sampling=sampling), shape) == published, (sampling, size)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "lenet5", "mlp1"])
+def test_shapes_and_parameters_are_those_of_the_stride(name):
+    size = create_model(name).input_shape[0]
+    check_outputs(name, (size,), ("blur", "aps"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_shapes_and_parameters_of_every_network(name):
+    size = create_model(name).input_shape[0]
+    # Networks that flatten their last map have one size.
+    sizes = (size,) if name in test_lectures.TOTALS else (size, size + 21, size + 30)
+    check_outputs(name, sizes, SAMPLED)
+
+
+def variables_of(model):
+    """Returns weights that are no one's, for images of 16x16 pixels."""
+    return quick.variables(model, jnp.zeros((1, 16, 16, 3)))
+
+
+@pytest.mark.parametrize(
+    "network", [SmallConvNet(layers=((8, 2), (8, 2), (8, 2))), SmallResNet(widths=(4, 4, 4, 4))]
+)
+def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(network):
+    """Logits are equal; a stage's map is the same up to a circular shift."""
+    x = all_shifts(image(1, 16, 16, 3))
+    model = network.clone(padding="circular", sampling="aps")
+    variables = variables_of(model)
+    maps = quick.jit(stages_and_logits, static_argnums=0)(model, variables, x)
+    logits = maps.pop("logits")
+    np.testing.assert_allclose(logits, logits[:1].repeat(256, 0), atol=1e-5)
+    for stage, y in maps.items():
+        y = np.asarray(y)
+        rolled = all_shifts(y[:1])
+        distances = np.abs(y[:, None] - rolled[None]).max((2, 3, 4)).min(1)
+        assert distances.max() < 1e-5 * np.abs(y).max(), stage
+    logits = np.asarray(quick.jit(model.clone(padding="zeros").apply)(variables, x))
+    assert logits.std(0).max() > 1e-3 * np.abs(logits).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet18", "googlenet", "densenet121", "mobilenet_v2", "shufflenet_v2_x0_5"]
+)
+def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name):
+    model = create_model(name, num_classes=7, padding="circular", sampling="aps")
+    x = image(1, 64, 64, 3)
+    shifts = [(0, 0), (1, 0), (0, 1), (3, 7), (17, 30), (63, 32)]
+    batch = np.concatenate([np.roll(x, shift, (1, 2)) for shift in shifts])
+    variables = quick.variables(model, x)
+    logits = np.asarray(quick.jit(model.apply)(variables, batch))
+    largest = np.abs(logits).max()
+    np.testing.assert_allclose(logits, logits[:1].repeat(len(shifts), 0), atol=1e-4 * largest)
+    strided = np.asarray(quick.jit(model.clone(sampling="stride").apply)(variables, batch))
+    assert np.abs(strided - strided[:1]).max() > 1e-2 * np.abs(strided).max()
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+def test_both_lowerings_agree_and_gradients_are_finite(sampling):
+    model = SmallConvNet(layers=((4, 2), (6, 2)), padding="partial", sampling=sampling)
+    variables = variables_of(model)
+    x = image(3, 15, 18, 3)
+
+    def loss(params, form):
+        with lowering(form):
+            logits = model.apply({"params": params}, x, train=True)
+        return jnp.square(logits).sum(), logits
+
+    run = quick.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, logits), gradients = run(variables["params"], "cpu")
+    (_, plain_logits), plain_gradients = run(variables["params"], "reference")
+    np.testing.assert_allclose(logits, plain_logits, atol=1e-5)
+    np.testing.assert_allclose(logits, model.apply(variables, x), atol=1e-5)
+    for gradient, plain in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients)):
+        assert np.isfinite(gradient).all()
+        assert np.any(np.asarray(gradient) != 0)
+        np.testing.assert_allclose(gradient, plain, atol=1e-4 * np.abs(plain).max())
+
+
+def test_torchvisions_weights_load_under_every_sampling(tmp_path):
+    model = create_model("squeezenet1_1", num_classes=3)
+    variables = quick.variables(model, jnp.zeros((1, 64, 64, 3)))
+    weights.save_torchvision(variables, tmp_path / "weights.safetensors")
+    for sampling in SAMPLED:
+        loaded = weights.load_torchvision(
+            tmp_path / "weights.safetensors", model.clone(sampling=sampling)
+        )
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded["params"], variables["params"]))
+
+
+def test_tables_count_dense_convolutions_and_fields_see_filters():
+    model = SmallConvNet()
+    tables = {}
+    for sampling in SAMPLINGS:
+        tables[sampling] = {row.name: row for row in layers(model.clone(sampling=sampling))}
+    # Convolution 2 has stride 2 and an input of 24x24; 3 one of 12x12; 4 is not strided.
+    macs = {"stride": 12 * 12 * 9 * 16 * 32, "blur": 24 * 24 * 9 * 16 * 32}
+    macs |= {"blur5": macs["blur"], "aps": macs["blur"]}
+    for sampling, table in tables.items():
+        assert table["conv2"].macs == macs[sampling]
+        assert table["conv4"].macs == tables["stride"]["conv4"].macs
+    fields = {}
+    for sampling in SAMPLINGS:
+        fields[sampling] = receptive_field(model.clone(sampling=sampling), "conv2")
+    assert {field.step for field in fields.values()} == {(2, 2)}
+    # Two 3x3 windows; the filters add their taps around them, a chosen grid a pixel below.
+    spans = {name: (field.low[0], field.high[0]) for name, field in fields.items()}
+    assert spans == {"stride": (-2, 2), "blur": (-3, 3), "blur5": (-4, 4), "aps": (-2, 3)}
