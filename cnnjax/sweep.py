@@ -157,7 +157,7 @@ def run_cell(cell: Cell) -> None:
         workdir.write_json(cell.failure, {"error": str(error)})
 
 
-def launch(options: argparse.Namespace) -> None:
+def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
     """Start jobs that each run this same command without its launcher."""
     words = [sys.executable, "-m", "cnnjax.sweep"]
     words += ["--config", options.config, "--workdir", str(options.workdir)]
@@ -170,6 +170,8 @@ def launch(options: argparse.Namespace) -> None:
         count=options.jobs,
         settings=options.slurm,
     )
+    # It lists what is unfinished, whatever becomes of the jobs.
+    write_table(options.workdir, cells)
     told = ", ".join(f"job {name}" for name in names)
     _LOG.info("started %s; their output is in %s", told, folder)
 
@@ -268,10 +270,13 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
     backend.reach_devices()
     check(cells)
     if options.launcher:
-        launch(options)
+        launch(options, cells)
         return
     try:
         run_cells(cells, options.workdir)
+    except workdir.Interrupted:
+        write_table(options.workdir, cells)
+        raise
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
     write_table(options.workdir, cells)

@@ -643,6 +643,15 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
     assert record(tmp_path) == record(finished)
 
 
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_path):
+    """Slurm sends SIGTERM twice to a job that it cancels, or whose time is over."""
+    repeated = f'at(step, "resident_steps", signal.{first}, signal.SIGTERM, signal.SIGTERM)'
+    code, errors = machine.train(tmp_path, SIGNAL + repeated)
+    assert code == 75, errors
+    assert f"stopped by {first} after step 1 of 30, which is saved" in line(errors)
+
+
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
     """During a call into XLA, of which a minute is left, in a step and outside of one, and while
     the first one is still being heeded."""
@@ -684,7 +693,7 @@ report.write = write
     )
     assert (
         code == also == 130
-        and "SIGTERM: saving after this step; once more to stop at once" in errors
+        and "SIGTERM: saving after this step; Ctrl-C to stop at once" in errors
         and other == 143
     )
     assert time.monotonic() - began < 30

@@ -214,6 +214,15 @@ def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(run_swee
     assert "\nUnfinished: seed=2\n" in (tmp_path / "runs" / "sweep.md").read_text()
 
 
+def test_a_sweep_that_is_stopped_in_its_first_cell_says_what_is_unfinished(run_sweep, tmp_path):
+    def stop(config, folder):
+        raise workdir.Interrupted("stopped by SIGTERM")
+
+    assert run_sweep(stop) == 75
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["unfinished"] == [f"seed={seed}" for seed in range(4)]
+
+
 @pytest.mark.parametrize(
     "body, message",
     [

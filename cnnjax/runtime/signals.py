@@ -1,4 +1,4 @@
-"""Signals that stop a run: it saves at the first one, and a second Ctrl-C or SIGTERM ends it."""
+"""Signals that stop a run: it saves at the first one, and Ctrl-C after that ends it at once."""
 
 import contextlib
 import os
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 
 # A person or a system asks the process to stop.
 _STOP = (signal.SIGINT, signal.SIGTERM)
-# A scheduler announces the end of a job's time, perhaps more than once.
+# A scheduler announces the end of a job's time.
 _ANNOUNCE = (signal.SIGUSR1, signal.SIGUSR2)
+# What a system sends, perhaps more than once.
+_SYSTEM = (signal.SIGTERM, *_ANNOUNCE)
 
 
 @contextlib.contextmanager
@@ -18,7 +20,9 @@ def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None
 
     A handler in Python waits for a compilation or a long computation to end; a thread does not.
     A signal that is ignored stays so, as for a command that a shell runs in the background.
-    A second SIGINT or SIGTERM ends the process at once.
+    SIGINT after SIGINT or SIGTERM ends the process at once, and so does SIGTERM after SIGINT. A
+    system may repeat its signals: Slurm sends SIGTERM twice within a moment, perhaps after the
+    announcement. Those that follow change nothing.
 
     Args:
         handler: called with number and frame, as by `signal.signal`.
@@ -26,11 +30,11 @@ def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None
     """
 
     def handle(number, frame):
-        # One announcement is enough: another must not disturb the process while it saves and
-        # leaves.
-        if number in _ANNOUNCE:
-            for announcement in _ANNOUNCE:
-                signal.signal(announcement, signal.SIG_IGN)
+        # One signal of the system is enough: another must not disturb the process while it saves
+        # and leaves.
+        if number in _SYSTEM:
+            for repeated in _SYSTEM:
+                signal.signal(repeated, signal.SIG_IGN)
         handler(number, frame)
 
     before = {}
@@ -42,13 +46,15 @@ def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None
 
     def receive():
         is_told = False
-        is_stopping = False
+        stopped_by = 0
         while number := os.read(reader, 1)[0]:
             if number not in before:
                 continue
-            if is_stopping and number in _STOP:
-                os._exit(128 + number)
-            is_stopping = is_stopping or number in _STOP
+            if number in _STOP:
+                is_repeated = number == stopped_by == signal.SIGTERM
+                if stopped_by and not is_repeated:
+                    os._exit(128 + number)
+                stopped_by = number
             if not is_told:
                 is_told = True
                 first(number)
@@ -60,7 +66,9 @@ def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None
         yield
     finally:
         for number, previous in before.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            # Ignored until the outermost context ends, announcements until the process does.
+            is_kept = number in _ANNOUNCE or callable(previous)
+            if not is_kept or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, previous)
         signal.set_wakeup_fd(descriptor)
         os.write(writer, bytes(1))

@@ -266,7 +266,7 @@ def _heard_signals() -> Iterator[list[int]]:
     def hear(number: int) -> None:
         received.append(number)
         name = signal.Signals(number).name
-        _LOG.info("%s: saving after this step; once more to stop at once", name)
+        _LOG.info("%s: saving after this step; Ctrl-C to stop at once", name)
 
     with signals.heeded(lambda number, frame: None, hear):
         yield received
