@@ -59,14 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments):
+    # Listed here, since Python 3.13 lays out argparse's own list of commands in another way.
+    width = max(len(name) for name in _COMMANDS)
+    listed = "".join(f"\n  {name:<{width}}  {_COMMANDS[name].description}" for name in _COMMANDS)
     top = command.Parser(
-        prog="python -m cnnjax.visualize", description="Shows what the units of a network look for."
+        prog="python -m cnnjax.visualize",
+        description=f"Shows what the units of a network look for. COMMAND is one of\n{listed}",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, entry in _COMMANDS.items():
         description = f"Shows {entry.description}."
-        parser = commands.add_parser(name, help=entry.description, description=description)
+        parser = commands.add_parser(name, description=description)
         parser.set_defaults(stages=None, channels=None, images=None)
         _add_subject(parser)
         if entry.images is not None:
