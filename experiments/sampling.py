@@ -1,0 +1,245 @@
+"""Does a shift change what a network says? Sampling crossed with padding.
+
+    python -m experiments.sampling --data_dir data --workdir runs/sampling
+        [--seeds 5] [--samplings stride ...] [--paddings zeros ...] [--networks convnet resnet]
+
+Small networks are trained on the middle 24x24 px of CIFAR-10 under each sampling and padding. Both
+have strides of 8 in total, so that 24 px are divided to the end: "convnet" is three convolutions
+and two max-pools, "resnet" a 7x7 convolution and three residual blocks. Networks of one seed start
+from the same weights and see the same batches; only their sampling and padding differ.
+
+Two images that are one another shifted are given to a trained network. Consistency is the share of
+such pairs with the same class (Zhang 2019, arXiv 1904.11486): of two circular shifts by up to 23 px
+in each direction, and of two windows of 24x24 px out of the 32x32 of an image, as in random crops.
+Before and after training, the exact linear readout finds H in all stages together. Finished
+networks are not trained again. Writes report.md, sampling.json and sampling.png.
+"""
+
+import itertools
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cnnjax import study
+from cnnjax.data import arrays
+from cnnjax.models import Network
+from cnnjax.models.fcn import SceneNet
+from cnnjax.models.small import SmallResNet
+from cnnjax.nn import FILLS, SAMPLINGS
+from cnnjax.position.encoder import FEATURE_SIZE, encode, stage_shapes
+from cnnjax.position.metrics import scores
+from cnnjax.position.readout import fit_exact
+from cnnjax.position.targets import target
+from cnnjax.runtime import tables
+from cnnjax.train.small import check_counts, classify, train_epochs
+
+# Pixels: the side of an image as it comes, and of a window.
+_SIDE = 32
+_SIZE = 24
+# Test images that the readout is fitted to, chooses its strength on and is scored on.
+_PROBE = (64, 16, 48)
+_BATCH = 100
+NETWORKS = {
+    "convnet": SceneNet(
+        num_classes=10, input_shape=(_SIZE, _SIZE, 3), blocks=((16,), (32,), (64,))
+    ),
+    "resnet": SmallResNet(num_classes=10, input_shape=(_SIZE, _SIZE, 3), widths=(16, 32, 64)),
+}
+# Columns of the table: the field of a result, its heading, factor and digits.
+COLUMNS = (
+    ("accuracy", "accuracy, %", 100, 1),
+    ("circular", "consistency, circular shifts, %", 100, 1),
+    ("crops", "consistency, two crops, %", 100, 1),
+    ("before", "R2 of H, random weights", 1, 2),
+    ("after", "R2 of H, trained", 1, 2),
+)
+
+
+# --- Options and points ---------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    network: str
+    sampling: str
+    padding: str
+    seed: int
+
+
+def add_options(parser):
+    parser.add_workdir("runs/sampling")
+    parser.add_data_dir()
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    samplings = ["stride", "blur", "aps"]
+    parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=samplings)
+    paddings = ["zeros", "symmetric", "reflect", "circular", "partial"]
+    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
+    parser.add_count("seeds", 5, "networks of each kind")
+    parser.add_count("train", 5000, "training images of a network", _BATCH)
+    parser.add_count("epochs", 3, "of training")
+    parser.add_count("test", 1000, "test images", sum(_PROBE))
+
+
+def load(options) -> arrays.Dataset:
+    """Loads CIFAR-10, and checks that every network has an output."""
+    data = arrays.load("cifar10", options.data_dir)
+    check_counts(data, options.train, options.test)
+    for point in points(options):
+        stage_shapes(build(point), _SIZE)
+    return data
+
+
+def points(options):
+    grid = itertools.product(
+        range(options.seeds), options.networks, options.samplings, options.paddings
+    )
+    for seed, network, sampling, padding in grid:
+        yield Point(network, sampling, padding, seed)
+
+
+# --- One network ----------------------------------------------------------------------------------
+
+
+def build(point: Point) -> Network:
+    return NETWORKS[point.network].clone(sampling=point.sampling, padding=point.padding)
+
+
+def middle(images: np.ndarray) -> np.ndarray:
+    """Cuts the middle window out of each image of 32x32."""
+    start = (_SIDE - _SIZE) // 2
+    return images[:, start : start + _SIZE, start : start + _SIZE]
+
+
+def circular_shifts(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Shifts each image's middle window circularly, by its own number of rows and columns."""
+    shifts = generator.integers(0, _SIZE, (len(images), 2))
+    shifted = [np.roll(image, shift, (0, 1)) for image, shift in zip(middle(images), shifts)]
+    return np.stack(shifted)
+
+
+def random_crops(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Cuts a window at a random place out of each image."""
+    places = generator.integers(0, _SIDE - _SIZE + 1, (len(images), 2))
+    windows = [
+        image[top : top + _SIZE, left : left + _SIZE] for image, (top, left) in zip(images, places)
+    ]
+    return np.stack(windows)
+
+
+def consistency(model: Network, variables: dict, images: np.ndarray, move, seed: int) -> float:
+    """Returns the share of images that two random moves leave in one class."""
+    generator = np.random.default_rng(seed)
+    first, second = (classify(model, variables, move(images, generator)) for _ in range(2))
+    return float((first == second).mean())
+
+
+def position(model: Network, variables: dict, images: np.ndarray) -> float:
+    """Returns R2 of H as the exact linear readout of all stages finds it in unseen images."""
+    goal = target("H", FEATURE_SIZE)
+    features = encode(model, variables, images, list(stage_shapes(model, _SIZE)))
+    train, held_out, test = np.split(features, np.cumsum(_PROBE)[:-1])
+    predicted = fit_exact(train, held_out, goal[None])(test)
+    return float(scores(predicted[:, 0], goal)["r2"].mean())
+
+
+def measure(point: Point, options, data: arrays.Dataset) -> dict:
+    """Trains a network on images of its seed's choice, and tests it."""
+    model = build(point)
+    generator = np.random.default_rng(point.seed)
+    chosen = generator.permutation(len(data.train.labels))[: options.train]
+    train = arrays.Split(middle(data.train.images[chosen]), data.train.labels[chosen])
+    images = data.test.images[: options.test]
+    probed = middle(data.test.images[-sum(_PROBE) :])
+    for epoch, variables in enumerate(
+        train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
+    ):
+        if epoch == 0:
+            before = position(model, variables, probed)
+    predicted = classify(model, variables, middle(images))
+    return {
+        "accuracy": float((predicted == data.test.labels[: options.test]).mean()),
+        "circular": consistency(model, variables, images, circular_shifts, point.seed),
+        "crops": consistency(model, variables, images, random_crops, point.seed),
+        "before": before,
+        "after": position(model, variables, probed),
+    }
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def interval(values: np.ndarray, digits: int) -> str:
+    """Formats the mean and half of its 95 % interval; one value has none."""
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {tables.half_width(values):.{digits}f}"
+    return text
+
+
+def tabulate(results: list[dict]) -> str:
+    header = ["network", "sampling", "padding", *(heading for _, heading, _, _ in COLUMNS), "n"]
+    lines = []
+    names = ("network", "sampling", "padding")
+    for group in itertools.product(*(study.unique(results, name) for name in names)):
+        fields = dict(zip(names, group))
+        cells = []
+        for name, _, factor, digits in COLUMNS:
+            cells.append(interval(factor * study.values(results, name, **fields), digits))
+        lines.append([*group, *cells, str(len(study.select(results, **fields)))])
+    return tables.table(header, lines)
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draws consistency and position by padding: a row for each network."""
+    networks = study.unique(results, "network")
+    paddings = study.unique(results, "padding")
+    figure = Figure(figsize=(11, 2.6 * len(networks)), layout="constrained")
+    shown = [column for column in COLUMNS if column[0] in ("circular", "crops", "after")]
+    axes = figure.subplots(len(networks), len(shown), squeeze=False)
+    for network, row in zip(networks, axes):
+        for axis, (name, heading, factor, _) in zip(row, shown):
+            series = {}
+            for sampling in study.unique(results, "sampling"):
+                fields = {"network": network, "sampling": sampling}
+                series[sampling] = [
+                    factor * study.values(results, name, padding=padding, **fields)
+                    for padding in paddings
+                ]
+            study.draw_bars(axis, series)
+            axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
+            axis.set_title(f"{network}: {heading}", fontsize=9)
+            if factor == 100:
+                lowest = min(values.min() for groups in series.values() for values in groups)
+                axis.set_ylim(max(0, lowest - 10), 102)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    text = f"""# Sampling and padding
+
+Small networks on CIFAR-10, {options.train:,} training images, {options.epochs} epochs. Mean ± half
+of the 95 % interval over n seeds, of weights, images and their order. Consistency: the share of
+{options.test:,} test images whose class two random shifts leave the same.
+
+{tabulate(results)}
+![Consistency and position](sampling.png)
+"""
+    return study.Report(text, {"sampling.png": draw(results)})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="sampling.json",
+    add_options=add_options,
+    axes=("networks", "samplings", "paddings", "seeds"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
+
+if __name__ == "__main__":
+    sys.exit(main())
