@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import quick
 import test_lectures
+import test_models
 
 from cnnjax import weights
 from cnnjax.inspect import layers, receptive_field
@@ -240,12 +241,18 @@ def test_shapes_and_parameters_are_those_of_the_stride(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
-def test_shapes_and_parameters_of_every_network(name):
+@pytest.mark.parametrize("name", test_models.KINDS)
+def test_shapes_and_parameters_of_every_kind_of_network(name):
     size = create_model(name).input_shape[0]
     # Networks that flatten their last map have one size.
-    sizes = (size,) if name in test_lectures.TOTALS else (size, size + 21, size + 30)
-    check_outputs(name, sizes, SAMPLED)
+    sizes = (size,) if name in test_lectures.TOTALS else (size, size + 21)
+    check_outputs(name, sizes, ("blur5", "aps"))
+
+
+def test_every_network_accepts_every_sampling():
+    for name in list_models():
+        for sampling in SAMPLINGS:
+            assert create_model(name, sampling=sampling).sampling == sampling
 
 
 def variables_of(model):
@@ -274,9 +281,7 @@ def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["resnet18", "googlenet", "densenet121", "mobilenet_v2", "shufflenet_v2_x0_5"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "shufflenet_v2_x0_5"])
 def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name):
     model = create_model(name, num_classes=7, padding="circular", sampling="aps")
     x = image(1, 64, 64, 3)
@@ -286,8 +291,6 @@ def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name)
     logits = np.asarray(quick.jit(model.apply)(variables, batch))
     largest = np.abs(logits).max()
     np.testing.assert_allclose(logits, logits[:1].repeat(len(shifts), 0), atol=1e-4 * largest)
-    strided = np.asarray(quick.jit(model.clone(sampling="stride").apply)(variables, batch))
-    assert np.abs(strided - strided[:1]).max() > 1e-2 * np.abs(strided).max()
 
 
 @pytest.mark.parametrize("sampling", SAMPLED)
