@@ -1,6 +1,6 @@
 """A network's table, printed.
 
-    python -m cnnjax.summary vgg16 [--input 224] [--batch 1] [--padding reflect]
+    python -m cnnjax.summary vgg16 [--input 224] [--batch 1] [--padding reflect] [--sampling blur]
         [--format text|markdown|json]
 
 A row is a layer with parameters or a max-pool: its output's shape, parameters, activation memory,
@@ -114,7 +114,7 @@ def _work(options: argparse.Namespace) -> None:
     from cnnjax.inspect import layers
     from cnnjax.models import create_model
 
-    model = create_model(options.model, padding=options.padding)
+    model = create_model(options.model, padding=options.padding, sampling=options.sampling)
     height, width, channels = model.input_shape
     if options.input is not None:
         height = width = options.input
@@ -148,6 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--padding",
         default="zeros",
         help="fill of every convolution and pool (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sampling",
+        default="stride",
+        help="how every stride keeps positions: stride, blur, blur5 or aps (default: %(default)s)",
     )
     parser.add_argument(
         "--format", default="text", help="text, markdown or json (default: %(default)s)"

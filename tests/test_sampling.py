@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import pathlib
 
 import flax.traverse_util
@@ -14,7 +15,7 @@ import quick
 import test_lectures
 import test_models
 
-from cnnjax import weights
+from cnnjax import load_pretrained, main, summary, weights
 from cnnjax.inspect import layers, receptive_field
 from cnnjax.models import create_model, list_models
 from cnnjax.models.resnet import Block, basic, bottleneck
@@ -316,14 +317,33 @@ def test_both_lowerings_agree_and_gradients_are_finite(sampling):
 
 
 def test_torchvisions_weights_load_under_every_sampling(tmp_path):
-    model = create_model("squeezenet1_1", num_classes=3)
+    model = create_model("squeezenet1_1")
     variables = quick.variables(model, jnp.zeros((1, 64, 64, 3)))
-    weights.save_torchvision(variables, tmp_path / "weights.safetensors")
+    path = tmp_path / "weights.safetensors"
+    weights.save_torchvision(variables, path)
     for sampling in SAMPLED:
-        loaded = weights.load_torchvision(
-            tmp_path / "weights.safetensors", model.clone(sampling=sampling)
-        )
+        model, loaded = load_pretrained("squeezenet1_1", path=path, sampling=sampling)
+        assert model.sampling == sampling
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded["params"], variables["params"]))
+
+
+def test_commands_take_it(tmp_path, capsys):
+    training = ["--config", "configs/lenet_digits.py", "--workdir", str(tmp_path / "run")]
+    refused = {
+        summary.main: ["lenet", "--sampling", "mirror"],
+        main.main: [*training, "--config.model_fields.sampling=mirror"],
+    }
+    for command, arguments in refused.items():
+        assert quick.exit_code(command, arguments) == 2
+        assert "sampling='mirror' is not one of stride" in capsys.readouterr().err
+    arguments = ["squeezenet1_1", "--format", "json"]
+    assert quick.exit_code(summary.main, [*arguments, "--sampling", "aps"]) == 0
+    dense = json.loads(capsys.readouterr().out)
+    assert quick.exit_code(summary.main, arguments) == 0
+    strided = json.loads(capsys.readouterr().out)
+    # The first convolution, of stride 2, at every position.
+    assert dense["layers"][1]["macs"] == 4 * strided["layers"][1]["macs"]
+    assert dense["totals"]["parameters"] == strided["totals"]["parameters"]
 
 
 def test_tables_count_dense_convolutions_and_fields_see_filters():
@@ -341,6 +361,6 @@ def test_tables_count_dense_convolutions_and_fields_see_filters():
     for sampling in SAMPLINGS:
         fields[sampling] = receptive_field(model.clone(sampling=sampling), "conv2")
     assert {field.step for field in fields.values()} == {(2, 2)}
-    # Two 3x3 windows; the filters add their taps around them, a chosen grid a pixel below.
+    # Two 3x3 windows. A filter adds its taps on both sides, a choice of grids a pixel on one.
     spans = {name: (field.low[0], field.high[0]) for name, field in fields.items()}
     assert spans == {"stride": (-2, 2), "blur": (-3, 3), "blur5": (-4, 4), "aps": (-2, 3)}

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     # ---- Network
     # The name of a registered network, FILE.py:NAME, or package.module:NAME.
     config.model = "lenet"
-    # Fields of the network, such as padding or dropout.
+    # Fields of the network, such as padding, sampling or dropout.
     config.model_fields = ml_collections.ConfigDict({"padding": "zeros"})
     # A safetensors or .pth file with torchvision's names, or a finished run's work directory;
     # empty for random weights.

@@ -104,6 +104,7 @@ def _add_subject(parser):
         help="modules that the file is known not to hold",
     )
     add("--padding", help="fill of every convolution and pool (default: zeros, or the run's)")
+    add("--sampling", help="how every stride keeps positions (default: stride, or the run's)")
     add(
         "--every-layer",
         action="store_true",
@@ -269,6 +270,8 @@ def _look(subject):
 def _record(options):
     """The configuration that the work directory keeps, with the fields it always had."""
     config = {key: value for key, value in vars(options).items() if key != "debug"}
+    if options.sampling is None:
+        del config["sampling"]
     if options.run is None:
         del config["run"]
         config["padding"] = options.padding or "zeros"

@@ -71,6 +71,8 @@ class Subject:
         self.model = run.model
         if self.options.padding is not None:
             self.model = self.model.clone(padding=self.options.padding)
+        if self.options.sampling is not None:
+            self.model = self.model.clone(sampling=self.options.sampling)
         if self.options.every_layer:
             self.model = _with_every_layer(self.model, self.name)
         self.variables = run.variables
@@ -106,7 +108,8 @@ def _registered(options):
     fields = weights.fields_for(options.model, options.weights)
     if options.every_layer:
         fields = {"every_layer": True, **fields}
-    return create_model(options.model, padding=options.padding or "zeros", **fields)
+    policy = {"padding": options.padding or "zeros", "sampling": options.sampling or "stride"}
+    return create_model(options.model, **policy, **fields)
 
 
 def _with_every_layer(model, name):

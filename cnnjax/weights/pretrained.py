@@ -17,6 +17,7 @@ def load_pretrained(
     tag: str = records.V1,
     num_classes: int | None = None,
     padding: str = "zeros",
+    sampling: str = "stride",
     dtype: DTypeLike = jnp.float32,
     path: str | os.PathLike | None = None,
     seed: int = 0,
@@ -29,14 +30,15 @@ def load_pretrained(
     - `name`: the network, such as "resnet50"; `python -m cnnjax.weights` lists all.
     - `tag`: "imagenet1k_v1", or "imagenet1k_v2" where there are newer weights.
     - `num_classes`: gives the network a head of that many classes, drawn at random from `seed`.
-    - `padding`, `dtype`: fields of the network; neither changes the weights, which stay float32.
+    - `padding`, `sampling`, `dtype`: fields of the network; none changes the weights, which stay
+        float32.
     - `path`: a file to read the weights from, instead of looking for them (see `fetch`).
 
     Returns (model, variables). Raises `ValueError` for unknown weights or a file that does not fit,
     and `RuntimeError` if the weights cannot be had.
     """
     record = records.find(name, tag)
-    model = create_model(name, padding=padding, dtype=dtype, **record.fields)
+    model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **record.fields)
     file = download.fetch(name, tag) if path is None else path
     variables = torchvision.load_torchvision(file, model)
     if num_classes is None:
