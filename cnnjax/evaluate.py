@@ -149,6 +149,11 @@ def evaluate(
 
 
 def _work(options: argparse.Namespace) -> None:
+    if pathlib.Path(options.model).expanduser().is_dir():
+        raise ValueError(
+            f"model={options.model!r} is a folder; expected a network with published weights (the "
+            "test scores of a training run are in its report.md)"
+        )
     record = records.find(options.model, options.tag)
     backend.start()
     found = evaluate(

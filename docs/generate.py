@@ -39,7 +39,8 @@ def comment_of(lines: list[str], first: int, last: int) -> str:
         return behind
     above: list[str] = []
     for line in reversed(lines[: first - 1]):
-        if not line.strip().startswith("#"):
+        # "# ---- Data" is the heading of a section.
+        if not line.strip().startswith("#") or line.strip().startswith("# ----"):
             break
         above.insert(0, line.strip().removeprefix("#").strip())
     return " ".join(above)

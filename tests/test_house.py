@@ -1,5 +1,5 @@
-"""The layout that the README's map draws: imports point one way, and none of them closes a
-circle."""
+"""The layout that the map in docs/contributing.md draws: imports point one way, and none of them
+closes a circle."""
 
 import ast
 import graphlib

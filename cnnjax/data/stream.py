@@ -274,7 +274,8 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     names = [name for name in is_labeled if is_labeled[name]]
     validation = [name for name in names if name in _VALIDATION]
     if "train" not in names:
-        raise ValueError(f"{place} has no {kind} train of images by class")
+        hint = "" if data_dir else "; name the folder that holds train with --config.data_dir"
+        raise ValueError(f"{place} has no {kind} train of images by class{hint}")
     if len(validation) > 1:
         raise ValueError(f"{place} has {' and '.join(validation)}; expected one of them")
     if "test" in names and validation:

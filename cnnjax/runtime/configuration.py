@@ -151,6 +151,8 @@ def _is_open(key: str) -> bool:
 
 
 def _describe_unknown(key: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(known)}"
+    # "padding" is closer to any short key than to model_fields.padding.
+    near = [name for name in known if name.endswith(f".{key}")]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"its keys are {', '.join(known)}"
     return f"{key} is not a key of the configuration; {advice}"

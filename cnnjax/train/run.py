@@ -270,7 +270,10 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
         if not (folder / name).is_file()
     ]
     if missing:
-        raise ValueError(f"{folder} is not a finished training run: it has no {', '.join(missing)}")
+        hint = "" if read_recorded(folder) is None else "; the command that began it finishes it"
+        raise ValueError(
+            f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
+        )
     config = read_config(folder)
     results = workdir.read_json(folder / "results.json")
     workdir.check_seal(folder)

@@ -70,9 +70,9 @@ def fetch(name: str, tag: str = records.V1) -> str:
             failures[address] = _first_line(error)
     reasons = [f"{urlsplit(address).netloc}: {reason}" for address, reason in failures.items()]
     raise RuntimeError(
-        f"weights='imagenet': {record.file} is neither on this machine nor to be downloaded "
-        f"({'; '.join(reasons)}); fetch {record.url} on another machine and put it into "
-        f"{cached.parent}, or give its path as the weights"
+        f"weights='imagenet': {record.file} is not on this machine and cannot be downloaded "
+        f"({'; '.join(reasons)}); download {record.url} on another machine, and put it into "
+        f"{cached.parent} or give its path as the weights, such as --weights FILE"
     )
 
 
