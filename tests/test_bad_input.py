@@ -151,6 +151,10 @@ CASES = [
     ((*TRAIN, "--config.seed=2147483648"), "seed=2147483648 is not a number of at least 0 and at"),
     ((*TRAIN, "--config.augment.flop=True"), "augment.flop is not a key of the configuration; did"),
     (
+        (*TRAIN, "--config.padding=reflect"),
+        "padding is not a key of the configuration; did you mean model_fields.padding?",
+    ),
+    (
         (*STUDY, "--config.kind=dance"),
         "kind='dance' of the configuration is not one of position, train",
     ),
@@ -276,6 +280,7 @@ CASES = [
     ((*MNIST, "--config.data_dir=FILES/scrawl"), "train-images-idx3-ubyte.gz"),
     ((*MNIST, "--config.data_dir=FILES/short"), "train-images-idx3-ubyte.gz"),
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),
+    (FOLDER, "data_dir='' has no folder train of images by class; name the folder that"),
     ((*FOLDER, "--config.data_dir=FILES/one_class"), "val"),
     # Sweeps, combinations, summaries, figures.
     (

@@ -245,7 +245,7 @@ def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
         port = silent.getsockname()[1]
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
         began = time.monotonic()
-        with pytest.raises(RuntimeError, match="vgg16-397923af.pth is neither on this machine"):
+        with pytest.raises(RuntimeError, match="vgg16-397923af.pth is not on this machine"):
             weights.fetch("vgg16")
         assert time.monotonic() - began < 5
 
@@ -462,6 +462,11 @@ def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeyp
     model, *options = arguments
     assert exit_code(predict.main, [model, "photo.jpg", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_evaluate_says_where_the_scores_of_a_run_are(tmp_path, capsys):
+    assert exit_code(evaluate.main, [str(tmp_path), "--data_dir", str(tmp_path)]) == 2
+    assert "is a folder; expected a network with published weights" in capsys.readouterr().err
 
 
 def test_predict_refuses_a_run_that_labels_pixels(tmp_path):

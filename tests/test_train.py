@@ -460,6 +460,9 @@ def test_a_run_without_a_recorded_normalization_is_reopened(finished, tmp_path):
 def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is not a finished training run: it has no"):
         open_run(tmp_path)
+    shutil.copy(finished / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match="weights.safetensors; the command that began it finishes"):
+        open_run(tmp_path)
     for name in ("results.json", "weights.safetensors"):
         shutil.copy(finished / name, tmp_path / name)
     (tmp_path / "config.json").write_text('{"kind": "position"}')

@@ -112,8 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.final_weights = "best"
     # Epochs without a smaller validation error after which training ends; 0 never ends it early.
     config.early_stopping = 0
-    # Epochs to train. A larger number continues a finished run if that does not change the learning
-    # rates it has had: "constant" and "step" go on, "cosine" does not.
+    # Epochs to train. A larger number continues a finished run, but not one with the schedule
+    # "cosine", whose learning rates depend on the number.
     config.epochs = 10
     # Images of a step, over all devices.
     config.batch_size = 128

@@ -270,7 +270,8 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
         if not (folder / name).is_file()
     ]
     if missing:
-        hint = "" if read_recorded(folder) is None else "; the command that began it finishes it"
+        begun = "results.json" in missing and read_recorded(folder) is not None
+        hint = "; the command that began it finishes it" if begun else ""
         raise ValueError(
             f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
         )
