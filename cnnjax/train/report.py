@@ -144,7 +144,7 @@ def _chosen(results: dict) -> str:
     if "weights" not in results:
         return ""
     chosen = results["weights"]
-    text = f" Scored are the weights of epoch {chosen['epoch']}, that of {chosen['chosen_by']}."
+    text = f" The scores are of the weights of epoch {chosen['epoch']} ({chosen['chosen_by']})."
     for final in results.get("extended_from", []):
         text += (
             f" The run was extended after {final['epoch']} epochs, when its test error was "
