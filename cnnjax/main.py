@@ -24,7 +24,9 @@ _LOG = logging.getLogger("cnnjax")
 
 
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
-    """The module whose `check`, `run` and `report.write` do what the configuration's `kind` says.
+    """The module that does what the configuration's `kind` says.
+
+    It has `check`, `complete_record`, `run` and `report.write`.
 
     Raises `ValueError` for a kind that there is no job for.
     """
@@ -53,8 +55,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
+    job.complete_record(config, folder)
     if config.kind == "train":
-        job.adopt(config, folder)
+        job.extend(config, folder)
     is_finished = (folder / "results.json").exists()
     if is_finished:
         _LOG.info("%s holds the finished run", folder)

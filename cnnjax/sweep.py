@@ -106,8 +106,10 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
 def check(cells: list[Cell]) -> None:
     """Raise `ValueError` if a cell cannot be run, or its folder holds another or a damaged run."""
     for cell in cells:
-        single.job_of(cell.config).check(cell.config)
+        job = single.job_of(cell.config)
+        job.check(cell.config)
         if cell.is_done:
+            job.complete_record(cell.config, cell.folder)
             workdir.check_config(cell.folder, cell.config.to_dict())
             workdir.check_seal(cell.folder)
 

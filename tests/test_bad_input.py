@@ -182,6 +182,8 @@ CASES = [
     ((*STUDY, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
     ((*STUDY, "--config.kernel=29"), "kernel=29 is not between 1 and 28, the side of the features"),
     ((*STUDY, "--config.kernel=0"), "kernel=0 is not between 1 and 28"),
+    ((*STUDY, "--config.noise=(25.0,)"), "noise=(25.0,) is not a mean and a standard deviation"),
+    ((*STUDY, "--config.noise=(25.0,-1.0)"), "noise=(25.0, -1.0) is not a mean and a standard"),
     ((*STUDY, "--config.seeds=0"), "seeds=0 is not a positive number"),
     ((*STUDY, "--config.n_test=0"), "n_test=0 is not a positive number"),
     ((*STUDY, "--config.readout_padding=-1"), "readout_padding=-1 is not a number of at least 0"),

@@ -474,11 +474,15 @@ def test_flatten_has_pytorchs_order():
     assert list(cnn.flatten(x)[0, :7]) == [0, 4, 8, 12, 16, 20, 1]
 
 
-def test_resize_is_pytorchs_align_corners():
+def test_resize_is_pytorchs_with_and_without_aligned_corners():
     x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
     np.testing.assert_allclose(cnn.resize(x, (1, 5)).ravel(), [0, 1.5, 3, 4.5, 6])
+    unaligned = cnn.resize(x, (1, 5), align_corners=False)
+    np.testing.assert_allclose(unaligned.ravel(), [0, 1.2, 3, 4.8, 6], rtol=1e-6)
     # A constant stays one, to the last bit.
-    assert np.ptp(cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28))) == 0
+    for align_corners in (True, False):
+        constant = cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28), align_corners)
+        assert np.ptp(constant) == 0
 
 
 def test_batch_norm_keeps_pytorchs_running_statistics():

@@ -18,11 +18,12 @@ from cnnjax import nn as cnn
 from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
-from cnnjax.position import encoder, results, study
+from cnnjax.position import defaults, encoder, results, study
 from cnnjax.position.encoder import encode, image_features, reachable_stages
 from cnnjax.position.metrics import METRICS, by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
 from cnnjax.position.targets import TARGETS, target
+from cnnjax.runtime import workdir
 from configs import posenet
 from experiments import position_tables
 
@@ -143,14 +144,15 @@ def test_exact_readout_of_nothing_is_a_constant():
 
 
 @pytest.mark.slow
-def test_small_grid_loss_is_the_error_at_full_size():
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_small_grid_loss_is_the_error_at_full_size(align_corners):
     goals = jnp.stack([jnp.asarray(target(name, 50)) for name in TARGETS])
     maps = jax.random.uniform(jax.random.key(0), (3, 7, 7, 2, 5))
     direct = np.empty((2, 5))
     for seed, t in np.ndindex(2, 5):
-        upsampled = cnn.resize(maps[:, :, :, seed, t, None], 50)[..., 0]
+        upsampled = cnn.resize(maps[:, :, :, seed, t, None], 50, align_corners)[..., 0]
         direct[seed, t] = jnp.square(upsampled - goals[t]).mean()
-    np.testing.assert_allclose(full_size_error(goals, 7)(maps), direct, rtol=1e-4)
+    np.testing.assert_allclose(full_size_error(goals, 7, align_corners)(maps), direct, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -173,6 +175,20 @@ def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     # The same twice.
     again = fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test))
     assert np.array_equal(maps, again)
+
+
+@pytest.mark.slow
+def test_raw_features_keep_their_size_and_lose_their_mean():
+    train = features_with_position(8, 0, noise=0.3)
+    goals = target("H", 9)[None]
+    raw = fit_sgd(train, goals, steps=20, standardize=False)
+    np.testing.assert_array_equal(raw.scaler.scale, 1)
+    # BatchNorm would take a mean out in any case.
+    shifted = fit_sgd(train + 3, goals, steps=20, standardize=False)
+    np.testing.assert_allclose(shifted(train + 3), raw(train), atol=1e-3)
+    # The rate of learning depends on the features' size.
+    doubled = fit_sgd(2 * train, goals, steps=20, standardize=False)
+    assert not np.allclose(doubled(2 * train), raw(train), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -407,6 +423,19 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     assert read_rows(tmp_path) == read_rows(finished)
 
 
+def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
+    config = defaults.get_config()
+    before = {key: value for key, value in config.items() if key not in defaults.BEFORE}
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    config.align_corners = False
+    study.complete_record(config, tmp_path)
+    with pytest.raises(ValueError, match="align_corners=True there, False now"):
+        workdir.prepare(tmp_path, config.to_dict())
+    study.complete_record(defaults.get_config(), tmp_path)
+    workdir.prepare(tmp_path, defaults.get_config().to_dict())
+
+
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     finished, small_config, tmp_path, monkeypatch
@@ -448,6 +477,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
         ({"targets": ("H", "H")}, "must name at least one, each once"),
         ({"n_train": 0}, "n_train=0 is not a positive number"),
         ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+        ({"noise": (25.0,)}, "noise=.25.0,. is not a mean and a standard deviation"),
         ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
         ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),
         (

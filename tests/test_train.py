@@ -27,7 +27,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train import results as training_results
-from cnnjax.train.adopt import adopt
+from cnnjax.train.adopt import complete_record, extend
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
 
@@ -614,14 +614,14 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     shorter = train_here(folder, epochs=2)
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, "epochs": 4})
-    adopt(config, folder)
+    extend(config, folder)
     results = train_here(folder, epochs=4)
     assert results["extended_from"] == [shorter["final"]]
     assert results["history"] == longer["history"] and results["final"] == longer["final"]
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
     workdir.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
-    adopt(config, folder)
+    extend(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
         workdir.prepare(folder, config.to_dict())
 
@@ -635,7 +635,7 @@ def test_a_work_directory_of_before_goes_on_as_before(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     now = defaults.get_config()
     now.update_from_flattened_dict({**QUICK, "epochs": 1})
-    adopt(now, tmp_path)
+    complete_record(now, tmp_path)
     assert now.final_weights == "last"
     workdir.prepare(tmp_path, now.to_dict())
     assert results["weights"]["chosen_by"] == "the end of training"

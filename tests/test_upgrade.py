@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from cnnjax import combine, main, weights
+from cnnjax import combine, main, sweep, weights
 from cnnjax.train.run import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
@@ -89,3 +89,12 @@ def test_old_runs_are_reopened_and_combined(runs):
     averaged = np.mean(kernels, 0)
     loaded = weights.load_torchvision(soup / "weights.safetensors", trained.model)
     np.testing.assert_allclose(loaded["params"]["fc1"]["kernel"], averaged, atol=1e-7)
+
+
+def test_an_old_cell_of_a_sweep_is_finished(runs):
+    parser = main.build_parser("cnnjax.main", "")
+    _, config = main.parse(parser, [*TRAIN, "--config.seed=0"])
+    sweep.check([sweep.Cell({"seed": 0}, config, runs / "finished0")])
+    # Another run's folder is still refused.
+    with pytest.raises(ValueError, match="seed=1 there, 0 now"):
+        sweep.check([sweep.Cell({"seed": 0}, config, runs / "finished1")])

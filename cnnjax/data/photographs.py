@@ -290,15 +290,23 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
     return out
 
 
-def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
+def synthetic(
+    kind: str,
+    count: int,
+    size: int,
+    seed: int,
+    mean: float = 127.5,
+    deviation: float = 64.0,
+) -> np.ndarray:
     """Make images without content.
 
     Args:
-      kind: "black" (0), "white" (255), or "noise" (Gaussian about 127.5, standard deviation 64,
-        clipped).
+      kind: "black" (0), "white" (255), or "noise" (Gaussian, clipped).
       count: how many images.
       size: their side in pixels.
       seed: of the noise.
+      mean: of the noise before it is clipped to 0 to 255.
+      deviation: its standard deviation, before too.
 
     Returns:
       uint8 [count, size, size, 3].
@@ -312,6 +320,6 @@ def synthetic(kind: str, count: int, size: int, seed: int) -> np.ndarray:
     if kind == "white":
         return np.full(shape, 255, np.uint8)
     if kind == "noise":
-        noise = np.random.default_rng(seed).normal(127.5, 64, shape)
+        noise = np.random.default_rng(seed).normal(mean, deviation, shape)
         return np.clip(np.round(noise), 0, 255).astype(np.uint8)
     raise ValueError(f"data={kind!r} is not one of natural, black, white, noise")

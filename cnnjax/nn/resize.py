@@ -9,15 +9,21 @@ from cnnjax.runtime.types import AnyArray
 
 
 def resize(
-    x: Float[AnyArray, "batch height width channels"], size: Both
+    x: Float[AnyArray, "batch height width channels"], size: Both, align_corners: bool = True
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
-    """Resizes maps bilinearly with corners aligned, as PyTorch's align_corners=True does.
+    """Resizes maps bilinearly, as PyTorch's interpolate does without antialiasing.
 
-    Corner pixels keep their places, and a constant map stays constant to the last bit.
+    - `align_corners`: corner pixels keep their places; otherwise the edges of the image do.
+
+    A constant map stays constant to the last bit.
     """
     for axis, out in zip((1, 2), pair(size, "size", 1)):
         last = x.shape[axis] - 1
-        position = np.linspace(0, last, out)
+        if align_corners:
+            position = np.linspace(0, last, out)
+        else:
+            position = (np.arange(out) + 0.5) * x.shape[axis] / out - 0.5
+            position = position.clip(0, last)
         low = np.minimum(position.astype(int), max(last - 1, 0))
         fraction = jnp.asarray(position - low, x.dtype)
         fraction = jnp.expand_dims(fraction, [other for other in range(4) if other != axis])

@@ -2,6 +2,9 @@
 
 import ml_collections
 
+# Keys that were introduced after the first studies, with what was in force before.
+BEFORE = {"noise": (127.5, 64.0), "align_corners": True, "standardize": True}
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The configuration of a study on random weights."""
@@ -34,6 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.n_test = 12
     # Noise images to score on.
     config.n_noise = 2
+    # Mean and standard deviation of the noise images; (25.0, 24.0) in the authors' code.
+    config.noise = (127.5, 64.0)
     # "imagenet": standardized by its mean and deviation. "unit": from 0 to 1, where black is what
     # zero padding fills with.
     config.pixels = "imagenet"
@@ -52,6 +57,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.hidden = 0
     # Zeros around the features, on each side.
     config.readout_padding = 0
+    # Upsample predictions with corners aligned; False in the authors' code.
+    config.align_corners = True
+    # Give the authors' readout features of unit variance; False in the authors' code.
+    config.standardize = True
     # Paddings for which the authors' readout is trained beside the exact one.
     config.sgd_paddings = ("zeros", "none")
     # Steps of the authors' readout.

@@ -144,15 +144,18 @@ def fit_exact(
     targets: Float[AnyArray, "targets side side"],
     size: int = 1,
     strengths: Sequence[float] = STRENGTHS,
+    align_corners: bool = True,
 ) -> Exact:
     """Solves the ridge readout of every target.
 
     The kernel minimizes the mean squared error over training positions plus `strength` times the
-    squared weights, on the readout's own grid, to which targets are resized with corners aligned.
+    squared weights, on the readout's own grid, to which targets are resized.
 
     - `train`: features to fit to; they also set the scaler.
     - `held_out`: features whose squared error chooses each target's strength.
     - `size`: k of the k x k kernel.
+    - `strengths`: the ridge strengths on offer.
+    - `align_corners`: whether the targets' corners lie on the grid's.
 
     Raises `ValueError` if the kernel is larger than the map.
     """
@@ -163,7 +166,7 @@ def fit_exact(
     held_out = scaler(jnp.asarray(held_out))
 
     grid = (train.shape[1] - size + 1, train.shape[2] - size + 1)
-    goal = resize(jnp.asarray(targets)[..., None], grid)[..., 0].transpose(1, 2, 0)
+    goal = resize(jnp.asarray(targets)[..., None], grid, align_corners)[..., 0].transpose(1, 2, 0)
 
     # Accelerators' shorter products (TF32, bfloat16) would drown the weak strengths.
     with jax.default_matmul_precision("highest"):
@@ -367,20 +370,27 @@ def fit_sgd(
     seeds: int = 1,
     seed: int = 0,
     hidden: tuple[int, ...] = (),
+    standardize: bool = True,
+    align_corners: bool = True,
 ) -> Sgd:
     """Trains the authors' readout of every target and initialization.
 
-    - `train`: features to fit to, standardized first.
+    - `train`: features to fit to.
     - `size`: k of the k x k kernels.
     - `steps`: SGD steps on batches of 32 images, or of all where there are fewer.
     - `seeds`: initializations to train side by side, all drawn from `seed`.
     - `hidden`: channels of the layers before the last, each followed by BatchNorm and ReLU.
+    - `standardize`: whether each channel gets unit variance first. Without it only the mean is
+      taken out, which changes nothing, as BatchNorm follows.
+    - `align_corners`: whether the corners of the predictions lie on the targets'.
 
     Raises `ValueError` if the kernels are larger than the map.
     """
     _check_kernel(train, size, layers=len(hidden) + 1)
     train = jnp.asarray(train)
     scaler = _fit_scaler(train)
+    if not standardize:
+        scaler = scaler._replace(scale=jnp.ones_like(scaler.scale))
     layers, moments = _train(
         scaler(train),
         jnp.asarray(targets),
@@ -389,18 +399,19 @@ def fit_sgd(
         steps=steps,
         seeds=seeds,
         hidden=hidden,
+        align_corners=align_corners,
     )
     return Sgd(scaler=scaler, layers=layers, moments=moments, seeds=seeds, targets=len(targets))
 
 
-@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden"))
-def _train(features, targets, key, *, size, steps, seeds, hidden):
+@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden", "align_corners"))
+def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners):
     outputs = seeds * len(targets)
     widths = (features.shape[3], *hidden, 1)
     side = features.shape[1] - (len(hidden) + 1) * (size - 1)
     batch_size = min(_BATCH, len(features))
     init_key, order_key = jax.random.split(key)
-    error = full_size_error(targets, side)
+    error = full_size_error(targets, side, align_corners)
 
     def loss(layers, batch):
         maps, moments = _forward(layers, batch, outputs)
@@ -490,7 +501,7 @@ def _forward(layers, features, outputs, moments=None):
 
 
 def full_size_error(
-    targets: Float[AnyArray, "targets size size"], side: int
+    targets: Float[AnyArray, "targets size size"], side: int, align_corners: bool = True
 ) -> Callable[[Array], Array]:
     """Returns the mean squared error at the targets' size, computed on small maps.
 
@@ -501,7 +512,8 @@ def full_size_error(
         |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2
     """
     size = targets.shape[1]
-    up = resize(jnp.eye(side)[None, :, :, None], (size, side))[0, :, :, 0]
+    identity = jnp.eye(side)[None, :, :, None]
+    up = resize(identity, (size, side), align_corners)[0, :, :, 0]
     overlap = up.T @ up / size
     pull = jnp.einsum("ya,tyx,xb->abt", up, targets, up) / size**2
     square = jnp.square(targets).mean((1, 2))

@@ -47,8 +47,9 @@ CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 # code (github.com/SenJia/Position-Information). Every report prints it.
 DECISIONS = (
     "Photographs are cropped to squares; the authors squash whole images.",
-    "Noise images are Gaussian with mean 127.5 and standard deviation 64, another one for each "
-    "seed; the authors have one dark image with mean 25 and standard deviation 24.",
+    "Noise images are Gaussian with mean 127.5 and standard deviation 64 where `noise` is left as "
+    "it is, another one for each seed; the authors have one dark image with mean 25 and standard "
+    "deviation 24.",
     "Inputs are RGB / 255 standardized by ImageNet's mean and standard deviation, with random "
     "weights too: a black image then differs from the zeros of the padding. The authors' inputs "
     "are pixels from 0 to 1, as here where `pixels` is 'unit'.",
@@ -58,7 +59,8 @@ DECISIONS = (
     "size.",
     f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned), as in "
     "the authors' code; the channels of all stages are joined. Each channel is standardized over "
-    "the training images; the authors' features are raw.",
+    "the training images; the authors' features are raw, as here for the authors' readout where "
+    "`standardize` is False.",
     "'none' pads nothing anywhere (residual skips are cropped to their branch). The readout itself "
     "is padded only by `readout_padding`, with zeros, before the features are standardized.",
     "The readout's `kernel` is 1 by default; the authors' is 3.",
@@ -72,7 +74,7 @@ DECISIONS = (
     "Readout 'exact' is the ridge solution on the readout's own grid. Each target's strength is "
     f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
-    "authors' code) and scored there, image by image.",
+    "authors' code, and here where `align_corners` is False) and scored there, image by image.",
     "SPC is Spearman's rank correlation; a map whose range is under "
     f"{CONSTANT:g} of the target's counts as constant and scores 0. SPC is blind to amplitude: "
     "read it beside R2, the share of the target's variance explained (0 for a constant, negative "
@@ -140,6 +142,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         )
     if config.readout_padding < 0:
         raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
+    if len(config.noise) != 2 or min(config.noise) < 0:
+        raise ValueError(f"noise={tuple(config.noise)} is not a mean and a standard deviation")
     if config.hidden < 0:
         raise ValueError(
             f"hidden={config.hidden} is not a number of channels, or 0 for as many as the "
@@ -193,6 +197,17 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
                 )
     # In the network's order.
     return tuple(stage for stage in names if stage in config.stages)
+
+
+def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Adds the keys that were introduced since a study was begun to its record.
+
+    - `config`: what is to be run.
+    - `folder`: the work directory, which may not exist yet.
+    """
+    recorded = workdir.read_record(folder, config.kind)
+    if recorded and not defaults.BEFORE.keys() <= recorded.keys():
+        workdir.write_json(folder / "config.json", defaults.BEFORE | recorded)
 
 
 # ------------------------------------------------------------------ the study
@@ -315,7 +330,13 @@ def measure(
 
     # Images [n, size, size, 3] -> features [n, 28, 28, channels]
     features = extract_features(config, point, images, variables, memory)
-    exact = fit_exact(features["train"], features["held_out"], targets, config.kernel)
+    exact = fit_exact(
+        features["train"],
+        features["held_out"],
+        targets,
+        config.kernel,
+        align_corners=config.align_corners,
+    )
     readouts: dict[str, Exact | Sgd] = {"exact": exact}
     if point.encoder in CONTROLS or point.padding in config.sgd_paddings:
         readouts["sgd"] = train_readout(config, point.seed, features["train"], targets)
@@ -323,7 +344,7 @@ def measure(
     for (name, readout), kind in itertools.product(readouts.items(), config.data):
         # -> maps [n, targets, 28, 28], smaller for larger kernels -> [targets, n, size, size]
         maps = predict(readout, features[kind])
-        predictions = upsample(maps, config.image_size)
+        predictions = upsample(maps, config.image_size, config.align_corners)
         all_maps.append(Maps(name, kind, maps[0]))
         # -> scores [n] of each target
         for label, goal, prediction in zip(config.targets, targets, predictions):
@@ -365,7 +386,7 @@ def draw_images(
         images[name] = photographs.crops(part, counts[name], size, seed * 3 + number)
     for kind in DATA[1:]:
         count = config.n_noise if kind == "noise" else 1
-        images[kind] = photographs.synthetic(kind, count, size, seed)
+        images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)
     if config.mirrored:
         for name in ("train", "held_out"):
             x = images[name]
@@ -429,6 +450,8 @@ def train_readout(
         steps=config.sgd_steps,
         seed=seed,
         hidden=(channels,) * (config.depth - 1),
+        standardize=config.standardize,
+        align_corners=config.align_corners,
     )
 
 
@@ -442,11 +465,11 @@ def predict(
 
 
 def upsample(
-    maps: Float[np.ndarray, "n targets rows columns"], size: int
+    maps: Float[np.ndarray, "n targets rows columns"], size: int, align_corners: bool
 ) -> Float[np.ndarray, "targets n size size"]:
-    """Resizes maps to the images' size, bilinearly with corners aligned."""
+    """Resizes maps to the images' size, bilinearly."""
     channels_last = jnp.asarray(maps.transpose(0, 2, 3, 1))
-    return np.asarray(resize(channels_last, size)).transpose(3, 0, 1, 2)
+    return np.asarray(resize(channels_last, size, align_corners)).transpose(3, 0, 1, 2)
 
 
 def best_constant(goal: Float[np.ndarray, "size size"]) -> float:

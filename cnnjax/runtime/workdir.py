@@ -179,6 +179,20 @@ def _is_begun(folder: pathlib.Path) -> bool:
     return False
 
 
+def read_record(folder: pathlib.Path, kind: str) -> dict | None:
+    """Read the configuration that a run of this kind recorded.
+
+    None where there is none. A damaged record is reported where configurations are compared.
+    """
+    try:
+        recorded = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if isinstance(recorded, dict) and recorded.get("kind") == kind:
+        return recorded
+    return None
+
+
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
     """Create a work directory and record the configuration and the environment -> its path.
 

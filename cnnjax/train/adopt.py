@@ -15,37 +15,39 @@ _LOG = logging.getLogger("cnnjax")
 EXTENDED = "extended.json"
 
 
-def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Make a training run's work directory and its configuration agree, where that is safe.
+def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Let keys that were introduced since a run keep what was in force before.
 
-    Keys introduced since the run keep what was in force before. A finished run goes on to more
-    epochs if its learning rates so far are those of the longer run; extended.json then records the
+    Args:
+      config: what is to be run; it is changed where it has the keys' defaults.
+      folder: the work directory, which may not exist yet.
+    """
+    recorded = workdir.read_record(folder, "train")
+    if recorded is None:
+        return
+    missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
+    if not missing:
+        return
+    current = defaults.get_config()
+    for key, value in missing.items():
+        if config[key] == current[key]:
+            config[key] = value
+    _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
+    workdir.write_json(folder / "config.json", recorded | missing)
+
+
+def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Make a finished run go on to more epochs.
+
+    It does if its learning rates so far are those of the longer run; extended.json then records the
     earlier results. All other differences stay, and are refused later.
 
     Args:
-      config: what is to be run; it is changed.
+      config: what is to be run.
       folder: the work directory, which may not exist yet.
     """
-    path = folder / "config.json"
-    try:
-        recorded = json.loads(path.read_text())
-    except (OSError, ValueError):
-        # Damage is reported where the configurations are compared.
-        return
-    if not isinstance(recorded, dict) or recorded.get("kind") != "train":
-        return
-    missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
-    if missing:
-        current = defaults.get_config()
-        for key, value in missing.items():
-            if config[key] == current[key]:
-                config[key] = value
-        recorded |= missing
-        # The record of a run that will be refused stays as it is.
-        if _differences(recorded, config) <= {"epochs", "model"}:
-            _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-            workdir.write_json(path, recorded)
-    if _is_longer(recorded, config) and _was_finished(folder):
+    recorded = workdir.read_record(folder, "train")
+    if recorded and _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
 
 

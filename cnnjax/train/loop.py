@@ -17,14 +17,14 @@ import numpy as np
 
 from cnnjax.runtime import backend, signals, workdir
 from cnnjax.train import report, results, step
-from cnnjax.train.adopt import adopt
+from cnnjax.train.adopt import complete_record, extend
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import Run, build_run
 from cnnjax.train.schedules import Plateau
 
 # A job, for `cnnjax.main`, is a module with these.
-__all__ = ["adopt", "check", "report", "run"]
+__all__ = ["check", "complete_record", "extend", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
 
