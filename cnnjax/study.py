@@ -147,7 +147,10 @@ class Study:
 
     def main(self, arguments: list[str] | None = None) -> int:
         """Runs the command line and returns its exit code."""
-        parser = command.Parser(description=self.description)
+        # The script's module, which is __main__ while it runs, knows the name it was called by.
+        script = self.add_options.__globals__["__spec__"]
+        prog = script and f"python -m {script.name}"
+        parser = command.Parser(prog=prog, description=self.description)
         self.add_options(parser)
         options = parser.parse_args(arguments)
         return command.run(lambda: self.run(options))

@@ -390,7 +390,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(description=__doc__)
+    parser = command.Parser(prog="python -m experiments.position_tables", description=__doc__)
     parser.add_argument("tables", nargs="*", choices=TABLES, help="default: all")
     parser.add_workdir("runs/tables")
     parser.add_photographs()

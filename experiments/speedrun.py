@@ -411,7 +411,7 @@ deviation over seeds; seconds: the median of whole runs, test included, compilat
 
 def main(arguments: list[str] | None = None) -> int:
     config = speedrun_cifar10.get_config()
-    parser = command.Parser(description=__doc__)
+    parser = command.Parser(prog="python -m experiments.speedrun", description=__doc__)
     parser.add_workdir("runs/speedrun")
     parser.add_data_dir()
     parser.add_count("runs", 200, "runs, of the seeds from 0")
