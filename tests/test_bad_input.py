@@ -162,7 +162,7 @@ CASES = [
     ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
     (
         (*TRAIN, "--workdir=FILES/other"),
-        "holds a run of another configuration (accumulate=None there, 1 now); choose another "
+        "holds a run of another configuration (batch_size=64 there, 128 now); choose another "
         "--workdir",
     ),
     ((*TRAIN, "--workdir=FILES/scrawl"), "holds a config.json that is not JSON"),

@@ -5,7 +5,8 @@
 
 cpu     forward pass, training step (one call) and training (many steps in one call, where the
         side can: cnnjax) of five networks: cnnjax, the same networks on jax's own operations and
-        gradients under the default XLA flags (stock), and PyTorch, eager with channels last
+        gradients under the default XLA flags (stock), and PyTorch with channels last, eager and
+        through torch.compile, which needs a C++ compiler
 gpu     the same of large networks in bfloat16: cnnjax, PyTorch with autocast, eager and through
         torch.compile
 layers  forward, input gradient and kernel gradient of the convolutions that networks are made of:
@@ -26,6 +27,7 @@ report.md and benchmark.json.
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import sys
 
 from cnnjax.benchmark.cases import LAYERS, NETWORKS, SIDES
@@ -56,6 +58,12 @@ def check(what: str, only: list[str]) -> None:
             f"{what} compares with PyTorch, which cannot be imported ({error}): "
             "pip install torch torchvision"
         ) from error
+    compiler = os.environ.get("CXX", "g++")
+    if what == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"cpu compares with torch.compile, which needs a C++ compiler; {compiler!r} is not "
+            "found: install g++, or set CXX"
+        )
     if what == "gpu":
         import jax
 

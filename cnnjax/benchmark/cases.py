@@ -78,7 +78,7 @@ LAYERS = {
     "mobilenet_v2.features.4.conv.1.0": Convolution(8, 56, 144, 144, 3, 2, 1, 144),
 }
 SIDES = {
-    "cpu": ("cnnjax", "stock", "torch"),
+    "cpu": ("cnnjax", "stock", "torch", "torch.compile"),
     "gpu": ("cnnjax", "torch", "torch.compile"),
     "layers": ("cnnjax", "stock", "torch"),
 }

@@ -137,7 +137,8 @@ def _git_revision() -> str | None:
 def _difference(old, new, prefix: str = "") -> str | None:
     """The first key at which two nested configurations differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
+        # Keys that were introduced since come last: another value says more.
+        for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
             found = _difference(old.get(key), new.get(key), f"{prefix}{key}.")
             if found:
                 return found

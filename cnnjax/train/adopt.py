@@ -32,8 +32,11 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     for key, value in missing.items():
         if config[key] == current[key]:
             config[key] = value
-    _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-    workdir.write_json(folder / "config.json", recorded | missing)
+    recorded |= missing
+    # The record of a run that will be refused stays as it is.
+    if _differences(recorded, config) <= {"epochs", "model"}:
+        _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
+        workdir.write_json(folder / "config.json", recorded)
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
