@@ -1,7 +1,7 @@
 """The five likeliest classes of photographs.
 
     python -m cnnjax.predict resnet50 photo.jpg ... [--tag imagenet1k_v2] [--weights FILE]
-    python -m cnnjax.predict runs/mine photo.jpg ...
+    python -m cnnjax.predict runs/mine photo.jpg folder ...
 
 The first form uses published ImageNet weights, found on this machine or downloaded; the second the
 network of a finished training run. Photographs are prepared as the network was trained.
@@ -101,24 +101,35 @@ def probabilities(task: Task) -> np.ndarray:
     return np.concatenate(found)
 
 
+def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Lists files, and the images in folders."""
+    from cnnjax.data.photographs import list_photographs
+
+    found = []
+    for path in paths:
+        found += list_photographs(path) if path.is_dir() else [path]
+    return found
+
+
 def _work(options: argparse.Namespace) -> None:
+    images = _list_images(options.photographs)
     backend.start()
     folder = pathlib.Path(options.model).expanduser()
     if folder.is_dir():
         if options.weights or options.resize:
             raise ValueError("weights and resize are those of the run; leave out the options")
-        task = trained(folder, options.photographs)
+        task = trained(folder, images)
     elif folder.name != options.model:
         raise ValueError(f"{folder} is neither a network's name nor a run's work directory")
     else:
         task = published(
             options.model,
-            options.photographs,
+            images,
             tag=options.tag,
             path=options.weights,
             resize=options.resize,
         )
-    for photograph, row in zip(options.photographs, probabilities(task)):
+    for photograph, row in zip(images, probabilities(task)):
         print(photograph)
         for number in np.argsort(-row, kind="stable")[:_SHOWN]:
             print(f"  {100 * row[number]:6.2f} %  {task.classes[number]}")
@@ -128,7 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.predict", description=__doc__)
     parser.add_argument("model", metavar="NAME_OR_RUN", help="a network, or a run's work directory")
-    parser.add_argument("photographs", nargs="+", type=pathlib.Path, metavar="PHOTO")
+    parser.add_argument(
+        "photographs",
+        nargs="+",
+        type=command.path,
+        metavar="PHOTO",
+        help="an image file, or a folder of them",
+    )
     parser.add_argument("--tag", default=records.V1, help="default: %(default)s")
     parser.add_argument(
         "--weights",

@@ -432,8 +432,9 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     model, variables = finished_run(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
     files = []
+    (tmp_path / "folder").mkdir()
     for number, image in enumerate(pixels):
-        files.append(str(tmp_path / f"{number}.png"))
+        files.append(str(tmp_path / "folder" / f"{number}.png"))
         PIL.Image.fromarray(image[..., 0]).save(files[-1])
     task = predict.trained(tmp_path / "run", [pathlib.Path(file) for file in files])
     normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
@@ -442,9 +443,13 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     np.testing.assert_allclose(predict.probabilities(task), expected, atol=1e-5)
 
     assert exit_code(predict.main, [str(tmp_path / "run"), *files]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out
+    lines = output.splitlines()
     assert lines[6] == files[1]
     assert lines[7].endswith(f"%  digit {int(expected[1].argmax())}")
+    # A folder stands for its images.
+    assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         rates = parallel.replicate(current.rates)
         epoch_began = time.monotonic()
         stop = 0
+        if at < total:
+            _LOG.info("compiling the training step")
 
         while at < total and not _stops_early(config, history):
             # ------------------------------------------------------ steps
