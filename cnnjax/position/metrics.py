@@ -1,7 +1,6 @@
 """How well a predicted map shows position."""
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float, Int
 
 METRICS = ("spc", "mae", "r2")
@@ -22,6 +21,9 @@ def scores(
 
     Raises `ValueError` where the shapes of prediction and target differ.
     """
+    # Imported when needed: it takes a second, and --help waits for all imports of a study.
+    import scipy.stats
+
     if prediction.shape[-2:] != target.shape:
         raise ValueError(
             f"a prediction of shape {prediction.shape} does not fit a target of shape "
