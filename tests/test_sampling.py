@@ -21,6 +21,7 @@ from cnnjax.models import create_model, list_models
 from cnnjax.models.resnet import Block, basic, bottleneck
 from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import FILLS, SAMPLINGS, avg_pool, lowering, max_pool, sample
+from experiments import sampling as study
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "sampling.npz")
 SAMPLED = tuple(sampling for sampling in SAMPLINGS if sampling != "stride")
@@ -364,3 +365,44 @@ def test_tables_count_dense_convolutions_and_fields_see_filters():
     # Two 3x3 windows. A filter adds its taps on both sides, a choice of grids a pixel on one.
     spans = {name: (field.low[0], field.high[0]) for name, field in fields.items()}
     assert spans == {"stride": (-2, 2), "blur": (-3, 3), "blur5": (-4, 4), "aps": (-2, 3)}
+
+
+# --- The study ------------------------------------------------------------------------------------
+
+
+def test_the_study_moves_images_as_it_says():
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (6, 32, 32, 3), np.uint8)
+    middles = study.middle(images)
+    np.testing.assert_array_equal(middles, images[:, 4:28, 4:28])
+    for shifted, middle in zip(study.circular_shifts(images, generator), middles):
+        matches = [np.array_equal(shifted, other) for other in all_shifts(middle[None])]
+        assert sum(matches) == 1
+    for window, whole in zip(study.random_crops(images, generator), images):
+        places = np.ndindex(9, 9)
+        assert sum(np.array_equal(window, whole[i : i + 24, j : j + 24]) for i, j in places) == 1
+
+
+def test_the_study_finds_adaptive_sampling_consistent():
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    variables = None
+    shares = {}
+    for sampling in ("aps", "stride"):
+        model = study.build(study.Point("convnet", sampling, "circular", 0))
+        if variables is None:
+            variables = quick.variables(model, jnp.zeros((1, 24, 24, 3)))
+        shares[sampling] = study.consistency(model, variables, images, study.circular_shifts, 0)
+    assert shares["aps"] == 1 > shares["stride"]
+
+
+def test_the_study_reports_every_column():
+    results = []
+    for sampling, seed in itertools.product(("stride", "aps"), range(3)):
+        point = study.Point("convnet", sampling, "zeros", seed)
+        row = {name: 0.5 + 0.1 * seed for name, *_ in study.COLUMNS} | {"circular": 1.0}
+        results.append(point._asdict() | row)
+    table = study.tabulate(results)
+    # Student's t of 2 degrees of freedom is 4.303; the deviation is 10, of n = 3.
+    cells = ["60.0 ± 24.8", "100.0 ± 0.0", "60.0 ± 24.8", "0.60 ± 0.25", "0.60 ± 0.25", "3"]
+    assert "| convnet | aps | zeros | " + " | ".join(cells) + " |" in table
+    assert len(study.draw(results).axes) == 3
