@@ -1,0 +1,129 @@
+"""Networks in other hands: Flax NNX by its bridge, and StableHLO by jax.export."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import quick
+from flax import nnx
+
+from cnnjax import nn
+from cnnjax.models import create_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+RATE = 0.1
+
+
+def draw_images(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal((2, *shape), np.float32))
+
+
+def loss_of(logits: jax.Array) -> jax.Array:
+    labels = jnp.arange(len(logits))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# LeNet is plain, ResNet has BatchNorm, SqueezeNet has dropout.
+@pytest.mark.parametrize(
+    "name, shape",
+    [("lenet", (28, 28, 1)), ("resnet18", (32, 32, 3)), ("squeezenet1_1", (32, 32, 3))],
+)
+def test_a_training_step_of_nnx_is_that_of_linen(name, shape):
+    model = create_model(name, num_classes=10)
+    images = draw_images(*shape)
+
+    @nnx.jit
+    def create():
+        rngs = nnx.Rngs(params=0, dropout=1)
+        return nnx.bridge.ToNNX(model, rngs=rngs).lazy_init(images)
+
+    network = create()
+    kinds = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+    variables = {name: nnx.to_pure_dict(nnx.state(network, kind)) for name, kind in kinds.items()}
+    assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(
+        jnp.shape, quick.variables(model, images)["params"]
+    )
+    # The key that the network draws next.
+    dropout = nnx.clone(network).to_nnx__rngs.dropout()
+    graph, state = nnx.split(network)
+
+    @quick.jit
+    def step_nnx(state):
+        network = nnx.merge(graph, state)
+        optimizer = nnx.Optimizer(network, optax.sgd(RATE), wrt=nnx.Param)
+        loss, gradients = nnx.value_and_grad(
+            lambda network: loss_of(network(images, train=True, mutable=["batch_stats"]))
+        )(network)
+        optimizer.update(network, gradients)
+        return loss, {
+            name: nnx.to_pure_dict(nnx.state(network, kind)) for name, kind in kinds.items()
+        }
+
+    @quick.jit
+    def step_linen(variables):
+        def loss(params):
+            logits, new = model.apply(
+                variables | {"params": params},
+                images,
+                train=True,
+                rngs={"dropout": dropout},
+                mutable=["batch_stats"],
+            )
+            return loss_of(logits), new.get("batch_stats", {})
+
+        (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - RATE * g, variables["params"], gradients)
+        return value, {"params": params, "batch_stats": statistics}
+
+    loss, new = step_nnx(state)
+    expected_loss, expected = step_linen(variables)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    jax.tree.map(
+        lambda value, right: np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-5),
+        new,
+        expected,
+    )
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), new, variables)
+    assert any(jax.tree.leaves(moved["params"]))
+
+
+@pytest.mark.parametrize(
+    "name, shape, padding",
+    [
+        ("lenet", (28, 28, 1), "zeros"),
+        ("vgg11", (32, 32, 3), "circular"),
+        ("resnet18", (64, 64, 3), "reflect"),
+        ("squeezenet1_1", (32, 32, 3), "zeros"),
+        ("mobilenet_v2", (32, 32, 3), "replicate"),
+    ],
+)
+def test_an_exported_network_computes_the_same_for_every_batch_size(name, shape, padding):
+    model = create_model(name, num_classes=10, padding=padding)
+    images = draw_images(*shape)
+    variables = quick.variables(model, images)
+    (batch,) = jax.export.symbolic_shape("batch")
+    with nn.lowering("reference"):
+        exported = jax.export.export(jax.jit(model.apply), platforms=("cpu", "cuda", "tpu"))(
+            variables, jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+        )
+    opened = jax.export.deserialize(exported.serialize())
+    assert opened.platforms == ("cpu", "cuda", "tpu")
+    expected = quick.jit(model.apply)(variables, images)
+    logits = quick.jit(opened.call)(variables, images)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("page", ["nnx.md", "export.md"])
+def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch):
+    text = (DOCS / page).read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["is_same"]
