@@ -1,12 +1,10 @@
 """Ensembles and soups, against NumPy, brute force and single networks; whole commands on digits."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import flax.linen as nn
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -342,23 +340,14 @@ def errors_of(folder: pathlib.Path):
 def test_greedy_from_the_command_line(finished, tmp_path):
     """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is
     refused, the scores are the model's."""
-    command = [
-        sys.executable,
-        "-m",
+    done = forked.run(
         "cnnjax.combine",
         "--runs",
-        str(finished / "rates" / "*"),
+        finished / "rates" / "*",
         "--method",
         "greedy",
         "--workdir",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+        tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -5,9 +5,8 @@ import ast
 import importlib
 import json
 import pathlib
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import PIL.Image
 import pytest
@@ -71,31 +70,24 @@ def colors(tmp_path_factory):
 def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
     """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on
     ten crops: with a small network."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "cnnjax.main",
-            "--config",
-            "configs/alexnet_imagenet.py",
-            f"--config.data_dir={colors}",
-            "--config.model=tutorial_net",
-            "--config.image_size=32",
-            "--config.resize=40",
-            "--config.n_validation=8",
-            "--config.batch_size=8",
-            "--config.epochs=4",
-            "--config.workers=0",
-            "--config.schedule.learning_rate=1e-4",
-            "--config.schedule.patience=0",
-            "--config.schedule.threshold=0.999",
-            "--config.schedule.metric=loss",
-            "--workdir",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    done = forked.run(
+        "cnnjax.main",
+        "--config",
+        "configs/alexnet_imagenet.py",
+        f"--config.data_dir={colors}",
+        "--config.model=tutorial_net",
+        "--config.image_size=32",
+        "--config.resize=40",
+        "--config.n_validation=8",
+        "--config.batch_size=8",
+        "--config.epochs=4",
+        "--config.workers=0",
+        "--config.schedule.learning_rate=1e-4",
+        "--config.schedule.patience=0",
+        "--config.schedule.threshold=0.999",
+        "--config.schedule.metric=loss",
+        "--workdir",
+        tmp_path,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -6,10 +6,9 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 
@@ -18,8 +17,6 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 TRAIN = [
-    sys.executable,
-    "-m",
     "cnnjax.main",
     "--config",
     "configs/lenet_digits.py",
@@ -28,36 +25,24 @@ TRAIN = [
 ]
 
 
-def start(count: int, folder: pathlib.Path, *arguments: str) -> list[subprocess.Popen]:
+def start(count: int, folder: pathlib.Path, *arguments: str) -> list[forked.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        subprocess.Popen(
-            [
-                *TRAIN,
-                "--workdir",
-                str(folder),
-                f"--distributed=localhost:{port},{count},{index}",
-                *arguments,
-            ],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
+        forked.Popen(
+            *TRAIN,
+            "--workdir",
+            folder,
+            f"--distributed=localhost:{port},{count},{index}",
+            *arguments,
         )
         for index in range(count)
     ]
 
 
 def alone(folder: pathlib.Path, *arguments: str) -> dict:
-    done = subprocess.run(
-        [*TRAIN, "--workdir", str(folder), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    done = forked.run(*TRAIN, "--workdir", folder, *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -101,13 +86,7 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one,
         error.splitlines()[-1],
     ), error
     # On one device, from the checkpoint of two.
-    again = subprocess.Popen(
-        [*TRAIN, "--workdir", str(tmp_path), "--config.epochs=3000"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    again = forked.Popen(*TRAIN, "--workdir", tmp_path, "--config.epochs=3000")
     assert any("going on from step" in line for line in again.stderr)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
@@ -131,13 +110,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
 
 @pytest.mark.parametrize("given", ["here", "localhost:1234,2,2", "localhost:1234,2"])
 def test_a_wrong_address_is_one_line(given, tmp_path):
-    done = subprocess.run(
-        [*TRAIN, "--workdir", str(tmp_path), f"--distributed={given}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    done = forked.run(*TRAIN, "--workdir", tmp_path, f"--distributed={given}")
     assert done.returncode == 2 and done.stderr == (
         f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an "
         "INDEX below PROCESSES\n"

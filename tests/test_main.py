@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 from cnnjax.runtime import command
@@ -17,6 +18,7 @@ SMALL = [
     "--config",
     "configs/posenet.py",
     "--config.encoders=('vgg11',)",
+    "--config.stages=('block1','block2')",
     "--config.paddings=('zeros',)",
     "--config.sgd_paddings=()",
     "--config.image_size=64",
@@ -42,9 +44,9 @@ COMMANDS = (
 )
 
 
-def run(*arguments, **options):
+def run(*arguments):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **options
+        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 
@@ -61,7 +63,7 @@ def test_a_run_leaves_its_record(tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["kind"] == "position"
     assert (tmp_path / "run" / "report.md").stat().st_size > 1000
     # The same directory is not another run's, and the same run may be made again.
-    other = run(*SMALL, "--config.seed=1", "--workdir", tmp_path / "run")
+    other = forked.run("cnnjax.main", *SMALL, "--config.seed=1", "--workdir", tmp_path / "run")
     assert (
         other.returncode == 2
         and "holds a run of another configuration (seed=0 there, 1 now); choose another --workdir"
@@ -95,16 +97,7 @@ def test_debug_shows_the_traceback():
 def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     """Every file is whole, and what was read out is not read out again."""
     folder, cells = tmp_path / "run", tmp_path / "run" / "cells"
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # what a shell runs in the background inherits that it is ignored
-    process = subprocess.Popen(
-        [*COMMAND, *SMALL, "--config.seeds=15", "--workdir", str(folder)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    signal.signal(signal.SIGINT, before)
+    process = forked.Popen("cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder)
     deadline = time.monotonic() + 240
     while not (cells / "vgg11-zeros-0.npz").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -125,7 +118,7 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     assert {path.name for path in made} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(
         made
     ) < 30
-    done = run(*SMALL, "--config.seeds=15", "--workdir", folder)
+    done = forked.run("cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder)
     assert done.returncode == 0, done.stderr
     assert len(list(cells.iterdir())) == 30 and made == {
         path: path.stat().st_mtime_ns for path in made

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 
+import forked
 import numpy as np
 import pytest
 import scipy.stats
@@ -44,16 +45,14 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     config = write_config(tmp_path, f"def sweep():\n    return defaults.product({axes})")
     runs = tmp_path / "runs"
     arguments = [
-        *COMMAND,
+        "cnnjax.sweep",
         "--config",
         config,
         "--config.epochs=2",
         "--workdir",
         str(runs),
     ]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = forked.Popen(*arguments)
     assert any("cell 2 of 6" in line for line in process.stderr)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -61,7 +60,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     first = runs / "schedule.learning_rate=0.1,seed=0" / "results.json"
     written = first.stat().st_mtime_ns
 
-    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked.run(*arguments)
     assert done.returncode == 1
     assert "error: 3 of 6 cells failed: see " in done.stderr.splitlines()[-1]
     assert first.stat().st_mtime_ns == written

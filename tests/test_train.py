@@ -14,6 +14,7 @@ import sys
 import time
 
 import flax.linen as nn
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -342,8 +343,6 @@ def test_prediction_and_features_run_the_same_three_ways(way):
 # ------------------------------------------------------- whole runs, as a user starts them
 
 SMALL = [
-    sys.executable,
-    "-m",
     "cnnjax.main",
     "--config",
     "configs/lenet_digits.py",
@@ -355,15 +354,8 @@ SMALL = [
 ]
 
 
-def command(*arguments, **options):
-    return subprocess.run(
-        [*SMALL, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=CPU_ENVIRONMENT,
-        **options,
-    )
+def command(*arguments):
+    return forked.run(*SMALL, *arguments)
 
 
 def parameters(folder: pathlib.Path) -> dict[str, str]:
@@ -648,15 +640,8 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     folder = tmp_path / "killed"
     kills = 0
     while kills < int(os.environ.get("CNNJAX_KILLS", 3)):
-        process = subprocess.Popen(
-            [*SMALL, "--workdir", str(folder)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=CPU_ENVIRONMENT,
-        )
-        assert any("running in" in line for line in process.stdout)
+        process = forked.Popen(*SMALL, "--workdir", folder)
+        assert any("running in" in line for line in process.stderr)
         time.sleep(generator.uniform(0.5, 5.0))
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -675,7 +660,7 @@ def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
     for enabled in ("0", "1"):
         folder = tmp_path / enabled
         done = subprocess.run(
-            [*SMALL, "--config.epochs=1", "--workdir", str(folder)],
+            [sys.executable, "-m", *SMALL, "--config.epochs=1", "--workdir", str(folder)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -692,13 +677,7 @@ def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
-    process = subprocess.Popen(
-        [*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", str(tmp_path)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=CPU_ENVIRONMENT,
-    )
+    process = forked.Popen(*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", tmp_path)
     assert any("epoch 1/3" in line for line in process.stderr)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[1]

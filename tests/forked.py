@@ -1,0 +1,102 @@
+"""Commands in processes of their own that import nothing anew.
+
+`python -m` imports for longer than most commands of the tests compute. Here a process is forked
+from one that has imported everything and computed nothing (imported.py). Tests of the start itself
+use subprocess.
+"""
+
+import functools
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from unittest import mock
+
+ROOT = pathlib.Path(__file__).parents[1]
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _start_server() -> None:
+    _CONTEXT.set_forkserver_preload(["imported"])
+    # The server takes its import path from the environment.
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+        multiprocessing.forkserver.ensure_running()
+
+
+def _work(module: str, arguments: list[str], output: str, errors) -> None:
+    """Call `module`.main in the forked process as `python -m module` does."""
+    assert "imported" in sys.modules
+    # A shell's background process ignores it, and so would this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(output, os.O_WRONLY), 1)
+    os.dup2(errors.fileno(), 2)
+    errors.close()
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    os.chdir(ROOT)
+    sys.argv = [module, *arguments]
+    command = importlib.import_module(module)
+    if hasattr(command, "__path__"):
+        command = importlib.import_module(f"{module}.__main__")
+    try:
+        code = command.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+class Popen:
+    """A running command, with what tests need of subprocess.Popen."""
+
+    def __init__(self, module: str, *arguments):
+        _start_server()
+        self._output = tempfile.NamedTemporaryFile("r")
+        read, write = _CONTEXT.Pipe(duplex=False)
+        self.args = [module, *map(str, arguments)]
+        self._process = _CONTEXT.Process(
+            target=_work, args=(module, self.args[1:], self._output.name, write), daemon=True
+        )
+        self._process.start()
+        write.close()
+        self.stderr = open(os.dup(read.fileno()))
+        read.close()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait for the end and return standard output and the rest of standard error.
+
+        Kills the command after `timeout` seconds.
+        """
+        late = threading.Timer(timeout, self.send_signal, [signal.SIGKILL])
+        late.start()
+        with self.stderr, self._output:
+            errors = self.stderr.read()
+            self._process.join()
+            late.cancel()
+            return self._output.read(), errors
+
+
+def run(module: str, *arguments) -> subprocess.CompletedProcess:
+    """Run a command to its end, as subprocess.run does with captured text."""
+    process = Popen(module, *arguments)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
