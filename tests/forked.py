@@ -81,7 +81,7 @@ class Popen:
         if self.poll() is None:
             os.kill(self._process.pid, number)
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = 3600) -> tuple[str, str]:
         """Wait for the end and return standard output and the rest of standard error.
 
         Kills the command after `timeout` seconds.
