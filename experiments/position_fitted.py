@@ -1,0 +1,390 @@
+"""How far does "position cannot be read" go: other images, more of them, a hidden layer?
+
+    python -m experiments.position_fitted --workdir runs/position_fitted
+        [--photographs FOLDER] [--seeds 3] [--paddings zeros ...] [--encoders resnet18 ...]
+
+The position study fits a linear readout of H to 24 crops of photographs. Here a readout is fitted
+to photographs, to the same photographs with their pixels shuffled, or to noise images, and is
+scored on unseen images of the same kind. The encoders have random weights.
+
+A nonlinear readout has one hidden layer. All stages are brought to one grid in two ways:
+"corners" is the study's and the authors' resize, which aligns the corners of all stages although
+they cover different parts of the image; "registered" samples all stages at the same pixels.
+
+A last table shows what a border does to noise, behind one random convolution. Finished points are
+not computed again. Writes report.md, fitted.json and fitted.png.
+"""
+
+import functools
+import itertools
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from cnnjax import study
+from cnnjax.data import photographs
+from cnnjax.inspect import receptive_field
+from cnnjax.models import Network, create_model
+from cnnjax.nn import conv, relu
+from cnnjax.position.encoder import (
+    FEATURE_SIZE,
+    in_batches,
+    normalize,
+    reachable_stages,
+    stage_shapes,
+)
+from cnnjax.position.metrics import scores
+from cnnjax.position.patterns import ALIGNED
+from cnnjax.position.readout import fit_exact, fit_sgd
+from cnnjax.position.targets import target
+from cnnjax.runtime import tables
+
+_SIZE = 224
+_BATCH = 8
+_HELD_OUT = 32
+_TEST = 32
+ENCODERS = ("resnet18", "vgg11", "vgg16")
+IMAGES = ("photographs", "shuffled", "noise")
+GRIDS = ("corners", "registered")
+# Fills that keep every position where it is, as registered stages need, and no padding.
+PADDINGS = ("none", *ALIGNED)
+
+
+# --- Options and points ---------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    encoder: str
+    padding: str
+    images: str
+    seed: int
+
+
+def add_options(parser):
+    parser.add_workdir("runs/position_fitted")
+    parser.add_photographs()
+    parser.add_count("seeds", 3, "of weights, photographs and crops")
+    paddings = ["zeros", "none", "reflect", "replicate", "circular", "random"]
+    parser.add_argument("--paddings", nargs="+", choices=PADDINGS, default=paddings)
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["resnet18"])
+    parser.add_argument("--images", nargs="+", choices=IMAGES, default=list(IMAGES))
+    parser.add_argument(
+        "--counts",
+        nargs="+",
+        type=int,
+        default=[24, 96, 256],
+        help="images to fit to; the nonlinear readout takes the most (default: 24 96 256)",
+    )
+    parser.add_count("hidden", 64, "channels of the nonlinear readout; 0 for none of it", least=0)
+    parser.add_count("steps", 300, "SGD steps of the nonlinear readout")
+
+
+def load(options) -> list[pathlib.Path]:
+    """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
+    if min(options.counts) < 2:
+        raise ValueError(f"counts={options.counts} must be numbers of images of at least 2")
+    paths = photographs.list_photographs(options.photographs)
+    photographs.split(paths, (1, 1, 1), 0)
+    for path in paths:
+        height, width = photographs.image_size(path)
+        if min(height, width) < _SIZE:
+            raise ValueError(
+                f"photographs: {path} is {height}x{width}, smaller than {_SIZE}x{_SIZE}"
+            )
+    return paths
+
+
+def points(options):
+    seeds = range(options.seeds)
+    grid = itertools.product(options.encoders, options.paddings, options.images, seeds)
+    return itertools.starmap(Point, grid)
+
+
+# --- One encoder on one kind of images ------------------------------------------------------------
+
+
+def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
+    """Fits readouts of H to images of one kind, and scores them on unseen images of that kind."""
+    most = max(options.counts)
+    parts = draw_images(point, paths, (most, _HELD_OUT, _TEST))
+    features = encode(point, np.concatenate(parts))
+    goal = target("H", FEATURE_SIZE)
+    readouts = []
+    for grid, joined in features.items():
+        train, held_out, test = np.split(joined, [most, most + _HELD_OUT])
+        for count in options.counts:
+            readout = fit_exact(train[:count], held_out, goal[None])
+            readouts.append(scored("linear", grid, count, readout(test)))
+        if options.hidden:
+            nonlinear = fit_sgd(
+                train,
+                goal[None],
+                steps=options.steps,
+                seed=point.seed,
+                hidden=(options.hidden,),
+            )
+            readouts.append(scored("nonlinear", grid, most, nonlinear(test)[0]))
+    return {"readouts": readouts, "border": border(point.padding, point.seed)}
+
+
+def draw_images(point: Point, paths: list[pathlib.Path], counts: tuple[int, ...]):
+    """Draws images to fit to, to choose the penalty on, and to test on, all of one kind."""
+    images = []
+    for number, part in enumerate(photographs.split(paths, counts, point.seed)):
+        seed = len(counts) * point.seed + number
+        if point.images == "noise":
+            drawn = photographs.synthetic("noise", counts[number], _SIZE, seed)
+        else:
+            drawn = photographs.crops(part, counts[number], _SIZE, seed)
+        if point.images == "shuffled":
+            drawn = shuffled(drawn, seed)
+        images.append(drawn)
+    return images
+
+
+def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
+    """Permutes the pixels of each image, all channels of a pixel together."""
+    rng = np.random.default_rng(seed)
+    pixels = [rng.permutation(image.reshape(-1, 3)).reshape(image.shape) for image in images]
+    return np.stack(pixels)
+
+
+def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:
+    """Scores predictions [n, 1, 28, 28] of H on the readout's own grid."""
+    found = scores(maps[:, 0], target("H", FEATURE_SIZE))
+    return {
+        "readout": readout,
+        "grid": grid,
+        "count": count,
+        "r2": float(found["r2"].mean()),
+        "median_r2": float(np.median(found["r2"])),
+        "spc": float(found["spc"].mean()),
+    }
+
+
+# --- Two grids ------------------------------------------------------------------------------------
+
+
+def encode(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Encodes images by random weights.
+
+    Returns the joined stages [n, 28, 28, channels] by grid.
+    """
+    # The same stages for every padding.
+    stages = tuple(reachable_stages(create_model(point.encoder, padding="none"), _SIZE))
+    model = create_model(point.encoder, padding=point.padding)
+    blank = jnp.zeros((1, _SIZE, _SIZE, 3))
+    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
+    variables = initialize(jax.random.key(point.seed))
+
+    shapes = stage_shapes(model, _SIZE, stages[-1])
+    sides = [shapes[stage][1] for stage in stages]
+    places = {
+        "corners": [np.linspace(0, side - 1, FEATURE_SIZE) for side in sides],
+        "registered": registered(model, stages, sides),
+    }
+    weights = {}
+    for grid, of_stages in places.items():
+        weights[grid] = [interpolation(*stage) for stage in zip(of_stages, sides)]
+
+    parts: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
+    for start, count, batch in in_batches(images, _BATCH):
+        key = jax.random.key(start)
+        joined = _joined(model, variables, batch, stages, weights, key)
+        for grid in GRIDS:
+            parts[grid].append(np.asarray(joined[grid])[:count])
+    return {grid: np.concatenate(of_grid) for grid, of_grid in parts.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stages"))
+def _joined(model, variables, images, stages, weights, key):
+    maps = model.apply(
+        variables,
+        normalize(images),
+        method="stages",
+        last=stages[-1],
+        rngs={"padding": key},
+    )
+    joined = {}
+    for grid, matrices in weights.items():
+        sampled = [
+            jnp.einsum("iy,nyxc,jx->nijc", matrix, maps[stage], matrix)
+            for stage, matrix in zip(stages, matrices)
+        ]
+        joined[grid] = jnp.concatenate(sampled, -1)
+    return joined
+
+
+def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> list[np.ndarray]:
+    """Finds where each stage must be sampled so that all stages show the same pixels.
+
+    The grid spans the part of the image that the centers of all stages' receptive fields cover.
+
+    - `sides`: positions along a side of each stage's map.
+
+    Returns the 28 places of each stage, in its own positions.
+    """
+    centers = []
+    for stage, side in zip(stages, sides):
+        field = receptive_field(model, stage)
+        middle = (field.low[1] + field.high[1]) / 2
+        centers.append(middle + field.step[1] * np.arange(side))
+    first = max(of_stage[0] for of_stage in centers)
+    last = min(of_stage[-1] for of_stage in centers)
+    pixels = np.linspace(first, last, FEATURE_SIZE)
+    return [np.interp(pixels, of_stage, np.arange(len(of_stage))) for of_stage in centers]
+
+
+def interpolation(places: np.ndarray, side: int) -> np.ndarray:
+    """Returns the matrix [places, side] that interpolates a line of values linearly."""
+    distances = np.abs(places[:, None] - np.arange(side))
+    return np.maximum(0, 1 - distances).astype(np.float32)
+
+
+# --- What a border does to noise ------------------------------------------------------------------
+
+
+def border(padding: str, seed: int) -> dict:
+    """Compares the first column with the interior, behind a random 3x3 convolution of noise.
+
+    Returns means over 64 channels: the `variance` of the column over the interior's, and how far
+    the column's mean is from the interior's, in the interior's standard deviations, `before` and
+    `after` the ReLU.
+    """
+    images = normalize(photographs.synthetic("noise", 64, 64, seed))
+    kernel_key, fill_key = jax.random.split(jax.random.key(seed))
+    kernel = jax.nn.initializers.he_normal()(kernel_key, (3, 3, 3, 64))
+    maps = conv(images, kernel, padding=1, fill=padding, key=fill_key)
+    variance, before = _first_column(maps)
+    _, after = _first_column(relu(maps))
+    return {"variance": variance, "before": before, "after": after}
+
+
+def _first_column(maps) -> tuple[float, float]:
+    """Returns the ratio of variances, and the distance of means in standard deviations."""
+    # Corners are two borders at once: rows near the top and the bottom are left out.
+    rows = np.asarray(maps, np.float64)[:, 8:-8]
+    column = rows[:, :, 0]
+    interior = rows[:, :, 8:-8]
+    spread = interior.std((0, 1, 2))
+    ratio = column.var((0, 1)) / spread**2
+    shift = np.abs(column.mean((0, 1)) - interior.mean((0, 1, 2))) / spread
+    return float(ratio.mean()), float(shift.mean())
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def rows_of(results: list[dict], point: dict, **fields) -> list[dict]:
+    """Returns the readouts with these fields, of all results with these fields of a point."""
+    rows = []
+    for result in study.select(results, **point):
+        rows += study.select(result["readouts"], **fields)
+    return rows
+
+
+def tabulate(results: list[dict]) -> str:
+    """Tabulates R2 of H: a line for each readout, a column for each padding."""
+    paddings = study.unique(results, "padding")
+    kinds = results[0]["readouts"]
+    lines = []
+    grid = itertools.product(
+        study.unique(results, "encoder"), study.unique(results, "images"), kinds
+    )
+    for encoder, images, kind in grid:
+        fields = {name: kind[name] for name in ("readout", "grid", "count")}
+        cells = []
+        for padding in paddings:
+            point = {"encoder": encoder, "images": images, "padding": padding}
+            rows = rows_of(results, point, **fields)
+            cells.append(tables.spread(study.values(rows, "r2"), 2))
+        label = [encoder, images, str(kind["count"]), kind["readout"], kind["grid"]]
+        lines.append([*label, *cells, str(len(rows))])
+    header = ["encoder", "fitted to", "images", "readout", "grid", *paddings, "n"]
+    return tables.table(header, lines)
+
+
+def tabulate_borders(results: list[dict]) -> str:
+    lines = []
+    for padding in study.unique(results, "padding"):
+        by_seed = {row["seed"]: row["border"] for row in study.select(results, padding=padding)}
+        found = list(by_seed.values())
+        cells = [
+            tables.spread(study.values(found, name), 3) for name in ("variance", "before", "after")
+        ]
+        lines.append([padding, *cells, str(len(found))])
+    header = ["padding", "variance", "mean before ReLU", "mean after ReLU", "n"]
+    return tables.table(header, lines)
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draws R2 of the linear readout: a panel for each encoder and kind of images."""
+    encoders = study.unique(results, "encoder")
+    kinds = study.unique(results, "images")
+    paddings = study.unique(results, "padding")
+    counts = sorted({row["count"] for row in results[0]["readouts"]})
+    size = (3.2 * len(kinds) + 0.8, 2.6 * len(encoders) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(encoders), len(kinds), squeeze=False, sharex=True, sharey=True)
+    for axis, (encoder, images) in zip(axes.flat, itertools.product(encoders, kinds)):
+        for padding in paddings:
+            point = {"encoder": encoder, "images": images, "padding": padding}
+            curve = []
+            for count in counts:
+                rows = rows_of(results, point, readout="linear", grid="corners", count=count)
+                curve.append(study.values(rows, "r2"))
+            means = [values.mean() for values in curve]
+            bars = [tables.bar(values) for values in curve]
+            axis.errorbar(counts, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
+        axis.axhline(0, color="black", lw=0.5)
+        axis.set_xscale("log")
+        axis.set_xticks(counts, counts)
+        axis.minorticks_off()
+        axis.set(title=f"{encoder}, fitted to {images}", ylim=(-0.15, 1))
+    for axis in axes[-1]:
+        axis.set_xlabel("images fitted to")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("R2 of H")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    text = f"""# What a readout of H can be fitted to
+
+Encoders with random weights, images of {_SIZE} px. R2 of H on {_TEST} unseen images of the kind
+that the readout was fitted to, scored on its own grid of {FEATURE_SIZE}x{FEATURE_SIZE}; mean ±
+sample standard deviation over n seeds of weights and images. The linear readout is the exact one,
+its penalty chosen on {_HELD_OUT} held-out images. "Corners" aligns the corners of all stages;
+"registered" samples all stages at the same pixels.
+
+{tabulate(results)}
+![R2 of H by the number of images](fitted.png)
+
+What the border does to noise images behind one random 3x3 convolution: the variance of the first
+column over that of the interior, and the distance of the column's mean from the interior's in the
+interior's standard deviations; means over 64 channels.
+
+{tabulate_borders(results)}"""
+    return study.Report(text, {"fitted.png": draw(results)})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="fitted.json",
+    add_options=add_options,
+    axes=("paddings", "encoders", "images", "seeds"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
+
+if __name__ == "__main__":
+    sys.exit(main())
