@@ -252,9 +252,9 @@ def interpolation(places: np.ndarray, side: int) -> np.ndarray:
 def border(padding: str, seed: int) -> dict:
     """Compares the first column with the interior, behind a random 3x3 convolution of noise.
 
-    Returns means over 64 channels: the `variance` of the column over the interior's, and how far
-    the column's mean is from the interior's, in the interior's standard deviations, `before` and
-    `after` the ReLU.
+    Returns means over 64 channels: by what share the column's `variance` is above or below the
+    interior's, and how far the column's mean is from the interior's, in the interior's standard
+    deviations, `before` and `after` the ReLU.
     """
     images = normalize(photographs.synthetic("noise", 64, 64, seed))
     kernel_key, fill_key = jax.random.split(jax.random.key(seed))
@@ -266,15 +266,15 @@ def border(padding: str, seed: int) -> dict:
 
 
 def _first_column(maps) -> tuple[float, float]:
-    """Returns the ratio of variances, and the distance of means in standard deviations."""
+    """Returns the change of variance, and the distance of means in standard deviations."""
     # Corners are two borders at once: rows near the top and the bottom are left out.
     rows = np.asarray(maps, np.float64)[:, 8:-8]
     column = rows[:, :, 0]
     interior = rows[:, :, 8:-8]
     spread = interior.std((0, 1, 2))
-    ratio = column.var((0, 1)) / spread**2
+    change = np.abs(column.var((0, 1)) / spread**2 - 1)
     shift = np.abs(column.mean((0, 1)) - interior.mean((0, 1, 2))) / spread
-    return float(ratio.mean()), float(shift.mean())
+    return float(change.mean()), float(shift.mean())
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -289,7 +289,11 @@ def rows_of(results: list[dict], point: dict, **fields) -> list[dict]:
 
 
 def tabulate(results: list[dict]) -> str:
-    """Tabulates R2 of H: a line for each readout, a column for each padding."""
+    """Tabulates R2 of H: a line for each readout, a column for each padding.
+
+    R2 is the median over test images: it has no lower bound, and single images whose features have
+    rare values fall far below 0.
+    """
     paddings = study.unique(results, "padding")
     kinds = results[0]["readouts"]
     lines = []
@@ -302,7 +306,7 @@ def tabulate(results: list[dict]) -> str:
         for padding in paddings:
             point = {"encoder": encoder, "images": images, "padding": padding}
             rows = rows_of(results, point, **fields)
-            cells.append(tables.spread(study.values(rows, "r2"), 2))
+            cells.append(tables.spread(study.values(rows, "median_r2"), 2))
         label = [encoder, images, str(kind["count"]), kind["readout"], kind["grid"]]
         lines.append([*label, *cells, str(len(rows))])
     header = ["encoder", "fitted to", "images", "readout", "grid", *paddings, "n"]
@@ -318,7 +322,7 @@ def tabulate_borders(results: list[dict]) -> str:
             tables.spread(study.values(found, name), 3) for name in ("variance", "before", "after")
         ]
         lines.append([padding, *cells, str(len(found))])
-    header = ["padding", "variance", "mean before ReLU", "mean after ReLU", "n"]
+    header = ["padding", "change of variance", "of mean before ReLU", "after ReLU", "n"]
     return tables.table(header, lines)
 
 
@@ -337,7 +341,7 @@ def draw(results: list[dict]) -> Figure:
             curve = []
             for count in counts:
                 rows = rows_of(results, point, readout="linear", grid="corners", count=count)
-                curve.append(study.values(rows, "r2"))
+                curve.append(study.values(rows, "median_r2"))
             means = [values.mean() for values in curve]
             bars = [tables.bar(values) for values in curve]
             axis.errorbar(counts, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
@@ -349,7 +353,7 @@ def draw(results: list[dict]) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("images fitted to")
     for axis in axes[:, 0]:
-        axis.set_ylabel("R2 of H")
+        axis.set_ylabel("R2 of H, median")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
@@ -357,17 +361,17 @@ def draw(results: list[dict]) -> Figure:
 def report(results: list[dict], options) -> study.Report:
     text = f"""# What a readout of H can be fitted to
 
-Encoders with random weights, images of {_SIZE} px. R2 of H on {_TEST} unseen images of the kind
-that the readout was fitted to, scored on its own grid of {FEATURE_SIZE}x{FEATURE_SIZE}; mean ±
-sample standard deviation over n seeds of weights and images. The linear readout is the exact one,
-its penalty chosen on {_HELD_OUT} held-out images. "Corners" aligns the corners of all stages;
+Encoders with random weights, images of {_SIZE} px. R2 of H, the median over {_TEST} unseen images
+of the kind that the readout was fitted to, on the readout's grid of {FEATURE_SIZE}x{FEATURE_SIZE};
+mean ± sample standard deviation over n seeds of weights and images. The linear readout is the exact
+one, its penalty chosen on {_HELD_OUT} held-out images. "Corners" aligns the corners of all stages;
 "registered" samples all stages at the same pixels.
 
 {tabulate(results)}
 ![R2 of H by the number of images](fitted.png)
 
-What the border does to noise images behind one random 3x3 convolution: the variance of the first
-column over that of the interior, and the distance of the column's mean from the interior's in the
+What the border does to noise images behind one random 3x3 convolution: by what share the variance
+of the first column differs from the interior's, and how far its mean is from the interior's, in the
 interior's standard deviations; means over 64 channels.
 
 {tabulate_borders(results)}"""

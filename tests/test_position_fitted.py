@@ -1,0 +1,115 @@
+"""Readouts fitted to other images: two grids, shuffled pixels, borders of noise, the report."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax.models import base
+from cnnjax.models.small import SmallConvNet
+from cnnjax.nn import Conv, resize
+from experiments import position_fitted
+from experiments.position_fitted import Point
+
+
+class Averages(base.Network):
+    """Two stages without padding: averages over 3 and over 11 pixels, at strides 2 and 4."""
+
+    @nn.nowrap
+    def walk(self, x, train):
+        mean = functools.partial(Conv, 1, use_bias=False, kernel_init=nn.initializers.ones)
+        x = mean(3, stride=2, name="a")(x) / 27
+        yield "a", x
+        x = mean(5, stride=2, name="b")(x) / 25
+        yield "b", x
+        yield "logits", x.mean((1, 2))
+
+
+def test_registered_stages_show_the_same_pixels(monkeypatch):
+    monkeypatch.setitem(base._REGISTRY, "averages", Averages)
+    monkeypatch.setattr(position_fitted, "normalize", lambda images: images / 255)
+    # On a ramp from left to right, the average over a window is the pixel at its center.
+    ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[:, None], (1, 224, 224, 3))
+    found = position_fitted.encode(Point("averages", "none", "noise", 0), ramp)
+    pixels = {grid: features[0, 0] * 255 for grid, features in found.items()}
+    np.testing.assert_allclose(pixels["registered"][:, 0], pixels["registered"][:, 1], atol=0.01)
+    # Centers of the second stage: 5, 9, ..., 217, as it begins 4 pixels after the first.
+    np.testing.assert_allclose(pixels["registered"][:, 1], np.linspace(5, 217, 28), atol=0.01)
+    np.testing.assert_allclose(pixels["corners"][:, 0], np.linspace(1, 221, 28), atol=0.01)
+    np.testing.assert_allclose(pixels["corners"][:, 1], np.linspace(5, 217, 28), atol=0.01)
+
+
+def test_corners_are_the_study_s_resize():
+    x = np.random.default_rng(0).random((1, 11, 11, 2), np.float32)
+    matrix = position_fitted.interpolation(np.linspace(0, 10, 28), 11)
+    found = jnp.einsum("iy,nyxc,jx->nijc", matrix, x, matrix)
+    np.testing.assert_allclose(found, resize(x, 28), atol=1e-5)
+
+
+def test_shuffling_moves_whole_pixels_of_one_image():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    found = position_fitted.shuffled(images, seed=1)
+    assert not np.array_equal(found, images)
+    for before, after in zip(images, found):
+        pixels = sorted(map(tuple, before.reshape(-1, 3).tolist()))
+        assert sorted(map(tuple, after.reshape(-1, 3).tolist())) == pixels
+
+
+@pytest.mark.parametrize("padding", ["replicate", "random", "circular"])
+def test_only_a_copied_border_of_noise_has_another_mean(padding):
+    """Copied neighbors are correlated, so the variance differs, which ReLU turns into a mean.
+
+    Independent noise of the same moments ('random') and a wrapped border have the interior's.
+    """
+    found = position_fitted.border(padding, seed=0)
+    assert found["before"] < 0.02
+    assert (found["variance"] > 0.1) == (padding == "replicate")
+    assert (found["after"] > 0.04) == (padding == "replicate")
+
+
+def test_zeros_have_another_mean_before_the_relu():
+    found = position_fitted.border("zeros", seed=0)
+    # Noise about 127.5 is not about 0 after normalization, and a third of the window is zeros.
+    assert found["variance"] == pytest.approx(1 / 3, abs=0.05)
+    assert found["before"] > 0.08
+
+
+def _tiny(monkeypatch):
+    layers = ((16, 2),) * 5
+    monkeypatch.setitem(base._REGISTRY, "resnet18", functools.partial(SmallConvNet, layers=layers))
+    monkeypatch.setattr(position_fitted, "_HELD_OUT", 4)
+    monkeypatch.setattr(position_fitted, "_TEST", 4)
+
+
+def test_every_readout_is_reported(tmp_path, monkeypatch):
+    _tiny(monkeypatch)
+    command = ["--workdir", str(tmp_path), "--seeds", "1", "--images", "shuffled", "noise"]
+    command += ["--paddings", "zeros", "--counts", "4", "8", "--hidden", "2", "--steps", "2"]
+    assert position_fitted.main(command) == 0
+    shuffled, noise = json.loads((tmp_path / "fitted.json").read_text())
+    assert (shuffled["images"], noise["images"]) == ("shuffled", "noise")
+    labels = [(row["readout"], row["grid"], row["count"]) for row in noise["readouts"]]
+    assert labels == [
+        (readout, grid, count)
+        for grid in position_fitted.GRIDS
+        for readout, count in (("linear", 4), ("linear", 8), ("nonlinear", 8))
+    ]
+    # Zeros tell the place on noise.
+    assert all(row["r2"] > 0.03 for row in noise["readouts"] if row["readout"] == "linear")
+    text = (tmp_path / "report.md").read_text()
+    assert "| resnet18 | noise | 8 | nonlinear | registered | " in text
+    assert (tmp_path / "fitted.png").stat().st_size > 1000
+
+
+def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_path, capsys):
+    folder = tmp_path / "work"
+    for wrong, message in (
+        (["--counts", "24", "1"], "counts=[24, 1] must be numbers of images of at least 2"),
+        (["--photographs", "absent"], "photographs='absent' is not a folder"),
+    ):
+        assert position_fitted.main(["--workdir", str(folder), *wrong]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert not folder.exists()
