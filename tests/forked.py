@@ -26,7 +26,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 def _start_server() -> None:
     _CONTEXT.set_forkserver_preload(["imported"])
     # The server takes its import path from the environment.
-    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths).strip(os.pathsep)):
         multiprocessing.forkserver.ensure_running()
 
 
