@@ -98,7 +98,10 @@ def running(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def _daemon(words: list[str], folder: pathlib.Path, environment: dict) -> Iterator[None]:
     with (folder / f"{words[0]}.log").open("wb") as log:
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
+        # In a session of its own: Ctrl-C ends the daemons in order, after their jobs.
+        process = subprocess.Popen(
+            words, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         yield
     finally:
