@@ -1,21 +1,7 @@
-import atexit
 import functools
 import gc
 import os
 import pathlib
-import shutil
-import tempfile
-
-# Compiling takes most of the tests' time, and jax reads these settings when it is imported. A run
-# has a compilation cache of its own, new every time: a program is compiled once for all workers and
-# for the commands that tests start.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cnnjax-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# LLVM's optimization takes half of the compilation of a network and does not change what is
-# computed. The fixture `optimized` turns it on.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import deep_calls
 import jax
@@ -97,15 +83,6 @@ def data_dir() -> pathlib.Path:
     if "CNNJAX_DATA" not in os.environ:
         pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
     return pathlib.Path(os.environ["CNNJAX_DATA"])
-
-
-@pytest.fixture
-def optimized():
-    """For what compares compiled networks themselves: compiled as they are for users."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -502,7 +502,8 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
 
 
 def inception_block(name, fill):
-    return inception.Block(inception._TABLE[name], fill, jnp.float32, None)
+    table = inception._TABLE[name]
+    return inception.Block(table, fill, "stride", dtype=jnp.float32, axis_name=None)
 
 
 @functools.lru_cache(maxsize=2)

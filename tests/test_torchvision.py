@@ -82,7 +82,6 @@ def test_keys_and_shapes_are_torchvisions(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", [case for case in GOLDEN.files if case.endswith("/eval")])
 def test_evaluation_is_torchvisions(case):
     """Logits of a compiled network equal the golden ones.
@@ -186,7 +185,6 @@ def test_initialization_has_torchvisions_distributions(name):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_squeezenet_with_real_weights(data_dir):
     """The published network has its reference output and its accuracy on 500 photographs."""
     folder = data_dir / "weights"
