@@ -29,13 +29,13 @@ from matplotlib.figure import Figure
 from cnnjax import study
 from cnnjax.data import photographs
 from cnnjax.inspect import receptive_field
-from cnnjax.models import Network, create_model
+from cnnjax.models import Network
 from cnnjax.nn import conv, relu
 from cnnjax.position.encoder import (
     FEATURE_SIZE,
     in_batches,
     normalize,
-    reachable_stages,
+    random_encoder,
     stage_shapes,
 )
 from cnnjax.position.metrics import scores
@@ -90,12 +90,7 @@ def load(options) -> list[pathlib.Path]:
         raise ValueError(f"counts={options.counts} must be numbers of images of at least 2")
     paths = photographs.list_photographs(options.photographs)
     photographs.split(paths, (1, 1, 1), 0)
-    for path in paths:
-        height, width = photographs.image_size(path)
-        if min(height, width) < _SIZE:
-            raise ValueError(
-                f"photographs: {path} is {height}x{width}, smaller than {_SIZE}x{_SIZE}"
-            )
+    photographs.check_sizes(paths, _SIZE)
     return paths
 
 
@@ -175,13 +170,7 @@ def encode(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns the joined stages [n, 28, 28, channels] by grid.
     """
-    # The same stages for every padding.
-    stages = tuple(reachable_stages(create_model(point.encoder, padding="none"), _SIZE))
-    model = create_model(point.encoder, padding=point.padding)
-    blank = jnp.zeros((1, _SIZE, _SIZE, 3))
-    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
-    variables = initialize(jax.random.key(point.seed))
-
+    model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
     shapes = stage_shapes(model, _SIZE, stages[-1])
     sides = [shapes[stage][1] for stage in stages]
     places = {

@@ -20,16 +20,14 @@ import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import photographs
-from cnnjax.models import create_model
 from cnnjax.nn import FILLS, resize
-from cnnjax.position.encoder import encode, reachable_stages
+from cnnjax.position.encoder import encode, random_encoder
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
@@ -151,12 +149,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
 
 def encode_parts(point: Point, images: list[np.ndarray]) -> list[np.ndarray]:
     """Encodes lists of images together, and returns the features of each."""
-    # The same stages for every padding.
-    stages = reachable_stages(create_model(point.encoder, padding="none"), _SIZE)
-    model = create_model(point.encoder, padding=point.padding)
-    blank = jnp.zeros((1, _SIZE, _SIZE, 3))
-    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
-    variables = initialize(jax.random.key(point.seed))
+    model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
     features = encode(model, variables, np.concatenate(images), stages)
     ends = np.cumsum([len(part) for part in images])
     return np.split(features, ends[:-1])

@@ -261,6 +261,20 @@ def split(
     return parts
 
 
+def check_sizes(paths: list[pathlib.Path], size: int) -> None:
+    """Check by their headers that photographs are large enough for crops.
+
+    Raises:
+      ValueError: if one is smaller than `size` or cannot be read.
+    """
+    for path in paths:
+        height, width = image_size(path)
+        if min(height, width) < size:
+            raise ValueError(
+                f"photographs: {path} is {height}x{width}, smaller than image_size={size}"
+            )
+
+
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
     """Cut random squares from photographs, taken in turn.
 

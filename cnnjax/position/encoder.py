@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax.data import augment
-from cnnjax.models import Network
+from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
 from cnnjax.runtime import workdir
 from cnnjax.runtime.types import AnyArray
@@ -75,6 +75,21 @@ def reachable_stages(model: Network, size: int) -> list[str]:
         except ValueError:
             names.pop()
     return names
+
+
+def random_encoder(
+    name: str, padding: str, size: int, seed: int
+) -> tuple[Network, dict, tuple[str, ...]]:
+    """Draws an encoder's weights for square images of `size`.
+
+    Returns the network, its variables, and the stages that it reaches without padding, which are
+    the same for every padding.
+    """
+    stages = tuple(reachable_stages(create_model(name, padding="none"), size))
+    model = create_model(name, padding=padding)
+    blank = jnp.zeros((1, size, size, 3))
+    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
+    return model, initialize(jax.random.key(seed)), stages
 
 
 def image_features(

@@ -166,13 +166,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
 def _check_photographs(config: ml_collections.ConfigDict) -> None:
     paths = photographs.list_photographs(config.photographs)
     photographs.split(paths, (1, 1, 1), 0)
-    for path in paths:
-        height, width = photographs.image_size(path)
-        if min(height, width) < config.image_size:
-            raise ValueError(
-                f"photographs: {path} is {height}x{width}, smaller than "
-                f"image_size={config.image_size}"
-            )
+    photographs.check_sizes(paths, config.image_size)
 
 
 def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
