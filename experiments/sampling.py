@@ -169,9 +169,9 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def interval(values: np.ndarray, digits: int) -> str:
+def interval(values: np.ndarray, digits: int, sign: str = "") -> str:
     """Formats the mean and half of its 95 % interval; one value has none."""
-    text = f"{values.mean():.{digits}f}"
+    text = f"{values.mean():{sign}.{digits}f}"
     if len(values) > 1:
         text += f" ± {tables.half_width(values):.{digits}f}"
     return text
@@ -187,6 +187,26 @@ def tabulate(results: list[dict]) -> str:
         for name, _, factor, digits in COLUMNS:
             cells.append(interval(factor * study.values(results, name, **fields), digits))
         lines.append([*group, *cells, str(len(study.select(results, **fields)))])
+    return tables.table(header, lines)
+
+
+def tabulate_differences(results: list[dict]) -> str:
+    """Tabulates what each sampling adds to the first one, paired by seed."""
+    header = ["network", "padding", "sampling", *(heading for _, heading, _, _ in COLUMNS), "n"]
+    first, *others = study.unique(results, "sampling")
+    lines = []
+    groups = itertools.product(
+        study.unique(results, "network"), study.unique(results, "padding"), others
+    )
+    for network, padding, sampling in groups:
+        fields = {"network": network, "padding": padding}
+        cells = []
+        for name, _, factor, digits in COLUMNS:
+            here = study.values(results, name, sampling=sampling, **fields)
+            difference = factor * (here - study.values(results, name, sampling=first, **fields))
+            cells.append(interval(difference, digits, "+"))
+        label = [network, padding, f"{sampling} - {first}"]
+        lines.append([*label, *cells, str(len(difference))])
     return tables.table(header, lines)
 
 
@@ -224,6 +244,9 @@ of the 95 % interval over n seeds, of weights, images and their order. Consisten
 {options.test:,} test images whose class two random shifts leave the same.
 
 {tabulate(results)}
+Differences between two samplings, paired by seed:
+
+{tabulate_differences(results)}
 ![Consistency and position](sampling.png)
 """
     return study.Report(text, {"sampling.png": draw(results)})

@@ -406,3 +406,10 @@ def test_the_study_reports_every_column():
     cells = ["60.0 ± 24.8", "100.0 ± 0.0", "60.0 ± 24.8", "0.60 ± 0.25", "0.60 ± 0.25", "3"]
     assert "| convnet | aps | zeros | " + " | ".join(cells) + " |" in table
     assert len(study.draw(results).axes) == 3
+    # Paired by seed, a difference that all seeds share has no spread.
+    for row in results:
+        if row["sampling"] == "aps":
+            row["accuracy"] -= 0.05
+    cells = ["-5.0 ± 0.0", "+0.0 ± 0.0", "+0.0 ± 0.0", "+0.00 ± 0.00", "+0.00 ± 0.00", "3"]
+    line = "| convnet | zeros | aps - stride | " + " | ".join(cells) + " |"
+    assert line in study.tabulate_differences(results)
