@@ -1,0 +1,131 @@
+"""Accuracy by place: where digits lie, what padding and sampling make equal, the report."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+
+from cnnjax.data import augment
+from experiments import position_places as study
+from experiments.position_places import PLACES, Point
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(study, "MODEL", study.MODEL.clone(blocks=((4,), (8,))))
+
+
+def digits(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 12, 12, 1), np.uint8)
+
+
+def test_digits_are_averaged_and_laid_where_they_should_be():
+    images = np.zeros((1, 28, 28, 1), np.uint8)
+    images[0, 2:4, 4:6, 0] = [[10, 20], [30, 40]]
+    images[0, 0] = 255
+    reduced = study.reduce(images)
+    assert reduced.shape == (1, 12, 12, 1)
+    assert reduced[0, 0, 1, 0] == 25
+    assert np.count_nonzero(reduced) == 1
+    for row, column in [(0, 0), (3, 8), (PLACES - 1, PLACES - 1)]:
+        canvas = study.lay(digits(2), row, column)
+        inside = canvas[:, 2 * row : 2 * row + 12, 2 * column : 2 * column + 12]
+        np.testing.assert_array_equal(inside, np.broadcast_to(digits(2), inside.shape))
+        assert canvas.shape == (2, 28, 28, 3)
+        assert canvas.sum(dtype=int) == 3 * digits(2).sum(dtype=int)
+
+
+def test_every_place_is_of_one_kind():
+    kinds = study.kinds_of_places((4, 4))
+    counts = {kind: int(mask.sum()) for kind, mask in kinds.items()}
+    # Of 7x7 inner places, 3x3 are whole strides from the center, and one of these is the center.
+    assert list(counts.values()) == [8, 40, 32]
+    assert kinds["inside, whole strides away"][2, 6]
+    assert kinds["at the border"][0, 4]
+    assert not any(mask[4, 4] for mask in kinds.values())
+    at_corner = study.kinds_of_places((0, 0))
+    assert [int(mask.sum()) for mask in at_corner.values()] == [9, 40, 31]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "padding", "equal"),
+    [
+        ("aps", "circular", "everywhere"),
+        ("stride", "circular", "whole strides"),
+        ("stride", "zeros", "nowhere"),
+    ],
+)
+def test_what_padding_and_sampling_make_equal(small, sampling, padding, equal):
+    model = study.build(Point("center", sampling, padding, 0))
+    variables = quick.variables(model, jnp.zeros((1, 28, 28, 3)))
+    images = digits(40)
+    canvases = study.lay(images, 4, 4)
+    # Random weights would give all digits one class: the mean logits are taken out.
+    logits = quick.jit(model.apply)(variables, augment.normalize(canvases, *augment.IMAGENET))
+    head = variables["params"]["fc"]
+    head["bias"] = head["bias"] - logits.mean(0)
+    # With the answers at the center as labels, accuracy is agreement with the center.
+    labels = study.classify(model, variables, canvases)
+    assert len(set(labels)) > 2
+    agreement = study.accuracy_map(model, variables, images, labels)
+    whole = agreement[::2, ::2]
+    assert agreement[4, 4] == 1
+    assert (agreement == 1).all() == (equal == "everywhere")
+    assert (whole == 1).all() == (equal != "nowhere")
+
+
+def test_the_report_summarizes_each_network_s_map():
+    rows = []
+    for seed in (0, 1):
+        accuracies = np.full((PLACES, PLACES), 0.5)
+        accuracies[0] = 0.25
+        accuracies[4, 4] = 0.8 + 0.1 * seed
+        point = Point("center", "stride", "zeros", seed)
+        rows.append(point._asdict() | {"accuracies": accuracies.tolist()})
+    numbers = study.summarize(rows[0])
+    assert numbers["where trained"] == pytest.approx(80)
+    # 9 of 80 places at 25 %, and 9 of the 32 at the border.
+    assert numbers["elsewhere"] == pytest.approx(50 - 25 * 9 / 80)
+    assert numbers["at the border"] == pytest.approx(50 - 25 * 9 / 32)
+    assert numbers["lowest"] == 25
+    assert numbers["deviation over places"] == pytest.approx(100 * np.std(rows[0]["accuracies"]))
+    assert "| center | stride | zeros | 85.0 ± 7.1 | 47.2 ± 0.0 | 25.0 ± 0.0 |" in study.tabulate(
+        rows
+    )
+
+
+@pytest.mark.slow
+def test_networks_are_trained_at_one_place_and_reported(
+    small, tmp_path, data_dir, standard_promotion
+):
+    arguments = [
+        "--workdir",
+        str(tmp_path),
+        "--data_dir",
+        str(data_dir),
+        "--seeds",
+        "1",
+        "--places",
+        "corner",
+        "--samplings",
+        "stride",
+        "--paddings",
+        "circular",
+    ]
+    assert study.main([*arguments, "--train", "200", "--epochs", "4", "--test", "100"]) == 0
+    (row,) = json.loads((tmp_path / "places.json").read_text())
+    accuracies = np.array(row["accuracies"])
+    assert accuracies.shape == (PLACES, PLACES)
+    # Whole strides are circular shifts of the maps.
+    assert len(set(accuracies[::2, ::2].ravel())) == 1
+    assert "| corner | stride | circular | " in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "places.png").stat().st_size > 1000
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, data_dir, capsys):
+    arguments = ["--workdir", str(tmp_path / "run"), "--data_dir", str(data_dir)]
+    assert study.main([*arguments, "--test", "10001"]) == 2
+    assert "test=10001 is more than the 10000 images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
