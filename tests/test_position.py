@@ -1,9 +1,11 @@
 """The position study: targets, scores, readouts and the whole job on small images."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -365,6 +367,8 @@ def test_the_job_writes_every_row(finished, small_config):
         "r2_std",
         "n_images",
         "n_seeds",
+        "r2_median",
+        "strengths",
     )
     assert written["kind"] == "position"
     assert all(tuple(row) == columns for row in rows)
@@ -384,6 +388,11 @@ def test_the_job_writes_every_row(finished, small_config):
     count = {"natural": 4, "black": 1, "white": 1, "noise": 2}
     assert all(row["n_images"] == count[row["data"]] for row in rows)
     assert all(row["n_seeds"] == 2 for row in rows)
+    for row in rows:
+        if row["readout"] == "exact":
+            assert len(row["strengths"]) == 2 and set(row["strengths"]) <= set(STRENGTHS)
+        else:
+            assert row["strengths"] is None
 
 
 @pytest.mark.slow
@@ -444,7 +453,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     path = finished / "cells" / "vgg11-circular-0.npz"
     with np.load(path) as archive:
         names = set(archive.files)
-    expected = {"residual", "seconds"}
+    expected = {"residual", "seconds"} | {f"strength/{name}" for name in TARGETS}
     for kind in study.DATA:
         expected |= {f"maps/exact/{kind}", f"rings/H/{kind}/spc", f"rings/H/{kind}/mae"}
         for name in TARGETS:
@@ -464,6 +473,75 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     assert read_rows(folder) == read_rows(finished)
 
 
+def _scores(values: list[float]) -> results.Scores:
+    r2 = np.array(values)
+    return results.Scores("exact", "H", "black", spc=r2, mae=r2, r2=r2)
+
+
+def test_medians_and_strengths_stand_beside_the_means(tmp_path):
+    """Files that hold no strengths, of earlier versions, are read all the same."""
+    point = results.Point("vgg11", "random", "zeros", ("a",), 0)
+    rings = np.zeros((1, study.RINGS))
+    found = results.Measurement(
+        point=point,
+        scores=[_scores([0.5, -9.0, 0.7])],
+        rings=[results.RingScores("H", "black", rings, rings)],
+        maps=[results.Maps("exact", "black", np.zeros((1, 2, 2)))],
+        residual=0.0,
+        seconds=1.0,
+        strengths={"H": 0.01},
+    )
+    results.save(tmp_path / "new.npz", found)
+    results.save(tmp_path / "old.npz", dataclasses.replace(found, strengths=None))
+    loaded = [
+        results.load(tmp_path / f"{name}.npz", point, ["H"], ["black"])
+        for name in "new old".split()
+    ]
+    (row,) = results.summarize([loaded[0], loaded[0]], 1, 1)
+    assert row.r2_median == 0.5
+    assert row.r2 == pytest.approx(-2.6)
+    assert row.strengths == [0.01, 0.01]
+    (row,) = results.summarize(loaded, 1, 1)
+    assert row.strengths is None
+
+
+@pytest.mark.slow
+def test_a_study_of_before_is_reported_again(finished, tmp_path):
+    """Results that have neither medians nor strengths."""
+    folder = shutil.copytree(finished, tmp_path / "old")
+    report = (folder / "report.md").read_text()
+    assert "## Ridge strengths" in report
+    assert re.search(r"\| vgg11 \| zeros \| exact \| .*\(\.\d\d\) \|", report)
+    written = json.loads((folder / "results.json").read_text())
+    for row in written["rows"]:
+        del row["r2_median"], row["strengths"]
+    (folder / "results.json").write_text(json.dumps(written))
+    study.report.write(folder)
+    report = (folder / "report.md").read_text()
+    assert "## Ridge strengths" not in report
+    assert re.search(r"\| vgg11 \| zeros \| exact \| [^(]* \|\n", report)
+
+
+@pytest.mark.parametrize("kernel, padding, align_corners", [(1, 0, True), (3, 1, False)])
+def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, small_config):
+    """Features that hold the shuffled targets give them exactly."""
+    config = small_config.copy_and_resolve_references()
+    config.shuffled = True
+    config.kernel = kernel
+    config.readout_padding = padding
+    config.align_corners = align_corners
+    goals = study.draw_targets(config)
+    assert goals.shape == (5, *(28 + 2 * padding - kernel + 1,) * 2)
+    around = kernel // 2
+    oracle = np.pad(goals.transpose(1, 2, 0), ((around, around), (around, around), (0, 0)))
+    features = np.repeat(oracle[None], 3, 0)
+    readout = fit_exact(features, features, goals, kernel, align_corners=align_corners)
+    maps = study.upsample(study.predict(readout, features), goals.shape[1], align_corners)
+    for prediction, goal in zip(maps, goals):
+        assert scores(prediction, goal)["r2"].min() > 0.999
+        assert scores(prediction, goal)["spc"].min() > 0.999
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
@@ -477,6 +555,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
         ({"targets": ("H", "H")}, "must name at least one, each once"),
         ({"n_train": 0}, "n_train=0 is not a positive number"),
         ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+        ({"kernel": 16, "shuffled": True}, "kernel=16 leaves a grid of 13 positions a side"),
         ({"noise": (25.0,)}, "noise=.25.0,. is not a mean and a standard deviation"),
         ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),
         ({"pixels": "raw"}, "pixels='raw' is not one of imagenet, unit"),

@@ -40,6 +40,7 @@ def write(folder: pathlib.Path) -> None:
         "# Position read from frozen features\n",
         _format_summary(results),
         *(_format_scores(results, kind) for kind in _values(results.rows, "data")),
+        _format_strengths(results),
         _format_encoders(results),
         _format_decisions(results),
         "## Figures\n",
@@ -100,14 +101,36 @@ def _format_scores(results: Results, kind: str) -> str:
         lines.append([setting.encoder, setting.padding, setting.readout, *cells])
     return (
         f"\n## All targets, {kind} images\n\n"
-        f"SPC ± std / MAE / R2; {first.n_images} image(s) a seed, {first.n_seeds} seed(s).\n\n"
+        "SPC ± std / MAE / R2, the median R2 in brackets, as R2 has no lower bound: over "
+        f"{first.n_images} image(s) a seed, {first.n_seeds} seed(s).\n\n"
         + tables.table(["encoder", "padding", "readout", *targets], lines)
     )
 
 
 def _format_score(row: Row) -> str:
     spread = "" if row.spc_std is None else f"±{_decimals(row.spc_std)}"
-    return f"{_decimals(row.spc)}{spread} / {row.mae:.3f} / {_decimals(row.r2)}"
+    # Results of before have no median.
+    median = "" if row.r2_median is None else f" ({_decimals(row.r2_median)})"
+    return f"{_decimals(row.spc)}{spread} / {row.mae:.3f} / {_decimals(row.r2)}{median}"
+
+
+def _format_strengths(results: Results) -> str:
+    """The ridge strengths that the exact readout has chosen, seed by seed."""
+    # Results of before have none.
+    if all(row.strengths is None for row in results.rows):
+        return ""
+    targets = _values(results.rows, "target")
+    kind = results.rows[0].data
+    lines = []
+    for setting in _settings(results, readout="exact"):
+        rows = [_row(results, setting, target, kind) for target in targets]
+        cells = [", ".join(f"{value:g}" for value in row.strengths or ()) for row in rows]
+        lines.append([setting.encoder, setting.padding, *cells])
+    return (
+        "\n## Ridge strengths of the exact readout\n\n"
+        "Chosen on held-out photographs, one for each seed.\n\n"
+        + tables.table(["encoder", "padding", *targets], lines)
+    )
 
 
 def _format_encoders(results: Results) -> str:

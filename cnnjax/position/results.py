@@ -77,6 +77,7 @@ class Measurement:
 
     - `residual`: the largest relative residual of the ridge systems solved.
     - `seconds`: how long it took.
+    - `strengths`: the exact readout's ridge strength for each target; None in files of before.
     """
 
     point: Point
@@ -85,6 +86,7 @@ class Measurement:
     maps: list[Maps]
     residual: float
     seconds: float
+    strengths: dict[str, float] | None = None
 
 
 def _key(*names: str) -> str:
@@ -98,6 +100,8 @@ def save(path: pathlib.Path, measurement: Measurement) -> None:
         "residual": np.asarray(measurement.residual),
         "seconds": np.asarray(measurement.seconds),
     }
+    for target, strength in (measurement.strengths or {}).items():
+        arrays[_key("strength", target)] = np.asarray(strength)
     for scores in measurement.scores:
         for metric in METRICS:
             key = _key("scores", scores.readout, scores.target, scores.data, metric)
@@ -130,6 +134,9 @@ def load(
     for kind in data:
         columns = {m: arrays[_key("rings", targets[0], kind, m)] for m in RING_METRICS}
         rings.append(RingScores(targets[0], kind, **columns))
+    strengths = None
+    if _key("strength", targets[0]) in arrays:
+        strengths = {target: float(arrays[_key("strength", target)]) for target in targets}
     return Measurement(
         point=point,
         scores=scores,
@@ -137,6 +144,7 @@ def load(
         maps=maps,
         residual=float(arrays["residual"]),
         seconds=float(arrays["seconds"]),
+        strengths=strengths,
     )
 
 
@@ -145,7 +153,12 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Mean and sample standard deviation over images and seeds together."""
+    """Mean and sample standard deviation over images and seeds together.
+
+    - `r2_median`: the median, as R2 has no lower bound; None in results of before.
+    - `strengths`: the exact readout's ridge strength by seed; None for the authors' readout, and
+        where the files of a seed do not hold it.
+    """
 
     encoder: str
     weights: str
@@ -164,6 +177,8 @@ class Row:
     r2_std: float | None
     n_images: int
     n_seeds: int
+    r2_median: float | None = None
+    strengths: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +226,9 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
         for seeds in zip(*(measurement.scores for measurement in group)):
             first = seeds[0]
             columns: dict[str, Any] = {}
+            columns["r2_median"] = float(np.median(np.concatenate([each.r2 for each in seeds])))
+            if first.readout == "exact":
+                columns["strengths"] = _strengths(group, first.target)
             for metric in METRICS:
                 values = np.concatenate([getattr(scores, metric) for scores in seeds])
                 columns[metric] = float(values.mean())
@@ -232,6 +250,16 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
                 )
             )
     return rows
+
+
+def _strengths(group: list[Measurement], target: str) -> list[float] | None:
+    """Lists a target's ridge strengths by seed, if all files hold them."""
+    strengths = []
+    for measurement in group:
+        if measurement.strengths is None:
+            return None
+        strengths.append(measurement.strengths[target])
+    return strengths
 
 
 def ring_profiles(measurements: list[Measurement]) -> list[RingProfile]:

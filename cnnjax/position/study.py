@@ -74,7 +74,8 @@ DECISIONS = (
     "Readout 'exact' is the ridge solution on the readout's own grid. Each target's strength is "
     f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
-    "authors' code, and here where `align_corners` is False) and scored there, image by image.",
+    "authors' code, and here where `align_corners` is False) and scored there, image by image. "
+    "Where `shuffled`, targets are made, and predictions scored, on the readout's own grid.",
     "SPC is Spearman's rank correlation; a map whose range is under "
     f"{CONSTANT:g} of the target's counts as constant and scores 0. SPC is blind to amplitude: "
     "read it beside R2, the share of the target's variance explained (0 for a constant, negative "
@@ -156,11 +157,21 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"kernel={config.kernel} is not between 1 and {side}, the side of the features"
         )
+    if config.shuffled and _readout_side(config) < 2 * RINGS:
+        raise ValueError(
+            f"kernel={config.kernel} leaves a grid of {_readout_side(config)} positions a side, on "
+            f"which targets are shuffled; expected at least {2 * RINGS}"
+        )
     if config.depth < 1 or config.depth * (config.kernel - 1) >= side:
         raise ValueError(
             f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} "
             f"convolutions, at least 1, that leave something of {side}x{side} features"
         )
+
+
+def _readout_side(config: ml_collections.ConfigDict) -> int:
+    """The side of the maps that the exact readout gives."""
+    return FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
 
 
 def _check_photographs(config: ml_collections.ConfigDict) -> None:
@@ -273,6 +284,8 @@ def _measure_missing(
     memory: pathlib.Path | None,
 ) -> list[Measurement]:
     """Measures the points without a file in the work directory; returns those of all."""
+    # Shuffled targets once had the images' size: the files of then are of another control.
+    cells = folder / ("shuffled" if config.shuffled else "cells")
     # Points of one seed share their images, and those of one encoder and seed its weights: they
     # follow each other, so keeping the last is enough.
     keep_last = functools.lru_cache(maxsize=1)
@@ -282,7 +295,7 @@ def _measure_missing(
     measurements = []
     with progress(len(points), "encoders read out") as advance:
         for point in points:
-            path = folder / "cells" / point.file
+            path = cells / point.file
             if not path.exists():
                 measurement = measure(
                     config,
@@ -338,7 +351,7 @@ def measure(
     for (name, readout), kind in itertools.product(readouts.items(), config.data):
         # -> maps [n, targets, 28, 28], smaller for larger kernels -> [targets, n, size, size]
         maps = predict(readout, features[kind])
-        predictions = upsample(maps, config.image_size, config.align_corners)
+        predictions = upsample(maps, targets.shape[1], config.align_corners)
         all_maps.append(Maps(name, kind, maps[0]))
         # -> scores [n] of each target
         for label, goal, prediction in zip(config.targets, targets, predictions):
@@ -354,17 +367,22 @@ def measure(
         maps=all_maps,
         residual=exact.residual,
         seconds=time.monotonic() - began,
+        strengths={name: float(chosen) for name, chosen in zip(config.targets, exact.strength)},
     )
 
 
 def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "targets size size"]:
-    """Returns the maps to read at the images' size; their pixels in random order if `shuffled`."""
-    size = config.image_size
+    """Returns the maps to read, at the images' size.
+
+    If `shuffled`, their pixels are in random order, on the grid of the exact readout: upsampling
+    would smooth what a perfect readout of a larger map gives.
+    """
+    if not config.shuffled:
+        return np.stack([target(name, config.image_size) for name in config.targets])
+    size = _readout_side(config)
     targets = np.stack([target(name, size) for name in config.targets])
-    if config.shuffled:
-        order = np.random.default_rng(config.seed).permutation(size**2)
-        targets = targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
-    return targets
+    order = np.random.default_rng(config.seed).permutation(size**2)
+    return targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
 
 
 def draw_images(
