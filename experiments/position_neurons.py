@@ -1,0 +1,275 @@
+"""How many channels tell the border from the interior, and can position be read from them?
+
+    python -m experiments.position_neurons --workdir runs/position_neurons --photographs FOLDER
+        [--encoders resnet18 ...] [--trained squeezenet1_1 FILE]
+        [--trained resnet18 FILE layer4 fc] ... [--paddings inside zeros ...] [--seeds 3]
+
+After Garcia-Gasulla et al. 2023 (arXiv 2309.08048), who call a filter padding-aware if its
+activations at the border differ from the others. Here a channel of a stage is compared with itself:
+its values in the middle of each outermost row and column, and those in the middle of the map. The
+statistic is Kolmogorov and Smirnov's, the largest distance of the two distributions; the largest of
+the four sides counts.
+
+Photographs alone have edges that differ from their middles, so the threshold comes from features
+without a border: crops see the photograph around them ("inside", as in `position_patterns`). On one
+half of the photographs it is chosen such that 1 % of a stage's channels are beyond it; channels are
+counted on the other half. Then the halves change places, and the mean counts. The share under
+"inside" is thus the rate of false positives, and other shares mean something only beside it.
+
+The exact readout of H is fitted to the first half of the same features and scored on the second.
+Each seed draws photographs, and weights where they are random. Finished points are not measured
+again. Writes report.md, neurons.json and neurons.png.
+"""
+
+import itertools
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from cnnjax import study
+from cnnjax.data import photographs
+from cnnjax.nn import resize
+from cnnjax.position import patterns
+from cnnjax.position.encoder import FEATURE_SIZE
+from cnnjax.position.metrics import scores
+from cnnjax.position.readout import fit_exact
+from cnnjax.position.targets import target
+from cnnjax.runtime import tables
+from experiments import position_patterns
+from experiments.position_patterns import Shared, Trace, flatten, look_inside, subjects_of
+
+INSIDE = "inside"
+# The share of channels without a border that may be called aware of one.
+_FALSE_POSITIVES = 0.01
+# Photographs of a seed at least: a half to fit to, and a half to count on.
+_LEAST = 8
+# What a result has for each stage: heading, factor and digits.
+COLUMNS = {"share": ("padding-aware channels, %", 100, 1), "r2": ("R2 of H", 1, 2)}
+
+
+# --- Options and points ---------------------------------------------------------------------------
+
+
+def add_options(parser):
+    parser.add_workdir("runs/position_neurons")
+    parser.add_photographs()
+    parser.add_argument(
+        "--encoders",
+        nargs="*",
+        default=["squeezenet1_1", "mobilenet_v2", "resnet18"],
+        help="with random weights",
+    )
+    parser.add_trained()
+    paddings = [INSIDE, "zeros", "partial", "reflect", "replicate", "circular"]
+    parser.add_argument(
+        "--paddings", nargs="+", choices=(INSIDE, *patterns.ALIGNED), default=paddings
+    )
+    parser.add_count("size", 224, "pixels of the crop")
+    parser.add_count("images", 64, "photographs of one seed, at most", _LEAST)
+    parser.add_count("seeds", 3, "of random weights and photographs")
+
+
+def load(options) -> Shared:
+    """Loads the encoders, and draws each seed's photographs in random order."""
+    shared = position_patterns.load(options)
+    paths = photographs.list_photographs(options.photographs)
+    if len(paths) < _LEAST:
+        raise ValueError(f"photographs: expected at least {_LEAST}, found {len(paths)}")
+    drawn = []
+    for seed in range(options.seeds):
+        order = np.random.default_rng(seed).permutation(len(paths))
+        drawn.append(tuple(paths[number] for number in order[: options.images]))
+    return shared._replace(paths=drawn)
+
+
+def points(options):
+    subjects = [(name, "random") for name in options.encoders]
+    subjects += [(name, "trained") for name in options.trained]
+    if not subjects:
+        raise ValueError("encoders= and trained= are empty: there is no network to look at")
+    # A seed's paddings follow each other: they share the features inside the photographs.
+    for (name, origin), seed in itertools.product(subjects, range(options.seeds)):
+        for padding in options.paddings:
+            yield Trace("neurons", name, origin, padding, seed)
+
+
+# --- One encoder ----------------------------------------------------------------------------------
+
+
+def measure(point: Trace, options, shared: Shared) -> dict:
+    """Counts padding-aware channels and reads H in every stage."""
+    subject = shared.subjects[point.encoder, point.weights]
+    paths = shared.paths[point.seed]
+    inside = look_inside(subject, point.seed, paths)
+    features = inside.features
+    if point.padding != INSIDE:
+        model = subject.model.clone(padding=point.padding)
+        features = patterns.features(model, inside.variables, inside.crop, subject.stages)
+    stages = []
+    for stage in subject.stages:
+        maps = features[stage]
+        stages.append(
+            {
+                "stage": stage,
+                "channels": maps.shape[3],
+                "share": aware_share(maps, inside.features[stage]),
+                "r2": readable(maps),
+            }
+        )
+    return {"images": len(paths), "stages": stages}
+
+
+def aware_share(maps: np.ndarray, borderless: np.ndarray) -> float:
+    """Returns the share of channels whose values at the border are unlike those in the middle.
+
+    - `maps`: features of one stage, [n, height, width, channels].
+    - `borderless`: the same without a border. The threshold for one half of the images is chosen on
+      these features of the other half.
+    """
+    half = len(maps) // 2
+    shares = []
+    for chosen, counted in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        threshold = np.quantile(border_statistic(borderless[chosen]), 1 - _FALSE_POSITIVES)
+        shares.append((border_statistic(maps[counted]) > threshold).mean())
+    return float(np.mean(shares))
+
+
+def border_statistic(maps: np.ndarray) -> np.ndarray:
+    """Compares each channel's values at the border with those in the middle of the map.
+
+    - `maps`: [n, height, width, channels].
+
+    Returns the largest statistic of the four sides, [channels]. The sides are outermost rows and
+    columns without their outer quarters, where two borders meet.
+    """
+    rows, columns = (slice(size // 4, size - size // 4) for size in maps.shape[1:3])
+    sides = [
+        maps[:, 0, columns],
+        maps[:, -1, columns],
+        maps[:, rows, 0],
+        maps[:, rows, -1],
+    ]
+    middle = maps[:, rows, columns]
+    largest = np.zeros(maps.shape[3])
+    for channel in range(maps.shape[3]):
+        reference = np.sort(middle[..., channel], axis=None)
+        for side in sides:
+            sample = np.sort(side[..., channel], axis=None)
+            largest[channel] = max(largest[channel], distance(sample, reference))
+    return largest
+
+
+def distance(sample: np.ndarray, reference: np.ndarray) -> float:
+    """Returns the statistic of Kolmogorov and Smirnov of two sorted samples.
+
+    It is the largest distance of their cumulative distributions, from 0 to 1. Between two values
+    of `sample` only the reference's distribution grows, so the largest distance is at one of these
+    values or just before it.
+    """
+    largest = 0.0
+    for side in ("left", "right"):
+        here = np.searchsorted(sample, sample, side) / len(sample)
+        there = np.searchsorted(reference, sample, side) / len(reference)
+        largest = max(largest, float(np.abs(here - there).max()))
+    return largest
+
+
+def readable(maps: np.ndarray) -> float:
+    """Returns R2 of H, the median over images, as the exact linear readout finds it in a stage.
+
+    - `maps`: features of one stage. The first half is fitted to, the other half is scored.
+    """
+    half = len(maps) // 2
+    goal = target("H", FEATURE_SIZE)
+    resized = np.asarray(resize(jnp.asarray(maps), FEATURE_SIZE))
+    train, held_out, test = np.split(resized, [3 * half // 4, half])
+    predicted = fit_exact(train, held_out, goal[None])(test)
+    # R2 has no lower bound: one image of rare features would decide a mean.
+    return float(np.median(scores(predicted[:, 0], goal)["r2"]))
+
+
+# --- Report ---------------------------------------------------------------------------------------
+
+
+def tabulate(results: list[dict], name: str) -> str:
+    """Tabulates one column of `COLUMNS` by stage: a column for each padding."""
+    _, factor, digits = COLUMNS[name]
+    paddings = study.unique(results, "padding")
+    lines = []
+    for encoder, origin in subjects_of(results):
+        records = study.select(flatten(results), encoder=encoder, weights=origin)
+        for stage in study.unique(records, "stage"):
+            measured = study.select(records, stage=stage)
+            cells = []
+            for padding in paddings:
+                values = factor * study.values(measured, name, padding=padding)
+                cells.append(tables.spread(values, digits))
+            count = str(measured[0]["channels"])
+            seeds = str(len(study.unique(measured, "seed")))
+            lines.append([encoder, origin, stage, count, *cells, seeds])
+    return tables.table(["encoder", "weights", "stage", "channels", *paddings, "n"], lines)
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draws both columns by stage: a panel for each encoder and origin of its weights."""
+    subjects = subjects_of(results)
+    figure = Figure(figsize=(2.6 * len(subjects) + 0.6, 5), layout="constrained")
+    axes = figure.subplots(len(COLUMNS), len(subjects), squeeze=False, sharex="col", sharey="row")
+    for axis_row, (name, (heading, factor, _)) in zip(axes, COLUMNS.items()):
+        for axis, (encoder, origin) in zip(axis_row, subjects):
+            records = study.select(flatten(results), encoder=encoder, weights=origin)
+            stages = study.unique(records, "stage")
+            for padding in study.unique(records, "padding"):
+                measured = study.select(records, padding=padding)
+                curve = [factor * study.values(measured, name, stage=stage) for stage in stages]
+                means = [values.mean() for values in curve]
+                bars = [tables.bar(values) for values in curve]
+                axis.errorbar(stages, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
+            axis.axhline(0, color="black", lw=0.5)
+            axis.tick_params(axis="x", rotation=60, labelsize=7)
+        axis_row[0].set_ylabel(heading)
+    for axis, (encoder, origin) in zip(axes[0], subjects):
+        axis.set_title(f"{encoder}, {origin}", fontsize=9)
+    axes[1, 0].set_ylim(-0.2, 1)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def report(results: list[dict], options) -> study.Report:
+    (count,) = study.unique(results, "images")
+    text = f"""# Padding-aware channels
+
+Crops of {options.size} px of {count} photographs. Mean ± sample standard deviation over n seeds,
+which draw the photographs, and the weights where they are random. "Inside" has no border: its
+column is the rate of false positives. The thresholds leave {_FALSE_POSITIVES:.0%} of channels on
+the half of the photographs that they were chosen on, not necessarily on the other.
+
+## Share of channels that tell the border, %
+
+{tabulate(results, "share")}
+## R2 of H, by the exact linear readout of the same stage
+
+The median over unseen photographs.
+
+{tabulate(results, "r2")}
+![Padding-aware channels and R2 of H by stage](neurons.png)
+"""
+    return study.Report(text, {"neurons.png": draw(results)})
+
+
+STUDY = study.Study(
+    description=__doc__,
+    results="neurons.json",
+    add_options=add_options,
+    axes=("encoders", "paddings"),
+    load=load,
+    points=points,
+    measure=measure,
+    report=report,
+)
+main = STUDY.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Padding-aware channels: the statistic, built channels that are found or not, the report."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quick
+import scipy.stats
+
+from cnnjax import weights
+from cnnjax.models import base
+from cnnjax.nn import Conv, conv
+from cnnjax.position import patterns
+from experiments import position_neurons as study
+
+
+class Small(base.Network):
+    """Two stages of random channels, at strides 2 and 4."""
+
+    @nn.nowrap
+    def walk(self, x, train):
+        layer = functools.partial(Conv, 8, 3, stride=2, padding=1, fill=self.padding)
+        x = nn.relu(layer(name="a")(x))
+        yield "a", x
+        x = nn.relu(layer(name="b")(x))
+        yield "b", x
+        yield "logits", x.mean((1, 2))
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).random(shape, np.float32) + 1
+
+
+@pytest.mark.parametrize("levels", [3, 50, 10**6])
+def test_the_statistic_is_scipy_s_with_and_without_ties(levels):
+    rng = np.random.default_rng(levels)
+    sample = np.sort(rng.integers(0, levels, 40))
+    for reference in (
+        np.sort(rng.integers(0, levels, 170)),
+        np.sort(rng.integers(0, 2 * levels, 170)),
+    ):
+        expected = scipy.stats.ks_2samp(sample, reference).statistic
+        assert study.distance(sample, reference) == pytest.approx(expected, abs=1e-12)
+    assert study.distance(sample, sample + levels) == 1
+    assert study.distance(sample, sample) == 0
+
+
+@pytest.mark.parametrize("padding", ["zeros", "none", "circular"])
+def test_a_channel_that_reads_beyond_the_border_is_found_under_zeros_alone(padding):
+    """Three channels copy a pixel: the one at the window's center, left of it, and below it."""
+    kernel = np.zeros((3, 3, 1, 3), np.float32)
+    kernel[1, 1, 0, 0] = 1
+    kernel[1, 0, 0, 1] = 1
+    kernel[2, 1, 0, 2] = 1
+    maps = np.asarray(conv(noise((20, 24, 24, 1)), kernel, padding=1, fill=padding))
+    statistic = study.border_statistic(maps)
+    assert statistic[0] < 0.15
+    if padding == "zeros":
+        # All pixels are above 1, and beyond the border there are zeros.
+        assert statistic[1:].tolist() == [1, 1]
+    else:
+        assert max(statistic[1:]) < 0.15
+
+
+def test_all_four_sides_count_and_the_corners_do_not():
+    for side in ((0, slice(None)), (-1, slice(None)), (slice(None), 0), (slice(None), -1)):
+        maps = noise((6, 16, 16, 1))
+        maps[:, *side] += 5
+        assert study.border_statistic(maps)[0] == 1
+    maps = noise((6, 16, 16, 1))
+    maps[:, :3, :3] += 5
+    assert study.border_statistic(maps)[0] < 0.3
+
+
+def test_h_is_read_where_a_channel_shows_it():
+    maps = noise((16, 12, 12, 2))
+    assert study.readable(maps) < 0.2
+    maps[..., 1] += 10 * np.linspace(0, 1, 12, dtype=np.float32)
+    assert study.readable(maps) > 0.8
+
+
+def test_features_without_a_border_have_few_aware_channels_and_zeros_have_many():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 1, 200)).astype(np.float32)
+    image = noise((40, 26, 26, 1), seed=1)
+    borderless = np.asarray(conv(image, kernel))
+    cut = image[:, 1:-1, 1:-1]
+    padded = {
+        fill: np.asarray(conv(cut, kernel, padding=1, fill=fill)) for fill in ("zeros", "circular")
+    }
+    assert study.aware_share(borderless, borderless) < 0.05
+    assert study.aware_share(padded["circular"], borderless) < 0.05
+    assert study.aware_share(padded["zeros"], borderless) > 0.95
+
+
+@pytest.mark.slow
+def test_channels_are_counted_for_random_and_trained_weights(
+    tmp_path, data_dir, monkeypatch, capsys
+):
+    monkeypatch.setitem(base._REGISTRY, "small", Small)
+    compiled = quick.jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
+    monkeypatch.setattr(patterns, "_stages", compiled)
+    file = tmp_path / "small.safetensors"
+    weights.save_torchvision(quick.variables(Small(), jnp.zeros((1, 32, 32, 3))), file)
+    arguments = [
+        "--workdir",
+        str(tmp_path / "run"),
+        "--photographs",
+        str(data_dir / "bsds500"),
+        "--encoders",
+        "small",
+        "--trained",
+        "small",
+        str(file),
+        "--size",
+        "64",
+        "--images",
+        "20",
+        "--paddings",
+        "inside",
+        "zeros",
+    ]
+    assert study.main([*arguments, "--seeds", "1"]) == 0
+    results = json.loads((tmp_path / "run" / "neurons.json").read_text())
+    assert [(row["weights"], row["padding"]) for row in results] == [
+        ("random", "inside"),
+        ("random", "zeros"),
+        ("trained", "inside"),
+        ("trained", "zeros"),
+    ]
+    for inside, zeros in (results[:2], results[2:]):
+        assert [stage["stage"] for stage in zeros["stages"]] == ["a", "b"]
+        assert zeros["stages"][1]["share"] > inside["stages"][1]["share"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| small | random | b | 8 | " in report
+    assert (tmp_path / "run" / "neurons.png").stat().st_size > 1000
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted((data_dir / "bsds500").iterdir())[:7]:
+        (few / path.name).symlink_to(path)
+    refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
+    assert quick.exit_code(study.main, refused) == 2
+    assert "expected at least 8, found 7" in capsys.readouterr().err
