@@ -28,14 +28,14 @@ from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import photographs
-from cnnjax.inspect import receptive_field
-from cnnjax.models import Network
 from cnnjax.nn import conv, relu
 from cnnjax.position.encoder import (
     FEATURE_SIZE,
     in_batches,
+    interpolation,
     normalize,
     random_encoder,
+    registered,
     stage_shapes,
 )
 from cnnjax.position.metrics import scores
@@ -207,32 +207,6 @@ def _joined(model, variables, images, stages, weights, key):
         ]
         joined[grid] = jnp.concatenate(sampled, -1)
     return joined
-
-
-def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> list[np.ndarray]:
-    """Finds where each stage must be sampled so that all stages show the same pixels.
-
-    The grid spans the part of the image that the centers of all stages' receptive fields cover.
-
-    - `sides`: positions along a side of each stage's map.
-
-    Returns the 28 places of each stage, in its own positions.
-    """
-    centers = []
-    for stage, side in zip(stages, sides):
-        field = receptive_field(model, stage)
-        middle = (field.low[1] + field.high[1]) / 2
-        centers.append(middle + field.step[1] * np.arange(side))
-    first = max(of_stage[0] for of_stage in centers)
-    last = min(of_stage[-1] for of_stage in centers)
-    pixels = np.linspace(first, last, FEATURE_SIZE)
-    return [np.interp(pixels, of_stage, np.arange(len(of_stage))) for of_stage in centers]
-
-
-def interpolation(places: np.ndarray, side: int) -> np.ndarray:
-    """Returns the matrix [places, side] that interpolates a line of values linearly."""
-    distances = np.abs(places[:, None] - np.arange(side))
-    return np.maximum(0, 1 - distances).astype(np.float32)
 
 
 # --- What a border does to noise ------------------------------------------------------------------

@@ -555,6 +555,7 @@ def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, smal
         ({"targets": ("H", "H")}, "must name at least one, each once"),
         ({"n_train": 0}, "n_train=0 is not a positive number"),
         ({"kernel": 29}, "kernel=29 is not between 1 and 28"),
+        ({"paddings": ("zeros", "full"), "registered": True}, "padding='full' moves positions"),
         ({"kernel": 16, "shuffled": True}, "kernel=16 leaves a grid of 13 positions a side"),
         ({"noise": (25.0,)}, "noise=.25.0,. is not a mean and a standard deviation"),
         ({"readout_padding": -1}, "readout_padding=-1 is not a number of at least 0"),

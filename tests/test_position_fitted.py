@@ -4,6 +4,7 @@ import functools
 import json
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import Conv, resize
+from cnnjax.position import encoder
 from experiments import position_fitted
 from experiments.position_fitted import Point
 
@@ -40,6 +42,12 @@ def test_registered_stages_show_the_same_pixels(monkeypatch):
     np.testing.assert_allclose(pixels["registered"][:, 1], np.linspace(5, 217, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 0], np.linspace(1, 221, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 1], np.linspace(5, 217, 28), atol=0.01)
+
+    # The position study's own encoder, with its key `registered`.
+    model = Averages(padding="none")
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    encoded = encoder.encode(model, variables, ramp, ("a", "b"), "unit", is_registered=True)
+    np.testing.assert_allclose(encoded[0, 0] * 255, pixels["registered"], atol=0.01)
 
 
 def test_corners_are_the_study_s_resize():

@@ -3,7 +3,12 @@
 import ml_collections
 
 # Keys that were introduced after the first studies, with what was in force before.
-BEFORE = {"noise": (127.5, 64.0), "align_corners": True, "standardize": True}
+BEFORE = {
+    "noise": (127.5, 64.0),
+    "align_corners": True,
+    "standardize": True,
+    "registered": False,
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -42,6 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
     # "imagenet": standardized by its mean and deviation. "unit": from 0 to 1, where black is what
     # zero padding fills with.
     config.pixels = "imagenet"
+    # Sample all stages at the same pixels, instead of aligning the corners of stages that cover
+    # different parts of the image, as the authors' code does.
+    config.registered = False
     # A control: the image with two channels of coordinates, read out without an encoder.
     config.coordinates = False
     # Train on every crop and its three mirror images, so that content carries no signed position.

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax.data import augment
+from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
 from cnnjax.runtime import workdir
@@ -130,8 +131,34 @@ def in_batches(
 # ------------------------------------------------------------------ encoding
 
 
+def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> list[np.ndarray]:
+    """Finds where each stage must be sampled so that all stages show the same pixels.
+
+    The grid spans the part of the image that the centers of all stages' receptive fields cover.
+
+    - `sides`: positions along a side of each stage's map.
+
+    Returns the 28 places of each stage, in its own positions.
+    """
+    centers = []
+    for stage, side in zip(stages, sides):
+        field = receptive_field(model, stage)
+        middle = (field.low[1] + field.high[1]) / 2
+        centers.append(middle + field.step[1] * np.arange(side))
+    first = max(of_stage[0] for of_stage in centers)
+    last = min(of_stage[-1] for of_stage in centers)
+    pixels = np.linspace(first, last, FEATURE_SIZE)
+    return [np.interp(pixels, of_stage, np.arange(len(of_stage))) for of_stage in centers]
+
+
+def interpolation(places: np.ndarray, side: int) -> np.ndarray:
+    """Returns the matrix [places, side] that interpolates a line of values linearly."""
+    distances = np.abs(places[:, None] - np.arange(side))
+    return np.maximum(0, 1 - distances).astype(np.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
-def _joined_stages(model, variables, images, stages, pixels, key):
+def _joined_stages(model, variables, images, stages, pixels, key, samplers=None):
     maps = model.apply(
         variables,
         normalize(images, pixels),
@@ -139,7 +166,14 @@ def _joined_stages(model, variables, images, stages, pixels, key):
         last=stages[-1],
         rngs={"padding": key},
     )
-    resized = [resize(maps[stage].astype(jnp.float32), FEATURE_SIZE) for stage in stages]
+    resized = []
+    for number, stage in enumerate(stages):
+        features = maps[stage].astype(jnp.float32)
+        if samplers is None:
+            resized.append(resize(features, FEATURE_SIZE))
+        else:
+            lines = samplers[number]
+            resized.append(jnp.einsum("iy,nyxc,jx->nijc", lines, features, lines))
     return jnp.concatenate(resized, -1)
 
 
@@ -149,17 +183,28 @@ def encode(
     images: UInt8[np.ndarray, "n height width 3"],
     stages: Sequence[str],
     pixels: str = "imagenet",
+    is_registered: bool = False,
 ) -> Float[np.ndarray, "n 28 28 channels"]:
     """Runs a frozen encoder over images; returns the named stages, resized and joined.
 
     The encoder is in evaluation mode. `stages` are in the network's order: nothing after the last
     is computed. Under padding='random' every image gets noise of its own.
+
+    - `is_registered`: samples all stages at the same pixels, instead of aligning their corners; for
+        fills that keep every position where it is, and for `none`.
     """
     stages = tuple(stages)
+    samplers = None
+    if is_registered:
+        shapes = stage_shapes(model, images.shape[1], stages[-1])
+        sides = [shapes[stage][1] for stage in stages]
+        places = registered(model, stages, sides)
+        samplers = [interpolation(*line) for line in zip(places, sides)]
     features = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(start)
-        encoded = np.asarray(_joined_stages(model, variables, batch, stages, pixels, key))
+        encoded = _joined_stages(model, variables, batch, stages, pixels, key, samplers)
+        encoded = np.asarray(encoded)
         if start == 0:
             # Now the number of channels is known. The array is allocated once, since the features
             # of a study may take gigabytes.

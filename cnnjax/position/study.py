@@ -31,6 +31,7 @@ from cnnjax.position.encoder import (
     reachable_stages,
 )
 from cnnjax.position.metrics import CONSTANT, by_ring, scores
+from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
@@ -58,7 +59,8 @@ DECISIONS = (
     "Where `stages` is empty, all paddings use the stages that every padding reaches at this image "
     "size.",
     f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned), as in "
-    "the authors' code; the channels of all stages are joined. Each channel is standardized over "
+    "the authors' code; where `registered`, all stages are sampled at the same pixels instead. The "
+    "channels of all stages are joined. Each channel is standardized over "
     "the training images; the authors' features are raw, as here for the authors' readout where "
     "`standardize` is False.",
     "'none' pads nothing anywhere (residual skips are cropped to their branch). The readout itself "
@@ -119,6 +121,12 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"{key}={tuple(config[key])} must name at least one, each once")
     for fill in (*config.paddings, *config.sgd_paddings):
         check_fill(fill)
+    for fill in config.paddings if config.registered else ():
+        if fill not in ("none", *ALIGNED):
+            raise ValueError(
+                f"padding={fill!r} moves positions, so that stages cannot be registered=True; "
+                f"expected none, {', '.join(ALIGNED)}"
+            )
     if config.pixels not in PIXELS:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     for name in config.encoders:
@@ -439,7 +447,11 @@ def extract_features(
     else:
         fields = weights.fields_for(point.encoder, point.weights)
         model = create_model(point.encoder, padding=point.padding, **fields)
-        run_encoder = functools.partial(encode_once, memory) if memory else encode
+        # The cache keeps stages one by one; registered ones depend on each other.
+        if memory and not config.registered:
+            run_encoder = functools.partial(encode_once, memory)
+        else:
+            run_encoder = functools.partial(encode, is_registered=config.registered)
         features = run_encoder(model, variables, everything, point.stages, config.pixels)
     border = (config.readout_padding, config.readout_padding)
     features = np.pad(features, ((0, 0), border, border, (0, 0)))
