@@ -190,23 +190,24 @@ def tabulate(results: list[dict]) -> str:
     return tables.table(header, lines)
 
 
-def tabulate_differences(results: list[dict]) -> str:
-    """Tabulates what each sampling adds to the first one, paired by seed."""
-    header = ["network", "padding", "sampling", *(heading for _, heading, _, _ in COLUMNS), "n"]
-    first, *others = study.unique(results, "sampling")
+def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
+    """Tabulates what each sampling (or padding) adds to the first one, paired by seed."""
+    fixed = "padding" if axis == "sampling" else "sampling"
+    header = ["network", fixed, axis, *(heading for _, heading, _, _ in COLUMNS), "n"]
+    first, *others = study.unique(results, axis)
     lines = []
     groups = itertools.product(
-        study.unique(results, "network"), study.unique(results, "padding"), others
+        study.unique(results, "network"), study.unique(results, fixed), others
     )
-    for network, padding, sampling in groups:
-        fields = {"network": network, "padding": padding}
+    for network, choice, other in groups:
+        fields = {"network": network, fixed: choice}
         cells = []
         for name, _, factor, digits in COLUMNS:
-            here = study.values(results, name, sampling=sampling, **fields)
-            difference = factor * (here - study.values(results, name, sampling=first, **fields))
+            here = study.values(results, name, **fields, **{axis: other})
+            there = study.values(results, name, **fields, **{axis: first})
+            difference = factor * (here - there)
             cells.append(interval(difference, digits, "+"))
-        label = [network, padding, f"{sampling} - {first}"]
-        lines.append([*label, *cells, str(len(difference))])
+        lines.append([network, choice, f"{other} - {first}", *cells, str(len(difference))])
     return tables.table(header, lines)
 
 
@@ -247,6 +248,9 @@ of the 95 % interval over n seeds, of weights, images and their order. Consisten
 Differences between two samplings, paired by seed:
 
 {tabulate_differences(results)}
+Differences between two paddings, paired by seed:
+
+{tabulate_differences(results, "padding")}
 ![Consistency and position](sampling.png)
 """
     return study.Report(text, {"sampling.png": draw(results)})

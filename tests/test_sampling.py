@@ -413,3 +413,8 @@ def test_the_study_reports_every_column():
     cells = ["-5.0 ± 0.0", "+0.0 ± 0.0", "+0.0 ± 0.0", "+0.00 ± 0.00", "+0.00 ± 0.00", "3"]
     line = "| convnet | zeros | aps - stride | " + " | ".join(cells) + " |"
     assert line in study.tabulate_differences(results)
+    for row in results:
+        if row["sampling"] == "aps":
+            row.update(sampling="stride", padding="circular")
+    line = "| convnet | stride | circular - zeros | " + " | ".join(cells) + " |"
+    assert line in study.tabulate_differences(results, "padding")
