@@ -140,22 +140,23 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 
 
 def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Divides the places other than the trained one into kinds.
+    """Returns masks [9, 9] of kinds of places, all without the trained one.
 
-    Returns masks [9, 9] of inner places that are whole strides away from the trained one, of the
-    other inner places, and of places at the border.
+    Places whole strides away from it can differ by their borders alone, the inner ones among them
+    the least; other inner places also differ by the phase of the stride.
     """
     rows, columns = np.indices((PLACES, PLACES))
     far = np.maximum(abs(rows - rows.mean()), abs(columns - columns.mean()))
     border = far == far.max()
     steps = _STRIDE // _STEP
     whole = ((rows - trained[0]) % steps == 0) & ((columns - trained[1]) % steps == 0)
-    other = np.ones_like(border)
-    other[trained] = False
+    elsewhere = np.ones_like(border)
+    elsewhere[trained] = False
     return {
-        "inside, whole strides away": other & ~border & whole,
-        "inside, other places": other & ~border & ~whole,
-        "at the border": other & border,
+        "elsewhere": elsewhere,
+        "whole strides away, inside": elsewhere & whole & ~border,
+        "whole strides away, border": elsewhere & whole & border,
+        "other places, inside": elsewhere & ~whole & ~border,
     }
 
 
@@ -163,16 +164,11 @@ def summarize(result: dict) -> dict[str, float]:
     """Returns the numbers of a network's map, in percent, by their headings."""
     accuracies = 100 * np.array(result["accuracies"])
     trained = TRAINED[result["place"]]
-    kinds = kinds_of_places(trained)
-    elsewhere = np.any(list(kinds.values()), 0)
-    numbers = {
-        "where trained": accuracies[trained],
-        "elsewhere": accuracies[elsewhere].mean(),
-        "lowest": accuracies.min(),
-        "deviation over places": accuracies.std(),
-    }
-    for kind, mask in kinds.items():
+    numbers = {"where trained": accuracies[trained]}
+    for kind, mask in kinds_of_places(trained).items():
         numbers[kind] = accuracies[mask].mean()
+    numbers["lowest"] = accuracies.min()
+    numbers["deviation over places"] = accuracies.std()
     return numbers
 
 
