@@ -31,11 +31,13 @@ def _start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def _work(module: str, arguments: list[str], output: str, errors) -> None:
+def _work(module: str, arguments: list[str], flags: str, output: str, errors) -> None:
     """Call `module`.main in the forked process as `python -m module` does."""
     assert "imported" in sys.modules
     # A shell's background process ignores it, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # jax reads it when it starts its backend.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     os.dup2(os.open(output, os.O_WRONLY), 1)
     os.dup2(errors.fileno(), 2)
     errors.close()
@@ -56,16 +58,18 @@ def _work(module: str, arguments: list[str], output: str, errors) -> None:
 
 
 class Popen:
-    """A running command, with what tests need of subprocess.Popen."""
+    """A running command, with what tests need of subprocess.Popen.
 
-    def __init__(self, module: str, *arguments):
+    `flags` are added to XLA_FLAGS.
+    """
+
+    def __init__(self, module: str, *arguments, flags: str = ""):
         _start_server()
         self._output = tempfile.NamedTemporaryFile("r")
         read, write = _CONTEXT.Pipe(duplex=False)
         self.args = [module, *map(str, arguments)]
-        self._process = _CONTEXT.Process(
-            target=_work, args=(module, self.args[1:], self._output.name, write), daemon=True
-        )
+        work = (module, self.args[1:], flags, self._output.name, write)
+        self._process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         self._process.start()
         write.close()
         self.stderr = open(os.dup(read.fileno()))
@@ -96,8 +100,8 @@ class Popen:
             return self._output.read(), errors
 
 
-def run(module: str, *arguments) -> subprocess.CompletedProcess:
+def run(module: str, *arguments, flags: str = "") -> subprocess.CompletedProcess:
     """Run a command to its end, as subprocess.run does with captured text."""
-    process = Popen(module, *arguments)
+    process = Popen(module, *arguments, flags=flags)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

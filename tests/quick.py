@@ -1,8 +1,14 @@
-"""What many tests use: a jit that compiles quickly, variables without an initialization, and the
-exit code of a command."""
+"""What many tests use: programs that compile quickly, variables without an initialization, and the
+exit code of a command.
+
+Tests of what users' programs compute to the bit, or of the compiled program itself, use `jax.jit`
+and commands without `FLAGS`.
+"""
 
 import functools
-from collections.abc import Callable
+import os
+import pathlib
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +16,33 @@ import numpy as np
 
 from cnnjax import weights
 
-# XLA's own optimization stays; LLVM's, which takes half of the compilation, is left out.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# XLA's own optimization of a program stays. Left out is what takes most of a compilation: MLIR's
+# emitters of fused loops, LLVM's optimization, and dividing a small program among threads.
+OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+# A release of XLA refuses an option that it no longer has.
+try:
+    jax.jit(lambda: 0, compiler_options=OPTIONS)()
+except jax.errors.JaxRuntimeError:
+    OPTIONS = {"xla_backend_optimization_level": 0}
+# For a whole command, in XLA_FLAGS.
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
+
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the environment of a command of this checkout that compiles quickly, on the CPU."""
+    paths = [str(pathlib.Path(__file__).parents[1]), inherited.get("PYTHONPATH", "")]
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(paths).strip(os.pathsep),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{inherited.get('XLA_FLAGS', '')} {FLAGS}".strip(),
+    }
 
 
 def variables(model, image=None, *arguments, **options) -> dict:

@@ -1,7 +1,6 @@
 """Several processes of one command: they train as one does, and none waits for one that is gone."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -11,11 +10,10 @@ import time
 import forked
 import numpy as np
 import pytest
+import quick
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 TRAIN = [
     "cnnjax.main",
     "--config",
@@ -36,13 +34,14 @@ def start(count: int, folder: pathlib.Path, *arguments: str) -> list[forked.Pope
             folder,
             f"--distributed=localhost:{port},{count},{index}",
             *arguments,
+            flags=quick.FLAGS,
         )
         for index in range(count)
     ]
 
 
 def alone(folder: pathlib.Path, *arguments: str) -> dict:
-    done = forked.run(*TRAIN, "--workdir", folder, *arguments)
+    done = forked.run(*TRAIN, "--workdir", folder, *arguments, flags=quick.FLAGS)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "results.json").read_text())
 
@@ -86,7 +85,7 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one,
         error.splitlines()[-1],
     ), error
     # On one device, from the checkpoint of two.
-    again = forked.Popen(*TRAIN, "--workdir", tmp_path, "--config.epochs=3000")
+    again = forked.Popen(*TRAIN, "--workdir", tmp_path, "--config.epochs=3000", flags=quick.FLAGS)
     assert any("going on from step" in line for line in again.stderr)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)

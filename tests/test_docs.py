@@ -6,6 +6,7 @@ import shlex
 
 import forked
 import pytest
+import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -63,7 +64,7 @@ def test_commands_run(page, tmp_path):
                     if not word.startswith("--config") or word.partition("=")[0] not in given
                 ]
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
-        done = forked.run(*words)
+        done = forked.run(*words, flags=quick.FLAGS)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 

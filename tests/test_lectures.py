@@ -204,7 +204,7 @@ def test_lenet5_connections_are_table_1():
 def test_lenet5_equals_numpy():
     model = create_model("lenet5")
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
-    variables = model.init(jax.random.key(0), image)
+    variables = quick.jit(model.init)(jax.random.key(0), image)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
 
     def squash(x):
@@ -250,7 +250,8 @@ def test_lenet5_equals_numpy():
     x = squash(np.einsum("nijc,ijco->no", x, p["c5"]["kernel"]) + p["c5"]["bias"])
     x = squash(x @ p["f6"]["kernel"] + p["f6"]["bias"])
     distances = np.square(x[:, None] - CODES).sum(-1)
-    np.testing.assert_allclose(model.apply(variables, image), -distances, rtol=1e-5)
+    logits = quick.jit(model.apply)(variables, image)
+    np.testing.assert_allclose(logits, -distances, rtol=1e-5)
     linear = create_model("lenet5", output="linear")
     assert sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(linear)["params"])) == 60_850
 
@@ -265,7 +266,8 @@ def test_lenet5s_codes_are_ten_different_digits():
 @pytest.mark.slow
 def test_lenet5_starts_as_published():
     """Uniform within 2.4 / fan-in, where a map of C3 has 75, 100 or 150 inputs (appendix A)."""
-    params = create_model("lenet5").init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
+    init = quick.jit(create_model("lenet5").init)
+    params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     c3 = 25 * CONNECTIONS.sum(0)[np.nonzero(CONNECTIONS)[1]]
     scaled = {
         name: np.asarray(params[name]["kernel"]) * fan_in
@@ -280,7 +282,7 @@ def test_lenet5_starts_as_published():
 @pytest.mark.slow
 def test_tutorial_net_equals_numpy():
     model, x = create_model("tutorial_net"), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = model.init(jax.random.key(0), x)
+    variables = quick.jit(model.init)(jax.random.key(0), x)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     y = np.asarray(x, np.float64)
     for name in ("conv1", "conv2"):
@@ -292,9 +294,8 @@ def test_tutorial_net_equals_numpy():
     y = y.transpose(0, 3, 1, 2).reshape(2, 400)
     for name in ("fc1", "fc2"):
         y = np.maximum(y @ p[name]["kernel"] + p[name]["bias"], 0)
-    np.testing.assert_allclose(
-        model.apply(variables, x), y @ p["fc3"]["kernel"] + p["fc3"]["bias"], atol=1e-5
-    )
+    logits = quick.jit(model.apply)(variables, x)
+    np.testing.assert_allclose(logits, y @ p["fc3"]["kernel"] + p["fc3"]["bias"], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -331,21 +332,18 @@ def test_alexnet_starts_as_published(name, biased):
 def test_inception_is_its_branches_side_by_side():
     x = jax.random.normal(jax.random.key(0), (1, 12, 12, 8))
     module = NaiveInception((3, 4, 5))
-    variables = module.init(jax.random.key(1), x)
-    y = module.apply(variables, x)
+    y, variables = quick.jit(module.init_with_output)(jax.random.key(1), x)
     assert y.shape == (1, 12, 12, 3 + 4 + 5 + 8)
     one = variables["params"]["branch1"]
     np.testing.assert_allclose(
         y[..., :3], np.maximum(x @ one["kernel"][0, 0] + one["bias"], 0), atol=1e-5
     )
     np.testing.assert_array_equal(y[:, 5, 6, 12:], x[:, 4:7, 5:8].max((1, 2)))
-    assert NaiveInception((3, 4, 5), fill="none").apply(variables, x).shape == (1, 8, 8, 20)
-    assert Inception((3, 2, 4, 2, 5, 6)).init_with_output(jax.random.key(1), x)[0].shape == (
-        1,
-        12,
-        12,
-        3 + 4 + 5 + 6,
-    )
+    unpadded = NaiveInception((3, 4, 5), fill="none")
+    assert jax.eval_shape(unpadded.apply, variables, x).shape == (1, 8, 8, 20)
+    reduced = Inception((3, 2, 4, 2, 5, 6))
+    y, _ = jax.eval_shape(reduced.init_with_output, jax.random.key(1), x)
+    assert y.shape == (1, 12, 12, 3 + 4 + 5 + 6)
 
 
 @pytest.mark.slow
@@ -376,12 +374,10 @@ def test_dropout_acts_in_training_only(name, fields):
     model, x = create_model(name, **fields), images(name)
     variables = quick.variables(model, x)
     first, second = ({"dropout": jax.random.key(seed)} for seed in (1, 2))
-    assert np.array_equal(
-        model.apply(variables, x, rngs=first), model.apply(variables, x, rngs=second)
-    )
+    run = quick.jit(model.apply, static_argnames="train")
+    assert np.array_equal(run(variables, x, rngs=first), run(variables, x, rngs=second))
     assert not np.array_equal(
-        model.apply(variables, x, train=True, rngs=first),
-        model.apply(variables, x, train=True, rngs=second),
+        run(variables, x, train=True, rngs=first), run(variables, x, train=True, rngs=second)
     )
 
 

@@ -48,33 +48,72 @@ def padded_rows(size, amount, fill):
     return np.pad(np.arange(size), 0 if fill == "none" else amount, mode, **options)
 
 
-def reference_conv(x, kernel, stride, padding, dilation, groups, fill):
-    """Convolves natively an image whose rows and columns NumPy has padded."""
-    rows = padded_rows(x.shape[1], padding, fill)
-    columns = padded_rows(x.shape[2], padding, fill)
+def numpy_conv(x, kernel, stride, padding, dilation=1, groups=1, fill="zeros"):
+    """Convolves tap by tap in float64, an image whose rows and columns NumPy has padded.
 
-    def convolve(x, kernel, groups=1):
-        x = x.at[:, rows].get(mode="fill", fill_value=0)
-        x = x.at[:, :, columns].get(mode="fill", fill_value=0)
-        return native_conv(x, kernel, (stride, stride), (0, 0), (dilation, dilation), groups)
+    Returns the output and, for `cotangent`, the gradients of image and kernel.
+    """
+    height, width = x.shape[1:3]
+    rows = padded_rows(height, padding, fill)
+    columns = padded_rows(width, padding, fill)
+    # Positions out of bounds read one more row or column, of zeros.
+    framed = np.pad(np.asarray(x, np.float64), ((0, 0), (0, 1), (0, 1), (0, 0)))
+    padded = framed[:, rows][:, :, columns]
+    by_group = lambda a: a.reshape(*a.shape[:3], groups, -1)
+    weights = by_group(np.asarray(kernel, np.float64))
+    sizes = (len(rows), len(columns))
+    reach = [dilation * (taps - 1) for taps in kernel.shape[:2]]
+    last = [(size - far - 1) // stride * stride for size, far in zip(sizes, reach)]
+    views = {}
+    for tap in np.ndindex(*kernel.shape[:2]):
+        starts = [dilation * at for at in tap]
+        views[tap] = tuple(slice(at, at + end + 1, stride) for at, end in zip(starts, last))
 
-    y = convolve(x, kernel, groups)
+    ratio = 1
     if fill == "partial":
-        ones = jnp.ones((*kernel.shape[:2], 1, 1))
-        y *= ones.size / convolve(jnp.ones((1, *x.shape[1:3], 1)), ones)
-    return y
+        inside = np.outer(rows < height, columns < width)
+        ratio = len(views) / sum(inside[view] for view in views.values())[..., None, None]
+    y = ratio * sum(
+        np.einsum("nhwgi,igo->nhwgo", by_group(padded[:, *view]), weights[tap])
+        for tap, view in views.items()
+    )
+    dy = ratio * by_group(np.asarray(cotangent(*y.shape[:3], kernel.shape[3]), np.float64))
+
+    dweights = np.empty_like(weights)
+    dpadded = np.zeros_like(padded)
+    for tap, view in views.items():
+        dweights[tap] = np.einsum("nhwgi,nhwgo->igo", by_group(padded[:, *view]), dy)
+        dview = np.einsum("nhwgo,igo->nhwgi", dy, weights[tap])
+        dpadded[:, *view] += dview.reshape(*dview.shape[:3], -1)
+    drows = np.zeros((len(x), height + 1, *dpadded.shape[2:]))
+    np.add.at(drows, (slice(None), rows), dpadded)
+    dframed = np.zeros_like(framed)
+    np.add.at(dframed, (slice(None), slice(None), columns), drows)
+    return y.reshape(*y.shape[:3], -1), dframed[:, :-1, :-1], dweights.reshape(kernel.shape)
 
 
-@functools.partial(quick.jit, static_argnums=0)
-def with_gradients(function, *arguments):
-    """Returns a function's value and the gradients for a random cotangent."""
+def cotangent(*shape):
+    return normal(2, *shape)
+
+
+def value_and_gradients(function, *arguments):
+    """Returns a function's value and, for `cotangent`, its gradients."""
     y, vjp = jax.vjp(function, *arguments)
-    return y, *vjp(normal(2, *y.shape))
+    return y, *vjp(cotangent(*y.shape))
 
 
-def assert_alike(ours, theirs, x, kernel):
-    for got, expected in zip(with_gradients(ours, x, kernel), with_gradients(theirs, x, kernel)):
+compiled = jax.jit(value_and_gradients, static_argnums=0)
+
+
+def assert_alike(ours, theirs):
+    for got, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def assert_native(ours, theirs, x, kernel):
+    """Compares values and gradients of two functions."""
+    both = quick.jit(lambda *args: [value_and_gradients(f, *args) for f in (ours, theirs)])
+    assert_alike(*both(x, kernel))
 
 
 CASES = [
@@ -96,7 +135,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel_size, stride, groups, dilation, fill", CASES)
-def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, groups, dilation, fill):
+def test_conv_and_its_gradients_equal_numpys(kernel_size, stride, groups, dilation, fill):
     size = dilation * (kernel_size - 1) + 1 + 2 * stride + 1
     x = normal(0, 2, size, size + 1, 4)
     kernel = normal(1, kernel_size, kernel_size, 4 // groups, 8)
@@ -107,8 +146,8 @@ def test_conv_and_its_gradients_equal_the_native_ones(kernel_size, stride, group
         "groups": groups,
         "fill": fill,
     }
-    ours = functools.partial(cnn.conv, **options)
-    assert_alike(ours, functools.partial(reference_conv, **options), x, kernel)
+    ours = quick.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
+    assert_alike(ours(x, kernel), numpy_conv(x, kernel, **options))
 
 
 @pytest.mark.slow
@@ -127,11 +166,9 @@ def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
     """Their padding is an operation of its own, in gradients too."""
     padding = kernel_size - 1 if fill == "full" else kernel_size // 2
     x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
-    ours = functools.partial(cnn.conv, stride=stride, padding=padding, fill=fill)
-    theirs = functools.partial(
-        reference_conv, stride=stride, padding=padding, dilation=1, groups=1, fill=fill
-    )
-    assert_alike(ours, theirs, x, kernel)
+    options = {"stride": stride, "padding": padding, "fill": fill}
+    ours = quick.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
+    assert_alike(ours(x, kernel), numpy_conv(x, kernel, **options))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +185,7 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
     x, kernel = normal(0, 2, 9, 12, 4), normal(1, *kernel_size, 4, 6)
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
     theirs = functools.partial(native_conv, stride=stride, padding=padding, dilation=dilation)
-    assert_alike(ours, theirs, x, kernel)
+    assert_native(ours, theirs, x, kernel)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +206,7 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
     x, kernel = normal(0, 2, 7, width, channels), normal(1, 3, 3, channels, features)
     assert packed_outputs(x, kernel, Window(padding=(padding, padding))) == together
     ours = functools.partial(cnn.conv, padding=padding)
-    assert_alike(ours, functools.partial(native_conv, padding=(padding, padding)), x, kernel)
+    assert_native(ours, functools.partial(native_conv, padding=(padding, padding)), x, kernel)
 
 
 @pytest.mark.slow
@@ -188,8 +225,8 @@ def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilati
             y = cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
             return kernel_gradient(x, kernel.shape, window, 2 * y, large)
 
-        looped = jax.jit(lambda: jax.lax.map(gradient, x))()
-        return jax.jit(gradient)(x[0]), jax.jit(jax.vmap(gradient))(x), looped
+        looped = quick.jit(lambda: jax.lax.map(gradient, x))()
+        return quick.jit(gradient)(x[0]), quick.jit(jax.vmap(gradient))(x), looped
 
     for one, other in zip(gradients(large=x.size + 1), gradients(large=0)):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
@@ -217,11 +254,9 @@ def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height,
         window_strides=(1, stride, stride, 1),
         padding=((0, 0), (padding, padding), (padding, padding), (0, 0)),
     )
-    y, vjp = jax.vjp(jax.jit(lambda x: cnn.max_pool(x, window, stride, padding)), x)
-    want, want_vjp = jax.vjp(jax.jit(native), x)
-    cotangent = normal(1, *y.shape)
-    assert np.array_equal(y, want)
-    assert np.array_equal(vjp(cotangent)[0], want_vjp(cotangent)[0])
+    ours = functools.partial(cnn.max_pool, window=window, stride=stride, padding=padding)
+    for got, want in zip(compiled(ours, x), compiled(native, x), strict=True):
+        assert np.array_equal(got, want)
 
 
 def windows(a, size, stride):
@@ -264,7 +299,8 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
     One that begins beyond the image and its border is dropped.
     """
     x = np.asarray(normal(0, 2, height, width, 3)) - 10  # a zero in the added cells would win
-    y = np.asarray(cnn.max_pool(x, window, stride, padding, ceil=True))
+    pool = functools.partial(cnn.max_pool, window=window, stride=stride, padding=padding, ceil=True)
+    y = np.asarray(quick.jit(pool)(x))
     for size, outputs in zip((height, width), y.shape[1:3]):
         count = -(-(size + 2 * padding - window) // stride) + 1
         assert outputs == count - ((count - 1) * stride >= size + padding)
@@ -274,9 +310,9 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
         assert np.array_equal(y[:, i, j], values.max((1, 2)))
     for fill in ("reflect", "symmetric", "replicate", "circular"):
         if min(height, width) > padding + 1:
-            assert cnn.max_pool(x, window, stride, padding, ceil=True, fill=fill).shape == y.shape
-    unpadded = cnn.max_pool(x[:, :7], 2, 2, 1, ceil=True, fill="none")
-    assert np.array_equal(unpadded, cnn.max_pool(x[:, :7], 2, 2))
+            assert jax.eval_shape(functools.partial(pool, fill=fill), x).shape == y.shape
+    unpadded = quick.jit(lambda x: cnn.max_pool(x, 2, 2, 1, ceil=True, fill="none"))(x[:, :7])
+    assert np.array_equal(unpadded, quick.jit(lambda x: cnn.max_pool(x, 2, 2))(x[:, :7]))
 
 
 def test_branches_are_joined_about_their_centers():
@@ -346,7 +382,7 @@ def test_symmetric_is_replicate_where_one_pixel_is_added():
 def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
     x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
     for fill in ("mean", "interpolate"):
-        convolve = functools.partial(cnn.conv, padding=1, fill=fill)
+        convolve = quick.jit(functools.partial(cnn.conv, padding=1, fill=fill))
         constant = convolve(jnp.ones_like(x), kernel)
         assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
         mirrored = convolve(x[:, ::-1, ::-1], kernel[::-1, ::-1])
@@ -358,7 +394,8 @@ def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
 
 def test_random_draws_a_border_of_the_maps_own_moments():
     x = 5 + 2 * normal(0, 2, 64, 64, 3)
-    draw = lambda seed: cnn.pad(x, (40, 40), "random", key=jax.random.key(seed))
+    pad = quick.jit(lambda key: cnn.pad(x, (40, 40), "random", key=key))
+    draw = lambda seed: pad(jax.random.key(seed))
     padded, other = draw(0), draw(1)
     assert np.array_equal(padded, draw(0))
     assert np.array_equal(padded[:, 40:-40, 40:-40], x)
@@ -374,10 +411,9 @@ def test_random_draws_a_border_of_the_maps_own_moments():
 def test_random_padding_of_a_layer_needs_a_key():
     x = 5 + 2 * normal(0, 2, 9, 9, 3)
     layer = cnn.Conv(4, 3, padding=1, fill="random")
-    variables = layer.init(jax.random.key(0), x)
-    one, other = (
-        layer.apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1)
-    )
+    variables = quick.variables(layer, x)
+    apply = quick.jit(layer.apply)
+    one, other = (apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1))
     assert np.array_equal(one[:, 1:-1, 1:-1], other[:, 1:-1, 1:-1])
     assert not np.array_equal(one, other)
     with pytest.raises(ValueError, match="padding='random' draws noise"):
@@ -523,11 +559,11 @@ def test_batch_norm_has_the_gradient_of_its_formula():
         running_var = 0.9 + 0.1 * var * 60 / 59
         return (y * weight).sum() + 7 * jnp.cos(running_mean).sum() + 5 * jnp.sin(running_var).sum()
 
-    jax.tree.map(
-        lambda ours, want: np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4),
-        jax.value_and_grad(loss, (0, 1))(variables["params"], x),
-        jax.value_and_grad(formula, (0, 1))(variables["params"], x),
+    ours, want = (
+        quick.jit(jax.value_and_grad(function, (0, 1)))(variables["params"], x)
+        for function in (loss, formula)
     )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, want)
 
 
 @pytest.mark.slow
@@ -546,11 +582,11 @@ def test_batch_norm_over_devices_is_that_of_the_whole_batch():
 
         return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
 
-    (dparams, dx), (y, new) = gradients(x, weight)
+    (dparams, dx), (y, new) = quick.jit(gradients)(x, weight)
     parts = lambda a: a.reshape(4, 2, 5, 3, 6)
     on_device = functools.partial(gradients, axis_name="devices")
-    on_devices = jax.vmap(on_device, axis_name="devices")(parts(x), parts(weight))
-    (all_dparams, all_dx), (all_y, all_new) = on_devices
+    on_devices = quick.jit(jax.vmap(on_device, axis_name="devices"))
+    (all_dparams, all_dx), (all_y, all_new) = on_devices(parts(x), parts(weight))
     np.testing.assert_allclose(all_y, parts(y), atol=1e-5)
     np.testing.assert_allclose(all_dx, parts(dx), atol=1e-5)
     for name, whole in dparams.items():
@@ -596,7 +632,7 @@ def assert_fast(program):
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_compiled_training_step_has_only_fast_operations(in_scan):
     model, x = Small(), normal(0, 4, 16, 16, 3)
-    params = model.init(jax.random.key(0), x)
+    params = quick.variables(model, x)
 
     def step(params, _):
         loss, grads = jax.value_and_grad(lambda p: jnp.square(model.apply(p, x)).mean())(params)
@@ -662,7 +698,7 @@ def test_a_materialized_value_stays_one_and_is_itself():
 
 def test_a_step_in_scan_equals_a_loop():
     model, x = Small(), normal(0, 4, 16, 16, 3)
-    params = model.init(jax.random.key(0), x)
+    params = quick.variables(model, x)
     gradient = jax.grad(lambda params: jnp.square(model.apply(params, x)).mean())
     step = lambda params: jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params))
 

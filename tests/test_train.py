@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 import safetensors.numpy
 
 from cnnjax.data import arrays
@@ -185,6 +186,9 @@ def test_every_epoch_has_its_own_order():
     assert not any((a == b).all() for a, b in ((orders[0], orders[1]), (orders[0], orders[2])))
 
 
+take_step = quick.jit(step.batch_step, static_argnums=0)
+
+
 def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.1):
     state = step.init(recipe, images.shape[1:], numbers)
     batch = step.Batch(
@@ -194,7 +198,7 @@ def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.
         learning_rate=jnp.float32(rate),
         steps_per_epoch=4,
     )
-    return state, step.batch_step(recipe, state, batch, numbers)
+    return state, take_step(recipe, state, batch, numbers)
 
 
 @pytest.mark.slow
@@ -217,7 +221,8 @@ def test_a_step_is_plain_gradient_descent():
             new["batch_stats"],
         )
 
-    (value, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(before.params)
+    value_and_gradient = quick.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (logits, stats)), grads = value_and_gradient(before.params)
     close = functools.partial(
         jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     )
@@ -298,12 +303,9 @@ def test_mixup_mixes_images_and_losses():
     images, labels = some_data(16)
     state, after = one_step(mixing, step.Numbers(0, mixup=1e8), images, labels)
     x = (images / np.float32(255) - 0.5) / 0.25
-    logits, _ = mixing.model.apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        (x + x[::-1]) / 2,
-        train=True,
-        mutable=["batch_stats"],
-    )
+    train = functools.partial(mixing.model.apply, train=True, mutable=["batch_stats"])
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, _ = quick.jit(train)(variables, (x + x[::-1]) / 2)
     both = [
         optax.softmax_cross_entropy_with_integer_labels(logits, y).sum()
         for y in (labels, labels[::-1].copy())
@@ -316,23 +318,17 @@ def test_mixup_mixes_images_and_losses():
 def test_prediction_and_features_run_the_same_three_ways(way):
     images, _ = some_data(37)  # no multiple of anything
     model = Tiny(num_classes=5)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    variables = quick.variables(model)
     parallel = Parallel(way)
     placed, moments = parallel.replicate(variables), parallel.replicate(MOMENTS)
     x = (images / np.float32(255) - 0.5) / 0.25
+    logits = quick.jit(model.apply)
+    stages = quick.jit(functools.partial(model.apply, method="stages"))
+    upright, mirrored = (nn.softmax(logits(variables, view)) for view in (x, x[:, :, ::-1]))
     for output, want in (
-        (evaluate.logits, model.apply(variables, x)),
-        (evaluate.features("conv1"), model.apply(variables, x, method="stages")["conv1"]),
-        (
-            evaluate.averaged(2),
-            jnp.log(
-                (
-                    nn.softmax(model.apply(variables, x))
-                    + nn.softmax(model.apply(variables, x[:, :, ::-1]))
-                )
-                / 2
-            ),
-        ),
+        (evaluate.logits, logits(variables, x)),
+        (evaluate.features("conv1"), stages(variables, x)["conv1"]),
+        (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
         found = evaluate.predict(
             parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
@@ -664,7 +660,7 @@ def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            env={**CPU_ENVIRONMENT, "JAX_ENABLE_X64": enabled},
+            env=quick.environment() | {"JAX_ENABLE_X64": enabled},
         )
         assert done.returncode == 0, done.stderr
         results = json.loads((folder / "results.json").read_text())
