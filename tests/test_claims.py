@@ -43,7 +43,7 @@ READ_IN_ONE_SENSE = {
     *("C2", "C3", "C6", "C7", "C8"),
     *("D2", "D3", "D4", "D7.1", "D10"),
 }
-UNDECIDED = {"C5", "D7.2", "D9.1"}
+UNDECIDED = {"C5", "D7.2", "D9.1", "D9.2"}
 NOT_COMPUTED = {"A28.1", "D6.1", "D6.2", "D6.3", "D11", *(f"E{number}" for number in range(1, 17))}
 
 
