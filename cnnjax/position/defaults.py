@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.coordinates = False
     # Train on every crop and its three mirror images, so that content carries no signed position.
     config.mirrored = False
-    # A control that must fail: targets on the readout's grid, with their pixels in random order.
+    # A control: targets on the readout's grid, with their pixels in random order.
     config.shuffled = False
     # Height and width of the readout's convolution.
     config.kernel = 1
