@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 import safetensors.numpy
 
 pytestmark = pytest.mark.slow
@@ -432,6 +433,7 @@ def done(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=quick.environment(),
         check=True,
     )
     kept = {path: content for path, content in contents(folder).items() if path in before}

@@ -4,11 +4,12 @@ import json
 import pathlib
 import re
 
+import forked
 import numpy as np
 import pytest
+import quick
 from PIL import Image
 
-from experiments.claims import __main__ as claims
 from experiments.claims import ledger, networks, operations, position, report, trained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +51,8 @@ NOT_COMPUTED = {"A28.1", "D6.1", "D6.2", "D6.3", "D11", *(f"E{number}" for numbe
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("claims") / "new"
-    assert claims.main(["--workdir", str(folder)]) == 0
+    done = forked.run("experiments.claims", "--workdir", folder, flags=quick.FLAGS)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

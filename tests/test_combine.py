@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from quick import FLAGS, jit
 
 from cnnjax import combine, transfer, weights
 from cnnjax.combine import combination
@@ -348,6 +348,7 @@ def test_greedy_from_the_command_line(finished, tmp_path):
         "greedy",
         "--workdir",
         tmp_path / "out",
+        flags=FLAGS,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())

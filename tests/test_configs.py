@@ -10,6 +10,7 @@ import forked
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 
 from cnnjax import sweep
 from cnnjax.train import loop
@@ -88,6 +89,7 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
         "--config.schedule.metric=loss",
         "--workdir",
         tmp_path,
+        flags=quick.FLAGS,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -139,7 +141,8 @@ def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
         "--config.dataset=digits",
         "--config.epochs=2",
     ]
-    mlp_vs_convnet.main(arguments)
+    done = forked.run("experiments.mlp_vs_convnet", *arguments, flags=quick.FLAGS)
+    assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "comparison.json").read_text())
     assert (
         row["n"] == 5 and row["epochs"] == 2 and row["parameters"] == 650 and len(row["curve"]) == 2

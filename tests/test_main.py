@@ -9,6 +9,7 @@ import time
 
 import forked
 import pytest
+import quick
 
 from cnnjax.runtime import command
 
@@ -97,7 +98,9 @@ def test_debug_shows_the_traceback():
 def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     """Every file is whole, and what was read out is not read out again."""
     folder, cells = tmp_path / "run", tmp_path / "run" / "cells"
-    process = forked.Popen("cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder)
+    process = forked.Popen(
+        "cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder, flags=quick.FLAGS
+    )
     deadline = time.monotonic() + 240
     while not (cells / "vgg11-zeros-0.npz").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -118,7 +121,9 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     assert {path.name for path in made} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(
         made
     ) < 30
-    done = forked.run("cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder)
+    done = forked.run(
+        "cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder, flags=quick.FLAGS
+    )
     assert done.returncode == 0, done.stderr
     assert len(list(cells.iterdir())) == 30 and made == {
         path: path.stat().st_mtime_ns for path in made

@@ -63,6 +63,8 @@ KINDS = sorted(
     {*test_torchvision.KINDS, "fcn", "speedrun", "scene_net", "vgg11_lrn", "vgg16_c"}
     | set(test_lectures.TOTALS)
 )
+# With two layers for up to 24, of the same kind, where each is traced or compiled by itself.
+SHALLOW = {"densenet121": {"depths": (2, 2, 2, 2)}}
 
 
 def test_every_model_is_under_contract():
@@ -137,12 +139,14 @@ def test_a_unit_is_taken_out():
     model = create_model("lenet")
     variables = quick.variables(model)
     image = jax.random.normal(jax.random.key(1), (2, *model.input_shape))
-    without = model.apply(variables, image, replace={"conv1": lambda y: y.at[..., 3].set(0)})
+    replace = {"conv1": lambda y: y.at[..., 3].set(0)}
+    without = quick.jit(functools.partial(model.apply, replace=replace))(variables, image)
     kernel = variables["params"]["conv2"]["kernel"]
     variables["params"]["conv2"]["kernel"] = kernel.at[:, :, 3].set(0)
-    np.testing.assert_allclose(without, model.apply(variables, image), atol=1e-5)
-    stages = model.apply(variables, image, method="stages", replace={"conv1": jnp.zeros_like})
-    assert not stages["conv1"].any()
+    np.testing.assert_allclose(without, quick.jit(model.apply)(variables, image), atol=1e-5)
+    replace = {"conv1": jnp.zeros_like}
+    run = quick.jit(functools.partial(model.apply, method="stages", replace=replace))
+    assert not run(variables, image)["conv1"].any()
     with pytest.raises(ValueError, match="replace='conv9' is not a stage of this network up to"):
         model.apply(variables, image, replace={"conv9": jnp.zeros_like})
 
@@ -166,12 +170,12 @@ def test_every_parameter_receives_a_finite_gradient(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", sorted(set(list_models()) - set(test_torchvision.NAMES))
-)  # those are held to it there
+    "name", [*sorted(set(list_models()) - set(test_torchvision.NAMES)), *SHALLOW]
+)  # the others are held to it there
 def test_compiled_equals_eager_whatever_the_batch(name):
     """A network run operation by operation on one image gives what it gives compiled on that image
     and another."""
-    model = create_model(name, num_classes=7)
+    model = create_model(name, num_classes=7, **SHALLOW.get(name, {}))
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
     x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
@@ -193,7 +197,8 @@ def test_every_fill_and_bfloat16(name):
     """
     stages = {}
     for fill in ("none", "full", "zeros", *sorted({*FILLS} - {"none", "full", "zeros"})):
-        model = create_model(name, num_classes=7, padding=fill, dtype=jnp.bfloat16)
+        fields = {"num_classes": 7, "padding": fill, "dtype": jnp.bfloat16}
+        model = create_model(name, **fields, **SHALLOW.get(name, {}))
         size = (
             4000 if fill == "none" else model.input_shape[0]
         )  # without padding DenseNet-201 needs that much

@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom and show what is stored in them.
 
-    python tests/test_notebooks.py
+    PYTHONPATH=. python tests/test_notebooks.py
 
 runs them and stores what they show. Neither reads any data but those that the packages carry.
 """
@@ -9,9 +9,11 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
 
 import nbformat
 import pytest
+import quick
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -23,9 +25,11 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _MOST_BYTES = 300_000
 
 
-def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-    """Runs a notebook in this interpreter, whatever kernels are installed -> the notebook with its
-    outputs."""
+def execute(path: pathlib.Path, inherited: Mapping[str, str]) -> nbformat.NotebookNode:
+    """Runs a notebook in this interpreter, whatever kernels are installed.
+
+    Returns the notebook with its outputs.
+    """
     notebook = nbformat.read(path, as_version=4)
     kernel = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
@@ -38,7 +42,7 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
         coalesce_streams=True,
         resources={"metadata": {"path": ROOT}},
     )
-    environment = {key: value for key, value in os.environ.items() if key != "CNNJAX_DATA"}
+    environment = {key: value for key, value in inherited.items() if key != "CNNJAX_DATA"}
     return client.execute(env=environment | {"JAX_PLATFORMS": "cpu"}, cleanup_kc=True)
 
 
@@ -79,7 +83,8 @@ def table(notebook: nbformat.NotebookNode, heading: str) -> dict[str, list[list[
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def both(request):
     """(name, the notebook as it is stored, the notebook as it runs)"""
-    return request.param.stem, nbformat.read(request.param, as_version=4), execute(request.param)
+    stored = nbformat.read(request.param, as_version=4)
+    return request.param.stem, stored, execute(request.param, quick.environment())
 
 
 def test_what_is_stored_is_what_it_shows(both):
@@ -112,5 +117,5 @@ def test_what_the_text_says_holds(both):
 
 if __name__ == "__main__":
     for path in [pathlib.Path(name) for name in sys.argv[1:]] or NOTEBOOKS:
-        nbformat.write(execute(path), path)
+        nbformat.write(execute(path, os.environ), path)
         print(f"{path.name}: {path.stat().st_size:,} bytes")

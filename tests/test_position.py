@@ -8,11 +8,13 @@ import pathlib
 import re
 import shutil
 
+import forked
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import quick
 import scipy.stats
 from jax import lax
 
@@ -243,7 +245,7 @@ def test_stages_that_survive_without_padding():
 def initialize(model, size: int, last: str, seed: int = 0) -> dict:
     """Random weights up to a stage."""
     image = jnp.zeros((1, size, size, 3))
-    init = jax.jit(lambda key: model.init(key, image, method="stages", last=last))
+    init = quick.jit(lambda key: model.init(key, image, method="stages", last=last))
     return init(jax.random.key(seed))
 
 
@@ -257,7 +259,8 @@ def test_encoding_is_the_stages_resized_and_joined():
     mean = np.float32([0.485, 0.456, 0.406])
     std = np.float32([0.229, 0.224, 0.225])
     x = (images[8:] / np.float32(255) - mean) / std
-    stages = model.apply(variables, x, method="stages", last="block3")
+    run = quick.jit(functools.partial(model.apply, method="stages", last="block3"))
+    stages = run(variables, x)
     np.testing.assert_allclose(features[8:, ..., 64:], cnn.resize(stages["block3"], 28), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)
 
@@ -720,7 +723,8 @@ def test_the_papers_tables(tmp_path, capsys):
         "n_test=4",
         "sgd_steps=20",
     ]
-    position_tables.main(arguments)
+    done = forked.run("experiments.position_tables", *arguments, flags=quick.FLAGS)
+    assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "readout_padding.json").read_text())
     found = {(value["row"], value["target"], value["readout"]): value for value in values}
     assert len(found) == len(values) == 3 * 3 * 2

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import quick
 import slurm_cluster
 
 pytestmark = [
@@ -39,7 +40,7 @@ class Cluster:
     """Commands on a cluster, in the checkout."""
 
     def __init__(self, environment: dict[str, str]):
-        self.environment = {**environment, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        self.environment = quick.environment(environment)
 
     def run(self, *words: str) -> str:
         done = subprocess.run(

@@ -17,6 +17,7 @@ import make_tfds
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -27,7 +28,7 @@ from cnnjax.train.parallel import Parallel
 from configs import lenet_digits
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = quick.environment()
 
 
 def ramp(width: int, height: int, number: int = 0, x: int = 1, y: int = 1) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from cnnjax import summary
 from cnnjax.models import create_model, list_models
@@ -179,13 +180,13 @@ def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
     x = jax.random.uniform(
         jax.random.key(1), (16, size, size, model.input_shape[2])
     )  # max-pools hide all but one pixel of a window
-    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, method="stages", last=stage))(x)
+    variables = quick.variables(model, x, method="stages", last=stage)
 
     def run(x):
         return model.apply(variables, x, method="stages", last=stage)[stage]
 
     center = jax.eval_shape(run, x).shape[1] // 2
-    gradient = jax.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
+    gradient = quick.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
     first, second = (
         np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (center, center + 1)
     )

@@ -14,6 +14,7 @@ import time
 import forked
 import numpy as np
 import pytest
+import quick
 import scipy.stats
 
 from cnnjax import sweep
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "cnnjax.sweep"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = quick.environment()
 
 
 def write_config(folder: pathlib.Path, body: str) -> str:
@@ -52,7 +53,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
         "--workdir",
         str(runs),
     ]
-    process = forked.Popen(*arguments)
+    process = forked.Popen(*arguments, flags=quick.FLAGS)
     assert any("cell 2 of 6" in line for line in process.stderr)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -60,7 +61,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     first = runs / "schedule.learning_rate=0.1,seed=0" / "results.json"
     written = first.stat().st_mtime_ns
 
-    done = forked.run(*arguments)
+    done = forked.run(*arguments, flags=quick.FLAGS)
     assert done.returncode == 1
     assert "error: 3 of 6 cells failed: see " in done.stderr.splitlines()[-1]
     assert first.stat().st_mtime_ns == written

@@ -86,7 +86,8 @@ def test_keys_and_shapes_are_torchvisions(name):
 def test_evaluation_is_torchvisions(case):
     """Logits of a compiled network equal the golden ones.
 
-    Networks of each kind give the same for one image alone, operation by operation.
+    Networks of each kind give the same for one image alone, operation by operation: DenseNet in
+    test_models.py, with fewer layers, since each layer's operations are compiled one by one.
     """
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
@@ -96,7 +97,7 @@ def test_evaluation_is_torchvisions(case):
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
     assert 1e-5 * scale < np.abs(logits[1] - logits[0]).max()
-    if name in KINDS:
+    if name in {*KINDS} - {"densenet121"}:
         alone = model.apply(variables, images[:1])
         assert np.abs(alone - logits[:1]).max() <= 1e-5 * scale
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import safetensors.numpy
 
 from cnnjax import weights
@@ -15,7 +16,7 @@ from cnnjax.models import create_model
 @pytest.fixture(scope="module")
 def resnet():
     model = create_model("resnet18", num_classes=5)
-    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    return model, quick.variables(model)
 
 
 @pytest.fixture(scope="module")
