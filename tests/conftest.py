@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 import pathlib
+import re
 
 import deep_calls
 import jax
@@ -59,17 +60,25 @@ _TOGETHER = tuple(
         "faults",
         "notebooks",
         "position",
-        "summary",
         "train",
+        "visualize",
+        "weights",
     )
 )
 
 
+# Tests of one network, whose name comes first in their brackets: it is traced once for all of them.
+_BY_NETWORK = re.compile(r"tests/test_(?:models|summary|torchvision)\.py::\w+\[([A-Za-z]\w+)")
+
+
 class _Scheduling(LoadScopeScheduling):
-    """Hands out tests one by one, but those of some modules all to one worker."""
+    """Hands out tests one by one, but those that share something all to one worker."""
 
     def _split_scope(self, nodeid):
-        return nodeid.split("::")[0] if nodeid.startswith(_TOGETHER) else nodeid
+        if nodeid.startswith(_TOGETHER):
+            return nodeid.split("::")[0]
+        network = _BY_NETWORK.match(nodeid)
+        return network[1] if network else nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):

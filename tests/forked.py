@@ -3,14 +3,18 @@
 `python -m` imports for longer than most commands of the tests compute. Here a process is forked
 from one that has imported everything and computed nothing (imported.py). Tests of the start itself
 use subprocess.
+
+These processes share a folder of compiled programs, since many run the same one.
 """
 
+import atexit
 import functools
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +22,18 @@ import tempfile
 import threading
 from unittest import mock
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def _cache() -> str:
+    """Returns the folder of compiled programs, which is removed when the tests end."""
+    folder = tempfile.mkdtemp(prefix="cnnjax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -31,13 +45,15 @@ def _start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def _work(module: str, arguments: list[str], flags: str, output: str, errors) -> None:
+def _work(module: str, arguments: list[str], flags: str, cache: str, output: str, errors) -> None:
     """Call `module`.main in the forked process as `python -m module` does."""
     assert "imported" in sys.modules
     # A shell's background process ignores it, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # jax reads it when it starts its backend.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     os.dup2(os.open(output, os.O_WRONLY), 1)
     os.dup2(errors.fileno(), 2)
     errors.close()
@@ -68,7 +84,7 @@ class Popen:
         self._output = tempfile.NamedTemporaryFile("r")
         read, write = _CONTEXT.Pipe(duplex=False)
         self.args = [module, *map(str, arguments)]
-        work = (module, self.args[1:], flags, self._output.name, write)
+        work = (module, self.args[1:], flags, _cache(), self._output.name, write)
         self._process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         self._process.start()
         write.close()

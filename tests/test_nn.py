@@ -280,12 +280,14 @@ def test_pools_pad_as_numpy_does(fill):
     mode = FILL_MODES.get(fill, "constant")
     lowest = {"constant_values": -np.inf} if mode == "constant" else {}
     largest = windows(np.pad(x, widths, mode=mode, **lowest), 3, 2)
-    assert np.array_equal(cnn.max_pool(x, 3, 2, 1, fill=fill), largest.max(0))
+    pools = (cnn.max_pool, cnn.avg_pool)
+    found_max, found_mean = quick.jit(lambda x: [pool(x, 3, 2, 1, fill=fill) for pool in pools])(x)
+    assert np.array_equal(found_max, largest.max(0))
 
     mean = windows(np.pad(x, widths, mode=mode), 3, 2).mean(0)
     if fill == "partial":
         mean = mean / windows(np.pad(np.ones_like(x), widths), 3, 2).mean(0)
-    np.testing.assert_allclose(cnn.avg_pool(x, 3, 2, 1, fill=fill), mean, atol=1e-6)
+    np.testing.assert_allclose(found_mean, mean, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -318,14 +320,15 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
 def test_branches_are_joined_about_their_centers():
     x = normal(0, 1, 7, 9, 2)
     parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
-    smallest = jnp.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
-    np.testing.assert_array_equal(cnn.concatenate(parts, "none"), smallest)
+    smallest = np.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
+    join = quick.jit(cnn.concatenate, static_argnums=1)
+    np.testing.assert_array_equal(join(parts, "none"), smallest)
     framed = [
         x,
         np.pad(parts[1], ((0, 0), (1, 1), (0, 0), (0, 0))),
         np.pad(parts[2], ((0, 0), (2, 2), (1, 1), (0, 0))),
     ]
-    np.testing.assert_array_equal(cnn.concatenate(parts, "full"), np.concatenate(framed, 3))
+    np.testing.assert_array_equal(join(parts, "full"), np.concatenate(framed, 3))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 5), (6, 4, 5, 3), (16, 2, 2, 7), (8, 4)])
@@ -333,15 +336,16 @@ def test_channel_sums(shape):
     x, y = normal(0, *shape), normal(1, *shape)
     wide = np.asarray(x, np.float64)
     axes = tuple(range(len(shape) - 1))
-    np.testing.assert_allclose(channel_sum(x), wide.sum(axes), atol=1e-5)
-    np.testing.assert_allclose(channel_sum(x, y), (wide * np.asarray(y)).sum(axes), atol=1e-5)
+    one, both = quick.jit(lambda x, y: (channel_sum(x), channel_sum(x, y)))(x, y)
+    np.testing.assert_allclose(one, wide.sum(axes), atol=1e-5)
+    np.testing.assert_allclose(both, (wide * np.asarray(y)).sum(axes), atol=1e-5)
 
 
 def test_the_bias_of_a_single_vector_has_a_gradient():
     """Dense takes an input without a batch, whose number of features eight may divide."""
     layer, x = cnn.Dense(8), normal(0, 3)
-    variables = layer.init(jax.random.key(0), x)
-    gradient = jax.grad(lambda params: layer.apply({"params": params}, x).sum())
+    variables = quick.variables(layer, x)
+    gradient = quick.jit(jax.grad(lambda params: layer.apply({"params": params}, x).sum()))
     assert np.array_equal(gradient(variables["params"])["bias"], np.ones(8))
 
 
@@ -361,20 +365,21 @@ def test_fills_are_what_the_documentation_shows():
         "one-sided": "00001234",
     }
     assert {*shown, "random"} == {*cnn.FILLS}
+    padded = quick.jit(lambda row: {fill: cnn.pad(row, (0, 2), fill) for fill in shown})(row)
+    padded = {fill: np.asarray(values).ravel() for fill, values in padded.items()}
     for fill, digits in shown.items():
-        assert "".join(str(int(v)) for v in cnn.pad(row, (0, 2), fill).ravel()) == digits
-    assert cnn.pad(row, (0, 2), "mean")[0, 0, 0, 0] == 2.5
-    np.testing.assert_allclose(
-        cnn.pad(row, (0, 2), "interpolate").ravel(), np.linspace(1, 4, 8), rtol=1e-6
-    )
+        assert "".join(str(int(v)) for v in padded[fill]) == digits
+    assert padded["mean"][0] == 2.5
+    np.testing.assert_allclose(padded["interpolate"], np.linspace(1, 4, 8), rtol=1e-6)
 
 
 def test_symmetric_is_replicate_where_one_pixel_is_added():
     x = normal(0, 2, 5, 6, 3)
-    symmetric, replicate = (cnn.pad(x, (1, 1), fill) for fill in ("symmetric", "replicate"))
-    assert np.array_equal(symmetric, replicate)
-    assert not np.array_equal(cnn.pad(x, (2, 2), "symmetric"), cnn.pad(x, (2, 2), "replicate"))
-    assert cnn.pad(x, (5, 6), "symmetric").shape == (2, 15, 18, 3)
+    both = lambda x, amount: [cnn.pad(x, amount, fill) for fill in ("symmetric", "replicate")]
+    pad = quick.jit(both, static_argnums=1)
+    assert np.array_equal(*pad(x, (1, 1)))
+    assert not np.array_equal(*pad(x, (2, 2)))
+    assert pad(x, (5, 6))[0].shape == (2, 15, 18, 3)
     with pytest.raises(ValueError, match="'symmetric' cannot pad a 5x6 map by 6x1"):
         cnn.pad(x, (6, 1), "symmetric")
 
@@ -385,17 +390,18 @@ def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
         convolve = quick.jit(functools.partial(cnn.conv, padding=1, fill=fill))
         constant = convolve(jnp.ones_like(x), kernel)
         assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
-        mirrored = convolve(x[:, ::-1, ::-1], kernel[::-1, ::-1])
-        np.testing.assert_allclose(mirrored, convolve(x, kernel)[:, ::-1, ::-1], atol=1e-5)
-        shifted = cnn.pad(x + 3, (1, 2), fill)
-        np.testing.assert_allclose(shifted, cnn.pad(x, (1, 2), fill) + 3, atol=1e-5)
-    assert np.array_equal(cnn.pad(x, (1, 2), "mean")[:, 1:-1, 2:-2], x)
+        mirrored = convolve(np.flip(x, (1, 2)), np.flip(kernel, (0, 1)))
+        np.testing.assert_allclose(mirrored, np.flip(convolve(x, kernel), (1, 2)), atol=1e-5)
+        pad = quick.jit(lambda x, fill=fill: cnn.pad(x, (1, 2), fill))
+        np.testing.assert_allclose(pad(x + 3), np.asarray(pad(x)) + 3, atol=1e-5)
+        if fill == "mean":
+            assert np.array_equal(pad(x)[:, 1:-1, 2:-2], x)
 
 
 def test_random_draws_a_border_of_the_maps_own_moments():
     x = 5 + 2 * normal(0, 2, 64, 64, 3)
     pad = quick.jit(lambda key: cnn.pad(x, (40, 40), "random", key=key))
-    draw = lambda seed: pad(jax.random.key(seed))
+    draw = lambda seed: np.asarray(pad(jax.random.key(seed)))
     padded, other = draw(0), draw(1)
     assert np.array_equal(padded, draw(0))
     assert np.array_equal(padded[:, 40:-40, 40:-40], x)
@@ -428,40 +434,43 @@ def test_full_brings_every_weight_to_every_pixel():
     kernel = normal(1, 3, 5, 2, 4)
     x = normal(0, 1, 8, 9, 2)
     for dilation in (1, 2):
-        convolve = functools.partial(
-            cnn.conv, kernel=kernel, dilation=dilation, padding=0, fill="full"
-        )
-        y = convolve(x)
+        options = {"kernel": kernel, "dilation": dilation, "padding": 0, "fill": "full"}
+        convolve = quick.jit(lambda x, options=options: cnn.conv(x, **options))
+        y = np.asarray(convolve(x))
         assert y.shape[1:3] == (8 + dilation * 2, 9 + dilation * 4)
-        np.testing.assert_allclose(y.sum((1, 2)), jnp.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
-        responses = [
-            jnp.sort(convolve(jnp.zeros((1, 8, 9, 2)).at[0, row, column].set(1.0)).ravel())
-            for row, column in ((0, 0), (3, 4), (7, 8))
-        ]
+        np.testing.assert_allclose(y.sum((1, 2)), np.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
+        responses = []
+        for row, column in ((0, 0), (3, 4), (7, 8)):
+            pixel = np.zeros((1, 8, 9, 2), np.float32)
+            pixel[0, row, column] = 1
+            responses.append(np.sort(np.ravel(convolve(pixel))))
         for response in responses[1:]:
             assert np.array_equal(response, responses[0])
 
 
 def test_one_sided_is_zeros_moved_by_the_amount():
     x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
-    one, both = (cnn.conv(x, kernel, padding=1, fill=fill) for fill in ("one-sided", "zeros"))
+    fills = ("one-sided", "zeros")
+    convolve = lambda x, kernel: [cnn.conv(x, kernel, padding=1, fill=fill) for fill in fills]
+    one, both = map(np.asarray, quick.jit(convolve)(x, kernel))
     assert one.shape == both.shape
     np.testing.assert_allclose(one[:, 1:, 1:], both[:, :-1, :-1], atol=1e-5)
-    pooled = cnn.max_pool(x, 3, 1, 1, fill="one-sided")
-    assert np.array_equal(pooled[:, 1:, 1:], cnn.max_pool(x, 3, 1, 1)[:, :-1, :-1])
+    pool = quick.jit(lambda x: [cnn.max_pool(x, 3, 1, 1, fill=fill) for fill in fills])
+    one, both = map(np.asarray, pool(x))
+    assert np.array_equal(one[:, 1:, 1:], both[:, :-1, :-1])
 
 
 def test_circular_convolution_commutes_with_roll():
     x, kernel = normal(0, 1, 8, 9, 2), normal(1, 3, 3, 2, 4)
-    roll = lambda a: jnp.roll(a, (3, 5), (1, 2))
-    conv = lambda a: cnn.conv(a, kernel, padding=1, fill="circular")
+    roll = lambda a: np.roll(a, (3, 5), (1, 2))
+    conv = quick.jit(lambda a: cnn.conv(a, kernel, padding=1, fill="circular"))
     np.testing.assert_allclose(conv(roll(x)), roll(conv(x)), atol=1e-5)
 
 
 @pytest.mark.parametrize("fill", cnn.FILLS)
 def test_which_fills_show_the_border_of_a_constant_image(fill):
     ones, kernel = jnp.ones((1, 6, 6, 1)), normal(0, 3, 3, 1, 1)
-    conv = functools.partial(cnn.conv, padding=1, fill=fill, key=jax.random.key(0))
+    conv = quick.jit(functools.partial(cnn.conv, padding=1, fill=fill, key=jax.random.key(0)))
     assert (np.ptp(conv(ones, kernel)) > 0.1) == (fill in ("zeros", "partial", "full", "one-sided"))
     box = jnp.ones((3, 3, 1, 1))  # partial convolution hides it only from a mean
     assert (np.ptp(conv(ones, box)) > 1e-6) == (fill in ("zeros", "full", "one-sided"))
@@ -470,9 +479,10 @@ def test_which_fills_show_the_border_of_a_constant_image(fill):
 # 'interpolate' has no grid, 'full' and 'one-sided' have another.
 @pytest.mark.parametrize("fill", sorted({*cnn.FILLS} - {"interpolate", "full", "one-sided"}))
 def test_padding_does_not_move_the_sampling_grid(fill):
-    x = normal(0, 1, 12, 12, 1)
-    identity = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
-    y = cnn.conv(x, identity, stride=2, padding=1, fill=fill, key=jax.random.key(0))
+    x = np.asarray(normal(0, 1, 12, 12, 1))
+    identity = jnp.asarray(np.eye(9, dtype=np.float32)[4].reshape(3, 3, 1, 1))
+    options = {"stride": 2, "padding": 1, "fill": fill, "key": jax.random.key(0)}
+    y = quick.jit(lambda x: cnn.conv(x, identity, **options))(x)
     inner = x[:, 1::2, 1::2][:, :5, :5] if fill == "none" else x[:, ::2, ::2]
     if fill == "partial":
         ratio = y / inner
@@ -489,20 +499,23 @@ def test_seven_shift_layers_count_columns():
     """
     x = normal(0, 1, 7, 7, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 0].set(1)
+    layer = quick.jit(lambda x: cnn.conv(x, kernel, padding=1) + 1)
     y = x
     for _ in range(7):
-        y = cnn.conv(y, kernel, padding=1) + 1
+        y = layer(y)
     np.testing.assert_array_equal(y[0, :, :, 0], np.tile(np.arange(1.0, 8), (7, 1)))
 
 
 def test_adaptive_pool_averages_pytorchs_bins():
     x = normal(0, 2, 10, 7, 3)
-    y = cnn.adaptive_avg_pool(x, (4, 3))
+    y = quick.jit(lambda x: cnn.adaptive_avg_pool(x, (4, 3)))(x)
     for i, j in np.ndindex(4, 3):
         rows = slice(i * 10 // 4, -(-(i + 1) * 10 // 4))
         columns = slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
-        np.testing.assert_allclose(y[:, i, j], x[:, rows, columns].mean((1, 2)), atol=1e-6)
-    assert cnn.adaptive_avg_pool(x[:, :1, :1], 7).shape == (2, 7, 7, 3)
+        mean = np.asarray(x)[:, rows, columns].mean((1, 2))
+        np.testing.assert_allclose(y[:, i, j], mean, atol=1e-6)
+    widened = jax.eval_shape(lambda x: cnn.adaptive_avg_pool(x, 7), x[:, :1, :1])
+    assert widened.shape == (2, 7, 7, 3)
 
 
 def test_flatten_has_pytorchs_order():
@@ -512,20 +525,22 @@ def test_flatten_has_pytorchs_order():
 
 def test_resize_is_pytorchs_with_and_without_aligned_corners():
     x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
-    np.testing.assert_allclose(cnn.resize(x, (1, 5)).ravel(), [0, 1.5, 3, 4.5, 6])
-    unaligned = cnn.resize(x, (1, 5), align_corners=False)
-    np.testing.assert_allclose(unaligned.ravel(), [0, 1.2, 3, 4.8, 6], rtol=1e-6)
+    resize = quick.jit(cnn.resize, static_argnums=(1, 2))
+    np.testing.assert_allclose(np.ravel(resize(x, (1, 5))), [0, 1.5, 3, 4.5, 6])
+    unaligned = resize(x, (1, 5), False)
+    np.testing.assert_allclose(np.ravel(unaligned), [0, 1.2, 3, 4.8, 6], rtol=1e-6)
     # A constant stays one, to the last bit.
     for align_corners in (True, False):
-        constant = cnn.resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28), align_corners)
+        constant = resize(jnp.full((1, 5, 5, 1), 0.1), (28, 28), align_corners)
         assert np.ptp(constant) == 0
 
 
 def test_batch_norm_keeps_pytorchs_running_statistics():
     x = 3 * normal(0, 4, 2, 3, 5) + 1
     layer = cnn.BatchNorm()
-    variables = layer.init(jax.random.key(0), x)
-    y, new = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    variables = quick.jit(layer.init)(jax.random.key(0), x)
+    train = quick.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
+    y, new = train(variables, x)
     flat = np.asarray(x).reshape(-1, 5)
     np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * flat.mean(0), rtol=1e-5)
     np.testing.assert_allclose(
@@ -535,7 +550,7 @@ def test_batch_norm_keeps_pytorchs_running_statistics():
         np.asarray(y).reshape(-1, 5), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-5
     )
     with pytest.raises(ValueError, match="one value per channel"):
-        layer.apply(variables, x[:1, :1, :1], train=True, mutable=["batch_stats"])
+        train(variables, x[:1, :1, :1])
 
 
 def test_batch_norm_has_the_gradient_of_its_formula():
@@ -544,7 +559,7 @@ def test_batch_norm_has_the_gradient_of_its_formula():
     layer = cnn.BatchNorm()
     variables = {
         "params": {"scale": normal(2, 6) + 2, "bias": normal(3, 6)},
-        "batch_stats": layer.init(jax.random.key(0), x)["batch_stats"],
+        "batch_stats": {"mean": jnp.zeros(6), "var": jnp.ones(6)},
     }
 
     def loss(params, x):
@@ -603,7 +618,8 @@ def test_local_response_norm_is_the_papers_formula(size):
     for c in range(8):
         low, high = max(0, c - size // 2), min(8, c + (size - 1) // 2 + 1)
         want[..., c] = x[..., c] / (2 + 1e-1 * np.square(x[..., low:high]).sum(-1)) ** 0.75
-    np.testing.assert_allclose(cnn.local_response_norm(x, size, alpha=1e-1), want, rtol=1e-5)
+    found = quick.jit(lambda x: cnn.local_response_norm(x, size, alpha=1e-1))(x)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 class Small(nn.Module):
@@ -702,13 +718,14 @@ def test_a_step_in_scan_equals_a_loop():
     gradient = jax.grad(lambda params: jnp.square(model.apply(params, x)).mean())
     step = lambda params: jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params))
 
-    @jax.jit
+    @quick.jit
     def scan(params):
         return jax.lax.scan(lambda params, _: (step(params), None), params, None, length=3)[0]
 
+    one_step = quick.jit(step)
     looped = params
     for _ in range(3):
-        looped = jax.jit(step)(looped)
+        looped = one_step(looped)
     for a, b in zip(jax.tree.leaves(scan(params)), jax.tree.leaves(looped)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -733,6 +750,6 @@ def test_wrong_arguments_name_themselves():
 
 def test_max_pool_is_differentiable_in_bfloat16():
     x = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16)
-    grad = jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum())(x)
+    grad = quick.jit(jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum()))(x)
     assert grad.dtype == jnp.bfloat16
     assert float(grad.astype(jnp.float32).sum()) == 8

@@ -1,5 +1,6 @@
 """Every network of torchvision against its own outputs (tests/golden) and real weights."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -42,6 +43,7 @@ AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
+@functools.lru_cache(maxsize=1)
 def golden_variables(model) -> dict:
     """Returns a model's variables with the values of tests/golden/formula.py."""
     shapes = weights.variable_shapes(model)

@@ -35,7 +35,6 @@ from cnnjax.train.run import Run, open_run, read_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
-CPU_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 class Tiny(Network):
@@ -141,7 +140,7 @@ def test_two_processes_train_as_one(way, on_one_device):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=CPU_ENVIRONMENT,
+            env=quick.environment(),
         )
         for rank in (0, 1)
     ]
