@@ -92,6 +92,7 @@ def _tiny(monkeypatch):
     monkeypatch.setattr(position_fitted, "_TEST", 4)
 
 
+@pytest.mark.slow
 def test_every_readout_is_reported(tmp_path, monkeypatch):
     _tiny(monkeypatch)
     command = ["--workdir", str(tmp_path), "--seeds", "1", "--images", "shuffled", "noise"]

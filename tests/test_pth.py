@@ -260,7 +260,14 @@ PICKLES = {
 }
 
 
-@pytest.mark.parametrize("attack", PICKLES)
+# It takes seconds to read these.
+LONG = ("a deep key", "five million dictionaries")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in PICKLES],
+)
 def test_pickles_that_attack(attack, tmp_path, monkeypatch):
     """In both formats: an error of one line, nothing run, little memory."""
     monkeypatch.chdir(tmp_path)

@@ -295,6 +295,7 @@ def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name)
     np.testing.assert_allclose(logits, logits[:1].repeat(len(shifts), 0), atol=1e-4 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLED)
 def test_both_lowerings_agree_and_gradients_are_finite(sampling):
     model = SmallConvNet(layers=((4, 2), (6, 2)), padding="partial", sampling=sampling)

@@ -163,6 +163,7 @@ def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
     np.testing.assert_allclose(fcn.place(plane(*known), known, to), nearest, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "none", "reflect", "circular"])
 def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
     """Of a position that sees no border, the pixels with a gradient are a box about the place that

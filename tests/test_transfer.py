@@ -189,6 +189,7 @@ def test_frozen_layers_cost_no_gradient():
     assert operations(("conv1", "conv2")) < 0.6 * operations(())
 
 
+@pytest.mark.slow
 def test_a_rate_multiplies_the_learning_rate_of_its_part():
     """At a tenth of the rate a part moves as it does when all parts have that rate.
 

@@ -610,6 +610,7 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
     assert check(results), results
 
 
+@pytest.mark.slow
 def test_a_network_of_one_channel(folder, tmp_path):
     visualize.main(
         [
