@@ -6,9 +6,12 @@ BatchNorm and the gradients of biases are made of them.
 import functools
 import math
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu.barrier import materialize
@@ -41,6 +44,21 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     rows = total.reshape(math.prod(total.shape[: -len(column_shape)]), width)
     sums = jnp.ones((1, rows.shape[0]), rows.dtype) @ rows
     return sums.reshape(width // shape[-1], shape[-1]).sum(0)
+
+
+def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
+    """Sums each of several maps of one shape over all axes but the last.
+
+    The plain form is a `channel_sum` of each. One reduction of all of them over parts of the
+    batch computes them in one pass over what they are products of.
+    """
+    batch = maps[0].shape[0]
+    count = math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
+    if count > 1:
+        maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
+        zeros = [np.zeros((), x.dtype) for x in maps]
+        maps = lax.reduce(maps, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
+    return jnp.stack([channel_sum(x) for x in maps])
 
 
 def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
@@ -108,9 +126,9 @@ def _scaled_tangents(residuals, dx, dmean, dfactor, dbias):
 def _scaled_cotangents(residuals, dy):
     x, mean, factor = residuals
     dy = materialize(dy)
-    sums = channel_sum(dy)
     centered = x - jnp.broadcast_to(mean, x.shape)
-    return jnp.broadcast_to(factor, x.shape) * dy, -factor * sums, channel_sum(dy, centered), sums
+    sums, products = channel_sums([dy, dy * centered])
+    return jnp.broadcast_to(factor, x.shape) * dy, -factor * sums, products, sums
 
 
 def _scale_and_shift_tangent(primals, tangents):
