@@ -1,6 +1,8 @@
 """Every operation in both of its forms, and under every transformation and mode of JAX."""
 
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -53,12 +55,13 @@ def operations():
     for name, options in CONVOLUTIONS.items():
         kernel = (3, 2, 4 // options.get("groups", 1), 8)
         convolve = functools.partial(cnn.conv, key=key, **options)
-        table[f"conv, {name}"] = (convolve, [(3, 7, 6, 4), kernel])
+        table[f"conv, {name}"] = (convolve, [(4, 7, 6, 4), kernel])
     table["conv, few channels"] = (
         functools.partial(cnn.conv, padding=1),
         [(3, 6, 8, 1), (3, 3, 1, 20)],
     )
     table["conv, 1x1"] = (cnn.conv, [(3, 4, 5, 4), (1, 1, 4, 20)])
+    table["conv, 1x1, fewer outputs"] = (cnn.conv, [(3, 4, 5, 20), (1, 1, 20, 4)])
     table["conv, small map"] = (
         functools.partial(cnn.conv, padding=1),
         [(3, 2, 2, 4), (3, 3, 4, 20)],
@@ -79,7 +82,7 @@ def operations():
     )
     for train in (True, False):
         call = functools.partial(norm_values, train=train)
-        table[f"BatchNorm, train={train}"] = (call, [(3, 5, 4, 6), (6,), (6,)])
+        table[f"BatchNorm, train={train}"] = (call, [(4, 5, 4, 6), (6,), (6,)])
     table["Dense"] = (
         lambda x, kernel, bias: cnn.Dense(5, dtype=x.dtype).apply(
             {"params": {"kernel": kernel, "bias": bias}}, x
@@ -133,6 +136,38 @@ def test_both_forms_have_the_same_values_and_derivatives(name):
         plain = everything(*arguments)
     for part in plain:
         assert_close(fast[part], plain[part])
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "options"),
+    [
+        ((3, 3), {"padding": 1}),
+        ((3, 5), {"padding": (1, 4), "stride": (2, 1)}),
+        ((4, 2), {"padding": (3, 0), "stride": 3}),
+        ((3, 3), {"padding": 2, "dilation": (1, 2)}),
+        ((1, 1), {"padding": (0, 2), "stride": (1, 3)}),
+    ],
+)
+def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
+    """Large maps are convolved in pieces, of which only those at the border are padded."""
+    x = draw(0, 8, 66, 63, 32)
+    kernel = draw(1, *kernel_size, 1, 32)
+
+    def passes(x, kernel):
+        y, vjp = jax.vjp(functools.partial(cnn.conv, groups=32, **options), x, kernel)
+        return y, *vjp(jnp.cos(y))
+
+    with cnn.lowering("cpu"):
+        compiled = quick.jit(passes)
+        text = compiled.lower(x, kernel).as_text()
+        y, dx, dkernel = compiled(x, kernel)
+        # A single image is below the size from which pieces are cut.
+        own = [compiled(x[i : i + 1], kernel) for i in range(len(x))]
+    padded = re.findall(r"stablehlo.pad .*-> tensor<([0-9x]+)xf32>", text)
+    sizes = [math.prod(map(int, shape.split("x"))) for shape in padded]
+    assert sizes and max(sizes) < x.size
+    assert_close((y, dx), [jnp.concatenate(arrays) for arrays in list(zip(*own))[:2]])
+    assert_close(dkernel, sum(gradients[2] for gradients in own))
 
 
 def test_a_form_is_part_of_jits_cache_key():

@@ -93,10 +93,17 @@ def _views(padded, kernel_size, window) -> Iterator[jax.Array]:
 
 
 def _input_gradient(x_shape, kernel, window, dy):
+    flipped = kernel[::-1, ::-1]
+    if window.stride == (1, 1):
+        reach = (window.dilation[axis] * (kernel.shape[axis] - 1) for axis in (0, 1))
+        low = tuple(map(operator.sub, reach, window.padding))
+        return _shift_and_add(
+            dy, flipped, Window(padding=low, dilation=window.dilation), x_shape[1:3]
+        )
     if window.dilation == (1, 1):
         return gradient_by_planes(x_shape, kernel, window, dy, _correlate)
     spread = spread_cotangent(x_shape, kernel.shape, window, dy)
-    return _shift_and_add(spread, kernel[::-1, ::-1], Window(dilation=window.dilation))
+    return _shift_and_add(spread, flipped, Window(dilation=window.dilation))
 
 
 def _correlate(dy, kernel, widths):
