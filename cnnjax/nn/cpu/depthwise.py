@@ -87,7 +87,7 @@ def _add_taps(padded, kernel, window):
     return functools.reduce(operator.add, scaled)
 
 
-def _views(padded, kernel_size, window) -> Iterator[jax.Array]:
+def _views(padded, kernel_size, window) -> Iterator[AnyArray]:
     unpadded = Window(stride=window.stride, dilation=window.dilation)
     return taps(padded, kernel_size, unpadded, unpadded.output_shape(padded.shape, kernel_size))
 
