@@ -34,9 +34,7 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     shape = factors[0].shape
     if len(shape) == 1:
         return product(factors)
-    batch = shape[0]
-    # The number of images is symbolic in `jax.export`; then nothing is known of its divisors.
-    count = math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
+    count = _count_parts(shape[0])
     parts = zip(*(jnp.split(factor, count) for factor in factors))
     total = functools.reduce(operator.add, map(product, parts))
     column_shape = total.shape[1:][-2:]
@@ -46,6 +44,14 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     return sums.reshape(width // shape[-1], shape[-1]).sum(0)
 
 
+def _count_parts(batch) -> int:
+    """Counts the parts that a batch is added in.
+
+    The number of images is symbolic in `jax.export`; then nothing is known of its divisors.
+    """
+    return math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
+
+
 def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     """Sums each of several maps of one shape over all axes but the last.
 
@@ -53,7 +59,7 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     batch computes them in one pass over what they are products of.
     """
     batch = maps[0].shape[0]
-    count = math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
+    count = _count_parts(batch)
     if count > 1:
         maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
         zeros = [np.zeros((), x.dtype) for x in maps]
