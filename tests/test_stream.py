@@ -968,6 +968,30 @@ def test_a_run_on_a_folder(colors, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
+    """Shared memory that grain frees in a thread would be reported as leaked."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from cnnjax.data import stream\n"
+        "if __name__ == '__main__':\n"
+        "    source = stream.Folder(sys.argv[1])\n"
+        "    options = {'resize': 0, 'train': True, 'steps': range(20), 'workers': 2}\n"
+        "    for images, _ in stream.batches(source, 36, 0, 224, **options):\n"
+        "        print(images.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, program, colors / "train"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines() == ["(36, 224, 224, 3)"] * 20
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_few_images_starts_no_processes(colors):
     config = lenet_digits.get_config()
     config.update({"dataset": "folder", "data_dir": str(colors), "image_size": 32, "workers": 2})

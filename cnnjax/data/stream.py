@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -578,6 +579,7 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
+        stream = grain.experimental.WithOptionsIterDataset(stream, _NO_SHARED_MEMORY)
         stream = stream.mp_prefetch(processes, _start_worker)
     iterator = _closing(iter(stream), len(made), has_workers=workers > 0)
     _open.add(iterator)
@@ -585,6 +587,10 @@ def batches(
 
 
 # ------------------------------------------------------------------ worker processes
+
+# Batches come through pipes. grain frees shared memory in a thread that a program's end does not
+# wait for, and what is left then is reported as leaked.
+_NO_SHARED_MEMORY = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
 
 # Streams that may have processes under way. They are closed at exit, while the modules that closing
 # needs are still there; an iterator of grain that is torn down later complains.
@@ -606,9 +612,6 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
     try:
         for left in reversed(range(count)):
             batch = next(iterator)
-            if has_workers:
-                # Its arrays lie in shared memory, which must not outlive the workers.
-                batch = tuple(map(np.array, batch))
             if left:
                 yield batch
     except Exception as error:
@@ -619,8 +622,7 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
     finally:
         iterator.close()
         if has_workers:
-            # grain leaves its iterators in reference cycles, each with semaphores and a batch in
-            # shared memory.
+            # grain leaves its iterators in reference cycles, each with semaphores.
             del iterator
             gc.collect()
     if failure:
