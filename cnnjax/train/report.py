@@ -41,7 +41,7 @@ def paint(masks: np.ndarray) -> np.ndarray:
 
 def _curves_figure(history: list[dict]):
     """Loss, error and learning rate by epoch."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3), gridspec_kw={"wspace": 0.45})
     epochs = [entry["epoch"] for entry in history]
     for axis, kind in zip(axes, ("loss", "error")):
         for name in (f"train_{kind}", f"validation_{kind}"):
@@ -57,7 +57,6 @@ def _curves_figure(history: list[dict]):
     axes[2].set_ylabel("learning rate")
     for axis in axes:
         axis.set_xlabel("epoch")
-    figure.tight_layout()
     return figure
 
 
@@ -98,23 +97,33 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
                 fontsize=7,
                 color="white" if shares[row, column] > 0.5 else "black",
             )
-    figure.tight_layout()
     return figure
 
 
 def _mistakes_figure(test: dict, classes: list[str]):
     """The test images that were taken, with the most confidence, for something else."""
-    shown = test["shown"]
     columns = 9
-    rows = max(1, -(-len(shown) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.6 * rows), squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for axis, index, image in zip(axes.ravel(), shown, test["images"]):
-        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+    rows = max(1, -(-len(test["shown"]) // columns))
+    # One plot holds all images, at places in inches: a plot for each takes five times as long.
+    cell_width = 1.3
+    cell_height = 1.6
+    image_size = 1.1
+    size = (cell_width * columns, cell_height * rows)
+    figure = plt.figure(figsize=size)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    for place, (index, image) in enumerate(zip(test["shown"], test["images"])):
+        row, column = divmod(place, columns)
+        center = (column + 0.5) * cell_width
+        bottom = (row + 1) * cell_height
+        height, width = image_size * np.array(image.shape[:2]) / max(image.shape[:2])
+        top = bottom - height
+        edges = (center - width / 2, center + width / 2, bottom, top)
+        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=edges)
         names = [classes[test[kind][index]] for kind in ("labels", "predicted")]
-        axis.set_title(f"{names[0]}\nas {names[1]}\n{test['confidence'][index]:.3f}", fontsize=7)
-    figure.tight_layout()
+        title = f"{names[0]}\nas {names[1]}\n{test['confidence'][index]:.3f}"
+        axis.text(center, top - 0.03, title, ha="center", va="bottom", fontsize=7)
+    axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
     return figure
 
 
