@@ -271,22 +271,29 @@ def _draw_maps(results: Results, maps: MapsFile, encoder: str, kind: str) -> Fig
     settings.sort(key=lambda setting: (setting.readout, FILLS.index(setting.padding)))
     height = len(settings) + 1
     width = len(targets) + 1
-    figure, axes = plt.subplots(height, width, figsize=(1.25 * width, 1.3 * height), squeeze=False)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_frame_on(False)
-    axes[0, 0].imshow(maps.image(kind), vmin=0, vmax=255)
-    axes[0, 0].set_title(f"{kind} image", fontsize=8)
-    for axis, target in zip(axes[0, 1:], targets):
-        axis.imshow(maps.target(target), vmin=0, vmax=1)
-        axis.set_title(f"target {target}", fontsize=8)
-    for axis_row, setting in zip(axes[1:], settings):
+    figure = plt.figure(figsize=(1.25 * width, 1.3 * height))
+    # One plot holds all images, in cells of size 1: a plot for each takes four times as long.
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+
+    def show(values: np.ndarray, row: int, column: int, **options) -> None:
+        edges = (column + 0.05, column + 0.95, row + 0.95, row + 0.05)
+        axis.imshow(values, extent=edges, **options)
+
+    def write_title(text: str, column: int) -> None:
+        axis.text(column + 0.5, 0, text, ha="center", va="bottom", fontsize=8)
+
+    show(maps.image(kind), 0, 0, vmin=0, vmax=255)
+    write_title(f"{kind} image", 0)
+    for column, target in enumerate(targets, 1):
+        show(maps.target(target), 0, column, vmin=0, vmax=1)
+        write_title(f"target {target}", column)
+    for row, setting in enumerate(settings, 1):
         label = f"{setting.padding}\n({setting.readout})"
-        axis_row[0].text(0.5, 0.5, label, ha="center", va="center", fontsize=9)
+        axis.text(0.5, row + 0.5, label, ha="center", va="center", fontsize=9)
         predicted = maps.predicted(encoder, setting.padding, setting.readout, kind)
-        for axis, values in zip(axis_row[1:], predicted):
-            axis.imshow(values, vmin=0, vmax=1, interpolation="bilinear")
-    figure.suptitle(f"{encoder}: position read from one {kind} image", fontsize=10)
-    figure.tight_layout()
+        for column, values in enumerate(predicted, 1):
+            show(values, row, column, vmin=0, vmax=1, interpolation="bilinear")
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.set_title(f"{encoder}: position read from one {kind} image", fontsize=10, pad=20)
     return figure
