@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
 from cnnjax.runtime import report, tables, workdir
@@ -50,6 +51,9 @@ def _curves_figure(history: list[dict]):
         axis.set_ylabel(kind)
         axis.set_yscale("log" if kind == "loss" else "linear")
         axis.legend(fontsize=8)
+    # Plain numbers: the default's powers of ten take most of the figure's time.
+    axes[0].yaxis.set_major_formatter(LogFormatter())
+    axes[0].yaxis.set_minor_formatter(LogFormatter())
     axes[1].set_ylim(bottom=0)
     axes[2].plot(
         epochs, [entry["learning_rate"] for entry in history], color="black", drawstyle="steps-post"
