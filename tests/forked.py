@@ -4,7 +4,8 @@
 from one that has imported everything and computed nothing (imported.py). Tests of the start itself
 use subprocess.
 
-These processes share a folder of compiled programs, since many run the same one.
+These processes share a folder of compiled programs, since many run the same one. What a test makes
+smaller in the command's module, such as a number of images, is given as `changes`.
 """
 
 import atexit
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from unittest import mock
 
 import jax
@@ -45,7 +47,9 @@ def _start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def _work(module: str, arguments: list[str], flags: str, cache: str, output: str, errors) -> None:
+def _work(
+    module: str, arguments: list[str], changes: dict, flags: str, cache: str, output: str, errors
+) -> None:
     """Call `module`.main in the forked process as `python -m module` does."""
     assert "imported" in sys.modules
     # A shell's background process ignores it, and so would this one.
@@ -64,6 +68,9 @@ def _work(module: str, arguments: list[str], flags: str, cache: str, output: str
     command = importlib.import_module(module)
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"{module}.__main__")
+    for name, value in changes.items():
+        assert hasattr(command, name)
+        setattr(command, name, value)
     try:
         code = command.main(arguments)
     except SystemExit as stop:
@@ -76,15 +83,20 @@ def _work(module: str, arguments: list[str], flags: str, cache: str, output: str
 class Popen:
     """A running command, with what tests need of subprocess.Popen.
 
-    `flags` are added to XLA_FLAGS.
+    Args:
+        module: the command's.
+        arguments: of the command line.
+        flags: added to XLA_FLAGS.
+        changes: new values of the module's globals, by name.
     """
 
-    def __init__(self, module: str, *arguments, flags: str = ""):
+    def __init__(self, module: str, *arguments, flags: str = "", changes: Mapping = {}):
         _start_server()
         self._output = tempfile.NamedTemporaryFile("r")
         read, write = _CONTEXT.Pipe(duplex=False)
         self.args = [module, *map(str, arguments)]
-        work = (module, self.args[1:], flags, _cache(), self._output.name, write)
+        given = (self.args[1:], dict(changes), flags)
+        work = (module, *given, _cache(), self._output.name, write)
         self._process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         self._process.start()
         write.close()
@@ -116,8 +128,10 @@ class Popen:
             return self._output.read(), errors
 
 
-def run(module: str, *arguments, flags: str = "") -> subprocess.CompletedProcess:
+def run(
+    module: str, *arguments, flags: str = "", changes: Mapping = {}
+) -> subprocess.CompletedProcess:
     """Run a command to its end, as subprocess.run does with captured text."""
-    process = Popen(module, *arguments, flags=flags)
+    process = Popen(module, *arguments, flags=flags, changes=changes)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
