@@ -1,5 +1,6 @@
 """Barriers that keep XLA from computing a value more than once, or from merging two operations."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -7,6 +8,7 @@ from cnnjax.nn.cpu.linear import linear_call
 from cnnjax.runtime.types import AnyArray
 
 
+@jax.jit
 def materialize(x: AnyArray) -> AnyArray:
     """Returns `x`, computed once and not again in every operation that reads it.
 
@@ -18,7 +20,7 @@ def materialize(x: AnyArray) -> AnyArray:
     """
     if not x.size:
         return x
-    return linear_call(_conditional, lambda residuals, dy: (dy,), (), x)
+    return linear_call(_conditional, lambda residuals, dy: (dy,), (), x, like=x)
 
 
 def _conditional(residuals: tuple, x: AnyArray) -> AnyArray:

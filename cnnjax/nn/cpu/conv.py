@@ -44,7 +44,7 @@ def with_gradients(
     - `input_gradient`: `input_gradient(x_shape, kernel, window, dy)` returns the image's gradient.
     - `kernel_gradient`: `kernel_gradient(x, kernel_shape, window, dy)` returns the kernel's.
 
-    Returns a function of an image, a kernel and a window.
+    Returns a function of an image, a kernel and a window, which is traced once for each shape.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -72,9 +72,9 @@ def with_gradients(
             )
 
         y = forward(x, kernel, window)
-        return y, linear_call(tangent, cotangents, (x, kernel), *tangents)
+        return y, linear_call(tangent, cotangents, (x, kernel), *tangents, like=y)
 
-    return convolution
+    return jax.jit(convolution, static_argnums=2)
 
 
 # ------------------------------------------------------------------ forward

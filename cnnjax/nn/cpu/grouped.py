@@ -1,5 +1,7 @@
 """Grouped and depthwise convolution without the naive loop nest of XLA's CPU backend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ def convolve_grouped(x: AnyArray, kernel: AnyArray, window: Window, groups: int)
     return convolve_block_diagonal(x, kernel, window, groups)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def convolve_block_diagonal(
     x: AnyArray, kernel: AnyArray, window: Window, groups: int
 ) -> jax.Array:

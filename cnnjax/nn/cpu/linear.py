@@ -24,7 +24,11 @@ _linear_call = Primitive("cnnjax_linear_call")
 
 
 def linear_call(
-    function: Callable, transpose: Callable, residuals: Sequence, *arguments
+    function: Callable,
+    transpose: Callable,
+    residuals: Sequence,
+    *arguments,
+    like: AnyArray | None = None,
 ) -> jax.Array:
     """Calls a function that is linear in its arguments, with its transpose given.
 
@@ -34,6 +38,8 @@ def linear_call(
     - `transpose`: `transpose(residuals, cotangent)` returns a tuple of the arguments' cotangents.
     - `residuals`: arrays in which the function need not be linear.
     - `arguments`: arrays, or symbolic zeros as `jax.custom_jvp` gives them.
+    - `like`: an array of the result's shape and type, if there is one. Otherwise the function is
+        traced once more for them.
     """
     given = tuple(not isinstance(argument, SymbolicZero) for argument in arguments)
 
@@ -54,6 +60,7 @@ def linear_call(
         function=of_given,
         transpose=transpose_to_given,
         residual_count=len(residuals),
+        result=None if like is None else jax.typeof(like),
     )
 
 
@@ -75,12 +82,13 @@ def add_given(*terms: jax.Array | None) -> jax.Array:
     return functools.reduce(operator.add, (term for term in terms if term is not None))
 
 
-def _evaluate(*operands, function, transpose, residual_count):
+def _evaluate(*operands, function, residual_count, **_):
     return function(operands[:residual_count], *operands[residual_count:])
 
 
-def _abstract_value(*avals, **parameters):
-    (result,) = jax.make_jaxpr(functools.partial(_evaluate, **parameters))(*avals).out_avals
+def _abstract_value(*avals, result, **parameters):
+    if result is None:
+        (result,) = jax.make_jaxpr(functools.partial(_evaluate, **parameters))(*avals).out_avals
     return result
 
 
@@ -102,7 +110,7 @@ def _tangent(primals, tangents, **parameters):
     return _linear_call.bind(*primals, **parameters), add_given(in_arguments, in_residuals)
 
 
-def _transpose(cotangent, *operands, function, transpose, residual_count):
+def _transpose(cotangent, *operands, transpose, residual_count, **_):
     residuals = operands[:residual_count]
     cotangents = transpose(residuals, ad.instantiate_zeros(cotangent))
     return [None] * residual_count + [
@@ -111,12 +119,12 @@ def _transpose(cotangent, *operands, function, transpose, residual_count):
     ]
 
 
-def _batch(axis, operands, dimensions, *, function, transpose, residual_count):
+def _batch(axis, operands, dimensions, **parameters):
     """Maps both directions over the batch; a broadcast sums cotangents of unbatched arguments."""
     if all(dimension is None for dimension in dimensions):
         # JAX asks for this case, too. `jax.hessian` needs results without a batch to stay so.
-        parameters = {"function": function, "transpose": transpose}
-        return _linear_call.bind(*operands, **parameters, residual_count=residual_count), None
+        return _linear_call.bind(*operands, **parameters), None
+    residual_count = parameters["residual_count"]
     residuals = operands[:residual_count]
     of_residuals = tuple(dimensions[:residual_count])
     arguments = [
@@ -124,14 +132,15 @@ def _batch(axis, operands, dimensions, *, function, transpose, residual_count):
         for operand, dimension in zip(operands[residual_count:], dimensions[residual_count:])
     ]
     over = functools.partial(jax.vmap, axis_name=axis.name, axis_size=axis.size)
-    mapped = over(function, in_axes=(of_residuals, *(0 for _ in arguments)))
-    mapped_transpose = over(transpose, in_axes=(of_residuals, 0))
+    mapped = over(parameters["function"], in_axes=(of_residuals, *(0 for _ in arguments)))
+    mapped_transpose = over(parameters["transpose"], in_axes=(of_residuals, 0))
     result = _linear_call.bind(
         *residuals,
         *arguments,
         function=mapped,
         transpose=mapped_transpose,
         residual_count=residual_count,
+        result=None,
     )
     return result, 0
 

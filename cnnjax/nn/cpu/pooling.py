@@ -45,7 +45,7 @@ def _max_windows_tangent(size, stride, widths, primals, tangents):
     window = {"size": size, "stride": stride, "widths": widths}
     select = functools.partial(_select_tangents, **window)
     scatter = functools.partial(_scatter_cotangents, **window)
-    return y, linear_call(select, scatter, (x, y), *tangents)
+    return y, linear_call(select, scatter, (x, y), *tangents, like=y)
 
 
 # Compiled as wholes, since outside jit `jax_debug_infs` would find the padded map.

@@ -67,11 +67,13 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     return jnp.stack([channel_sum(x) for x in maps])
 
 
+@jax.jit
 def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
     """Sums over all axes but the last, as `channel_sum` does, with a broadcast as its transpose."""
     return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, x.shape),), (), x)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def spread(
     values: Float[AnyArray, " channels"], shape: tuple
 ) -> Float[Array, "*positions channels"]:
@@ -96,6 +98,7 @@ def _squared_deviation_tangent(primals, tangents):
         lambda residuals, dy: (spread(2 * dy, x.shape) * residuals[0],),
         (centered,),
         dx,
+        like=mean,
     )
     return _squared_deviation(x, mean), tangent
 
@@ -103,6 +106,7 @@ def _squared_deviation_tangent(primals, tangents):
 _squared_deviation.defjvp(_squared_deviation_tangent)
 
 
+@jax.jit
 def squared_deviation(
     x: Float[AnyArray, "*positions channels"], mean: Float[AnyArray, " channels"]
 ) -> Float[Array, " channels"]:
@@ -139,12 +143,13 @@ def _scaled_cotangents(residuals, dy):
 
 def _scale_and_shift_tangent(primals, tangents):
     y = _scale_and_shift(*primals)
-    return y, linear_call(_scaled_tangents, _scaled_cotangents, primals[:3], *tangents)
+    return y, linear_call(_scaled_tangents, _scaled_cotangents, primals[:3], *tangents, like=y)
 
 
 _scale_and_shift.defjvp(_scale_and_shift_tangent, symbolic_zeros=True)
 
 
+@jax.jit
 def scale_and_shift(
     x: Float[AnyArray, "*positions channels"],
     mean: Float[AnyArray, " channels"],
