@@ -30,12 +30,19 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
+import quick  # noqa: E402
+
 from cnnjax.runtime import backend  # noqa: E402
 
 jax.config.update(
     "jax_num_cpu_devices", 8
 )  # for what runs on many devices; the rest uses the first
+# Commands of the tests choose for themselves.
+inherited = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
 backend.start()
+jax.devices()
+os.environ["XLA_FLAGS"] = inherited
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a
 # quarter of the time.

@@ -1,8 +1,9 @@
 """What many tests use: programs that compile quickly, variables without an initialization, and the
 exit code of a command.
 
-Tests of what users' programs compute to the bit, or of the compiled program itself, use `jax.jit`
-and commands without `FLAGS`.
+The tests' own process compiles quickly (conftest.py): XLA's own optimization of a program stays,
+and LLVM's is left out. `optimized` is jax.jit as users have it, for tests of the compiled program
+itself; commands without `FLAGS` are for what users' programs compute to the bit.
 """
 
 import functools
@@ -16,22 +17,21 @@ import numpy as np
 
 from cnnjax import weights
 
-# XLA's own optimization of a program stays. Left out is what takes most of a compilation: MLIR's
-# emitters of fused loops, LLVM's optimization, and dividing a small program among threads.
-OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
+# What takes most of a compilation: LLVM's optimization, MLIR's emitters of fused loops, and
+# dividing a small program among threads.
+FLAGS = (
+    "--xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
+# XLA's values, in the types that jax.jit takes.
+_DEFAULTS = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
 }
-# A release of XLA refuses an option that it no longer has.
-try:
-    jax.jit(lambda: 0, compiler_options=OPTIONS)()
-except jax.errors.JaxRuntimeError:
-    OPTIONS = {"xla_backend_optimization_level": 0}
-# For a whole command, in XLA_FLAGS.
-FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())
 
-jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+optimized = functools.partial(jax.jit, compiler_options=_DEFAULTS)
 
 
 def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:

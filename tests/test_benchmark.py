@@ -38,7 +38,7 @@ class Tiny(Network):
 def test_the_stock_side_is_the_same_network(standard_promotion):
     """Loss and every gradient agree, and the stock gradients are those that jax derives."""
     model, x = Tiny(), jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
-    variables = quick.jit(model.init)(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
 
     def loss(params):
         logits, _ = model.apply(
@@ -49,7 +49,7 @@ def test_the_stock_side_is_the_same_network(standard_promotion):
     results = {}
     for side in ("cnnjax", "stock"):
         with jax_side.traced(side):
-            results[side] = quick.jit(jax.value_and_grad(loss))(variables["params"])
+            results[side] = jax.jit(jax.value_and_grad(loss))(variables["params"])
             program = str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))
             assert ("select_and_scatter" in program) == (side == "stock")
     jax.tree.map(
@@ -321,7 +321,7 @@ def test_the_speedrun_learns_and_goes_on(
     """Two epochs of a narrow network reach three times chance; a second call makes what lacks."""
     arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 500".split()
     arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
-    quickly = quick.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
+    quickly = jax.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
     monkeypatch.setattr(speedrun, "train_and_test", quickly)
 
     speedrun.main([*arguments, "--runs", "1"])

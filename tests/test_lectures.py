@@ -162,7 +162,7 @@ def test_every_parameter_receives_a_finite_gradient(name):
         )
         return sum(jnp.square(head - 1).sum() for head in heads)
 
-    grads = jax.device_get(quick.jit(jax.grad(loss))(variables["params"]))
+    grads = jax.device_get(jax.jit(jax.grad(loss))(variables["params"]))
     for path, grad in flax.traverse_util.flatten_dict(grads, sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
 
@@ -173,7 +173,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = images(name)
     models = create_model(name), create_model(name, dtype=jnp.bfloat16)
     variables = quick.variables(models[0], x)
-    exact, half = (quick.jit(model.apply)(variables, x) for model in models)
+    exact, half = (jax.jit(model.apply)(variables, x) for model in models)
     assert {leaf.dtype for leaf in (half, *jax.tree.leaves(variable_shapes(models[1])))} == {
         jnp.dtype(jnp.float32)
     }
@@ -204,7 +204,7 @@ def test_lenet5_connections_are_table_1():
 def test_lenet5_equals_numpy():
     model = create_model("lenet5")
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
-    variables = quick.jit(model.init)(jax.random.key(0), image)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
 
     def squash(x):
@@ -250,7 +250,7 @@ def test_lenet5_equals_numpy():
     x = squash(np.einsum("nijc,ijco->no", x, p["c5"]["kernel"]) + p["c5"]["bias"])
     x = squash(x @ p["f6"]["kernel"] + p["f6"]["bias"])
     distances = np.square(x[:, None] - CODES).sum(-1)
-    logits = quick.jit(model.apply)(variables, image)
+    logits = jax.jit(model.apply)(variables, image)
     np.testing.assert_allclose(logits, -distances, rtol=1e-5)
     linear = create_model("lenet5", output="linear")
     assert sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(linear)["params"])) == 60_850
@@ -266,7 +266,7 @@ def test_lenet5s_codes_are_ten_different_digits():
 @pytest.mark.slow
 def test_lenet5_starts_as_published():
     """Uniform within 2.4 / fan-in, where a map of C3 has 75, 100 or 150 inputs (appendix A)."""
-    init = quick.jit(create_model("lenet5").init)
+    init = jax.jit(create_model("lenet5").init)
     params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     c3 = 25 * CONNECTIONS.sum(0)[np.nonzero(CONNECTIONS)[1]]
     scaled = {
@@ -282,7 +282,7 @@ def test_lenet5_starts_as_published():
 @pytest.mark.slow
 def test_tutorial_net_equals_numpy():
     model, x = create_model("tutorial_net"), jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    variables = quick.jit(model.init)(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     y = np.asarray(x, np.float64)
     for name in ("conv1", "conv2"):
@@ -294,7 +294,7 @@ def test_tutorial_net_equals_numpy():
     y = y.transpose(0, 3, 1, 2).reshape(2, 400)
     for name in ("fc1", "fc2"):
         y = np.maximum(y @ p[name]["kernel"] + p[name]["bias"], 0)
-    logits = quick.jit(model.apply)(variables, x)
+    logits = jax.jit(model.apply)(variables, x)
     np.testing.assert_allclose(logits, y @ p["fc3"]["kernel"] + p["fc3"]["bias"], atol=1e-5)
 
 
@@ -316,7 +316,7 @@ def test_alexnets_groups_halve_what_convolutions_2_4_and_5_see():
     "name, biased", [("alexnet_2012", {"conv2", "conv4", "conv5", "fc6", "fc7"}), ("zfnet", set())]
 )
 def test_alexnet_starts_as_published(name, biased):
-    params = quick.jit(create_model(name).init)(jax.random.key(0), images(name))["params"]
+    params = jax.jit(create_model(name).init)(jax.random.key(0), images(name))["params"]
     assert {layer for layer in params if np.all(params[layer]["bias"] == 1)} == biased
     assert all(np.all(params[layer]["bias"] == 0) for layer in params if layer not in biased)
     for layer in params:
@@ -332,7 +332,7 @@ def test_alexnet_starts_as_published(name, biased):
 def test_inception_is_its_branches_side_by_side():
     x = jax.random.normal(jax.random.key(0), (1, 12, 12, 8))
     module = NaiveInception((3, 4, 5))
-    y, variables = quick.jit(module.init_with_output)(jax.random.key(1), x)
+    y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x)
     assert y.shape == (1, 12, 12, 3 + 4 + 5 + 8)
     one = variables["params"]["branch1"]
     np.testing.assert_allclose(
@@ -374,7 +374,7 @@ def test_dropout_acts_in_training_only(name, fields):
     model, x = create_model(name, **fields), images(name)
     variables = quick.variables(model, x)
     first, second = ({"dropout": jax.random.key(seed)} for seed in (1, 2))
-    run = quick.jit(model.apply, static_argnames="train")
+    run = jax.jit(model.apply, static_argnames="train")
     assert np.array_equal(run(variables, x, rngs=first), run(variables, x, rngs=second))
     assert not np.array_equal(
         run(variables, x, train=True, rngs=first), run(variables, x, train=True, rngs=second)

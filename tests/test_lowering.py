@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quick
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -129,7 +128,7 @@ def assert_close(one, other, relative=1e-4):
 def test_both_forms_have_the_same_values_and_derivatives(name):
     function, shapes = OPERATIONS[name]
     arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
-    everything = quick.jit(derivatives(function))
+    everything = jax.jit(derivatives(function))
     with cnn.lowering("cpu"):
         fast = everything(*arguments)
     with cnn.lowering("reference"):
@@ -158,7 +157,7 @@ def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
         return y, *vjp(jnp.cos(y))
 
     with cnn.lowering("cpu"):
-        compiled = quick.jit(passes)
+        compiled = jax.jit(passes)
         text = compiled.lower(x, kernel).as_text()
         y, dx, dkernel = compiled(x, kernel)
         # A single image is below the size from which pieces are cut.
@@ -211,7 +210,7 @@ def test_float64_is_computed_in_float64(name):
         arguments = [draw(seed, *shape, dtype=np.float64) for seed, shape in enumerate(shapes)]
         directions = [draw(seed + 9, *shape, dtype=np.float64) for seed, shape in enumerate(shapes)]
 
-        @quick.jit
+        @jax.jit
         def pairings(arguments, directions):
             output = (lambda *args: function(*args)[0]) if statistics else function
             y, tangent = jax.jvp(output, tuple(arguments), tuple(directions))
@@ -250,7 +249,7 @@ def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
     empty = draw(0, 0, *shapes[0][1:])
     arguments = [empty, *(draw(seed, *shape) for seed, shape in enumerate(shapes[1:]))]
 
-    @quick.jit
+    @jax.jit
     def run(*arguments):
         y, vjp = jax.vjp(function, *arguments)
         return y, vjp(jax.tree.map(jnp.ones_like, y))
@@ -284,11 +283,11 @@ def test_programs_are_exported_for_every_batch_size(name):
     first = jax.ShapeDtypeStruct((batch, *shapes[0][1:]), jnp.float32)
     others = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes[1:]]
     with cnn.lowering("cpu"):
-        exported = jax.export.export(quick.jit(gradients))(first, *others)
+        exported = jax.export.export(jax.jit(gradients))(first, *others)
     if name not in ("conv, plain", "conv, depthwise", "BatchNorm, train=True", "max_pool, tiles"):
         return  # tracing is the check; four of them are compiled and compared
     arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
-    assert_close(exported.call(*arguments), quick.jit(gradients)(*arguments))
+    assert_close(exported.call(*arguments), jax.jit(gradients)(*arguments))
 
 
 @pytest.mark.slow
@@ -349,7 +348,7 @@ def case():
         )
         return jnp.square(y).sum() + sum(leaf.sum() for leaf in jax.tree.leaves(new)) * 0
 
-    gradient = quick.jit(jax.grad(loss))(variables["params"], images)
+    gradient = jax.jit(jax.grad(loss))(variables["params"], images)
     return loss, images, variables["params"], gradient
 
 
@@ -369,7 +368,7 @@ def test_shard_map_with_its_checks(case, form):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     step = jax.shard_map(over_devices(loss), mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     with cnn.lowering(form):
-        assert_close(quick.jit(step)(params, images), gradient)
+        assert_close(jax.jit(step)(params, images), gradient)
 
 
 @pytest.mark.slow
@@ -395,7 +394,7 @@ def test_checkpoint_and_scan(case):
 
         return jax.lax.scan(body, 0.0, images[None])[0]
 
-    assert_close(quick.jit(jax.grad(looped))(params), gradient)
+    assert_close(jax.jit(jax.grad(looped))(params), gradient)
 
 
 @pytest.mark.slow
@@ -403,13 +402,13 @@ def test_vmap_over_networks_and_images(case):
     """Gradients of each of two copies of the parameters, and one gradient of both."""
     loss, images, params, gradient = case
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
-    each = quick.jit(jax.vmap(jax.grad(loss), (0, None)))(two, images)
+    each = jax.jit(jax.vmap(jax.grad(loss), (0, None)))(two, images)
     assert_close(each, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), gradient))
 
     def both(params):
         return jax.vmap(loss, (None, 0))(params, jnp.stack([images, images])).sum()
 
-    assert_close(quick.jit(jax.grad(both))(params), jax.tree.map(lambda leaf: 2 * leaf, gradient))
+    assert_close(jax.jit(jax.grad(both))(params), jax.tree.map(lambda leaf: 2 * leaf, gradient))
 
 
 @pytest.mark.slow
@@ -422,7 +421,7 @@ def test_products_with_the_hessian(case):
     def dot(one, other):
         return sum((a * b).sum() for a, b in zip(*map(jax.tree.leaves, (one, other))))
 
-    @quick.jit
+    @jax.jit
     def products(params):
         derivative = lambda params: jax.jvp(scalar, (params,), (direction,))[1]
         _, linear = jax.linearize(scalar, params)
@@ -448,9 +447,9 @@ def test_the_hessian_is_that_of_the_plain_form(case):
     def scaled(factors):
         return loss(jax.tree.map(lambda leaf: factors.prod() * leaf, params), images * factors[0])
 
-    found = quick.jit(jax.hessian(scaled))(jnp.ones(2))
+    found = jax.jit(jax.hessian(scaled))(jnp.ones(2))
     with cnn.lowering("reference"):
-        assert_close(found, quick.jit(jax.hessian(scaled))(jnp.ones(2)))
+        assert_close(found, jax.jit(jax.hessian(scaled))(jnp.ones(2)))
 
 
 @pytest.mark.slow

@@ -140,12 +140,12 @@ def test_a_unit_is_taken_out():
     variables = quick.variables(model)
     image = jax.random.normal(jax.random.key(1), (2, *model.input_shape))
     replace = {"conv1": lambda y: y.at[..., 3].set(0)}
-    without = quick.jit(functools.partial(model.apply, replace=replace))(variables, image)
+    without = jax.jit(functools.partial(model.apply, replace=replace))(variables, image)
     kernel = variables["params"]["conv2"]["kernel"]
     variables["params"]["conv2"]["kernel"] = kernel.at[:, :, 3].set(0)
-    np.testing.assert_allclose(without, quick.jit(model.apply)(variables, image), atol=1e-5)
+    np.testing.assert_allclose(without, jax.jit(model.apply)(variables, image), atol=1e-5)
     replace = {"conv1": jnp.zeros_like}
-    run = quick.jit(functools.partial(model.apply, method="stages", replace=replace))
+    run = jax.jit(functools.partial(model.apply, method="stages", replace=replace))
     assert not run(variables, image)["conv1"].any()
     with pytest.raises(ValueError, match="replace='conv9' is not a stage of this network up to"):
         model.apply(variables, image, replace={"conv9": jnp.zeros_like})
@@ -162,7 +162,7 @@ def test_every_parameter_receives_a_finite_gradient(name):
     loss = lambda params: jnp.square(
         model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)})
     ).sum()
-    value, grads = quick.jit(jax.value_and_grad(loss))(variables["params"])
+    value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     for path, grad in flax.traverse_util.flatten_dict(jax.device_get(grads), sep="/").items():
         assert np.isfinite(grad).all() and np.any(grad != 0), path
@@ -372,11 +372,11 @@ def test_the_stages_of_a_vgg_by_layer():
     """Their names are the literature's, and the last of a block is the block."""
     model = create_model("vgg16", every_layer=True)
     image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-    variables = quick.jit(functools.partial(model.init, method="stages", last="conv2_2"))(
+    variables = jax.jit(functools.partial(model.init, method="stages", last="conv2_2"))(
         jax.random.key(1), image
     )
     layers, blocks = (
-        quick.jit(functools.partial(m.apply, method="stages", last=last))(variables, image)
+        jax.jit(functools.partial(m.apply, method="stages", last=last))(variables, image)
         for m, last in ((model, "conv2_2"), (create_model("vgg16"), "block2"))
     )
     assert list(layers) == ["conv1_1", "conv1_2", "conv2_1", "conv2_2"]
@@ -427,7 +427,7 @@ def test_a_cropped_skip_is_centered_on_its_branch(name, last):
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
     variables = quick.variables(model, image, method="stages", last=last)
-    run = quick.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
+    run = jax.jit(lambda x: model.apply(variables, x, method="stages", last=last)[last])
     whole, part = run(image), run(image[:, 8:, 8:])
     np.testing.assert_allclose(
         whole[:, 1:, 1:][:, : part.shape[1], : part.shape[2]],
@@ -491,7 +491,7 @@ def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
     model = create_model(name, padding=fill)
     x, variables = constant_image_and_variables(name, last, size)
     # The variables are an argument: as constants of the program they would be copied into it.
-    y = quick.jit(
+    y = jax.jit(
         lambda variables, x: model.apply(
             variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)}
         )[last]
@@ -526,7 +526,7 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
     pixels."""
     x, variables = constant_maps_and_variables(name)
     block = inception_block(name, fill)
-    y = quick.jit(
+    y = jax.jit(
         lambda variables, x: block.apply(variables, x, False, rngs={"padding": jax.random.key(1)})
     )(variables, x)
     varies = np.ptp(y, axis=(1, 2)).max() / np.abs(y).max()
@@ -551,7 +551,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     models = create_model(name), create_model(name, dtype=jnp.bfloat16)
     variables = quick.variables(models[0], x)
-    exact, half = (quick.jit(model.apply)(variables, x) for model in models)
+    exact, half = (jax.jit(model.apply)(variables, x) for model in models)
     assert {
         leaf.dtype for leaf in (half, *jax.tree.leaves(weights.variable_shapes(models[1])))
     } == {jnp.dtype(jnp.float32)}

@@ -53,7 +53,7 @@ def test_a_training_step_of_nnx_is_that_of_linen(name, shape):
     dropout = nnx.clone(network).to_nnx__rngs.dropout()
     graph, state = nnx.split(network)
 
-    @quick.jit
+    @jax.jit
     def step_nnx(state):
         network = nnx.merge(graph, state)
         optimizer = nnx.Optimizer(network, optax.sgd(RATE), wrt=nnx.Param)
@@ -65,7 +65,7 @@ def test_a_training_step_of_nnx_is_that_of_linen(name, shape):
             name: nnx.to_pure_dict(nnx.state(network, kind)) for name, kind in kinds.items()
         }
 
-    @quick.jit
+    @jax.jit
     def step_linen(variables):
         def loss(params):
             logits, new = model.apply(
@@ -114,8 +114,8 @@ def test_an_exported_network_computes_the_same_for_every_batch_size(name, shape,
         )
     opened = jax.export.deserialize(exported.serialize())
     assert opened.platforms == ("cpu", "cuda", "tpu")
-    expected = quick.jit(model.apply)(variables, images)
-    logits = quick.jit(opened.call)(variables, images)
+    expected = jax.jit(model.apply)(variables, images)
+    logits = jax.jit(opened.call)(variables, images)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 

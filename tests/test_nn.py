@@ -112,7 +112,7 @@ def assert_alike(ours, theirs):
 
 def assert_native(ours, theirs, x, kernel):
     """Compares values and gradients of two functions."""
-    both = quick.jit(lambda *args: [value_and_gradients(f, *args) for f in (ours, theirs)])
+    both = jax.jit(lambda *args: [value_and_gradients(f, *args) for f in (ours, theirs)])
     assert_alike(*both(x, kernel))
 
 
@@ -146,7 +146,7 @@ def test_conv_and_its_gradients_equal_numpys(kernel_size, stride, groups, dilati
         "groups": groups,
         "fill": fill,
     }
-    ours = quick.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
+    ours = jax.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
     assert_alike(ours(x, kernel), numpy_conv(x, kernel, **options))
 
 
@@ -167,7 +167,7 @@ def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
     padding = kernel_size - 1 if fill == "full" else kernel_size // 2
     x, kernel = normal(0, 3, size, size, 5), normal(1, kernel_size, kernel_size, 5, 20)
     options = {"stride": stride, "padding": padding, "fill": fill}
-    ours = quick.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
+    ours = jax.jit(functools.partial(value_and_gradients, functools.partial(cnn.conv, **options)))
     assert_alike(ours(x, kernel), numpy_conv(x, kernel, **options))
 
 
@@ -225,8 +225,8 @@ def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilati
             y = cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
             return kernel_gradient(x, kernel.shape, window, 2 * y, large)
 
-        looped = quick.jit(lambda: jax.lax.map(gradient, x))()
-        return quick.jit(gradient)(x[0]), quick.jit(jax.vmap(gradient))(x), looped
+        looped = jax.jit(lambda: jax.lax.map(gradient, x))()
+        return jax.jit(gradient)(x[0]), jax.jit(jax.vmap(gradient))(x), looped
 
     for one, other in zip(gradients(large=x.size + 1), gradients(large=0)):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
@@ -281,7 +281,7 @@ def test_pools_pad_as_numpy_does(fill):
     lowest = {"constant_values": -np.inf} if mode == "constant" else {}
     largest = windows(np.pad(x, widths, mode=mode, **lowest), 3, 2)
     pools = (cnn.max_pool, cnn.avg_pool)
-    found_max, found_mean = quick.jit(lambda x: [pool(x, 3, 2, 1, fill=fill) for pool in pools])(x)
+    found_max, found_mean = jax.jit(lambda x: [pool(x, 3, 2, 1, fill=fill) for pool in pools])(x)
     assert np.array_equal(found_max, largest.max(0))
 
     mean = windows(np.pad(x, widths, mode=mode), 3, 2).mean(0)
@@ -302,7 +302,7 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
     """
     x = np.asarray(normal(0, 2, height, width, 3)) - 10  # a zero in the added cells would win
     pool = functools.partial(cnn.max_pool, window=window, stride=stride, padding=padding, ceil=True)
-    y = np.asarray(quick.jit(pool)(x))
+    y = np.asarray(jax.jit(pool)(x))
     for size, outputs in zip((height, width), y.shape[1:3]):
         count = -(-(size + 2 * padding - window) // stride) + 1
         assert outputs == count - ((count - 1) * stride >= size + padding)
@@ -313,15 +313,15 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
     for fill in ("reflect", "symmetric", "replicate", "circular"):
         if min(height, width) > padding + 1:
             assert jax.eval_shape(functools.partial(pool, fill=fill), x).shape == y.shape
-    unpadded = quick.jit(lambda x: cnn.max_pool(x, 2, 2, 1, ceil=True, fill="none"))(x[:, :7])
-    assert np.array_equal(unpadded, quick.jit(lambda x: cnn.max_pool(x, 2, 2))(x[:, :7]))
+    unpadded = jax.jit(lambda x: cnn.max_pool(x, 2, 2, 1, ceil=True, fill="none"))(x[:, :7])
+    assert np.array_equal(unpadded, jax.jit(lambda x: cnn.max_pool(x, 2, 2))(x[:, :7]))
 
 
 def test_branches_are_joined_about_their_centers():
     x = normal(0, 1, 7, 9, 2)
     parts = [x, x[:, 1:-1], x[:, 2:-2, 1:-1]]
     smallest = np.tile(x[:, 2:-2, 1:-1], (1, 1, 1, 3))
-    join = quick.jit(cnn.concatenate, static_argnums=1)
+    join = jax.jit(cnn.concatenate, static_argnums=1)
     np.testing.assert_array_equal(join(parts, "none"), smallest)
     framed = [
         x,
@@ -336,7 +336,7 @@ def test_channel_sums(shape):
     x, y = normal(0, *shape), normal(1, *shape)
     wide = np.asarray(x, np.float64)
     axes = tuple(range(len(shape) - 1))
-    one, both = quick.jit(lambda x, y: (channel_sum(x), channel_sum(x, y)))(x, y)
+    one, both = jax.jit(lambda x, y: (channel_sum(x), channel_sum(x, y)))(x, y)
     np.testing.assert_allclose(one, wide.sum(axes), atol=1e-5)
     np.testing.assert_allclose(both, (wide * np.asarray(y)).sum(axes), atol=1e-5)
 
@@ -345,7 +345,7 @@ def test_the_bias_of_a_single_vector_has_a_gradient():
     """Dense takes an input without a batch, whose number of features eight may divide."""
     layer, x = cnn.Dense(8), normal(0, 3)
     variables = quick.variables(layer, x)
-    gradient = quick.jit(jax.grad(lambda params: layer.apply({"params": params}, x).sum()))
+    gradient = jax.jit(jax.grad(lambda params: layer.apply({"params": params}, x).sum()))
     assert np.array_equal(gradient(variables["params"])["bias"], np.ones(8))
 
 
@@ -365,7 +365,7 @@ def test_fills_are_what_the_documentation_shows():
         "one-sided": "00001234",
     }
     assert {*shown, "random"} == {*cnn.FILLS}
-    padded = quick.jit(lambda row: {fill: cnn.pad(row, (0, 2), fill) for fill in shown})(row)
+    padded = jax.jit(lambda row: {fill: cnn.pad(row, (0, 2), fill) for fill in shown})(row)
     padded = {fill: np.asarray(values).ravel() for fill, values in padded.items()}
     for fill, digits in shown.items():
         assert "".join(str(int(v)) for v in padded[fill]) == digits
@@ -376,7 +376,7 @@ def test_fills_are_what_the_documentation_shows():
 def test_symmetric_is_replicate_where_one_pixel_is_added():
     x = normal(0, 2, 5, 6, 3)
     both = lambda x, amount: [cnn.pad(x, amount, fill) for fill in ("symmetric", "replicate")]
-    pad = quick.jit(both, static_argnums=1)
+    pad = jax.jit(both, static_argnums=1)
     assert np.array_equal(*pad(x, (1, 1)))
     assert not np.array_equal(*pad(x, (2, 2)))
     assert pad(x, (5, 6))[0].shape == (2, 15, 18, 3)
@@ -387,12 +387,12 @@ def test_symmetric_is_replicate_where_one_pixel_is_added():
 def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
     x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
     for fill in ("mean", "interpolate"):
-        convolve = quick.jit(functools.partial(cnn.conv, padding=1, fill=fill))
+        convolve = jax.jit(functools.partial(cnn.conv, padding=1, fill=fill))
         constant = convolve(jnp.ones_like(x), kernel)
         assert float(jnp.ptp(constant, axis=(1, 2)).max()) < 1e-5
         mirrored = convolve(np.flip(x, (1, 2)), np.flip(kernel, (0, 1)))
         np.testing.assert_allclose(mirrored, np.flip(convolve(x, kernel), (1, 2)), atol=1e-5)
-        pad = quick.jit(lambda x, fill=fill: cnn.pad(x, (1, 2), fill))
+        pad = jax.jit(lambda x, fill=fill: cnn.pad(x, (1, 2), fill))
         np.testing.assert_allclose(pad(x + 3), np.asarray(pad(x)) + 3, atol=1e-5)
         if fill == "mean":
             assert np.array_equal(pad(x)[:, 1:-1, 2:-2], x)
@@ -400,7 +400,7 @@ def test_mean_and_interpolate_keep_a_constant_and_commute_with_mirrors():
 
 def test_random_draws_a_border_of_the_maps_own_moments():
     x = 5 + 2 * normal(0, 2, 64, 64, 3)
-    pad = quick.jit(lambda key: cnn.pad(x, (40, 40), "random", key=key))
+    pad = jax.jit(lambda key: cnn.pad(x, (40, 40), "random", key=key))
     draw = lambda seed: np.asarray(pad(jax.random.key(seed)))
     padded, other = draw(0), draw(1)
     assert np.array_equal(padded, draw(0))
@@ -418,7 +418,7 @@ def test_random_padding_of_a_layer_needs_a_key():
     x = 5 + 2 * normal(0, 2, 9, 9, 3)
     layer = cnn.Conv(4, 3, padding=1, fill="random")
     variables = quick.variables(layer, x)
-    apply = quick.jit(layer.apply)
+    apply = jax.jit(layer.apply)
     one, other = (apply(variables, x, rngs={"padding": jax.random.key(seed)}) for seed in (0, 1))
     assert np.array_equal(one[:, 1:-1, 1:-1], other[:, 1:-1, 1:-1])
     assert not np.array_equal(one, other)
@@ -435,7 +435,7 @@ def test_full_brings_every_weight_to_every_pixel():
     x = normal(0, 1, 8, 9, 2)
     for dilation in (1, 2):
         options = {"kernel": kernel, "dilation": dilation, "padding": 0, "fill": "full"}
-        convolve = quick.jit(lambda x, options=options: cnn.conv(x, **options))
+        convolve = jax.jit(lambda x, options=options: cnn.conv(x, **options))
         y = np.asarray(convolve(x))
         assert y.shape[1:3] == (8 + dilation * 2, 9 + dilation * 4)
         np.testing.assert_allclose(y.sum((1, 2)), np.einsum("nhwc,ijck->nk", x, kernel), atol=1e-4)
@@ -452,10 +452,10 @@ def test_one_sided_is_zeros_moved_by_the_amount():
     x, kernel = normal(0, 2, 8, 9, 2), normal(1, 3, 3, 2, 4)
     fills = ("one-sided", "zeros")
     convolve = lambda x, kernel: [cnn.conv(x, kernel, padding=1, fill=fill) for fill in fills]
-    one, both = map(np.asarray, quick.jit(convolve)(x, kernel))
+    one, both = map(np.asarray, jax.jit(convolve)(x, kernel))
     assert one.shape == both.shape
     np.testing.assert_allclose(one[:, 1:, 1:], both[:, :-1, :-1], atol=1e-5)
-    pool = quick.jit(lambda x: [cnn.max_pool(x, 3, 1, 1, fill=fill) for fill in fills])
+    pool = jax.jit(lambda x: [cnn.max_pool(x, 3, 1, 1, fill=fill) for fill in fills])
     one, both = map(np.asarray, pool(x))
     assert np.array_equal(one[:, 1:, 1:], both[:, :-1, :-1])
 
@@ -463,14 +463,14 @@ def test_one_sided_is_zeros_moved_by_the_amount():
 def test_circular_convolution_commutes_with_roll():
     x, kernel = normal(0, 1, 8, 9, 2), normal(1, 3, 3, 2, 4)
     roll = lambda a: np.roll(a, (3, 5), (1, 2))
-    conv = quick.jit(lambda a: cnn.conv(a, kernel, padding=1, fill="circular"))
+    conv = jax.jit(lambda a: cnn.conv(a, kernel, padding=1, fill="circular"))
     np.testing.assert_allclose(conv(roll(x)), roll(conv(x)), atol=1e-5)
 
 
 @pytest.mark.parametrize("fill", cnn.FILLS)
 def test_which_fills_show_the_border_of_a_constant_image(fill):
     ones, kernel = jnp.ones((1, 6, 6, 1)), normal(0, 3, 3, 1, 1)
-    conv = quick.jit(functools.partial(cnn.conv, padding=1, fill=fill, key=jax.random.key(0)))
+    conv = jax.jit(functools.partial(cnn.conv, padding=1, fill=fill, key=jax.random.key(0)))
     assert (np.ptp(conv(ones, kernel)) > 0.1) == (fill in ("zeros", "partial", "full", "one-sided"))
     box = jnp.ones((3, 3, 1, 1))  # partial convolution hides it only from a mean
     assert (np.ptp(conv(ones, box)) > 1e-6) == (fill in ("zeros", "full", "one-sided"))
@@ -482,7 +482,7 @@ def test_padding_does_not_move_the_sampling_grid(fill):
     x = np.asarray(normal(0, 1, 12, 12, 1))
     identity = jnp.asarray(np.eye(9, dtype=np.float32)[4].reshape(3, 3, 1, 1))
     options = {"stride": 2, "padding": 1, "fill": fill, "key": jax.random.key(0)}
-    y = quick.jit(lambda x: cnn.conv(x, identity, **options))(x)
+    y = jax.jit(lambda x: cnn.conv(x, identity, **options))(x)
     inner = x[:, 1::2, 1::2][:, :5, :5] if fill == "none" else x[:, ::2, ::2]
     if fill == "partial":
         ratio = y / inner
@@ -499,7 +499,7 @@ def test_seven_shift_layers_count_columns():
     """
     x = normal(0, 1, 7, 7, 1)
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 0].set(1)
-    layer = quick.jit(lambda x: cnn.conv(x, kernel, padding=1) + 1)
+    layer = jax.jit(lambda x: cnn.conv(x, kernel, padding=1) + 1)
     y = x
     for _ in range(7):
         y = layer(y)
@@ -508,7 +508,7 @@ def test_seven_shift_layers_count_columns():
 
 def test_adaptive_pool_averages_pytorchs_bins():
     x = normal(0, 2, 10, 7, 3)
-    y = quick.jit(lambda x: cnn.adaptive_avg_pool(x, (4, 3)))(x)
+    y = jax.jit(lambda x: cnn.adaptive_avg_pool(x, (4, 3)))(x)
     for i, j in np.ndindex(4, 3):
         rows = slice(i * 10 // 4, -(-(i + 1) * 10 // 4))
         columns = slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
@@ -525,7 +525,7 @@ def test_flatten_has_pytorchs_order():
 
 def test_resize_is_pytorchs_with_and_without_aligned_corners():
     x = jnp.asarray([0.0, 3, 6]).reshape(1, 1, 3, 1)
-    resize = quick.jit(cnn.resize, static_argnums=(1, 2))
+    resize = jax.jit(cnn.resize, static_argnums=(1, 2))
     np.testing.assert_allclose(np.ravel(resize(x, (1, 5))), [0, 1.5, 3, 4.5, 6])
     unaligned = resize(x, (1, 5), False)
     np.testing.assert_allclose(np.ravel(unaligned), [0, 1.2, 3, 4.8, 6], rtol=1e-6)
@@ -538,8 +538,8 @@ def test_resize_is_pytorchs_with_and_without_aligned_corners():
 def test_batch_norm_keeps_pytorchs_running_statistics():
     x = 3 * normal(0, 4, 2, 3, 5) + 1
     layer = cnn.BatchNorm()
-    variables = quick.jit(layer.init)(jax.random.key(0), x)
-    train = quick.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    train = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
     y, new = train(variables, x)
     flat = np.asarray(x).reshape(-1, 5)
     np.testing.assert_allclose(new["batch_stats"]["mean"], 0.1 * flat.mean(0), rtol=1e-5)
@@ -575,7 +575,7 @@ def test_batch_norm_has_the_gradient_of_its_formula():
         return (y * weight).sum() + 7 * jnp.cos(running_mean).sum() + 5 * jnp.sin(running_var).sum()
 
     ours, want = (
-        quick.jit(jax.value_and_grad(function, (0, 1)))(variables["params"], x)
+        jax.jit(jax.value_and_grad(function, (0, 1)))(variables["params"], x)
         for function in (loss, formula)
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, want)
@@ -597,10 +597,10 @@ def test_batch_norm_over_devices_is_that_of_the_whole_batch():
 
         return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
 
-    (dparams, dx), (y, new) = quick.jit(gradients)(x, weight)
+    (dparams, dx), (y, new) = jax.jit(gradients)(x, weight)
     parts = lambda a: a.reshape(4, 2, 5, 3, 6)
     on_device = functools.partial(gradients, axis_name="devices")
-    on_devices = quick.jit(jax.vmap(on_device, axis_name="devices"))
+    on_devices = jax.jit(jax.vmap(on_device, axis_name="devices"))
     (all_dparams, all_dx), (all_y, all_new) = on_devices(parts(x), parts(weight))
     np.testing.assert_allclose(all_y, parts(y), atol=1e-5)
     np.testing.assert_allclose(all_dx, parts(dx), atol=1e-5)
@@ -618,7 +618,7 @@ def test_local_response_norm_is_the_papers_formula(size):
     for c in range(8):
         low, high = max(0, c - size // 2), min(8, c + (size - 1) // 2 + 1)
         want[..., c] = x[..., c] / (2 + 1e-1 * np.square(x[..., low:high]).sum(-1)) ** 0.75
-    found = quick.jit(lambda x: cnn.local_response_norm(x, size, alpha=1e-1))(x)
+    found = jax.jit(lambda x: cnn.local_response_norm(x, size, alpha=1e-1))(x)
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
@@ -659,7 +659,7 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
             return jax.lax.scan(step, params, None, length=3)
         return step(params, None)
 
-    text = jax.jit(run).lower(params).compile().as_text()
+    text = quick.optimized(run).lower(params).compile().as_text()
     assert_fast(text)
     assert "select-and-scatter" not in text
 
@@ -693,7 +693,7 @@ def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
         return y, vjp(dy)
 
     dy = jax.eval_shape(convolve, x, kernel)
-    assert_fast(jax.jit(step).lower(x, kernel, dy).compile().as_text())
+    assert_fast(quick.optimized(step).lower(x, kernel, dy).compile().as_text())
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
@@ -703,12 +703,15 @@ def test_a_materialized_value_stays_one_and_is_itself():
     A NaN in front harms no other value.
     """
     x = normal(0, 4, 3).at[0, 0].set(jnp.nan)
-    assert " conditional(" in jax.jit(lambda x: materialize(x * 2) + 1).lower(x).compile().as_text()
+    assert (
+        " conditional("
+        in quick.optimized(lambda x: materialize(x * 2) + 1).lower(x).compile().as_text()
+    )
     for value in (x, x[1:], x.astype(jnp.bfloat16), jnp.zeros((0, 3))):
-        same = np.asarray(jax.jit(materialize)(value), np.float32)
+        same = np.asarray(quick.optimized(materialize)(value), np.float32)
         np.testing.assert_array_equal(same, np.asarray(value, np.float32))
-    np.testing.assert_array_equal(jax.jit(jax.vmap(materialize))(x), x)
-    gradient = jax.jit(jax.grad(lambda x: (materialize(x) * x).sum()))
+    np.testing.assert_array_equal(quick.optimized(jax.vmap(materialize))(x), x)
+    gradient = quick.optimized(jax.grad(lambda x: (materialize(x) * x).sum()))
     np.testing.assert_array_equal(gradient(x[1:]), 2 * x[1:])
 
 
@@ -718,11 +721,11 @@ def test_a_step_in_scan_equals_a_loop():
     gradient = jax.grad(lambda params: jnp.square(model.apply(params, x)).mean())
     step = lambda params: jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params))
 
-    @quick.jit
+    @jax.jit
     def scan(params):
         return jax.lax.scan(lambda params, _: (step(params), None), params, None, length=3)[0]
 
-    one_step = quick.jit(step)
+    one_step = jax.jit(step)
     looped = params
     for _ in range(3):
         looped = one_step(looped)
@@ -750,6 +753,6 @@ def test_wrong_arguments_name_themselves():
 
 def test_max_pool_is_differentiable_in_bfloat16():
     x = normal(0, 1, 4, 4, 2).astype(jnp.bfloat16)
-    grad = quick.jit(jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum()))(x)
+    grad = jax.jit(jax.grad(lambda x: cnn.max_pool(x, 2).astype(jnp.float32).sum()))(x)
     assert grad.dtype == jnp.bfloat16
     assert float(grad.astype(jnp.float32).sum()) == 8

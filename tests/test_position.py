@@ -245,7 +245,7 @@ def test_stages_that_survive_without_padding():
 def initialize(model, size: int, last: str, seed: int = 0) -> dict:
     """Random weights up to a stage."""
     image = jnp.zeros((1, size, size, 3))
-    init = quick.jit(lambda key: model.init(key, image, method="stages", last=last))
+    init = jax.jit(lambda key: model.init(key, image, method="stages", last=last))
     return init(jax.random.key(seed))
 
 
@@ -259,7 +259,7 @@ def test_encoding_is_the_stages_resized_and_joined():
     mean = np.float32([0.485, 0.456, 0.406])
     std = np.float32([0.229, 0.224, 0.225])
     x = (images[8:] / np.float32(255) - mean) / std
-    run = quick.jit(functools.partial(model.apply, method="stages", last="block3"))
+    run = jax.jit(functools.partial(model.apply, method="stages", last="block3"))
     stages = run(variables, x)
     np.testing.assert_allclose(features[8:, ..., 64:], cnn.resize(stages["block3"], 28), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)

@@ -4,6 +4,7 @@ import functools
 import json
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_channels_are_counted_for_random_and_trained_weights(
     tmp_path, data_dir, monkeypatch, capsys
 ):
     monkeypatch.setitem(base._REGISTRY, "small", Small)
-    compiled = quick.jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
+    compiled = jax.jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
     monkeypatch.setattr(patterns, "_stages", compiled)
     file = tmp_path / "small.safetensors"
     weights.save_torchvision(quick.variables(Small(), jnp.zeros((1, 32, 32, 3))), file)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_what_padding_and_sampling_make_equal(small, sampling, padding, equal):
     images = digits(40)
     canvases = study.lay(images, 4, 4)
     # Random weights would give all digits one class: the mean logits are taken out.
-    logits = quick.jit(model.apply)(variables, augment.normalize(canvases, *augment.IMAGENET))
+    logits = jax.jit(model.apply)(variables, augment.normalize(canvases, *augment.IMAGENET))
     head = variables["params"]["fc"]
     head["bias"] = head["bias"] - logits.mean(0)
     # With the answers at the center as labels, accuracy is agreement with the center.

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import quick
 import skimage
 from quick import exit_code
 from test_weights import numbered
@@ -350,7 +349,7 @@ def test_networks_of_google_convert_their_input(name, stage):
 
     def run(model, x):
         apply = functools.partial(model.apply, method="stages", last=stage)
-        return quick.jit(apply)(variables, x)[stage]
+        return jax.jit(apply)(variables, x)[stage]
 
     expected = run(plain, (pixels - 0.5) / 0.5)
     np.testing.assert_allclose(run(converting, normalized), expected, rtol=1e-4, atol=1e-4)

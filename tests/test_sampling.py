@@ -80,7 +80,7 @@ def test_the_filter_is_a_binomial_convolution(stride):
 def test_a_constant_stays_constant_where_the_border_is_not_invented():
     x = np.full((1, 7, 6, 2), 3.0, np.float32)
 
-    @quick.jit
+    @jax.jit
     def sampled(x):
         maps = {}
         for fill, sampling in itertools.product(FILLS, SAMPLED):
@@ -209,7 +209,7 @@ def test_a_residual_block_is_the_authors(kind, make, sampling):
         order = (3, 2, 0, 1) if len(leaf.shape) == 4 else (0,)
         values = formula.parameter(key, tuple(leaf.shape[axis] for axis in order))
         flat[path] = values.transpose(np.argsort(order))
-    y = quick.jit(block.apply, static_argnums=2)(flax.traverse_util.unflatten_dict(flat), x, False)
+    y = jax.jit(block.apply, static_argnums=2)(flax.traverse_util.unflatten_dict(flat), x, False)
     theirs = GOLDEN[f"{sampling}/{kind}"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(y, theirs, atol=2e-5 * np.abs(theirs).max())
 
@@ -270,7 +270,7 @@ def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(n
     x = all_shifts(image(1, 16, 16, 3))
     model = network.clone(padding="circular", sampling="aps")
     variables = variables_of(model)
-    maps = quick.jit(stages_and_logits, static_argnums=0)(model, variables, x)
+    maps = jax.jit(stages_and_logits, static_argnums=0)(model, variables, x)
     logits = maps.pop("logits")
     np.testing.assert_allclose(logits, logits[:1].repeat(256, 0), atol=1e-5)
     for stage, y in maps.items():
@@ -278,7 +278,7 @@ def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(n
         rolled = all_shifts(y[:1])
         distances = np.abs(y[:, None] - rolled[None]).max((2, 3, 4)).min(1)
         assert distances.max() < 1e-5 * np.abs(y).max(), stage
-    logits = np.asarray(quick.jit(model.clone(padding="zeros").apply)(variables, x))
+    logits = np.asarray(jax.jit(model.clone(padding="zeros").apply)(variables, x))
     assert logits.std(0).max() > 1e-3 * np.abs(logits).max()
 
 
@@ -290,7 +290,7 @@ def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name)
     shifts = [(0, 0), (1, 0), (0, 1), (3, 7), (17, 30), (63, 32)]
     batch = np.concatenate([np.roll(x, shift, (1, 2)) for shift in shifts])
     variables = quick.variables(model, x)
-    logits = np.asarray(quick.jit(model.apply)(variables, batch))
+    logits = np.asarray(jax.jit(model.apply)(variables, batch))
     largest = np.abs(logits).max()
     np.testing.assert_allclose(logits, logits[:1].repeat(len(shifts), 0), atol=1e-4 * largest)
 
@@ -307,7 +307,7 @@ def test_both_lowerings_agree_and_gradients_are_finite(sampling):
             logits = model.apply({"params": params}, x, train=True)
         return jnp.square(logits).sum(), logits
 
-    run = quick.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     (_, logits), gradients = run(variables["params"], "cpu")
     (_, plain_logits), plain_gradients = run(variables["params"], "reference")
     np.testing.assert_allclose(logits, plain_logits, atol=1e-5)

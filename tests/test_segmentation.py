@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import quick
 
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
@@ -174,7 +173,7 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
     for stage, (rows, columns) in zip(
         ("block2", "block3"), fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))
     ):
-        run = quick.jit(
+        run = jax.jit(
             jax.grad(
                 lambda x, at, stage=stage: encoder.apply(variables, x, method="stages", last=stage)[
                     stage

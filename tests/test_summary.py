@@ -186,7 +186,7 @@ def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
         return model.apply(variables, x, method="stages", last=stage)[stage]
 
     center = jax.eval_shape(run, x).shape[1] // 2
-    gradient = quick.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
+    gradient = jax.jit(jax.grad(lambda x, at: run(x)[:, at].sum()))
     first, second = (
         np.flatnonzero(jnp.any(gradient(x, at) != 0, (0, 2, 3))) for at in (center, center + 1)
     )

@@ -94,7 +94,7 @@ def test_evaluation_is_torchvisions(case):
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
     variables = golden_variables(model)
-    compile_model = jax.jit if name in KINDS else quick.jit
+    compile_model = quick.optimized if name in KINDS else jax.jit
     logits = compile_model(model.apply)(variables, images)
     scale = np.abs(GOLDEN[case]).max()
     assert np.abs(logits - GOLDEN[case]).max() <= 1e-4 * scale
@@ -130,7 +130,7 @@ def test_training_is_torchvisions(case):
         total = sum(jnp.square(output).sum() for output in outputs.values())
         return total, (outputs, {"batch_stats": new.get("batch_stats", {})})
 
-    gradient = quick.jit(jax.grad(loss, has_aux=True))
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
     for number in range(3):
         images = golden_images(len(GOLDEN[case]), int(size), f"input {number}")
         grads, (outputs, state) = gradient(params, state, images)
@@ -168,7 +168,7 @@ def test_initialization_has_torchvisions_distributions(name):
     model = create_model(name)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
-    variables = quick.jit(lambda key: model.init(key, image))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, image))(jax.random.key(0))
     flat = flax.traverse_util.flatten_dict(variables)
     paths = weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
@@ -193,7 +193,7 @@ def test_squeezenet_with_real_weights(data_dir):
     folder = data_dir / "weights"
     model = create_model("squeezenet1_1")
     variables = weights.load_torchvision(folder / "squeezenet1_1_imagenet.safetensors", model)
-    apply = jax.jit(model.apply)
+    apply = quick.optimized(model.apply)
     pair = np.load(folder / "squeezenet1_1_test_vector.npz")
     logits = apply(variables, pair["input_0"].transpose(0, 2, 3, 1))
     largest = 290  # logit

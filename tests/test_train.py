@@ -185,7 +185,7 @@ def test_every_epoch_has_its_own_order():
     assert not any((a == b).all() for a, b in ((orders[0], orders[1]), (orders[0], orders[2])))
 
 
-take_step = quick.jit(step.batch_step, static_argnums=0)
+take_step = jax.jit(step.batch_step, static_argnums=0)
 
 
 def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.1):
@@ -220,7 +220,7 @@ def test_a_step_is_plain_gradient_descent():
             new["batch_stats"],
         )
 
-    value_and_gradient = quick.jit(jax.value_and_grad(loss, has_aux=True))
+    value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, (logits, stats)), grads = value_and_gradient(before.params)
     close = functools.partial(
         jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -304,7 +304,7 @@ def test_mixup_mixes_images_and_losses():
     x = (images / np.float32(255) - 0.5) / 0.25
     train = functools.partial(mixing.model.apply, train=True, mutable=["batch_stats"])
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    logits, _ = quick.jit(train)(variables, (x + x[::-1]) / 2)
+    logits, _ = jax.jit(train)(variables, (x + x[::-1]) / 2)
     both = [
         optax.softmax_cross_entropy_with_integer_labels(logits, y).sum()
         for y in (labels, labels[::-1].copy())
@@ -321,8 +321,8 @@ def test_prediction_and_features_run_the_same_three_ways(way):
     parallel = Parallel(way)
     placed, moments = parallel.replicate(variables), parallel.replicate(MOMENTS)
     x = (images / np.float32(255) - 0.5) / 0.25
-    logits = quick.jit(model.apply)
-    stages = quick.jit(functools.partial(model.apply, method="stages"))
+    logits = jax.jit(model.apply)
+    stages = jax.jit(functools.partial(model.apply, method="stages"))
     upright, mirrored = (nn.softmax(logits(variables, view)) for view in (x, x[:, :, ::-1]))
     for output, want in (
         (evaluate.logits, logits(variables, x)),
