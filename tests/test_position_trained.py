@@ -4,11 +4,13 @@ what they say; every report is whole."""
 import functools
 import json
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 from quick import jit
 
 from cnnjax.data import arrays
@@ -179,175 +181,114 @@ def test_shifted_windows_show_what_lies_beside_the_middle():
         )
 
 
+def run(module, *arguments, **changes):
+    """Runs an experiment that is made smaller by `changes` of its module."""
+    return forked.run(module.__name__, *arguments, flags=quick.FLAGS, changes=changes)
+
+
 @pytest.mark.slow
-def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(
-    tmp_path, cifar, data_dir, monkeypatch, standard_promotion
-):
-    monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
+def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_dir):
     small = functools.partial(SmallConvNet, layers=((8, 1), (16, 2)))
-    monkeypatch.setattr(position_training, "SmallConvNet", small)
+    changes = {"_PROBE": (16, 4, 8), "SmallConvNet": small}
     arguments = [
-        "--workdir",
-        str(tmp_path),
-        "--data_dir",
-        str(data_dir),
-        "--train",
-        "200",
-        "--epochs",
-        "1",
-        "--test",
-        "200",
-        "--paddings",
-        "zeros",
-        "none",
-        "--seeds",
+        *("--workdir", tmp_path, "--data_dir", data_dir, "--train", 200, "--epochs", 1),
+        *("--test", 200, "--paddings", "zeros", "none", "--seeds"),
     ]
-    assert position_training.main([*arguments, "1"]) == 0
+    done = run(position_training, *arguments, 1, **changes)
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "training.json").read_text())
     image, zeros, none = found
     assert image["part"] == "image" and {row["stage"] for row in image["probes"]} == {"image"}
-    assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1} and len(
-        zeros["probes"]
-    ) == 2 * 3 * 2 * 2
+    assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1}
+    assert len(zeros["probes"]) == 2 * 3 * 2 * 2
     spc = lambda row: [entry["spc"] for entry in row["probes"] if entry["data"] == "black"]
-    assert np.mean(spc(zeros)) > 0.2 and set(spc(none)) == {
-        0
-    }  # of a black image, zeros tell the position and nothing else does
-    assert (
-        "| zeros | " in (tmp_path / "report.md").read_text()
-        and (tmp_path / "training.png").stat().st_size > 1000
-    )
+    # Of a black image, zeros tell the position and nothing else does.
+    assert np.mean(spc(zeros)) > 0.2
+    assert set(spc(none)) == {0}
+    assert "| zeros | " in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "training.png").stat().st_size > 1000
 
-    def again(*_):
-        raise AssertionError("a finished cell is computed again")
+    # A finished network is not probed again, which would fail here.
+    changes["probe"] = None
+    assert run(position_training, *arguments, 1, **changes).returncode == 0
+    failed = run(position_training, *arguments, 2, **changes)
+    assert failed.returncode == 1
+    assert "'NoneType' object is not callable" in failed.stderr
 
-    monkeypatch.setattr(position_training, "probe", again)
-    assert position_training.main([*arguments, "1"]) == 0
-    with pytest.raises(AssertionError):
-        position_training.main([*arguments, "2"])
+
+# Networks for CIFAR-10; without padding, the second leaves nothing of its images.
+TINY = """
+import functools
+from cnnjax.models import base
+from cnnjax.models.small import SmallConvNet
+base.register("tiny", functools.partial(SmallConvNet, layers=((8, 6), (16, 6))))
+base.register("narrow", functools.partial(SmallConvNet, layers=((8, 12), (16, 1))))
+"""
 
 
 @pytest.mark.slow
-def test_a_registered_network_is_probed_in_its_stages(
-    tmp_path, cifar, data_dir, monkeypatch, standard_promotion, capsys
-):
-    monkeypatch.setattr(position_training, "_PROBE", (16, 4, 8))
-    monkeypatch.setitem(
-        base._REGISTRY, "tiny", functools.partial(SmallConvNet, layers=((8, 6), (16, 6)))
-    )
-    arguments = [
-        "--data_dir",
-        str(data_dir),
-        "--train",
-        "200",
-        "--epochs",
-        "1",
-        "--test",
-        "200",
-        "--seeds",
-        "1",
-        "--network",
-        "tiny",
-    ]
-    assert (
-        position_training.main(
-            ["--workdir", str(tmp_path / "a"), *arguments, "--paddings", "random"]
-        )
-        == 0
-    )
+def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
+    path = tmp_path / "networks.py"
+    path.write_text(TINY)
+
+    def probe(network, workdir, *arguments):
+        given = ("--data_dir", data_dir, "--train", 200, "--epochs", 1, "--test", 200)
+        given += ("--seeds", 1, "--network", f"{path}:{network}", "--workdir", workdir)
+        return run(position_training, *given, *arguments, _PROBE=(16, 4, 8))
+
+    done = probe("tiny", tmp_path / "a", "--paddings", "random")
+    assert done.returncode == 0, done.stderr
     probes = json.loads((tmp_path / "a" / "training.json").read_text())[1]["probes"]
-    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"} and "tiny" in (
-        tmp_path / "a" / "report.md"
-    ).read_text()
-    monkeypatch.setitem(
-        base._REGISTRY, "tiny", functools.partial(SmallConvNet, layers=((8, 12), (16, 1)))
-    )
-    assert (
-        position_training.main(
-            ["--workdir", str(tmp_path / "c"), *arguments, "--paddings", "none", "--enlarge", "2"]
-        )
-        == 0
-    )
+    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"}
+    assert "tiny" in (tmp_path / "a" / "report.md").read_text()
+
+    done = probe("narrow", tmp_path / "c", "--paddings", "none", "--enlarge", 2)
+    assert done.returncode == 0, done.stderr
     assert "48x48 px (24x24 px, each made 2x2)" in (tmp_path / "c" / "report.md").read_text()
-    assert (
-        position_training.main(
-            ["--workdir", str(tmp_path / "b"), *arguments, "--paddings", "zeros", "none"]
-        )
-        == 2
-    )
-    assert (
-        "the image is too small for this network" in capsys.readouterr().err
-        and not (tmp_path / "b").exists()
-    )
+    done = probe("narrow", tmp_path / "b", "--paddings", "zeros", "none")
+    assert done.returncode == 2
+    assert "the image is too small for this network" in done.stderr
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
-def test_canvas_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
-    monkeypatch.setattr(position_canvas, "LAYERS", ((8, 2), (16, 2)))
+def test_canvas_networks_are_reported(tmp_path, data_dir):
     arguments = [
-        "--data_dir",
-        str(data_dir),
-        "--seeds",
-        "1",
-        "--train",
-        "50",
-        "50",
-        "--epochs",
-        "1",
-        "1",
-        "--test",
-        "100",
+        *("--data_dir", data_dir, "--seeds", 1, "--train", 50, 50, "--epochs", 1, 1),
+        *("--test", 100, "--paddings", "zeros", "--canvases", "mean", "--workdir", tmp_path),
     ]
-    assert (
-        position_canvas.main(
-            ["--workdir", str(tmp_path), *arguments, "--paddings", "zeros", "--canvases", "mean"]
-        )
-        == 0
-    )
+    done = run(position_canvas, *arguments, LAYERS=((8, 2), (16, 2)))
+    assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "canvas.json").read_text())
     assert [(row["task"], row["canvas"]) for row in rows] == [
         ("location", "mean"),
         ("object", "mean"),
     ]
-    assert (
-        "| zeros | " in (tmp_path / "report.md").read_text()
-        and (tmp_path / "canvas.png").stat().st_size > 1000
-    )
+    assert "| zeros | " in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "canvas.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_channel_networks_are_reported(tmp_path, data_dir, monkeypatch, standard_promotion):
-    monkeypatch.setattr(
-        position_channels,
-        "SmallResNet",
-        functools.partial(position_channels.SmallResNet, widths=(4, 8)),
-    )
-    monkeypatch.setattr(position_channels, "_REMOVED", (0, 8))
-    monkeypatch.setattr(position_channels, "NETWORKS", ("gapnet",))
-    monkeypatch.setattr(position_channels, "TASKS", {"location": 9})
+def test_channel_networks_are_reported(tmp_path, data_dir):
     arguments = [
-        "--workdir",
-        str(tmp_path),
-        "--data_dir",
-        str(data_dir),
-        "--seeds",
-        "1",
-        "--train",
-        "100",
-        "--epochs",
-        "1",
-        "--test",
-        "100",
+        *("--workdir", tmp_path, "--data_dir", data_dir, "--seeds", 1),
+        *("--train", 100, "--epochs", 1, "--test", 100),
     ]
-    assert position_channels.main(arguments) == 0
-    (row,) = json.loads((tmp_path / "channels.json").read_text())
-    assert (
-        row["ranked"] == pytest.approx(row["random"]) and row["ranked"][0] == row["accuracy"]
-    )  # no channel is gone, or all are
-    assert (
-        "| gapnet | location | " in (tmp_path / "report.md").read_text()
-        and (tmp_path / "channels.png").stat().st_size > 1000
+    done = run(
+        position_channels,
+        *arguments,
+        SmallResNet=functools.partial(position_channels.SmallResNet, widths=(4, 8)),
+        _REMOVED=(0, 8),
+        NETWORKS=("gapnet",),
+        TASKS={"location": 9},
     )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "channels.json").read_text())
+    # No channel is gone, or all are.
+    assert row["ranked"] == pytest.approx(row["random"])
+    assert row["ranked"][0] == row["accuracy"]
+    assert "| gapnet | location | " in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "channels.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

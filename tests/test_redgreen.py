@@ -2,9 +2,10 @@
 
 import json
 
+import forked
 import numpy as np
 import pytest
-from quick import exit_code
+import quick
 
 from experiments import position_redgreen
 
@@ -68,32 +69,23 @@ def test_splits():
     )
 
 
-def test_the_experiment_reports_every_network(tmp_path, monkeypatch, standard_promotion):
-    for name, value in {"_TRAIN": 400, "_TEST": 100, "_EPOCHS": 2}.items():
-        monkeypatch.setattr(position_redgreen, name, value)
-    position_redgreen.main(
-        [
-            "--workdir",
-            str(tmp_path),
-            "--seeds",
-            "2",
-            "--paddings",
-            "zeros",
-            "random",
-            "--splits",
-            "published",
-        ]
+def test_the_experiment_reports_every_network(tmp_path):
+    done = forked.run(
+        "experiments.position_redgreen",
+        *("--workdir", tmp_path, "--seeds", 2, "--paddings", "zeros", "random"),
+        *("--splits", "published"),
+        flags=quick.FLAGS,
+        changes={"_TRAIN": 400, "_TEST": 100, "_EPOCHS": 2},
     )
+    assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "redgreen.json").read_text())
     assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [
         (p, s, 2) for p in ("zeros", "random") for s in (0, 1)
     ]
     assert all(0 <= row[kind] <= 1 for row in rows for kind in ("similar", "dissimilar"))
     report = (tmp_path / "report.md").read_text()
-    assert (
-        "| zeros | " in report
-        and "the similar test are training images" in report
-        and "99.8 ± 0.1" in report
-        and (tmp_path / "redgreen.png").stat().st_size > 1000
-    )
-    assert exit_code(position_redgreen.main, ["--seeds", "0"]) == 2
+    assert "| zeros | " in report
+    assert "the similar test are training images" in report
+    assert "99.8 ± 0.1" in report
+    assert (tmp_path / "redgreen.png").stat().st_size > 1000
+    assert quick.exit_code(position_redgreen.main, ["--seeds", "0"]) == 2
