@@ -4,12 +4,13 @@ import importlib
 import json
 import pathlib
 
+import forked
 import matplotlib.figure
 import PIL.Image
 import pytest
 import quick
 
-from cnnjax import combine, evaluate, main, predict, summary, sweep, visualize
+from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
 from cnnjax.nn import FILLS
 from cnnjax.runtime import source
@@ -70,47 +71,50 @@ def own(tmp_path, request):
     return path, name
 
 
+def run(module: str, *arguments, code: int = 0) -> str:
+    """Runs a command, which ends with `code` -> what it printed."""
+    done = forked.run(module, *arguments, flags=quick.FLAGS)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
-def test_a_configuration_that_registers_a_network(own, tmp_path, capsys):
+def test_a_configuration_that_registers_a_network(own, tmp_path):
     """It is trained, swept, and known to a command that opens the run by its record alone."""
     path, name = own
-    run = tmp_path / "run"
-    arguments = ["--config", str(path), "--config.model_fields.dropout=0.2", "--workdir", str(run)]
-    assert main.main(arguments) == 0
-    config = json.loads((run / "config.json").read_text())
+    folder = tmp_path / "run"
+    arguments = ["--config", path, "--config.model_fields.dropout=0.2", "--workdir"]
+    run("cnnjax.main", *arguments, folder)
+    config = json.loads((folder / "config.json").read_text())
     assert config["model"] == f"{path}:{name}"
     assert config["model_fields"] == {"padding": "zeros", "dropout": 0.2}
     # A record of the name alone, as before, is one of the same run.
-    (run / "config.json").write_text(json.dumps(config | {"model": name}))
-    assert main.main(arguments) == 0
+    (folder / "config.json").write_text(json.dumps(config | {"model": name}))
+    run("cnnjax.main", *arguments, folder)
 
-    assert sweep.main(["--config", str(path), "--workdir", str(tmp_path / "runs")]) == 0
+    run("cnnjax.sweep", "--config", path, "--workdir", tmp_path / "runs")
     rows = json.loads((tmp_path / "runs" / "sweep.json").read_text())["rows"]
     assert [row["cell"] for row in rows] == ["model_fields.width=1", "model_fields.width=2"]
-    capsys.readouterr()
-    summary.main([config["model"]])
-    assert "conv1" in capsys.readouterr().out
+    assert "conv1" in run("cnnjax.summary", config["model"])
 
     other = tmp_path / "other"
-    assert main.main([*arguments[:-1], str(other), "--config.seed=1"]) == 0
-    runs = ["--runs", str(run), str(other), "--method", "uniform"]
-    assert combine.main([*runs, "--workdir", str(tmp_path / "soup")]) == 0
+    run("cnnjax.main", *arguments, other, "--config.seed=1")
+    runs = ["--runs", folder, other, "--method", "uniform"]
+    run("cnnjax.combine", *runs, "--workdir", tmp_path / "soup")
     photograph = tmp_path / "photographs" / "a.png"
     photograph.parent.mkdir()
     PIL.Image.new("L", (8, 8), 200).save(photograph)
-    assert predict.main([str(run), str(photograph)]) == 0
-    weights = str(tmp_path / "soup" / "weights.safetensors")
-    fields = ["--photographs", str(photograph.parent), "--stages", "block1", "--workdir"]
-    assert visualize.main(["field", "--run", str(run), *fields, str(tmp_path / "a")]) == 0
+    run("cnnjax.predict", folder, photograph)
+    weights = tmp_path / "soup" / "weights.safetensors"
+    fields = ["--photographs", photograph.parent, "--stages", "block1"]
+    run("cnnjax.visualize", "field", "--run", folder, *fields, "--workdir", tmp_path / "a")
     # Without the run, the network has as many classes as its file says.
     with_weights = ["filters", "--model", config["model"], "--weights", weights]
-    assert visualize.main([*with_weights, "--workdir", str(tmp_path / "b")]) == 2
-    assert "of another shape: fc.weight is (10, 3)" in capsys.readouterr().err
+    printed = run("cnnjax.visualize", *with_weights, "--workdir", tmp_path / "b", code=2)
+    assert "of another shape: fc.weight is (10, 3)" in printed
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     path, _ = own
     photographs = tmp_path / "photographs"
@@ -131,11 +135,11 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
         "sgd_steps": 1,
     }
     given = [f"--config.{key}={value}" for key, value in changes.items()]
-    run = tmp_path / "run"
-    assert main.main(["--config", "configs/posenet.py", *given, "--workdir", str(run)]) == 0
-    (cell,) = (run / "cells").glob("own.py:of_colors-*-zeros-0.npz")
-    (picture,) = run.glob("maps_own.py:of_colors-*_natural.png")
-    assert f"![{picture.name}]({picture.name})" in (run / "report.md").read_text()
+    folder = tmp_path / "run"
+    run("cnnjax.main", "--config", "configs/posenet.py", *given, "--workdir", folder)
+    (cell,) = (folder / "cells").glob("own.py:of_colors-*-zeros-0.npz")
+    (picture,) = folder.glob("maps_own.py:of_colors-*_natural.png")
+    assert f"![{picture.name}]({picture.name})" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow
