@@ -22,6 +22,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scon
 
 # config_overrides: the node has the two CPUs that are given here, whatever the machine has.
 # cred_expire: seconds that a job waits in the queue before it is started again.
+# SchedulerParameters: the queue is looked at every second or two instead of twice a minute.
 _CONFIGURATION = """\
 ClusterName=loopback
 SlurmctldHost=localhost(127.0.0.1)
@@ -38,6 +39,7 @@ SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=sched_interval=1,bf_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
