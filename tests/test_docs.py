@@ -21,6 +21,8 @@ LESS = {
         "--config.stages=('fire3',)",
         "--config.paddings=('zeros',)",
         "--config.sgd_paddings=()",
+        "--config.targets=('H',)",
+        "--config.data=('natural','black')",
         "--config.image_size=64",
         "--config.n_train=4",
         "--config.n_held_out=2",
@@ -37,8 +39,15 @@ LESS = {
         "n_held_out=2",
         "n_test=2",
         "sgd_steps=5",
+        "targets=('H',)",
     ],
 }
+# Two runs instead of the six that configs/lenet_digits.py lists.
+SWEEP = """
+from configs.lenet_digits import get_config
+def sweep():
+    return [{"seed": 0}, {"seed": 1}]
+"""
 
 
 def commands(page: str) -> list[list[str]]:
@@ -53,6 +62,8 @@ def commands(page: str) -> list[list[str]]:
 def test_commands_run(page, tmp_path):
     """In the page's order, since one may need what another left; results go to a temporary folder
     instead of runs/."""
+    swept = tmp_path / "swept.py"
+    swept.write_text(SWEEP)
     for words in commands(page):
         assert words[:2] == ["python", "-m"], words
         for kind, less in LESS.items():
@@ -64,6 +75,8 @@ def test_commands_run(page, tmp_path):
                     if not word.startswith("--config") or word.partition("=")[0] not in given
                 ]
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
+        if words[0] == "cnnjax.sweep":
+            words[words.index("configs/lenet_digits.py")] = str(swept)
         done = forked.run(*words, flags=quick.FLAGS)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
