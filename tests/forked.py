@@ -69,8 +69,10 @@ def _work(
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"{module}.__main__")
     for name, value in changes.items():
-        assert hasattr(command, name)
-        setattr(command, name, value)
+        place, _, name = name.rpartition(".")
+        changed = importlib.import_module(place) if place else command
+        assert hasattr(changed, name)
+        setattr(changed, name, value)
     try:
         code = command.main(arguments)
     except SystemExit as stop:
@@ -87,7 +89,8 @@ class Popen:
         module: the command's.
         arguments: of the command line.
         flags: added to XLA_FLAGS.
-        changes: new values of the module's globals, by name.
+        changes: new values of the module's globals, by name; of another module's, by its name and
+            theirs.
     """
 
     def __init__(self, module: str, *arguments, flags: str = "", changes: Mapping = {}):

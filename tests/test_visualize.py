@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import flax.linen as nn
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -543,11 +544,8 @@ def folder(data_dir, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
+def test_commands(command, data_dir, folder, tmp_path):
     assert COMMANDS.keys() == commands.COMMANDS.keys() == options._COMMANDS.keys()
-    monkeypatch.setattr(
-        commands, "FILLS", ("zeros", "none", "mean")
-    )  # each is compiled, and all are tested above
     arguments = [
         command,
         "--model",
@@ -560,7 +558,14 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
     ]
     if command not in ("filters", "maximise"):
         arguments += ["--photographs", str(folder)]
-    visualize.main(arguments)
+    done = forked.run(
+        "cnnjax.visualize",
+        *arguments,
+        flags=quick.FLAGS,
+        # Each is compiled, and all are tested above.
+        changes={"cnnjax.visualize.commands.FILLS": ("zeros", "none", "mean")},
+    )
+    assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == sorted(
         ["config.json", "environment.json", f"{command}.png", "results.json"]
@@ -612,26 +617,14 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_network_of_one_channel(folder, tmp_path):
-    visualize.main(
-        [
-            "levels",
-            "--model",
-            "lenet",
-            "--weights",
-            "random",
-            "--photographs",
-            str(folder),
-            "--steps",
-            "2",
-            "--channels",
-            "0",
-            "--workdir",
-            str(tmp_path),
-        ]
+    done = forked.run(
+        *("cnnjax.visualize", "levels", "--model", "lenet", "--weights", "random"),
+        *("--photographs", folder, "--steps", 2, "--channels", 0, "--workdir", tmp_path),
+        flags=quick.FLAGS,
     )
-    assert [
-        unit["stage"] for unit in json.loads((tmp_path / "results.json").read_text())["units"]
-    ] == ["conv1", "conv2"]
+    assert done.returncode == 0, done.stderr
+    units = json.loads((tmp_path / "results.json").read_text())["units"]
+    assert [unit["stage"] for unit in units] == ["conv1", "conv2"]
 
 
 @pytest.mark.slow
@@ -716,8 +709,12 @@ def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_is_visualized(fill, run, folder, tmp_path):
-    command = ["field", "--stages", "conv2", "--images", "1", "--photographs", str(folder)]
-    visualize.main([*command, "--run", str(run), "--padding", fill, "--workdir", str(tmp_path)])
+    done = forked.run(
+        *("cnnjax.visualize", "field", "--stages", "conv2", "--images", 1),
+        *("--photographs", folder, "--run", run, "--padding", fill, "--workdir", tmp_path),
+        flags=quick.FLAGS,
+    )
+    assert done.returncode == 0, done.stderr
     (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert stage["theoretical"] == [8, 8] and 0 < stage["effective"] <= 20
 
