@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import FLAGS, jit
+from quick import FLAGS
 
 from cnnjax import combine, transfer, weights
 from cnnjax.combine import combination
@@ -320,7 +320,7 @@ def errors_of(folder: pathlib.Path):
     """A function of parameters and a split that gives the share of errors, by the model itself."""
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalization(data.train.images)
-    apply = jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
+    apply = jax.jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
 
     def error(params, name="validation"):
         split = getattr(data, name)
@@ -429,7 +429,7 @@ def test_ensembles_of_several_runs(finished, tmp_path):
     )
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalization(data.train.images)
-    apply = jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
+    apply = jax.jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
     logits = np.stack(
         [
             apply({"params": params}, (data.test.images / np.float32(255) - mean) / std)

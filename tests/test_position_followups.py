@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import exit_code, jit
+from quick import exit_code
 
 from cnnjax.inspect import receptive_fields
 from cnnjax.models import base, create_model
@@ -57,12 +57,14 @@ def tiny(monkeypatch):
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
     monkeypatch.setitem(base._REGISTRY, "resnet18", Tiny)
     monkeypatch.setattr(
-        patterns, "_stages", jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
+        patterns,
+        "_stages",
+        jax.jit(patterns._stages.__wrapped__, static_argnames=("model", "stages")),
     )
     monkeypatch.setattr(
         position_quadrant,
         "_maxima",
-        jit(position_quadrant._maxima.__wrapped__, static_argnames=("model", "last")),
+        jax.jit(position_quadrant._maxima.__wrapped__, static_argnames=("model", "last")),
     )
     return lambda **fields: create_model("tiny", **fields)
 
@@ -278,7 +280,7 @@ class Beside(base.Network):
 
 @pytest.mark.slow
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
-    train = jit(position_quadrant.train_rook.__wrapped__, static_argnames="padding")
+    train = jax.jit(position_quadrant.train_rook.__wrapped__, static_argnames="padding")
     assert train("zeros", jax.random.key(0)) == 1  # published: 100 %
     found = {
         fill: position_quadrant.kernels_that_differ(fill, 0)

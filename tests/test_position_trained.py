@@ -11,7 +11,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import quick
-from quick import jit
 
 from cnnjax.data import arrays
 from cnnjax.models import base
@@ -28,7 +27,7 @@ def cifar(data_dir):
 
 
 def _init(model, **options):
-    return jit(lambda key: model.init(key, jnp.zeros((1, *model.input_shape)), **options))(
+    return jax.jit(lambda key: model.init(key, jnp.zeros((1, *model.input_shape)), **options))(
         jax.random.key(0)
     )
 
@@ -53,7 +52,7 @@ def test_circular_padding_cannot_tell_the_cell():
     found = {}
     for fill in ("circular", "zeros"):
         model = SmallConvNet(9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS)
-        found[fill] = np.asarray(jit(model.apply)(_init(model), x))
+        found[fill] = np.asarray(jax.jit(model.apply)(_init(model), x))
     assert np.ptp(found["circular"], 0).max() < 1e-5 < 1e-3 < np.ptp(found["zeros"], 0).max()
 
 
@@ -73,7 +72,7 @@ def test_permutation_hides_the_order_of_channels_and_nothing_else():
     model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8), permute=True)
     variables, run = (
         _init(model),
-        jit(lambda variables, key: model.apply(variables, x, rngs={"dropout": key})),
+        jax.jit(lambda variables, key: model.apply(variables, x, rngs={"dropout": key})),
     )
     drawn = [run(variables, jax.random.key(seed)) for seed in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1]) and not np.allclose(drawn[0], drawn[2], atol=1e-3)
@@ -91,13 +90,15 @@ def test_a_blind_head_is_a_channel_set_to_zero():
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8))
     variables, gone = _init(model), np.array([1, 5])
-    features = jit(lambda v: model.apply(v, x, method="stages", last="layer2"))(variables)["layer2"]
+    features = jax.jit(lambda v: model.apply(v, x, method="stages", last="layer2"))(variables)[
+        "layer2"
+    ]
     head = variables["params"]["head"]
     expected = (
         global_avg_pool(conv(features.at[..., gone].set(0), head["kernel"], padding=1))
         + head["bias"]
     )
-    found = jit(model.apply)(position_channels.without(variables, gone), x)
+    found = jax.jit(model.apply)(position_channels.without(variables, gone), x)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

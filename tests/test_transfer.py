@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from quick import jit
 from test_train import MOMENTS, Tiny, some_data
 
 import configs.lenet_digits
@@ -58,7 +57,7 @@ def steps(recipe, numbers=None, count=3, rate=0.1, taken=None):
     numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.5)
     before = step.init(recipe, (8, 8, 3), numbers, taken)
     state = before
-    run = jit(
+    run = jax.jit(
         lambda state: step.batch_step(
             recipe, state, as_batch(images, labels, jnp.float32(rate)), numbers
         )
@@ -198,7 +197,7 @@ def test_a_rate_multiplies_the_learning_rate_of_its_part():
     images, labels = small_batch()
 
     def params_after(recipe, rate, numbers):
-        run = jit(
+        run = jax.jit(
             lambda state, rate, numbers: step.batch_step(
                 recipe, state, as_batch(images, labels, rate), numbers
             )
@@ -232,7 +231,7 @@ def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
     params = draw()
     grads = draw()
 
-    @jit
+    @jax.jit
     def update(rate):
         made = optimizer(name, rate, 0.9, 1e-2)
         return made.update(grads, made.init(params), params)[0]
