@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cnnjax import weights
@@ -53,9 +52,9 @@ def variables(model, image=None, *arguments, **options) -> dict:
     def draw(path, leaf):
         kind = path[-1].key
         if kind in ("scale", "var"):
-            return jnp.asarray(np.ones(leaf.shape, np.float32))
+            return np.ones(leaf.shape, np.float32)
         spread = {"mean": 0.1, "bias": 0.1}.get(kind, np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1)))
-        return jnp.asarray(np.float32(spread) * rng.standard_normal(leaf.shape, np.float32))
+        return np.float32(spread) * rng.standard_normal(leaf.shape, np.float32)
 
     shapes = (
         weights.variable_shapes(model)
@@ -64,7 +63,8 @@ def variables(model, image=None, *arguments, **options) -> dict:
             lambda image: model.init(jax.random.key(0), image, *arguments, **options), image
         )
     )
-    return jax.tree.map_with_path(draw, shapes)
+    # jnp.asarray would compile a program for each shape.
+    return jax.device_put(jax.tree.map_with_path(draw, shapes))
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -25,7 +25,7 @@ FILL_MODES = {
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def native_conv(x, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):

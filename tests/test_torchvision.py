@@ -54,8 +54,9 @@ def golden_variables(model) -> dict:
     for key, path in weights.torchvision_keys(shapes).items():
         order = AXES[len(flat[path].shape)]
         theirs = formula.parameter(key, tuple(flat[path].shape[axis] for axis in order))
-        values[path] = jnp.asarray(theirs.transpose(np.argsort(order)))
-    return {"batch_stats": {}, **flax.traverse_util.unflatten_dict(values)}
+        values[path] = theirs.transpose(np.argsort(order))
+    # jnp.asarray would compile a program for each shape.
+    return jax.device_put({"batch_stats": {}, **flax.traverse_util.unflatten_dict(values)})
 
 
 def golden_images(batch: int, size: int, key: str = "input") -> np.ndarray:
