@@ -23,3 +23,5 @@ import cnnjax.visualize.__main__  # noqa: E402, F401
 
 # The collector would write to, and so copy, what forked processes share.
 gc.freeze()
+# As in conftest.py.
+gc.set_threshold(50_000)

@@ -3,6 +3,7 @@ traceback, and nothing damaged."""
 
 import gzip
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -21,8 +22,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # nothing.
 DRIVER = """
 import json, os, sys, tempfile, traceback
+import imported
 from cnnjax import combine, main, summary, sweep, visualize
-import cnnjax.position.study, cnnjax.train.loop
 commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
             "summary": summary.main, "visualize": visualize.main}
 found = []
@@ -433,7 +434,8 @@ def done(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=quick.environment(),
+        # DRIVER imports a module of the tests.
+        env=quick.environment(os.environ | {"PYTHONPATH": str(ROOT / "tests")}),
         check=True,
     )
     kept = {path: content for path, content in contents(folder).items() if path in before}
