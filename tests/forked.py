@@ -56,8 +56,14 @@ def _work(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # jax reads it when it starts its backend.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # For jax, which is imported already, and for the processes that the command starts.
+    options = {
+        "jax_compilation_cache_dir": cache,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     os.dup2(os.open(output, os.O_WRONLY), 1)
     os.dup2(errors.fileno(), 2)
     errors.close()

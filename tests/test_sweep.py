@@ -92,18 +92,11 @@ def test_workers_share_a_sweep(tmp_path):
         tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(4)]"
     )
     runs = tmp_path / "runs"
-    arguments = [
-        *COMMAND,
-        "--config",
-        config,
-        "--config.epochs=2",
-        "--launcher=local",
-        "--jobs",
-        "2",
-        "--workdir",
-        str(runs),
-    ]
-    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked.run(
+        *("cnnjax.sweep", "--config", config, "--config.epochs=1", "--workdir", runs),
+        *("--launcher=local", "--jobs", 2),
+        flags=quick.FLAGS,
+    )
     assert done.returncode == 0 and "started job" in done.stderr, done.stderr
     deadline = time.monotonic() + 240
     while len(outputs := list((runs / "jobs").glob("*_result.pkl"))) < 2:
