@@ -90,7 +90,7 @@ def load(options) -> list[pathlib.Path]:
         raise ValueError(f"counts={options.counts} must be numbers of images of at least 2")
     paths = photographs.list_photographs(options.photographs)
     photographs.split(paths, (1, 1, 1), 0)
-    photographs.check_sizes(paths, _SIZE)
+    photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
     return paths
 
 

@@ -11,10 +11,11 @@ statistic is Kolmogorov and Smirnov's, the largest distance of the two distribut
 the four sides counts.
 
 Photographs alone have edges that differ from their middles, so the threshold comes from features
-without a border: crops see the photograph around them ("inside", as in `position_patterns`). On one
-half of the photographs it is chosen such that 1 % of a stage's channels are beyond it; channels are
-counted on the other half. Then the halves change places, and the mean counts. The share under
-"inside" is thus the rate of false positives, and other shares mean something only beside it.
+without a border: crops see the photograph around them ("inside"; it is scaled as in
+`position_patterns`). On one half of the photographs it is chosen such that 1 % of a stage's
+channels are beyond it; channels are counted on the other half. Then the halves change places, and
+the mean counts. The share under "inside" is thus the rate of false positives, and other shares mean
+something only beside it.
 
 The exact readout of H is fitted to the first half of the same features and scored on the second.
 Each seed draws photographs, and weights where they are random. Finished points are not measured

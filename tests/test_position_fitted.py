@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from cnnjax.models import base
@@ -115,9 +116,17 @@ def test_every_readout_is_reported(tmp_path, monkeypatch):
 
 def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_path, capsys):
     folder = tmp_path / "work"
+    small = tmp_path / "small"
+    small.mkdir()
+    for name in "abc":
+        PIL.Image.new("RGB", (300, 200)).save(small / f"{name}.png")
     for wrong, message in (
         (["--counts", "24", "1"], "counts=[24, 1] must be numbers of images of at least 2"),
         (["--photographs", "absent"], "photographs='absent' is not a folder"),
+        (
+            ["--photographs", str(small)],
+            f"photographs: {small}/a.png is 200x300, smaller than the crops of 224 px",
+        ),
     ):
         assert position_fitted.main(["--workdir", str(folder), *wrong]) == 2
         assert capsys.readouterr().err == f"error: {message}\n"

@@ -261,8 +261,13 @@ def split(
     return parts
 
 
-def check_sizes(paths: list[pathlib.Path], size: int) -> None:
+def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
     """Check by their headers that photographs are large enough for crops.
+
+    Args:
+      paths: the photographs.
+      size: the crops' side in pixels.
+      limit: what the error calls it.
 
     Raises:
       ValueError: if one is smaller than `size` or cannot be read.
@@ -270,9 +275,7 @@ def check_sizes(paths: list[pathlib.Path], size: int) -> None:
     for path in paths:
         height, width = image_size(path)
         if min(height, width) < size:
-            raise ValueError(
-                f"photographs: {path} is {height}x{width}, smaller than image_size={size}"
-            )
+            raise ValueError(f"photographs: {path} is {height}x{width}, smaller than {limit}")
 
 
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:

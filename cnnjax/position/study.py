@@ -185,7 +185,7 @@ def _readout_side(config: ml_collections.ConfigDict) -> int:
 def _check_photographs(config: ml_collections.ConfigDict) -> None:
     paths = photographs.list_photographs(config.photographs)
     photographs.split(paths, (1, 1, 1), 0)
-    photographs.check_sizes(paths, config.image_size)
+    photographs.check_sizes(paths, config.image_size, f"image_size={config.image_size}")
 
 
 def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
