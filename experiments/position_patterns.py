@@ -8,8 +8,8 @@ First, the pattern that padding leaves in the features. A crop's features, less 
 pixels inside the whole photograph, are what the padding did: how strong it is, how much of it all
 photographs share, how far it reaches. The weights are random, or those of a safetensors file
 followed by the modules that the file lacks; only the stages before those modules are compared.
-Photographs are scaled, small ones up, and cut to the size that a network needs around the crop.
-Each seed has random weights and photographs of its own.
+Photographs smaller than the crop are refused. Others are scaled, up if need be, and cut to the size
+that a network needs around the crop. Each seed has random weights and photographs of its own.
 
 Then, by arithmetic: which image sizes every strided layer reads to the same distance on both sides,
 and the map of how often each pixel is read. Finished points are not measured again. Writes
@@ -112,6 +112,7 @@ class Shared(NamedTuple):
 
 def load(options) -> Shared:
     paths = photographs.list_photographs(options.photographs)
+    photographs.check_sizes(paths, options.size, f"size={options.size}")
     parts = photographs.split(paths, (1,) * options.seeds, 0)
     parts = [tuple(part[: options.images]) for part in parts]
     if min(map(len, parts)) < 2:

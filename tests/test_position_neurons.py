@@ -145,3 +145,6 @@ def test_channels_are_counted_for_random_and_trained_weights(
     refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
     assert quick.exit_code(study.main, refused) == 2
     assert "expected at least 8, found 7" in capsys.readouterr().err
+    large = [*arguments, "--size", "5000"]
+    assert quick.exit_code(study.main, large) == 2
+    assert "101085.jpg is 481x321, smaller than size=5000" in capsys.readouterr().err
