@@ -272,7 +272,7 @@ def _draw_maps(results: Results, maps: MapsFile, encoder: str, kind: str) -> Fig
     height = len(settings) + 1
     width = len(targets) + 1
     figure = plt.figure(figsize=(1.25 * width, 1.3 * height))
-    # One plot holds all images, in cells of size 1: a plot for each takes four times as long.
+    # One plot holds all images, in cells of size 1: a plot for each takes longer.
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
 

@@ -108,7 +108,7 @@ def _mistakes_figure(test: dict, classes: list[str]):
     """The test images that were taken, with the most confidence, for something else."""
     columns = 9
     rows = max(1, -(-len(test["shown"]) // columns))
-    # One plot holds all images, at places in inches: a plot for each takes five times as long.
+    # One plot holds all images, at places in inches: a plot for each takes longer.
     cell_width = 1.3
     cell_height = 1.6
     image_size = 1.1
