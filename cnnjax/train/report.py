@@ -51,7 +51,7 @@ def _curves_figure(history: list[dict]):
         axis.set_ylabel(kind)
         axis.set_yscale("log" if kind == "loss" else "linear")
         axis.legend(fontsize=8)
-    # Plain numbers: the default's powers of ten take most of the figure's time.
+    # Numbers as 6e-01: the default's typeset powers of ten take most of the figure's time.
     axes[0].yaxis.set_major_formatter(LogFormatter())
     axes[0].yaxis.set_minor_formatter(LogFormatter())
     axes[1].set_ylim(bottom=0)
