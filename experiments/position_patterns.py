@@ -26,8 +26,6 @@ import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import scipy.ndimage
 from matplotlib.figure import Figure
 
@@ -169,10 +167,7 @@ class Subject:
         self.size = size
         self.model = create_model(name)
         self.stages = known_stages(self.model, size, missing)
-        margin = max(patterns.margin(self.model, stage, size) for stage in self.stages)
-        # A whole number of steps of the last stage, and so of every stage.
-        step = receptive_field(self.model, self.stages[-1]).step[0]
-        self.margin = -(-margin // step) * step
+        self.margin = patterns.common_margin(self.model, self.stages, size)
         self.loaded = None
         if file is not None:
             self.loaded = weights.load_torchvision(file, self.model, missing)
@@ -201,12 +196,7 @@ class Inside(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def look_inside(subject: Subject, seed: int, paths: tuple[pathlib.Path, ...]) -> Inside:
     """Computes the features of crops that see the photographs around them."""
-    side = subject.size + 2 * subject.margin
-    images = []
-    for path in paths:
-        image = PIL.Image.fromarray(photographs.read_image(path))
-        images.append(PIL.ImageOps.fit(image, (side, side), PIL.Image.Resampling.BICUBIC))
-    context = np.stack([np.asarray(image) for image in images])
+    context = photographs.fit_squares(paths, subject.size + 2 * subject.margin)
     middle = slice(subject.margin, -subject.margin)
     variables = subject.variables(seed)
     inside = patterns.features_inside(

@@ -2,6 +2,7 @@
 
     python -m experiments.position_training --data_dir data --workdir runs/position_training
         [--seeds 3] [--epochs 8] [--paddings zeros ...] [--network resnet18] [--enlarge 2]
+        [--photographs [FOLDER]]
 
 A small ConvNet is trained under each fill and probed as it learns. It has four convolutions unless
 another network is named. Networks of one seed start from the same weights and see the same batches;
@@ -10,11 +11,17 @@ only their padding differs. They are trained on the middle 24x24 px of CIFAR-10,
 of each, for networks that leave too little of so small an image.
 
 At epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and
-on a black one. Finished networks are not trained again. Writes report.md, training.json and
-training.png.
+on a black one. With `--photographs`, the pattern that the padding leaves in each stage is measured
+at the same epochs, as in `position_patterns`: CIFAR-10's images are too small to show what lies
+beyond a crop, so it takes photographs, scaled to the crop and what the network needs around it.
+
+Finished networks are not trained again. Writes report.md, training.json and training.png.
 """
 
 import itertools
+import math
+import os
+import pathlib
 import sys
 from typing import NamedTuple
 
@@ -22,10 +29,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
-from cnnjax.data import arrays
+from cnnjax.data import arrays, photographs
 from cnnjax.models import Network, create_model
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import FILLS
+from cnnjax.position import patterns
 from cnnjax.position.encoder import FEATURE_SIZE, encode, image_features, stage_shapes
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
@@ -41,6 +49,8 @@ _TARGETS = ("H", "V")
 _EPOCHS = (0, 1, 2, 5)
 # Test images that the readout is fitted to, chooses its strength on and is scored on.
 _PROBE = (64, 16, 48)
+# Photographs of one seed, at most, in which patterns are measured.
+_PHOTOGRAPHS = 24
 _BATCH = 100
 
 
@@ -74,15 +84,38 @@ def add_options(parser):
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
     parser.add_count("epochs", 8, "of training")
     parser.add_count("test", 4000, "test images")
+    # Work directories begun before this option existed go on without it, as None.
+    parser.add_argument(
+        "--photographs",
+        nargs="?",
+        const="",
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="measure patterns of the padding, too, in a folder's photographs; without FOLDER, in "
+        "those that scikit-image and scikit-learn carry",
+    )
 
 
-def load(options) -> arrays.Dataset:
+class Shared(NamedTuple):
+    """CIFAR-10, and the photographs in which patterns are measured, if they are."""
+
+    data: arrays.Dataset
+    paths: list[pathlib.Path]
+
+
+def load(options) -> Shared:
     """Loads CIFAR-10, and checks that every network has an output."""
     data = arrays.load("cifar10", options.data_dir)
     check_counts(data, options.train, options.test)
     for padding in options.paddings:
         build(padding, options)
-    return data
+    paths = []
+    if options.photographs is not None:
+        paths = photographs.list_photographs(options.photographs)
+        photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
+        if len(paths) < 2:
+            raise ValueError("photographs: 1 is too few to find what they share; expected 2")
+    return Shared(data, paths)
 
 
 def points(options):
@@ -154,8 +187,47 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     return rows
 
 
-def measure(point: Point, options, data: arrays.Dataset) -> dict:
+def draw_photographs(
+    model: Network, paths: list[pathlib.Path], seed: int, enlarge: int
+) -> np.ndarray:
+    """Draws a seed's photographs, at the size of the crops and what a network needs around them.
+
+    Returns uint8 [n, side, side, 3]; every pixel is made `enlarge` x `enlarge`, as in `windows`.
+    """
+    size = enlarge * _SIZE
+    stages = list(stage_shapes(model, size))
+    # A multiple of the margin fits all stages, too; enlarged pixels must not be cut.
+    margin = math.lcm(patterns.common_margin(model, stages, size), enlarge)
+    order = np.random.default_rng(seed).permutation(len(paths))[:_PHOTOGRAPHS]
+    side = _SIZE + 2 * margin // enlarge
+    squares = photographs.fit_squares([paths[number] for number in order], side)
+    return squares.repeat(enlarge, 1).repeat(enlarge, 2)
+
+
+def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> list[dict]:
+    """Measures the pattern that the padding leaves in every stage.
+
+    - `context`: photographs around the crops, uint8 [n, side, side, 3].
+    - `size`: side of the crops in pixels.
+
+    Returns the stage and the measures of `patterns.Strength` that are numbers.
+    """
+    stages = list(stage_shapes(model, size))
+    start = (context.shape[1] - size) // 2
+    crops = context[:, start : start + size, start : start + size]
+    padded = patterns.features(model, variables, crops, stages)
+    inside = patterns.features_inside(model, variables, context, size, stages)
+    rows = []
+    for stage in stages:
+        strength = patterns.strength(padded[stage], inside[stage])
+        names = ("mae", "rms", "snr", "shared")
+        rows.append({"stage": stage} | {name: getattr(strength, name) for name in names})
+    return rows
+
+
+def measure(point: Point, options, shared: Shared) -> dict:
     """Trains a network on images of its seed's choice, probes it on its way, and tests it."""
+    data = shared.data
     middle, shifted = windows(data.test.images, options.enlarge)
     if point.part == "image":
         return {"probes": probe(None, {}, middle)}
@@ -167,11 +239,19 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     # The same generator again: the images to probe depend on the seed alone.
     generator = np.random.default_rng(point.seed)
     probed = middle[generator.permutation(len(middle))[: sum(_PROBE)]]
+    context = None
+    # The other fills move positions: their maps have no counterpart inside the photographs.
+    if shared.paths and point.padding in patterns.ALIGNED:
+        context = draw_photographs(model, shared.paths, point.seed, options.enlarge)
     probes = []
+    traces = []
     epochs = train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
     for epoch, variables in enumerate(epochs):
         if epoch in _EPOCHS or epoch == options.epochs:
             probes += [{"epoch": epoch} | row for row in probe(model, variables, probed)]
+            if context is not None:
+                rows = trace(model, variables, context, middle.shape[1])
+                traces += [{"epoch": epoch} | row for row in rows]
     labels = data.test.labels[: options.test]
     there = classify(model, variables, middle[: options.test])
     moved = np.stack([classify(model, variables, part[: options.test]) for part in shifted])
@@ -180,19 +260,45 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
         "shifted": float((moved == labels).mean()),
         "agreement": float((moved == there).mean()),
         "probes": probes,
+        "patterns": traces,
     }
 
 
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def r2(results: list[dict], padding: str, **fields) -> np.ndarray:
-    """Returns R2 of one readout, by seed; `fields` select it among the probes of a network."""
+class Curve(NamedTuple):
+    """What is followed over the epochs, by stage: a field of a network's probes or patterns."""
+
+    title: str
+    kind: str
+    name: str
+    fields: dict
+
+
+READ = Curve("test images", "probes", "r2", {"target": "H", "data": "natural"})
+READ_BLACK = Curve("a black image", "probes", "r2", {"target": "H", "data": "black"})
+CHANGE = Curve("change", "patterns", "mae", {})
+SHARED = Curve("shared change", "patterns", "shared", {})
+
+
+def by_seed(results: list[dict], padding: str, kind: str, name: str, **fields) -> np.ndarray:
+    """Returns one measurement of the networks of a padding.
+
+    - `kind`: "probes" or "patterns", among which `fields` select one of each network.
+    - `name`: the measurement's field.
+    """
     values = []
     for result in study.select(results, padding=padding):
-        (row,) = study.select(result["probes"], **fields)
-        values.append(row["r2"])
+        (row,) = study.select(result[kind], **fields)
+        values.append(row[name])
     return np.array(values)
+
+
+def traced(results: list[dict]) -> list[dict]:
+    """Returns the networks whose patterns were measured."""
+    # Networks of before have no such field.
+    return [result for result in results if result.get("patterns")]
 
 
 def tabulate_networks(results: list[dict], epochs: list[int], options) -> str:
@@ -204,7 +310,8 @@ def tabulate_networks(results: list[dict], epochs: list[int], options) -> str:
         for key in ("accuracy", "shifted", "agreement"):
             line.append(tables.spread(100 * study.values(results, key, padding=padding), 1))
         for (name, data), epoch in itertools.product(readouts, (0, epochs[-1])):
-            values = r2(results, padding, epoch=epoch, stage="all", target=name, data=data)
+            fields = {"epoch": epoch, "stage": "all", "target": name, "data": data}
+            values = by_seed(results, padding, "probes", "r2", **fields)
             line.append(tables.spread(values, 2))
         lines.append([*line, str(len(study.select(results, padding=padding)))])
     header = [
@@ -223,43 +330,84 @@ def tabulate_networks(results: list[dict], epochs: list[int], options) -> str:
     return tables.table(header, lines)
 
 
-def tabulate_stages(results: list[dict], epochs: list[int], stages: list[str]) -> str:
-    """Makes the table of R2 of H by stage and epoch."""
+def tabulate_stages(results: list[dict], epochs: list[int], curve: Curve) -> str:
+    """Makes the table of one curve by padding, stage and epoch."""
+    stages = study.unique(results[0][curve.kind], "stage")
     lines = []
     for padding, stage in itertools.product(study.unique(results, "padding"), stages):
-        readout = {"stage": stage, "target": "H", "data": "natural"}
-        values = [r2(results, padding, epoch=epoch, **readout) for epoch in epochs]
-        lines.append([padding, stage, *(tables.spread(by_seed, 2) for by_seed in values)])
+        line = [padding, stage]
+        for epoch in epochs:
+            fields = {"epoch": epoch, "stage": stage, **curve.fields}
+            values = by_seed(results, padding, curve.kind, curve.name, **fields)
+            line.append(tables.spread(values, 2))
+        lines.append(line)
     return tables.table(["padding", "stage", *(f"epoch {epoch}" for epoch in epochs)], lines)
 
 
+def draw_curve(axis, results: list[dict], *, epochs: list[int], stage: str, curve: Curve, colors):
+    """Draws the curve of every padding in one stage, with its sample standard deviation."""
+    for padding in study.unique(results, "padding"):
+        values = []
+        for epoch in epochs:
+            fields = {"epoch": epoch, "stage": stage, **curve.fields}
+            values.append(by_seed(results, padding, curve.kind, curve.name, **fields))
+        mean = np.mean(values, 1)
+        spread = tables.bar(np.transpose(values))
+        color = colors[padding]
+        axis.plot(epochs, mean, ".-", color=color, label=padding)
+        axis.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
+    axis.axhline(0, color="black", lw=0.5)
+    axis.set_title(f"{stage}, {curve.title}", fontsize=9)
+
+
 def draw(results: list[dict], epochs: list[int], stages: list[str]) -> Figure:
-    """Draws R2 of H over the epochs: a column for each stage, a row for each kind of image."""
-    figure = Figure(figsize=(2.6 * len(stages), 5), layout="constrained")
-    axes = figure.subplots(2, len(stages), sharex=True, sharey="row")
-    titles = {"natural": "test images", "black": "a black image"}
-    for axis_row, (data, title) in zip(axes, titles.items()):
+    """Draws the curves over the epochs: a column for each stage, a row for each curve."""
+    curves = [READ, READ_BLACK]
+    if traced(results):
+        curves.append(SHARED)
+    size = (2.6 * len(stages), 2.5 * len(curves))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(curves), len(stages), sharex=True, sharey="row")
+    colors = {name: f"C{number}" for number, name in enumerate(study.unique(results, "padding"))}
+    for curve, axis_row in zip(curves, axes):
+        shown = traced(results) if curve.kind == "patterns" else results
         for axis, stage in zip(axis_row, stages):
-            for number, padding in enumerate(study.unique(results, "padding")):
-                readout = {"stage": stage, "target": "H", "data": data}
-                values = np.array(
-                    [r2(results, padding, epoch=epoch, **readout) for epoch in epochs]
-                )
-                mean = values.mean(1)
-                spread = tables.bar(values.T)
-                color = f"C{number}"
-                axis.plot(epochs, mean, ".-", color=color, label=padding)
-                axis.fill_between(
-                    epochs, mean - spread, mean + spread, color=color, alpha=0.2, lw=0
-                )
-            axis.axhline(0, color="black", lw=0.5)
-            axis.set_title(f"{stage}, {title}", fontsize=9)
-        axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
-    for axis in axes[1]:
-        axis.set_xlabel("epoch")
+            # Patterns are those of single stages.
+            if curve.kind == "patterns" and stage == "all":
+                axis.set_axis_off()
+            else:
+                draw_curve(axis, shown, epochs=epochs, stage=stage, curve=curve, colors=colors)
+            axis.set_xlabel("epoch")
+            axis.label_outer()
+        if curve.kind == "probes":
+            axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
+    if traced(results):
+        axes[-1, 0].set(ylabel="shared change", ylim=(-0.1, 1))
+        # Nothing is drawn below it that would bear its label.
+        axes[-2, -1].set_xlabel("epoch")
+        axes[-2, -1].tick_params(labelbottom=True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
+
+
+def describe_patterns(results: list[dict], epochs: list[int]) -> str:
+    """Makes the report's section of patterns."""
+    networks = traced(results)
+    if not networks:
+        return "Patterns of the padding were not measured: `--photographs` was not given.\n"
+    return f"""## Pattern of the padding by stage and epoch
+
+What padding does to photographs' features, without any readout (`position_patterns`). Change is the
+mean absolute difference that it makes, relative to the features; the shared change is the part of
+its energy that all photographs have in common, from 0 to 1. Fills that move positions have none.
+
+Change:
+
+{tabulate_stages(networks, epochs, CHANGE)}
+Shared change:
+
+{tabulate_stages(networks, epochs, SHARED)}"""
 
 
 def report(results: list[dict], options) -> study.Report:
@@ -286,7 +434,8 @@ unshifted one.
 {tabulate_networks(networks, epochs, options)}
 ## R2 of H by stage and epoch
 
-{tabulate_stages(networks, epochs, stages)}
+{tabulate_stages(networks, epochs, READ)}
+{describe_patterns(networks, epochs)}
 ![R2 of H while a network is trained](training.png)
 """
     return study.Report(text, {"training.png": draw(networks, epochs, stages)})

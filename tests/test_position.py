@@ -612,6 +612,14 @@ def test_photographs_from_a_folder(tmp_path):
         photographs.crops(paths, 7, 21, 0)
     with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
         photographs.split(paths[:2], (1, 1, 1), 0)
+    halves = np.zeros((10, 40, 3), np.uint8)
+    halves[:, 20:] = 200
+    PIL.Image.fromarray(halves).save(tmp_path / "halves.png")
+    # The middle 10x10 px, twice as large.
+    (square,) = photographs.fit_squares([tmp_path / "halves.png"], 20)
+    assert square.shape == (20, 20, 3)
+    assert set(square[:, :6].ravel()) == {0}
+    assert set(square[:, 14:].ravel()) == {200}
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8 torn")
     with pytest.raises(ValueError, match=r"torn.jpg is not a readable image"):
         photographs.image_size(tmp_path / "torn.jpg")

@@ -90,6 +90,9 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
     variables, size = variables_of(model), 40
     least = patterns.margin(model, "layer4", size)
     assert least == 8  # layer4 sees 8 pixels either side, and its stride is 4
+    # layer2 alone needs 1 pixel, layer3 with its stride of 2 needs 2.
+    common = [patterns.common_margin(model, STAGES[:count], size) for count in (1, 2, 3)]
+    assert common == [1, 2, 8]
     delta = differences(model, variables, images(size + 2 * least), size, "zeros")
     for stage, d in delta.items():
         field = receptive_fields(model, (stage,))[0][0]

@@ -1,7 +1,9 @@
 """Position in trained networks, and what moves it: the canvases, windows, regressions and heads are
 what they say; every report is whole."""
 
+import argparse
 import functools
+import itertools
 import json
 
 import forked
@@ -182,6 +184,83 @@ def test_shifted_windows_show_what_lies_beside_the_middle():
         )
 
 
+def save_photographs(folder, *levels):
+    """Saves a gray photograph of each level."""
+    folder.mkdir()
+    for level in levels:
+        pixels = np.full((30, 40 + level, 3), level, np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{level:03}.png")
+    return sorted(folder.iterdir())
+
+
+def test_photographs_have_the_margin_that_a_network_needs(tmp_path):
+    # conv2 sees 2 px beside its own, and its stride is 2.
+    model = SmallConvNet(input_shape=(72, 72, 3), layers=((8, 1), (16, 2)))
+    paths = save_photographs(tmp_path / "photographs", 10, 20, 30)
+    context = position_training.draw_photographs(model, paths, 0, 3)
+    # 6 px are a multiple of the margin of 2 px, and of the pixels of 3 px.
+    assert context.shape == (3, 72 + 12, 72 + 12, 3)
+    assert sorted(context[:, 0, 0, 0]) == [10, 20, 30]
+    np.testing.assert_array_equal(context[:, ::3, ::3].repeat(3, 1).repeat(3, 2), context)
+    drawn = [position_training.draw_photographs(model, paths, seed, 3) for seed in range(5)]
+    assert len({tuple(images[:, 0, 0, 0]) for images in drawn}) > 1
+
+
+def test_zeros_leave_a_pattern_and_a_border_that_goes_on_as_the_photograph_leaves_none():
+    model = SmallConvNet(input_shape=(24, 24, 3), layers=((4, 1), (8, 2)))
+    variables = quick.variables(model)
+    # Constant photographs go on as replication has it; nearly alike, they share what zeros do.
+    context = np.full((2, 28, 28, 3), 90, np.uint8)
+    context[1] += 1
+    rows = {}
+    for padding in ("zeros", "replicate"):
+        rows[padding] = position_training.trace(
+            model.clone(padding=padding), variables, context, 24
+        )
+        assert [row["stage"] for row in rows[padding]] == ["conv1", "conv2"]
+    for zeros, replicate in zip(rows["zeros"], rows["replicate"]):
+        assert zeros["mae"] > 0.01
+        assert zeros["shared"] == pytest.approx(1, abs=0.01)
+        assert replicate["mae"] < 1e-6
+
+
+def network_of(padding, seed, **fields):
+    """Makes the result of a network with one stage, whose R2 rises by its seed."""
+    probes = []
+    for epoch, stage, name, data in itertools.product(
+        (0, 1), ("conv1", "all"), ("H", "V"), ("natural", "black")
+    ):
+        row = {"epoch": epoch, "stage": stage, "target": name, "data": data}
+        probes.append(row | {"spc": 0.5, "r2": 0.2 + 0.1 * seed + 0.3 * epoch})
+    scores = {"accuracy": 0.5, "shifted": 0.4, "agreement": 0.6, "probes": probes}
+    return {"part": "network", "padding": padding, "seed": seed} | scores | fields
+
+
+def test_patterns_stand_beside_the_readout_and_results_without_them_are_reported():
+    image = {"part": "image", "padding": "", "seed": 0}
+    image["probes"] = [{"target": "H", "data": "natural", "r2": 0.0}]
+    options = argparse.Namespace(network="", enlarge=1, train=100, epochs=1)
+    before = [image, *(network_of("zeros", seed) for seed in (0, 1))]
+    text, figures = position_training.report(before, options)
+    assert "Patterns of the padding were not measured" in text
+    assert len(figures["training.png"].axes) == 4
+
+    traces = []
+    for epoch in (0, 1):
+        row = {"epoch": epoch, "stage": "conv1", "mae": 0.1 + epoch, "shared": 0.6 - 0.2 * epoch}
+        traces.append(row)
+    results = [image]
+    for seed in (0, 1):
+        results.append(network_of("zeros", seed, patterns=traces))
+        results.append(network_of("none", seed, patterns=[]))
+    text, figures = position_training.report(results, options)
+    assert "| zeros | conv1 | 0.25 ± 0.07 | 0.55 ± 0.07 |" in text
+    assert "| zeros | conv1 | 0.10 ± 0.00 | 1.10 ± 0.00 |" in text
+    assert "| zeros | conv1 | 0.60 ± 0.00 | 0.40 ± 0.00 |" in text
+    assert text.count("| none | conv1 |") == 1
+    assert len(figures["training.png"].axes) == 6
+
+
 def run(module, *arguments, **changes):
     """Runs an experiment that is made smaller by `changes` of its module."""
     return forked.run(module.__name__, *arguments, flags=quick.FLAGS, changes=changes)
@@ -209,7 +288,15 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
     assert "| zeros | " in (tmp_path / "report.md").read_text()
     assert (tmp_path / "training.png").stat().st_size > 1000
 
-    # A finished network is not probed again, which would fail here.
+    # A finished network is not probed again, which would fail here. Nor is one that was finished
+    # before patterns were measured.
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("photographs") is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for path in (tmp_path / "points").glob("part=network*"):
+        point = json.loads(path.read_text())
+        assert point.pop("patterns") == []
+        path.write_text(json.dumps(point))
     changes["probe"] = None
     assert run(position_training, *arguments, 1, **changes).returncode == 0
     failed = run(position_training, *arguments, 2, **changes)
@@ -237,11 +324,20 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
         given += ("--seeds", 1, "--network", f"{path}:{network}", "--workdir", workdir)
         return run(position_training, *given, *arguments, _PROBE=(16, 4, 8))
 
-    done = probe("tiny", tmp_path / "a", "--paddings", "random")
+    photographs = tmp_path / "photographs"
+    save_photographs(photographs, 10, 20)
+    patterns = ("--photographs", photographs)
+    done = probe("tiny", tmp_path / "a", "--paddings", "random", "none", *patterns)
     assert done.returncode == 0, done.stderr
-    probes = json.loads((tmp_path / "a" / "training.json").read_text())[1]["probes"]
-    assert {entry["stage"] for entry in probes} == {"conv1", "conv2", "all"}
-    assert "tiny" in (tmp_path / "a" / "report.md").read_text()
+    _, network, unpadded = json.loads((tmp_path / "a" / "training.json").read_text())
+    assert {entry["stage"] for entry in network["probes"]} == {"conv1", "conv2", "all"}
+    traces = [(row["epoch"], row["stage"]) for row in network["patterns"]]
+    assert traces == [(0, "conv1"), (0, "conv2"), (1, "conv1"), (1, "conv2")]
+    assert all(row["mae"] > 0 for row in network["patterns"])
+    assert unpadded["patterns"] == []
+    text = (tmp_path / "a" / "report.md").read_text()
+    assert "tiny" in text
+    assert "Shared change:" in text
 
     done = probe("narrow", tmp_path / "c", "--paddings", "none", "--enlarge", 2)
     assert done.returncode == 0, done.stderr
@@ -249,6 +345,12 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
     done = probe("narrow", tmp_path / "b", "--paddings", "zeros", "none")
     assert done.returncode == 2
     assert "the image is too small for this network" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+    (photographs / "020.png").unlink()
+    done = probe("narrow", tmp_path / "b", "--paddings", "zeros", *patterns)
+    assert done.returncode == 2
+    assert "photographs: 1 is too few to find what they share" in done.stderr
     assert not (tmp_path / "b").exists()
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 # Pillow warns of a decompression bomb and then decodes it; here it is an error.
 warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
@@ -305,6 +306,26 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
             left = rng.integers(0, width - size + 1)
             out[i] = image[top : top + size, left : left + size]
     return out
+
+
+def fit_squares(paths: list[pathlib.Path], side: int) -> np.ndarray:
+    """Scale photographs, up if need be, and cut their middles to squares.
+
+    Args:
+      paths: the photographs.
+      side: the squares' side in pixels.
+
+    Returns:
+      uint8 [n, side, side, 3].
+
+    Raises:
+      ValueError: as `open_rgb`.
+    """
+    squares = np.empty((len(paths), side, side, 3), np.uint8)
+    for number, path in enumerate(paths):
+        square = PIL.ImageOps.fit(open_rgb(path), (side, side), PIL.Image.Resampling.BICUBIC)
+        squares[number] = np.asarray(square)
+    return squares
 
 
 def synthetic(

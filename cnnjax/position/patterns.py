@@ -27,6 +27,7 @@ __all__ = [
     "Strength",
     "Window",
     "asymmetry",
+    "common_margin",
     "features",
     "features_inside",
     "margin",
@@ -69,6 +70,21 @@ def margin(model: Network, stage: str, size: int) -> int:
         for step, n, high in zip(field.step, positions, field.high)
     ]
     return -(-max(before + after) // field.step[0]) * field.step[0]
+
+
+def common_margin(model: Network, stages: Sequence[str], size: int) -> int:
+    """Finds the least margin that is wide enough for several stages.
+
+    It is a multiple of the last one's stride, and so of every stage's.
+
+    - `stages`: names of stages, the deepest last.
+    - `size`: side of the crop in pixels.
+
+    Returns pixels. Raises `ValueError` if there is no such stage.
+    """
+    widest = max(margin(model, stage, size) for stage in stages)
+    step = receptive_field(model, stages[-1]).step[0]
+    return -(-widest // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages"))
