@@ -160,6 +160,23 @@ def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     }
 
 
+def half_strides(trained: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns masks [9, 9] of the inner places that are between strides along one axis alone.
+
+    Along it they are an odd number of half strides from the trained place, along the other a whole
+    number of strides.
+    """
+    rows, columns = np.indices((PLACES, PLACES))
+    inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
+    steps = _STRIDE // _STEP
+    off_rows = (rows - trained[0]) % steps != 0
+    off_columns = (columns - trained[1]) % steps != 0
+    return {
+        "half a stride up or down": inside & off_rows & ~off_columns,
+        "half a stride to the side": inside & off_columns & ~off_rows,
+    }
+
+
 def summarize(result: dict) -> dict[str, float]:
     """Returns the numbers of a network's map, in percent, by their headings."""
     accuracies = 100 * np.array(result["accuracies"])
@@ -186,6 +203,45 @@ def tabulate(results: list[dict]) -> str:
         cells = [tables.spread(study.values(numbers, name), 1) for name in numbers[0]]
         lines.append([*fields.values(), *cells, str(len(numbers))])
     return tables.table(["trained at", "sampling", "padding", *numbers[0], "n"], lines)
+
+
+def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
+    """Tabulates differences between every two samplings or paddings, paired by seed.
+
+    - `axis`: "sampling" or "padding".
+    - `kind`: the places that are compared, as in `summarize`.
+    """
+    fixed = "padding" if axis == "sampling" else "sampling"
+    pairs = list(itertools.combinations(study.unique(results, axis), 2))
+    lines = []
+    for place, choice in itertools.product(
+        study.unique(results, "place"), study.unique(results, fixed)
+    ):
+        line = [place, choice]
+        means = {}
+        for name in study.unique(results, axis):
+            networks = study.select(results, **{"place": place, fixed: choice, axis: name})
+            means[name] = np.array([summarize(network)[kind] for network in networks])
+        for first, second in pairs:
+            line.append(tables.interval(means[second] - means[first], 1, "+"))
+        lines.append(line)
+    headings = [f"{second} - {first}" for first, second in pairs]
+    return tables.table(["trained at", fixed, *headings], lines)
+
+
+def tabulate_half_strides(results: list[dict]) -> str:
+    """Tabulates what half a stride costs along each axis, paired by seed."""
+    lines = []
+    for fields in groups_of(results):
+        trained = TRAINED[fields["place"]]
+        maps = 100 * study.values(results, "accuracies", **fields)
+        line = list(fields.values())
+        for mask in half_strides(trained).values():
+            losses = maps[:, *trained] - maps[:, mask].mean(1)
+            line.append(tables.interval(losses, 1))
+        lines.append([*line, str(len(maps))])
+    masks = half_strides(TRAINED["center"])
+    return tables.table(["trained at", "sampling", "padding", *masks, "n"], lines)
 
 
 def draw(results: list[dict]) -> Figure:
@@ -224,6 +280,23 @@ digits, the same at every place; mean ± sample standard deviation over n seeds,
 and their order. "Lowest" and "deviation over places" are those of a network's own map.
 
 {tabulate(results)}
+## Differences
+
+Points of accuracy between two networks of one seed: mean ± half of the 95 % interval (Student's t).
+Intervals are not corrected for their number.
+
+Between samplings, elsewhere:
+
+{tabulate_differences(results, "sampling", "elsewhere")}
+Between samplings, at other places, inside:
+
+{tabulate_differences(results, "sampling", "other places, inside")}
+Between paddings, whole strides away at the border:
+
+{tabulate_differences(results, "padding", "whole strides away, border")}
+Points that inner places lose to the trained one if they are half a stride off along one axis:
+
+{tabulate_half_strides(results)}
 ![Accuracy by place; a cross marks the trained one](places.png)
 """
     return study.Report(text, {"places.png": draw(results)})

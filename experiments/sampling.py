@@ -169,14 +169,6 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def interval(values: np.ndarray, digits: int, sign: str = "") -> str:
-    """Formats the mean and half of its 95 % interval; one value has none."""
-    text = f"{values.mean():{sign}.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {tables.half_width(values):.{digits}f}"
-    return text
-
-
 def tabulate(results: list[dict]) -> str:
     header = ["network", "sampling", "padding", *(heading for _, heading, _, _ in COLUMNS), "n"]
     lines = []
@@ -185,7 +177,7 @@ def tabulate(results: list[dict]) -> str:
         fields = dict(zip(names, group))
         cells = []
         for name, _, factor, digits in COLUMNS:
-            cells.append(interval(factor * study.values(results, name, **fields), digits))
+            cells.append(tables.interval(factor * study.values(results, name, **fields), digits))
         lines.append([*group, *cells, str(len(study.select(results, **fields)))])
     return tables.table(header, lines)
 
@@ -206,7 +198,7 @@ def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
             here = study.values(results, name, **fields, **{axis: other})
             there = study.values(results, name, **fields, **{axis: first})
             difference = factor * (here - there)
-            cells.append(interval(difference, digits, "+"))
+            cells.append(tables.interval(difference, digits, "+"))
         lines.append([network, choice, f"{other} - {first}", *cells, str(len(difference))])
     return tables.table(header, lines)
 

@@ -101,6 +101,45 @@ def test_the_report_summarizes_each_network_s_map():
     assert line in study.tabulate(rows)
 
 
+def result_of(sampling, padding, seed, accuracies):
+    point = Point("center", sampling, padding, seed)
+    return point._asdict() | {"accuracies": accuracies.tolist()}
+
+
+def test_differences_are_paired_by_seed():
+    rows = []
+    for seed in (0, 1, 2):
+        for number, padding in enumerate(("zeros", "reflect")):
+            # Seeds differ by far more than paddings do: 2, 3 and 4 points.
+            accuracy = 0.3 + 0.2 * seed + number * (0.02 + 0.01 * seed)
+            rows.append(result_of("stride", padding, seed, np.full((PLACES, PLACES), accuracy)))
+        # Another sampling changes nothing.
+        rows.append(result_of("blur", "zeros", seed, np.full((PLACES, PLACES), 0.3 + 0.2 * seed)))
+        rows.append(result_of("blur", "reflect", seed, np.full((PLACES, PLACES), 0.5)))
+    text = study.tabulate_differences(rows, "padding", "whole strides away, border")
+    # 2.48 is half of Student's interval of three differences whose deviation is 1.
+    assert "| trained at | sampling | reflect - zeros |" in text
+    assert "| center | stride | +3.0 ± 2.5 |" in text
+    text = study.tabulate_differences(rows, "sampling", "elsewhere")
+    assert "| trained at | padding | blur - stride |" in text
+    assert "| center | zeros | +0.0 ± 0.0 |" in text
+
+
+def test_half_a_stride_is_counted_along_one_axis():
+    up, aside = study.half_strides((4, 4)).values()
+    # Rows 1, 3, 5 and 7 of the inner columns 2, 4 and 6.
+    assert up.sum() == 12
+    assert up[[1, 3, 5, 7]][:, [2, 4, 6]].all()
+    np.testing.assert_array_equal(aside, up.T)
+    accuracies = np.full((PLACES, PLACES), 0.9)
+    accuracies[1::2] -= 0.25
+    accuracies[:, 1::2] -= 0.0625
+    rows = [result_of("stride", "circular", seed, accuracies - 0.1 * seed) for seed in (0, 1)]
+    assert "| center | stride | circular | 25.0 ± 0.0 | 6.2 ± 0.0 | 2 |" in (
+        study.tabulate_half_strides(rows)
+    )
+
+
 @pytest.mark.slow
 def test_networks_are_trained_at_one_place_and_reported(
     small, tmp_path, data_dir, standard_promotion

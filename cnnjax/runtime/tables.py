@@ -41,3 +41,15 @@ def half_width(values: Sequence[float]) -> float:
         return math.inf
     deviation = np.std(values, ddof=1)
     return float(scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n))
+
+
+def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Format the mean ± half of its 95 % interval; one value has none.
+
+    Of differences paired by seed, it is the paired interval. With `sign` "+", positive means have a
+    sign, too.
+    """
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {half_width(values):.{digits}f}"
+    return text
