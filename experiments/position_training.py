@@ -330,6 +330,49 @@ def tabulate_networks(results: list[dict], epochs: list[int], options) -> str:
     return tables.table(header, lines)
 
 
+def tabulate_differences(results: list[dict], last: int, options) -> str:
+    """Tabulates what each padding adds to the first one, paired by seed."""
+    first, *others = study.unique(results, "padding")
+    read = {"epoch": last, "stage": "all", "data": "natural"}
+    lines = []
+    for padding in others:
+        line = [f"{padding} - {first}"]
+        for key in ("accuracy", "shifted", "agreement"):
+            here = study.values(results, key, padding=padding)
+            there = study.values(results, key, padding=first)
+            line.append(tables.interval(100 * (here - there), 1, "+"))
+        for name in _TARGETS:
+            here = by_seed(results, padding, "probes", "r2", target=name, **read)
+            there = by_seed(results, first, "probes", "r2", target=name, **read)
+            line.append(tables.interval(here - there, 2, "+"))
+        lines.append([*line, str(len(here))])
+    header = [
+        "padding",
+        "accuracy, %",
+        f"shifted by {_SHIFT * options.enlarge} px",
+        "same answer",
+        "R2 of H, trained",
+        "R2 of V, trained",
+        "n",
+    ]
+    return tables.table(header, lines)
+
+
+def tabulate_training(results: list[dict], last: int) -> str:
+    """Tabulates what training adds to the position in all stages, paired by network."""
+    readouts = [("H", "natural"), ("V", "natural"), ("H", "black")]
+    lines = []
+    for padding in study.unique(results, "padding"):
+        line = [padding]
+        for name, data in readouts:
+            read = {"stage": "all", "target": name, "data": data}
+            after = by_seed(results, padding, "probes", "r2", epoch=last, **read)
+            before = by_seed(results, padding, "probes", "r2", epoch=0, **read)
+            line.append(tables.interval(after - before, 2, "+"))
+        lines.append([*line, str(len(after))])
+    return tables.table(["padding", "R2 of H", "R2 of V", "H on black", "n"], lines)
+
+
 def tabulate_stages(results: list[dict], epochs: list[int], curve: Curve) -> str:
     """Makes the table of one curve by padding, stage and epoch."""
     stages = study.unique(results[0][curve.kind], "stage")
@@ -432,6 +475,15 @@ itself it is: {alone}. "Same answer" is the share of shifted images that are giv
 unshifted one.
 
 {tabulate_networks(networks, epochs, options)}
+## Differences
+
+Mean ± half of the 95 % interval (Student's t), not corrected for the number of intervals. Between
+two networks of one seed, which share weights and batches:
+
+{tabulate_differences(networks, epochs[-1], options)}
+What training adds to a network's R2:
+
+{tabulate_training(networks, epochs[-1])}
 ## R2 of H by stage and epoch
 
 {tabulate_stages(networks, epochs, READ)}

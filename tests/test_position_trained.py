@@ -261,6 +261,24 @@ def test_patterns_stand_beside_the_readout_and_results_without_them_are_reported
     assert len(figures["training.png"].axes) == 6
 
 
+def test_differences_between_paddings_and_by_training_are_paired():
+    results = []
+    for seed in (0, 1, 2):
+        # Seeds differ by far more than paddings do: 2, 3 and 4 points.
+        accuracy = 0.3 + 0.2 * seed
+        results.append(network_of("zeros", seed, accuracy=accuracy))
+        higher = accuracy + 0.02 + 0.01 * seed
+        results.append(network_of("reflect", seed, accuracy=higher, agreement=0.5))
+    options = argparse.Namespace(enlarge=2)
+    text = position_training.tabulate_differences(results, 1, options)
+    assert "| padding | accuracy, % | shifted by 8 px | same answer |" in text
+    # 2.48 is half of Student's interval of three differences whose deviation is 1.
+    line = "| reflect - zeros | +3.0 ± 2.5 | +0.0 ± 0.0 | -10.0 ± 0.0 | +0.00 ± 0.00 |"
+    assert line in text
+    text = position_training.tabulate_training(results, 1)
+    assert "| zeros | +0.30 ± 0.00 | +0.30 ± 0.00 | +0.30 ± 0.00 | 3 |" in text
+
+
 def run(module, *arguments, **changes):
     """Runs an experiment that is made smaller by `changes` of its module."""
     return forked.run(module.__name__, *arguments, flags=quick.FLAGS, changes=changes)
