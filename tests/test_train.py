@@ -548,6 +548,21 @@ def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
         train_here(tmp_path)
 
 
+def test_the_axis_of_losses_has_plain_numbers():
+    # It imports pyplot.
+    from cnnjax.train import report
+
+    history = []
+    for epoch, loss in enumerate((2.1, 0.55)):
+        entry = {"epoch": epoch, "learning_rate": 0.1, "train_loss": loss, "train_error": 0.5}
+        history.append(entry)
+    figure = report._curves_figure(history)
+    figure.draw_without_rendering()
+    labels = {label.get_text() for label in figure.axes[0].get_yticklabels(which="both")}
+    assert {"0.6", "1", "2"} <= labels
+    report.plt.close(figure)
+
+
 @pytest.mark.slow
 def test_events_and_curves_appear_while_a_run_goes_on(monkeypatch, tmp_path):
     """An epoch's events are in the file when the next epoch begins."""

@@ -40,6 +40,16 @@ def paint(masks: np.ndarray) -> np.ndarray:
     return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
 
 
+class _PlainLogFormatter(LogFormatter):
+    """Writes 0.6 where `LogFormatter` writes 6e-01, at the same ticks.
+
+    The default of logarithmic axes typesets powers of ten, which takes most of a figure's time.
+    """
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _curves_figure(history: list[dict]):
     """Loss, error and learning rate by epoch."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3), gridspec_kw={"wspace": 0.45})
@@ -51,9 +61,8 @@ def _curves_figure(history: list[dict]):
         axis.set_ylabel(kind)
         axis.set_yscale("log" if kind == "loss" else "linear")
         axis.legend(fontsize=8)
-    # Numbers as 6e-01: the default's typeset powers of ten take most of the figure's time.
-    axes[0].yaxis.set_major_formatter(LogFormatter())
-    axes[0].yaxis.set_minor_formatter(LogFormatter())
+    axes[0].yaxis.set_major_formatter(_PlainLogFormatter())
+    axes[0].yaxis.set_minor_formatter(_PlainLogFormatter())
     axes[1].set_ylim(bottom=0)
     axes[2].plot(
         epochs, [entry["learning_rate"] for entry in history], color="black", drawstyle="steps-post"
