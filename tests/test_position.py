@@ -608,7 +608,7 @@ def test_photographs_from_a_folder(tmp_path):
     images = photographs.crops(paths, 7, 20, 0)
     assert images.shape == (7, 20, 20, 3)
     assert [int(image[0, 0, 0]) for image in images] == [0, 10, 20, 30, 40, 0, 10]
-    with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than image_size=21"):
+    with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than size=21"):
         photographs.crops(paths, 7, 21, 0)
     with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
         photographs.split(paths[:2], (1, 1, 1), 0)

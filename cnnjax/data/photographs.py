@@ -300,7 +300,7 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
         image = read_image(path)
         height, width = image.shape[:2]
         if min(height, width) < size:
-            raise ValueError(f"{path} is {height}x{width}, smaller than image_size={size}")
+            raise ValueError(f"{path} is {height}x{width}, smaller than size={size}")
         for i in range(number, count, len(paths)):
             top = rng.integers(0, height - size + 1)
             left = rng.integers(0, width - size + 1)
