@@ -1,5 +1,5 @@
-"""What many tests use: programs that compile quickly, variables without an initialization, and the
-exit code of a command.
+"""What many tests use: programs that compile quickly, variables without an initialization, random
+numbers of few operations, and the exit code of a command.
 
 The tests' own process compiles quickly (conftest.py): XLA's own optimization of a program stays,
 and LLVM's is left out. `optimized` is jax.jit as users have it, for tests of the compiled program
@@ -7,6 +7,7 @@ itself; commands without `FLAGS` are for what users' programs compute to the bit
 """
 
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jaxlib
 import numpy as np
+from jax.extend.random import define_prng_impl
 
 from cnnjax import weights
 
@@ -66,6 +68,35 @@ def variables(model, image=None, *arguments, **options) -> dict:
     )
     # jnp.asarray would compile a program for each shape.
     return jax.device_put(jax.tree.map_with_path(draw, shapes))
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """Spreads every bit over all 32 (the end of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def _random_bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
+    count = jax.lax.iota(np.uint32, math.prod(shape)).reshape(shape)
+    return _mix(_mix(count) + key[0]).astype(f"uint{width}")
+
+
+# jax's own generator takes some three hundred operations for each array that is drawn.
+_HASH = define_prng_impl(
+    key_shape=(1,),
+    seed=lambda seed: _mix(seed.astype(np.uint32))[None],
+    split=lambda key, shape: _random_bits(~key, 32, (*shape, 1)),
+    random_bits=_random_bits,
+    fold_in=lambda key, data: _mix(key * np.uint32(31) + data),
+    name="hash",
+    tag="hash",
+)
+
+
+def key(seed: int) -> jax.Array:
+    """A key for initializations: its numbers are random enough for means, variances and ranges."""
+    return jax.random.key(seed, impl=_HASH)
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

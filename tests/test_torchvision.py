@@ -171,7 +171,7 @@ def test_initialization_has_torchvisions_distributions(name):
     model = create_model(name)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
-    variables = jax.jit(lambda key: model.init(key, image))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, image))(quick.key(0))
     flat = flax.traverse_util.flatten_dict(variables)
     paths = weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
@@ -215,7 +215,7 @@ def test_squeezenet_with_real_weights(data_dir):
 
 @pytest.mark.slow
 def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
-    """A linear probe on 400 images is far better with real weights than with random ones."""
+    """A linear probe on 200 images is far better with real weights than with random ones."""
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
         weights.load_torchvision(file, create_model("mobilenet_v2"))
@@ -228,9 +228,9 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path):
             "--workdir",
             str(tmp_path),
             "--train",
-            "400",
+            "200",
             "--test",
-            "400",
+            "200",
             "--repeats",
             "1",
         ]
