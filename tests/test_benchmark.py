@@ -138,9 +138,8 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 
 
 @pytest.mark.slow
-def test_two_processes_take_turns_and_agree(monkeypatch):
+def test_two_processes_take_turns_and_agree():
     """The protocol on one small layer; utilization and ratios follow from the times."""
-    monkeypatch.setitem(turns.SIDES, "layers", ("cnnjax", "stock"))
     facts, times = turns.measure("layers", ("cnnjax", "stock"), "lenet.conv1", 128, 2)
     rows = turns.rows_of("layers", "lenet.conv1", 128, 1e9, facts, times)
     assert [(row["pass"], row["side"]) for row in rows] == [
@@ -167,9 +166,13 @@ def test_sides_that_differ_or_fail_are_refused(capfd):
     [
         (["gpu"], "gpu compares with PyTorch, which cannot be imported"),
         (
-            ["cpu", "--only", "vgg16"],
-            "only='vgg16' is not one of tutorial_net, lenet, convnet, resnet18, mobilenet_v2",
+            ["cpu", "--only", "vgg99"],
+            "only='vgg99' is not one of tutorial_net, lenet, convnet, resnet18, mobilenet_v2",
         ),
+        (["cpu", "--sides", "cnnjax", "tf"], "sides='tf' is not one of cnnjax, stock, torch,"),
+        (["cpu", "--sides", "stock", "cnnjax"], "cnnjax comes first, and another is compared"),
+        (["layers", "--sides", "cnnjax"], "sides=['cnnjax']: cnnjax comes first, and another"),
+        (["seeds", "--sides", "cnnjax"], "sides='cnnjax' is not one of nothing: seeds has no"),
         (["seeds", "--rounds", "0"], "argument --rounds: '0' is not a whole number of at least 1"),
     ],
 )
@@ -179,6 +182,17 @@ def test_the_command_says_in_one_line_why_not(arguments, message, tmp_path, monk
     error = capsys.readouterr().err
     assert "error: " in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
     assert message in error
+
+
+@pytest.mark.parametrize(
+    "library, reason", [("/nowhere/libdnnl.so", "cannot open"), ("libm.so.6", "does not export")]
+)
+def test_a_library_that_is_not_onednn_is_refused(library, reason, monkeypatch, capsys):
+    monkeypatch.setenv("ONEDNN_LIBRARY", library)
+    assert quick.exit_code(benchmark.main, ["layers", "--sides", "cnnjax", "oneDNN"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and reason in error
+    assert f"ONEDNN_LIBRARY='{library}' cannot be loaded as oneDNN: " in error
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Benchmarks in which every side is measured in the same run.
 
     python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds,input} [--workdir FOLDER] [--rounds 9]
-        [--only NAME ...] [--configurations 64] [--photographs FOLDER]
+        [--only NAME ...] [--sides SIDE ...] [--configurations 64] [--photographs FOLDER]
 
 cpu     forward pass, training step (one call) and training (many steps in one call, where the
         side can: cnnjax) of five networks: cnnjax, the same networks on jax's own operations and
@@ -18,10 +18,13 @@ input   images a second that streams decode from JPEGs of 500 x 375, with severa
         processes, against Pillow in a loop, PyTorch's DataLoader (where it is installed) and
         ResNet-50's training step on this device
 
-The first three need PyTorch and torchvision. Each of their sides is a process of its own, since
-the flags of a process cannot be changed; the processes take turns, so that a drift of the
-machine's speed meets all of them. Inputs are random numbers, except those of `input`. Writes
-report.md and benchmark.json.
+Each side of the first three is a process of its own, since the flags of a process cannot be
+changed; the processes take turns, so that a drift of the machine's speed meets all of them.
+PyTorch's sides need PyTorch and torchvision. `--sides` chooses among them, and `cpu` and `layers`
+then have one more: oneDNN, which is cnnjax with the convolutions of that library. The environment
+variable ONEDNN_LIBRARY names its file (libdnnl.so.3). Under `cpu`, `--only` takes any other
+network too, in batches of 8. Inputs are random numbers, except those of `input`. Writes report.md
+and benchmark.json.
 """
 
 import importlib.metadata
@@ -30,7 +33,15 @@ import pathlib
 import shutil
 import sys
 
-from cnnjax.benchmark.cases import LAYERS, NETWORKS, SIDES
+from cnnjax.benchmark.cases import (
+    BATCH,
+    LAYERS,
+    MORE_SIDES,
+    NETWORKS,
+    ONEDNN_LIBRARY,
+    SIDES,
+    SPECIFICATIONS,
+)
 from cnnjax.data import photographs
 from cnnjax.runtime import backend, command, tables, workdir
 
@@ -38,32 +49,61 @@ WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
 
 
-def check(what: str, only: list[str]) -> None:
+def check(what: str, only: list[str], sides: list[str]) -> None:
     """Checks arguments, and that every side can be measured: one side's numbers say nothing.
 
     Raises `ValueError`.
     """
-    names = LAYERS if what == "layers" else NETWORKS.get(what, ())
+    names = _choices(what)
     for name in only:
         if name not in names:
             choices = ", ".join(names) or f"nothing: {what} has no parts to choose from"
             raise ValueError(f"only={name!r} is not one of {choices}")
-    if what not in SIDES:
-        return
+    known = (*SIDES.get(what, ()), *MORE_SIDES.get(what, ()))
+    for side in sides:
+        if side not in known:
+            choices = ", ".join(known) or f"nothing: {what} has no sides to choose from"
+            raise ValueError(f"sides={side!r} is not one of {choices}")
+    if len(set(sides)) == 1 or (sides and sides[0] != "cnnjax"):
+        raise ValueError(f"sides={sides}: cnnjax comes first, and another is compared with it")
+    sides = sides or [*SIDES.get(what, ())]
+    if "oneDNN" in sides:
+        _check_library(os.environ.get(ONEDNN_LIBRARY, ""))
+    if any(side.startswith("torch") for side in sides):
+        _check_torch(what, only)
+    compiler = os.environ.get("CXX", "g++")
+    if "torch.compile" in sides and what == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"cpu compares with torch.compile, which needs a C++ compiler; {compiler!r} is not "
+            "found: install g++, or set CXX"
+        )
+
+
+def _choices(what: str) -> tuple[str, ...]:
+    """Returns what can be measured: layers, or networks, those measured by default first."""
+    if what == "layers":
+        return tuple(LAYERS)
+    if what == "cpu":
+        from cnnjax.models import list_models
+
+        return tuple(dict.fromkeys((*NETWORKS["cpu"], *list_models())))
+    return tuple(NETWORKS.get(what, ()))
+
+
+def _check_torch(what: str, only: list[str]) -> None:
     try:
         import torch
-        import torchvision  # noqa: F401  (its networks are built in the sides' processes)
+        import torchvision
     except (ImportError, RuntimeError) as error:  # RuntimeError: builds that do not fit each other
         raise ValueError(
             f"{what} compares with PyTorch, which cannot be imported ({error}): "
             "pip install torch torchvision"
         ) from error
-    compiler = os.environ.get("CXX", "g++")
-    if what == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(
-            f"cpu compares with torch.compile, which needs a C++ compiler; {compiler!r} is not "
-            "found: install g++, or set CXX"
-        )
+    for name in only if what == "cpu" else ():
+        if name not in SPECIFICATIONS and not hasattr(torchvision.models, name):
+            raise ValueError(
+                f"only={name!r}: torchvision has no such network; --sides cnnjax stock measures it"
+            )
     if what == "gpu":
         import jax
 
@@ -72,6 +112,17 @@ def check(what: str, only: list[str]) -> None:
                 f"gpu needs a GPU that both sides see: jax runs on {jax.default_backend()!r}, "
                 f"torch.cuda.is_available() is {torch.cuda.is_available()}"
             )
+
+
+def _check_library(path: str) -> None:
+    from cnnjax.benchmark import onednn
+
+    try:
+        onednn.load(path)
+    except OSError as error:
+        raise ValueError(
+            f"{ONEDNN_LIBRARY}={path!r} cannot be loaded as oneDNN: {error}"
+        ) from error
 
 
 # ------------------------------------------------------------------ tables
@@ -116,7 +167,7 @@ def _network_cells(row: dict) -> list[str]:
 
 def _layers_table(rows: list[dict]) -> str:
     """Makes a table with a line for each pass of a layer and a column for each side."""
-    sides = SIDES["layers"]
+    sides = tuple(dict.fromkeys(row["side"] for row in rows))
     headings = [
         "convolution",
         "pass",
@@ -144,15 +195,15 @@ def _layers_table(rows: list[dict]) -> str:
 # ------------------------------------------------------------------ benchmarks
 
 
-def compare_sides(what: str, rounds: int, only: list[str], save) -> None:
+def compare_sides(what: str, rounds: int, only: list[str], sides: list[str], save) -> None:
     """Measures networks or layers one by one, and saves the table after each."""
     from cnnjax.benchmark import turns
 
     cases = LAYERS if what == "layers" else NETWORKS[what]
     rows: list[dict] = []
     for name in only or cases:
-        batch = LAYERS[name].batch if what == "layers" else NETWORKS[what][name]
-        facts, times = turns.measure(what, SIDES[what], name, batch, rounds)
+        batch = LAYERS[name].batch if what == "layers" else NETWORKS[what].get(name, BATCH)
+        facts, times = turns.measure(what, sides or SIDES[what], name, batch, rounds)
         rows += turns.rows_of(
             what=what,
             name=name,
@@ -177,13 +228,13 @@ def _forward_flops(what: str, name: str, batch: int) -> float:
 
 def _explain(what: str, rounds: int, rows: list[dict]) -> str:
     """Says how the rows of a table were measured."""
-    import torch
-
+    versions = f"jaxlib {importlib.metadata.version('jaxlib')}"
+    if any(row["side"].startswith("torch") for row in rows):
+        versions += f", PyTorch {importlib.metadata.version('torch')}"
     peaks = [row["peak_gflop_per_s"] for row in rows]
     text = (
-        f"Median of {rounds} interleaved bursts, jaxlib {importlib.metadata.version('jaxlib')}, "
-        f"PyTorch {torch.__version__}; a ratio above 1 means that cnnjax is faster. Peak: the "
-        "fastest product of two large matrices on any side, "
+        f"Median of {rounds} interleaved bursts, {versions}; a ratio above 1 means that cnnjax is "
+        "faster. Peak: the fastest product of two large matrices on any side, "
         f"{min(peaks):,.0f} to {max(peaks):,.0f} GFLOP/s."
     )
     if what != "layers":
@@ -285,7 +336,7 @@ def run_input(rounds: int, folder: str, save) -> None:
 
 
 def _work(options, folder: pathlib.Path) -> None:
-    check(options.what, options.only)
+    check(options.what, options.only, options.sides)
     if options.what == "input":
         photographs.list_photographs(options.photographs)
     backend.start()
@@ -300,7 +351,7 @@ def _work(options, folder: pathlib.Path) -> None:
         workdir.write_json(folder / "benchmark.json", record)
 
     if options.what in SIDES:
-        compare_sides(options.what, options.rounds, options.only, save)
+        compare_sides(options.what, options.rounds, options.only, options.sides, save)
     elif options.what == "study":
         run_study(options.rounds, save)
     elif options.what == "input":
@@ -320,6 +371,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_count("rounds", 9, "turns of each side")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)"
+    )
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=[],
+        metavar="SIDE",
+        help="cnnjax and what it is compared with (default: all but oneDNN)",
     )
     parser.add_count("configurations", 64, "of seeds; 4 suffice on a CPU")
     parser.add_photographs()

@@ -5,6 +5,8 @@ Nothing here imports jax: commands and sides set its environment first.
 
 from typing import NamedTuple
 
+ONEDNN_LIBRARY = "ONEDNN_LIBRARY"  # environment variable with the path of oneDNN's library
+
 
 class Convolution(NamedTuple):
     """A convolution of square images with a square kernel."""
@@ -60,6 +62,7 @@ NETWORKS = {  # name -> images in a batch
     "cpu": {"tutorial_net": 64, "lenet": 128, "convnet": 64, "resnet18": 8, "mobilenet_v2": 8},
     "gpu": {"resnet50": 256, "vgg16": 128, "convnet": 64},
 }
+BATCH = 8  # of other networks
 LAYERS = {
     "tutorial_net.conv1": Convolution(64, 32, 3, 6, 5, 1, 0, 1),
     "lenet.conv1": Convolution(128, 28, 1, 50, 3, 1, 1, 1),
@@ -84,6 +87,9 @@ SIDES = {
     "gpu": ("cnnjax", "torch", "torch.compile"),
     "layers": ("cnnjax", "stock", "torch"),
 }
+
+# Measured if asked for: cnnjax with oneDNN's convolutions.
+MORE_SIDES = {"cpu": ("oneDNN",), "gpu": (), "layers": ("oneDNN",)}
 # A step is one call. Training takes many steps in one call where the side can, as cnnjax does
 # with data that live on the device.
 _NETWORK_PASSES = ("forward", "step", "training")

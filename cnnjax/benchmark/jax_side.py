@@ -125,9 +125,13 @@ def _make_step(model, optimizer) -> Callable:
     return step
 
 
-def layer(case: cases.Convolution, x, kernel, dy) -> dict[str, Callable]:
+def layer(
+    case: cases.Convolution, x, kernel, dy, convolution: Callable = conv
+) -> dict[str, Callable]:
     """Prepares the three passes of a convolution of NHWC images with an HWIO kernel."""
-    convolve = functools.partial(conv, stride=case.stride, padding=case.padding, groups=case.groups)
+    convolve = functools.partial(
+        convolution, stride=case.stride, padding=case.padding, groups=case.groups
+    )
     x, kernel, dy = map(jnp.asarray, (x, kernel, dy))
 
     def input_gradient(x, kernel, dy):

@@ -37,6 +37,10 @@ def layer_passes(side: str, case: cases.Convolution) -> tuple[dict[str, Callable
         from cnnjax.benchmark import torch_side
 
         passes = torch_side.layer(case, x, kernel, dy)
+    elif side == "oneDNN":
+        from cnnjax.benchmark import jax_side, onednn
+
+        passes = jax_side.layer(case, x, kernel, dy, onednn.conv)
     else:
         from cnnjax.benchmark import jax_side
 
@@ -56,7 +60,7 @@ def _network_passes(side: str, what: str, name: str, batch: int):
 
     # Stock convolutions take up to 27 times as long in a loop on the CPU; nobody trains so.
     dtype = "bfloat16" if on_gpu else "float32"
-    return jax_side.network(name, batch, dtype, looped=side == "cnnjax")
+    return jax_side.network(name, batch, dtype, looped=side != "stock")
 
 
 def _product(side: str, what: str) -> Callable:
@@ -82,6 +86,10 @@ def _start(side: str) -> contextlib.AbstractContextManager:
     from cnnjax.benchmark import jax_side
 
     jax_side.start(side)
+    if side == "oneDNN":
+        from cnnjax.benchmark import onednn
+
+        return onednn.replaced()
     return jax_side.traced(side)
 
 

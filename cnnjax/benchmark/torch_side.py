@@ -39,7 +39,10 @@ def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, d
         for _ in range(n):
             optimizer.zero_grad()
             with half():
-                loss = torch.nn.functional.cross_entropy(call(x), y)
+                outputs = call(x)
+                # Of networks with auxiliary heads, a tuple.
+                logits = getattr(outputs, "logits", outputs)
+                loss = torch.nn.functional.cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
         wait()

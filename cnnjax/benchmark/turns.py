@@ -5,8 +5,9 @@ import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 
-from cnnjax.benchmark.cases import PASSES, PRODUCT, SIDES
+from cnnjax.benchmark.cases import PASSES, PRODUCT
 
 
 class _Side:
@@ -39,7 +40,7 @@ class _Side:
 
 
 def measure(
-    what: str, sides: tuple[str, ...], name: str, batch: int, rounds: int
+    what: str, sides: Sequence[str], name: str, batch: int, rounds: int
 ) -> tuple[dict, dict]:
     """Measures a network or a layer on all sides, which take turns.
 
@@ -84,7 +85,7 @@ def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: 
     rows = []
     for key in PASSES[what]:
         passes = 3 if key in ("step", "training") else 1
-        ours = times[SIDES[what][0], key]
+        ours = times["cnnjax", key]
         for side, own_facts in facts.items():
             values = times[side, key]
             ms = statistics.median(values)
