@@ -992,6 +992,19 @@ def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stream_of_large_batches_is_closed_at_once(colors):
+    """Workers that waited for a reader of what they have left would be killed after 25 s."""
+    source = stream.Folder(colors / "train")
+    options = {"resize": 0, "train": True, "steps": range(1000), "workers": 2}
+    images = stream.batches(source, 36, 0, 224, **options)
+    next(images)
+    time.sleep(2)  # The workers' queues are full.
+    began = time.monotonic()
+    images.close()
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_few_images_starts_no_processes(colors):
     config = lenet_digits.get_config()
     config.update({"dataset": "folder", "data_dir": str(colors), "image_size": 32, "workers": 2})

@@ -15,10 +15,11 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from multiprocessing.shared_memory import SharedMemory
 
 import grain
 import numpy as np
@@ -579,7 +580,6 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
-        stream = grain.experimental.WithOptionsIterDataset(stream, _NO_SHARED_MEMORY)
         stream = stream.mp_prefetch(processes, _start_worker)
     iterator = _closing(iter(stream), len(made), has_workers=workers > 0)
     _open.add(iterator)
@@ -587,10 +587,6 @@ def batches(
 
 
 # ------------------------------------------------------------------ worker processes
-
-# Batches come through pipes. grain frees shared memory in a thread that a program's end does not
-# wait for, and what is left then is reported as leaked.
-_NO_SHARED_MEMORY = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
 
 # Streams that may have processes under way. They are closed at exit, while the modules that closing
 # needs are still there; an iterator of grain that is torn down later complains.
@@ -609,9 +605,16 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
     Or earlier, when the iterator is let go of.
     """
     failure = None
+    shared: list[SharedMemory] = []
     try:
         for left in reversed(range(count)):
             batch = next(iterator)
+            if has_workers:
+                # Its arrays lie in shared memory, which must not outlive the workers. grain closes
+                # it in a thread, some time after the array is gone.
+                shared = [memory for memory in shared if memory.buf]
+                shared += [array.shm for array in batch if getattr(array, "shm", None)]
+                batch = tuple(map(np.array, batch))
             if left:
                 yield batch
     except Exception as error:
@@ -622,13 +625,26 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
     finally:
         iterator.close()
         if has_workers:
-            # grain leaves its iterators in reference cycles, each with semaphores.
+            # grain leaves its iterators in reference cycles, each with semaphores and a batch in
+            # shared memory.
             del iterator
             gc.collect()
+            _wait_until_closed(shared)
     if failure:
         raise failure
     if count:
         yield batch
+
+
+def _wait_until_closed(memories: list[SharedMemory]) -> None:
+    """Wait, for seconds at most, until grain has closed blocks of memory.
+
+    It does so in a thread that the end of a program would not wait for, and Python would report
+    them as leaked.
+    """
+    deadline = time.monotonic() + 5
+    while any(memory.buf for memory in memories) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _start_worker(index: int, count: int) -> None:
