@@ -1,8 +1,10 @@
 """Benchmark sides compute the same, tables hold what was measured, and the speedrun learns."""
 
+import concurrent.futures
 import functools
 import json
 import math
+import os
 import sys
 
 import jax
@@ -13,10 +15,10 @@ import quick
 
 from cnnjax import summary
 from cnnjax.benchmark import __main__ as benchmark
-from cnnjax.benchmark import cases, jax_side, programs, sides, turns
+from cnnjax.benchmark import cases, jax_side, onednn, programs, sides, turns
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
-from cnnjax.nn import BatchNorm, Conv, Dense, flatten, max_pool
+from cnnjax.nn import BatchNorm, Conv, Dense, conv, flatten, max_pool
 from cnnjax.train import data
 from experiments import speedrun
 
@@ -170,14 +172,17 @@ def test_sides_that_differ_or_fail_are_refused(capfd):
             "only='vgg99' is not one of tutorial_net, lenet, convnet, resnet18, mobilenet_v2",
         ),
         (["cpu", "--sides", "cnnjax", "tf"], "sides='tf' is not one of cnnjax, stock, torch,"),
-        (["cpu", "--sides", "stock", "cnnjax"], "cnnjax comes first, and another is compared"),
-        (["layers", "--sides", "cnnjax"], "sides=['cnnjax']: cnnjax comes first, and another"),
+        (["cpu", "--sides", "stock", "cnnjax"], "cnnjax comes first, and others are compared"),
+        (["layers", "--sides", "cnnjax"], "sides=['cnnjax']: cnnjax comes first, and others"),
+        (["layers", "--sides", "cnnjax", "stock", "stock"], "each named once"),
+        (["layers", "--sides", "cnnjax", "oneDNN"], "oneDNN needs ONEDNN_LIBRARY, the path of"),
         (["seeds", "--sides", "cnnjax"], "sides='cnnjax' is not one of nothing: seeds has no"),
         (["seeds", "--rounds", "0"], "argument --rounds: '0' is not a whole number of at least 1"),
     ],
 )
 def test_the_command_says_in_one_line_why_not(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    monkeypatch.delenv("ONEDNN_LIBRARY", raising=False)
     assert quick.exit_code(benchmark.main, [*arguments, "--workdir", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert "error: " in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
@@ -193,6 +198,43 @@ def test_a_library_that_is_not_onednn_is_refused(library, reason, monkeypatch, c
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and reason in error
     assert f"ONEDNN_LIBRARY='{library}' cannot be loaded as oneDNN: " in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_onednns_convolutions_are_ours(groups):
+    """Called alone, with gradients, in a loop, on two devices and from two threads."""
+    if "ONEDNN_LIBRARY" not in os.environ:
+        pytest.skip("ONEDNN_LIBRARY is not set: this test needs oneDNN's libdnnl.so.3")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 4, 17, 16, 8), np.float32))
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 8 // groups, 16), np.float32))
+
+    def check(compute):
+        """Compares what is computed with both convolutions."""
+        results = []
+        for convolution in (onednn.conv, conv):
+            convolve = functools.partial(convolution, stride=2, padding=1, groups=groups)
+            loss = lambda x, kernel, convolve=convolve: jnp.square(convolve(x, kernel)).sum()
+            results.append(compute(jax.value_and_grad(loss, (0, 1))))
+        for own, ours in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(own, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+    def descend(gradient):
+        step = lambda kernel, _: (kernel - 1e-4 * gradient(x[0], kernel)[1][1], None)
+        return jax.jit(lambda kernel: jax.lax.scan(step, kernel, None, length=20)[0])(kernel)
+
+    def threads(gradient):
+        gradient = jax.jit(gradient)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda number: gradient(x[number % 2], kernel), range(40)))
+
+    check(lambda gradient: jax.jit(gradient)(x[0], kernel))
+    check(descend)
+    check(lambda gradient: jax.pmap(gradient, in_axes=(0, None))(x, kernel))
+    check(threads)
+    with pytest.raises(TypeError, match="bfloat16 and float32: oneDNN is called for float32 only"):
+        onednn.conv(x[0].astype(jnp.bfloat16), kernel)
 
 
 @pytest.mark.slow

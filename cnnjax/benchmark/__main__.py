@@ -20,11 +20,12 @@ input   images a second that streams decode from JPEGs of 500 x 375, with severa
 
 Each side of the first three is a process of its own, since the flags of a process cannot be
 changed; the processes take turns, so that a drift of the machine's speed meets all of them.
-PyTorch's sides need PyTorch and torchvision. `--sides` chooses among them, and `cpu` and `layers`
-then have one more: oneDNN, which is cnnjax with the convolutions of that library. The environment
-variable ONEDNN_LIBRARY names its file (libdnnl.so.3). Under `cpu`, `--only` takes any other
-network too, in batches of 8. Inputs are random numbers, except those of `input`. Writes report.md
-and benchmark.json.
+`--sides` chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and
+`layers` have one more side, which is measured only if it is named: oneDNN, which is cnnjax with the
+convolutions of that library. The environment variable ONEDNN_LIBRARY names the library's file
+(libdnnl.so.3). Under `cpu`, `--only` takes every network; those that are not measured by default
+get batches of 8. Inputs are random numbers, except those of `input`. Writes report.md and
+benchmark.json.
 """
 
 import importlib.metadata
@@ -52,7 +53,7 @@ _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the 
 def check(what: str, only: list[str], sides: list[str]) -> None:
     """Checks arguments, and that every side can be measured: one side's numbers say nothing.
 
-    Raises `ValueError`.
+    `sides` is empty where nothing is compared. Raises `ValueError`.
     """
     names = _choices(what)
     for name in only:
@@ -64,9 +65,10 @@ def check(what: str, only: list[str], sides: list[str]) -> None:
         if side not in known:
             choices = ", ".join(known) or f"nothing: {what} has no sides to choose from"
             raise ValueError(f"sides={side!r} is not one of {choices}")
-    if len(set(sides)) == 1 or (sides and sides[0] != "cnnjax"):
-        raise ValueError(f"sides={sides}: cnnjax comes first, and another is compared with it")
-    sides = sides or [*SIDES.get(what, ())]
+    if sides and (sides[0] != "cnnjax" or len(sides) == 1 or len(set(sides)) < len(sides)):
+        raise ValueError(
+            f"sides={sides}: cnnjax comes first, and others are compared with it, each named once"
+        )
     if "oneDNN" in sides:
         _check_library(os.environ.get(ONEDNN_LIBRARY, ""))
     if any(side.startswith("torch") for side in sides):
@@ -117,6 +119,8 @@ def _check_torch(what: str, only: list[str]) -> None:
 def _check_library(path: str) -> None:
     from cnnjax.benchmark import onednn
 
+    if not path:
+        raise ValueError(f"oneDNN needs {ONEDNN_LIBRARY}, the path of libdnnl.so.3; it is not set")
     try:
         onednn.load(path)
     except OSError as error:
@@ -203,7 +207,7 @@ def compare_sides(what: str, rounds: int, only: list[str], sides: list[str], sav
     rows: list[dict] = []
     for name in only or cases:
         batch = LAYERS[name].batch if what == "layers" else NETWORKS[what].get(name, BATCH)
-        facts, times = turns.measure(what, sides or SIDES[what], name, batch, rounds)
+        facts, times = turns.measure(what, sides, name, batch, rounds)
         rows += turns.rows_of(
             what=what,
             name=name,
@@ -336,7 +340,8 @@ def run_input(rounds: int, folder: str, save) -> None:
 
 
 def _work(options, folder: pathlib.Path) -> None:
-    check(options.what, options.only, options.sides)
+    sides = options.sides or [*SIDES.get(options.what, ())]
+    check(options.what, options.only, sides)
     if options.what == "input":
         photographs.list_photographs(options.photographs)
     backend.start()
@@ -351,7 +356,7 @@ def _work(options, folder: pathlib.Path) -> None:
         workdir.write_json(folder / "benchmark.json", record)
 
     if options.what in SIDES:
-        compare_sides(options.what, options.rounds, options.only, options.sides, save)
+        compare_sides(options.what, options.rounds, options.only, sides, save)
     elif options.what == "study":
         run_study(options.rounds, save)
     elif options.what == "input":
@@ -370,7 +375,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_count("rounds", 9, "turns of each side")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="networks or layers (default: all)"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="networks or layers (default: the benchmark's own)",
     )
     parser.add_argument(
         "--sides",

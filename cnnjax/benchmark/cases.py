@@ -87,9 +87,8 @@ SIDES = {
     "gpu": ("cnnjax", "torch", "torch.compile"),
     "layers": ("cnnjax", "stock", "torch"),
 }
-
 # Measured if asked for: cnnjax with oneDNN's convolutions.
-MORE_SIDES = {"cpu": ("oneDNN",), "gpu": (), "layers": ("oneDNN",)}
+MORE_SIDES = {"cpu": ("oneDNN",), "layers": ("oneDNN",)}
 # A step is one call. Training takes many steps in one call where the side can, as cnnjax does
 # with data that live on the device.
 _NETWORK_PASSES = ("forward", "step", "training")

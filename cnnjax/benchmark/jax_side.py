@@ -1,4 +1,4 @@
-"""The sides that run on JAX: cnnjax, and the same networks on jax's own operations."""
+"""The sides that run on JAX: cnnjax, and the same networks on jax's or oneDNN's operations."""
 
 import functools
 import operator
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cnnjax.benchmark import cases
+from cnnjax.benchmark import cases, onednn
 from cnnjax.models import create_model
 from cnnjax.nn import conv, lowering
 
@@ -125,12 +125,13 @@ def _make_step(model, optimizer) -> Callable:
     return step
 
 
-def layer(
-    case: cases.Convolution, x, kernel, dy, convolution: Callable = conv
-) -> dict[str, Callable]:
+def layer(side: str, case: cases.Convolution, x, kernel, dy) -> dict[str, Callable]:
     """Prepares the three passes of a convolution of NHWC images with an HWIO kernel."""
     convolve = functools.partial(
-        convolution, stride=case.stride, padding=case.padding, groups=case.groups
+        onednn.conv if side == "oneDNN" else conv,
+        stride=case.stride,
+        padding=case.padding,
+        groups=case.groups,
     )
     x, kernel, dy = map(jnp.asarray, (x, kernel, dy))
 
@@ -168,4 +169,6 @@ def start(side: str) -> None:
 
 def traced(side: str):
     """Returns the context in which a side's programs are traced."""
+    if side == "oneDNN":
+        return onednn.replaced()
     return lowering(form(side))

@@ -221,14 +221,21 @@ def _kernel_dims(kernel_shape, groups) -> tuple[int, ...]:
 # ------------------------------------------------------------------ XLA
 
 
-class _Buffer(ctypes.Structure):
+class _Struct(ctypes.Structure):
+    """What most structures of the interface begin with."""
+
+    _fields_ = [("struct_size", c_size_t), ("extension", c_void_p)]
+
+
+class _Buffer(_Struct):
+    _fields_ = [("dtype", c_int), ("data", c_void_p), ("rank", c_int64), ("dims", c_void_p)]
+
+
+class _Buffers(_Struct):
     _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("dtype", c_int),
-        ("data", c_void_p),
-        ("rank", c_int64),
-        ("dims", c_void_p),
+        ("size", c_int64),
+        ("types", c_void_p),
+        ("buffers", POINTER(POINTER(_Buffer))),
     ]
 
 
@@ -236,20 +243,8 @@ class _Text(ctypes.Structure):
     _fields_ = [("ptr", c_void_p), ("len", c_size_t)]
 
 
-class _Buffers(ctypes.Structure):
+class _Attributes(_Struct):
     _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("size", c_int64),
-        ("types", c_void_p),
-        ("buffers", POINTER(POINTER(_Buffer))),
-    ]
-
-
-class _Attributes(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
         ("size", c_int64),
         ("types", c_void_p),
         ("names", c_void_p),
@@ -257,17 +252,12 @@ class _Attributes(ctypes.Structure):
     ]
 
 
-class _Version(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("extension", c_void_p),
-        ("major", c_int),
-        ("minor", c_int),
-    ]
+class _Version(_Struct):
+    _fields_ = [("major", c_int), ("minor", c_int)]
 
 
-class _Api(ctypes.Structure):
-    _fields_ = [("struct_size", c_size_t), ("extension", c_void_p), ("version", _Version)]
+class _Api(_Struct):
+    _fields_ = [("version", _Version)]
 
 
 class _Metadata(ctypes.Structure):

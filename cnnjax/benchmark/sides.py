@@ -37,14 +37,10 @@ def layer_passes(side: str, case: cases.Convolution) -> tuple[dict[str, Callable
         from cnnjax.benchmark import torch_side
 
         passes = torch_side.layer(case, x, kernel, dy)
-    elif side == "oneDNN":
-        from cnnjax.benchmark import jax_side, onednn
-
-        passes = jax_side.layer(case, x, kernel, dy, onednn.conv)
     else:
         from cnnjax.benchmark import jax_side
 
-        passes = jax_side.layer(case, x, kernel, dy)
+        passes = jax_side.layer(side, case, x, kernel, dy)
     results = [np.asarray(run(1), np.float64) for run in passes.values()]
     return passes, {"sizes": [float(np.abs(result).mean()) for result in results]}
 
@@ -86,10 +82,6 @@ def _start(side: str) -> contextlib.AbstractContextManager:
     from cnnjax.benchmark import jax_side
 
     jax_side.start(side)
-    if side == "oneDNN":
-        from cnnjax.benchmark import onednn
-
-        return onednn.replaced()
     return jax_side.traced(side)
 
 
