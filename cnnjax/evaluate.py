@@ -1,37 +1,112 @@
-"""Top-1 and top-5 accuracy of published ImageNet weights on a folder of labeled photographs.
+"""Top-1 and top-5 accuracy on a folder of labeled photographs.
 
     python -m cnnjax.evaluate resnet50 --data_dir FOLDER [--tag imagenet1k_v2] [--weights FILE]
+    python -m cnnjax.evaluate runs/mine --data_dir FOLDER
 
-Labels come from the folder:
+The first form scores published ImageNet weights, the second the network of a finished training
+run. Labels come from the folder. For a run, it has
+
+- FOLDER/CLASS/IMAGE with folders named as the run's classes, all of them or some.
+
+For ImageNet's classes, it has one of
 
 - FOLDER/CLASS/IMAGE with 1,000 class folders in ImageNet's order of names (n01440764, ...);
 - FOLDER/CLASS/IMAGE with any number of folders named by the class's number or name (0 or tench);
 - FOLDER/NUMBER_IMAGE, where every file name begins with the class's number (000_tench.jpg).
 
 Photographs are resized, cropped and normalized as the weights expect; those that are cropped
-already need `--resize 224`. They are decoded while the devices compute, and each batch is divided
-over all devices.
+already need `--resize 224` with published weights. They are decoded while the devices compute, and
+each batch is divided over all devices.
 """
 
 import argparse
-import concurrent.futures
 import logging
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cnnjax import classifier
 from cnnjax.runtime import backend, command
 from cnnjax.runtime.progress import progress
-from cnnjax.weights import Record, records
+from cnnjax.weights import records
 
 _LOG = logging.getLogger("cnnjax")
 _NUMBERED = re.compile(r"(\d{1,4})_.*", re.DOTALL)
+_NAMED = 10  # classes in an error
 
 
-def _folder_labels(folders: list[str]) -> list[int]:
+# ------------------------------------------------------------------ labels
+
+
+def list_imagenet(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
+    """Lists photographs of ImageNet's classes and their labels, int32 [n].
+
+    Raises `ValueError` if there are none or a label cannot be told.
+    """
+    from cnnjax.data import photographs
+
+    _check_folder(folder)
+    listing = photographs.list_folder(folder)
+    if listing.folders:
+        return _list_folders(folder, _imagenet_labels)
+    labels = []
+    for path in listing.images:
+        matched = _NUMBERED.fullmatch(path.name)
+        if not matched or int(matched[1]) >= len(records.imagenet_classes()):
+            raise ValueError(f"{path} does not begin with a class's number, 0 to 999, and _")
+        labels.append(int(matched[1]))
+    if not labels:
+        raise ValueError(f"data_dir={str(folder)!r} has no photographs")
+    if listing.others:
+        _LOG.info("%s: %s", folder, photographs.describe_others(listing.others))
+    return listing.images, np.array(labels, np.int32)
+
+
+def list_classes(
+    folder: pathlib.Path, classes: Sequence[str]
+) -> tuple[list[pathlib.Path], np.ndarray]:
+    """Lists photographs in folders named as the classes, and their labels, int32 [n].
+
+    Raises `ValueError` if there are none, or for a folder that is no class's.
+    """
+
+    def labels(names):
+        for name in names:
+            if name not in classes:
+                more = ", ..." if len(classes) > _NAMED else ""
+                raise ValueError(
+                    f"data_dir: the folder {name!r} is not one of the run's classes: "
+                    f"{', '.join(classes[:_NAMED])}{more}"
+                )
+        return [classes.index(name) for name in names]
+
+    _check_folder(folder)
+    return _list_folders(folder, labels)
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"data_dir={str(folder)!r} is not a folder")
+
+
+def _list_folders(
+    folder: pathlib.Path, labels: Callable[[list[str]], list[int]]
+) -> tuple[list[pathlib.Path], np.ndarray]:
+    """Lists the photographs in class folders; `labels` are those of the folders' names."""
+    from cnnjax.data import stream
+
+    source = stream.Folder(folder)
+    if source.passed_over:
+        _LOG.info("%s: %s", folder, source.passed_over)
+    of_folder = labels([*source.classes])
+    files = [path for path, _ in source.files]
+    return files, np.array([of_folder[number] for _, number in source.files], np.int32)
+
+
+def _imagenet_labels(folders: list[str]) -> list[int]:
     """Returns the class of each of a data set's folders, which come in the order of their names.
 
     Raises `ValueError` for a name that is no class's.
@@ -54,143 +129,80 @@ def _folder_labels(folders: list[str]) -> list[int]:
     return labels
 
 
-def list_labeled(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
-    """Lists a validation folder's photographs and their labels, int32 [n].
-
-    Raises `ValueError` if there are none or a label cannot be told.
-    """
-    from cnnjax.data import photographs, stream
-
-    if not folder.is_dir():
-        raise ValueError(f"data_dir={str(folder)!r} is not a folder")
-    listing = photographs.list_folder(folder)
-    if listing.folders:
-        source = stream.Folder(folder)
-        if source.passed_over:
-            _LOG.info("%s: %s", folder, source.passed_over)
-        of_folder = _folder_labels(list(source.classes))
-        files = [path for path, _ in source.files]
-        labels = [of_folder[number] for _, number in source.files]
-        return files, np.array(labels, np.int32)
-    labels = []
-    for path in listing.images:
-        matched = _NUMBERED.fullmatch(path.name)
-        if not matched or int(matched[1]) >= len(records.imagenet_classes()):
-            raise ValueError(f"{path} does not begin with a class's number, 0 to 999, and _")
-        labels.append(int(matched[1]))
-    if not labels:
-        raise ValueError(f"data_dir={str(folder)!r} has no photographs")
-    if listing.others:
-        _LOG.info("%s: %s", folder, photographs.describe_others(listing.others))
-    return listing.images, np.array(labels, np.int32)
-
-
-def _batches(files: list[pathlib.Path], record: Record, size: int) -> Iterator[np.ndarray]:
-    """Yields uint8 [size, crop, crop, 3]; the last batch may be shorter."""
-    from cnnjax.data import photographs
-    from cnnjax.weights.preprocessing import resize_and_crop
-
-    def read(path: pathlib.Path) -> np.ndarray:
-        return resize_and_crop(photographs.open_rgb(path), record)
-
-    # Pillow decodes and resizes outside Python's lock, so threads suffice.
-    with (
-        concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool,
-        progress(len(files), "photographs") as advance,
-    ):
-        for start in range(0, len(files), size):
-            images = list(pool.map(read, files[start : start + size]))
-            yield np.stack(images)
-            advance(len(images))
+# ------------------------------------------------------------------ scores
 
 
 def evaluate(
-    name: str,
-    folder: pathlib.Path,
-    *,
-    tag: str = records.V1,
-    path: str | None = None,
-    resize: int | None = None,
+    network: classifier.Classifier,
+    files: list[pathlib.Path],
+    labels: np.ndarray,
     batch_size: int = 64,
-) -> dict:
-    """Scores published weights on a folder of labeled photographs.
+) -> dict[str, float]:
+    """Scores a network on labeled photographs.
 
-    - `path`: a file to read the weights from, instead of looking for them.
-    - `resize`: pixels of the shorter side, instead of the published ones.
+    - `labels`: int32 [n], one class each.
     - `batch_size`: photographs that all devices take together.
 
-    Returns {"n": photographs, "top1": percent, "top5": percent}.
+    Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5".
     """
-    from cnnjax.train.evaluate import predict, score
+    from cnnjax.train.evaluate import score
     from cnnjax.train.parallel import Parallel
-    from cnnjax.weights import load_pretrained
 
-    record = records.find(name, tag).resized(resize)
-    files, labels = list_labeled(folder)
     parallel = Parallel()
     if batch_size % parallel.size:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {parallel.size} devices")
-    model, variables = load_pretrained(name, tag=tag, path=path)
-    moments = (np.asarray(record.mean, np.float32), np.asarray(record.std, np.float32))
-    logits = predict(
-        parallel,
-        model,
-        parallel.replicate(variables),
-        parallel.replicate(moments),
-        _batches(files, record, batch_size),
-        batch_size,
-    )
-    found = score("cross_entropy", logits, labels)
-    return {
-        "n": len(files),
-        "top1": 100 * (1 - found["error"]),
-        "top5": 100 * (1 - found["top5_error"]),
-    }
+    outputs = []
+    with progress(len(files), "photographs") as advance:
+        for logits in classifier.logits(network, files, parallel, batch_size):
+            outputs.append(logits)
+            advance(len(logits))
+    errors = score("cross_entropy", np.concatenate(outputs), labels)
+    accuracies = {"top-1": 100 * (1 - errors["error"])}
+    if "top5_error" in errors:
+        accuracies["top-5"] = 100 * (1 - errors["top5_error"])
+    return accuracies
+
+
+# ------------------------------------------------------------------ the command
 
 
 def _work(options: argparse.Namespace) -> None:
-    if pathlib.Path(options.model).expanduser().is_dir():
-        raise ValueError(
-            f"model={options.model!r} is a folder; expected a network with published weights (the "
-            "test scores of a training run are in its report.md)"
-        )
-    record = records.find(options.model, options.tag)
+    data_dir = options.data_dir.expanduser()
+    run = classifier.run_folder(options)
     backend.start()
-    found = evaluate(
-        options.model,
-        options.data_dir.expanduser(),
-        tag=options.tag,
-        path=options.weights,
-        resize=options.resize,
-        batch_size=options.batch_size,
-    )
-    print(f"{record.network} {record.tag}, {found['n']:,} photographs")
-    print(f"top-1 {found['top1']:6.2f} %   published, on 50,000: {record.top1:.3f} %")
-    print(f"top-5 {found['top5']:6.2f} %   published, on 50,000: {record.top5:.3f} %")
+    network = classifier.open_classifier(options)
+    if network.several:
+        raise ValueError(
+            f"{run} is a run whose photographs have several classes; expected one of one class each"
+        )
+    if run is None:
+        record = records.find(options.model, options.tag or records.V1)
+        title = f"{record.network} {record.tag}"
+        published = {"top-1": record.top1, "top-5": record.top5}
+        files, labels = list_imagenet(data_dir)
+    else:
+        title = str(run)
+        published = {}
+        files, labels = list_classes(data_dir, network.classes)
+    accuracies = evaluate(network, files, labels, options.batch_size)
+    print(f"{title}, {len(files):,} photographs")
+    for name, accuracy in accuracies.items():
+        line = f"{name} {accuracy:6.2f} %"
+        if name in published:
+            line += f"   published, on 50,000: {published[name]:.3f} %"
+        print(line)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.evaluate", description=__doc__)
-    parser.add_argument("model", help="a network with published weights, such as resnet50")
+    classifier.add_options(parser)
     parser.add_argument(
         "--data_dir",
         type=pathlib.Path,
         required=True,
         metavar="FOLDER",
-        help="the validation photographs",
-    )
-    parser.add_argument("--tag", default=records.V1, help="default: %(default)s")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="a .pth or safetensors file (default: found or downloaded by name)",
-    )
-    parser.add_argument(
-        "--resize",
-        type=command.whole(1),
-        metavar="PIXELS",
-        help="of the shorter side, before the crop (default: as published)",
+        help="the labeled photographs",
     )
     parser.add_argument(
         "--batch_size",

@@ -17,7 +17,9 @@ FLOORS = (
     ("data", "weights", "ridge"),
     ("transfer",),
     ("train", "position", "visualize"),
-    ("study", "main", "sweep", "combine", "summary", "predict", "evaluate", "benchmark"),
+    ("study", "main", "sweep", "combine", "summary", "benchmark"),
+    ("classifier",),
+    ("predict", "evaluate"),
 )
 
 

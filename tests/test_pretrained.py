@@ -20,7 +20,7 @@ from test_weights import numbered
 
 import cnnjax
 import configs.lenet_digits
-from cnnjax import evaluate, predict, transfer, weights
+from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.weights import __main__ as listing
@@ -435,11 +435,12 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     for number, image in enumerate(pixels):
         files.append(str(tmp_path / "folder" / f"{number}.png"))
         PIL.Image.fromarray(image[..., 0]).save(files[-1])
-    task = predict.trained(tmp_path / "run", [pathlib.Path(file) for file in files])
+    paths = [pathlib.Path(file) for file in files]
+    network = classifier.trained(tmp_path / "run")
+    np.testing.assert_array_equal([network.read(path) for path in paths], pixels)
     normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
-    np.testing.assert_allclose(task.images, normalized, atol=1e-6)
     expected = jax.nn.softmax(jax.jit(model.apply)(variables, normalized))
-    np.testing.assert_allclose(predict.probabilities(task), expected, atol=1e-5)
+    np.testing.assert_allclose([*predict.probabilities(network, paths)], expected, atol=1e-5)
 
     assert exit_code(predict.main, [str(tmp_path / "run"), *files]) == 0
     output = capsys.readouterr().out
@@ -454,7 +455,8 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run", "--resize", "224"], "weights and resize are those of the run"),
+        (["run", "--resize", "224"], "resize=224: a run has its own; leave out --resize"),
+        (["run", "--tag", "imagenet1k_v2"], "tag='imagenet1k_v2': a run has its own"),
         (["run/none"], "run/none is neither a network's name nor a run's work directory"),
         (["resnet5"], "model='resnet5' has no published ImageNet weights; did you mean resnet"),
         (["squeezenet1_1", "--resize", "8"], "resize=8 is not at least 224"),
@@ -468,15 +470,72 @@ def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeyp
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_says_where_the_scores_of_a_run_are(tmp_path, capsys):
-    assert exit_code(evaluate.main, [str(tmp_path), "--data_dir", str(tmp_path)]) == 2
-    assert "is a folder; expected a network with published weights" in capsys.readouterr().err
+def test_predict_reads_no_weights_before_it_knows_the_files(tmp_path, capsys):
+    (tmp_path / "b.jpg").write_text("no image")
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    for name, message in (("none.jpg", "No such file"), ("b.jpg", "is not a readable image")):
+        files = [str(tmp_path / "a.png"), str(tmp_path / name)]
+        assert exit_code(predict.main, ["squeezenet1_1", *files, "--weights", "none"]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and not captured.out
 
 
-def test_predict_refuses_a_run_that_labels_pixels(tmp_path):
+def test_predict_prints_what_it_has_before_a_damaged_photograph(tmp_path, monkeypatch, capsys):
+    """The header is whole, the pixels are not."""
+    finished_run(tmp_path / "run")
+    monkeypatch.setattr(predict, "_BATCH", 1)
+    names = ("a.png", "b.png", "c.png")
+    for name in names:
+        PIL.Image.new("L", (8, 8)).save(tmp_path / name)
+    damaged = tmp_path / "c.png"
+    damaged.write_bytes(damaged.read_bytes()[:45])
+    files = [str(tmp_path / name) for name in names]
+    assert exit_code(predict.main, [str(tmp_path / "run"), *files]) == 2
+    captured = capsys.readouterr()
+    assert f"{damaged} is not a readable image" in captured.err
+    assert captured.out.splitlines()[0] == files[0]
+
+
+def test_a_run_that_labels_pixels_is_refused(tmp_path):
     finished_run(tmp_path / "run", loss="pixelwise")
     with pytest.raises(ValueError, match="labels every pixel"):
-        predict.trained(tmp_path / "run", [])
+        classifier.trained(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_evaluate_scores_a_run_on_other_photographs(tmp_path, capsys):
+    """Four of six photographs are in the folder of the class that the network names."""
+    model, variables = finished_run(tmp_path / "run")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
+    labels = np.array(jax.jit(model.apply)(variables, normalized).argmax(-1))
+    labels[4:] = (labels[4:] + 1) % 10
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        folder = tmp_path / "new" / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image[..., 0]).save(folder / f"{number}.png")
+    arguments = [str(tmp_path / "run"), "--data_dir", str(tmp_path / "new")]
+    assert exit_code(evaluate.main, [*arguments, "--batch_size", "8"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{tmp_path / 'run'}, 6 photographs", "top-1  66.67 %"]
+
+
+@pytest.mark.parametrize(
+    "folder, settings, message",
+    [
+        ("cat", {}, "the folder 'cat' is not one of the run's classes: digit 0, digit 1"),
+        ("", {}, "has no images; expected"),
+        ("digit 3", {"loss": "sigmoid"}, "is a run whose photographs have several classes"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_score(folder, settings, message, tmp_path, capsys):
+    finished_run(tmp_path / "run", **settings)
+    (tmp_path / "new" / folder).mkdir(parents=True)
+    if folder:
+        (tmp_path / "new" / folder / "a.png").touch()
+    arguments = [str(tmp_path / "run"), "--data_dir", str(tmp_path / "new")]
+    assert exit_code(evaluate.main, arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -513,7 +572,7 @@ def test_labels_that_cannot_be_told_are_refused(names, message, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=message):
-        evaluate.list_labeled(tmp_path)
+        evaluate.list_imagenet(tmp_path)
 
 
 def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
@@ -521,7 +580,7 @@ def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
         folder = tmp_path / f"n{number:08}"
         folder.mkdir()
         (folder / "a.jpg").touch()
-    files, labels = evaluate.list_labeled(tmp_path)
+    files, labels = evaluate.list_imagenet(tmp_path)
     assert [file.parent.name for file in files] == [f"n{number:08}" for number in range(1000)]
     assert labels.tolist() == list(range(1000))
 
@@ -532,5 +591,5 @@ def test_files_that_evaluate_passes_over_are_told(names, tmp_path, caplog):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with caplog.at_level("INFO", "cnnjax"):
-        assert len(evaluate.list_labeled(tmp_path)[0]) == 1
+        assert len(evaluate.list_imagenet(tmp_path)[0]) == 1
     assert f"{tmp_path}: 1 file passed over: 1 .gif" in caplog.text

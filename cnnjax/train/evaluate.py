@@ -96,7 +96,7 @@ def batches_of(
     return (images[at : at + batch_size] for at in range(0, len(images), batch_size))
 
 
-def predict(
+def predict_batches(
     parallel: Parallel,
     model: Network,
     variables,
@@ -104,8 +104,8 @@ def predict(
     batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
     batch_size: int,
     output: Callable = logits,
-) -> Shaped[np.ndarray, "n ..."]:
-    """Run a frozen network over images.
+) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
+    """Run a frozen network over images, batch by batch.
 
     Args:
       parallel: how it is run; each process sees all batches.
@@ -116,15 +116,14 @@ def predict(
       batch_size: a multiple of the devices of this process.
       output: what is computed, such as `logits`, `features(stage)` or `averaged(views)`.
 
-    Returns:
-      The output of every image, in order.
+    Yields:
+      The output of every batch, in order.
     """
     compute = compiled(parallel, model, output)
-    fetched = []
     pending: tuple | None = None
 
     def fetch(output, count):
-        fetched.append(parallel.fetch_shared(output)[:count])
+        return parallel.fetch_shared(output)[:count]
 
     for images in batches:
         filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
@@ -132,11 +131,28 @@ def predict(
         computing = (compute(variables, moments, parallel.share(filled)), len(images))
         # One batch is computed while the one before is fetched.
         if pending is not None:
-            fetch(*pending)
+            yield fetch(*pending)
         pending = computing
     if pending is not None:
-        fetch(*pending)
-    return np.concatenate(fetched)
+        yield fetch(*pending)
+
+
+def predict(
+    parallel: Parallel,
+    model: Network,
+    variables,
+    moments,
+    batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
+    batch_size: int,
+    output: Callable = logits,
+) -> Shaped[np.ndarray, "n ..."]:
+    """Run a frozen network over images; arguments as `predict_batches`.
+
+    Returns:
+      The output of every image, in order.
+    """
+    outputs = predict_batches(parallel, model, variables, moments, batches, batch_size, output)
+    return np.concatenate([*outputs])
 
 
 # ------------------------------------------------------------------ scores

@@ -1,0 +1,179 @@
+"""A trained network that names what photographs show, as `predict` and `evaluate` use it.
+
+Its weights are published ones, or those of a finished training run.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnnjax.runtime import backend, command
+from cnnjax.weights import records
+
+if TYPE_CHECKING:
+    from cnnjax.models import Network
+    from cnnjax.train.parallel import Parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """A network, and how photographs are prepared for it.
+
+    - `classes`: the names of its classes.
+    - `several`: whether a photograph may have several classes.
+    - `read`: decodes, resizes and crops a file -> uint8 [height, width, channels].
+    - `moments`: the mean and standard deviation that pixels of 0 to 1 are normalized by.
+    - `load`: loads the network and its variables.
+    """
+
+    classes: tuple[str, ...]
+    several: bool
+    read: Callable[[pathlib.Path], np.ndarray]
+    moments: tuple[np.ndarray, np.ndarray]
+    load: Callable[[], tuple["Network", dict]]
+
+
+def published(
+    name: str, *, tag: str = records.V1, path: str | None = None, resize: int | None = None
+) -> Classifier:
+    """Returns a network with published weights.
+
+    - `path`: a file to read the weights from, instead of looking for them.
+    - `resize`: pixels of the shorter side, instead of the published ones.
+
+    Raises `ValueError` if there are no such weights.
+    """
+    from cnnjax.data.photographs import open_rgb
+    from cnnjax.weights import load_pretrained
+    from cnnjax.weights.preprocessing import resize_and_crop
+
+    record = records.find(name, tag).resized(resize)
+    return Classifier(
+        classes=records.imagenet_classes(),
+        several=False,
+        read=lambda file: resize_and_crop(open_rgb(file), record),
+        moments=(np.asarray(record.mean, np.float32), np.asarray(record.std, np.float32)),
+        load=lambda: load_pretrained(name, tag=tag, path=path),
+    )
+
+
+def trained(folder: pathlib.Path) -> Classifier:
+    """Returns the network of a finished training run.
+
+    Raises `ValueError` if it is none, or if it labels pixels instead of photographs.
+    """
+    from cnnjax.data.photographs import open_rgb
+    from cnnjax.data.stream import center
+    from cnnjax.train.run import open_run
+
+    run = open_run(folder)
+    if run.config.loss == "pixelwise":
+        raise ValueError(f"{folder} is a run that labels every pixel; expected one of photographs")
+    height, _, channels = run.image_shape
+    mode = "L" if channels == 1 else "RGB"
+
+    def read(file: pathlib.Path) -> np.ndarray:
+        image = center(open_rgb(file), height, run.resize)
+        return np.asarray(image.convert(mode)).reshape(run.image_shape)
+
+    return Classifier(
+        classes=run.classes,
+        several=run.config.loss == "sigmoid",
+        read=read,
+        moments=run.moments,
+        load=lambda: (run.model, run.variables),
+    )
+
+
+def logits(
+    classifier: Classifier, files: list[pathlib.Path], parallel: "Parallel", batch_size: int
+) -> Iterator[np.ndarray]:
+    """Yields the logits of photographs, [batch, classes], in order.
+
+    - `parallel`: how the network is run on the devices.
+    - `batch_size`: photographs that all devices take together.
+
+    Raises `ValueError` if a file cannot be decoded.
+    """
+    from cnnjax.train.evaluate import predict_batches
+
+    model, variables = classifier.load()
+    yield from predict_batches(
+        parallel,
+        model,
+        parallel.replicate(variables),
+        parallel.replicate(classifier.moments),
+        _batches(classifier, files, batch_size),
+        batch_size,
+    )
+
+
+def _batches(classifier: Classifier, files: list[pathlib.Path], size: int) -> Iterator[np.ndarray]:
+    """Yields uint8 [size, height, width, channels]; the last batch may be shorter."""
+    # Pillow decodes and resizes outside Python's lock, so threads suffice.
+    with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
+        for start in range(0, len(files), size):
+            yield np.stack([*pool.map(classifier.read, files[start : start + size])])
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def add_options(parser: command.Parser) -> None:
+    """Adds the network, and where its weights are."""
+    parser.add_argument(
+        "model",
+        metavar="NAME_OR_RUN",
+        help="a network with published weights, such as resnet50, or a run's work directory",
+    )
+    parser.add_argument("--tag", help=f"of published weights (default: {records.V1})")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a .pth or safetensors file (default: found or downloaded by name)",
+    )
+    parser.add_argument(
+        "--resize",
+        type=command.whole(1),
+        metavar="PIXELS",
+        help="of the shorter side, before the crop (default: as published)",
+    )
+
+
+def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
+    """Returns the work directory that the options name; None if they name a network.
+
+    Raises `ValueError` for options that a run does not take, and for a path that is no folder.
+    """
+    folder = pathlib.Path(options.model).expanduser()
+    if folder.is_dir():
+        for name in ("tag", "weights", "resize"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(options, name)!r}: a run has its own; leave out --{name}"
+                )
+        return folder
+    if folder.name != options.model:
+        raise ValueError(f"{folder} is neither a network's name nor a run's work directory")
+    return None
+
+
+def open_classifier(options: argparse.Namespace) -> Classifier:
+    """Returns the network that the options name.
+
+    Raises `ValueError` as `run_folder`, `trained` and `published`.
+    """
+    folder = run_folder(options)
+    if folder is not None:
+        return trained(folder)
+    return published(
+        options.model,
+        tag=options.tag or records.V1,
+        path=options.weights,
+        resize=options.resize,
+    )
