@@ -660,9 +660,12 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
 @pytest.mark.slow
 def test_what_is_never_passed_over(harmed, tmp_path):
     """Images of an evaluation, unreadable files, and a folder of damaged images alone."""
-    for options in ({"train": False}, {"train": False, "skip_damaged": True}, {"steps": range(6)}):
-        with pytest.raises(ValueError, match="png is not a readable image: "):
+    for options in ({"train": False}, {"train": False, "skip_damaged": True}):
+        with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
             read(harmed, **options)
+        assert "skip_damaged" not in str(evaluated.value)
+    with pytest.raises(ValueError, match="png is not a readable image: .*; skip_damaged=True"):
+        read(harmed, steps=range(6))
     shutil.copytree(harmed.files[0][0].parents[1], tmp_path / "images")
     source = stream.Folder(tmp_path / "images")
     source.files[0][0].unlink()
@@ -1028,6 +1031,7 @@ def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "is not a readable image" in line]
     assert len(lines) == 1 and lines[0].startswith(f"error: {path} is not a readable image: ")
+    assert lines[0].endswith("; skip_damaged=True trains without it")
     for noise in ("leaked", "Traceback"):
         assert noise not in done.stderr
     assert not (tmp_path / "run" / "results.json").exists()

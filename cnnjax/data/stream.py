@@ -472,7 +472,7 @@ class _TrainingBatches:
                 image, label = self.source[int(order[(place + after) % len(order)])]
             except Damaged as error:
                 if not self.skip_damaged:
-                    raise
+                    raise Damaged(f"{error}; skip_damaged=True trains without it") from error
                 last = error
             else:
                 number = -1
