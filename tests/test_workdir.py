@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import matplotlib.figure
 import pytest
 
 from cnnjax.position import report
+from cnnjax.runtime import report as footers
 from cnnjax.runtime import workdir
 
 
@@ -43,6 +45,35 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         workdir.write_json(tmp_path / "a.json", {"spc": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_environments_of_a_run_in_parts_are_all_recorded(tmp_path, monkeypatch):
+    def prepare(revision):
+        monkeypatch.setattr(workdir, "_git_revision", lambda: revision)
+        workdir.prepare(tmp_path, {"seed": 0})
+        recorded = json.loads((tmp_path / "environment.json").read_text())
+        before = [earlier["git_revision"] for earlier in recorded.get("before", [])]
+        return [*before, recorded["git_revision"]]
+
+    assert prepare("a") == ["a"]
+    # Nothing was begun: that code has computed nothing.
+    assert prepare("b") == ["b"]
+    (tmp_path / "metrics.jsonl").touch()
+    assert prepare("b") == ["b"]
+    assert prepare("c") == ["b", "c"]
+    assert prepare("c") == ["b", "c"]
+    assert prepare("d") == ["b", "c", "d"]
+    (tmp_path / "results.json").touch()
+    assert prepare("e") == ["b", "c", "d"]
+
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    text = footers.footer(footers.Finished({}, environment, {"seconds": 3}))
+    revisions = re.findall("^(An earlier part)?.*revision ([a-e])", text, re.MULTILINE)
+    assert revisions == [("", "d"), ("An earlier part", "b"), ("An earlier part", "c")]
+
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "environment.json").write_text("{ torn")
+    assert prepare("e") == ["e"]
 
 
 def test_a_directory_belongs_to_one_configuration(tmp_path):

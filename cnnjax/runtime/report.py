@@ -38,15 +38,23 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
 
 
 def footer(run: Finished) -> str:
-    """Formats a report's last section: hardware, versions, seed, revision, configuration."""
+    """Formats a report's last section: hardware, versions, seed, revision, configuration.
+
+    Parts of a run that other code or another machine computed have a paragraph each.
+    """
     environment = run.environment
+    text = f"{_describe(environment)}; seed {environment['seed']}; {run.results['seconds']} s."
+    for earlier in environment.get("before", ()):
+        text += f"\n\nAn earlier part of the run: {_describe(earlier)}."
+    return f"\n## Environment\n\n{text}\n\n```json\n{json.dumps(run.config, indent=1)}\n```\n"
+
+
+def _describe(environment: dict) -> str:
     packages = [f"{name} {version}" for name, version in environment["packages"].items()]
     devices = sorted(set(environment["devices"]))
     return (
-        "\n## Environment\n\n"
         f"{environment['backend']} ({', '.join(devices)}), {environment['cpus']} CPUs, "
         f"Python {environment['python']}, {', '.join(packages)}; "
-        f"XLA_FLAGS `{environment['xla_flags']}`; seed {environment['seed']}; "
-        f"revision {environment['git_revision'] or 'unknown'}; {run.results['seconds']} s.\n\n"
-        f"```json\n{json.dumps(run.config, indent=1)}\n```\n"
+        f"XLA_FLAGS `{environment['xla_flags']}`; "
+        f"revision {environment['git_revision'] or 'unknown'}"
     )

@@ -212,9 +212,32 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
         ) from error
     # The environment of a finished run is the one that made its results.
     if not (folder / "results.json").exists():
-        environment = {"seed": config.get("seed"), "git_revision": _git_revision()}
-        write_json(folder / "environment.json", backend.describe() | environment)
+        write_json(folder / "environment.json", _environment(folder, config))
     return folder
+
+
+def _environment(folder: pathlib.Path, config: dict) -> dict:
+    """Describe the code, the versions and the machine of this part of a run.
+
+    Those of earlier parts, where they were others, are listed under "before".
+    """
+    now = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
+    last = _recorded_environment(folder) if _is_begun(folder) else None
+    if last is None:
+        return now
+    before = last.pop("before", [])
+    if last != now:
+        before = [*before, last]
+    return now | {"before": before} if before else now
+
+
+def _recorded_environment(folder: pathlib.Path) -> dict | None:
+    """Read environment.json; None where there is none, or a damaged one."""
+    try:
+        recorded = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
 
 
 def _forget(folder: pathlib.Path) -> None:
