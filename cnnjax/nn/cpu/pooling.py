@@ -2,7 +2,6 @@
 
 import functools
 import operator
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ def _max_windows_tangent(size, stride, widths, primals, tangents):
     window = {"size": size, "stride": stride, "widths": widths}
     select = functools.partial(_select_tangents, **window)
     scatter = functools.partial(_scatter_cotangents, **window)
-    return y, linear_call(select, scatter, (x, y), *tangents, like=y)
+    return y, linear_call(select, scatter, (x,), *tangents, like=y)
 
 
 # Compiled as wholes, since outside jit `jax_debug_infs` would find the padded map.
@@ -54,21 +53,19 @@ _compiled = functools.partial(jax.jit, static_argnames=("size", "stride", "width
 
 @_compiled
 def _select_tangents(residuals, dx, *, size, stride, widths):
-    x, y = residuals
-    firsts = _first_maxima(pad_constant(x, widths, -np.inf), y, size, stride)
-    views = zip(firsts, _views(pad_constant(dx, widths, 0), size, stride))
-    return functools.reduce(operator.add, (jnp.where(first, view, 0) for first, view in views))
+    (x,) = residuals
+    first = _first_maxima(pad_constant(x, widths, -np.inf), size, stride)
+    views = _views(pad_constant(dx, widths, 0), size, stride)
+    shares = (jnp.where(first == tap, view, 0) for tap, view in enumerate(views))
+    return functools.reduce(operator.add, shares)
 
 
 @_compiled
 def _scatter_cotangents(residuals, dy, *, size, stride, widths):
-    x, y = residuals
+    (x,) = residuals
     x = pad_constant(x, widths, -np.inf)
-    tiles = all(length % step == 0 for length, step in zip(x.shape[1:3], stride))
-    if size == stride and tiles:
-        dx = _scatter_into_tiles(x, y, dy, size)
-    else:
-        dx = _scatter(x, y, dy, size, stride)
+    first = _first_maxima(x, size, stride)
+    dx = _scatter(first, dy, x.shape, size, stride)
     return (pad_constant(dx, [(-low, -high) for low, high in widths], 0),)
 
 
@@ -77,40 +74,68 @@ def _views(x, size, stride):
     return taps(x, size, window, window.output_shape(x.shape, size))
 
 
-def _first_maxima(x, y, size, stride) -> Iterator[jax.Array]:
-    """Yields for each tap the windows whose first maximum it is."""
-    found = jnp.zeros(y.shape, bool)
-    for view in _views(x, size, stride):
-        first = (view == y) & ~found
-        found |= first
-        yield first
+def _first_maxima(x, size, stride):
+    """Returns the tap of each window's first maximum, row by row, int32.
 
-
-def _scatter(x, y, dy, size, stride):
-    """Adds the shares of overlapping windows in the windows' order, as select-and-scatter does."""
-    shares = []
-    places = np.ndindex(*size)
-    for place, first in zip(places, _first_maxima(x, y, size, stride)):
-        widths = [
-            (start, length - start - (count - 1) * step - 1, step - 1)
-            for start, length, count, step in zip(place, x.shape[1:3], y.shape[1:3], stride)
-        ]
-        shares.append((jnp.where(first, dy, 0), [(0, 0, 0), *widths, (0, 0, 0)]))
-    dx = jnp.zeros(x.shape, dy.dtype)
-    for share, widths in reversed(shares):  # a later tap belongs to an earlier window
-        dx += lax.pad(share, jnp.zeros((), dy.dtype), widths)
-    return dx
-
-
-def _scatter_into_tiles(x, y, dy, size):
-    """Scatters where windows tile the map: each position asks whether it is the first maximum.
-
-    One pass over the map, 1.0 to 1.6 times faster than view by view.
+    A comparison with the maximum itself would be a pass less, but XLA may compute `x` twice and
+    round it otherwise, and then no tap would be equal.
     """
-    count = size[0] * size[1]
-    first = jnp.full(y.shape, count - 1, jnp.int32)
-    for tap, view in reversed(list(enumerate(_views(x, size, size)))):
-        first = jnp.where(view == y, tap, first)
-    own_tap = np.arange(count, dtype=np.int32).reshape(1, 1, size[0], 1, size[1], 1)
-    widen = lambda a: a[:, :, None, :, None, :]
-    return jnp.where(widen(first) == own_tap, widen(dy), 0).reshape(x.shape)
+    largest, *views = _views(x, size, stride)
+    first = jnp.zeros(largest.shape, jnp.int32)
+    for tap, view in enumerate(views, 1):
+        # As select-and-scatter, which goes on from a NaN.
+        is_larger = ~(largest >= view)
+        first = jnp.where(is_larger, tap, first)
+        largest = jnp.where(is_larger, view, largest)
+    return first
+
+
+def _scatter(first, dy, shape, size, stride):
+    """Gives each position of a map the cotangents of the windows whose first maximum it is.
+
+    The plain form is a padded copy of the cotangents for each tap of a window, and their sum. Here
+    each position asks the windows that cover it, in one pass over the map, which is 4 to 8 times
+    faster for 3x3 windows. For that the map is divided into blocks of the stride's size: of each
+    block, the windows begin in it or in one of the blocks before.
+
+    Arguments:
+    - `first`: as `_first_maxima`.
+    - `dy`: the cotangents [batch, windows down, windows across, channels].
+    - `shape`: of the map.
+    """
+    blocks = [-(-length // step) for length, step in zip(shape[1:3], stride)]
+    reach = [-(-window // step) for window, step in zip(size, stride)]
+    widths = [(r - 1, b - count) for r, b, count in zip(reach, blocks, dy.shape[1:3])]
+    widths = [(0, 0), *widths, (0, 0)]
+    first = pad_constant(first, widths, -1)
+    dy = pad_constant(dy, widths, 0)
+
+    def of_blocks(values, down, across):
+        """The values of the windows that begin so many blocks before each block."""
+        top = reach[0] - 1 - down
+        left = reach[1] - 1 - across
+        cut = values[:, top : top + blocks[0], left : left + blocks[1]]
+        return cut[:, :, None, :, None, :]
+
+    dx = jnp.zeros((), dy.dtype)
+    # The windows in their order, as select-and-scatter adds them.
+    for down in reversed(range(reach[0])):
+        for across in reversed(range(reach[1])):
+            own_tap = _taps_of_block(size, stride, down, across)
+            is_first = of_blocks(first, down, across) == own_tap
+            dx += jnp.where(is_first, of_blocks(dy, down, across), 0)
+    batch, height, width, channels = shape
+    dx = dx.reshape(batch, blocks[0] * stride[0], blocks[1] * stride[1], channels)
+    return dx[:, :height, :width]
+
+
+def _taps_of_block(size, stride, down, across):
+    """Numbers a block's positions as taps of a window that begins so many blocks before.
+
+    Returns int32 [1, 1, stride, 1, stride, 1]; -2 where the window does not reach.
+    """
+    rows = stride[0] * down + np.arange(stride[0])[:, None]
+    columns = stride[1] * across + np.arange(stride[1])
+    is_inside = (rows < size[0]) & (columns < size[1])
+    tap = np.where(is_inside, rows * size[1] + columns, -2).astype(np.int32)
+    return tap.reshape(1, 1, stride[0], 1, stride[1], 1)
