@@ -6,7 +6,6 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from cnnjax.nn.cpu.conv import taps
 from cnnjax.nn.cpu.linear import linear_call
