@@ -33,6 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from cnnjax.nn.cpu.barrier import materialize_gradient
+from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.resize import resize
 from cnnjax.runtime.types import AnyArray
 
@@ -179,7 +181,8 @@ def concatenate(
     branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
 ) -> Float[Array, "batch height width channels"]:
     """Joins maps along their channels; `align` first, as sizes differ under 'none' and 'full'."""
-    return jnp.concatenate(align(branches, fill), axis=3)
+    joined = jnp.concatenate(align(branches, fill), axis=3)
+    return materialize_gradient(joined) if fast_on_cpu() else joined
 
 
 def fit_to_branch(
