@@ -1,7 +1,4 @@
-"""A trained network that names what photographs show, as `predict` and `evaluate` use it.
-
-Its weights are published ones, or those of a finished training run.
-"""
+"""Trained classifiers for `predict` and `evaluate`: published weights, or a finished run's."""
 
 import argparse
 import concurrent.futures
@@ -25,14 +22,14 @@ class Classifier:
     """A network, and how photographs are prepared for it.
 
     - `classes`: the names of its classes.
-    - `several`: whether a photograph may have several classes.
+    - `multi_label`: whether a photograph may have several classes.
     - `read`: decodes, resizes and crops a file -> uint8 [height, width, channels].
     - `moments`: the mean and standard deviation that pixels of 0 to 1 are normalized by.
     - `load`: loads the network and its variables.
     """
 
     classes: tuple[str, ...]
-    several: bool
+    multi_label: bool
     read: Callable[[pathlib.Path], np.ndarray]
     moments: tuple[np.ndarray, np.ndarray]
     load: Callable[[], tuple["Network", dict]]
@@ -55,7 +52,7 @@ def published(
     record = records.find(name, tag).resized(resize)
     return Classifier(
         classes=records.imagenet_classes(),
-        several=False,
+        multi_label=False,
         read=lambda file: resize_and_crop(open_rgb(file), record),
         moments=(np.asarray(record.mean, np.float32), np.asarray(record.std, np.float32)),
         load=lambda: load_pretrained(name, tag=tag, path=path),
@@ -65,7 +62,7 @@ def published(
 def trained(folder: pathlib.Path) -> Classifier:
     """Returns the network of a finished training run.
 
-    Raises `ValueError` if it is none, or if it labels pixels instead of photographs.
+    Raises `ValueError` if the folder holds no finished training run, or one that labels pixels.
     """
     from cnnjax.data.photographs import open_rgb
     from cnnjax.data.stream import center
@@ -73,7 +70,9 @@ def trained(folder: pathlib.Path) -> Classifier:
 
     run = open_run(folder)
     if run.config.loss == "pixelwise":
-        raise ValueError(f"{folder} is a run that labels every pixel; expected one of photographs")
+        raise ValueError(
+            f"{folder} is a segmentation run; expected one that classifies photographs"
+        )
     height, _, channels = run.image_shape
     mode = "L" if channels == 1 else "RGB"
 
@@ -83,7 +82,7 @@ def trained(folder: pathlib.Path) -> Classifier:
 
     return Classifier(
         classes=run.classes,
-        several=run.config.loss == "sigmoid",
+        multi_label=run.config.loss == "sigmoid",
         read=read,
         moments=run.moments,
         load=lambda: (run.model, run.variables),
@@ -96,9 +95,9 @@ def logits(
     """Yields the logits of photographs, [batch, classes], in order.
 
     - `parallel`: how the network is run on the devices.
-    - `batch_size`: photographs that all devices take together.
+    - `batch_size`: photographs per batch, over all devices.
 
-    Raises `ValueError` if a file cannot be decoded.
+    Raises `ValueError` if a file cannot be decoded, after the batches before it.
     """
     from cnnjax.train.evaluate import predict_batches
 
@@ -155,7 +154,8 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
         for name in ("tag", "weights", "resize"):
             if getattr(options, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(options, name)!r}: a run has its own; leave out --{name}"
+                    f"{name}={getattr(options, name)!r} is for published weights; {folder} is a "
+                    "run, which has its own"
                 )
         return folder
     if folder.name != options.model:

@@ -4,14 +4,13 @@
     python -m cnnjax.evaluate runs/mine --data_dir FOLDER
 
 The first form scores published ImageNet weights, the second the network of a finished training
-run. Labels come from the folder. For a run, it has
+run. The folder gives the labels:
 
-- FOLDER/CLASS/IMAGE with folders named as the run's classes, all of them or some.
+- FOLDER/CLASS/IMAGE with any number of folders named by the class's name or number (tench or 0).
 
-For ImageNet's classes, it has one of
+For ImageNet's classes, it may also be
 
 - FOLDER/CLASS/IMAGE with 1,000 class folders in ImageNet's order of names (n01440764, ...);
-- FOLDER/CLASS/IMAGE with any number of folders named by the class's number or name (0 or tench);
 - FOLDER/NUMBER_IMAGE, where every file name begins with the class's number (000_tench.jpg).
 
 Photographs are resized, cropped and normalized as the weights expect; those that are cropped
@@ -24,7 +23,7 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,14 +47,14 @@ def list_imagenet(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]
     """
     from cnnjax.data import photographs
 
-    _check_folder(folder)
+    classes = records.imagenet_classes()
     listing = photographs.list_folder(folder)
     if listing.folders:
-        return _list_folders(folder, _imagenet_labels)
+        return list_classes(folder, classes, ordered=True)
     labels = []
     for path in listing.images:
         matched = _NUMBERED.fullmatch(path.name)
-        if not matched or int(matched[1]) >= len(records.imagenet_classes()):
+        if not matched or int(matched[1]) >= len(classes):
             raise ValueError(f"{path} does not begin with a class's number, 0 to 999, and _")
         labels.append(int(matched[1]))
     if not labels:
@@ -66,67 +65,45 @@ def list_imagenet(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]
 
 
 def list_classes(
-    folder: pathlib.Path, classes: Sequence[str]
+    folder: pathlib.Path, classes: Sequence[str], ordered: bool = False
 ) -> tuple[list[pathlib.Path], np.ndarray]:
-    """Lists photographs in folders named as the classes, and their labels, int32 [n].
+    """Lists photographs in class folders and their labels, int32 [n].
 
-    Raises `ValueError` if there are none, or for a folder that is no class's.
+    - `classes`: the names of the classes.
+    - `ordered`: whether folders with other names, one for each class, are in the classes' order.
+
+    Raises `ValueError` if there are no photographs, or if a folder is not named after a class.
     """
-
-    def labels(names):
-        for name in names:
-            if name not in classes:
-                more = ", ..." if len(classes) > _NAMED else ""
-                raise ValueError(
-                    f"data_dir: the folder {name!r} is not one of the run's classes: "
-                    f"{', '.join(classes[:_NAMED])}{more}"
-                )
-        return [classes.index(name) for name in names]
-
-    _check_folder(folder)
-    return _list_folders(folder, labels)
-
-
-def _check_folder(folder: pathlib.Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"data_dir={str(folder)!r} is not a folder")
-
-
-def _list_folders(
-    folder: pathlib.Path, labels: Callable[[list[str]], list[int]]
-) -> tuple[list[pathlib.Path], np.ndarray]:
-    """Lists the photographs in class folders; `labels` are those of the folders' names."""
     from cnnjax.data import stream
 
     source = stream.Folder(folder)
     if source.passed_over:
         _LOG.info("%s: %s", folder, source.passed_over)
-    of_folder = labels([*source.classes])
+    names = source.classes
+    if ordered and len(names) == len(classes) and not all(name.isdecimal() for name in names):
+        of_folder = [*range(len(names))]
+    else:
+        of_folder = [_label(name, classes) for name in names]
     files = [path for path, _ in source.files]
     return files, np.array([of_folder[number] for _, number in source.files], np.int32)
 
 
-def _imagenet_labels(folders: list[str]) -> list[int]:
-    """Returns the class of each of a data set's folders, which come in the order of their names.
+def _label(name: str, classes: Sequence[str]) -> int:
+    """Returns the class that a folder is named after.
 
-    Raises `ValueError` for a name that is no class's.
+    Raises `ValueError` if there is none, or more than one.
     """
-    classes = records.imagenet_classes()
-    if len(folders) == len(classes) and not all(name.isdecimal() for name in folders):
-        return list(range(len(folders)))
-    labels = []
-    for name in folders:
-        if name.isdecimal() and int(name) < len(classes):
-            labels.append(int(name))
-        elif name in classes:
-            labels.append(classes.index(name))
-        else:
-            raise ValueError(
-                f"data_dir: the folder {name!r} is neither a class's number, 0 to 999, nor its "
-                f"name; other names are understood where there are 1,000 folders, not "
-                f"{len(folders)}"
-            )
-    return labels
+    if name in classes:
+        if classes.count(name) > 1:
+            raise ValueError(f"data_dir: {name!r} is the name of several classes")
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    more = ", ..." if len(classes) > _NAMED else ""
+    raise ValueError(
+        f"data_dir: the folder {name!r} is neither the name of a class "
+        f"({', '.join(classes[:_NAMED])}{more}) nor its number, 0 to {len(classes) - 1}"
+    )
 
 
 # ------------------------------------------------------------------ scores
@@ -141,7 +118,7 @@ def evaluate(
     """Scores a network on labeled photographs.
 
     - `labels`: int32 [n], one class each.
-    - `batch_size`: photographs that all devices take together.
+    - `batch_size`: photographs per batch, over all devices.
 
     Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5".
     """
@@ -167,22 +144,25 @@ def evaluate(
 
 
 def _work(options: argparse.Namespace) -> None:
-    data_dir = options.data_dir.expanduser()
     run = classifier.run_folder(options)
-    backend.start()
-    network = classifier.open_classifier(options)
-    if network.several:
-        raise ValueError(
-            f"{run} is a run whose photographs have several classes; expected one of one class each"
-        )
+    title = str(run)
+    published = {}
     if run is None:
         record = records.find(options.model, options.tag or records.V1)
         title = f"{record.network} {record.tag}"
         published = {"top-1": record.top1, "top-5": record.top5}
+    data_dir = options.data_dir.expanduser()
+    if not data_dir.is_dir():
+        raise ValueError(f"data_dir={str(data_dir)!r} is not a folder")
+    backend.start()
+    network = classifier.open_classifier(options)
+    if network.multi_label:
+        raise ValueError(
+            f"{run} is a multi-label run; expected one that gives a photograph one class"
+        )
+    if run is None:
         files, labels = list_imagenet(data_dir)
     else:
-        title = str(run)
-        published = {}
         files, labels = list_classes(data_dir, network.classes)
     accuracies = evaluate(network, files, labels, options.batch_size)
     print(f"{title}, {len(files):,} photographs")

@@ -32,8 +32,8 @@ def probabilities(
 
     from cnnjax.train.parallel import Parallel
 
-    activation = jax.nn.sigmoid if network.several else jax.nn.softmax
-    size = min(len(files), _BATCH)
+    activation = jax.nn.sigmoid if network.multi_label else jax.nn.softmax
+    size = max(1, min(len(files), _BATCH))
     for logits in classifier.logits(network, files, Parallel("jit"), size):
         yield from np.asarray(activation(logits))
 
@@ -58,7 +58,7 @@ def _work(options: argparse.Namespace) -> None:
     network = classifier.open_classifier(options)
     files = _list_images(options.photographs)
     for file, row in zip(files, probabilities(network, files)):
-        print(file)
+        print(file, flush=True)
         for number in np.argsort(-row, kind="stable")[:_SHOWN]:
             print(f"  {100 * row[number]:6.2f} %  {network.classes[number]}")
 

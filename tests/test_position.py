@@ -332,6 +332,7 @@ def finished(small_config, tmp_path_factory):
         "devices": ["cpu"],
         "cpus": 2,
         "python": "3",
+        "platform": "Linux",
         "packages": {},
         "xla_flags": "",
         "seed": 0,

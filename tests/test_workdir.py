@@ -47,13 +47,15 @@ def test_json_has_no_nan(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_environments_of_a_run_in_parts_are_all_recorded(tmp_path, monkeypatch):
+def test_the_environments_of_a_run_started_several_times_are_all_recorded(tmp_path, monkeypatch):
+    file = tmp_path / "environment.json"
+
     def prepare(revision):
         monkeypatch.setattr(workdir, "_git_revision", lambda: revision)
         workdir.prepare(tmp_path, {"seed": 0})
-        recorded = json.loads((tmp_path / "environment.json").read_text())
-        before = [earlier["git_revision"] for earlier in recorded.get("before", [])]
-        return [*before, recorded["git_revision"]]
+        recorded = json.loads(file.read_text())
+        starts = [*recorded.get("earlier", []), recorded]
+        return [start["git_revision"] for start in starts]
 
     assert prepare("a") == ["a"]
     # Nothing was begun: that code has computed nothing.
@@ -62,18 +64,21 @@ def test_the_environments_of_a_run_in_parts_are_all_recorded(tmp_path, monkeypat
     assert prepare("b") == ["b"]
     assert prepare("c") == ["b", "c"]
     assert prepare("c") == ["b", "c"]
-    assert prepare("d") == ["b", "c", "d"]
+    # As where a job is requeued on two kinds of machines in turn.
+    assert prepare("b") == ["c", "b"]
+    assert prepare("d") == ["c", "b", "d"]
     (tmp_path / "results.json").touch()
-    assert prepare("e") == ["b", "c", "d"]
+    assert prepare("e") == ["c", "b", "d"]
 
-    environment = json.loads((tmp_path / "environment.json").read_text())
+    environment = json.loads(file.read_text())
     text = footers.footer(footers.Finished({}, environment, {"seconds": 3}))
-    revisions = re.findall("^(An earlier part)?.*revision ([a-e])", text, re.MULTILINE)
-    assert revisions == [("", "d"), ("An earlier part", "b"), ("An earlier part", "c")]
+    revisions = re.findall("^(An earlier start)?.*revision ([a-e])", text, re.MULTILINE)
+    assert revisions == [("", "d"), ("An earlier start", "c"), ("An earlier start", "b")]
 
     (tmp_path / "results.json").unlink()
-    (tmp_path / "environment.json").write_text("{ torn")
-    assert prepare("e") == ["e"]
+    for damaged in ("{ torn", "{}", "[]", "null", '{"earlier": null}', '{"earlier": [1, {}]}'):
+        file.write_text(damaged)
+        assert prepare("e") == ["e"]
 
 
 def test_a_directory_belongs_to_one_configuration(tmp_path):

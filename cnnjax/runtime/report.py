@@ -40,12 +40,12 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
 def footer(run: Finished) -> str:
     """Formats a report's last section: hardware, versions, seed, revision, configuration.
 
-    Parts of a run that other code or another machine computed have a paragraph each.
+    Each earlier start of the run with other code or on another machine has a paragraph.
     """
     environment = run.environment
     text = f"{_describe(environment)}; seed {environment['seed']}; {run.results['seconds']} s."
-    for earlier in environment.get("before", ()):
-        text += f"\n\nAn earlier part of the run: {_describe(earlier)}."
+    for earlier in environment.get("earlier", ()):
+        text += f"\n\nAn earlier start of the run: {_describe(earlier)}."
     return f"\n## Environment\n\n{text}\n\n```json\n{json.dumps(run.config, indent=1)}\n```\n"
 
 
@@ -54,7 +54,7 @@ def _describe(environment: dict) -> str:
     devices = sorted(set(environment["devices"]))
     return (
         f"{environment['backend']} ({', '.join(devices)}), {environment['cpus']} CPUs, "
-        f"Python {environment['python']}, {', '.join(packages)}; "
+        f"{environment['platform']}, Python {environment['python']}, {', '.join(packages)}; "
         f"XLA_FLAGS `{environment['xla_flags']}`; "
         f"revision {environment['git_revision'] or 'unknown'}"
     )

@@ -17,6 +17,10 @@ from cnnjax.runtime import backend
 _MANIFEST = "manifest.json"
 # Files that reports and figures are made from.
 _SEALED = (".json", ".jsonl", ".npz", ".safetensors")
+# What reports print of an environment.
+_REPORTED = frozenset(
+    ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
+)
 # Seconds after which a claim is renewed, and after which it is void unless it was.
 _RENEWED = 15.0
 _EXPIRES = 120.0
@@ -217,27 +221,27 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
 
 
 def _environment(folder: pathlib.Path, config: dict) -> dict:
-    """Describe the code, the versions and the machine of this part of a run.
+    """Describe the code, the versions and the machine of this start of a run.
 
-    Those of earlier parts, where they were others, are listed under "before".
+    Earlier starts with other ones are listed under "earlier", each once.
     """
     now = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
-    last = _recorded_environment(folder) if _is_begun(folder) else None
-    if last is None:
-        return now
-    before = last.pop("before", [])
-    if last != now:
-        before = [*before, last]
-    return now | {"before": before} if before else now
+    earlier = []
+    for environment in _recorded_environments(folder) if _is_begun(folder) else ():
+        is_whole = isinstance(environment, dict) and environment.keys() >= _REPORTED
+        if is_whole and environment != now and environment not in earlier:
+            earlier.append(environment)
+    return now | {"earlier": earlier} if earlier else now
 
 
-def _recorded_environment(folder: pathlib.Path) -> dict | None:
-    """Read environment.json; None where there is none, or a damaged one."""
+def _recorded_environments(folder: pathlib.Path) -> list:
+    """Read environment.json: those of earlier starts, and that of the last one."""
     try:
-        recorded = json.loads((folder / "environment.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return recorded if isinstance(recorded, dict) else None
+        last = read_json(folder / "environment.json")
+        earlier = last.pop("earlier", [])
+        return [*earlier, last]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []  # there is none, or a damaged one
 
 
 def _forget(folder: pathlib.Path) -> None:

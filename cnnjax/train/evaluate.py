@@ -118,6 +118,9 @@ def predict_batches(
 
     Yields:
       The output of every batch, in order.
+
+    Raises:
+      ValueError: what `batches` raises, after the output of the batches before.
     """
     compute = compiled(parallel, model, output)
     pending: tuple | None = None
@@ -125,16 +128,23 @@ def predict_batches(
     def fetch(output, count):
         return parallel.fetch_shared(output)[:count]
 
-    for images in batches:
-        filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
-        filled[: len(images)] = images
-        computing = (compute(variables, moments, parallel.share(filled)), len(images))
-        # One batch is computed while the one before is fetched.
-        if pending is not None:
-            yield fetch(*pending)
-        pending = computing
+    failure: ValueError | None = None
+    try:
+        for images in batches:
+            filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
+            filled[: len(images)] = images
+            computing = (compute(variables, moments, parallel.share(filled)), len(images))
+            # One batch is computed while the one before is fetched.
+            if pending is not None:
+                yield fetch(*pending)
+            pending = computing
+    except ValueError as error:
+        # A file cannot be decoded: the batch before it is not lost.
+        failure = error
     if pending is not None:
         yield fetch(*pending)
+    if failure is not None:
+        raise failure
 
 
 def predict(

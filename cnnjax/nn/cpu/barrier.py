@@ -25,11 +25,11 @@ def materialize(x: AnyArray) -> AnyArray:
 
 @jax.jit
 def materialize_gradient(x: AnyArray) -> AnyArray:
-    """Returns `x`; its cotangent is computed once, and not again in every operation that reads it.
+    """Returns `x`, whose cotangent is computed only once.
 
-    For a map with several readers, whose cotangents are added. In a block of DenseNet, XLA fused
-    these sums of all layers into one operation, which computed each layer's gradient of BatchNorm
-    for each sum.
+    For a map with several readers, whose cotangents are added. In a DenseNet block, XLA fused the
+    sums of all layers into one operation and recomputed each layer's BatchNorm gradient in every
+    sum.
     """
     transpose = lambda residuals, dy: (materialize(dy),)
     return linear_call(lambda residuals, x: x, transpose, (), x, like=x)

@@ -77,12 +77,12 @@ def _first_maxima(x, size, stride):
     """Returns the tap of each window's first maximum, row by row, int32.
 
     A comparison with the maximum itself would be a pass less, but XLA may compute `x` twice and
-    round it otherwise, and then no tap would be equal.
+    round it differently, and then no tap would be equal.
     """
     largest, *views = _views(x, size, stride)
     first = jnp.zeros(largest.shape, jnp.int32)
     for tap, view in enumerate(views, 1):
-        # As select-and-scatter, which goes on from a NaN.
+        # Like select-and-scatter, moves on from a NaN.
         is_larger = ~(largest >= view)
         first = jnp.where(is_larger, tap, first)
         largest = jnp.where(is_larger, view, largest)
@@ -90,12 +90,12 @@ def _first_maxima(x, size, stride):
 
 
 def _scatter(first, dy, shape, size, stride):
-    """Gives each position of a map the cotangents of the windows whose first maximum it is.
+    """Sends each window's cotangent to its first maximum.
 
     The plain form is a padded copy of the cotangents for each tap of a window, and their sum. Here
-    each position asks the windows that cover it, in one pass over the map, which is 4 to 8 times
-    faster for 3x3 windows. For that the map is divided into blocks of the stride's size: of each
-    block, the windows begin in it or in one of the blocks before.
+    each position asks the windows that cover it, in one pass over the map. The map is divided into
+    blocks of the stride's size, so that one window begins in each block, and those that cover a
+    block begin in it or in one of the blocks before it.
 
     Arguments:
     - `first`: as `_first_maxima`.
@@ -110,14 +110,14 @@ def _scatter(first, dy, shape, size, stride):
     dy = pad_constant(dy, widths, 0)
 
     def of_blocks(values, down, across):
-        """The values of the windows that begin so many blocks before each block."""
+        """The values of the windows that begin so many blocks earlier, for each block."""
         top = reach[0] - 1 - down
         left = reach[1] - 1 - across
         cut = values[:, top : top + blocks[0], left : left + blocks[1]]
         return cut[:, :, None, :, None, :]
 
     dx = jnp.zeros((), dy.dtype)
-    # The windows in their order, as select-and-scatter adds them.
+    # In the order in which select-and-scatter adds windows.
     for down in reversed(range(reach[0])):
         for across in reversed(range(reach[1])):
             own_tap = _taps_of_block(size, stride, down, across)
@@ -129,7 +129,7 @@ def _scatter(first, dy, shape, size, stride):
 
 
 def _taps_of_block(size, stride, down, across):
-    """Numbers a block's positions as taps of a window that begins so many blocks before.
+    """Numbers a block's positions as taps of the window that begins so many blocks earlier.
 
     Returns int32 [1, 1, stride, 1, stride, 1]; -2 where the window does not reach.
     """
