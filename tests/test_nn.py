@@ -2,7 +2,9 @@
 
 import functools
 import re
+from collections.abc import Callable
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -361,6 +363,51 @@ def test_the_bias_of_a_single_vector_has_a_gradient():
     variables = quick.variables(layer, x)
     gradient = jax.jit(jax.grad(lambda params: layer.apply({"params": params}, x).sum()))
     assert np.array_equal(gradient(variables["params"])["bias"], np.ones(8))
+
+
+class Named(nn.Module):
+    """A convolution, a normalization and a dense layer of given initializers."""
+
+    initializer: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x):
+        x = cnn.Conv(4, 3, kernel_init=self.initializer, bias_init=self.initializer)(x)
+        x = cnn.BatchNorm(name="norm")(x).mean((1, 2))
+        return cnn.Dense(3, kernel_init=self.initializer, bias_init=self.initializer, name="fc")(x)
+
+
+def test_initializers_are_traced_for_new_parameters_alone():
+    drawn = []
+
+    def initializer(key, shape, dtype):
+        drawn.append(shape)
+        return jnp.ones(shape, dtype)
+
+    model, x = Named(initializer), normal(0, 2, 5, 5, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert drawn == [(3, 3, 3, 4), (4,), (4, 3), (3,)]
+    jax.eval_shape(model.apply, variables, x)
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("layer, name", [("Conv_0", "kernel"), ("norm", "scale"), ("fc", "bias")])
+def test_a_parameter_of_another_shape_is_named(layer, name):
+    model, x = Named(), normal(0, 2, 5, 5, 3)
+    variables = quick.variables(model, x)
+    variables["params"][layer][name] = np.ones(7, np.float32)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=f'"{name}" in "/{layer}".*(7,)'):
+        jax.eval_shape(model.apply, variables, x)
+
+
+def test_partitioned_parameters_are_unboxed():
+    """Flax's initializers with names of axes, for meshes of devices."""
+    model = Named(nn.with_partitioning(nn.initializers.ones, ()))
+    x = normal(0, 2, 5, 5, 3)
+    variables = model.init(quick.key(0), x)
+    assert isinstance(variables["params"]["fc"]["kernel"], nn.Partitioned)
+    plain = Named().apply(nn.meta.unbox(variables), x)
+    np.testing.assert_array_equal(model.apply(variables, x), plain)
 
 
 def test_fills_are_what_the_documentation_shows():

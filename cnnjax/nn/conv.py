@@ -1,5 +1,6 @@
 """Convolution and dense layers with PyTorch's semantics and initialization."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from cnnjax.nn.cpu.conv import keep_padding_apart
 from cnnjax.nn.geometry import Both, Window, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import check_fill, pad
+from cnnjax.nn.parameters import parameter
 from cnnjax.nn.sums import add_bias
 from cnnjax.runtime.types import AnyArray
 
@@ -103,6 +105,7 @@ def _check_output(x, kernel, window, fill):
         )
 
 
+@functools.cache
 def uniform_fan_in(fan_in: int) -> Callable:
     """Makes PyTorch's default initializer, uniform in +-1/sqrt(fan_in)."""
     bound = float(fan_in) ** -0.5
@@ -149,7 +152,7 @@ class Conv(nn.Module):
         size = pair(self.kernel_size, "kernel_size", 1)
         shape = (*size, x.shape[-1] // self.groups, self.features)
         default = uniform_fan_in(math.prod(shape[:3]))
-        kernel = self.param("kernel", self.kernel_init or default, shape, jnp.float32)
+        kernel = parameter(self, "kernel", self.kernel_init or default, shape)
         key = None
         if self.fill == "random" and (self.has_rng("padding") or self.is_initializing()):
             key = self.make_rng("padding")
@@ -165,7 +168,7 @@ class Conv(nn.Module):
         )
         if not self.use_bias:
             return y
-        bias = self.param("bias", self.bias_init or default, (self.features,), jnp.float32)
+        bias = parameter(self, "bias", self.bias_init or default, (self.features,))
         return add_bias(y, bias.astype(self.dtype))
 
 
@@ -189,9 +192,9 @@ class Dense(nn.Module):
     def __call__(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch {self.features}"]:
         shape = (x.shape[-1], self.features)
         default = uniform_fan_in(x.shape[-1])
-        kernel = self.param("kernel", self.kernel_init or default, shape, jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        kernel = parameter(self, "kernel", self.kernel_init or default, shape)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.use_bias:
             return y
-        bias = self.param("bias", self.bias_init or default, (self.features,), jnp.float32)
+        bias = parameter(self, "bias", self.bias_init or default, (self.features,))
         return add_bias(y, bias.astype(self.dtype))

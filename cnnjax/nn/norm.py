@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cnnjax.nn.parameters import parameter
 from cnnjax.nn.sums import channel_sum, scale_and_shift, squared_deviation
 from cnnjax.runtime.types import AnyArray
 
@@ -37,8 +38,8 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape)
         wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         axis_name = None if self.is_initializing() else self.axis_name
         count = _count(x, axis_name)
