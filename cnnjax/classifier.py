@@ -23,7 +23,7 @@ class Classifier:
 
     - `classes`: the names of its classes.
     - `multi_label`: whether a photograph may have several classes.
-    - `read`: decodes, resizes and crops a file -> uint8 [height, width, channels].
+    - `read`: decodes, resizes and crops a file to uint8 [height, width, channels].
     - `moments`: the mean and standard deviation that pixels of 0 to 1 are normalized by.
     - `load`: loads the network and its variables.
     """

@@ -174,7 +174,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
+    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.evaluate", description=__doc__)
     classifier.add_options(parser)
     parser.add_argument(

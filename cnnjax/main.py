@@ -172,7 +172,7 @@ def run_command(
     arguments: list[str],
     work: Callable[[argparse.Namespace, ml_collections.ConfigDict], None],
 ) -> int:
-    """Do `work` with the options and the configuration -> the exit code (`command.run`)."""
+    """Parse the arguments, do `work`, and return the exit code of `command.run`."""
 
     def read_and_work():
         if {"-h", "--help"} & set(arguments):
@@ -187,7 +187,7 @@ def run_command(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command -> its exit code."""
+    """Run the command line and return its exit code."""
     if arguments is None:
         arguments = sys.argv[1:]
     parser = build_parser("cnnjax.main", __doc__)

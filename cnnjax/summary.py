@@ -126,7 +126,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line -> the exit code (`cnnjax.runtime.command.run`)."""
+    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(
         prog="python -m cnnjax.summary", description="Prints a network's table."
     )

@@ -291,7 +291,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command -> its exit code (`cnnjax.runtime.command.run`)."""
+    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
     if arguments is None:
         arguments = sys.argv[1:]
     parser = single.build_parser("cnnjax.sweep", __doc__)

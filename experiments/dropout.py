@@ -157,7 +157,7 @@ def refitted(
 
 
 def measure(point: Point, options) -> dict:
-    """Trains one network -> its errors, and by way its accuracies [shares, removals]."""
+    """Trains one network; returns its errors and its accuracies [shares, removals]."""
     config = configure(point, options)
     folder = options.workdir / study.label(point)
     final = workdir.completed(loop.run, config, folder)["final"]

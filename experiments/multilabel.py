@@ -143,7 +143,7 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    """Fits each class on a bootstrap of the training features -> test scores [n, classes]."""
+    """Fits each class to a bootstrap of the training features; scores the test [n, classes]."""
     chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
     train, labels = train[chosen], labels[chosen]
     mean, std = train.mean(0), train.std(0)

@@ -94,9 +94,9 @@ def build(point: Point) -> Network:
 
 
 def reduce(images: np.ndarray) -> np.ndarray:
-    """Averages 2x2 px of the middle 24x24 px of images [n, 28, 28, 1] -> [n, 12, 12, 1].
+    """Averages 2x2 px of the middle 24x24 px of images [n, 28, 28, 1].
 
-    The margin of 2 px that is cut off holds 0.3 % of the ink.
+    Returns digits [n, 12, 12, 1]. The margin of 2 px that is cut off holds 0.3 % of the ink.
     """
     middle = images[:, 2:26, 2:26].astype(np.float32)
     squares = middle.reshape(len(images), _DIGIT, 2, _DIGIT, 2, 1)
@@ -104,7 +104,7 @@ def reduce(images: np.ndarray) -> np.ndarray:
 
 
 def lay(digits: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Lays all digits [n, 12, 12, 1] at one place of a canvas -> [n, 28, 28, 3]."""
+    """Places all digits [n, 12, 12, 1] at one place of canvases [n, 28, 28, 3]."""
     canvases = np.zeros((len(digits), _CANVAS, _CANVAS, 3), np.uint8)
     top = row * _STEP
     left = column * _STEP

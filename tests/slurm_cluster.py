@@ -58,7 +58,7 @@ def missing() -> list[str]:
 
 @contextlib.contextmanager
 def running(folder: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Start a cluster, and stop it at the end of the context -> the environment for its commands.
+    """Run a cluster during the context; yield the environment for its commands.
 
     Args:
         folder: an empty folder for its configuration, state, and logs.

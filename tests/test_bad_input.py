@@ -326,7 +326,7 @@ CASES = [
 
 
 def place(folder: pathlib.Path) -> dict[str, str]:
-    """Makes the wrong files -> the words in capitals and what they stand for."""
+    """Makes the wrong files; returns what each word in capitals stands for."""
     files, empty, broken, bomb, photographs = (
         folder / name for name in ("files", "empty", "broken", "bomb", "photographs")
     )

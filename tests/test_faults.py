@@ -122,8 +122,9 @@ class Machine:
         )
 
     def run(self, *cases: tuple) -> list[tuple[int, str]]:
-        """Cases (command, its arguments, what is done beforehand), all at once -> their exit codes
-        and standard errors."""
+        """Runs cases (command, its arguments, what is done beforehand), all at once.
+
+        Returns their exit codes and standard errors."""
         self.process.stdin.write(
             json.dumps(
                 [
@@ -364,8 +365,7 @@ workdir.write = turned
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """Runs the command's work on a copy of a folder, in this process -> the error, None if there is
-    none."""
+    """Runs the command's work on a copy of a folder, in this process; returns the error or None."""
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 

@@ -48,7 +48,7 @@ def norm_values(x, scale, bias, train):
 
 
 def operations():
-    """Makes a table: name -> (function, shapes of its arguments, the batch first)."""
+    """Makes a table of functions and the shapes of their arguments, the batch first."""
     table = {}
     key = jax.random.key(0)
     for name, options in CONVOLUTIONS.items():
@@ -100,7 +100,7 @@ OPERATIONS = operations()
 
 
 def derivatives(function):
-    """Returns a function: arguments -> value, gradient, tangent and the gradient's tangent."""
+    """Returns a function that gives value, gradient, tangent and the gradient's tangent."""
 
     def everything(*arguments):
         directions = [jnp.cos(3 * argument) for argument in arguments]

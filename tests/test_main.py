@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -84,6 +85,27 @@ def test_a_package_that_is_not_installed_is_named(capsys):
         "error: grain is not installed; in a checkout of cnnjax, pip install '.[all]' installs"
     )
     assert told.count("\n") == 1
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    """As after `| head`, here from the beginning."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    print_much = "print('line ' * 100_000)"
+    program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_much}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (command.UNREAD, b"")
+
+
+def test_a_pipe_to_a_dead_process_is_an_error(capsys):
+    def work():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert command.run(work) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def shown(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 
 def table(notebook: nbformat.NotebookNode, heading: str) -> dict[str, list[list[float]]]:
-    """The table whose first columns have this heading -> of each row, the numbers of each cell."""
+    """The numbers of each cell of each row of the table under this heading."""
     text = next(
         output.data["text/markdown"]
         for cell in notebook.cells

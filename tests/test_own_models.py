@@ -64,7 +64,7 @@ def sweep():
 
 @pytest.fixture
 def own(tmp_path, request):
-    """A file that registers a network under a name that no other test uses -> file and name."""
+    """A file that registers a network under a name that no other test uses, and the name."""
     name = f"own_{request.node.name}"
     path = tmp_path / "own.py"
     path.write_text(OWN.replace("own_NUMBER", name))
@@ -72,7 +72,7 @@ def own(tmp_path, request):
 
 
 def run(module: str, *arguments, code: int = 0) -> str:
-    """Runs a command, which ends with `code` -> what it printed."""
+    """Runs a command, which ends with `code`, and returns what it printed."""
     done = forked.run(module, *arguments, flags=quick.FLAGS)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr

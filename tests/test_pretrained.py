@@ -144,7 +144,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine and its settings -> (address, handler class)."""
+    """A server on this machine: its address, and the class of its settings."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     handler = type("Handler", (Server,), {"asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
@@ -251,7 +251,7 @@ def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
 
 @pytest.fixture
 def servers(caches, monkeypatch):
-    """Servers that answer, without a network -> what is asked of them, in order."""
+    """Servers that answer without a network; yields what is asked of them, in order."""
     asked = []
 
     def from_hub(repository, file):
@@ -408,7 +408,7 @@ def test_predict_names_what_photographs_show(data_dir, capsys):
 
 
 def finished_run(folder: pathlib.Path, **settings) -> tuple:
-    """The work directory of a run on digits that was never trained -> its model and variables."""
+    """Makes the work directory of an untrained run on digits; returns model and variables."""
     config = configs.lenet_digits.get_config()
     config.update(settings)
     model = create_model("lenet", num_classes=10, input_shape=(8, 8, 1))

@@ -55,7 +55,7 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
     def let_time_run_out(self, job: str, read_log: Callable[[], str]) -> str:
-        """Bring a job's end so near that Slurm announces it -> the step that is saved.
+        """Bring a job's end so near that Slurm announces it; return the step that is saved.
 
         Slurm looks at the time every half a minute. The job has all its time again when it is
         started anew.
@@ -71,7 +71,7 @@ class Cluster:
         return step
 
     def cancel(self, job: str) -> dict[str, str]:
-        """Cancel a job -> its fields once it has ended."""
+        """Cancel a job and return its fields once it has ended."""
         self.run("scancel", job)
         wait_until(lambda: not self.run("squeue", "--noheader", "--jobs", job))
         return self.describe(job)

@@ -29,7 +29,7 @@ ENVIRONMENT = quick.environment()
 
 
 def write_config(folder: pathlib.Path, body: str) -> str:
-    """Write a configuration file with a `sweep()` -> its path."""
+    """Write a configuration file with a `sweep()` and return its path."""
     path = folder / "swept.py"
     imports = "from configs.lenet_digits import get_config\nfrom cnnjax.train import defaults\n\n"
     path.write_text(imports + body + "\n")
@@ -117,7 +117,7 @@ def test_workers_share_a_sweep(tmp_path):
 
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch):
-    """Runs a sweep of four seeds, whose cells only write results -> its exit code.
+    """Runs a sweep of four seeds whose cells only write results; returns its exit code.
 
     `train` is called with the configuration and the folder first.
     """

@@ -468,7 +468,7 @@ QUICK = {
 
 
 def train_here(folder: pathlib.Path, **changes) -> dict:
-    """Train in this process, without the report -> results.json."""
+    """Train in this process, without the report; return results.json."""
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, **changes})
     loop.check(config)

@@ -32,7 +32,10 @@ def place(
 def draw(
     split: arrays.Split, count: int, seed: int, canvas: str = "black"
 ) -> tuple[UInt8[np.ndarray, "n 96 96 3"], dict[str, np.ndarray]]:
-    """Lays `count` random images of a split in random cells -> canvases, labels of each task."""
+    """Places random images of a split in random cells of a canvas.
+
+    Returns the canvases and the labels of each task.
+    """
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(split.labels))[:count]
     cells = generator.integers(0, GRID**2, count).astype(np.int32)

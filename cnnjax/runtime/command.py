@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import pathlib
+import select
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,10 @@ from cnnjax.runtime import signals, workdir
 
 # EX_TEMPFAIL of sysexits.h: the same command goes on from where this one stopped.
 RESUMABLE = 75
+# A shell's code for a command that SIGPIPE ended.
+UNREAD = 141
+
+_STANDARD_OUTPUT = 1
 
 
 def path(text: str) -> pathlib.Path:
@@ -30,7 +35,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 class _Trained(argparse.Action):
-    """Collects --trained NAME FILE [MODULE ...] as name -> (file, modules)."""
+    """Collects --trained NAME FILE [MODULE ...] in a dictionary of (file, modules) by name."""
 
     def __call__(self, parser, options, values, flag=None):
         if len(values) < 2:
@@ -95,14 +100,22 @@ def _interrupt(number: int, frame) -> None:
     raise KeyboardInterrupt
 
 
+def _is_output_closed() -> bool:
+    """Tells the pipe of standard output from others, such as those to processes that have died."""
+    output = select.poll()
+    output.register(_STANDARD_OUTPUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+
+
 def run(work: Callable[[], None]) -> int:
-    """Do a command's work -> the exit code.
+    """Do a command's work and return its exit code.
 
     With --debug on the command line an error comes with its traceback.
 
     Returns:
         0, 2 for bad input, 1 for a failure, 75 if the command was stopped and goes on from there
-        when it is given again, 130 if it was stopped and starts anew.
+        when it is given again, 130 if it was stopped and starts anew, 141 if nobody reads what it
+        prints any more, as after `| head`.
     """
     # Imported libraries may have set a format of their own.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -110,6 +123,7 @@ def run(work: Callable[[], None]) -> int:
     try:
         with signals.heeded(_interrupt):
             work()
+        sys.stdout.flush()
     except workdir.Interrupted as stop:
         print(stop, file=sys.stderr)
         return RESUMABLE
@@ -127,6 +141,10 @@ def run(work: Callable[[], None]) -> int:
         )
         return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            # What Python still holds is dropped, or it would fail to write it as it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STANDARD_OUTPUT)
+            return UNREAD
         if "--debug" in sys.argv:
             raise
         # XLA's messages have many lines.

@@ -22,7 +22,7 @@ class CommandJob:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Run the command -> its exit code. Raises `RuntimeError` if it is not 0."""
+        """Run the command and return its exit code, 0; raise `RuntimeError` for any other."""
         self.process = subprocess.Popen(self.words, cwd=self.folder)
         code = self.process.wait()
         if code:
@@ -30,7 +30,7 @@ class CommandJob:
         return code
 
     def checkpoint(self):
-        """Let the command save and end -> the submission that goes on from there."""
+        """Let the command save and end; return the submission that resumes it."""
         import submitit
 
         if self.process is not None:
@@ -44,7 +44,7 @@ class CommandJob:
 def submit(
     words: list[str], *, folder: pathlib.Path, cluster: str, count: int, settings: list[str]
 ) -> list[str]:
-    """Submit `count` jobs that each run a command in the current folder -> their names.
+    """Submit jobs that each run a command in the current folder; return their names.
 
     Args:
         words: the command and its arguments.

@@ -199,7 +199,7 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
-    """Create a work directory and record the configuration and the environment -> its path.
+    """Create a work directory with the configuration and the environment; return its path.
 
     Raises `ValueError` if it cannot be written to or holds a run of another configuration.
     """

@@ -542,7 +542,7 @@ def streamed_step(parallel: Parallel, recipe: Recipe) -> Callable:
 
 @functools.lru_cache(maxsize=32)
 def finiteness(parallel: Parallel) -> Callable:
-    """Compile a test of a replicated state -> whether all its parameters are finite."""
+    """Compile a test of whether all parameters of a replicated state are finite."""
 
     def is_finite(axis_name, state):
         leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema))

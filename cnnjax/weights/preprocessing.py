@@ -14,7 +14,7 @@ from cnnjax.weights.records import Record
 
 
 def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
-    """Resizes an image and cuts out its center -> uint8 [crop, crop, 3]."""
+    """Resizes an image and returns its center, uint8 [crop, crop, 3]."""
     if image.mode != "RGB":
         image = image.convert("RGB")
     width, height = image.size

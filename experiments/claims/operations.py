@@ -51,12 +51,12 @@ def pooled_size(size: int, window: int, stride: int) -> int:
 
 
 def one_channel(image) -> jnp.ndarray:
-    """[height, width] -> [1, height, width, 1]."""
+    """Returns a matrix [height, width] as a map [1, height, width, 1]."""
     return jnp.asarray(image, jnp.float32)[None, :, :, None]
 
 
 def plane(y) -> np.ndarray:
-    """[1, height, width, 1] -> [height, width]."""
+    """Returns a map [1, height, width, 1] as a matrix [height, width]."""
     return np.asarray(y[0, :, :, 0])
 
 
