@@ -51,18 +51,28 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     job.check(config)
     backend.start()
 
+    is_new = False
+
+    def adopt(config, folder):
+        # Of several processes, the one that writes does so once the others have read.
+        if backend.writes():
+            backend.wait_for_others("the record is read")
+        job.complete_record(config, folder)
+        if not backend.writes():
+            backend.wait_for_others("the record is read")
+        if config.kind == "train" and backend.writes():
+            job.extend(config, folder)
+        backend.wait_for_others("the record is adopted")
+
     def begin(config, folder):
+        nonlocal is_new
+        is_new = True
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
-    job.complete_record(config, folder)
-    if config.kind == "train":
-        job.extend(config, folder)
-    is_finished = (folder / "results.json").exists()
-    if is_finished:
+    workdir.completed(begin, config, folder, adopt)
+    if not is_new:
         _LOG.info("%s holds the finished run", folder)
-    workdir.completed(begin, config, folder)
-    if is_finished:
         job.report.write(folder)
     _LOG.info("finished: see %s", folder / "report.md")
 
@@ -132,7 +142,7 @@ def parse(
         raise ValueError(
             "--config is missing; name a configuration file, such as --config configs/posenet.py"
         )
-    if not pathlib.Path(options.config).expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(options.config)):
         raise ValueError(
             f"config={options.config!r} is not a file; name a configuration file, such as "
             "configs/posenet.py"

@@ -1035,6 +1035,10 @@ def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
     for noise in ("leaked", "Traceback"):
         assert noise not in done.stderr
     assert not (tmp_path / "run" / "results.json").exists()
+    done = run(colors, tmp_path / "run", skip_damaged=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [line["damaged"] for line in results["history"]] == [1, 1]
 
 
 @pytest.mark.slow

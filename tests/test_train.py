@@ -1,6 +1,7 @@
 """The engine: three ways to run one step, what the step computes, and runs that are stopped, killed
 and resumed."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -23,6 +24,7 @@ import pytest
 import quick
 import safetensors.numpy
 
+from cnnjax import main
 from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
@@ -616,7 +618,10 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     shorter = train_here(folder, epochs=2)
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, "epochs": 4})
+    workdir.seal(folder)
     extend(config, folder)
+    # Files that change from now on are sealed no more.
+    workdir.check_seal(folder)
     results = train_here(folder, epochs=4)
     assert results["extended_from"] == [shorter["final"]]
     assert results["history"] == longer["history"] and results["final"] == longer["final"]
@@ -626,6 +631,59 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     extend(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
         workdir.prepare(folder, config.to_dict())
+
+
+@pytest.mark.slow
+def test_another_process_does_not_change_the_configuration_of_a_run_under_way(finished, tmp_path):
+    """Not even to that of the longer run that a finished one can be extended to."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = read_config(folder)
+    with workdir.claim(folder):
+        config.epochs += 1
+        with pytest.raises(workdir.Claimed):
+            main.run(config, folder)
+    assert read_config(folder).epochs == config.epochs - 1
+    assert (folder / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_other_images_are_not_gone_on_with(tmp_path):
+    digits = arrays.load("digits[:200]")
+    file = tmp_path / "own.npz"
+    fewer = arrays.load("digits[:180]")
+    renamed = dataclasses.replace(digits, classes=("null", *digits.classes[1:]))
+    options = {"dataset": str(file), "epochs": 1, "batch_size": 20, "n_validation": 0}
+    arrays.save(digits, file)
+    train_here(tmp_path / "run", **options)
+    for changed, told in (
+        (fewer, r"n_train=200 then, 180 now"),
+        (renamed, r"classes 0 are gone, null new"),
+    ):
+        arrays.save(changed, file)
+        with pytest.raises(ValueError, match=f"have changed since the run began .{told}"):
+            train_here(tmp_path / "run", **options)
+    arrays.save(digits, file)
+    train_here(tmp_path / "run", **options)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_past_a_damaged_image(tmp_path):
+    """As one that had `skip_damaged` from the beginning."""
+    config = defaults.get_config()
+    folder = workdir.prepare(tmp_path / "run", config.to_dict())
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step").touch()
+    config.skip_damaged = True
+    with pytest.raises(ValueError, match="skip_damaged=False there, True now"):
+        workdir.check_config(folder, config.to_dict())
+    extend(config, folder)
+    workdir.check_config(folder, config.to_dict())
+    (folder / "results.json").touch()
+    config.skip_damaged = False
+    extend(config, folder)
+    with pytest.raises(ValueError, match="skip_damaged=True there, False now"):
+        workdir.check_config(folder, config.to_dict())
 
 
 @pytest.mark.slow

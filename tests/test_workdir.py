@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 import time
 
 import matplotlib.figure
+import ml_collections
 import pytest
 
 from cnnjax.position import report
@@ -126,9 +128,13 @@ def test_a_report_needs_results(tmp_path):
 # ------------------------------------------------------------------ claims
 
 
-def test_one_process_at_a_time(tmp_path):
-    """A second one is refused by name; of twelve at once one gets in, and the folder is left as it
-    was."""
+# Above the largest number of a process.
+GONE = {"host": platform.node(), "process": 2**22 + 1}
+
+
+@pytest.mark.parametrize("left", [None, GONE], ids=["free", "void"])
+def test_one_process_at_a_time(left, tmp_path):
+    """A second one is refused by name; of six at once one gets in, and the folder is left empty."""
     code = (
         "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\n"
         "while time.time() < float(sys.argv[2]): pass\n"
@@ -141,6 +147,8 @@ def test_one_process_at_a_time(tmp_path):
         pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "),
     ):
         workdir.claim(tmp_path).__enter__()
+    if left:
+        (tmp_path / "run.claim").write_text(json.dumps(left))
     at = str(time.time() + 2)
     started = [
         subprocess.Popen(
@@ -159,11 +167,10 @@ def test_one_process_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     "held, idle, void",
     [
-        (
-            {"host": platform.node(), "process": 2**22 + 1},
-            0,
-            True,
-        ),  # above the largest number of a process
+        (GONE, 0, True),
+        # A container has process numbers of its own.
+        (GONE | {"namespace": "pid:[1]"}, 0, False),
+        (GONE | {"namespace": "pid:[1]"}, 130, True),
         ({"host": platform.node(), "process": os.getpid()}, 0, False),
         ({"host": "elsewhere", "process": 1}, 100, False),
         ({"host": "elsewhere", "process": 1}, 130, True),
@@ -182,6 +189,49 @@ def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
         with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
             pass
         assert [file.name for file in tmp_path.iterdir()] == ["run.claim"]
+
+
+def test_a_claim_that_replaced_a_void_one_stays(tmp_path):
+    """Two processes may find one claim void, and one be at work before the other removes it."""
+    path = tmp_path / "run.claim"
+    path.write_text("another's")
+    workdir._remove_void(path, b"void", tmp_path / ".mine.claim")
+    assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
+    workdir._remove_void(path, b"another's", tmp_path / ".mine.claim")
+    assert not list(tmp_path.iterdir())
+
+
+def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
+    """As on exFAT, and on some file systems of networks."""
+
+    def link(*arguments):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    path = tmp_path / "run.claim"
+    path.write_text(json.dumps(GONE))
+    with workdir.claim(tmp_path):
+        with pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "):
+            workdir.claim(tmp_path).__enter__()
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        assert time.time() - path.stat().st_mtime < 60
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    """Even if it has made a folder for its checkpoints."""
+    folder = tmp_path / "run"
+
+    def refuse(config, folder):
+        (folder / "checkpoints").mkdir()
+        raise ValueError("resize=100 is too small")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="resize=100"):
+            workdir.completed(refuse, ml_collections.ConfigDict({"kind": "train"}), folder)
+        assert not folder.exists()
 
 
 def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):

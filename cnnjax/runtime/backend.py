@@ -192,6 +192,14 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_others(point: str) -> None:
+    """Waits until all processes that compute together have come to a point, given by its name."""
+    if _JOINED:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(point)
+
+
 def describe() -> dict:
     """The environment that produced a result: versions, device, flags."""
     import jax

@@ -1,6 +1,7 @@
 """A work directory: the record of one run, in which every file is whole or absent."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -178,8 +179,10 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 def _is_begun(folder: pathlib.Path) -> bool:
     """Whether a work directory holds more than the record of a run that was refused."""
-    for file in folder.iterdir():
-        if file.name not in ("config.json", "environment.json") and file.suffix != ".claim":
+    for path in folder.rglob("*"):
+        is_record = path.name in ("config.json", "environment.json") or path.suffix == ".claim"
+        # A refused run may leave the empty folder of its checkpoints.
+        if not path.is_dir() and not is_record:
             return True
     return False
 
@@ -249,6 +252,9 @@ def _forget(folder: pathlib.Path) -> None:
     if backend.writes() and not _is_begun(folder):
         for name in ("config.json", "environment.json"):
             (folder / name).unlink(missing_ok=True)
+        # Made before the first step; it goes only if it is empty.
+        with contextlib.suppress(OSError):
+            (folder / "checkpoints").rmdir()
 
 
 # ------------------------------------------------------------------ seals
@@ -270,6 +276,12 @@ def seal(folder: pathlib.Path) -> None:
     """Record the hashes of a finished run's files in manifest.json."""
     if backend.writes():
         write_json(folder / _MANIFEST, _sealed(folder))
+
+
+def unseal(folder: pathlib.Path) -> None:
+    """Remove the hashes of a run that goes on, whose files change from now on."""
+    if backend.writes():
+        (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def check_seal(folder: pathlib.Path) -> None:
@@ -295,19 +307,26 @@ def check_seal(folder: pathlib.Path) -> None:
             )
 
 
-def completed(run: Callable, config, folder: str | os.PathLike) -> dict:
+def completed(
+    run: Callable, config, folder: str | os.PathLike, adopt: Callable | None = None
+) -> dict:
     """The results of a configuration in its work directory, where it is run unless it has been.
 
-    Of several processes that compute together one has the results, the others an empty dict.
-    Raises `ValueError` as `prepare` and `claim` do; a run that is refused leaves no folder.
+    `adopt(config, folder)` may bring the directory of an earlier run and the configuration into
+    line before they are compared. Of several processes that compute together one has the results,
+    the others an empty dict. Raises `ValueError` as `prepare` and `claim` do; a run that is refused
+    leaves no folder.
     """
     folder = pathlib.Path(folder)
     # Claimed before config.json is written, which must be that of the run under way.
     with _removed_if_empty(folder), claim(folder):
+        if adopt:
+            adopt(config, folder)
         prepare(folder, config.to_dict())
         if (folder / "results.json").exists():
             check_seal(folder)
         else:
+            unseal(folder)
             with _forgotten_if_refused(folder):
                 run(config, folder)
         seal(folder)
@@ -352,13 +371,29 @@ def _forgotten_if_refused(folder: pathlib.Path) -> Iterator[None]:
 # ------------------------------------------------------------------ one process at a time
 
 
-def _holder(path: pathlib.Path, mine: pathlib.Path) -> str | None:
-    """Who holds a claim, or None if it is void.
+def _namespace() -> str | None:
+    """What process numbers on this machine belong to; containers have namespaces of their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _is_gone(claimed: dict) -> bool:
+    """Whether the process of a claim is known to have ended."""
+    # Claims of earlier versions do not name their namespace.
+    namespace = claimed.get("namespace", _namespace())
+    is_here = claimed["host"] == platform.node() and namespace == _namespace()
+    has_list = pathlib.Path("/proc/self").exists()
+    return is_here and has_list and not pathlib.Path(f"/proc/{claimed['process']}").exists()
+
+
+def _holder(path: pathlib.Path, held: bytes, mine: pathlib.Path) -> str | None:
+    """Who holds a claim of this content, or None if it is void.
 
     It is void if it was not renewed for long, or its process is gone from this machine.
     """
     try:
-        held = path.read_bytes()
         # Both times are the file system's, whatever this machine's clock says.
         os.utime(mine)
         idle = mine.stat().st_mtime - path.stat().st_mtime
@@ -366,35 +401,57 @@ def _holder(path: pathlib.Path, mine: pathlib.Path) -> str | None:
         return None
     try:
         claimed = json.loads(held)
-        host = claimed["host"]
-        process = claimed["process"]
+        holder = f"process {claimed['process']} on {claimed['host']}"
+        is_gone = _is_gone(claimed)
     # A damaged claim is not renewed, and so void before long.
     except (ValueError, KeyError, TypeError):
-        host = "a machine"
-        process = "unknown"
-    is_here = host == platform.node() and pathlib.Path("/proc/self").exists()
-    is_gone = is_here and not pathlib.Path(f"/proc/{process}").exists()
-    return None if is_gone or idle > _EXPIRES else f"process {process} on {host}"
+        holder = "process unknown on a machine"
+        is_gone = False
+    return None if is_gone or idle > _EXPIRES else holder
+
+
+def _name(mine: pathlib.Path, path: pathlib.Path) -> None:
+    """Give a claim its name. Raises `FileExistsError` if there is a claim of this name."""
+    try:
+        # A file with two names, of which only one process can make the second.
+        os.link(mine, path)
+    except OSError as error:
+        # File systems such as exFAT have one name for each file.
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:
+            file.write(mine.read_bytes())
+
+
+def _remove_void(path: pathlib.Path, held: bytes, mine: pathlib.Path) -> None:
+    """Remove a void claim, unless another process has put its own there since it was read."""
+    void = mine.with_suffix(".void")
+    # Only one process can rename it.
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(void)
+        if void.read_bytes() != held:
+            with contextlib.suppress(FileExistsError):
+                _name(void, path)
+        void.unlink()
 
 
 def _take(path: pathlib.Path, mine: pathlib.Path) -> None:
-    """Give the file `mine` the name `path`. Raises `Claimed` if another process holds it."""
+    """Give the claim `mine` the name `path`. Raises `Claimed` if another process holds it."""
     while True:
         try:
-            # A file with two names, of which only one process can make the second.
-            os.link(mine, path)
+            _name(mine, path)
             return
         except FileExistsError:
-            if holder := _holder(path, mine):
+            try:
+                held = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            if holder := _holder(path, held, mine):
                 raise Claimed(
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
                     "another --workdir"
                 ) from None
-            void = mine.with_suffix(".void")
-            # Only one process can rename it.
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(void)
-                void.unlink()
+            _remove_void(path, held, mine)
 
 
 @contextlib.contextmanager
@@ -410,9 +467,18 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         return
     path = folder / "run.claim"
     mine = folder / f".{uuid.uuid4().hex}.claim"
+    content = json.dumps(
+        {
+            "host": platform.node(),
+            "process": os.getpid(),
+            "namespace": _namespace(),
+            # Tells this claim from an earlier one of the same process.
+            "id": mine.stem,
+        }
+    ).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(mine, json.dumps({"host": platform.node(), "process": os.getpid()}))
+        write(mine, content)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
@@ -422,7 +488,8 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     def renew():
         while not done.wait(_RENEWED):
             with contextlib.suppress(OSError):
-                os.utime(mine)
+                if path.read_bytes() == content:
+                    os.utime(path)
 
     try:
         _take(path, mine)
@@ -433,7 +500,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
             done.set()
             # On a disk that can no longer be written to, the failure itself is reported.
             with contextlib.suppress(OSError):
-                if path.samefile(mine):
+                if path.read_bytes() == content:
                     path.unlink()
     finally:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Going on in a work directory of an earlier version, or of a run of fewer epochs."""
+"""Going on in a work directory of an earlier version, or of a slightly different configuration."""
 
 import json
 import logging
@@ -40,18 +40,25 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Make a finished run go on to more epochs.
+    """Make a run go on under a configuration that would have led to the same state.
 
-    It does if its learning rates so far are those of the longer run; extended.json then records the
-    earlier results. All other differences stay, and are refused later.
+    A finished run goes on to more epochs if its learning rates so far are those of the longer run;
+    extended.json then records the earlier results. A run that a damaged image ended goes on with
+    `skip_damaged`. All other differences stay, and are refused later.
 
     Args:
       config: what is to be run.
       folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, "train")
-    if recorded and _is_longer(recorded, config) and _was_finished(folder):
+    if recorded is None:
+        return
+    if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
+    # So far no image was damaged: the run would have ended there.
+    if _differences(recorded, config) == {"skip_damaged"} and not _was_finished(folder):
+        workdir.write_json(folder / "config.json", recorded | {"skip_damaged": config.skip_damaged})
+        _LOG.info("%s goes on with skip_damaged=%s", folder, config.skip_damaged)
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
@@ -83,6 +90,8 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
         results = workdir.read_json(path)
         earlier = [*results.get("extended_from", []), results["final"]]
         workdir.write_json(folder / EXTENDED, earlier)
-        path.unlink()
+        # Before the results, which would be refused if their seal named a file that changed.
+        workdir.unseal(folder)
+        path.unlink(missing_ok=True)
     workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)

@@ -189,7 +189,8 @@ class Checkpoints:
             if saved.get(name) != expected.get(name):
                 raise ValueError(
                     f"{self._path(step)} holds {saved.get(name)} for {name}, where "
-                    f"{expected.get(name)} is expected: it is of another model or optimizer"
+                    f"{expected.get(name)} is expected: it is of another model, optimizer or "
+                    "number of classes"
                 )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets))

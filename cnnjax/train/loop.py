@@ -5,6 +5,7 @@ directory stopped, bit for bit.
 """
 
 import contextlib
+import datetime
 import logging
 import pathlib
 import signal
@@ -64,21 +65,25 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     ):
         # ---------------------------------------------------------- state: new, or the last saved
         state = current.initial_state()
+        epoch_seconds = 0.0
         at = 0
         if restored := checkpoints.restore(state):
             at, state, record = restored
+            # Checkpoints of earlier versions do not describe the data.
+            _check_data(config, record.get("data", {}), current.data_record())
             _LOG.info("going on from step %d of %d", at, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
                 plateau.restore(record["plateau"])
             if current.data.damaged is not None and jax.process_index() == 0:
-                # The count of all processes.
-                current.data.damaged = record["damaged"]
+                # The count of all processes; None if `skip_damaged` was not set then.
+                current.data.damaged = record["damaged"] or 0
+            epoch_seconds = record.get("epoch_seconds", 0.0)
         like = jax.eval_shape(lambda: state)
         state = parallel.replicate(state)
         scale = 1.0
         rates = parallel.replicate(current.rates)
-        epoch_began = time.monotonic()
+        epoch_began = time.monotonic() - epoch_seconds
         stop = 0
         if at < total:
             _LOG.info("compiling the training step")
@@ -120,6 +125,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "history": history.entries,
                     "plateau": plateau and plateau.state(),
                     "seconds": history.seconds,
+                    "epoch_seconds": time.monotonic() - epoch_began,
+                    "data": current.data_record(),
                     "damaged": _sum_damaged(current),
                 }
                 checkpoints.save(at, parallel.fetch(state), record, improved)
@@ -213,8 +220,24 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
         ", ".join(errors),
         entry["learning_rate"],
         f"{images / seconds:,.0f}",
-        time.strftime("%H:%M:%S", time.gmtime(left)),
+        datetime.timedelta(seconds=round(left)),
     )
+
+
+def _check_data(config: ml_collections.ConfigDict, then: dict, now: dict) -> None:
+    """Raise `ValueError` if the images of a run are not those of its checkpoint."""
+    for name, value in then.items():
+        if value == now[name]:
+            continue
+        change = f"{name}={value} then, {now[name]} now"
+        if name == "classes":
+            gone = sorted(set(value) - set(now[name]))
+            new = sorted(set(now[name]) - set(value))
+            change = f"classes {', '.join(gone) or 'none'} are gone, {', '.join(new) or 'none'} new"
+        raise ValueError(
+            f"the images of dataset={config.dataset!r}, data_dir={config.data_dir!r} have changed "
+            f"since the run began ({change}); bring them back, or choose another --workdir"
+        )
 
 
 def _stops_early(config: ml_collections.ConfigDict, history: results.History) -> bool:

@@ -116,6 +116,14 @@ class Run:
     rates: np.ndarray
     steps_per_epoch: int
 
+    def data_record(self) -> dict[str, Any]:
+        """Describe the data that a run's steps and labels depend on, as JSON holds it."""
+        return {
+            "classes": list(self.data.classes),
+            "n_train": self.data.n_train,
+            "n_validation": self.data.n_validation,
+        }
+
     def initial_state(self) -> step.State:
         """Build the state before the first step, with the weights that it starts from."""
         taken = None
