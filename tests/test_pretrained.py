@@ -407,20 +407,25 @@ def test_predict_names_what_photographs_show(data_dir, capsys):
     assert shares == sorted(shares, reverse=True) and 99 < sum(shares) <= 100.05
 
 
-def finished_run(folder: pathlib.Path, **settings) -> tuple:
-    """Makes the work directory of an untrained run on digits; returns model and variables."""
+def finished_run(
+    folder: pathlib.Path, image_shape: tuple[int, int, int] = (8, 8, 1), **settings
+) -> tuple:
+    """Makes the work directory of an untrained run, on digits unless the settings say otherwise.
+
+    Returns the model and its variables.
+    """
     config = configs.lenet_digits.get_config()
     config.update(settings)
-    model = create_model("lenet", num_classes=10, input_shape=(8, 8, 1))
+    model = create_model(config.model, num_classes=10, input_shape=image_shape)
     variables = {"batch_stats": {}, **numbered(model)}
     folder.mkdir()
     weights.save_torchvision(variables, folder / transfer.WEIGHTS)
     workdir.write_json(folder / "config.json", config.to_dict())
     results = {
         "classes": [f"digit {number}" for number in range(10)],
-        "image_shape": [8, 8, 1],
-        "mean": [0.25],
-        "std": [0.5],
+        "image_shape": list(image_shape),
+        "mean": [0.25] * image_shape[2],
+        "std": [0.5] * image_shape[2],
     }
     workdir.write_json(folder / "results.json", results)
     return model, variables
@@ -450,6 +455,48 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     # A folder stands for its images.
     assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
     assert capsys.readouterr().out == output
+
+
+def test_photographs_of_a_run_on_rectangles(tmp_path):
+    """As of camvid_scenes: 180x240 pixels, several classes for each."""
+    settings = {"model": "scene_net", "dataset": "camvid_scenes", "loss": "sigmoid"}
+    model, variables = finished_run(tmp_path / "run", (180, 240, 3), **settings)
+    pixels = np.random.default_rng(0).integers(0, 256, (180, 240, 3), dtype=np.uint8)
+    # Twice as large, with margins on the left and right that a crop of the middle leaves out.
+    wide = np.zeros((360, 500, 3), np.uint8)
+    wide[:, 10:490] = pixels.repeat(2, 0).repeat(2, 1)
+    tall = np.zeros((400, 480, 3), np.uint8)
+    tall[20:380] = 200
+    paths = [tmp_path / name for name in ("same.png", "wide.png", "tall.png")]
+    for path, image in zip(paths, (pixels, wide, tall)):
+        PIL.Image.fromarray(image).save(path)
+    network = classifier.trained(tmp_path / "run")
+    same, smaller, middle = map(network.read, paths)
+    np.testing.assert_array_equal(same, pixels)
+    # The filter is antialiased, so that each pixel has something of its neighbors'.
+    assert smaller.shape == middle.shape == (180, 240, 3)
+    assert np.corrcoef(smaller.ravel(), pixels.ravel())[0, 1] > 0.9
+    assert (middle[1:-1] == 200).all()
+
+    (found,) = predict.probabilities(network, paths[:1])
+    normalized = (pixels[None] / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
+    (logits,) = jax.jit(model.apply)(variables, normalized)
+    np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-5)
+
+
+def test_photographs_in_gray_of_a_run_on_rectangles(tmp_path):
+    finished_run(tmp_path / "run", (9, 12, 1))
+    PIL.Image.new("RGB", (40, 30), (70, 70, 70)).save(tmp_path / "a.png")
+    read = classifier.trained(tmp_path / "run").read
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), np.full((9, 12, 1), 70))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_run_on_images_that_are_no_photographs_is_refused(channels, tmp_path):
+    finished_run(tmp_path / "run", (8, 8, channels))
+    message = f"run was trained on images of {channels} channels; photographs have 3, or 1 in gray"
+    with pytest.raises(ValueError, match=message):
+        classifier.trained(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -514,10 +561,11 @@ def test_a_segmentation_run_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_evaluate_scores_a_run_on_other_photographs(tmp_path, capsys):
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8, 12, 1)])
+def test_evaluate_scores_a_run_on_other_photographs(shape, tmp_path, capsys):
     """Four of six photographs are in the folder of the class that the network names."""
-    model, variables = finished_run(tmp_path / "run")
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    model, variables = finished_run(tmp_path / "run", shape)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
     labels = np.array(jax.jit(model.apply)(variables, normalized).argmax(-1))
     labels[4:] = (labels[4:] + 1) % 10

@@ -133,6 +133,20 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
     return paths
 
 
+def check_channels(channels: int, subject: str) -> None:
+    """Check that photographs can be read with a network's number of channels.
+
+    Args:
+      channels: the channels of the network's input.
+      subject: how the error begins.
+
+    Raises:
+      ValueError: if photographs cannot have as many.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"{subject} of {channels} channels; photographs have 3, or 1 in gray")
+
+
 class Damaged(ValueError):
     """A file can be read but not decoded whole."""
 
