@@ -11,6 +11,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,6 +24,7 @@ import configs.lenet_digits
 from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
+from cnnjax.train import run as train
 from cnnjax.weights import __main__ as listing
 from cnnjax.weights import download
 
@@ -416,7 +418,9 @@ def finished_run(
     """
     config = configs.lenet_digits.get_config()
     config.update(settings)
-    model = create_model(config.model, num_classes=10, input_shape=image_shape)
+    model = create_model(
+        config.model, num_classes=10, input_shape=image_shape, **config.model_fields
+    )
     variables = {"batch_stats": {}, **numbered(model)}
     folder.mkdir()
     weights.save_torchvision(variables, folder / transfer.WEIGHTS)
@@ -489,6 +493,18 @@ def test_photographs_in_gray_of_a_run_on_rectangles(tmp_path):
     PIL.Image.new("RGB", (40, 30), (70, 70, 70)).save(tmp_path / "a.png")
     read = classifier.trained(tmp_path / "run").read
     np.testing.assert_array_equal(read(tmp_path / "a.png"), np.full((9, 12, 1), 70))
+
+
+def test_a_run_of_nested_fields_is_opened_again(tmp_path):
+    """The fields of convnet are tuples of tuples, which are lists in JSON."""
+    fields = ml_collections.ConfigDict({"blocks": ((4, 4), (8,))})
+    model, _ = finished_run(tmp_path / "run", (8, 8, 3), model="convnet", model_fields=fields)
+    reopened = train.open_run(tmp_path / "run")
+    assert reopened.model == model
+    assert reopened.config.model_fields.blocks == ((4, 4), (8,))
+    # As from a configuration file or a command line.
+    listed = create_model("convnet", blocks=[[4, 4], [8]], input_shape=(8, 8, 3))
+    assert hash(listed) == hash(model)
 
 
 @pytest.mark.parametrize("channels", [2, 4])
