@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -161,7 +162,7 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
 
     Raises `ValueError` for options that a run does not take, and for a path that is no folder.
     """
-    folder = pathlib.Path(options.model).expanduser()
+    folder = pathlib.Path(os.path.expanduser(options.model))
     if folder.is_dir():
         for name in ("tag", "weights", "resize"):
             if getattr(options, name) is not None:

@@ -151,7 +151,7 @@ def _work(options: argparse.Namespace) -> None:
         record = records.find(options.model, options.tag or records.V1)
         title = f"{record.network} {record.tag}"
         published = {"top-1": record.top1, "top-5": record.top5}
-    data_dir = options.data_dir.expanduser()
+    data_dir = options.data_dir
     if not data_dir.is_dir():
         raise ValueError(f"data_dir={str(data_dir)!r} is not a folder")
     backend.start()
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     classifier.add_options(parser)
     parser.add_argument(
         "--data_dir",
-        type=pathlib.Path,
+        type=command.path,
         required=True,
         metavar="FOLDER",
         help="the labeled photographs",

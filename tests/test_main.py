@@ -75,6 +75,13 @@ def test_a_run_leaves_its_record(tmp_path):
     )
 
 
+def test_a_tilde_is_the_home_folder_and_may_begin_a_name(monkeypatch):
+    """No user is called photo.jpg, so "~photo.jpg" is the file's own name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command.path("~/photo.jpg") == pathlib.Path("/home/me/photo.jpg")
+    assert command.path("~photo.jpg") == pathlib.Path("~photo.jpg")
+
+
 def test_a_package_that_is_not_installed_is_named(capsys):
     def work():
         raise ModuleNotFoundError("No module named 'grain'", name="grain")

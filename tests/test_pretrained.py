@@ -534,6 +534,36 @@ def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeyp
     assert message in capsys.readouterr().err
 
 
+def test_names_that_begin_with_a_tilde_are_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished_run(pathlib.Path("~run"))
+    PIL.Image.new("L", (8, 8)).save("~photo.png")
+    assert exit_code(predict.main, ["~run", "~photo.png"]) == 0
+    assert capsys.readouterr().out.startswith("~photo.png\n")
+    assert transfer.weights_file("~run") == pathlib.Path("~run") / transfer.WEIGHTS
+    weights.preprocess("~photo.png", weights.find("resnet50"))
+    weights.save_torchvision({}, "~w.safetensors")
+    assert pathlib.Path("~w.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["~run", "--data_dir", "."], "model='~run' has no published ImageNet weights"),
+        (["resnet50", "--data_dir", "~folder"], "data_dir='~folder' is not a folder"),
+        (["resnet50", "--data_dir", ".", "--weights", "~w"], "weights='~w' is not a file"),
+    ],
+)
+def test_names_that_begin_with_a_tilde_and_are_not_there(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0").mkdir()
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "0" / "a.png")
+    assert exit_code(evaluate.main, arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_predict_reads_no_weights_before_it_knows_the_files(tmp_path, capsys):
     (tmp_path / "b.jpg").write_text("no image")
     PIL.Image.new("L", (8, 8)).save(tmp_path / "a.png")

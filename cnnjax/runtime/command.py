@@ -20,7 +20,9 @@ _STANDARD_OUTPUT = 1
 
 def path(text: str) -> pathlib.Path:
     """The type of an argument that is a path; "~" is the home folder."""
-    return pathlib.Path(text).expanduser()
+    # Path.expanduser would raise for "~photo.jpg", which could be the home folder of a user
+    # photo.jpg; os.path leaves such names as they are.
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def whole(least: int) -> Callable[[str], int]:

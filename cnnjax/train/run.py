@@ -1,6 +1,7 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -264,7 +265,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
       ValueError: if it is not a finished training run, if its files have changed since, or if the
         data set is needed and cannot be read.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder))
     missing = [
         name
         for name in ("config.json", "results.json", transfer.WEIGHTS)

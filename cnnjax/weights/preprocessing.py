@@ -4,6 +4,7 @@ As torchvision's `ImageClassification` transform: the shorter side is resized wi
 center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -42,7 +43,7 @@ def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> n
     Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read.
     """
     if isinstance(image, (str, pathlib.Path)):
-        image = photographs.open_rgb(pathlib.Path(image).expanduser())
+        image = photographs.open_rgb(pathlib.Path(os.path.expanduser(image)))
     pixels = resize_and_crop(image, record)
     mean = np.asarray(record.mean, np.float32)
     std = np.asarray(record.std, np.float32)
