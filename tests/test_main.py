@@ -107,6 +107,19 @@ def test_output_that_nobody_reads_ends_a_command_quietly():
     assert (done.returncode, done.stderr) == (command.UNREAD, b"")
 
 
+def test_names_that_are_not_utf8_are_printed_as_they_are():
+    names = [os.fsdecode(b"caf\xe9.jpg"), "café.jpg"]
+    print_names = f"[print(name) for name in {names!a}]"
+    program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
+    # As under a locale of UTF-8; the C locale takes every name.
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"caf\xe9.jpg\n" + "café.jpg\n".encode()
+
+
 def test_a_pipe_to_a_dead_process_is_an_error(capsys):
     def work():
         raise BrokenPipeError(32, "Broken pipe")

@@ -2,6 +2,7 @@
 computation."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -854,6 +855,9 @@ ODD = {
     ),
     "animated.gif": lambda path: PIL.Image.new("P", (9, 7)).save(path),
     "folder.jpg": lambda path: path.mkdir(),
+    # Names that are no text, or a formula to matplotlib.
+    os.fsdecode(b"caf\xe9.png"): lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
+    "a$b_$c.png": lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
 }
 REFUSED = {
     "bits.png": "bits.png is not a readable image: pixels of more than 8 bits",
