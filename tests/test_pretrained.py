@@ -457,8 +457,11 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     assert lines[6] == files[1]
     assert lines[7].endswith(f"%  digit {int(expected[1].argmax())}")
     # A folder stands for its images.
+    (tmp_path / "folder" / "3.heic").touch()
     assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
-    assert capsys.readouterr().out == output
+    captured = capsys.readouterr()
+    assert captured.out == output
+    assert captured.err.endswith(f"{tmp_path / 'folder'}: 1 file passed over: 1 .heic\n")
 
 
 def test_photographs_of_a_run_on_rectangles(tmp_path):

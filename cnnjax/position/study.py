@@ -400,7 +400,8 @@ def draw_images(
     """Draws one seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
     counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
-    paths = photographs.list_photographs(config.photographs)
+    # `check` has told what is passed over.
+    paths, _ = photographs.find_photographs(config.photographs)
     parts = photographs.split(paths, tuple(counts.values()), seed)
     images = {}
     for number, (name, part) in enumerate(zip(counts, parts)):
