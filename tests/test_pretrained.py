@@ -685,15 +685,29 @@ def test_labels_that_cannot_be_told_are_refused(names, message, tmp_path):
 
 
 def test_class_folders_have_names_or_numbers(tmp_path):
-    """Names come first; a name with a slash, which no folder can have, leaves the number."""
-    for name in ("1", "0", "b"):
+    """A name with a slash, which no folder can have, leaves the number."""
+    for name in ("2", "0", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").touch()
-    files, labels = evaluate.list_classes(tmp_path, ("a/b", "b", "1"))
-    assert [file.parent.name for file in files] == ["0", "1", "b"]
+    files, labels = evaluate.list_classes(tmp_path, ("a/b", "b", "c"))
+    assert [file.parent.name for file in files] == ["0", "2", "b"]
     assert labels.tolist() == [0, 2, 1]
     with pytest.raises(ValueError, match="'b' is the name of several classes"):
-        evaluate.list_classes(tmp_path, ("a", "b", "b", "1"))
+        evaluate.list_classes(tmp_path, ("a", "b", "b", "c"))
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "3"), ("1", "2", "a"), ("00", "01", "02")])
+def test_numbers_are_names_where_classes_have_such_names(classes, tmp_path):
+    """A folder 0 is not the first class, which is called otherwise."""
+    for name in classes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    assert evaluate.list_classes(tmp_path, classes)[1].tolist() == [0, 1, 2]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.jpg").touch()
+    message = rf"the folder '0' is not the name of a class \({', '.join(classes)}\)$"
+    with pytest.raises(ValueError, match=message):
+        evaluate.list_classes(tmp_path, classes)
 
 
 def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
