@@ -330,6 +330,14 @@ def test_photographs_are_prepared_as_by_torchvision(name, resize, crop):
     np.testing.assert_array_equal(weights.preprocess(in_memory, record), pixels)
 
 
+@pytest.mark.parametrize("kind, mode", [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_an_image_in_memory_of_more_than_8_bits_is_refused(kind, mode):
+    image = PIL.Image.fromarray(np.full((300, 300), 1000, kind))
+    message = rf"pixels of more than 8 bits \(Pillow's mode {mode}\); expected 8"
+    with pytest.raises(ValueError, match=message):
+        weights.preprocess(image, weights.find("resnet50"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
 def test_networks_of_google_convert_their_input(name, stage):

@@ -577,6 +577,20 @@ def test_a_data_set_without_a_test_split_says_so(imagenets_way):
         stream.open_splits(DATASET, str(copy))
 
 
+@pytest.mark.parametrize("pixels", ["uint16", "float32"])
+def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
+    copy, info, _ = imagenets_way
+    features = info.with_name("features.json")
+    changed = features.read_text().replace('"uint8"', f'"{pixels}"')
+    if pixels == "float32":
+        # The only number of channels that tensorflow-datasets accepts with it.
+        changed = changed.replace('"3"\n', '"1"\n', 1)
+    features.write_text(changed)
+    message = f"^dataset='{DATASET}' has images of {pixels}; expected uint8$"
+    with pytest.raises(ValueError, match=message):
+        stream.open_splits(DATASET, str(copy))
+
+
 # ------------------------------------------------------------------ which images, in which order
 
 

@@ -230,6 +230,21 @@ def image_size(path: pathlib.Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image to RGB.
+
+    Raises:
+      ValueError: if it has more than 8 bits a channel.
+    """
+    # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
+    # Converting an image that is RGB already would copy it.
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
+
+
 def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
     """Decode an image file to RGB.
 
@@ -240,16 +255,10 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
       ValueError: if the file cannot be read.
     """
     with opened(path) as image:
-        # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
-        if image.mode[0] in "IF":
-            raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
         image.load()
         # Pillow drops the transparency of a palette with a warning.
         image.info.pop("transparency", None)
-        # Converting an image that is RGB already would copy it.
-        if image.mode == "RGB":
-            return image
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:

@@ -109,7 +109,7 @@ class Tfds:
     TensorFlow is not needed to read it.
 
     Raises:
-      ValueError: if the data set is unknown, not prepared, or not of labeled images.
+      ValueError: if the data set is unknown, not prepared, or not of labeled images of 8 bits.
     """
 
     passed_over = ""
@@ -140,6 +140,10 @@ class Tfds:
             raise ValueError(
                 f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
             )
+        pixels = features[keys[0]].np_dtype
+        if pixels != np.uint8:
+            # Pillow would clip 16 bits to 255.
+            raise ValueError(f"dataset='tfds:{name}' has images of {pixels}; expected uint8")
         self._image, self._label = keys[:2]
         self.classes = tuple(features[self._label].names)
         self.splits = tuple(builder.info.splits)

@@ -15,9 +15,11 @@ from cnnjax.weights.records import Record
 
 
 def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
-    """Resizes an image and returns its center, uint8 [crop, crop, 3]."""
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    """Resizes an image and returns its center, uint8 [crop, crop, 3].
+
+    Raises `ValueError` if it has more than 8 bits a channel.
+    """
+    image = photographs.to_rgb(image)
     width, height = image.size
     short = min(width, height)
     # Rounded down, as torchvision does; Pillow's resizing is antialiased.
@@ -40,7 +42,8 @@ def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> n
 
     - `image`: a file's path, or an image in memory.
 
-    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read.
+    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read, or an
+    image has more than 8 bits a channel.
     """
     if isinstance(image, (str, pathlib.Path)):
         image = photographs.open_rgb(pathlib.Path(os.path.expanduser(image)))
