@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -62,9 +63,13 @@ def published(
 def trained(folder: pathlib.Path) -> Classifier:
     """Returns the network of a finished training run.
 
-    Raises `ValueError` if the folder holds no finished training run, or one that labels pixels.
+    Raises `ValueError` if the folder holds no finished training run, one that labels pixels, or
+    one on images of other channels than photographs have.
     """
-    from cnnjax.data.photographs import open_rgb
+    import PIL.Image
+    import PIL.ImageOps
+
+    from cnnjax.data.photographs import check_channels, open_rgb
     from cnnjax.data.stream import center
     from cnnjax.train.run import open_run
 
@@ -73,11 +78,19 @@ def trained(folder: pathlib.Path) -> Classifier:
         raise ValueError(
             f"{folder} is a segmentation run; expected one that classifies photographs"
         )
-    height, _, channels = run.image_shape
+    height, width, channels = run.image_shape
+    check_channels(channels, f"{folder} was trained on images")
     mode = "L" if channels == 1 else "RGB"
 
     def read(file: pathlib.Path) -> np.ndarray:
-        image = center(open_rgb(file), height, run.resize)
+        image = open_rgb(file)
+        if height == width:
+            image = center(image, height, run.resize)
+        else:
+            # Streamed images are square, so these are of a data set in memory, which is not
+            # cropped: the photograph keeps as much as its shape allows.
+            size = (width, height)
+            image = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BILINEAR)
         return np.asarray(image.convert(mode)).reshape(run.image_shape)
 
     return Classifier(
@@ -149,7 +162,7 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
 
     Raises `ValueError` for options that a run does not take, and for a path that is no folder.
     """
-    folder = pathlib.Path(options.model).expanduser()
+    folder = pathlib.Path(os.path.expanduser(options.model))
     if folder.is_dir():
         for name in ("tag", "weights", "resize"):
             if getattr(options, name) is not None:

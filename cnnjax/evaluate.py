@@ -6,7 +6,8 @@
 The first form scores published ImageNet weights, the second the network of a finished training
 run. The folder gives the labels:
 
-- FOLDER/CLASS/IMAGE with any number of folders named by the class's name or number (tench or 0).
+- FOLDER/CLASS/IMAGE with any number of folders named by the class's name or number (tench or 0);
+  by the name alone where classes have numbers as names.
 
 For ImageNet's classes, it may also be
 
@@ -91,18 +92,23 @@ def list_classes(
 def _label(name: str, classes: Sequence[str]) -> int:
     """Returns the class that a folder is named after.
 
+    The class's number serves, too, unless a class has a number for a name: a folder "0" beside
+    classes "1", "2" and "3" is hardly the class "1".
+
     Raises `ValueError` if there is none, or more than one.
     """
     if name in classes:
         if classes.count(name) > 1:
             raise ValueError(f"data_dir: {name!r} is the name of several classes")
         return classes.index(name)
+    more = ", ..." if len(classes) > _NAMED else ""
+    named = f"the name of a class ({', '.join(classes[:_NAMED])}{more})"
+    if any(known.isdecimal() for known in classes):
+        raise ValueError(f"data_dir: the folder {name!r} is not {named}")
     if name.isdecimal() and int(name) < len(classes):
         return int(name)
-    more = ", ..." if len(classes) > _NAMED else ""
     raise ValueError(
-        f"data_dir: the folder {name!r} is neither the name of a class "
-        f"({', '.join(classes[:_NAMED])}{more}) nor its number, 0 to {len(classes) - 1}"
+        f"data_dir: the folder {name!r} is neither {named} nor its number, 0 to {len(classes) - 1}"
     )
 
 
@@ -151,7 +157,7 @@ def _work(options: argparse.Namespace) -> None:
         record = records.find(options.model, options.tag or records.V1)
         title = f"{record.network} {record.tag}"
         published = {"top-1": record.top1, "top-5": record.top5}
-    data_dir = options.data_dir.expanduser()
+    data_dir = options.data_dir
     if not data_dir.is_dir():
         raise ValueError(f"data_dir={str(data_dir)!r} is not a folder")
     backend.start()
@@ -179,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     classifier.add_options(parser)
     parser.add_argument(
         "--data_dir",
-        type=pathlib.Path,
+        type=command.path,
         required=True,
         metavar="FOLDER",
         help="the labeled photographs",

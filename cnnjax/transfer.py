@@ -141,7 +141,7 @@ def weights_file(path: str | os.PathLike) -> pathlib.Path:
 
     Raises `ValueError` if there is none.
     """
-    given = pathlib.Path(path).expanduser()
+    given = pathlib.Path(os.path.expanduser(path))
     file = given / WEIGHTS if given.is_dir() else given
     if not file.is_file():
         raise ValueError(

@@ -12,7 +12,7 @@ import pytest
 from quick import FLAGS
 
 from cnnjax import combine, transfer, weights
-from cnnjax.combine import combination
+from cnnjax.combine import combination, runs
 from cnnjax.combine.methods import ENSEMBLES
 from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
@@ -250,6 +250,55 @@ def test_reestimated_statistics_are_numpys_moments(way):
         )
         == {}
     )
+
+
+# ------------------------------------------------------------------ which runs
+
+
+@pytest.fixture
+def sweep_folder(tmp_path):
+    """A sweep's cells, as far as their configurations, beside its table and its jobs."""
+    folder = tmp_path / "sweep"
+    for name in ("dataset=cifar10[:12000],seed=0", "dataset=cifar10[:12000],seed=1", "seed=2"):
+        (folder / name).mkdir(parents=True)
+        workdir.write_json(folder / name / "config.json", {"kind": "train", "name": name})
+    (folder / "jobs").mkdir()
+    (folder / "sweep.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "patterns, numbers",
+    [
+        (["*"], [0, 1, 2]),
+        # Each is named.
+        (["dataset=cifar10[:12000],seed=0", "seed=2"], [0, 2]),
+        (["dataset=cifar10[:12000],seed=*"], [0, 1]),
+        (["seed=[12]"], [2]),
+        # Named twice.
+        (["seed=*", "seed=2"], [2]),
+    ],
+)
+def test_runs_are_named_or_matched(patterns, numbers, sweep_folder):
+    configs = runs.find_runs([str(sweep_folder / pattern) for pattern in patterns])
+    assert [int(str(folder)[-1]) for folder in configs] == numbers
+    assert [config["name"] for config in configs.values()] == [path.name for path in configs]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("jobs", "jobs' is not the work directory of a training run; a pattern in quotes passes"),
+        ("sweep.json", "sweep.json' is not the work directory of a training run"),
+        ("seed=3", "seed=3' matches no work directory of a training run"),
+        ("other*", r"other\*' matches no work directory of a training run"),
+        ("job*", r"job\*' matches no work directory of a training run"),
+    ],
+)
+def test_what_is_no_run_is_named(name, message, sweep_folder):
+    patterns = [str(sweep_folder / "seed=2"), str(sweep_folder / name)]
+    with pytest.raises(ValueError, match=f"^runs='{sweep_folder}/{message}"):
+        runs.find_runs(patterns)
 
 
 # ------------------------------------------------------------------ whole commands

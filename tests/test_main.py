@@ -75,6 +75,13 @@ def test_a_run_leaves_its_record(tmp_path):
     )
 
 
+def test_a_tilde_is_the_home_folder_and_may_begin_a_name(monkeypatch):
+    """No user is called photo.jpg, so "~photo.jpg" is the file's own name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command.path("~/photo.jpg") == pathlib.Path("/home/me/photo.jpg")
+    assert command.path("~photo.jpg") == pathlib.Path("~photo.jpg")
+
+
 def test_a_package_that_is_not_installed_is_named(capsys):
     def work():
         raise ModuleNotFoundError("No module named 'grain'", name="grain")
@@ -98,6 +105,19 @@ def test_output_that_nobody_reads_ends_a_command_quietly():
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (command.UNREAD, b"")
+
+
+def test_names_that_are_not_utf8_are_printed_as_they_are():
+    names = [os.fsdecode(b"caf\xe9.jpg"), "café.jpg"]
+    print_names = f"[print(name) for name in {names!a}]"
+    program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
+    # As under a locale of UTF-8; the C locale takes every name.
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"caf\xe9.jpg\n" + "café.jpg\n".encode()
 
 
 def test_a_pipe_to_a_dead_process_is_an_error(capsys):

@@ -196,6 +196,11 @@ def test_home_in_the_name_of_a_file(own, monkeypatch):
     assert create_model("~/own.py:Own", width=5).width == 5
 
 
+def test_a_tilde_in_the_name_of_a_file_that_is_not_there():
+    with pytest.raises(ValueError, match="~own.py' is not a Python file"):
+        create_model("~own.py:Net")
+
+
 def test_what_a_file_lacks_is_named(own):
     path, name = own
     with pytest.raises(ValueError, match="own.py has no network 'Owner'"):

@@ -11,6 +11,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,6 +24,7 @@ import configs.lenet_digits
 from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
+from cnnjax.train import run as train
 from cnnjax.weights import __main__ as listing
 from cnnjax.weights import download
 
@@ -328,6 +330,14 @@ def test_photographs_are_prepared_as_by_torchvision(name, resize, crop):
     np.testing.assert_array_equal(weights.preprocess(in_memory, record), pixels)
 
 
+@pytest.mark.parametrize("kind, mode", [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_an_image_in_memory_of_more_than_8_bits_is_refused(kind, mode):
+    image = PIL.Image.fromarray(np.full((300, 300), 1000, kind))
+    message = rf"pixels of more than 8 bits \(Pillow's mode {mode}\); expected 8"
+    with pytest.raises(ValueError, match=message):
+        weights.preprocess(image, weights.find("resnet50"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
 def test_networks_of_google_convert_their_input(name, stage):
@@ -407,20 +417,27 @@ def test_predict_names_what_photographs_show(data_dir, capsys):
     assert shares == sorted(shares, reverse=True) and 99 < sum(shares) <= 100.05
 
 
-def finished_run(folder: pathlib.Path, **settings) -> tuple:
-    """Makes the work directory of an untrained run on digits; returns model and variables."""
+def finished_run(
+    folder: pathlib.Path, image_shape: tuple[int, int, int] = (8, 8, 1), **settings
+) -> tuple:
+    """Makes the work directory of an untrained run, on digits unless the settings say otherwise.
+
+    Returns the model and its variables.
+    """
     config = configs.lenet_digits.get_config()
     config.update(settings)
-    model = create_model("lenet", num_classes=10, input_shape=(8, 8, 1))
+    model = create_model(
+        config.model, num_classes=10, input_shape=image_shape, **config.model_fields
+    )
     variables = {"batch_stats": {}, **numbered(model)}
     folder.mkdir()
     weights.save_torchvision(variables, folder / transfer.WEIGHTS)
     workdir.write_json(folder / "config.json", config.to_dict())
     results = {
         "classes": [f"digit {number}" for number in range(10)],
-        "image_shape": [8, 8, 1],
-        "mean": [0.25],
-        "std": [0.5],
+        "image_shape": list(image_shape),
+        "mean": [0.25] * image_shape[2],
+        "std": [0.5] * image_shape[2],
     }
     workdir.write_json(folder / "results.json", results)
     return model, variables
@@ -448,8 +465,65 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
     assert lines[6] == files[1]
     assert lines[7].endswith(f"%  digit {int(expected[1].argmax())}")
     # A folder stands for its images.
+    (tmp_path / "folder" / "3.heic").touch()
     assert exit_code(predict.main, [str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
-    assert capsys.readouterr().out == output
+    captured = capsys.readouterr()
+    assert captured.out == output
+    assert captured.err.endswith(f"{tmp_path / 'folder'}: 1 file passed over: 1 .heic\n")
+
+
+def test_photographs_of_a_run_on_rectangles(tmp_path):
+    """As of camvid_scenes: 180x240 pixels, several classes for each."""
+    settings = {"model": "scene_net", "dataset": "camvid_scenes", "loss": "sigmoid"}
+    model, variables = finished_run(tmp_path / "run", (180, 240, 3), **settings)
+    pixels = np.random.default_rng(0).integers(0, 256, (180, 240, 3), dtype=np.uint8)
+    # Twice as large, with margins on the left and right that a crop of the middle leaves out.
+    wide = np.zeros((360, 500, 3), np.uint8)
+    wide[:, 10:490] = pixels.repeat(2, 0).repeat(2, 1)
+    tall = np.zeros((400, 480, 3), np.uint8)
+    tall[20:380] = 200
+    paths = [tmp_path / name for name in ("same.png", "wide.png", "tall.png")]
+    for path, image in zip(paths, (pixels, wide, tall)):
+        PIL.Image.fromarray(image).save(path)
+    network = classifier.trained(tmp_path / "run")
+    same, smaller, middle = map(network.read, paths)
+    np.testing.assert_array_equal(same, pixels)
+    # The filter is antialiased, so that each pixel has something of its neighbors'.
+    assert smaller.shape == middle.shape == (180, 240, 3)
+    assert np.corrcoef(smaller.ravel(), pixels.ravel())[0, 1] > 0.9
+    assert (middle[1:-1] == 200).all()
+
+    (found,) = predict.probabilities(network, paths[:1])
+    normalized = (pixels[None] / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
+    (logits,) = jax.jit(model.apply)(variables, normalized)
+    np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-5)
+
+
+def test_photographs_in_gray_of_a_run_on_rectangles(tmp_path):
+    finished_run(tmp_path / "run", (9, 12, 1))
+    PIL.Image.new("RGB", (40, 30), (70, 70, 70)).save(tmp_path / "a.png")
+    read = classifier.trained(tmp_path / "run").read
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), np.full((9, 12, 1), 70))
+
+
+def test_a_run_of_nested_fields_is_opened_again(tmp_path):
+    """The fields of convnet are tuples of tuples, which are lists in JSON."""
+    fields = ml_collections.ConfigDict({"blocks": ((4, 4), (8,))})
+    model, _ = finished_run(tmp_path / "run", (8, 8, 3), model="convnet", model_fields=fields)
+    reopened = train.open_run(tmp_path / "run")
+    assert reopened.model == model
+    assert reopened.config.model_fields.blocks == ((4, 4), (8,))
+    # As from a configuration file or a command line.
+    listed = create_model("convnet", blocks=[[4, 4], [8]], input_shape=(8, 8, 3))
+    assert hash(listed) == hash(model)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_run_on_images_that_are_no_photographs_is_refused(channels, tmp_path):
+    finished_run(tmp_path / "run", (8, 8, channels))
+    message = f"run was trained on images of {channels} channels; photographs have 3, or 1 in gray"
+    with pytest.raises(ValueError, match=message):
+        classifier.trained(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -468,6 +542,36 @@ def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeyp
     finished_run(tmp_path / "run", loss="pixelwise")
     model, *options = arguments
     assert exit_code(predict.main, [model, "photo.jpg", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_that_begin_with_a_tilde_are_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished_run(pathlib.Path("~run"))
+    PIL.Image.new("L", (8, 8)).save("~photo.png")
+    assert exit_code(predict.main, ["~run", "~photo.png"]) == 0
+    assert capsys.readouterr().out.startswith("~photo.png\n")
+    assert transfer.weights_file("~run") == pathlib.Path("~run") / transfer.WEIGHTS
+    weights.preprocess("~photo.png", weights.find("resnet50"))
+    weights.save_torchvision({}, "~w.safetensors")
+    assert pathlib.Path("~w.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["~run", "--data_dir", "."], "model='~run' has no published ImageNet weights"),
+        (["resnet50", "--data_dir", "~folder"], "data_dir='~folder' is not a folder"),
+        (["resnet50", "--data_dir", ".", "--weights", "~w"], "weights='~w' is not a file"),
+    ],
+)
+def test_names_that_begin_with_a_tilde_and_are_not_there(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0").mkdir()
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "0" / "a.png")
+    assert exit_code(evaluate.main, arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -514,10 +618,11 @@ def test_a_segmentation_run_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_evaluate_scores_a_run_on_other_photographs(tmp_path, capsys):
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8, 12, 1)])
+def test_evaluate_scores_a_run_on_other_photographs(shape, tmp_path, capsys):
     """Four of six photographs are in the folder of the class that the network names."""
-    model, variables = finished_run(tmp_path / "run")
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    model, variables = finished_run(tmp_path / "run", shape)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
     labels = np.array(jax.jit(model.apply)(variables, normalized).argmax(-1))
     labels[4:] = (labels[4:] + 1) % 10
@@ -588,15 +693,29 @@ def test_labels_that_cannot_be_told_are_refused(names, message, tmp_path):
 
 
 def test_class_folders_have_names_or_numbers(tmp_path):
-    """Names come first; a name with a slash, which no folder can have, leaves the number."""
-    for name in ("1", "0", "b"):
+    """A name with a slash, which no folder can have, leaves the number."""
+    for name in ("2", "0", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").touch()
-    files, labels = evaluate.list_classes(tmp_path, ("a/b", "b", "1"))
-    assert [file.parent.name for file in files] == ["0", "1", "b"]
+    files, labels = evaluate.list_classes(tmp_path, ("a/b", "b", "c"))
+    assert [file.parent.name for file in files] == ["0", "2", "b"]
     assert labels.tolist() == [0, 2, 1]
     with pytest.raises(ValueError, match="'b' is the name of several classes"):
-        evaluate.list_classes(tmp_path, ("a", "b", "b", "1"))
+        evaluate.list_classes(tmp_path, ("a", "b", "b", "c"))
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "3"), ("1", "2", "a"), ("00", "01", "02")])
+def test_numbers_are_names_where_classes_have_such_names(classes, tmp_path):
+    """A folder 0 is not the first class, which is called otherwise."""
+    for name in classes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    assert evaluate.list_classes(tmp_path, classes)[1].tolist() == [0, 1, 2]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "a.jpg").touch()
+    message = rf"the folder '0' is not the name of a class \({', '.join(classes)}\)$"
+    with pytest.raises(ValueError, match=message):
+        evaluate.list_classes(tmp_path, classes)
 
 
 def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):

@@ -161,6 +161,35 @@ def test_what_a_folder_passes_over_is_counted(tmp_path):
     assert len(photographs.list_photographs(tmp_path)) == 4
 
 
+def test_what_a_folder_of_photographs_passes_over_is_told(tmp_path, caplog):
+    photographs_folder = tmp_path / "photographs"
+    elsewhere = tmp_path / "elsewhere"
+    (photographs_folder / "more").mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("a.jpg", "b.HEIC", "more/c.png", "more/d.heic", "more/e.tif", ".DS_Store"):
+        (photographs_folder / name).touch()
+    (elsewhere / "f.jpg").touch()
+    (photographs_folder / "more" / "linked").symlink_to(elsewhere)
+    with caplog.at_level("INFO", "cnnjax"):
+        paths = photographs.list_photographs(photographs_folder)
+        photographs.list_photographs(elsewhere)
+    assert paths == [photographs_folder / "a.jpg", photographs_folder / "more" / "c.png"]
+    passed_over = (
+        "4 files passed over: 2 .heic, 1 hidden, 1 .tif; 1 folder passed over: more/linked"
+    )
+    assert told(caplog) == [f"{photographs_folder}: {passed_over}"]
+    # The position study tells it once and lists them for every seed.
+    assert photographs.find_photographs(photographs_folder) == (paths, passed_over)
+
+
+def test_a_folder_without_photographs_says_what_it_has(tmp_path):
+    for name in ("a.heic", "b.heic"):
+        (tmp_path / name).touch()
+    message = r"holds no image file; expected .*\(2 files passed over: 2 .heic\)$"
+    with pytest.raises(ValueError, match=message):
+        photographs.list_photographs(tmp_path)
+
+
 def test_a_folders_mistakes_are_named(tmp_path):
     expected = "expected {0}/CLASS/IMAGE with .jpg, .jpeg, .png, .webp, .bmp"
     (tmp_path / "hidden" / ".git").mkdir(parents=True)
@@ -545,6 +574,20 @@ def test_a_data_set_without_a_test_split_says_so(imagenets_way):
         ValueError,
         match=f"^dataset='{DATASET}' is not of labeled images: its supervised keys are None$",
     ):
+        stream.open_splits(DATASET, str(copy))
+
+
+@pytest.mark.parametrize("pixels", ["uint16", "float32"])
+def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
+    copy, info, _ = imagenets_way
+    features = info.with_name("features.json")
+    changed = features.read_text().replace('"uint8"', f'"{pixels}"')
+    if pixels == "float32":
+        # The only number of channels that tensorflow-datasets accepts with it.
+        changed = changed.replace('"3"\n', '"1"\n', 1)
+    features.write_text(changed)
+    message = f"^dataset='{DATASET}' has images of {pixels}; expected uint8$"
+    with pytest.raises(ValueError, match=message):
         stream.open_splits(DATASET, str(copy))
 
 

@@ -2,6 +2,7 @@
 computation."""
 
 import json
+import os
 import shutil
 import threading
 
@@ -807,6 +808,20 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
     assert not list((tmp_path / "work").glob("*.png"))
 
 
+def test_a_run_on_images_that_are_no_photographs_is_refused(folder, tmp_path, capsys):
+    model = create_model("lenet", num_classes=3, input_shape=(8, 8, 4))
+    run = tmp_path / "run"
+    run.mkdir()
+    facts = {"classes": ["a", "b", "c"], "image_shape": [8, 8, 4], "mean": [0] * 4, "std": [1] * 4}
+    workdir.write_json(run / "config.json", {"kind": "train", "model": "lenet"})
+    workdir.write_json(run / "results.json", facts)
+    save_torchvision(quick.variables(model), run / "weights.safetensors")
+    options = ["--photographs", str(folder), "--workdir", str(tmp_path / "work")]
+    code, message = refused(["activations", "--run", str(run), *options], capsys)
+    assert code == 2
+    assert message == "error: lenet takes images of 4 channels; photographs have 3, or 1 in gray\n"
+
+
 def test_a_refused_command_leaves_no_folder(folder, tmp_path, capsys):
     work = tmp_path / "a" / "b"
     arguments = ["--model", "lenet", "--weights", "random", "--photographs", str(folder)]
@@ -840,6 +855,9 @@ ODD = {
     ),
     "animated.gif": lambda path: PIL.Image.new("P", (9, 7)).save(path),
     "folder.jpg": lambda path: path.mkdir(),
+    # Names that are no text, or a formula to matplotlib.
+    os.fsdecode(b"caf\xe9.png"): lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
+    "a$b_$c.png": lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
 }
 REFUSED = {
     "bits.png": "bits.png is not a readable image: pixels of more than 8 bits",

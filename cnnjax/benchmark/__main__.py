@@ -343,7 +343,7 @@ def _work(options, folder: pathlib.Path) -> None:
     sides = options.sides or [*SIDES.get(options.what, ())]
     check(options.what, options.only, sides)
     if options.what == "input":
-        photographs.list_photographs(options.photographs)
+        photographs.find_photographs(options.photographs)
     backend.start()
     folder.mkdir(parents=True, exist_ok=True)
     device = backend.describe()

@@ -39,22 +39,43 @@ class Member(NamedTuple):
 
 
 def find_runs(patterns: Sequence[str]) -> Configs:
-    """Read the configurations of the training runs among the folders that match, by folder.
+    """Read the configurations of training runs, by folder.
+
+    Args:
+      patterns: work directories, and patterns that match them; what a pattern matches besides is
+        passed over.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: for a path that is no training run, and for a pattern that matches none.
     """
-    folders: set[pathlib.Path] = set()
+    configs: Configs = {}
     for pattern in patterns:
-        matches = glob.glob(os.path.expanduser(pattern))
-        folders |= {pathlib.Path(name) for name in matches}
+        found = _read_matches(pattern)
+        if not found:
+            raise ValueError(f"runs={pattern!r} matches no work directory of a training run")
+        configs |= found
+    return dict(sorted(configs.items()))
+
+
+def _read_matches(pattern: str) -> Configs:
+    """Read the configurations of the runs that a path names or a pattern matches."""
+    path = os.path.expanduser(pattern)
+    # As a pattern, the name of a sweep's cell may not match itself: dataset=cifar10[:12000].
+    if os.path.exists(path):
+        recorded = read_recorded(pathlib.Path(path))
+        if recorded is None:
+            raise ValueError(
+                f"runs={pattern!r} is not the work directory of a training run; a pattern in "
+                "quotes passes over what is none"
+            )
+        return {pathlib.Path(path): recorded}
+    # The brackets of such a name may stand in a pattern, too: dataset=cifar10[:12000],seed=*.
+    matches = glob.glob(path) or glob.glob(path.replace("[", "[[]"))
     configs = {}
-    for folder in sorted(folders):
-        recorded = read_recorded(folder)
+    for name in matches:
+        recorded = read_recorded(pathlib.Path(name))
         if recorded is not None:
-            configs[folder] = recorded
-    if not configs:
-        raise ValueError(f"runs={' '.join(patterns)!r} matches no work directory of a training run")
+            configs[pathlib.Path(name)] = recorded
     return configs
 
 

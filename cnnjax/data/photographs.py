@@ -5,6 +5,7 @@ Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, si
 
 import collections
 import contextlib
+import logging
 import os
 import pathlib
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+_LOG = logging.getLogger("cnnjax")
 # Pillow warns of a decompression bomb and then decodes it; here it is an error.
 warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -88,6 +90,28 @@ def describe_others(others: collections.Counter[str]) -> str:
     return f"{others.total():,} {files} passed over: {kinds}"
 
 
+def describe_passed_over(
+    root: pathlib.Path, others: collections.Counter[str], folders: list[pathlib.Path]
+) -> str:
+    """Describe the files and folders that are passed over; empty if there are none.
+
+    Args:
+      root: the folder that is read.
+      others: files, counted by kind.
+      folders: folders below `root`, of which the first three are named.
+    """
+    passed_over = []
+    if others:
+        passed_over.append(describe_others(others))
+    if folders:
+        noun = "folder" if len(folders) == 1 else "folders"
+        names = [str(path.relative_to(root)) for path in folders[:3]]
+        if len(folders) > 3:
+            names.append("...")
+        passed_over.append(f"{len(folders):,} {noun} passed over: {', '.join(names)}")
+    return "; ".join(passed_over)
+
+
 def _embedded() -> list[pathlib.Path]:
     import skimage
     import sklearn
@@ -98,39 +122,73 @@ def _embedded() -> list[pathlib.Path]:
     return paths + [next(sklearn_data.glob(f"{name}.*")) for name in _SKLEARN]
 
 
-def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-    listing = list_folder(folder)
-    images = listing.images
-    for inner in listing.folders:
-        # A link to a folder is not followed: it may lead back up.
-        if not inner.is_symlink():
-            images = images + _images_below(inner)
-    return images
+def _list_below(folder: pathlib.Path) -> Listing:
+    """List the images and other files of a folder and its subfolders.
+
+    The folders listed are links, which are not followed: they may lead back up.
+    """
+    top = list_folder(folder)
+    listing = Listing(top.images, [], top.others)
+    for inner in top.folders:
+        if inner.is_symlink():
+            listing.folders.append(inner)
+            continue
+        below = _list_below(inner)
+        listing.images.extend(below.images)
+        listing.folders.extend(below.folders)
+        listing.others.update(below.others)
+    return listing
 
 
-def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
+def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path], str]:
     """List the image files of a folder and its subfolders.
 
     Args:
       folder: the folder; empty for the photographs that scikit-image and scikit-learn carry.
 
     Returns:
-      The paths in order, without what is in hidden folders.
+      The paths in order, without what is in hidden folders; and a description of the files and
+      links to folders that are passed over, empty if there are none.
 
     Raises:
       ValueError: if the folder does not exist or holds no image.
     """
     if not folder:
-        return _embedded()
+        return _embedded(), ""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"photographs={str(folder)!r} is not a folder")
-    paths = sorted(_images_below(folder))
-    if not paths:
+    listing = _list_below(folder)
+    passed_over = describe_passed_over(folder, listing.others, listing.folders)
+    if not listing.images:
+        reason = f" ({passed_over})" if passed_over else ""
         raise ValueError(
             f"photographs={str(folder)!r} holds no image file; expected {', '.join(SUFFIXES)}"
+            f"{reason}"
         )
+    return sorted(listing.images), passed_over
+
+
+def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
+    """List as `find_photographs`, and log what is passed over."""
+    paths, passed_over = find_photographs(folder)
+    if passed_over:
+        _LOG.info("%s: %s", folder, passed_over)
     return paths
+
+
+def check_channels(channels: int, subject: str) -> None:
+    """Check that photographs can be read with a network's number of channels.
+
+    Args:
+      channels: the channels of the network's input.
+      subject: how the error begins.
+
+    Raises:
+      ValueError: if photographs cannot have as many.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"{subject} of {channels} channels; photographs have 3, or 1 in gray")
 
 
 class Damaged(ValueError):
@@ -172,6 +230,21 @@ def image_size(path: pathlib.Path) -> tuple[int, int]:
         return image.height, image.width
 
 
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Convert an image to RGB.
+
+    Raises:
+      ValueError: if it has more than 8 bits a channel.
+    """
+    # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
+    if image.mode[0] in "IF":
+        raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
+    # Converting an image that is RGB already would copy it.
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
+
+
 def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
     """Decode an image file to RGB.
 
@@ -182,16 +255,10 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
       ValueError: if the file cannot be read.
     """
     with opened(path) as image:
-        # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
-        if image.mode[0] in "IF":
-            raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
         image.load()
         # Pillow drops the transparency of a palette with a warning.
         image.info.pop("transparency", None)
-        # Converting an image that is RGB already would copy it.
-        if image.mode == "RGB":
-            return image
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:

@@ -5,7 +5,6 @@ step gives what an uninterrupted one gives from there.
 """
 
 import atexit
-import collections
 import dataclasses
 import functools
 import gc
@@ -30,7 +29,7 @@ from cnnjax.data import splits
 from cnnjax.data.photographs import (
     SUFFIXES,
     Damaged,
-    describe_others,
+    describe_passed_over,
     list_folder,
     open_rgb,
     resized_window,
@@ -74,12 +73,13 @@ class Folder:
             _check_name(folder)
             listing = list_folder(folder)
             if not listing.images:
-                reason = _describe_left(root, listing.others, listing.folders) or "it is empty"
+                passed_over = describe_passed_over(root, listing.others, listing.folders)
+                reason = passed_over or "it is empty"
                 raise ValueError(f"the class folder {folder} has no images; {expected} ({reason})")
             self.files += [(path, label) for path in listing.images]
             others += listing.others
             nested += listing.folders
-        self.passed_over = _describe_left(root, others, nested)
+        self.passed_over = describe_passed_over(root, others, nested)
 
     def __len__(self):
         return len(self.files)
@@ -91,22 +91,6 @@ class Folder:
     def labels(self) -> np.ndarray:
         """Return the labels of all images, int32 [n]."""
         return np.array([label for _, label in self.files], np.int32)
-
-
-def _describe_left(
-    root: pathlib.Path, others: collections.Counter[str], folders: list[pathlib.Path]
-) -> str:
-    """Describe the files and folders that are passed over; empty if there are none."""
-    passed_over = []
-    if others:
-        passed_over.append(describe_others(others))
-    if folders:
-        noun = "folder" if len(folders) == 1 else "folders"
-        names = [str(path.relative_to(root)) for path in folders[:3]]
-        if len(folders) > 3:
-            names.append("...")
-        passed_over.append(f"{len(folders):,} {noun} passed over: {', '.join(names)}")
-    return "; ".join(passed_over)
 
 
 def _check_name(folder: pathlib.Path) -> None:
@@ -125,7 +109,7 @@ class Tfds:
     TensorFlow is not needed to read it.
 
     Raises:
-      ValueError: if the data set is unknown, not prepared, or not of labeled images.
+      ValueError: if the data set is unknown, not prepared, or not of labeled images of 8 bits.
     """
 
     passed_over = ""
@@ -156,6 +140,10 @@ class Tfds:
             raise ValueError(
                 f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
             )
+        pixels = features[keys[0]].np_dtype
+        if pixels != np.uint8:
+            # Pillow would clip 16 bits to 255.
+            raise ValueError(f"dataset='tfds:{name}' has images of {pixels}; expected uint8")
         self._image, self._label = keys[:2]
         self.classes = tuple(features[self._label].names)
         self.splits = tuple(builder.info.splits)

@@ -193,6 +193,8 @@ def create_model(name: str, **fields) -> Network:
         ValueError: for an unknown model, with the nearest names, for a field that it does not
             have, and for a value of another type.
     """
+    # Configuration files and command lines may give lists, which flax cannot hash.
+    fields = {field: as_tuples(value) for field, value in fields.items()}
     build = _builder(name)
     parameters = _parameters(build)
     takes_any = any(
@@ -213,6 +215,14 @@ def create_model(name: str, **fields) -> Network:
     if not isinstance(network, Network):
         raise ValueError(f"model={name!r} is a {type(network).__name__}, not a cnnjax.Network")
     return network
+
+
+def as_tuples(value: Any) -> Any:
+    """Turn a list, and the lists inside it, into tuples; return any other value as it is."""
+    # Not of subclasses: a named tuple keeps its names.
+    if type(value) in (list, tuple):
+        return tuple(as_tuples(item) for item in value)
+    return value
 
 
 def _builder(name: str) -> Callable[..., Network]:

@@ -8,6 +8,7 @@ writes results.json and the report.
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import time
 
@@ -131,7 +132,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     for name in config.encoders:
         create_model(name)
-    is_file = pathlib.Path(config.weights).expanduser().is_file()
+    is_file = pathlib.Path(os.path.expanduser(config.weights)).is_file()
     if config.weights not in ("random", "imagenet") and not is_file:
         raise ValueError(
             f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
@@ -399,7 +400,8 @@ def draw_images(
     """Draws one seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
     counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
-    paths = photographs.list_photographs(config.photographs)
+    # `check` has told what is passed over.
+    paths, _ = photographs.find_photographs(config.photographs)
     parts = photographs.split(paths, tuple(counts.values()), seed)
     images = {}
     for number, (name, part) in enumerate(zip(counts, parts)):

@@ -1,6 +1,7 @@
 """What all command lines share: errors of one line, exit codes, and options that many have."""
 
 import argparse
+import io
 import logging
 import os
 import pathlib
@@ -20,7 +21,9 @@ _STANDARD_OUTPUT = 1
 
 def path(text: str) -> pathlib.Path:
     """The type of an argument that is a path; "~" is the home folder."""
-    return pathlib.Path(text).expanduser()
+    # Path.expanduser would raise for "~photo.jpg", which could be the home folder of a user
+    # photo.jpg; os.path leaves such names as they are.
+    return pathlib.Path(os.path.expanduser(text))
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -107,6 +110,17 @@ def _is_output_closed() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
+def _print_every_name() -> None:
+    """Let standard output take names of files that are not UTF-8, as the bytes that they are.
+
+    It is so in the C locale, and what reads from a pipe gets the true name. Standard error, which
+    shows such bytes with backslashes, never fails.
+    """
+    # Notebooks and tests put objects of other kinds in its place.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def run(work: Callable[[], None]) -> int:
     """Do a command's work and return its exit code.
 
@@ -120,6 +134,7 @@ def run(work: Callable[[], None]) -> int:
     # Imported libraries may have set a format of their own.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
+    _print_every_name()
     try:
         with signals.heeded(_interrupt):
             work()

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import hashlib
 import importlib.util
+import os
 import pathlib
 import sys
 import traceback
@@ -27,7 +28,7 @@ def import_file(path: str | pathlib.Path) -> types.ModuleType:
 
     Raises `ValueError`, with the file and the line, for whatever is wrong with it.
     """
-    return _import_resolved(pathlib.Path(path).expanduser().resolve())
+    return _import_resolved(pathlib.Path(os.path.expanduser(path)).resolve())
 
 
 # Cached, since the classes of a file must stay the same classes: jax recognizes a network that it
@@ -54,7 +55,7 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
     """Run code of a user's file: its errors become a `ValueError` with the file and the line."""
-    resolved = str(pathlib.Path(path).expanduser().resolve())
+    resolved = str(pathlib.Path(os.path.expanduser(path)).resolve())
     token = _running.set(resolved)
     try:
         yield

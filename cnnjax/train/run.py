@@ -1,6 +1,7 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
+from cnnjax.models.base import as_tuples
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
@@ -271,7 +273,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
       ValueError: if it is not a finished training run, if its files have changed since, or if the
         data set is needed and cannot be read.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = pathlib.Path(os.path.expanduser(folder))
     missing = [
         name
         for name in ("config.json", "results.json", transfer.WEIGHTS)
@@ -327,8 +329,8 @@ def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def _with_tuples(found: dict[str, Any]) -> dict[str, Any]:
-    """Turn lists into tuples, since a model's fields are hashed."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    """Turn lists into tuples, as they were before they were written as JSON."""
+    return {key: as_tuples(value) for key, value in found.items()}
 
 
 def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]) -> int:

@@ -16,7 +16,7 @@ from cnnjax.visualize.ascent import maximize
 from cnnjax.visualize.borders import equivariance_error
 from cnnjax.visualize.class_maps import grad_cam
 from cnnjax.visualize.fields import effective_receptive_field, effective_size
-from cnnjax.visualize.figures import brighten, grid, mosaic, overlay, patches
+from cnnjax.visualize.figures import brighten, grid, mosaic, overlay, patches, set_title
 from cnnjax.visualize.gradients import saliency
 from cnnjax.visualize.occluders import occlusion
 from cnnjax.visualize.stages import (
@@ -53,7 +53,7 @@ def maps(subject: Subject):
     numbers = []
     for row, image, path in zip(axes, images, subject.paths):
         row[0].imshow(image)
-        row[0].set_title(path.stem, fontsize=8)
+        set_title(row[0], path.stem, fontsize=8)
         x = subject.input(image[None])
         for axis, stage in zip(row[1:], subject.stages):
             (stage_map,) = activations(subject.model, subject.variables, x, stage)
@@ -185,7 +185,7 @@ def occluded(subject: Subject):
             first = (size - 1) / 2
             bottom, right = (first + stride * (count - 1) for count in shares.shape)
             heat = overlay(column[1], image, shares, (first, right, first, bottom), vmin=0, vmax=1)
-            column[1].set_title(f"{name} with a square hidden there", fontsize=7)
+            set_title(column[1], f"{name} with a square hidden there", fontsize=7)
             numbers.append(
                 {
                     "photograph": path.name,
@@ -234,7 +234,7 @@ def class_maps(subject: Subject):
 
 def _show_photograph(axis, image, title):
     axis.imshow(image)
-    axis.set_title(title, fontsize=7)
+    set_title(axis, title, fontsize=7)
 
 
 def _probabilities(

@@ -20,6 +20,16 @@ def grid(rows: int, columns: int, cell: float = 2.0):
     return figure, axes
 
 
+def set_title(axis, text: str, fontsize: float) -> None:
+    """Sets a title with the name of a file or a class, in which no character has a meaning.
+
+    matplotlib would read formulas between two dollar signs. It cannot draw the bytes of names that
+    are not UTF-8, which become question marks.
+    """
+    drawable = text.encode(errors="replace").decode()
+    axis.set_title(drawable, fontsize=fontsize, parse_math=False)
+
+
 def brighten(
     signals: Float[np.ndarray, "n height width channels"],
 ) -> Float[np.ndarray, "n height width 3"]:

@@ -60,6 +60,8 @@ class Subject:
         for stage in self.stages:
             check_stage(self.model, stage, options.channels or ())
         if options.images is not None:
+            channels = self.model.input_shape[2]
+            photographs.check_channels(channels, f"{self.name} takes images")
             found = photographs.list_photographs(options.photographs)
             self.paths = spread(found, options.images or len(found))
         if options.run is None:

@@ -37,7 +37,7 @@ def checkpoints_folder() -> pathlib.Path:
     """Returns the folder in which PyTorch keeps downloaded weights."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
-    return pathlib.Path(home).expanduser() / "hub" / "checkpoints"
+    return pathlib.Path(os.path.expanduser(home)) / "hub" / "checkpoints"
 
 
 def fetch(name: str, tag: str = records.V1) -> str:

@@ -83,7 +83,7 @@ def read(path: str | os.PathLike) -> StateDict:
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(
             f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "

@@ -4,6 +4,7 @@ As torchvision's `ImageClassification` transform: the shorter side is resized wi
 center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -14,9 +15,11 @@ from cnnjax.weights.records import Record
 
 
 def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
-    """Resizes an image and returns its center, uint8 [crop, crop, 3]."""
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    """Resizes an image and returns its center, uint8 [crop, crop, 3].
+
+    Raises `ValueError` if it has more than 8 bits a channel.
+    """
+    image = photographs.to_rgb(image)
     width, height = image.size
     short = min(width, height)
     # Rounded down, as torchvision does; Pillow's resizing is antialiased.
@@ -39,10 +42,11 @@ def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> n
 
     - `image`: a file's path, or an image in memory.
 
-    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read.
+    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read, or an
+    image has more than 8 bits a channel.
     """
     if isinstance(image, (str, pathlib.Path)):
-        image = photographs.open_rgb(pathlib.Path(image).expanduser())
+        image = photographs.open_rgb(pathlib.Path(os.path.expanduser(image)))
     pixels = resize_and_crop(image, record)
     mean = np.asarray(record.mean, np.float32)
     std = np.asarray(record.std, np.float32)

@@ -237,4 +237,4 @@ def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
         tensors[key] = _to_torchvision(np.asarray(flat[path_in_tree], np.float32))
     for key in [key for key in tensors if key.endswith("running_mean")]:
         tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
-    files.write(tensors, pathlib.Path(path).expanduser())
+    files.write(tensors, pathlib.Path(os.path.expanduser(path)))
