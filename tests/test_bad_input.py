@@ -48,6 +48,7 @@ json.dump(found, sys.stdout)
 TRAIN, STUDY = ("main", "--config=configs/lenet_digits.py"), ("main", "--config=configs/posenet.py")
 CIFAR, MNIST = (*TRAIN, "--config.dataset=cifar10"), (*TRAIN, "--config.dataset=mnist")
 FOLDER = (*TRAIN, "--config.dataset=folder", "--config.model=squeezenet1_1")
+MLP = (*TRAIN, "--config.model=mlp1")
 WEIGHTS = (
     *STUDY,
     "--config.encoders=('squeezenet1_1',)",
@@ -93,6 +94,14 @@ import ml_collections
 
 def get_config():
     return ml_collections.ConfigDict({"kind": "train", "model": "lenet"})
+""",
+    "none": """
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.n_validation = None
+    return config
 """,
     "failing_model": """
 from cnnjax.models import base
@@ -159,6 +168,54 @@ CASES = [
     (
         (*STUDY, "--config.kind=dance"),
         "kind='dance' of the configuration is not one of position, train",
+    ),
+    # Values of another type.
+    ((*TRAIN, "--config.early_stopping=None"), "early_stopping=None is not of the type int"),
+    ((*TRAIN, "--config.seed=None"), "seed=None is not of the type int"),
+    ((*TRAIN, "--config.epochs=True"), "epochs=True is not of the type int"),
+    ((*TRAIN, "--config.decay_all=None"), "decay_all=None is not of the type bool"),
+    ((*TRAIN, "--config.augment.flip=None"), "augment.flip=None is not of the type bool"),
+    (("main", "--config=FILES/none.py"), "n_validation=None is not of the type int"),
+    ((*STUDY, "--config.seeds=None"), "seeds=None is not of the type int"),
+    ((*STUDY, "--config.registered=None"), "registered=None is not of the type bool"),
+    ((*STUDY, "--config.encoders=1"), "encoders=1 is not a name; encoders accepts a tuple of"),
+    ((*STUDY, "--config.missing=None"), "missing=None is not a name; missing accepts a tuple of"),
+    ((*STUDY, "--config.paddings=['none',['zeros']]"), "paddings=('zeros',) is not a name"),
+    ((*STUDY, "--config.noise=(None,1)"), "noise=(None, 1) is not a mean and a standard deviation"),
+    ((*TRAIN, "--config.freeze=None"), "freeze=None is not a name; freeze accepts a tuple of"),
+    ((*TRAIN, "--config.freeze={}"), "freeze={} is not a name; freeze accepts a tuple of"),
+    ((*TRAIN, "--config.initial_parts=1"), "initial_parts=1 is not a name; initial_parts accepts"),
+    ((*TRAIN, "--config.rates=0.1"), "rates=0.1 is not a pair of a part and a positive number"),
+    ((*TRAIN, "--config.rates=None"), "rates=None is not a pair of a part and a positive number"),
+    (
+        (*TRAIN, "--config.schedule.name=step", "--config.schedule.epochs=10-14"),
+        "schedule.epochs=('10-14',) are not rising positive numbers",
+    ),
+    (
+        (*TRAIN, "--config.model_fields.padding.x=1"),
+        "model_fields.padding.x is not a key of the configuration; did you mean "
+        "model_fields.padding?",
+    ),
+    (
+        (*TRAIN, "--config.model_fields.widths[0]=1"),
+        "model_fields.widths[0] is not a key of the configuration",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden={1:2}"),
+        "model_fields.hidden={1: 2} is not a string, a number, or a tuple of them",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden=64"),
+        "hidden=64 is not of the type tuple[int, ...], as mlp1 expects",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden=(64,'a')"),
+        "hidden=(64, 'a') is not of the type tuple[int, ...], as mlp1 expects",
+    ),
+    # The list is read as a tuple, or the model could not be built.
+    (
+        (*MLP, "--config.model_fields.hidden=[64]", "--config.freeze=('head',)"),
+        "freeze='head' names no parameters of the model",
     ),
     # Work directories.
     ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),

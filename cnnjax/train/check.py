@@ -1,7 +1,5 @@
 """Checks of a training configuration that need no computation."""
 
-import math
-
 import ml_collections
 
 from cnnjax import transfer, weights
@@ -62,8 +60,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def _check_values(config: ml_collections.ConfigDict) -> None:
     """Check keys that stand for themselves."""
     for key, least in _LEAST.items():
-        if config[key] < least:
-            raise ValueError(f"{key}={config[key]} is not a number of at least {least}")
+        configuration.check_least(key, config[key], least)
     for key in _SHARES:
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
@@ -107,6 +104,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     """Check what is transferred, what is frozen, and what has a learning rate of its own."""
+    configuration.check_names(config, ("initial_parts", "freeze"))
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)
     elif config.initial_parts:
@@ -133,10 +131,10 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
 
 def _is_rate(pair) -> bool:
     """Whether a pair is the name of a part and a positive number."""
-    if len(pair) != 2:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
     part, rate = pair
-    return isinstance(part, str) and isinstance(rate, (int, float)) and 0 < rate < math.inf
+    return isinstance(part, str) and configuration.is_number(rate) and rate > 0
 
 
 def _check_loss(config: ml_collections.ConfigDict) -> None:
