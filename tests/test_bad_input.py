@@ -284,6 +284,9 @@ CASES = [
     ),
     ((*TRAIN, "--config.seed=-1"), "seed=-1 is not a number of at least 0"),
     ((*TRAIN, "--config.mixup=-0.1"), "mixup=-0.1 is not a number of at least 0"),
+    ((*TRAIN, "--config.mixup=nan"), "mixup=nan is not a number of at least 0"),
+    ((*TRAIN, "--config.mixup=inf"), "mixup=inf is not a finite number"),
+    ((*TRAIN, "--config.weight_decay=nan"), "weight_decay=nan is not a number of at least 0"),
     ((*TRAIN, "--config.weight_decay=-1.0"), "weight_decay=-1.0 is not a number of at least 0"),
     ((*TRAIN, "--config.label_smoothing=1.0"), "label_smoothing=1.0 is not between 0 and 1"),
     ((*TRAIN, "--config.ema_decay=1.0"), "ema_decay=1.0 is not between 0 and 1"),
@@ -324,7 +327,22 @@ CASES = [
         (*TRAIN, "--config.augment.fill=mirror"),
         "augment.fill='mirror' is not one of zeros, reflect",
     ),
+    ((*TRAIN, "--config.augment.crop=-1"), "augment.crop=-1 is not a number of at least 0"),
+    ((*TRAIN, "--config.augment.cutout=-3"), "augment.cutout=-3 is not a number of at least 0"),
+    ((*TRAIN, "--config.augment.colour=nan"), "augment.colour=nan is not a number of at least 0"),
+    (
+        (*TRAIN, "--config.augment.colour=0.1"),
+        "augment.colour=0.1 is for images of three channels; the images of dataset='digits' have 1",
+    ),
     ((*TRAIN, "--config.schedule.name=stairs"), "schedule.name='stairs' is not one of constant"),
+    (
+        (*TRAIN, "--config.schedule.warmup_epochs=nan"),
+        "schedule.warmup_epochs=nan is not a number of at least 0",
+    ),
+    (
+        (*TRAIN, "--config.schedule.warmup_epochs=inf"),
+        "schedule.warmup_epochs=inf is not a finite number",
+    ),
     (
         (*TRAIN, "--config.schedule.name=plateau"),
         "schedule.name='plateau' watches the validation error: n_validation=0",

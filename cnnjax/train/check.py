@@ -67,10 +67,12 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     for key, accepted in _CHOICES.items():
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
-    if config.augment.fill not in augment.FILLS:
-        raise ValueError(
-            f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}"
-        )
+    # A section of the configuration's own may lack keys; `augment` has their defaults.
+    for key in ("crop", "cutout", "colour"):
+        configuration.check_least(f"augment.{key}", config.augment.get(key, 0), 0)
+    fill = config.augment.get("fill", "zeros")
+    if fill not in augment.FILLS:
+        raise ValueError(f"augment.fill={fill!r} is not one of {', '.join(augment.FILLS)}")
 
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
