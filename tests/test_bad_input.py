@@ -49,6 +49,7 @@ TRAIN, STUDY = ("main", "--config=configs/lenet_digits.py"), ("main", "--config=
 CIFAR, MNIST = (*TRAIN, "--config.dataset=cifar10"), (*TRAIN, "--config.dataset=mnist")
 FOLDER = (*TRAIN, "--config.dataset=folder", "--config.model=squeezenet1_1")
 MLP = (*TRAIN, "--config.model=mlp1")
+CLASSES = (*FOLDER, "--config.data_dir=CLASSES", "--config.batch_size=2")
 WEIGHTS = (
     *STUDY,
     "--config.encoders=('squeezenet1_1',)",
@@ -361,6 +362,10 @@ CASES = [
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),
     (FOLDER, "data_dir='' has no folder train of images by class; name the folder that"),
     ((*FOLDER, "--config.data_dir=FILES/one_class"), "val"),
+    (
+        (*CLASSES, "--config.resize=144", "--config.image_size=160"),
+        "resize=144 is not 0 or at least image_size=160",
+    ),
     # Sweeps, combinations, summaries, figures.
     (
         ("sweep", "--config=configs/posenet.py", "--workdir=OUT"),
@@ -402,10 +407,10 @@ CASES = [
 
 def place(folder: pathlib.Path) -> dict[str, str]:
     """Makes the wrong files; returns what each word in capitals stands for."""
-    files, empty, broken, bomb, photographs = (
-        folder / name for name in ("files", "empty", "broken", "bomb", "photographs")
+    files, empty, broken, bomb, photographs, classes = (
+        folder / name for name in ("files", "empty", "broken", "bomb", "photographs", "classes")
     )
-    for made in (files, empty, broken, bomb, photographs):
+    for made in (files, empty, broken, bomb, photographs, classes):
         made.mkdir()
     (files / "file").write_text("")
     (files / "empty.py").write_text("")
@@ -460,6 +465,10 @@ def place(folder: pathlib.Path) -> dict[str, str]:
     (files / "one_class" / "train" / "cat" / "0.png").write_bytes(
         (photographs / "0.png").read_bytes()
     )
+    for split in ("train", "val"):
+        (classes / split / "cat").mkdir(parents=True)
+        for image in photographs.iterdir():
+            (classes / split / "cat" / image.name).write_bytes(image.read_bytes())
     # A file of 300 kB that asks for 900 million pixels.
     PIL.Image.new("1", (30_000, 30_000)).save(bomb / "bomb.png")
     for name in "ab":
@@ -470,6 +479,7 @@ def place(folder: pathlib.Path) -> dict[str, str]:
         "BROKEN": str(broken),
         "BOMB": str(bomb),
         "PHOTOGRAPHS": str(photographs),
+        "CLASSES": str(classes),
         "OUT": str(folder / "out"),
     }
 

@@ -54,6 +54,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_validation(config)
     _check_model(config)
     _check_loss(config)
+    _check_crops(config)
     _check_views(config)
 
 
@@ -149,6 +150,14 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which "
             f"are for loss={fitting!r}"
+        )
+
+
+def _check_crops(config: ml_collections.ConfigDict) -> None:
+    """Check that streamed images are large enough for their crops."""
+    if is_streamed(config) and 0 < config.resize < config.image_size:
+        raise ValueError(
+            f"resize={config.resize} is not 0 or at least image_size={config.image_size}"
         )
 
 
