@@ -226,7 +226,9 @@ class Streamed:
         self.damaged = 0 if config.skip_damaged else None
         self._named: set[int] = set()
 
-    def _read(self, split: str, image_size: int, *, train: bool, **options) -> Iterator:
+    def _read(
+        self, split: str, image_size: int, resize: int, *, train: bool, **options
+    ) -> Iterator:
         source = self._sources[split]
         workers = self._config.workers
         # Every evaluation starts its worker processes anew, which takes longer than a few images.
@@ -237,7 +239,7 @@ class Streamed:
             self._config.batch_size,
             self._config.seed,
             image_size,
-            resize=self._config.resize,
+            resize=resize,
             train=train,
             workers=workers,
             **options,
@@ -249,6 +251,7 @@ class Streamed:
         return self._read(
             "train",
             self._config.image_size,
+            self._config.resize,
             train=True,
             steps=range(first, total),
             process_index=jax.process_index(),
@@ -287,9 +290,12 @@ class Streamed:
         if split == "train" or split not in self._sources:
             return None
         size = self._config.image_size
+        resize = self._config.resize
         if views == 10:
-            size = self._config.resize or round(size * 256 / 224)
-        return self._read(split, size, train=False)
+            # The corners are those of the square around the center, at the scale of one view.
+            resize = resize or round(size * 256 / 224)
+            size = resize
+        return self._read(split, size, resize, train=False)
 
     def test_images(self, numbers):
         source = self._sources["test"]
