@@ -48,6 +48,8 @@ json.dump(found, sys.stdout)
 TRAIN, STUDY = ("main", "--config=configs/lenet_digits.py"), ("main", "--config=configs/posenet.py")
 CIFAR, MNIST = (*TRAIN, "--config.dataset=cifar10"), (*TRAIN, "--config.dataset=mnist")
 FOLDER = (*TRAIN, "--config.dataset=folder", "--config.model=squeezenet1_1")
+MLP = (*TRAIN, "--config.model=mlp1")
+CLASSES = (*FOLDER, "--config.data_dir=CLASSES", "--config.batch_size=2")
 WEIGHTS = (
     *STUDY,
     "--config.encoders=('squeezenet1_1',)",
@@ -93,6 +95,14 @@ import ml_collections
 
 def get_config():
     return ml_collections.ConfigDict({"kind": "train", "model": "lenet"})
+""",
+    "none": """
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.n_validation = None
+    return config
 """,
     "failing_model": """
 from cnnjax.models import base
@@ -159,6 +169,54 @@ CASES = [
     (
         (*STUDY, "--config.kind=dance"),
         "kind='dance' of the configuration is not one of position, train",
+    ),
+    # Values of another type.
+    ((*TRAIN, "--config.early_stopping=None"), "early_stopping=None is not of the type int"),
+    ((*TRAIN, "--config.seed=None"), "seed=None is not of the type int"),
+    ((*TRAIN, "--config.epochs=True"), "epochs=True is not of the type int"),
+    ((*TRAIN, "--config.decay_all=None"), "decay_all=None is not of the type bool"),
+    ((*TRAIN, "--config.augment.flip=None"), "augment.flip=None is not of the type bool"),
+    (("main", "--config=FILES/none.py"), "n_validation=None is not of the type int"),
+    ((*STUDY, "--config.seeds=None"), "seeds=None is not of the type int"),
+    ((*STUDY, "--config.registered=None"), "registered=None is not of the type bool"),
+    ((*STUDY, "--config.encoders=1"), "encoders=1 is not a name; encoders accepts a tuple of"),
+    ((*STUDY, "--config.missing=None"), "missing=None is not a name; missing accepts a tuple of"),
+    ((*STUDY, "--config.paddings=['none',['zeros']]"), "paddings=('zeros',) is not a name"),
+    ((*STUDY, "--config.noise=(None,1)"), "noise=(None, 1) is not a mean and a standard deviation"),
+    ((*TRAIN, "--config.freeze=None"), "freeze=None is not a name; freeze accepts a tuple of"),
+    ((*TRAIN, "--config.freeze={}"), "freeze={} is not a name; freeze accepts a tuple of"),
+    ((*TRAIN, "--config.initial_parts=1"), "initial_parts=1 is not a name; initial_parts accepts"),
+    ((*TRAIN, "--config.rates=0.1"), "rates=0.1 is not a pair of a part and a positive number"),
+    ((*TRAIN, "--config.rates=None"), "rates=None is not a pair of a part and a positive number"),
+    (
+        (*TRAIN, "--config.schedule.name=step", "--config.schedule.epochs=10-14"),
+        "schedule.epochs=('10-14',) are not rising positive numbers",
+    ),
+    (
+        (*TRAIN, "--config.model_fields.padding.x=1"),
+        "model_fields.padding.x is not a key of the configuration; did you mean "
+        "model_fields.padding?",
+    ),
+    (
+        (*TRAIN, "--config.model_fields.widths[0]=1"),
+        "model_fields.widths[0] is not a key of the configuration",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden={1:2}"),
+        "model_fields.hidden={1: 2} is not a string, a number, or a tuple of them",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden=64"),
+        "hidden=64 is not of the type tuple[int, ...], as mlp1 expects",
+    ),
+    (
+        (*MLP, "--config.model_fields.hidden=(64,'a')"),
+        "hidden=(64, 'a') is not of the type tuple[int, ...], as mlp1 expects",
+    ),
+    # The list is read as a tuple, or the model could not be built.
+    (
+        (*MLP, "--config.model_fields.hidden=[64]", "--config.freeze=('head',)"),
+        "freeze='head' names no parameters of the model",
     ),
     # Work directories.
     ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
@@ -227,6 +285,9 @@ CASES = [
     ),
     ((*TRAIN, "--config.seed=-1"), "seed=-1 is not a number of at least 0"),
     ((*TRAIN, "--config.mixup=-0.1"), "mixup=-0.1 is not a number of at least 0"),
+    ((*TRAIN, "--config.mixup=nan"), "mixup=nan is not a number of at least 0"),
+    ((*TRAIN, "--config.mixup=inf"), "mixup=inf is not a finite number"),
+    ((*TRAIN, "--config.weight_decay=nan"), "weight_decay=nan is not a number of at least 0"),
     ((*TRAIN, "--config.weight_decay=-1.0"), "weight_decay=-1.0 is not a number of at least 0"),
     ((*TRAIN, "--config.label_smoothing=1.0"), "label_smoothing=1.0 is not between 0 and 1"),
     ((*TRAIN, "--config.ema_decay=1.0"), "ema_decay=1.0 is not between 0 and 1"),
@@ -267,7 +328,22 @@ CASES = [
         (*TRAIN, "--config.augment.fill=mirror"),
         "augment.fill='mirror' is not one of zeros, reflect",
     ),
+    ((*TRAIN, "--config.augment.crop=-1"), "augment.crop=-1 is not a number of at least 0"),
+    ((*TRAIN, "--config.augment.cutout=-3"), "augment.cutout=-3 is not a number of at least 0"),
+    ((*TRAIN, "--config.augment.colour=nan"), "augment.colour=nan is not a number of at least 0"),
+    (
+        (*TRAIN, "--config.augment.colour=0.1"),
+        "augment.colour=0.1 is for images of three channels; the images of dataset='digits' have 1",
+    ),
     ((*TRAIN, "--config.schedule.name=stairs"), "schedule.name='stairs' is not one of constant"),
+    (
+        (*TRAIN, "--config.schedule.warmup_epochs=nan"),
+        "schedule.warmup_epochs=nan is not a number of at least 0",
+    ),
+    (
+        (*TRAIN, "--config.schedule.warmup_epochs=inf"),
+        "schedule.warmup_epochs=inf is not a finite number",
+    ),
     (
         (*TRAIN, "--config.schedule.name=plateau"),
         "schedule.name='plateau' watches the validation error: n_validation=0",
@@ -286,6 +362,10 @@ CASES = [
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),
     (FOLDER, "data_dir='' has no folder train of images by class; name the folder that"),
     ((*FOLDER, "--config.data_dir=FILES/one_class"), "val"),
+    (
+        (*CLASSES, "--config.resize=144", "--config.image_size=160"),
+        "resize=144 is not 0 or at least image_size=160",
+    ),
     # Sweeps, combinations, summaries, figures.
     (
         ("sweep", "--config=configs/posenet.py", "--workdir=OUT"),
@@ -327,10 +407,10 @@ CASES = [
 
 def place(folder: pathlib.Path) -> dict[str, str]:
     """Makes the wrong files; returns what each word in capitals stands for."""
-    files, empty, broken, bomb, photographs = (
-        folder / name for name in ("files", "empty", "broken", "bomb", "photographs")
+    files, empty, broken, bomb, photographs, classes = (
+        folder / name for name in ("files", "empty", "broken", "bomb", "photographs", "classes")
     )
-    for made in (files, empty, broken, bomb, photographs):
+    for made in (files, empty, broken, bomb, photographs, classes):
         made.mkdir()
     (files / "file").write_text("")
     (files / "empty.py").write_text("")
@@ -385,6 +465,10 @@ def place(folder: pathlib.Path) -> dict[str, str]:
     (files / "one_class" / "train" / "cat" / "0.png").write_bytes(
         (photographs / "0.png").read_bytes()
     )
+    for split in ("train", "val"):
+        (classes / split / "cat").mkdir(parents=True)
+        for image in photographs.iterdir():
+            (classes / split / "cat" / image.name).write_bytes(image.read_bytes())
     # A file of 300 kB that asks for 900 million pixels.
     PIL.Image.new("1", (30_000, 30_000)).save(bomb / "bomb.png")
     for name in "ab":
@@ -395,6 +479,7 @@ def place(folder: pathlib.Path) -> dict[str, str]:
         "BROKEN": str(broken),
         "BOMB": str(bomb),
         "PHOTOGRAPHS": str(photographs),
+        "CLASSES": str(classes),
         "OUT": str(folder / "out"),
     }
 

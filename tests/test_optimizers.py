@@ -143,6 +143,26 @@ def test_schedules():
             {"name": "plateau", "learning_rate": 0.1, "mode": "max"},
             "schedule.metric='error' with schedule.mode='max' is not one of",
         ),
+        # Of NaN every comparison is false.
+        (
+            {"name": "cosine", "learning_rate": 0.1, "warmup_epochs": math.nan},
+            "schedule.warmup_epochs=nan is not a number of at least 0",
+        ),
+        (
+            {"name": "cosine", "learning_rate": 0.1, "warmup_epochs": math.inf},
+            "schedule.warmup_epochs=inf is not a finite number",
+        ),
+        ({"name": "cosine", "learning_rate": math.inf}, "schedule.learning_rate=inf is not a fin"),
+        (
+            {"name": "plateau", "learning_rate": 0.1, "threshold": math.nan},
+            "schedule.threshold=nan is not a number of at least 0",
+        ),
+        (
+            {"name": "step", "learning_rate": 0.1, "every": 2, "factor": math.inf},
+            "schedule.factor=inf is not a positive number",
+        ),
+        ({"name": "step", "learning_rate": 0.1, "epochs": (math.nan,)}, "are not rising"),
+        ({"name": "step", "learning_rate": 0.1, "epochs": ("10-14",)}, "are not rising"),
     ],
 )
 def test_wrong_schedules(schedule, message):

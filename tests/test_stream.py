@@ -744,6 +744,24 @@ def test_evaluation_sees_the_center(tmp_path):
         )
 
 
+@pytest.mark.parametrize("resize", [0, 20, 40])
+def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
+    """The middle of what corners are cut from is the crop of one view."""
+    for split in ("train", "val"):
+        write(tmp_path / split, ant=[ramp(48, 40, x=5, y=5), ramp(40, 48, x=5, y=5)])
+    config = lenet_digits.get_config()
+    config.update({"dataset": "folder", "data_dir": str(tmp_path), "image_size": 14})
+    config.update({"resize": resize, "batch_size": 2})
+    data = Streamed(config, Parallel("jit"))
+    ((one, _),) = data.evaluation("test")
+    ((ten, _),) = data.evaluation("test", views=10)
+    # 14 * 256 / 224 is 16.
+    size = resize or 16
+    assert one.shape == (2, 14, 14, 3) and ten.shape == (2, size, size, 3)
+    border = (size - 14) // 2
+    np.testing.assert_array_equal(ten[:, border:-border, border:-border], one)
+
+
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
 def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
     """An output pixel's center, in the image's own coordinates, is what the ramps say."""

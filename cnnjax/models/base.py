@@ -8,6 +8,7 @@ import importlib
 import inspect
 import numbers
 import pathlib
+import typing
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -203,7 +204,7 @@ def create_model(name: str, **fields) -> Network:
     )
     for field, value in fields.items():
         if field in parameters:
-            _check_type(field, value, parameters[field].default, name)
+            _check_type(field, value, parameters[field], name)
         elif not takes_any:
             raise ValueError(
                 f"{field}={value!r} is not a field of {name}; it accepts {', '.join(parameters)}"
@@ -226,6 +227,8 @@ def as_tuples(value: Any) -> Any:
 
 
 def _builder(name: str) -> Callable[..., Network]:
+    if not isinstance(name, str):
+        raise ValueError(f"model={name!r} is not the name of a model, a string")
     if ":" in name:
         return _users_builder(name)
     if name not in _REGISTRY:
@@ -264,17 +267,37 @@ def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _check_type(field: str, value: Any, default: Any, model: str) -> None:
+def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str) -> None:
     """Raise `ValueError` for a word in place of a number, or the other way round."""
+    default = parameter.default
+    expected = type(default).__name__
     if isinstance(default, bool):
         is_right = isinstance(value, bool)
     elif isinstance(default, (int, float)):
         is_right = isinstance(value, numbers.Real) and not isinstance(value, bool)
     elif isinstance(default, str):
         is_right = isinstance(value, str)
+    elif typing.get_origin(parameter.annotation) is tuple:
+        # An empty default does not show the type of the elements.
+        expected = str(parameter.annotation)
+        is_right = _is_annotated(value, parameter.annotation)
+    elif isinstance(default, tuple):
+        is_right = isinstance(value, (tuple, list))
     else:
         is_right = True
     if not is_right:
-        raise ValueError(
-            f"{field}={value!r} is not of the type {type(default).__name__}, as {model} expects"
-        )
+        raise ValueError(f"{field}={value!r} is not of the type {expected}, as {model} expects")
+
+
+def _is_annotated(value: Any, annotation: Any) -> bool:
+    """Whether a value is a tuple of its annotation, such as `tuple[int, ...]`, or an element."""
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = typing.get_args(annotation)
+        if kinds[-1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        return len(kinds) == len(value) and all(map(_is_annotated, value, kinds))
+    if annotation is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return annotation is not str or isinstance(value, str)

@@ -40,6 +40,8 @@ from cnnjax.runtime import configuration, workdir
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
+# Keys of a configuration that are tuples of names.
+_NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 RINGS = 7  # of the profile by the distance to the border
 # Read without an encoder: the image itself, named as in the paper, and the image with its pixels'
 # coordinates, which is the most that a linear readout can find.
@@ -113,6 +115,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_names(config: ml_collections.ConfigDict) -> None:
+    configuration.check_names(config, _NAMES)
     for key, accepted in (("targets", TARGETS), ("data", DATA)):
         for value in config[key]:
             if value not in accepted:
@@ -152,7 +155,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         )
     if config.readout_padding < 0:
         raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
-    if len(config.noise) != 2 or min(config.noise) < 0:
+    are_numbers = all(configuration.is_number(number) for number in config.noise)
+    if len(config.noise) != 2 or not are_numbers or min(config.noise) < 0:
         raise ValueError(f"noise={tuple(config.noise)} is not a mean and a standard deviation")
     if config.hidden < 0:
         raise ValueError(

@@ -3,6 +3,8 @@
 import ast
 import copy
 import difflib
+import math
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -68,28 +70,34 @@ def override(
     changed = copy.deepcopy(config)
     known = flatten(config)
     for key, value in changes.items():
-        if key not in known and not _is_open(key):
-            raise ValueError(_describe_unknown(key, known))
+        _check_key(key, known)
+        _check_type(key, value, known)
         try:
-            changed.update_from_flattened_dict({key: value})
+            changed.update_from_flattened_dict({key: to_tuples(value)})
         except (TypeError, ValueError) as error:
-            expected = type(known[key]).__name__
+            expected = type(known.get(key)).__name__
             raise ValueError(f"{key}={value!r} is not of the type {expected}") from error
     return expand_paths(changed)
+
+
+def to_tuples(value: Any) -> Any:
+    """Turn lists into tuples, those inside them too: a network's fields are hashed."""
+    if isinstance(value, (tuple, list)):
+        return tuple(to_tuples(element) for element in value)
+    return value
 
 
 def check_keys(
     config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, origin: str
 ) -> None:
-    """Raise `ValueError` if a configuration has an unknown key or lacks one.
+    """Raise `ValueError` for an unknown key, a value of another type, or a key that is absent.
 
     `defaults` has all keys; `origin` says in the message where they come from.
     """
     known = flatten(defaults)
-    found = flatten(config)
-    for key in found:
-        if key not in known and not _is_open(key):
-            raise ValueError(_describe_unknown(key, known))
+    for key, value in flatten(config).items():
+        _check_key(key, known)
+        _check_type(key, value, known)
     if missing := [key for key in defaults if key not in config]:
         raise ValueError(
             f"the configuration lacks the key {missing[0]}; start from {origin}.get_config()"
@@ -102,6 +110,28 @@ def check_seed(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"seed={config.seed} is not a number of at least 0 and at most {LARGEST_SEED}"
         )
+
+
+def check_least(key: str, value: Any, least: float) -> None:
+    """Raise `ValueError` for what is not a finite number of at least `least`."""
+    if value == math.inf:
+        raise ValueError(f"{key}={value!r} is not a finite number")
+    if not is_number(value) or value < least:
+        raise ValueError(f"{key}={value!r} is not a number of at least {least}")
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number; True and False are not."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
+def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
+    """Raise `ValueError` if a key that is a tuple of names has an element that is no string."""
+    for key in keys:
+        for name in config[key]:
+            if not isinstance(name, str):
+                raise ValueError(f"{key}={name!r} is not a name; {key} accepts a tuple of strings")
 
 
 def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str]) -> dict[str, Any]:
@@ -147,7 +177,40 @@ def _parse_value(text: str, current: Any) -> Any:
 
 
 def _is_open(key: str) -> bool:
-    return key.startswith(f"{_OPEN_SECTION}.")
+    """Tell whether a key is a network's field; keys inside a field are not."""
+    section, _, field = key.partition(".")
+    return section == _OPEN_SECTION and field.isidentifier()
+
+
+def _check_key(key: str, known: Mapping[str, Any]) -> None:
+    if key not in known and not _is_open(key):
+        raise ValueError(_describe_unknown(key, known))
+
+
+def _check_type(key: str, value: Any, known: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a value of another type than the known one.
+
+    ml_collections lets None take the place of anything, and True that of 1.
+    """
+    if isinstance(value, Mapping):
+        raise ValueError(f"{key}={value!r} is not a string, a number, or a tuple of them")
+    if not _is_open(key) and not _has_type_of(value, known[key]):
+        expected = type(known[key]).__name__
+        raise ValueError(f"{key}={value!r} is not of the type {expected}")
+
+
+def _has_type_of(value: Any, default: Any) -> bool:
+    if default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, int):
+        return isinstance(value, numbers.Integral)
+    if isinstance(default, float):
+        return isinstance(value, numbers.Real)
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list))
+    return isinstance(value, type(default))
 
 
 def _describe_unknown(key: str, known: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Checks of a training configuration that need no computation."""
 
-import math
-
 import ml_collections
 
 from cnnjax import transfer, weights
@@ -56,24 +54,26 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_validation(config)
     _check_model(config)
     _check_loss(config)
+    _check_crops(config)
     _check_views(config)
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
     """Check keys that stand for themselves."""
     for key, least in _LEAST.items():
-        if config[key] < least:
-            raise ValueError(f"{key}={config[key]} is not a number of at least {least}")
+        configuration.check_least(key, config[key], least)
     for key in _SHARES:
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
     for key, accepted in _CHOICES.items():
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
-    if config.augment.fill not in augment.FILLS:
-        raise ValueError(
-            f"augment.fill={config.augment.fill!r} is not one of {', '.join(augment.FILLS)}"
-        )
+    # A section of the configuration's own may lack keys; `augment` has their defaults.
+    for key in ("crop", "cutout", "colour"):
+        configuration.check_least(f"augment.{key}", config.augment.get(key, 0), 0)
+    fill = config.augment.get("fill", "zeros")
+    if fill not in augment.FILLS:
+        raise ValueError(f"augment.fill={fill!r} is not one of {', '.join(augment.FILLS)}")
 
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
@@ -107,6 +107,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     """Check what is transferred, what is frozen, and what has a learning rate of its own."""
+    configuration.check_names(config, ("initial_parts", "freeze"))
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)
     elif config.initial_parts:
@@ -133,10 +134,10 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
 
 def _is_rate(pair) -> bool:
     """Whether a pair is the name of a part and a positive number."""
-    if len(pair) != 2:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
     part, rate = pair
-    return isinstance(part, str) and isinstance(rate, (int, float)) and 0 < rate < math.inf
+    return isinstance(part, str) and configuration.is_number(rate) and rate > 0
 
 
 def _check_loss(config: ml_collections.ConfigDict) -> None:
@@ -149,6 +150,14 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which "
             f"are for loss={fitting!r}"
+        )
+
+
+def _check_crops(config: ml_collections.ConfigDict) -> None:
+    """Check that streamed images are large enough for their crops."""
+    if is_streamed(config) and 0 < config.resize < config.image_size:
+        raise ValueError(
+            f"resize={config.resize} is not 0 or at least image_size={config.image_size}"
         )
 
 

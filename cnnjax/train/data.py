@@ -132,6 +132,16 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
+def check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
+    """Raise `ValueError` if colors are to be shifted in images that do not have three channels."""
+    colour = config.augment.get("colour", 0.0)
+    if colour and channels != 3:
+        raise ValueError(
+            f"augment.colour={colour} is for images of three channels; the images of "
+            f"dataset={config.dataset!r} have {channels}"
+        )
+
+
 class Resident:
     """A data set that lives on the devices; one call takes many steps."""
 
@@ -145,6 +155,7 @@ class Resident:
         validation = self._dataset.validation
         self.classes = self._dataset.classes
         self.image_shape = train.images.shape[1:]
+        check_colour(config, self.image_shape[-1])
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.moments = moments_of(config, *arrays.normalization(train.images))
@@ -215,7 +226,9 @@ class Streamed:
         self.damaged = 0 if config.skip_damaged else None
         self._named: set[int] = set()
 
-    def _read(self, split: str, image_size: int, *, train: bool, **options) -> Iterator:
+    def _read(
+        self, split: str, image_size: int, resize: int, *, train: bool, **options
+    ) -> Iterator:
         source = self._sources[split]
         workers = self._config.workers
         # Every evaluation starts its worker processes anew, which takes longer than a few images.
@@ -226,7 +239,7 @@ class Streamed:
             self._config.batch_size,
             self._config.seed,
             image_size,
-            resize=self._config.resize,
+            resize=resize,
             train=train,
             workers=workers,
             **options,
@@ -238,6 +251,7 @@ class Streamed:
         return self._read(
             "train",
             self._config.image_size,
+            self._config.resize,
             train=True,
             steps=range(first, total),
             process_index=jax.process_index(),
@@ -276,9 +290,12 @@ class Streamed:
         if split == "train" or split not in self._sources:
             return None
         size = self._config.image_size
+        resize = self._config.resize
         if views == 10:
-            size = self._config.resize or round(size * 256 / 224)
-        return self._read(split, size, train=False)
+            # The corners are those of the square around the center, at the scale of one view.
+            resize = resize or round(size * 256 / 224)
+            size = resize
+        return self._read(split, size, resize, train=False)
 
     def test_images(self, numbers):
         source = self._sources["test"]

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from cnnjax.runtime import configuration
 from cnnjax.train.defaults import SCHEDULE
 
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
@@ -34,12 +35,8 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
                 f"{', '.join(SCHEDULE)}"
             )
     complete = SCHEDULE | dict(schedule)
-    rate = complete["learning_rate"]
-    if rate is None or not rate >= 0:
-        raise ValueError(f"schedule.learning_rate={rate!r} is not a number of at least 0")
-    warmup = complete["warmup_epochs"]
-    if warmup < 0:
-        raise ValueError(f"schedule.warmup_epochs={warmup!r} is not a number of at least 0")
+    for key in ("learning_rate", "warmup_epochs", "every"):
+        configuration.check_least(f"schedule.{key}", complete[key], 0)
     if name == "plateau":
         _check_plateau(complete)
     if name == "restarts" and not complete["every"] > 0:
@@ -65,15 +62,15 @@ def _check_plateau(complete: dict) -> None:
 def _check_steps(complete: dict) -> None:
     epochs = list(complete["epochs"])
     every = complete["every"]
-    if not complete["factor"] > 0:
+    if not 0 < complete["factor"] < math.inf:
         raise ValueError(f"schedule.factor={complete['factor']!r} is not a positive number")
-    if bool(epochs) == bool(every) or every < 0:
+    if bool(epochs) == bool(every):
         raise ValueError(
             f"schedule.epochs={tuple(epochs)} and schedule.every={every}: give one of them, a list "
             "of epochs or a positive number of epochs"
         )
-    is_rising = epochs == sorted(set(epochs))
-    if epochs and not (is_rising and epochs[0] >= 1):
+    are_numbers = all(configuration.is_number(epoch) for epoch in epochs)
+    if epochs and not (are_numbers and epochs == sorted(set(epochs)) and epochs[0] >= 1):
         raise ValueError(f"schedule.epochs={tuple(epochs)} are not rising positive numbers")
 
 
@@ -167,9 +164,7 @@ class Plateau:
                 f"schedule.factor={self.factor!r} is not between 0 and 1, both excluded"
             )
         for name in ("patience", "threshold", "cooldown", "min_lr"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"schedule.{name}={value!r} is not a number of at least 0")
+            configuration.check_least(f"schedule.{name}", getattr(self, name), 0)
         self.rate = self.learning_rate
         self.best = math.inf if self.mode == "min" else -math.inf
         self.bad = 0
