@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill, check_sampling
 from cnnjax.runtime import source
+from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.types import AnyArray
 
 # What a network goes on with in place of the map of a stage, by the name of the stage.
@@ -195,7 +196,7 @@ def create_model(name: str, **fields) -> Network:
             have, and for a value of another type.
     """
     # Configuration files and command lines may give lists, which flax cannot hash.
-    fields = {field: as_tuples(value) for field, value in fields.items()}
+    fields = {field: to_tuples(value) for field, value in fields.items()}
     build = _builder(name)
     parameters = _parameters(build)
     takes_any = any(
@@ -216,14 +217,6 @@ def create_model(name: str, **fields) -> Network:
     if not isinstance(network, Network):
         raise ValueError(f"model={name!r} is a {type(network).__name__}, not a cnnjax.Network")
     return network
-
-
-def as_tuples(value: Any) -> Any:
-    """Turn a list, and the lists inside it, into tuples; return any other value as it is."""
-    # Not of subclasses: a named tuple keeps its names.
-    if type(value) in (list, tuple):
-        return tuple(as_tuples(item) for item in value)
-    return value
 
 
 def _builder(name: str) -> Callable[..., Network]:

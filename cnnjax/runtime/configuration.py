@@ -81,8 +81,9 @@ def override(
 
 
 def to_tuples(value: Any) -> Any:
-    """Turn lists into tuples, those inside them too: a network's fields are hashed."""
-    if isinstance(value, (tuple, list)):
+    """Turn a list, and the lists inside it, into tuples: a network's fields are hashed."""
+    # Not of subclasses: a named tuple keeps its names.
+    if type(value) in (list, tuple):
         return tuple(to_tuples(element) for element in value)
     return value
 

@@ -13,8 +13,8 @@ import numpy as np
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
-from cnnjax.models.base import as_tuples
 from cnnjax.runtime import workdir
+from cnnjax.runtime.configuration import to_tuples
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
@@ -330,7 +330,7 @@ def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
 
 def _with_tuples(found: dict[str, Any]) -> dict[str, Any]:
     """Turn lists into tuples, as they were before they were written as JSON."""
-    return {key: as_tuples(value) for key, value in found.items()}
+    return {key: to_tuples(value) for key, value in found.items()}
 
 
 def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]) -> int:
