@@ -440,6 +440,7 @@ def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
     config = defaults.get_config()
     before = {key: value for key, value in config.items() if key not in defaults.BEFORE}
     (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "vgg16-zeros-0.npz").touch()
     (tmp_path / "config.json").write_text(json.dumps(before))
     config.align_corners = False
     study.complete_record(config, tmp_path)
