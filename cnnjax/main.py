@@ -205,10 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process at once.
+    """End the process: at once, unless all is done.
 
-    After an interruption, threads of the numerical libraries may be busy, with nothing to save.
+    After an interruption or a failure, threads of the numerical libraries may be busy, with nothing
+    to save, and other processes be gone.
     """
+    if code == 0:
+        sys.exit()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -85,7 +85,9 @@ def _work(
         code = stop.code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)
+    # As `cnnjax.main.leave` does.
+    if code:
+        os._exit(code)
 
 
 class Popen:
