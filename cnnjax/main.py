@@ -205,13 +205,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process: at once, unless all is done.
+    """End the process: as Python does, or at once after an interruption or a failure.
 
-    After an interruption or a failure, threads of the numerical libraries may be busy, with nothing
-    to save, and other processes be gone.
+    Threads of the numerical libraries may then be busy, with nothing to save, and jax would wait
+    for other processes, which may be gone.
     """
-    if code == 0:
-        sys.exit()
+    is_done = code == 0
+    is_refused = code == 2 and not backend.is_joined()
+    if is_done or is_refused:
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -26,6 +26,8 @@ from unittest import mock
 
 import jax
 
+from cnnjax.main import leave
+
 ROOT = pathlib.Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -83,11 +85,7 @@ def _work(
         code = command.main(arguments)
     except SystemExit as stop:
         code = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # As `cnnjax.main.leave` does.
-    if code:
-        os._exit(code)
+    leave(code or 0)
 
 
 class Popen:

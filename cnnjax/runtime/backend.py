@@ -183,9 +183,14 @@ def join(how: str) -> None:
         logging.getLogger("cnnjax").setLevel(logging.WARNING)
 
 
+def is_joined() -> bool:
+    """Whether this process is one of several that compute together."""
+    return bool(_JOINED)
+
+
 def writes() -> bool:
     """Whether this process writes files: of several that compute together the first one does."""
-    if not _JOINED:
+    if not is_joined():
         return True
     import jax
 
@@ -194,7 +199,7 @@ def writes() -> bool:
 
 def wait_for_others(point: str) -> None:
     """Waits until all processes that compute together have come to a point, given by its name."""
-    if _JOINED:
+    if is_joined():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(point)
