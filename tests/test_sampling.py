@@ -419,3 +419,17 @@ def test_the_study_reports_every_column():
             row.update(sampling="stride", padding="circular")
     line = "| convnet | stride | circular - zeros | " + " | ".join(cells) + " |"
     assert line in study.tabulate_differences(results, "padding")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_study_trains_tests_and_reports(data_dir, tmp_path):
+    """Trained or not, adaptive sampling under circular borders ignores circular shifts."""
+    arguments = ["--workdir", str(tmp_path), "--data_dir", str(data_dir)]
+    arguments += ["--networks", "convnet", "--samplings", "aps", "--paddings", "circular"]
+    arguments += ["--seeds", "1", "--train", "256", "--epochs", "1", "--test", "128"]
+    assert study.main(arguments) == 0
+    (result,) = json.loads((tmp_path / "sampling.json").read_text())
+    assert result["circular"] == 1 > result["crops"] > 0
+    assert 0 < result["accuracy"] < 0.6 and max(result["before"], result["after"]) < 0.5
+    assert "| convnet | aps | circular |" in (tmp_path / "report.md").read_text()
