@@ -93,6 +93,7 @@ A complete study, one file in `experiments/`:
 '''
 
 import argparse
+import collections
 import dataclasses
 import json
 import pathlib
@@ -125,7 +126,7 @@ class Study:
     - `results`: the name of the JSON file of all results.
     - `add_options(parser)`: adds the command line's options; `--workdir` is one of them.
     - `axes`: names of the options that choose points. They may change from call to call in one
-      work directory; all other options, but for folders of data, may not.
+      work directory; all other options, but for `data_dir`, may not.
     - `load(options)`: checks the options, and loads what all points share; may be left out.
     - `points(options)`: the points, each a `NamedTuple` of strings and numbers.
     - `measure(point, options)`, or `measure(point, options, shared)` where there is a `load`:
@@ -158,6 +159,7 @@ class Study:
     def run(self, options: Options) -> None:
         """Measures the points that are missing, then writes and prints the report."""
         points = list(self.points(options))
+        _check_distinct(points)
         shared = (self.load(options),) if self.load else ()
         backend.start()
         results = []
@@ -186,6 +188,13 @@ class Study:
             workdir.write_figure(folder / name, figure)
         workdir.write(folder / "report.md", report.text)
         print(report.text)
+
+
+def _check_distinct(points: list[NamedTuple]) -> None:
+    """Raise `ValueError` for a point that is there twice, and would count twice in every mean."""
+    for point, count in collections.Counter(points).items():
+        if count > 1:
+            raise ValueError(f"the point {label(point)} is asked for {count} times; name each once")
 
 
 def label(point: NamedTuple) -> str:

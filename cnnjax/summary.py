@@ -114,7 +114,7 @@ def _work(options: argparse.Namespace) -> None:
     from cnnjax.inspect import layers
     from cnnjax.models import create_model
 
-    model = create_model(options.model, padding=options.padding, sampling=options.sampling)
+    model = create_model(options.model, **command.policies(options))
     height, width, channels = model.input_shape
     if options.input is not None:
         height = width = options.input
@@ -146,13 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--padding",
-        default="zeros",
-        help="fill of every convolution and pool (default: %(default)s)",
+        help="fill of every convolution and pool (default: zeros)",
     )
     parser.add_argument(
         "--sampling",
-        default="stride",
-        help="how every stride keeps positions: stride, blur, blur5 or aps (default: %(default)s)",
+        help="how every stride keeps positions: stride, blur, blur5 or aps (default: stride)",
     )
     parser.add_argument(
         "--format", default="text", help="text, markdown or json (default: %(default)s)"

@@ -88,6 +88,8 @@ def load(options) -> list[pathlib.Path]:
     """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
     if min(options.counts) < 2:
         raise ValueError(f"counts={options.counts} must be numbers of images of at least 2")
+    if len(set(options.counts)) < len(options.counts):
+        raise ValueError(f"counts={options.counts} must name each number once")
     paths = photographs.list_photographs(options.photographs)
     photographs.split(paths, (1, 1, 1), 0)
     photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")

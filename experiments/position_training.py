@@ -135,7 +135,8 @@ def build(padding: str, options) -> Network:
         model = create_model(options.network, num_classes=10, padding=padding, input_shape=shape)
     else:
         model = SmallConvNet(padding=padding, input_shape=shape)
-    stage_shapes(model, size)
+    if not stage_shapes(model, size):
+        raise ValueError(f"network={options.network!r} has no stages whose maps could be read")
     return model
 
 

@@ -147,6 +147,14 @@ CASES = [
         "the configuration lacks the key accumulate; start from cnnjax.train.defaults.get_config()",
     ),
     (("main", "--config=FILES/failing_model.py"), "line 7: ZeroDivisionError: "),
+    (
+        (*STUDY, "--config.encoders=('vgg16','vgg16')"),
+        "encoders=('vgg16', 'vgg16') must name each once",
+    ),
+    (
+        (*STUDY, "--config.paddings=('zeros',)", "--config.sgd_paddings=('reflect',)"),
+        "sgd_paddings=('reflect',) must be of paddings=('zeros',)",
+    ),
     ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --debug, --config, --workdir"),
     ((*STUDY, "surplus"), "unexpected argument 'surplus'"),
     (

@@ -798,3 +798,18 @@ def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
         is_first = row.padding == row.changes["paddings"][0]
         if name != "main" and is_first and row.changes.get("weights") != "random":
             study.check(config)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (-10.43, "-10.43"),
+        (10.0, "10.00"),
+        (0.1, ".10"),
+        (-0.5, "-.50"),
+        (-0.004, ".00"),
+        (1, "1.00"),
+    ],
+)
+def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
+    assert study.report._decimals(value) == text

@@ -12,6 +12,7 @@ import pytest
 from quick import exit_code
 
 from cnnjax import study
+from experiments import sampling
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,12 @@ def test_results_are_selected_by_their_fields():
     assert study.unique(results, "name") == ["a", "b"]
     assert study.values(results, "scores", name="a").tolist() == [[1, 2], [5, 6]]
     assert study.values(results, "seed", name="b", seed=0).tolist() == [0]
+
+
+def test_a_point_asked_for_twice_is_refused(tmp_path, capsys):
+    """It would count twice in every mean, and halve the intervals."""
+    done = sampling.main(["--networks", "convnet", "convnet", "--workdir", str(tmp_path / "run")])
+    assert done == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(",padding=zeros,seed=0 is asked for 2 times; name each once")
+    assert not (tmp_path / "run").exists()

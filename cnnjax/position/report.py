@@ -1,6 +1,7 @@
 """The position study's report: tables and figures from the files of a work directory."""
 
 import pathlib
+import re
 from collections.abc import Iterable
 
 import matplotlib
@@ -68,7 +69,8 @@ def _select(records: Iterable, **fields) -> list:
 
 def _decimals(value: float) -> str:
     """Two decimals without a leading zero, as papers print correlations; never "-.00"."""
-    return f"{value:.2f}".replace("0.", ".", 1).replace("-.00", ".00")
+    text = re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
+    return ".00" if text == "-.00" else text
 
 
 def _format_summary(results: Results) -> str:

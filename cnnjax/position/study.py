@@ -123,8 +123,15 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     for key in ("targets", "data", "paddings"):
         if not config[key] or len(set(config[key])) < len(config[key]):
             raise ValueError(f"{key}={tuple(config[key])} must name at least one, each once")
+    if len(set(config.encoders)) < len(config.encoders):
+        raise ValueError(f"encoders={tuple(config.encoders)} must name each once")
     for fill in (*config.paddings, *config.sgd_paddings):
         check_fill(fill)
+    unread = set(config.sgd_paddings) - set(config.paddings)
+    if unread and config.sgd_paddings != defaults.get_config().sgd_paddings:
+        raise ValueError(
+            f"sgd_paddings={tuple(config.sgd_paddings)} must be of paddings={config.paddings}"
+        )
     for fill in config.paddings if config.registered else ():
         if fill not in ("none", *ALIGNED):
             raise ValueError(

@@ -26,6 +26,12 @@ def path(text: str) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(text))
 
 
+def policies(options: argparse.Namespace) -> dict[str, str]:
+    """Returns --padding and --sampling as far as they are given: a user's network may have none."""
+    given = {"padding": options.padding, "sampling": options.sampling}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def whole(least: int) -> Callable[[str], int]:
     """The type of an argument that is a whole number of at least `least`."""
 
@@ -45,6 +51,8 @@ class _Trained(argparse.Action):
             parser.error(f"trained={values[0]} names no file")
         name, file, *modules = values
         trained = getattr(options, self.dest)
+        if name in trained:
+            parser.error(f"trained={name} is given twice")
         setattr(options, self.dest, trained | {name: (os.path.expanduser(file), tuple(modules))})
 
 

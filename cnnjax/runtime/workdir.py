@@ -165,6 +165,9 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
             f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if "
             "the run is of this very configuration, or choose another --workdir"
         ) from error
+    # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
+    if isinstance(recorded, dict) and "workdir" not in wanted:
+        recorded.pop("workdir", None)
     # Earlier records name a model of one's own without its file.
     if isinstance(recorded, dict) and str(wanted.get("model")).endswith(
         f".py:{recorded.get('model')}"

@@ -127,6 +127,8 @@ def _check_subject(parser, options):
             parser.error(
                 f"the following arguments are required: {', '.join(missing)} (or --run FOLDER)"
             )
+        if options.weights == "random" and options.missing:
+            parser.error("--missing is for a file of weights; --weights=random has no file")
         return
     named["--missing"] = options.missing or None
     superfluous = [name for name, value in named.items() if value is not None]
@@ -262,14 +264,18 @@ def _look(subject):
         return COMMANDS[options.command](subject)
     except flax.errors.FlaxError as error:
         reason = str(error).splitlines()[0]
+        origin = f"weights={options.weights!r}"
+        if options.run is not None:
+            origin = f"the weights of run={str(options.run)!r}"
         raise ValueError(
-            f"weights={options.weights!r} do not hold all that {options.command} needs: {reason}"
+            f"{origin} do not hold all that {options.command} needs: {reason}"
         ) from error
 
 
 def _record(options):
     """The configuration that the work directory keeps, with the fields it always had."""
-    config = {key: value for key, value in vars(options).items() if key != "debug"}
+    unrecorded = ("debug", "workdir")
+    config = {key: value for key, value in vars(options).items() if key not in unrecorded}
     if options.sampling is None:
         del config["sampling"]
     if options.run is None:

@@ -182,9 +182,8 @@ def occluded(subject: Subject):
             shares = hidden[..., label]
             name = subject.class_name(label)
             _show_photograph(column[0], image, f"{path.stem}\n{name}: {probability[label]:.2f}")
-            first = (size - 1) / 2
-            bottom, right = (first + stride * (count - 1) for count in shares.shape)
-            heat = overlay(column[1], image, shares, (first, right, first, bottom), vmin=0, vmax=1)
+            first = ((size - 1) / 2,) * 2
+            heat = overlay(column[1], image, shares, first, (stride, stride), vmin=0, vmax=1)
             set_title(column[1], f"{name} with a square hidden there", fontsize=7)
             numbers.append(
                 {
@@ -208,7 +207,7 @@ def class_maps(subject: Subject):
     labels = probabilities.argmax(1)
     heat = np.asarray(grad_cam(subject.model, subject.variables, x, labels, stage))
     field = receptive_field(subject.model, stage)
-    top, left = ((low + high) / 2 for low, high in zip(field.low, field.high))
+    first = [(low + high) / 2 for low, high in zip(field.low, field.high)]
     figure, axes = grid(2, len(images), 2.4)
     numbers = []
     for number, (column, path) in enumerate(zip(axes.T, subject.paths)):
@@ -216,10 +215,7 @@ def class_maps(subject: Subject):
         probability = probabilities[number, label]
         title = f"{path.stem}\n{subject.class_name(label)}: {probability:.2f}"
         _show_photograph(column[0], images[number], title)
-        rows, columns = heat[number].shape
-        bottom = top + field.step[0] * (rows - 1)
-        right = left + field.step[1] * (columns - 1)
-        overlay(column[1], images[number], heat[number], (left, right, top, bottom))
+        overlay(column[1], images[number], heat[number], first, field.step)
         column[1].set_title(f"Grad-CAM, {stage}", fontsize=7)
         numbers.append(
             {
@@ -280,7 +276,14 @@ def _square(left, top, width, height, color):
 
 
 def equivariance(subject: Subject):
-    """Shows the error of shifted features by distance to the border, for every padding."""
+    """Shows the error of shifted features by distance to the border, for every padding.
+
+    Raises `ValueError` if one padding is asked for.
+    """
+    if subject.options.padding is not None:
+        raise ValueError(
+            f"padding={subject.options.padding!r}: equivariance compares all paddings; leave it out"
+        )
     # Without padding, little is left of an image of the usual size.
     x = subject.input(read_photographs(subject.model, subject.paths, times=2))
     stages = subject.stages

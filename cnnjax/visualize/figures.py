@@ -78,18 +78,17 @@ def patches(
     return np.stack(cut)
 
 
-def overlay(axis, image: np.ndarray, heat: np.ndarray, centers, **limits):
+def overlay(axis, image: np.ndarray, heat: np.ndarray, first, steps, **limits):
     """Draws an image in gray under a map.
 
-    - `centers`: pixels of the centers of the map's outer positions: left, right, top, bottom.
+    - `first`: row and column, in pixels, of the center of the map's first position.
+    - `steps`: pixels from one position to the next, down and to the right.
     - `limits`: vmin and vmax of the colors.
     """
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
-    left, right, top, bottom = centers
+    top, left = (center - step / 2 for center, step in zip(first, steps))
     rows, columns = heat.shape
-    half_column = (right - left) / max(columns - 1, 1) / 2
-    half_row = (bottom - top) / max(rows - 1, 1) / 2
-    extent = (left - half_column, right + half_column, bottom + half_row, top - half_row)
+    extent = (left, left + steps[1] * columns, top + steps[0] * rows, top)
     shown = axis.imshow(
         heat, cmap="jet", alpha=0.5, extent=extent, interpolation="bilinear", **limits
     )

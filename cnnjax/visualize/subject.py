@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from cnnjax import weights
 from cnnjax.data import augment, photographs
 from cnnjax.models import Network, create_model
+from cnnjax.runtime import command
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
 from cnnjax.train.run import open_run
@@ -110,8 +111,7 @@ def _registered(options):
     fields = weights.fields_for(options.model, options.weights)
     if options.every_layer:
         fields = {"every_layer": True, **fields}
-    policy = {"padding": options.padding or "zeros", "sampling": options.sampling or "stride"}
-    return create_model(options.model, **policy, **fields)
+    return create_model(options.model, **command.policies(options), **fields)
 
 
 def _with_every_layer(model, name):
