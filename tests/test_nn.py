@@ -475,6 +475,15 @@ def test_random_draws_a_border_of_the_maps_own_moments():
         cnn.pad(x, (1, 1), "random")
 
 
+def test_random_padding_of_a_constant_map_has_a_gradient():
+    """As of a map of one pixel, deep in a network on small images."""
+    x = np.full((2, 1, 1, 3), 0.5, np.float32)
+    padded = lambda x: cnn.pad(x, (1, 1), "random", key=jax.random.key(0))
+    np.testing.assert_array_equal(padded(x), np.full((2, 3, 3, 3), 0.5))
+    # The mean of one pixel is the pixel, so it is copied to all nine places.
+    np.testing.assert_allclose(jax.grad(lambda x: padded(x).sum())(x), np.full_like(x, 9))
+
+
 def test_random_padding_of_a_layer_needs_a_key():
     x = 5 + 2 * normal(0, 2, 9, 9, 3)
     layer = cnn.Conv(4, 3, padding=1, fill="random")
@@ -643,6 +652,26 @@ def test_batch_norm_has_the_gradient_of_its_formula():
 
 
 @pytest.mark.slow
+def test_batch_norm_of_one_vector_has_a_gradient():
+    """Without an axis of a batch, as inside `jax.vmap`; eight channels look like eight parts."""
+    x, weights = normal(0, 8), normal(1, 8)
+    layer = cnn.BatchNorm()
+    variables = {
+        "params": {"scale": normal(2, 8), "bias": normal(3, 8)},
+        "batch_stats": {"mean": normal(4, 8), "var": np.full(8, 2.0, np.float32)},
+    }
+
+    def loss(params, x):
+        return (weights * layer.apply(variables | {"params": params}, x)).sum()
+
+    params, dx = jax.grad(loss, (0, 1))(variables["params"], x)
+    factor = 1 / np.sqrt(2 + layer.eps)
+    normalized = (x - variables["batch_stats"]["mean"]) * factor
+    np.testing.assert_allclose(params["bias"], weights, rtol=1e-6)
+    np.testing.assert_allclose(params["scale"], weights * normalized, rtol=1e-5)
+    np.testing.assert_allclose(dx, weights * variables["params"]["scale"] * factor, rtol=1e-5)
+
+
 def test_batch_norm_over_devices_is_that_of_the_whole_batch():
     x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)
     variables = cnn.BatchNorm().init(jax.random.key(0), x)

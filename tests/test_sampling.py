@@ -140,6 +140,8 @@ def test_a_map_that_the_stride_does_not_divide_is_followed_by_its_first_rows():
         (max_pool, 2, (2, 1), 0, {}),
         (avg_pool, 2, 2, 0, {}),
         (avg_pool, 5, 3, 0, {}),
+        (avg_pool, 2, 2, 1, {}),
+        (avg_pool, 3, 2, 1, {}),
     ],
 )
 def test_pools_have_the_size_that_the_stride_gives(

@@ -1020,7 +1020,10 @@ def test_a_run_on_a_folder(colors, tmp_path):
     assert results["classes"] == ["blue", "green", "red"]
     counts = {name: results[f"n_{name}"] for name in ("train", "validation", "test")}
     assert counts == {"train": 36, "validation": 3, "test": 9}
-    assert "| validation | 3 |" in (tmp_path / "run" / "report.md").read_text()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| validation | 3 |" in report
+    epoch = results["weights"]["epoch"]
+    assert f"The training error is the mean over the steps of epoch {epoch}; " in report
     assert [line["step"] for line in results["history"]] == [3, 6]
     assert all(0 <= line["validation_error"] <= 1 for line in results["history"])
     assert results["final"]["epoch"] == 2

@@ -12,7 +12,9 @@ _FORM = jax.make_user_context("auto")
 def lowering(form: str) -> contextlib.AbstractContextManager:
     """Chooses the form of the operations that are traced inside a `with` block.
 
-    Values and gradients are the same in every form, up to the rounding of sums.
+    Values and gradients are the same in every form, up to the rounding of sums. Only what is
+    not finite spreads further on the CPU: to neighboring groups and positions, which are multiplied
+    by zeros.
 
     Arguments:
     - `form`: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,

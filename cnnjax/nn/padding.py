@@ -136,7 +136,11 @@ def _noise(x, amount, key) -> Array:
     batch, height, width, channels = x.shape
     shape = (batch, height + 2 * amount[0], width + 2 * amount[1], channels)
     mean = x.mean((1, 2), keepdims=True)
-    return mean + x.std((1, 2), keepdims=True) * jax.random.normal(key, shape, x.dtype)
+    variance = x.var((1, 2), keepdims=True)
+    # The derivative of a root is infinite at 0, the variance of a map of one pixel.
+    is_constant = variance == 0
+    deviation = jnp.where(is_constant, 0, jnp.sqrt(jnp.where(is_constant, 1, variance)))
+    return mean + deviation * jax.random.normal(key, shape, x.dtype)
 
 
 def _check_border(x, amount, fill):

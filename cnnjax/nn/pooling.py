@@ -123,6 +123,7 @@ def _sampled_mean(x, size, stride, border, fill, sampling):
     """Filters a map in place of its means, or chooses a grid of its dense means."""
     if sampling in FILTERS:
         height, width = Window(stride, border).output_shape(x.shape, size)
+        x = pad(x, border, "partial" if fill == "random" else fill)
         return sample(x, stride, sampling=sampling, fill=fill)[:, :height, :width]
     if fill == "circular":
         x = _wrap(x, size, stride, border, (0, 0))

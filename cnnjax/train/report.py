@@ -220,11 +220,11 @@ def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
         if scores
         else ""
     )
-    measured = (
-        "the mean over the last epoch's steps"
-        if streamed
-        else "measured after training, without augmentation"
-    )
+    measured = "measured after training, without augmentation"
+    if streamed:
+        # Results of earlier versions are those of the last epoch.
+        epoch = results.get("weights", {}).get("epoch", final["epoch"])
+        measured = f"the mean over the steps of epoch {epoch}"
     return (
         f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, "
         f"{final['epoch']} epochs, "

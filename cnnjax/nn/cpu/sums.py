@@ -58,6 +58,8 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     The plain form is a `channel_sum` of each. One reduction of all of them over parts of the
     batch computes them in one pass over what they are products of.
     """
+    if maps[0].ndim == 1:  # one position: nothing to sum
+        return jnp.stack(maps)
     batch = maps[0].shape[0]
     count = _count_parts(batch)
     if count > 1:
