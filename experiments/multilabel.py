@@ -13,6 +13,7 @@ frozen one a bootstrap of the training scenes and the random weights. Writes rep
 multilabel.json, and multilabel.png.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class Point(NamedTuple):
 
 def named_file(text: str) -> tuple[str, str]:
     name, _, file = text.partition("=")
+    if not name or not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=FILE")
     return name, file
 
 
@@ -91,9 +94,18 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
+    names = [name for name, _ in options.weights]
     for name, file in options.weights:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"weights names {name} {names.count(name)} times; each model has one file"
+            )
         transfer.weights_file(file)
-        create_model(name)
+        # Besides "logits", which every network has.
+        if len(transfer.stage_paths(create_model(name))) < 2:
+            raise ValueError(
+                f"weights={name}={file}: {name} has no stages whose features could be read"
+            )
     loop.check(configure(options, 0))
     data = arrays.load("camvid_scenes", options.data_dir)
     counted_classes(data)

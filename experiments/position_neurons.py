@@ -30,7 +30,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
-from cnnjax.data import photographs
 from cnnjax.nn import resize
 from cnnjax.position import patterns
 from cnnjax.position.encoder import FEATURE_SIZE
@@ -74,15 +73,14 @@ def add_options(parser):
 
 def load(options) -> Shared:
     """Loads the encoders, and draws each seed's photographs in random order."""
-    shared = position_patterns.load(options)
-    paths = photographs.list_photographs(options.photographs)
+    paths = position_patterns.list_large(options)
     if len(paths) < _LEAST:
         raise ValueError(f"photographs: expected at least {_LEAST}, found {len(paths)}")
     drawn = []
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(paths))
         drawn.append(tuple(paths[number] for number in order[: options.images]))
-    return shared._replace(paths=drawn)
+    return Shared(position_patterns.load_subjects(options), drawn)
 
 
 def points(options):

@@ -109,8 +109,12 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
-    paths = photographs.list_photographs(options.photographs)
-    photographs.check_sizes(paths, options.size, f"size={options.size}")
+    return Shared(load_subjects(options), divide_photographs(options))
+
+
+def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
+    """Divides the photographs into disjoint parts, one for each seed."""
+    paths = list_large(options)
     parts = photographs.split(paths, (1,) * options.seeds, 0)
     parts = [tuple(part[: options.images]) for part in parts]
     if min(map(len, parts)) < 2:
@@ -118,6 +122,18 @@ def load(options) -> Shared:
             f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of "
             f"{len(paths)} photographs"
         )
+    return parts
+
+
+def list_large(options) -> list[pathlib.Path]:
+    """Lists the photographs; raises `ValueError` if one is smaller than the crop."""
+    paths = photographs.list_photographs(options.photographs)
+    photographs.check_sizes(paths, options.size, f"size={options.size}")
+    return paths
+
+
+def load_subjects(options) -> dict[tuple[str, str], "Subject"]:
+    """Loads the encoders, by name and origin of weights."""
     subjects = {}
     for name in options.encoders:
         # The same stages as with the file's weights, beside which they stand.
@@ -125,7 +141,7 @@ def load(options) -> Shared:
         subjects[name, "random"] = Subject(name, options.size, None, missing)
     for name, (file, missing) in options.trained.items():
         subjects[name, "trained"] = Subject(name, options.size, file, missing)
-    return Shared(subjects, parts)
+    return subjects
 
 
 def measure(point: Trace | Windows, options, shared: Shared) -> dict:

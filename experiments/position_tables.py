@@ -8,7 +8,7 @@
 All tables, if none is named; the paper's numbers (arXiv 2001.08248) stand beside the measured ones.
 A table is a handful of studies: configs/posenet.py with a few keys changed. Finished studies are
 not run again, and an encoder's features are cached in `features/` for the others. `--set` changes
-any key of that configuration for all studies.
+a key of that configuration for all studies; keys that tell the rows of a table apart are refused.
 
 The paper's networks have ImageNet weights. Here they are random unless told otherwise, which is a
 question of its own: `weights` puts both side by side, and `photographs` fits the readout to 24, 96
@@ -292,6 +292,24 @@ def change(config: ml_collections.ConfigDict, setting: str) -> None:
         ) from error
 
 
+def check_settings(name: str, options: argparse.Namespace) -> None:
+    """Raises `ValueError` if `--set` changes a key that tells a table's rows apart."""
+    unset = argparse.Namespace(**(vars(options) | {"set": []}))
+    configs = [configure(row, unset) for row in TABLES[name]]
+    for setting in options.set:
+        key = setting.partition("=")[0]
+        # A row shows one encoder under one padding, which its study must have.
+        if key in ("encoders", "paddings"):
+            raise ValueError(f"--set {setting}: the rows of a table name their own {key}")
+        # An unknown key has no values here; `change` refuses it.
+        values = list(dict.fromkeys(config.get(key) for config in configs))
+        if len(values) > 1:
+            raise ValueError(
+                f"--set {setting}: the rows of table {name!r} differ in {key}, which is "
+                f"{', '.join(map(repr, values))}; --set takes keys that all rows share"
+            )
+
+
 def check_trained(names: set[str]) -> None:
     """Raises `ValueError` for an encoder that no table has."""
     encoders = set()
@@ -308,10 +326,17 @@ def check_trained(names: set[str]) -> None:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def compare(row: Row, results: dict) -> list[dict]:
-    """Returns the records of a study that a row shows, with its label and the paper's scores."""
-    depth = row.changes.get("depth", 1)
-    shown = select(results["rows"], encoder=row.encoder, padding=row.padding, depth=depth)
+def compare(row: Row, config: ml_collections.ConfigDict, results: dict) -> list[dict]:
+    """Returns the records of a study that a row shows, with its label and the paper's scores.
+
+    Raises `ValueError` if the study has none.
+    """
+    shown = select(results["rows"], encoder=row.encoder, padding=row.padding, depth=config.depth)
+    if not shown:
+        raise ValueError(
+            f"row {row.label!r} has no results: its study measured no readout of "
+            f"depth={config.depth} on {row.encoder} with padding {row.padding!r}"
+        )
     records = []
     for target, data in dict.fromkeys((record["target"], record["data"]) for record in shown):
         paper = row.paper.get((target, data))
@@ -370,6 +395,7 @@ def measure(options: argparse.Namespace) -> None:
     # Rows share studies, also across tables.
     studies = {}
     for name in options.tables or TABLES:
+        check_settings(name, options)
         table_configs[name] = [configure(row, options) for row in TABLES[name]]
         for config in table_configs[name]:
             studies[workdir.digest(config.to_dict())] = config
@@ -385,7 +411,7 @@ def measure(options: argparse.Namespace) -> None:
     for name, configs in table_configs.items():
         records = []
         for row, config in zip(TABLES[name], configs):
-            records += compare(row, complete(workdir.digest(config.to_dict())))
+            records += compare(row, config, complete(workdir.digest(config.to_dict())))
         write(name, options.workdir, records)
 
 

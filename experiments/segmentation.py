@@ -72,9 +72,13 @@ def points(options):
 def load(options) -> arrays.Dataset:
     data = arrays.load("camvid", options.data_dir)
     if options.weights:
-        keep_encoder(options.weights, options.workdir)
+        read_encoder(options.weights)
     for point in points(options):
-        loop.check(configure(options, point))
+        config = configure(options, point)
+        if options.weights:
+            # The encoder's own file is not written before the work directory is checked.
+            config.initial_weights = str(options.weights)
+        loop.check(config)
     return data
 
 
@@ -101,18 +105,23 @@ def configure(options, point: Point) -> ml_collections.ConfigDict:
         config.model_fields.update(encoder="squeezenet1_1", scored=_SQUEEZED)
         config.schedule.learning_rate = 0.001
         config.pixels = "imagenet"
-        config.initial_weights = str(options.workdir.absolute() / "encoder.safetensors")
+        config.initial_weights = str(encoder_file(options))
     return config.lock()
 
 
-def keep_encoder(file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes those layers of a SqueezeNet 1.1 that the network has."""
+def encoder_file(options) -> pathlib.Path:
+    return options.workdir.absolute() / "encoder.safetensors"
+
+
+def read_encoder(file: pathlib.Path) -> dict:
+    """Returns those layers of a SqueezeNet 1.1 that the network has, as variables.
+
+    Raises `ValueError` if the file does not fit.
+    """
     model = create_model("fcn", encoder="squeezenet1_1", scored=_SQUEEZED)
     needed = weights.variable_shapes(model)["params"]
     whole = weights.load_torchvision(file, model.backbone())["params"]
-    params = {name: whole[name] for name in whole if name in needed}
-    folder.mkdir(parents=True, exist_ok=True)
-    weights.save_torchvision({"params": params}, folder / "encoder.safetensors")
+    return {"params": {name: whole[name] for name in whole if name in needed}}
 
 
 def ring_of(height: int, width: int) -> np.ndarray:
@@ -168,6 +177,8 @@ def predictions_file(options, padding: str, seed: int) -> pathlib.Path:
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains one network and scores its masks of the test scenes."""
     config = configure(options, point)
+    if options.weights and not encoder_file(options).exists():
+        weights.save_torchvision(read_encoder(options.weights), encoder_file(options))
     file = predictions_file(options, *point)
     workdir.completed(loop.run, config, file.parent)
     inside = reached(config, data.test.images.shape[1:])

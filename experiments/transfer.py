@@ -17,6 +17,7 @@ Each network has a work directory of its own, and data/ holds their data sets (a
 Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
+import hashlib
 import itertools
 import pathlib
 import sys
@@ -113,10 +114,11 @@ def points(options):
 
 
 class Shared(NamedTuple):
-    """CIFAR-10, and the files of ImageNet's weights by network."""
+    """CIFAR-10, and the files of ImageNet's weights and their SHA-256 by network."""
 
     data: arrays.Dataset
     files: dict[str, pathlib.Path]
+    digests: dict[str, str]
 
 
 def load(options) -> Shared:
@@ -129,7 +131,11 @@ def load(options) -> Shared:
         )
     networks = options.networks if "labels" in options.studies else ()
     files = {network: find_weights(options.weights, network) for network in networks}
-    return Shared(arrays.load("cifar10", options.data_dir), files)
+    digests = {}
+    for network, file in files.items():
+        digests[network] = hashlib.sha256(file.read_bytes()).hexdigest()
+        check_digest(options, network, digests[network])
+    return Shared(arrays.load("cifar10", options.data_dir), files, digests)
 
 
 def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
@@ -144,6 +150,21 @@ def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
             f".pth; it has {len(found)}"
         )
     return found[0]
+
+
+def check_digest(options, network: str, digest: str) -> None:
+    """Raises `ValueError` if finished points of a network had other weights.
+
+    The work directory does not belong to `--weights`, so that halves may run without.
+    """
+    for path in (options.workdir / "points").glob(f"study=labels,network={network},*.json"):
+        recorded = workdir.read_json(path).get("weights_sha256", digest)
+        if recorded != digest:
+            raise ValueError(
+                f"weights={str(options.weights)!r} has other weights of {network} than {path} was "
+                f"measured with (SHA-256 {recorded[:8]} there, {digest[:8]} now); choose another "
+                "--workdir"
+            )
 
 
 # --- Data sets ------------------------------------------------------------------------------------
@@ -266,11 +287,12 @@ def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
 
 
 def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
-    """Returns the test accuracy of one network on few labels."""
+    """Returns the test accuracy of one network on few labels, and the digest of the weights."""
     dataset = f"{labels_file(options, shared.data, point.seed)}[:{point.count}]"
     file = shared.files[point.network]
+    origin = {"weights_sha256": shared.digests[point.network]}
     if point.method == "frozen":
-        return probe(point.network, file, arrays.load(dataset))
+        return probe(point.network, file, arrays.load(dataset)) | origin
     settings = {
         "dataset": dataset,
         "model": point.network,
@@ -287,7 +309,7 @@ def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
     if point.method == "fine-tuned":
         settings["rates"] = (("*", 0.1), ("logits", 1.0))
     name = f"{point.network}-{point.count}-{point.method.replace(' ', '-')}-{point.seed}"
-    return {"accuracy": train(options.workdir / "labels" / name, settings)}
+    return {"accuracy": train(options.workdir / "labels" / name, settings)} | origin
 
 
 def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:

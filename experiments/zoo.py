@@ -8,11 +8,14 @@ logits, in evaluation and training mode, are against torchvision in float64, rel
 logit; torchvision's own in float32 stand beside them. Times are the fastest of runs that alternate
 between the two, since whatever else the machine does only adds to them: a forward pass in
 evaluation mode, and one SGD step on the mean square of the logits. PyTorch runs eagerly, with
-channels last, on as many threads as JAX has processors. Writes report.md and zoo.json.
+channels last, on as many threads as JAX has processors. Times of several machines or versions are
+not mixed: a work directory belongs to one. Writes report.md and zoo.json.
 """
 
 import copy
 import os
+import pathlib
+import platform
 import sys
 import time
 import warnings
@@ -25,7 +28,7 @@ import numpy as np
 
 from cnnjax import study, weights
 from cnnjax.models import Network, create_model, list_models
-from cnnjax.runtime import tables
+from cnnjax.runtime import backend, tables
 
 # The learning rate is so small that repeated steps do not change the time.
 _RATE = 1e-6
@@ -90,7 +93,29 @@ def load_torchvision() -> Frameworks:
 def load(options) -> Frameworks:
     frameworks = load_torchvision()
     frameworks.torch.set_num_threads(processors())
+    backend.start()
+    # The work directory belongs to all that options hold, so its times are of one environment.
+    options.environment = environment(frameworks)
     return frameworks
+
+
+def environment(frameworks: Frameworks) -> dict:
+    """Describes what times depend on: the machine and the versions."""
+    return {
+        "processor": processor_name(),
+        "threads": processors(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "torch": frameworks.torch.__version__,
+        "torchvision": frameworks.torchvision.__version__,
+    }
+
+
+def processor_name() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def processors() -> int:
@@ -284,11 +309,12 @@ def report(results: list[dict], options) -> study.Report:
     for result in results:
         lines.append([format(result[name], style) for name, (_, style) in COLUMNS.items()])
     table = tables.table([heading for heading, _ in COLUMNS.values()], lines)
-    torch, torchvision = load_torchvision()
+    measured_on = options.environment
     text = f"""# The networks beside torchvision's
 
-Batch {options.batch}, {processors()} threads, torch {torch.__version__}, torchvision
-{torchvision.__version__}, jax {jax.__version__}.
+Batch {options.batch}, {measured_on["threads"]} threads of {measured_on["processor"]}, torch
+{measured_on["torch"]}, torchvision {measured_on["torchvision"]}, jax {measured_on["jax"]} on
+{measured_on["device"]}.
 
 {table}"""
     return study.Report(text, {})

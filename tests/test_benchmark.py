@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import quick
 
@@ -187,6 +188,38 @@ def test_the_command_says_in_one_line_why_not(arguments, message, tmp_path, monk
     error = capsys.readouterr().err
     assert "error: " in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
     assert message in error
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["seeds", "--photographs", "FOLDER"], "photographs='FOLDER' is not used by seeds, only"),
+        (["study", "--configurations", "4"], "configurations=4 is not used by study, only by"),
+        (["study", "--photographs", "nowhere"], "photographs='nowhere' is not a folder"),
+    ],
+)
+def test_an_option_that_a_benchmark_does_not_use_is_refused(arguments, message, tmp_path, capsys):
+    assert quick.exit_code(benchmark.main, [*arguments, "--workdir", str(tmp_path / "new")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_study_measures_the_photographs_that_are_named(tmp_path, monkeypatch):
+    folders = []
+
+    def measure(rounds, folder):
+        folders.append(folder)
+        names = ("encode all", "train all", "encode a batch", "train one")
+        numbers = ("steps", "batch", "targets", "together_s", "authors_way_s", "ratio")
+        fixed = {"encoder": "vgg16", "images": 24, "size": 224, "photographs": 1}
+        return fixed | {"seconds": dict.fromkeys(names, 1.0)} | dict.fromkeys(numbers, 1)
+
+    monkeypatch.setattr(programs, "study", measure)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    arguments = ["study", "--photographs", str(tmp_path), "--workdir", str(tmp_path / "run")]
+    assert benchmark.main(arguments) == 0
+    assert folders == [str(tmp_path)]
+    assert "24 crops of 224 px from 1 photographs" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -813,3 +813,47 @@ def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
 )
 def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
     assert study.report._decimals(value) == text
+
+
+@pytest.mark.parametrize(
+    "name, setting, message",
+    [
+        ("kernels", "kernel=1", "the rows of table 'kernels' differ in kernel, which is 1, 3, 7"),
+        ("depth", "depth=2", "the rows of table 'depth' differ in depth, which is 1, 2, 3"),
+        ("photographs", "n_train=8", "differ in n_train, which is 24, 96, 384"),
+        ("main", "paddings=('reflect',)", "the rows of a table name their own paddings"),
+        ("stages", "encoders=('vgg16',)", "the rows of a table name their own encoders"),
+    ],
+)
+def test_a_setting_that_tells_rows_apart_is_refused(name, setting, message, tmp_path, capsys):
+    arguments = [name, "--workdir", str(tmp_path / "new"), "--set", setting]
+    assert position_tables.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name, setting",
+    [("encoder_padding", "kernel=1"), ("controls", "kernel=1"), ("depth", "hidden=8")],
+)
+def test_a_setting_that_all_rows_share_is_allowed(name, setting):
+    options = argparse.Namespace(
+        photographs="", weights="random", trained={}, seeds=1, set=[setting]
+    )
+    position_tables.check_settings(name, options)
+
+
+def test_a_row_shows_readouts_of_its_studys_depth():
+    """A deeper readout that `--set` asks for is shown, and a row without results is refused."""
+    row = position_tables.TABLES["main"][1]
+    options = argparse.Namespace(
+        photographs="", weights="random", trained={}, seeds=1, set=["depth=2"]
+    )
+    config = position_tables.configure(row, options)
+    common = {"encoder": "vgg16", "padding": "zeros", "target": "H", "data": "natural"}
+    deep = common | {"readout": "sgd", "depth": 2}
+    exact = common | {"readout": "exact", "depth": 1}
+    (record,) = position_tables.compare(row, config, {"rows": [deep, exact]})
+    assert record["readout"] == "sgd" and record["paper"] == (0.742, 0.149)
+    with pytest.raises(ValueError, match="row 'VGG-16' has no results: .* of depth=2 on vgg16"):
+        position_tables.compare(row, config, {"rows": [exact]})

@@ -1,7 +1,9 @@
 """Padding-aware channels: the statistic, built channels that are found or not, the report."""
 
+import argparse
 import functools
 import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,7 @@ import quick
 import scipy.stats
 
 from cnnjax import weights
+from cnnjax.data import photographs
 from cnnjax.models import base
 from cnnjax.nn import Conv, conv
 from cnnjax.position import patterns
@@ -148,3 +151,16 @@ def test_channels_are_counted_for_random_and_trained_weights(
     large = [*arguments, "--size", "5000"]
     assert quick.exit_code(study.main, large) == 2
     assert "101085.jpg is 481x321, smaller than size=5000" in capsys.readouterr().err
+
+
+def test_seeds_may_share_photographs(monkeypatch):
+    """Each seed draws from all photographs: there may be more seeds than disjoint pairs."""
+    paths = [pathlib.Path(f"{number}.jpg") for number in range(13)]
+    monkeypatch.setattr(photographs, "list_photographs", lambda folder: paths)
+    monkeypatch.setattr(photographs, "check_sizes", lambda *arguments: None)
+    options = argparse.Namespace(
+        photographs="", size=64, images=10, seeds=7, encoders=[], trained={}
+    )
+    shared = study.load(options)
+    assert [len(drawn) for drawn in shared.paths] == [10] * 7
+    assert len(set(shared.paths)) == 7

@@ -4,6 +4,7 @@ through the engine; both experiments."""
 import argparse
 import functools
 import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
+from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train import run as training_run
 from cnnjax.train.parallel import Parallel
@@ -449,6 +452,24 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
     assert (tmp_path / "run" / "multilabel.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["squeezenet1_1"], "argument --weights: 'squeezenet1_1' is not MODEL=FILE"),
+        (["=FILE"], "argument --weights: '=FILE' is not MODEL=FILE"),
+        (["mlp3=FILE"], "mlp3 has no stages whose features could be read"),
+        (["scene_net=FILE", "scene_net=FILE"], "weights names scene_net 2 times"),
+    ],
+)
+def test_wrong_weights_of_multilabel_are_named(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("FILE").touch()
+    arguments = ["--workdir", str(tmp_path / "run"), "--weights", *given]
+    assert quick.exit_code(multilabel.main, arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_pooled_features_rank_what_they_know():
     labels = np.random.default_rng(0).integers(0, 2, (80, 3))
@@ -465,14 +486,43 @@ def test_pooled_features_rank_what_they_know():
 @pytest.mark.slow
 def test_the_encoders_weights_are_kept(data_dir, tmp_path):
     file = data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"
-    segmentation.keep_encoder(file, tmp_path)
+    kept = tmp_path / "encoder.safetensors"
+    weights.save_torchvision(segmentation.read_encoder(file), kept)
     model = create_model(
         "fcn", num_classes=11, encoder="squeezenet1_1", scored=segmentation._SQUEEZED
     )
-    taken = transfer.take(tmp_path / "encoder.safetensors", model)["params"]
+    taken = transfer.take(kept, model)["params"]
     whole = transfer.take(file, create_model("squeezenet1_1"))["params"]
     assert sorted(taken) == sorted(f"features.{number}" for number in (0, 3, 4, 6, 7))
     assert all(
         jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), taken[name], whole[name]))
         for name in taken
     )
+
+
+def test_an_encoder_is_written_by_the_first_measurement(scenes, tmp_path, monkeypatch):
+    """A refused call changes no file, and a later measurement keeps the encoder that is there."""
+    monkeypatch.setattr(segmentation, "read_encoder", lambda file: {"params": {}})
+    written = []
+    monkeypatch.setattr(weights, "save_torchvision", lambda _, file: written.append(file))
+    monkeypatch.setattr(workdir, "completed", lambda run, config, folder: {})
+    monkeypatch.setattr(segmentation, "reached", lambda config, shape: None)
+    monkeypatch.setattr(segmentation, "score", lambda *arguments: {})
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    folder = tmp_path / "run"
+    options = argparse.Namespace(
+        data_dir=str(scenes), workdir=folder, weights=file, paddings=["none"], seeds=1, epochs=1
+    )
+    data = segmentation.load(options)
+    assert not written and not folder.exists()
+
+    point = segmentation.Point("none", 0)
+    predictions = segmentation.predictions_file(options, *point)
+    predictions.parent.mkdir(parents=True)
+    np.savez(predictions, predicted=data.test.labels)
+    segmentation.measure(point, options, data)
+    assert written == [folder / "encoder.safetensors"]
+    written[0].touch()
+    segmentation.measure(point, options, data)
+    assert len(written) == 1

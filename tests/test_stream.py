@@ -863,6 +863,15 @@ def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
 # ------------------------------------------------------------------ the benchmark of all this
 
 
+def test_the_benchmark_counts_the_photographs_that_it_used(monkeypatch):
+    monkeypatch.setattr(decoding, "_COUNT", 2)
+    monkeypatch.setattr(decoding, "_training_step", lambda: (8, None))
+    monkeypatch.setattr(decoding, "_step_rate", lambda *arguments: 1.0)
+    monkeypatch.setattr(decoding, "_ways", lambda *arguments: {})
+    (results,) = decoding.measure("", 1)
+    assert results["photographs"] == 2
+
+
 @pytest.mark.slow
 def test_the_benchmark_measures_every_way(monkeypatch):
     """On JPEGs of ImageNet's size; a step that takes 20 ms stands for the network's."""

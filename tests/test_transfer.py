@@ -1,5 +1,8 @@
 """Transfer: which parts are taken, frozen, or trained at rates of their own; and its study."""
 
+import argparse
+import hashlib
+import json
 import shutil
 
 import flax.linen as nn
@@ -11,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from test_train import MOMENTS, Tiny, some_data
 
 import configs.lenet_digits
+from cnnjax import study as frame
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
@@ -502,3 +506,37 @@ def test_wrong_options_of_the_study_are_named(options, message, tmp_path, capsys
     assert study.main(["--workdir", str(tmp_path / "out"), *options.split()]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_two_weight_files_are_not_mixed(tmp_path, monkeypatch):
+    """A result names its weights, and other weights are refused before anything is measured."""
+    file = tmp_path / "weights" / "squeezenet1_1.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"some weights")
+    options = argparse.Namespace(
+        workdir=tmp_path / "run",
+        data_dir="",
+        weights=file.parent,
+        networks=["squeezenet1_1"],
+        studies=["labels"],
+        images=5000,
+        steps=200,
+    )
+    monkeypatch.setattr(arrays, "load", lambda *arguments: None)
+    monkeypatch.setattr(study, "labels_file", lambda *arguments: "labels.npz")
+    monkeypatch.setattr(study, "probe", lambda *arguments: {"accuracy": 0.5})
+    shared = study.load(options)
+    point = study.FewLabels("labels", "squeezenet1_1", 50, "frozen", 0)
+    result = study.measure(point, options, shared)
+    assert result["weights_sha256"] == hashlib.sha256(b"some weights").hexdigest()
+
+    path = options.workdir / "points" / f"{frame.label(point)}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(point._asdict() | result))
+    study.load(options)
+    file.write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="has other weights of squeezenet1_1 than .*SHA-256"):
+        study.load(options)
+    # The halves need no weights.
+    options.studies = ["halves"]
+    study.load(options)

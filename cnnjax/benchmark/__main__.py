@@ -24,8 +24,8 @@ changed; the processes take turns, so that a drift of the machine's speed meets 
 `layers` have one more side, which is measured only if it is named: oneDNN, which is cnnjax with the
 convolutions of that library. The environment variable ONEDNN_LIBRARY names the library's file
 (libdnnl.so.3). Under `cpu`, `--only` takes every network; those that are not measured by default
-get batches of 8. Inputs are random numbers, except those of `input`. Writes report.md and
-benchmark.json.
+get batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
+`--photographs`. Writes report.md and benchmark.json.
 """
 
 import importlib.metadata
@@ -47,6 +47,9 @@ from cnnjax.data import photographs
 from cnnjax.runtime import backend, command, tables, workdir
 
 WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
+# Options that only these benchmarks use.
+_USED_BY = {"configurations": ("seeds",), "photographs": ("study", "input")}
+_CONFIGURATIONS = 64
 _LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
 
 
@@ -79,6 +82,15 @@ def check(what: str, only: list[str], sides: list[str]) -> None:
             f"cpu compares with torch.compile, which needs a C++ compiler; {compiler!r} is not "
             "found: install g++, or set CXX"
         )
+
+
+def check_unused(options) -> None:
+    """Raises `ValueError` for an option that the chosen benchmark does not use."""
+    for name, benchmarks in _USED_BY.items():
+        value = getattr(options, name)
+        if value and options.what not in benchmarks:
+            users = " and ".join(benchmarks)
+            raise ValueError(f"{name}={value!r} is not used by {options.what}, only by {users}")
 
 
 def _choices(what: str) -> tuple[str, ...]:
@@ -252,11 +264,11 @@ def _explain(what: str, rounds: int, rows: list[dict]) -> str:
     return text
 
 
-def run_study(rounds: int, save) -> None:
+def run_study(rounds: int, folder: str, save) -> None:
     """Measures all readouts of the position study together against one at a time."""
     from cnnjax.benchmark import programs
 
-    results = programs.study(rounds)
+    results = programs.study(rounds, folder)
     seconds = results["seconds"]
     together = (
         f"{seconds['encode all']:.2f} (encoder, once) + {seconds['train all']:.2f} (all targets)"
@@ -277,7 +289,8 @@ def run_study(rounds: int, save) -> None:
         ],
     )
     save(
-        f"{results['encoder']}, {results['images']} photographs of {results['size']} px, "
+        f"{results['encoder']}, {results['images']} crops of {results['size']} px from "
+        f"{results['photographs']} photographs, "
         f"{results['targets']} targets, {results['steps']} steps, one padding, one seed; medians "
         f"of {rounds} rounds.\n\n{table}\nThe authors' way takes {results['ratio']:,.0f} times as "
         "long; its sum is extrapolated from the parts measured.\n",
@@ -342,7 +355,8 @@ def run_input(rounds: int, folder: str, save) -> None:
 def _work(options, folder: pathlib.Path) -> None:
     sides = options.sides or [*SIDES.get(options.what, ())]
     check(options.what, options.only, sides)
-    if options.what == "input":
+    check_unused(options)
+    if options.what in _USED_BY["photographs"]:
         photographs.find_photographs(options.photographs)
     backend.start()
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,11 +372,11 @@ def _work(options, folder: pathlib.Path) -> None:
     if options.what in SIDES:
         compare_sides(options.what, options.rounds, options.only, sides, save)
     elif options.what == "study":
-        run_study(options.rounds, save)
+        run_study(options.rounds, options.photographs, save)
     elif options.what == "input":
         run_input(options.rounds, options.photographs, save)
     else:
-        run_seeds(options.rounds, options.configurations, save)
+        run_seeds(options.rounds, options.configurations or _CONFIGURATIONS, save)
     print((folder / "report.md").read_text())
 
 
@@ -388,7 +402,11 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="SIDE",
         help="cnnjax and what it is compared with (default: all but oneDNN)",
     )
-    parser.add_count("configurations", 64, "of seeds; 4 suffice on a CPU")
+    parser.add_argument(
+        "--configurations",
+        type=command.whole(1),
+        help=f"of seeds; 4 suffice on a CPU (default: {_CONFIGURATIONS})",
+    )
     parser.add_photographs()
     options = parser.parse_args(arguments)
     if options.what in ("cpu", "layers"):

@@ -164,7 +164,7 @@ def measure(
             for way, measured in ways.items():
                 rates.setdefault(way, []).append(measured())
             yield {
-                "photographs": len(paths),
+                "photographs": min(len(paths), _COUNT),
                 "kilobytes": round(size / 1000),
                 "step_batch": step_batch,
                 "step_images_per_s": statistics.median(steps),

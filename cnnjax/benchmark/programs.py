@@ -43,9 +43,17 @@ def interleave(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]
 
 
 def study(
-    rounds: int, encoder: str = "vgg16", size: int = 224, images: int = 24, steps: int = 540
+    rounds: int,
+    folder: str = "",
+    *,
+    encoder: str = "vgg16",
+    size: int = 224,
+    images: int = 24,
+    steps: int = 540,
 ) -> dict:
     """Measures one encoder's part of the position study, `steps` of the readout for every target.
+
+    The images are crops from the photographs of a folder, by default the embedded ones.
 
     Together, the encoder is run once and all targets train in one program. The authors' way
     trains one readout at a time and runs the encoder on the batch of every step: one such
@@ -53,7 +61,8 @@ def study(
     """
     model = create_model(encoder)
     stages = reachable_stages(model, size)
-    pictures = photographs.crops(photographs.list_photographs(), images, size, 0)
+    paths = photographs.list_photographs(folder)
+    pictures = photographs.crops(paths, images, size, 0)
     goals = np.stack([target(name, size) for name in TARGETS])
 
     def initialize(key):
@@ -78,6 +87,7 @@ def study(
         "encoder": encoder,
         "size": size,
         "images": images,
+        "photographs": min(len(paths), images),
         "batch": len(batch),
         "targets": len(goals),
         "steps": steps,

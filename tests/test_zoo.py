@@ -1,0 +1,34 @@
+"""The comparison with torchvision mixes no times of several machines or versions."""
+
+import dataclasses
+import types
+
+from experiments import zoo
+
+
+def frameworks(version: str) -> zoo.Frameworks:
+    """Stands for both libraries, which tests do not need."""
+    models = types.SimpleNamespace(list_models=lambda module: ["resnet18", "resnet34"])
+    torch = types.SimpleNamespace(__version__=version, set_num_threads=lambda count: None)
+    return zoo.Frameworks(torch, types.SimpleNamespace(__version__="0.28.0", models=models))
+
+
+def test_times_of_two_environments_are_not_mixed(tmp_path, monkeypatch, capsys):
+    """The same environment goes on with more networks; another version is refused."""
+    measured = []
+
+    def measure(point, options, shared):
+        measured.append(point.model)
+        return {name: 1 for name in zoo.COLUMNS if name != "model"}
+
+    study = dataclasses.replace(zoo.STUDY, measure=measure)
+    arguments = ["--workdir", str(tmp_path / "run"), "--models"]
+    monkeypatch.setattr(zoo, "load_torchvision", lambda: frameworks("2.13.0"))
+    assert study.main([*arguments, "resnet18"]) == 0
+    assert study.main([*arguments, "resnet*"]) == 0
+    assert measured == ["resnet18", "resnet34"]
+    assert "torch\n2.13.0, torchvision 0.28.0" in (tmp_path / "run" / "report.md").read_text()
+
+    monkeypatch.setattr(zoo, "load_torchvision", lambda: frameworks("2.14.0"))
+    assert study.main([*arguments, "resnet*"]) == 2
+    assert "environment.torch='2.13.0' there, '2.14.0' now" in capsys.readouterr().err
