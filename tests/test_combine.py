@@ -301,6 +301,15 @@ def test_what_is_no_run_is_named(name, message, sweep_folder):
         runs.find_runs(patterns)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "pixelwise"])
+def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
+    configs = {}
+    for name, kind in (("a", "cross_entropy"), ("b", loss)):
+        configs[tmp_path / name] = defaults.get_config().to_dict() | {"loss": kind}
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'b'} has loss='{loss}'; runs that are"):
+        runs.check_runs(configs, "uniform")
+
+
 # ------------------------------------------------------------------ whole commands
 
 
