@@ -144,6 +144,7 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     frozen = transfer.select(model, tuple(config.freeze), "freeze")
     if not config.freeze:
         return
+    transfer.check_statistics(model, f"freeze={config.freeze}")
     trained, _ = transfer.split(weights.variable_shapes(model)["params"], frozen)
     if not trained:
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
