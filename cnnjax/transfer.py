@@ -12,6 +12,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -131,6 +132,34 @@ def in_evaluation_mode(frozen: frozenset[Path]) -> Callable:
         return call(*arguments, **options)
 
     return intercept
+
+
+@functools.lru_cache(maxsize=64)
+def check_statistics(model: Network, purpose: str) -> None:
+    """Raises `ValueError`, naming `purpose`, if statistics belong to another module than ours.
+
+    Only `cnnjax.nn.BatchNorm` can be frozen or have its statistics estimated anew.
+    """
+    ours = set()
+
+    def note(call, arguments, options, context):
+        if isinstance(context.module, BatchNorm):
+            ours.add(context.module.path)
+        return call(*arguments, **options)
+
+    # A function of its own: jax would not trace `model.init` a second time.
+    def init(key, image):
+        return model.clone(padding="zeros").init(key, image)
+
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
+    with nn.intercept_methods(note):
+        variables = jax.eval_shape(init, jax.random.key(0), image)
+    paths = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))}
+    if others := sorted(".".join(path) for path in paths - ours):
+        raise ValueError(
+            f"{purpose} needs BatchNorm to be cnnjax.nn.BatchNorm; in {type(model).__name__}, "
+            f"other modules keep statistics: {', '.join(others)}"
+        )
 
 
 # ------------------------------------------------------------------ from another network

@@ -301,6 +301,41 @@ def test_what_is_no_run_is_named(name, message, sweep_folder):
         runs.find_runs(patterns)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "pixelwise"])
+def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
+    configs = {}
+    for name, kind in (("a", "cross_entropy"), ("b", loss)):
+        configs[tmp_path / name] = defaults.get_config().to_dict() | {"loss": kind}
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'b'} has loss='{loss}'; runs that are"):
+        runs.check_runs(configs, "uniform")
+
+
+class OtherNorm(Network):
+    """A network with Flax's BatchNorm."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (8, 8, 1)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+
+@pytest.mark.parametrize("method", ["uniform", "learned"])
+def test_another_batch_norm_is_not_averaged(method, tmp_path):
+    config = defaults.get_config()
+    config.update({"model": f"{__name__}:OtherNorm", "n_validation": 200, "parallel": "jit"})
+    for seed in (0, 1):
+        folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
+        weights.save_torchvision(some(OtherNorm(), seed), folder / "weights.safetensors")
+        classes = list("0123456789")
+        workdir.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
+    with pytest.raises(ValueError, match=f"^method='{method}' needs .* keep statistics: norm$"):
+        combine.run([str(tmp_path / "run*")], method, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------ whole commands
 
 

@@ -107,6 +107,18 @@ def test_schedules():
     )
 
 
+def test_fractions_of_epochs_are_rounded_to_steps():
+    halved = {"name": "step", "learning_rate": 1.0, "factor": 0.5}
+    # In floating point, 2.3 * 100 is less than 230.
+    rates = learning_rates(halved | {"epochs": (2.3,)}, 100, 3)
+    np.testing.assert_array_equal(rates, np.repeat([1, 0.5], [230, 70]))
+    # Both changes are at the fourth step.
+    rates = learning_rates(halved | {"epochs": (1.9, 2.1)}, 2, 3)
+    np.testing.assert_array_equal(rates, np.repeat([1, 0.25], [4, 2]))
+    rates = learning_rates(halved | {"every": 1.5}, 2, 4)
+    np.testing.assert_array_equal(rates, np.repeat([1, 0.5, 0.25], [3, 3, 2]))
+
+
 @pytest.mark.parametrize(
     "schedule, message",
     [

@@ -4,7 +4,9 @@ import importlib
 import json
 import pathlib
 
+import flax.linen as nn
 import forked
+import jax.numpy as jnp
 import matplotlib.figure
 import PIL.Image
 import pytest
@@ -199,6 +201,31 @@ def test_home_in_the_name_of_a_file(own, monkeypatch):
 def test_a_tilde_in_the_name_of_a_file_that_is_not_there():
     with pytest.raises(ValueError, match="~own.py' is not a Python file"):
         create_model("~own.py:Net")
+
+
+class Endless(base.Network):
+    """A network whose walk forgets the logits."""
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "stem", x
+
+
+class Returning(base.Network):
+    """A network whose walk returns the logits."""
+
+    @nn.nowrap
+    def walk(self, x, train):
+        return x.mean((1, 2))
+
+
+def test_a_walk_without_logits_is_named():
+    image = jnp.zeros((1, 8, 8, 3))
+    with pytest.raises(ValueError, match="walk of Endless ends without yielding .'logits', logits"):
+        Endless().apply({}, image)
+    assert list(Endless().apply({}, image, last="stem", method="stages")) == ["stem"]
+    with pytest.raises(ValueError, match="walk of Returning returns a .*; it is to yield its sta"):
+        Returning().apply({}, image)
 
 
 def test_what_a_file_lacks_is_named(own):

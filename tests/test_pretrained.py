@@ -124,11 +124,14 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     cut = len(CONTENT)
     takes_ranges = True
+    is_chunked = False
+    protocol_version = "HTTP/1.1"
     asked: list[str | None] = []
 
     def do_GET(self):
         wanted = self.headers["Range"]
         self.asked.append(wanted)
+        self.close_connection = True
         start = 0
         if wanted and self.takes_ranges:
             start = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -136,9 +139,17 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
+        answer = CONTENT[start : start + self.cut]
+        if self.is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(answer), answer))
+            if start + len(answer) == len(CONTENT):
+                self.wfile.write(b"0\r\n\r\n")
+            return
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : start + self.cut])
+        self.wfile.write(answer)
 
     def log_message(self, *arguments):
         pass
@@ -176,6 +187,26 @@ def test_a_later_call_resumes_what_an_earlier_one_left(arrived, takes_ranges, se
     path = download.download(url, tmp_path / "w.pth", SHA256)
     assert path.read_bytes() == CONTENT
     assert handler.asked == [f"bytes={arrived}-"]
+
+
+@pytest.mark.parametrize("cut", [2_000_000, len(CONTENT)])
+def test_an_answer_without_a_length_is_read_to_its_end(cut, server, tmp_path):
+    """Some proxies pass files on in chunks. What is cut off is resumed."""
+    url, handler = server
+    handler.cut = cut
+    handler.is_chunked = True
+    path = download.download(url, tmp_path / "w.pth", SHA256)
+    assert path.read_bytes() == CONTENT
+    assert len(handler.asked) == (1 if cut == len(CONTENT) else 2)
+
+
+def test_a_server_that_always_cuts_off_at_the_same_place_is_an_error(server, tmp_path):
+    url, handler = server
+    handler.cut = 1_500_000
+    handler.takes_ranges = False
+    with pytest.raises(OSError, match="w.pth: cut off again after 1.5 MB"):
+        download.download(url, tmp_path / "w.pth", SHA256)
+    assert handler.asked == [None, "bytes=1500000-"]
 
 
 def test_a_file_of_another_hash_is_not_kept(server, tmp_path):

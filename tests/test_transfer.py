@@ -18,8 +18,9 @@ from cnnjax import study as frame
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
+from cnnjax.nn import BatchNorm
 from cnnjax.runtime import workdir
-from cnnjax.train import loop, step
+from cnnjax.train import check, defaults, loop, step
 from cnnjax.train.data import moments_of
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
 from experiments import transfer as study
@@ -105,6 +106,29 @@ def test_a_stage_is_what_it_adds_and_a_pattern_is_torchvisions_names():
     )
     with pytest.raises(ValueError, match=message):
         transfer.select(resnet, ("layer1", "layer5"), "freeze")
+
+
+class OtherNorm(base.Network):
+    """A network with Flax's BatchNorm beside cnnjax's."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = BatchNorm(name="bn1")(x, train)
+        x = yield "stem", nn.BatchNorm(name="bn2")(x, use_running_average=not train)
+        yield "logits", nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
+
+
+def test_another_batch_norm_cannot_be_frozen():
+    transfer.check_statistics(create_model("resnet18"), "freeze=('stem',)")
+    config = defaults.get_config()
+    config.model = f"{__name__}:OtherNorm"
+    check.check(config)
+    config.freeze = ("stem",)
+    message = r"freeze=\('stem',\) needs .*; in OtherNorm, other modules keep statistics: bn2$"
+    with pytest.raises(ValueError, match=message):
+        check.check(config)
 
 
 GOOGLENET_HEADS = {

@@ -1,6 +1,7 @@
 import os
 import stat
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import quick
 import safetensors.numpy
 
 from cnnjax import weights
-from cnnjax.models import create_model
+from cnnjax.models import Network, create_model
+from cnnjax.train import check, defaults
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +255,75 @@ def test_names_of_parallel_training_and_of_old_densenets(tmp_path):
     safetensors.numpy.save_file(old, path)
     loaded = weights.load_torchvision(path, model)
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_in_any_order_are_understood(prefix, tmp_path):
+    model = create_model("lenet5", num_classes=3)
+    variables = numbered(model)
+    tensors = {prefix + key: value for key, value in state_dict(variables).items()}
+    path = tmp_path / "wrapped.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    loaded = weights.load_torchvision(path, model)
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+
+
+class OtherLeaves(Network):
+    """Parameters that torchvision's networks lack: Flax's, and some of the network's own."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = nn.PReLU(name="act")(nn.Dense(5, name="mix")(x))
+        x = yield "mix", x + self.param("gamma", nn.initializers.ones, ())
+        classes = nn.Embed(self.num_classes, 5, name="classes").embedding
+        scale = self.param("mean", nn.initializers.ones, (self.num_classes,))
+        yield "logits", x.mean((1, 2)) @ classes.T * scale
+
+
+class TwoWeights(Network):
+    """A module of the network itself with a kernel and a scale."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        kernel = self.param("kernel", nn.initializers.ones, (3, self.num_classes))
+        scale = self.param("scale", nn.initializers.ones, (self.num_classes,))
+        yield "logits", x.mean((1, 2)) @ kernel * scale
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_parameters_of_any_name_come_back(suffix, tmp_path):
+    model = OtherLeaves(num_classes=7)
+    variables = numbered(model)
+    # A parameter called `mean` is no statistic, and may be negative.
+    variables["params"]["mean"] = -variables["params"]["mean"]
+    path = tmp_path / f"own.{suffix}"
+    weights.save_torchvision(variables, path)
+    assert set(weights.read(path)) == {
+        "mix.weight",
+        "mix.bias",
+        "act.negative_slope",
+        "gamma",
+        "classes.embedding",
+        "mean",
+    }
+    loaded = weights.load_torchvision(path, model)
+    assert loaded["params"]["gamma"].shape == ()
+    jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+
+
+def test_two_parameters_of_one_name_are_refused_before_training():
+    with pytest.raises(ValueError, match="params/kernel and params/scale are both weight"):
+        weights.torchvision_keys(weights.variable_shapes(TwoWeights()))
+    config = defaults.get_config()
+    config.model = f"{__name__}:TwoWeights"
+    with pytest.raises(ValueError, match="^model='.*:TwoWeights': the parameters params/kernel"):
+        check.check(config)
+    config.model = f"{__name__}:OtherLeaves"
+    check.check(config)
 
 
 def test_a_refusal_shows_the_files_own_names(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from cnnjax import transfer, weights
 from cnnjax.combine.averages import average, ensemble_logits, greedy, learned
-from cnnjax.combine.methods import ENSEMBLES, METHODS
+from cnnjax.combine.methods import AVERAGES, ENSEMBLES, METHODS
 from cnnjax.combine.networks import (
     logits_in_training_mode,
     member_logits,
@@ -56,6 +56,8 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
     names = [str(path) for path in configs]
     # Before the folder is made: the data may be missing.
     networks = Networks(complete(next(iter(configs.values()))), members)
+    if method in AVERAGES:
+        transfer.check_statistics(networks.model, f"method={method!r}")
     folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
 
     # ------------------------------------------------------------- the combination

@@ -16,5 +16,7 @@ METHODS = {
 SELECTING = ("best", "greedy", "learned", "learned-by-layer")
 # Methods that average outputs; the others make one network.
 ENSEMBLES = ("ensemble", "ensemble-logits", "snapshot")
+# Methods that average parameters.
+AVERAGES = ("uniform", "greedy", "learned", "learned-by-layer", "polyak")
 # Methods that combine the checkpoints of one run.
 OF_ONE_RUN = ("snapshot", "polyak")

@@ -100,6 +100,11 @@ def check_runs(configs: Configs, method: str) -> None:
             raise ValueError(
                 f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has"
             )
+        if config["loss"] != "cross_entropy":
+            raise ValueError(
+                f"{folder} has loss={config['loss']!r}; runs that are combined have one class an "
+                "image, loss='cross_entropy'"
+            )
     if not arrays.is_known(known["dataset"]):
         raise ValueError(
             f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of "

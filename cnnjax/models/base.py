@@ -106,13 +106,27 @@ class Network(nn.Module):
         replace = replace or {}
         # A plain dict would come out of jit in alphabetical order.
         maps = collections.OrderedDict()
+        network = type(self).__name__
         walk = self.walk(x, train)
-        name, y = next(walk)
+        if not isinstance(walk, Generator):
+            raise ValueError(
+                f"walk of {network} returns a {type(walk).__name__}; it is to yield its stages, "
+                "and ('logits', logits) last"
+            )
+        # A generator starts with None.
+        y = None
         while True:
-            maps[name] = replace[name](y) if name in replace else y
+            try:
+                name, y = walk.send(y)
+            except StopIteration:
+                raise ValueError(
+                    f"walk of {network} ends without yielding ('logits', logits)"
+                ) from None
+            if name in replace:
+                y = replace[name](y)
+            maps[name] = y
             if name in (last, "logits"):
                 break
-            name, y = walk.send(maps[name])
         stages = ", ".join(stage for stage in maps if stage != "logits")
         if last not in maps:
             raise ValueError(

@@ -108,8 +108,12 @@ def learning_rates(
     warmup = round(complete["warmup_epochs"] * steps_per_epoch)
     name = schedule["name"]
     if name == "step":
-        changes = complete["epochs"] or range(complete["every"], epochs, complete["every"])
-        factors = {int(epoch * steps_per_epoch) - warmup: complete["factor"] for epoch in changes}
+        changes = complete["epochs"] or np.arange(complete["every"], epochs, complete["every"])
+        factors: dict[int, float] = {}
+        for epoch in changes:
+            step = round(epoch * steps_per_epoch) - warmup
+            # Several epochs may round to one step.
+            factors[step] = factors.get(step, 1.0) * complete["factor"]
         after = optax.piecewise_constant_schedule(rate, factors)
     elif name == "cosine":
         after = optax.cosine_decay_schedule(rate, max(1, total - warmup))

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -156,8 +157,13 @@ def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
         if path.is_file():  # another process has finished the download meanwhile
             return path
         _LOG.info("downloading %s to %s", url, path.parent)
+        reached = 0
         while not _receive(url, stream):
-            _LOG.info("cut off after %.1f MB; resuming", stream.tell() / 1e6)
+            # A server that starts at the beginning each time may never get further.
+            if stream.tell() <= reached:
+                raise OSError(f"{url}: cut off again after {stream.tell() / 1e6:.1f} MB")
+            reached = stream.tell()
+            _LOG.info("cut off after %.1f MB; resuming", reached / 1e6)
         stream.flush()
         try:
             records.check_sha256(partial, sha256)
@@ -179,12 +185,17 @@ def _receive(url: str, stream: BinaryIO) -> bool:
         with urllib.request.urlopen(request, timeout=_STALLED_SECONDS) as response:
             if before and response.status != http.HTTPStatus.PARTIAL_CONTENT:
                 stream.truncate(0)  # the server starts at the beginning
-                before = 0
-            missing = int(response.headers["Content-Length"])
-            with progress(math.ceil(missing / _CHUNK), "MiB") as advance:
-                while chunk := response.read(_CHUNK):
-                    stream.write(chunk)
-                    advance(1)
+                before = stream.seek(0)
+            missing = response.length
+            if missing is None:
+                # A chunked answer says where it ends, not how long it is. Of other answers without
+                # a length, the hash tells whether they are whole.
+                shutil.copyfileobj(response, stream)
+            else:
+                with progress(math.ceil(missing / _CHUNK), "MiB") as advance:
+                    while chunk := response.read(_CHUNK):
+                        stream.write(chunk)
+                        advance(1)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -194,6 +205,6 @@ def _receive(url: str, stream: BinaryIO) -> bool:
         if stream.tell() == before:
             raise OSError(f"{url}: {_first_line(error)}") from error
         return False
-    if stream.tell() == before and missing:
+    if stream.tell() == before and missing != 0:
         raise OSError(f"{url}: nothing arrived")
-    return stream.tell() == before + missing
+    return missing is None or stream.tell() == before + missing

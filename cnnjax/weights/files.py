@@ -15,8 +15,8 @@ import safetensors.numpy
 from cnnjax.weights import pth, records
 
 _PTH_SUFFIXES = (".pth", ".pt")
-# What DataParallel and torch.compile put in front of every name.
-_WRAPPERS = ("module.", "_orig_mod.")
+# What DataParallel and torch.compile put in front of every name, in the order of their use.
+_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
 # DenseNets of PyTorch 0.3 say `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 # timm stores torchvision's VGG with a convolutional classifier of the same numbers.
@@ -47,10 +47,8 @@ def _torchvision_names(keys: list[str]) -> dict[str, str]:
     Raises `ValueError` if two tensors would have one name.
     """
     is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
-    prefix = ""
-    for wrapper in _WRAPPERS:
-        if keys and all(key.startswith(prefix + wrapper) for key in keys):
-            prefix += wrapper
+    wrappers = _WRAPPERS.match(os.path.commonprefix(keys))
+    prefix = wrappers.group() if wrappers else ""
     names: dict[str, str] = {}
     for own in keys:
         if own.endswith("num_batches_tracked"):
@@ -77,9 +75,10 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read(path: str | os.PathLike) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
-    Nothing in a file can run code. Understood are DataParallel's `module.` prefix, checkpoints with
-    the weights under `state_dict` or `model`, DenseNet's old names, and timm's names of VGG.
-    BatchNorm's counters are left out. A file with the name of a published one must have its hash.
+    Nothing in a file can run code. Understood are the prefixes of DataParallel and torch.compile,
+    checkpoints with the weights under `state_dict` or `model`, DenseNet's old names, and timm's
+    names of VGG. BatchNorm's counters are left out. A file with the name of a published one must
+    have its hash.
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """

@@ -2,8 +2,8 @@
 
 A model's parameter tree *is* torchvision's state dict with other leaf names and axes. The path
 joined with dots is the key; `kernel` and `scale` are called weight, `mean` and `var` running_mean
-and running_var. Kernels [height, width, in, out] are stored as [out, in, height, width], dense
-kernels transposed.
+and running_var, and other leaves keep their names. Kernels [height, width, in, out] are stored as
+[out, in, height, width], dense kernels transposed.
 """
 
 import contextlib
@@ -21,12 +21,11 @@ from cnnjax.weights import files
 
 Path = tuple[str, ...]
 
+# By collection, torchvision's names of leaves. Others keep their own, such as those that a user's
+# network gives to `self.param`.
 _LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
+    "params": {"kernel": "weight", "scale": "weight"},
+    "batch_stats": {"mean": "running_mean", "var": "running_var"},
 }
 # Heads that only training uses (GoogLeNet's and Inception's). Files hold them; a network built
 # with `aux_logits=False` does not.
@@ -35,10 +34,22 @@ _MOST_PROBLEMS = 5  # problems that an error names
 
 
 def torchvision_keys(variables: dict) -> dict[str, Path]:
-    """Maps torchvision's keys to paths in the tree of variables."""
-    collections = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    flat = flax.traverse_util.flatten_dict(collections)
-    return {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in flat}
+    """Maps torchvision's keys to paths in the tree of variables.
+
+    Raises `ValueError` if two parameters have one key.
+    """
+    collections = {name: variables.get(name, {}) for name in _LEAVES}
+    keys: dict[str, Path] = {}
+    for path in flax.traverse_util.flatten_dict(collections):
+        leaf = _LEAVES[path[0]].get(path[-1], path[-1])
+        key = ".".join((*path[1:-1], leaf))
+        if key in keys:
+            raise ValueError(
+                f"the parameters {'/'.join(keys[key])} and {'/'.join(path)} are both {key} in "
+                "weights files; rename one of them"
+            )
+        keys[key] = path
+    return keys
 
 
 def _axes(rank: int) -> tuple[int, ...]:
@@ -51,7 +62,8 @@ def _torchvision_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _to_torchvision(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(_axes(array.ndim)))
+    # `ascontiguousarray` would make a vector of a scalar.
+    return np.asarray(array.transpose(_axes(array.ndim)), order="C")
 
 
 def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
