@@ -4,7 +4,7 @@ import ml_collections
 
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
-from cnnjax.models import Network, base, create_model
+from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults, step
 from cnnjax.train.data import has_validation, is_streamed
@@ -102,24 +102,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
                 f"model_fields.{field}={config.model_fields[field]!r}: the data and the keys of "
                 "the configuration decide this field"
             )
-    model = create_model(config.model, **config.model_fields)
-    # Networks of this package have keys that tests compare with torchvision's.
-    if ":" in base.name_with_file(config.model):
-        _check_keys(config, model)
-    _check_parts(config, model)
-
-
-def _check_keys(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check that a weights file can hold all parameters, before they are trained."""
-    try:
-        shapes = weights.variable_shapes(model)
-    # The network may not take images of its own default size. Training gives it the data's.
-    except Exception:
-        return
-    try:
-        weights.torchvision_keys(shapes)
-    except ValueError as error:
-        raise ValueError(f"model={config.model!r}: {error}") from error
+    _check_parts(config, create_model(config.model, **config.model_fields))
 
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:

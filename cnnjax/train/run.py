@@ -200,7 +200,7 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
         )
     axis_name = parallel.axis_name if config.sync_batch_norm else None
     model = build_model(config, len(data.classes), data.image_shape, axis_name)
-    _check_output(config, model)
+    _check_network(config, model)
     return Run(
         config=config,
         parallel=parallel,
@@ -213,11 +213,15 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
     )
 
 
-def _check_output(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check that the model's output is what the loss needs."""
+def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
+    """Check the output, which the loss must fit, and that a file can hold the weights."""
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     trace = model.clone(padding="zeros").init_with_output
-    output, _ = jax.eval_shape(trace, jax.random.key(0), image)
+    output, variables = jax.eval_shape(trace, jax.random.key(0), image)
+    try:
+        weights.torchvision_keys(variables)
+    except ValueError as error:
+        raise ValueError(f"model={config.model!r}: {error}") from error
     expected = [model.num_classes]
     if config.loss == "pixelwise":
         expected = [*model.input_shape[:2], model.num_classes]
