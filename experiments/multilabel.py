@@ -94,12 +94,7 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
-    names = [name for name, _ in options.weights]
     for name, file in options.weights:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"weights names {name} {names.count(name)} times; each model has one file"
-            )
         transfer.weights_file(file)
         # Besides "logits", which every network has.
         if len(transfer.stage_paths(create_model(name))) < 2:

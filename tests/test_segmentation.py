@@ -458,7 +458,7 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
         (["squeezenet1_1"], "argument --weights: 'squeezenet1_1' is not MODEL=FILE"),
         (["=FILE"], "argument --weights: '=FILE' is not MODEL=FILE"),
         (["mlp3=FILE"], "mlp3 has no stages whose features could be read"),
-        (["scene_net=FILE", "scene_net=FILE"], "weights names scene_net 2 times"),
+        (["scene_net=FILE", "scene_net=FILE"], "seed=0 is asked for 2 times; name each once"),
     ],
 )
 def test_wrong_weights_of_multilabel_are_named(given, message, tmp_path, monkeypatch, capsys):
