@@ -7,7 +7,7 @@ The first form scores published ImageNet weights, the second the network of a fi
 run. The folder gives the labels:
 
 - FOLDER/CLASS/IMAGE with any number of folders named by the class's name or number (tench or 0);
-  by the name alone where classes have numbers as names.
+  by name only, if any class's name is a number.
 
 For ImageNet's classes, it may also be
 

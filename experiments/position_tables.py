@@ -294,6 +294,14 @@ def change(config: ml_collections.ConfigDict, setting: str) -> None:
 
 def check_settings(name: str, options: argparse.Namespace) -> None:
     """Raises `ValueError` if `--set` changes a key that tells a table's rows apart."""
+    for row in TABLES[name]:
+        config = configure(row, options)
+        has_sgd = row.encoder in study.CONTROLS or row.padding in config.sgd_paddings
+        if config.depth > 1 and not has_sgd:
+            raise ValueError(
+                f"depth={config.depth} of row {row.label!r} needs an SGD readout, and its study "
+                f"has them for sgd_paddings={tuple(config.sgd_paddings)}"
+            )
     unset = argparse.Namespace(**(vars(options) | {"set": []}))
     configs = [configure(row, unset) for row in TABLES[name]]
     for setting in options.set:

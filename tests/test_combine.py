@@ -288,7 +288,7 @@ def test_runs_are_named_or_matched(patterns, numbers, sweep_folder):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("jobs", "jobs' is not the work directory of a training run; a pattern in quotes passes"),
+        ("jobs", "jobs' is not the work directory of a training run; quote a pattern"),
         ("sweep.json", "sweep.json' is not the work directory of a training run"),
         ("seed=3", "seed=3' matches no work directory of a training run"),
         ("other*", r"other\*' matches no work directory of a training run"),

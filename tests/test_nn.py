@@ -651,7 +651,6 @@ def test_batch_norm_has_the_gradient_of_its_formula():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, want)
 
 
-@pytest.mark.slow
 def test_batch_norm_of_one_vector_has_a_gradient():
     """Without an axis of a batch, as inside `jax.vmap`; eight channels look like eight parts."""
     x, weights = normal(0, 8), normal(1, 8)
@@ -672,6 +671,7 @@ def test_batch_norm_of_one_vector_has_a_gradient():
     np.testing.assert_allclose(dx, weights * variables["params"]["scale"] * factor, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norm_over_devices_is_that_of_the_whole_batch():
     x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)
     variables = cnn.BatchNorm().init(jax.random.key(0), x)

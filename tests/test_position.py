@@ -822,6 +822,11 @@ def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
         ("depth", "depth=2", "the rows of table 'depth' differ in depth, which is 1, 2, 3"),
         ("photographs", "n_train=8", "differ in n_train, which is 24, 96, 384"),
         ("main", "paddings=('reflect',)", "the rows of a table name their own paddings"),
+        (
+            "photographs",
+            "depth=2",
+            "needs an SGD readout, and its study has them for sgd_paddings=()",
+        ),
         ("stages", "encoders=('vgg16',)", "the rows of a table name their own encoders"),
     ],
 )

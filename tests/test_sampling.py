@@ -170,6 +170,14 @@ def test_pools_by_their_definition():
         np.testing.assert_allclose(avg_pool(x, 2, **policy), sample(means, 2, **policy), atol=1e-6)
 
 
+def test_filtered_means_count_what_is_inside():
+    """With a border, whose zeros are outside: the mean of a constant is the constant."""
+    x = jnp.full((1, 6, 6, 2), 3.0)
+    for fill in ("partial", "random"):
+        means = avg_pool(x, 2, 2, 1, sampling="blur", fill=fill)
+        np.testing.assert_allclose(means, np.full((1, 4, 4, 2), 3.0), rtol=1e-6)
+
+
 def test_wrong_words_and_small_maps():
     words = "sampling='mirror' is not one of stride, blur, blur5, aps"
     x = image(1, 4, 4, 1)

@@ -653,12 +653,14 @@ def test_other_images_are_not_gone_on_with(tmp_path):
     file = tmp_path / "own.npz"
     fewer = arrays.load("digits[:180]")
     renamed = dataclasses.replace(digits, classes=("null", *digits.classes[1:]))
+    reordered = dataclasses.replace(digits, classes=digits.classes[::-1])
     options = {"dataset": str(file), "epochs": 1, "batch_size": 20, "n_validation": 0}
     arrays.save(digits, file)
     train_here(tmp_path / "run", **options)
     for changed, told in (
         (fewer, r"n_train=200 then, 180 now"),
         (renamed, r"classes 0 are gone, null new"),
+        (reordered, r"the classes are in another order"),
     ):
         arrays.save(changed, file)
         with pytest.raises(ValueError, match=f"have changed since the run began .{told}"):
@@ -679,7 +681,7 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
         workdir.check_config(folder, config.to_dict())
     extend(config, folder)
     workdir.check_config(folder, config.to_dict())
-    (folder / "results.json").touch()
+    # Not the other way round: images may have been passed over.
     config.skip_damaged = False
     extend(config, folder)
     with pytest.raises(ValueError, match="skip_damaged=True there, False now"):

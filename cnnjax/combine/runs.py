@@ -65,8 +65,8 @@ def _read_matches(pattern: str) -> Configs:
         recorded = read_recorded(pathlib.Path(path))
         if recorded is None:
             raise ValueError(
-                f"runs={pattern!r} is not the work directory of a training run; a pattern in "
-                "quotes passes over what is none"
+                f"runs={pattern!r} is not the work directory of a training run; quote a pattern "
+                "('runs/a/*') to skip what is not one"
             )
         return {pathlib.Path(path): recorded}
     # The brackets of such a name may stand in a pattern, too: dataset=cifar10[:12000],seed=*.

@@ -277,6 +277,8 @@ def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
 def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str) -> None:
     """Raise `ValueError` for a word in place of a number, or the other way round."""
     default = parameter.default
+    if value is default:
+        return
     expected = type(default).__name__
     if isinstance(default, bool):
         is_right = isinstance(value, bool)

@@ -15,8 +15,8 @@ def parameter(
 ) -> AnyArray:
     """Returns a float32 parameter of a layer, drawn by `initializer(key, shape, dtype)` if new.
 
-    Differs from Flax's `param` in time alone: to know the shape of a parameter that exists, Flax
-    traces its initializer at every call. Raises `flax.errors.ScopeParamShapeError` for one of
+    As Flax's `param`, but quicker if the parameter exists: to know its shape, Flax traces the
+    initializer at every call. Raises `flax.errors.ScopeParamShapeError` for one of
     another shape, as Flax does.
     """
     if not layer.has_variable("params", name):

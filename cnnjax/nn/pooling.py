@@ -123,8 +123,15 @@ def _sampled_mean(x, size, stride, border, fill, sampling):
     """Filters a map in place of its means, or chooses a grid of its dense means."""
     if sampling in FILTERS:
         height, width = Window(stride, border).output_shape(x.shape, size)
-        x = pad(x, border, "partial" if fill == "random" else fill)
-        return sample(x, stride, sampling=sampling, fill=fill)[:, :height, :width]
+        if border != (0, 0) and fill in ("partial", "random"):
+            # The filter's share inside the image takes the place of the zeros around it.
+            inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+            zeros = {"stride": stride, "sampling": sampling, "fill": "zeros"}
+            filtered = sample(pad(x, border, "zeros"), **zeros)
+            filtered /= sample(pad(inside, border, "zeros"), **zeros)
+        else:
+            filtered = sample(pad(x, border, fill), stride, sampling=sampling, fill=fill)
+        return filtered[:, :height, :width]
     if fill == "circular":
         x = _wrap(x, size, stride, border, (0, 0))
         border = (0, 0)

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,8 @@ _REPORTED = frozenset(
 # Seconds after which a claim is renewed, and after which it is void unless it was.
 _RENEWED = 15.0
 _EXPIRES = 120.0
+# Seconds that processes which found a claim void take to remove it.
+_SETTLES = 0.2
 
 
 class Claimed(ValueError):
@@ -440,10 +443,15 @@ def _remove_void(path: pathlib.Path, held: bytes, mine: pathlib.Path) -> None:
 
 def _take(path: pathlib.Path, mine: pathlib.Path) -> None:
     """Give the claim `mine` the name `path`. Raises `Claimed` if another process holds it."""
+    met_void = False
     while True:
         try:
             _name(mine, path)
-            return
+            # A process that found the same claim void may be removing ours in its place.
+            if met_void:
+                time.sleep(_SETTLES)
+            if _is_same(path, mine):
+                return
         except FileExistsError:
             try:
                 held = path.read_bytes()
@@ -454,7 +462,16 @@ def _take(path: pathlib.Path, mine: pathlib.Path) -> None:
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
                     "another --workdir"
                 ) from None
+            met_void = True
             _remove_void(path, held, mine)
+
+
+def _is_same(path: pathlib.Path, mine: pathlib.Path) -> bool:
+    """Whether a claim is `mine`, which has an id of its own."""
+    try:
+        return path.read_bytes() == mine.read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -470,18 +487,16 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         return
     path = folder / "run.claim"
     mine = folder / f".{uuid.uuid4().hex}.claim"
-    content = json.dumps(
-        {
-            "host": platform.node(),
-            "process": os.getpid(),
-            "namespace": _namespace(),
-            # Tells this claim from an earlier one of the same process.
-            "id": mine.stem,
-        }
-    ).encode()
+    holder = {
+        "host": platform.node(),
+        "process": os.getpid(),
+        "namespace": _namespace(),
+        # Tells this claim from an earlier one of the same process.
+        "id": mine.stem,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(mine, content)
+        write(mine, json.dumps(holder))
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
@@ -491,7 +506,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     def renew():
         while not done.wait(_RENEWED):
             with contextlib.suppress(OSError):
-                if path.read_bytes() == content:
+                if _is_same(path, mine):
                     os.utime(path)
 
     try:
@@ -503,7 +518,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
             done.set()
             # On a disk that can no longer be written to, the failure itself is reported.
             with contextlib.suppress(OSError):
-                if path.read_bytes() == content:
+                if _is_same(path, mine):
                     path.unlink()
     finally:
         with contextlib.suppress(OSError):

@@ -56,9 +56,10 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
     # So far no image was damaged: the run would have ended there.
-    if _differences(recorded, config) == {"skip_damaged"} and not _was_finished(folder):
-        workdir.write_json(folder / "config.json", recorded | {"skip_damaged": config.skip_damaged})
-        _LOG.info("%s goes on with skip_damaged=%s", folder, config.skip_damaged)
+    is_finished = (folder / "results.json").exists()
+    if _only_skips(recorded, config) and not is_finished:
+        workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
+        _LOG.info("%s goes on with skip_damaged=True", folder)
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
@@ -78,6 +79,11 @@ def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     return np.array_equal(shorter, longer[: len(shorter)])
 
 
+def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
+    """Whether the only difference is that damaged images are passed over from now on."""
+    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
+
+
 def _was_finished(folder: pathlib.Path) -> bool:
     # The second is left where an extension was interrupted.
     return (folder / "results.json").exists() or (folder / EXTENDED).exists()
@@ -89,9 +95,9 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
         workdir.check_seal(folder)
         results = workdir.read_json(path)
         earlier = [*results.get("extended_from", []), results["final"]]
-        workdir.write_json(folder / EXTENDED, earlier)
-        # Before the results, which would be refused if their seal named a file that changed.
+        # First of all: the seal of earlier extensions names the next file, which changes.
         workdir.unseal(folder)
+        workdir.write_json(folder / EXTENDED, earlier)
         path.unlink(missing_ok=True)
     workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)

@@ -234,6 +234,8 @@ def _check_data(config: ml_collections.ConfigDict, then: dict, now: dict) -> Non
             gone = sorted(set(value) - set(now[name]))
             new = sorted(set(now[name]) - set(value))
             change = f"classes {', '.join(gone) or 'none'} are gone, {', '.join(new) or 'none'} new"
+            if not gone and not new:
+                change = "the classes are in another order"
         raise ValueError(
             f"the images of dataset={config.dataset!r}, data_dir={config.data_dir!r} have changed "
             f"since the run began ({change}); bring them back, or choose another --workdir"

@@ -121,7 +121,7 @@ class Run:
     def data_record(self) -> dict[str, Any]:
         """Describe the data that a run's steps and labels depend on, as JSON holds it."""
         return {
-            "classes": list(self.data.classes),
+            "classes": [str(name) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
         }
