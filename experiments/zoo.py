@@ -12,6 +12,7 @@ channels last, on as many threads as JAX has processors. Times of several machin
 not mixed: a work directory belongs to one. Writes report.md and zoo.json.
 """
 
+import contextlib
 import copy
 import os
 import pathlib
@@ -112,9 +113,11 @@ def environment(frameworks: Frameworks) -> dict:
 
 
 def processor_name() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
+    # Where there is no such file, as on macOS, Python knows.
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor()
 
 

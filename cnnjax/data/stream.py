@@ -495,6 +495,12 @@ class _EvaluationBatches:
         return np.stack(images), np.asarray(labels, np.int32)
 
 
+def check_resize(resize: int, image_size: int) -> None:
+    """Raise `ValueError` if images would be resized to less than the crop."""
+    if resize and resize < image_size:
+        raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
+
+
 def batches(
     source: Source,
     batch_size: int,
@@ -541,8 +547,7 @@ def batches(
     """
     if batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
-    if resize and resize < image_size:
-        raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
+    check_resize(resize, image_size)
     made: _TrainingBatches | _EvaluationBatches
     if train:
         assert steps is not None

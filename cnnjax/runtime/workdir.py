@@ -185,10 +185,11 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 def _is_begun(folder: pathlib.Path) -> bool:
     """Whether a work directory holds more than the record of a run that was refused."""
-    for path in folder.rglob("*"):
+    for path in folder.iterdir():
         is_record = path.name in ("config.json", "environment.json") or path.suffix == ".claim"
         # A refused run may leave the empty folder of its checkpoints.
-        if not path.is_dir() and not is_record:
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if not is_record and not is_empty:
             return True
     return False
 

@@ -98,6 +98,6 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
         # First of all: the seal of earlier extensions names the next file, which changes.
         workdir.unseal(folder)
         workdir.write_json(folder / EXTENDED, earlier)
-        path.unlink(missing_ok=True)
+        path.unlink()
     workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)

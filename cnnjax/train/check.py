@@ -3,7 +3,7 @@
 import ml_collections
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults, step
@@ -54,7 +54,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_validation(config)
     _check_model(config)
     _check_loss(config)
-    _check_crops(config)
+    if is_streamed(config):
+        stream.check_resize(config.resize, config.image_size)
     _check_views(config)
 
 
@@ -151,14 +152,6 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"loss={config.loss!r} does not fit the labels of dataset={config.dataset!r}, which "
             f"are for loss={fitting!r}"
-        )
-
-
-def _check_crops(config: ml_collections.ConfigDict) -> None:
-    """Check that streamed images are large enough for their crops."""
-    if is_streamed(config) and 0 < config.resize < config.image_size:
-        raise ValueError(
-            f"resize={config.resize} is not 0 or at least image_size={config.image_size}"
         )
 
 

@@ -132,7 +132,7 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-def check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
+def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
     """Raise `ValueError` if colors are to be shifted in images that do not have three channels."""
     colour = config.augment.get("colour", 0.0)
     if colour and channels != 3:
@@ -155,7 +155,7 @@ class Resident:
         validation = self._dataset.validation
         self.classes = self._dataset.classes
         self.image_shape = train.images.shape[1:]
-        check_colour(config, self.image_shape[-1])
+        _check_colour(config, self.image_shape[-1])
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.moments = moments_of(config, *arrays.normalization(train.images))
