@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Complete the name of a model that a configuration file registers to FILE.py:NAME.
+    """Complete the name of a model of a user's file to FILE.py:NAME, with the whole path.
 
     So config.json says where the model comes from, for every command that opens the run again.
     """

@@ -15,8 +15,8 @@ import quick
 from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
 from cnnjax.nn import FILLS
-from cnnjax.runtime import source
-from cnnjax.train import report
+from cnnjax.runtime import source, workdir
+from cnnjax.train import defaults, report
 from cnnjax.train.run import open_run
 from cnnjax.weights import save_torchvision
 
@@ -142,6 +142,22 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     (cell,) = (folder / "cells").glob("own.py:of_colors-*-zeros-0.npz")
     (picture,) = folder.glob("maps_own.py:of_colors-*_natural.png")
     assert f"![{picture.name}]({picture.name})" in (folder / "report.md").read_text()
+
+
+def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
+    """A run is opened from other folders, too. One whose record lacks the folder goes on."""
+    path, name = own
+    monkeypatch.chdir(tmp_path)
+    config = defaults.get_config()
+    config.model = f"{path.name}:{name}"
+    config = main.name_model_file(config)
+    assert config.model == f"{path}:{name}"
+    for recorded in (config.model, f"{path.name}:{name}", name):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": recorded}))
+        workdir.check_config(tmp_path, config.to_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": "a.py:other"}))
+    with pytest.raises(ValueError, match="model='a.py:other' there"):
+        workdir.check_config(tmp_path, config.to_dict())
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import numbers
+import os
 import pathlib
 import typing
 from collections.abc import Callable, Generator, Mapping
@@ -189,12 +190,17 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def name_with_file(name: str) -> str:
-    """Complete the name of a network that a user's file registered to FILE.py:NAME.
+    """Complete the name of a network of a user's file to FILE.py:NAME, with the whole path.
 
-    Names of other networks stay as they are.
+    So that the network is found from every folder. Names of other networks stay as they are.
     """
     file = _FILES.get(name, "")
-    return f"{file}:{name}" if pathlib.Path(file).is_file() else name
+    if pathlib.Path(file).is_file():
+        return f"{file}:{name}"
+    place, _, attribute = str(name).rpartition(":")
+    if place.endswith(".py"):
+        return f"{os.path.abspath(os.path.expanduser(place))}:{attribute}"
+    return name
 
 
 def create_model(name: str, **fields) -> Network:

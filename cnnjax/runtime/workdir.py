@@ -171,11 +171,11 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
     if isinstance(recorded, dict) and "workdir" not in wanted:
         recorded.pop("workdir", None)
-    # Earlier records name a model of one's own without its file.
-    if isinstance(recorded, dict) and str(wanted.get("model")).endswith(
-        f".py:{recorded.get('model')}"
-    ):
-        recorded["model"] = wanted["model"]
+    # Earlier records name a model of one's own without its file, or the file without its folder.
+    if isinstance(recorded, dict):
+        name = recorded.get("model")
+        if str(wanted.get("model")).endswith((f".py:{name}", f"/{name}")):
+            recorded["model"] = wanted["model"]
     if difference := _difference(recorded, wanted):
         raise ValueError(
             f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
