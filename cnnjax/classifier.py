@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Classifier:
     """A network, and how photographs are prepared for it.
 
-    Args:
+    Attributes:
       classes: the names of its classes.
       multi_label: whether a photograph may have several classes.
       read: decodes, resizes and crops a file to uint8 [height, width, channels].

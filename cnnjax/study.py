@@ -124,7 +124,7 @@ class Study:
 
     `load` and `points` raise `ValueError` for bad options, before anything is written.
 
-    Args:
+    Attributes:
       description: the script's docstring.
       results: the name of the JSON file of all results.
       add_options: `add_options(parser)` adds the command line's options; `--workdir` is one of

@@ -14,7 +14,7 @@ from cnnjax.inspect.trace import follow, is_max_pool, own_parameters, trace, wit
 class Layer:
     """A row of a network's table.
 
-    Args:
+    Attributes:
       name: the layer's path, joined with dots; empty for the input and max-pools.
       kind: the layer's class, "input", "max-pool", or "in training only".
       output: shape of the output; None for a layer that runs in training only.

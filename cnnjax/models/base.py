@@ -35,7 +35,7 @@ class Network(nn.Module):
     ("logits", logits). Modules are named so that a parameter's path, joined with dots, is
     torchvision's key (`cnnjax.weights`); a name may itself hold dots.
 
-    Args:
+    Attributes:
       num_classes: number of logits.
       padding: fill of every convolution and pool (`cnnjax.nn.padding`).
       sampling: how every strided convolution and pool keeps positions (`cnnjax.nn.sampling`).

@@ -105,7 +105,7 @@ class FCN(Network):
     lies where its fields' centers are, and pixels beyond it take the scores of the nearest
     position.
 
-    Args:
+    Attributes:
       encoder: name of the network.
       scored: the stages that are scored, in the network's order.
     """

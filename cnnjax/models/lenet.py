@@ -109,7 +109,7 @@ class LeNet5(Network):
     The stages are `c1`, `c3` and `c5`, before each subsampling. Convolutions are not padded, so
     `padding` only fills the border of a `sampling`'s filter.
 
-    Args:
+    Attributes:
       output: "rbf", the published units, whose logit is minus the squared distance of F6 to the
         fixed code of the class; or "linear".
     """

@@ -30,7 +30,7 @@ from cnnjax.nn import (
 class Block(nn.Module):
     """A residual block; its skip is projected if the shapes differ.
 
-    Args:
+    Attributes:
       layers: (features, kernel, stride, groups) of each of the branch's convolutions.
     """
 

@@ -58,7 +58,7 @@ class Speedrun(Network):
     The stages `block1`, `block2` and `block3` come after each group. Training sets the kernel of
     `whiten` (`whitening_filters`) and leaves it and BatchNorm's scales unchanged.
 
-    Args:
+    Attributes:
       width: channels of the first group; the others have four times as many.
     """
 

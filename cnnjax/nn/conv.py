@@ -124,7 +124,7 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class Conv(nn.Module):
     """`conv` with float32 parameters.
 
-    Args:
+    Attributes:
       features: channels of the output.
       kernel_size: an integer or a (height, width) pair.
       stride: as in `conv`.
@@ -180,7 +180,7 @@ class Conv(nn.Module):
 class Dense(nn.Module):
     """A fully connected layer with float32 parameters.
 
-    Args:
+    Attributes:
       features: channels of the output.
       use_bias: whether a bias is added.
       kernel_init: initializer of the kernel; PyTorch's default unless given.

@@ -12,7 +12,7 @@ Both = int | tuple[int, int]  # one number for height and width, or a (height, w
 class Window:
     """How a kernel moves over a map, as (height, width) pairs.
 
-    Args:
+    Attributes:
       stride: positions from one output to the next.
       padding: zeros on each side.
       dilation: positions from one tap of the kernel to the next.

@@ -18,7 +18,7 @@ class BatchNorm(nn.Module):
 
     The running variance is the unbiased one. An empty batch leaves running statistics unchanged.
 
-    Args:
+    Attributes:
       momentum: weight of the *new* statistics (0.1, where Flax's convention is 0.9).
       eps: added to the variance.
       axis_name: device axis; statistics are taken over the whole batch of its devices.

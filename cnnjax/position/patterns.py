@@ -159,7 +159,7 @@ def features_inside(
 class Strength(NamedTuple):
     """The strength of the padding's trace in a stage, relative to the features.
 
-    Args:
+    Attributes:
       mae: mean absolute difference, over that of the features.
       rms: root mean square difference, over that of the features.
       snr: mean absolute mean over images of a difference, over their mean standard deviation; about

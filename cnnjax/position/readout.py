@@ -119,7 +119,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 class Exact(NamedTuple):
     """A solved readout, applied by calling it.
 
-    Args:
+    Attributes:
       scaler: standardizes the features first.
       kernel: the convolution's kernel.
       intercept: the convolution's bias.
@@ -346,7 +346,7 @@ def _spatial_correlation(
 class Sgd(NamedTuple):
     """Trained readouts of all seeds and targets, applied by calling it.
 
-    Args:
+    Attributes:
       scaler: standardizes the features first.
       layers: each layer's `kernel` and BatchNorm's `scale` and `bias`, the outputs side by side.
       moments: each layer's running mean and variance.

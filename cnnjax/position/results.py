@@ -75,7 +75,7 @@ class Maps:
 class Measurement:
     """The measurement at a point.
 
-    Args:
+    Attributes:
       point: where it was taken.
       scores: each readout's scores for each target.
       rings: the exact readout's scores in each ring.
@@ -160,7 +160,7 @@ def load(
 class Row:
     """Mean and sample standard deviation over images and seeds together.
 
-    Args:
+    Attributes:
       r2_median: the median, as R2 has no lower bound; None in older results.
       strengths: the exact readout's ridge strength by seed; None for the authors' readout, and if a
         seed's file does not hold it.
@@ -204,7 +204,7 @@ class RingProfile:
 class Results:
     """The contents of results.json.
 
-    Args:
+    Attributes:
       chance_mae: the error of the best constant, by target.
       ridge_residual: the largest relative residual of all ridge systems.
       decisions: what the study decided where the literature is silent or the code departs from it.

@@ -16,7 +16,7 @@ TAGS = (V1, V2)
 class Record:
     """One set of weights and how it was published.
 
-    Args:
+    Attributes:
       network: name of the network.
       tag: one of `TAGS`.
       file: name on torchvision's server; what follows its last dash begins the SHA-256.
