@@ -1,10 +1,10 @@
-"""Convolutional networks in JAX and Flax, and the studies that lectures on them report."""
+"""Convolutional networks in JAX and Flax, and the studies of lectures on them."""
 
 from cnnjax.runtime import backend, lazy
 
 __version__ = "0.1.0"
 
-# Before jax starts: what needs jax is imported when it is asked for.
+# Before jax starts: names that need jax are imported on first use.
 backend.set_flags()
 
 __getattr__ = lazy.attributes(

@@ -1,4 +1,7 @@
-"""Trained classifiers for `predict` and `evaluate`: published weights, or a finished run's."""
+"""Trained classifiers for `predict` and `evaluate`.
+
+They have published weights, or those of a finished run.
+"""
 
 import argparse
 import concurrent.futures
@@ -22,11 +25,12 @@ if TYPE_CHECKING:
 class Classifier:
     """A network, and how photographs are prepared for it.
 
-    - `classes`: the names of its classes.
-    - `multi_label`: whether a photograph may have several classes.
-    - `read`: decodes, resizes and crops a file to uint8 [height, width, channels].
-    - `moments`: the mean and standard deviation that pixels of 0 to 1 are normalized by.
-    - `load`: loads the network and its variables.
+    Attributes:
+      classes: the names of its classes.
+      multi_label: whether a photograph may have several classes.
+      read: decodes, resizes and crops a file to uint8 [height, width, channels].
+      moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
+      load: loads the network and its variables.
     """
 
     classes: tuple[str, ...]
@@ -41,8 +45,11 @@ def published(
 ) -> Classifier:
     """Returns a network with published weights.
 
-    - `path`: a file to read the weights from, instead of looking for them.
-    - `resize`: pixels of the shorter side, instead of the published ones.
+    Args:
+      name: the network.
+      tag: which of its weights.
+      path: a file to read the weights from, instead of looking for them.
+      resize: pixels of the shorter side, instead of the published ones.
 
     Raises `ValueError` if there are no such weights.
     """
@@ -63,8 +70,8 @@ def published(
 def trained(folder: pathlib.Path) -> Classifier:
     """Returns the network of a finished training run.
 
-    Raises `ValueError` if the folder holds no finished training run, one that labels pixels, or
-    one on images of other channels than photographs have.
+    Raises `ValueError` if the folder holds no finished training run, or if the run labels pixels or
+    takes images whose channels photographs do not have.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -87,8 +94,8 @@ def trained(folder: pathlib.Path) -> Classifier:
         if height == width:
             image = center(image, height, run.resize)
         else:
-            # Streamed images are square, so these are of a data set in memory, which is not
-            # cropped: the photograph keeps as much as its shape allows.
+            # Streamed images are square, so the run was on a data set in memory, whose images are
+            # not cropped: the photograph keeps as much as its shape allows.
             size = (width, height)
             image = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BILINEAR)
         return np.asarray(image.convert(mode)).reshape(run.image_shape)
@@ -107,8 +114,11 @@ def logits(
 ) -> Iterator[np.ndarray]:
     """Yields the logits of photographs, [batch, classes], in order.
 
-    - `parallel`: how the network is run on the devices.
-    - `batch_size`: photographs per batch, over all devices.
+    Args:
+      classifier: the network.
+      files: the photographs.
+      parallel: how the network is run on the devices.
+      batch_size: photographs per batch, over all devices.
 
     Raises `ValueError` if a file cannot be decoded, after the batches before it.
     """
@@ -137,7 +147,7 @@ def _batches(classifier: Classifier, files: list[pathlib.Path], size: int) -> It
 
 
 def add_options(parser: command.Parser) -> None:
-    """Adds the network, and where its weights are."""
+    """Adds the options that name a network and its weights."""
     parser.add_argument(
         "model",
         metavar="NAME_OR_RUN",
@@ -160,7 +170,7 @@ def add_options(parser: command.Parser) -> None:
 def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
     """Returns the work directory that the options name; None if they name a network.
 
-    Raises `ValueError` for options that a run does not take, and for a path that is no folder.
+    Raises `ValueError` if an option does not apply to a run, or if a path is not a folder.
     """
     folder = pathlib.Path(os.path.expanduser(options.model))
     if folder.is_dir():
@@ -179,7 +189,7 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
 def open_classifier(options: argparse.Namespace) -> Classifier:
     """Returns the network that the options name.
 
-    Raises `ValueError` as `run_folder`, `trained` and `published`.
+    Raises `ValueError` as `run_folder`, `trained` and `published` do.
     """
     folder = run_folder(options)
     if folder is not None:

@@ -44,7 +44,7 @@ _NAMED = 10  # classes in an error
 def list_imagenet(folder: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray]:
     """Lists photographs of ImageNet's classes and their labels, int32 [n].
 
-    Raises `ValueError` if there are none or a label cannot be told.
+    Raises `ValueError` if there are no photographs or a label cannot be determined.
     """
     from cnnjax.data import photographs
 
@@ -70,8 +70,10 @@ def list_classes(
 ) -> tuple[list[pathlib.Path], np.ndarray]:
     """Lists photographs in class folders and their labels, int32 [n].
 
-    - `classes`: the names of the classes.
-    - `ordered`: whether folders with other names, one for each class, are in the classes' order.
+    Args:
+      folder: the folder of class folders.
+      classes: the names of the classes.
+      ordered: whether folders with other names, one for each class, are in the classes' order.
 
     Raises `ValueError` if there are no photographs, or if a folder is not named after a class.
     """
@@ -92,10 +94,10 @@ def list_classes(
 def _label(name: str, classes: Sequence[str]) -> int:
     """Returns the class that a folder is named after.
 
-    The class's number serves, too, unless a class has a number for a name: a folder "0" beside
-    classes "1", "2" and "3" is hardly the class "1".
+    The folder's name may also be the class's number, unless a class has a number for a name: a
+    folder "0" beside classes "1", "2" and "3" is hardly the class "1".
 
-    Raises `ValueError` if there is none, or more than one.
+    Raises `ValueError` if there is no such class or more than one.
     """
     if name in classes:
         if classes.count(name) > 1:
@@ -123,10 +125,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores a network on labeled photographs.
 
-    - `labels`: int32 [n], one class each.
-    - `batch_size`: photographs per batch, over all devices.
+    Args:
+      network: the network.
+      files: the photographs.
+      labels: int32 [n], one class each.
+      batch_size: photographs per batch, over all devices.
 
-    Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5".
+    Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5". Raises
+    `ValueError` if the devices cannot share a batch evenly.
     """
     from cnnjax.train.evaluate import score
     from cnnjax.train.parallel import Parallel
@@ -180,7 +186,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.evaluate", description=__doc__)
     classifier.add_options(parser)
     parser.add_argument(

@@ -24,13 +24,13 @@ _LOG = logging.getLogger("cnnjax")
 
 
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
-    """The module that does what the configuration's `kind` says.
+    """Return the module that does what the configuration's `kind` says.
 
     It has `check`, `complete_record`, `run` and `report.write`.
 
-    Raises `ValueError` for a kind that there is no job for.
+    Raises `ValueError` if there is no job of that kind.
     """
-    # Imported when needed: --help does not wait for jax.
+    # Imported when needed, so that --help does not wait for jax.
     if config.get("kind") == "train":
         from cnnjax.train import loop
 
@@ -45,7 +45,10 @@ def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Run a configuration in a work directory; for a finished run, only write its report anew."""
+    """Run a configuration in a work directory.
+
+    For a finished run, only write its report again.
+    """
     job = job_of(config)
     backend.reach_devices()
     job.check(config)
@@ -54,7 +57,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     is_new = False
 
     def adopt(config, folder):
-        # Of several processes, the one that writes does so once the others have read.
+        # One of several processes writes, and only after the others have read.
         if backend.writes():
             backend.wait_for_others("the record is read")
         job.complete_record(config, folder)
@@ -78,9 +81,10 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Complete the name of a model of a user's file to FILE.py:NAME, with the whole path.
+    """Complete the name of a model of a user's file to FILE.py:NAME.
 
-    So config.json says where the model comes from, for every command that opens the run again.
+    FILE is the whole path, so that config.json tells every command that opens the run again where
+    the model comes from.
     """
     if config.get("kind") != "train":
         return config
@@ -93,7 +97,7 @@ def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
 
 
 def build_parser(module: str, description: str) -> command.Parser:
-    """A parser of the options that every command with a configuration has."""
+    """Build a parser of the options that every command with a configuration has."""
     parser = command.Parser(
         prog=f"python -m {module}",
         usage="%(prog)s --config FILE [options] [--config.KEY=VALUE ...]",
@@ -127,7 +131,9 @@ def parse(
 ) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
     """Read the options, and the configuration with its changes.
 
-    The options have the changes, too, as `overrides`. Raises `ValueError` for bad input.
+    The options also hold the changes, as `overrides`.
+
+    Raises `ValueError` if the input is bad.
     """
     options, rest = parser.parse_known_args(arguments)
     for argument in rest:
@@ -170,7 +176,10 @@ def print_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 def _default_workdir(
     options: argparse.Namespace, config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-    """runs/NAME, or runs/NAME-DIGEST, so that a changed configuration has a folder of its own."""
+    """Return runs/NAME, or runs/NAME-DIGEST for a changed configuration.
+
+    So a changed configuration has its own folder.
+    """
     name = pathlib.Path(options.config).stem
     if options.overrides:
         name = f"{name}-{workdir.digest(config.to_dict())}"
@@ -205,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process: as Python does, or at once after an interruption or a failure.
+    """End the process as Python does, or at once after an interruption or a failure.
 
     Threads of the numerical libraries may then be busy, with nothing to save, and jax would wait
     for other processes, which may be gone.

@@ -64,7 +64,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.predict", description=__doc__)
     classifier.add_options(parser)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Ridge regression: least squares with a penalty on the weights, solved exactly.
 
-Linear readouts and probes share it. The arrays are NumPy's, in float64: the cost is one
+It serves linear readouts and probes. The arrays are NumPy's, in float64: the cost is one
 eigendecomposition, and single precision would lose the weak strengths.
 """
 
@@ -13,7 +13,10 @@ from cnnjax.runtime.types import AnyArray
 
 
 class Scaler(NamedTuple):
-    """Standardizes features [..., features]; those without variance in training become 0."""
+    """Standardizes features [..., features].
+
+    Features without variance in training become 0.
+    """
 
     mean: Float[AnyArray, " features"]
     scale: Float[AnyArray, " features"]
@@ -30,7 +33,7 @@ def fit_scaler(features: Float[AnyArray, "*positions features"]) -> Scaler:
     axes = tuple(range(features.ndim - 1))
     mean = features.mean(axes)
     std = features.std(axes)
-    # A constant feature's deviation is rounding error, which division by it would blow up.
+    # A constant feature's deviation is rounding error; dividing by it would blow the error up.
     varies = std > 1e-6 * std.max()
     return Scaler(mean, xp.where(varies, 1 / xp.where(varies, std, 1), 0))
 

@@ -107,7 +107,7 @@ from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
 
 Options = argparse.Namespace
-# Options that change no number.
+# Options that do not change any number.
 _PLACES = ("workdir", "data_dir", "debug")
 
 
@@ -122,19 +122,21 @@ class Report(NamedTuple):
 class Study:
     """The parts that are particular to a study.
 
-    - `description`: the script's docstring.
-    - `results`: the name of the JSON file of all results.
-    - `add_options(parser)`: adds the command line's options; `--workdir` is one of them.
-    - `axes`: names of the options that choose points. They may change from call to call in one
-      work directory; all other options, but for `data_dir`, may not.
-    - `load(options)`: checks the options, and loads what all points share; may be left out.
-    - `points(options)`: the points, each a `NamedTuple` of strings and numbers.
-    - `measure(point, options)`, or `measure(point, options, shared)` where there is a `load`:
-      the fields of a result, as JSON holds them.
-    - `report(results, options)`: makes the report; a result is a dictionary of the point's
-      fields and the measured ones.
-
     `load` and `points` raise `ValueError` for bad options, before anything is written.
+
+    Attributes:
+      description: the script's docstring.
+      results: the name of the JSON file of all results.
+      add_options: `add_options(parser)` adds the command line's options; `--workdir` is one of
+        them.
+      points: `points(options)` returns the points, each a `NamedTuple` of strings and numbers.
+      measure: `measure(point, options)`, or `measure(point, options, shared)` if there is a `load`,
+        returns the fields of a result, as JSON holds them.
+      report: `report(results, options)` makes the report; a result is a dictionary of the point's
+        fields and the measured ones.
+      axes: names of the options that choose points. They may change from call to call in one work
+        directory; all other options except `data_dir` may not.
+      load: `load(options)` checks the options and loads what all points share; optional.
     """
 
     description: str
@@ -174,7 +176,7 @@ class Study:
         self._write(folder, results, self.report(results, options))
 
     def _settings(self, options: Options) -> dict:
-        """The options that the work directory belongs to."""
+        """Returns the options to which the work directory is bound."""
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
         return json.loads(json.dumps(settings, default=str))
@@ -191,7 +193,10 @@ class Study:
 
 
 def _check_distinct(points: list[NamedTuple]) -> None:
-    """Raise `ValueError` for a point that is there twice, and would count twice in every mean."""
+    """Raises `ValueError` if a point is listed twice.
+
+    It would count twice in every mean.
+    """
     for point, count in collections.Counter(points).items():
         if count > 1:
             raise ValueError(f"the point {label(point)} is asked for {count} times; name each once")
@@ -217,14 +222,18 @@ def unique(results: list[dict], name: str) -> list:
 
 
 def values(results: list[dict], name: str, /, **fields) -> np.ndarray:
-    """Returns one field of the selected results; the first axis is the results'."""
+    """Returns one field of the selected results, one result per row."""
     return np.array([result[name] for result in select(results, **fields)])
 
 
 def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
-    """Draws groups of bars around 0, 1, 2, ...: means, with their sample standard deviations.
+    """Draws groups of bars around 0, 1, 2, ...
 
-    - `series`: by label, the values of each group; each series has a bar in each group.
+    Bars are means, with their sample standard deviations.
+
+    Args:
+      axis: matplotlib's axes.
+      series: by label, the values of each group; each series has a bar in each group.
     """
     width = 0.8 / len(series)
     for number, (label, groups) in enumerate(series.items()):

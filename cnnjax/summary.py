@@ -47,10 +47,11 @@ def __getattr__(name: str):
 def render(table: "Sequence[Layer]", style: str = "text") -> str:
     """Formats a table and its totals.
 
-    - `table`: the rows, from `cnnjax.inspect.layers`.
-    - `style`: "text", "markdown" or "json".
+    Args:
+      table: the rows, from `cnnjax.inspect.layers`.
+      style: "text", "markdown" or "json".
 
-    Raises `ValueError` for another style.
+    Raises `ValueError` if the style is another.
     """
     _check_style(style)
     from cnnjax.inspect import totals
@@ -85,7 +86,7 @@ def _cells(layer):
 
 
 def _extent(pixels):
-    """A (height, width) pair as "3" or "3x5"; nothing for None."""
+    """Formats a (height, width) pair as "3" or "3x5"; empty for None."""
     return "x".join(map(str, dict.fromkeys(pixels or ())))
 
 
@@ -126,7 +127,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(
         prog="python -m cnnjax.summary", description="Prints a network's table."
     )

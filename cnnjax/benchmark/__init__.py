@@ -1,1 +1,4 @@
-"""Benchmarks in which every side is measured in the same run; the commands are in `__main__`."""
+"""Benchmarks in which every side is measured in the same run.
+
+The commands are in `__main__`.
+"""

@@ -50,13 +50,15 @@ WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 # Options that only these benchmarks use.
 _USED_BY = {"configurations": ("seeds",), "photographs": ("study", "input")}
 _CONFIGURATIONS = 64
-_LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture has it
+_LECTURE_EPOCH = "9 s on a GTX 1080 Ti"  # the ConvNet's, 50,000 images, as the lecture states
 
 
 def check(what: str, only: list[str], sides: list[str]) -> None:
-    """Checks arguments, and that every side can be measured: one side's numbers say nothing.
+    """Checks the arguments, and that every side can be measured.
 
-    `sides` is empty where nothing is compared. Raises `ValueError`.
+    One side's numbers alone would say nothing. `sides` is empty if nothing is compared.
+
+    Raises `ValueError` if a check fails.
     """
     names = _choices(what)
     for name in only:
@@ -85,7 +87,7 @@ def check(what: str, only: list[str], sides: list[str]) -> None:
 
 
 def check_unused(options) -> None:
-    """Raises `ValueError` for an option that the chosen benchmark does not use."""
+    """Raises `ValueError` if the chosen benchmark does not use an option that is set."""
     for name, benchmarks in _USED_BY.items():
         value = getattr(options, name)
         if value and options.what not in benchmarks:
@@ -94,7 +96,10 @@ def check_unused(options) -> None:
 
 
 def _choices(what: str) -> tuple[str, ...]:
-    """Returns what can be measured: layers, or networks, those measured by default first."""
+    """Lists the layers or networks that can be measured.
+
+    Those measured by default come first.
+    """
     if what == "layers":
         return tuple(LAYERS)
     if what == "cpu":
@@ -243,7 +248,7 @@ def _forward_flops(what: str, name: str, batch: int) -> float:
 
 
 def _explain(what: str, rounds: int, rows: list[dict]) -> str:
-    """Says how the rows of a table were measured."""
+    """Describes how the rows of a table were measured."""
     versions = f"jaxlib {importlib.metadata.version('jaxlib')}"
     if any(row["side"].startswith("torch") for row in rows):
         versions += f", PyTorch {importlib.metadata.version('torch')}"
@@ -299,7 +304,7 @@ def run_study(rounds: int, folder: str, save) -> None:
 
 
 def run_seeds(rounds: int, configurations: int, save) -> None:
-    """Measures a training step of many networks in one program and one after the other."""
+    """Measures a training step of many networks in one program and one by one."""
     from cnnjax.benchmark import programs
 
     rows = programs.seeds(rounds, configurations)
@@ -322,7 +327,7 @@ def run_seeds(rounds: int, configurations: int, save) -> None:
 
 
 def run_input(rounds: int, folder: str, save) -> None:
-    """Measures how fast images are read; saves the table after each round."""
+    """Measures how fast images are read, and saves the table after each round."""
     from cnnjax.benchmark import decoding
 
     headings = ["crops", "way", "processes", "img/s", "range", "to the loop", "to the step"]
@@ -381,7 +386,7 @@ def _work(options, folder: pathlib.Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.benchmark", description=__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What is measured: networks, convolutions, and the passes and sides of each benchmark.
+"""The networks, convolutions, passes and sides of the benchmarks.
 
 Nothing here imports jax: commands and sides set its environment first.
 """
@@ -22,12 +22,12 @@ class Convolution(NamedTuple):
 
     @property
     def output_size(self) -> int:
-        """Height and width of the output."""
+        """Returns the height and width of the output."""
         return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
     def flops(self) -> float:
-        """Operations of the forward pass, two for each multiply-add."""
+        """Counts the operations of the forward pass, two for each multiply-add."""
         taps = self.kernel**2 * self.inputs // self.groups
         return 2.0 * self.batch * self.output_size**2 * taps * self.outputs
 
@@ -87,7 +87,7 @@ SIDES = {
     "gpu": ("cnnjax", "torch", "torch.compile"),
     "layers": ("cnnjax", "stock", "torch"),
 }
-# Measured if asked for: cnnjax with oneDNN's convolutions.
+# Measured only if named: cnnjax with oneDNN's convolutions.
 MORE_SIDES = {"cpu": ("oneDNN",), "layers": ("oneDNN",)}
 # A step is one call. Training takes many steps in one call where the side can, as cnnjax does
 # with data that live on the device.
@@ -99,5 +99,5 @@ PASSES = {
 }
 # Side of the square matrices whose product shows the machine's peak.
 PRODUCT = {"cpu": 2048, "gpu": 8192, "layers": 2048}
-RATE = 1e-3  # of learning, in training steps
+RATE = 1e-3  # learning rate of training steps
 MOMENTUM = 0.9

@@ -1,4 +1,7 @@
-"""Images a second that a stream decodes, beside a loop of Pillow's and a training step."""
+"""Images per second that a stream decodes.
+
+They are compared with a loop of Pillow's and a training step.
+"""
 
 import functools
 import importlib.util
@@ -28,7 +31,7 @@ _STEP_BATCH = {"cpu": 8}  # images; elsewhere 256
 def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> stream.Folder:
     """Writes photographs as JPEGs of ImageNet's usual size.
 
-    Returns the folder of `_COUNT` files, for which the photographs are taken in turn.
+    Returns the folder of `_COUNT` files, made from the photographs in turn.
     """
     folder = root / "photographs"
     folder.mkdir(parents=True)
@@ -45,7 +48,7 @@ def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> stream.Folder
 
 
 class _Crops:
-    """A data set of crops, as a stream makes them of each image."""
+    """A data set of crops, as a stream makes them from each image."""
 
     def __init__(self, source: stream.Folder, train: bool):
         self.source = source
@@ -67,7 +70,7 @@ class _Crops:
 
 
 def _loop(crops: _Crops) -> Iterator[np.ndarray]:
-    """Yields batches that are decoded one image after the other."""
+    """Yields batches that are decoded one image after another."""
     for start in itertools.count(0, _BATCH):
         numbers = range(start, start + _BATCH)
         yield np.stack([crops[number % len(crops)][0] for number in numbers])
@@ -104,7 +107,7 @@ def _stream(source: stream.Folder, workers: int, train: bool) -> Iterator:
 def _ways(
     source: stream.Folder, workers: tuple[int, ...], train: bool
 ) -> dict[tuple[str, int], Callable[[], float]]:
-    """Returns functions that measure images a second, by (name, worker processes)."""
+    """Returns functions that measure images per second, by (name, worker processes)."""
     crops = _Crops(source, train)
     ways: dict[tuple[str, int], Callable[[], float]] = {
         ("Pillow in a loop", 0): functools.partial(_rate, lambda: _loop(crops), 1)
@@ -120,7 +123,7 @@ def _ways(
 
 
 def _rate(make: Callable[[], Iterator], skipped: int) -> float:
-    """Measures images a second of a stream of batches.
+    """Measures a stream's images per second.
 
     The first `skipped` batches do not count: they are made while processes start.
     """

@@ -1,4 +1,7 @@
-"""The sides that run on JAX: cnnjax, and the same networks on jax's or oneDNN's operations."""
+"""The sides that run on JAX.
+
+They are cnnjax, and the same networks on jax's or oneDNN's operations.
+"""
 
 import functools
 import operator
@@ -14,15 +17,15 @@ from cnnjax.benchmark import cases, onednn
 from cnnjax.models import create_model
 from cnnjax.nn import conv, lowering
 
-# Batches that the steps of a loop take in turn: what a loop computes of a single batch would be
-# computed once for all steps.
+# Batches that the steps of a loop take in turn: with a single batch, whatever depends only on the
+# batch would be computed once for all steps.
 _BATCHES = 2
 
 
 def form(side: str) -> str:
     """Returns the form of operations of a side.
 
-    Stock jax has plain lax calls with the gradients that it derives from them.
+    Stock jax uses plain lax calls and the gradients that jax derives from them.
     """
     return "reference" if side == "stock" else "auto"
 
@@ -30,7 +33,7 @@ def form(side: str) -> str:
 def repeat(function: Callable, *arguments) -> Callable[[int], object]:
     """Makes a function of n that calls n times and waits for the last result.
 
-    On an accelerator, calls return before their result is there.
+    On an accelerator, calls return before their result is ready.
     """
 
     def run(n):
@@ -44,11 +47,13 @@ def repeat(function: Callable, *arguments) -> Callable[[int], object]:
 def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[dict, dict]:
     """Prepares the passes of a network.
 
-    Arguments:
-    - `batch`: images in a batch.
-    - `looped`: whether training takes its steps in one call, a loop inside the program.
+    Args:
+      name: the network.
+      batch: images in a batch.
+      dtype: type of the computation.
+      looped: whether training takes its steps in one call, a loop inside the program.
 
-    Returns functions of a number of runs by pass, and facts of the network.
+    Returns functions of a number of runs, by pass, and facts of the network.
     """
     model = create_model(name, dtype=dtype)
     batches = _random_batches(batch, model.input_shape)
@@ -96,7 +101,10 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
 
 
 def _random_batches(batch: int, shape: tuple) -> tuple[jax.Array, jax.Array]:
-    """Draws images [batches, batch, height, width, channels] and labels [batches, batch]."""
+    """Draws batches of random images and labels.
+
+    Images are [batches, batch, height, width, channels], labels [batches, batch].
+    """
     rng = np.random.default_rng(0)
     images = rng.standard_normal((_BATCHES, batch, *shape), np.float32)
     labels = rng.integers(0, 10, (_BATCHES, batch), np.int32)
@@ -159,7 +167,10 @@ def product(what: str) -> Callable:
 
 
 def start(side: str) -> None:
-    """Prepares the process: compiling is measured, so nothing is read from the cache."""
+    """Prepares the process.
+
+    Compiling is measured, so nothing is read from the cache.
+    """
     from cnnjax.runtime import backend
 
     jax.config.update("jax_enable_compilation_cache", False)

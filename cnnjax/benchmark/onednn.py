@@ -1,9 +1,10 @@
-"""The convolutions of oneDNN, called from compiled programs through `jax.ffi`: a side to measure.
+"""oneDNN's convolutions as a side of the benchmarks.
 
-oneDNN 3 is the library behind PyTorch's convolutions on CPUs. Its C interface is called by ctypes,
-so that nothing has to be compiled: XLA calls a function of Python for each convolution, and that
-function calls the library, which takes maps in NHWC and kernels in an order of its own. The names
-of structures and functions are those of `dnnl.h` and of `xla/ffi/api/c_api.h`. Float32 only.
+oneDNN 3 is the library behind PyTorch's convolutions on CPUs. Compiled programs call it through
+`jax.ffi`. Its C interface is called by ctypes, so that nothing has to be compiled: XLA calls a
+Python function for each convolution, and that function calls the library, which takes maps in NHWC
+and kernels in an order of its own. The names of structures and functions are those of `dnnl.h` and
+of `xla/ffi/api/c_api.h`. Float32 only.
 """
 
 import contextlib
@@ -48,7 +49,10 @@ class _Argument(ctypes.Structure):
 
 @functools.cache
 def load(path: str) -> ctypes.CDLL:
-    """Loads the library; raises `OSError` if it is not one."""
+    """Loads the library.
+
+    Raises `OSError` if it is not oneDNN.
+    """
     library = ctypes.CDLL(path)
     if not hasattr(library, "dnnl_convolution_forward_primitive_desc_create"):
         raise OSError(f"{path} does not export the functions of oneDNN")
@@ -60,12 +64,14 @@ def load(path: str) -> ctypes.CDLL:
 class Primitive:
     """One pass of a convolution, prepared for one thread.
 
-    Arguments:
-    - `convolution_pass`: 0 for the forward pass, 1 for the input's gradient, 2 for the kernel's.
-    - `x_shape`: [batch, height, width, in].
-    - `kernel_shape`: [rows, columns, in / groups, out].
+    Args:
+      convolution_pass: 0 for the forward pass, 1 for the input's gradient, 2 for the kernel's.
+      x_shape: [batch, height, width, in].
+      kernel_shape: [rows, columns, in / groups, out].
+      window: the kernel's stride, padding and dilation.
+      groups: number of groups.
 
-    Raises `RuntimeError` if the library does not have it.
+    Raises `RuntimeError` if the library does not support it.
     """
 
     def __init__(
@@ -104,7 +110,10 @@ class Primitive:
         self._memories = [reordered if name == weights else memories[name] for name in names]
 
     def __call__(self, *addresses: int) -> None:
-        """Computes from two inputs into a result, given the addresses of their float32 values."""
+        """Computes from two inputs into a result, all float32.
+
+        Arguments are the addresses of the values.
+        """
         for memory, address in zip(self._memories, addresses):
             self._set(memory, address)
         for primitive, arguments in self._steps:
@@ -171,7 +180,7 @@ class Primitive:
         return self._step(description, {_SRC: source_memory, _DST: target_memory})
 
     def _step(self, description, memories) -> tuple:
-        """Makes a primitive and the arguments it is executed with."""
+        """Makes a primitive and the arguments for executing it."""
         arguments = [_Argument(name, memory) for name, memory in memories.items()]
         primitive = self._create("dnnl_primitive_create", description)
         return primitive, (_Argument * len(arguments))(*arguments)
@@ -222,7 +231,7 @@ def _kernel_dims(kernel_shape, groups) -> tuple[int, ...]:
 
 
 class _Struct(ctypes.Structure):
-    """What most structures of the interface begin with."""
+    """The fields with which most structures of the interface begin."""
 
     _fields_ = [("struct_size", c_size_t), ("extension", c_void_p)]
 
@@ -288,7 +297,7 @@ class _Frame(ctypes.Structure):
 
 @functools.cache
 def _primitive(case: str, thread: int) -> Primitive:
-    """Returns a thread's own primitive, since one must not run twice at a time."""
+    """Returns a thread's own primitive, since one must not run twice at the same time."""
     convolution_pass, *numbers = map(int, case.split())
     s_rows, s_columns, p_rows, p_columns, d_rows, d_columns, groups = numbers[8:]
     window = Window(
@@ -301,7 +310,7 @@ def _primitive(case: str, thread: int) -> Primitive:
 def _handle(frame):
     """Answers a call of a compiled program."""
     frame = frame.contents
-    if frame.extension:  # Asked once: for which version of the interface is this?
+    if frame.extension:  # XLA asks once which version of the interface this is for.
         asked, own = frame.extension.contents.metadata.contents.version, frame.api.contents.version
         asked.major, asked.minor = own.major, own.minor
         return None
@@ -332,7 +341,7 @@ def _call(convolution_pass, x_shape, kernel_shape, window, groups, result_shape,
     geometry = (*window.stride, *window.padding, *window.dilation)
     numbers = (convolution_pass, *x_shape, *kernel_shape, *geometry, groups)
     case = " ".join(map(str, numbers))
-    # Made here first, where an error can be raised.
+    # Made here first, so that an error can be raised.
     _primitive(case, threading.get_ident())
     result = jax.ShapeDtypeStruct(result_shape, jnp.float32)
     return jax.ffi.ffi_call(_TARGET, result)(*tensors, case=case)
@@ -369,9 +378,9 @@ def conv(
     dilation: Both = 1,
     groups: int = 1,
 ) -> jax.Array:
-    """Convolves float32 maps with a kernel, as `cnnjax.nn.conv` does with zeros around them.
+    """Convolves float32 maps, as `cnnjax.nn.conv` does with zero padding.
 
-    Raises `TypeError` for other types.
+    Raises `TypeError` if a type is not float32.
     """
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
         raise TypeError(f"{x.dtype} and {kernel.dtype}: oneDNN is called for float32 only")

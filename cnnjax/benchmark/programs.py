@@ -1,6 +1,6 @@
 """The gain of computing things together in one program.
 
-Measured are all readouts of the position study, and many seeds and rates of one network.
+The benchmarks measure all readouts of the position study, and many seeds and rates of one network.
 """
 
 import functools
@@ -24,9 +24,9 @@ _LENET_BATCH = 128
 
 
 def interleave(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Measures the seconds of each way, round by round in turns.
+    """Measures the seconds of each way, in turns over several rounds.
 
-    A first call of each, which compiles, does not count.
+    A first call of each, which compiles, is not counted.
     """
     for way in ways.values():
         jax.block_until_ready(way())
@@ -51,13 +51,14 @@ def study(
     images: int = 24,
     steps: int = 540,
 ) -> dict:
-    """Measures one encoder's part of the position study, `steps` of the readout for every target.
+    """Measures one encoder's part of the position study.
 
-    The images are crops from the photographs of a folder, by default the embedded ones.
+    Its readouts take `steps` steps for every target. The images are crops from the photographs of a
+    folder, by default the embedded ones.
 
-    Together, the encoder is run once and all targets train in one program. The authors' way
-    trains one readout at a time and runs the encoder on the batch of every step: one such
-    encoding and one whole training of one target are measured, the rest is arithmetic.
+    Together, the encoder is run once and all targets train in one program. The authors' way trains
+    one readout at a time and runs the encoder on the batch of every step: one such encoding and one
+    whole training of one target are measured, the rest is arithmetic.
     """
     model = create_model(encoder)
     stages = reachable_stages(model, size)
@@ -103,7 +104,9 @@ def study(
 
 
 def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict]:
-    """Measures one training step of many configurations (seed x learning rate), in four ways.
+    """Measures one training step of many configurations, in four ways.
+
+    A configuration is a seed and a learning rate.
 
     Raises `RuntimeError` if the losses of two ways differ.
     """
@@ -149,7 +152,10 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
 
 
 def _configurations(network: str, count: int):
-    """Returns a training step, and `count` states, numbers and learning rates that it takes."""
+    """Returns a training step, and states, numbers and learning rates for it.
+
+    There are `count` of each.
+    """
     model = create_model(network)
     recipe = step.Recipe(model)
     generator = np.random.default_rng(0)
@@ -182,7 +188,7 @@ def _call_each(function: Callable, arguments: list[tuple]) -> list:
 
 
 def _check_losses(ways: dict[str, Callable]) -> None:
-    """Compares the losses of all ways with those of the first."""
+    """Raises `RuntimeError` if the losses of a way differ from those of the first."""
     losses = {}
     for name, way in ways.items():
         state = way()

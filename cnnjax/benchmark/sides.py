@@ -1,7 +1,8 @@
-"""One side of a benchmark as a process of its own: what it runs, and how it answers.
+"""One side of a benchmark, as a process of its own.
 
-A process, because XLA's flags cannot change in one. It first prints facts as a line of JSON; then
-it answers each line of input, the name of a pass, with the milliseconds of one run in a burst.
+It is a process because XLA's flags cannot change within one. It first prints facts as a line of
+JSON; then it answers each line of input, the name of a pass, with the milliseconds of one run in a
+burst.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ TRAINING_BURST = 2.0  # seconds, as one call of `cnnjax.train.loop` takes
 def layer_passes(side: str, case: cases.Convolution) -> tuple[dict[str, Callable], dict]:
     """Prepares the three passes of a convolution on the same numbers for every side.
 
-    Returns functions of a number of runs by pass, and facts: the mean sizes of the results,
-    which show that sides compute the same.
+    Returns functions of a number of runs, by pass, and facts: the mean sizes of the results, which
+    show that sides compute the same.
     """
     import numpy as np
 
@@ -54,7 +55,7 @@ def _network_passes(side: str, what: str, name: str, batch: int):
         return torch_side.network(name, batch, device, compiled=side == "torch.compile")
     from cnnjax.benchmark import jax_side
 
-    # Stock convolutions take up to 27 times as long in a loop on the CPU; nobody trains so.
+    # Stock convolutions take up to 27 times as long in a loop on the CPU; nobody trains like that.
     dtype = "bfloat16" if on_gpu else "float32"
     return jax_side.network(name, batch, dtype, looped=side != "stock")
 
@@ -89,7 +90,7 @@ def _start(side: str) -> contextlib.AbstractContextManager:
 
 
 def _resident(field: str) -> float | None:
-    """Reads this process's memory in MB from Linux: "VmRSS" now, "VmHWM" at most."""
+    """Reads this process's memory in MB from Linux: "VmRSS" now, "VmHWM" at its peak."""
     try:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -98,9 +99,9 @@ def _resident(field: str) -> float | None:
 
 
 def _peak_memory(side: str, what: str, run: Callable, before: float | None) -> float | None:
-    """Measures the MB that a step needs at most.
+    """Measures the peak memory of a step in MB.
 
-    On a GPU it is the allocator's highest mark, elsewhere the growth of the process since its
+    On a GPU it is the allocator's highest mark; elsewhere it is the growth of the process since its
     libraries were loaded, when it had `before`.
     """
     if what == "gpu":
@@ -148,7 +149,7 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
 
 
 def _burst_count(key: str, run: Callable) -> int:
-    """Counts the runs that fill a burst, after two that do not count."""
+    """Counts the runs that fill a burst, after two that are not counted."""
     run(2)
     began = time.perf_counter()
     run(1)

@@ -1,4 +1,7 @@
-"""The sides that run on PyTorch, eager or through `torch.compile`, with channels last."""
+"""The sides that run on PyTorch, with channels last.
+
+PyTorch is eager, or compiled by `torch.compile`.
+"""
 
 import functools
 import time
@@ -13,7 +16,10 @@ from cnnjax.runtime import backend
 
 
 def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, dict]:
-    """Prepares the passes of a network: functions of a number of runs by pass, and facts."""
+    """Prepares the passes of a network.
+
+    Returns functions of a number of runs, by pass, and facts of the network.
+    """
     height, width, channels = create_model(name).input_shape
     model = _model(name).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), cases.RATE, cases.MOMENTUM)
@@ -40,7 +46,7 @@ def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, d
             optimizer.zero_grad()
             with half():
                 outputs = call(x)
-                # Of networks with auxiliary heads, a tuple.
+                # Networks with auxiliary heads return a tuple.
                 logits = getattr(outputs, "logits", outputs)
                 loss = torch.nn.functional.cross_entropy(logits, y)
             loss.backward()
@@ -56,7 +62,7 @@ def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, d
 
 
 def _model(name: str):
-    """Builds a network of a lecture by its specification, any other by torchvision."""
+    """Builds a lecture's network by its specification, any other by torchvision."""
     if name not in cases.SPECIFICATIONS:
         import torchvision
 

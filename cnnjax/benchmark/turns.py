@@ -1,4 +1,4 @@
-"""Sides that take turns: networks and single convolutions in cnnjax, stock jax and PyTorch."""
+"""Sides that take turns on networks and single convolutions."""
 
 import json
 import math
@@ -24,8 +24,11 @@ class _Side:
         )
 
     def answer(self, request: str = ""):
-        """Sends a request and reads one line of JSON; raises `RuntimeError` if the side failed."""
-        assert self.process.stdin and self.process.stdout  # pipes, as they were asked for
+        """Sends a request and reads one line of JSON.
+
+        Raises `RuntimeError` if the side failed.
+        """
+        assert self.process.stdin and self.process.stdout  # pipes, as requested above
         self.process.stdin.write(request)
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -44,7 +47,7 @@ def measure(
 ) -> tuple[dict, dict]:
     """Measures a network or a layer on all sides, which take turns.
 
-    Returns each side's facts, and milliseconds by (side, pass), a list over rounds. Raises
+    Returns each side's facts, and lists of milliseconds over rounds by (side, pass). Raises
     `RuntimeError` if a side fails or sides disagree.
     """
     workers = {side: _Side(side, what, name, batch) for side in sides}
@@ -64,7 +67,10 @@ def measure(
 
 
 def _check_agreement(name: str, facts: dict) -> None:
-    """Compares numbers of parameters and sizes of results with those of the first side."""
+    """Raises `RuntimeError` if a side disagrees with the first.
+
+    Numbers of parameters and sizes of results are compared.
+    """
     first_side, first = next(iter(facts.items()))
     for side, own in facts.items():
         pairs = zip(own.get("sizes", ()), first.get("sizes", ()))
@@ -78,7 +84,8 @@ def _check_agreement(name: str, facts: dict) -> None:
 def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: dict) -> list[dict]:
     """Makes one row for each pass and side.
 
-    `flops` are those of a forward pass; a training step is three of them, a gradient one.
+    `flops` are those of a forward pass; a training step counts as three forward passes, a gradient
+    as one.
     """
     products = [min(values) for (_, key), values in times.items() if key == "product"]
     peak = 2 * PRODUCT[what] ** 3 / min(products) * 1e3

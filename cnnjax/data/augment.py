@@ -16,7 +16,7 @@ _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
-# The label of pixels that losses and scores leave out.
+# The label of pixels that losses and scores ignore.
 IGNORED = 255
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
 IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
@@ -49,7 +49,7 @@ def _crop(key, image, padding, fill, value=0):
 def _cutout(key, image, size):
     """Blacken a square whose center is anywhere in the image.
 
-    DeVries and Taylor 2017.
+    Source: DeVries and Taylor 2017.
     """
     center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
 
@@ -137,12 +137,12 @@ def augment_masks(
 def views(
     images: Float[Array, "batch height width channels"], count: int, size: int
 ) -> list[Float[Array, "batch {size} {size} channels"]]:
-    """Cut the views of images that a test averages over.
+    """Cut the views of images over which a test averages.
 
     Args:
       images: values of any kind.
-      count: 1 for the center, 2 for the center and its mirror image, 10 for the corners, the
-        center and their mirror images (Krizhevsky et al. 2012, section 4.1).
+      count: 1 for the center, 2 for the center and its mirror image, 10 for the corners, the center
+        and their mirror images (Krizhevsky et al. 2012, section 4.1).
       size: the views' side in pixels.
     """
     bottom = images.shape[1] - size

@@ -1,4 +1,4 @@
-"""Image files, and which of them are read; photographs and synthetic images.
+"""Image files in folders, photographs, and synthetic images.
 
 Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, size, 3].
 """
@@ -55,7 +55,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        # A link that leads to itself; it is named where it is read.
+        # A link that leads to itself; reading it as a file names it in the error.
         return False
 
 
@@ -74,7 +74,7 @@ def list_folder(folder: pathlib.Path) -> Listing:
                 if not entry.name.startswith("."):
                     listing.folders.append(path)
             elif entry.name.startswith("."):
-                # Among them are the "._photo.jpg" that macOS puts beside each file.
+                # For example, the "._photo.jpg" that macOS puts beside each file.
                 listing.others["hidden"] += 1
             elif suffix in SUFFIXES:
                 listing.images.append(path)
@@ -96,9 +96,9 @@ def describe_passed_over(
     """Describe the files and folders that are passed over; empty if there are none.
 
     Args:
-      root: the folder that is read.
+      root: the folder that was read.
       others: files, counted by kind.
-      folders: folders below `root`, of which the first three are named.
+      folders: folders below `root`; the first three are named.
     """
     passed_over = []
     if others:
@@ -170,7 +170,7 @@ def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path]
 
 
 def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
-    """List as `find_photographs`, and log what is passed over."""
+    """List photographs like `find_photographs`, and log what is passed over."""
     paths, passed_over = find_photographs(folder)
     if passed_over:
         _LOG.info("%s: %s", folder, passed_over)
@@ -185,14 +185,14 @@ def check_channels(channels: int, subject: str) -> None:
       subject: how the error begins.
 
     Raises:
-      ValueError: if photographs cannot have as many.
+      ValueError: unless there are 1 or 3.
     """
     if channels not in (1, 3):
         raise ValueError(f"{subject} of {channels} channels; photographs have 3, or 1 in gray")
 
 
 class Damaged(ValueError):
-    """A file can be read but not decoded whole."""
+    """An image file that can be read but not decoded as a whole."""
 
 
 @contextlib.contextmanager
@@ -202,8 +202,8 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
     Pillow would hand other formats to outside programs (EPS to Ghostscript).
 
     Raises:
-      Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`; also
-        for whatever the caller raises while it is open.
+      Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`, or if
+        the caller raises an error while it is open.
       ValueError: if the file cannot be read.
     """
     try:
@@ -291,9 +291,9 @@ def resized_window(
     if width * height <= _MOST_RESIZED:
         resized = image.resize(size, filter)
         return resized.crop((left, top, left + window, top + window))
-    # A strip of 20,000 x 1 pixels would be 5,120,000 x 256 as a whole, so only the window is
-    # resized. Pillow keeps the box in single precision, and some pixels differ by one level from
-    # the whole's: that is why this is not done for all images.
+    # A strip of 20,000 x 1 pixels would become 5,120,000 x 256, so only the window is resized. This
+    # is not done for all images, since Pillow keeps the box in single precision: some pixels differ
+    # by one level from those of the whole resized image.
     across = image.width / width
     down = image.height / height
     right = min((left + window) * across, image.width)
@@ -411,13 +411,13 @@ def synthetic(
       size: their side in pixels.
       seed: of the noise.
       mean: of the noise before it is clipped to 0 to 255.
-      deviation: its standard deviation, before too.
+      deviation: standard deviation of the noise before it is clipped.
 
     Returns:
       uint8 [count, size, size, 3].
 
     Raises:
-      ValueError: for another kind.
+      ValueError: if the kind is another.
     """
     shape = (count, size, size, 3)
     if kind == "black":

@@ -1,4 +1,4 @@
-"""Valid labels and held-out images.
+"""Checks of labels, and the choice of held-out images.
 
 The rules are the same for data sets in memory and for streamed ones.
 """
@@ -25,8 +25,8 @@ def check_labels(labels: np.ndarray, count: int, source: str) -> None:
 def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
     """Choose images to hold out for validation, balanced over the classes.
 
-    Every class gives as many as the next, or all but one where it has fewer. The choice is always
-    the same, so that runs compare.
+    All classes give equally many, or all but one image if they have fewer. The choice is always the
+    same, so that runs can be compared.
 
     Args:
       labels: integers [n].
@@ -36,7 +36,7 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
       A mask [n].
 
     Raises:
-      ValueError: if that many cannot be held out with an image of each class left to train on.
+      ValueError: if `count` images cannot be held out while every class keeps one to train on.
     """
     classes, sizes = np.unique(labels, return_counts=True)
     if not 0 < count <= len(labels) - len(classes):

@@ -1,4 +1,4 @@
-"""Networks looked into without computing them: layers, windows and receptive fields.
+"""Layers, windows and receptive fields of networks, found without computing.
 
 Networks are traced on shapes alone, and what a value depends on is followed through the traced
 operations. Nothing here knows a particular network.

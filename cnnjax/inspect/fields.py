@@ -13,7 +13,7 @@ EVERYTHING = "everything"  # the field of a value without a position: flattened,
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What the output positions of a map see of the image, along height and width.
+    """The part of the image that a map's output positions see, along height and width.
 
     Position i sees the pixels from step * i + low to step * i + high, both included.
     """
@@ -23,20 +23,23 @@ class Field:
     high: tuple[int, ...] = (0, 0)
 
     def shifted(self, by: Sequence[int]) -> "Field":
-        """The field of the map without its first `by` positions; negative numbers add some."""
+        """Returns the field of the map without its first `by` positions.
+
+        A negative number adds positions in front.
+        """
         return Field(self.step, self._moved(self.low, by), self._moved(self.high, by))
 
     def strided(self, strides: Sequence[int]) -> "Field":
-        """The field of every `strides`-th position."""
+        """Returns the field of every `strides`-th position."""
         step = tuple(step * stride for step, stride in zip(self.step, strides))
         return Field(step, self.low, self.high)
 
     def widened(self, by: Sequence[int]) -> "Field":
-        """The field of a window that reaches `by` positions further."""
+        """Returns the field of a window that reaches `by` positions further."""
         return Field(self.step, self.low, self._moved(self.high, by))
 
     def size(self) -> tuple[int, ...]:
-        """Height and width in pixels."""
+        """Returns the height and width in pixels."""
         return tuple(high - low + 1 for low, high in zip(self.low, self.high))
 
     def _moved(self, pixels, positions):
@@ -46,9 +49,9 @@ class Field:
 
 
 def union(fields: Sequence[Field | str | None]) -> Field | str | None:
-    """The field of a value made, position by position, from values with these fields.
+    """Returns the field of a value computed from values with these fields.
 
-    None is the field of a constant.
+    The computation is position by position. None is the field of a constant.
     """
     known = [field for field in fields if field is not None]
     if not known:
@@ -62,10 +65,10 @@ def union(fields: Sequence[Field | str | None]) -> Field | str | None:
 
 
 def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
-    """The field of an operation's output, from those of its operands."""
+    """Returns the field of an operation's output, from those of its operands."""
     operation = equation.primitive.name
     if operation == "select_n":
-        # Of a choice, only what is chosen from: adaptive sampling chooses by the whole map.
+        # Leave out what the choice depends on: adaptive sampling chooses by the whole map.
         fields = fields[1:]
     together = union(fields)
     if not isinstance(together, Field):
@@ -122,13 +125,14 @@ def _seen_by_concatenation(equation, fields):
 def receptive_fields(
     model, stages: tuple[str, ...], shape: tuple[int, int, int] | None = None
 ) -> tuple[tuple[Field, tuple[int, ...]], ...]:
-    """What a position of each of a network's stages sees of the image at most.
+    """Finds the largest part of the image that a position of each stage sees.
 
-    Under a fill that looks at the whole map, it is what the position sees beside the border.
+    Under a fill that reads the whole map, this is what the position sees besides the border.
 
-    - `model`: a `cnnjax.models.Network`.
-    - `stages`: names of stages, the deepest last.
-    - `shape`: [height, width, channels] of the image; the publication's unless given.
+    Args:
+      model: a `cnnjax.models.Network`.
+      stages: names of stages, the deepest last.
+      shape: [height, width, channels] of the image; the publication's unless given.
 
     Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if there is no
     such stage or the image is too small.
@@ -153,7 +157,7 @@ def receptive_fields(
 
 
 def receptive_field(model, stage: str) -> Field:
-    """What a position of one stage of a network sees of the image at most.
+    """Finds the largest part of the image that a position of one stage sees.
 
     Raises `ValueError` if there is no such stage.
     """

@@ -1,4 +1,4 @@
-"""A network's layers: shapes, parameters, activation memory, multiply-adds and fields."""
+"""A network's layers: shapes, parameters, memory, multiply-adds and fields."""
 
 import dataclasses
 import math
@@ -14,11 +14,15 @@ from cnnjax.inspect.trace import follow, is_max_pool, own_parameters, trace, wit
 class Layer:
     """A row of a network's table.
 
-    - `output`: shape of the output; None for a layer that runs in training only.
-    - `memory`: bytes of the output, for the whole batch.
-    - `macs`: multiply-adds of the kernel, for the whole batch.
-    - `receptive_field`, `stride`: (height, width) in pixels of the image; None if the layer sees
-      the whole image.
+    Attributes:
+      name: the layer's path, joined with dots; empty for the input and max-pools.
+      kind: the layer's class, "input", "max-pool", or "in training only".
+      output: shape of the output; None for a layer that runs in training only.
+      parameters: number of parameters.
+      memory: bytes of the output, for the whole batch.
+      macs: multiply-adds of the kernel, for the whole batch.
+      receptive_field: (height, width) in pixels; None if the layer sees the whole image.
+      stride: (height, width) in pixels; None if the layer sees the whole image.
     """
 
     name: str
@@ -36,9 +40,10 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
 
     Parameters of layers that run in training only, such as auxiliary classifiers, come last.
 
-    - `model`: a `cnnjax.models.Network`.
-    - `input_shape`: height, width and channels of an image; the publication's unless given.
-    - `batch`: number of images.
+    Args:
+      model: a `cnnjax.models.Network`.
+      input_shape: height, width and channels of an image; the publication's unless given.
+      batch: number of images.
 
     Raises `ValueError` if the network has no output for such an image.
     """
@@ -77,7 +82,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
 
 
 def _measured(layer, output, field):
-    """The layer with its output's shape, memory and field."""
+    """Returns the layer with its output's shape, memory and field."""
     layer = dataclasses.replace(
         layer, output=tuple(output.shape), memory=output.size * output.dtype.itemsize
     )
@@ -96,7 +101,7 @@ def _in_training_only(parameters, reported):
 
 
 def totals(table: Sequence[Layer]) -> dict[str, int]:
-    """Sums a table: parameters, activation memory in bytes, multiply-adds."""
+    """Sums a table's parameters, activation memory in bytes, and multiply-adds."""
     return {
         "parameters": sum(layer.parameters for layer in table),
         "memory": sum(layer.memory for layer in table),

@@ -1,4 +1,4 @@
-"""Programs traced on shapes, and facts about values followed through their operations."""
+"""Tracing on shapes, and facts about values followed through the operations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ Report = Callable[[str, nn.Module, Any], None]
 def with_local_fill(model: nn.Module) -> nn.Module:
     """Returns the network, padded with zeros if its own fill reads the whole map.
 
-    A module without a field `padding`, such as a single block, is returned as it is.
+    A module without a field `padding`, such as a single block, is returned unchanged.
     """
     if getattr(model, "padding", None) in _WHOLE_MAP_FILLS:
         return model.clone(padding="zeros")
@@ -31,8 +31,10 @@ def trace(function: Callable, *arguments, report: Report | None = None):
     The output of every layer that has parameters carries the layer's name through the trace, as an
     operation "name".
 
-    - `arguments`: trees of `jax.ShapeDtypeStruct`.
-    - `report`: called with each layer's name, module and output.
+    Args:
+      function: a function of the arguments.
+      arguments: trees of `jax.ShapeDtypeStruct`.
+      report: called with each layer's name, module and output.
 
     Returns the jaxpr, whose inputs are the leaves of the arguments.
     """
@@ -47,30 +49,34 @@ def trace(function: Callable, *arguments, report: Report | None = None):
             report(name, module, output)
         return checkpoint_name(output, name)
 
-    # A fresh function, since jax keeps traces by function: one without names may be kept.
+    # A fresh function, since jax caches traces by function, and a cached one may lack the names.
     fresh = lambda *arguments: function(*arguments)
     with nn.intercept_methods(name_layers), lowering("reference"):
         return jax.make_jaxpr(fresh)(*arguments).jaxpr
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """The parameters of a layer that are not those of layers inside it."""
+    """Returns a layer's parameters, without those of layers inside it."""
     parameters = module.variables.get("params", {})
     return {name: value for name, value in parameters.items() if hasattr(value, "size")}
 
 
 def inner_program(equation):
-    """The program inside an operation (a compiled function, a custom gradient), or None."""
+    """Returns the program inside an operation, or None.
+
+    Compiled functions and custom gradients have one.
+    """
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     return getattr(inner, "jaxpr", inner)
 
 
 def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list:
-    """Follows facts about values through a traced program, in the order of its operations.
+    """Follows facts about values through a program, in the order of its operations.
 
-    - `program`: a jaxpr.
-    - `inputs`: a fact for each input; None is that of a constant.
-    - `visit`: (operation, facts of its operands) -> fact of its outputs.
+    Args:
+      program: a jaxpr.
+      inputs: a fact for each input; None is that of a constant.
+      visit: (operation, facts of its operands) -> fact of its outputs.
 
     Returns the facts of the program's outputs.
     """
@@ -92,17 +98,17 @@ def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list
 
 
 def is_pool(equation) -> bool:
-    """Whether an operation is a pool."""
+    """Tells whether an operation is a pool."""
     return equation.primitive.name.startswith("reduce_window")
 
 
 def is_max_pool(equation) -> bool:
-    """Whether an operation is a max-pool."""
+    """Tells whether an operation is a max-pool."""
     return equation.primitive.name == "reduce_window_max"
 
 
 def depends(function: Callable, argument, *others) -> list[bool]:
-    """Whether each output of a function depends on its first argument.
+    """Tells whether each output of a function depends on its first argument.
 
     Arguments are trees of `jax.ShapeDtypeStruct`; outputs are in the order of their leaves.
     """
@@ -113,7 +119,7 @@ def depends(function: Callable, argument, *others) -> list[bool]:
 
 
 def count_named(name: str, function: Callable, *arguments) -> int:
-    """Counts the values of a function that `checkpoint_name` has given this name."""
+    """Counts the values of a function that `checkpoint_name` gave this name."""
 
     def count(program):
         total = 0

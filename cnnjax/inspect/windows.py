@@ -1,4 +1,4 @@
-"""The windows that a network puts one behind another, read from its traced operations."""
+"""The chain of a network's windows, read from its traced operations."""
 
 import dataclasses
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """How a value came from the image: its field and the windows on its way.
+    """A value's way from the image: its field and the windows passed.
 
-    `field_behind` and `size_behind` are those of the map behind the last window.
+    `field_behind` and `size_behind` are those of the map after the last window.
     """
 
     field: Field | str
@@ -34,13 +34,13 @@ class _Way:
 
 
 def windows(model) -> tuple[Window, ...]:
-    """The windows of more than one position on a network's way from the image to its logits.
+    """Lists the windows between a network's image and its logits.
 
-    Skips, which have fewer windows, are left out. A convolution has its layer's name; pools are
-    counted: pool1, pool2, ...
+    Only windows of more than one position count. Skips, which have fewer windows, are left out. A
+    convolution has its layer's name; pools are counted: pool1, pool2, ...
 
     Raises `ValueError` if the network has different windows side by side, or one that is not square
-    or not padded alike on both sides.
+    or has unequal padding.
     """
     name = type(model).__name__
     model = with_local_fill(model)
@@ -68,7 +68,10 @@ def windows(model) -> tuple[Window, ...]:
 
 
 def _joined(network, ways):
-    """The way with most windows, of which the others are shorter forms (skips)."""
+    """Returns the way with most windows.
+
+    Raises `ValueError` if another way is not a shorter form of it (a skip).
+    """
     longest, *others = sorted(ways, key=lambda way: -len(_shapes(way)))
     for way in others:
         shapes = _shapes(way)
@@ -81,12 +84,15 @@ def _joined(network, ways):
 
 
 def _shapes(way):
-    """The shapes of the windows of more than one position."""
+    """Returns the shapes of the windows of more than one position."""
     return [window[1:] for window in way.windows if window.kernel > 1]
 
 
 def _extended(network, way, name, is_pool, equation):
-    """The way behind a layer: with a window more if the layer widened or strode the field."""
+    """Returns the way after a layer.
+
+    It has one more window if the layer widened or strode the field.
+    """
     before = way.field_behind
     if way.field in (EVERYTHING, before):
         return way

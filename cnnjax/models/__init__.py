@@ -23,5 +23,5 @@ from cnnjax.models.base import Network, create_model, forget_files, list_models
 
 __all__ = ["Network", "create_model", "list_models"]
 
-# A user's file may be what imports this package first.
+# A user's file may have imported this package first; these networks are not that file's.
 forget_files()

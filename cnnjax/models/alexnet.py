@@ -20,7 +20,10 @@ _TABLE = (
 
 
 class AlexNet(Network):
-    """Stages `conv1`, `conv2` and `conv5`, before each max-pool, at strides 4, 8 and 16."""
+    """AlexNet of one tower.
+
+    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16.
+    """
 
     dropout: float = 0.5
 

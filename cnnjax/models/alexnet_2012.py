@@ -23,13 +23,12 @@ _SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
 
 
 class AlexNet2012(Network):
-    """Stages `conv1`, `conv2` and `conv5`, before each max-pool.
+    """AlexNet, and with other fields ZFNet.
 
-    Their strides are 4, 8 and 16 on an image of 227x227.
-
-    Pools overlap (3x3, stride 2) and come before LRN, as the lectures and Caffe have it (the
-    publication normalizes first). `groups` is 1, as the lectures count, or 2, as the two GPUs of
-    the publication split convolutions 2, 4 and 5.
+    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16 on an
+    image of 227x227. Pools overlap (3x3, stride 2) and come before LRN, as in the lectures and in
+    Caffe (the publication normalizes first). `groups` is 1, as the lectures count, or 2, as the two
+    GPUs of the publication split convolutions 2, 4 and 5.
     """
 
     input_shape: tuple[int, int, int] = (227, 227, 3)

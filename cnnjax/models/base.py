@@ -1,4 +1,4 @@
-"""What every network has in common: stages, an input size, a name in the registry."""
+"""What all networks share: stages, an input size, a name in the registry."""
 
 import collections
 import difflib
@@ -23,7 +23,7 @@ from cnnjax.runtime import source
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.types import AnyArray
 
-# What a network goes on with in place of the map of a stage, by the name of the stage.
+# By the name of a stage, a function of its map; the network goes on with the result.
 Replacements = Mapping[str, Callable[[Array], Array]]
 
 
@@ -35,12 +35,13 @@ class Network(nn.Module):
     ("logits", logits). Modules are named so that a parameter's path, joined with dots, is
     torchvision's key (`cnnjax.weights`); a name may itself hold dots.
 
-    - `num_classes`: number of logits.
-    - `padding`: fill of every convolution and pool (`cnnjax.nn.padding`).
-    - `sampling`: how every strided convolution and pool keeps positions (`cnnjax.nn.sampling`).
-    - `dtype`: of the computation; parameters stay float32.
-    - `axis_name`: device axis over which BatchNorm takes its statistics.
-    - `input_shape`: height, width and channels of the publication's images.
+    Attributes:
+      num_classes: number of logits.
+      padding: fill of every convolution and pool (`cnnjax.nn.padding`).
+      sampling: how every strided convolution and pool keeps positions (`cnnjax.nn.sampling`).
+      dtype: type of the computation; parameters stay float32.
+      axis_name: device axis over which BatchNorm takes its statistics.
+      input_shape: height, width and channels of the publication's images.
     """
 
     num_classes: int = 1000
@@ -71,11 +72,12 @@ class Network(nn.Module):
     ) -> Float[Array, "batch ..."]:
         """Computes logits, float32.
 
-        - `x`: images [batch, height, width, channels].
-        - `train`: turns on dropout and BatchNorm's batch statistics.
-        - `replace`: functions by the names of stages. The network goes on with what a function
-          makes of its stage's map: with `{"layer1": lambda y: y.at[..., 3].set(0)}`, without
-          that unit.
+        Args:
+          x: images [batch, height, width, channels].
+          train: turns on dropout and BatchNorm's batch statistics.
+          replace: functions of a stage's map, by the name of the stage. The network goes on with
+            what the function returns: `{"layer1": lambda y: y.at[..., 3].set(0)}` switches off one
+            unit.
 
         Raises `ValueError` if the images do not fit or a stage is unknown.
         """
@@ -91,8 +93,11 @@ class Network(nn.Module):
     ) -> collections.OrderedDict[str, Float[Array, "batch ..."]]:
         """Computes the maps of the stages, by name and in order.
 
-        - `last`: the stage to stop at; parameters of what comes after it are not needed.
-        - `replace`: as in `__call__`; the maps are those that the network goes on with.
+        Args:
+          x: images [batch, height, width, channels].
+          train: as in `__call__`.
+          last: the stage to stop at; parameters of later layers are not needed.
+          replace: as in `__call__`; the maps returned are the replaced ones.
 
         Raises `ValueError` if the images do not fit or a stage is unknown.
         """
@@ -142,19 +147,18 @@ class Network(nn.Module):
         return maps
 
 
-# Filled when a file of networks is imported: a name on a command line finds its network here.
+# The registered networks by name, filled as the files that define them are imported.
 _REGISTRY: dict[str, Callable[..., Network]] = {}
 # The user's file that registered a name; networks of this package have none.
 _FILES: dict[str, str] = {}
 
 
 def register(name: str, build: Callable[..., Network]) -> None:
-    """Make `build(**fields)` the network called `name`.
+    """Registers `build(**fields)` as the network called `name`.
 
     A user's file may register its names again, since it may be imported twice.
 
-    Raises:
-        ValueError: if the name is another network's, or has a colon.
+    Raises `ValueError` if the name is another network's or has a colon.
     """
     if ":" in name:
         raise ValueError(f"model {name!r} has a colon, which stands between a file and a name")
@@ -167,12 +171,18 @@ def register(name: str, build: Callable[..., Network]) -> None:
 
 
 def forget_files() -> None:
-    """Take all networks registered so far as this package's own, whatever file imported them."""
+    """Counts all networks registered so far as this package's own.
+
+    It does not matter which file imported them.
+    """
     _FILES.clear()
 
 
 def _users_file(build: Callable[..., Network]) -> str | None:
-    """The file that defines a network, or None for one of this package or of no file."""
+    """Returns the file that defines a network, or None.
+
+    It is None for a network of this package and for one that no file defines.
+    """
     while isinstance(build, functools.partial):
         build = build.func
     try:
@@ -190,9 +200,10 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def name_with_file(name: str) -> str:
-    """Complete the name of a network of a user's file to FILE.py:NAME, with the whole path.
+    """Returns the name of a network of a user's file as FILE.py:NAME.
 
-    So that the network is found from every folder. Names of other networks stay as they are.
+    FILE is the whole path, so that the network is found from every folder. Names of other networks
+    stay as they are.
     """
     file = _FILES.get(name, "")
     if pathlib.Path(file).is_file():
@@ -204,16 +215,15 @@ def name_with_file(name: str) -> str:
 
 
 def create_model(name: str, **fields) -> Network:
-    """Build a network by name.
+    """Builds a network by name.
 
     Args:
-        name: a registered name, or FILE.py:NAME or package.module:NAME, where NAME is a subclass
-            of `Network`, a function that returns one, or a name that the file registers.
-        fields: `num_classes`, `padding`, `sampling`, `dtype`, `axis_name` and the family's own.
+      name: a registered name, or FILE.py:NAME or package.module:NAME, where NAME is a subclass of
+        `Network`, a function that returns one, or a name that the file registers.
+      fields: `num_classes`, `padding`, `sampling`, `dtype`, `axis_name` and the family's own.
 
-    Raises:
-        ValueError: for an unknown model, with the nearest names, for a field that it does not
-            have, and for a value of another type.
+    Raises `ValueError` if the model is unknown, naming the nearest names, if it does not have a
+    field, or if a value has another type.
     """
     # Configuration files and command lines may give lists, which flax cannot hash.
     fields = {field: to_tuples(value) for field, value in fields.items()}
@@ -254,7 +264,7 @@ def _builder(name: str) -> Callable[..., Network]:
 
 
 def _users_builder(name: str) -> Callable[..., Network]:
-    """What builds the network FILE.py:NAME or package.module:NAME."""
+    """Returns the builder of the network FILE.py:NAME or package.module:NAME."""
     place, _, attribute = name.rpartition(":")
     if place.endswith(".py"):
         module = source.import_file(place)
@@ -272,7 +282,10 @@ def _users_builder(name: str) -> Callable[..., Network]:
 
 
 def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
-    """The parameters of `build` that are fields; `parent` and `name` are Flax's."""
+    """Returns the parameters of `build` that are fields.
+
+    `parent` and `name` are Flax's.
+    """
     parameters = {}
     for field, parameter in inspect.signature(build).parameters.items():
         if field not in ("parent", "name") and parameter.kind is not parameter.VAR_KEYWORD:
@@ -281,7 +294,10 @@ def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
 
 
 def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str) -> None:
-    """Raise `ValueError` for a word in place of a number, or the other way round."""
+    """Raises `ValueError` if a field's value has another type than its default.
+
+    Examples are a word in place of a number, and the other way round.
+    """
     default = parameter.default
     if value is default:
         return
@@ -305,7 +321,10 @@ def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str
 
 
 def _is_annotated(value: Any, annotation: Any) -> bool:
-    """Whether a value is a tuple of its annotation, such as `tuple[int, ...]`, or an element."""
+    """Tells whether a value fits an annotation, such as `tuple[int, ...]`.
+
+    The annotation is a tuple's or that of an element.
+    """
     if typing.get_origin(annotation) is tuple:
         if not isinstance(value, tuple):
             return False

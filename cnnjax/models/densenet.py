@@ -47,9 +47,10 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(Network):
-    """Stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4`.
+    """DenseNet-BC.
 
-    Their strides are 2, 4, 8, 16 and 32.
+    The stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4` have strides 2, 4,
+    8, 16 and 32.
     """
 
     depths: tuple[int, int, int, int] = (6, 12, 24, 16)

@@ -1,8 +1,8 @@
 """Fully convolutional networks: a score for every class at every pixel.
 
 Each of the named stages of any network is scored by a 1x1 convolution. The scores of the deepest
-are brought to the grid of the next by bilinear interpolation and added to its own, and so on; the
-sum is brought to the pixels. Unlike in section 4.2, the interpolation is not learned.
+stage are interpolated bilinearly to the grid of the next and added to its own, and so on; the sum
+is interpolated to the pixels. Unlike in section 4.2, the interpolation is not learned.
 
 Source: Long et al. 2015 (arXiv 1411.4038).
 """
@@ -20,7 +20,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, conv_stride, global_avg_pool, max_
 class SceneNet(Network):
     """A narrow VGG with BatchNorm for images of a few hundred pixels.
 
-    Stages `block1` ... `block4` at strides 2, 4, 8, 16.
+    The stages `block1` ... `block4` have strides 2, 4, 8 and 16.
     """
 
     input_shape: tuple[int, int, int] = (180, 240, 3)
@@ -56,10 +56,10 @@ class SceneNet(Network):
 def grids(
     encoder: Network, shape: tuple[int, int, int], stages: tuple[str, ...]
 ) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Finds where the positions of stages are in images of `shape`.
+    """Finds where the positions of stages lie in images of `shape`.
 
-    They are followed through the traced network, so that maps that a fill of 'none' shrinks are
-    where they belong.
+    They are followed through the traced network, so that maps that the fill 'none' shrinks are
+    placed where they belong.
 
     Returns for each stage the rows and the columns, in pixels, of its fields' centers.
     """
@@ -75,7 +75,7 @@ def grids(
 def _bilinear(
     to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]
 ) -> Float[np.ndarray, "to known"]:
-    """Makes the matrix [to, known] of linear interpolation at positions `to`.
+    """Returns the matrix [to, known] of linear interpolation at positions `to`.
 
     Beyond the first and the last known position, the nearest one counts.
     """
@@ -89,7 +89,7 @@ def place(
     known: tuple[np.ndarray, np.ndarray],
     to: tuple[np.ndarray, np.ndarray],
 ) -> Float[Array, "batch rows columns channels"]:
-    """Brings maps from (rows, columns) `known` to other rows and columns.
+    """Interpolates maps from (rows, columns) `known` to other rows and columns.
 
     Interpolation is bilinear; beyond the map, the nearest position on its edge counts.
     """
@@ -98,14 +98,16 @@ def place(
 
 
 class FCN(Network):
-    """Scores of each pixel, [batch, height, width, num_classes], from stages of a network.
+    """Scores of each pixel from stages of a network.
 
-    The stages are those of the encoder, whose parameters keep their names. If padding leaves a map
-    smaller than the image ('none'), the map lies where its fields' centers are, and pixels beyond
-    it take the scores of the nearest position.
+    The output is [batch, height, width, num_classes]. The stages are those of the encoder, whose
+    parameters keep their names. If padding leaves a map smaller than the image ('none'), the map
+    lies where its fields' centers are, and pixels beyond it take the scores of the nearest
+    position.
 
-    - `encoder`: name of the network.
-    - `scored`: the stages that are scored, in the network's order.
+    Attributes:
+      encoder: name of the network.
+      scored: the stages that are scored, in the network's order.
     """
 
     encoder: str = "scene_net"

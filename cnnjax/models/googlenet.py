@@ -83,7 +83,7 @@ class ConvNorm(nn.Module):
 
 
 class Inception(nn.Module):
-    """Four branches side by side (figure 2b); `widths` is a row of table 1."""
+    """Four parallel branches (figure 2b); `widths` is a row of table 1."""
 
     widths: tuple[int, int, int, int, int, int]
     fill: str
@@ -140,13 +140,13 @@ class Auxiliary(nn.Module):
             )
 
 
-# What images are normalized by for torchvision's weights: mean and deviation of ImageNet's pixels.
+# Mean and deviation of ImageNet's pixels, by which images are normalized for torchvision's weights.
 _IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 _IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 def normalize_by_half(x):
-    """Turns normalization by ImageNet's moments into normalization by 0.5 and 0.5.
+    """Converts normalization by ImageNet's moments to normalization by 0.5 and 0.5.
 
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
     `transform_input`).
@@ -157,11 +157,12 @@ def normalize_by_half(x):
 
 
 class GoogLeNet(Network):
-    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`.
+    """GoogLeNet with BatchNorm.
 
-    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifiers leave
-    {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; section 5 adds their
-    losses weighted 0.3. Without `aux_logits` there are neither classifiers nor their parameters.
+    The stages `conv1`, `conv3`, `inception3b`, `inception4e` and `inception5b` have strides 2, 4,
+    8, 16 and 32. In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...}
+    in the collection "auxiliary"; section 5 adds their losses with a weight of 0.3. With
+    `aux_logits=False` there are neither classifiers nor their parameters.
     """
 
     dropout: float = 0.2  # torchvision's; the publication has 0.4

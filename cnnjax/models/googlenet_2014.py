@@ -29,7 +29,7 @@ from cnnjax.nn import (
 
 
 class NaiveInception(nn.Module):
-    """1x1, 3x3 and 5x5 convolutions and a 3x3 max-pool side by side (figure 2a)."""
+    """Parallel 1x1, 3x3 and 5x5 convolutions and a 3x3 max-pool (figure 2a)."""
 
     widths: tuple[int, int, int]
     fill: str = "zeros"
@@ -115,11 +115,12 @@ class Auxiliary(nn.Module):
 
 
 class GoogLeNet2014(Network):
-    """Stages `conv1`, `conv3`, `inception3b`, `inception4e`, `inception5b`.
+    """GoogLeNet as published.
 
-    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifiers leave
-    {"aux1": {"logits": ...}, "aux2": ...} in the collection "auxiliary"; the publication adds their
-    losses weighted 0.3. With them the network needs images of at least 79 pixels.
+    The stages `conv1`, `conv3`, `inception3b`, `inception4e` and `inception5b` have strides 2, 4,
+    8, 16 and 32. In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...}
+    in the collection "auxiliary"; the publication adds their losses with a weight of 0.3. With them
+    the network needs images of at least 79 pixels.
     """
 
     dropout: float = 0.4

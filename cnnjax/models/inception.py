@@ -32,7 +32,7 @@ _AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
 
 
 def block_a(pool: int) -> tuple:
-    """Figure 5, except that one branch keeps its 5x5 convolution."""
+    """Returns figure 5, except that one branch keeps its 5x5 convolution."""
     return (
         (("branch1x1", 64, 1),),
         (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
@@ -42,7 +42,7 @@ def block_a(pool: int) -> tuple:
 
 
 def block_c(width: int) -> tuple:
-    """Figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
+    """Returns figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
     return (
         (("branch1x1", 192, 1),),
         (("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))),
@@ -143,7 +143,7 @@ class Block(nn.Module):
             maps.append(y)
         strided = self.branches[-1] == (_MAXIMUM,)
         if strided:
-            # Strided last steps see the same cells, though an unpadded branch has lost some.
+            # The strided last steps must see the same positions; an unpadded branch lost some.
             maps = align(maps, self.fill)
         y = concatenate(
             [self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
@@ -184,12 +184,13 @@ class Auxiliary(nn.Module):
 
 
 class InceptionV3(Network):
-    """Stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e`, `Mixed_7c`.
+    """Inception v3.
 
-    Their strides are 2, 4, 8, 16 and 32. In training the auxiliary classifier leaves
-    {"AuxLogits": {"logits": ...}} in the collection "auxiliary"; by convention its loss is added
-    weighted 0.4, and it needs images of at least 299 pixels. Without `aux_logits` there is neither
-    classifier nor its parameters.
+    The stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e` and `Mixed_7c` have strides
+    2, 4, 8, 16 and 32. In training the auxiliary classifier leaves {"AuxLogits": {"logits": ...}}
+    in the collection "auxiliary"; by convention its loss is added with a weight of 0.4, and it
+    needs images of at least 299 pixels. With `aux_logits=False` there is neither the classifier nor
+    its parameters.
     """
 
     input_shape: tuple[int, int, int] = (299, 299, 3)

@@ -14,9 +14,9 @@ KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initia
 
 
 class TutorialNet(Network):
-    """`Net` of PyTorch's "Training a classifier" tutorial (WPI CS 539): 6-16-120-84-10.
+    """`Net` of PyTorch's "Training a classifier" tutorial (WPI CS 539).
 
-    Stages `conv1`, `conv2`, before each pool.
+    Its layers are 6-16-120-84-10. The stages are `conv1` and `conv2`, before each pool.
     """
 
     num_classes: int = 10
@@ -39,8 +39,8 @@ class TutorialNet(Network):
 class KerasConvNet(Network):
     """The cats-and-dogs network of Chollet, "Deep Learning with Python" (WPI CS 539).
 
-    Initialization is Keras's. Stages `conv1` ... `conv4`, before each pool. The one logit is that
-    of the second class, for a sigmoid.
+    Initialization is Keras's. The stages are `conv1` ... `conv4`, before each pool. The only logit
+    is that of the second class, for a sigmoid.
     """
 
     num_classes: int = 1
@@ -61,7 +61,7 @@ class KerasConvNet(Network):
 class ConvNet(Network):
     """The VGG for CIFAR-10 of NUS CS5242, lecture 8.
 
-    Stages `block1` to `block4`, before each pool, at strides 1, 2, 4 and 8.
+    The stages `block1` to `block4`, before each pool, have strides 1, 2, 4 and 8.
 
     Four pools leave 2 x 2 x 512 = 2048 values, so that linear layers of 4096, 4096 and 10 have the
     printed 25.2 M parameters. The lecture names no initialization; this one is Glorot's, Keras's

@@ -51,14 +51,14 @@ CODES = np.array(
 
 
 def squash(x: jnp.ndarray) -> jnp.ndarray:
-    """The scaled hyperbolic tangent, which maps 1 to 1 and -1 to -1 (appendix A)."""
+    """Returns the scaled hyperbolic tangent of appendix A, which maps +-1 to +-1."""
     return 1.7159 * jnp.tanh(x * (2 / 3))
 
 
 def uniform(fan_in):
-    """Appendix A: weights uniform in +-2.4 / fan-in.
+    """Returns the initializer of appendix A, uniform in +-2.4 / fan-in.
 
-    An array of fan-ins serves one unit each along the last axis.
+    An array of fan-ins holds one for each unit along the last axis.
     """
     bound = jnp.asarray(2.4 / np.asarray(fan_in), jnp.float32)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
@@ -67,7 +67,7 @@ def uniform(fan_in):
 
 
 class Subsample(nn.Module):
-    """The sum of each 2x2 square, times a trainable coefficient, plus a trainable bias."""
+    """The sum of each 2x2 square, with a trainable coefficient and bias."""
 
     fill: str
     sampling: str
@@ -84,7 +84,7 @@ class Subsample(nn.Module):
 class TableConv(nn.Module):
     """A 5x5 convolution along the table's connections only.
 
-    `kernel` [5, 5, connections] has one plane for each of them.
+    `kernel` [5, 5, connections] has one plane for each connection.
     """
 
     dtype: DTypeLike
@@ -106,11 +106,12 @@ class TableConv(nn.Module):
 class LeNet5(Network):
     """The network of 1998, figure 2: 60,000 trainable parameters.
 
-    Stages `c1`, `c3` and `c5`, before each subsampling.
+    The stages are `c1`, `c3` and `c5`, before each subsampling. Convolutions are not padded, so
+    `padding` only fills the border of a `sampling`'s filter.
 
-    `output` is "rbf", the published units: a logit is minus the squared distance of F6 to its
-    class's fixed code; or "linear". Its convolutions are not padded, so `padding` has nothing to
-    fill, except the border of a `sampling`'s filter.
+    Attributes:
+      output: "rbf", the published units, whose logit is minus the squared distance of F6 to the
+        fixed code of the class; or "linear".
     """
 
     num_classes: int = 10
@@ -187,9 +188,10 @@ class LeNet5(Network):
 
 
 class LeNet(Network):
-    """50-100-100 (NUS CS5242, lecture 8): 500 + 45,100 + 490,100 + 1,010 parameters.
+    """The LeNet of NUS CS5242, lecture 8: 50-100-100.
 
-    Stages `conv1`, `conv2`, before each pool.
+    It has 500 + 45,100 + 490,100 + 1,010 parameters. The stages are `conv1` and `conv2`, before
+    each pool.
     """
 
     num_classes: int = 10

@@ -1,7 +1,9 @@
-"""MNASNet-B1: Tan et al. 2018 (arXiv 1807.11626), in torchvision's structure and names.
+"""MNASNet-B1, in torchvision's structure and names.
 
 B1 is the network without squeeze-and-excitation of the authors' released code; figure 7 shows the
 one with it.
+
+Source: Tan et al. 2018 (arXiv 1807.11626).
 """
 
 import functools
@@ -42,7 +44,7 @@ _TABLE = (
 def scaled(channels: int, width: float) -> int:
     """Returns `width` times `channels` as a multiple of 8.
 
-    It is rounded to the nearest unless that loses more than a tenth.
+    The multiple is the nearest, or the next larger one if rounding would lose more than a tenth.
     """
     exact = width * channels
     nearest = max(8, int(exact + 4) // 8 * 8)
@@ -50,7 +52,10 @@ def scaled(channels: int, width: float) -> int:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, depthwise convolution, 1x1 without activation."""
+    """A block of 1x1, depthwise and 1x1 convolutions.
+
+    The first widens to `expansion` times the channels; the last has no activation.
+    """
 
     features: int
     size: int
@@ -76,7 +81,10 @@ class InvertedResidual(nn.Module):
 
 
 class MNASNet(Network):
-    """Stages `stage1` ... `stage5`: the last blocks at strides 2, 4, 8, 16, 32."""
+    """MNASNet-B1.
+
+    The stages `stage1` ... `stage5` are the last blocks at strides 2, 4, 8, 16 and 32.
+    """
 
     width: float = 1.0
     dropout: float = 0.2

@@ -37,14 +37,14 @@ _TABLE = (
 
 
 def relu6(x: jnp.ndarray) -> jnp.ndarray:
-    """min(max(x, 0), 6), with PyTorch's gradient of 0 at both ends."""
+    """Returns min(max(x, 0), 6), with PyTorch's gradient of 0 at both ends."""
     return jnp.where(x >= 6, jnp.asarray(6, x.dtype), relu(x))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, depthwise 3x3, 1x1 without activation.
+    """A block of 1x1, depthwise 3x3 and 1x1 convolutions (figure 4d).
 
-    Source: figure 4d.
+    The first widens to `expansion` times the channels; the last has no activation.
     """
 
     features: int
@@ -74,7 +74,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Network):
-    """Stages `stage1` ... `stage5`: the last rows of table 2 at strides 2, 4, 8, 16, 32."""
+    """MobileNetV2.
+
+    The stages `stage1` ... `stage5` are the last rows of table 2 at strides 2, 4, 8, 16 and 32.
+    """
 
     dropout: float = 0.2
 

@@ -30,7 +30,8 @@ from cnnjax.nn import (
 class Block(nn.Module):
     """A residual block; its skip is projected if the shapes differ.
 
-    - `layers`: (features, kernel, stride, groups) of the branch's convolutions.
+    Attributes:
+      layers: (features, kernel, stride, groups) of each of the branch's convolutions.
     """
 
     layers: tuple[tuple[int, int, int, int], ...]
@@ -71,22 +72,24 @@ class Block(nn.Module):
 
 
 def basic(width: int, stride: int) -> tuple:
-    """Two 3x3 convolutions (table 1, 18 and 34 layers)."""
+    """Returns two 3x3 convolutions (table 1, 18 and 34 layers)."""
     return (width, 3, stride, 1), (width, 3, 1, 1)
 
 
 def bottleneck(width: int, stride: int, inner: int = 1, groups: int = 1) -> tuple:
-    """1x1, 3x3 in `groups`, 1x1 with four times the width (table 1, 50 layers and more).
+    """Returns 1x1, 3x3 and 1x1 convolutions (table 1, 50 layers and more).
 
-    The first two have `inner` times the width.
+    The first two have `inner` times the width, the last four times. The 3x3 convolution is split
+    into `groups`.
     """
     return (inner * width, 1, 1, 1), (inner * width, 3, stride, groups), (4 * width, 1, 1, 1)
 
 
 class ResNet(Network):
-    """Stages `stem` (before the max-pool) and `layer1` ... `layer4`.
+    """ResNet, and with other blocks ResNeXt and Wide ResNet.
 
-    Their strides are 2, 4, 8, 16 and 32.
+    The stages `stem` (before the max-pool) and `layer1` ... `layer4` have strides 2, 4, 8, 16 and
+    32.
     """
 
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)

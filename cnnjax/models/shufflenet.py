@@ -28,7 +28,7 @@ _conv = functools.partial(Conv, use_bias=False)
 def channel_shuffle(x: jnp.ndarray, groups: int = 2) -> jnp.ndarray:
     """Interleaves the channels of `groups` equal parts.
 
-    The next unit's halves then mix what this one's parts hold.
+    The halves of the next unit then mix the parts of this one.
     """
     *shape, channels = x.shape
     return x.reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
@@ -76,9 +76,10 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2(Network):
-    """Stages `conv1` (before the max-pool) and `stage2`, `stage3`, `stage4`.
+    """ShuffleNetV2.
 
-    Their strides are 2, 8, 16 and 32.
+    The stages `conv1` (before the max-pool), `stage2`, `stage3` and `stage4` have strides 2, 8, 16
+    and 32.
     """
 
     widths: tuple[int, int, int] = (116, 232, 464)  # of stages 2, 3, 4

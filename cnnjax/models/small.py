@@ -50,9 +50,11 @@ class SmallResNet(Network):
     """A ResNet of four basic blocks, without a max-pool.
 
     A 7x7 convolution of stride 2 comes first; the stages are `layer1` to `layer4`. The head is
-    GAPNet's, whose logits are the global average of a 3x3 convolution; with `permute` it is
+    GAPNet's, whose logits are the global average of a 3x3 convolution. With `permute` it is
     PermuteNet's, which draws a permutation of the averaged channels from the random stream
-    "dropout". Source: Islam et al., ICCV 2021, arXiv 2108.07884.
+    "dropout".
+
+    Source: Islam et al., ICCV 2021, arXiv 2108.07884.
     """
 
     widths: tuple[int, ...] = (8, 16, 32, 64)

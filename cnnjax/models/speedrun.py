@@ -20,9 +20,10 @@ _gelu = functools.partial(nn.gelu, approximate=False)
 
 
 def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
-    """Makes filters [2, 2, channels, 8 * channels] that whiten patches, and their negatives.
+    """Returns filters that whiten 2x2 patches, and their negatives.
 
-    Under them the 2x2 patches of normalized images are uncorrelated.
+    Under the filters [2, 2, channels, 8 * channels], the patches of normalized images are
+    uncorrelated.
     """
     _, height, width, channels = images.shape
     patches = jnp.concatenate(
@@ -36,7 +37,7 @@ def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
 
 
 def _partly_identity(key, shape, dtype=jnp.float32):
-    """PyTorch's default, except that the first filters copy an input channel each."""
+    """Initializes as PyTorch, but the first filters copy one input channel each."""
     kernel = uniform_fan_in(shape[0] * shape[1] * shape[2])(key, shape, dtype)
     kept = min(shape[2:])
     identity = (
@@ -54,10 +55,11 @@ def _unit_variance(key, shape, dtype=jnp.float32):
 class Speedrun(Network):
     """A 2x2 convolution for whitening, then three groups of two 3x3 convolutions.
 
-    Stages `block1`, `block2`, `block3`, after each group. Training sets the kernel of `whiten`
-    (`whitening_filters`) and leaves it and BatchNorm's scales as they are.
+    The stages `block1`, `block2` and `block3` come after each group. Training sets the kernel of
+    `whiten` (`whitening_filters`) and leaves it and BatchNorm's scales unchanged.
 
-    - `width`: channels of the first group; the others have four times as many.
+    Attributes:
+      width: channels of the first group; the others have four times as many.
     """
 
     num_classes: int = 10
@@ -89,7 +91,7 @@ class Speedrun(Network):
                     )(x, train)
                 )
             x = yield f"block{number}", x
-        x = x.max((1, 2))  # of the 3x3 that are left of 32x32
+        x = x.max((1, 2))  # over the 3x3 positions left of 32x32
         yield (
             "logits",
             Dense(

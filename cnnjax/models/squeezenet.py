@@ -20,7 +20,7 @@ _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 2
 
 
 class Fire(nn.Module):
-    """A 1x1 convolution to few channels, then 1x1 and 3x3 ones side by side (figure 1)."""
+    """A 1x1 convolution to few channels, then parallel 1x1 and 3x3 ones (figure 1)."""
 
     squeeze: int
     expand: int
@@ -39,9 +39,10 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(Network):
-    """Stages `conv1` and the last fire module before each max-pool and at the end.
+    """SqueezeNet.
 
-    Their strides are 2, 4, 8 and 16.
+    The stages are `conv1` and the last fire module before each max-pool and at the end, with
+    strides 2, 4, 8 and 16.
     """
 
     stem: tuple[int, int] = (96, 7)  # filters and kernel of the first convolution

@@ -20,8 +20,8 @@ from cnnjax.nn import (
     relu,
 )
 
-# Table 1: one tuple per block; a number is a 3x3 convolution of that many filters, (n, 1) a 1x1
-# one, "LRN" the normalization; a max-pool closes every block.
+# Table 1, one tuple per block: a number is a 3x3 convolution with that many filters, (n, 1) a 1x1
+# convolution, "LRN" the normalization; a max-pool ends every block.
 _TABLE = {
     "A": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     "A-LRN": ((64, "LRN"), (128,), (256, 256), (512, 512), (512, 512)),
@@ -33,10 +33,11 @@ _TABLE = {
 
 
 class VGG(Network):
-    """Stages `block1` ... `block5`: each block's last activation before its max-pool.
+    """VGG.
 
-    Their strides are 1, 2, 4, 8 and 16. With `every_layer` the stages are every convolution's
-    activation instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
+    The stages `block1` ... `block5` are each block's last activation, before its max-pool, with
+    strides 1, 2, 4, 8 and 16. With `every_layer` the stages are the activations of all convolutions
+    instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
     """
 
     blocks: tuple = _TABLE["D"]

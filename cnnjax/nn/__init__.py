@@ -1,7 +1,7 @@
 """The operations that networks are made of.
 
-A file holds an operation's definition, its checks and one plain lax call; `cnnjax.nn.cpu` holds the
-forms that run fast on the CPU, and `cnnjax.nn.lowering` decides which of the two is used.
+Each file holds an operation's definition, its checks and one plain lax call. `cnnjax.nn.cpu` holds
+the forms that run fast on the CPU, and `cnnjax.nn.lowering` decides which of the two is used.
 """
 
 from cnnjax.nn.activation import relu, relu_rule

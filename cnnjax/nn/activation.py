@@ -1,4 +1,4 @@
-"""ReLU, and the rules by which it can pass a signal back from a feature map to the image."""
+"""ReLU, and the rules for passing signals back through it to the image."""
 
 import contextlib
 import functools
@@ -14,19 +14,26 @@ RELU = "relu"  # the name that a ReLU under a rule has in a traced program
 
 
 def _deconvnet(x, dy):
-    """Zeiler and Fergus 2014 (arXiv 1311.2901): positive signals pass."""
+    """Passes positive signals.
+
+    Source: Zeiler and Fergus 2014 (arXiv 1311.2901).
+    """
     return dy > 0
 
 
 def _guided(x, dy):
-    """Springenberg et al. 2015 (arXiv 1412.6806): positive signals pass through active units."""
+    """Passes positive signals through active units.
+
+    Source: Springenberg et al. 2015 (arXiv 1412.6806).
+    """
     return (x > 0) & (dy > 0)
 
 
 def _redirected(x, dy):
-    """Passes the gradient; an image for which it is 0 everywhere gets any signal that wakes units.
+    """Passes the gradient, or a redirected signal where it is 0 for a whole image.
 
-    After Lucid, the code of Olah et al. 2017 (distill.pub/2017/feature-visualization).
+    Such an image gets any signal that wakes units. After Lucid, the code of Olah et al. 2017
+    (distill.pub/2017/feature-visualization).
     """
     gradient = (x > 0) & (dy != 0)
     silent = ~gradient.any(range(1, x.ndim), keepdims=True)
@@ -46,9 +53,10 @@ def relu_rule(rule: str) -> contextlib.AbstractContextManager:
 
     Values are the same under every rule, and the rule holds in the current thread only.
 
-    - `rule`: "gradient" (the derivative), "deconvnet", "guided" or "redirected".
+    Args:
+      rule: "gradient" (the derivative), "deconvnet", "guided" or "redirected".
 
-    Raises `ValueError` for another rule.
+    Raises `ValueError` if the rule is another.
     """
     if rule not in _PASSES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(_PASSES)}")

@@ -34,15 +34,16 @@ def conv(
 ) -> Float[Array, "batch height_out width_out out"]:
     """Convolves a batch of maps with a kernel.
 
-    Arguments:
-    - `x`: [batch, height, width, in].
-    - `kernel`: [height, width, in / groups, out].
-    - `stride`, `dilation`: an integer or a (height, width) pair.
-    - `padding`: the amount on each side, an integer or a (height, width) pair. It becomes 0 under
+    Args:
+      x: [batch, height, width, in].
+      kernel: [height, width, in / groups, out].
+      stride: an integer or a (height, width) pair.
+      padding: the amount on each side, an integer or a (height, width) pair. It becomes 0 under
         'none', and under 'full' d(k - 1) for a dilation d and a kernel size k.
-    - `groups`: number of groups that channels are divided into.
-    - `fill`: what the border is filled with (`cnnjax.nn.padding`).
-    - `key`: source of the noise of 'random'.
+      dilation: an integer or a (height, width) pair.
+      groups: number of groups that channels are divided into.
+      fill: what the border is filled with (`cnnjax.nn.padding`).
+      key: source of the noise of 'random'.
 
     Returns [batch, height', width', out]. Raises `ValueError` if shapes do not fit or the output
     would be empty.
@@ -107,7 +108,7 @@ def _check_output(x, kernel, window, fill):
 
 @functools.cache
 def uniform_fan_in(fan_in: int) -> Callable:
-    """Makes PyTorch's default initializer, uniform in +-1/sqrt(fan_in)."""
+    """Returns PyTorch's default initializer, uniform in +-1/sqrt(fan_in)."""
     bound = float(fan_in) ** -0.5
 
     def initialize(key, shape, dtype=jnp.float32):
@@ -123,14 +124,18 @@ he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class Conv(nn.Module):
     """`conv` with float32 parameters.
 
-    Arguments:
-    - `features`: channels of the output.
-    - `kernel_size`: an integer or a (height, width) pair.
-    - `stride`, `padding`, `dilation`, `groups`, `fill`: as of `conv`. 'random' draws from the
-        random stream "padding".
-    - `use_bias`: whether a bias is added.
-    - `kernel_init`, `bias_init`: initializers; PyTorch's default unless given.
-    - `dtype`: type that is computed in.
+    Attributes:
+      features: channels of the output.
+      kernel_size: an integer or a (height, width) pair.
+      stride: as in `conv`.
+      padding: as in `conv`.
+      dilation: as in `conv`.
+      groups: as in `conv`.
+      fill: as in `conv`; 'random' draws from the random stream "padding".
+      use_bias: whether a bias is added.
+      kernel_init: initializer of the kernel; PyTorch's default unless given.
+      bias_init: initializer of the bias; PyTorch's default unless given.
+      dtype: type of the computation.
     """
 
     features: int
@@ -175,11 +180,12 @@ class Conv(nn.Module):
 class Dense(nn.Module):
     """A fully connected layer with float32 parameters.
 
-    Arguments:
-    - `features`: channels of the output.
-    - `use_bias`: whether a bias is added.
-    - `kernel_init`, `bias_init`: initializers; PyTorch's default unless given.
-    - `dtype`: type that is computed in.
+    Attributes:
+      features: channels of the output.
+      use_bias: whether a bias is added.
+      kernel_init: initializer of the kernel; PyTorch's default unless given.
+      bias_init: initializer of the bias; PyTorch's default unless given.
+      dtype: type of the computation.
     """
 
     features: int

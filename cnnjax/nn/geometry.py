@@ -5,17 +5,17 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int
 
-Both = int | tuple[int, int]  # the same for height and width, or a pair with one for each
+Both = int | tuple[int, int]  # one number for height and width, or a (height, width) pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
     """How a kernel moves over a map, as (height, width) pairs.
 
-    Arguments:
-    - `stride`: positions from one output to the next.
-    - `padding`: zeros on each side.
-    - `dilation`: positions from one tap of the kernel to the next.
+    Attributes:
+      stride: positions from one output to the next.
+      padding: zeros on each side.
+      dilation: positions from one tap of the kernel to the next.
     """
 
     stride: tuple[int, int] = (1, 1)
@@ -46,7 +46,10 @@ class Window:
 
 
 def pair(value: Both, name: str, least: int) -> tuple[int, int]:
-    """Makes a (height, width) pair of an integer or a pair; raises `ValueError` below `least`."""
+    """Returns a (height, width) pair for an integer or a pair.
+
+    Raises `ValueError` if it is neither, or a number is below `least`.
+    """
     both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(both) != 2 or any(not isinstance(v, (int, np.integer)) or v < least for v in both):
         raise ValueError(
@@ -56,14 +59,17 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
-    """Counts the output positions along one axis: floor((n + 2p - d(k - 1) - 1) / s) + 1."""
+    """Counts the output positions along one axis.
+
+    They are floor((n + 2p - d(k - 1) - 1) / s) + 1.
+    """
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def valid_counts(
     size: int, kernel: int, stride: int, padding: int, dilation: int = 1
 ) -> Int[np.ndarray, " positions"]:
-    """Counts, for each output position along one axis, the taps that lie inside the image."""
+    """Counts, for each output along one axis, the taps that lie inside the image."""
     starts = np.arange(output_size(size, kernel, stride, padding, dilation)) * stride - padding
     taps = starts[:, None] + np.arange(kernel) * dilation
     return ((taps >= 0) & (taps < size)).sum(1)

@@ -1,4 +1,4 @@
-"""Which form operations take: one plain lax call, or a form that is fast on XLA's CPU backend."""
+"""The form of operations: plain lax calls, or forms for XLA's CPU backend."""
 
 import contextlib
 
@@ -12,15 +12,15 @@ _FORM = jax.make_user_context("auto")
 def lowering(form: str) -> contextlib.AbstractContextManager:
     """Chooses the form of the operations that are traced inside a `with` block.
 
-    Values and gradients are the same in every form, up to the rounding of sums. Only what is
-    not finite spreads further on the CPU: to neighboring groups and positions, which are multiplied
-    by zeros.
+    Values and gradients are the same in every form, up to the rounding of sums. Only values that
+    are not finite spread further on the CPU: to neighboring groups and positions, where they are
+    multiplied by zeros.
 
-    Arguments:
-    - `form`: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,
+    Args:
+      form: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,
         "reference" plain lax calls everywhere, "cpu" the forms of `cnnjax.nn.cpu` everywhere.
 
-    Raises `ValueError` for another form.
+    Raises `ValueError` if the form is another.
     """
     if form not in FORMS:
         raise ValueError(f"lowering={form!r} is not one of {', '.join(FORMS)}")

@@ -16,14 +16,15 @@ from cnnjax.runtime.types import AnyArray
 class BatchNorm(nn.Module):
     """Normalizes each channel over all other axes, as PyTorch does.
 
-    Arguments:
-    - `momentum`: weight of the *new* statistics (0.1, where Flax's convention is 0.9).
-    - `eps`: added to the variance.
-    - `axis_name`: axis of devices whose whole batch statistics are taken over.
-    - `dtype`: type of the output. Parameters and running statistics are float32.
+    The running variance is the unbiased one. An empty batch leaves running statistics unchanged.
 
-    The running variance is the unbiased one. An empty batch leaves running statistics as they
-    are. Raises `ValueError` when training on a single value per channel, which has no variance.
+    Attributes:
+      momentum: weight of the *new* statistics (0.1, where Flax's convention is 0.9).
+      eps: added to the variance.
+      axis_name: device axis; statistics are taken over the whole batch of its devices.
+      dtype: type of the output. Parameters and running statistics are float32.
+
+    Raises `ValueError` if it is trained on a single value per channel, which has no variance.
     """
 
     momentum: float = 0.1
@@ -67,13 +68,19 @@ class BatchNorm(nn.Module):
 
 
 def _count(x, axis_name):
-    """Counts the values of a channel over all devices; a symbolic batch has a symbolic count."""
+    """Counts the values of a channel over all devices.
+
+    With a symbolic batch, the count is symbolic.
+    """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     return math.prod(x.shape[:-1]) * devices
 
 
 def _is_at_least(count, bound: int) -> bool:
-    """Compares a count; a symbolic one, as in `jax.export`, is taken to be large enough."""
+    """Compares a count with a bound.
+
+    A symbolic count, as in `jax.export`, is taken to be large enough.
+    """
     return not isinstance(count, int) or count >= bound
 
 
@@ -85,7 +92,7 @@ def _statistics(x, count, axis_name) -> tuple[Array, Array]:
         return (total if axis_name is None else lax.psum(total, axis_name)) / values
 
     mean = over_devices(channel_sum(x))
-    # In a second pass, since E[x^2] - E[x]^2 cancels.
+    # A second pass, since E[x^2] - E[x]^2 loses digits by cancellation.
     return mean, over_devices(squared_deviation(x, mean))
 
 
@@ -96,12 +103,15 @@ def local_response_norm(
     beta: float = 0.75,
     k: float = 2.0,
 ) -> Float[AnyArray, "*batch channels"]:
-    """Divides each channel by (k + alpha * sum of squares over `size` neighbors) ** beta.
+    """Divides each channel by a power of its neighbors' summed squares.
 
-    Defaults are those of Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*.
-    PyTorch's multiplies the mean, so its alpha is `size` times this one. The window of channels
-    is centered and clipped at the first and last channel; for an even `size` it reaches one
-    channel further down than up, as in PyTorch. Raises `ValueError` for a size below 1.
+    The divisor is (k + alpha * sum of squares over `size` neighbors) ** beta. Defaults are those of
+    Krizhevsky et al. 2012, section 3.3, where alpha multiplies the *sum*. PyTorch's multiplies the
+    mean, so its alpha is `size` times this one. The window of channels is centered and clipped at
+    the first and last channel; for an even `size` it reaches one channel further down than up, as
+    in PyTorch.
+
+    Raises `ValueError` if `size` is below 1.
     """
     if size < 1:
         raise ValueError(f"size={size} is not a positive number of channels")

@@ -1,4 +1,4 @@
-"""Padding as a policy: the amount is symmetric, the fill is one word for a whole model.
+"""Padding as a policy: symmetric amounts, and one fill for a whole model.
 
 The fills, shown on the row 1234 with an amount of 2:
 
@@ -23,7 +23,7 @@ The fills, shown on the row 1234 with an amount of 2:
     one-sided    0000 1234         the zeros of both sides above and to the left
 
 Except for 'none' and 'full', the amount does not depend on the fill (no 'SAME'): the sampling grid
-of a strided network is the same under all fills, and a comparison of fills compares nothing else.
+of a strided network is the same under all fills, so a comparison of fills compares nothing else.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ FILLS = (
     "one-sided",
     "symmetric",
 )
-# Fills of zeros, in whose place a max-pool has a border that never wins.
+# Fills of zeros, which a max-pool replaces by a border that never wins.
 ZERO_FILLS = ("zeros", "partial", "full", "one-sided")
 _NUMPY_MODES = {
     "reflect": "reflect",
@@ -63,7 +63,7 @@ _NUMPY_MODES = {
 
 
 def check_fill(fill: str) -> str:
-    """Returns `fill`; raises `ValueError` if it is not one of `FILLS`."""
+    """Returns `fill`. Raises `ValueError` if it is not one of `FILLS`."""
     if fill not in FILLS:
         raise ValueError(f"padding={fill!r} is not one of {', '.join(FILLS)}")
     return fill
@@ -78,15 +78,15 @@ def pad(
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Pads maps with a fill.
 
-    Arguments:
-    - `x`: [batch, height, width, channels].
-    - `amount`: rows on each side, columns on each side.
-    - `fill`: one of `FILLS`.
-    - `value`: takes the place of zeros.
-    - `key`: source of the noise of 'random'.
+    Args:
+      x: [batch, height, width, channels].
+      amount: rows on each side, columns on each side.
+      fill: one of `FILLS`.
+      value: the constant used in place of zeros.
+      key: source of the noise of 'random'.
 
-    Raises `ValueError` for an unknown fill, for 'random' without a key, and if a map is too small
-    for its own border to be mirrored or wrapped.
+    Raises `ValueError` if the fill is unknown, if 'random' has no key, or if a map is too small for
+    its own border to be mirrored or wrapped.
     """
     check_fill(fill)
     if fill == "none" or amount == (0, 0):
@@ -108,7 +108,7 @@ def pad(
 def pad_constant(x: AnyArray, widths: Sequence[tuple[int, int]], value: float) -> Array:
     """Pads each axis by (low, high) with a constant; negative widths crop.
 
-    `jnp.pad` would first make an array of the constant, which `jax_debug_infs` finds.
+    `jnp.pad` would first make an array of the constant, which `jax_debug_infs` would report.
     """
     return jax.lax.pad(x, np.asarray(value, x.dtype), [(low, high, 0) for low, high in widths])
 
@@ -122,13 +122,13 @@ def border_widths(amount: tuple[int, int], fill: str) -> tuple[tuple[int, int], 
 
 
 def _set_into(frame: AnyArray, x: AnyArray, widths) -> Array:
-    """Sets `x` into `frame`, a larger map or one value for each channel."""
+    """Places `x` inside `frame`, a larger map or one value for each channel."""
     inside = jnp.pad(jnp.ones((1, *x.shape[1:3], 1), bool), widths)
     return jnp.where(inside, jnp.pad(x, widths), frame.astype(x.dtype))
 
 
 def _noise(x, amount, key) -> Array:
-    """Draws maps of the padded size with each channel's mean and deviation over the map."""
+    """Draws noise of the padded size with each channel's mean and deviation."""
     if key is None:
         raise ValueError(
             "padding='random' draws noise: a network needs rngs={'padding': key} to be applied"
@@ -144,7 +144,10 @@ def _noise(x, amount, key) -> Array:
 
 
 def _check_border(x, amount, fill):
-    """Checks that a map is large enough for its own border: beyond the border pixel if mirrored."""
+    """Raises `ValueError` if a map is too small for its own border.
+
+    A mirrored border also needs a pixel beyond the border pixel.
+    """
     least = {"reflect": 1, "symmetric": 0, "replicate": 1 - max(amount), "circular": 0}[fill]
     if min(size - n for size, n in zip(x.shape[1:3], amount)) < least:
         raise ValueError(
@@ -156,7 +159,7 @@ def _check_border(x, amount, fill):
 def center(
     x: Float[AnyArray, "batch _ _ channels"], height: int, width: int
 ) -> Float[AnyArray, "batch {height} {width} channels"]:
-    """Crops maps about their centers, or sets them into zeros, to a height and width."""
+    """Crops or zero-pads maps about their centers to a height and width."""
     for axis, size in ((1, height), (2, width)):
         excess = x.shape[axis] - size
         if excess >= 0:
@@ -171,9 +174,9 @@ def center(
 def align(
     branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
 ) -> list[Float[AnyArray, "batch height width _"]]:
-    """Brings maps to one size about their centers.
+    """Crops or zero-pads maps about their centers to one size.
 
-    The size is that of the smallest map, or under 'full' of the largest; others are set into zeros.
+    The size is that of the smallest map, or of the largest under 'full'.
     """
     choose = max if fill == "full" else min
     height = choose(y.shape[1] for y in branches)
@@ -184,7 +187,10 @@ def align(
 def concatenate(
     branches: Sequence[Float[AnyArray, "batch _ _ _"]], fill: str
 ) -> Float[Array, "batch height width channels"]:
-    """Joins maps along their channels; `align` first, as sizes differ under 'none' and 'full'."""
+    """Joins maps along their channels.
+
+    `align` comes first, as sizes differ under 'none' and 'full'.
+    """
     joined = jnp.concatenate(align(branches, fill), axis=3)
     return materialize_gradient(joined) if fast_on_cpu() else joined
 
@@ -197,8 +203,8 @@ def fit_to_branch(
     """Fits a residual block's input to its branch, center on center.
 
     A 1x1 convolution of `stride` on the result has the size of the branch's map. The input is
-    cropped under 'none' and set into zeros under 'full'; under any other fill nothing changes
-    that the strided convolution reads.
+    cropped under 'none' and zero-padded under 'full'; under any other fill, nothing changes that
+    the strided convolution reads.
     """
     height, width = ((size - 1) * stride + 1 for size in branch.shape[1:3])
     fits_rows = height <= x.shape[1] < height + stride

@@ -13,11 +13,12 @@ from cnnjax.runtime.types import AnyArray
 def parameter(
     layer: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...]
 ) -> AnyArray:
-    """Returns a float32 parameter of a layer, drawn by `initializer(key, shape, dtype)` if new.
+    """Returns a layer's float32 parameter, initializing it if it is new.
 
-    As Flax's `param`, but quicker if the parameter exists: to know its shape, Flax traces the
-    initializer at every call. Raises `flax.errors.ScopeParamShapeError` for one of
-    another shape, as Flax does.
+    The initializer is called as `initializer(key, shape, dtype)`. This is Flax's `param`, but
+    quicker if the parameter exists: Flax traces the initializer at every call to learn the shape.
+
+    Raises `flax.errors.ScopeParamShapeError` if the parameter has another shape, as Flax does.
     """
     if not layer.has_variable("params", name):
         return layer.param(name, initializer, shape, jnp.float32)

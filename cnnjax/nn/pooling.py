@@ -1,4 +1,4 @@
-"""Pooling with PyTorch's semantics, every border filled by the model's padding policy."""
+"""Pooling with PyTorch's semantics and the model's padding policy at the border."""
 
 import functools
 
@@ -28,16 +28,16 @@ def max_pool(
 ) -> Float[Array, "batch height_out width_out channels"]:
     """Takes the largest value of each window.
 
-    Arguments:
-    - `x`: [batch, height, width, channels].
-    - `window`: size of a window, an integer or a (height, width) pair.
-    - `stride`: from one window to the next; the window's size unless given.
-    - `padding`: the amount on each side; 'none' makes it 0.
-    - `ceil`: whether an incomplete window at the end counts, as PyTorch's ceil_mode has it; its
-        missing values never win, and 'none' has none.
-    - `fill`: what the border is filled with (`cnnjax.nn.padding`). Under fills of zeros, and
+    Args:
+      x: [batch, height, width, channels].
+      window: size of a window, an integer or a (height, width) pair.
+      stride: step from one window to the next; the window's size unless given.
+      padding: the amount on each side; 'none' makes it 0.
+      ceil: whether an incomplete window at the end counts, as under PyTorch's ceil_mode; its
+        missing values never win. Under 'none' no window is incomplete.
+      fill: what the border is filled with (`cnnjax.nn.padding`). Under fills of zeros, and
         'random', the border never wins, as in PyTorch; under other fills it takes part.
-    - `sampling`: how a stride keeps positions (`cnnjax.nn.sampling`).
+      sampling: how a stride keeps positions (`cnnjax.nn.sampling`).
 
     Returns [batch, height', width', channels]. Raises `ValueError` if the output would be empty.
     """
@@ -49,7 +49,7 @@ def max_pool(
 
 
 def _sampled_max(x, size, stride, border, missing, fill, sampling):
-    """Samples the maximum of every window."""
+    """Samples the dense map of maxima."""
     if fill == "circular":
         x = _wrap(x, size, stride, border, missing)
         border = (0, 0)
@@ -58,9 +58,9 @@ def _sampled_max(x, size, stride, border, missing, fill, sampling):
     return sample(dense, stride, sampling=sampling, fill=fill)
 
 
-# Compiled as a whole, so that infinities stay inside where `jax_debug_infs` looks for them. The
-# border that never wins is made where the maximum is taken: a gradient keeps its operands, and a
-# map padded with infinities must not be one.
+# Compiled as a whole, so that `jax_debug_infs` does not see the infinities. The border that never
+# wins is added inside the maximum: a gradient keeps the operands, and a map padded with infinities
+# must not be one of them.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5), inline=True)
 def _max_pool(x, size, stride, border, missing, fill):
     fill = "zeros" if fill == "random" else fill
@@ -97,11 +97,11 @@ def avg_pool(
 ) -> Float[Array, "batch height_out width_out channels"]:
     """Takes the mean of each window.
 
-    Arguments are those of `max_pool`. Under fills of zeros the border counts, as PyTorch's
-    default has it; under 'partial' and 'random' only values inside the image do. Raises
-    `ValueError` if the output would be empty.
+    Arguments are those of `max_pool`. Under fills of zeros the border counts, as by PyTorch's
+    default; under 'partial' and 'random' only values inside the image count. If the stride is above
+    1, the filter of a `sampling` such as 'blur' replaces the mean.
 
-    If the stride is above 1, the filter of a `sampling` such as 'blur' takes the place of the mean.
+    Raises `ValueError` if the output would be empty.
     """
     check_sampling(sampling)
     size, step, border, _ = _geometry(x, window, stride, padding, fill)
@@ -120,7 +120,7 @@ def avg_pool(
 
 
 def _sampled_mean(x, size, stride, border, fill, sampling):
-    """Filters a map in place of its means, or chooses a grid of its dense means."""
+    """Filters a map instead of averaging it, or samples a grid of its dense means."""
     if sampling in FILTERS:
         height, width = Window(stride, border).output_shape(x.shape, size)
         if border != (0, 0) and fill in ("partial", "random"):
@@ -140,7 +140,7 @@ def _sampled_mean(x, size, stride, border, fill, sampling):
 
 
 def _wrap(x, size, stride, border, missing):
-    """Pads a map circularly, so far that dense windows are a multiple of the stride.
+    """Pads a map circularly until the number of dense windows divides by the stride.
 
     2x2 windows on a map of even size then wrap around its end, as in the code of Chaman and
     Dokmanic: a circular shift of the map shifts the dense windows, and loses none.
@@ -153,7 +153,7 @@ def _wrap(x, size, stride, border, missing):
 
 
 def _geometry(x, window, stride, padding, fill, ceil=False):
-    """Checks a pool's arguments and returns its size, stride, border and missing values."""
+    """Checks a pool's arguments; returns its size, stride, border and missing values."""
     check_fill(fill)
     size = pair(window, "window", 1)
     stride = size if stride is None else pair(stride, "stride", 1)
@@ -172,7 +172,7 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
 
 
 def _missing(size: int, window: int, stride: int, padding: int) -> int:
-    """Counts the values that a last, incomplete window lacks under PyTorch's ceil_mode.
+    """Counts the values that the last window lacks under PyTorch's ceil_mode.
 
     A window counts if it begins inside the image or its first border.
     """

@@ -13,9 +13,12 @@ def resize(
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Resizes maps bilinearly, as PyTorch's interpolate does without antialiasing.
 
-    - `align_corners`: corner pixels keep their places; otherwise the edges of the image do.
-
     A constant map stays constant to the last bit.
+
+    Args:
+      x: [batch, height, width, channels].
+      size: an integer or a (height, width) pair.
+      align_corners: whether corner pixels keep their places; otherwise the image's edges do.
     """
     for axis, out in zip((1, 2), pair(size, "size", 1)):
         last = x.shape[axis] - 1

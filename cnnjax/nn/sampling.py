@@ -10,10 +10,10 @@ One word for a whole model says how the dense map becomes the small one:
     aps       adaptive polyphase sampling: of the s x s grids of every s-th position, the one with
               the largest norm, image by image (Chaman and Dokmanic 2021, arXiv 2011.14214)
 
-As in the authors' code, a convolution is sampled behind its activation, a max-pool is computed
-densely, and under the filters an average pool is the filter alone. The small map has the size that
-the stride gives it; only under the fill 'none', where the filter's border is cut as well, filtered
-maps are smaller. Parameters do not depend on the policy.
+As in the authors' code, a convolution is sampled after its activation, a max-pool is computed
+densely, and under the filters an average pool is the filter alone. The small map has the same size
+as under 'stride'; only under the fill 'none', which cuts the filter's border as well, are filtered
+maps smaller. Parameters do not depend on the policy.
 """
 
 import math
@@ -34,14 +34,14 @@ SAMPLINGS = ("stride", *FILTERS, "aps")
 
 
 def check_sampling(sampling: str) -> str:
-    """Returns `sampling`; raises `ValueError` if it is not one of `SAMPLINGS`."""
+    """Returns `sampling`. Raises `ValueError` if it is not one of `SAMPLINGS`."""
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
     return sampling
 
 
 def conv_stride(stride: int, sampling: str) -> int:
-    """Returns the stride that is left to a convolution whose map goes through `sample`."""
+    """Returns the stride of a convolution whose map goes through `sample`."""
     return stride if sampling == "stride" else 1
 
 
@@ -53,19 +53,21 @@ def sample(
     fill: str = "zeros",
     like: Float[AnyArray, "batch _ _ _"] | None = None,
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
-    """Samples a dense map; under 'stride' its convolution has done so, and nothing happens.
+    """Samples a dense map.
 
-    Arguments:
-    - `x`: [batch, height, width, channels].
-    - `stride`: an integer or a (height, width) pair.
-    - `sampling`: one of `SAMPLINGS`.
-    - `fill`: what the filters' border is filled with (`cnnjax.nn.padding`). Under 'partial' and
+    Under 'stride' it returns the map unchanged: its convolution was already strided.
+
+    Args:
+      x: [batch, height, width, channels].
+      stride: an integer or a (height, width) pair.
+      sampling: one of `SAMPLINGS`.
+      fill: what the filters' border is filled with (`cnnjax.nn.padding`). Under 'partial' and
         'random' the weights inside the map are rescaled to a sum of 1.
-    - `like`: a dense map whose grid 'aps' chooses by and whose size `x` is cut to, for a skip that
-        is added to that map.
+      like: a dense map by which 'aps' chooses the grid and to whose size `x` is cut, for a skip
+        that is added to that map.
 
     Returns [batch, height', width', channels], the size divided by the stride and rounded up.
-    Raises `ValueError` for an unknown policy, and if the map is too small for the filter's border.
+    Raises `ValueError` if the policy is unknown or the map is too small for the filter's border.
     """
     check_sampling(sampling)
     stride = pair(stride, "stride", 1)
@@ -74,7 +76,7 @@ def sample(
     if like is None:
         like = x
     else:
-        # Sizes differ under 'none' and 'full' alone.
+        # Sizes differ only under 'none' and 'full'.
         x = center(x, *like.shape[1:3])
     if sampling == "aps":
         return _choose_grid(x, like, stride)
@@ -82,7 +84,7 @@ def sample(
 
 
 def _blur(x, stride, taps, fill):
-    """Filters the strided axes, and computes only the positions that are kept."""
+    """Filters the strided axes and computes only the positions that are kept."""
     weights = np.array([math.comb(taps - 1, tap) for tap in range(taps)]) / 2 ** (taps - 1)
     amount = tuple(taps // 2 if step > 1 else 0 for step in stride)
     fill = "partial" if fill == "random" else fill
@@ -103,7 +105,7 @@ def _blur(x, stride, taps, fill):
 
 
 def _filter(x, weights, step, axis):
-    """Sums shifted views: a filter that all channels share needs no convolution."""
+    """Sums shifted views: a filter shared by all channels needs no convolution."""
     reach = x.shape[axis] - len(weights) + 1
     views = [
         float(weight) * lax.slice_in_dim(x, tap, tap + reach, step, axis)
@@ -113,7 +115,10 @@ def _filter(x, weights, step, axis):
 
 
 def _choose_grid(x, like, stride):
-    """Keeps for each image the grid on which `like` has the largest norm; the first of equals."""
+    """Keeps, for each image, the grid on which `like` has the largest norm.
+
+    Of equal norms, the first grid is kept.
+    """
     energies = [
         jnp.square(grid.astype(jnp.float32)).sum((1, 2, 3)) for grid in _grids(like, stride)
     ]

@@ -1,4 +1,4 @@
-"""Sums over all positions, channel by channel: what BatchNorm and biases are made of."""
+"""Sums over all positions, channel by channel, for BatchNorm and biases."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,7 +18,10 @@ def channel_sum(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " cha
 def squared_deviation(
     x: Float[AnyArray, "*positions channels"], mean: Float[AnyArray, " channels"]
 ) -> Float[Array, " channels"]:
-    """Sums the squares of `x - mean` over all axes but the last; `mean` is the mean of `x`."""
+    """Sums the squares of `x - mean` over all axes but the last.
+
+    `mean` must be the mean of `x`.
+    """
     if fast_on_cpu():
         return cpu.squared_deviation(x, mean)
     return channel_sum(jnp.square(x - jnp.broadcast_to(mean, x.shape)))

@@ -1,4 +1,7 @@
-"""An image in one of the cells of a larger canvas (Islam et al. 2021, arXiv 2101.12322)."""
+"""An image in one of the cells of a larger canvas.
+
+Source: Islam et al. 2021 (arXiv 2101.12322).
+"""
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -7,7 +10,7 @@ from cnnjax.data import arrays, augment
 
 GRID = 3  # cells along a side
 SIDE = 32  # pixels of an image's side
-# What can be told of a canvas, with the number of classes.
+# Tasks on a canvas, with their number of classes.
 TASKS = {"location": GRID**2, "object": 10}
 # The normalization takes the color "mean" to 0, the value of zero padding, up to rounding.
 CANVASES = {
@@ -22,7 +25,7 @@ def place(
     cells: Integer[np.ndarray, " n"],
     canvas: str = "black",
 ) -> UInt8[np.ndarray, "n 96 96 3"]:
-    """Lays images in their cells, which are counted from 0 row by row."""
+    """Places images in their cells, which are counted from 0 row by row."""
     out = np.empty((len(images), GRID, SIDE, GRID, SIDE, 3), np.uint8)
     out[:] = np.array(CANVASES[canvas], np.uint8)
     out[np.arange(len(images)), cells // GRID, :, cells % GRID] = images

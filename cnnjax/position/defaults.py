@@ -1,4 +1,4 @@
-"""The keys that every configuration of the position study has, with their default values."""
+"""The keys of every configuration of the position study, with their defaults."""
 
 import ml_collections
 
@@ -12,7 +12,7 @@ BEFORE = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The configuration of a study on random weights."""
+    """Returns the configuration of a study on random weights."""
     config = ml_collections.ConfigDict()
     # What the configuration is for: "position".
     config.kind = "position"

@@ -23,7 +23,7 @@ from cnnjax.weights import variable_shapes
 
 FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28
 _BATCH = 8
-# The mean and standard deviation that `normalize` takes out of pixels from 0 to 1.
+# The mean and standard deviation by which `normalize` standardizes pixels from 0 to 1.
 _MOMENTS = {"imagenet": augment.IMAGENET, "unit": (np.zeros(3, np.float32), np.ones(3, np.float32))}
 PIXELS = tuple(_MOMENTS)
 
@@ -33,19 +33,24 @@ def normalize(
 ) -> Float[AnyArray, "batch height width 3"]:
     """Converts RGB from 0 to 255 to a network's input, float32.
 
-    - `pixels`: "imagenet" takes out ImageNet's mean and standard deviation; "unit" gives 0 to 1.
+    With "imagenet", black is not 0, the value of zero padding: a black image can show its border to
+    a network without biases.
 
-    With "imagenet", black is not 0, the value of zero padding: a black image can show its border
-    to a network without biases.
+    Args:
+      images: RGB, [batch, height, width, 3].
+      pixels: "imagenet" subtracts ImageNet's mean and divides by its standard deviation; "unit"
+        scales to 0 to 1.
     """
     return augment.normalize(images, *_MOMENTS[pixels])
 
 
 def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every stage up to `last` for one square image, without computing it.
+    """Returns the shapes of the stages up to `last` for one square image.
 
-    Shapes are [batch, height, width, channels]. Raises `ValueError` if the image is too small for
-    the network under its padding, or of a size that it does not take.
+    Nothing is computed. Shapes are [batch, height, width, channels].
+
+    Raises `ValueError` if the image is too small for the network under its padding, or has a size
+    that the network does not take.
     """
 
     def stages(variables, images):
@@ -83,8 +88,8 @@ def random_encoder(
 ) -> tuple[Network, dict, tuple[str, ...]]:
     """Draws an encoder's weights for square images of `size`.
 
-    Returns the network, its variables, and the stages that it reaches without padding, which are
-    the same for every padding.
+    Returns the network, its variables, and the stages that an image of this size reaches without
+    padding, which are the same for every padding.
     """
     stages = tuple(reachable_stages(create_model(name, padding="none"), size))
     model = create_model(name, padding=padding)
@@ -100,7 +105,10 @@ def image_features(
 ) -> Float[np.ndarray, "n 28 28 channels"]:
     """Resizes images to the grid, as features of the controls without an encoder.
 
-    - `coordinates`: appends two channels with each position's column and row.
+    Args:
+      images: uint8 RGB.
+      pixels: as in `normalize`.
+      coordinates: whether two channels with each position's column and row are appended.
     """
 
     @jax.jit
@@ -118,7 +126,7 @@ def image_features(
 def in_batches(
     images: Shaped[np.ndarray, "n ..."], size: int
 ) -> Iterator[tuple[int, int, Shaped[np.ndarray, "batch ..."]]]:
-    """Yields (start, count, batch): `count` images, the first of them number `start`.
+    """Yields (start, count, batch): `count` images, beginning with number `start`.
 
     The last batch is filled up with its last image, so that all batches compile as one shape.
     """
@@ -132,11 +140,14 @@ def in_batches(
 
 
 def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> list[np.ndarray]:
-    """Finds where each stage must be sampled so that all stages show the same pixels.
+    """Finds where to sample each stage so that all stages show the same pixels.
 
     The grid spans the part of the image that the centers of all stages' receptive fields cover.
 
-    - `sides`: positions along a side of each stage's map.
+    Args:
+      model: the network.
+      stages: names of stages.
+      sides: positions along a side of each stage's map.
 
     Returns the 28 places of each stage, in its own positions.
     """
@@ -152,7 +163,7 @@ def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> lis
 
 
 def interpolation(places: np.ndarray, side: int) -> np.ndarray:
-    """Returns the matrix [places, side] that interpolates a line of values linearly."""
+    """Returns the matrix [places, side] of linear interpolation along a line."""
     distances = np.abs(places[:, None] - np.arange(side))
     return np.maximum(0, 1 - distances).astype(np.float32)
 
@@ -185,13 +196,18 @@ def encode(
     pixels: str = "imagenet",
     is_registered: bool = False,
 ) -> Float[np.ndarray, "n 28 28 channels"]:
-    """Runs a frozen encoder over images; returns the named stages, resized and joined.
+    """Runs a frozen encoder over images and joins its resized stages.
 
-    The encoder is in evaluation mode. `stages` are in the network's order: nothing after the last
-    is computed. Under padding='random' every image gets noise of its own.
+    The encoder is in evaluation mode. Under padding='random' every image gets its own noise.
 
-    - `is_registered`: samples all stages at the same pixels, instead of aligning their corners; for
-        fills that keep every position where it is, and for `none`.
+    Args:
+      model: the network.
+      variables: its variables.
+      images: uint8 RGB.
+      stages: names in the network's order: nothing after the last is computed.
+      pixels: as in `normalize`.
+      is_registered: whether all stages are sampled at the same pixels, instead of aligning their
+        corners; for 'none' and for fills that keep every position where it is.
     """
     stages = tuple(stages)
     samplers = None
@@ -224,7 +240,7 @@ def encode_once(
     stages: Sequence[str],
     pixels: str = "imagenet",
 ) -> Float[np.ndarray, "n 28 28 channels"]:
-    """Like `encode`, with an on-disk cache per stage.
+    """Encodes like `encode`, with an on-disk cache per stage.
 
     Raises `ValueError` if a file in the cache is damaged.
     """
@@ -245,7 +261,10 @@ def encode_once(
 
 
 def _stage_digest(model, variables, images, stage: str, pixels: str) -> str:
-    """Hashes all that determines a stage's features: its program, its weights and the images."""
+    """Hashes all that determines a stage's features.
+
+    That is its program, its weights and the images.
+    """
     batch = jax.ShapeDtypeStruct((_BATCH, *images.shape[1:]), images.dtype)
 
     def initialize(images):

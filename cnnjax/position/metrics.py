@@ -15,11 +15,13 @@ def scores(
 ) -> dict[str, Float[np.ndarray, "*images"]]:
     """Scores predicted maps [..., height, width] against a target, map by map.
 
+    Returns scores by name:
+
     - `spc`: Spearman's rank correlation; 0 for a constant map.
     - `mae`: the mean absolute error.
-    - `r2`: the share of the target's variance explained; 0 for its mean, negative for worse.
+    - `r2`: the share of the target's variance explained; 0 for its mean, negative if worse.
 
-    Raises `ValueError` where the shapes of prediction and target differ.
+    Raises `ValueError` if the shapes of prediction and target differ.
     """
     # Imported when needed: it takes a second, and --help waits for all imports of a study.
     import scipy.stats
@@ -59,7 +61,7 @@ def border_distance(height: int, width: int) -> Int[np.ndarray, "{height} {width
 
 
 def rings(size: int, count: int) -> Int[np.ndarray, "{size} {size}"]:
-    """Divides a square map into `count` rings of equal width, numbered from the border inwards."""
+    """Divides a square map into `count` rings of equal width, from the border inwards."""
     return np.minimum(border_distance(size, size) * 2 * count // size, count - 1)
 
 

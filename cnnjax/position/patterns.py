@@ -1,10 +1,10 @@
-"""What padding alone writes into a network's features, without readout or training.
+"""What padding alone writes into a network's features.
 
-The features of a crop differ from those of the same pixels inside a larger photograph by what the
-padding did. What these differences have in common over photographs is a pattern of positions; the
-idea is Lin et al.'s (2022, arXiv 2206.01202). `strength` defines the metrics, which are our own.
-The second half is arithmetic of windows: which rows a stride leaves unread (Alsallakh et al. 2021,
-arXiv 2010.02178), and how often each pixel is read.
+No readout and no training is needed. The features of a crop differ from those of the same pixels
+inside a larger photograph by the effect of the padding. What these differences have in common over
+photographs is a pattern of positions; the idea is Lin et al.'s (2022, arXiv 2206.01202). `strength`
+defines the metrics, which are our own. The second half is arithmetic of windows: which rows a
+stride leaves unread (Alsallakh et al. 2021, arXiv 2010.02178), and how often each pixel is read.
 """
 
 import functools
@@ -37,7 +37,7 @@ __all__ = [
     "windows",
 ]
 
-# The fills that leave every position where it is: under the others maps shrink, grow, are stretched
+# The fills that keep every position in place; under the others maps shrink, grow, or are stretched
 # or shifted.
 ALIGNED = (
     "zeros",
@@ -58,7 +58,10 @@ def margin(model: Network, stage: str, size: int) -> int:
     With this margin no unit of the crop's map sees the photograph's border. It is a multiple of the
     stage's stride, so that both maps lie on one grid.
 
-    - `size`: side of the crop in pixels.
+    Args:
+      model: the network.
+      stage: name of the stage.
+      size: side of the crop in pixels.
 
     Returns pixels. Raises `ValueError` if there is no such stage.
     """
@@ -77,8 +80,10 @@ def common_margin(model: Network, stages: Sequence[str], size: int) -> int:
 
     It is a multiple of the last one's stride, and so of every stage's.
 
-    - `stages`: names of stages, the deepest last.
-    - `size`: side of the crop in pixels.
+    Args:
+      model: the network.
+      stages: names of stages, the deepest last.
+      size: side of the crop in pixels.
 
     Returns pixels. Raises `ValueError` if there is no such stage.
     """
@@ -101,7 +106,7 @@ def features(
     images: UInt8[np.ndarray, "n height width 3"],
     stages: Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
-    """Computes the named stages, in the network's order, of images."""
+    """Computes the named stages of images; `stages` are in the network's order."""
     parts = []
     for start, count, batch in in_batches(images, _BATCH):
         maps = _stages(model, variables, batch, tuple(stages), jax.random.key(start))
@@ -116,15 +121,19 @@ def features_inside(
     size: int,
     stages: Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
-    """Computes what `features` would be of the central crop if it had no border.
+    """Computes what `features` of the central crop would be if it had no border.
 
     The maps are cut out of those of photographs around the crop.
 
-    - `context`: the photographs, square.
-    - `size`: side of the crop in pixels.
+    Args:
+      model: the network.
+      variables: its variables.
+      context: the photographs, square.
+      size: side of the crop in pixels.
+      stages: names of stages, in the network's order.
 
-    Raises `ValueError` if `context` is not square or too small, or if its margin is no multiple of
-    a stage's stride.
+    Raises `ValueError` if `context` is not square or too small, or if its margin is not a multiple
+    of a stage's stride.
     """
     have = (context.shape[1] - size) // 2
     for stage in stages:
@@ -137,7 +146,7 @@ def features_inside(
                 f"{least}, a multiple of {step}"
             )
     shapes = stage_shapes(model.clone(padding="zeros"), size, stages[-1])
-    # What the photographs are padded with is not seen.
+    # The padding of the photographs is outside every field.
     maps = features(model.clone(padding="zeros"), variables, context, stages)
     cut = {}
     for stage, y in maps.items():
@@ -148,15 +157,17 @@ def features_inside(
 
 
 class Strength(NamedTuple):
-    """How strong the trace of the padding is in a stage, relative to the features.
+    """The strength of the padding's trace in a stage, relative to the features.
 
-    - `mae`, `rms`: mean absolute and root mean square difference, over those of the features.
-    - `snr`: mean absolute mean over images of a difference, over their mean standard deviation;
-        about 0.8 / sqrt(n) for n images without any pattern.
-    - `shared`: share of the differences' energy that all images have in common, without that bias:
-        1 if every image has the same difference, 0 if they have nothing in common.
-    - `profile`: [distances], `rms` by the distance to the border in positions.
-    - `pattern`: [height, width], root mean square over channels of the mean difference, relative as
+    Attributes:
+      mae: mean absolute difference, over that of the features.
+      rms: root mean square difference, over that of the features.
+      snr: mean absolute mean over images of a difference, over their mean standard deviation; about
+        0.8 / sqrt(n) for n images without any pattern.
+      shared: share of the differences' energy that all images have in common, without that bias: 1
+        if every image has the same difference, 0 if they have nothing in common.
+      profile: [distances], `rms` by the distance to the border in positions.
+      pattern: [height, width], root mean square over channels of the mean difference, relative like
         `rms`.
     """
 
@@ -173,16 +184,17 @@ def strength(
 ) -> Strength:
     """Compares the features of crops with those inside their photographs.
 
-    - `padded`, `inside`: [n, height, width, channels].
+    `padded` and `inside` are [n, height, width, channels].
 
-    Raises `ValueError` for maps of two sizes and for fewer than two images, which could not differ.
+    Raises `ValueError` if their shapes differ or if there are fewer than two images, whose
+    differences cannot vary.
     """
     if len(padded) < 2 or padded.shape != inside.shape:
         raise ValueError(
             f"features of shapes {padded.shape} and {inside.shape} cannot be compared; expected "
             "two of one shape, of 2 images or more"
         )
-    # Squares of what random weights shrank would underflow.
+    # Random weights shrink features until their squares would underflow.
     scale = np.float32(max(np.abs(inside).max(), np.finfo(np.float32).tiny))
     delta = (padded - inside) / scale
     inside = inside / scale
@@ -214,10 +226,12 @@ def strength(
 def unread(chain: Sequence[Window], size: int) -> dict[str, int]:
     """Counts the padded rows that each strided window leaves unread at the far side.
 
-    Columns are as rows. With 0 a window uses its padding, or without any the image, as much below
+    Columns are as rows. At 0 a window uses its padding, or without padding the image, as much below
     as above and right as left.
 
-    - `size`: side of the image in pixels.
+    Args:
+      chain: the windows.
+      size: side of the image in pixels.
 
     Raises `ValueError` if the image is too small.
     """
@@ -247,10 +261,12 @@ def _reads(chain, size, fill):
 
 
 def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{size} {size}"]:
-    """Counts how often each pixel is read by a chain of windows, relative to the mean.
+    """Counts how often a chain of windows reads each pixel, relative to the mean.
 
-    All weights of a window are equal and pools sum: the gradient of the last map's sum counts the
-    ways. Raises `ValueError` for an unknown fill and for 'random', which depends on the image.
+    All weights of a window are equal and pools sum, so that the gradient of the last map's sum
+    counts the ways to a pixel.
+
+    Raises `ValueError` if the fill is unknown or 'random', which depends on the image.
     """
     if check_fill(fill) == "random":
         raise ValueError(
@@ -261,7 +277,7 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{
 
 
 def asymmetry(counts: Float[np.ndarray, "height width"]) -> float:
-    """Returns the share of all reading that differs between the left and the right half.
+    """Returns the share of all reads that differs between the left and right halves.
 
     It is 0 if they are mirror images.
     """

@@ -1,7 +1,7 @@
-"""Linear readouts of position from frozen features: one k x k convolution without padding.
+"""Linear readouts of position from frozen features, as unpadded convolutions.
 
-There are two ways to find its weights. `fit_exact` solves the ridge regression, which has one
-solution and no seed. `fit_sgd` trains as the authors' code does
+There are two ways to find the weights of the k x k convolution. `fit_exact` solves the ridge
+regression, which has one solution and no seed. `fit_sgd` trains as the authors' code does
 (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution, and
 optionally with hidden convolutions before it.
 
@@ -26,12 +26,12 @@ from cnnjax import ridge
 from cnnjax.nn import conv, resize
 from cnnjax.runtime.types import AnyArray
 
-# Ridge strengths on offer, per training position and for features of unit variance. Each target
-# takes the one with the least error on held-out photographs.
+# Ridge strengths to choose from, per training position and for features of unit variance. Each
+# target takes the one with the least error on held-out photographs.
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))
 
 # Conjugate gradients stop at this residual, relative to the right-hand side, or after this many
-# steps. The weakest strengths may then be short of it; `Exact.residual` tells about the chosen.
+# steps. The weakest strengths may then miss it; `Exact.residual` is that of the chosen ones.
 _TOLERANCE = 1e-5
 _MAX_STEPS = 300
 
@@ -57,7 +57,7 @@ def _check_kernel(features: Float[AnyArray, "n height width channels"], size: in
 
 
 def _taps(size: int) -> list[tuple[int, int]]:
-    """The (row, column) offsets of a k x k window."""
+    """Lists the (row, column) offsets of a k x k window."""
     return [(i, j) for i in range(size) for j in range(size)]
 
 
@@ -65,7 +65,10 @@ def _taps(size: int) -> list[tuple[int, int]]:
 def _convolve(
     features: Float[Array, "n height width channels"], kernel: Float[Array, "k k channels columns"]
 ) -> Float[Array, "n height-k+1 width-k+1 columns"]:
-    """Convolves without padding; differentiable in the kernel only, the features being frozen."""
+    """Convolves without padding.
+
+    It is differentiable in the kernel only, as the features are frozen.
+    """
     # One matrix product for all taps, then a sum of k^2 shifted maps of a few columns. The plain
     # form is one `lax.conv`; unfolding windows (im2col) would copy the features k^2 times.
     size = kernel.shape[0]
@@ -84,7 +87,10 @@ def _correlate(
     maps: Float[Array, "n _ _ columns"],
     size: int,
 ) -> Float[Array, "k k channels columns"]:
-    """Correlates features with maps at each offset of the window: the transpose of `_convolve`."""
+    """Correlates features with maps at each offset of the window.
+
+    This is the transpose of `_convolve`.
+    """
     gap = size - 1
     channels = features.shape[3]
     shifted = [jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))) for i, j in _taps(size)]
@@ -113,10 +119,12 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 class Exact(NamedTuple):
     """A solved readout, applied by calling it.
 
-    - `scaler`: standardizes the features first.
-    - `kernel`, `intercept`: the convolution.
-    - `strength`: the ridge strength chosen for each target.
-    - `residual`: the largest relative residual of the linear systems; 0 where they were factored.
+    Attributes:
+      scaler: standardizes the features first.
+      kernel: the convolution's kernel.
+      intercept: the convolution's bias.
+      strength: the ridge strength chosen for each target.
+      residual: the largest relative residual of the linear systems; 0 where they were factored.
     """
 
     scaler: ridge.Scaler
@@ -128,7 +136,7 @@ class Exact(NamedTuple):
     def __call__(
         self, features: Float[AnyArray, "n height width channels"]
     ) -> Float[np.ndarray, "n targets rows columns"]:
-        """Predicts the maps of all targets, k - 1 smaller than the features in each direction."""
+        """Predicts the maps of all targets, smaller than the features by k - 1."""
         maps = _read_exact(self.scaler, features, self.kernel) + self.intercept
         return np.asarray(maps).transpose(0, 3, 1, 2)
 
@@ -151,11 +159,13 @@ def fit_exact(
     The kernel minimizes the mean squared error over training positions plus `strength` times the
     squared weights, on the readout's own grid, to which targets are resized.
 
-    - `train`: features to fit to; they also set the scaler.
-    - `held_out`: features whose squared error chooses each target's strength.
-    - `size`: k of the k x k kernel.
-    - `strengths`: the ridge strengths on offer.
-    - `align_corners`: whether the targets' corners lie on the grid's.
+    Args:
+      train: features to fit to; they also set the scaler.
+      held_out: features whose squared error chooses each target's strength.
+      targets: the position maps.
+      size: k of the k x k kernel.
+      strengths: the ridge strengths to choose from.
+      align_corners: whether the targets' corners lie on the grid's.
 
     Raises `ValueError` if the kernel is larger than the map.
     """
@@ -168,7 +178,7 @@ def fit_exact(
     grid = (train.shape[1] - size + 1, train.shape[2] - size + 1)
     goal = resize(jnp.asarray(targets)[..., None], grid, align_corners)[..., 0].transpose(1, 2, 0)
 
-    # Accelerators' shorter products (TF32, bfloat16) would drown the weak strengths.
+    # Accelerators' shorter products (TF32, bfloat16) are too coarse for the weak strengths.
     with jax.default_matmul_precision("highest"):
         solve = _solve_pointwise if size == 1 else _solve_windows
         # One column for each strength and target, the strengths outermost.
@@ -199,13 +209,13 @@ def _center(
 ) -> Float[Array, "{count} rows columns targets"]:
     """Repeats the goal for every image, without its mean.
 
-    The mean is the intercept's part; without it the intercept drops out of the system.
+    The mean is left to the intercept, which then drops out of the system.
     """
     return jnp.broadcast_to(goal - goal.mean((0, 1)), (count, *goal.shape))
 
 
 def _solve_pointwise(features, goal, strengths, size):
-    """Solves a 1x1 readout by factoring the Gram matrix of its channels (`cnnjax.ridge`)."""
+    """Solves a 1x1 readout by factoring its channels' Gram matrix (`cnnjax.ridge`)."""
     channels = features.shape[3]
     positions = len(features) * goal.shape[0] * goal.shape[1]
     products = _correlate(features, _center(goal, len(features)), size)[0, 0]
@@ -336,9 +346,12 @@ def _spatial_correlation(
 class Sgd(NamedTuple):
     """Trained readouts of all seeds and targets, applied by calling it.
 
-    - `scaler`: standardizes the features first.
-    - `layers`: each layer's `kernel` and BatchNorm's `scale` and `bias`, the outputs side by side.
-    - `moments`: each layer's running mean and variance.
+    Attributes:
+      scaler: standardizes the features first.
+      layers: each layer's `kernel` and BatchNorm's `scale` and `bias`, the outputs side by side.
+      moments: each layer's running mean and variance.
+      seeds: number of initializations.
+      targets: number of targets.
     """
 
     scaler: ridge.Scaler
@@ -375,14 +388,17 @@ def fit_sgd(
 ) -> Sgd:
     """Trains the authors' readout of every target and initialization.
 
-    - `train`: features to fit to.
-    - `size`: k of the k x k kernels.
-    - `steps`: SGD steps on batches of 32 images, or of all where there are fewer.
-    - `seeds`: initializations to train side by side, all drawn from `seed`.
-    - `hidden`: channels of the layers before the last, each followed by BatchNorm and ReLU.
-    - `standardize`: whether each channel gets unit variance first. Without it only the mean is
-      taken out, which changes nothing, as BatchNorm follows.
-    - `align_corners`: whether the corners of the predictions lie on the targets'.
+    Args:
+      train: features to fit to.
+      targets: the position maps.
+      size: k of the k x k kernels.
+      steps: SGD steps on batches of 32 images, or of all images if there are fewer.
+      seeds: initializations to train side by side, all drawn from `seed`.
+      seed: of the initializations and the batches.
+      hidden: channels of the layers before the last, each followed by BatchNorm and ReLU.
+      standardize: whether each channel gets unit variance first. Without it only the mean is
+        subtracted, which changes nothing, as BatchNorm follows.
+      align_corners: whether the corners of the predictions lie on the targets'.
 
     Raises `ValueError` if the kernels are larger than the map.
     """
@@ -416,7 +432,7 @@ def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners)
     def loss(layers, batch):
         maps, moments = _forward(layers, batch, outputs)
         maps = maps.reshape(*maps.shape[:3], seeds, len(targets))
-        # Every output has parameters of its own, so the sum over outputs trains each by itself.
+        # Every output has its own parameters, so the sum over outputs trains each by itself.
         return error(maps).sum(), moments
 
     def learning_rate(step):
@@ -453,7 +469,7 @@ def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners)
 
 
 def _initialize(key, size: int, widths: Sequence[int], outputs: int) -> list[dict]:
-    """Draws the layers of all outputs, uniformly as Glorot and Bengio 2010.
+    """Draws the layers of all outputs, uniformly as in Glorot and Bengio 2010.
 
     The convolutions have no bias: BatchNorm would subtract it.
     """
@@ -473,15 +489,15 @@ def _initialize(key, size: int, widths: Sequence[int], outputs: int) -> list[dic
 
 
 def _forward(layers, features, outputs, moments=None):
-    """Runs the layers of all outputs; returns their maps in (0, 1) and the layers' moments.
+    """Runs the layers of all outputs; returns maps in (0, 1) and the layers' moments.
 
-    BatchNorm normalizes by `moments`, or by the batch's own where there are none.
+    BatchNorm normalizes by `moments`, or by the batch's own if there are none.
     """
     x = features
     found = []
     for number, layer in enumerate(layers):
         if number == 0:
-            # All outputs read the same features; from there on each has channels of its own.
+            # All outputs read the same features; after this layer, each has its own channels.
             x = _convolve(x, layer["kernel"])
         else:
             x = conv(x, layer["kernel"], groups=outputs)
@@ -490,7 +506,7 @@ def _forward(layers, features, outputs, moments=None):
         else:
             mean = x.mean((0, 1, 2))
             var = x.var((0, 1, 2))
-            # As PyTorch: the batch is normalized by the biased variance, and the running average
+            # As in PyTorch, the batch is normalized by the biased variance, and the running average
             # takes the unbiased one.
             count = x.size // x.shape[3]
             found.append((mean, var * (count / (count - 1))))
@@ -503,11 +519,12 @@ def _forward(layers, features, outputs, moments=None):
 def full_size_error(
     targets: Float[AnyArray, "targets size size"], side: int, align_corners: bool = True
 ) -> Callable[[Array], Array]:
-    """Returns the mean squared error at the targets' size, computed on small maps.
+    """Returns a function that computes the full-size error from small maps.
 
-    The function takes maps [n, side, side, ..., targets] to errors [..., targets]. The plain form
-    upsamples the maps first, to 64 times as many values in the default study. Upsampling is
-    linear, U y U', so the same number comes from the small grid: with K = U' U,
+    The function takes maps [n, side, side, ..., targets] to their mean squared errors at the
+    targets' size, [..., targets]. The plain form upsamples the maps first, to 64 times as many
+    values in the default study. Upsampling is linear, U y U', so the same number comes from the
+    small grid: with K = U' U,
 
         |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2
     """

@@ -1,4 +1,4 @@
-"""The position study's report: tables and figures from the files of a work directory."""
+"""The position study's report, made from the files of a work directory."""
 
 import pathlib
 import re
@@ -15,7 +15,7 @@ from cnnjax.nn import FILLS
 from cnnjax.position.results import MapsFile, Results, Row
 from cnnjax.runtime import report, tables, workdir
 
-# Of the targets' bars: Okabe and Ito's palette, which color-blind readers can tell apart.
+# Colors of the targets' bars: Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 
 
@@ -51,12 +51,12 @@ def write(folder: pathlib.Path) -> None:
 
 
 def _values(records: Iterable, field: str) -> list:
-    """The different values of a field, in order of appearance."""
+    """Lists the different values of a field, in order of appearance."""
     return list(dict.fromkeys(getattr(record, field) for record in records))
 
 
 def _select(records: Iterable, **fields) -> list:
-    """The records with these values of fields."""
+    """Lists the records whose fields have these values."""
     chosen = []
     for record in records:
         if all(getattr(record, name) == value for name, value in fields.items()):
@@ -68,13 +68,16 @@ def _select(records: Iterable, **fields) -> list:
 
 
 def _decimals(value: float) -> str:
-    """Two decimals without a leading zero, as papers print correlations; never "-.00"."""
+    """Formats two decimals without a leading zero, as papers print correlations.
+
+    It never returns "-.00".
+    """
     text = re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
     return ".00" if text == "-.00" else text
 
 
 def _format_summary(results: Results) -> str:
-    """SPC and R2 of the first target, by padding and kind of image."""
+    """Formats SPC and R2 of the first target, by padding and kind of image."""
     target = results.rows[0].target
     data = _values(results.rows, "data")
     lines = []
@@ -92,7 +95,7 @@ def _format_summary(results: Results) -> str:
 
 
 def _format_scores(results: Results, kind: str) -> str:
-    """All scores on one kind of image."""
+    """Formats all scores on one kind of image."""
     targets = _values(results.rows, "target")
     first = _select(results.rows, data=kind)[0]
     chance = [f".00 / {results.chance_mae[target]:.3f} / .00" for target in targets]
@@ -111,14 +114,14 @@ def _format_scores(results: Results, kind: str) -> str:
 
 def _format_score(row: Row) -> str:
     spread = "" if row.spc_std is None else f"±{_decimals(row.spc_std)}"
-    # Results of before have no median.
+    # Older results have no median.
     median = "" if row.r2_median is None else f" ({_decimals(row.r2_median)})"
     return f"{_decimals(row.spc)}{spread} / {row.mae:.3f} / {_decimals(row.r2)}{median}"
 
 
 def _format_strengths(results: Results) -> str:
-    """The ridge strengths that the exact readout has chosen, seed by seed."""
-    # Results of before have none.
+    """Formats the ridge strengths that the exact readout chose, seed by seed."""
+    # Older results have none.
     if all(row.strengths is None for row in results.rows):
         return ""
     targets = _values(results.rows, "target")
@@ -151,7 +154,7 @@ def _format_decisions(results: Results) -> str:
 
 
 def _settings(results: Results, **fields) -> list[Row]:
-    """The first row of every encoder, padding and readout."""
+    """Lists the first row of every encoder, padding and readout."""
     first: dict[tuple, Row] = {}
     for row in _select(results.rows, **fields):
         first.setdefault((row.encoder, row.padding, row.readout), row)
@@ -159,7 +162,7 @@ def _settings(results: Results, **fields) -> list[Row]:
 
 
 def _row(results: Results, setting: Row, target: str, kind: str) -> Row:
-    """The row of a setting's encoder, padding and readout for another target and data."""
+    """Returns a setting's row for another target and data."""
     (row,) = _select(
         results.rows,
         encoder=setting.encoder,
@@ -175,7 +178,10 @@ def _row(results: Results, setting: Row, target: str, kind: str) -> Row:
 
 
 def _draw_scores(results: Results) -> Figure:
-    """Draws SPC by padding: a panel for each encoder and kind of image, a bar for each target."""
+    """Draws SPC by padding.
+
+    There is a panel for each encoder and kind of image, with a bar for each target.
+    """
     rows = _select(results.rows, readout="exact")
     control = _select(rows, stages=["image"])
     encoders = [name for name in _values(rows, "encoder") if name != control[0].encoder]

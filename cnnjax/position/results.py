@@ -1,7 +1,7 @@
 """The study's results as records, and the files that hold them.
 
 A `Point` is one encoder under one padding with one seed. A `Measurement` is what was measured
-there, image by image; each has a file, so that an interrupted study goes on after the last one.
+there, image by image. Each has a file, so that an interrupted study continues after the last one.
 `Results` summarize all of them, in results.json.
 """
 
@@ -36,7 +36,7 @@ class Point:
 
     @property
     def file(self) -> str:
-        """The name of the measurement's file."""
+        """Returns the name of the measurement's file."""
         return f"{workdir.file_label(self.encoder)}-{self.padding}-{self.seed}.npz"
 
 
@@ -73,11 +73,16 @@ class Maps:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What was measured at a point.
+    """The measurement at a point.
 
-    - `residual`: the largest relative residual of the ridge systems solved.
-    - `seconds`: how long it took.
-    - `strengths`: the exact readout's ridge strength for each target; None in files of before.
+    Attributes:
+      point: where it was taken.
+      scores: each readout's scores for each target.
+      rings: the exact readout's scores in each ring.
+      maps: each readout's maps for the first images.
+      residual: the largest relative residual of the ridge systems solved.
+      seconds: how long it took.
+      strengths: the exact readout's ridge strength for each target; None in older files.
     """
 
     point: Point
@@ -90,7 +95,7 @@ class Measurement:
 
 
 def _key(*names: str) -> str:
-    """The name of an array in an npz file."""
+    """Returns the name of an array in an npz file."""
     return "/".join(names)
 
 
@@ -155,9 +160,10 @@ def load(
 class Row:
     """Mean and sample standard deviation over images and seeds together.
 
-    - `r2_median`: the median, as R2 has no lower bound; None in results of before.
-    - `strengths`: the exact readout's ridge strength by seed; None for the authors' readout, and
-        where the files of a seed do not hold it.
+    Attributes:
+      r2_median: the median, as R2 has no lower bound; None in older results.
+      strengths: the exact readout's ridge strength by seed; None for the authors' readout, and if a
+        seed's file does not hold it.
     """
 
     encoder: str
@@ -196,11 +202,12 @@ class RingProfile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """What results.json holds.
+    """The contents of results.json.
 
-    - `chance_mae`: the error of the best constant, by target.
-    - `ridge_residual`: the largest relative residual of all ridge systems.
-    - `decisions`: what the study decided where the literature is silent or the code departs.
+    Attributes:
+      chance_mae: the error of the best constant, by target.
+      ridge_residual: the largest relative residual of all ridge systems.
+      decisions: what the study decided where the literature is silent or the code departs from it.
     """
 
     kind: str = "position"
@@ -220,7 +227,10 @@ class Results:
 
 
 def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[Row]:
-    """Pools scores over images and seeds, one row per setting, readout, target and data."""
+    """Pools scores over images and seeds.
+
+    There is one row per setting, readout, target and data.
+    """
     rows = []
     for point, group in _by_setting(measurements):
         for seeds in zip(*(measurement.scores for measurement in group)):
@@ -285,7 +295,7 @@ def ring_profiles(measurements: list[Measurement]) -> list[RingProfile]:
 
 
 def _by_setting(measurements: list[Measurement]) -> list[tuple[Point, list[Measurement]]]:
-    """Groups measurements that differ in their seed only, with the point of the first."""
+    """Groups measurements that differ only in their seed, with the point of the first."""
     groups: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
     for measurement in measurements:
         groups[measurement.point.encoder, measurement.point.padding].append(measurement)

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32
 
 TARGETS = ("H", "V", "G", "HS", "VS")
-# In sides of the map, fitted to the authors' Gaussian, which is then scaled to reach 0 and 1.
+# In units of the map's side, fitted to the authors' Gaussian, which is then scaled to span 0 to 1.
 _SIGMA = 126.8 / 256
-# Of the authors' stripes, from one side of the map to the other.
+# Periods of the authors' stripes from one side of the map to the other.
 _PERIODS = 2.5
 
 
@@ -22,14 +22,14 @@ def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
     - "G" is a Gaussian about the center.
     - "HS" has horizontal stripes (each row is constant), "VS" vertical ones.
 
-    Raises `ValueError` for an unknown name or a size below 2.
+    Raises `ValueError` if the name is unknown or the size is below 2.
     """
     if name not in TARGETS:
         raise ValueError(f"target={name!r} is not one of {', '.join(TARGETS)}")
     if size < 2:
         raise ValueError(f"size={size} is too small for a position map; expected at least 2")
 
-    # From a pixel's center to the image's center, in sides of the image.
+    # From the image's center to a pixel's center, in units of the image's side.
     offset = (np.arange(size) - (size - 1) / 2) / size
     if name == "G":
         square = offset**2

@@ -3,8 +3,8 @@
     python -m cnnjax.visualize levels --model squeezenet1_1 --weights FILE --photographs FOLDER
         --workdir runs/levels
 
-Computing is in `stages`, `gradients`, `class_maps`, `occluders`, `ascent`, `fields` and `borders`,
-drawing in `figures`, the commands in `commands`. Functions take and return arrays: `images` are
+`stages`, `gradients`, `class_maps`, `occluders`, `ascent`, `fields` and `borders` compute,
+`figures` draws, and `commands` holds the commands. Functions take and return arrays: `images` are
 [batch, height, width, channels] as the network takes them, `stage` is the name of a stage.
 """
 

@@ -15,7 +15,7 @@ from cnnjax.runtime import command
 
 @dataclasses.dataclass(frozen=True)
 class _Command:
-    """What a command's help says, and which options it has.
+    """A command's description for its help, and its options.
 
     `images` is its default number of photographs: 0 for all, None if it needs none.
     """
@@ -53,7 +53,7 @@ _COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     options = _parse(arguments)
     return command.run(lambda: _work(options))
 
@@ -273,7 +273,10 @@ def _look(subject):
 
 
 def _record(options):
-    """The configuration that the work directory keeps, with the fields it always had."""
+    """Returns the configuration that the work directory keeps.
+
+    It has the fields that it always had.
+    """
     unrecorded = ("debug", "workdir")
     config = {key: value for key, value in vars(options).items() if key not in unrecorded}
     if options.sampling is None:
@@ -285,7 +288,7 @@ def _record(options):
 
 
 def _plain(value):
-    """Arrays and NumPy's numbers as JSON has them."""
+    """Converts arrays and NumPy's numbers to what JSON holds."""
     import jax
     import numpy as np
 

@@ -32,8 +32,8 @@ _COLORS /= np.linalg.norm(_COLORS, axis=0).max()
 # Lucid's standard deviation of the first spectrum, and its Adam's learning rate.
 _START = 0.01
 _RATE = 0.05
-# Pixels. Below, waves that add up to a pixel become so few that the rate must grow (to 0.5 for a
-# filter of 3x3).
+# In pixels. In a smaller image so few waves add up to a pixel that the rate must grow (to 0.5 for a
+# 3x3 filter).
 _RATED = 32
 
 
@@ -60,19 +60,24 @@ def maximize(
 ) -> tuple[Float[np.ndarray, "units height width 3"], Float[np.ndarray, "2 units"]]:
     """Finds images that excite a unit of each channel by gradient ascent.
 
-    An image is painted in decorrelated frequencies and colors and climbed by Adam. It shows what
-    the unit sees, where that is not more than the publication's image.
+    An image is painted in decorrelated frequencies and colors and improved by Adam. It shows what
+    the unit sees, at most the size of the publication's image.
 
-    - `steps`: of gradient ascent.
-    - `jitter`: pixels by which the image is rolled at most, anew at each step; a quarter of the
-      stage's stride unless given.
-    - `total_variation`: price of an edge from black to white across the whole image, as a share of
-      the activation.
-    - `seed`: of the first image, which is noise.
-    - `moments`: mean and standard deviation that the network's images are normalized by.
+    Args:
+      model: the network.
+      variables: its variables.
+      stage: name of the stage.
+      channels: the channels whose units are excited.
+      steps: of gradient ascent.
+      jitter: the most pixels by which the image is rolled, anew at each step; a quarter of the
+        stage's stride unless given.
+      total_variation: price of an edge from black to white across the whole image, as a share of
+        the activation.
+      seed: of the first image, which is noise.
+      moments: mean and standard deviation that the network's images are normalized by.
 
     Returns the images, RGB in [0, 1], and the units' activations: for the noise, and for the
-    result. Raises `ValueError` for an unknown stage or channel, or a number out of range.
+    result. Raises `ValueError` if a stage or channel is unknown, or a number is out of range.
     """
     check_stage(model, stage, channels)
     if jitter is None:
@@ -111,7 +116,10 @@ def maximize(
 
 @functools.partial(jax.jit, static_argnames=("unit", "jitter"))
 def _climb(unit, variables, spectrum, *, channels, moments, keys, total_variation, jitter):
-    """Improves coefficients by ascent on their images' activations, less the price of edges."""
+    """Improves coefficients by gradient ascent.
+
+    The objective is the activations of their images, less the price of edges.
+    """
     shortest = min(unit.size)
     optimizer = optax.adam(_RATE * max(1, _RATED / shortest))
 
@@ -128,7 +136,7 @@ def _climb(unit, variables, spectrum, *, channels, moments, keys, total_variatio
     def step(state, key):
         spectrum, memory = state
         shift = jax.random.randint(key, (2,), -jitter, jitter + 1)
-        # The sign is turned behind the ReLUs, since their rule is about ascent.
+        # Negated only after the ReLUs, since their rule is about ascent.
         gradient = -jax.grad(worth)(spectrum, shift)
         updates, memory = optimizer.update(gradient, memory)
         return (optax.apply_updates(spectrum, updates), memory), None
@@ -139,7 +147,7 @@ def _climb(unit, variables, spectrum, *, channels, moments, keys, total_variatio
 
 @functools.partial(jax.jit, static_argnames=("unit", "rule"))
 def _activation(unit, variables, pixels, *, channels, moments, rule):
-    """The activation of each image's own channel, [batch]."""
+    """Returns the activation of each image's own channel, [batch]."""
     images = network_input(unit.model, 255 * pixels, moments)
     with relu_rule(rule):
         maps = stage_maps(unit.model, variables, images, unit.stage)
@@ -150,7 +158,9 @@ def _activation(unit, variables, pixels, *, channels, moments, rule):
 def _paint(spectrum, size):
     """Paints RGB in [0, 1], [batch, height, width, 3], as Lucid does it.
 
-    - `spectrum`: real and imaginary coefficients [2, batch, height, width // 2 + 1, channels].
+    Args:
+      spectrum: real and imaginary coefficients [2, batch, height, width // 2 + 1, channels].
+      size: the images' (height, width).
     """
     frequencies = np.maximum(_frequencies(size), 1 / max(size))
     scale = np.sqrt(size[0] * size[1]) / frequencies / 4
@@ -162,5 +172,5 @@ def _paint(spectrum, size):
 
 
 def _frequencies(size):
-    """The modulus of each coefficient's frequency, in cycles per pixel."""
+    """Returns the modulus of each coefficient's frequency, in cycles per pixel."""
     return np.hypot(np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None, :])

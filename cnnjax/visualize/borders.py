@@ -1,4 +1,4 @@
-"""How far padding reaches into a network's maps."""
+"""The reach of padding into a network's maps."""
 
 import numpy as np
 from jaxtyping import Float
@@ -15,14 +15,17 @@ def equivariance_error(
     images: Float[AnyArray, "batch height width channels"],
     stage: str,
 ) -> Float[np.ndarray, " distances"]:
-    """Compares a shifted image's features with the shifted features, by distance to the border.
+    """Compares a shifted image's features with the shifted features.
 
     The image is shifted by the stage's stride along both axes: two windows that much smaller are
     cut out of `images`, at two opposite corners, so that a feature lies one position further in the
-    other. The error is relative: the root of the squared differences over that of the squared
-    features, of all images, channels and positions at a distance, in positions; 0 is the border.
+    other.
 
-    Raises `ValueError` for an unknown stage and for images too small to compare.
+    Returns the relative error by distance to the border, in positions; 0 is the border. It is the
+    root of the squared differences over that of the squared features, of all images, channels and
+    positions at a distance.
+
+    Raises `ValueError` if the stage is unknown or the images are too small to compare.
     """
     step = receptive_field(model, stage).step
     late, early = (

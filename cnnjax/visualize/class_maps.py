@@ -1,4 +1,4 @@
-"""Grad-CAM: which positions of a stage speak for a class."""
+"""Grad-CAM: the positions of a stage that speak for a class."""
 
 import functools
 from collections.abc import Sequence
@@ -21,9 +21,14 @@ def grad_cam(
 ) -> Float[Array, "batch rows columns"]:
     """Weights a stage's maps by the mean gradients of the class's logit.
 
-    - `classes`: one for all images, or one for each.
+    Args:
+      model: the network.
+      variables: its variables.
+      images: as the network takes them.
+      classes: one for all images, or one for each.
+      stage: name of the stage.
 
-    Raises `ValueError` for an unknown stage or class.
+    Raises `ValueError` if the stage or a class is unknown.
 
     Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2.
     """

@@ -122,7 +122,10 @@ def top_patches(subject: Subject):
 
 
 def _strongest(subject, stage, channels, count):
-    """For each channel, the photographs that excite it most and the places of their units."""
+    """Finds, for each channel, the photographs that excite it most.
+
+    Each comes with the place of its strongest unit.
+    """
     found = []
     for batch in subject.batches():
         found.append(peaks(subject.model, subject.variables, subject.input(batch), stage))
@@ -144,7 +147,10 @@ def _strongest(subject, stage, channels, count):
 
 
 def _seen_and_signals(subject, units, rules):
-    """What a channel's strongest units see, then what each rule sends back, as RGB in [0, 1]."""
+    """Returns what a channel's strongest units see, then what each rule sends back.
+
+    All are RGB in [0, 1].
+    """
     stage = units["stage"]
     places = units["places"]
     field = receptive_field(subject.model, stage)
@@ -158,7 +164,7 @@ def _seen_and_signals(subject, units, rules):
 
 
 def _with_names(subject, rows):
-    """The rows with the photographs' names in place of their numbers."""
+    """Returns the rows with the photographs' names in place of their numbers."""
     named = []
     for row in rows:
         names = [subject.paths[i].name for i in row["photographs"]]
@@ -236,7 +242,7 @@ def _show_photograph(axis, image, title):
 def _probabilities(
     logits: Float[AnyArray, "*images classes"],
 ) -> Float[np.ndarray, "*images classes"]:
-    """Softmax over the last axis; one logit alone goes through a sigmoid."""
+    """Applies softmax over the last axis, or a sigmoid to a single logit."""
     if logits.shape[-1] == 1:
         return np.asarray(jax.nn.sigmoid(logits))
     return np.asarray(jax.nn.softmax(logits))
@@ -276,7 +282,7 @@ def _square(left, top, width, height, color):
 
 
 def equivariance(subject: Subject):
-    """Shows the error of shifted features by distance to the border, for every padding.
+    """Shows the error of shifted features by distance to the border, by padding.
 
     Raises `ValueError` if one padding is asked for.
     """
@@ -321,7 +327,10 @@ def equivariance(subject: Subject):
 
 
 def levels(subject: Subject):
-    """Shows low-, mid- and high-level features: three stages and what excites their channels."""
+    """Shows low-, mid- and high-level features.
+
+    They are three stages and what excites their channels.
+    """
     stages = subject.options.stages or spread(subject.stages, 3)
     if len(stages) > 3:
         raise ValueError(f"stages={', '.join(stages)} are more than three: low, mid and high level")

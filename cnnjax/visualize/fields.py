@@ -18,10 +18,10 @@ _IN_FIELD = 1 - 0.9545
 
 
 def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[slice, ...]]:
-    """Finds the least image at the heart of which a unit of a stage sees no border.
+    """Finds the least image whose central unit of a stage sees no border.
 
-    It is never larger than the publication's image, of which the unit then is the central one and
-    sees everything.
+    It is never larger than the publication's image; if that is the limit, the unit is the central
+    one and sees everything.
 
     Returns the image's (height, width), the unit's (row, column), and the slices of the image that
     the unit sees. Raises `ValueError` if there is no such stage.
@@ -53,10 +53,10 @@ def effective_receptive_field(
     stage: str,
     seed: int = 0,
 ) -> Float[np.ndarray, "height width"]:
-    """Measures how much each pixel moves the central unit of a stage, relative to the strongest.
+    """Measures how much each pixel moves the central unit of a stage.
 
-    It is the root mean square of the gradient over images, colors and the stage's channels, whose
-    signals go back together under random signs.
+    The measure is relative to the strongest pixel: the root mean square of the gradient over
+    images, colors and the stage's channels, whose signals go back together under random signs.
 
     Raises `ValueError` if there is no such stage.
 
@@ -78,8 +78,8 @@ def _central_gradients(model, variables, images, key, stage):
 
 
 def effective_size(field: Float[np.ndarray, "height width"]) -> float:
-    """Returns the side, in pixels, of a square as large as an effective receptive field.
+    """Returns the side, in pixels, of a square with an effective field's area.
 
-    The field has the pixels above 4.55 % of its largest.
+    The field has the pixels above 4.55 % of its largest value.
     """
     return float(np.sqrt((field > _IN_FIELD).sum()))

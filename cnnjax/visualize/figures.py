@@ -21,7 +21,7 @@ def grid(rows: int, columns: int, cell: float = 2.0):
 
 
 def set_title(axis, text: str, fontsize: float) -> None:
-    """Sets a title with the name of a file or a class, in which no character has a meaning.
+    """Sets a title as plain text, such as the name of a file or a class.
 
     matplotlib would read formulas between two dollar signs. It cannot draw the bytes of names that
     are not UTF-8, which become question marks.
@@ -35,7 +35,7 @@ def brighten(
 ) -> Float[np.ndarray, "n height width 3"]:
     """Shows signals of either sign as RGB in [0, 1] about gray.
 
-    Each is scaled by its strongest half percent.
+    Each signal is scaled by its strongest half percent.
     """
     strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
     colors = np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1)
@@ -43,7 +43,7 @@ def brighten(
 
 
 def mosaic(images: Shaped[np.ndarray, "n height width *colors"]) -> Shaped[np.ndarray, "..."]:
-    """Joins images to one, in a square of rows and columns with white lines between."""
+    """Joins images into one, in a square of rows and columns with white lines between."""
     zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     side = int(np.ceil(np.sqrt(len(images))))
@@ -63,7 +63,7 @@ def patches(
     field: Field,
     blank: float,
 ) -> Shaped[np.ndarray, "n _ _ *colors"]:
-    """Cuts out what the units at `places` see; `blank` is what lies outside the image."""
+    """Cuts out what the units at `places` see; `blank` fills the rest."""
     height, width = field.size()
     cut = []
     for image, place in zip(images, places):
@@ -79,11 +79,15 @@ def patches(
 
 
 def overlay(axis, image: np.ndarray, heat: np.ndarray, first, steps, **limits):
-    """Draws an image in gray under a map.
+    """Draws a map over an image in gray.
 
-    - `first`: row and column, in pixels, of the center of the map's first position.
-    - `steps`: pixels from one position to the next, down and to the right.
-    - `limits`: vmin and vmax of the colors.
+    Args:
+      axis: matplotlib's axes.
+      image: [height, width, colors], values of 0 to 255.
+      heat: the map.
+      first: row and column, in pixels, of the center of the map's first position.
+      steps: pixels from one position to the next, down and to the right.
+      limits: vmin and vmax of the colors.
     """
     axis.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
     top, left = (center - step / 2 for center, step in zip(first, steps))

@@ -1,4 +1,7 @@
-"""Signals back from a unit to the image: saliency, deconvolution, guided backpropagation."""
+"""Signals from a unit back to the image, under several rules for ReLUs.
+
+They are saliency, deconvolution and guided backpropagation.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -27,14 +30,19 @@ def saliency(
 ) -> Float[Array, "batch height width channels"]:
     """Sends a signal back from a channel's strongest unit to each image.
 
-    A max-pool sends the signal to where the maximum was (the deconvnet's switches). Whatever else
-    is not a ReLU passes it back as its derivative does, and so does a saturated ReLU6.
+    A max-pool sends the signal to where the maximum was (the deconvnet's switches). Everything else
+    that is not a ReLU passes it back as its derivative does, and so does a saturated ReLU6.
 
-    - `channel`: one for all images, or one for each.
-    - `rule`: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
+    Args:
+      model: the network.
+      variables: its variables.
+      images: as the network takes them.
+      stage: name of the stage.
+      channel: one for all images, or one for each.
+      rule: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
 
-    Raises `ValueError` for an unknown stage, channel or rule, and for a rule about ReLUs if there
-    are none.
+    Raises `ValueError` if the stage, a channel or the rule is unknown, or if the rule is about
+    ReLUs and there are none.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")

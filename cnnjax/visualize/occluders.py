@@ -1,4 +1,4 @@
-"""Occlusion: what a network answers with a part of the image hidden."""
+"""Occlusion: a network's answers with a part of the image hidden."""
 
 import functools
 
@@ -22,13 +22,17 @@ def occlusion(
     stride: int,
     value: float = 0.0,
 ) -> Float[np.ndarray, "rows columns {model.num_classes}"]:
-    """Computes the logits for an image with a square hidden, for each place of the square.
+    """Computes the logits for an image with a hidden square, for each of its places.
 
     The square [i, j] has its upper left corner at (i * stride, j * stride).
 
-    - `size`: side of the square in pixels.
-    - `stride`: pixels from one square to the next.
-    - `value`: what the square is filled with; 0 is the mean color of a normalized image.
+    Args:
+      model: the network.
+      variables: its variables.
+      image: as the network takes it, without the batch axis.
+      size: side of the square in pixels.
+      stride: pixels from one square to the next.
+      value: what the square is filled with; 0 is the mean color of a normalized image.
 
     Raises `ValueError` if the square does not fit into the image.
 

@@ -31,7 +31,7 @@ def stage_channels(model: Network) -> dict[str, int]:
 
 
 def check_stage(model: Network, stage: str, channels=()) -> None:
-    """Raises `ValueError` for an unknown stage or channel."""
+    """Raises `ValueError` if the stage or a channel is unknown."""
     known = stage_channels(model)
     if stage not in known:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_stage(model: Network, stage: str, channels=()) -> None:
 
 
 def receptive_field(model: Network, stage: str) -> inspect.Field:
-    """Finds what a position of a stage sees of the image at most.
+    """Finds the largest part of the image that a position of a stage sees.
 
     Raises `ValueError` if there is no such stage.
     """
@@ -56,12 +56,15 @@ def receptive_field(model: Network, stage: str) -> inspect.Field:
 
 
 def apply(model: Network, variables: dict, images, **options):
-    """Runs a network in evaluation mode; padding='random' draws the same noise each time."""
+    """Runs a network in evaluation mode.
+
+    padding='random' draws the same noise each time.
+    """
     return model.apply(variables, images, rngs={"padding": jax.random.key(0)}, **options)
 
 
 def stage_maps(model: Network, variables: dict, images, stage: str):
-    """The maps of one stage, for use inside compiled functions."""
+    """Computes the maps of one stage, for use inside compiled functions."""
     return apply(model, variables, images, method="stages", last=stage)[stage]
 
 
@@ -74,7 +77,7 @@ def first_filters(
 ) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
     """Returns the name and the kernels of the convolution that runs first.
 
-    Raises `ValueError` if the network has none.
+    Raises `ValueError` if the network has no convolution.
     """
     names = [layer.name for layer in inspect.layers(model) if layer.kind == "Conv"]
     if not names:
@@ -92,7 +95,10 @@ def activations(
     images: Float[AnyArray, "batch height width channels"],
     stage: str,
 ) -> Float[Array, "batch rows columns units"]:
-    """Computes the maps of a stage. Raises `ValueError` if there is no such stage."""
+    """Computes the maps of a stage.
+
+    Raises `ValueError` if there is no such stage.
+    """
     check_stage(model, stage)
     return _compiled_maps(model, variables, images, stage)
 
@@ -122,7 +128,10 @@ def network_input(
 
     A network of one channel gets the mean of the three.
 
-    - `moments`: mean and standard deviation; ImageNet's unless given.
+    Args:
+      model: the network.
+      images: RGB, [batch, height, width, 3].
+      moments: mean and standard deviation; ImageNet's unless given.
     """
     gray = model.input_shape[2] == 1
     if gray and len(moments[0]) == 1:

@@ -1,4 +1,4 @@
-"""What a command looks at: a network, its variables, its stages, photographs."""
+"""The subject of a command: a network, its variables and stages, and photographs."""
 
 import argparse
 import pathlib
@@ -38,7 +38,7 @@ def read_photographs(
 
 
 def spread(items: Sequence, count: int) -> list:
-    """Picks `count` of the items, evenly spread; all if there are no more."""
+    """Picks `count` of the items, evenly spread, or all if there are fewer."""
     places = np.linspace(0, len(items) - 1, min(count, len(items)))
     return [items[place] for place in np.unique(places.round().astype(int))]
 
@@ -83,11 +83,11 @@ class Subject:
         self.moments = (run.mean, run.std)
 
     def class_name(self, label: int) -> str:
-        """The name of a class where it is known, and its number."""
+        """Returns the name of a class if it is known, or else its number."""
         return self.classes[label] if self.classes else f"class {label}"
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Yields the photographs, uint8, some at a time."""
+        """Yields batches of the photographs, uint8."""
         with progress(len(self.paths), "photographs") as advance:
             for start in range(0, len(self.paths), _BATCH):
                 paths = self.paths[start : start + _BATCH]
@@ -103,7 +103,7 @@ class Subject:
         return network_input(self.model, jnp.asarray(images), self.moments)
 
     def channels(self, stage: str, count: int) -> list[int]:
-        """The channels asked for, or `count` evenly spread ones."""
+        """Returns the channels asked for, or `count` evenly spread ones."""
         return self.options.channels or spread(range(stage_channels(self.model)[stage]), count)
 
 

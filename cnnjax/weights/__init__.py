@@ -1,8 +1,9 @@
-"""Trained weights: torchvision's records, its names and its files, without PyTorch.
+"""Trained weights from torchvision's records and files, without PyTorch.
 
 Data flow one way: `records` says what is published, `download` finds or fetches a file, `files`
 reads its tensors (safetensors; .pth by `pth` and `unpickling`), `torchvision` turns them into a
-network's variables, `pretrained` does it all in one call, and `preprocessing` prepares photographs.
+network's variables, `pretrained` does all of this in one call, and `preprocessing` prepares
+photographs.
 
 `python -m cnnjax.weights` lists the published weights.
 """

@@ -49,7 +49,7 @@ def text() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.weights", description=__doc__)
     parser.add_argument("--format", default="text", choices=("text", "markdown"))
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""Where published weights come from: this machine's caches, the Hugging Face hub, torchvision.
+"""Finding published weights: in caches, on the Hugging Face hub, at torchvision.
 
 A file is looked for in this order:
 
 1. PyTorch's cache: `$TORCH_HOME/hub/checkpoints`, by default ~/.cache/torch/hub/checkpoints;
 2. the Hugging Face cache, if the hub carries the same numbers;
 3. the Hugging Face hub;
-4. torchvision's server, by https: the hash is checked, a download that was cut off is resumed, and
+4. torchvision's server, by https: the hash is checked, an interrupted download is resumed, and
    the file goes to PyTorch's cache.
 """
 
@@ -42,14 +42,15 @@ def checkpoints_folder() -> pathlib.Path:
 
 
 def fetch(name: str, tag: str = records.V1) -> str:
-    """Returns the path of a network's ImageNet weights, downloading them where necessary.
+    """Returns the path of a network's ImageNet weights, downloading them if necessary.
 
-    - `name`: the network, such as "resnet50".
-    - `tag`: "imagenet1k_v1", what `pretrained=True` means in torchvision, or "imagenet1k_v2".
+    Args:
+      name: the network, such as "resnet50".
+      tag: "imagenet1k_v1", what `pretrained=True` means in torchvision, or "imagenet1k_v2".
 
-    Raises `ValueError` if there are no such weights or what was downloaded is not the published
-    file, and `RuntimeError`, which says where to put which file, if they cannot be had. Reading a
-    file of a published name checks its hash (`read`).
+    Raises `ValueError` if there are no such weights or the download is not the published file, and
+    `RuntimeError`, which says where to put which file, if they cannot be obtained. Reading a file
+    with a published name checks its hash (`read`).
     """
     record = records.find(name, tag)
     cached = checkpoints_folder() / record.file
@@ -102,7 +103,10 @@ def _hub_endpoint() -> str | None:
 
 
 def _from_hub(repository: str) -> str:
-    """Returns the path of a file in the Hugging Face cache, downloading it. Raises `OSError`."""
+    """Returns the path of a file in the Hugging Face cache, downloading it if needed.
+
+    Raises `OSError` if that fails.
+    """
     import huggingface_hub
 
     try:
@@ -142,10 +146,10 @@ def _unreachable(urls: list[str]) -> dict[str, str]:
 
 
 def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
-    """Downloads a file whose SHA-256 begins with `sha256`; resumes what was cut off.
+    """Downloads a file whose SHA-256 begins with `sha256`, or resumes its download.
 
-    What has arrived is kept beside the file as FILE.partial, for this call and for later ones.
-    Of several processes one downloads and the others wait for it.
+    What has arrived is kept beside the file as FILE.partial, for this call and for later ones. One
+    of several processes downloads, and the others wait for it.
 
     Raises `OSError` if the server cannot be reached or stops answering, and `ValueError` if the
     file is not the expected one.
@@ -159,7 +163,7 @@ def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
         _LOG.info("downloading %s to %s", url, path.parent)
         reached = 0
         while not _receive(url, stream):
-            # A server that starts at the beginning each time may never get further.
+            # A server that starts over each time may never get further.
             if stream.tell() <= reached:
                 raise OSError(f"{url}: cut off again after {stream.tell() / 1e6:.1f} MB")
             reached = stream.tell()
@@ -175,7 +179,7 @@ def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
 
 
 def _receive(url: str, stream: BinaryIO) -> bool:
-    """Appends the rest of a file to what the stream holds; returns whether that is the whole file.
+    """Appends the rest of a file to the stream; returns whether the file is complete.
 
     Raises `OSError` if nothing at all arrives.
     """
@@ -188,8 +192,8 @@ def _receive(url: str, stream: BinaryIO) -> bool:
                 before = stream.seek(0)
             missing = response.length
             if missing is None:
-                # A chunked answer says where it ends, not how long it is. Of other answers without
-                # a length, the hash tells whether they are whole.
+                # A chunked answer says where it ends, not how long it is. For other answers
+                # without a length, the hash tells whether they are complete.
                 shutil.copyfileobj(response, stream)
             else:
                 with progress(math.ceil(missing / _CHUNK), "MiB") as advance:

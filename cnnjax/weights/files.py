@@ -1,6 +1,6 @@
 """Files of named tensors: safetensors, and the .pth files of PyTorch.
 
-The tensors' names become torchvision's, whatever wrapper or older version wrote the file.
+The tensors get torchvision's names, whatever wrapper or older version wrote the file.
 """
 
 import os
@@ -15,9 +15,9 @@ import safetensors.numpy
 from cnnjax.weights import pth, records
 
 _PTH_SUFFIXES = (".pth", ".pt")
-# What DataParallel and torch.compile put in front of every name, in the order of their use.
+# The prefixes that DataParallel and torch.compile add to every name, in the order of their use.
 _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
-# DenseNets of PyTorch 0.3 say `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
+# DenseNets: PyTorch 0.3 writes `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 # timm stores torchvision's VGG with a convolutional classifier of the same numbers.
 _TIMM_VGG = {
@@ -75,10 +75,10 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read(path: str | os.PathLike) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
-    Nothing in a file can run code. Understood are the prefixes of DataParallel and torch.compile,
-    checkpoints with the weights under `state_dict` or `model`, DenseNet's old names, and timm's
-    names of VGG. BatchNorm's counters are left out. A file with the name of a published one must
-    have its hash.
+    Nothing in a file can run code. The names may have the prefixes of DataParallel and
+    torch.compile, be DenseNet's old names or timm's names of VGG, and lie under `state_dict` or
+    `model` in a checkpoint. BatchNorm's counters are left out. A file with the name of a published
+    one must have its hash.
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
@@ -107,7 +107,10 @@ def read(path: str | os.PathLike) -> StateDict:
 
 
 def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Writes tensors as the file's suffix says; the file appears whole or not at all."""
+    """Writes tensors in the format of the file's suffix.
+
+    The file appears whole or not at all.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         if path.suffix in _PTH_SUFFIXES:

@@ -1,7 +1,7 @@
-"""What a photograph goes through before a network with published weights sees it.
+"""Preparing a photograph for a network with published weights.
 
-As torchvision's `ImageClassification` transform: the shorter side is resized with antialiasing, the
-center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
+As in torchvision's `ImageClassification` transform, the shorter side is resized with antialiasing,
+the center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
 """
 
 import os
@@ -40,7 +40,9 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
 def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> np.ndarray:
     """Prepares a photograph as the weights of `record` expect it.
 
-    - `image`: a file's path, or an image in memory.
+    Args:
+      image: a file's path, or an image in memory.
+      record: the weights' record.
 
     Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read, or an
     image has more than 8 bits a channel.

@@ -25,17 +25,20 @@ def load_pretrained(
     """Loads a network with ImageNet weights.
 
     The network is built as the weights need it: GoogLeNet and Inception v3 convert their input and
-    have no auxiliary heads (`Record.fields`). Its input is what `preprocess` gives.
+    have no auxiliary heads (`Record.fields`). Its input is the output of `preprocess`.
 
-    - `name`: the network, such as "resnet50"; `python -m cnnjax.weights` lists all.
-    - `tag`: "imagenet1k_v1", or "imagenet1k_v2" where there are newer weights.
-    - `num_classes`: gives the network a head of that many classes, drawn at random from `seed`.
-    - `padding`, `sampling`, `dtype`: fields of the network; none changes the weights, which stay
-        float32.
-    - `path`: a file to read the weights from, instead of looking for them (see `fetch`).
+    Args:
+      name: the network, such as "resnet50"; `python -m cnnjax.weights` lists all.
+      tag: "imagenet1k_v1", or "imagenet1k_v2" where there are newer weights.
+      num_classes: gives the network a head of that many classes, drawn at random from `seed`.
+      padding: field of the network; it does not change the weights.
+      sampling: likewise.
+      dtype: likewise; the weights stay float32.
+      path: a file to read the weights from, instead of looking for them (see `fetch`).
+      seed: of a new head.
 
-    Returns (model, variables). Raises `ValueError` for unknown weights or a file that does not fit,
-    and `RuntimeError` if the weights cannot be had.
+    Returns (model, variables). Raises `ValueError` if the weights are unknown or a file does not
+    fit, and `RuntimeError` if the weights cannot be obtained.
     """
     record = records.find(name, tag)
     model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **record.fields)

@@ -26,7 +26,7 @@ _STORAGE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def is_pth(path: pathlib.Path) -> bool:
-    """Whether a file begins as `torch.save` begins it."""
+    """Tells whether a file begins as `torch.save` begins it."""
     with path.open("rb") as stream:
         return stream.read(len(_LEGACY)).startswith((_ZIP, _LEGACY))
 
@@ -104,7 +104,10 @@ def _read_legacy(data: memoryview) -> tuple[Any, dict[str, memoryview]]:
 def _checked(
     contents: dict[str, memoryview], storages: dict[str, Storage]
 ) -> dict[str, memoryview]:
-    """Returns the storages' bytes. Raises `ValueError` unless all have the size they should."""
+    """Returns the storages' bytes.
+
+    Raises `ValueError` if a storage has another size than it should.
+    """
     for key, content in contents.items():
         wanted = storages[key].count * storages[key].dtype.itemsize
         if len(content) != wanted:
@@ -142,11 +145,11 @@ def _array(tensor: Tensor, content: memoryview) -> np.ndarray:
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the state dict of a .pth file; nothing in the file can run code.
 
-    The arrays are read-only views of the mapped file: numbers are read when they are used, and the
-    memory taken is bounded by the file's size. Zip and legacy formats are read, a state dict alone
-    or under `state_dict`, `model_state_dict` or `model`.
+    The arrays are read-only views of the mapped file: numbers are read on use, and the file's size
+    bounds the memory. The formats are zip and legacy, with a state dict alone or under
+    `state_dict`, `model_state_dict` or `model`.
 
-    Raises `ValueError` for anything else.
+    Raises `ValueError` if the file holds anything else.
     """
     # Mapped rather than read: a converted copy of each tensor is made anyway, and pages of a mapped
     # file are given back when memory is short.
@@ -227,7 +230,7 @@ def _pickled_versions(keys: list[str]) -> bytes:
 
 
 def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Writes a state dict in the zip format of `torch.save`, with the modules' versions."""
+    """Writes a state dict in the zip format of `torch.save`, with module versions."""
     arrays = {str(index): array for index, array in enumerate(tensors.values())}
     pickled = {
         name: _pickled_tensor(key, array) for name, (key, array) in zip(tensors, arrays.items())

@@ -1,4 +1,4 @@
-"""The ImageNet weights that torchvision publishes: files, accuracies and preprocessing."""
+"""torchvision's published ImageNet weights: files, accuracies, preprocessing."""
 
 import dataclasses
 import difflib
@@ -16,13 +16,20 @@ TAGS = (V1, V2)
 class Record:
     """One set of weights and how it was published.
 
-    - `file`: name on torchvision's server; what follows its last dash begins the SHA-256.
-    - `top1`, `top5`: accuracies in percent on ImageNet's validation set, as torchvision states.
-    - `resize`, `crop`: pixels of the shorter side, and of the square cut from the center.
-    - `mean`, `std`: per channel, of pixels between 0 and 1.
-    - `hub`: repository on the Hugging Face hub with the same numbers, if there is one.
-    - `transform_input`: whether the network was trained on pixels normalized by 0.5 and 0.5, so
-      that it converts its input (a field of GoogLeNet and Inception v3).
+    Attributes:
+      network: name of the network.
+      tag: one of `TAGS`.
+      file: name on torchvision's server; what follows its last dash begins the SHA-256.
+      top1: top-1 accuracy in percent on ImageNet's validation set, as torchvision states it.
+      top5: top-5 accuracy, likewise.
+      resize: pixels of the shorter side.
+      crop: pixels of the square cut from the center.
+      interpolation: name of Pillow's filter for resizing.
+      mean: per channel, of pixels between 0 and 1.
+      std: likewise.
+      hub: repository on the Hugging Face hub with the same numbers, if there is one.
+      transform_input: whether the network was trained on pixels normalized by 0.5 and 0.5, so that
+        it converts its input (a field of GoogLeNet and Inception v3).
     """
 
     network: str
@@ -44,14 +51,14 @@ class Record:
 
     @property
     def sha256(self) -> str:
-        """The first digits of the file's SHA-256."""
+        """Returns the first digits of the file's SHA-256."""
         return self.file.removesuffix(".pth").rpartition("-")[2]
 
     @property
     def fields(self) -> dict[str, bool]:
-        """Fields that a network needs to use these weights.
+        """Returns the fields that a network needs to use these weights.
 
-        Those that convert their input also have auxiliary heads in the file, which only training
+        Networks that convert their input also have auxiliary heads in the file, which only training
         uses, and which torchvision never trained for GoogLeNet.
         """
         return {"transform_input": True, "aux_logits": False} if self.transform_input else {}
@@ -112,7 +119,7 @@ _V2 = {
     "resnext50_32x4d": ("resnext50_32x4d-1a0047aa", 81.198, 95.340),
     "wide_resnet50_2": ("wide_resnet50_2-9ba9bcbe", 81.602, 95.758),
 }
-# V1 weights that were trained by torchvision's newer recipe, as all of V2.
+# V1 weights that were trained by torchvision's newer recipe, like all of V2.
 _RESIZED_TO_232 = ("mnasnet0_75", "mnasnet1_3", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0")
 # timm carries torchvision's own numbers of these families as NAME.tv_in1k and NAME.tv2_in1k. Its
 # MobileNetV2 and MNASNet are other weights.
@@ -155,7 +162,7 @@ def list_weights() -> list[Record]:
 def find(network: str, tag: str = V1) -> Record:
     """Returns the record of a network's weights.
 
-    Raises `ValueError`, saying what there is, for an unknown network or tag.
+    Raises `ValueError` if the network or tag is unknown, naming the known ones.
     """
     if network not in _V1:
         near = difflib.get_close_matches(network, _V1, n=3)
@@ -168,13 +175,13 @@ def find(network: str, tag: str = V1) -> Record:
 
 
 def of_file(path: str | os.PathLike) -> Record | None:
-    """Returns the record of the file of this name; None if torchvision publishes no such file."""
+    """Returns the record of the file of this name; None if there is none."""
     name = pathlib.Path(path).name
     return next((record for record in list_weights() if record.file == name), None)
 
 
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
-    """Raises `ValueError` unless the file's SHA-256 begins with `prefix`."""
+    """Raises `ValueError` if the file's SHA-256 does not begin with `prefix`."""
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if not found.startswith(prefix):
@@ -187,7 +194,7 @@ def check_sha256(path: pathlib.Path, prefix: str) -> None:
 def fields_for(network: str, source: str | os.PathLike) -> dict[str, bool]:
     """Returns the fields that a network needs for weights from `source`.
 
-    `source` is "imagenet", or a file; of a file torchvision's published name is recognized.
+    `source` is "imagenet" or a file; a file is recognized by torchvision's published name.
     """
     record = find(network) if source == "imagenet" else of_file(source)
     return record.fields if record and record.network == network else {}

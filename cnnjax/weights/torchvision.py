@@ -1,9 +1,9 @@
-"""Variables as torchvision's state dict: one mechanical, checked mapping for every network.
+"""Variables as torchvision's state dict: one mapping for every network.
 
-A model's parameter tree *is* torchvision's state dict with other leaf names and axes. The path
-joined with dots is the key; `kernel` and `scale` are called weight, `mean` and `var` running_mean
-and running_var, and other leaves keep their names. Kernels [height, width, in, out] are stored as
-[out, in, height, width], dense kernels transposed.
+A model's parameter tree *is* torchvision's state dict with other leaf names and axes. The mapping
+is mechanical and checked: the path joined with dots is the key; `kernel` and `scale` are called
+weight, `mean` and `var` running_mean and running_var, and other leaves keep their names. Kernels
+[height, width, in, out] are stored as [out, in, height, width], dense kernels transposed.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def _torchvision_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _to_torchvision(array: np.ndarray) -> np.ndarray:
-    # `ascontiguousarray` would make a vector of a scalar.
+    # `ascontiguousarray` would turn a scalar into a vector.
     return np.asarray(array.transpose(_axes(array.ndim)), order="C")
 
 
@@ -74,7 +74,7 @@ def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor of shape `found` can fill a parameter of torchvision's shape `wanted`.
+    """Tells whether a tensor of shape `found` can fill torchvision's shape `wanted`.
 
     A convolution over the whole map fills the dense layer of the same numbers, as timm stores VGG.
     """
@@ -84,11 +84,11 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def variable_shapes(model: Network) -> dict:
-    """Returns the shapes of a model's variables at its own image size; nothing is computed.
+    """Returns the shapes of a model's variables at its own image size.
 
-    Only the padding policies `none` and `full` change shapes, and only those of a dense layer on a
-    flattened map (LeNet's). Deep networks have no pixel left at their own image size under `none`;
-    their parameters do not depend on the padding.
+    Nothing is computed. Only the padding policies `none` and `full` change shapes, and only those
+    of a dense layer on a flattened map (LeNet's). Deep networks have no pixel left at their own
+    image size under `none`; their parameters do not depend on the padding.
     """
     # A copy, since callers may change their own.
     return jax.tree.map(lambda leaf: leaf, _variable_shapes(model))
@@ -125,7 +125,7 @@ def _check_missing(missing: Sequence[str], keys: dict[str, Path]) -> None:
 
 
 def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> list[str]:
-    """Lists what is absent, foreign or of another shape, by the file's own key names."""
+    """Lists absent, foreign and misshapen tensors by the file's own names."""
     problems = []
     for key, shape in wanted.items():
         if key not in tensors:
@@ -142,7 +142,7 @@ def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> li
 
 
 def _advice(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> str:
-    """Says what to do about a file that does not fit."""
+    """Returns advice about a file that does not fit."""
     if tensors and wanted and not set(tensors) & set(wanted):
         example = tensors.names[min(tensors)]
         return (
@@ -153,7 +153,7 @@ def _advice(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> str
 
 
 def _check_values(key: str, value: np.ndarray) -> None:
-    """Raises `ValueError` for values that no trained network has."""
+    """Raises `ValueError` if a trained network cannot have such values."""
     if not value.size:
         return
     least = value.min()  # NaN if any value is
@@ -167,16 +167,18 @@ def _check_values(key: str, value: np.ndarray) -> None:
 
 
 def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
-    """Reads a safetensors or .pth file with torchvision's names into a model's variables.
+    """Reads a file with torchvision's names into a model's variables.
 
-    Every tensor must be used, every parameter filled, every shape right and every value finite.
-    Auxiliary heads of a file are passed over where the model is built with `aux_logits=False`.
-    Under the padding policies `none` and `full` a file saved under `zeros` is taken as well: its
-    dense layers then keep the shapes of the file.
+    The file is safetensors or .pth. Every tensor must be used, every parameter filled, every shape
+    right and every value finite. Auxiliary heads in the file are ignored if the model is built with
+    `aux_logits=False`. Under the padding policies `none` and `full`, a file saved under `zeros` is
+    accepted as well: its dense layers then keep the shapes of the file.
 
-    - `path`: the file; `~` is expanded. See `read` for the names that are understood.
-    - `missing`: top-level modules, such as ("layer4", "fc"), that the file is known not to hold;
-      the result lacks them.
+    Args:
+      path: the file; `~` is expanded. See `read` for the names that are understood.
+      model: the network.
+      missing: top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the
+        result lacks them.
 
     Returns {"params": ..., "batch_stats": ...}, float32 host arrays.
 
@@ -207,9 +209,9 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
 def _fitting_shapes(
     tensors: files.StateDict, model: Network, missing: Sequence[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Maps the keys that are read to torchvision's shapes.
+    """Maps the keys to read to torchvision's shapes.
 
-    Raises `ValueError` with all that does not fit.
+    Raises `ValueError` if the file does not fit, naming all that does not fit.
     """
     wanted = _wanted(variable_shapes(model), missing)
     problems = _misfits(tensors, wanted)

@@ -1,8 +1,8 @@
 """A pickle's state dict, read without running the pickle.
 
 A pickle is a program: it may name any function and have it called. So Python's `pickle` is not
-used. `Interpreter` knows the few opcodes and the few names that a state dict is made of and refuses
-everything else; no name is looked up, and nothing in the file is called.
+used. `Interpreter` knows the few opcodes and names that occur in state dicts and refuses everything
+else; no name is looked up, and nothing in the file is called.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 # A state dict takes about 200 bytes of pickle per tensor. The limit bounds the memory of small
-# objects, which is many times the bytes that ask for them.
+# objects, which take many times the bytes that describe them.
 _MOST_PICKLE_BYTES = 4 << 20
 _MOST_NAME_BYTES = 200
 _MOST_DIMENSIONS = 16
@@ -82,7 +82,10 @@ def _are_counts(values: Any) -> bool:
 
 
 def _rebuild_tensor(storage=None, offset=None, shape=None, strides=None, *rest) -> Tensor:
-    """Makes a tensor. Raises `ValueError` unless it lies inside its storage."""
+    """Makes a tensor.
+
+    Raises `ValueError` if it does not lie inside its storage.
+    """
     if not (isinstance(storage, Storage) and _is_count(offset)):
         raise ValueError("a tensor has no storage or no offset")
     if not (_are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)):
@@ -96,7 +99,7 @@ def _rebuild_tensor(storage=None, offset=None, shape=None, strides=None, *rest) 
         last += (length - 1) * stride
     if size and last >= storage.count:
         raise ValueError(f"a tensor reaches beyond the {storage.count} numbers of its storage")
-    # A stride of 0 repeats numbers: what is repeated without end would fill the memory.
+    # A stride of 0 repeats numbers; without a limit, the repetitions would fill the memory.
     if size > max(storage.count, 2**16):
         raise ValueError(f"a tensor repeats {storage.count} numbers as {size}")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
@@ -109,7 +112,7 @@ def _rebuild_parameter(tensor=None, *rest) -> Tensor:
 
 
 def _ordered_dict(pairs=(), *rest) -> dict:
-    """Makes a dictionary, of the pairs that Python 2 wrote as an OrderedDict's argument."""
+    """Makes a dictionary from the pairs that Python 2 passed to OrderedDict."""
     made: dict = {}
     if not isinstance(pairs, (list, tuple)):
         raise ValueError("an OrderedDict is not made of pairs")
@@ -139,14 +142,17 @@ _NAMES = {*_FUNCTIONS, *DTYPES, *_CONSTANTS}
 
 
 def _checked_key(key: Any) -> str | int:
-    """Returns a dictionary's key: text or a small number, since hashing others can take forever."""
+    """Returns a dictionary's key, which is text or a small number.
+
+    Hashing other keys can take forever. Raises `ValueError` if the key is another.
+    """
     if isinstance(key, str) or (_is_count(key) and key < _MOST_KEY):
         return key
     raise ValueError(f"a dictionary has a key of type {type(key).__name__}")
 
 
 def _storage(identity: Any) -> Storage:
-    """Makes a storage of ('storage', type, key, device, count[, view])."""
+    """Makes a storage from ('storage', type, key, device, count[, view])."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         raise ValueError("the pickle refers to something that is not a storage")
     _, kind, key, _, count, *view = identity
@@ -175,7 +181,7 @@ class Interpreter:
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
-        """Runs the pickle and returns its value; `at` is then the position behind it."""
+        """Runs the pickle and returns its value; `at` is then the position after it."""
         while True:
             opcode = self._bytes(1)
             if opcode == b".":

@@ -1,4 +1,4 @@
-"""Barriers that keep XLA from computing a value more than once, or from merging two operations."""
+"""Barriers that keep XLA from recomputing a value or merging two operations."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,14 @@ from cnnjax.runtime.types import AnyArray
 
 @jax.jit
 def materialize(x: AnyArray) -> AnyArray:
-    """Returns `x`, computed once and not again in every operation that reads it.
+    """Returns `x`, computed once instead of again in every operation that reads it.
 
     The plain form is `x` itself. XLA's CPU backend fuses cheap operations into each of their
-    readers: it computed BatchNorm's gradient nine times for the kernel of a depthwise
-    convolution, and `lax.optimization_barrier` is gone before operations are fused. Only a
-    conditional stops it. Around output gradients of convolutions and BatchNorm and around inputs
-    of convolutions, it made training steps of MobileNetV2 1.6 times faster, of ResNet-18 1.3.
+    readers: it computed BatchNorm's gradient nine times for the kernel of a depthwise convolution.
+    `lax.optimization_barrier` does not help, as it is removed before operations are fused; only a
+    conditional stops the fusion. Around output gradients of convolutions and BatchNorm and around
+    inputs of convolutions, it made training steps of MobileNetV2 1.6 times faster, of ResNet-18
+    1.3.
     """
     if not x.size:
         return x
@@ -27,9 +28,9 @@ def materialize(x: AnyArray) -> AnyArray:
 def materialize_gradient(x: AnyArray) -> AnyArray:
     """Returns `x`, whose cotangent is computed only once.
 
-    For a map with several readers, whose cotangents are added. In a DenseNet block, XLA fused the
-    sums of all layers into one operation and recomputed each layer's BatchNorm gradient in every
-    sum.
+    Use it for a map with several readers, whose cotangents are added. In a DenseNet block, XLA
+    fused the sums of all layers into one operation and recomputed each layer's BatchNorm gradient
+    in every sum.
     """
     transpose = lambda residuals, dy: (materialize(dy),)
     return linear_call(lambda residuals, x: x, transpose, (), x, like=x)

@@ -1,9 +1,9 @@
-"""Ungrouped convolution as XLA's CPU backend runs it fast.
+"""Ungrouped convolution in the form that XLA's CPU backend runs fast.
 
-The backend is fast only where a convolution is written NHWC x HWIO -> NHWC, ungrouped and without
+The backend is fast only if a convolution is written NHWC x HWIO -> NHWC, ungrouped and without
 input dilation, and it rewrites other forms into that one only outside loops. The two gradients
-that JAX derives are of other forms: a training step inside `lax.scan` ran on a naive loop nest,
-27 times slower. So both gradients are stated here in the fast form.
+that JAX derives have other forms: a training step inside `lax.scan` ran on a naive loop nest,
+27 times slower. So this module states both gradients in the fast form.
 """
 
 import functools
@@ -37,12 +37,12 @@ def convolve(x: AnyArray, kernel: AnyArray, window: Window) -> jax.Array:
 def with_gradients(
     forward: Callable, input_gradient: Callable, kernel_gradient: Callable
 ) -> Callable:
-    """Makes a convolution of two gradients that are stated beside it.
+    """Builds a convolution from a forward function and its two gradients.
 
-    Arguments:
-    - `forward`: `forward(x, kernel, window)` convolves; it is its own tangent.
-    - `input_gradient`: `input_gradient(x_shape, kernel, window, dy)` returns the image's gradient.
-    - `kernel_gradient`: `kernel_gradient(x, kernel_shape, window, dy)` returns the kernel's.
+    Args:
+      forward: `forward(x, kernel, window)` convolves; it is its own tangent.
+      input_gradient: `input_gradient(x_shape, kernel, window, dy)` returns the image's gradient.
+      kernel_gradient: `kernel_gradient(x, kernel_shape, window, dy)` returns the kernel's.
 
     Returns a function of an image, a kernel and a window, which is traced once for each shape.
     """
@@ -81,7 +81,7 @@ def with_gradients(
 
 
 def packed_outputs(x: AnyArray, kernel: AnyArray, window: Window) -> int:
-    """Returns how many neighboring outputs of a row are computed together, as if channels."""
+    """Returns how many neighboring outputs of a row are packed as channels."""
     many_channels = kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT
     if many_channels or window.stride != (1, 1) or window.dilation != (1, 1):
         return 1
@@ -93,10 +93,10 @@ def packed_outputs(x: AnyArray, kernel: AnyArray, window: Window) -> int:
 def _forward(x, kernel, window):
     """Convolves; with few channels, by space-to-width packing of the output.
 
-    The plain form is one convolution. With up to 3 channels in or 16 out, the matrix product
-    inside it has few columns, and each value is gathered anew for every output. A wider kernel
-    with a stride computes two or four neighbors of a row as if they were channels: 1.1 to 1.3
-    times faster with 64 outputs, 5 times with 6.
+    The plain form is one convolution. With up to 3 channels in or 16 out, the matrix product inside
+    it has few columns, and each value is gathered anew for every output. A wider kernel with a
+    stride computes two or four neighbors of a row as if they were channels: 1.1 to 1.3 times faster
+    with 64 outputs, 5 times with 6.
     """
     count = packed_outputs(x, kernel, window)
     if count == 1:
@@ -129,16 +129,17 @@ def _plain(x, kernel, window):
 def _exchanges_operands(x, kernel_size) -> bool:
     """Tells whether XLA would exchange image and kernel, which leaves the fast form.
 
-    It does so where the kernel is larger than the map, after it has moved zero padding into the
-    convolution: of 512 channels, 3x3 on 2x2, the gradient took 616 to 641 ms in place of 5 to 9.
+    It does so if the kernel is larger than the map, after it has moved zero padding into the
+    convolution: with 512 channels, 3x3 on 2x2, the gradient took 616 to 641 ms instead of 5 to 9.
     """
     return math.prod(kernel_size) > math.prod(x.shape[1:3])
 
 
 def keep_padding_apart(x: AnyArray, padded: AnyArray, kernel_size: tuple) -> AnyArray:
-    """Keeps XLA from moving the border of `padded` into a convolution that it would exchange.
+    """Keeps XLA from moving padding into the convolution after it.
 
-    The plain form is `padded`. An optimization barrier keeps the two operations apart.
+    XLA would then exchange the convolution's operands. The plain form is `padded`. An optimization
+    barrier keeps the two operations apart.
     """
     return lax.optimization_barrier(padded) if _exchanges_operands(x, kernel_size) else padded
 
@@ -168,12 +169,12 @@ def spread_cotangent(x_shape: tuple, kernel_shape: tuple, window: Window, dy: An
 
 
 def _flip(kernel):
-    """Turns a kernel about its center and exchanges its inputs and outputs."""
+    """Rotates a kernel by 180 degrees and exchanges its inputs and outputs."""
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
 def input_gradient(x_shape: tuple, kernel: AnyArray, window: Window, dy: AnyArray) -> jax.Array:
-    """Convolves the output's gradient, spread out by the stride, with the flipped kernel."""
+    """Convolves the dilated gradient of the output with the flipped kernel."""
     if window.stride != (1, 1) and window.dilation == (1, 1):
         return gradient_by_planes(x_shape, kernel, window, dy, _correlate_padded)
     spread = spread_cotangent(x_shape, kernel.shape, window, dy)
@@ -188,11 +189,12 @@ def _correlate_padded(dy, taps, widths):
 def gradient_by_planes(
     x_shape: tuple, kernel: AnyArray, window: Window, dy: AnyArray, correlate: Callable
 ) -> jax.Array:
-    """Computes the gradient plane by plane: sub-pixel decomposition of a transposed convolution.
+    """Computes the input's gradient plane by plane.
 
-    The plain form spreads the output's gradient by the stride, and most of what it multiplies
-    are zeros. Here every stride-th row and column of the result is a convolution of its own with
-    the kernel's taps that meet it: 0.9 to 2.4 times faster.
+    This is the sub-pixel decomposition of a transposed convolution. The plain form dilates the
+    output's gradient by the stride, so that most of its factors are zeros. Here every stride-th row
+    and column of the result is a convolution of its own with the kernel's taps that meet it: 0.9 to
+    2.4 times faster.
 
     `correlate(dy, taps, widths)` pads rows and columns by (low, high), which may be negative, and
     convolves with the taps, which are not flipped yet.
@@ -228,7 +230,7 @@ def gradient_by_planes(
 def kernel_gradient(
     x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArray, large: int = LARGE
 ) -> jax.Array:
-    """Correlates the input with the output's gradient in the form that is fastest for the shape.
+    """Correlates the input with the output's gradient in the form fastest for a shape.
 
     `large` is the number of elements from which a map is transposed in two steps.
     """
@@ -245,8 +247,8 @@ def kernel_gradient(
 def _kernel_gradient_by_rows(x, kernel_shape, window, dy):
     """Takes a matrix product for each row of the kernel (im2col of a row).
 
-    The plain form is a convolution in which the output's gradient is a dilated kernel; here
-    neither side is transposed. 1x1: 1.2 to 5 times faster; strided, up to 3 rows: 0.9 to 1.7.
+    The plain form is a convolution in which the output's gradient is a dilated kernel; here neither
+    side is transposed. 1x1: 1.2 to 5 times faster; strided, up to 3 rows: 0.9 to 1.7.
     """
     views = list(taps(x, kernel_shape[:2], window, dy.shape[1:3]))
     positions = math.prod(dy.shape[:3])
@@ -276,8 +278,8 @@ def _sum_outer_products(left, right):
 def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     """Takes one matrix product of the patches (im2col), which are transposed.
 
-    The plain form transposes the output's gradient, which is by far the larger side where the
-    kernel sees few values: 1.2 to 1.8 times faster.
+    The plain form transposes the output's gradient, by far the larger side if the kernel sees few
+    values: 1.2 to 1.8 times faster.
     """
     patches = jnp.concatenate(list(taps(x, kernel_shape[:2], window, dy.shape[1:3])), axis=3)
     positions = math.prod(dy.shape[:3])
@@ -286,9 +288,10 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
 
 
 def _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large):
-    """Convolves with batch and channels exchanged: the batch, which is summed, becomes channels.
+    """Convolves with batch and channels exchanged.
 
-    The plain form is the same convolution by dimension numbers, which leaves the fast form.
+    The batch, over which the gradient sums, takes the place of channels. The plain form is the same
+    convolution by dimension numbers, which leaves the fast form.
     """
     widths = []
     for axis in (0, 1):
@@ -313,17 +316,20 @@ def _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large):
 
 
 def is_below(size, bound: int) -> bool:
-    """Compares a size; a symbolic one, as in `jax.export`, counts as below the bound."""
+    """Compares a size with a bound.
+
+    A symbolic size, as in `jax.export`, counts as below the bound.
+    """
     return not isinstance(size, int) or size < bound
 
 
 def batch_last(x: AnyArray) -> jax.Array:
-    """Transposes [batch, height, width, channels] to [channels, height, width, batch] in two steps.
+    """Transposes NHWC maps to [channels, height, width, batch] in two steps.
 
     The plain form is `x.transpose(3, 1, 2, 0)`. A plain matrix transposition first, which reads
     memory in order, makes the kernel gradient of a map too large for the caches 1.1 to 1.4 times
-    faster, and that of a smaller one up to 1.4 times slower. An optimization barrier keeps XLA
-    from joining the two steps.
+    faster, and that of a smaller one up to 1.4 times slower. An optimization barrier keeps XLA from
+    joining the two steps.
     """
     batch, *rest = x.shape
     rows = lax.optimization_barrier(x.reshape(batch, math.prod(rest)).T)
@@ -333,7 +339,7 @@ def batch_last(x: AnyArray) -> jax.Array:
 def taps(
     x: AnyArray, kernel_size: tuple, window: Window, size: tuple[int, int]
 ) -> Iterator[AnyArray]:
-    """Yields what each tap of a kernel reads, row by row, as strided views of the padded map.
+    """Yields a strided view of the padded map for each tap of a kernel, row by row.
 
     `size` is the output's (height, width), and so that of each view.
     """

@@ -32,14 +32,14 @@ def linear_call(
 ) -> jax.Array:
     """Calls a function that is linear in its arguments, with its transpose given.
 
-    Arguments:
-    - `function`: `function(residuals, *arguments)` returns an array. It is given `None` for an
+    Args:
+      function: `function(residuals, *arguments)` returns an array. It receives `None` for an
         argument that is a symbolic zero.
-    - `transpose`: `transpose(residuals, cotangent)` returns a tuple of the arguments' cotangents.
-    - `residuals`: arrays in which the function need not be linear.
-    - `arguments`: arrays, or symbolic zeros as `jax.custom_jvp` gives them.
-    - `like`: an array of the result's shape and type, if there is one. Otherwise the function is
-        traced once more for them.
+      transpose: `transpose(residuals, cotangent)` returns a tuple of the arguments' cotangents.
+      residuals: arrays in which the function need not be linear.
+      arguments: arrays, or symbolic zeros as `jax.custom_jvp` gives them.
+      like: an array of the result's shape and type, if there is one. Otherwise the function is
+        traced once more to find them.
     """
     given = tuple(not isinstance(argument, SymbolicZero) for argument in arguments)
 
@@ -65,9 +65,10 @@ def linear_call(
 
 
 def vary_alike(*arrays: AnyArray) -> tuple[AnyArray, ...]:
-    """Makes arrays vary over the same mesh axes, as the operations inside `jax.shard_map` need.
+    """Makes arrays vary over the same mesh axes.
 
-    Operations of JAX do this by themselves. Outside `shard_map` it changes nothing.
+    Operations inside `jax.shard_map` need this; JAX's own do it by themselves. Outside `shard_map`
+    it changes nothing.
     """
     varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
     union = frozenset().union(*varying)
@@ -93,7 +94,10 @@ def _abstract_value(*avals, result, **parameters):
 
 
 def _tangent(primals, tangents, **parameters):
-    """Differentiates in the arguments, where the function is its own tangent, and in residuals."""
+    """Differentiates in the arguments and in the residuals.
+
+    In the arguments, the function is its own tangent.
+    """
     count = parameters["residual_count"]
     zero = [isinstance(tangent, ad.Zero) for tangent in tangents]
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
@@ -120,9 +124,12 @@ def _transpose(cotangent, *operands, transpose, residual_count, **_):
 
 
 def _batch(axis, operands, dimensions, **parameters):
-    """Maps both directions over the batch; a broadcast sums cotangents of unbatched arguments."""
+    """Maps the function and its transpose over the batch.
+
+    Unbatched arguments are broadcast, and so their cotangents are summed.
+    """
     if all(dimension is None for dimension in dimensions):
-        # JAX asks for this case, too. `jax.hessian` needs results without a batch to stay so.
+        # JAX calls this rule without a batch, too; `jax.hessian` needs unbatched results then.
         return _linear_call.bind(*operands, **parameters), None
     residual_count = parameters["residual_count"]
     residuals = operands[:residual_count]

@@ -17,7 +17,10 @@ Widths = tuple[tuple[int, int], ...]
 
 
 def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
-    """Sums each window as a sum of shifted views; the plain form is `lax.reduce_window`."""
+    """Sums each window as a sum of shifted views.
+
+    The plain form is `lax.reduce_window`.
+    """
     return functools.reduce(operator.add, _views(x, size, stride))
 
 
@@ -27,11 +30,11 @@ def max_windows(
 ) -> jax.Array:
     """Takes the maximum of each window as a maximum of shifted views.
 
-    `widths` is the border of each axis, (low, high), which never wins.
+    `widths` is the border of each axis, (low, high); it never wins.
 
     The plain form is `lax.reduce_window`, whose gradient, select-and-scatter, is 3 to 80 times
-    slower on the CPU. This gradient is the same bit for bit: the first maximum of a window, row
-    by row, has all of it.
+    slower on the CPU. This gradient is the same bit for bit: a window's whole gradient goes to its
+    first maximum, row by row.
     """
     return functools.reduce(jnp.maximum, _views(pad_constant(x, widths, -np.inf), size, stride))
 
@@ -76,8 +79,8 @@ def _views(x, size, stride):
 def _first_maxima(x, size, stride):
     """Returns the tap of each window's first maximum, row by row, int32.
 
-    A comparison with the maximum itself would be a pass less, but XLA may compute `x` twice and
-    round it differently, and then no tap would be equal.
+    Comparing with the maximum itself would save a pass, but XLA may compute `x` twice and round it
+    differently, and then no tap would be equal.
     """
     largest, *views = _views(x, size, stride)
     first = jnp.zeros(largest.shape, jnp.int32)
@@ -97,10 +100,12 @@ def _scatter(first, dy, shape, size, stride):
     blocks of the stride's size, so that one window begins in each block, and those that cover a
     block begin in it or in one of the blocks before it.
 
-    Arguments:
-    - `first`: as `_first_maxima`.
-    - `dy`: the cotangents [batch, windows down, windows across, channels].
-    - `shape`: of the map.
+    Args:
+      first: the taps that `_first_maxima` returns.
+      dy: the cotangents [batch, windows down, windows across, channels].
+      shape: the map's shape.
+      size: a window's (height, width).
+      stride: a (height, width) pair.
     """
     blocks = [-(-length // step) for length, step in zip(shape[1:3], stride)]
     reach = [-(-window // step) for window, step in zip(size, stride)]
@@ -110,7 +115,10 @@ def _scatter(first, dy, shape, size, stride):
     dy = pad_constant(dy, widths, 0)
 
     def of_blocks(values, down, across):
-        """The values of the windows that begin so many blocks earlier, for each block."""
+        """Returns the values of the windows that begin so many blocks earlier.
+
+        There is one window for each block.
+        """
         top = reach[0] - 1 - down
         left = reach[1] - 1 - across
         cut = values[:, top : top + blocks[0], left : left + blocks[1]]
@@ -129,7 +137,7 @@ def _scatter(first, dy, shape, size, stride):
 
 
 def _taps_of_block(size, stride, down, across):
-    """Numbers a block's positions as taps of the window that begins so many blocks earlier.
+    """Numbers a block's positions as taps of the window some blocks earlier.
 
     Returns int32 [1, 1, stride, 1, stride, 1]; -2 where the window does not reach.
     """

@@ -1,6 +1,6 @@
 """Sums over positions and their transposes, broadcasts, as matrix products.
 
-BatchNorm and the gradients of biases are made of them.
+Used by BatchNorm and by bias gradients.
 """
 
 import functools
@@ -45,9 +45,9 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
 
 
 def _count_parts(batch) -> int:
-    """Counts the parts that a batch is added in.
+    """Counts the parts into which a batch is divided for summing.
 
-    The number of images is symbolic in `jax.export`; then nothing is known of its divisors.
+    In `jax.export` the number of images is symbolic, and nothing is known about its divisors.
     """
     return math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
 
@@ -55,8 +55,8 @@ def _count_parts(batch) -> int:
 def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     """Sums each of several maps of one shape over all axes but the last.
 
-    The plain form is a `channel_sum` of each. One reduction of all of them over parts of the
-    batch computes them in one pass over what they are products of.
+    The plain form is a `channel_sum` of each. One reduction of all maps over parts of the batch
+    reads the arrays they are products of only once.
     """
     if maps[0].ndim == 1:  # one position: nothing to sum
         return jnp.stack(maps)
@@ -71,7 +71,10 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
 
 @jax.jit
 def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
-    """Sums over all axes but the last, as `channel_sum` does, with a broadcast as its transpose."""
+    """Sums over all axes but the last; its transpose is a broadcast.
+
+    The values are those of `channel_sum`.
+    """
     return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, x.shape),), (), x)
 
 
@@ -79,7 +82,7 @@ def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"
 def spread(
     values: Float[AnyArray, " channels"], shape: tuple
 ) -> Float[Array, "*positions channels"]:
-    """Broadcasts a value for each channel to all positions, with `total` as its transpose."""
+    """Broadcasts one value per channel to all positions; its transpose is `total`."""
     return linear_call(
         lambda _, values: jnp.broadcast_to(values, shape), lambda _, dy: (total(dy),), (), values
     )
@@ -114,7 +117,7 @@ def squared_deviation(
 ) -> Float[Array, " channels"]:
     """Sums the squares of `x - mean` over all axes but the last.
 
-    The derivative in `mean` is taken to be zero, as that of all devices together is.
+    The derivative in `mean` is taken to be zero, which it is over all devices together.
     """
     return _squared_deviation(*vary_alike(x, mean))
 
@@ -158,7 +161,7 @@ def scale_and_shift(
     factor: Float[AnyArray, " channels"],
     bias: Float[AnyArray, " channels"],
 ) -> Float[Array, "*positions channels"]:
-    """Returns `(x - mean) * factor + bias`, channel by channel, with gradients in few passes.
+    """Returns `(x - mean) * factor + bias`, channel by channel.
 
     The plain form is the same expression. Autodiff sums rows in six separate passes; here both
     directions are a few passes of `channel_sum`. On 2 CPU cores BatchNorm's training pass over
