@@ -4,10 +4,12 @@ It serves linear readouts and probes. The arrays are NumPy's, in float64: the co
 eigendecomposition, and single precision would lose the weak strengths.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 
 from cnnjax.runtime.types import AnyArray
 
@@ -58,9 +60,18 @@ class Factors(NamedTuple):
 # the Gram matrix and the products x' y are divided by n, and s is per example.
 
 
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
 def factor(gram: Float[AnyArray, "n n"]) -> Factors:
     """Decomposes a Gram matrix, x' x or x x' (see the comment above)."""
-    values, basis = np.linalg.eigh(np.asarray(gram, np.float64))
+    # OpenBLAS's threads meet thousands of times in a decomposition and wait in busy loops. Beside
+    # other work, as in a sweep's jobs, two threads take many times as long as one; on an idle
+    # machine they save a third.
+    with _blas().limit(limits=1):
+        values, basis = np.linalg.eigh(np.asarray(gram, np.float64))
     # The eigenvalues of a Gram matrix are at least 0, but for rounding.
     return Factors(np.maximum(values, 0), basis)
 

@@ -8,6 +8,7 @@ import deep_calls
 import jax
 import jaxtyping
 import pytest
+import threadpoolctl
 from xdist.scheduler import LoadScopeScheduling
 
 # Of modules whose annotations name shapes they are checked at every call, an int being a float as
@@ -37,6 +38,10 @@ from cnnjax.runtime import backend  # noqa: E402
 jax.config.update(
     "jax_num_cpu_devices", 8
 )  # for what runs on many devices; the rest uses the first
+# OpenBLAS's threads wait for each other in busy loops, which several workers on few cores make many
+# times longer. NumPy's copy is loaded by now; the variable is for SciPy's, and for commands.
+threadpoolctl.threadpool_limits(1, user_api="blas")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Commands of the tests choose for themselves.
 inherited = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
