@@ -2,13 +2,18 @@
 
     python -m cnnjax.main --config configs/alexnet_imagenet.py --config.data_dir=FOLDER
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what
-tensorflow-datasets prepared. Images at 256 pixels, random crops and mirror images, shifts along the
-principal components of color, dropout, response normalization, batches of 128, momentum 0.9, decay
-5e-4 of every parameter; the rate 0.01 is divided by 10, three times at most, where the error of
-held-out images no longer falls; the test averages ten crops. Crops are of 227 pixels, which the
-layers need and the publication calls 224. Published: 18.2 % top-5 error of one network. Not
-measured here: this takes a GPU and ImageNet.
+FOLDER contains train/CLASS/IMAGE and val/CLASS/IMAGE. To read ImageNet as prepared by
+tensorflow-datasets instead, use --config.dataset=tfds:imagenet2012.
+
+- Augmentation: images at 256 pixels, random crops and mirror images, shifts along the principal
+  components of color. Crops have 227 pixels, which the layers need; the publication says 224.
+- Regularization: dropout, response normalization, weight decay of 5e-4 on every parameter.
+- Optimizer: SGD with momentum 0.9 in batches of 128. The learning rate 0.01 is divided by 10, at
+  most three times, whenever the error on held-out images no longer falls.
+- Test: the average over ten crops.
+
+Published: 18.2 % top-5 error of one network. Not measured here, because this takes a GPU and
+ImageNet.
 """
 
 from cnnjax.train import defaults

@@ -1,9 +1,9 @@
-"""Training on a folder of your own images: one folder per class, below train/ and val/.
+"""Trains on your own images: one folder per class, below train/ and val/.
 
     python -m cnnjax.main --config configs/folder.py --config.data_dir=FOLDER --workdir runs/mine
 
-A narrow VGG with BatchNorm on crops of 128 pixels, small enough for a laptop. With few images,
-start from ImageNet's weights instead: `--config.model=resnet18 --config.initial_weights=FILE
+The model is a narrow VGG with BatchNorm on crops of 128 pixels, small enough for a laptop. With few
+images, start from ImageNet weights instead: `--config.model=resnet18 --config.initial_weights=FILE
 --config.pixels=imagenet`.
 """
 

@@ -16,7 +16,7 @@ def get_config():
     config.model = "mlp3"
     config.dataset = "cifar10"
     config.epochs = 60
-    config.momentum = 0.0  # the lecture names none
+    config.momentum = 0.0  # the lecture mentions no momentum
     config.schedule.update({"name": "step", "learning_rate": 0.1, "factor": 1 / 1.5, "every": 10})
     return config
 

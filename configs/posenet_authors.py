@@ -2,15 +2,21 @@
 
     python -m cnnjax.main --config configs/posenet_authors.py --config.photographs=FOLDER
 
-Where `configs/posenet.py` departs from github.com/SenJia/Position-Information, this follows it:
-pixels from 0 to 1, features as they are, a 3x3 readout trained on batches of 32 images for some
-5,000 steps, predictions upsampled without aligned corners, and dark noise images. Weights are
-random all the same; the authors' are ImageNet's (`--config.weights=imagenet`). Photographs are
-cropped to squares, where the authors squash whole images.
+`configs/posenet.py` differs from the authors' code (github.com/SenJia/Position-Information). This
+configuration follows that code in these settings:
 
-ResNets have the authors' stages with `--config.encoders="('resnet18',)"
---config.stages="('layer1','layer2','layer3','layer4')" --config.paddings="('zeros',)"`: without
-padding, an image of 224 pixels does not reach layer4.
+- pixels from 0 to 1, and features that are not standardized;
+- a 3x3 readout trained on batches of 32 images for some 5,000 steps;
+- predictions upsampled without aligned corners;
+- dark noise images.
+
+These differences remain. Weights are random; the authors use ImageNet weights
+(`--config.weights=imagenet`). Photographs are cropped to squares; the authors squash whole images.
+
+To read the authors' stages of a ResNet, use `--config.encoders="('resnet18',)"
+--config.stages="('layer1','layer2','layer3','layer4')"
+--config.paddings="('zeros',)"`. The padding `none` is left out because an image of 224 pixels
+without padding does not reach layer4.
 """
 
 import ml_collections

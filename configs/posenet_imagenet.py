@@ -4,18 +4,19 @@ Give it a folder of photographs:
 
     python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER
 
-The weights are found in PyTorch's or the Hugging Face cache or downloaded, 770 MB once; without a
-network, one line says which file to put where. Without padding, an image of 224 pixels leaves
-nothing of ResNet-152 beyond layer2, so this is as far as the study reads; leave "none" out of
-`paddings` to read all stages. One encoder can be read from a file instead:
+The weights are found in PyTorch's cache or the Hugging Face cache, or downloaded once (770 MB).
+Without an internet connection, a one-line error says which file to put where. Without padding, an
+image of 224 pixels leaves nothing of ResNet-152 beyond layer2, so the study reads the stages up to
+layer2; leave "none" out of `paddings` to read all stages. The weights of one encoder can come from
+a file instead:
 
     python -m cnnjax.main --config configs/posenet_imagenet.py --config.photographs=FOLDER \\
         --config.encoders="('resnet18',)" --config.weights=FILE
 
-Measured on the second form, with a file that ends at layer3 (`--config.missing="('layer4','fc')"
---config.stages="('stem','layer1','layer2','layer3')"`) and the 100 photographs of BSDS500's
-validation set; 3 seeds, 32 photograph crops and one black image each, 2 CPU cores, 21 November
-2026. SPC (R2) of H with the exact readout:
+Measured with the second command, with a file that ends at layer3
+(`--config.missing="('layer4','fc')" --config.stages="('stem','layer1','layer2','layer3')"`) and the
+100 photographs of BSDS500's validation set: SPC (R2) of H with the exact readout, 3 seeds with 32
+photograph crops and one black image each, 2 CPU cores, 21 November 2026.
 
 | padding | photographs | black |
 | --- | --- | --- |

@@ -1,13 +1,16 @@
 """ResNet-50 on ImageNet by torchvision's first recipe.
 
-Batches of 256, a rate of 0.1 divided by 10 every 30 epochs, and a decay of 1e-4.
+Batches of 256, a learning rate of 0.1 divided by 10 every 30 epochs, and a weight decay of 1e-4.
 
     python -m cnnjax.main --config configs/resnet50_imagenet.py --config.data_dir=FOLDER
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE; --config.dataset=tfds:imagenet2012 reads what
-tensorflow-datasets prepared. Crops of random area and aspect with mirror images; the center of 224
-of 256 pixels in the test. torchvision's weights by this recipe err on 23.87 % (top 1). Computed in
-bfloat16 with float32 parameters. Not measured here: this takes GPUs and ImageNet.
+FOLDER contains train/CLASS/IMAGE and val/CLASS/IMAGE. To read ImageNet as prepared by
+tensorflow-datasets instead, use --config.dataset=tfds:imagenet2012. Training uses crops of random
+area and aspect, and mirror images; the test uses the center 224 of 256 pixels. Computation is in
+bfloat16 with float32 parameters.
+
+torchvision's weights from this recipe have a top-1 error of 23.87 %. Not measured here, because
+this takes GPUs and ImageNet.
 """
 
 from cnnjax.train import defaults

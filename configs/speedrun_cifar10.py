@@ -12,17 +12,18 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.epochs = 8
     config.batch_size = 2000
-    config.width = 64  # of the first group; 256 in the others
+    config.width = 64  # channels of the first group; the others have 256
     config.n_train = 50_000
     config.n_test = 10_000
-    config.filter_rate = 0.24  # Muon, of momentum 0.6 and 3 Newton-Schulz steps, on the 3x3 filters
+    # Muon trains the 3x3 filters, with momentum 0.6 and 3 Newton-Schulz steps.
+    config.filter_rate = 0.24
     config.filter_momentum = 0.6
-    # SGD with Nesterov's momentum on all else; the gradients are those of the summed loss.
+    # SGD with Nesterov momentum trains all other parameters, on gradients of the summed loss.
     config.bias_rate = 0.053
     config.head_rate = 0.67
     config.momentum = 0.85
     config.weight_decay = 2e-6  # times the batch size, per unit of learning rate
-    config.whiten_epochs = 3  # for which the first layer's bias is trained
+    config.whiten_epochs = 3  # epochs in which the first layer's bias is trained
     config.label_smoothing = 0.2
-    config.crop = 2  # pixels, over a reflected border
+    config.crop = 2  # pixels that a crop moves at most, over a reflected border
     return config

@@ -1,11 +1,12 @@
-"""The network of PyTorch's "Training a classifier" tutorial on CIFAR-10, trained as there.
+"""PyTorch's "Training a classifier" tutorial: its network on CIFAR-10, trained in the same way.
 
-2 epochs, batches of 4, a rate of 0.001.
+2 epochs, batches of 4, a learning rate of 0.001.
 
     python -m cnnjax.main --config configs/tutorial_cifar10.py --config.data_dir=FOLDER
 
 Measured over 5 seeds (python -m cnnjax.sweep, 2 CPU cores, 21 November 2026): 41.66 ± 0.62 % train
-and 44.04 ± 0.51 % test error (mean and sample standard deviation), half a minute of training a run.
+and 44.04 ± 0.51 % test error (mean and sample standard deviation), half a minute of training per
+run.
 """
 
 from cnnjax.train import defaults

@@ -1,1 +1,1 @@
-"""One script per table or figure of the lectures."""
+"""One script or package per study; each writes a report with tables and figures."""

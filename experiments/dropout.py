@@ -2,13 +2,14 @@
 
     python -m experiments.dropout --data_dir data --workdir runs/dropout [--seeds 3] [--epochs 5]
 
-UTSA EE 6973; UBC CPSC 532S: dropout "forces the network to have a redundant representation".
-Three-layer perceptrons learn MNIST with and without dropout of 0.5. Then a growing share of a
-hidden layer's units is removed at random, `removals` times, and the network is tested again: as it
-is, and with its readout refitted to the units that are left (ridge regression on 10,000 training
-images), which shows what the units hold apart from what the readout expects. Nothing is rescaled
-for the removed units. The same command continues an interrupted call. Writes report.md,
-dropout.json and dropout.png.
+Two lectures (UTSA EE 6973; UBC CPSC 532S) say that dropout "forces the network to have a redundant
+representation". To test this, three-layer perceptrons learn MNIST with and without dropout of 0.5.
+Then a growing share of the units of a hidden layer is removed at random, `removals` times, and each
+network is tested in two ways: as it is, and with its readout (the last layer) refitted to the
+remaining units by ridge regression on 10,000 training images. The second test shows what the units
+contain, whatever the original readout expects of them. Nothing is rescaled for the removed units.
+
+The same command continues an interrupted call. Writes report.md, dropout.json and dropout.png.
 """
 
 import functools
@@ -34,15 +35,15 @@ SETTINGS = {
     "schedule.name": "cosine",
     "schedule.learning_rate": 0.05,
 }
-RATES = (0.0, 0.5)  # of dropout; the lectures' is 0.5
-SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # of the units, removed
+RATES = (0.0, 0.5)  # dropout rates; the lectures use 0.5
+SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # shares of units removed
 WAYS = {
     "fc1": "units of the first layer removed",
     "fc2": "units of the second layer removed",
     "refitted": "the same, readout refitted",
 }
-_FITTED = 10_000  # training images of a refitted readout
-_STRENGTH = 1e-3  # its ridge, relative to the mean square of the units
+_FITTED = 10_000  # training images that a readout is refitted to
+_STRENGTH = 1e-3  # ridge strength of that fit, relative to the mean square of the units
 
 
 # --- Options and points ---------------------------------------------------------------------------
@@ -80,9 +81,9 @@ def configure(point: Point, options) -> ml_collections.ConfigDict:
 
 
 def masks(units: int, removals: int, share: float, seed: int) -> np.ndarray:
-    """Draws which units stay: 0 and 1, float32 [removals, units].
+    """Draws masks of the units that stay: 0 and 1, float32 [removals, units].
 
-    A removal with a larger share removes the same units and more.
+    A removal with a larger share removes the same units and further ones.
     """
     generators = [np.random.default_rng([seed, number]) for number in range(removals)]
     order = np.stack([generator.permutation(units) for generator in generators])
@@ -202,13 +203,13 @@ def means(results: list[dict], way: str, rate: float) -> np.ndarray:
 
 
 def losses(results: list[dict], way: str, rate: float) -> np.ndarray:
-    """Returns the points of accuracy that removing units costs, [seeds, shares]."""
+    """Returns how many points of accuracy removing units costs, [seeds, shares]."""
     accuracy = means(results, way, rate)
     return accuracy[:, :1] - accuracy
 
 
 def saved(results: list[dict], way: str) -> np.ndarray:
-    """Returns how much less that is with dropout, seed by seed, [seeds, shares]."""
+    """Returns how many of these points dropout saves, seed by seed, [seeds, shares]."""
     return losses(results, way, RATES[0]) - losses(results, way, RATES[1])
 
 
@@ -224,7 +225,7 @@ def tabulate(results: list[dict]) -> str:
 
 
 def judge(values: np.ndarray) -> str:
-    """Says what the 95 % interval (Student's t) decides on the claim of redundant units."""
+    """Judges the claim of redundant units by the 95 % interval (Student's t)."""
     half = tables.half_width(values)
     if values.mean() > half:
         return "holds"

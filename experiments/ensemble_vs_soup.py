@@ -1,15 +1,15 @@
-"""What does it cost to combine networks, and what does it give? Ensembles against soups.
+"""What does combining networks cost, and what does it gain? Ensembles against soups.
 
     python -m experiments.ensemble_vs_soup --data_dir data --workdir runs/ensemble_vs_soup \\
         [--repetitions 3] [--train 10000]
 
-UBC CPSC 532S, lecture 6. Each repetition trains, on the same `train` images of CIFAR-10 and with
-seeds of its own:
+After UBC CPSC 532S, lecture 6. An ensemble averages predictions, a soup averages weights. Each
+repetition uses the same `train` images of CIFAR-10 and its own seeds, and trains:
 
-- one start at a constant rate, with a moving average of its parameters;
-- `members` networks fine-tuned from that average, which differ in rate, flipping, and order;
-- half as many independent networks of the same length;
-- one network of the same length whose rate restarts, with snapshots.
+- one start, at a constant learning rate, with a moving average of its parameters;
+- `members` networks fine-tuned from that average, with different rates, flipping, and order;
+- half as many independent networks, trained for as long;
+- one network with a restarting learning rate, trained for as long, with snapshots.
 
 `cnnjax.combine` then combines them. The same command continues an interrupted call. Writes
 report.md, ensemble_vs_soup.json, and ensemble_vs_soup.png.
@@ -27,9 +27,9 @@ from cnnjax import combine, study
 from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, loop
 
-# Its images are published in random order: the first ones are a fair sample.
+# The published images are in random order, so the first ones are a fair sample.
 DATASET = "cifar10"
-# What all networks share. The rate is that of the start, the independent networks, and the
+# Settings of all networks. The rate applies to the start, the independent networks, and the
 # restarts.
 SETTINGS = {
     "model": "tutorial_net",
@@ -38,13 +38,13 @@ SETTINGS = {
     "augment.flip": True,
     "schedule.learning_rate": 0.02,
 }
-# Of fine-tuning. The members take the rates in turn, the first four with flipping, the next four
-# without, and so on.
+# Learning rates of fine-tuning. The members take these rates in turn: the first four with flipping,
+# the next four without, and so on.
 RATES = (0.02, 0.014, 0.01, 0.007)
 EMA_DECAY = 0.99  # the average is over about a hundred steps
 SINGLE = "single, mean"
 LAST = "last iterate"
-# By group of networks; the first method is what the others of the group are compared with.
+# Methods by group of networks. The first method of a group is the baseline of the others.
 METHODS = {
     "fine-tuned": (
         SINGLE,
@@ -94,7 +94,8 @@ def points(options):
             f"train={options.train} and validation={options.validation} are more than CIFAR-10's "
             "50000 training images"
         )
-    # The start is the first network; the others need its weights before they can be checked.
+    # The start is the first network. The other networks need its weights before they can be
+    # checked.
     start, *_ = plan(folder_of(options, 0), options, 0).values()
     loop.check(start)
     result = []
@@ -164,7 +165,7 @@ def plan(
 
 
 def train(group: str, options, repetition: int) -> None:
-    """Trains those networks of a group, and their start, that are not finished."""
+    """Trains the unfinished networks of a group, and their start if it is unfinished."""
     for folder, config in plan(folder_of(options, repetition), options, repetition).items():
         if folder.parent.name in ("start", group):
             loop.check(config)
@@ -175,7 +176,7 @@ def train(group: str, options, repetition: int) -> None:
 
 
 def combined(group: str, method: str, options, repetition: int) -> dict:
-    """Returns what `cnnjax.combine` measures, training and combining what is not finished."""
+    """Returns what `cnnjax.combine` measures; trains and combines whatever is not finished."""
     folder = folder_of(options, repetition)
     place = folder / "combined" / group / method
     if not (place / "results.json").exists():
@@ -185,10 +186,10 @@ def combined(group: str, method: str, options, repetition: int) -> dict:
 
 
 def single_accuracy(group: str, options, repetition: int) -> float:
-    """Returns what a group's methods are compared with, in percent.
+    """Returns the accuracy that a group's methods are compared with, in percent.
 
-    That is the mean of the group's single networks; for snapshots, of the independent ones; and
-    for the moving average, the last iterate of its own run.
+    This baseline is the mean of the group's single networks; for snapshots, the mean of the
+    independent networks; and for the moving average, the last iterate of the same run.
     """
     if group == "restarts":
         group = "independent"
@@ -237,8 +238,8 @@ def measure(point: Point, options) -> dict:
 def summary(values) -> dict:
     """Returns the mean, the median, n, the sample standard deviation, and the 95 % interval.
 
-    The interval is the mean's (Student's t), from "low" to "high". The deviation of one value is
-    None.
+    The interval is that of the mean (Student's t), from "low" to "high". A single value has the
+    deviation None.
     """
     mean = float(np.mean(values))
     half = tables.half_width(values)
@@ -253,7 +254,7 @@ def summary(values) -> dict:
 
 
 def judge(found: dict) -> str:
-    """Says what the 95 % interval decides on "the mean is more than zero"."""
+    """Judges by the 95 % interval whether the mean is more than zero."""
     if found["low"] > 0:
         return "holds"
     if found["high"] < 0:
@@ -289,7 +290,7 @@ def tabulate(results: list[dict]) -> str:
 
 
 def gain_sentences(results: list[dict], options) -> list[str]:
-    """Judges what the lecture says of ensembles, snapshots, and averages."""
+    """Judges the lecture's statements on ensembles, snapshots, and averages."""
 
     def gain(group, method):
         values = study.values(results, "gain", group=group, method=method)
@@ -313,7 +314,7 @@ def gain_sentences(results: list[dict], options) -> list[str]:
 
 
 def cost_sentence(results: list[dict], options) -> str:
-    """Judges the lecture's O(1) of soups against O(k) of ensembles."""
+    """Judges the lecture's statement that soups cost O(1) and ensembles O(k)."""
 
     def ratio(method):
         return np.median(study.values(results, "ratio", group="fine-tuned", method=method))
@@ -333,7 +334,7 @@ def cost_sentence(results: list[dict], options) -> str:
 
 
 def accuracy_sentences(results: list[dict], options) -> list[str]:
-    """Judges the accuracy of soups, and their need of a common start."""
+    """Judges the accuracy of soups, and whether they need a common start."""
 
     def accuracy(group, method):
         return study.values(results, "accuracy", group=group, method=method)
@@ -355,7 +356,7 @@ def accuracy_sentences(results: list[dict], options) -> list[str]:
 
 
 def draw(results: list[dict]) -> Figure:
-    """Draws the accuracy of every method, and the time that it takes for an image."""
+    """Draws the accuracy of every method, and its time per image."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     singles = []
@@ -363,7 +364,7 @@ def draw(results: list[dict]) -> Figure:
         if methods[0] in (SINGLE, LAST):
             alone = study.values(results, "accuracy", group=group, method=methods[0])
             singles.append(alone.mean())
-    # Where the axis begins; a soup of networks that do not fit is far below.
+    # Start of the axis; a soup of networks that do not fit together is far below.
     least = min(singles) - 2
     names = []
     for number, (group, methods) in enumerate(METHODS.items()):

@@ -3,11 +3,13 @@
     python -m experiments.mlp_vs_convnet --workdir runs/mlp_vs_convnet \\
         --config.data_dir=FOLDER [--networks mlp1_cifar10 ...]
 
-Runs the sweep over seeds of each network's configuration in configs/, and sets the errors beside
-those that the lectures print. Further arguments, such as --config.epochs=2, are passed to every
-sweep. The same command continues an interrupted call. Writes report.md, comparison.json, and
-curves.png of whatever is finished. The perceptrons and LeNet take minutes per seed on two CPU
-cores, the ConvNet an hour.
+For each network, runs the sweep over seeds of its configuration in configs/, and compares the
+errors with those that the lectures print. Further arguments, such as --config.epochs=2, are passed
+to every sweep. The perceptrons and LeNet take minutes per seed on two CPU cores, the ConvNet an
+hour.
+
+The same command continues an interrupted call. Writes report.md, comparison.json, and curves.png of
+all finished runs.
 """
 
 import contextlib
@@ -21,8 +23,8 @@ from matplotlib.figure import Figure
 from cnnjax.runtime import command, tables, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Training and test error in percent that the lecture prints (NUS, lectures 1 to 5); the tutorial
-# prints none for its network.
+# Training and test errors in percent, as the lecture prints them (NUS, lectures 1 to 5). The
+# tutorial prints no errors for its network.
 CLAIMS = {
     "mlp1_cifar10": (59, 65),
     "mlp3_cifar10": (0, 46),
@@ -36,11 +38,11 @@ CLAIMS = {
 
 
 def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
-    """Sweeps one configuration in a process of its own and returns its exit code."""
+    """Runs the sweep of one configuration in its own process; returns the exit code."""
     words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
     process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
     while True:
-        # Ctrl-C reaches the sweep as well; wait until it has saved.
+        # Ctrl-C also reaches the sweep; wait until the sweep has saved.
         with contextlib.suppress(KeyboardInterrupt):
             return process.wait()
 
@@ -49,12 +51,12 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
 
 
 def read_all(folder: pathlib.Path, name: str) -> list[dict]:
-    """Returns what the files of one name hold in the runs of a sweep."""
+    """Returns the contents of the files with one name in the runs of a sweep."""
     return [workdir.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
 
 
 def compare(folder: pathlib.Path) -> list[dict]:
-    """Returns a row for each network with a finished or a failed run; errors in percent."""
+    """Returns a row for each network with a finished or failed run; errors in percent."""
     rows = []
     for name, printed in CLAIMS.items():
         runs = read_all(folder / name, "results.json")
@@ -72,7 +74,7 @@ def compare(folder: pathlib.Path) -> list[dict]:
 
 
 def summarize(errors: list[float]) -> dict:
-    """Returns mean and sample standard deviation, each None for too few values."""
+    """Returns mean and sample standard deviation; each is None if there are too few values."""
     summary = {"mean": None, "std": None}
     if errors:
         summary["mean"] = float(np.mean(errors))
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.workdir.absolute()
     code = 0
     for name in options.networks:
-        # A sweep that ends with an error has said why.
+        # A sweep that ends with an error has already printed the reason.
         code = run_sweep(name, folder / name, more)
         if code:
             break

@@ -3,14 +3,16 @@
     python -m experiments.multilabel --data_dir data --workdir runs/multilabel \\
         [--weights squeezenet1_1=FILE mobilenet_v2=FILE] [--seeds 3]
 
-A class appears where it has at least 50 pixels of the mask. Compared are a small network trained
-from scratch under the sigmoid loss, and logistic regression on the pooled last stage of frozen
-networks, with ImageNet weights (torchvision's names, from the files in --weights) and with random
-ones. The score is the average precision of each class on 233 test scenes; a ranking by chance has
-the class's prevalence. Classes that fewer than ten scenes of a part show, or lack, say little and
-are left out of the mean. A seed draws the weights and the order of a trained network, and for a
-frozen one a bootstrap of the training scenes and the random weights. Writes report.md,
-multilabel.json, and multilabel.png.
+A class appears in a scene if it has at least 50 pixels of the mask. The study compares two kinds of
+methods: a small network trained from scratch with the sigmoid loss, and logistic regression on the
+pooled last stage of frozen networks. The frozen networks have ImageNet weights (torchvision's
+names, from the files in --weights) or random weights.
+
+The score is the average precision of each class on 233 test scenes. A random ranking scores the
+prevalence of the class. Classes that fewer than ten scenes of a part (training or test) show, or
+fewer than ten lack, say little and are left out of the mean. For the trained network, a seed draws
+the weights and the order of the images. For a frozen network, it draws a bootstrap of the training
+scenes and the random weights. Writes report.md, multilabel.json, and multilabel.png.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from cnnjax.train.parallel import Parallel
 
 _BATCH = 16
 _STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
-_LEAST = 10  # scenes of either part that show a counted class, and as many that lack it
+_LEAST = 10  # scenes of each part that must show a class for it to count, and must lack it
 BASELINE, SCRATCH = "prevalence", "scene_net, trained from scratch"
 
 
@@ -136,29 +138,29 @@ def configure(options, seed: int) -> ml_collections.ConfigDict:
 def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.ndarray:
     """Returns the pooled last stage [n, channels] of a frozen network.
 
-    Its weights are a file's, or random ones where `file` is None.
+    The weights come from `file`, or are random if `file` is None.
     """
     model, parallel = create_model(name), Parallel("jit")
     random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
     trained = transfer.take(file, model) if file else {}
     variables = parallel.replicate(transfer.merge(random, trained))
     moments = parallel.replicate(augment.IMAGENET)
-    *_, last_stage, _ = transfer.stage_paths(model)  # the last of all is "logits"
+    *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
     batches = evaluate.batches_of(images, _BATCH)
     pooled = evaluate.pooled(last_stage)
     return evaluate.predict(parallel, model, variables, moments, batches, _BATCH, pooled)
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
-    """Fits each class to a bootstrap of the training features; scores the test [n, classes]."""
+    """Fits each class to a bootstrap of the training features; returns test scores [n, classes]."""
     chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
     train, labels = train[chosen], labels[chosen]
     mean, std = train.mean(0), train.std(0)
-    # A constant feature says nothing: it is divided away.
+    # A constant feature says nothing; the division removes it.
     std = np.where(std > 1e-6 * std.max(), std, np.inf)
     scores = np.zeros((len(test), labels.shape[1]))
     for number, label in enumerate(labels.T):
-        # A class that every scene of the sample shows, or none, keeps a constant score.
+        # If every scene of the sample shows a class, or none does, its score stays constant.
         if 0 < label.sum() < len(label):
             model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000)
             model.fit((train - mean) / std, label)
@@ -172,7 +174,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
         folder = options.workdir / f"scene_net,seed={point.seed}"
         result = workdir.completed(loop.run, configure(options, point.seed), folder)
         return {"method": point.method(), "ap": result["by_class"]}
-    # ImageNet's weights are the same in all repetitions; random ones are drawn by the seed.
+    # ImageNet weights are the same in all repetitions; random weights are drawn by the seed.
     file = dict(options.weights)[point.network] if point.weights == "imagenet" else None
     train, test = shared.features(point.network, file, 0 if file else point.seed)
     scores = regress(train, shared.data.train.labels, test, point.seed)
@@ -184,7 +186,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
 
 
 def counted_classes(data: arrays.Dataset) -> np.ndarray:
-    """Returns the numbers of the classes that enough scenes show, and enough lack."""
+    """Returns the indices of classes that enough scenes show, and enough scenes lack."""
     scenes = []
     for split in (data.train, data.test):
         scenes += [split.labels.sum(0), (1 - split.labels).sum(0)]

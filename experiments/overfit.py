@@ -1,11 +1,11 @@
-"""Every family of networks can learn one batch by heart.
+"""Checks that every family of networks can learn one batch by heart.
 
     python -m experiments.overfit --workdir runs/overfit [--data_dir data] [--models resnet18 ...]
 
 A network that cannot bring the loss of eight CIFAR-10 images to zero has a wrong gradient, a wrong
-initialization, or a wrong loss. Each is trained with Adam at a constant rate, in training mode and
-without dropout, until the loss is below 0.001; a network that misses it ends the command with an
-error. Writes overfit.json and report.md.
+initialization, or a wrong loss. Each network is trained with Adam at a constant learning rate, in
+training mode and without dropout, until the loss is below 0.001. If a network does not reach this
+goal, the command ends with an error. Writes overfit.json and report.md.
 """
 
 import sys
@@ -46,7 +46,7 @@ FAMILIES = (
     "mobilenet_v2",
     "mnasnet0_5",
 )
-# 64 px suffice for most networks; these lose a layer, or an auxiliary head, on less.
+# 64 px are enough for most networks. These need more, or they lose a layer or an auxiliary head.
 _SIZES = {"alexnet_2012": 67, "googlenet_2014": 79, "inception_v3": 299}
 GOAL = 1e-3
 _COUNT = 8  # images
@@ -82,7 +82,7 @@ def load(options) -> arrays.Split:
 
 
 def without_dropout(name: str) -> Network:
-    """Builds a network of ten classes, at the smallest size that its layers allow."""
+    """Builds a network for ten classes, at the smallest image size that its layers allow."""
     published = create_model(name)
     size = _SIZES.get(name, min(published.input_shape[0], 64))
     fields = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]

@@ -5,9 +5,9 @@
 
 After Islam et al. 2021, arXiv 2101.12322. A CIFAR-10 image lies in one of the 3x3 cells of a 96x96
 canvas that is black, white or of CIFAR-10's mean color. A network of four strided convolutions and
-a global average is trained to name the cell or, on the first canvas only, the object. Convolution
-and average alone cannot tell the cell, so accuracy beyond chance comes from the border. Finished
-networks are not trained again. Writes report.md, canvas.json and canvas.png.
+a global average is trained to name the cell or, on the black canvas only, the object. Convolutions
+and a global average alone cannot tell the cell, so accuracy above chance comes from the border.
+Finished networks are not trained again. Writes report.md, canvas.json and canvas.png.
 """
 
 import itertools
@@ -75,7 +75,7 @@ def points(options):
 
 
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
-    """Trains one network on one task; the seed decides images and cells of training and test."""
+    """Trains one network on one task; the seed chooses images and cells of training and test."""
     number = list(TASKS).index(point.task)
     images, labels = draw(data.train, options.train[number], 2 * point.seed, point.canvas)
     model = SmallConvNet(

@@ -3,15 +3,16 @@
     python -m experiments.position_channels --data_dir data --workdir runs/position_channels
         [--seeds 3]
 
-After Islam et al., ICCV 2021, arXiv 2108.07884. A CIFAR-10 image lies in a cell of a black 3x3
-canvas; a small ResNet with zero padding is trained to name the cell or the object. GAPNet ends in a
-3x3 convolution whose global average is the logits. PermuteNet permutes the averaged channels anew
-in every forward pass, in training and test, before a linear layer: the order of the channels is
-lost, their values are not.
+After Islam et al., ICCV 2021, arXiv 2108.07884. A CIFAR-10 image lies in one cell of a black canvas
+of 3x3 cells, and a small ResNet with zero padding is trained to name the cell or the object. It has
+two versions. GAPNet ends in a 3x3 convolution whose global average is the logits. PermuteNet
+permutes the averaged channels anew in every forward pass, in training and test, before a linear
+layer. This loses the order of the channels, but not their values.
 
-Both are then read from the frozen averages by ridge regression. Last, the channels of GAPNet that
-change most between an image and its mirror image are set to zero, beside as many random channels.
-Finished networks are not trained again. Writes report.md, channels.json and channels.png.
+Then ridge regression reads the cell and the object from the frozen averages. Finally, the channels
+of GAPNet that change most between an image and its mirror image are set to zero and, for
+comparison, as many random channels. Finished networks are not trained again. Writes report.md,
+channels.json and channels.png.
 """
 
 import functools
@@ -34,13 +35,13 @@ from cnnjax.train.small import check_counts, classify, train_epochs
 from cnnjax.transfer import linear_probe
 
 NETWORKS = ("gapnet", "permutenet")
-# Of 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand.
+# From 9 runs logged in github.com/islamamirul/PermuteNet; its other figures are not at hand.
 PUBLISHED = {("gapnet", "location"): "100.0"}
 # The authors' Adam; they train ResNet-18 on all images for 20 epochs in batches of 48.
 _MOMENTUM = 0.5
 _BATCH = 50
-_REMOVED = (0, 4, 8, 16, 24, 32, 48)  # channels set to zero
-_DRAWS = 3  # of as many random channels
+_REMOVED = (0, 4, 8, 16, 24, 32, 48)  # numbers of channels set to zero
+_DRAWS = 3  # random choices of as many channels
 _ORDERS = {"ranked": "the most position-encoding", "random": "at random"}
 
 
@@ -91,7 +92,7 @@ def pooled(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
 def without(variables: dict, channels: np.ndarray) -> dict:
     """Returns GAPNet's variables with a head that does not read these channels of the last stage.
 
-    The logits are those with the channels set to zero.
+    The logits are the same as with these channels set to zero.
     """
     head = variables["params"]["head"]
     kernel = head["kernel"].at[:, :, channels].set(0)
@@ -99,7 +100,7 @@ def without(variables: dict, channels: np.ndarray) -> dict:
 
 
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
-    """Trains one network and measures its accuracy whole, read from averages, and ablated."""
+    """Trains one network; measures its accuracy whole, by readouts, and without channels."""
     network, task, seed = point
     train, train_labels = draw(data.train, options.train, 2 * seed)
     test, labels = draw(data.test, options.test, 2 * seed + 1)

@@ -1,18 +1,20 @@
-"""How far does "position cannot be read" go: other images, more of them, a hidden layer?
+"""Does "position cannot be read" hold for other images, more images, and a hidden layer?
 
     python -m experiments.position_fitted --workdir runs/position_fitted
         [--photographs FOLDER] [--seeds 3] [--paddings zeros ...] [--encoders resnet18 ...]
 
-The position study fits a linear readout of H to 24 crops of photographs. Here a readout is fitted
-to photographs, to the same photographs with their pixels shuffled, or to noise images, and is
-scored on unseen images of the same kind. The encoders have random weights.
+The position study fits a linear readout of horizontal position (H) to 24 crops of photographs. Here
+a readout is fitted to photographs, to the same photographs with their pixels shuffled, or to noise
+images, and is scored on unseen images of the same kind. The encoders have random weights.
 
-A nonlinear readout has one hidden layer. All stages are brought to one grid in two ways:
-"corners" is the study's and the authors' resize, which aligns the corners of all stages although
-they cover different parts of the image; "registered" samples all stages at the same pixels.
+A nonlinear readout has one hidden layer. All stages are resized to one grid, in one of two ways:
 
-A last table shows what a border does to noise, behind one random convolution. Finished points are
-not computed again. Writes report.md, fitted.json and fitted.png.
+- "corners", as in the position study and the authors' code, aligns the corners of all stages,
+  although the stages cover different parts of the image.
+- "registered" samples all stages at the same pixels.
+
+The last table shows how a border changes the output of one random convolution of noise. Finished
+points are not computed again. Writes report.md, fitted.json and fitted.png.
 """
 
 import functools
@@ -51,7 +53,7 @@ _TEST = 32
 ENCODERS = ("resnet18", "vgg11", "vgg16")
 IMAGES = ("photographs", "shuffled", "noise")
 GRIDS = ("corners", "registered")
-# Fills that keep every position where it is, as registered stages need, and no padding.
+# No padding, and the fills that keep every position where it is, as registered stages need.
 PADDINGS = ("none", *ALIGNED)
 
 
@@ -168,7 +170,7 @@ def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:
 
 
 def encode(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Encodes images by random weights.
+    """Encodes images with random weights.
 
     Returns the joined stages [n, 28, 28, channels] by grid.
     """
@@ -215,11 +217,11 @@ def _joined(model, variables, images, stages, weights, key):
 
 
 def border(padding: str, seed: int) -> dict:
-    """Compares the first column with the interior, behind a random 3x3 convolution of noise.
+    """Compares first column and interior of a random 3x3 convolution of noise.
 
-    Returns means over 64 channels: by what share the column's `variance` is above or below the
-    interior's, and how far the column's mean is from the interior's, in the interior's standard
-    deviations, `before` and `after` the ReLU.
+    Returns means over 64 channels. `variance` is the share by which the variance of the column is
+    above or below that of the interior. `before` and `after` are the distances between the means of
+    column and interior, before and after the ReLU, in units of the interior's standard deviation.
     """
     images = normalize(photographs.synthetic("noise", 64, 64, seed))
     kernel_key, fill_key = jax.random.split(jax.random.key(seed))
@@ -232,7 +234,7 @@ def border(padding: str, seed: int) -> dict:
 
 def _first_column(maps) -> tuple[float, float]:
     """Returns the change of variance, and the distance of means in standard deviations."""
-    # Corners are two borders at once: rows near the top and the bottom are left out.
+    # A corner belongs to two borders, so rows near the top and the bottom are left out.
     rows = np.asarray(maps, np.float64)[:, 8:-8]
     column = rows[:, :, 0]
     interior = rows[:, :, 8:-8]
@@ -246,7 +248,7 @@ def _first_column(maps) -> tuple[float, float]:
 
 
 def rows_of(results: list[dict], point: dict, **fields) -> list[dict]:
-    """Returns the readouts with these fields, of all results with these fields of a point."""
+    """Returns the selected readouts of the selected points."""
     rows = []
     for result in study.select(results, **point):
         rows += study.select(result["readouts"], **fields)

@@ -5,21 +5,21 @@
         [--trained resnet18 FILE layer4 fc] ... [--paddings inside zeros ...] [--seeds 3]
 
 After Garcia-Gasulla et al. 2023 (arXiv 2309.08048), who call a filter padding-aware if its
-activations at the border differ from the others. Here a channel of a stage is compared with itself:
-its values in the middle of each outermost row and column, and those in the middle of the map. The
-statistic is Kolmogorov and Smirnov's, the largest distance of the two distributions; the largest of
-the four sides counts.
+activations at the border differ from its other activations. Here, for each channel of a stage, the
+values at the border (the middle of each outermost row and column) are compared with the values in
+the middle of the map. The statistic is that of Kolmogorov and Smirnov, the largest distance between
+the two distributions; the largest of the four sides counts.
 
-Photographs alone have edges that differ from their middles, so the threshold comes from features
-without a border: crops see the photograph around them ("inside"; it is scaled as in
-`position_patterns`). On one half of the photographs it is chosen such that 1 % of a stage's
-channels are beyond it; channels are counted on the other half. Then the halves change places, and
-the mean counts. The share under "inside" is thus the rate of false positives, and other shares mean
-something only beside it.
+The content of photographs also differs between their edges and their middles. The threshold
+therefore comes from features without a border: the crops see the photograph around them (column
+"inside"; photographs are scaled as in `position_patterns`). The threshold is chosen on one half of
+the photographs such that 1 % of a stage's channels are beyond it, and channels are counted on the
+other half. Then the halves change places, and the mean counts. The share under "inside" is thus the
+rate of false positives, with which all other shares must be compared.
 
 The exact readout of H is fitted to the first half of the same features and scored on the second.
-Each seed draws photographs, and weights where they are random. Finished points are not measured
-again. Writes report.md, neurons.json and neurons.png.
+Each seed draws the photographs and the random weights. Finished points are not measured again.
+Writes report.md, neurons.json and neurons.png.
 """
 
 import itertools
@@ -41,11 +41,11 @@ from experiments import position_patterns
 from experiments.position_patterns import Shared, Trace, flatten, look_inside, subjects_of
 
 INSIDE = "inside"
-# The share of channels without a border that may be called aware of one.
+# The accepted rate of false positives: channels called padding-aware without a border.
 _FALSE_POSITIVES = 0.01
-# Photographs of a seed at least: a half to fit to, and a half to count on.
+# The least number of photographs of a seed: one half to fit to, the other to count on.
 _LEAST = 8
-# What a result has for each stage: heading, factor and digits.
+# Values of a result for each stage: heading, factor and digits.
 COLUMNS = {"share": ("padding-aware channels, %", 100, 1), "r2": ("R2 of H", 1, 2)}
 
 
@@ -88,7 +88,8 @@ def points(options):
     subjects += [(name, "trained") for name in options.trained]
     if not subjects:
         raise ValueError("encoders= and trained= are empty: there is no network to look at")
-    # A seed's paddings follow each other: they share the features inside the photographs.
+    # The paddings of a seed follow each other, because they share the features inside the
+    # photographs.
     for (name, origin), seed in itertools.product(subjects, range(options.seeds)):
         for padding in options.paddings:
             yield Trace("neurons", name, origin, padding, seed)
@@ -121,11 +122,11 @@ def measure(point: Trace, options, shared: Shared) -> dict:
 
 
 def aware_share(maps: np.ndarray, borderless: np.ndarray) -> float:
-    """Returns the share of channels whose values at the border are unlike those in the middle.
+    """Returns the share of channels with different values at the border and in the middle.
 
     - `maps`: features of one stage, [n, height, width, channels].
-    - `borderless`: the same without a border. The threshold for one half of the images is chosen on
-      these features of the other half.
+    - `borderless`: the same features without a border. The threshold for one half of the images is
+      chosen on the borderless features of the other half.
     """
     half = len(maps) // 2
     shares = []
@@ -140,8 +141,8 @@ def border_statistic(maps: np.ndarray) -> np.ndarray:
 
     - `maps`: [n, height, width, channels].
 
-    Returns the largest statistic of the four sides, [channels]. The sides are outermost rows and
-    columns without their outer quarters, where two borders meet.
+    Returns the largest statistic of the four sides, [channels]. The sides are the outermost rows
+    and columns, without their outer quarters, where two borders meet.
     """
     rows, columns = (slice(size // 4, size - size // 4) for size in maps.shape[1:3])
     sides = [
@@ -161,11 +162,11 @@ def border_statistic(maps: np.ndarray) -> np.ndarray:
 
 
 def distance(sample: np.ndarray, reference: np.ndarray) -> float:
-    """Returns the statistic of Kolmogorov and Smirnov of two sorted samples.
+    """Returns the Kolmogorov-Smirnov statistic of two sorted samples.
 
-    It is the largest distance of their cumulative distributions, from 0 to 1. Between two values
-    of `sample` only the reference's distribution grows, so the largest distance is at one of these
-    values or just before it.
+    The statistic is the largest distance between the cumulative distributions, from 0 to 1. Between
+    two values of `sample`, only the distribution of the reference grows, so the largest distance is
+    at one of these values or just before it.
     """
     largest = 0.0
     for side in ("left", "right"):
@@ -176,16 +177,17 @@ def distance(sample: np.ndarray, reference: np.ndarray) -> float:
 
 
 def readable(maps: np.ndarray) -> float:
-    """Returns R2 of H, the median over images, as the exact linear readout finds it in a stage.
+    """Returns the exact linear readout's R2 of H in a stage, median over images.
 
-    - `maps`: features of one stage. The first half is fitted to, the other half is scored.
+    - `maps`: features of one stage. The readout is fitted to the first half and scored on the
+      other.
     """
     half = len(maps) // 2
     goal = target("H", FEATURE_SIZE)
     resized = np.asarray(resize(jnp.asarray(maps), FEATURE_SIZE))
     train, held_out, test = np.split(resized, [3 * half // 4, half])
     predicted = fit_exact(train, held_out, goal[None])(test)
-    # R2 has no lower bound: one image of rare features would decide a mean.
+    # R2 has no lower bound: one image with rare features would decide a mean.
     return float(np.median(scores(predicted[:, 0], goal)["r2"]))
 
 

@@ -1,19 +1,21 @@
-"""What does padding do without any readout?
+"""What does padding do to the features? A study without any readout.
 
     python -m experiments.position_patterns --workdir runs/patterns [--photographs FOLDER]
         [--encoders resnet18 ...] [--trained squeezenet1_1 FILE]
         [--trained resnet18 FILE layer4 fc] ...
 
-First, the pattern that padding leaves in the features. A crop's features, less those of the same
-pixels inside the whole photograph, are what the padding did: how strong it is, how much of it all
-photographs share, how far it reaches. The weights are random, or those of a safetensors file
-followed by the modules that the file lacks; only the stages before those modules are compared.
-Photographs smaller than the crop are refused. Others are scaled, up if need be, and cut to the size
-that a network needs around the crop. Each seed has random weights and photographs of its own.
+The first part measures the pattern that padding leaves in the features. The features of a crop,
+minus those of the same pixels inside the whole photograph, show the effect of the padding: how
+strong it is, how much of it all photographs share, and how far it reaches.
 
-Then, by arithmetic: which image sizes every strided layer reads to the same distance on both sides,
-and the map of how often each pixel is read. Finished points are not measured again. Writes
-report.md, results.json, patterns.png, distances.png and reads.png.
+The weights are random, or come from a safetensors file; on the command line, the file is followed
+by the modules that it lacks, and only the stages before those modules are compared. Photographs
+smaller than the crop are refused. Other photographs are scaled, up if need be, and cut to the size
+that a network needs around the crop. Each seed has its own random weights and photographs.
+
+The second part is arithmetic without images: the image sizes that every strided layer reads to the
+same distance on both sides, and a map of how often each pixel is read. Finished points are not
+measured again. Writes report.md, results.json, patterns.png, distances.png and reads.png.
 """
 
 import functools
@@ -43,12 +45,12 @@ READ_BY = ("resnet18", "vgg16", "mobilenet_v2")
 SIZES = range(193, 257)
 SHOWN = (224, 225)
 _READ_FILLS = ("zeros", "none", "partial", "reflect", "replicate", "circular", "full")
-# The figure of reads is smoothed over this many pixels: a stride of 2 reads every second one more
-# often.
+# The figure of reads is smoothed over this many pixels, because a stride of 2 reads every second
+# pixel more often.
 _SMOOTH = 9
-# Patterns of more positions a side are not stored.
+# Patterns with more positions per side are not stored.
 _LARGEST_MAP = 28
-# The last stage with this many distances to the border (14 positions a side) is drawn.
+# The figure shows the last stage with this many distances to the border (14 positions per side).
 _DRAWN_DISTANCES = 7
 
 
@@ -93,7 +95,8 @@ def points(options):
     subjects += [(name, "trained") for name in options.trained]
     if not subjects:
         raise ValueError("encoders= and trained= are empty: there is no network to look at")
-    # A seed's paddings follow each other: they share the photographs and their features.
+    # The paddings of a seed follow each other, because they share the photographs and their
+    # features.
     grid = itertools.product(subjects, range(options.seeds), options.paddings)
     for (name, origin), seed, padding in grid:
         yield Trace("patterns", name, origin, padding, seed)
@@ -136,7 +139,7 @@ def load_subjects(options) -> dict[tuple[str, str], "Subject"]:
     """Loads the encoders, by name and origin of weights."""
     subjects = {}
     for name in options.encoders:
-        # The same stages as with the file's weights, beside which they stand.
+        # With random weights, the same stages as with the file, for comparison.
         _, missing = options.trained.get(name, (None, ()))
         subjects[name, "random"] = Subject(name, options.size, None, missing)
     for name, (file, missing) in options.trained.items():
@@ -171,7 +174,7 @@ def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[st
         try:
             return list(jax.eval_shape(stages, variables, image))
         except flax.errors.FlaxError:
-            # The class of the error depends on what is absent.
+            # The class of the error depends on what is missing.
             names.pop()
     raise ValueError(f"no stage of the network can do without its modules {', '.join(missing)}")
 
@@ -198,7 +201,7 @@ class Subject:
 
 
 class Inside(NamedTuple):
-    """What the paddings of one seed share.
+    """The crops and features that all paddings of one seed share.
 
     `crop` is uint8 [n, size, size, 3]; `features` are its stages inside the photographs.
     """
@@ -208,7 +211,7 @@ class Inside(NamedTuple):
     features: dict[str, np.ndarray]
 
 
-# The points of one subject and seed follow each other.
+# The points of one subject and seed follow each other, so one cached result is enough.
 @functools.lru_cache(maxsize=1)
 def look_inside(subject: Subject, seed: int, paths: tuple[pathlib.Path, ...]) -> Inside:
     """Computes the features of crops that see the photographs around them."""
@@ -248,7 +251,7 @@ def traces(
 
 
 def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Window, ...]:
-    """Returns the first windows of a chain, as far as something is left without padding."""
+    """Returns the first windows of a chain, until nothing is left without padding."""
     for number, window in enumerate(chain):
         size = output_size(size, window.kernel, window.stride, 0)
         if size < 1:
@@ -257,14 +260,14 @@ def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Wi
 
 
 def reads(chain: tuple[patterns.Window, ...], size: int, fill: str) -> np.ndarray:
-    """Counts how often each pixel is read, [size, size]; without padding, as far as it goes."""
+    """Counts how often each pixel is read, [size, size]; without padding, until nothing is left."""
     if fill == "none":
         chain = unpadded(chain, size)
     return patterns.reads(chain, size, fill)
 
 
 def count_reads(network: str) -> dict:
-    """Measures a network's unread rows by image size, and asymmetry by size and fill."""
+    """Counts a network's unread rows by image size, and measures asymmetry by size and fill."""
     chain = patterns.windows(create_model(network))
     asymmetry = {}
     for size in SHOWN:
@@ -309,7 +312,7 @@ def tabulate_patterns(results: list[dict]) -> str:
 
 
 def shown_stage(records: list[dict]) -> list[dict]:
-    """Returns the records of the stage that is drawn."""
+    """Returns the records of the stage in the figure."""
     large = [record for record in records if len(record["profile"]) >= _DRAWN_DISTANCES]
     return study.select(records, stage=study.unique(large, "stage")[-1])
 

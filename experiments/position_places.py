@@ -1,18 +1,19 @@
-"""An object learned at one place of a canvas: is it recognized at all others?
+"""Is an object that was learned at one place of a canvas recognized at all others?
 
     python -m experiments.position_places --data_dir data --workdir runs/position_places
         [--seeds 5] [--places center corner] [--samplings stride ...] [--paddings zeros ...]
 
 After Biscione and Bowers 2020 (arXiv 2011.11757) and Szabo and Horvath 2021 (arXiv 2112.09195).
 MNIST's digits, reduced to 12x12 px, lie on a black canvas of 28x28 px. A network of three
-convolutions and a max-pool, of stride 4 in total, sees its training digits at one place only, the
-center of the canvas or its top left corner. It is tested on other digits at 9x9 places, 2 px apart:
-every second one is a whole number of strides away, and the outermost ones touch the border.
+convolutions and a max-pool, with a stride of 4 in total, sees its training digits at one place
+only: the center of the canvas or its top left corner. It is tested on other digits at 9x9 places, 2
+px apart. Every second place is a whole number of strides away from the trained one, and the
+outermost places touch the border.
 
-Under circular padding, places that are whole strides apart cannot be told apart, and with the
-sampling 'aps' no two places can: their accuracies are equal. Networks of one seed start from the
-same weights and see the same digits. Finished networks are not trained again. Writes report.md,
-places.json and places.png.
+Under circular padding, a network cannot tell places apart that are whole strides apart, so their
+accuracies are equal; with the sampling 'aps', this holds for any two places. Networks of one seed
+start from the same weights and see the same digits. Finished networks are not trained again. Writes
+report.md, places.json and places.png.
 """
 
 import itertools
@@ -96,7 +97,7 @@ def build(point: Point) -> Network:
 def reduce(images: np.ndarray) -> np.ndarray:
     """Averages 2x2 px of the middle 24x24 px of images [n, 28, 28, 1].
 
-    Returns digits [n, 12, 12, 1]. The margin of 2 px that is cut off holds 0.3 % of the ink.
+    Returns digits [n, 12, 12, 1]. The margin of 2 px that is cut off contains 0.3 % of the ink.
     """
     middle = images[:, 2:26, 2:26].astype(np.float32)
     squares = middle.reshape(len(images), _DIGIT, 2, _DIGIT, 2, 1)
@@ -140,10 +141,11 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 
 
 def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns masks [9, 9] of kinds of places, all without the trained one.
+    """Returns masks [9, 9] of kinds of places, without the trained place.
 
-    Places whole strides away from it can differ by their borders alone, the inner ones among them
-    the least; other inner places also differ by the phase of the stride.
+    Places whole strides away from the trained place can differ from it only by their distances to
+    the borders; the inner ones among them differ the least. Other inner places also differ by the
+    phase of the stride.
     """
     rows, columns = np.indices((PLACES, PLACES))
     far = np.maximum(abs(rows - rows.mean()), abs(columns - columns.mean()))
@@ -161,10 +163,10 @@ def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def half_strides(trained: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns masks [9, 9] of the inner places that are between strides along one axis alone.
+    """Returns masks [9, 9] of the inner places between strides along one axis only.
 
-    Along it they are an odd number of half strides from the trained place, along the other a whole
-    number of strides.
+    Along this axis, they are an odd number of half strides away from the trained place; along the
+    other axis, a whole number of strides.
     """
     rows, columns = np.indices((PLACES, PLACES))
     inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
@@ -178,7 +180,7 @@ def half_strides(trained: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def summarize(result: dict) -> dict[str, float]:
-    """Returns the numbers of a network's map, in percent, by their headings."""
+    """Returns the statistics of a network's map in percent, by heading."""
     accuracies = 100 * np.array(result["accuracies"])
     trained = TRAINED[result["place"]]
     numbers = {"where trained": accuracies[trained]}
@@ -190,7 +192,7 @@ def summarize(result: dict) -> dict[str, float]:
 
 
 def groups_of(results: list[dict]):
-    """Yields the fields of each group of networks that differ in their seed alone."""
+    """Yields the fields of each group of networks that differ only in their seed."""
     names = ("place", "sampling", "padding")
     for group in itertools.product(*(study.unique(results, name) for name in names)):
         yield dict(zip(names, group))
@@ -206,7 +208,7 @@ def tabulate(results: list[dict]) -> str:
 
 
 def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
-    """Tabulates differences between every two samplings or paddings, paired by seed.
+    """Tabulates differences between all pairs of samplings or paddings, paired by seed.
 
     - `axis`: "sampling" or "padding".
     - `kind`: the places that are compared, as in `summarize`.

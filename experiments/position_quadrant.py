@@ -3,16 +3,20 @@
     python -m experiments.position_quadrant --workdir runs/quadrant [--photographs FOLDER]
         [--seeds 5] [--paddings zeros none ...]
 
-After Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1. A network that takes each
-channel's largest response over the whole map should not be able to tell.
+After Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 1. A network that keeps only each
+channel's largest response over the whole map should not be able to tell the two places apart.
 
-The rook: one 5x5 convolution is trained on two images, and 1,000 untrained ones are counted that
-respond differently to the two. The quadrants: ResNet-18 with random frozen weights sees photographs
-of 56 pixels in two corners of an empty 120x120 canvas, with a border of empty pixels around it.
-Every stage is read by ridge regression, trained on one half of the photographs and tested on the
-other. Empty is 0, the value of zero padding, as on the authors' canvas. Each seed has weights and
-photographs of its own. Finished points are not measured again. Writes report.md, results.json,
-rook.png and quadrants.png.
+There are two experiments:
+
+- The rook: one 5x5 convolution is trained on two images. Of 1,000 untrained
+  convolutions, those are counted that respond differently to the two images.
+- The quadrants: ResNet-18 with random frozen weights sees photographs of 56 pixels in two corners
+  of an empty 120x120 canvas, with a border of empty pixels around the canvas. Ridge regression
+  reads the place from every stage; it is trained on one half of the photographs and tested on the
+  other. Empty pixels are 0, the value of zero padding, as on the authors' canvas.
+
+Each seed has its own weights and photographs. Finished points are not measured again. Writes
+report.md, results.json, rook.png and quadrants.png.
 """
 
 import functools
@@ -38,7 +42,7 @@ from cnnjax.runtime import command, tables
 
 # Accuracy on the rooks in percent, over 5 seeds with zero padding.
 ROOK_PUBLISHED = 100
-# Accuracy in percent by border, ResNet-18 with random frozen weights and zero padding, as read off
+# Accuracy in percent by border for ResNet-18 with random frozen weights and zero padding, read off
 # the paper's figure.
 PUBLISHED = {0: 100.0, 16: 100.0, 32: 100.0, 64: 80.5, 128: 51.5, 256: 50.0}
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -47,12 +51,13 @@ _STEPS = 200
 _RATE = 0.1
 _MOMENTUM = 0.9
 _KERNELS = 1000
-_PHOTOGRAPH = 56  # pixels
-_CANVAS = 120  # pixels
+_PHOTOGRAPH = 56  # pixels, the side of a photograph
+_CANVAS = 120  # pixels, the side of a canvas without its border
 _BATCH = 8
-# Of the ridge, relative to the mean eigenvalue of the Gram matrix.
+# Strengths of the ridge penalty, relative to the mean eigenvalue of the Gram matrix.
 _STRENGTHS = 10.0 ** np.arange(-4, 3)
-# A rook like the one on the authors' images: 12 columns and 16 rows, by row and its repetitions.
+# A rook like the one in the authors' images: 12 columns and 16 rows, as pairs of a row and its
+# repetitions.
 _ROOK = (
     ([9, 9, 0, 0, 9, 9, 9, 9, 0, 0, 9, 9], 2),
     ([9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], 1),
@@ -67,7 +72,7 @@ _ROOK = (
 
 
 class Rook(NamedTuple):
-    """One small network on the two rooks; `part` is "rook"."""
+    """One small network on the two images of a rook; `part` is "rook"."""
 
     part: str
     padding: str
@@ -75,7 +80,7 @@ class Rook(NamedTuple):
 
 
 class Quadrant(NamedTuple):
-    """One encoder on canvases with a border of so many pixels; `part` is "quadrant"."""
+    """One encoder on canvases with a border of `border` pixels; `part` is "quadrant"."""
 
     part: str
     padding: str
@@ -140,7 +145,7 @@ def rooks() -> np.ndarray:
 
 
 class RookNet(nn.Module):
-    """One 5x5 convolution to one channel, its largest response, two classes."""
+    """One 5x5 convolution to one channel, a global maximum, and two classes."""
 
     padding: str
 
@@ -152,7 +157,7 @@ class RookNet(nn.Module):
 
 @functools.partial(jax.jit, static_argnames="padding")
 def train_rook(padding, key):
-    """Trains a network on the two rooks in turn; returns its accuracy on them."""
+    """Trains a network on the two images in turn; returns its accuracy on them."""
     model = RookNet(padding)
     optimizer = optax.sgd(_RATE, _MOMENTUM)
     images = jnp.asarray(rooks())
@@ -176,7 +181,7 @@ def train_rook(padding, key):
 
 
 def kernels_that_differ(padding: str, seed: int) -> float:
-    """Returns the share of untrained kernels whose largest responses to the two rooks differ."""
+    """Returns the share of untrained kernels whose largest responses to the images differ."""
     kernel_key, noise = jax.random.split(jax.random.key(seed))
     kernels = uniform_fan_in(25)(kernel_key, (5, 5, 1, _KERNELS))
     responses = conv(jnp.asarray(rooks()), kernels, padding=2, fill=padding, key=noise)
@@ -190,8 +195,8 @@ def kernels_that_differ(padding: str, seed: int) -> float:
 def canvases(images: np.ndarray, border: int) -> np.ndarray:
     """Puts photographs on empty canvases, first at the top left, then at the bottom right.
 
-    The photographs are uint8 [n, 56, 56, 3], the canvases [2 n, side, side, 3], normalized. The
-    side is 120 pixels and a border on each side.
+    The photographs are uint8 [n, 56, 56, 3]; the canvases are [2 n, side, side, 3], normalized. The
+    side is 120 pixels plus a border on each side.
     """
     content = np.asarray(normalize(jnp.asarray(images)))
     side = _CANVAS + 2 * border
@@ -225,14 +230,14 @@ def maxima(model: Network, variables: dict, x: np.ndarray, last: str) -> dict[st
 def left_out_errors(
     factors: ridge.Factors, labels: np.ndarray, strengths: np.ndarray
 ) -> np.ndarray:
-    """Returns the squared error on left-out photographs for each strength, [strengths].
+    """Returns the squared error on left-out photographs by strength, [strengths].
 
-    - `factors`: of the Gram matrix of standardized features [2 n, channels], in which photograph
-      number i is in rows i and n + i. Both are left out together.
+    - `factors`: the factors of the Gram matrix of standardized features [2 n, channels]. Photograph
+      number i is in rows i and n + i; both rows are left out together.
     """
-    # With (K + s I)^-1 the residuals of the fit to all are r = R y, where
-    # R = s (K + s I)^-1 - 1 / (2 n); the second term is the intercept's. The residuals of a fit
-    # without the rows P are then (R_PP)^-1 r_P at these rows, exactly: nothing is fitted again.
+    # The residuals of the fit to all rows are r = R y, where R = s (K + s I)^-1 - 1 / (2 n); the
+    # second term comes from the intercept. The residuals of a fit without the rows P, at these
+    # rows, are then exactly (R_PP)^-1 r_P, so nothing needs to be fitted again.
     count = len(labels)
     inverses = ridge.solve(factors, np.eye(count), strengths)
     rows = np.arange(count // 2)[:, None] + [0, count // 2]
@@ -248,8 +253,9 @@ def left_out_errors(
 def read_out(train: np.ndarray, test: np.ndarray) -> float:
     """Returns the accuracy of ridge regression at telling `test[0]` from `test[1]`.
 
-    The features `train` and `test` are [2, n, channels], by place and photograph. The strength is
-    the one that best predicts photographs left out of the training, at both places together.
+    The features `train` and `test` are [2, n, channels], by place and photograph. The chosen
+    strength is the one that best predicts photographs left out of the training, with both places
+    left out together.
     """
     count = train.shape[1]
     train = train.astype(np.float64)
@@ -326,7 +332,7 @@ def draw_rook(results: list[dict]) -> Figure:
 
 
 def accuracies(results: list[dict], padding: str, stage: str) -> dict[int, np.ndarray]:
-    """Returns the accuracies by border, in percent, where the stage has a position left."""
+    """Returns the accuracies in percent by border, if the stage has a position left."""
     by_border = {}
     for result in study.select(results, padding=padding):
         if stage in result["accuracy"]:

@@ -3,15 +3,17 @@
     python -m experiments.position_redgreen --workdir runs/redgreen [--seeds 10]
         [--paddings none zeros circular full ...] [--splits own|published]
 
-After Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2. There are two boxes in a 32x32
-image. Red left of green in the upper part is one class, green left of red in the lower part the
-other. The test is on images like these, and on dissimilar ones whose rows are exchanged: a network
-that learned the order is as right there, one that learned the place is wrong.
+After Kayhan and van Gemert 2020, arXiv 2003.07064, experiment 2. A 32x32 image shows two boxes. In
+one class, red is left of green, in the upper part; in the other class, green is left of red, in the
+lower part. The test uses similar images, and dissimilar images whose rows are exchanged. On
+dissimilar images, a network that learned the order is equally right, and a network that learned the
+place is wrong.
 
-Training, validation and test images are drawn with seeds of their own. In the authors' code
-(github.com/oskyhn/CNNs-Without-Borders, Exp2_Red_Green) they share one seed: validation and similar
-test are the first of the training images, and the same for all networks. `--splits published` does
-so; compare its figures with theirs. Writes report.md, redgreen.json and redgreen.png.
+Training, validation and test images are drawn with separate seeds. In the authors' code
+(github.com/oskyhn/CNNs-Without-Borders, Exp2_Red_Green) they share one seed: the validation images
+and the similar test images are the first training images, and all networks have the same images.
+`--splits published` does the same; compare its figures with the authors'. Writes report.md,
+redgreen.json and redgreen.png.
 """
 
 import functools
@@ -30,8 +32,8 @@ from cnnjax import study
 from cnnjax.nn import FILLS, Conv, Dense, relu
 from cnnjax.runtime import tables
 
-# Similar and dissimilar accuracy in percent as published, mean and standard deviation over 10
-# seeds.
+# Published accuracy on similar and dissimilar images in percent, mean and standard deviation over
+# 10 seeds.
 PUBLISHED = {
     "none": ((100.0, 0.0), (0.2, 0.1)),
     "zeros": ((99.8, 0.1), (8.4, 0.7)),
@@ -46,18 +48,20 @@ _SPLITS = {
     "validation and of the similar test are training images.",
 }
 
-# The images: their side, the boxes' side, and how many there are.
+# The side of an image, the side of a box, and the numbers of training and test images.
 _SIZE = 32
 _BOX = 4
 _TRAIN = 2000
 _TEST = 1000
-# The boxes' first rows, less 4 to plus 3; columns of the left one; least distance of the right one.
+# First rows of the boxes, to which -4 to 3 are added; columns of the left box; least distance of
+# the right box.
 _TOPS = (7, 23)
 _LEFT = 10
 _APART = 5
 
-# The recipe of the authors' code: Adadelta, batches in the same order in every epoch. The weights
-# of the lowest validation loss are tested; _PATIENCE epochs without a lower one end the training.
+# The recipe of the authors' code: Adadelta, with batches in the same order in every epoch. The
+# weights with the lowest validation loss are tested; training ends after _PATIENCE epochs without a
+# lower loss.
 _BATCH = 200
 _EPOCHS = 50
 _PATIENCE = 9
@@ -103,10 +107,10 @@ def points(options):
 def draw(
     generator: np.random.Generator, count: int, dissimilar: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws images of both classes in turns.
+    """Draws images of both classes in alternation.
 
-    Returns images [count, 32, 32, 3] of 0 and 1, and labels: 0 where red is on the left, above, or
-    below if `dissimilar`.
+    Returns images [count, 32, 32, 3] of 0 and 1, and labels. The label is 0 if red is on the left.
+    Such boxes are in the upper part, or in the lower part if `dissimilar`.
     """
     labels = np.arange(count) % 2
     is_low = (labels == 1) != dissimilar
@@ -125,7 +129,7 @@ def draw(
 
 
 def split(seed: int, splits: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draws images and labels of training, validation, similar and dissimilar test."""
+    """Draws images and labels for training, validation, similar and dissimilar test."""
     if splits == "published":
         train = draw(np.random.default_rng([0, 0]), _TRAIN)
         moved = draw(np.random.default_rng([0, 0]), _TRAIN, dissimilar=True)
@@ -142,7 +146,7 @@ def split(seed: int, splits: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class Net(nn.Module):
-    """Four 3x3 convolutions without biases, the largest response of each channel, two classes."""
+    """Four 3x3 convolutions without biases, a global maximum, and two classes."""
 
     padding: str
 
@@ -155,7 +159,7 @@ class Net(nn.Module):
 
 
 class Training(NamedTuple):
-    """What training with early stopping carries from epoch to epoch."""
+    """The state of training with early stopping, carried from epoch to epoch."""
 
     params: dict
     opt_state: optax.OptState
@@ -227,7 +231,7 @@ def train_and_test(padding, key, train, validation, tests):
 
 
 def measure(point: Point, options) -> dict:
-    """Trains one network from weights of its own, and tests it."""
+    """Trains one network from its own initial weights, and tests it."""
     parts = split(point.seed, point.splits)
     train, validation, *tests = jax.tree.map(jnp.asarray, parts)
     key = jax.random.key(point.seed)

@@ -3,15 +3,21 @@
     python -m experiments.position_shift --workdir runs/position_shift
         [--photographs FOLDER] [--seeds 3] [--paddings zeros ...]
 
-A readout is fitted as in the position study; then the content is moved. The encoders have random
-weights. A window moves over an unseen photograph: the frame stays, the content wanders through it.
-Or a piece of a photograph wanders over a gray image.
+A readout is fitted as in the position study, on encoders with random weights; then the content of
+the image is moved. There are two kinds of scenes. In "photograph", a window moves over an unseen
+photograph, so the content moves through the fixed frame. In "object", a piece of a photograph moves
+over a gray image.
 
-The predicted map of H, averaged over rows, is regressed on a pixel's place in the frame and on its
-place in the scene, both in widths of the frame: H = frame x + scene u + constant. A readout of the
-absolute position has (1, 0). One that goes by content has (0, 1): its prediction changes by as much
-as the content has moved. One that knows nothing has (0, 0). Finished encoders are not computed
-again. Writes report.md, shift.json and shift.png.
+The predicted map of horizontal position (H), averaged over rows, is regressed on a pixel's place x
+in the frame and on its place u in the scene, both in widths of the frame: H = frame x + scene u +
+constant. The slopes (frame, scene) are
+
+- (1, 0) for a readout of the absolute position;
+- (0, 1) for a readout that follows the content: its prediction changes by as much as the content
+  has moved;
+- (0, 0) for a readout that knows nothing.
+
+Finished encoders are not computed again. Writes report.md, shift.json and shift.png.
 """
 
 import itertools
@@ -33,12 +39,14 @@ from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
 
-# Sides of an image and of the object, in pixels.
+# Sides of the image and of the object, in pixels.
 _SIZE = 192
 _OBJECT = 64
-# Pixels, multiples of every stage's stride; the object goes from the right end to the left.
+# Shifts in pixels, multiples of every stage's stride. The object moves from the right end to the
+# left end.
 _SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))
-# Crops to fit to and held out; shares of the photographs for these and for the test.
+# Numbers of crops to fit to and to hold out; proportions of photographs for fitting, for holding
+# out, and for the test.
 _COUNTS = (24, 6)
 _PARTS = (6, 2, 5)
 ENCODERS = ("resnet18", "vgg11")
@@ -81,10 +89,11 @@ def points(options):
 
 
 def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Moves the content of a photograph: in each image it lies further to the left by its shift.
+    """Moves the content of a photograph further to the left with each shift.
 
-    Returns uint8 [shifts, size, size, 3] by kind. "photograph" has windows of its middle, "object"
-    the middle of the first window, on gray. Raises `ValueError` for a photograph that is too small.
+    Returns uint8 [shifts, size, size, 3] by kind. "photograph" contains windows from the middle of
+    the photograph, "object" the middle of the first window, on gray. Raises `ValueError` if the
+    photograph is too small.
     """
     image = photographs.read_image(path)
     width = _SIZE + _SHIFTS[-1]
@@ -107,14 +116,14 @@ def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
-    """Fits how the predictions change with a pixel's place in the frame and in the scene.
+    """Regresses predictions on a pixel's place in the frame and in the scene.
 
     The fit is least squares over all pixels of a photograph, or over those of the object.
 
     - `maps`: the predictions of one scene [shifts, size, size].
     - `kind`: one of `KINDS`.
 
-    Returns the two slopes; 1 is as much as H changes.
+    Returns the two slopes; a slope of 1 is that of H itself.
     """
     if kind == "object":
         low = (_SIZE - _OBJECT) // 2
@@ -132,7 +141,7 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
 
 
 def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
-    """Fits the readout of an encoder with random weights, and follows every test scene."""
+    """Fits the readout of an encoder with random weights, and tests it on every scene."""
     *fitting, test = photographs.split(paths, _PARTS, point.seed)
     images = []
     for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
@@ -161,9 +170,9 @@ def upsample(maps: jax.Array) -> jax.Array:
 
 
 def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict:
-    """Reads H from the features of a scene, and fits how it moves.
+    """Reads H from the features of a scene, and computes the slopes.
 
-    Returns the kind, the photograph, R2, both slopes and the profile of every eighth column.
+    Returns the kind, the photograph, R2, both slopes, and the profile at every eighth column.
     """
     maps = np.asarray(upsample(readout(features).transpose(0, 2, 3, 1)))[..., 0]
     frame, scene = slopes(maps, kind)
@@ -181,7 +190,7 @@ def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict
 
 
 def scenes_of(results: list[dict], kind: str, **fields) -> list[dict]:
-    """Returns the scenes of a kind, of all selected results."""
+    """Returns the scenes of one kind from all selected results."""
     scenes = []
     for result in study.select(results, **fields):
         scenes += study.select(result["scenes"], kind=kind)

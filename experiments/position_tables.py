@@ -5,16 +5,17 @@
         [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
         [--set KEY=VALUE ...]
 
-All tables, if none is named; the paper's numbers (arXiv 2001.08248) stand beside the measured ones.
-A table is a handful of studies: configs/posenet.py with a few keys changed. Finished studies are
-not run again, and an encoder's features are cached in `features/` for the others. `--set` changes
-a key of that configuration for all studies; keys that tell the rows of a table apart are refused.
+Without a name, all tables are made. The paper's numbers (arXiv 2001.08248) stand beside the
+measured ones. Each table consists of several studies: runs of configs/posenet.py with a few keys
+changed. Finished studies are not run again, and the features of an encoder are cached in
+`features/` for the other studies. `--set` changes a key of configs/posenet.py for all studies; keys
+that distinguish the rows of a table are refused.
 
-The paper's networks have ImageNet weights. Here they are random unless told otherwise, which is a
-question of its own: `weights` puts both side by side, and `photographs` fits the readout to 24, 96
-and 384 photographs. ImageNet weights come from the Hugging Face hub, or for the networks named by
-`--trained` from a safetensors file with torchvision's names, followed by the modules that the file
-lacks. Writes NAME.md and NAME.json.
+The paper's networks have ImageNet weights. Here, weights are random unless an option says
+otherwise. The table `weights` compares random and ImageNet weights, and `photographs` fits the
+readout to 24, 96 and 384 photographs. ImageNet weights come from the Hugging Face hub. For the
+networks named by `--trained`, they come from a safetensors file with torchvision's names, followed
+by the modules that the file lacks. Writes NAME.md and NAME.json.
 """
 
 import argparse
@@ -37,7 +38,7 @@ READOUTS = ("sgd", "exact")
 _TARGETS = ("H", "V", "G", "HS", "VS")
 _DATA = ("natural", "black", "white", "noise")
 
-# SPC (Spearman's rank correlation) and MAE (mean absolute error) as the paper prints them.
+# SPC (Spearman's rank correlation) and MAE (mean absolute error), as printed in the paper.
 
 # Table 1: a line for each target, a column for each kind of images.
 _POSENET = """
@@ -58,8 +59,8 @@ _RESNET152 = """
     .936/.070 .953/.068 .964/.064 .971/.055
     .534/.528 .566/.518 .562/.515 .471/.530
     .520/.537 .574/.523 .593/.514 .523/.545"""
-# The other tables have photographs only; their cells are H, G and HS, or H and G.
-# Tables 2a and 2b: PosENet and VGG-16 by the readout's layers and kernel.
+# The other tables are on photographs only; their cells are H, G and HS, or H and G.
+# Tables 2a and 2b: PosENet (the image alone) and VGG-16, by layers and kernel of the readout.
 _DEPTHS = {
     1: (".012/.251 -.001/.233 -.001/.712", ".742/.149 .814/.109 .405/.556"),
     2: (".056/.250 .067/.187 -.006/.628", ".797/.128 .828/.105 .483/.538"),
@@ -70,7 +71,7 @@ _KERNELS = {
     3: (".012/.251 -.001/.233 -.001/.723", ".742/.149 .814/.109 .405/.556"),
     7: (".060/.250 .068/.187 .002/.628", ".828/.120 .816/.111 .487/.532"),
 }
-# Table 3: one block of VGG-16, or all.
+# Table 3: one block of VGG-16, or all blocks.
 _STAGES = {
     "f1": (("block1",), ".101/.249 .241/.182"),
     "f2": (("block2",), ".344/.225 .404/.168"),
@@ -79,7 +80,7 @@ _STAGES = {
     "f5": (("block5",), ".657/.177 .693/.135"),
     "all": ((), ".742/.149 .814/.109"),
 }
-# Table 4, first rows: zeros around the image, whose pixels are from 0 to 1.
+# Table 4, first rows: zeros around an image with pixels from 0 to 1.
 _READOUT_PADDINGS = {
     0: ".012/.251 -.001/.233 -.001/.712",
     1: ".274/.239 .205/.184 .148/.608",
@@ -98,10 +99,10 @@ _ENCODER_PADDINGS = {
 class Row(NamedTuple):
     """A row of a table.
 
-    - `label`: its name.
-    - `changes`: what its study changes in configs/posenet.py.
+    - `label`: the name of the row.
+    - `changes`: the changes of its study to configs/posenet.py.
     - `paper`: the published SPC and MAE by target and data.
-    - `encoder`, `padding`: the part of the study's results that is shown.
+    - `encoder`, `padding`: the part of the study's results that the row shows.
     """
 
     label: str
@@ -114,7 +115,7 @@ class Row(NamedTuple):
 def published(
     text: str, targets: tuple[str, ...], data: tuple[str, ...]
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """Reads cells "SPC/MAE" in the order of targets, and of data within a target."""
+    """Reads cells "SPC/MAE", ordered by target, then by data."""
     scores = {}
     for key, cell in zip(itertools.product(targets, data), text.split(), strict=True):
         spc, mae = cell.split("/")
@@ -125,7 +126,7 @@ def published(
 def changes(
     encoders: tuple[str, ...] = ("vgg16",), paddings: tuple[str, ...] = ("zeros",), **keys
 ) -> dict:
-    """Returns a study's changes: both readouts, with a 3x3 kernel unless told otherwise."""
+    """Returns a study's changes: both readouts, by default with a 3x3 kernel."""
     common = {"encoders": encoders, "paddings": paddings, "sgd_paddings": paddings, "kernel": 3}
     return common | keys
 
@@ -147,7 +148,7 @@ def photograph_row(
     encoder: str = "vgg16",
     padding: str = "zeros",
 ) -> Row:
-    """Returns a row of a published table that has photographs only."""
+    """Returns a row of a published table that is on photographs only."""
     data = ("natural",)
     changed = changed | {"targets": targets, "data": data}
     return Row(label, changed, published(text, targets, data), encoder, padding)
@@ -188,7 +189,7 @@ def encoder_padding_rows() -> Iterator[Row]:
         yield photograph_row(f"VGG-16, {padding}", text, changed, padding=padding)
 
 
-# The paper has none of the following.
+# The following tables are not in the paper.
 
 
 def control_rows() -> Iterator[Row]:
@@ -293,7 +294,7 @@ def change(config: ml_collections.ConfigDict, setting: str) -> None:
 
 
 def check_settings(name: str, options: argparse.Namespace) -> None:
-    """Raises `ValueError` if `--set` changes a key that tells a table's rows apart."""
+    """Raises `ValueError` if `--set` changes a key that distinguishes a table's rows."""
     for row in TABLES[name]:
         config = configure(row, options)
         has_sgd = row.encoder in study.CONTROLS or row.padding in config.sgd_paddings
@@ -306,10 +307,10 @@ def check_settings(name: str, options: argparse.Namespace) -> None:
     configs = [configure(row, unset) for row in TABLES[name]]
     for setting in options.set:
         key = setting.partition("=")[0]
-        # A row shows one encoder under one padding, which its study must have.
+        # A row shows one encoder under one padding, so its study must have both.
         if key in ("encoders", "paddings"):
             raise ValueError(f"--set {setting}: the rows of a table name their own {key}")
-        # An unknown key has no values here; `change` refuses it.
+        # An unknown key has no values here; `change` refuses such keys.
         values = list(dict.fromkeys(config.get(key) for config in configs))
         if len(values) > 1:
             raise ValueError(
@@ -319,7 +320,7 @@ def check_settings(name: str, options: argparse.Namespace) -> None:
 
 
 def check_trained(names: set[str]) -> None:
-    """Raises `ValueError` for an encoder that no table has."""
+    """Raises `ValueError` if `--trained` names an encoder that is in no table."""
     encoders = set()
     for row in itertools.chain(*TABLES.values()):
         encoders.update(row.changes["encoders"])
@@ -400,7 +401,7 @@ def measure(options: argparse.Namespace) -> None:
     backend.start()
     check_trained(set(options.trained))
     table_configs = {}
-    # Rows share studies, also across tables.
+    # Rows share studies, even across tables.
     studies = {}
     for name in options.tables or TABLES:
         check_settings(name, options)

@@ -4,16 +4,18 @@
         [--seeds 3] [--epochs 8] [--paddings zeros ...] [--network resnet18] [--enlarge 2]
         [--photographs [FOLDER]]
 
-A small ConvNet is trained under each fill and probed as it learns. It has four convolutions unless
-another network is named. Networks of one seed start from the same weights and see the same batches;
-only their padding differs. They are trained on the middle 24x24 px of CIFAR-10, so that a shift by
-4 px in both directions brings in real pixels and needs no filling. `--enlarge 2` makes 2x2 pixels
-of each, for networks that leave too little of so small an image.
+A network is trained under each fill (kind of padding), and position is read from its features as it
+learns. By default, the network is a ConvNet of four convolutions. Networks of one seed start from
+the same weights and see the same batches; only their padding differs. They are trained on the
+middle 24x24 px of CIFAR-10 images, so that a shift by 4 px in both directions brings in real pixels
+and nothing has to be filled in. `--enlarge 2` makes 2x2 pixels of each pixel, for networks that
+reduce such a small image too far.
 
-At epochs 0, 1, 2, 5 and the last the exact readout finds H and V in each stage, on test images and
-on a black one. With `--photographs`, the pattern that the padding leaves in each stage is measured
-at the same epochs, as in `position_patterns`: CIFAR-10's images are too small to show what lies
-beyond a crop, so it takes photographs, scaled to the crop and what the network needs around it.
+At epochs 0, 1, 2, 5 and the last, the exact readout reads H and V from each stage, on test images
+and on a black image. With `--photographs`, the pattern that the padding leaves in each stage is
+measured at the same epochs, as in `position_patterns`. CIFAR-10's images are too small to show what
+lies beyond a crop, so this measurement uses photographs, scaled to the crop and the pixels that the
+network needs around it.
 
 Finished networks are not trained again. Writes report.md, training.json and training.png.
 """
@@ -41,15 +43,15 @@ from cnnjax.position.targets import target
 from cnnjax.runtime import tables
 from cnnjax.train.small import check_counts, classify, train_epochs
 
-# Pixels: the side of a window, and how far it is shifted.
+# Pixels: the side of a window, and its shift.
 _SIZE = 24
 _SHIFT = 4
 _TARGETS = ("H", "V")
-# Probed besides the last epoch.
+# Epochs at which networks are probed, besides the last one.
 _EPOCHS = (0, 1, 2, 5)
-# Test images that the readout is fitted to, chooses its strength on and is scored on.
+# Numbers of test images to fit the readout to, to choose its strength on, and to score it on.
 _PROBE = (64, 16, 48)
-# Photographs of one seed, at most, in which patterns are measured.
+# Largest number of photographs per seed for measuring patterns.
 _PHOTOGRAPHS = 24
 _BATCH = 100
 
@@ -58,7 +60,7 @@ _BATCH = 100
 
 
 class Point(NamedTuple):
-    """A network, or the image itself, which no network has read.
+    """A network, or the image itself without any network.
 
     `part` is "network" or "image"; the image has neither padding nor seed.
     """
@@ -84,7 +86,7 @@ def add_options(parser):
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
     parser.add_count("epochs", 8, "of training")
     parser.add_count("test", 4000, "test images")
-    # Work directories begun before this option existed go on without it, as None.
+    # Work directories that were begun before this option existed continue with None.
     parser.add_argument(
         "--photographs",
         nargs="?",
@@ -97,7 +99,7 @@ def add_options(parser):
 
 
 class Shared(NamedTuple):
-    """CIFAR-10, and the photographs in which patterns are measured, if they are."""
+    """CIFAR-10, and photographs if patterns are measured."""
 
     data: arrays.Dataset
     paths: list[pathlib.Path]
@@ -143,8 +145,8 @@ def build(padding: str, options) -> Network:
 def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Cuts windows of 24x24 px out of images of 32x32.
 
-    Returns their middles [n, 24, 24, 3], and these shifted by 4 px in both directions, to each
-    corner [4, n, 24, 24, 3]. Every pixel of both becomes `enlarge` x `enlarge`.
+    Returns the middle windows [n, 24, 24, 3], and windows shifted by 4 px in both directions,
+    towards each corner [4, n, 24, 24, 3]. Every pixel of both becomes `enlarge` x `enlarge` pixels.
     """
 
     def cut(top, left):
@@ -162,7 +164,7 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     - `variables`: its variables.
     - `images`: test images, uint8 [n, height, width, 3].
 
-    Returns the stage, the target, the data ("natural" or "black"), SPC and R2 of each readout.
+    Returns stage, target, data ("natural" or "black"), SPC and R2 of each readout.
     """
     black = np.zeros((1, *images.shape[1:]), np.uint8)
     everything = np.concatenate([images[: sum(_PROBE)], black])
@@ -191,13 +193,14 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
 def draw_photographs(
     model: Network, paths: list[pathlib.Path], seed: int, enlarge: int
 ) -> np.ndarray:
-    """Draws a seed's photographs, at the size of the crops and what a network needs around them.
+    """Draws a seed's photographs: the crops and the pixels needed around them.
 
-    Returns uint8 [n, side, side, 3]; every pixel is made `enlarge` x `enlarge`, as in `windows`.
+    Returns uint8 [n, side, side, 3]; every pixel becomes `enlarge` x `enlarge` pixels, as in
+    `windows`.
     """
     size = enlarge * _SIZE
     stages = list(stage_shapes(model, size))
-    # A multiple of the margin fits all stages, too; enlarged pixels must not be cut.
+    # A multiple of the common margin also fits all stages; this multiple cuts no enlarged pixel.
     margin = math.lcm(patterns.common_margin(model, stages, size), enlarge)
     order = np.random.default_rng(seed).permutation(len(paths))[:_PHOTOGRAPHS]
     side = _SIZE + 2 * margin // enlarge
@@ -227,7 +230,7 @@ def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> li
 
 
 def measure(point: Point, options, shared: Shared) -> dict:
-    """Trains a network on images of its seed's choice, probes it on its way, and tests it."""
+    """Trains a network on images chosen by its seed, probes it during training, and tests it."""
     data = shared.data
     middle, shifted = windows(data.test.images, options.enlarge)
     if point.part == "image":
@@ -237,11 +240,11 @@ def measure(point: Point, options, shared: Shared) -> dict:
     chosen = generator.permutation(len(data.train.labels))[: options.train]
     images, _ = windows(data.train.images[chosen], options.enlarge)
     train = arrays.Split(images, data.train.labels[chosen])
-    # The same generator again: the images to probe depend on the seed alone.
+    # The same generator again, so that the probed images depend only on the seed.
     generator = np.random.default_rng(point.seed)
     probed = middle[generator.permutation(len(middle))[: sum(_PROBE)]]
     context = None
-    # The other fills move positions: their maps have no counterpart inside the photographs.
+    # The other fills move positions, so their maps have no counterpart inside the photographs.
     if shared.paths and point.padding in patterns.ALIGNED:
         context = draw_photographs(model, shared.paths, point.seed, options.enlarge)
     probes = []
@@ -269,7 +272,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
 
 
 class Curve(NamedTuple):
-    """What is followed over the epochs, by stage: a field of a network's probes or patterns."""
+    """A field of probes or patterns that is followed over the epochs, by stage."""
 
     title: str
     kind: str
@@ -284,7 +287,7 @@ SHARED = Curve("shared change", "patterns", "shared", {})
 
 
 def by_seed(results: list[dict], padding: str, kind: str, name: str, **fields) -> np.ndarray:
-    """Returns one measurement of the networks of a padding.
+    """Returns one measurement of all networks with one padding.
 
     - `kind`: "probes" or "patterns", among which `fields` select one of each network.
     - `name`: the measurement's field.
@@ -298,7 +301,7 @@ def by_seed(results: list[dict], padding: str, kind: str, name: str, **fields) -
 
 def traced(results: list[dict]) -> list[dict]:
     """Returns the networks whose patterns were measured."""
-    # Networks of before have no such field.
+    # Results of earlier versions have no such field.
     return [result for result in results if result.get("patterns")]
 
 
@@ -332,7 +335,7 @@ def tabulate_networks(results: list[dict], epochs: list[int], options) -> str:
 
 
 def tabulate_differences(results: list[dict], last: int, options) -> str:
-    """Tabulates what each padding adds to the first one, paired by seed."""
+    """Tabulates the difference of each padding from the first one, paired by seed."""
     first, *others = study.unique(results, "padding")
     read = {"epoch": last, "stage": "all", "data": "natural"}
     lines = []
@@ -360,7 +363,7 @@ def tabulate_differences(results: list[dict], last: int, options) -> str:
 
 
 def tabulate_training(results: list[dict], last: int) -> str:
-    """Tabulates what training adds to the position in all stages, paired by network."""
+    """Tabulates the change of position in all stages by training, paired by network."""
     readouts = [("H", "natural"), ("V", "natural"), ("H", "black")]
     lines = []
     for padding in study.unique(results, "padding"):
@@ -416,7 +419,7 @@ def draw(results: list[dict], epochs: list[int], stages: list[str]) -> Figure:
     for curve, axis_row in zip(curves, axes):
         shown = traced(results) if curve.kind == "patterns" else results
         for axis, stage in zip(axis_row, stages):
-            # Patterns are those of single stages.
+            # Patterns are measured only in single stages.
             if curve.kind == "patterns" and stage == "all":
                 axis.set_axis_off()
             else:
@@ -427,7 +430,7 @@ def draw(results: list[dict], epochs: list[int], stages: list[str]) -> Figure:
             axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
     if traced(results):
         axes[-1, 0].set(ylabel="shared change", ylim=(-0.1, 1))
-        # Nothing is drawn below it that would bear its label.
+        # There is no panel below it that could carry the label.
         axes[-2, -1].set_xlabel("epoch")
         axes[-2, -1].tick_params(labelbottom=True)
     handles, labels = axes[0, 0].get_legend_handles_labels()

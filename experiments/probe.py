@@ -1,12 +1,12 @@
-"""What MobileNetV2's ImageNet features know of CIFAR-10.
+"""What do MobileNetV2's ImageNet features know about CIFAR-10?
 
     python -m experiments.probe --weights FILE --data_dir data --workdir runs/probe [--repeats 3]
 
-A linear probe on the 1280 pooled features, beside the same probe on untrained features. FILE holds
-torchvision's MobileNetV2; its classifier is not used. Images are resized to `size` pixels. The
-probe is ridge regression, its strength chosen on a held-out fifth of the training images; the test
-set is read once per probe. Every repetition has training images of its own. Writes report.md and
-probe.json.
+A linear probe is fitted to the 1280 pooled features and compared with the same probe on untrained
+features. FILE contains torchvision's MobileNetV2; its classifier is not used. Images are resized to
+`size` pixels. The probe is ridge regression, with its strength chosen on a held-out fifth of the
+training images; the test set is used once per probe. Every repetition has its own training images.
+Writes report.md and probe.json.
 """
 
 import itertools
@@ -57,7 +57,7 @@ def points(options):
 
 
 class Features(NamedTuple):
-    """Features of CIFAR-10 [n, 1280] by weights, with the labels."""
+    """Features of CIFAR-10 [n, 1280] by origin of the weights, with the labels."""
 
     train: dict[str, np.ndarray]
     train_labels: np.ndarray
@@ -85,7 +85,7 @@ def load(options) -> Features:
 
 
 def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
-    """Returns MobileNetV2 with its pooled features as logits; without a file it is untrained."""
+    """Returns MobileNetV2 with pooled features as logits; without a file, it is untrained."""
     model = create_model("mobilenet_v2", num_classes=_FEATURES)
     if path is None:
         variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *model.input_shape)))
@@ -115,7 +115,7 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
 
 
 def measure(point: Point, options, features: Features) -> dict:
-    """Probes one repetition's training images."""
+    """Fits and scores the probe of one repetition."""
     start = point.repetition * options.train
     part = slice(start, start + options.train)
     accuracy, strength = linear_probe(

@@ -1,18 +1,20 @@
-"""Does a shift change what a network says? Sampling crossed with padding.
+"""Does a shift change the class that a network gives? Sampling crossed with padding.
 
     python -m experiments.sampling --data_dir data --workdir runs/sampling
         [--seeds 5] [--samplings stride ...] [--paddings zeros ...] [--networks convnet resnet]
 
-Small networks are trained on the middle 24x24 px of CIFAR-10 under each sampling and padding. Both
-have strides of 8 in total, so that 24 px are divided to the end: "convnet" is three convolutions
-and two max-pools, "resnet" a 7x7 convolution and three residual blocks. Networks of one seed start
-from the same weights and see the same batches; only their sampling and padding differ.
+Two small networks are trained on the middle 24x24 px of CIFAR-10 images under each sampling and
+padding: "convnet" has three convolutions and two max-pools, "resnet" a 7x7 convolution and three
+residual blocks. Both have a stride of 8 in total, which divides 24 px without remainder. Networks
+of one seed start from the same weights and see the same batches; only their sampling and padding
+differ.
 
-Two images that are one another shifted are given to a trained network. Consistency is the share of
-such pairs with the same class (Zhang 2019, arXiv 1904.11486): of two circular shifts by up to 23 px
-in each direction, and of two windows of 24x24 px out of the 32x32 of an image, as in random crops.
-Before and after training, the exact linear readout finds H in all stages together. Finished
-networks are not trained again. Writes report.md, sampling.json and sampling.png.
+A trained network then sees pairs of shifted versions of one image. Consistency is the share of
+pairs that get the same class (Zhang 2019, arXiv 1904.11486). The pairs are two circular shifts by
+up to 23 px in each direction, or two windows of 24x24 px out of the 32x32 px of an image, as in
+random crops. Before and after training, the exact linear readout reads horizontal position (H) from
+all stages together. Finished networks are not trained again. Writes report.md, sampling.json and
+sampling.png.
 """
 
 import itertools
@@ -35,10 +37,10 @@ from cnnjax.position.targets import target
 from cnnjax.runtime import tables
 from cnnjax.train.small import check_counts, classify, train_epochs
 
-# Pixels: the side of an image as it comes, and of a window.
+# Sides of an original image and of a window, in pixels.
 _SIDE = 32
 _SIZE = 24
-# Test images that the readout is fitted to, chooses its strength on and is scored on.
+# Numbers of test images to fit the readout to, to choose its strength on, and to score it on.
 _PROBE = (64, 16, 48)
 _BATCH = 100
 NETWORKS = {
@@ -112,14 +114,14 @@ def middle(images: np.ndarray) -> np.ndarray:
 
 
 def circular_shifts(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Shifts each image's middle window circularly, by its own number of rows and columns."""
+    """Shifts each image's middle window circularly, by its own rows and columns."""
     shifts = generator.integers(0, _SIZE, (len(images), 2))
     shifted = [np.roll(image, shift, (0, 1)) for image, shift in zip(middle(images), shifts)]
     return np.stack(shifted)
 
 
 def random_crops(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Cuts a window at a random place out of each image."""
+    """Cuts a window out of each image at a random place."""
     places = generator.integers(0, _SIDE - _SIZE + 1, (len(images), 2))
     windows = [
         image[top : top + _SIZE, left : left + _SIZE] for image, (top, left) in zip(images, places)
@@ -128,14 +130,14 @@ def random_crops(images: np.ndarray, generator: np.random.Generator) -> np.ndarr
 
 
 def consistency(model: Network, variables: dict, images: np.ndarray, move, seed: int) -> float:
-    """Returns the share of images that two random moves leave in one class."""
+    """Returns the share of images that get the same class after two random moves."""
     generator = np.random.default_rng(seed)
     first, second = (classify(model, variables, move(images, generator)) for _ in range(2))
     return float((first == second).mean())
 
 
 def position(model: Network, variables: dict, images: np.ndarray) -> float:
-    """Returns R2 of H as the exact linear readout of all stages finds it in unseen images."""
+    """Returns R2 of H by the exact linear readout of all stages, on unseen images."""
     goal = target("H", FEATURE_SIZE)
     features = encode(model, variables, images, list(stage_shapes(model, _SIZE)))
     train, held_out, test = np.split(features, np.cumsum(_PROBE)[:-1])
@@ -144,7 +146,7 @@ def position(model: Network, variables: dict, images: np.ndarray) -> float:
 
 
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
-    """Trains a network on images of its seed's choice, and tests it."""
+    """Trains a network on images chosen by its seed, and tests it."""
     model = build(point)
     generator = np.random.default_rng(point.seed)
     chosen = generator.permutation(len(data.train.labels))[: options.train]
@@ -183,7 +185,7 @@ def tabulate(results: list[dict]) -> str:
 
 
 def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
-    """Tabulates what each sampling (or padding) adds to the first one, paired by seed."""
+    """Tabulates differences of each sampling (or padding) from the first, paired by seed."""
     fixed = "padding" if axis == "sampling" else "sampling"
     header = ["network", fixed, axis, *(heading for _, heading, _, _ in COLUMNS), "n"]
     first, *others = study.unique(results, axis)

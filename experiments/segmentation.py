@@ -3,13 +3,15 @@
     python -m experiments.segmentation --data_dir data --workdir runs/segmentation [--seeds 3] \\
         [--paddings zeros none ...] [--weights FILE]
 
-The lecture shows, after Islam, Jia, and Bruce (ICLR 2020, arXiv 2001.08248, table 5b), the mean IoU
-of a VGG trained from scratch on PASCAL VOC 2012 without and with zero padding. Here a small fully
-convolutional network (`cnnjax.models.fcn`) is trained from scratch on CamVid's 367 road scenes at
-240x180 and tested on 233. With --weights, a file of SqueezeNet 1.1's ImageNet weights, its first
-five layers are fine-tuned instead. Every pixel counts: those that the maps of 'none' do not reach
-take the scores of the nearest position. Each network has a work directory of its own. Writes
-report.md, segmentation.json, rings.png, and scenes.png.
+The lecture shows the mean IoU of a VGG trained from scratch on PASCAL VOC 2012, without and with
+zero padding (after Islam, Jia, and Bruce, ICLR 2020, arXiv 2001.08248, table 5b). Here a small
+fully convolutional network (`cnnjax.models.fcn`) is trained from scratch on CamVid's 367 road
+scenes at 240x180 px and tested on 233 scenes. With --weights, a file of SqueezeNet 1.1's ImageNet
+weights, the first five layers of SqueezeNet are fine-tuned instead. Every pixel counts: pixels that
+the maps of 'none' do not reach take the scores of the nearest position.
+
+Each network has its own work directory. Writes report.md, segmentation.json, rings.png, and
+scenes.png.
 """
 
 import itertools
@@ -35,7 +37,7 @@ LECTURE = {"none": 12.3, "zeros": 23.1}  # mean IoU in percent
 ALONE = "*position alone*"
 _RING = 10  # pixels, the width of a ring
 _SHOWN = (20, 80, 140, 200)  # test scenes in the figure
-_SQUEEZED = ("conv1", "fire3", "fire5")  # under 'none' nothing is left of later stages at 240x180
+_SQUEEZED = ("conv1", "fire3", "fire5")  # under 'none', later stages are empty at 240x180
 
 
 # --- Options and points ---------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def load(options) -> arrays.Dataset:
     for point in points(options):
         config = configure(options, point)
         if options.weights:
-            # The encoder's own file is not written before the work directory is checked.
+            # The encoder's own file is written only after the work directory is checked.
             config.initial_weights = str(options.weights)
         loop.check(config)
     return data
@@ -114,7 +116,7 @@ def encoder_file(options) -> pathlib.Path:
 
 
 def read_encoder(file: pathlib.Path) -> dict:
-    """Returns those layers of a SqueezeNet 1.1 that the network has, as variables.
+    """Returns, as variables, the layers of SqueezeNet 1.1 that the network has.
 
     Raises `ValueError` if the file does not fit.
     """
@@ -144,7 +146,7 @@ def score(predicted: np.ndarray, labels: np.ndarray, inside: np.ndarray) -> dict
     """Returns the mean IoU of predicted masks: of the whole images, by class, and by place.
 
     `predicted` and `labels` are [n, height, width]; `inside` [height, width] is the part of the
-    image that is scored apart from the rest.
+    image that is scored separately.
     """
     count = len(arrays.CamVid.classes)
     rings = ring_of(*labels.shape[1:])
@@ -165,7 +167,7 @@ def score(predicted: np.ndarray, labels: np.ndarray, inside: np.ndarray) -> dict
 
 
 def prior(split: arrays.Split) -> np.ndarray:
-    """Returns the most frequent class of each pixel: all that position alone can tell."""
+    """Returns the most frequent class of each pixel: the best guess from position alone."""
     counts = [(split.labels == number).sum(0) for number in range(len(arrays.CamVid.classes))]
     return np.argmax(counts, 0).astype(np.uint8)
 
@@ -175,7 +177,7 @@ def predictions_file(options, padding: str, seed: int) -> pathlib.Path:
 
 
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
-    """Trains one network and scores its masks of the test scenes."""
+    """Trains one network and scores its masks on the test scenes."""
     config = configure(options, point)
     if options.weights and not encoder_file(options).exists():
         weights.save_torchvision(read_encoder(options.weights), encoder_file(options))
@@ -190,7 +192,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 
 
 def judge(results: list[dict]) -> str:
-    """Compares the measured difference between zeros and none with the lecture's."""
+    """Compares the measured difference between zeros and none with the lecture's difference."""
     by_seed = {}
     for padding in LECTURE:
         chosen = study.select(results, padding=padding)
@@ -213,7 +215,7 @@ def judge(results: list[dict]) -> str:
 
 
 def percent(values) -> str:
-    """Mean ± standard deviation in percent, of the values that are known."""
+    """Returns mean ± standard deviation in percent of the known values."""
     known = [100 * value for value in values if value is not None]
     return tables.spread(known, 1) if known else ""
 

@@ -3,12 +3,14 @@
     python -m experiments.speedrun --workdir runs/speedrun --data_dir FOLDER [--runs 200] \\
         [--epochs 8 ...]
 
-A run is one compiled program, called once: whitening filters from the training images, all epochs
-with their augmentation, and the test on six views of each image. Every number of the recipe in
-configs/speedrun_cifar10.py is an option. Runs compute in bfloat16, and in float32 on a CPU. The
-time of a run is that of its call; the data are on the device by then, and compilation is timed
-apart. Called again, the command makes the runs that are missing. Writes report.md, speedrun.json,
-speedrun.png, and one file a run in runs/.
+A run is one call of one compiled program, which computes whitening filters from the training
+images, trains for all epochs with augmentation, and tests on six views of each image. Every number
+of the recipe in configs/speedrun_cifar10.py is an option. Runs compute in bfloat16, or in float32
+on a CPU. The time of a run is the time of its call; the data are on the device by then, and
+compilation is timed separately.
+
+The same command makes the runs that are missing. Writes report.md, speedrun.json, speedrun.png, and
+one file per run in runs/.
 """
 
 import functools
@@ -35,11 +37,11 @@ from cnnjax.runtime.progress import progress
 from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
 
-TARGET = 94.0  # percent of the test images
+TARGET = 94.0  # accuracy in percent on the test images
 
 
 class Record(NamedTuple):
-    """Accuracy in percent, its standard deviation where it is stated, and seconds a run."""
+    """Accuracy in percent, its standard deviation (None if not stated), and seconds per run."""
 
     accuracy: float
     std: float | None
@@ -47,13 +49,13 @@ class Record(NamedTuple):
     seconds: float
 
 
-# Public records on one A100.
+# Public records, measured on one A100.
 RECORDS = {
     "hiverge/cifar10-speedrun": Record(94.01, 0.13, 2000, 2.015),
     "KellerJordan/cifar10-airbench, airbench94_muon": Record(94.01, None, 200, 2.59),
 }
-_WHITENED = 5000  # images whose patches are whitened, as in the record
-# Purposes of random numbers.
+_WHITENED = 5000  # images that whitening filters are computed from, as in the record
+# Purposes of random keys.
 _AUGMENT = 0
 _FLIP = 1
 
@@ -77,7 +79,7 @@ def _as_matrices(filters):
 
 
 def _renormalized(updates, params):
-    """Gives every filter bank the norm of one with unit filters before the update is added."""
+    """Before each update, rescales filter banks to the norm of one with unit filters."""
 
     def renormalized(update, kernel):
         factor = kernel.shape[3] ** 0.5 / jnp.linalg.norm(kernel.ravel())
@@ -89,7 +91,8 @@ def _renormalized(updates, params):
 def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransformation:
     """Makes Muon for filters, and SGD with Nesterov's momentum for the rest.
 
-    Rates fall linearly to 0 in `steps`, that of the first layer's bias in `whiten_steps`.
+    Learning rates fall linearly to 0 in `steps`; the rate of the first layer's bias, in
+    `whiten_steps`.
     """
 
     def sgd(rate, steps):
@@ -120,7 +123,7 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
 
 
 def _initial_variables(model: Network, images, moments, key) -> dict:
-    """Draws the variables, with whitening filters of the first images in the first layer."""
+    """Draws the variables; the first layer gets whitening filters of the first images."""
     variables = model.init(key, jnp.zeros((1, *model.input_shape)))
     filters = whitening_filters(normalize(images[:_WHITENED], *moments))
     whiten = variables["params"]["whiten"] | {"kernel": filters}
@@ -130,12 +133,12 @@ def _initial_variables(model: Network, images, moments, key) -> dict:
 def _training_views(config, images, mirrored, moments, number, key):
     """Crops, mirrors, and normalizes the images of step `number`.
 
-    `mirrored` says which images' first view is mirrored.
+    `mirrored` selects the images whose first view is mirrored.
     """
     step_key = jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number)
     keys = jax.random.split(step_key, config.batch_size)
     images = normalize(augment(keys, images, crop=config.crop, fill="reflect"), *moments)
-    # An image's first view is mirrored by chance, and from then on every second one is.
+    # The first view of an image is mirrored at random; after that, every second view is mirrored.
     per_epoch = config.n_train // config.batch_size
     flip = mirrored ^ (number // per_epoch % 2 == 1)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
@@ -144,7 +147,8 @@ def _training_views(config, images, mirrored, moments, number, key):
 def _views(images):
     """Returns six views of normalized images, and their weights.
 
-    These are the images as they are, shifted by a pixel to either corner, and all of them mirrored.
+    The views are the unchanged images, the images shifted by a pixel towards two opposite corners,
+    and the mirror images of all three.
     """
     size = images.shape[1]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
@@ -154,7 +158,7 @@ def _views(images):
 
 
 def _test(config, model: Network, variables: dict, test, moments) -> tuple:
-    """Returns the share of test images that are right on six views, and on one."""
+    """Returns the shares of correct test images with six views, and with one view."""
 
     def right(batch):
         images, labels = batch
@@ -165,7 +169,8 @@ def _test(config, model: Network, variables: dict, test, moments) -> tuple:
         one_view = (logits[0].argmax(1) == labels).mean()
         return six_views, one_view
 
-    # Images at a time, so that all batches are alike.
+    # The number of images at a time; it divides the test set, so that all batches have the same
+    # shape.
     size = np.gcd(config.n_test, config.batch_size)
     batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), test)
     six_views, one_view = jax.lax.map(right, batches)
@@ -174,10 +179,10 @@ def _test(config, model: Network, variables: dict, test, moments) -> tuple:
 
 @functools.partial(jax.jit, static_argnames="config")
 def train_and_test(config, train, test, moments, seed):
-    """Makes a whole run.
+    """Trains and tests one network: a whole run.
 
-    `train` and `test` are uint8 images and labels. Returns the share of test images that are right
-    on six views, the share on one, and the loss of every step.
+    `train` and `test` are uint8 images and labels. Returns the share of test images that are
+    classified correctly with six views, the share with one view, and the loss of every step.
     """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = create_model("speedrun", width=config.width, dtype=dtype)
@@ -264,7 +269,7 @@ class Program:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Callable, float]:
-        """The program, and the seconds that it took to compile."""
+        """The compiled program, and its compilation time in seconds."""
         began = time.perf_counter()
         compiled = train_and_test.lower(self._config, *self._arguments, 0).compile()
         return compiled, time.perf_counter() - began
@@ -288,7 +293,7 @@ class Program:
 
 
 def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> list[dict]:
-    """Makes the runs that are missing in a work directory, and returns all of them."""
+    """Makes the runs that a work directory lacks, and returns all runs."""
     program = Program(config, data)
     rows = []
     with progress(runs, "runs") as advance:
@@ -305,9 +310,9 @@ def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> li
 def summarize(rows: list[dict]) -> dict[str, Any]:
     """Returns the statistics of all runs.
 
-    These are the mean accuracy, its sample standard deviation, half of the mean's 95 % interval,
-    the one-sided t-test of a mean above the target, and times in seconds. One run, or runs alike,
-    have no test.
+    These are the mean accuracy, the sample standard deviation, half of the mean's 95 % interval,
+    the one-sided t-test of a mean above the target, and times in seconds. There is no test for a
+    single run, or if all runs are equal.
     """
     accuracies = np.array([row["accuracy"] for row in rows])
     seconds = [row["seconds"] for row in rows]
@@ -334,7 +339,7 @@ def summarize(rows: list[dict]) -> dict[str, Any]:
 
 
 def tabulate(statistics: dict[str, Any], device: str) -> str:
-    """Makes the table of these runs beside the records."""
+    """Tabulates these runs beside the records."""
     own = Record(
         accuracy=statistics["mean"],
         std=statistics["std"],
@@ -426,7 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(config)
         data = arrays.load("cifar10", options.data_dir)
         backend.start()
-        # Times of several devices are not mixed.
+        # Times of different devices are not mixed.
         device = jax.devices()[0].device_kind
         workdir.prepare(options.workdir, config.to_dict() | {"device": device})
         rows = run_all(config, data, options.runs, options.workdir)

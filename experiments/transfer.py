@@ -1,19 +1,25 @@
-"""Transfer learning on CIFAR-10: ImageNet's features with few labels, and halves of the classes.
+"""Transfer learning on CIFAR-10: ImageNet features with few labels, and halves of classes.
 
     python -m experiments.transfer --weights FOLDER --data_dir data --workdir runs/transfer \\
         [--studies labels halves] [--seeds 3]
 
-labels: a network with ImageNet's weights (FOLDER/NAME*.safetensors) on 1, 10, and 100 % of the
-labels of `images` training images. `frozen` is the exact linear probe on its pooled last stage,
-`partly frozen` trains that stage and a new head, `fine-tuned` trains everything, the head at ten
-times the rate of the rest, and `from scratch` starts from random weights. All take as many steps.
+labels: a network with ImageNet weights (FOLDER/NAME*.safetensors) learns from 1, 10, and 100 % of
+the labels of `images` training images.
 
-halves (Yosinski et al. 2014, arXiv 1411.1792): five classes, A, and the other five, B, divided anew
-by every seed. The first n layers of a network trained on A (AnB) or B (BnB) are taken and frozen
-or, with +, trained on; the layers above them start anew and learn B. BnB loses accuracy where
-layers no longer fit each other; what AnB loses beyond it is lost by layers special to A.
+- `frozen` is the exact linear probe on the pooled last stage.
+- `partly frozen` trains the last stage and a new head.
+- `fine-tuned` trains everything, the head at ten times the learning rate of the rest.
+- `from scratch` starts from random weights.
 
-Each network has a work directory of its own, and data/ holds their data sets (about 200 MB a seed).
+All methods that train take the same number of steps.
+
+halves (Yosinski et al. 2014, arXiv 1411.1792): each seed divides the classes anew into five classes
+A and five classes B. The first n layers come from a network trained on A (AnB) or B (BnB) and are
+frozen or, with +, trained further; the layers above them start anew and learn B. BnB loses accuracy
+if layers no longer fit each other. If AnB loses more than BnB, the cause is layers that are
+specific to A.
+
+Each network has its own work directory, and data/ contains the data sets (about 200 MB per seed).
 Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
@@ -38,13 +44,13 @@ from cnnjax.weights import variable_shapes
 STUDIES = ("labels", "halves")
 SHARES = (0.01, 0.1, 1.0)
 METHODS = ("frozen", "partly frozen", "fine-tuned", "from scratch")
-LAYERS = ("conv1.*", "conv2.*", "fc1.*", "fc2.*")  # of the tutorial's network, below its last layer
+LAYERS = ("conv1.*", "conv2.*", "fc1.*", "fc2.*")  # the tutorial's network without its last layer
 CUTS = range(1, len(LAYERS) + 1)
 TREATMENTS = ("BnB", "BnB+", "AnB", "AnB+")
-# Yosinski et al. 2014, table 1: the mean gain of AnB+ over layers 1 to 7, in percent points of
-# ImageNet's halves.
+# Yosinski et al. 2014, table 1: the mean gain of AnB+ over layers 1 to 7, in percentage points on
+# halves of ImageNet.
 PUBLISHED = {"baseB": 1.6, "BnB+": 1.4}
-LONG = "baseB, twice the epochs"  # as many as base and transferred network take together
+LONG = "baseB, twice the epochs"  # the epochs of base and transferred network together
 _BATCH = 50
 
 
@@ -62,7 +68,7 @@ class FewLabels(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """A network on half of the classes; `cut` layers are taken, none by the base networks."""
+    """A network on half of the classes, with `cut` layers of another; base networks have none."""
 
     study: str
     treatment: str
@@ -106,7 +112,7 @@ def points(options):
             result += [FewLabels("labels", network, count, method, seed) for method in METHODS]
     if "halves" in options.studies:
         for seed in seeds:
-            # The base networks come first: the others take layers from them.
+            # The base networks come first, because the others take layers from them.
             result += [Halves("halves", base, 0, seed) for base in ("baseA", "baseB", LONG)]
             for cut, treatment in itertools.product(CUTS, TREATMENTS):
                 result.append(Halves("halves", treatment, cut, seed))
@@ -122,7 +128,7 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
-    epoch = options.images // _BATCH  # in steps
+    epoch = options.images // _BATCH  # steps per epoch
     if options.images % (100 * _BATCH) or options.images > 50_000 or options.steps % epoch:
         raise ValueError(
             f"images={options.images} and steps={options.steps} do not fit: images is a multiple "
@@ -155,7 +161,8 @@ def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
 def check_digest(options, network: str, digest: str) -> None:
     """Raises `ValueError` if finished points of a network had other weights.
 
-    The work directory does not belong to `--weights`, so that halves may run without.
+    `--weights` is not part of the work directory's configuration, so that the study of halves can
+    run without it.
     """
     for path in (options.workdir / "points").glob(f"study=labels,network={network},*.json"):
         recorded = workdir.read_json(path).get("weights_sha256", digest)
@@ -173,7 +180,7 @@ def check_digest(options, network: str, digest: str) -> None:
 def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns the numbers of all images in random order, balanced over the classes.
 
-    Among the first ones, however many, every class is as frequent as the next.
+    In every prefix of this order, the classes are balanced as far as possible.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     rank = np.empty(len(labels), int)
@@ -201,7 +208,7 @@ def choose(split: arrays.Split, numbers) -> arrays.Split:
 
 
 def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:
-    """Returns the images of few labels, of which the first ones are balanced."""
+    """Returns the images for few labels; the first ones are balanced over the classes."""
     chosen = balanced(data.train.labels, seed)[: options.images]
     train = resize(choose(data.train, chosen), options.size)
     test = resize(choose(data.test, slice(options.test)), options.size)
@@ -209,13 +216,13 @@ def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:
 
 
 def restrict(split: arrays.Split, classes: np.ndarray) -> arrays.Split:
-    """Returns the images of some classes, which are labeled by their place among these."""
+    """Returns the images of some classes, relabeled by the order of these classes."""
     images, labels = choose(split, np.isin(split.labels, classes))
     return arrays.Split(images, np.searchsorted(classes, labels).astype(np.int32))
 
 
 def divide(data: arrays.Dataset, seed: int, count: int) -> dict[str, arrays.Dataset]:
-    """Returns halves of the classes by the seed, "A" and "B", with `count` training images each."""
+    """Returns two halves of the classes, "A" and "B", with `count` training images each."""
     order = np.random.default_rng(seed).permutation(10)
     halves = {}
     for half, members in (("A", order[:5]), ("B", order[5:])):
@@ -269,8 +276,8 @@ def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
     """
     model = create_model(network, num_classes=10, input_shape=data.train.images.shape[1:])
     parallel = Parallel("jit")
-    *_, last_stage, _ = transfer.stage_paths(model)  # the last of all is "logits"
-    # The head is not used.
+    *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
+    # The probe does not use the head.
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
     variables = parallel.replicate(transfer.merge(zeros, transfer.take(file, model)))
     moments = parallel.replicate(augment.IMAGENET)
@@ -323,7 +330,7 @@ def measure_halves(point: Halves, options, shared: Shared) -> dict:
     settings = {
         "dataset": str(half_file(options, shared.data, half, point.seed)),
         "model": "tutorial_net",
-        # What starts anew above the cut is not what the base networks started from.
+        # The layers above the cut start from other weights than the base networks did.
         "seed": 2 * point.seed + (point.cut > 0),
         "epochs": 2 * options.epochs if point.treatment == LONG else options.epochs,
         "schedule.learning_rate": 0.01,
@@ -357,7 +364,7 @@ def spreads(columns: list[np.ndarray], sign: str = "") -> list[str]:
 
 
 def curve(axis, x, columns: list[np.ndarray], **style) -> None:
-    """Draws means with their sample standard deviations, and every seed as a point."""
+    """Draws means with sample standard deviations, and every seed as a point."""
     means = [column.mean() for column in columns]
     bars = [tables.bar(column) for column in columns]
     axis.errorbar(x, means, bars, capsize=2, **style)
@@ -378,7 +385,7 @@ def tabulate_labels(results: list[dict]) -> str:
 
 
 def draw_labels(results: list[dict]) -> Figure:
-    """Draws the accuracy by the number of labels, network by network."""
+    """Draws the accuracy by number of labels, one panel per network."""
     networks = study.unique(results, "network")
     counts = sorted(study.unique(results, "count"))
     figure = Figure(figsize=(5 * len(networks), 3.6), layout="constrained")
@@ -415,7 +422,7 @@ def by_cut(results: list[dict], treatment: str) -> list[np.ndarray]:
 
 
 def tabulate_gains(results: list[dict]) -> str:
-    """Makes the table of AnB+ over the controls, the mean of all cuts, beside the published."""
+    """Tabulates the gain of AnB+ over controls, mean of all cuts, beside the published gain."""
     transferred = np.mean(by_cut(results, "AnB+"), 0)
     controls = {
         "baseB": accuracies(results, treatment="baseB"),
@@ -430,7 +437,7 @@ def tabulate_gains(results: list[dict]) -> str:
 
 
 def draw_halves(results: list[dict]) -> Figure:
-    """Draws the accuracy by the cut: itself, and less that of the same seed's baseB."""
+    """Draws the accuracy by cut, and its difference from the same seed's baseB."""
     base = accuracies(results, treatment="baseB")
     longer = accuracies(results, treatment=LONG)
     figure = Figure(figsize=(10, 3.8), layout="constrained")

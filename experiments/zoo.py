@@ -1,15 +1,19 @@
-"""Every network beside torchvision's: parameters, logits, and times.
+"""Compares every network with torchvision's: parameters, logits, and times.
 
     pip install torch==2.13.0 torchvision==0.28.0
     python -m experiments.zoo --workdir runs/zoo [--models 'resnet*'] [--batch 4] [--repeats 5]
 
-Both frameworks hold the same random weights, without dropout, and see the same images. Errors of
-logits, in evaluation and training mode, are against torchvision in float64, relative to the largest
-logit; torchvision's own in float32 stand beside them. Times are the fastest of runs that alternate
-between the two, since whatever else the machine does only adds to them: a forward pass in
-evaluation mode, and one SGD step on the mean square of the logits. PyTorch runs eagerly, with
-channels last, on as many threads as JAX has processors. Times of several machines or versions are
-not mixed: a work directory belongs to one. Writes report.md and zoo.json.
+Both frameworks have the same random weights, without dropout, and see the same images.
+
+- Errors of logits, in evaluation and training mode, are measured against torchvision in float64,
+  relative to the largest logit. The errors of torchvision in float32 stand beside them.
+- Times are those of a forward pass in evaluation mode, and of one SGD step on the mean square of
+  the logits. Runs alternate between the two frameworks, and the fastest run counts, because
+  anything else that the machine does only makes a run slower. PyTorch runs eagerly, with channels
+  last, on as many threads as JAX has processors.
+
+Times of different machines or versions are not mixed: a work directory belongs to one machine and
+one set of versions. Writes report.md and zoo.json.
 """
 
 import contextlib
@@ -79,7 +83,7 @@ def points(options):
 
 
 def load_torchvision() -> Frameworks:
-    """Imports torchvision, which this study alone needs."""
+    """Imports torchvision, which only this study needs."""
     try:
         import torch
         import torchvision
@@ -95,13 +99,14 @@ def load(options) -> Frameworks:
     frameworks = load_torchvision()
     frameworks.torch.set_num_threads(processors())
     backend.start()
-    # The work directory belongs to all that options hold, so its times are of one environment.
+    # The options include the environment, so the times of a work directory belong to one
+    # environment.
     options.environment = environment(frameworks)
     return frameworks
 
 
 def environment(frameworks: Frameworks) -> dict:
-    """Describes what times depend on: the machine and the versions."""
+    """Describes the machine and the versions, on which times depend."""
     return {
         "processor": processor_name(),
         "threads": processors(),
@@ -113,7 +118,7 @@ def environment(frameworks: Frameworks) -> dict:
 
 
 def processor_name() -> str:
-    # Where there is no such file, as on macOS, Python knows.
+    # On systems without this file, such as macOS, ask Python.
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -129,13 +134,13 @@ def processors() -> int:
 
 
 def without_dropout(name: str) -> tuple[Network, dict]:
-    """Returns our network without dropout, and the arguments that make torchvision's so."""
+    """Returns our network without dropout, and the arguments for torchvision's."""
     published = create_model(name)
     fields = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]
     rates = dict.fromkeys(fields, 0.0)
     model = create_model(name, **rates)
     if name.startswith("densenet"):
-        # torchvision's DenseNet has another name for its rate, which is 0 by default.
+        # torchvision's DenseNet has another name for the dropout rate, which is 0 by default.
         return model, {}
     return model, rates
 
@@ -144,10 +149,10 @@ def build_theirs(frameworks: Frameworks, name: str, rates: dict):
     """Builds torchvision's network with random weights."""
     torch, torchvision = frameworks
     with warnings.catch_warnings():
-        # Two networks warn that their initialization is slow.
+        # Two of torchvision's networks warn that their initialization is slow.
         warnings.simplefilter("ignore")
         network = torchvision.models.get_model(name, weights=None, **rates)
-    # BatchNorm starts at ones and zeros, under which a wrong order of channels would not show.
+    # BatchNorm starts with ones and zeros, which would hide a wrong order of channels.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in network.state_dict().values():
@@ -209,7 +214,7 @@ class Ours:
 
 
 class Theirs:
-    """torchvision's side of the same."""
+    """torchvision's side: the same passes."""
 
     def __init__(self, torch, network, images: np.ndarray):
         self.torch = torch
@@ -269,7 +274,7 @@ def measure(point: Point, options, frameworks: Frameworks) -> dict:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "torchvision": sum(parameter.numel() for parameter in network.parameters()),
     }
-    # The exact outputs are computed before the first step, which changes the weights.
+    # The exact outputs are computed before the first step, because a step changes the weights.
     expected = theirs.exact(train=False)
     expected_train = theirs.exact(train=True)
     result["eval"] = relative_error(ours.forward(), expected)
@@ -291,9 +296,9 @@ def measure(point: Point, options, frameworks: Frameworks) -> dict:
 
 
 def fastest(passes: dict, repeats: int) -> dict[str, float]:
-    """Times each pass in turns; returns its fastest run in milliseconds.
+    """Times the passes alternately; returns the fastest run of each in milliseconds.
 
-    The first run warms up and is not counted.
+    The first run is a warm-up and does not count.
     """
     seconds = {name: [] for name in passes}
     for _ in range(repeats + 1):
