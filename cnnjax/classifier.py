@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cnnjax.runtime import backend, command
+from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import records
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
 
     Raises `ValueError` for options that a run does not take, and for a path that is no folder.
     """
-    folder = pathlib.Path(os.path.expanduser(options.model))
+    folder = expand_user(options.model)
     if folder.is_dir():
         for name in ("tag", "weights", "resize"):
             if getattr(options, name) is not None:

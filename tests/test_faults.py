@@ -569,7 +569,7 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
         patch.setattr(time, "time_ns", lambda: nanoseconds() - 86400 * 10**9)
         assert run_here(configuration(stopped), folder) is None
     assert record(folder) == record(finished)
-    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
     with workdir.claim(tmp_path):
         os.utime(tmp_path / "run.claim", (seconds() + 3600,) * 2)
         with pytest.raises(workdir.Claimed):

@@ -8,7 +8,6 @@ writes results.json and the report.
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import time
 
@@ -37,6 +36,7 @@ from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.runtime import configuration, workdir
+from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
@@ -142,7 +142,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     for name in config.encoders:
         create_model(name)
-    is_file = pathlib.Path(os.path.expanduser(config.weights)).is_file()
+    is_file = expand_user(config.weights).is_file()
     if config.weights not in ("random", "imagenet") and not is_file:
         raise ValueError(
             f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "

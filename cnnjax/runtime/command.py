@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from cnnjax.runtime import signals, workdir
+from cnnjax.runtime.paths import expand_user
 
 # EX_TEMPFAIL of sysexits.h: the same command goes on from where this one stopped.
 RESUMABLE = 75
@@ -21,9 +22,7 @@ _STANDARD_OUTPUT = 1
 
 def path(text: str) -> pathlib.Path:
     """The type of an argument that is a path; "~" is the home folder."""
-    # Path.expanduser would raise for "~photo.jpg", which could be the home folder of a user
-    # photo.jpg; os.path leaves such names as they are.
-    return pathlib.Path(os.path.expanduser(text))
+    return expand_user(text)
 
 
 def policies(options: argparse.Namespace) -> dict[str, str]:
@@ -144,7 +143,7 @@ def run(work: Callable[[], None]) -> int:
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     _print_every_name()
     try:
-        with signals.heeded(_interrupt):
+        with signals.catch_stop_signals(_interrupt):
             work()
         sys.stdout.flush()
     except workdir.Interrupted as stop:

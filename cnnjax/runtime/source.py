@@ -5,12 +5,13 @@ import contextvars
 import functools
 import hashlib
 import importlib.util
-import os
 import pathlib
 import sys
 import traceback
 import types
 from collections.abc import Iterator
+
+from cnnjax.runtime.paths import expand_user
 
 # The user's file whose code is running. A network that a file registers is later found by this
 # file, which `register` cannot ask for as an argument: its callers do not know that they are
@@ -28,7 +29,7 @@ def import_file(path: str | pathlib.Path) -> types.ModuleType:
 
     Raises `ValueError`, with the file and the line, for whatever is wrong with it.
     """
-    return _import_resolved(pathlib.Path(os.path.expanduser(path)).resolve())
+    return _import_resolved(expand_user(path).resolve())
 
 
 # Cached, since the classes of a file must stay the same classes: jax recognizes a network that it
@@ -55,7 +56,7 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
     """Run code of a user's file: its errors become a `ValueError` with the file and the line."""
-    resolved = str(pathlib.Path(os.path.expanduser(path)).resolve())
+    resolved = str(expand_user(path).resolve())
     token = _running.set(resolved)
     try:
         yield

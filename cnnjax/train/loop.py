@@ -295,7 +295,7 @@ def _heard_signals() -> Iterator[list[int]]:
         name = signal.Signals(number).name
         _LOG.info("%s: saving after this step; Ctrl-C to stop at once", name)
 
-    with signals.heeded(lambda number, frame: None, hear):
+    with signals.catch_stop_signals(lambda number, frame: None, hear):
         yield received
 
 

@@ -1,7 +1,6 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
+from cnnjax.runtime.paths import expand_user
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
@@ -128,11 +128,12 @@ class Run:
 
     def initial_state(self) -> step.State:
         """Build the state before the first step, with the weights that it starts from."""
-        taken = None
+        pretrained = None
         if self.config.initial_weights:
-            parts = self.config.initial_parts
-            taken = transfer.take(self.config.initial_weights, self.model, parts)
-        return step.init(self.recipe, self.data.image_shape, self.numbers, taken)
+            pretrained = transfer.load_initial_weights(
+                self.config.initial_weights, self.model, self.config.initial_parts
+            )
+        return step.init(self.recipe, self.data.image_shape, self.numbers, pretrained)
 
     def score(self, state: step.State, split: str, views: int = 1) -> Scored | None:
         """Score a replicated state on a split, in evaluation mode.
@@ -277,7 +278,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
       ValueError: if it is not a finished training run, if its files have changed since, or if the
         data set is needed and cannot be read.
     """
-    folder = pathlib.Path(os.path.expanduser(folder))
+    folder = expand_user(folder)
     missing = [
         name
         for name in ("config.json", "results.json", transfer.WEIGHTS)

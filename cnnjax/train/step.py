@@ -171,7 +171,10 @@ def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate) -> optax.Gradien
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init(
-    recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers, taken: dict | None = None
+    recipe: Recipe,
+    input_shape: tuple[int, int, int],
+    numbers: Numbers,
+    pretrained: dict | None = None,
 ) -> State:
     """Build the state before the first step.
 
@@ -181,11 +184,11 @@ def init(
       recipe: the step.
       input_shape: height, width and channels.
       numbers: its numbers, among them the seed of the initial variables.
-      taken: variables that replace initial ones.
+      pretrained: variables that replace initial ones.
     """
     image = jnp.zeros((1, *input_shape), jnp.float32)
     initial = recipe.model.init(jax.random.key(numbers.seed), image)
-    variables = transfer.merge(initial, taken or {})
+    variables = transfer.merge(initial, pretrained or {})
     params = variables["params"]
     trained, _ = transfer.split(params, transfer.select(recipe.model, recipe.freeze))
     return State(
