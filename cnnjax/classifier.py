@@ -151,7 +151,7 @@ def add_options(parser: command.Parser) -> None:
     )
     parser.add_argument(
         "--resize",
-        type=command.whole(1),
+        type=command.whole_number(1),
         metavar="PIXELS",
         help="of the shorter side, before the crop (default: as published)",
     )

@@ -106,7 +106,7 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
 
 
 def check(cells: list[Cell]) -> None:
-    """Raise `ValueError` if a cell cannot be run or its folder holds another or a damaged run."""
+    """Raise `ValueError` if a cell cannot be run, or its folder holds another run."""
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)
@@ -186,7 +186,7 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
 
 
 def summarize(values: list[float]) -> dict:
-    """Compute mean, sample standard deviation, n and half-width of the mean's 95 % interval.
+    """Compute mean, sample standard deviation, n and half-width of the 95 % interval.
 
     For a single value `std` and `half_width` are None.
     """
@@ -303,7 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--launcher", choices=("slurm", "local"), help="hand the sweep to jobs, and end"
     )
     parser.add_argument(
-        "--jobs", type=command.whole(1), default=1, help="number of jobs that the launcher starts"
+        "--jobs",
+        type=command.whole_number(1),
+        default=1,
+        help="number of jobs that the launcher starts",
     )
     parser.add_argument(
         "--slurm",

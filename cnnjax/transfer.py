@@ -2,8 +2,8 @@
 
 A part is named by a stage or by a shell pattern on torchvision's names of the parameters, such as
 `features.*` or `*.bias`. The stage "layer2" stands for what it adds to the stage before it,
-"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head is
-what depends on the number of classes; it is taken from another network only where it is named.
+"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head
+has the variables whose shapes depend on the number of classes; it is loaded only if it is named.
 """
 
 import fnmatch
@@ -50,11 +50,11 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
         init = functools.partial(model.init_with_output, method="stages", last=last)
         return jax.eval_shape(init, jax.random.key(0), image)
 
-    stages, everything = trace()
+    stages, all_variables = trace()
     added: dict[str, frozenset[Path]] = {}
     seen: set[Path] = set()
     for name in [*stages, "logits"]:
-        variables = trace(name)[1] if name in stages else everything
+        variables = trace(name)[1] if name in stages else all_variables
         params = flatten_dict(variables.get("params", {}))
         paths = {("params", *path) for path in params}
         added[name] = frozenset(paths - seen)
@@ -294,7 +294,7 @@ def linear_probe(
     targets = np.eye(int(labels.max()) + 1)[labels]
 
     def predict(count: int, strengths: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Fits the first `count` examples; returns the classes [strengths, n] of the inputs."""
+        """Fits the first `count` examples; returns classes [strengths, n] of the inputs."""
         scaler = ridge.fit_scaler(train[:count])
         x = scaler(train[:count])
         mean = targets[:count].mean(0)

@@ -656,7 +656,7 @@ def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_pa
 
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
     """During a call into XLA, of which a minute is left, in a step and outside of one, and while
-    the first one is still being heeded."""
+    the first one is still being handled."""
     long = """
 import jax, signal, threading, time
 def signals():

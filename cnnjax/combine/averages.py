@@ -1,4 +1,4 @@
-"""Averages of parameter trees, the choice of their ingredients, and means of logits."""
+"""Averages of parameter trees, the choice of ingredients, and means of logits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

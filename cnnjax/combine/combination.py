@@ -103,14 +103,14 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
 
 
 class Scores(NamedTuple):
-    """The scores of every member and of their combination on a split; None if there is no split."""
+    """The scores of all members and of their combination; None without such a split."""
 
     members: list[dict | None]
     combined: dict | None
 
 
 class Networks:
-    """The members of a combination, with the data and the network to run and score them."""
+    """The members of a combination, with the data and the network to score them."""
 
     def __init__(self, config: ml_collections.ConfigDict, members: list[Member]):
         self.config = config
@@ -334,7 +334,7 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def _report(results: dict) -> str:
-    """Format the members, their mean, spread and best, and the combination as Markdown."""
+    """Format the errors of the members and of their combination as Markdown."""
 
     def errors(row):
         errors = []

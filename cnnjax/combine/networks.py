@@ -1,4 +1,4 @@
-"""Computations on the networks of a combination: all outputs, and new BatchNorm statistics."""
+"""Computations on the members' networks: outputs and new BatchNorm statistics."""
 
 import functools
 from collections.abc import Callable

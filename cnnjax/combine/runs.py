@@ -80,7 +80,7 @@ def _read_matches(pattern: str) -> Configs:
 
 
 def share_validation(configs: Configs) -> bool:
-    """Tell whether all runs held out the same images, so that none was trained on another's."""
+    """Tell whether all runs held out the same images: none was trained on another's."""
     counts = {config["n_validation"] for config in configs.values()}
     return len(counts) == 1 and counts.pop() > 0
 

@@ -92,7 +92,7 @@ def _as_array(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _from_planes(pixels: np.ndarray) -> np.ndarray:
-    """Turn CIFAR's rows of 3072 bytes (red, then green, then blue) into [n, 32, 32, 3]."""
+    """Turn CIFAR's rows of 3072 bytes (red, green, then blue) into [n, 32, 32, 3]."""
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
@@ -124,14 +124,15 @@ class _Inert:
 
 
 def _encode_latin1(text, encoding):
-    """Stand in for `codecs.encode`, with which Python 3 writes bytes in pickle protocol 2."""
+    """Stand in for `codecs.encode`, which pickles of Python 3 in protocol 2 call."""
     return text.encode("latin1")
 
 
 class _ArraysOnly(pickle._Unpickler):
     """An unpickler that builds plain containers and `_Inert` arrays only.
 
-    A file from strangers can neither run code nor exhaust memory or time:
+    A file from strangers can neither run code nor reach into memory. Nor can it exhaust memory or
+    time:
 
     - It is the unpickler written in Python. Its memo grows with what is put there, while a file of
       9 bytes can make the unpickler in C reserve gigabytes.
@@ -265,7 +266,7 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _check_hash(path: pathlib.Path, file: File) -> None:
-    """Raise `ValueError` if a file is not the published one, before it is decompressed."""
+    """Raise `ValueError` if a file, not yet decompressed, is not the published one."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest != file.md5:
@@ -438,8 +439,8 @@ class Cifar:
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         is_binary, place = self._find_folder(data_dir) or self._find_archive(data_dir)
-        batch_count = self.counts[0] // len(self.train)
-        batches = [self._batch(is_binary, place, name, batch_count) for name in self.train]
+        batch_size = self.counts[0] // len(self.train)
+        batches = [self._batch(is_binary, place, name, batch_size) for name in self.train]
         train = Split(
             np.concatenate([batch.images for batch in batches]),
             np.concatenate([batch.labels for batch in batches]),
@@ -728,7 +729,7 @@ _SLICE = re.compile(r"(?P<name>.+)\[:(?P<count>[1-9][0-9]*)\]")
 
 
 def _parse(name: str) -> tuple[str, int | None]:
-    """Split a name into the data set's and the number of training images, None for all."""
+    """Split a name into the data set's and a number of training images, None for all."""
     match = _SLICE.fullmatch(name)
     if match is None:
         return name, None

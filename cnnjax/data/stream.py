@@ -1,7 +1,7 @@
 """Folders of images and prepared tensorflow-datasets, streamed by grain.
 
 A batch depends on (seed, step) alone, whatever the number of workers. So a stream that starts at a
-step continues an interrupted one exactly.
+step continues an interrupted one exactly, with the same images, order and crops.
 """
 
 import atexit
@@ -446,8 +446,7 @@ class _TrainingBatches:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        # Every epoch goes through all images in an order of its own. Each process takes its part of
-        # every batch.
+        # Every epoch has an order of its own, and each process its part of every batch.
         count = len(self.source)
         epoch, step_in_epoch = divmod(self.steps[index], count // self.batch_size)
         order = _epoch_order(self.seed, epoch, count)
@@ -473,7 +472,7 @@ class _TrainingBatches:
         return tuple(batch)
 
     def _decode(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
-        """Decode the image at a place in an epoch's order, or the next one that is not damaged.
+        """Decode the image at a place in an epoch's order, or the next undamaged one.
 
         Returns:
           The image, its label, and the number of the damaged image that it replaces or -1.
@@ -668,7 +667,7 @@ def _wait_until_closed(memories: list[SharedMemory]) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepare a worker process: its parent handles signals, and it ends when its parent ends.
+    """Prepare a worker process: it ignores signals, and ends when its parent ends.
 
     Args:
       index: the number of the worker, which grain passes.

@@ -226,7 +226,7 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Adds keys introduced after a study to its record, with the values in effect then.
+    """Adds keys introduced after a study to its record, with their earlier values.
 
     Args:
       config: the configuration to run.
@@ -283,7 +283,7 @@ def run(
 
 
 def list_points(config: ml_collections.ConfigDict) -> list[Point]:
-    """Lists the points of a study: for every seed the controls, then encoders and paddings."""
+    """Lists a study's points: for every seed the controls, then encoders and paddings."""
     controls = CONTROLS if config.coordinates else ("posenet",)
     subjects = [(name, "none", "none", CONTROLS[name]) for name in controls]
     for name in config.encoders:
@@ -294,7 +294,7 @@ def list_points(config: ml_collections.ConfigDict) -> list[Point]:
 
 
 def _check_weights(config: ml_collections.ConfigDict, points: list[Point]) -> None:
-    """Raises `ValueError` if weights do not fit an encoder, before anything is computed."""
+    """Raises `ValueError` if weights do not fit an encoder."""
     if config.weights != "random":
         for name in config.encoders:
             point = next(point for point in points if point.encoder == name)
@@ -308,7 +308,7 @@ def _measure_missing(
     targets: Float[np.ndarray, "targets size size"],
     memory: pathlib.Path | None,
 ) -> list[Measurement]:
-    """Measures the points without a file in the work directory; returns all measurements."""
+    """Measures the points that have no file yet; returns all measurements."""
     # Earlier versions measured shuffled targets of the images' size and saved them in "cells".
     # Those are of another control and are not read.
     results_folder = folder / ("shuffled" if config.shuffled else "cells")
@@ -418,7 +418,7 @@ def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "target
 def draw_images(
     config: ml_collections.ConfigDict, seed: int
 ) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
-    """Draws the images of a seed: "train", "held_out" and a test set for each kind of data."""
+    """Draws a seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
     counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
     # `check` has logged the files that are passed over.
@@ -466,7 +466,7 @@ def extract_features(
     variables: dict,
     memory: pathlib.Path | None,
 ) -> dict[str, Float[np.ndarray, "_ side side channels"]]:
-    """Encodes all images at once, and pads the features with zeros for a padded readout."""
+    """Encodes all images at once, and pads the features for a padded readout."""
     all_images = np.concatenate(list(images.values()))
     if point.encoder in CONTROLS:
         with_coordinates = point.encoder == "coordinates"

@@ -27,7 +27,7 @@ _FLAG_BEFORE = (0, 13, 0)
 
 
 def set_flags() -> None:
-    """Append the flag that corrects the CPU backend to `XLA_FLAGS`, unless the user has set it.
+    """Append the CPU backend's corrective flag to `XLA_FLAGS`, unless the user set it.
 
     Warns if jax has started its backend already, which reads the flags once.
     """
@@ -48,7 +48,7 @@ def set_flags() -> None:
 
 
 def check_numerics() -> None:
-    """Compare compiled code with NumPy, on a reduction and a convolution that are known to break.
+    """Compare a reduction and a convolution that are known to break with NumPy.
 
     Raises:
       RuntimeError: if the results differ.
@@ -98,7 +98,7 @@ def cores() -> int:
 
 
 def _cache_dir() -> pathlib.Path:
-    """Return the compilation cache's folder: one per jaxlib, processor and number of cores.
+    """Return the compilation cache's folder: one per jaxlib, processor and core count.
 
     Code compiled for one processor does not run on another (jax issue 38445), and code compiled for
     one core uses one core everywhere. jax's own cache key contains neither.
@@ -197,7 +197,7 @@ def is_joined() -> bool:
 
 
 def writes() -> bool:
-    """Tell whether this process writes files: of several that compute together, the first does."""
+    """Tell whether this process writes files: of several, only the first one does."""
     if not is_joined():
         return True
     import jax
@@ -206,7 +206,7 @@ def writes() -> bool:
 
 
 def wait_for_others(point: str) -> None:
-    """Wait until all processes that compute together have reached the point of this name."""
+    """Wait until all processes that compute together reach the point of this name."""
     if is_joined():
         from jax.experimental import multihost_utils
 

@@ -1,4 +1,4 @@
-"""The common part of all command lines: errors of one line, exit codes, shared options."""
+"""The common part of all commands: one-line errors, exit codes, shared options."""
 
 import argparse
 import io
@@ -26,12 +26,12 @@ def path(text: str) -> pathlib.Path:
 
 
 def policies(options: argparse.Namespace) -> dict[str, str]:
-    """Collect --padding and --sampling if they are given: a user's network may have neither."""
+    """Collect --padding and --sampling if given: a user's network may have neither."""
     values = {"padding": options.padding, "sampling": options.sampling}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def whole(least: int) -> Callable[[str], int]:
+def whole_number(least: int) -> Callable[[str], int]:
     """Return the parser of an argument that is a whole number of at least `least`."""
 
     def parse(text):
@@ -56,7 +56,7 @@ class _Trained(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that keeps the lines of its description and prints one-line errors."""
+    """An argument parser that keeps its description's lines and has one-line errors."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -102,7 +102,10 @@ class Parser(argparse.ArgumentParser):
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
         """Add an option that is a whole number of at least `least`."""
         self.add_argument(
-            f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)"
+            f"--{name}",
+            type=whole_number(least),
+            default=default,
+            help=f"{text} (default: %(default)s)",
         )
 
 
@@ -111,7 +114,10 @@ def _interrupt(number: int, frame) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Tell whether standard output is a broken pipe, since a pipe to a process may break, too."""
+    """Tell whether standard output is a pipe that nobody reads any more.
+
+    A `BrokenPipeError` may also come from another pipe, such as one to a process that has died.
+    """
     output = select.poll()
     output.register(_STANDARD_OUTPUT, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))

@@ -93,7 +93,7 @@ def to_tuples(value: Any) -> Any:
 def check_keys(
     config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, origin: str
 ) -> None:
-    """Check that a configuration has the keys of the defaults, with values of the same types.
+    """Check that a configuration has the keys and types of the defaults.
 
     Args:
         config: the configuration.

@@ -1,4 +1,4 @@
-"""The common part of all reports: reading a finished run, and describing its environment."""
+"""The common part of all reports: reading a run and describing its environment."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
 
 
 def footer(run: Finished) -> str:
-    """Format a report's last section: hardware, versions, seed, revision, configuration.
+    """Format a report's last section: environment, seed, seconds and configuration.
 
     Each earlier start of the run with other code or on another machine has a paragraph.
     """

@@ -75,9 +75,9 @@ def catch_stop_signals(
         yield
     finally:
         for number, previous in previous_handlers.items():
-            # What `handle` has set to be ignored stays ignored until the outermost context ends,
-            # whose previous handler is no function of Python, and announcements until the process
-            # does.
+            # What `handle` has set to be ignored stays ignored: SIGTERM until the outermost context
+            # ends, whose previous handler is no function of Python, and announcements until the
+            # process ends.
             stays_ignored = number in _ANNOUNCE or callable(previous)
             if not stays_ignored or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, previous)

@@ -20,7 +20,7 @@ _running: contextvars.ContextVar[str | None] = contextvars.ContextVar("running",
 
 
 def running_file() -> str | None:
-    """Return the path of the user's file whose code is running, or None if there is none."""
+    """Return the path of the user's file whose code is running; None without one."""
     return _running.get()
 
 
@@ -56,7 +56,7 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
-    """Run code of a user's file, and turn its errors into `ValueError` with file and line."""
+    """Run code of a user's file; errors become `ValueError` with file and line."""
     resolved = str(expand_user(path).resolve())
     token = _running.set(resolved)
     try:
@@ -72,7 +72,7 @@ def running(path: str | pathlib.Path) -> Iterator[None]:
 
 
 def _line_of(error: Exception, path: str) -> int | None:
-    """Find the line of the file that an error comes from; None if it comes from elsewhere."""
+    """Find the line of a file that an error comes from; None if from elsewhere."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)

@@ -25,7 +25,7 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def bar(values) -> np.ndarray:
-    """Compute half of an error bar: the standard deviation over the first axis, 0 for one value."""
+    """Compute an error bar's half length, the standard deviation; 0 for one value."""
     if len(values) > 1:
         return np.std(values, 0, ddof=1)
     return np.zeros_like(np.asarray(values)[0])

@@ -3,8 +3,8 @@
 A directory passes through these states, each with files that the states before lack:
 
     state      files                                  written by
-    ---------  -------------------------------------  ----------------------------------------
-    claimed    run.claim                              `claim`; removed when its process leaves
+    ---------  -------------------------------------  --------------------------------------
+    claimed    run.claim                              `claim`, which removes it at its end
     recorded   config.json, then environment.json     `prepare`
     started    metrics.jsonl, checkpoints/, ...       the run
     finished   results.json, after all other results  the run
@@ -111,7 +111,7 @@ def read_json(path: pathlib.Path, **options):
 
 
 def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
-    """Read a result from its JSON file; if there is none, compute the result and write it."""
+    """Read a result from its JSON file, or compute it and write the file."""
     if not path.exists():
         result = compute(*arguments)
         path.parent.mkdir(exist_ok=True)
@@ -170,7 +170,7 @@ def _git_revision() -> str | None:
 
 
 def _difference(old, new, prefix: str = "") -> str | None:
-    """Describe the first key at which two nested configurations differ, with both values."""
+    """Describe the first key in which two nested configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         # A changed value says more than a key that was introduced since, which comes last.
         for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
@@ -283,7 +283,7 @@ def _environment(folder: pathlib.Path, config: dict) -> dict:
 
 
 def _recorded_environments(folder: pathlib.Path) -> list:
-    """Read the environments of earlier starts and of the last one from environment.json."""
+    """Read the environments of all recorded starts, the last one last."""
     try:
         last = read_json(folder / "environment.json")
         earlier = last.pop("earlier", [])
@@ -297,7 +297,7 @@ def _recorded_environments(folder: pathlib.Path) -> list:
 
 
 def _hash_results(folder: pathlib.Path) -> dict[str, str]:
-    """Compute the SHA-256, by name, of the files that a finished run's reports are made from.
+    """Compute the SHA-256, by name, of the files that reports are made from.
 
     config.json is not among them: `check_config` compares it.
     """
@@ -428,10 +428,10 @@ def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
 # A claim is a lock file, run.claim, that names the host, the process and an id of its own. To claim
 # a directory, a process
 #
-# 1. writes its claim as .ID.claim (`own` below);
+# 1. writes its claim as .ID.claim (`own_claim` below);
 # 2. makes run.claim a hard link to it, which fails if there is a run.claim already;
-# 3. if there is one that is stale, removes it by way of .ID.void, and repeats step 2. A claim is
-#    stale if its process is gone from this machine or has not renewed it for two minutes;
+# 3. if there is one that is stale, renames it to .ID.void, deletes it, and repeats step 2. A claim
+#    is stale if its process is gone from this machine or has not renewed it for two minutes;
 # 4. renews run.claim while it works: a thread sets the file's time;
 # 5. removes run.claim and .ID.claim.
 #
@@ -441,7 +441,7 @@ def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _pid_namespace() -> str | None:
-    """Return the namespace of process numbers on this machine; each container has its own."""
+    """Return the namespace of process numbers, of which each container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -457,18 +457,18 @@ def _has_ended(holder: dict) -> bool:
     return is_here and has_proc and not pathlib.Path(f"/proc/{holder['process']}").exists()
 
 
-def _describe_holder(path: pathlib.Path, content: bytes, own: pathlib.Path) -> str | None:
+def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> str | None:
     """Name the process that holds a claim, for an error; None if the claim is stale.
 
     Args:
         path: run.claim.
         content: what was read from it.
-        own: the claim of this process, whose time is set to now.
+        own_claim: the claim of this process, whose time is set to now.
     """
     try:
         # Both times are the file system's, whatever this machine's clock says.
-        os.utime(own)
-        age = own.stat().st_mtime - path.stat().st_mtime
+        os.utime(own_claim)
+        age = own_claim.stat().st_mtime - path.stat().st_mtime
     except FileNotFoundError:
         return None
     try:
@@ -482,22 +482,22 @@ def _describe_holder(path: pathlib.Path, content: bytes, own: pathlib.Path) -> s
     return None if has_ended or age > _STALE_SECONDS else description
 
 
-def _link(own: pathlib.Path, path: pathlib.Path) -> None:
+def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
     """Give a claim the name `path`. Raises `FileExistsError` if there is such a file."""
     try:
         # Of several processes, only one can create the link.
-        os.link(own, path)
+        os.link(own_claim, path)
     except OSError as error:
         # File systems such as exFAT have no hard links; there the claim is copied.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         with path.open("xb") as file:
-            file.write(own.read_bytes())
+            file.write(own_claim.read_bytes())
 
 
-def _remove_stale(path: pathlib.Path, content: bytes, own: pathlib.Path) -> None:
-    """Remove a stale claim, unless another process has replaced it since its content was read."""
-    removed = own.with_suffix(".void")
+def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> None:
+    """Remove a stale claim, unless another process has replaced it since it was read."""
+    removed = own_claim.with_suffix(".void")
     # Of several processes, only one can rename it.
     with contextlib.suppress(FileNotFoundError):
         path.rename(removed)
@@ -508,48 +508,48 @@ def _remove_stale(path: pathlib.Path, content: bytes, own: pathlib.Path) -> None
         removed.unlink()
 
 
-def _acquire(path: pathlib.Path, own: pathlib.Path) -> None:
-    """Make `own` the claim of the directory. Raises `Claimed` if another process holds it."""
+def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
+    """Claim the directory. Raises `Claimed` if another process holds it."""
     has_met_stale = False
     while True:
         try:
-            _link(own, path)
+            _link(own_claim, path)
             # A process that met the same stale claim may be removing ours in its place.
             if has_met_stale:
                 time.sleep(_SETTLING_SECONDS)
-            if _is_own(path, own):
+            if _is_own(path, own_claim):
                 return
         except FileExistsError:
             try:
                 content = path.read_bytes()
             except FileNotFoundError:
                 continue
-            if holder := _describe_holder(path, content, own):
+            if holder := _describe_holder(path, content, own_claim):
                 raise Claimed(
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
                     "another --workdir"
                 ) from None
             has_met_stale = True
-            _remove_stale(path, content, own)
+            _remove_stale(path, content, own_claim)
 
 
-def _is_own(path: pathlib.Path, own: pathlib.Path) -> bool:
+def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:
     """Tell whether run.claim is the claim of this process, which has an id of its own."""
     try:
-        return path.read_bytes() == own.read_bytes()
+        return path.read_bytes() == own_claim.read_bytes()
     except FileNotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def _renewed(path: pathlib.Path, own: pathlib.Path) -> Iterator[None]:
+def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
     """Renew a claim now and then, from a thread, while the context lasts."""
     done = threading.Event()
 
     def renew():
         while not done.wait(_RENEWAL_SECONDS):
             with contextlib.suppress(OSError):
-                if _is_own(path, own):
+                if _is_own(path, own_claim):
                     os.utime(path)
 
     threading.Thread(target=renew, daemon=True).start()
@@ -571,31 +571,31 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         yield
         return
     path = folder / "run.claim"
-    own = folder / f".{uuid.uuid4().hex}.claim"
+    own_claim = folder / f".{uuid.uuid4().hex}.claim"
     holder = {
         "host": platform.node(),
         "process": os.getpid(),
         "namespace": _pid_namespace(),
         # Tells this claim from an earlier one of the same process.
-        "id": own.stem,
+        "id": own_claim.stem,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(own, json.dumps(holder))
+        write(own_claim, json.dumps(holder))
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
     try:
-        _acquire(path, own)
+        _acquire(path, own_claim)
         try:
-            with _renewed(path, own):
+            with _renewed(path, own_claim):
                 yield
         finally:
             # On a disk that can no longer be written to, the failure itself is reported.
             with contextlib.suppress(OSError):
-                if _is_own(path, own):
+                if _is_own(path, own_claim):
                     path.unlink()
     finally:
         with contextlib.suppress(OSError):
-            own.unlink()
+            own_claim.unlink()

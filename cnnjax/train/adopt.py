@@ -41,7 +41,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Change the record of a run to a configuration that would have led to the same state.
+    """Adopt a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
       run; extended.json then records the earlier results.
@@ -73,7 +73,7 @@ def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
 
 
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tell whether a run only has more epochs, and begins with the shorter run's rates."""
+    """Tell whether a run only has more epochs, at the same learning rates so far."""
     if _differences(recorded, config) != {"epochs"} or recorded["epochs"] >= config.epochs:
         return False
     # The comparison does not depend on the number of steps in an epoch, here 10.
@@ -83,7 +83,7 @@ def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
 
 
 def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tell whether the only difference is that damaged images are passed over from now on."""
+    """Tell whether the only difference is that damaged images are passed over now."""
     return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 

@@ -78,7 +78,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
-    """Check that there are validation images if the schedule or early stopping needs them."""
+    """Check that there are validation images if anything needs them."""
     are_needed = config.schedule.name == "plateau" or config.early_stopping
     # `has_validation` comes last: it reads the folder of a streamed data set.
     if not are_needed or has_validation(config):
@@ -107,7 +107,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check the parts with initial weights, the frozen ones, and those with rates of their own."""
+    """Check the parts with initial weights, with rates of their own, and frozen."""
     configuration.check_names(config, ("initial_parts", "freeze"))
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)

@@ -25,7 +25,7 @@ _MANIFEST = "manifest.json"
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
-    """Compute the SHA-256 of every file under a folder except the manifest, by relative path."""
+    """Compute the SHA-256, by path, of every file in a folder except the manifest."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path == folder / _MANIFEST:
@@ -65,7 +65,7 @@ def _shapes_and_dtypes(state) -> dict[str, list]:
 
 
 class Checkpoints:
-    """The checkpoints of a folder, as a context; leaving it waits for the one being written.
+    """The checkpoints of a folder; leaving their context waits for unfinished ones.
 
     A checkpoint holds a state, any tree of arrays, and a record, anything that JSON holds.
 

@@ -55,7 +55,7 @@ class TrainingData(Protocol):
         state: step.State,
         steps: range,
     ) -> tuple[step.State, int]:
-        """Take the first of the given steps, or more of them.
+        """Take one or more of the given steps.
 
         Args:
           recipe: what a step is.

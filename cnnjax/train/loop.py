@@ -182,7 +182,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: float) -> dict:
-    """Collect the record of an epoch that has just ended: training sums and validation scores."""
+    """Build the record of an epoch: sums while training and validation scores."""
     sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
     entry = {
         "epoch": steps_done // current.steps_per_epoch,
@@ -202,7 +202,7 @@ def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: flo
 
 
 def _sum_damaged(current: Run) -> int | None:
-    """Count the images that all processes passed over in this epoch; None if none may be."""
+    """Count the damaged images of all processes; None if they end the run instead."""
     if current.data.damaged is None:
         return None
     return sum(current.parallel.gather(current.data.damaged))
@@ -257,7 +257,7 @@ def _stops_early(config: ml_collections.ConfigDict, history: results.History) ->
 def choose_weights(
     config: ml_collections.ConfigDict, history: results.History, checkpoints: Checkpoints
 ) -> dict:
-    """Choose the epoch whose weights are kept: the best on the validation set, or the last."""
+    """Choose the epoch whose weights are kept: the best on validation, or the last."""
     last = history.entries[-1]
     best = history.best()
     chosen = last
@@ -296,7 +296,7 @@ def _check_finite(
 
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[list[int]]:
-    """Yield a list that receives the number of the first signal to stop, while it is empty."""
+    """Yield a list to which the first signal to stop appends its number."""
     received: list[int] = []
 
     def on_first(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Run a per-device function: by `jit` on one device, by `pmap` or `shard_map` on several.
+"""Run a per-device function: by `jit` on one device, else `pmap` or `shard_map`.
 
 No other module depends on which of them is used. A per-device function takes the axis name (None
 on one device) and then arguments of three kinds:

@@ -82,7 +82,7 @@ def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
-    """Draw the number of test images of each class (row) that are predicted as each (column)."""
+    """Draw the confusion matrix of the test set: rows are labels, columns predictions."""
     is_mask = labels.ndim > 1
     if is_mask:
         counted = labels != IGNORED
@@ -143,7 +143,7 @@ def _mistakes_figure(test: dict, classes: list[str]):
 
 
 def _scenes_figure(test: dict):
-    """Draw the test images with most wrong pixels: image, mask and prediction in a column."""
+    """Draw the test images with most wrong pixels: image, mask, prediction."""
     shown = test["shown"]
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
@@ -160,7 +160,7 @@ def _scenes_figure(test: dict):
 
 
 def _describe_weights(results: dict) -> str:
-    """Say which epoch's weights were scored; empty for older runs, which did not choose."""
+    """Say which epoch's weights were scored; empty for older runs without the choice."""
     if "weights" not in results:
         return ""
     chosen = results["weights"]

@@ -1,4 +1,4 @@
-"""What a training run writes to its work directory, while it trains and at its end."""
+"""The files that a training run writes, while it trains and at its end."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ class History:
         self.seconds = 0.0
 
     def restore(self, entries: list[dict], seconds: float) -> None:
-        """Continue from a checkpoint: write the files anew, which may be ahead of it or damaged."""
+        """Continue from a checkpoint; the files may be ahead of it, so they are rewritten."""
         self.entries = entries
         self.seconds = seconds
         self._write_metrics()
@@ -157,7 +157,7 @@ def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored
 
 
 def write_weights(folder: pathlib.Path, state: step.State) -> None:
-    """Write the weights that were scored as weights.safetensors, from a state of host arrays."""
+    """Write the weights that were scored, of host arrays, as weights.safetensors."""
     path = folder / transfer.WEIGHTS
     try:
         weights.save_torchvision(state.evaluated(), path)
@@ -167,7 +167,7 @@ def write_weights(folder: pathlib.Path, state: step.State) -> None:
 
 
 def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
-    """Write all predictions on the test set, and images of the worst mistakes, as test.npz.
+    """Write the predictions on the test set, and the worst mistakes, as test.npz.
 
     The worst mistakes are the most confident ones; for masks, those with most wrong pixels. For
     several classes per image, the outputs are written instead.

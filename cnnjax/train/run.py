@@ -354,7 +354,7 @@ def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
 def _image_settings(
     folder: pathlib.Path, config: ml_collections.ConfigDict, results: dict
 ) -> dict[str, Any]:
-    """Return the shape and the normalization of a run's images, recorded or from the data set."""
+    """Return the shape and the normalization of a run's images."""
     if "image_shape" in results:
         return {
             "image_shape": tuple(results["image_shape"]),

@@ -1,4 +1,4 @@
-"""Silence messages about writes that had begun when another write of the checkpoint failed.
+"""Silence messages about writes that ran when another one of a checkpoint failed.
 
 tensorstore finishes the other arrays of a failed checkpoint in the background. Python then prints
 "Event loop is closed" for each of them, after the line that reports the failure. No caller can
@@ -11,7 +11,7 @@ import sys
 
 @functools.cache
 def quieten() -> None:
-    """Drop this one message, and pass the others to the hook that was installed before."""
+    """Drop this one message, and pass all others to the previous hook."""
     previous = sys.unraisablehook
 
     def hook(unraisable):
