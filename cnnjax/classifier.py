@@ -6,7 +6,6 @@ They have published weights, or those of a finished run.
 import argparse
 import concurrent.futures
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cnnjax.runtime import backend, command
+from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import records
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def add_options(parser: command.Parser) -> None:
     )
     parser.add_argument(
         "--resize",
-        type=command.whole(1),
+        type=command.whole_number(1),
         metavar="PIXELS",
         help="of the shorter side, before the crop (default: as published)",
     )
@@ -172,7 +172,7 @@ def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
 
     Raises `ValueError` if an option does not apply to a run, or if a path is not a folder.
     """
-    folder = pathlib.Path(os.path.expanduser(options.model))
+    folder = expand_user(options.model)
     if folder.is_dir():
         for name in ("tag", "weights", "resize"):
             if getattr(options, name) is not None:

@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--batch_size",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=64,
         metavar="N",
         help="photographs in a batch, over all devices (default: %(default)s)",

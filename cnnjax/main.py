@@ -73,7 +73,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
-    workdir.completed(begin, config, folder, adopt)
+    workdir.run_once(begin, config, folder, adopt)
     if not is_new:
         _LOG.info("%s holds the finished run", folder)
         job.report.write(folder)

@@ -171,7 +171,7 @@ class Study:
         ):
             for point in points:
                 path = folder / "points" / f"{label(point)}.json"
-                results.append(workdir.finished(path, self._result, point, options, *shared))
+                results.append(workdir.read_or_compute(path, self._result, point, options, *shared))
                 advance(1)
         self._write(folder, results, self.report(results, options))
 

@@ -134,13 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="a registered name, such as vgg16")
     parser.add_argument(
         "--input",
-        type=command.whole(1),
+        type=command.whole_number(1),
         metavar="PIXELS",
         help="height and width of the image (default: the publication's)",
     )
     parser.add_argument(
         "--batch",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=1,
         metavar="N",
         help="images in a batch (default: %(default)s)",

@@ -29,8 +29,8 @@ from cnnjax.runtime import backend, command, configuration, jobs, source, workdi
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
-# Seconds between two looks at the cells that other processes are working on.
-_PATIENCE = 5.0
+# Seconds between two attempts to run the cells that other processes were running.
+_POLLING_SECONDS = 5.0
 
 
 # ------------------------------------------------------------------ cells
@@ -38,7 +38,7 @@ _PATIENCE = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One setting of a sweep, its whole configuration, and its work directory."""
+    """One setting of a sweep, with its configuration and its work directory."""
 
     overrides: dict
     config: ml_collections.ConfigDict
@@ -62,20 +62,22 @@ class Cell:
 
 
 def name_of(overrides: dict) -> str:
-    """The name of a cell's folder: "seed=0,batch_size=64"."""
+    """Name a cell, and its folder, by its overrides: "seed=0,batch_size=64"."""
     text = ",".join(f"{key}={value}" for key, value in overrides.items())
     return text.replace("/", "_").replace(" ", "") or "default"
 
 
 def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Cell]:
-    """The cells that the `sweep()` of a configuration file lists.
+    """Read the cells that the `sweep()` of a configuration file lists.
 
     Args:
         path: the configuration file.
         config: its configuration, which each cell changes.
         folder: the work directory of the sweep.
 
-    Raises `ValueError` if there is no `sweep()`, or it lists no cell, or one twice or a wrong one.
+    Raises:
+        ValueError: if there is no `sweep()`, if it lists no cell or one cell twice, or if a cell
+            does not fit the configuration.
     """
     module = source.import_file(path)
     if not hasattr(module, "sweep"):
@@ -94,17 +96,17 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
     cells = []
     for overrides in settings:
         try:
-            changed = single.name_model_file(configuration.override(config, overrides))
+            cell_config = single.name_model_file(configuration.override(config, overrides))
         except ValueError as error:
             raise ValueError(
                 f"sweep() sets {overrides}, which does not fit the configuration: {error}"
             ) from error
-        cells.append(Cell(overrides, changed, folder / name_of(overrides)))
+        cells.append(Cell(overrides, cell_config, folder / name_of(overrides)))
     return cells
 
 
 def check(cells: list[Cell]) -> None:
-    """Raise `ValueError` if a cell cannot be run, or its folder holds another or a damaged run."""
+    """Raise `ValueError` if a cell cannot be run, or its folder holds another run."""
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)
@@ -120,37 +122,39 @@ def check(cells: list[Cell]) -> None:
 def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
     """Run every cell that is not done, and wait for those that other processes are running.
 
-    A process that ends leaves its cell free; so all cells are done when this returns.
+    If another process stops, its cell is run here. So all cells are done when this returns.
     """
     numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
     pending = [cell for cell in cells if not cell.is_done]
-    is_waiting = False
+    # The first round runs what is free. Further rounds try the other cells again, without logging.
+    is_first_round = True
     while pending:
-        left = []
+        claimed = []
         for cell in pending:
             if cell.is_done:
                 continue
-            if not is_waiting:
+            if is_first_round:
                 _LOG.info("cell %d of %d: %s", numbers[cell.name], len(cells), cell.name)
             try:
                 run_cell(cell)
             except workdir.Claimed as error:
-                left.append(cell)
-                if not is_waiting:
+                claimed.append(cell)
+                if is_first_round:
                     _LOG.info("cell %s is left out: %s", cell.name, error)
             write_table(folder, cells)
-        if left and not is_waiting:
-            _LOG.info("waiting for %d cells of other processes", len(left))
-        if left:
-            time.sleep(_PATIENCE)
-        is_waiting = True
-        pending = left
+        if claimed and is_first_round:
+            _LOG.info("waiting for %d cells of other processes", len(claimed))
+        if claimed:
+            time.sleep(_POLLING_SECONDS)
+        is_first_round = False
+        pending = claimed
 
 
 def run_cell(cell: Cell) -> None:
     """Run one cell; if it fails, record the reason.
 
-    Raises `workdir.Claimed` if another process is running it.
+    Raises:
+        workdir.Claimed: if another process is running it.
     """
     try:
         single.run(cell.config, cell.folder)
@@ -172,19 +176,19 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
         count=options.jobs,
         settings=options.slurm,
     )
-    # It lists what is unfinished, whatever becomes of the jobs.
+    # Written even if no job ever runs: it lists the unfinished cells.
     write_table(options.workdir, cells)
-    told = ", ".join(f"job {name}" for name in names)
-    _LOG.info("started %s; their output is in %s", told, folder)
+    started = ", ".join(f"job {name}" for name in names)
+    _LOG.info("started %s; their output is in %s", started, folder)
 
 
 # ------------------------------------------------------------------ the table
 
 
 def summarize(values: list[float]) -> dict:
-    """Mean, sample standard deviation, n and half-width of the mean's 95 % interval.
+    """Compute mean, sample standard deviation, n and half-width of the 95 % interval.
 
-    One value has no spread: `std` and `half_width` are then None.
+    For a single value `std` and `half_width` are None.
     """
     # Imported when needed: --help does not wait for scipy.
     import numpy as np
@@ -201,7 +205,7 @@ def summarize(values: list[float]) -> dict:
 
 
 def summarize_cells(cells: list[Cell]) -> list[dict]:
-    """One row for all cells that differ in their seed only."""
+    """Summarize all cells that differ in their seed only in one row."""
     groups = defaultdict(list)
     for cell in cells:
         shared = {key: value for key, value in cell.overrides.items() if key != "seed"}
@@ -225,7 +229,7 @@ def summarize_cells(cells: list[Cell]) -> list[dict]:
 
 
 def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
-    """Write sweep.json and sweep.md from the results of the cells on the disk."""
+    """Write sweep.json and sweep.md from the results that the cells' folders hold."""
     from cnnjax.runtime import tables
 
     rows = summarize_cells(cells)
@@ -249,7 +253,7 @@ def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
 
 
 def _format(summary: dict | None) -> str:
-    """A summary in percent: "1.25 ± 0.31 (std 0.12), n=3"."""
+    """Format a summary in percent: "1.25 ± 0.31 (std 0.12), n=3"."""
     if summary is None:
         return ""
     text = f"{100 * summary['mean']:.2f}"
@@ -299,7 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--launcher", choices=("slurm", "local"), help="hand the sweep to jobs, and end"
     )
     parser.add_argument(
-        "--jobs", type=command.whole(1), default=1, help="number of jobs that the launcher starts"
+        "--jobs",
+        type=command.whole_number(1),
+        default=1,
+        help="number of jobs that the launcher starts",
     )
     parser.add_argument(
         "--slurm",

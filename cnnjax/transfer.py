@@ -2,8 +2,8 @@
 
 A part is named by a stage or by a shell pattern on torchvision's names of the parameters, such as
 `features.*` or `*.bias`. The stage "layer2" stands for what it adds to the stage before it,
-"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head is
-what depends on the number of classes; it is taken from another network only where it is named.
+"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head
+has the variables whose shapes depend on the number of classes; it is loaded only if it is named.
 """
 
 import fnmatch
@@ -22,6 +22,7 @@ from cnnjax import ridge, weights
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.runtime import workdir
+from cnnjax.runtime.paths import expand_user
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
@@ -49,11 +50,11 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
         init = functools.partial(model.init_with_output, method="stages", last=last)
         return jax.eval_shape(init, jax.random.key(0), image)
 
-    stages, everything = trace()
+    stages, all_variables = trace()
     added: dict[str, frozenset[Path]] = {}
     seen: set[Path] = set()
     for name in [*stages, "logits"]:
-        variables = trace(name)[1] if name in stages else everything
+        variables = trace(name)[1] if name in stages else all_variables
         params = flatten_dict(variables.get("params", {}))
         paths = {("params", *path) for path in params}
         added[name] = frozenset(paths - seen)
@@ -61,24 +62,32 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     return added
 
 
-def _with_statistics(model: Network, chosen: set[Path]) -> frozenset[Path]:
-    """Adds the statistics of every BatchNorm whose parameters are all chosen."""
-    everything = flatten_dict(_shapes(model))
-    layers = {path[1:-1] for path in chosen}
-    incomplete = {path[1:-1] for path in everything if path[0] == "params" and path not in chosen}
+def _with_statistics(model: Network, selected: set[Path]) -> frozenset[Path]:
+    """Adds the statistics of every BatchNorm whose parameters are all selected."""
+    # A path is a collection, the names of modules, and the name of the array.
+    variables = flatten_dict(_shapes(model))
+    params = {path for path in variables if path[0] == "params"}
+    layers = {path[1:-1] for path in selected}
+    incomplete_layers = {path[1:-1] for path in params - selected}
     statistics = {
         path
-        for path in everything
-        if path[0] == "batch_stats" and path[1:-1] in layers - incomplete
+        for path in variables
+        if path[0] == "batch_stats" and path[1:-1] in layers - incomplete_layers
     }
-    return frozenset(chosen | statistics)
+    return frozenset(selected | statistics)
 
 
 @functools.lru_cache(maxsize=256)
 def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> frozenset[Path]:
     """Returns the paths of the named parts' variables.
 
-    Raises `ValueError`, naming `argument`, if a part matches no parameter.
+    Args:
+      model: the network.
+      parts: stages, or patterns of torchvision's names.
+      argument: the name of the argument that lists the parts, for the error.
+
+    Raises:
+      ValueError: if a part matches no parameter.
     """
     if not parts:
         return frozenset()
@@ -88,7 +97,7 @@ def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> f
         if path[0] == "params"
     }
     stages = stage_paths(model)
-    chosen: set[Path] = set()
+    selected: set[Path] = set()
     for part in parts:
         matches = stages.get(part) or {keys[key] for key in fnmatch.filter(keys, part)}
         if not matches:
@@ -96,8 +105,8 @@ def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> f
                 f"{argument}={part!r} names no parameters of the model; it accepts stages, "
                 f"{', '.join(stages)}, and patterns of names such as {min(keys)}"
             )
-        chosen |= matches
-    return _with_statistics(model, chosen)
+        selected |= matches
+    return _with_statistics(model, selected)
 
 
 def split(tree: dict, paths: frozenset[Path], collection: str = "params") -> tuple[dict, dict]:
@@ -111,7 +120,7 @@ def split(tree: dict, paths: frozenset[Path], collection: str = "params") -> tup
 
 
 def merge(*trees: Mapping) -> dict:
-    """Joins trees; where several have a leaf, the last one's counts."""
+    """Joins trees; where several have a leaf, that of the last tree is used."""
     merged: dict = {}
     for tree in trees:
         merged |= flatten_dict(tree)
@@ -121,13 +130,14 @@ def merge(*trees: Mapping) -> dict:
 def in_evaluation_mode(frozen: frozenset[Path]) -> Callable:
     """Returns an interceptor for `flax.linen.intercept_methods` that freezes BatchNorms.
 
-    Those whose statistics are in `frozen` normalize by them and leave them unchanged.
+    A BatchNorm whose statistics are in `frozen` normalizes by them and leaves them unchanged.
     """
 
     def intercept(call, arguments, options, context):
         module = context.module
         is_norm = isinstance(module, BatchNorm)
         if is_norm and ("batch_stats", *module.path, "mean") in frozen:
+            # Without `train`, that is in evaluation mode.
             return call(arguments[0])
         return call(*arguments, **options)
 
@@ -136,15 +146,22 @@ def in_evaluation_mode(frozen: frozenset[Path]) -> Callable:
 
 @functools.lru_cache(maxsize=64)
 def check_statistics(model: Network, purpose: str) -> None:
-    """Raises `ValueError`, naming `purpose`, if statistics belong to another module than ours.
+    """Checks that `cnnjax.nn.BatchNorm` alone keeps statistics in a network.
 
-    Only `cnnjax.nn.BatchNorm` can be frozen or have its statistics estimated anew.
+    No other normalization can be frozen or have its statistics estimated anew.
+
+    Args:
+      model: the network.
+      purpose: what needs this, for the error.
+
+    Raises:
+      ValueError: if another module keeps statistics.
     """
-    ours = set()
+    batch_norms = set()
 
-    def note(call, arguments, options, context):
+    def record(call, arguments, options, context):
         if isinstance(context.module, BatchNorm):
-            ours.add(context.module.path)
+            batch_norms.add(context.module.path)
         return call(*arguments, **options)
 
     # A function of its own: jax would not trace `model.init` a second time.
@@ -152,10 +169,10 @@ def check_statistics(model: Network, purpose: str) -> None:
         return model.clone(padding="zeros").init(key, image)
 
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         variables = jax.eval_shape(init, jax.random.key(0), image)
-    paths = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))}
-    if others := sorted(".".join(path) for path in paths - ours):
+    with_statistics = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))}
+    if others := sorted(".".join(path) for path in with_statistics - batch_norms):
         raise ValueError(
             f"{purpose} needs BatchNorm to be cnnjax.nn.BatchNorm; in {type(model).__name__}, "
             f"other modules keep statistics: {', '.join(others)}"
@@ -166,63 +183,82 @@ def check_statistics(model: Network, purpose: str) -> None:
 
 
 def weights_file(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a weights file itself, or that of a training run's work directory.
+    """Finds the file of initial weights.
 
-    Raises `ValueError` if there is none.
+    Args:
+      path: a weights file, or the work directory of a finished training run; `~` is expanded.
+
+    Raises:
+      ValueError: if there is no such file, or if a file of the run has changed since.
     """
-    given = pathlib.Path(os.path.expanduser(path))
-    file = given / WEIGHTS if given.is_dir() else given
+    place = expand_user(path)
+    file = place / WEIGHTS if place.is_dir() else place
     if not file.is_file():
         raise ValueError(
             f"initial_weights={str(path)!r} is neither a safetensors or .pth file nor the work "
             "directory of a finished training run"
         )
-    if file != given:
-        workdir.check_seal(given)
+    if place.is_dir():
+        workdir.check_seal(place)
     return file
 
 
-def take(path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()) -> dict:
-    """Reads parts of a network, by default all but its head, from a file or a run.
+def load_initial_weights(
+    path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()
+) -> dict:
+    """Loads parts of a network from a weights file or a training run.
 
-    The file may be of another number of classes and lack modules that are not taken, but it must
+    The file may be of another number of classes, and may lack modules that are not loaded. It must
     hold nothing that the model lacks.
 
-    Returns the parts' variables, host arrays. Raises `ValueError` if a variable to be taken is
-    absent or of another shape, or if the model lacks a field that the weights need.
+    Args:
+      path: as in `weights_file`.
+      model: the network.
+      parts: as in `select`; by default all but the head.
+
+    Returns:
+      The variables of the parts, host arrays.
+
+    Raises:
+      ValueError: if the file lacks one of these variables or has it in another shape, or if the
+        model lacks a field that the weights need.
     """
     file = weights_file(path)
     _check_fields(file, model)
     shapes = flatten_dict(_shapes(model))
     keys = weights.torchvision_keys(_shapes(model))
-    chosen = frozenset(shapes) - head(model)
     if parts:
-        chosen = select(model, tuple(parts), "initial_parts")
+        selected = select(model, tuple(parts), "initial_parts")
+    else:
+        selected = frozenset(shapes) - head(model)
 
-    names = weights.read(file)
-    classes = model.num_classes
-    for key in sorted(keys):
-        if key in names and keys[key] in head(model):
-            classes = len(names[key])
-            break
-    absent = {key.split(".")[0] for key in keys} - {name.split(".")[0] for name in names}
-    whole = weights.load_torchvision(file, model.clone(num_classes=classes), sorted(absent))
-    loaded = flatten_dict(whole)
-    for key in sorted(keys):
-        variable = keys[key]
-        if variable not in chosen:
+    # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
+    # file: with the file's number of classes, and without the modules that the file lacks. The
+    # first axis of a head's tensors has the length of the number of classes.
+    tensors = weights.read(file)
+    head_keys = sorted(key for key in keys if key in tensors and keys[key] in head(model))
+    classes = len(tensors[head_keys[0]]) if head_keys else model.num_classes
+    file_modules = {name.split(".")[0] for name in tensors}
+    missing_modules = {key.split(".")[0] for key in keys} - file_modules
+    file_model = model.clone(num_classes=classes)
+    loaded = flatten_dict(weights.load_torchvision(file, file_model, sorted(missing_modules)))
+
+    # What is selected must be there, in the shapes of the model itself.
+    for key, variable in sorted(keys.items()):
+        if variable not in selected:
             continue
         if variable not in loaded:
-            state = "absent"
+            problem = "absent"
         elif loaded[variable].shape != shapes[variable].shape:
-            state = f"of {classes} classes" if variable in head(model) else "of another shape"
+            is_head = variable in head(model)
+            problem = f"of {classes} classes" if is_head else "of another shape"
         else:
             continue
         raise ValueError(
-            f"initial_weights={str(path)!r}: {key} is {state} there; name what is to be taken in "
+            f"initial_weights={str(path)!r}: {key} is {problem} there; name what is to be taken in "
             f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
         )
-    return unflatten_dict({variable: loaded[variable] for variable in chosen})
+    return unflatten_dict({variable: loaded[variable] for variable in selected})
 
 
 def _check_fields(file: pathlib.Path, model: Network) -> None:
@@ -246,25 +282,28 @@ def linear_probe(
 ) -> tuple[float, float]:
     """Fits a linear classifier to features by ridge regression.
 
-    The targets are one-hot labels; the solution is exact. The last fifth of the training features
-    chooses a strength from `STRENGTHS`, then all of them are fitted with it. Returns the test
-    accuracy and the strength.
+    The targets are one-hot labels; the solution is exact. The strength of the penalty is the one of
+    `STRENGTHS` that is most accurate on the last fifth of the training features after a fit of the
+    others. The final fit uses all training features.
+
+    Returns:
+      The test accuracy and the strength.
     """
     train = train.astype(np.float64)
     test = test.astype(np.float64)
     targets = np.eye(int(labels.max()) + 1)[labels]
 
     def predict(count: int, strengths: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-        """Classes [strengths, n] of inputs, by classifiers fitted to the first `count` examples."""
+        """Fits the first `count` examples; returns classes [strengths, n] of the inputs."""
         scaler = ridge.fit_scaler(train[:count])
         x = scaler(train[:count])
         mean = targets[:count].mean(0)
         weights = ridge.solve(ridge.factor(x.T @ x), x.T @ (targets[:count] - mean), strengths)
         return (scaler(inputs) @ weights + mean).argmax(-1)
 
-    fitted = len(train) * 4 // 5
-    held_out = predict(fitted, np.array(STRENGTHS), train[fitted:])
-    accuracies = (held_out == labels[fitted:]).mean(1)
+    n_fitted = len(train) * 4 // 5
+    held_out = predict(n_fitted, np.array(STRENGTHS), train[n_fitted:])
+    accuracies = (held_out == labels[n_fitted:]).mean(1)
     strength = STRENGTHS[accuracies.argmax()]
     predicted = predict(len(train), np.array([strength]), test)
     return float((predicted == test_labels).mean()), strength

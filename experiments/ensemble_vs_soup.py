@@ -169,7 +169,7 @@ def train(group: str, options, repetition: int) -> None:
     for folder, config in plan(folder_of(options, repetition), options, repetition).items():
         if folder.parent.name in ("start", group):
             loop.check(config)
-            workdir.completed(loop.run, config, folder)
+            workdir.run_once(loop.run, config, folder)
 
 
 # --- Combining ------------------------------------------------------------------------------------

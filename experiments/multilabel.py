@@ -142,7 +142,7 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
     """
     model, parallel = create_model(name), Parallel("jit")
     random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
-    trained = transfer.take(file, model) if file else {}
+    trained = transfer.load_initial_weights(file, model) if file else {}
     variables = parallel.replicate(transfer.merge(random, trained))
     moments = parallel.replicate(augment.IMAGENET)
     *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
@@ -172,7 +172,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
     """Returns the average precision of each class on the test scenes."""
     if point.weights == "scratch":
         folder = options.workdir / f"scene_net,seed={point.seed}"
-        result = workdir.completed(loop.run, configure(options, point.seed), folder)
+        result = workdir.run_once(loop.run, configure(options, point.seed), folder)
         return {"method": point.method(), "ap": result["by_class"]}
     # ImageNet weights are the same in all repetitions; random weights are drawn by the seed.
     file = dict(options.weights)[point.network] if point.weights == "imagenet" else None

@@ -50,7 +50,7 @@ def add_options(parser):
         parser.add_argument(
             f"--{name}",
             nargs=2,
-            type=command.whole(least),
+            type=command.whole_number(least),
             default=default,
             help="for the location and for the object (default: %(default)s)",
         )

@@ -98,7 +98,7 @@ def add_options(parser):
     parser.add_argument(
         "--borders",
         nargs="+",
-        type=command.whole(0),
+        type=command.whole_number(0),
         default=list(PUBLISHED),
         help="pixels (default: those published)",
     )

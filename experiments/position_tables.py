@@ -415,7 +415,7 @@ def measure(options: argparse.Namespace) -> None:
 
     @functools.cache
     def complete(digest):
-        return workdir.completed(run, studies[digest], options.workdir / digest)
+        return workdir.run_once(run, studies[digest], options.workdir / digest)
 
     for name, configs in table_configs.items():
         records = []

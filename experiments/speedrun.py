@@ -299,7 +299,7 @@ def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> li
     with progress(runs, "runs") as advance:
         for seed in range(runs):
             path = folder / "runs" / f"{seed}.json"
-            rows.append(workdir.finished(path, program.run, seed))
+            rows.append(workdir.read_or_compute(path, program.run, seed))
             advance(1)
     return rows
 

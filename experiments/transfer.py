@@ -266,7 +266,7 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
-    return 1 - workdir.completed(loop.run, config, folder)["final"]["test_error"]
+    return 1 - workdir.run_once(loop.run, config, folder)["final"]["test_error"]
 
 
 def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
@@ -279,7 +279,9 @@ def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
     *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
     # The probe does not use the head.
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
-    variables = parallel.replicate(transfer.merge(zeros, transfer.take(file, model)))
+    variables = parallel.replicate(
+        transfer.merge(zeros, transfer.load_initial_weights(file, model))
+    )
     moments = parallel.replicate(augment.IMAGENET)
     pooled = evaluate.pooled(last_stage)
 

@@ -617,7 +617,7 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
                 ),
             }
             if method == "learned":
-                taken = transfer.take(tmp_path / method, Tiny(), ("*",))
+                taken = transfer.load_initial_weights(tmp_path / method, Tiny(), ("*",))
                 jax.tree.map(np.testing.assert_array_equal, taken, soup)
                 assert coefficients["conv1"] != pytest.approx([0.5, 0.5], abs=0.01)
         jax.tree.map(

@@ -569,7 +569,7 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
         patch.setattr(time, "time_ns", lambda: nanoseconds() - 86400 * 10**9)
         assert run_here(configuration(stopped), folder) is None
     assert record(folder) == record(finished)
-    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
     with workdir.claim(tmp_path):
         os.utime(tmp_path / "run.claim", (seconds() + 3600,) * 2)
         with pytest.raises(workdir.Claimed):
@@ -656,7 +656,7 @@ def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_pa
 
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
     """During a call into XLA, of which a minute is left, in a step and outside of one, and while
-    the first one is still being heeded."""
+    the first one is still being handled."""
     long = """
 import jax, signal, threading, time
 def signals():

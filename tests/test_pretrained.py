@@ -401,7 +401,7 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
     path.touch()
     model = create_model("googlenet", num_classes=10)
     with pytest.raises(ValueError, match="need model_fields.transform_input=True"):
-        transfer.take(path, model)
+        transfer.load_initial_weights(path, model)
 
 
 @pytest.mark.slow

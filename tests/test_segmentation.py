@@ -491,8 +491,8 @@ def test_the_encoders_weights_are_kept(data_dir, tmp_path):
     model = create_model(
         "fcn", num_classes=11, encoder="squeezenet1_1", scored=segmentation._SQUEEZED
     )
-    taken = transfer.take(kept, model)["params"]
-    whole = transfer.take(file, create_model("squeezenet1_1"))["params"]
+    taken = transfer.load_initial_weights(kept, model)["params"]
+    whole = transfer.load_initial_weights(file, create_model("squeezenet1_1"))["params"]
     assert sorted(taken) == sorted(f"features.{number}" for number in (0, 3, 4, 6, 7))
     assert all(
         jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), taken[name], whole[name]))
@@ -505,7 +505,7 @@ def test_an_encoder_is_written_by_the_first_measurement(scenes, tmp_path, monkey
     monkeypatch.setattr(segmentation, "read_encoder", lambda file: {"params": {}})
     written = []
     monkeypatch.setattr(weights, "save_torchvision", lambda _, file: written.append(file))
-    monkeypatch.setattr(workdir, "completed", lambda run, config, folder: {})
+    monkeypatch.setattr(workdir, "run_once", lambda run, config, folder: {})
     monkeypatch.setattr(segmentation, "reached", lambda config, shape: None)
     monkeypatch.setattr(segmentation, "score", lambda *arguments: {})
     file = tmp_path / "weights.safetensors"

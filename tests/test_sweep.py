@@ -124,7 +124,7 @@ def run_sweep(tmp_path, monkeypatch):
     config = write_config(
         tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(4)]"
     )
-    monkeypatch.setattr(sweep, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sweep, "_POLLING_SECONDS", 0.05)
 
     def run(train=lambda config, folder: None) -> int:
         def write_results(config, folder):

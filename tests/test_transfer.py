@@ -56,11 +56,11 @@ def as_batch(images, labels, learning_rate) -> step.Batch:
     )
 
 
-def steps(recipe, numbers=None, count=3, rate=0.1, taken=None):
+def steps(recipe, numbers=None, count=3, rate=0.1, pretrained=None):
     """Trains for a few steps on one batch; returns the states before and after."""
     images, labels = small_batch()
     numbers = numbers or step.Numbers(seed=1, weight_decay=1e-2, ema_decay=0.5)
-    before = step.init(recipe, (8, 8, 3), numbers, taken)
+    before = step.init(recipe, (8, 8, 3), numbers, pretrained)
     state = before
     run = jax.jit(
         lambda state: step.batch_step(
@@ -278,7 +278,7 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
     given = Tiny(num_classes=7).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     given = jax.tree.map(np.asarray, given)
     weights.save_torchvision(given, file)
-    taken = transfer.take(file, MODEL)
+    taken = transfer.load_initial_weights(file, MODEL)
     names = set(flatten_dict(given, sep="/"))
     heads = {name for name in names if name.startswith("params/fc")}
     assert set(flatten_dict(taken, sep="/")) == names - heads
@@ -290,7 +290,7 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
     assert not changed(fresh.params["fc"], state.params["fc"])
     assert not changed(state.params, state.ema)
 
-    first = transfer.take(file, MODEL, ("conv1",))
+    first = transfer.load_initial_weights(file, MODEL, ("conv1",))
     assert set(flatten_dict(first, sep="/")) == {
         "params/conv1/kernel",
         "params/conv1/bias",
@@ -304,9 +304,9 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
         "initial_parts"
     )
     with pytest.raises(ValueError, match=message):
-        transfer.take(file, MODEL, ("*",))
+        transfer.load_initial_weights(file, MODEL, ("*",))
     with pytest.raises(ValueError, match="not in the model: bn1"):
-        transfer.take(file, create_model("lenet"))
+        transfer.load_initial_weights(file, create_model("lenet"))
 
 
 @pytest.mark.slow
@@ -319,11 +319,11 @@ def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
     weights.save_torchvision(zeros, tmp_path / "w.pth")
     model = create_model("lenet", num_classes=10, padding=padding)
     if state is None:
-        taken = set(flatten_dict(transfer.take(tmp_path / "w.pth", model)))
+        taken = set(flatten_dict(transfer.load_initial_weights(tmp_path / "w.pth", model)))
         assert taken == set(flatten_dict(shapes)) - transfer.head(model)
     else:
         with pytest.raises(ValueError, match=state):
-            transfer.take(tmp_path / "w.pth", model)
+            transfer.load_initial_weights(tmp_path / "w.pth", model)
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     for name in ("squeezenet1_1", "mobilenet_v2"):
         file = next(folder.glob(f"{name}*.safetensors"))
         model = create_model(name, num_classes=10)
-        taken = set(flatten_dict(transfer.take(file, model)))
+        taken = set(flatten_dict(transfer.load_initial_weights(file, model)))
         assert set(flatten_dict(weights.variable_shapes(model))) - taken == transfer.head(model)
     file = next(folder.glob("resnet18*.safetensors"))
     model = create_model("resnet18", num_classes=10)
@@ -345,9 +345,9 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
         "'stem'"
     )
     with pytest.raises(ValueError, match=message):
-        transfer.take(file, model)
+        transfer.load_initial_weights(file, model)
     parts = ("stem", "layer1")
-    taken = set(flatten_dict(transfer.take(file, model, parts)))
+    taken = set(flatten_dict(transfer.load_initial_weights(file, model, parts)))
     assert taken == transfer.select(model, parts)
 
 

@@ -195,9 +195,9 @@ def test_a_claim_that_replaced_a_void_one_stays(tmp_path):
     """Two processes may find one claim void, and one be at work before the other removes it."""
     path = tmp_path / "run.claim"
     path.write_text("another's")
-    workdir._remove_void(path, b"void", tmp_path / ".mine.claim")
+    workdir._remove_stale(path, b"void", tmp_path / ".mine.claim")
     assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
-    workdir._remove_void(path, b"another's", tmp_path / ".mine.claim")
+    workdir._remove_stale(path, b"another's", tmp_path / ".mine.claim")
     assert not list(tmp_path.iterdir())
 
 
@@ -208,7 +208,7 @@ def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
     path = tmp_path / "run.claim"
     path.write_text(json.dumps(GONE))
     with workdir.claim(tmp_path):
@@ -230,12 +230,12 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="resize=100"):
-            workdir.completed(refuse, ml_collections.ConfigDict({"kind": "train"}), folder)
+            workdir.run_once(refuse, ml_collections.ConfigDict({"kind": "train"}), folder)
         assert not folder.exists()
 
 
 def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "_RENEWED", 0.05)
+    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
     path = tmp_path / "run.claim"
     with workdir.claim(tmp_path):
         os.utime(path, (0, 0))

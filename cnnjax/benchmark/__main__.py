@@ -409,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--configurations",
-        type=command.whole(1),
+        type=command.whole_number(1),
         help=f"of seeds; 4 suffice on a CPU (default: {_CONFIGURATIONS})",
     )
     parser.add_photographs()

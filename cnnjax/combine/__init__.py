@@ -1,6 +1,6 @@
 """Combinations of trained networks.
 
-Ensembles average what networks answer; soups and Polyak averages average their parameters.
+Ensembles average the networks' outputs; soups and Polyak averages average their parameters.
 """
 
 from cnnjax.runtime import lazy

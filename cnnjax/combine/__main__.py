@@ -1,6 +1,6 @@
 """Combines trained networks.
 
-Ensembles average what networks answer; soups and Polyak averages average their parameters.
+Ensembles average the networks' outputs; soups and Polyak averages average their parameters.
 
     python -m cnnjax.combine --runs 'runs/a/*' --method greedy --workdir FOLDER
 

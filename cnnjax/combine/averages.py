@@ -1,4 +1,4 @@
-"""Averages of parameter trees, the choice of what enters them, and means of logits."""
+"""Averages of parameter trees, the choice of ingredients, and means of logits."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,45 +14,45 @@ def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float
     """Compute a weighted sum of trees of arrays, in float64.
 
     Args:
-      trees: of the same structure and shapes.
-      weights: one of each tree, or by layer name one of each tree.
+      trees: trees of the same structure and shapes.
+      weights: a weight for each tree, or by layer name a weight for each tree.
     """
 
     def combine_leaves(path, *leaves):
-        shares = weights[_layer(path)] if isinstance(weights, dict) else weights
-        total = np.tensordot(np.asarray(shares, np.float64), np.stack(leaves), 1)
+        coefficients = weights[_layer(path)] if isinstance(weights, dict) else weights
+        total = np.tensordot(np.asarray(coefficients, np.float64), np.stack(leaves), 1)
         return total.astype(leaves[0].dtype)
 
     return jax.tree_util.tree_map_with_path(combine_leaves, *trees)
 
 
 def _layer(path) -> str:
-    """The name of the module that a parameter belongs to."""
+    """Return the name of the module that a parameter belongs to."""
     return ".".join(key.key for key in path[:-1])
 
 
 def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) -> list[int]:
     """Choose the ingredients of a soup: recipe 1 of Wortsman et al. 2022 (arXiv 2203.05482).
 
-    From the best model down, one is kept if the average does not get worse.
+    Models are tried from the best one down; each is added if the average does not get worse.
 
     Args:
-      accuracies: of each model alone, on validation images.
-      accuracy: the accuracy of the average of some models, by their numbers.
+      accuracies: the accuracy of each model alone, on validation images.
+      accuracy: a function of some models' numbers that returns the accuracy of their average.
 
     Returns:
       The numbers of the models, in the order in which they were added.
     """
-    kept: list[int] = []
-    reached = -np.inf
-    # The sort is stable: of equal models the first comes first.
-    by_accuracy = sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
-    for number in by_accuracy:
-        new = accuracy([*kept, number])
-        if new >= reached:
-            kept = [*kept, number]
-            reached = new
-    return kept
+    ingredients: list[int] = []
+    best = -np.inf
+    # The sort is stable: of equally accurate models the first comes first.
+    from_best_down = sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
+    for number in from_best_down:
+        candidate = accuracy([*ingredients, number])
+        if candidate >= best:
+            ingredients = [*ingredients, number]
+            best = candidate
+    return ingredients
 
 
 def learned(
@@ -66,8 +66,8 @@ def learned(
 
     Args:
       loss: a function of (tree, batch).
-      trees: the trees that are averaged.
-      batches: what `loss` takes.
+      trees: the trees to average.
+      batches: the batches, one for each step.
       by_layer: whether each layer has weights of its own.
       rate: the learning rate.
 
@@ -76,6 +76,7 @@ def learned(
     """
     paths = jax.tree_util.tree_leaves_with_path(trees[0])
     layers = sorted({_layer(path) for path, _ in paths})
+    # The row of each layer in the scores, [rows, trees].
     row = {layer: number if by_layer else 0 for number, layer in enumerate(layers)}
     optimizer = optax.adam(rate)
 

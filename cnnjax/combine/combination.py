@@ -41,7 +41,7 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
       folder: the work directory.
 
     Raises:
-      ValueError: for runs that do not combine.
+      ValueError: for runs that the method cannot combine.
     """
     began = time.monotonic()
 
@@ -51,10 +51,10 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
     members: list[Member] = []
     ema = None
     for path, config in configs.items():
-        more, ema = read_members(path, complete(config), method)
-        members += more
+        of_run, ema = read_members(path, complete(config), method)
+        members += of_run
     names = [str(path) for path in configs]
-    # Before the folder is made: the data may be missing.
+    # Built before the work directory is made, since the data may be missing.
     networks = Networks(complete(next(iter(configs.values()))), members)
     if method in AVERAGES:
         transfer.check_statistics(networks.model, f"method={method!r}")
@@ -103,14 +103,14 @@ def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
 
 
 class Scores(NamedTuple):
-    """The scores on a split of every member and of their combination; None if it has none."""
+    """The scores of all members and of their combination; None without such a split."""
 
     members: list[dict | None]
     combined: dict | None
 
 
 class Networks:
-    """The members of a combination, what runs them and what scores them."""
+    """The members of a combination, with the data and the network to score them."""
 
     def __init__(self, config: ml_collections.ConfigDict, members: list[Member]):
         self.config = config
@@ -122,7 +122,7 @@ class Networks:
         self.model = build_model(config, len(self.data.classes), shape, axis_name)
         trees = [(member.variables, member.moments) for member in members]
         variables, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-        # With these axes images [batch, ...] leave their normalization as [members, batch, ...].
+        # These axes make normalization turn images [batch, ...] into [members, batch, ...].
         moments = (mean[:, None, None, None], std[:, None, None, None])
         self.all = Member("all", variables, moments)
 
@@ -141,21 +141,23 @@ class Networks:
         )
 
     def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
-        """Average some members, with BatchNorm statistics of the average's own.
+        """Average some members, with BatchNorm statistics estimated for the average.
 
         Args:
-          numbers: the members' numbers. A single one is returned as it is.
+          numbers: the members' numbers. A single member is returned as it is.
           weights: as in `averages.average`; all the same by default.
           params: parameters in place of the members' average.
         """
-        used = [self.members[number] for number in numbers]
-        uniform = [1 / len(used)] * len(used)
+        members = [self.members[number] for number in numbers]
+        uniform = [1 / len(members)] * len(members)
         if params is None:
-            if len(used) == 1:
-                return used[0]
-            params = average([member.variables["params"] for member in used], weights or uniform)
-        variables = used[-1].variables | {"params": params}
-        moments = average([member.moments for member in used], uniform)
+            if len(members) == 1:
+                return members[0]
+            trees = [member.variables["params"] for member in members]
+            params = average(trees, weights or uniform)
+        variables = members[-1].variables | {"params": params}
+        moments = average([member.moments for member in members], uniform)
+        # In random order, since each batch is normalized by its own statistics.
         images = self.data.train.images
         order = np.random.default_rng(0).permutation(len(images))
         statistics = reestimate_statistics(
@@ -178,7 +180,7 @@ class Networks:
 
     def score(
         self,
-        chosen: Member | None,
+        averaged: Member | None,
         split: str,
         mean_of: str,
         output: Callable = evaluate.logits,
@@ -186,26 +188,31 @@ class Networks:
         """Score all members and their combination.
 
         Args:
-          chosen: the network that is the combination; None for the ensemble of all members.
+          averaged: the network that is the combination; None for the ensemble of all members.
           split: "validation" or "test".
           mean_of: as in `ensemble_logits`.
-          output: what is computed of a network, as in `evaluate.predict`.
+          output: what to compute with a network, as in `evaluate.predict`.
         """
         images, labels = getattr(self.data, split)
-        of_members = self.logits(self.all, images, member_logits(output))
-        if chosen is None:
-            combined = ensemble_logits(of_members, mean_of)
+        # [batch, members, classes]
+        logits = self.logits(self.all, images, member_logits(output))
+        if averaged is None:
+            combined = ensemble_logits(logits, mean_of)
         else:
-            combined = self.logits(chosen, images, output)
+            combined = self.logits(averaged, images, output)
         score = lambda logits: evaluate.score(self.config.loss, logits, labels)
-        count = len(self.members)
-        return Scores([score(of_members[:, number]) for number in range(count)], score(combined))
+        members: list[dict | None] = []
+        for number in range(len(self.members)):
+            members.append(score(logits[:, number]))
+        return Scores(members, score(combined))
 
     def learn(self, by_layer: bool) -> dict[str, list[float]]:
         """Learn the coefficients of an average on the validation images."""
         model = self.model.clone(axis_name=None)
-        variables, moments = self.members[0].variables, self.members[0].moments
-        # A mixture's statistics are not known before it is chosen: BatchNorm takes the batch's.
+        variables = self.members[0].variables
+        moments = self.members[0].moments
+        # The average changes with every step, and its statistics are not known: BatchNorm uses
+        # those of the batch.
         apply = logits_in_training_mode if variables["batch_stats"] else evaluate.logits
 
         def loss(params, batch):
@@ -228,7 +235,7 @@ class Networks:
         return learned(loss, params, draw_batches(), by_layer)
 
     def seconds_per_image(self, member: Member, output: Callable) -> float:
-        """Time the shortest of three passes over a few batches, once all is compiled."""
+        """Time the shortest of three passes over a few batches, after one that compiles."""
         images = self.data.train.images[: 4 * self.config.batch_size]
         seconds = []
         for _ in range(4):
@@ -245,8 +252,8 @@ class Choice(NamedTuple):
     """What a method makes of the members.
 
     Attributes:
-      ingredients: the names of those that are combined.
-      coefficients: those that were learned, by layer; None if none were.
+      ingredients: the names of the members that are combined.
+      coefficients: the learned coefficients, by layer; None if the method learns none.
       average: the network that is the combination; None for an ensemble.
     """
 
@@ -256,41 +263,41 @@ class Choice(NamedTuple):
 
 
 def choose(networks: Networks, method: str, ema: dict | None) -> Choice:
-    """Choose what is combined by a method, and average it if the method makes one network.
+    """Choose a method's ingredients, and average them if the method makes one network.
 
     Args:
       networks: the members.
       method: one of `METHODS`.
       ema: the average of parameters that a single run kept.
     """
-    everyone = list(range(len(networks.members)))
+    all_members = list(range(len(networks.members)))
     if method == "polyak" and ema is not None:
         name = f"ema_decay={networks.config.ema_decay}"
-        return Choice([name], None, networks.average(everyone, params=ema))
-    ingredients = everyone
+        return Choice([name], None, networks.average(all_members, params=ema))
+    ingredients = all_members
     coefficients = None
     if method in ("best", "greedy"):
-        accuracies = [networks.accuracy([number]) for number in everyone]
+        accuracies = [networks.accuracy([number]) for number in all_members]
         if method == "greedy":
             ingredients = greedy(accuracies, networks.accuracy)
         else:
             ingredients = [int(np.argmax(accuracies))]
     elif method.startswith("learned"):
         coefficients = networks.learn(method == "learned-by-layer")
-    chosen = None
+    averaged = None
     if method not in ENSEMBLES:
-        chosen = networks.average(ingredients, coefficients)
+        averaged = networks.average(ingredients, coefficients)
     names = [networks.members[number].name for number in ingredients]
-    return Choice(names, coefficients, chosen)
+    return Choice(names, coefficients, averaged)
 
 
-def _time(networks: Networks, chosen: Member | None) -> dict[str, float]:
+def _time(networks: Networks, averaged: Member | None) -> dict[str, float]:
     """Time one member and the combination."""
     single = networks.seconds_per_image(networks.members[0], evaluate.logits)
-    if chosen is None:
+    if averaged is None:
         combined = networks.seconds_per_image(networks.all, member_logits())
     else:
-        combined = networks.seconds_per_image(chosen, evaluate.logits)
+        combined = networks.seconds_per_image(averaged, evaluate.logits)
     return {"single": single, "combined": combined, "ratio": combined / single}
 
 
@@ -300,8 +307,8 @@ def _time(networks: Networks, chosen: Member | None) -> dict[str, float]:
 def _summarize(members: Sequence[Member], validation: Scores, test: Scores) -> dict[str, Any]:
     """Collect the members' scores, their mean, spread and best, and the combination's."""
     individual: list[dict[str, Any]] = []
-    for member, mine, tested in zip(members, validation.members, test.members):
-        individual.append({"name": member.name, "validation": mine, "test": tested})
+    for member, on_validation, on_test in zip(members, validation.members, test.members):
+        individual.append({"name": member.name, "validation": on_validation, "test": on_test})
     errors = {}
     for split in ("validation", "test"):
         errors[split] = [row[split]["error"] for row in individual if row[split]]
@@ -327,20 +334,21 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def _report(results: dict) -> str:
-    """Write the runs, their mean, spread and best, and the combination beside them, as Markdown."""
+    """Format the errors of the members and of their combination as Markdown."""
 
     def errors(row):
-        return [
-            _percent(row[split]["error"] if row[split] else None)
-            for split in ("validation", "test")
-        ]
+        errors = []
+        for split in ("validation", "test"):
+            error = row[split]["error"] if row[split] else None
+            errors.append(_percent(error))
+        return errors
 
     individual = results["individual"]
     lines = [[row["name"], *errors(row), "1"] for row in individual]
-    for what in ("mean", "std"):
-        by_split = results[f"{what}_error"]
+    for statistic in ("mean", "std"):
+        by_split = results[f"{statistic}_error"]
         values = [_percent(by_split["validation"]), _percent(by_split["test"])]
-        lines.append([f"*{what}*", *values, ""])
+        lines.append([f"*{statistic}*", *values, ""])
     for row in individual:
         if row["name"] == results["best"]:
             lines.append(["*best on validation*", *errors(row), "1"])

@@ -12,7 +12,7 @@ METHODS = {
     "schedule.name=restarts those at the cycles' ends",
     "polyak": "the average of one run's checkpoints, or the one that it kept itself (ema_decay)",
 }
-# Methods that choose by validation images.
+# Methods that choose by the accuracy or the loss on validation images.
 SELECTING = ("best", "greedy", "learned", "learned-by-layer")
 # Methods that average outputs; the others make one network.
 ENSEMBLES = ("ensemble", "ensemble-logits", "snapshot")

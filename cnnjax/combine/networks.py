@@ -1,4 +1,4 @@
-"""What combinations compute with networks: all members at once, and new BatchNorm statistics."""
+"""Computations on the members' networks: outputs and new BatchNorm statistics."""
 
 import functools
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from cnnjax.train.parallel import Parallel
 
 @functools.cache
 def member_logits(output: Callable = evaluate.logits) -> Callable:
-    """Return a program that computes all members' outputs, for `evaluate.predict`.
+    """Return a function that computes all members' outputs, for `evaluate.predict`.
 
     Args:
-      output: what is computed of one member, a function of (model, variables, images).
+      output: what to compute for one member, a function of (model, variables, images).
 
     Returns:
       A function of the model, variables stacked [members, ...] and images [members, batch, height,
@@ -29,18 +29,18 @@ def member_logits(output: Callable = evaluate.logits) -> Callable:
       [batch, members, classes].
     """
 
-    def run(model, variables, images):
-        # One member after the other: on 2 CPU cores three to five of them take 3.0 to 5.6 single
-        # passes, in the memory of one. vmap, which makes grouped convolutions of them, takes
-        # between 0.6 (three ResNet-18 on 32x32) and 9.3 passes (five LeNets).
+    def all_outputs(model, variables, images):
+        # One member after the other. On 2 CPU cores, three to five members take 3.0 to 5.6 times
+        # as long as one, in the memory of one. vmap, which turns their convolutions into grouped
+        # ones, takes between 0.6 times (three ResNet-18 on 32x32) and 9.3 times (five LeNets).
         outputs = jax.lax.map(lambda member: output(model, *member), (variables, images))
         return outputs.swapaxes(0, 1)
 
-    return run
+    return all_outputs
 
 
 def logits_in_training_mode(model: Network, variables, images) -> jnp.ndarray:
-    """Compute logits with the batch's own statistics; dropout is the same for every batch."""
+    """Compute logits with the batch's statistics; dropout is the same for every batch."""
     rngs = {"dropout": jax.random.key(0), "padding": jax.random.key(0)}
     logits, _ = model.apply(
         variables, images, train=True, mutable=["batch_stats", "auxiliary"], rngs=rngs
@@ -56,7 +56,7 @@ def _input_moments(model: Network, variables, images) -> dict:
     """
     moments = {}
 
-    def note(call, arguments, options, context):
+    def record(call, arguments, options, context):
         if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
             x = arguments[0].astype(jnp.float32)
             count = x.size // x.shape[-1]
@@ -65,7 +65,7 @@ def _input_moments(model: Network, variables, images) -> dict:
             moments[context.module.path] = (mean[None], variance[None], jnp.full(1, count))
         return call(*arguments, **options)
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         logits_in_training_mode(model, variables, images)
     return moments
 
@@ -75,11 +75,12 @@ def reestimate_statistics(
 ) -> dict:
     """Compute the BatchNorm statistics that averaged parameters need.
 
-    They are the mean and the unbiased variance over all whole batches, each of which is normalized
-    by its own statistics on the way (Izmailov et al. 2018, arXiv 1803.05407, section 3.2).
+    They are the mean and the unbiased variance over all full batches. On the way to a BatchNorm,
+    each batch is normalized by its own statistics (Izmailov et al. 2018, arXiv 1803.05407, section
+    3.2).
 
     Args:
-      parallel: how the network is run.
+      parallel: how to run the network on the devices.
       model: the network.
       variables: its variables, host arrays.
       moments: the mean and deviation that images are normalized by, host arrays.
@@ -91,20 +92,21 @@ def reestimate_statistics(
     """
     if not variables["batch_stats"]:
         return {}
-    run = evaluate.compiled(parallel, model, _input_moments)
-    placed = parallel.replicate((variables, moments))
-    whole = images[: len(images) // batch_size * batch_size]
-    parts = []
-    for batch in evaluate.batches_of(whole, batch_size):
-        parts.append(parallel.fetch_shared(run(*placed, parallel.share(batch))))
+    compute = evaluate.compiled(parallel, model, _input_moments)
+    replicated = parallel.replicate((variables, moments))
+    in_full_batches = images[: len(images) // batch_size * batch_size]
+    batch_moments = []
+    for batch in evaluate.batches_of(in_full_batches, batch_size):
+        batch_moments.append(parallel.fetch_shared(compute(*replicated, parallel.share(batch))))
     statistics: dict[tuple[str, ...], np.ndarray] = {}
-    for path in parts[0]:
-        of_parts = zip(*(part[path] for part in parts))
-        mean, variance, count = (np.concatenate(x).astype(np.float64) for x in of_parts)
-        # All parts are of one size.
-        center = mean.mean(0)
-        total = count.sum()
-        spread = (variance + np.square(mean - center)).mean(0) * total / (total - 1)
-        statistics[(*path, "mean")] = center.astype(np.float32)
-        statistics[(*path, "var")] = spread.astype(np.float32)
+    for path in batch_moments[0]:
+        by_kind = zip(*(by_path[path] for by_path in batch_moments))
+        means, variances, counts = (np.concatenate(x).astype(np.float64) for x in by_kind)
+        # All batches have one size. So the variance of all values is the mean of the variances
+        # within batches plus the variance of their means, here made unbiased.
+        mean = means.mean(0)
+        total = counts.sum()
+        variance = (variances + np.square(means - mean)).mean(0) * total / (total - 1)
+        statistics[(*path, "mean")] = mean.astype(np.float32)
+        statistics[(*path, "var")] = variance.astype(np.float32)
     return flax.traverse_util.unflatten_dict(statistics)

@@ -1,4 +1,4 @@
-"""The training runs that are combined: found, checked and read."""
+"""The training runs to combine: finding, checking and reading them."""
 
 import glob
 import os
@@ -20,7 +20,7 @@ from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, 
 
 Configs = dict[pathlib.Path, dict]
 
-# The keys that runs agree in, besides the fields of the model.
+# The keys that must agree in all runs, besides the fields of the model.
 _SHARED_KEYS = ("model", "dtype", "dataset", "pixels", "test_views")
 
 
@@ -42,25 +42,25 @@ def find_runs(patterns: Sequence[str]) -> Configs:
     """Read the configurations of training runs, by folder.
 
     Args:
-      patterns: work directories, and patterns that match them; what a pattern matches besides is
+      patterns: work directories, and patterns that match them; other matches of a pattern are
         passed over.
 
     Raises:
-      ValueError: for a path that is no training run, and for a pattern that matches none.
+      ValueError: for a path that is not a training run, and for a pattern that matches none.
     """
     configs: Configs = {}
     for pattern in patterns:
-        found = _read_matches(pattern)
-        if not found:
+        matches = _read_matches(pattern)
+        if not matches:
             raise ValueError(f"runs={pattern!r} matches no work directory of a training run")
-        configs |= found
+        configs |= matches
     return dict(sorted(configs.items()))
 
 
 def _read_matches(pattern: str) -> Configs:
     """Read the configurations of the runs that a path names or a pattern matches."""
     path = os.path.expanduser(pattern)
-    # As a pattern, the name of a sweep's cell may not match itself: dataset=cifar10[:12000].
+    # Taken as a pattern, a folder such as dataset=cifar10[:12000] of a sweep does not match itself.
     if os.path.exists(path):
         recorded = read_recorded(pathlib.Path(path))
         if recorded is None:
@@ -69,7 +69,7 @@ def _read_matches(pattern: str) -> Configs:
                 "('runs/a/*') to skip what is not one"
             )
         return {pathlib.Path(path): recorded}
-    # The brackets of such a name may stand in a pattern, too: dataset=cifar10[:12000],seed=*.
+    # A pattern may have such brackets, too: dataset=cifar10[:12000],seed=*.
     matches = glob.glob(path) or glob.glob(path.replace("[", "[[]"))
     configs = {}
     for name in matches:
@@ -80,37 +80,37 @@ def _read_matches(pattern: str) -> Configs:
 
 
 def share_validation(configs: Configs) -> bool:
-    """Say whether all runs held out the same images, so that none was trained on another's."""
+    """Tell whether all runs held out the same images: none was trained on another's."""
     counts = {config["n_validation"] for config in configs.values()}
     return len(counts) == 1 and counts.pop() > 0
 
 
 def check_runs(configs: Configs, method: str) -> None:
-    """Raise `ValueError`, in one line, for runs that the method cannot combine."""
+    """Raise `ValueError` for runs that the method cannot combine."""
     first, *others = configs
-    known = configs[first]
+    reference = configs[first]
     if (method in OF_ONE_RUN) == bool(others):
-        wanted = "the checkpoints of one run" if others else "at least two runs"
+        expected = "the checkpoints of one run" if others else "at least two runs"
         raise ValueError(
-            f"method={method!r} takes {wanted}, and --runs matches {', '.join(map(str, configs))}"
+            f"method={method!r} takes {expected}, and --runs matches {', '.join(map(str, configs))}"
         )
     required = set(defaults.get_config()) - set(defaults.BEFORE)
     for folder, config in configs.items():
-        if lacking := sorted(required - set(config)):
+        if missing := sorted(required - set(config)):
             raise ValueError(
-                f"{folder / 'config.json'} lacks {', '.join(lacking)}, which every training run has"
+                f"{folder / 'config.json'} lacks {', '.join(missing)}, which every training run has"
             )
         if config["loss"] != "cross_entropy":
             raise ValueError(
                 f"{folder} has loss={config['loss']!r}; runs that are combined have one class an "
                 "image, loss='cross_entropy'"
             )
-    if not arrays.is_known(known["dataset"]):
+    if not arrays.is_known(reference["dataset"]):
         raise ValueError(
-            f"{first} has dataset={known['dataset']!r}, which is streamed; it must be one of "
+            f"{first} has dataset={reference['dataset']!r}, which is streamed; it must be one of "
             f"{', '.join(arrays.DATASETS)}"
         )
-    if method in SELECTING and not known["n_validation"]:
+    if method in SELECTING and not reference["n_validation"]:
         raise ValueError(
             f"method={method!r} chooses by validation images, and {first} held none out: "
             "n_validation=0 is not a positive number; train with --config.n_validation=N"
@@ -126,15 +126,15 @@ def check_runs(configs: Configs, method: str) -> None:
 
 
 def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, method: str) -> None:
-    """Check that two runs agree in what a combination needs."""
+    """Check that two runs agree in the keys that a combination depends on."""
     fields = configs[first]["model_fields"] | configs[folder]["model_fields"]
     keys = [*_SHARED_KEYS, *(f"model_fields.{field}" for field in fields)]
     if method in SELECTING:
         keys.append("n_validation")
-    mine = flax.traverse_util.flatten_dict(configs[first], sep=".")
-    theirs = flax.traverse_util.flatten_dict(configs[folder], sep=".")
+    expected = flax.traverse_util.flatten_dict(configs[first], sep=".")
+    values = flax.traverse_util.flatten_dict(configs[folder], sep=".")
     for key in keys:
-        if mine.get(key) == theirs.get(key):
+        if expected.get(key) == values.get(key):
             continue
         reason = ""
         if key == "n_validation":
@@ -143,8 +143,8 @@ def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, me
                 "all must hold out the same"
             )
         raise ValueError(
-            f"{first} and {folder} cannot be combined: {key}={mine.get(key)!r} and "
-            f"{key}={theirs.get(key)!r}{reason}"
+            f"{first} and {folder} cannot be combined: {key}={expected.get(key)!r} and "
+            f"{key}={values.get(key)!r}{reason}"
         )
 
 
@@ -154,7 +154,8 @@ def read_members(
     """Read a run's network as it was scored; for a method of one run, that of every checkpoint.
 
     Returns:
-      The members, and the average of parameters (ema) that a method of one run finds.
+      The members. For a method of one run also the average of parameters (ema) that the run kept,
+      if it kept one.
 
     Raises:
       ValueError: if there are too few checkpoints.
@@ -164,16 +165,16 @@ def read_members(
         return [Member(str(folder), trained.variables, trained.moments)], None
     steps, states = _read_checkpoints(folder, config, method, trained)
     members = []
-    for at, state in zip(steps, states):
+    for number, state in zip(steps, states):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        members.append(Member(f"step {at}", variables, trained.moments))
+        members.append(Member(f"step {number}", variables, trained.moments))
     return members, states[-1].ema
 
 
 def _read_checkpoints(
     folder: pathlib.Path, config: ml_collections.ConfigDict, method: str, trained: TrainedRun
 ) -> tuple[list[int], list[step.State]]:
-    """Read the checkpoints of a run that the method takes: their steps and states."""
+    """Read the steps and the states of the checkpoints that a method combines."""
     recipe = build_recipe(config, trained.model)
     numbers = build_numbers(config)
     like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))
@@ -184,7 +185,7 @@ def _read_checkpoints(
         if last not in steps:
             raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
         if method == "snapshot" and config.schedule.name == "restarts":
-            # Checkpoints from the middle of a cycle have a high rate.
+            # Only the ends of cycles are combined: within a cycle the learning rate is high.
             per_epoch = last // results["final"]["epoch"]
             first = round(config.schedule.warmup_epochs * per_epoch)
             period = round(config.schedule.every * per_epoch)

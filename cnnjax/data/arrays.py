@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The splits of a data set; `validation` is None where no images were held out."""
+    """The splits of a data set; `validation` is None if it has no validation images."""
 
     train: Split
     validation: Split | None
@@ -72,16 +72,17 @@ def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
       ValueError: for any other content.
     """
     header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
-    begin = data[: len(header)]
-    if begin != header:
+    start = data[: len(header)]
+    if start != header:
         raise ValueError(
-            f"{name} begins with {begin.hex()}; the IDX header of unsigned bytes {list(shape)} is "
+            f"{name} begins with {start.hex()}; the IDX header of unsigned bytes {list(shape)} is "
             f"{header.hex()}"
         )
-    return _records(data[len(header) :], name, shape)
+    return _as_array(data[len(header) :], name, shape)
 
 
-def _records(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _as_array(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """View bytes as uint8 of a shape; raise `ValueError` if there are more or fewer."""
     if len(data) != math.prod(shape):
         raise ValueError(
             f"{name} holds {len(data):,} bytes of data where {list(shape)} are "
@@ -91,7 +92,7 @@ def _records(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _from_planes(pixels: np.ndarray) -> np.ndarray:
-    """Turn CIFAR's rows of 3072 (red, then green, then blue) into [n, 32, 32, 3]."""
+    """Turn CIFAR's rows of 3072 bytes (red, green, then blue) into [n, 32, 32, 3]."""
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
@@ -108,7 +109,7 @@ def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) 
     Raises:
       ValueError: for a file of another length.
     """
-    rows = _records(data, name, (count, label_bytes + 3072))
+    rows = _as_array(data, name, (count, label_bytes + 3072))
     labels = rows[:, label_bytes - 1].astype(np.int32)
     return Split(_from_planes(rows[:, label_bytes:]), labels)
 
@@ -123,17 +124,20 @@ class _Inert:
 
 
 def _encode_latin1(text, encoding):
-    """Stand in for `codecs.encode`, by which Python 3 writes bytes in protocol 2."""
+    """Stand in for `codecs.encode`, which pickles of Python 3 in protocol 2 call."""
     return text.encode("latin1")
 
 
 class _ArraysOnly(pickle._Unpickler):
-    """An unpickler of plain containers and `_Inert` arrays.
+    """An unpickler that builds plain containers and `_Inert` arrays only.
 
-    A file from strangers neither runs code nor reaches into memory. This is the unpickler written
-    in Python: its memo grows with what is put there, while a file of 9 bytes can make the one in C
-    reserve gigabytes. It makes lists of tuples, since tuples that hold each other as keys of a
-    dictionary take exponential time to hash.
+    A file from strangers can neither run code nor reach into memory. Nor can it exhaust memory or
+    time:
+
+    - It is the unpickler written in Python. Its memo grows with what is put there, while a file of
+      9 bytes can make the unpickler in C reserve gigabytes.
+    - It turns tuples into lists. Nested tuples as keys of a dictionary can take exponential time to
+      hash.
     """
 
     _ALLOWED = {
@@ -158,7 +162,7 @@ class _ArraysOnly(pickle._Unpickler):
         self.stack[-1].state = state
 
     def _list_to_mark(self):
-        # `pop_mark` replaces the stack, so it comes before the stack is looked up.
+        # `pop_mark` replaces the stack, so `self.append` is looked up after it.
         items = self.pop_mark()
         self.append(items)
 
@@ -174,7 +178,7 @@ class _ArraysOnly(pickle._Unpickler):
         pickle.TUPLE2[0]: lambda self: self._list_of_last(2),
         pickle.TUPLE3[0]: lambda self: self._list_of_last(3),
     }
-    # A bytearray is allocated at the length that it declares, before its bytes are looked for.
+    # A bytearray would be allocated at its declared length before its bytes are read.
     del dispatch[pickle.BYTEARRAY8[0]]
 
 
@@ -187,7 +191,7 @@ def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels"
       data: the file's bytes.
       name: the file's name, for errors.
       count: the expected number of images.
-      key: of the labels in the dictionary.
+      key: the dictionary's key of the labels.
 
     Raises:
       ValueError: for any other content.
@@ -202,7 +206,7 @@ def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels"
         if not is_list or not all(type(label) is int and 0 <= label < 256 for label in labels):
             raise ValueError(f"its labels are not a list of {count} whole numbers from 0 to 255")
     except Exception as error:
-        # Any exception, because a damaged pickle raises nearly anything.
+        # A damaged pickle can raise any exception.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {reason}"
@@ -225,10 +229,10 @@ class File(NamedTuple):
     md5: str
 
 
-def _reason(error: BaseException) -> str:
-    """Put an exception's first cause in a line.
+def _first_cause(error: BaseException) -> str:
+    """Describe an exception's first cause in one line.
 
-    The libraries above it say more and tell less.
+    The exceptions that libraries make of it are longer and say less.
     """
     while error.__context__:
         error = error.__context__
@@ -239,11 +243,11 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
     """Download a file into a folder.
 
     Raises:
-      ValueError: if no address serves it whole; nothing is left behind then.
+      ValueError: if it could not be downloaded from any address; no folder is left behind then.
     """
     pooch.get_logger().setLevel(logging.ERROR)
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     known_hash = f"md5:{file.md5}"
     failures = []
     for url in file.urls:
@@ -251,9 +255,9 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
             path = pooch.retrieve(url, known_hash, file.name, folder, downloader=downloader)
             return pathlib.Path(path)
         except (requests.RequestException, ValueError, OSError) as error:
-            failures.append(f"{url}: {_reason(error)}")
+            failures.append(f"{url}: {_first_cause(error)}")
     with contextlib.suppress(OSError):
-        for path in absent:
+        for path in new_folders:
             path.rmdir()
     raise ValueError(
         f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); "
@@ -262,7 +266,7 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _check_hash(path: pathlib.Path, file: File) -> None:
-    """Refuse a file other than the published one before it is decompressed."""
+    """Raise `ValueError` if a file, not yet decompressed, is not the published one."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest != file.md5:
@@ -275,13 +279,14 @@ def _check_hash(path: pathlib.Path, file: File) -> None:
 def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
     """Read a published file, compressed or not, up to one byte beyond `limit`."""
     if path.suffix != ".gz":
-        return _begin(path, limit)
+        return _read_start(path, limit)
     _check_hash(path, file)
     with gzip.open(path) as stream:
         return stream.read(limit + 1)
 
 
-def _begin(path: pathlib.Path, limit: int) -> bytes:
+def _read_start(path: pathlib.Path, limit: int) -> bytes:
+    """Read a file up to one byte beyond `limit`, which shows that it is too long."""
     with path.open("rb") as stream:
         return stream.read(limit + 1)
 
@@ -296,7 +301,7 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]: ...
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
-        """Read the training and test images, and the validation images if it has its own."""
+        """Read the training and test splits, and the validation split if there is one."""
         ...
 
 
@@ -305,7 +310,7 @@ class Idx:
     """A data set in the layout of MNIST: four IDX files, compressed or not.
 
     Attributes:
-      folders: where the files are looked for; they are downloaded to the first.
+      folders: the folders to look for the files in; they are downloaded to the first.
       files: images and labels for training, then for the test.
       classes: the classes' names.
       counts: the number of training and test images.
@@ -326,7 +331,7 @@ class Idx:
                 if path.is_file():
                     return path
         # MNIST's and Fashion-MNIST's files have the same names. Outside their folders only the
-        # hash, which is that of the compressed file, tells whose a file is.
+        # hash, which is known of compressed files only, tells them apart.
         path = data_dir / file.name
         if path.is_file():
             return path
@@ -355,8 +360,8 @@ class Cifar:
     Attributes:
       binary: the folder's name in the binary layout, also within the archive.
       python: the folder's name in the Python layout.
-      archives: the archives of the binary layout, which is the one downloaded, and of the Python
-        layout.
+      archives: the archive of the binary layout, which is downloaded if there is none, and that of
+        the Python layout.
       train: the training batches' names, without ".bin".
       test: the test batch's name.
       classes: the classes' names.
@@ -399,18 +404,19 @@ class Cifar:
         return None
 
     def _find_archive(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path]:
-        """Find or download the archive.
+        """Find an archive, or download the one of the binary layout.
 
         Returns:
           Whether its layout is the binary one, and its path.
         """
         binary, python = self.archives
+        # The Python layout is read only if its archive is the only one.
         is_binary = (data_dir / binary.name).is_file() or not (data_dir / python.name).is_file()
         file = binary if is_binary else python
         path = data_dir / file.name
         if not path.is_file():
             path = _download(file, data_dir)
-        # The hash also says which files are in it.
+        # An archive with this hash holds all batches.
         _check_hash(path, file)
         return is_binary, path
 
@@ -419,7 +425,7 @@ class Cifar:
         file = f"{name}.bin" if is_binary else name
         if place.is_dir():
             # A pickle may be longer than its arrays.
-            data = _begin(place / file, 2 * 3074 * max(self.counts))
+            data = _read_start(place / file, 2 * 3074 * max(self.counts))
         else:
             folder = self.binary if is_binary else self.python
             with tarfile.open(place) as archive:
@@ -433,8 +439,8 @@ class Cifar:
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         is_binary, place = self._find_folder(data_dir) or self._find_archive(data_dir)
-        share = self.counts[0] // len(self.train)
-        batches = [self._batch(is_binary, place, name, share) for name in self.train]
+        batch_size = self.counts[0] // len(self.train)
+        batches = [self._batch(is_binary, place, name, batch_size) for name in self.train]
         train = Split(
             np.concatenate([batch.images for batch in batches]),
             np.concatenate([batch.labels for batch in batches]),
@@ -463,15 +469,15 @@ class Digits:
 class CamVid:
     """CamVid's road scenes (Brostow et al. 2009) in the layout of SegNet's tutorial.
 
-    That is a folder of images and a folder of masks for each split. Masks name one of eleven
-    classes for each pixel, by its place in `classes`; 11 is void, a pixel of none of them.
+    Each split has a folder of images and a folder of masks. A mask holds, for each pixel, the
+    number of one of the eleven classes, or 11 for void: none of them.
 
     Attributes:
       loss: "pixelwise" for masks as labels; "sigmoid" for the classes that appear in a scene.
       size: height and width; the original's are 360 and 480.
       counts: the number of training, test and validation images.
       classes: the classes' names.
-      present: pixels that make a class appear in a scene: a thousandth of it.
+      present: the number of pixels from which a class appears in a scene, about a thousandth.
     """
 
     loss: str
@@ -495,14 +501,14 @@ class CamVid:
     def _mask(self, path: pathlib.Path) -> np.ndarray:
         with opened(path) as image:
             mask = np.array(image)
-            kind = image.format
+            image_format = image.format
         void = len(self.classes)
         if mask.dtype != np.uint8 or mask.shape != self.size or mask.max() > void:
             raise ValueError(
                 f"{path} is a mask of {mask.dtype} {list(mask.shape)} up to {mask.max()}; "
                 f"expected uint8 {list(self.size)} up to {void}"
             )
-        if kind == "JPEG":
+        if image_format == "JPEG":
             raise ValueError(f"{path} is a mask in JPEG, which changes labels; expected PNG")
         return np.where(mask == void, np.uint8(IGNORED), mask)
 
@@ -541,7 +547,7 @@ class CamVid:
 
 @dataclasses.dataclass(frozen=True)
 class Npz:
-    """A data set in one file that `save` has written."""
+    """A data set in one file that `save` wrote."""
 
     path: pathlib.Path
 
@@ -559,7 +565,7 @@ class Npz:
                 if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
                     raise ValueError(f"{part}_labels is {labels.dtype} {list(labels.shape)}")
         except Exception as error:
-            # Any exception, because a damaged file raises nearly anything.
+            # A damaged file can raise any exception.
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"dataset={str(self.path)!r} is not a file that cnnjax.data.arrays.save wrote: "
@@ -580,10 +586,10 @@ class Npz:
 
 
 def save(data: Dataset, path: pathlib.Path) -> None:
-    """Write a data set with one class an image to a file that `load` reads.
+    """Write a data set with one class per image to a file that `load` reads.
 
     Args:
-      data: training and test images; it has no validation images, `load` holds them out.
+      data: the data set. Its validation images are not written: `load` holds some out.
       path: the file, whose name ends in ".npz".
     """
     members = {
@@ -723,7 +729,7 @@ _SLICE = re.compile(r"(?P<name>.+)\[:(?P<count>[1-9][0-9]*)\]")
 
 
 def _parse(name: str) -> tuple[str, int | None]:
-    """Split a name into the data set's own and the number of training images; None for all."""
+    """Split a name into the data set's and a number of training images, None for all."""
     match = _SLICE.fullmatch(name)
     if match is None:
         return name, None
@@ -732,8 +738,8 @@ def _parse(name: str) -> tuple[str, int | None]:
 
 def is_known(name: str) -> bool:
     """Tell whether `load` accepts a name."""
-    whole, _ = _parse(name)
-    return whole in DATASETS or whole.endswith(".npz")
+    base, _ = _parse(name)
+    return base in DATASETS or base.endswith(".npz")
 
 
 def check_name(name: str) -> None:
@@ -748,26 +754,28 @@ def check_name(name: str) -> None:
 
 def _find_source(name: str) -> Source:
     check_name(name)
-    whole, _ = _parse(name)
-    return Npz(pathlib.Path(whole)) if whole.endswith(".npz") else DATASETS[whole]
+    base, _ = _parse(name)
+    if base.endswith(".npz"):
+        return Npz(pathlib.Path(base))
+    return DATASETS[base]
 
 
-def _loss(source: Source | None) -> str:
+def _source_loss(source: Source | None) -> str:
     return getattr(source, "loss", "cross_entropy")
 
 
 def loss_of(name: str) -> str:
     """Return the loss that a data set's labels are for."""
-    whole, _ = _parse(name)
-    return _loss(DATASETS.get(whole))
+    base, _ = _parse(name)
+    return _source_loss(DATASETS.get(base))
 
 
 def _check_labels(split: Split, source: Source, description: str) -> None:
     labels = split.labels.ravel()
     count = len(source.classes)
-    if _loss(source) == "pixelwise":
+    if _source_loss(source) == "pixelwise":
         labels = labels[labels != IGNORED]
-    if _loss(source) == "sigmoid":
+    if _source_loss(source) == "sigmoid":
         # A class is in an image or not.
         count = 2
     splits.check_labels(labels, count, description)
@@ -777,44 +785,46 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     """Read a data set from its original files, downloading those that are absent.
 
     Args:
-      name: one of `DATASETS`, or a file that `save` has written. A number of training images may
-        follow, as in "cifar10[:12000]" for the first 12,000; the test set stays whole.
+      name: one of `DATASETS`, or a file that `save` wrote. A number of training images may follow:
+        "cifar10[:12000]" has the first 12,000, and the whole test set.
       data_dir: the folder of the files; empty for "data".
-      n_validation: training images to hold out, balanced over the classes. A data set with
-        validation images of its own gives all of those or, for 0, none.
+      n_validation: the number of training images to hold out, balanced over the classes. For a data
+        set with a validation split it is the size of this split, or 0 to leave the split out.
 
     Raises:
       ValueError: for an unknown name, for more training images than there are, for files that are
         absent and cannot be downloaded, for files other than the published ones, and for labels
-        that are no class's.
+        that belong to no class.
     """
     source = _find_source(name)
-    train, test, *own = source.read(pathlib.Path(data_dir or "data"))
-    for part, split in zip(("training", "test", "validation"), (train, test, *own)):
-        _check_labels(split, source, f"the {part} set of {name} in data_dir={data_dir!r}")
+    train, test, *rest = source.read(pathlib.Path(data_dir or "data"))
+    validation = rest[0] if rest else None
+    for part, split in (("training", train), ("test", test), ("validation", validation)):
+        if split is not None:
+            _check_labels(split, source, f"the {part} set of {name} in data_dir={data_dir!r}")
     train = _slice(train, name)
-    if own and n_validation not in (0, len(own[0].images)):
+    if validation is not None and n_validation not in (0, len(validation.images)):
         raise ValueError(
-            f"n_validation={n_validation} is not 0 or {len(own[0].images)}, the validation images "
-            f"that {name} has of its own"
+            f"n_validation={n_validation} is not 0 or {len(validation.images)}, the validation "
+            f"images that {name} has of its own"
         )
     if not n_validation:
         return Dataset(train, None, test, source.classes)
-    if own:
-        return Dataset(train, own[0], test, source.classes)
+    if validation is not None:
+        return Dataset(train, validation, test, source.classes)
     mask = splits.hold_out(train.labels, n_validation)
-    rest = Split(train.images[~mask], train.labels[~mask])
     held_out = Split(train.images[mask], train.labels[mask])
-    return Dataset(rest, held_out, test, source.classes)
+    remaining = Split(train.images[~mask], train.labels[~mask])
+    return Dataset(remaining, held_out, test, source.classes)
 
 
 def _slice(train: Split, name: str) -> Split:
-    """Take as many training images as a name says."""
-    whole, count = _parse(name)
+    """Return the first training images, as many as the data set's name says."""
+    base, count = _parse(name)
     if count is None:
         return train
     if count > len(train.images):
-        raise ValueError(f"dataset={name!r}: {whole} has {len(train.images)} training images")
+        raise ValueError(f"dataset={name!r}: {base} has {len(train.images)} training images")
     return Split(train.images[:count], train.labels[:count])
 
 
@@ -824,6 +834,7 @@ def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
       images: uint8 [n, height, width, channels].
     """
+    # Computed from the histogram of the 256 levels, without a floating-point copy of the images.
     levels = np.arange(256) / 255
     means = []
     deviations = []
@@ -833,5 +844,6 @@ def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = share @ levels
         means.append(mean)
         deviations.append(np.sqrt(share @ np.square(levels - mean)))
-    # A constant channel is divided by this instead of zero.
-    return np.array(means, np.float32), np.maximum(np.array(deviations), 1e-6).astype(np.float32)
+    # Without a lower bound, the pixels of a constant channel would be divided by zero.
+    std = np.maximum(np.array(deviations), 1e-6)
+    return np.array(means, np.float32), std.astype(np.float32)

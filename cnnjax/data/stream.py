@@ -1,7 +1,7 @@
 """Folders of images and prepared tensorflow-datasets, streamed by grain.
 
-A batch follows from (seed, step) alone, whatever the number of workers: a stream that starts at a
-step gives what an uninterrupted one gives from there.
+A batch depends on (seed, step) alone, whatever the number of workers. So a stream that starts at a
+step continues an interrupted one exactly, with the same images, order and crops.
 """
 
 import atexit
@@ -36,19 +36,25 @@ from cnnjax.data.photographs import (
 )
 
 _LOG = logging.getLogger("cnnjax")
-# The names of the validation split; ImageNet's labeled test is called so, too.
+# Names of the validation split. ImageNet's labeled test split has such a name, too.
 _VALIDATION = ("val", "validation", "valid")
-# Images that one process decodes in the seconds that worker processes take to start.
+# The number of images that one process decodes while worker processes would still be starting.
 FEW_IMAGES = 500
 
-# ------------------------------------------------------------------ sources: an image by its number
+# ------------------------------------------------------------------ sources: image number -> image
 
 
 class Folder:
     """Images under ROOT/CLASS/ in the order of their names.
 
-    The classes are the folders' names; hidden folders are none. Other files, images outside a
-    class folder and folders inside one are passed over; `passed_over` says how many.
+    The classes are the names of the folders that are not hidden. Other files, images outside a
+    class folder and folders inside one are passed over.
+
+    Attributes:
+      place: the folder, for messages.
+      classes: the classes' names.
+      files: the path and the label of every image.
+      passed_over: what was passed over, in words.
 
     Raises:
       ValueError: if there are no images, or a class has none.
@@ -65,6 +71,7 @@ class Folder:
         self.place = str(root)
         self.classes = tuple(folder.name for folder in top.folders)
         self.files: list[tuple[pathlib.Path, int]] = []
+        # Counts of what is passed over, by its kind.
         others = top.others
         if top.images:
             others["outside a class folder"] = len(top.images)
@@ -94,7 +101,7 @@ class Folder:
 
 
 def _check_name(folder: pathlib.Path) -> None:
-    """Refuse the name of a class that reports, which are UTF-8, could not hold."""
+    """Raise `ValueError` for a class name that is not UTF-8, as reports are."""
     try:
         folder.name.encode()
     except UnicodeEncodeError as error:
@@ -125,7 +132,7 @@ class Tfds:
             builder = tfds.builder(name, data_dir=self._data_dir)
             self._records = builder.as_data_source(split=split)
         except Exception as error:
-            # It raises errors of many kinds, among them of TensorFlow's absence.
+            # It raises many kinds of errors, one of them if TensorFlow is not installed.
             reason = str(error).strip().partition("\n")[0][:200]
             where = f" --data_dir={data_dir}" if data_dir else ""
             raise ValueError(
@@ -151,16 +158,16 @@ class Tfds:
     def __len__(self):
         return len(self._records)
 
-    def _record(self, records, index: int):
+    def _read_record(self, records, index: int):
         try:
             return records[index]
         except Exception as error:
-            # Of array_record, of the example's decoder, of the image's.
+            # It comes from array_record, from the example's decoder, or from the image's.
             reason = " ".join(str(error).split())[:200]
             raise Damaged(f"record {index} of {self.place} cannot be decoded: {reason}") from error
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        record = self._record(self._records, index)
+        record = self._read_record(self._records, index)
         pixels = record[self._image]
         label = int(record[self._label])
         splits.check_labels(np.array([label]), len(self.classes), f"record {index} of {self.place}")
@@ -168,8 +175,8 @@ class Tfds:
             pixels = pixels[..., 0]
         return PIL.Image.fromarray(pixels).convert("RGB"), label
 
-    def _undecoded(self):
-        """The records with their images as encoded bytes."""
+    def _open_undecoded(self):
+        """Open the records with their images as encoded bytes, which saves decoding them."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(self._name, data_dir=self._data_dir)
@@ -177,24 +184,29 @@ class Tfds:
         return builder.as_data_source(split=self._split, decoders=decoders)
 
     def labels(self) -> np.ndarray:
-        """Read the labels of all images, int32 [n], which reads their files whole.
+        """Read the labels of all images, int32 [n].
+
+        This reads the whole files of the split.
 
         Raises:
-          ValueError: for labels that are no class's.
+          ValueError: for a label that belongs to no class.
         """
-        records = self._undecoded()
+        records = self._open_undecoded()
         numbers = range(len(self))
-        labels = [int(self._record(records, index)[self._label]) for index in numbers]
+        labels = [int(self._read_record(records, index)[self._label]) for index in numbers]
         splits.check_labels(np.array(labels), len(self.classes), self.place)
         return np.array(labels, np.int32)
 
     def is_labeled(self) -> bool:
-        """Look at the first image: those of a withheld test set have the label -1."""
+        """Tell whether the first image has a label; in a withheld test set it is -1."""
+        if not len(self):
+            return False
         try:
-            return len(self) > 0 and int(self._record(self._undecoded(), 0)[self._label]) >= 0
+            record = self._read_record(self._open_undecoded(), 0)
         except Damaged:
-            # It is reported, or passed over, where it is read.
+            # Whatever reads the image later reports it, or passes it over.
             return True
+        return int(record[self._label]) >= 0
 
 
 class Part:
@@ -221,7 +233,7 @@ def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
     return Part(source, np.flatnonzero(~mask)), Part(source, np.flatnonzero(mask))
 
 
-# ------------------------------------------------------------------ splits: what each is used for
+# ------------------------------------------------------------------ splits: name -> use
 
 
 def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
@@ -229,21 +241,21 @@ def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
     known = ("train", *_VALIDATION, "test")
     if dataset == "folder":
         root = pathlib.Path(data_dir)
-        present = {name: True for name in known if (root / name).is_dir()}
-        if "test" in present:
-            # The images of a withheld test set lie in its folder as they are.
-            present["test"] = bool(list_folder(root / "test").folders)
-        return present
+        is_labeled = {split: True for split in known if (root / split).is_dir()}
+        if "test" in is_labeled:
+            # The images of a withheld test set lie in its folder itself, not in class folders.
+            is_labeled["test"] = bool(list_folder(root / "test").folders)
+        return is_labeled
     name = dataset.removeprefix("tfds:")
-    names = Tfds(name, data_dir, "train").splits
-    return {split: Tfds(name, data_dir, split).is_labeled() for split in known if split in names}
+    present = Tfds(name, data_dir, "train").splits
+    return {split: Tfds(name, data_dir, split).is_labeled() for split in known if split in present}
 
 
 def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     """Find which split of a data set is for training, validation and the test.
 
-    The split called val, validation or valid is for validation where there is a labeled test
-    split, and otherwise for the test, as ImageNet's is.
+    A split called val, validation or valid is for validation if there is a labeled test split.
+    Otherwise it is for the test, as in ImageNet.
 
     Args:
       dataset: "folder" (`data_dir`/SPLIT/CLASS/IMAGE) or "tfds:NAME".
@@ -304,36 +316,40 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
         the training split.
     """
     names = find_splits(dataset, data_dir)
-    opened: dict[str, Folder | Tfds] = {}
+    sources: dict[str, Folder | Tfds] = {}
     for use, name in names.items():
         if dataset == "folder":
-            opened[use] = Folder(pathlib.Path(data_dir) / name)
+            sources[use] = Folder(pathlib.Path(data_dir) / name)
         else:
-            opened[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
-    trained = opened["train"].classes
-    for use, source in opened.items():
+            sources[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
+
+    # A label means the same class in every split.
+    classes = sources["train"].classes
+    for use, source in sources.items():
         _LOG.info("%s: %s", use, _describe(source))
-        if source.classes != trained:
+        if source.classes != classes:
             raise ValueError(
                 f"data_dir={data_dir!r}: the {use} split has the classes "
-                f"{', '.join(source.classes)}, and the training split {', '.join(trained)}; "
+                f"{', '.join(source.classes)}, and the training split {', '.join(classes)}; "
                 "expected the same"
             )
     if names["test"] != "test":
         _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
+
+    # Training images are held out only where the data set has no validation split.
     if not n_validation:
-        return {**opened}
-    if "validation" in opened:
-        own = len(opened["validation"])
-        if n_validation != own:
+        return {**sources}
+    if "validation" in sources:
+        count = len(sources["validation"])
+        if n_validation != count:
             raise ValueError(
-                f"n_validation={n_validation} is not 0 or {own}, the validation images that "
+                f"n_validation={n_validation} is not 0 or {count}, the validation images that "
                 f"data_dir={data_dir!r} has of its own"
             )
-        return {**opened}
-    rest, held_out = hold_out(opened["train"], n_validation)
+        return {**sources}
+    rest, held_out = hold_out(sources["train"], n_validation)
     _LOG.info("validation: %s of the training images", f"{n_validation:,}")
-    return {**opened, "train": rest, "validation": held_out}
+    return {**sources, "train": rest, "validation": held_out}
 
 
 # ------------------------------------------------------------------ crops
@@ -344,6 +360,8 @@ def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator)
 
     Szegedy et al. 2014; torchvision's RandomResizedCrop.
     """
+    # As in torchvision: if none of ten random crops fits into the image, take the largest centered
+    # one whose aspect is allowed.
     width, height = image.size
     for _ in range(10):
         area = width * height * generator.uniform(0.08, 1.0)
@@ -367,9 +385,13 @@ def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator)
 def resized_crop(
     image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
 ) -> PIL.Image.Image:
-    """Crop a square from the image with its shorter side resized to `shorter`.
+    """Resize an image's shorter side to `shorter` and crop a square.
 
-    Without a generator it is the center, and with one at random.
+    Args:
+      image: any image.
+      size: the crop's side in pixels.
+      shorter: the image's shorter side before the crop.
+      generator: draws the place of the crop; None for the center.
     """
     scale = shorter / min(image.size)
     width, height = (max(size, round(n * scale)) for n in image.size)
@@ -388,7 +410,7 @@ def resized_crop(
 
 
 def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
-    """Crop the center of an image, as an evaluation sees it.
+    """Resize an image and crop its center, for evaluation.
 
     Args:
       image: any image.
@@ -408,7 +430,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _TrainingBatches:
-    """Training batches as a sequence; each of grain's workers takes its steps."""
+    """A sequence of training batches, from which each of grain's workers takes some."""
 
     source: Source
     batch_size: int
@@ -423,17 +445,19 @@ class _TrainingBatches:
     def __len__(self):
         return len(self.steps)
 
-    def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        # Every epoch has an order of its own, and each process its part of every batch.
         count = len(self.source)
-        epoch, within = divmod(self.steps[at], count // self.batch_size)
+        epoch, step_in_epoch = divmod(self.steps[index], count // self.batch_size)
         order = _epoch_order(self.seed, epoch, count)
-        share = self.batch_size // self.process_count
-        start = within * self.batch_size + self.process_index * share
+        process_size = self.batch_size // self.process_count
+        start = step_in_epoch * self.batch_size + self.process_index * process_size
         images = []
         labels = []
         damaged = []
-        for place in range(start, start + share):
-            image, label, number = self._decoded(order, place)
+        for place in range(start, start + process_size):
+            image, label, damaged_number = self._decode(order, place)
+            # The crop depends on the epoch and the image, not on the process or the worker.
             generator = np.random.default_rng([self.seed, epoch, int(order[place])])
             if self.resize:
                 crop = resized_crop(image, self.size, self.resize, generator)
@@ -441,40 +465,40 @@ class _TrainingBatches:
                 crop = area_crop(image, self.size, generator)
             images.append(np.asarray(crop))
             labels.append(label)
-            damaged.append(number)
+            damaged.append(damaged_number)
         batch = [np.stack(images), np.asarray(labels, np.int32)]
         if self.skip_damaged:
             batch.append(np.asarray(damaged, np.int32))
         return tuple(batch)
 
-    def _decoded(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
-        """Decode the image at a place in an epoch's order.
-
-        In the place of a damaged one it is the next that is whole.
+    def _decode(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
+        """Decode the image at a place in an epoch's order, or the next undamaged one.
 
         Returns:
-          The image, its label, and the damaged one's number or -1.
+          The image, its label, and the number of the damaged image that it replaces or -1.
+
+        Raises:
+          Damaged: for a damaged image, unless `skip_damaged`.
+          ValueError: if all images are damaged.
         """
-        for after in range(len(order)):
+        for offset in range(len(order)):
             try:
-                image, label = self.source[int(order[(place + after) % len(order)])]
+                image, label = self.source[int(order[(place + offset) % len(order)])]
             except Damaged as error:
                 if not self.skip_damaged:
                     raise Damaged(f"{error}; skip_damaged=True trains without it") from error
-                last = error
+                last_error = error
             else:
-                number = -1
-                if after:
-                    number = int(order[place])
-                return image, label, number
+                damaged_number = int(order[place]) if offset else -1
+                return image, label, damaged_number
         raise ValueError(
-            f"skip_damaged=True: none of the {len(order)} images can be decoded; {last}"
+            f"skip_damaged=True: none of the {len(order)} images can be decoded; {last_error}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationBatches:
-    """All images in order, the last batch being shorter, as a sequence of batches."""
+    """A sequence of batches of all images in order; the last one may be shorter."""
 
     source: Source
     batch_size: int
@@ -484,12 +508,12 @@ class _EvaluationBatches:
     def __len__(self):
         return math.ceil(len(self.source) / self.batch_size)
 
-    def __getitem__(self, at: int) -> tuple[np.ndarray, ...]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         images = []
         labels = []
-        start = at * self.batch_size
-        for index in range(start, min(start + self.batch_size, len(self.source))):
-            image, label = self.source[index]
+        start = index * self.batch_size
+        for number in range(start, min(start + self.batch_size, len(self.source))):
+            image, label = self.source[number]
             images.append(np.asarray(center(image, self.size, self.resize)))
             labels.append(label)
         return np.stack(images), np.asarray(labels, np.int32)
@@ -523,18 +547,18 @@ def batches(
 
     Args:
       source: the images.
-      batch_size: images of a batch, of all processes together.
+      batch_size: the number of images in a batch, over all processes.
       seed: of the order and the crops.
       image_size: the side of the square crops, in pixels.
       resize: the image's shorter side before the crop, at random places in training and at the
         center in an evaluation; 0 for crops of random area and aspect in training.
-      train: whether this is training.
-      steps: the training steps whose batches are given.
-      workers: processes that decode; 0 decodes in this process.
-      process_index: which of the processes this is.
-      process_count: the processes that share each training batch.
-      skip_damaged: whether, in training, the next whole image of the epoch's order takes the place
-        (and the crop's random numbers) of one that cannot be decoded.
+      train: whether the batches are for training.
+      steps: the training steps to stream the batches of.
+      workers: the number of processes that decode; 0 decodes in this process.
+      process_index: the number of this process.
+      process_count: the number of processes that share each training batch.
+      skip_damaged: whether, in training, an image that cannot be decoded is replaced by the next
+        one of the epoch's order, with the same random numbers for the crop.
 
     Returns:
       An iterator of (uint8 [batch, image_size, image_size, 3], int32 [batch]); in training with
@@ -548,10 +572,10 @@ def batches(
     if batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
     check_resize(resize, image_size)
-    made: _TrainingBatches | _EvaluationBatches
+    sequence: _TrainingBatches | _EvaluationBatches
     if train:
         assert steps is not None
-        made = _TrainingBatches(
+        sequence = _TrainingBatches(
             source=source,
             batch_size=batch_size,
             steps=steps,
@@ -563,57 +587,59 @@ def batches(
             skip_damaged=skip_damaged,
         )
     else:
-        made = _EvaluationBatches(
+        sequence = _EvaluationBatches(
             source=source, batch_size=batch_size, size=image_size, resize=resize
         )
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = grain.MapDataset.source(made).to_iter_dataset(options)
+    stream = grain.MapDataset.source(sequence).to_iter_dataset(options)
     if workers:
         # grain asks for absl's flags, which a program without any never parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
         stream = stream.mp_prefetch(processes, _start_worker)
-    iterator = _closing(iter(stream), len(made), has_workers=workers > 0)
-    _open.add(iterator)
+    iterator = _iterate_and_close(iter(stream), len(sequence), has_workers=workers > 0)
+    _open_iterators.add(iterator)
     return iterator
 
 
 # ------------------------------------------------------------------ worker processes
 
-# Streams that may have processes under way. They are closed at exit, while the modules that closing
-# needs are still there; an iterator of grain that is torn down later complains.
-_open: weakref.WeakSet = weakref.WeakSet()
+# Iterators whose worker processes may still run. They are closed at exit, while the modules that
+# closing needs still exist; an iterator of grain that is torn down later prints errors.
+_open_iterators: weakref.WeakSet = weakref.WeakSet()
 
 
 @atexit.register
-def _close_open() -> None:
-    for stream in list(_open):
-        stream.close()
+def _close_iterators() -> None:
+    for iterator in list(_open_iterators):
+        iterator.close()
 
 
-def _closing(iterator, count: int, has_workers: bool) -> Iterator:
-    """Give `count` batches; end the worker processes before the last.
+def _iterate_and_close(iterator, count: int, has_workers: bool) -> Iterator:
+    """Yield `count` batches of one of grain's iterators and close it.
 
-    Or earlier, when the iterator is let go of.
+    It is closed, which ends its worker processes, before the last batch is yielded: a caller that
+    knows the number of batches never asks for more, so nothing after the last one would run. A
+    caller that stops earlier closes it by letting go of this generator.
     """
     failure = None
     shared: list[SharedMemory] = []
     try:
-        for left in reversed(range(count)):
+        for number in range(1, count + 1):
             batch = next(iterator)
             if has_workers:
-                # Its arrays lie in shared memory, which must not outlive the workers. grain closes
-                # it in a thread, some time after the array is gone.
+                # Its arrays lie in shared memory, which must not outlive the workers: they are
+                # copied. grain closes the memory in a thread, some time after the array is gone.
                 shared = [memory for memory in shared if memory.buf]
                 shared += [array.shm for array in batch if getattr(array, "shm", None)]
                 batch = tuple(map(np.array, batch))
-            if left:
+            if number < count:
                 yield batch
     except Exception as error:
         if not has_workers:
             raise
-        # The frames of its traceback hold the iterator, so it is raised without.
+        # Raised below, and without its traceback, whose frames hold the iterator.
         failure = error.with_traceback(None)
     finally:
         iterator.close()
@@ -630,10 +656,10 @@ def _closing(iterator, count: int, has_workers: bool) -> Iterator:
 
 
 def _wait_until_closed(memories: list[SharedMemory]) -> None:
-    """Wait, for seconds at most, until grain has closed blocks of memory.
+    """Wait until grain has closed blocks of shared memory, for five seconds at most.
 
-    It does so in a thread that the end of a program would not wait for, and Python would report
-    them as leaked.
+    grain closes them in a thread. A program that ended before would not wait for this thread, and
+    Python would report the blocks as leaked.
     """
     deadline = time.monotonic() + 5
     while any(memory.buf for memory in memories) and time.monotonic() < deadline:
@@ -641,18 +667,20 @@ def _wait_until_closed(memories: list[SharedMemory]) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepare a worker process.
+    """Prepare a worker process: it ignores signals, and ends when its parent ends.
 
-    It leaves signals to its parent, and ends when that has ended, in whatever way.
+    Args:
+      index: the number of the worker, which grain passes.
+      count: the number of workers.
     """
-    # Signals such as Ctrl-C reach all processes of a group.
+    # Ctrl-C sends its signal to all processes of a group.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow():
+    def exit_with_parent():
         parent.join()
         os._exit(0)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,14 +1,13 @@
 """The position study: what a readout learns about position from a frozen encoder's features.
 
 `check` refuses a bad configuration before anything is computed. `run` measures every encoder under
-every padding (`measure` shows the way of an image from the configuration to its score), then
-writes results.json and the report.
+every padding, then writes results.json and the report. `measure` is the core: it leads from images
+to features, readouts, maps and scores.
 """
 
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import time
 
@@ -37,14 +36,15 @@ from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.runtime import configuration, workdir
+from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
 # Keys of a configuration that are tuples of names.
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 RINGS = 7  # of the profile by the distance to the border
-# Read without an encoder: the image itself, named as in the paper, and the image with its pixels'
-# coordinates, which is the most that a linear readout can find.
+# Features without an encoder, and their stages: the image itself, with the paper's name, and the
+# image with its pixels' coordinates, from which a linear readout can find the most.
 CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 
 # What this study decides where the literature is silent, and where it departs from the authors'
@@ -99,7 +99,8 @@ DECISIONS = (
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks a configuration before anything is computed.
 
-    Raises `ValueError`, naming the key, its value and what is accepted.
+    Raises:
+      ValueError: with the key, its value and what is accepted.
     """
     configuration.check_keys(config, defaults.get_config(), "cnnjax.position.defaults")
     configuration.check_seed(config)
@@ -108,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_photographs(config)
     if config.weights == "imagenet":
         for name in config.encoders:
-            # Where there is no network, this says so before any computation.
+            # Without a connection, this fails before anything is computed.
             weights.fetch(name)
     for name in config.encoders:
         _common_stages(config, name)
@@ -142,7 +143,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     for name in config.encoders:
         create_model(name)
-    is_file = pathlib.Path(os.path.expanduser(config.weights)).is_file()
+    is_file = expand_user(config.weights).is_file()
     if config.weights not in ("random", "imagenet") and not is_file:
         raise ValueError(
             f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
@@ -190,7 +191,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
 
 
 def _readout_side(config: ml_collections.ConfigDict) -> int:
-    """The side of the maps that the exact readout gives."""
+    """Returns the side of the exact readout's maps."""
     return FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
 
 
@@ -201,7 +202,7 @@ def _check_photographs(config: ml_collections.ConfigDict) -> None:
 
 
 def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
-    """The stages that are read from an encoder, the same for all paddings."""
+    """Returns the stages to read from an encoder, the same for all paddings."""
     reachable = {}
     for fill in config.paddings:
         reachable[fill] = reachable_stages(create_model(name, padding=fill), config.image_size)
@@ -220,15 +221,16 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
                     f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at "
                     f"image_size={config.image_size}; it reaches {', '.join(names) or 'none'}"
                 )
-    # In the network's order.
+    # In the order of the network, not of the configuration.
     return tuple(stage for stage in names if stage in config.stages)
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Adds the keys that were introduced since a study was begun to its record.
+    """Adds keys introduced after a study to its record, with their earlier values.
 
-    - `config`: what is to be run.
-    - `folder`: the work directory, which may not exist yet.
+    Args:
+      config: the configuration to run.
+      folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, config.kind)
     if recorded and not defaults.BEFORE.keys() <= recorded.keys():
@@ -243,10 +245,13 @@ def run(
 ) -> None:
     """Measures every point and writes results.json, maps.npz, the report and its figures.
 
-    - `folder`: the work directory; what it holds already is not measured again.
-    - `memory`: the folder of a cache of features, for other studies of the same images.
+    Args:
+      config: the configuration, which `check` has accepted.
+      folder: the work directory; points whose results it holds are not measured again.
+      memory: the folder of a cache of features, for other studies of the same images.
 
-    Raises `workdir.Interrupted` when it was stopped; the same command goes on from there.
+    Raises:
+      workdir.Interrupted: if it was stopped; the same command continues from there.
     """
     targets = draw_targets(config)
     points = list_points(config)
@@ -263,22 +268,22 @@ def run(
         folder / "maps.npz",
         targets=dict(zip(config.targets, targets)),
         images={kind: images[kind][0] for kind in images if kind in config.data},
-        measurements=[found for found in measurements if found.point.seed == config.seed],
+        measurements=[each for each in measurements if each.point.seed == config.seed],
     )
     summary = Results(
         rows=results.summarize(measurements, config.kernel, config.depth),
         rings=results.ring_profiles(measurements),
         chance_mae={name: best_constant(goal) for name, goal in zip(config.targets, targets)},
-        ridge_residual=max(found.residual for found in measurements),
+        ridge_residual=max(measurement.residual for measurement in measurements),
         decisions=list(DECISIONS),
-        seconds=round(sum(found.seconds for found in measurements), 1),
+        seconds=round(sum(measurement.seconds for measurement in measurements), 1),
     )
     workdir.write_json(folder / "results.json", dataclasses.asdict(summary))
     report.write(folder)
 
 
 def list_points(config: ml_collections.ConfigDict) -> list[Point]:
-    """Lists what the study measures: for every seed the controls, then encoders and paddings."""
+    """Lists a study's points: for every seed the controls, then encoders and paddings."""
     controls = CONTROLS if config.coordinates else ("posenet",)
     subjects = [(name, "none", "none", CONTROLS[name]) for name in controls]
     for name in config.encoders:
@@ -289,11 +294,11 @@ def list_points(config: ml_collections.ConfigDict) -> list[Point]:
 
 
 def _check_weights(config: ml_collections.ConfigDict, points: list[Point]) -> None:
-    """Refuses a file that does not fit an encoder, before anything is computed."""
+    """Raises `ValueError` if weights do not fit an encoder."""
     if config.weights != "random":
         for name in config.encoders:
-            first = next(point for point in points if point.encoder == name)
-            load_variables(config, name, first.stages[-1], first.seed)
+            point = next(point for point in points if point.encoder == name)
+            load_variables(config, name, point.stages[-1], point.seed)
 
 
 def _measure_missing(
@@ -303,25 +308,26 @@ def _measure_missing(
     targets: Float[np.ndarray, "targets size size"],
     memory: pathlib.Path | None,
 ) -> list[Measurement]:
-    """Measures the points without a file in the work directory; returns those of all."""
-    # Shuffled targets once had the images' size: the files of then are of another control.
-    cells = folder / ("shuffled" if config.shuffled else "cells")
-    # Points of one seed share their images, and those of one encoder and seed its weights: they
-    # follow each other, so keeping the last is enough.
+    """Measures the points that have no file yet; returns all measurements."""
+    # Earlier versions measured shuffled targets of the images' size and saved them in "cells".
+    # Those are of another control and are not read.
+    results_folder = folder / ("shuffled" if config.shuffled else "cells")
+    # Points of one seed share their images, and points of one encoder and seed its weights. They
+    # follow each other, so keeping the last value is enough.
     keep_last = functools.lru_cache(maxsize=1)
-    images_of = keep_last(functools.partial(draw_images, config))
-    variables_of = keep_last(functools.partial(load_variables, config))
+    cached_images = keep_last(functools.partial(draw_images, config))
+    cached_variables = keep_last(functools.partial(load_variables, config))
 
     measurements = []
     with progress(len(points), "encoders read out") as advance:
         for point in points:
-            path = cells / point.file
+            path = results_folder / point.file
             if not path.exists():
                 measurement = measure(
                     config,
                     point,
-                    images=images_of(point.seed),
-                    variables=variables_of(point.encoder, point.stages[-1], point.seed),
+                    images=cached_images(point.seed),
+                    variables=cached_variables(point.encoder, point.stages[-1], point.seed),
                     targets=targets,
                     memory=memory,
                 )
@@ -332,7 +338,7 @@ def _measure_missing(
     return measurements
 
 
-# ------------------------------------------------------------------ the way of an image
+# ------------------------------------------------------------------ from images to scores
 
 
 def measure(
@@ -346,9 +352,13 @@ def measure(
 ) -> Measurement:
     """Measures one encoder under one padding: images, features, readouts, maps, scores.
 
-    - `images`: those of `draw_images`, to fit readouts to and to score them on.
-    - `variables`: the encoder's weights.
-    - `memory`: the folder of a cache of features, or None.
+    Args:
+      config: the study's configuration.
+      point: the encoder, the padding and the seed.
+      images: those of `draw_images`, to fit readouts to and to score them on.
+      variables: the encoder's weights.
+      targets: those of `draw_targets`.
+      memory: the folder of a cache of features, or None.
     """
     began = time.monotonic()
     all_scores = []
@@ -392,10 +402,10 @@ def measure(
 
 
 def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "targets size size"]:
-    """Returns the maps to read, at the images' size.
+    """Returns the target maps of the readouts, at the images' size.
 
-    If `shuffled`, their pixels are in random order, on the grid of the exact readout: upsampling
-    would smooth what a perfect readout of a larger map gives.
+    With `shuffled`, their pixels are in random order, and they have the size of the exact readout's
+    grid: upsampling to a larger map would smooth even a perfect readout.
     """
     if not config.shuffled:
         return np.stack([target(name, config.image_size) for name in config.targets])
@@ -408,10 +418,10 @@ def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "target
 def draw_images(
     config: ml_collections.ConfigDict, seed: int
 ) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
-    """Draws one seed's images: "train", "held_out" and a test set for each kind of data."""
+    """Draws a seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
     counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
-    # `check` has told what is passed over.
+    # `check` has logged the files that are passed over.
     paths, _ = photographs.find_photographs(config.photographs)
     parts = photographs.split(paths, tuple(counts.values()), seed)
     images = {}
@@ -422,6 +432,7 @@ def draw_images(
         images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)
     if config.mirrored:
         for name in ("train", "held_out"):
+            # [n, rows, columns, 3], mirrored along either axis and along both.
             x = images[name]
             images[name] = np.concatenate([x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]])
     used = ("train", "held_out", *config.data)
@@ -429,7 +440,10 @@ def draw_images(
 
 
 def load_variables(config: ml_collections.ConfigDict, encoder: str, last: str, seed: int) -> dict:
-    """Loads an encoder's weights, or draws those up to stage `last`; padding does not matter."""
+    """Loads an encoder's weights, or draws random ones up to stage `last`.
+
+    They do not depend on the padding.
+    """
     if encoder in CONTROLS:
         return {}
     model = create_model(encoder, **weights.fields_for(encoder, config.weights))
@@ -452,11 +466,11 @@ def extract_features(
     variables: dict,
     memory: pathlib.Path | None,
 ) -> dict[str, Float[np.ndarray, "_ side side channels"]]:
-    """Encodes all images at once; pads the features with zeros where the readout is padded."""
-    everything = np.concatenate(list(images.values()))
+    """Encodes all images at once, and pads the features for a padded readout."""
+    all_images = np.concatenate(list(images.values()))
     if point.encoder in CONTROLS:
         with_coordinates = point.encoder == "coordinates"
-        features = image_features(everything, config.pixels, with_coordinates)
+        features = image_features(all_images, config.pixels, with_coordinates)
     else:
         fields = weights.fields_for(point.encoder, point.weights)
         model = create_model(point.encoder, padding=point.padding, **fields)
@@ -465,7 +479,7 @@ def extract_features(
             run_encoder = functools.partial(encode_once, memory)
         else:
             run_encoder = functools.partial(encode, is_registered=config.registered)
-        features = run_encoder(model, variables, everything, point.stages, config.pixels)
+        features = run_encoder(model, variables, all_images, point.stages, config.pixels)
     border = (config.readout_padding, config.readout_padding)
     features = np.pad(features, ((0, 0), border, border, (0, 0)))
     ends = np.cumsum([len(part) for part in images.values()])[:-1]
@@ -478,7 +492,7 @@ def train_readout(
     train: Float[np.ndarray, "n side side channels"],
     targets: Float[np.ndarray, "targets size size"],
 ) -> Sgd:
-    """Trains the authors' readout, with its hidden layers where `depth` is above 1."""
+    """Trains the authors' readout, with hidden layers if `depth` is above 1."""
     channels = config.hidden or train.shape[3]
     return fit_sgd(
         train,
@@ -497,7 +511,7 @@ def predict(
 ) -> Float[np.ndarray, "n targets rows columns"]:
     """Reads the maps of all targets from features."""
     maps = readout(jnp.asarray(features))
-    # The SGD readout has an axis of initializations first, of which the study trains one.
+    # The first axis of the SGD readout is that of initializations, of which the study trains one.
     return maps.reshape(-1, *maps.shape[-3:])
 
 
@@ -510,5 +524,5 @@ def upsample(
 
 
 def best_constant(goal: Float[np.ndarray, "size size"]) -> float:
-    """Returns the mean absolute error of the constant map that has the least, the median."""
+    """Returns the mean absolute error of the best constant map, which is the median."""
     return float(np.abs(goal - np.median(goal)).mean())

@@ -21,15 +21,15 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # `individual_dot` keeps YNNPACK's matrix products, which are the fastest here, and gives it neither
 # reductions nor convolutions.
 CPU_FLAG = f"{_FLAG}=individual_dot"
-# XLA aborts the process on a flag that it does not know, so only releases that were seen to have it
-# are given it.
-_FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13, 0)
+# XLA aborts the process on an unknown flag, so only releases that are known to have it get it.
+_FLAG_SINCE = (0, 10, 2)
+_FLAG_BEFORE = (0, 13, 0)
 
 
 def set_flags() -> None:
-    """Append the flag that cures the CPU backend to `XLA_FLAGS`, unless the user has set it.
+    """Append the CPU backend's corrective flag to `XLA_FLAGS`, unless the user set it.
 
-    Warns if it comes too late.
+    Warns if jax has started its backend already, which reads the flags once.
     """
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
     if not _FLAG_SINCE <= version < _FLAG_BEFORE or _FLAG in os.environ.get("XLA_FLAGS", ""):
@@ -38,10 +38,8 @@ def set_flags() -> None:
     if bridge is not None and bridge.backends_are_initialized():
         warnings.warn(
             f"cnnjax was imported after jax had started its backend, so the XLA flag {CPU_FLAG} "
-            "can no longer take "
-            "effect and convolutional training on the CPU may be slow or wrong: import cnnjax "
-            "before the first jax "
-            "computation, or put the flag into XLA_FLAGS",
+            "can no longer take effect and convolutional training on the CPU may be slow or "
+            "wrong: import cnnjax before the first jax computation, or put the flag into XLA_FLAGS",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -53,7 +51,7 @@ def check_numerics() -> None:
     """Compare a reduction and a convolution that are known to break with NumPy.
 
     Raises:
-      RuntimeError: if compiled code disagrees.
+      RuntimeError: if the results differ.
     """
     import jax
     import jax.numpy as jnp
@@ -77,31 +75,33 @@ def check_numerics() -> None:
         for i in range(3)
         for j in range(3)
     )
-    for what, got, want in (
+    for operation, result, correct in (
         ("reduction", norm[-1], 2.0**30),
         ("convolution", conv(image, kernel), expected),
     ):
-        if not np.array_equal(got, want):
-            worst = float(np.max(np.abs(np.asarray(got) - want)))
+        if not np.array_equal(result, correct):
+            worst = float(np.max(np.abs(np.asarray(result) - correct)))
             raise RuntimeError(
                 f"the {jax.default_backend()} backend of jaxlib "
-                f"{importlib.metadata.version('jaxlib')} computes a {what} wrongly "
+                f"{importlib.metadata.version('jaxlib')} computes a {operation} wrongly "
                 f"(off by {worst:g}; XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}): nothing it "
-                "prints can be trusted; "
-                "unset flags of your own or install another jaxlib"
+                "prints can be trusted; unset flags of your own or install another jaxlib"
             )
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the CPU cores that this process may use."""
+    # macOS and Windows have no `sched_getaffinity`.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cache_dir() -> pathlib.Path:
-    """The compilation cache's folder: one per jaxlib, host processor and number of cores.
+    """Return the compilation cache's folder: one per jaxlib, processor and core count.
 
-    What is compiled for one processor does not run on another (jax issue 38445), and what is
-    compiled where one core may be used keeps to one everywhere: jax's own key tells neither.
+    Code compiled for one processor does not run on another (jax issue 38445), and code compiled for
+    one core uses one core everywhere. jax's own cache key contains neither.
     """
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     try:
@@ -116,16 +116,16 @@ def _cache_dir() -> pathlib.Path:
 
 
 def reach_devices() -> None:
-    """Check that the platform that JAX_PLATFORMS asks for is here.
+    """Check that jax finds devices of the platform that JAX_PLATFORMS names.
 
     Raises:
-      RuntimeError: in one line, if it is not.
+      RuntimeError: in one line, if it finds none.
     """
     import jax
 
     try:
         jax.devices()
-    # An assertion of jax's own, for a platform that the installed jaxlib does not have.
+    # jax raises `AssertionError` for a platform that the installed jaxlib does not have.
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise RuntimeError(
@@ -143,35 +143,43 @@ def start() -> None:
     import jax
 
     reach_devices()
-    # JAX_COMPILATION_CACHE_DIR, set by the user, comes first.
+    # The user's JAX_COMPILATION_CACHE_DIR takes precedence.
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds its options when it is imported
         jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
     check_numerics()
 
 
 _DISTRIBUTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
-_JOINED: list[bool] = []  # whether this process is one of several, which it learns once
+# Not empty if this process is one of several that compute together.
+_JOINED: list[bool] = []
 
 
 def join(how: str) -> None:
-    """Makes this process one of several that compute together: before `start`.
+    """Make this process one of several that compute together; call it before `start`.
 
-    `how` is "auto" (Slurm, Cloud TPU, GKE, Open MPI: their environment says it all) or
-    "HOST:PORT,PROCESSES,INDEX". Raises `ValueError` for anything else and `RuntimeError` if the
-    others cannot be met.
+    Args:
+      how: "auto", where the environment has the settings (Slurm, Cloud TPU, GKE, Open MPI), or
+        "HOST:PORT,PROCESSES,INDEX".
+
+    Raises:
+      ValueError: for anything else.
+      RuntimeError: if the other processes cannot be reached.
     """
     import jax
 
-    given = _DISTRIBUTED.fullmatch(how)
-    if how != "auto" and not (given and int(given["index"]) < int(given["count"])):
+    settings = _DISTRIBUTED.fullmatch(how)
+    if how != "auto" and not (settings and int(settings["index"]) < int(settings["count"])):
         raise ValueError(
             f"distributed={how!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an INDEX "
             "below PROCESSES"
         )
     try:
-        jax.distributed.initialize(
-            *(given["coordinator"], int(given["count"]), int(given["index"])) if given else ()
-        )
+        if settings:
+            jax.distributed.initialize(
+                settings["coordinator"], int(settings["count"]), int(settings["index"])
+            )
+        else:
+            jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         raise RuntimeError(
             f"distributed={how!r}: the processes could not be joined: "
@@ -184,12 +192,12 @@ def join(how: str) -> None:
 
 
 def is_joined() -> bool:
-    """Whether this process is one of several that compute together."""
+    """Tell whether this process is one of several that compute together."""
     return bool(_JOINED)
 
 
 def writes() -> bool:
-    """Whether this process writes files: of several that compute together the first one does."""
+    """Tell whether this process writes files: of several, only the first one does."""
     if not is_joined():
         return True
     import jax
@@ -198,7 +206,7 @@ def writes() -> bool:
 
 
 def wait_for_others(point: str) -> None:
-    """Waits until all processes that compute together have come to a point, given by its name."""
+    """Wait until all processes that compute together reach the point of this name."""
     if is_joined():
         from jax.experimental import multihost_utils
 
@@ -206,14 +214,14 @@ def wait_for_others(point: str) -> None:
 
 
 def describe() -> dict:
-    """The environment that produced a result: versions, device, flags."""
+    """Describe the environment that produces a result: versions, devices, flags."""
     import jax
 
-    packages = ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in packages[1:]},
+        "packages": {name: importlib.metadata.version(name) for name in packages},
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "cpus": cores(),

@@ -1,4 +1,4 @@
-"""What all command lines share: errors of one line, exit codes, and options that many have."""
+"""The common part of all commands: one-line errors, exit codes, shared options."""
 
 import argparse
 import io
@@ -10,30 +10,29 @@ import sys
 from collections.abc import Callable
 
 from cnnjax.runtime import signals, workdir
+from cnnjax.runtime.paths import expand_user
 
-# EX_TEMPFAIL of sysexits.h: the same command goes on from where this one stopped.
+# EX_TEMPFAIL of sysexits.h: the same command continues from where this one stopped.
 RESUMABLE = 75
-# A shell's code for a command that SIGPIPE ended.
+# A shell's exit code for a command that SIGPIPE ended.
 UNREAD = 141
 
 _STANDARD_OUTPUT = 1
 
 
 def path(text: str) -> pathlib.Path:
-    """The type of an argument that is a path; "~" is the home folder."""
-    # Path.expanduser would raise for "~photo.jpg", which could be the home folder of a user
-    # photo.jpg; os.path leaves such names as they are.
-    return pathlib.Path(os.path.expanduser(text))
+    """Parse an argument that is a path; "~" is the home folder."""
+    return expand_user(text)
 
 
 def policies(options: argparse.Namespace) -> dict[str, str]:
-    """Returns --padding and --sampling as far as they are given: a user's network may have none."""
-    given = {"padding": options.padding, "sampling": options.sampling}
-    return {name: value for name, value in given.items() if value is not None}
+    """Collect --padding and --sampling if given: a user's network may have neither."""
+    values = {"padding": options.padding, "sampling": options.sampling}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number of at least `least`."""
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return the parser of an argument that is a whole number of at least `least`."""
 
     def parse(text):
         if not text.isdecimal() or int(text) < least:
@@ -57,7 +56,7 @@ class _Trained(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that keeps its description's lines and reports an error in one line."""
+    """An argument parser that keeps its description's lines and has one-line errors."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -103,7 +102,10 @@ class Parser(argparse.ArgumentParser):
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
         """Add an option that is a whole number of at least `least`."""
         self.add_argument(
-            f"--{name}", type=whole(least), default=default, help=f"{text} (default: %(default)s)"
+            f"--{name}",
+            type=whole_number(least),
+            default=default,
+            help=f"{text} (default: %(default)s)",
         )
 
 
@@ -112,19 +114,22 @@ def _interrupt(number: int, frame) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Tells the pipe of standard output from others, such as those to processes that have died."""
+    """Tell whether standard output is a pipe that nobody reads any more.
+
+    A `BrokenPipeError` may also come from another pipe, such as one to a process that has died.
+    """
     output = select.poll()
     output.register(_STANDARD_OUTPUT, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 def _print_every_name() -> None:
-    """Let standard output take names of files that are not UTF-8, as the bytes that they are.
+    """Make standard output write file names that are not UTF-8 as their bytes.
 
-    It is so in the C locale, and what reads from a pipe gets the true name. Standard error, which
-    shows such bytes with backslashes, never fails.
+    As in the C locale. A program that reads the output from a pipe gets the true name. Standard
+    error needs no change: it prints such bytes with backslashes.
     """
-    # Notebooks and tests put objects of other kinds in its place.
+    # Notebooks and tests replace standard output by other objects.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")
 
@@ -132,19 +137,19 @@ def _print_every_name() -> None:
 def run(work: Callable[[], None]) -> int:
     """Do a command's work and return its exit code.
 
-    With --debug on the command line an error comes with its traceback.
+    With --debug on the command line, errors come with their traceback.
 
     Returns:
-        0, 2 for bad input, 1 for a failure, 75 if the command was stopped and goes on from there
-        when it is given again, 130 if it was stopped and starts anew, 141 if nobody reads what it
-        prints any more, as after `| head`.
+        0 for success, 1 for a failure, 2 for bad input; 75 if the command was stopped and the same
+        command continues, 130 if it was stopped and starts over; 141 if nobody reads what it prints
+        any more, as after `| head`.
     """
-    # Imported libraries may have set a format of their own.
+    # Imported libraries may have set another format.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     _print_every_name()
     try:
-        with signals.heeded(_interrupt):
+        with signals.catch_stop_signals(_interrupt):
             work()
         sys.stdout.flush()
     except workdir.Interrupted as stop:
@@ -154,7 +159,7 @@ def run(work: Callable[[], None]) -> int:
         print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        # An installation without extras has not what every command imports.
+        # An installation without extras lacks packages that some commands import.
         if "--debug" in sys.argv or (error.name or "").startswith("cnnjax"):
             raise
         print(
@@ -165,7 +170,7 @@ def run(work: Callable[[], None]) -> int:
         return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            # What Python still holds is dropped, or it would fail to write it as it ends.
+            # Python flushes its buffer when it ends. Into the null device, this cannot fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STANDARD_OUTPUT)
             return UNREAD
         if "--debug" in sys.argv:

@@ -22,7 +22,8 @@ LARGEST_SEED = 2**31 - 1
 def load(path: str) -> ml_collections.ConfigDict:
     """Read a configuration file.
 
-    Raises `ValueError` if the file cannot be run or has no `get_config()`.
+    Raises:
+        ValueError: if the file cannot be run or has no `get_config()`.
     """
     module = source.import_file(path)
     if not hasattr(module, "get_config"):
@@ -40,7 +41,7 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The values of a configuration by dotted key: `schedule.learning_rate`."""
+    """List the values of a configuration by dotted key: `schedule.learning_rate`."""
     values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
@@ -52,7 +53,7 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy of a configuration, in which "~" at the start of a string is the home folder."""
+    """Copy a configuration, with "~" at the start of a string as the home folder."""
     expanded = copy.deepcopy(config)
     for key, value in flatten(config).items():
         if isinstance(value, str) and value.startswith("~"):
@@ -63,9 +64,10 @@ def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 def override(
     config: ml_collections.ConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-    """A copy of a configuration with other values for some dotted keys.
+    """Copy a configuration and change the values of some dotted keys.
 
-    Raises `ValueError` for an unknown key and for a value of another type.
+    Raises:
+        ValueError: for an unknown key and for a value of another type.
     """
     changed = copy.deepcopy(config)
     known = flatten(config)
@@ -82,7 +84,7 @@ def override(
 
 def to_tuples(value: Any) -> Any:
     """Turn a list, and the lists inside it, into tuples: a network's fields are hashed."""
-    # Not of subclasses: a named tuple keeps its names.
+    # Subclasses stay as they are: a named tuple keeps its names.
     if type(value) in (list, tuple):
         return tuple(to_tuples(element) for element in value)
     return value
@@ -91,9 +93,15 @@ def to_tuples(value: Any) -> Any:
 def check_keys(
     config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, origin: str
 ) -> None:
-    """Raise `ValueError` for an unknown key, a value of another type, or a key that is absent.
+    """Check that a configuration has the keys and types of the defaults.
 
-    `defaults` has all keys; `origin` says in the message where they come from.
+    Args:
+        config: the configuration.
+        defaults: a configuration with all keys.
+        origin: the module of the defaults, for the error.
+
+    Raises:
+        ValueError: for an unknown key, a value of another type, or a key that is absent.
     """
     known = flatten(defaults)
     for key, value in flatten(config).items():
@@ -114,7 +122,7 @@ def check_seed(config: ml_collections.ConfigDict) -> None:
 
 
 def check_least(key: str, value: Any, least: float) -> None:
-    """Raise `ValueError` for what is not a finite number of at least `least`."""
+    """Raise `ValueError` for a value that is not a finite number of at least `least`."""
     if value == math.inf:
         raise ValueError(f"{key}={value!r} is not a finite number")
     if not is_number(value) or value < least:
@@ -136,9 +144,14 @@ def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
 
 
 def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str]) -> dict[str, Any]:
-    """The changes that `--config.KEY=VALUE` or `--config.KEY VALUE` ask for, by dotted key.
+    """Parse `--config.KEY=VALUE` and `--config.KEY VALUE` into changes by dotted key.
 
-    Values are read as the type that the key has in `config`. Raises `ValueError` for anything else.
+    Args:
+        config: the configuration to change; a value is read as the type that its key has here.
+        arguments: the arguments of the command line.
+
+    Raises:
+        ValueError: for any other argument, and for a key without a value.
     """
     known = flatten(config)
     changes: dict[str, Any] = {}
@@ -160,7 +173,7 @@ def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str])
 
 
 def _parse_value(text: str, current: Any) -> Any:
-    """The value that a command line gives to a key; text that is of no other type stays text."""
+    """Parse the value of a key on the command line; what is nothing else stays text."""
     if isinstance(current, str):
         return text
     if text.lower() in ("true", "false"):
@@ -168,7 +181,7 @@ def _parse_value(text: str, current: Any) -> Any:
     if isinstance(current, bool) and text in ("0", "1"):
         return text == "1"
     try:
-        # Not as a literal: "inf" is a float, too.
+        # `float` accepts "inf", too, which is no literal of Python.
         value = float(text) if isinstance(current, float) else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
@@ -191,7 +204,7 @@ def _check_key(key: str, known: Mapping[str, Any]) -> None:
 def _check_type(key: str, value: Any, known: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a value of another type than the known one.
 
-    ml_collections lets None take the place of anything, and True that of 1.
+    ml_collections itself accepts None for any type and True for 1.
     """
     if isinstance(value, Mapping):
         raise ValueError(f"{key}={value!r} is not a string, a number, or a tuple of them")
@@ -215,7 +228,7 @@ def _has_type_of(value: Any, default: Any) -> bool:
 
 
 def _describe_unknown(key: str, known: Mapping[str, Any]) -> str:
-    # "padding" is closer to any short key than to model_fields.padding.
+    # By similarity alone, "padding" would suggest any short key before model_fields.padding.
     near = [name for name in known if name.endswith(f".{key}")]
     near = near or difflib.get_close_matches(key, known, n=1)
     advice = f"did you mean {' or '.join(near)}?" if near else f"its keys are {', '.join(known)}"

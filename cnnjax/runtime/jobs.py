@@ -6,14 +6,14 @@ import pathlib
 import signal
 import subprocess
 
-# In effect without end: a run goes on from its checkpoint, so a long one just takes more jobs.
+# In effect unlimited: a run continues from its checkpoint, so a long one just takes more jobs.
 _MOST_REQUEUES = 10_000
 
 
 class CommandJob:
-    """One job: runs a command, and is put into the queue again when its time is over.
+    """A job that runs a command and is requeued when its time is over.
 
-    submitit calls the job, and `checkpoint` at the signal that announces the end of the time.
+    submitit calls it, and calls `checkpoint` at the signal that announces the end of the time.
     """
 
     def __init__(self, words: list[str], folder: str):
@@ -22,7 +22,7 @@ class CommandJob:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Run the command and return its exit code, 0; raise `RuntimeError` for any other."""
+        """Run the command; raise `RuntimeError` for an exit code other than 0."""
         self.process = subprocess.Popen(self.words, cwd=self.folder)
         code = self.process.wait()
         if code:
@@ -44,14 +44,17 @@ class CommandJob:
 def submit(
     words: list[str], *, folder: pathlib.Path, cluster: str, count: int, settings: list[str]
 ) -> list[str]:
-    """Submit jobs that each run a command in the current folder; return their names.
+    """Submit jobs that each run a command in the current folder.
 
     Args:
         words: the command and its arguments.
         folder: where submitit keeps the jobs' files and output.
         cluster: "slurm" or "local".
-        count: number of jobs.
-        settings: parameters of submitit's, such as "timeout_min=60".
+        count: the number of jobs.
+        settings: parameters of submitit, such as "timeout_min=60".
+
+    Returns:
+        The names of the jobs.
     """
     import submitit
 

@@ -1,6 +1,6 @@
-"""Attributes of a package that are imported when they are asked for.
+"""Attributes of a package that are imported at their first use.
 
-JAX takes seconds to import. What needs it is imported late, so that --help is there at once.
+JAX takes seconds to import. Modules that need it are imported late, so that --help is fast.
 """
 
 import importlib
@@ -13,12 +13,12 @@ def attributes(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
 
     Args:
       package: the name of the package.
-      modules: by attribute, the module of the package that has it.
+      modules: the module of the package that has each attribute.
     """
 
-    def get(name: str) -> Any:
+    def get_attribute(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
 
-    return get
+    return get_attribute

@@ -1,4 +1,4 @@
-"""What the reports of all jobs share: reading a finished run, and naming what made it."""
+"""The common part of all reports: reading a run and describing its environment."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from cnnjax.runtime import workdir
 
 
 class Finished(NamedTuple):
-    """The files of a finished run, read."""
+    """The contents of a finished run's files."""
 
     config: dict
     environment: dict
@@ -16,11 +16,14 @@ class Finished(NamedTuple):
 
 
 def read(folder: pathlib.Path, kind: str) -> Finished:
-    """Reads a finished run.
+    """Read a finished run.
 
-    - `kind`: the kind of job that its results must be of.
+    Args:
+      folder: its work directory.
+      kind: the kind of job that its results must be of.
 
-    Raises `ValueError` if the work directory holds no results, or those of another kind.
+    Raises:
+      ValueError: if the work directory holds no results, or those of another kind.
     """
     names = ("config", "environment", "results")
     missing = [f"{name}.json" for name in names if not (folder / f"{name}.json").is_file()]
@@ -38,7 +41,7 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
 
 
 def footer(run: Finished) -> str:
-    """Formats a report's last section: hardware, versions, seed, revision, configuration.
+    """Format a report's last section: environment, seed, seconds and configuration.
 
     Each earlier start of the run with other code or on another machine has a paragraph.
     """

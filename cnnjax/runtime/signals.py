@@ -15,62 +15,73 @@ _SYSTEM = (signal.SIGTERM, *_ANNOUNCE)
 
 
 @contextlib.contextmanager
-def heeded(handler: Callable, first: Callable[[int], None] = lambda number: None) -> Iterator[None]:
-    """Handle SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 for as long as the context is entered.
+def catch_stop_signals(
+    handler: Callable, on_first: Callable[[int], None] = lambda number: None
+) -> Iterator[None]:
+    """Handle SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 while the context is active.
 
-    A handler in Python waits for a compilation or a long computation to end; a thread does not.
-    A signal that is ignored stays so, as for a command that a shell runs in the background.
-    SIGINT after SIGINT or SIGTERM ends the process at once, and so does SIGTERM after SIGINT. A
-    system may repeat its signals: Slurm sends SIGTERM twice within a moment, perhaps after the
-    announcement. Those that follow change nothing.
+    Each of them calls `handler`, with three exceptions:
+
+    - SIGINT after SIGINT or SIGTERM ends the process at once, and so does SIGTERM after SIGINT.
+    - After SIGTERM, SIGUSR1 or SIGUSR2, more of these three change nothing. A system may repeat
+      its signals: Slurm sends SIGTERM twice within a moment, perhaps after SIGUSR1.
+    - A signal that is ignored already stays ignored, such as SIGINT in a command that a shell runs
+      in the background.
 
     Args:
-        handler: called with number and frame, as by `signal.signal`.
-        first: called with the number of the first signal at once, from a thread.
+        handler: called with number and frame, as by `signal.signal`. Python calls it in the main
+            thread, once a compilation or a long computation has ended.
+        on_first: called with the number of the first signal, at once and from a thread.
     """
 
     def handle(number, frame):
-        # One signal of the system is enough: another must not disturb the process while it saves
-        # and leaves.
+        # Another signal of the system must not disturb the process while it saves and leaves.
         if number in _SYSTEM:
             for repeated in _SYSTEM:
                 signal.signal(repeated, signal.SIG_IGN)
         handler(number, frame)
 
-    before = {}
+    previous_handlers = {}
     for number in _STOP + _ANNOUNCE:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, handle)
+            previous_handlers[number] = signal.signal(number, handle)
+
+    # A handler in Python waits for compiled code to return; a thread does not. Python's signal
+    # handler in C writes the number of each signal to the wakeup file descriptor at once, here a
+    # pipe that a thread reads from.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    def receive():
-        is_told = False
+    def watch():
+        has_reported = False
         stopped_by = 0
+        # A zero, which is no signal, ends the thread.
         while number := os.read(reader, 1)[0]:
-            if number not in before:
+            if number not in previous_handlers:
                 continue
             if number in _STOP:
                 is_repeated = number == stopped_by == signal.SIGTERM
                 if stopped_by and not is_repeated:
                     os._exit(128 + number)
                 stopped_by = number
-            if not is_told:
-                is_told = True
-                first(number)
+            if not has_reported:
+                has_reported = True
+                on_first(number)
 
-    descriptor = signal.set_wakeup_fd(writer)
-    thread = threading.Thread(target=receive, daemon=True)
+    previous_descriptor = signal.set_wakeup_fd(writer)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        for number, previous in before.items():
-            # Ignored until the outermost context ends, announcements until the process does.
-            is_kept = number in _ANNOUNCE or callable(previous)
-            if not is_kept or signal.getsignal(number) is not signal.SIG_IGN:
+        for number, previous in previous_handlers.items():
+            # What `handle` has set to be ignored stays ignored: SIGTERM until the outermost context
+            # ends, whose previous handler is no function of Python, and announcements until the
+            # process ends.
+            stays_ignored = number in _ANNOUNCE or callable(previous)
+            if not stays_ignored or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, previous)
-        signal.set_wakeup_fd(descriptor)
+        signal.set_wakeup_fd(previous_descriptor)
         os.write(writer, bytes(1))
         thread.join()
         os.close(reader)

@@ -1,34 +1,36 @@
-"""Import Python files that users name: configurations, and networks of their own."""
+"""Import users' Python files: configurations, and networks of their own."""
 
 import contextlib
 import contextvars
 import functools
 import hashlib
 import importlib.util
-import os
 import pathlib
 import sys
 import traceback
 import types
 from collections.abc import Iterator
 
-# The user's file whose code is running. A network that a file registers is later found by this
-# file, which `register` cannot ask for as an argument: its callers do not know that they are
-# imported.
+from cnnjax.runtime.paths import expand_user
+
+# The user's file whose code is running. `register` records it with a network, so that the network
+# can be found again. It cannot be an argument of `register`: the file that calls it does not know
+# by which path it was imported.
 _running: contextvars.ContextVar[str | None] = contextvars.ContextVar("running", default=None)
 
 
 def running_file() -> str | None:
-    """The path of the user's file whose code is running, or None if there is none."""
+    """Return the path of the user's file whose code is running; None without one."""
     return _running.get()
 
 
 def import_file(path: str | pathlib.Path) -> types.ModuleType:
     """Import a Python file, once per process.
 
-    Raises `ValueError`, with the file and the line, for whatever is wrong with it.
+    Raises:
+        ValueError: with the file and the line, for any error in the file.
     """
-    return _import_resolved(pathlib.Path(os.path.expanduser(path)).resolve())
+    return _import_resolved(expand_user(path).resolve())
 
 
 # Cached, since the classes of a file must stay the same classes: jax recognizes a network that it
@@ -54,8 +56,8 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
-    """Run code of a user's file: its errors become a `ValueError` with the file and the line."""
-    resolved = str(pathlib.Path(os.path.expanduser(path)).resolve())
+    """Run code of a user's file; errors become `ValueError` with file and line."""
+    resolved = str(expand_user(path).resolve())
     token = _running.set(resolved)
     try:
         yield
@@ -70,7 +72,7 @@ def running(path: str | pathlib.Path) -> Iterator[None]:
 
 
 def _line_of(error: Exception, path: str) -> int | None:
-    """The line of the file that an error comes from, or None if it comes from elsewhere."""
+    """Find the line of a file that an error comes from; None if from elsewhere."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)

@@ -25,15 +25,15 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def bar(values) -> np.ndarray:
-    """Half of an error bar: the sample standard deviation over the first axis, 0 for one value."""
+    """Compute an error bar's half length, the standard deviation; 0 for one value."""
     if len(values) > 1:
         return np.std(values, 0, ddof=1)
     return np.zeros_like(np.asarray(values)[0])
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean (Student's t); infinite for one value."""
-    # Imported when needed: scipy.stats takes longer to import than all else here.
+    """Compute half of the mean's 95 % interval (Student's t); infinite for one value."""
+    # Imported when needed: scipy.stats takes longer to import than everything else here.
     import scipy.stats
 
     n = len(values)
@@ -44,10 +44,10 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Format the mean ± half of its 95 % interval; one value has none.
+    """Format the mean ± half of its 95 % interval; one value has no interval.
 
-    Of differences paired by seed, it is the paired interval. With `sign` "+", positive means have a
-    sign, too.
+    For differences paired by seed, it is the paired interval. With `sign` "+", positive means have
+    a sign, too.
     """
     text = f"{np.mean(values):{sign}.{digits}f}"
     if len(values) > 1:

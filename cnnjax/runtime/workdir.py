@@ -1,4 +1,23 @@
-"""A work directory: the record of one run, in which every file is whole or absent."""
+"""A work directory: the record of one run, in which every file is whole or absent.
+
+A directory passes through these states, each with files that the states before lack:
+
+    state      files                                  written by
+    ---------  -------------------------------------  --------------------------------------
+    claimed    run.claim                              `claim`, which removes it at its end
+    recorded   config.json, then environment.json     `prepare`
+    started    metrics.jsonl, checkpoints/, ...       the run
+    finished   results.json, after all other results  the run
+    sealed     manifest.json: hashes of the results   `seal`
+
+`run_once` takes a configuration through all of them. Called again after it was stopped, it
+continues from the state that it finds: it replaces the claim of a process that has ended, runs a
+recorded or started run, and returns the results of a finished one once they match their hashes.
+Commands that need neither claim nor seal use `prepare`, or `prepared` around their work.
+
+A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
+is then removed, and the directory with it unless it was there before.
+"""
 
 import contextlib
 import errno
@@ -18,30 +37,30 @@ from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
 # Files that reports and figures are made from.
-_SEALED = (".json", ".jsonl", ".npz", ".safetensors")
+_HASHED_SUFFIXES = (".json", ".jsonl", ".npz", ".safetensors")
 # What reports print of an environment.
-_REPORTED = frozenset(
+_REPORTED_KEYS = frozenset(
     ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
 )
-# Seconds after which a claim is renewed, and after which it is void unless it was.
-_RENEWED = 15.0
-_EXPIRES = 120.0
-# Seconds that processes which found a claim void take to remove it.
-_SETTLES = 0.2
+# Seconds between two renewals of a claim, and the age at which it is stale.
+_RENEWAL_SECONDS = 15.0
+_STALE_SECONDS = 120.0
+# Seconds within which all processes that found the same stale claim have removed it.
+_SETTLING_SECONDS = 0.2
 
 
 class Claimed(ValueError):
-    """Another process is at work in a work directory."""
+    """Another process is using a work directory."""
 
 
 class Interrupted(Exception):
-    """A run was stopped and has saved its state: the same command goes on from there."""
+    """A run was stopped and has saved its state: the same command continues it."""
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
     """Write a file under a temporary name and rename it, so that it is whole or absent.
 
-    Of several processes that compute together one writes.
+    Of several processes that compute together, only the first one writes.
     """
     if not backend.writes():
         return
@@ -60,12 +79,16 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Write a value as JSON; a NaN or an infinity raises `ValueError`, since JSON has neither."""
+    """Write a value as JSON.
+
+    Raises:
+        ValueError: for a NaN or an infinity, since JSON has neither.
+    """
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
-    """Write arrays by name as an npz file, which has a checksum of each."""
+    """Write named arrays as an npz file, which holds a checksum of each."""
     # Imported when needed: every --help imports this module.
     import numpy as np
 
@@ -76,15 +99,19 @@ def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> Non
 
 
 def read_json(path: pathlib.Path, **options):
-    """Read a JSON file. Raises `ValueError`, with its name, if it is not JSON."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: with the file's name, if it is not JSON.
+    """
     try:
         return json.loads(path.read_bytes(), **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
 
 
-def finished(path: pathlib.Path, compute: Callable, *arguments):
-    """Read a result from its JSON file, or compute it from the arguments and write the file."""
+def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
+    """Read a result from its JSON file, or compute it and write the file."""
     if not path.exists():
         result = compute(*arguments)
         path.parent.mkdir(exist_ok=True)
@@ -100,9 +127,9 @@ def write_figure(path: pathlib.Path, figure) -> None:
 
 
 def file_label(name: str) -> str:
-    """Make a name fit for a file's: a network FILE.py:NAME goes without its folders.
+    """Turn a network's name into part of a file name: FILE.py:NAME loses its folders.
 
-    Eight characters of a digest tell it from those of other folders.
+    Eight characters of a digest tell it from networks of the same name in other folders.
     """
     if "/" not in name:
         return name
@@ -110,26 +137,26 @@ def file_label(name: str) -> str:
 
 
 def digest(config: dict) -> str:
-    """Eight characters that tell a configuration from others."""
+    """Hash a configuration into eight characters."""
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _git_revision() -> str | None:
-    """The commit of the checkout that the code runs from, or None outside one.
+    """Return the commit of the checkout that the code runs from, or None outside one.
 
     A "+" follows the commit if files differ from it.
     """
 
     def git(*arguments):
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *arguments],
             cwd=pathlib.Path(__file__).parent,
             capture_output=True,
             text=True,
             check=True,
         )
-        return done.stdout.strip()
+        return process.stdout.strip()
 
     try:
         revision = git("rev-parse", "HEAD")
@@ -143,24 +170,25 @@ def _git_revision() -> str | None:
 
 
 def _difference(old, new, prefix: str = "") -> str | None:
-    """The first key at which two nested configurations differ, with both values."""
+    """Describe the first key in which two nested configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        # Keys that were introduced since come last: another value says more.
+        # A changed value says more than a key that was introduced since, which comes last.
         for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
-            found = _difference(old.get(key), new.get(key), f"{prefix}{key}.")
-            if found:
-                return found
+            difference = _difference(old.get(key), new.get(key), f"{prefix}{key}.")
+            if difference:
+                return difference
         return None
     return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
 
 
 def check_config(folder: pathlib.Path, config: dict) -> None:
-    """Raise `ValueError` if a work directory holds a run of another configuration.
+    """Check that a work directory holds a run of this configuration.
 
-    So it does if its config.json is not JSON.
+    Raises:
+        ValueError: if it holds one of another configuration, or a config.json that is not JSON.
     """
-    # As it will be read back: tuples are lists.
-    wanted = json.loads(json.dumps(config))
+    # As JSON holds it: tuples become lists.
+    current = json.loads(json.dumps(config))
     try:
         recorded = json.loads((folder / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -169,35 +197,36 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
             "the run is of this very configuration, or choose another --workdir"
         ) from error
     # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
-    if isinstance(recorded, dict) and "workdir" not in wanted:
+    if isinstance(recorded, dict) and "workdir" not in current:
         recorded.pop("workdir", None)
-    # Earlier records name a model of one's own without its file, or the file without its folder.
+    # Earlier records name a user's model without its file, or the file without its folder.
     if isinstance(recorded, dict):
         name = recorded.get("model")
-        if str(wanted.get("model")).endswith((f".py:{name}", f"/{name}")):
-            recorded["model"] = wanted["model"]
-    if difference := _difference(recorded, wanted):
+        if str(current.get("model")).endswith((f".py:{name}", f"/{name}")):
+            recorded["model"] = current["model"]
+    if difference := _difference(recorded, current):
         raise ValueError(
             f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
             "another --workdir"
         )
 
 
-def _is_begun(folder: pathlib.Path) -> bool:
-    """Whether a work directory holds more than the record of a run that was refused."""
+def _has_started(folder: pathlib.Path) -> bool:
+    """Tell whether a work directory holds more than the record of a run and claims."""
     for path in folder.iterdir():
-        is_record = path.name in ("config.json", "environment.json") or path.suffix == ".claim"
+        is_record = path.name in ("config.json", "environment.json")
+        is_claim = path.suffix == ".claim"
         # A refused run may leave the empty folder of its checkpoints.
-        is_empty = path.is_dir() and not any(path.iterdir())
-        if not is_record and not is_empty:
+        is_empty_folder = path.is_dir() and not any(path.iterdir())
+        if not (is_record or is_claim or is_empty_folder):
             return True
     return False
 
 
 def read_record(folder: pathlib.Path, kind: str) -> dict | None:
-    """Read the configuration that a run of this kind recorded.
+    """Read the configuration that a run of this kind recorded; None if there is none.
 
-    None where there is none. A damaged record is reported where configurations are compared.
+    A damaged record counts as none: `check_config` reports it.
     """
     try:
         recorded = json.loads((folder / "config.json").read_text())
@@ -209,22 +238,26 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
-    """Create a work directory with the configuration and the environment; return its path.
+    """Create a work directory and record the configuration and the environment.
 
-    Raises `ValueError` if it cannot be written to or holds a run of another configuration.
+    Returns:
+        The directory's path.
+
+    Raises:
+        ValueError: if it cannot be written to or holds a run of another configuration.
     """
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Where nothing was begun there is nothing to mix up: the run before was refused.
-        if _is_begun(folder) and (folder / "config.json").exists():
+        # A run that has not started has left nothing that could be mixed up with another's.
+        if _has_started(folder) and (folder / "config.json").exists():
             check_config(folder, config)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
-    # The environment of a finished run is the one that made its results.
+    # A finished run keeps the environment that made its results.
     if not (folder / "results.json").exists():
         write_json(folder / "environment.json", _environment(folder, config))
     return folder
@@ -233,48 +266,44 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
 def _environment(folder: pathlib.Path, config: dict) -> dict:
     """Describe the code, the versions and the machine of this start of a run.
 
-    Earlier starts with other ones are listed under "earlier", each once.
+    Different environments of earlier starts are listed under "earlier", each once.
     """
-    now = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
+    current = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
+    recorded = []
+    if _has_started(folder):
+        recorded = _recorded_environments(folder)
     earlier = []
-    for environment in _recorded_environments(folder) if _is_begun(folder) else ():
-        is_whole = isinstance(environment, dict) and environment.keys() >= _REPORTED
-        if is_whole and environment != now and environment not in earlier:
+    for environment in recorded:
+        is_complete = isinstance(environment, dict) and environment.keys() >= _REPORTED_KEYS
+        if is_complete and environment != current and environment not in earlier:
             earlier.append(environment)
-    return now | {"earlier": earlier} if earlier else now
+    if earlier:
+        current["earlier"] = earlier
+    return current
 
 
 def _recorded_environments(folder: pathlib.Path) -> list:
-    """Read environment.json: those of earlier starts, and that of the last one."""
+    """Read the environments of all recorded starts, the last one last."""
     try:
         last = read_json(folder / "environment.json")
         earlier = last.pop("earlier", [])
         return [*earlier, last]
     except (OSError, ValueError, AttributeError, TypeError):
-        return []  # there is none, or a damaged one
-
-
-def _forget(folder: pathlib.Path) -> None:
-    """Remove the record of a run that was refused before it began."""
-    if backend.writes() and not _is_begun(folder):
-        for name in ("config.json", "environment.json"):
-            (folder / name).unlink(missing_ok=True)
-        # Made before the first step; it goes only if it is empty.
-        with contextlib.suppress(OSError):
-            (folder / "checkpoints").rmdir()
+        # The file is absent or damaged.
+        return []
 
 
 # ------------------------------------------------------------------ seals
 
 
-def _sealed(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 by name of the files that a finished run's reports are made from.
+def _hash_results(folder: pathlib.Path) -> dict[str, str]:
+    """Compute the SHA-256, by name, of the files that reports are made from.
 
-    config.json is not among them: it is compared when it is read.
+    config.json is not among them: `check_config` compares it.
     """
     hashes = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in _SEALED and path.name not in ("config.json", _MANIFEST):
+        if path.suffix in _HASHED_SUFFIXES and path.name not in ("config.json", _MANIFEST):
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
 
@@ -282,19 +311,22 @@ def _sealed(folder: pathlib.Path) -> dict[str, str]:
 def seal(folder: pathlib.Path) -> None:
     """Record the hashes of a finished run's files in manifest.json."""
     if backend.writes():
-        write_json(folder / _MANIFEST, _sealed(folder))
+        write_json(folder / _MANIFEST, _hash_results(folder))
 
 
 def unseal(folder: pathlib.Path) -> None:
-    """Remove the hashes of a run that goes on, whose files change from now on."""
+    """Remove the hashes of a run that continues, since its files will change."""
     if backend.writes():
         (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def check_seal(folder: pathlib.Path) -> None:
-    """Raise `ValueError` if a file of a finished run has changed since it was sealed.
+    """Check that the files of a finished run are as they were when it was sealed.
 
     A run that was never sealed passes.
+
+    Raises:
+        ValueError: if a file has changed, or the record of the hashes is damaged.
     """
     path = folder / _MANIFEST
     if not path.exists():
@@ -305,7 +337,7 @@ def check_seal(folder: pathlib.Path) -> None:
         raise ValueError(
             f"{path} is damaged: remove it to take the files beside it as they are"
         ) from error
-    hashes = _sealed(folder)
+    hashes = _hash_results(folder)
     for name, expected in recorded.items():
         if hashes.get(name) != expected:
             raise ValueError(
@@ -314,18 +346,27 @@ def check_seal(folder: pathlib.Path) -> None:
             )
 
 
-def completed(
+def run_once(
     run: Callable, config, folder: str | os.PathLike, adopt: Callable | None = None
 ) -> dict:
-    """The results of a configuration in its work directory, where it is run unless it has been.
+    """Run a configuration in its work directory, unless its results are there already.
 
-    `adopt(config, folder)` may bring the directory of an earlier run and the configuration into
-    line before they are compared. Of several processes that compute together one has the results,
-    the others an empty dict. Raises `ValueError` as `prepare` and `claim` do; a run that is refused
-    leaves no folder.
+    Args:
+        run: called with the configuration and the folder.
+        config: a `ConfigDict`.
+        folder: the work directory.
+        adopt: called with the configuration and the folder before these are compared, to bring
+            into line the directory of an earlier version.
+
+    Returns:
+        The content of results.json; of several processes that compute together, one returns it and
+        the others an empty dict.
+
+    Raises:
+        ValueError: as `prepare` and `claim`. A run that is refused leaves no folder.
     """
     folder = pathlib.Path(folder)
-    # Claimed before config.json is written, which must be that of the run under way.
+    # Claimed before config.json is written, which must not change under a run of another process.
     with _removed_if_empty(folder), claim(folder):
         if adopt:
             adopt(config, folder)
@@ -334,7 +375,7 @@ def completed(
             check_seal(folder)
         else:
             unseal(folder)
-            with _forgotten_if_refused(folder):
+            with _removed_if_refused(folder):
                 run(config, folder)
         seal(folder)
         return read_json(folder / "results.json") if backend.writes() else {}
@@ -342,14 +383,15 @@ def completed(
 
 @contextlib.contextmanager
 def prepared(folder: str | os.PathLike, config: dict) -> Iterator[pathlib.Path]:
-    """Prepare a work directory for what is done in the context; it gives the directory's path.
+    """Prepare a work directory for the work in the context, and give its path.
 
-    Raises `ValueError` as `prepare` does. What is refused before it writes leaves no folder.
+    Raises:
+        ValueError: as `prepare`. Work that is refused before it writes leaves no folder.
     """
     folder = pathlib.Path(folder)
     with _removed_if_empty(folder):
         prepare(folder, config)
-        with _forgotten_if_refused(folder):
+        with _removed_if_refused(folder):
             yield folder
 
 
@@ -360,167 +402,200 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Only empty folders can be removed: those of a run that was refused.
+        # `rmdir` removes empty folders only: those of a run that was refused.
         with contextlib.suppress(OSError):
             for path in created:
                 path.rmdir()
 
 
 @contextlib.contextmanager
-def _forgotten_if_refused(folder: pathlib.Path) -> Iterator[None]:
+def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
+    """Remove the record of a run that the context refuses before it has started."""
     try:
         yield
     except (ValueError, FileNotFoundError):
-        _forget(folder)
+        if backend.writes() and not _has_started(folder):
+            for name in ("config.json", "environment.json"):
+                (folder / name).unlink(missing_ok=True)
+            # Training creates it before its first step; `rmdir` removes it only if it is empty.
+            with contextlib.suppress(OSError):
+                (folder / "checkpoints").rmdir()
         raise
 
 
 # ------------------------------------------------------------------ one process at a time
+#
+# A claim is a lock file, run.claim, that names the host, the process and an id of its own. To claim
+# a directory, a process
+#
+# 1. writes its claim as .ID.claim (`own_claim` below);
+# 2. makes run.claim a hard link to it, which fails if there is a run.claim already;
+# 3. if there is one that is stale, renames it to .ID.void, deletes it, and repeats step 2. A claim
+#    is stale if its process is gone from this machine or has not renewed it for two minutes;
+# 4. renews run.claim while it works: a thread sets the file's time;
+# 5. removes run.claim and .ID.claim.
+#
+# Two processes may find the same stale claim, and the slower one may remove the claim that the
+# faster one has just made. So a process that has removed a stale claim waits a moment after step 2
+# and then looks whether run.claim is still its own.
 
 
-def _namespace() -> str | None:
-    """What process numbers on this machine belong to; containers have namespaces of their own."""
+def _pid_namespace() -> str | None:
+    """Return the namespace of process numbers, of which each container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 
 
-def _is_gone(claimed: dict) -> bool:
-    """Whether the process of a claim is known to have ended."""
+def _has_ended(holder: dict) -> bool:
+    """Tell whether the process that a claim names is known to have ended."""
     # Claims of earlier versions do not name their namespace.
-    namespace = claimed.get("namespace", _namespace())
-    is_here = claimed["host"] == platform.node() and namespace == _namespace()
-    has_list = pathlib.Path("/proc/self").exists()
-    return is_here and has_list and not pathlib.Path(f"/proc/{claimed['process']}").exists()
+    namespace = holder.get("namespace", _pid_namespace())
+    is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
+    has_proc = pathlib.Path("/proc/self").exists()
+    return is_here and has_proc and not pathlib.Path(f"/proc/{holder['process']}").exists()
 
 
-def _holder(path: pathlib.Path, held: bytes, mine: pathlib.Path) -> str | None:
-    """Who holds a claim of this content, or None if it is void.
+def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> str | None:
+    """Name the process that holds a claim, for an error; None if the claim is stale.
 
-    It is void if it was not renewed for long, or its process is gone from this machine.
+    Args:
+        path: run.claim.
+        content: what was read from it.
+        own_claim: the claim of this process, whose time is set to now.
     """
     try:
         # Both times are the file system's, whatever this machine's clock says.
-        os.utime(mine)
-        idle = mine.stat().st_mtime - path.stat().st_mtime
+        os.utime(own_claim)
+        age = own_claim.stat().st_mtime - path.stat().st_mtime
     except FileNotFoundError:
         return None
     try:
-        claimed = json.loads(held)
-        holder = f"process {claimed['process']} on {claimed['host']}"
-        is_gone = _is_gone(claimed)
-    # A damaged claim is not renewed, and so void before long.
+        holder = json.loads(content)
+        description = f"process {holder['process']} on {holder['host']}"
+        has_ended = _has_ended(holder)
+    # A damaged claim is not renewed, and so it is stale before long.
     except (ValueError, KeyError, TypeError):
-        holder = "process unknown on a machine"
-        is_gone = False
-    return None if is_gone or idle > _EXPIRES else holder
+        description = "process unknown on a machine"
+        has_ended = False
+    return None if has_ended or age > _STALE_SECONDS else description
 
 
-def _name(mine: pathlib.Path, path: pathlib.Path) -> None:
-    """Give a claim its name. Raises `FileExistsError` if there is a claim of this name."""
+def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
+    """Give a claim the name `path`. Raises `FileExistsError` if there is such a file."""
     try:
-        # A file with two names, of which only one process can make the second.
-        os.link(mine, path)
+        # Of several processes, only one can create the link.
+        os.link(own_claim, path)
     except OSError as error:
-        # File systems such as exFAT have one name for each file.
+        # File systems such as exFAT have no hard links; there the claim is copied.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         with path.open("xb") as file:
-            file.write(mine.read_bytes())
+            file.write(own_claim.read_bytes())
 
 
-def _remove_void(path: pathlib.Path, held: bytes, mine: pathlib.Path) -> None:
-    """Remove a void claim, unless another process has put its own there since it was read."""
-    void = mine.with_suffix(".void")
-    # Only one process can rename it.
+def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> None:
+    """Remove a stale claim, unless another process has replaced it since it was read."""
+    removed = own_claim.with_suffix(".void")
+    # Of several processes, only one can rename it.
     with contextlib.suppress(FileNotFoundError):
-        path.rename(void)
-        if void.read_bytes() != held:
+        path.rename(removed)
+        if removed.read_bytes() != content:
+            # It is another's valid claim, which is put back.
             with contextlib.suppress(FileExistsError):
-                _name(void, path)
-        void.unlink()
+                _link(removed, path)
+        removed.unlink()
 
 
-def _take(path: pathlib.Path, mine: pathlib.Path) -> None:
-    """Give the claim `mine` the name `path`. Raises `Claimed` if another process holds it."""
-    met_void = False
+def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
+    """Claim the directory. Raises `Claimed` if another process holds it."""
+    has_met_stale = False
     while True:
         try:
-            _name(mine, path)
-            # A process that found the same claim void may be removing ours in its place.
-            if met_void:
-                time.sleep(_SETTLES)
-            if _is_same(path, mine):
+            _link(own_claim, path)
+            # A process that met the same stale claim may be removing ours in its place.
+            if has_met_stale:
+                time.sleep(_SETTLING_SECONDS)
+            if _is_own(path, own_claim):
                 return
         except FileExistsError:
             try:
-                held = path.read_bytes()
+                content = path.read_bytes()
             except FileNotFoundError:
                 continue
-            if holder := _holder(path, held, mine):
+            if holder := _describe_holder(path, content, own_claim):
                 raise Claimed(
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
                     "another --workdir"
                 ) from None
-            met_void = True
-            _remove_void(path, held, mine)
+            has_met_stale = True
+            _remove_stale(path, content, own_claim)
 
 
-def _is_same(path: pathlib.Path, mine: pathlib.Path) -> bool:
-    """Whether a claim is `mine`, which has an id of its own."""
+def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:
+    """Tell whether run.claim is the claim of this process, which has an id of its own."""
     try:
-        return path.read_bytes() == mine.read_bytes()
+        return path.read_bytes() == own_claim.read_bytes()
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
+    """Renew a claim now and then, from a thread, while the context lasts."""
+    done = threading.Event()
+
+    def renew():
+        while not done.wait(_RENEWAL_SECONDS):
+            with contextlib.suppress(OSError):
+                if _is_own(path, own_claim):
+                    os.utime(path)
+
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
     """Keep other processes out of a work directory, which is created, while the context lasts.
 
-    A claim whose process is gone from this machine, or that was not renewed for two minutes, is
-    void. Raises `Claimed` if another process is in the directory, and `ValueError` if it cannot be
-    written to.
+    Raises:
+        Claimed: if another process is using the directory.
+        ValueError: if the directory cannot be written to.
     """
     if not backend.writes():
         yield
         return
     path = folder / "run.claim"
-    mine = folder / f".{uuid.uuid4().hex}.claim"
+    own_claim = folder / f".{uuid.uuid4().hex}.claim"
     holder = {
         "host": platform.node(),
         "process": os.getpid(),
-        "namespace": _namespace(),
+        "namespace": _pid_namespace(),
         # Tells this claim from an earlier one of the same process.
-        "id": mine.stem,
+        "id": own_claim.stem,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(mine, json.dumps(holder))
+        write(own_claim, json.dumps(holder))
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
-    done = threading.Event()
-
-    def renew():
-        while not done.wait(_RENEWED):
-            with contextlib.suppress(OSError):
-                if _is_same(path, mine):
-                    os.utime(path)
-
     try:
-        _take(path, mine)
-        threading.Thread(target=renew, daemon=True).start()
+        _acquire(path, own_claim)
         try:
-            yield
+            with _renewed(path, own_claim):
+                yield
         finally:
-            done.set()
             # On a disk that can no longer be written to, the failure itself is reported.
             with contextlib.suppress(OSError):
-                if _is_same(path, mine):
+                if _is_own(path, own_claim):
                     path.unlink()
     finally:
         with contextlib.suppress(OSError):
-            mine.unlink()
+            own_claim.unlink()

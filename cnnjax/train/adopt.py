@@ -1,4 +1,4 @@
-"""Going on in a work directory of an earlier version, or of a slightly different configuration."""
+"""Continue a run of an earlier version, or of a slightly different configuration."""
 
 import json
 import logging
@@ -16,10 +16,11 @@ EXTENDED = "extended.json"
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Let keys that were introduced since a run keep what was in force before.
+    """Add keys introduced after a run to its record, with the values in effect then.
 
     Args:
-      config: what is to be run; it is changed where it has the keys' defaults.
+      config: the configuration to run; where it has the default of such a key, it gets that value,
+        too.
       folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, "train")
@@ -33,21 +34,23 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     recorded |= missing
-    # The record of a run that will be refused stays as it is.
+    # If the configurations differ otherwise, the run will be refused and keeps its record.
     if _differences(recorded, config) <= {"epochs", "model"}:
         _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         workdir.write_json(folder / "config.json", recorded)
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Make a run go on under a configuration that would have led to the same state.
+    """Adopt a configuration under which a run would have reached the same state.
 
-    A finished run goes on to more epochs if its learning rates so far are those of the longer run;
-    extended.json then records the earlier results. A run that a damaged image ended goes on with
-    `skip_damaged`. All other differences stay, and are refused later.
+    - A finished run continues for more epochs if its learning rates so far are those of the longer
+      run; extended.json then records the earlier results.
+    - A run that a damaged image ended continues with `skip_damaged`.
+
+    All other differences stay in the record, and are refused later.
 
     Args:
-      config: what is to be run.
+      config: the configuration to run.
       folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, "train")
@@ -55,7 +58,7 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
-    # So far no image was damaged: the run would have ended there.
+    # No image was damaged so far, or the run would have ended: the setting changes nothing.
     is_finished = (folder / "results.json").exists()
     if _only_skips(recorded, config) and not is_finished:
         workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
@@ -63,39 +66,43 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
-    """The keys in which a recorded configuration differs from the one to be run."""
-    # As it will be recorded: tuples are lists.
-    now = json.loads(json.dumps(config.to_dict()))
-    return {key for key in recorded.keys() | now.keys() if recorded.get(key) != now.get(key)}
+    """Find the keys in which a recorded configuration differs from the one to run."""
+    # As JSON holds it: tuples become lists.
+    new = json.loads(json.dumps(config.to_dict()))
+    return {key for key in recorded.keys() | new.keys() if recorded.get(key) != new.get(key)}
 
 
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Whether only epochs differ, and the rates of the shorter run begin those of the longer."""
+    """Tell whether a run only has more epochs, at the same learning rates so far."""
     if _differences(recorded, config) != {"epochs"} or recorded["epochs"] >= config.epochs:
         return False
-    # That does not depend on how many steps an epoch has.
+    # The comparison does not depend on the number of steps in an epoch, here 10.
     shorter = learning_rates(config.schedule, 10, recorded["epochs"])
     longer = learning_rates(config.schedule, 10, config.epochs)
     return np.array_equal(shorter, longer[: len(shorter)])
 
 
 def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Whether the only difference is that damaged images are passed over from now on."""
+    """Tell whether the only difference is that damaged images are passed over now."""
     return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
 def _was_finished(folder: pathlib.Path) -> bool:
-    # The second is left where an extension was interrupted.
+    # An interrupted extension has left the second file.
     return (folder / "results.json").exists() or (folder / EXTENDED).exists()
 
 
 def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
+    """Turn a finished run into an unfinished one of more epochs.
+
+    If this is interrupted between two files, the next call completes it.
+    """
     path = folder / "results.json"
     if path.exists():
         workdir.check_seal(folder)
         results = workdir.read_json(path)
         earlier = [*results.get("extended_from", []), results["final"]]
-        # First of all: the seal of earlier extensions names the next file, which changes.
+        # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
         workdir.write_json(folder / EXTENDED, earlier)
         path.unlink()

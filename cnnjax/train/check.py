@@ -41,10 +41,10 @@ _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Check what can be seen to be wrong before computing.
+    """Check a configuration before anything is computed.
 
     Raises:
-      ValueError: naming the key, its value and what is accepted.
+      ValueError: with the key, its value and what is accepted.
     """
     configuration.check_keys(config, defaults.get_config(), "cnnjax.train.defaults")
     configuration.check_seed(config)
@@ -60,7 +60,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
-    """Check keys that stand for themselves."""
+    """Check keys whose values do not depend on other keys."""
     for key, least in _LEAST.items():
         configuration.check_least(key, config[key], least)
     for key in _SHARES:
@@ -69,7 +69,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     for key, accepted in _CHOICES.items():
         if config[key] not in accepted:
             raise ValueError(f"{key}={config[key]!r} is not one of {', '.join(map(str, accepted))}")
-    # A section of the configuration's own may lack keys; `augment` has their defaults.
+    # A configuration file may set a section with fewer keys; `augment` has their defaults.
     for key in ("crop", "cutout", "colour"):
         configuration.check_least(f"augment.{key}", config.augment.get(key, 0), 0)
     fill = config.augment.get("fill", "zeros")
@@ -78,10 +78,10 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
-    """Check that there are validation images where something watches them."""
-    is_watched = config.schedule.name == "plateau" or config.early_stopping
-    # Asked last, since of a streamed data set the folder is read.
-    if not is_watched or has_validation(config):
+    """Check that there are validation images if anything needs them."""
+    are_needed = config.schedule.name == "plateau" or config.early_stopping
+    # `has_validation` comes last: it reads the folder of a streamed data set.
+    if not are_needed or has_validation(config):
         return
     if config.schedule.name == "plateau":
         raise ValueError(
@@ -96,7 +96,7 @@ def _check_validation(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Check the model, its fields and the parts of it that are named."""
+    """Check the model, its fields and the parts that the configuration names."""
     for field in _DECIDED_FIELDS:
         if field in config.model_fields:
             raise ValueError(
@@ -107,7 +107,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check what is transferred, what is frozen, and what has a learning rate of its own."""
+    """Check the parts with initial weights, with rates of their own, and frozen."""
     configuration.check_names(config, ("initial_parts", "freeze"))
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)
@@ -135,7 +135,7 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
 
 
 def _is_rate(pair) -> bool:
-    """Whether a pair is the name of a part and a positive number."""
+    """Tell whether a pair is the name of a part and a positive number."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
     part, rate = pair
@@ -156,7 +156,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_views(config: ml_collections.ConfigDict) -> None:
-    """Check that the test images have the views that are averaged."""
+    """Check that the test images have the views to average."""
     if config.test_views > 1 and config.loss != "cross_entropy":
         raise ValueError(
             f"test_views={config.test_views} averages the probabilities of classes, for "

@@ -1,6 +1,6 @@
-"""Checkpoints, written by orbax while training goes on.
+"""Checkpoints, written by orbax while training continues.
 
-Each has a manifest of its files' hashes. Only a checkpoint whose every file has its hash is used.
+Each has a manifest of its files' hashes, and is used only if every file has its hash.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _MANIFEST = "manifest.json"
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
-    """The SHA-256 of every file under a folder but the manifest, by relative path."""
+    """Compute the SHA-256, by path, of every file in a folder except the manifest."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path == folder / _MANIFEST:
@@ -54,27 +54,30 @@ def _damage(folder: pathlib.Path) -> str | None:
 
 
 def _leaves(state) -> dict:
-    """A state's arrays by path, as they are."""
+    """List a state's arrays by path."""
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths_and_leaves}
 
 
-def _described(state) -> dict[str, list]:
-    """The shape and, last, the dtype of a state's arrays, by path."""
+def _shapes_and_dtypes(state) -> dict[str, list]:
+    """List the shape and, last, the dtype of a state's arrays, by path."""
     return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
 
 
 class Checkpoints:
-    """The checkpoints of a folder.
+    """The checkpoints of a folder; leaving their context waits for unfinished ones.
 
-    It keeps the last `keep`, and the one of the smallest metric. Leaving its context waits for the
-    checkpoint that is being written. A state is any tree of arrays, a record is any JSON.
+    A checkpoint holds a state, any tree of arrays, and a record, anything that JSON holds.
+
+    Args:
+      folder: where the checkpoints are.
+      keep: the number of last checkpoints to keep, besides the one of the smallest metric.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         # orbax refuses relative paths.
         self.folder = pathlib.Path(folder).absolute()
-        # orbax logs every step through absl; what fails is raised here.
+        # orbax logs every step through absl; failures are raised here instead.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         tensorstore_noise.quieten()
         best = BestN(
@@ -132,7 +135,13 @@ class Checkpoints:
     def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
         """Begin to write a checkpoint, unless there is one of this step.
 
-        The state's memory and the record may be changed at once.
+        The caller may change the state's memory and the record at once.
+
+        Args:
+          step: the number of the step.
+          state: the state, host arrays.
+          record: what else to save, as JSON.
+          metric: the checkpoint of the smallest metric is kept; None for no metric.
 
         Raises:
           RuntimeError: if this checkpoint or the one before could not be written.
@@ -145,7 +154,7 @@ class Checkpoints:
         header = {
             "record": copy.deepcopy(record),
             "metric": metric,
-            "leaves": _described(state),
+            "leaves": _shapes_and_dtypes(state),
         }
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
@@ -160,14 +169,14 @@ class Checkpoints:
         self._writing.start()
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are whole, in order."""
+        """List the steps of the checkpoints that are not damaged, in order."""
         self._finish()
         steps = sorted(self._manager.all_steps())
         return [step for step in steps if _damage(self._path(step)) is None]
 
     def _header(self, step: int) -> dict:
-        wanted = ocp.args.Composite(header=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=wanted)["header"]
+        contents = ocp.args.Composite(header=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=contents)["header"]
 
     def restore_step(self, step: int, like):
         """Read one checkpoint.
@@ -180,11 +189,11 @@ class Checkpoints:
           The step, the state (host arrays) and the record.
 
         Raises:
-          ValueError: if the checkpoint is of another state than `like`.
+          ValueError: if the checkpoint's state is not like `like`.
         """
         header = self._header(step)
         saved = header["leaves"]
-        expected = _described(like)
+        expected = _shapes_and_dtypes(like)
         for name in sorted(saved.keys() | expected.keys()):
             if saved.get(name) != expected.get(name):
                 raise ValueError(
@@ -193,16 +202,16 @@ class Checkpoints:
                     "number of classes"
                 )
         targets = {name: np.zeros(shape, dtype) for name, (*shape, dtype) in expected.items()}
-        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
-        leaves = self._manager.restore(step, args=wanted)["state"]
+        contents = ocp.args.Composite(state=ocp.args.StandardRestore(targets))
+        leaves = self._manager.restore(step, args=contents)["state"]
         structure = jax.tree.structure(like)
         state = jax.tree.unflatten(structure, [leaves[name] for name in expected])
         return step, state, header["record"]
 
     def restore(self, like):
-        """Read the newest whole checkpoint.
+        """Read the newest checkpoint that is not damaged.
 
-        A damaged checkpoint is put aside with a warning.
+        A damaged checkpoint is renamed, with a warning, and the one before is read.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.
@@ -236,7 +245,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, like):
-        """Read the checkpoint of the smallest metric among those that are whole.
+        """Read the checkpoint of the smallest metric among those that are not damaged.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.
@@ -245,7 +254,7 @@ class Checkpoints:
           The step, the state (host arrays) and the record.
 
         Raises:
-          ValueError: if no whole checkpoint has a metric.
+          ValueError: if no such checkpoint has a metric.
         """
         metrics = {step: self._header(step)["metric"] for step in self.steps()}
         measured = {step: metric for step, metric in metrics.items() if metric is not None}

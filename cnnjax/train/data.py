@@ -35,7 +35,8 @@ class TrainingData(Protocol):
       n_train: the number of training images.
       n_validation: the number of validation images.
       moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
-      damaged: images that this process passed over in this epoch; None where they are not.
+      damaged: the number of damaged images that this process passed over in this epoch; None if
+        they end the run instead.
     """
 
     classes: tuple[str, ...]
@@ -54,30 +55,30 @@ class TrainingData(Protocol):
         state: step.State,
         steps: range,
     ) -> tuple[step.State, int]:
-        """Take some of the given steps, which are of one epoch.
+        """Take one or more of the given steps.
 
         Args:
           recipe: what a step is.
           numbers: its numbers.
           rates: the learning rates of all steps of the run.
           state: the replicated state before the first of the steps; its memory is reused.
-          steps: the steps to take.
+          steps: the steps to take, all of one epoch.
 
         Returns:
-          The state, and the number of the step that comes next.
+          The state, and the number of the next step.
         """
         ...
 
     def evaluation(self, split: str, views: int = 1) -> Batches | None:
-        """Give a split's images and labels in order, batch by batch.
+        """Iterate over a split's images and labels in order, batch by batch.
 
         Args:
           split: "train", "validation" or "test".
-          views: how many views of an image are evaluated. With ten, images keep the margin that
+          views: the number of views of an image to evaluate. With ten, images keep the margin that
             corner crops need.
 
         Returns:
-          None if there is no such split, or if it is too large to go through again.
+          The batches; None if there is no such split, or if it is too large to go through again.
         """
         ...
 
@@ -111,8 +112,8 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
 
     Args:
       config: a training configuration.
-      mean: the data's own, of each channel.
-      std: the data's own, of each channel.
+      mean: the mean of each channel of the data.
+      std: the standard deviation of each channel of the data.
 
     Returns:
       The mean and the standard deviation, float32 [channels].
@@ -133,7 +134,7 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
 
 
 def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
-    """Raise `ValueError` if colors are to be shifted in images that do not have three channels."""
+    """Raise `ValueError` for a color shift of images that do not have three channels."""
     colour = config.augment.get("colour", 0.0)
     if colour and channels != 3:
         raise ValueError(
@@ -163,8 +164,8 @@ class Resident:
         self._placed = parallel.replicate(tuple(train))
         self._epoch: int | None = None
         self._order = None
-        # Of one step, in the last calls.
-        self._seconds: list[float] = []
+        # The seconds that a step took in the last calls.
+        self._step_seconds: list[float] = []
 
     def advance(self, *, recipe, numbers, rates, state, steps):
         batch_size = self._config.batch_size
@@ -176,7 +177,7 @@ class Resident:
         images, labels = self._placed
         take_steps = step.resident_steps(self._parallel, recipe, batch_size)
         stop = min(steps.stop, steps.start + self._steps_a_call())
-        began = time.monotonic()
+        call_began = time.monotonic()
         state = take_steps(
             state,
             step.Constants(moments=self._placed_moments, rates=rates),
@@ -185,16 +186,16 @@ class Resident:
             np.int32(stop),
         )
         jax.block_until_ready(state)
-        seconds = (time.monotonic() - began) / (stop - steps.start)
-        self._seconds = [*self._seconds, seconds][-3:]
+        seconds = (time.monotonic() - call_began) / (stop - steps.start)
+        self._step_seconds = [*self._step_seconds, seconds][-3:]
         return state, stop
 
     def _steps_a_call(self) -> int:
-        """Choose how many steps fill a call; all processes choose the same."""
-        # The first call compiles and the second times one step.
+        """Choose how many steps fill a call; all processes choose the same number."""
+        # The first call compiles, and the second one times a single step.
         count = 1
-        if len(self._seconds) > 1:
-            count = max(1, int(SECONDS_A_CALL / min(self._seconds)))
+        if len(self._step_seconds) > 1:
+            count = max(1, int(SECONDS_A_CALL / min(self._step_seconds)))
         return min(self._parallel.gather(count))
 
     def evaluation(self, split, views=1):
@@ -224,7 +225,7 @@ class Streamed:
         self._placed_moments = parallel.replicate(self.moments)
         self._batches: Iterator | None = None
         self.damaged = 0 if config.skip_damaged else None
-        self._named: set[int] = set()
+        self._reported: set[int] = set()
 
     def _read(
         self, split: str, image_size: int, resize: int, *, train: bool, **options
@@ -246,7 +247,7 @@ class Streamed:
         )
 
     def _training_batches(self, first: int) -> Iterator:
-        """Read the batches of all steps from the first one to the end of the run."""
+        """Read the batches of all steps from `first` to the end of the run."""
         total = self._config.epochs * (self.n_train // self._config.batch_size)
         return self._read(
             "train",
@@ -264,7 +265,7 @@ class Streamed:
             self._batches = self._training_batches(steps.start)
         images, labels, *damaged = next(self._batches)
         if damaged:
-            self._count(damaged[0][damaged[0] >= 0].tolist())
+            self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
         source = f"the training set of dataset={self._config.dataset!r}"
         evaluate.check_labels(recipe.loss, labels, len(self.classes), source)
         state = step.streamed_step(self._parallel, recipe)(
@@ -276,11 +277,12 @@ class Streamed:
         )
         return state, steps.start + 1
 
-    def _count(self, damaged: list[int]) -> None:
-        """Count images that were passed over, and name each once."""
+    def _count_damaged(self, damaged: list[int]) -> None:
+        """Count images that were passed over, and log the name of each once."""
         self.damaged = (self.damaged or 0) + len(damaged)
-        for number in sorted(set(damaged) - self._named):
-            self._named.add(number)
+        for number in sorted(set(damaged) - self._reported):
+            self._reported.add(number)
+            # Decoded once more, for the error that has its name.
             try:
                 self._sources["train"][number]
             except stream.Damaged as error:

@@ -24,9 +24,9 @@ _MASKS = 32
 
 
 def _rngs() -> dict:
-    """Return what padding='random' draws from.
+    """Return the random key of padding='random'.
 
-    The noise is the same for every batch, and another for each image in it.
+    The noise is the same for every batch, and different for the images in it.
     """
     return {"padding": jax.random.key(0)}
 
@@ -52,7 +52,7 @@ def features(stage: str) -> Callable:
 
 @functools.cache
 def pooled(stage: str) -> Callable:
-    """Like `features`, averaged over the map, as linear probes read it."""
+    """Like `features`, averaged over the positions of the map, for linear probes."""
     return lambda model, variables, images: features(stage)(model, variables, images).mean((1, 2))
 
 
@@ -108,19 +108,19 @@ def predict_batches(
     """Run a frozen network over images, batch by batch.
 
     Args:
-      parallel: how it is run; each process sees all batches.
+      parallel: how to run it on the devices; each process gets all batches.
       model: the network.
       variables: its variables, replicated by `Parallel.replicate`.
       moments: the mean and standard deviation that images are normalized by, replicated.
       batches: uint8 images, at most `batch_size` in a batch.
       batch_size: a multiple of the devices of this process.
-      output: what is computed, such as `logits`, `features(stage)` or `averaged(views)`.
+      output: what to compute, such as `logits`, `features(stage)` or `averaged(views)`.
 
     Yields:
       The output of every batch, in order.
 
     Raises:
-      ValueError: what `batches` raises, after the output of the batches before.
+      ValueError: if `batches` raises it, after the output of the batches before.
     """
     compute = compiled(parallel, model, output)
     pending: tuple | None = None
@@ -131,15 +131,16 @@ def predict_batches(
     failure: ValueError | None = None
     try:
         for images in batches:
+            # Batches of one size share one compilation: a shorter one is filled up with zeros.
             filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
             filled[: len(images)] = images
-            computing = (compute(variables, moments, parallel.share(filled)), len(images))
+            dispatched = (compute(variables, moments, parallel.share(filled)), len(images))
             # One batch is computed while the one before is fetched.
             if pending is not None:
                 yield fetch(*pending)
-            pending = computing
+            pending = dispatched
     except ValueError as error:
-        # A file cannot be decoded: the batch before it is not lost.
+        # A file cannot be decoded. The batch before it is still to be yielded.
         failure = error
     if pending is not None:
         yield fetch(*pending)
@@ -171,7 +172,9 @@ def predict(
 def check_labels(
     kind: str, labels: Integer[np.ndarray, "n ..."], n_classes: int, source: str
 ) -> None:
-    """Check that labels are classes, before anything is learned or scored from them.
+    """Check that labels are classes, before training on them or scoring them.
+
+    Masks may have the label 255, and for "sigmoid" labels are 0 or 1.
 
     Args:
       kind: the loss, one of `cnnjax.train.step.LOSSES`.
@@ -180,8 +183,7 @@ def check_labels(
       source: what the labels belong to, for the error.
 
     Raises:
-      ValueError: for labels outside 0 to `n_classes` - 1, such as the -1 of splits without labels;
-        masks may have 255, and for "sigmoid" labels are 0 or 1.
+      ValueError: for labels outside 0 to `n_classes` - 1, such as the -1 of splits without labels.
     """
     flat = labels.ravel()
     if kind == "pixelwise":
@@ -194,7 +196,7 @@ def check_labels(
 def confusion(
     predicted: Integer[np.ndarray, "*pixels"], labels: Integer[np.ndarray, "*pixels"], classes: int
 ) -> Int[np.ndarray, "{classes} {classes}"]:
-    """Count the pixels of each class (row) that were taken for each class (column).
+    """Count the pixels of each class (row) that are predicted as each class (column).
 
     Pixels whose label is 255 are left out.
     """
@@ -206,19 +208,19 @@ def confusion(
 def intersection_over_union(counts: Int[np.ndarray, "classes classes"]) -> list[float | None]:
     """Compute each class's intersection over union from a confusion matrix.
 
-    It is None for a class that no pixel has or was taken for.
+    It is None for a class that no pixel has or is predicted as.
     """
-    right = np.diag(counts)
-    union = counts.sum(0) + counts.sum(1) - right
-    return [float(r / u) if u else None for r, u in zip(right, union)]
+    intersections = np.diag(counts)
+    unions = counts.sum(0) + counts.sum(1) - intersections
+    return [float(i / u) if u else None for i, u in zip(intersections, unions)]
 
 
 def average_precision(
     outputs: Float[np.ndarray, "n classes"], labels: Integer[np.ndarray, "n classes"]
 ) -> list[float | None]:
-    """Compute each class's average precision: images ranked by `outputs`.
+    """Compute each class's average precision, with images ranked by `outputs`.
 
-    It is None for a class that all images have, or none.
+    It is None for a class that all images have, or no image.
     """
     from sklearn.metrics import average_precision_score
 
@@ -239,7 +241,7 @@ def by_class(
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """Average the values that are not None; None if there is none."""
+    """Average the values that are not None; return None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -259,7 +261,7 @@ def score(
       for masks `mean_iou` and for several classes an image `mean_ap`, where they are defined.
 
     Raises:
-      ValueError: for labels that are no class's.
+      ValueError: for labels that belong to no class.
     """
     check_labels(kind, labels, outputs.shape[-1], "the split to score")
     size = _MASKS if kind == "pixelwise" else len(labels)
@@ -272,8 +274,8 @@ def score(
     scores = {"loss": float(losses.mean()), "error": float(errors.mean())}
     if kind == "cross_entropy":
         if outputs.shape[-1] > 10:
-            best = np.argpartition(outputs, -5, axis=-1)[:, -5:]
-            scores["top5_error"] = float(np.mean((best != labels[:, None]).all(1)))
+            top5 = np.argpartition(outputs, -5, axis=-1)[:, -5:]
+            scores["top5_error"] = float(np.mean((top5 != labels[:, None]).all(1)))
         return scores
     mean = mean_of_known(by_class(kind, outputs, labels))
     if mean is not None:

@@ -1,6 +1,6 @@
-"""Training from a configuration, read downwards.
+"""Training from a configuration, to be read downwards.
 
-Data, state, steps, evaluation, checkpoint, report. A run goes on where an earlier one in its work
+Data, state, steps, evaluation, checkpoint, report. A run continues where an earlier one in its work
 directory stopped, bit for bit.
 """
 
@@ -24,7 +24,7 @@ from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import Run, build_run
 from cnnjax.train.schedules import Plateau
 
-# A job, for `cnnjax.main`, is a module with these.
+# `cnnjax.main` calls these: they make this module a job.
 __all__ = ["check", "complete_record", "extend", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       MemoryError: if a batch does not fit.
       RuntimeError: if another process is gone.
     """
-    with _explained(config):
+    with _explain_failures(config):
         train(config, folder)
         if backend.writes():
             report.write(folder)
@@ -59,24 +59,24 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
 
     with (
-        _heard_signals() as received,
-        _explained_peers(),
+        _collect_signals() as received,
+        _explain_lost_peers(),
         Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints,
     ):
         # ---------------------------------------------------------- state: new, or the last saved
         state = current.initial_state()
         epoch_seconds = 0.0
-        at = 0
+        steps_done = 0
         if restored := checkpoints.restore(state):
-            at, state, record = restored
+            steps_done, state, record = restored
             # Checkpoints of earlier versions do not describe the data.
             _check_data(config, record.get("data", {}), current.data_record())
-            _LOG.info("going on from step %d of %d", at, total)
+            _LOG.info("going on from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
                 plateau.restore(record["plateau"])
+            # The count is that of all processes; None if `skip_damaged` was not set then.
             if current.data.damaged is not None and jax.process_index() == 0:
-                # The count of all processes; None if `skip_damaged` was not set then.
                 current.data.damaged = record["damaged"] or 0
             epoch_seconds = record.get("epoch_seconds", 0.0)
         like = jax.eval_shape(lambda: state)
@@ -84,43 +84,47 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         scale = 1.0
         rates = parallel.replicate(current.rates)
         epoch_began = time.monotonic() - epoch_seconds
-        stop = 0
-        if at < total:
+        stop_signal = 0
+        if steps_done < total:
             _LOG.info("compiling the training step")
 
-        while at < total and not _stops_early(config, history):
+        while steps_done < total and not _stops_early(config, history):
             # ------------------------------------------------------ steps
             if plateau and plateau.scale != scale:
                 scale = plateau.scale
                 rates = parallel.replicate(current.rates * np.float32(scale))
-            last = min(at - at % per_epoch + per_epoch, at - at % every + every)
-            state, at = current.data.advance(
+            # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
+            epoch_end = steps_done - steps_done % per_epoch + per_epoch
+            next_checkpoint = steps_done - steps_done % every + every
+            state, steps_done = current.data.advance(
                 recipe=current.recipe,
                 numbers=current.numbers,
                 rates=rates,
                 state=state,
-                steps=range(at, last),
+                steps=range(steps_done, min(epoch_end, next_checkpoint)),
             )
-            _check_finite(current, state, at, scale, checkpoints)
+            _check_finite(current, state, steps_done, scale, checkpoints)
 
             # ------------------------------------------------------ evaluation
-            improved = None
-            if at % per_epoch == 0:
+            smallest_error = None
+            if steps_done % per_epoch == 0:
                 seconds = time.monotonic() - epoch_began
-                entry = _evaluate_epoch(current, state, at, scale)
+                entry = _evaluate_epoch(current, state, steps_done, scale)
                 history.append(entry, seconds)
                 _log_epoch(current, history, seconds)
                 if plateau:
-                    watched = entry | {"validation_accuracy": 1 - entry["validation_error"]}
-                    plateau.update(watched[f"validation_{config.schedule.metric}"])
+                    metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
+                    plateau.update(metrics[f"validation_{config.schedule.metric}"])
                 if history.best() is entry:
-                    improved = entry["validation_error"]
+                    smallest_error = entry["validation_error"]
                 epoch_began = time.monotonic()
 
             # ------------------------------------------------------ checkpoint
-            stop = max(parallel.gather(received[0] if received else 0))
-            is_last = at == total or _stops_early(config, history)
-            if at % every == 0 or is_last or improved is not None or stop:
+            # A signal may reach one process only: all must stop after the same step.
+            stop_signal = max(parallel.gather(received[0] if received else 0))
+            is_last = steps_done == total or _stops_early(config, history)
+            is_due = steps_done % every == 0 or smallest_error is not None
+            if is_due or is_last or stop_signal:
                 record = {
                     "history": history.entries,
                     "plateau": plateau and plateau.state(),
@@ -129,19 +133,22 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "data": current.data_record(),
                     "damaged": _sum_damaged(current),
                 }
-                checkpoints.save(at, parallel.fetch(state), record, improved)
-            if stop:
+                checkpoints.save(steps_done, parallel.fetch(state), record, smallest_error)
+            if stop_signal:
                 break
 
-        # ---------------------------------------------------------- the weights that are kept
-        chosen = {"step": at} if stop else choose_weights(config, history, checkpoints)
-        if chosen["step"] != at:
+        # ---------------------------------------------------------- the weights to keep
+        if stop_signal:
+            chosen = {"step": steps_done}
+        else:
+            chosen = choose_weights(config, history, checkpoints)
+        if chosen["step"] != steps_done:
             state = parallel.replicate(checkpoints.restore_best(like)[1])
     # A signal may have come while the last checkpoint was written.
-    if number := stop or (received[0] if received else 0):
+    if number := stop_signal or (received[0] if received else 0):
         raise workdir.Interrupted(
-            f"stopped by {signal.Signals(number).name} after step {at} of {total}, which is saved; "
-            "the same command goes on from there"
+            f"stopped by {signal.Signals(number).name} after step {steps_done} of {total}, which "
+            "is saved; the same command goes on from there"
         )
 
     # -------------------------------------------------------------- final evaluation
@@ -174,13 +181,13 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 # ------------------------------------------------------------------ parts of an epoch
 
 
-def _evaluate_epoch(current: Run, state: step.State, at: int, scale: float) -> dict:
-    """Collect what an epoch that has just ended is recorded with."""
+def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: float) -> dict:
+    """Build the record of an epoch: sums while training and validation scores."""
     sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
     entry = {
-        "epoch": at // current.steps_per_epoch,
-        "step": at,
-        "learning_rate": float(current.rates[at - 1] * scale),
+        "epoch": steps_done // current.steps_per_epoch,
+        "step": steps_done,
+        "learning_rate": float(current.rates[steps_done - 1] * scale),
         "train_loss": sums["loss"] / sums["count"],
         "train_error": sums["errors"] / sums["count"],
     }
@@ -188,14 +195,14 @@ def _evaluate_epoch(current: Run, state: step.State, at: int, scale: float) -> d
     if damaged is not None:
         entry["damaged"] = damaged
         current.data.damaged = 0
-    scored = current.score(state, "validation")
-    if scored:
-        entry |= {f"validation_{name}": value for name, value in scored.scores.items()}
+    validated = current.score(state, "validation")
+    if validated:
+        entry |= {f"validation_{name}": value for name, value in validated.scores.items()}
     return entry
 
 
 def _sum_damaged(current: Run) -> int | None:
-    """The images that all processes passed over in this epoch; None where they are not."""
+    """Count the damaged images of all processes; None if they end the run instead."""
     if current.data.damaged is None:
         return None
     return sum(current.parallel.gather(current.data.damaged))
@@ -203,7 +210,8 @@ def _sum_damaged(current: Run) -> int | None:
 
 def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
     entry = history.entries[-1]
-    left = history.seconds / entry["epoch"] * (current.config.epochs - entry["epoch"])
+    remaining_epochs = current.config.epochs - entry["epoch"]
+    remaining_seconds = history.seconds / entry["epoch"] * remaining_epochs
     errors = [
         f"{name.replace('_', ' ')} {100 * value:.2f} %"
         for name, value in entry.items()
@@ -220,19 +228,19 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
         ", ".join(errors),
         entry["learning_rate"],
         f"{images / seconds:,.0f}",
-        datetime.timedelta(seconds=round(left)),
+        datetime.timedelta(seconds=round(remaining_seconds)),
     )
 
 
-def _check_data(config: ml_collections.ConfigDict, then: dict, now: dict) -> None:
+def _check_data(config: ml_collections.ConfigDict, saved: dict, current: dict) -> None:
     """Raise `ValueError` if the images of a run are not those of its checkpoint."""
-    for name, value in then.items():
-        if value == now[name]:
+    for name, value in saved.items():
+        if value == current[name]:
             continue
-        change = f"{name}={value} then, {now[name]} now"
+        change = f"{name}={value} then, {current[name]} now"
         if name == "classes":
-            gone = sorted(set(value) - set(now[name]))
-            new = sorted(set(now[name]) - set(value))
+            gone = sorted(set(value) - set(current[name]))
+            new = sorted(set(current[name]) - set(value))
             change = f"classes {', '.join(gone) or 'none'} are gone, {', '.join(new) or 'none'} new"
             if not gone and not new:
                 change = "the classes are in another order"
@@ -249,7 +257,7 @@ def _stops_early(config: ml_collections.ConfigDict, history: results.History) ->
 def choose_weights(
     config: ml_collections.ConfigDict, history: results.History, checkpoints: Checkpoints
 ) -> dict:
-    """Say which epoch's weights are kept: the best on the validation set, or the last."""
+    """Choose the epoch whose weights are kept: the best on validation, or the last."""
     last = history.entries[-1]
     best = history.best()
     chosen = last
@@ -259,49 +267,51 @@ def choose_weights(
             _LOG.warning("the checkpoint of the best epoch is damaged: the last weights are kept")
             chosen = last
     _LOG.info("weights of epoch %d of %d are kept", chosen["epoch"], last["epoch"])
-    by = "the smallest validation error"
+    reason = "the smallest validation error"
     if config.final_weights == "last" or chosen is not best:
-        by = "the end of training"
-    return {"epoch": chosen["epoch"], "step": chosen["step"], "chosen_by": by}
+        reason = "the end of training"
+    return {"epoch": chosen["epoch"], "step": chosen["step"], "chosen_by": reason}
 
 
 def _check_finite(
-    current: Run, state: step.State, at: int, scale: float, checkpoints: Checkpoints
+    current: Run, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
 ) -> None:
     """Raise `FloatingPointError` for a loss or a parameter that is not finite."""
-    bad = int(current.parallel.fetch(state.bad_step))
-    where = f"the loss is not finite at step {bad}"
-    if bad < 0:
+    bad_step = int(current.parallel.fetch(state.bad_step))
+    where = f"the loss is not finite at step {bad_step}"
+    if bad_step < 0:
         if current.parallel.fetch(step.finiteness(current.parallel)(state)):
             return
-        bad = at - 1
-        where = f"a parameter is not finite after step {at}"
+        bad_step = steps_done - 1
+        where = f"a parameter is not finite after step {steps_done}"
     advice = "there is no checkpoint yet"
     if saved := checkpoints.steps():
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
-    raise FloatingPointError(f"{where} (learning rate {current.rates[bad] * scale:g}); {advice}")
+    rate = current.rates[bad_step] * scale
+    raise FloatingPointError(f"{where} (learning rate {rate:g}); {advice}")
 
 
 # ------------------------------------------------------------------ signals and failures
 
 
 @contextlib.contextmanager
-def _heard_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask a run to stop; the first one counts."""
+def _collect_signals() -> Iterator[list[int]]:
+    """Yield a list to which the first signal to stop appends its number."""
     received: list[int] = []
 
-    def hear(number: int) -> None:
+    def on_first(number: int) -> None:
         received.append(number)
         name = signal.Signals(number).name
         _LOG.info("%s: saving after this step; Ctrl-C to stop at once", name)
 
-    with signals.heeded(lambda number, frame: None, hear):
+    # Nothing is raised in the middle of a step: the loop looks at the list between calls.
+    with signals.catch_stop_signals(lambda number, frame: None, on_first):
         yield received
 
 
 @contextlib.contextmanager
-def _explained_peers() -> Iterator[None]:
-    """Say what a failure during training means where several processes train."""
+def _explain_lost_peers() -> Iterator[None]:
+    """Turn a failure in one of several processes into one that says how to continue."""
     try:
         yield
     except RuntimeError as error:
@@ -315,12 +325,12 @@ def _explained_peers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Say what an interruption or a failure of the machine means, and what helps."""
+def _explain_failures(config: ml_collections.ConfigDict) -> Iterator[None]:
+    """Turn an interruption or a failure of the machine into one that says what helps."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        # Outside of the steps.
+        # It came before or after the steps, where `_collect_signals` is not active.
         raise workdir.Interrupted(
             "stopped; the same command goes on from the last checkpoint"
         ) from stop

@@ -1,13 +1,13 @@
-"""Runs a per-device function: by `jit` on one device, by `pmap` or `shard_map` on many.
+"""Run a per-device function: by `jit` on one device, else `pmap` or `shard_map`.
 
-No other module knows which of them is used. A per-device function takes the axis name (None on one
-device) and then arguments of three kinds:
+No other module depends on which of them is used. A per-device function takes the axis name (None
+on one device) and then arguments of three kinds:
 
 - replicated: the same on every device (the state, the data set); `replicate` places them.
 - shared: divided over the devices along their first axis (batches); `share` places them.
 - plain: host values.
 
-In all three ways, gradients are the device's own until the function averages them.
+In all three, each device has its own gradients until the function averages them.
 """
 
 import functools
@@ -32,7 +32,7 @@ def _automatic_way() -> str:
 class Parallel:
     """Places values on the devices and compiles functions of them, in one of `WAYS`.
 
-    "auto" is `jit` on one device and `pmap` on many, or `shard_map` where jax has no `pmap`.
+    "auto" is `jit` on one device and `pmap` on several, or `shard_map` where jax has no `pmap`.
 
     Attributes:
       way: "jit", "pmap" or "shard_map".
@@ -70,9 +70,10 @@ class Parallel:
 
     @staticmethod
     def gather(number: int) -> list[int]:
-        """Collect a number of each process, on every process.
+        """Collect one number from each process, on every process.
 
-        Processes must decide alike what they decide by a clock or a signal.
+        What depends on a clock or a signal must be decided from these, so that all processes decide
+        the same.
 
         Raises:
           RuntimeError: if another process is gone.
@@ -151,8 +152,8 @@ class Parallel:
           replicated: the number of replicated arguments.
           shared: the number of shared arguments.
           plain: the number of plain arguments.
-          shares_output: whether the output is divided over the devices; else it is replicated.
-          donate: whether the first argument's memory is given to the output.
+          shares_output: whether the output is divided over the devices; otherwise it is replicated.
+          donate: whether the output may reuse the first argument's memory.
         """
         function = functools.partial(function, self.axis_name)
         donated = (0,) if donate else ()
@@ -165,15 +166,15 @@ class Parallel:
                 in_axes=(0,) * (replicated + shared) + (None,) * plain,
                 donate_argnums=donated,
             )
-        whole = PartitionSpec()
-        part = PartitionSpec(AXIS)
-        # Unchecked, collectives differentiate as under pmap; checked, JAX would sum the gradients
-        # of replicated values on its own.
+        on_all = PartitionSpec()
+        divided = PartitionSpec(AXIS)
+        # With check_vma, JAX would sum the gradients of replicated values itself. Without it,
+        # collectives differentiate as under pmap.
         mapped = jax.shard_map(
             function,
             mesh=self._everywhere.mesh,
-            in_specs=(whole,) * replicated + (part,) * shared + (whole,) * plain,
-            out_specs=part if shares_output else whole,
+            in_specs=(on_all,) * replicated + (divided,) * shared + (on_all,) * plain,
+            out_specs=divided if shares_output else on_all,
             check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=donated)

@@ -12,8 +12,8 @@ from matplotlib.ticker import LogFormatter
 from cnnjax.data.augment import IGNORED
 from cnnjax.runtime import report, tables, workdir
 
-# Of SegNet's tutorial (Badrinarayanan et al. 2015), for the classes of CamVid; more classes begin
-# again, no class is black.
+# The colors of CamVid's classes in SegNet's tutorial (Badrinarayanan et al. 2015). Further classes
+# begin with the first color again; pixels of no class are black.
 _COLORS = np.array(
     [
         [128, 128, 128],
@@ -35,7 +35,8 @@ _COLORS = np.array(
 def paint(masks: np.ndarray) -> np.ndarray:
     """Color masks uint8 [..., height, width]; pixels of no class (255) are black.
 
-    Returns uint8 [..., height, width, 3].
+    Returns:
+      uint8 [..., height, width, 3].
     """
     return np.where(masks[..., None] == IGNORED, 0, _COLORS[masks % len(_COLORS)]).astype(np.uint8)
 
@@ -51,7 +52,7 @@ class _PlainLogFormatter(LogFormatter):
 
 
 def _curves_figure(history: list[dict]):
-    """Loss, error and learning rate by epoch."""
+    """Draw loss, error and learning rate by epoch."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3), gridspec_kw={"wspace": 0.45})
     epochs = [entry["epoch"] for entry in history]
     for axis, kind in zip(axes, ("loss", "error")):
@@ -74,21 +75,21 @@ def _curves_figure(history: list[dict]):
 
 
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
-    """Draw the curves of a run that goes on or has ended, as curves.png."""
+    """Draw the curves of a run, finished or not, as curves.png."""
     figure = _curves_figure(history)
     workdir.write_figure(folder / "curves.png", figure)
     plt.close(figure)
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
-    """How many test images of each class (row) were taken for each class (column)."""
-    if labels.ndim > 1:  # masks
-        labels, predicted = (
-            part[labels != IGNORED].astype(np.int64) for part in (labels, predicted)
-        )
-    counts = np.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2).reshape(
-        len(classes), -1
-    )
+    """Draw the confusion matrix of the test set: rows are labels, columns predictions."""
+    is_mask = labels.ndim > 1
+    if is_mask:
+        counted = labels != IGNORED
+        labels = labels[counted].astype(np.int64)
+        predicted = predicted[counted].astype(np.int64)
+    pairs = labels * len(classes) + predicted
+    counts = np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), -1)
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -97,27 +98,27 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
     if len(classes) <= 20:
         axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
         axis.set_yticks(range(len(classes)), classes, fontsize=8)
+        # Counts of pixels are too long for the cells, which then hold the row's shares.
+        are_short = counts.max() < 100_000
         for row, column in np.ndindex(counts.shape):
-            shown = (
-                f"{counts[row, column]}" if counts.max() < 100_000 else f"{shares[row, column]:.2f}"
-            )  # of pixels there are too many
+            share = shares[row, column]
             axis.text(
                 column,
                 row,
-                shown,
+                f"{counts[row, column]}" if are_short else f"{share:.2f}",
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if shares[row, column] > 0.5 else "black",
+                color="white" if share > 0.5 else "black",
             )
     return figure
 
 
 def _mistakes_figure(test: dict, classes: list[str]):
-    """The test images that were taken, with the most confidence, for something else."""
+    """Draw the wrongly classified test images with the highest confidence."""
     columns = 9
     rows = max(1, -(-len(test["shown"]) // columns))
-    # One plot holds all images, at places in inches: a plot for each takes longer.
+    # One plot holds all images, at positions in inches: drawing one plot for each takes longer.
     cell_width = 1.3
     cell_height = 1.6
     image_size = 1.1
@@ -133,26 +134,23 @@ def _mistakes_figure(test: dict, classes: list[str]):
         top = bottom - height
         edges = (center - width / 2, center + width / 2, bottom, top)
         axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=edges)
-        names = [classes[test[kind][index]] for kind in ("labels", "predicted")]
-        title = f"{names[0]}\nas {names[1]}\n{test['confidence'][index]:.3f}"
+        label = classes[test["labels"][index]]
+        predicted = classes[test["predicted"][index]]
+        title = f"{label}\nas {predicted}\n{test['confidence'][index]:.3f}"
         axis.text(center, top - 0.03, title, ha="center", va="bottom", fontsize=7)
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
     return figure
 
 
 def _scenes_figure(test: dict):
-    """Draw the test images with most pixels wrong.
-
-    The image, its mask, and the prediction stand one above the other.
-    """
+    """Draw the test images with most wrong pixels: image, mask, prediction."""
     shown = test["shown"]
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
     )
-    for column, pictures in zip(
-        axes.T, zip(test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))
-    ):
-        for axis, picture in zip(column, pictures):
+    rows = (test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))
+    for row_axes, pictures in zip(axes, rows):
+        for axis, picture in zip(row_axes, pictures):
             axis.imshow(picture)
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
@@ -161,8 +159,8 @@ def _scenes_figure(test: dict):
     return figure
 
 
-def _chosen(results: dict) -> str:
-    """Say which epoch's weights were scored; older runs, which did not choose, do not say."""
+def _describe_weights(results: dict) -> str:
+    """Say which epoch's weights were scored; empty for older runs without the choice."""
     if "weights" not in results:
         return ""
     chosen = results["weights"]
@@ -175,74 +173,97 @@ def _chosen(results: dict) -> str:
     return text
 
 
-def _train(folder: pathlib.Path, config: dict, results: dict) -> str:
-    final, history = results["final"], results["history"]
+def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[str]:
+    """Draw the figures of a report and return the names of their files."""
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
-    write_curves(folder, history)
+    write_curves(folder, results["history"])
     figures = {}
-    names = ["curves.png"]
     if config["loss"] != "sigmoid":
         figures["confusion.png"] = _confusion_figure(
             test["labels"], test["predicted"], results["classes"]
         )
-        figures["mistakes.png"] = (
-            _scenes_figure(test)
-            if config["loss"] == "pixelwise"
-            else _mistakes_figure(test, results["classes"])
-        )
-    names += figures
+    if config["loss"] == "pixelwise":
+        figures["mistakes.png"] = _scenes_figure(test)
+    elif config["loss"] == "cross_entropy":
+        figures["mistakes.png"] = _mistakes_figure(test, results["classes"])
     for name, figure in figures.items():
         workdir.write_figure(folder / name, figure)
         plt.close(figure)
+    return ["curves.png", *figures]
 
-    known = {"pixelwise": ("mean_iou", "mean IoU"), "sigmoid": ("mean_ap", "mean AP")}
-    key, metric = known.get(config["loss"], ("top5_error", "top-5 error"))
 
-    def line(part, count):
-        error = f"{100 * final[f'{part}_error']:.2f} %"
-        more = f"{100 * final[f'{part}_{key}']:.2f} %" if f"{part}_{key}" in final else ""
-        return [part, count, f"{final[f'{part}_loss']:.4f}", error, more]
+# The metric beside loss and error, by loss: its key in results.json, and its name.
+_METRICS = {
+    "cross_entropy": ("top5_error", "top-5 error"),
+    "pixelwise": ("mean_iou", "mean IoU"),
+    "sigmoid": ("mean_ap", "mean AP"),
+}
 
-    lines = [line("train", f"{results['n_train']:,}")]
+
+def _scores_table(config: dict, results: dict) -> str:
+    """Format the scores on the training, validation and test images as Markdown."""
+    final = results["final"]
+    key, metric = _METRICS[config["loss"]]
+    counts = {"train": results["n_train"]}
     if "validation_error" in final:
-        # Runs of before recorded only how many were to be held out.
-        count = results.get("n_validation", config["n_validation"])
-        lines.append(line("validation", f"{count:,}"))
-    lines.append(line("test", f"{results['n_test']:,}"))
-    streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
-    scores = [
-        "" if score is None else f"{100 * score:.2f}" for score in results.get("by_class", [])
-    ]
-    by_class = (
-        f"\n{metric} of each class of the test set, "
-        f"%:\n\n{tables.table(results['classes'], [scores])}"
-        if scores
-        else ""
-    )
-    measured = "measured after training, without augmentation"
-    if streamed:
-        # Results of earlier versions are those of the last epoch.
-        epoch = results.get("weights", {}).get("epoch", final["epoch"])
-        measured = f"the mean over the steps of epoch {epoch}"
+        # Earlier versions recorded only how many images to hold out.
+        counts["validation"] = results.get("n_validation", config["n_validation"])
+    counts["test"] = results["n_test"]
+    lines = []
+    for part, count in counts.items():
+        loss = f"{final[f'{part}_loss']:.4f}"
+        error = f"{100 * final[f'{part}_error']:.2f} %"
+        value = ""
+        if f"{part}_{key}" in final:
+            value = f"{100 * final[f'{part}_{key}']:.2f} %"
+        lines.append([part, f"{count:,}", loss, error, value])
+    return tables.table(["part", "images", "loss", "error", metric], lines)
+
+
+def _class_table(config: dict, results: dict) -> str:
+    """Format the metric of each class as Markdown; empty if there is none."""
+    if not results.get("by_class"):
+        return ""
+    _, metric = _METRICS[config["loss"]]
+    scores = ["" if score is None else f"{100 * score:.2f}" for score in results["by_class"]]
+    table = tables.table(results["classes"], [scores])
+    return f"\n{metric} of each class of the test set, %:\n\n{table}"
+
+
+def _describe_training_error(config: dict, results: dict) -> str:
+    """Say how the training error in the table was measured."""
+    is_streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
+    if not is_streamed:
+        return "measured after training, without augmentation"
+    # Results of earlier versions are those of the last epoch.
+    epoch = results.get("weights", {}).get("epoch", results["final"]["epoch"])
+    return f"the mean over the steps of epoch {epoch}"
+
+
+def _body(config: dict, results: dict, figures: list[str]) -> str:
+    final = results["final"]
     return (
         f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, "
         f"{final['epoch']} epochs, "
         f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-        + tables.table(["part", "images", "loss", "error", metric], lines)
-        + by_class
-        + f"\nThe training error is {measured}; the curve's is the mean over each epoch while "
-        f"training. The test set was used once, at the end.{_chosen(results)}\n\n"
-        + "\n\n".join(f"![{name}]({name})" for name in names)
+        + _scores_table(config, results)
+        + _class_table(config, results)
+        + f"\nThe training error is {_describe_training_error(config, results)}; the curve's is "
+        "the mean over each epoch while training. The test set was used once, at the end."
+        f"{_describe_weights(results)}\n\n"
+        + "\n\n".join(f"![{name}]({name})" for name in figures)
         + "\n"
     )
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes report.md and its figures to a finished training run's work directory.
+    """Write report.md and its figures to a finished training run's work directory.
 
-    Raises `ValueError` if it holds no results, or those of another kind of job.
+    Raises:
+      ValueError: if it holds no results, or those of another kind of job.
     """
     run = report.read(folder, kind="train")
-    body = _train(folder, run.config, run.results)
+    figures = _write_figures(folder, run.config, run.results)
+    body = _body(run.config, run.results, figures)
     workdir.write(folder / "report.md", body + report.footer(run))

@@ -1,4 +1,4 @@
-"""What a training run leaves in its work directory, while it goes on and at its end."""
+"""The files that a training run writes, while it trains and at its end."""
 
 import contextlib
 import json
@@ -24,42 +24,42 @@ from cnnjax.train.adopt import EXTENDED
 from cnnjax.train.run import Run, Scored
 
 _LOG = logging.getLogger("cnnjax")
-# Images, and images with masks, that the report shows.
+# The number of images, and of images with masks, that the report shows.
 _MISTAKES = 36
 _SCENES = 6
-# The curves are drawn again after so many seconds, since drawing takes half of one.
+# Drawing the curves takes half a second, so they are drawn again after some time only.
 _SECONDS_BETWEEN_CURVES = 30.0
 # TensorBoard looks for names with "tfevents".
 _EVENTS = "events.out.tfevents.0"
 
 
-# ------------------------------------------------------------------ while training goes on
+# ------------------------------------------------------------------ while the run trains
 
 
 class History:
-    """One entry an epoch, in metrics.jsonl, as TensorBoard events and as curves.
+    """One entry per epoch, in metrics.jsonl, as TensorBoard events and as curves.
 
     Attributes:
-      entries: what was measured, epoch by epoch.
+      entries: the measurements of each epoch.
       seconds: of training.
     """
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
         self._events = folder / "tensorboard"
-        self._drawn = time.monotonic()
+        self._last_drawing = time.monotonic()
         self.entries: list[dict] = []
         self.seconds = 0.0
 
     def restore(self, entries: list[dict], seconds: float) -> None:
-        """Go on from a checkpoint; the files may be ahead of it, or damaged."""
+        """Continue from a checkpoint; the files may be ahead of it, so they are rewritten."""
         self.entries = entries
         self.seconds = seconds
         self._write_metrics()
         write_events(self._events, entries)
 
     def append(self, entry: dict, seconds: float) -> None:
-        """Add an epoch that took some seconds, and write it at once."""
+        """Add an epoch and the seconds that it took, and write it at once."""
         self.entries.append(entry)
         self.seconds += seconds
         self._write_metrics()
@@ -67,16 +67,17 @@ class History:
             write_events(self._events, self.entries)
         else:
             append_events(self._events, [entry])
-        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES and backend.writes():
+        seconds_since_drawing = time.monotonic() - self._last_drawing
+        if seconds_since_drawing > _SECONDS_BETWEEN_CURVES and backend.writes():
             report.write_curves(self._folder, self.entries)
-            self._drawn = time.monotonic()
+            self._last_drawing = time.monotonic()
 
     def _write_metrics(self) -> None:
         lines = [json.dumps(entry) + "\n" for entry in self.entries]
         workdir.write(self._folder / "metrics.jsonl", "".join(lines))
 
     def best(self) -> dict | None:
-        """The first epoch of the smallest validation error; None without validation."""
+        """Find the first epoch of the smallest validation error; None without validation."""
         measured = [entry for entry in self.entries if "validation_error" in entry]
         return min(measured, key=lambda entry: entry["validation_error"], default=None)
 
@@ -86,23 +87,22 @@ class History:
 
 
 def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
-    """Write what was measured so far as TensorBoard events; older files of events are removed."""
+    """Write all epochs so far as TensorBoard events, and remove older files of events."""
     if not backend.writes():
         return
-    with _named(folder):
+    with _name_in_errors(folder):
         folder.mkdir(exist_ok=True)
-        for old in folder.glob("events.*"):
-            old.unlink()
+        for old_file in folder.glob("events.*"):
+            old_file.unlink()
         version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
         (folder / _EVENTS).write_bytes(_record(version))
     append_events(folder, entries)
 
 
 def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
-    """Append epochs to the file of events.
+    """Append epochs to the file of events, which TensorBoard reads while it grows.
 
-    TensorBoard reads it while it grows. tensorboardX's own writer does so in a thread, where a full
-    disk would go unnoticed.
+    tensorboardX's own writer writes in a thread, where a full disk would go unnoticed.
     """
     if not backend.writes():
         return
@@ -113,7 +113,7 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
                 scalar = summary.scalar(name, value)
                 event = event_pb2.Event(wall_time=time.time(), step=entry["step"], summary=scalar)
                 records.append(_record(event))
-    with _named(folder), (folder / _EVENTS).open("ab") as file:
+    with _name_in_errors(folder), (folder / _EVENTS).open("ab") as file:
         file.write(b"".join(records))
 
 
@@ -126,8 +126,8 @@ def _record(event: event_pb2.Event) -> bytes:
 
 
 @contextlib.contextmanager
-def _named(folder: pathlib.Path) -> Iterator[None]:
-    """Name the folder in errors, since that of a full disk names no file."""
+def _name_in_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Add the folder to errors of the system; that of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -139,13 +139,13 @@ def _named(folder: pathlib.Path) -> Iterator[None]:
 
 
 def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored) -> dict:
-    """Put together the scores that the final weights have.
+    """Collect the scores of the final weights.
 
     Args:
-      entry: the epoch that the weights are of.
-      last: the last epoch.
-      trained: scores on the training set, in evaluation mode and without augmentation; for streamed
-        data the mean over that epoch's steps stays.
+      entry: the history's entry of the epoch whose weights were kept.
+      last: the entry of the last epoch.
+      trained: scores on the training set, in evaluation mode and without augmentation; None for
+        streamed data, where the mean over the epoch's steps is used instead.
       tested: scores on the test set.
     """
     final = {name: last[name] for name in ("epoch", "step")}
@@ -157,20 +157,20 @@ def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored
 
 
 def write_weights(folder: pathlib.Path, state: step.State) -> None:
-    """Write the weights that were scored, a state of host arrays, as weights.safetensors."""
+    """Write the weights that were scored, of host arrays, as weights.safetensors."""
     path = folder / transfer.WEIGHTS
     try:
         weights.save_torchvision(state.evaluated(), path)
     except safetensors.SafetensorError as error:
-        # Its name for an OSError.
+        # safetensors raises this in place of an `OSError`.
         raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
-    """Write every prediction on the test set, and the images of the worst mistakes, as test.npz.
+    """Write the predictions on the test set, and the worst mistakes, as test.npz.
 
-    The worst are the most confident ones, and for masks those with most pixels wrong. For several
-    classes an image the outputs are kept.
+    The worst mistakes are the most confident ones; for masks, those with most wrong pixels. For
+    several classes per image, the outputs are written instead.
     """
     outputs = tested.outputs
     labels = tested.labels
@@ -206,7 +206,7 @@ def write_results(
     tested: Scored,
     seconds: float,
 ) -> None:
-    """Write results.json, which makes a run a finished one."""
+    """Write results.json, the last of the results: with it, the run is finished."""
     results = {
         "kind": "train",
         "final": final,

@@ -1,7 +1,6 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
+from cnnjax.runtime.paths import expand_user
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
@@ -48,7 +48,7 @@ def build_model(
 
 
 def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:
-    """Build what a training step of a configuration is, apart from its numbers."""
+    """Build the recipe of a configuration's training step: all but its numbers."""
     return step.Recipe(
         model=model,
         optimizer=config.optimizer,
@@ -100,7 +100,7 @@ class Run:
 
     Attributes:
       config: the configuration.
-      parallel: how steps are run on the devices.
+      parallel: how to run steps on the devices.
       data: the data set.
       model: the network.
       recipe: what a training step is.
@@ -119,7 +119,7 @@ class Run:
     steps_per_epoch: int
 
     def data_record(self) -> dict[str, Any]:
-        """Describe the data that a run's steps and labels depend on, as JSON holds it."""
+        """Describe what a run's steps and labels depend on in the data, as JSON."""
         return {
             "classes": [str(name) for name in self.data.classes],
             "n_train": self.data.n_train,
@@ -127,12 +127,13 @@ class Run:
         }
 
     def initial_state(self) -> step.State:
-        """Build the state before the first step, with the weights that it starts from."""
-        taken = None
+        """Build the state before the first step, with `initial_weights` if there are any."""
+        pretrained = None
         if self.config.initial_weights:
-            parts = self.config.initial_parts
-            taken = transfer.take(self.config.initial_weights, self.model, parts)
-        return step.init(self.recipe, self.data.image_shape, self.numbers, taken)
+            pretrained = transfer.load_initial_weights(
+                self.config.initial_weights, self.model, self.config.initial_parts
+            )
+        return step.init(self.recipe, self.data.image_shape, self.numbers, pretrained)
 
     def score(self, state: step.State, split: str, views: int = 1) -> Scored | None:
         """Score a replicated state on a split, in evaluation mode.
@@ -140,10 +141,10 @@ class Run:
         Args:
           state: the state.
           split: "train", "validation" or "test".
-          views: how many views of each image are averaged.
+          views: the number of views of each image to average.
 
         Returns:
-          None if `TrainingData.evaluation` has no such split.
+          The scores; None if `TrainingData.evaluation` has no such split.
 
         Raises:
           FloatingPointError: for scores that are not finite.
@@ -151,14 +152,15 @@ class Run:
         pairs = self.data.evaluation(split, views)
         if pairs is None:
             return None
-        seen = []
+        # The labels are collected while the images stream through the network.
+        label_batches = []
 
-        def images_only():
+        def image_batches():
             for images, labels in pairs:
                 evaluate.check_labels(
                     self.config.loss, labels, len(self.data.classes), f"the {split} set"
                 )
-                seen.append(labels)
+                label_batches.append(labels)
                 yield images
 
         outputs = evaluate.predict(
@@ -166,16 +168,18 @@ class Run:
             model=self.model,
             variables=state.evaluated(),
             moments=self.parallel.replicate(self.data.moments),
-            batches=images_only(),
+            batches=image_batches(),
             batch_size=self.config.batch_size,
             output=evaluate.averaged(views),
         )
-        labels = np.concatenate(seen)
+        labels = np.concatenate(label_batches)
         scores = evaluate.score(self.config.loss, outputs, labels)
         for name, value in scores.items():
             if not np.isfinite(value):
-                at = int(self.parallel.fetch(state.step))
-                raise FloatingPointError(f"{split}_{name}={value} is not finite after step {at}")
+                steps_done = int(self.parallel.fetch(state.step))
+                raise FloatingPointError(
+                    f"{split}_{name}={value} is not finite after step {steps_done}"
+                )
         return Scored(scores=scores, outputs=outputs, labels=labels)
 
 
@@ -214,10 +218,10 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
 
 
 def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check the output, which the loss must fit, and that a file can hold the weights."""
+    """Check that the output fits the loss, and that a file can hold the weights."""
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    trace = model.clone(padding="zeros").init_with_output
-    output, variables = jax.eval_shape(trace, jax.random.key(0), image)
+    init = model.clone(padding="zeros").init_with_output
+    output, variables = jax.eval_shape(init, jax.random.key(0), image)
     try:
         weights.torchvision_keys(variables)
     except ValueError as error:
@@ -244,8 +248,8 @@ class TrainedRun:
       model: its network.
       variables: the trained variables, host arrays.
       classes: the classes' names.
-      mean: what pixels of 0 to 1 are normalized by, float32 [channels].
-      std: likewise.
+      mean: the mean that pixels of 0 to 1 are normalized by, float32 [channels].
+      std: the standard deviation that they are normalized by, likewise.
       image_shape: height, width and channels of the network's input.
       resize: the shorter side, in pixels, to which an image is resized before its center is
         cropped to `image_shape`.
@@ -268,7 +272,8 @@ class TrainedRun:
 def open_run(folder: str | pathlib.Path) -> TrainedRun:
     """Reopen the work directory of a finished training run.
 
-    Directories whose results.json does not record the normalization take it from the data set.
+    If its results.json is of a version that did not record the normalization of images, it is
+    computed from the data set.
 
     Args:
       folder: the work directory; `~` is expanded.
@@ -277,37 +282,38 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
       ValueError: if it is not a finished training run, if its files have changed since, or if the
         data set is needed and cannot be read.
     """
-    folder = pathlib.Path(os.path.expanduser(folder))
+    folder = expand_user(folder)
     missing = [
         name
         for name in ("config.json", "results.json", transfer.WEIGHTS)
         if not (folder / name).is_file()
     ]
     if missing:
-        begun = "results.json" in missing and read_recorded(folder) is not None
-        hint = "; the command that began it finishes it" if begun else ""
+        is_unfinished = "results.json" in missing and read_recorded(folder) is not None
+        hint = "; the command that began it finishes it" if is_unfinished else ""
         raise ValueError(
             f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
         )
     config = read_config(folder)
     results = workdir.read_json(folder / "results.json")
     workdir.check_seal(folder)
-    facts = _input_facts(folder, config, results)
-    model = build_model(config, len(results["classes"]), facts["image_shape"])
+    image_settings = _image_settings(folder, config, results)
+    image_shape = image_settings["image_shape"]
+    model = build_model(config, len(results["classes"]), image_shape)
     return TrainedRun(
         config=config,
         model=model,
         variables=weights.load_torchvision(folder / transfer.WEIGHTS, model),
         classes=tuple(results["classes"]),
-        resize=_resize(config, facts["image_shape"]),
-        **facts,
+        resize=_resize(config, image_shape),
+        **image_settings,
     )
 
 
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """Read the configuration of a training run, finished or not.
 
-    Keys that were introduced after the run have the value that was in force before.
+    Keys that were introduced after the run have the value that was in effect before.
 
     Raises:
       ValueError: if the folder is not the work directory of a training run.
@@ -328,27 +334,27 @@ def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Add the keys that were introduced after a run, with the values in force before."""
+    """Add the keys that were introduced after a run, with the values in effect before."""
     return ml_collections.ConfigDict(defaults.get_config().to_dict() | defaults.BEFORE | recorded)
 
 
-def _with_tuples(found: dict[str, Any]) -> dict[str, Any]:
-    """Turn lists into tuples, as they were before they were written as JSON."""
-    return {key: to_tuples(value) for key, value in found.items()}
+def _with_tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """Turn lists into tuples, which they were before they were written as JSON."""
+    return {key: to_tuples(value) for key, value in record.items()}
 
 
 def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]) -> int:
-    """The shorter side before the center crop; images of small data sets are not cropped."""
+    """Return the shorter side before the center crop; small data sets are not cropped."""
     shorter = min(image_shape[:2])
     if not is_streamed(config):
         return shorter
     return config.resize or round(shorter * 256 / 224)
 
 
-def _input_facts(
+def _image_settings(
     folder: pathlib.Path, config: ml_collections.ConfigDict, results: dict
 ) -> dict[str, Any]:
-    """The shape and the normalization of a run's images, recorded or from the data set."""
+    """Return the shape and the normalization of a run's images."""
     if "image_shape" in results:
         return {
             "image_shape": tuple(results["image_shape"]),

@@ -1,6 +1,6 @@
 """Learning-rate schedules.
 
-All but one are a table of every step's rate, made beforehand. "plateau" watches a metric.
+All but "plateau" are tables of every step's rate, made beforehand. "plateau" follows a metric.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from cnnjax.runtime import configuration
 from cnnjax.train.defaults import SCHEDULE
 
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
-# The metrics of the validation images that "plateau" may watch, and where each is better.
+# The metrics of the validation images that "plateau" may follow, and where each is better.
 _MODES = {"error": "min", "loss": "min", "accuracy": "max"}
 
 
@@ -51,11 +51,13 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
 
 def _check_plateau(complete: dict) -> None:
     _build_plateau(complete)
-    metric, mode = complete["metric"], complete["mode"]
+    metric = complete["metric"]
+    mode = complete["mode"]
     if _MODES.get(metric) != mode:
-        accepted = ", ".join(f"{name!r} with {where!r}" for name, where in _MODES.items())
+        pairs = [f"{name!r} with {required!r}" for name, required in _MODES.items()]
         raise ValueError(
-            f"schedule.metric={metric!r} with schedule.mode={mode!r} is not one of {accepted}"
+            f"schedule.metric={metric!r} with schedule.mode={mode!r} is not one of "
+            f"{', '.join(pairs)}"
         )
 
 
@@ -124,8 +126,8 @@ def learning_rates(
     else:
         after = optax.constant_schedule(rate)
     rise = optax.linear_schedule(0.0, rate, max(1, warmup))
-    whole = optax.join_schedules([rise, after], [warmup])
-    rates = whole(np.arange(total, dtype=np.float32))
+    joined = optax.join_schedules([rise, after], [warmup])
+    rates = joined(np.arange(total, dtype=np.float32))
     # A constant schedule gives one number for all steps.
     return np.broadcast_to(np.asarray(rates, np.float32), total)
 
@@ -176,7 +178,7 @@ class Plateau:
 
     @classmethod
     def of(cls, schedule: Mapping | ml_collections.ConfigDict) -> "Plateau":
-        """Build the rule of a schedule's settings; raise `ValueError` where they are wrong."""
+        """Build the rule from a schedule's settings; raise `ValueError` if they are wrong."""
         return _build_plateau(settings(schedule))
 
     @property
@@ -209,9 +211,9 @@ class Plateau:
             self.bad = 0
 
     def state(self) -> dict:
-        """Return what the rule remembers, as JSON for a checkpoint.
+        """Return the rule's state for a checkpoint, as JSON.
 
-        JSON has no infinity: a best that is not yet known is None.
+        JSON has no infinity: without a metric so far, the best is None.
         """
         return {
             "rate": self.rate,
@@ -221,7 +223,7 @@ class Plateau:
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self.rate = state["rate"]
         self.bad = state["bad"]
         self.cooling = state["cooling"]

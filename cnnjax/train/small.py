@@ -26,13 +26,15 @@ def train_epochs(
 ) -> Iterator[dict]:
     """Trains with Adam, at a rate that falls linearly to 0.
 
-    Yields the variables before the first and after every epoch. The next epoch takes over their
-    memory, so they must be used before it is asked for.
+    The next epoch reuses the memory of the variables, so use them before asking for it.
+
+    Yields:
+      The variables before the first and after every epoch.
     """
     recipe = step.Recipe(model, "adam")
     numbers = step.Numbers(seed=seed, momentum=momentum)
     steps = len(data.labels) // batch_size
-    run = step.resident_steps(Parallel("jit"), recipe, batch_size)
+    take_steps = step.resident_steps(Parallel("jit"), recipe, batch_size)
     rates = np.linspace(learning_rate, 0, epochs * steps, dtype=np.float32)
     constants = step.Constants(moments=augment.IMAGENET, rates=rates)
     state = step.init(recipe, data.images.shape[1:], numbers)
@@ -43,7 +45,7 @@ def train_epochs(
             order = step.epoch_order(len(data.labels), epoch, seed)
             last = (epoch + 1) * steps
             images = step.Images(images=resident[0], labels=resident[1], order=order)
-            state = run(state, constants, images, numbers, last)
+            state = take_steps(state, constants, images, numbers, last)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -53,9 +55,9 @@ def _classes(model, variables, images, key):
 
 
 def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
-    """Returns the class of each uint8 image.
+    """Returns the predicted class of each uint8 image.
 
-    Every batch has its own random numbers, for networks that draw some.
+    A network that draws random numbers gets new ones for every batch.
     """
     parts = []
     for start in range(0, len(images), _TEST_BATCH):

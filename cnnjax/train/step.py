@@ -1,8 +1,8 @@
 """One training step on one device: a pure function of the state, a batch and the step's number.
 
-Everything random derives from (seed, step, place in the batch). Everything that is a number
-(learning rate, momentum, weight decay, ...) is an argument. So seeds and scalar settings share one
-compilation, and a run resumes from its state alone.
+Everything random derives from (seed, step, place in the batch), so a run resumes from its state
+alone. Numbers (learning rate, momentum, weight decay, ...) are arguments, so all seeds and scalar
+settings share one compilation.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
 # The weight of the auxiliary heads' losses: Szegedy et al. 2014, section 5.
 _AUXILIARY = 0.3
 
-# What a random number is for.
+# The purposes of random numbers, each with a key of its own.
 _SHUFFLE = 0
 _AUGMENT = 1
 _DROPOUT = 2
@@ -129,7 +129,7 @@ class Batch:
       labels: as in `loss_and_errors`.
       moments: mean and standard deviation, [channels], that images are normalized by.
       learning_rate: of this step.
-      steps_per_epoch: after so many steps `State.totals` start from zero.
+      steps_per_epoch: the number of steps after which `State.totals` restart from zero.
     """
 
     images: Leaf
@@ -171,7 +171,10 @@ def _optimizer(recipe: Recipe, numbers: Numbers, learning_rate) -> optax.Gradien
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init(
-    recipe: Recipe, input_shape: tuple[int, int, int], numbers: Numbers, taken: dict | None = None
+    recipe: Recipe,
+    input_shape: tuple[int, int, int],
+    numbers: Numbers,
+    pretrained: dict | None = None,
 ) -> State:
     """Build the state before the first step.
 
@@ -181,11 +184,11 @@ def init(
       recipe: the step.
       input_shape: height, width and channels.
       numbers: its numbers, among them the seed of the initial variables.
-      taken: variables that replace initial ones.
+      pretrained: variables that replace initial ones.
     """
     image = jnp.zeros((1, *input_shape), jnp.float32)
     initial = recipe.model.init(jax.random.key(numbers.seed), image)
-    variables = transfer.merge(initial, taken or {})
+    variables = transfer.merge(initial, pretrained or {})
     params = variables["params"]
     trained, _ = transfer.split(params, transfer.select(recipe.model, recipe.freeze))
     return State(
@@ -256,27 +259,27 @@ def batch_step(
     """
     rank = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     images, labels = _prepare(recipe, batch, _key(state, numbers, _AUGMENT), rank)
-    found = _accumulate(
+    gradients = _accumulate(
         recipe=recipe, state=state, numbers=numbers, images=images, labels=labels, rank=rank
     )
     count = jnp.float32(len(batch.images))
     if axis_name is not None:
-        found, count = _reduce(recipe, state, found, count, axis_name)
+        gradients, count = _reduce(recipe, state, gradients, count, axis_name)
     return _update(
-        recipe=recipe, state=state, batch=batch, numbers=numbers, found=found, count=count
+        recipe=recipe, state=state, batch=batch, numbers=numbers, gradients=gradients, count=count
     )
 
 
 def _key(state: State, numbers: Numbers, purpose: int) -> jax.Array:
     """Derive this step's random key for a purpose."""
-    of_step = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
-    return jax.random.fold_in(of_step, purpose)
+    step_key = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
+    return jax.random.fold_in(step_key, purpose)
 
 
 def _prepare(recipe: Recipe, batch: Batch, key: jax.Array, rank) -> tuple[AnyArray, AnyArray]:
-    """Augment and normalize a device's images; masks are augmented alike."""
+    """Augment and normalize a device's images; masks are augmented in the same way."""
     size = len(batch.images)
-    # The key of an image follows its place in the whole batch, however many devices there are.
+    # The key of an image depends on its place in the whole batch, not on the number of devices.
     places = rank * size + jnp.arange(size)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(places)
     settings = dict(recipe.augment)
@@ -291,8 +294,9 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
     """Compute the gradients of a device's images, in `recipe.accumulate` parts one by one."""
 
     def keys(purpose):
-        of_device = jax.random.fold_in(_key(state, numbers, purpose), rank)
-        return jax.random.split(of_device, recipe.accumulate)
+        """A key for each part."""
+        device_key = jax.random.fold_in(_key(state, numbers, purpose), rank)
+        return jax.random.split(device_key, recipe.accumulate)
 
     dropout_keys = keys(_DROPOUT)
     mixup_keys = keys(_MIXUP)
@@ -308,8 +312,9 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
 
     def add_part(total: _Gradients, part):
         images, labels, *keys = part
-        found = _gradients(
+        gradients = _gradients(
             recipe=recipe,
+            # BatchNorm's statistics pass from part to part.
             state=dataclasses.replace(state, batch_stats=total.batch_stats),
             numbers=numbers,
             images=images,
@@ -317,15 +322,15 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
             keys=keys,
         )
         total = _Gradients(
-            grads=jax.tree.map(jnp.add, total.grads, found.grads),
-            batch_stats=found.batch_stats,
-            loss=total.loss + found.loss,
-            errors=total.errors + found.errors,
+            grads=jax.tree.map(jnp.add, total.grads, gradients.grads),
+            batch_stats=gradients.batch_stats,
+            loss=total.loss + gradients.loss,
+            errors=total.errors + gradients.errors,
         )
         return total, None
 
-    trained, _ = _divide(recipe, state.params)
-    nothing = _Gradients(
+    trained, _ = _split_frozen(recipe, state.params)
+    zeros = _Gradients(
         grads=jax.tree.map(jnp.zeros_like, trained),
         batch_stats=state.batch_stats,
         loss=jnp.float32(0),
@@ -333,21 +338,22 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
     )
     split = lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:])
     parts = (split(images), split(labels), dropout_keys, mixup_keys)
-    total, _ = jax.lax.scan(add_part, nothing, parts)
+    total, _ = jax.lax.scan(add_part, zeros, parts)
     mean = jax.tree.map(lambda g: g / recipe.accumulate, total.grads)
     return dataclasses.replace(total, grads=mean)
 
 
-def _divide(recipe: Recipe, params: dict) -> tuple[dict, dict]:
-    """Divide parameters into those that are trained and those that are frozen."""
+def _split_frozen(recipe: Recipe, params: dict) -> tuple[dict, dict]:
+    """Split parameters into those that are trained and those that are frozen."""
     return transfer.split(params, transfer.select(recipe.model, recipe.freeze))
 
 
 def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, keys) -> _Gradients:
     """Compute the gradients of a part of a device's images; `keys` are dropout's and mixup's."""
     dropout_key, mixup_key = keys
-    trained, fixed = _divide(recipe, state.params)
-    # The share of each image's own pixels and label; the rest is that of the image opposite.
+    trained, frozen = _split_frozen(recipe, state.params)
+    # Mixup: the weight of each image's own pixels and label. The rest is that of the image at the
+    # opposite place in the batch.
     share: float | jax.Array = 1.0
     if recipe.mixup:
         share = jax.random.beta(mixup_key, numbers.mixup, numbers.mixup, dtype=jnp.float32)
@@ -357,18 +363,18 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
         smoothing = numbers.label_smoothing
         losses, errors = loss_and_errors(recipe.loss, logits, labels, smoothing)
         if recipe.mixup:
-            opposite, _ = loss_and_errors(recipe.loss, logits, labels[::-1], smoothing)
-            losses = share * losses + (1 - share) * opposite
+            opposite_losses, _ = loss_and_errors(recipe.loss, logits, labels[::-1], smoothing)
+            losses = share * losses + (1 - share) * opposite_losses
         return losses, errors
 
     def mean_loss(trained):
         variables = {
-            "params": transfer.merge(trained, fixed),
+            "params": transfer.merge(trained, frozen),
             "batch_stats": state.batch_stats,
         }
-        frozen = transfer.select(recipe.model, recipe.freeze)
-        with nn.intercept_methods(transfer.in_evaluation_mode(frozen)):
-            logits, new = recipe.model.apply(
+        frozen_paths = transfer.select(recipe.model, recipe.freeze)
+        with nn.intercept_methods(transfer.in_evaluation_mode(frozen_paths)):
+            logits, updated = recipe.model.apply(
                 variables,
                 images,
                 train=True,
@@ -376,10 +382,11 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
                 rngs={"dropout": dropout_key, "padding": dropout_key},
             )
         losses, errors = losses_of(logits)
-        heads = jax.tree.leaves(new.get("auxiliary", {}))
-        auxiliary = sum(losses_of(head)[0].mean() for head in heads)
+        auxiliary_logits = jax.tree.leaves(updated.get("auxiliary", {}))
+        auxiliary_loss = sum(losses_of(head)[0].mean() for head in auxiliary_logits)
         sums = (losses.sum(), errors.sum())
-        return losses.mean() + _AUXILIARY * auxiliary, (new.get("batch_stats", {}), *sums)
+        loss = losses.mean() + _AUXILIARY * auxiliary_loss
+        return loss, (updated.get("batch_stats", {}), *sums)
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     (_, (batch_stats, loss, errors)), grads = value_and_grad(trained)
@@ -387,42 +394,45 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
 
 
 def _reduce(
-    recipe: Recipe, state: State, found: _Gradients, count, axis_name: str
+    recipe: Recipe, state: State, gradients: _Gradients, count, axis_name: str
 ) -> tuple[_Gradients, Array]:
     """Average gradients and statistics over the devices, and sum losses, errors and images."""
-    grads, batch_stats = jax.lax.pmean((found.grads, found.batch_stats), axis_name)
-    loss, errors, count = jax.lax.psum((found.loss, found.errors, count), axis_name)
-    # The mean of equal numbers may differ from them in its last bit: frozen ones are put back.
-    frozen = transfer.select(recipe.model, recipe.freeze)
-    _, kept = transfer.split(state.batch_stats, frozen, "batch_stats")
-    batch_stats = transfer.merge(batch_stats, kept)
+    means = (gradients.grads, gradients.batch_stats)
+    sums = (gradients.loss, gradients.errors, count)
+    grads, batch_stats = jax.lax.pmean(means, axis_name)
+    loss, errors, count = jax.lax.psum(sums, axis_name)
+    # The mean of equal numbers may differ from them in its last bit. Frozen statistics must not
+    # change, so they are put back.
+    frozen_paths = transfer.select(recipe.model, recipe.freeze)
+    _, frozen = transfer.split(state.batch_stats, frozen_paths, "batch_stats")
+    batch_stats = transfer.merge(batch_stats, frozen)
     return _Gradients(grads=grads, batch_stats=batch_stats, loss=loss, errors=errors), count
 
 
 def _update(
-    recipe: Recipe, state: State, batch: Batch, numbers: Numbers, found: _Gradients, count
+    recipe: Recipe, state: State, batch: Batch, numbers: Numbers, gradients: _Gradients, count
 ) -> State:
     """Apply the optimizer, move the average of the parameters and add up the epoch's sums."""
-    trained, fixed = _divide(recipe, state.params)
+    trained, frozen = _split_frozen(recipe, state.params)
     transform = _optimizer(recipe, numbers, batch.learning_rate)
-    updates, opt_state = transform.update(found.grads, state.opt_state, trained)
+    updates, opt_state = transform.update(gradients.grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, _scale_parts(recipe, numbers, updates))
     ema = None
     if state.ema is not None:
-        # Frozen parameters are their own average, to the bit.
-        average, _ = _divide(recipe, state.ema)
+        # Frozen parameters are left out: their average could differ from them in its last bit.
+        average, _ = _split_frozen(recipe, state.ema)
         average = optax.incremental_update(trained, average, 1 - numbers.ema_decay)
-        ema = transfer.merge(average, fixed)
+        ema = transfer.merge(average, frozen)
     begins_epoch = state.step % batch.steps_per_epoch == 0
-    sums = {"loss": found.loss, "errors": found.errors, "count": count}
+    sums = {"loss": gradients.loss, "errors": gradients.errors, "count": count}
     totals = {
         name: jnp.where(begins_epoch, 0, state.totals[name]) + value for name, value in sums.items()
     }
-    is_first_bad = (state.bad_step < 0) & ~jnp.isfinite(found.loss)
+    is_first_bad = (state.bad_step < 0) & ~jnp.isfinite(gradients.loss)
     return State(
         step=state.step + 1,
-        params=transfer.merge(trained, fixed),
-        batch_stats=found.batch_stats,
+        params=transfer.merge(trained, frozen),
+        batch_stats=gradients.batch_stats,
         opt_state=opt_state,
         ema=ema,
         totals=totals,
@@ -433,7 +443,7 @@ def _update(
 def _scale_parts(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
     """Multiply updates by the rates of their parts.
 
-    Updates are proportional to the learning rate with every optimizer.
+    With every optimizer, updates are proportional to the learning rate: scaling them is scaling it.
     """
     rates: dict = {}
     for part, rate in zip(recipe.rates, numbers.rates):
@@ -477,15 +487,16 @@ class Images:
 @functools.partial(jax.jit, static_argnums=0)
 def epoch_order(count: int, epoch, seed) -> Int[AnyArray, " {count}"]:
     """Permute the numbers of `count` images, for an epoch and a seed."""
-    of_epoch = jax.random.fold_in(jax.random.key(seed), epoch)
-    return jax.random.permutation(jax.random.fold_in(of_epoch, _SHUFFLE), count)
+    epoch_key = jax.random.fold_in(jax.random.key(seed), epoch)
+    return jax.random.permutation(jax.random.fold_in(epoch_key, _SHUFFLE), count)
 
 
 @functools.lru_cache(maxsize=32)
 def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Callable:
     """Compile steps on a data set that lives on the devices.
 
-    How many steps one call takes does not change a bit: the loop's body is one program.
+    The number of steps in one call does not change a bit of the result: the loop's body is one
+    program.
 
     Returns:
       A function of (state, `Constants`, `Images`, `Numbers`, last) that takes steps from the
@@ -502,10 +513,10 @@ def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Calla
 
         def take_step(step, state):
             start = step % steps_per_epoch * batch_size + rank * size
-            chosen = jax.lax.dynamic_slice(data.order, (start,), (size,))
+            indices = jax.lax.dynamic_slice(data.order, (start,), (size,))
             batch = Batch(
-                images=data.images[chosen],
-                labels=data.labels[chosen],
+                images=data.images[indices],
+                labels=data.labels[indices],
                 moments=constants.moments,
                 learning_rate=constants.rates[step],
                 steps_per_epoch=steps_per_epoch,

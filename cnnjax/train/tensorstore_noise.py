@@ -1,8 +1,8 @@
-"""Silence about writes that were under way when another of the same checkpoint failed.
+"""Silence messages about writes that ran when another one of a checkpoint failed.
 
 tensorstore finishes the other arrays of a failed checkpoint in the background. Python then prints
-"Event loop is closed" once for each, after the one line that tells of the failure. The exception
-belongs to no caller, so `sys.unraisablehook` is the only place to drop it; all others pass.
+"Event loop is closed" for each of them, after the line that reports the failure. No caller can
+catch this exception, so `sys.unraisablehook` is the only place to drop it; all others pass.
 """
 
 import functools
@@ -11,7 +11,7 @@ import sys
 
 @functools.cache
 def quieten() -> None:
-    """Drop that one message, and leave the others to the hook that was installed before."""
+    """Drop this one message, and pass all others to the previous hook."""
     previous = sys.unraisablehook
 
     def hook(unraisable):

@@ -146,7 +146,7 @@ def _add_photographs(parser, images):
     )
     parser.add_argument(
         "--images",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=images,
         metavar="N",
         help=f"photographs, evenly spread (default: {images or 'all'})",
@@ -172,7 +172,7 @@ def _add_channels(parser):
     parser.add_argument(
         "--channels",
         nargs="+",
-        type=command.whole(0),
+        type=command.whole_number(0),
         metavar="N",
         help="channels of the stages (default: some evenly spread)",
     )
@@ -181,14 +181,14 @@ def _add_channels(parser):
 def _add_ascent(parser):
     parser.add_argument(
         "--steps",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=256,
         metavar="N",
         help="of gradient ascent (default: %(default)s)",
     )
     parser.add_argument(
         "--jitter",
-        type=command.whole(0),
+        type=command.whole_number(0),
         metavar="PIXELS",
         help="default: a quarter of the stage's stride",
     )
@@ -204,14 +204,14 @@ def _add_ascent(parser):
 def _add_square(parser):
     parser.add_argument(
         "--size",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=48,
         metavar="PIXELS",
         help="side of the square (default: %(default)s)",
     )
     parser.add_argument(
         "--stride",
-        type=command.whole(1),
+        type=command.whole_number(1),
         default=16,
         metavar="PIXELS",
         help="of the square (default: %(default)s)",

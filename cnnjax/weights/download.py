@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import records
 
@@ -38,7 +39,7 @@ def checkpoints_folder() -> pathlib.Path:
     """Returns the folder in which PyTorch keeps downloaded weights."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
-    return pathlib.Path(os.path.expanduser(home)) / "hub" / "checkpoints"
+    return expand_user(home) / "hub" / "checkpoints"
 
 
 def fetch(name: str, tag: str = records.V1) -> str:

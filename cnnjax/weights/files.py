@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import pth, records
 
 _PTH_SUFFIXES = (".pth", ".pt")
@@ -82,7 +83,7 @@ def read(path: str | os.PathLike) -> StateDict:
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
-    path = pathlib.Path(os.path.expanduser(path))
+    path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "

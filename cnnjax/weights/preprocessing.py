@@ -4,13 +4,13 @@ As in torchvision's `ImageClassification` transform, the shorter side is resized
 the center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
 """
 
-import os
 import pathlib
 
 import numpy as np
 import PIL.Image
 
 from cnnjax.data import photographs
+from cnnjax.runtime.paths import expand_user
 from cnnjax.weights.records import Record
 
 
@@ -48,7 +48,7 @@ def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> n
     image has more than 8 bits a channel.
     """
     if isinstance(image, (str, pathlib.Path)):
-        image = photographs.open_rgb(pathlib.Path(os.path.expanduser(image)))
+        image = photographs.open_rgb(expand_user(image))
     pixels = resize_and_crop(image, record)
     mean = np.asarray(record.mean, np.float32)
     std = np.asarray(record.std, np.float32)

@@ -9,7 +9,6 @@ weight, `mean` and `var` running_mean and running_var, and other leaves keep the
 import contextlib
 import functools
 import os
-import pathlib
 from collections.abc import Sequence
 
 import flax.traverse_util
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from cnnjax.models import Network
+from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import files
 
 Path = tuple[str, ...]
@@ -251,4 +251,4 @@ def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
         tensors[key] = _to_torchvision(np.asarray(flat[path_in_tree], np.float32))
     for key in [key for key in tensors if key.endswith("running_mean")]:
         tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
-    files.write(tensors, pathlib.Path(os.path.expanduser(path)))
+    files.write(tensors, expand_user(path))
