@@ -10,7 +10,7 @@ means over 3 seeds, each with 12 photograph crops and one black image:
     padding                         photographs   black
     zeros, VGG-16                   .86 (.70)     .92 (.81)
     zeros, ResNet-18                .83 (.65)     .92 (.79)
-    any other, at most              .08 (.00)     0
+    any other, at most              .08 (.00)     .00 (.00)
 """
 
 from cnnjax.position import defaults
