@@ -24,7 +24,7 @@ _LOG = logging.getLogger("cnnjax")
 
 
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
-    """Return the module that does what the configuration's `kind` says.
+    """Returns the module that does what the configuration's `kind` says.
 
     It has `check`, `complete_record`, `run` and `report.write`.
 
@@ -45,7 +45,7 @@ def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Run a configuration in a work directory.
+    """Runs a configuration in a work directory.
 
     For a finished run, only write its report again.
     """
@@ -81,7 +81,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Complete the name of a model of a user's file to FILE.py:NAME.
+    """Completes the name of a model of a user's file to FILE.py:NAME.
 
     FILE is the whole path, so that config.json tells every command that opens the run again where
     the model comes from.
@@ -97,7 +97,7 @@ def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
 
 
 def build_parser(module: str, description: str) -> command.Parser:
-    """Build a parser of the options that every command with a configuration has."""
+    """Builds a parser of the options that every command with a configuration has."""
     parser = command.Parser(
         prog=f"python -m {module}",
         usage="%(prog)s --config FILE [options] [--config.KEY=VALUE ...]",
@@ -129,7 +129,7 @@ def build_parser(module: str, description: str) -> command.Parser:
 def parse(
     parser: argparse.ArgumentParser, arguments: list[str]
 ) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
-    """Read the options, and the configuration with its changes.
+    """Reads the options, and the configuration with its changes.
 
     The options also hold the changes, as `overrides`.
 
@@ -162,7 +162,7 @@ def parse(
 
 
 def print_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Print the options and, if --config names a file, the keys of that configuration."""
+    """Prints the options and, if --config names a file, the keys of that configuration."""
     options, _ = parser.parse_known_args(arguments)
     print(parser.format_help())
     if options.config is None:
@@ -176,7 +176,7 @@ def print_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 def _default_workdir(
     options: argparse.Namespace, config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-    """Return runs/NAME, or runs/NAME-DIGEST for a changed configuration.
+    """Returns runs/NAME, or runs/NAME-DIGEST for a changed configuration.
 
     So a changed configuration has its own folder.
     """
@@ -191,7 +191,7 @@ def run_command(
     arguments: list[str],
     work: Callable[[argparse.Namespace, ml_collections.ConfigDict], None],
 ) -> int:
-    """Parse the arguments, do `work`, and return the exit code of `command.run`."""
+    """Parses the arguments, does `work`, and returns the exit code of `command.run`."""
 
     def read_and_work():
         if {"-h", "--help"} & set(arguments):
@@ -206,7 +206,7 @@ def run_command(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Runs the command line and returns its exit code."""
     if arguments is None:
         arguments = sys.argv[1:]
     parser = build_parser("cnnjax.main", __doc__)
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process as Python does, or at once after an interruption or a failure.
+    """Ends the process as Python does, or at once after an interruption or a failure.
 
     Threads of the numerical libraries may then be busy, with nothing to save, and jax would wait
     for other processes, which may be gone.

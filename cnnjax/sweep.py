@@ -62,13 +62,13 @@ class Cell:
 
 
 def name_of(overrides: dict) -> str:
-    """Name a cell, and its folder, by its overrides: "seed=0,batch_size=64"."""
+    """Names a cell, and its folder, by its overrides: "seed=0,batch_size=64"."""
     text = ",".join(f"{key}={value}" for key, value in overrides.items())
     return text.replace("/", "_").replace(" ", "") or "default"
 
 
 def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Cell]:
-    """Read the cells that the `sweep()` of a configuration file lists.
+    """Reads the cells that the `sweep()` of a configuration file lists.
 
     Args:
         path: the configuration file.
@@ -106,7 +106,7 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
 
 
 def check(cells: list[Cell]) -> None:
-    """Raise `ValueError` if a cell cannot be run, or its folder holds another run."""
+    """Raises `ValueError` if a cell cannot be run, or its folder holds another run."""
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)
@@ -120,7 +120,7 @@ def check(cells: list[Cell]) -> None:
 
 
 def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
-    """Run every cell that is not done, and wait for those that other processes are running.
+    """Runs every cell that is not done, and waits for those that other processes are running.
 
     If another process stops, its cell is run here. So all cells are done when this returns.
     """
@@ -151,7 +151,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
 
 
 def run_cell(cell: Cell) -> None:
-    """Run one cell; if it fails, record the reason.
+    """Runs one cell; if it fails, records the reason.
 
     Raises:
         workdir.Claimed: if another process is running it.
@@ -164,7 +164,7 @@ def run_cell(cell: Cell) -> None:
 
 
 def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
-    """Start jobs that each run this same command without its launcher."""
+    """Starts jobs that each run this same command without its launcher."""
     words = [sys.executable, "-m", "cnnjax.sweep"]
     words += ["--config", options.config, "--workdir", str(options.workdir)]
     words += [f"--config.{key}={text}" for key, text in options.overrides.items()]
@@ -186,7 +186,7 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
 
 
 def summarize(values: list[float]) -> dict:
-    """Compute mean, sample standard deviation, n and half-width of the 95 % interval.
+    """Computes mean, sample standard deviation, n and half-width of the 95 % interval.
 
     For a single value `std` and `half_width` are None.
     """
@@ -205,7 +205,7 @@ def summarize(values: list[float]) -> dict:
 
 
 def summarize_cells(cells: list[Cell]) -> list[dict]:
-    """Summarize all cells that differ in their seed only in one row."""
+    """Summarizes all cells that differ in their seed only in one row."""
     groups = defaultdict(list)
     for cell in cells:
         shared = {key: value for key, value in cell.overrides.items() if key != "seed"}
@@ -229,7 +229,7 @@ def summarize_cells(cells: list[Cell]) -> list[dict]:
 
 
 def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
-    """Write sweep.json and sweep.md from the results that the cells' folders hold."""
+    """Writes sweep.json and sweep.md from the results that the cells' folders hold."""
     from cnnjax.runtime import tables
 
     rows = summarize_cells(cells)
@@ -253,7 +253,7 @@ def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
 
 
 def _format(summary: dict | None) -> str:
-    """Format a summary in percent: "1.25 ± 0.31 (std 0.12), n=3"."""
+    """Formats a summary in percent: "1.25 ± 0.31 (std 0.12), n=3"."""
     if summary is None:
         return ""
     text = f"{100 * summary['mean']:.2f}"
@@ -266,7 +266,7 @@ def _format(summary: dict | None) -> str:
 
 
 def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    """Run or launch the sweep of a configuration. Raises `RuntimeError` if a cell failed."""
+    """Runs or launches the sweep of a configuration. Raises `RuntimeError` if a cell failed."""
     if config.get("kind") != "train":
         raise ValueError(
             f"kind={config.get('kind')!r} of the configuration is not 'train', the only kind that "
@@ -295,7 +295,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     if arguments is None:
         arguments = sys.argv[1:]
     parser = single.build_parser("cnnjax.sweep", __doc__)

@@ -269,7 +269,7 @@ class Program:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Callable, float]:
-        """The compiled program, and its compilation time in seconds."""
+        """Returns the compiled program, and its compilation time in seconds."""
         began = time.perf_counter()
         compiled = train_and_test.lower(self._config, *self._arguments, 0).compile()
         return compiled, time.perf_counter() - began

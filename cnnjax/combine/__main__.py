@@ -16,7 +16,7 @@ from cnnjax.runtime import command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code (`cnnjax.runtime.command.run`)."""
+    """Runs the command line; returns the exit code (`cnnjax.runtime.command.run`)."""
     methods = "\n".join(f"  {name:18}{text}" for name, text in METHODS.items())
     parser = command.Parser(
         prog="python -m cnnjax.combine", description=__doc__, epilog=f"methods:\n{methods}"

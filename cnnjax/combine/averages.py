@@ -11,7 +11,7 @@ import scipy.special
 
 
 def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
-    """Compute a weighted sum of trees of arrays, in float64.
+    """Computes a weighted sum of trees of arrays, in float64.
 
     Args:
       trees: trees of the same structure and shapes.
@@ -27,12 +27,12 @@ def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float
 
 
 def _layer(path) -> str:
-    """Return the name of the module that a parameter belongs to."""
+    """Returns the name of the module that a parameter belongs to."""
     return ".".join(key.key for key in path[:-1])
 
 
 def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) -> list[int]:
-    """Choose the ingredients of a soup: recipe 1 of Wortsman et al. 2022 (arXiv 2203.05482).
+    """Chooses the ingredients of a soup: recipe 1 of Wortsman et al. 2022 (arXiv 2203.05482).
 
     Models are tried from the best one down; each is added if the average does not get worse.
 
@@ -58,7 +58,7 @@ def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) 
 def learned(
     loss: Callable, trees: Sequence, batches: Iterable, by_layer: bool = False, rate: float = 0.05
 ) -> dict[str, list[float]]:
-    """Learn the weights of an average by Adam, one step for each batch.
+    """Learns the weights of an average by Adam, one step for each batch.
 
     The weights are a softmax: they are positive and their sum is 1. The learning rate is that of
     the code of Wortsman et al. 2022, appendix I. Their temperature, learned beside the weights,
@@ -104,7 +104,7 @@ def learned(
 
 
 def ensemble_logits(logits: np.ndarray, mean_of: str = "probabilities") -> np.ndarray:
-    """Average the outputs of an ensemble's members.
+    """Averages the outputs of an ensemble's members.
 
     Args:
       logits: [..., members, classes].

@@ -31,7 +31,7 @@ _LEARNED_STEPS = 200
 
 
 def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
-    """Combine training runs, and write results.json and report.md.
+    """Combines training runs, and writes results.json and report.md.
 
     Methods that make one network write its weights, too. The test set is scored once, at the end.
 
@@ -127,7 +127,7 @@ class Networks:
         self.all = Member("all", variables, moments)
 
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
-        """Compute a member's outputs, or those of `self.all` by `member_logits`."""
+        """Computes a member's outputs, or those of `self.all` by `member_logits`."""
         size = self.config.batch_size
         variables, moments = self.parallel.replicate((member.variables, member.moments))
         return evaluate.predict(
@@ -141,7 +141,7 @@ class Networks:
         )
 
     def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
-        """Average some members, with BatchNorm statistics estimated for the average.
+        """Averages some members, with BatchNorm statistics estimated for the average.
 
         Args:
           numbers: the members' numbers. A single member is returned as it is.
@@ -171,7 +171,7 @@ class Networks:
         return Member("average", variables | {"batch_stats": statistics}, moments)
 
     def accuracy(self, numbers: Sequence[int]) -> float:
-        """Compute the accuracy of some members' average on the validation images."""
+        """Computes the accuracy of some members' average on the validation images."""
         split = self.data.validation
         # `check_runs` refuses runs without validation images for methods that ask for this.
         assert split is not None
@@ -185,7 +185,7 @@ class Networks:
         mean_of: str,
         output: Callable = evaluate.logits,
     ) -> Scores:
-        """Score all members and their combination.
+        """Scores all members and their combination.
 
         Args:
           averaged: the network that is the combination; None for the ensemble of all members.
@@ -207,7 +207,7 @@ class Networks:
         return Scores(members, score(combined))
 
     def learn(self, by_layer: bool) -> dict[str, list[float]]:
-        """Learn the coefficients of an average on the validation images."""
+        """Learns the coefficients of an average on the validation images."""
         model = self.model.clone(axis_name=None)
         variables = self.members[0].variables
         moments = self.members[0].moments
@@ -235,7 +235,7 @@ class Networks:
         return learned(loss, params, draw_batches(), by_layer)
 
     def seconds_per_image(self, member: Member, output: Callable) -> float:
-        """Time the shortest of three passes over a few batches, after one that compiles."""
+        """Times the shortest of three passes over a few batches, after one that compiles."""
         images = self.data.train.images[: 4 * self.config.batch_size]
         seconds = []
         for _ in range(4):
@@ -263,7 +263,7 @@ class Choice(NamedTuple):
 
 
 def choose(networks: Networks, method: str, ema: dict | None) -> Choice:
-    """Choose a method's ingredients, and average them if the method makes one network.
+    """Chooses a method's ingredients, and averages them if the method makes one network.
 
     Args:
       networks: the members.
@@ -292,7 +292,7 @@ def choose(networks: Networks, method: str, ema: dict | None) -> Choice:
 
 
 def _time(networks: Networks, averaged: Member | None) -> dict[str, float]:
-    """Time one member and the combination."""
+    """Times one member and the combination."""
     single = networks.seconds_per_image(networks.members[0], evaluate.logits)
     if averaged is None:
         combined = networks.seconds_per_image(networks.all, member_logits())
@@ -305,7 +305,7 @@ def _time(networks: Networks, averaged: Member | None) -> dict[str, float]:
 
 
 def _summarize(members: Sequence[Member], validation: Scores, test: Scores) -> dict[str, Any]:
-    """Collect the members' scores, their mean, spread and best, and the combination's."""
+    """Collects the members' scores, their mean, spread and best, and the combination's."""
     individual: list[dict[str, Any]] = []
     for member, on_validation, on_test in zip(members, validation.members, test.members):
         individual.append({"name": member.name, "validation": on_validation, "test": on_test})
@@ -334,7 +334,7 @@ def _deviation(values: list[float]) -> float | None:
 
 
 def _report(results: dict) -> str:
-    """Format the errors of the members and of their combination as Markdown."""
+    """Formats the errors of the members and of their combination as Markdown."""
 
     def errors(row):
         errors = []

@@ -18,7 +18,7 @@ from cnnjax.train.parallel import Parallel
 
 @functools.cache
 def member_logits(output: Callable = evaluate.logits) -> Callable:
-    """Return a function that computes all members' outputs, for `evaluate.predict`.
+    """Returns a function that computes all members' outputs, for `evaluate.predict`.
 
     Args:
       output: what to compute for one member, a function of (model, variables, images).
@@ -40,7 +40,7 @@ def member_logits(output: Callable = evaluate.logits) -> Callable:
 
 
 def logits_in_training_mode(model: Network, variables, images) -> jnp.ndarray:
-    """Compute logits with the batch's statistics; dropout is the same for every batch."""
+    """Computes logits with the batch's statistics; dropout is the same for every batch."""
     rngs = {"dropout": jax.random.key(0), "padding": jax.random.key(0)}
     logits, _ = model.apply(
         variables, images, train=True, mutable=["batch_stats", "auxiliary"], rngs=rngs
@@ -49,7 +49,7 @@ def logits_in_training_mode(model: Network, variables, images) -> jnp.ndarray:
 
 
 def _input_moments(model: Network, variables, images) -> dict:
-    """Compute the moments of every BatchNorm's input in training mode.
+    """Computes the moments of every BatchNorm's input in training mode.
 
     Returns:
       By the module's path, its mean and variance [1, channels] and the number of values [1].
@@ -73,7 +73,7 @@ def _input_moments(model: Network, variables, images) -> dict:
 def reestimate_statistics(
     parallel: Parallel, model: Network, variables, moments, images: np.ndarray, batch_size: int
 ) -> dict:
-    """Compute the BatchNorm statistics that averaged parameters need.
+    """Computes the BatchNorm statistics that averaged parameters need.
 
     They are the mean and the unbiased variance over all full batches. On the way to a BatchNorm,
     each batch is normalized by its own statistics (Izmailov et al. 2018, arXiv 1803.05407, section

@@ -39,7 +39,7 @@ class Member(NamedTuple):
 
 
 def find_runs(patterns: Sequence[str]) -> Configs:
-    """Read the configurations of training runs, by folder.
+    """Reads the configurations of training runs, by folder.
 
     Args:
       patterns: work directories, and patterns that match them; other matches of a pattern are
@@ -58,7 +58,7 @@ def find_runs(patterns: Sequence[str]) -> Configs:
 
 
 def _read_matches(pattern: str) -> Configs:
-    """Read the configurations of the runs that a path names or a pattern matches."""
+    """Reads the configurations of the runs that a path names or a pattern matches."""
     path = os.path.expanduser(pattern)
     # Taken as a pattern, a folder such as dataset=cifar10[:12000] of a sweep does not match itself.
     if os.path.exists(path):
@@ -80,13 +80,13 @@ def _read_matches(pattern: str) -> Configs:
 
 
 def share_validation(configs: Configs) -> bool:
-    """Tell whether all runs held out the same images: none was trained on another's."""
+    """Tells whether all runs held out the same images: none was trained on another's."""
     counts = {config["n_validation"] for config in configs.values()}
     return len(counts) == 1 and counts.pop() > 0
 
 
 def check_runs(configs: Configs, method: str) -> None:
-    """Raise `ValueError` for runs that the method cannot combine."""
+    """Raises `ValueError` for runs that the method cannot combine."""
     first, *others = configs
     reference = configs[first]
     if (method in OF_ONE_RUN) == bool(others):
@@ -126,7 +126,7 @@ def check_runs(configs: Configs, method: str) -> None:
 
 
 def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, method: str) -> None:
-    """Check that two runs agree in the keys that a combination depends on."""
+    """Checks that two runs agree in the keys that a combination depends on."""
     fields = configs[first]["model_fields"] | configs[folder]["model_fields"]
     keys = [*_SHARED_KEYS, *(f"model_fields.{field}" for field in fields)]
     if method in SELECTING:
@@ -151,7 +151,7 @@ def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, me
 def read_members(
     folder: pathlib.Path, config: ml_collections.ConfigDict, method: str
 ) -> tuple[list[Member], dict | None]:
-    """Read a run's network as it was scored; for a method of one run, that of every checkpoint.
+    """Reads a run's network as it was scored; for a method of one run, that of every checkpoint.
 
     Returns:
       The members. For a method of one run also the average of parameters (ema) that the run kept,
@@ -174,7 +174,7 @@ def read_members(
 def _read_checkpoints(
     folder: pathlib.Path, config: ml_collections.ConfigDict, method: str, trained: TrainedRun
 ) -> tuple[list[int], list[step.State]]:
-    """Read the steps and the states of the checkpoints that a method combines."""
+    """Reads the steps and the states of the checkpoints that a method combines."""
     recipe = build_recipe(config, trained.model)
     numbers = build_numbers(config)
     like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))

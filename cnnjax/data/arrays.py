@@ -58,7 +58,7 @@ class Dataset:
 
 
 def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Read an IDX file of unsigned bytes (LeCun, yann.lecun.com/exdb/mnist).
+    """Reads an IDX file of unsigned bytes (LeCun, yann.lecun.com/exdb/mnist).
 
     Args:
       data: the file's bytes.
@@ -82,7 +82,7 @@ def read_idx(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _as_array(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """View bytes as uint8 of a shape; raise `ValueError` if there are more or fewer."""
+    """Views bytes as uint8 of a shape; raises `ValueError` if there are more or fewer."""
     if len(data) != math.prod(shape):
         raise ValueError(
             f"{name} holds {len(data):,} bytes of data where {list(shape)} are "
@@ -92,12 +92,12 @@ def _as_array(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _from_planes(pixels: np.ndarray) -> np.ndarray:
-    """Turn CIFAR's rows of 3072 bytes (red, green, then blue) into [n, 32, 32, 3]."""
+    """Turns CIFAR's rows of 3072 bytes (red, green, then blue) into [n, 32, 32, 3]."""
     return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) -> Split:
-    """Read a batch in CIFAR's binary layout.
+    """Reads a batch in CIFAR's binary layout.
 
     Args:
       data: the file's bytes.
@@ -124,7 +124,7 @@ class _Inert:
 
 
 def _encode_latin1(text, encoding):
-    """Stand in for `codecs.encode`, which pickles of Python 3 in protocol 2 call."""
+    """Stands in for `codecs.encode`, which pickles of Python 3 in protocol 2 call."""
     return text.encode("latin1")
 
 
@@ -183,7 +183,7 @@ class _ArraysOnly(pickle._Unpickler):
 
 
 def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels") -> Split:
-    """Read a batch in CIFAR's Python layout without running what the pickle holds.
+    """Reads a batch in CIFAR's Python layout without running what the pickle holds.
 
     The layout is a dictionary of an array of bytes and a list of labels.
 
@@ -230,7 +230,7 @@ class File(NamedTuple):
 
 
 def _first_cause(error: BaseException) -> str:
-    """Describe an exception's first cause in one line.
+    """Describes an exception's first cause in one line.
 
     The exceptions that libraries make of it are longer and say less.
     """
@@ -240,7 +240,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
-    """Download a file into a folder.
+    """Downloads a file into a folder.
 
     Raises:
       ValueError: if it could not be downloaded from any address; no folder is left behind then.
@@ -266,7 +266,7 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _check_hash(path: pathlib.Path, file: File) -> None:
-    """Raise `ValueError` if a file, not yet decompressed, is not the published one."""
+    """Raises `ValueError` if a file, not yet decompressed, is not the published one."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "md5").hexdigest()
     if digest != file.md5:
@@ -277,7 +277,7 @@ def _check_hash(path: pathlib.Path, file: File) -> None:
 
 
 def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
-    """Read a published file, compressed or not, up to one byte beyond `limit`."""
+    """Reads a published file, compressed or not, up to one byte beyond `limit`."""
     if path.suffix != ".gz":
         return _read_start(path, limit)
     _check_hash(path, file)
@@ -286,7 +286,7 @@ def _read(path: pathlib.Path, file: File, limit: int) -> bytes:
 
 
 def _read_start(path: pathlib.Path, limit: int) -> bytes:
-    """Read a file up to one byte beyond `limit`, which shows that it is too long."""
+    """Reads a file up to one byte beyond `limit`, which shows that it is too long."""
     with path.open("rb") as stream:
         return stream.read(limit + 1)
 
@@ -301,7 +301,7 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]: ...
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
-        """Read the training and test splits, and the validation split if there is one."""
+        """Reads the training and test splits, and the validation split if there is one."""
         ...
 
 
@@ -381,7 +381,7 @@ class Cifar:
     counts: tuple[int, int] = (50_000, 10_000)
 
     def _find_folder(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path] | None:
-        """Find the folder of the batches.
+        """Finds the folder of the batches.
 
         Returns:
           Whether their layout is the binary one, and the folder; None if there is none.
@@ -404,7 +404,7 @@ class Cifar:
         return None
 
     def _find_archive(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path]:
-        """Find an archive, or download the one of the binary layout.
+        """Finds an archive, or downloads the one of the binary layout.
 
         Returns:
           Whether its layout is the binary one, and its path.
@@ -421,7 +421,7 @@ class Cifar:
         return is_binary, path
 
     def _batch(self, is_binary: bool, place: pathlib.Path, name: str, count: int) -> Split:
-        """Read one batch from a folder, or from within an archive, which is not unpacked."""
+        """Reads one batch from a folder, or from within an archive, which is not unpacked."""
         file = f"{name}.bin" if is_binary else name
         if place.is_dir():
             # A pickle may be longer than its arrays.
@@ -586,7 +586,7 @@ class Npz:
 
 
 def save(data: Dataset, path: pathlib.Path) -> None:
-    """Write a data set with one class per image to a file that `load` reads.
+    """Writes a data set with one class per image to a file that `load` reads.
 
     Args:
       data: the data set. Its validation images are not written: `load` holds some out.
@@ -603,7 +603,7 @@ def save(data: Dataset, path: pathlib.Path) -> None:
 
 
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Map the names of image files without suffixes to their paths."""
+    """Maps the names of image files without suffixes to their paths."""
     if not folder.is_dir():
         return {}
     return {path.stem: path for path in list_folder(folder).images}
@@ -623,7 +623,7 @@ def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ..
 
 
 def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, ...]:
-    """List CIFAR's archives; www.cs.toronto.edu/~kriz/cifar.html prints their hashes."""
+    """Lists CIFAR's archives; www.cs.toronto.edu/~kriz/cifar.html prints their hashes."""
     names = [f"cifar-{number}-{layout}.tar.gz" for layout in ("binary", "python")]
     return tuple(
         File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5)
@@ -729,7 +729,7 @@ _SLICE = re.compile(r"(?P<name>.+)\[:(?P<count>[1-9][0-9]*)\]")
 
 
 def _parse(name: str) -> tuple[str, int | None]:
-    """Split a name into the data set's and a number of training images, None for all."""
+    """Splits a name into the data set's and a number of training images, None for all."""
     match = _SLICE.fullmatch(name)
     if match is None:
         return name, None
@@ -737,13 +737,13 @@ def _parse(name: str) -> tuple[str, int | None]:
 
 
 def is_known(name: str) -> bool:
-    """Tell whether `load` accepts a name."""
+    """Tells whether `load` accepts a name."""
     base, _ = _parse(name)
     return base in DATASETS or base.endswith(".npz")
 
 
 def check_name(name: str) -> None:
-    """Raise `ValueError` for a name that `load` does not accept."""
+    """Raises `ValueError` for a name that `load` does not accept."""
     if not is_known(name):
         names = ", ".join(DATASETS)
         raise ValueError(
@@ -765,7 +765,7 @@ def _source_loss(source: Source | None) -> str:
 
 
 def loss_of(name: str) -> str:
-    """Return the loss that a data set's labels are for."""
+    """Returns the loss that a data set's labels are for."""
     base, _ = _parse(name)
     return _source_loss(DATASETS.get(base))
 
@@ -782,7 +782,7 @@ def _check_labels(split: Split, source: Source, description: str) -> None:
 
 
 def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
-    """Read a data set from its original files, downloading those that are absent.
+    """Reads a data set from its original files, downloading those that are absent.
 
     Args:
       name: one of `DATASETS`, or a file that `save` wrote. A number of training images may follow:
@@ -819,7 +819,7 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
 
 
 def _slice(train: Split, name: str) -> Split:
-    """Return the first training images, as many as the data set's name says."""
+    """Returns the first training images, as many as the data set's name says."""
     base, count = _parse(name)
     if count is None:
         return train
@@ -829,7 +829,7 @@ def _slice(train: Split, name: str) -> Split:
 
 
 def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the mean and standard deviation of each channel, in units of 0 to 1.
+    """Computes the mean and standard deviation of each channel, in units of 0 to 1.
 
     Args:
       images: uint8 [n, height, width, channels].

@@ -27,7 +27,7 @@ def normalize(
     mean: Float[AnyArray, "*#moments"],
     std: Float[AnyArray, "*#moments"],
 ) -> Float32[AnyArray, "*members batch height width channels"]:
-    """Compute (images / 255 - mean) / std.
+    """Computes (images / 255 - mean) / std.
 
     Args:
       images: values of 0 to 255.
@@ -38,7 +38,7 @@ def normalize(
 
 
 def _crop(key, image, padding, fill, value=0):
-    """Shift an image [height, width, channels] at random over a border."""
+    """Shifts an image [height, width, channels] at random over a border."""
     border = ((padding, padding), (padding, padding), (0, 0))
     options = {"constant_values": value} if fill == "zeros" else {}
     padded = jnp.pad(image, border, mode=FILLS[fill], **options)
@@ -47,7 +47,7 @@ def _crop(key, image, padding, fill, value=0):
 
 
 def _cutout(key, image, size):
-    """Blacken a square whose center is anywhere in the image.
+    """Blackens a square whose center is anywhere in the image.
 
     Source: DeVries and Taylor 2017.
     """
@@ -72,7 +72,7 @@ def augment(
     cutout: int = 0,
     colour: float = 0.0,
 ) -> Float32[Array, "batch height width channels"]:
-    """Augment images, each with its key.
+    """Augments images, each with its key.
 
     Args:
       keys: one for each image.
@@ -111,7 +111,7 @@ def augment_masks(
     fill: str = "zeros",
     **_,
 ) -> UInt8[Array, "batch height width"]:
-    """Mirror and shift masks as `augment` does their images.
+    """Mirrors and shifts masks as `augment` does their images.
 
     Pixels that come in over a border of zeros are `IGNORED`. Cutout and colors leave masks alone.
 
@@ -137,7 +137,7 @@ def augment_masks(
 def views(
     images: Float[Array, "batch height width channels"], count: int, size: int
 ) -> list[Float[Array, "batch {size} {size} channels"]]:
-    """Cut the views of images over which a test averages.
+    """Cuts the views of images over which a test averages.
 
     Args:
       images: values of any kind.

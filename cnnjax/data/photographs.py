@@ -60,7 +60,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def list_folder(folder: pathlib.Path) -> Listing:
-    """List the image files, folders and other files of a folder by name.
+    """Lists the image files, folders and other files of a folder by name.
 
     Hidden folders (".git", ".ipynb_checkpoints") are left out; a link counts as what it points to.
     """
@@ -84,7 +84,7 @@ def list_folder(folder: pathlib.Path) -> Listing:
 
 
 def describe_others(others: collections.Counter[str]) -> str:
-    """Describe files that are passed over: "12 files passed over: 8 .gif, 4 .txt"."""
+    """Describes files that are passed over: "12 files passed over: 8 .gif, 4 .txt"."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
     files = "file" if others.total() == 1 else "files"
     return f"{others.total():,} {files} passed over: {kinds}"
@@ -93,7 +93,7 @@ def describe_others(others: collections.Counter[str]) -> str:
 def describe_passed_over(
     root: pathlib.Path, others: collections.Counter[str], folders: list[pathlib.Path]
 ) -> str:
-    """Describe the files and folders that are passed over; empty if there are none.
+    """Describes the files and folders that are passed over; empty if there are none.
 
     Args:
       root: the folder that was read.
@@ -123,7 +123,7 @@ def _embedded() -> list[pathlib.Path]:
 
 
 def _list_below(folder: pathlib.Path) -> Listing:
-    """List the images and other files of a folder and its subfolders.
+    """Lists the images and other files of a folder and its subfolders.
 
     The folders listed are links, which are not followed: they may lead back up.
     """
@@ -141,7 +141,7 @@ def _list_below(folder: pathlib.Path) -> Listing:
 
 
 def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path], str]:
-    """List the image files of a folder and its subfolders.
+    """Lists the image files of a folder and its subfolders.
 
     Args:
       folder: the folder; empty for the photographs that scikit-image and scikit-learn carry.
@@ -170,7 +170,7 @@ def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path]
 
 
 def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
-    """List photographs like `find_photographs`, and log what is passed over."""
+    """Lists photographs like `find_photographs`, and logs what is passed over."""
     paths, passed_over = find_photographs(folder)
     if passed_over:
         _LOG.info("%s: %s", folder, passed_over)
@@ -178,7 +178,7 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
 
 
 def check_channels(channels: int, subject: str) -> None:
-    """Check that photographs can be read with a network's number of channels.
+    """Checks that photographs can be read with a network's number of channels.
 
     Args:
       channels: the channels of the network's input.
@@ -197,7 +197,7 @@ class Damaged(ValueError):
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
-    """Open an image file: JPEG, PNG, WebP or BMP, whatever its suffix.
+    """Opens an image file: JPEG, PNG, WebP or BMP, whatever its suffix.
 
     Pillow would hand other formats to outside programs (EPS to Ghostscript).
 
@@ -221,7 +221,7 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
 
 
 def image_size(path: pathlib.Path) -> tuple[int, int]:
-    """Read an image's (height, width) from its header.
+    """Reads an image's (height, width) from its header.
 
     Raises:
       ValueError: if it is not a readable image.
@@ -231,7 +231,7 @@ def image_size(path: pathlib.Path) -> tuple[int, int]:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image to RGB.
+    """Converts an image to RGB.
 
     Raises:
       ValueError: if it has more than 8 bits a channel.
@@ -246,7 +246,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
-    """Decode an image file to RGB.
+    """Decodes an image file to RGB.
 
     As in torchvision, transparency is dropped and an orientation in the metadata is not applied.
 
@@ -262,7 +262,7 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
-    """Read an image file as uint8 [height, width, 3].
+    """Reads an image file as uint8 [height, width, 3].
 
     Raises:
       ValueError: as `open_rgb`.
@@ -277,7 +277,7 @@ def resized_window(
     window: int,
     filter: PIL.Image.Resampling,
 ) -> PIL.Image.Image:
-    """Resize an image and cut a square window out of it, in bounded memory.
+    """Resizes an image and cuts a square window out of it, in bounded memory.
 
     Args:
       image: any image.
@@ -304,7 +304,7 @@ def resized_window(
 def split(
     paths: list[pathlib.Path], shares: tuple[int, ...], seed: int
 ) -> list[list[pathlib.Path]]:
-    """Divide photographs at random into disjoint parts.
+    """Divides photographs at random into disjoint parts.
 
     Args:
       paths: the photographs.
@@ -330,7 +330,7 @@ def split(
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
-    """Check by their headers that photographs are large enough for crops.
+    """Checks by their headers that photographs are large enough for crops.
 
     Args:
       paths: the photographs.
@@ -347,7 +347,7 @@ def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
 
 
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
-    """Cut random squares from photographs, taken in turn.
+    """Cuts random squares from photographs, taken in turn.
 
     Args:
       paths: the photographs.
@@ -376,7 +376,7 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
 
 
 def fit_squares(paths: list[pathlib.Path], side: int) -> np.ndarray:
-    """Scale photographs, up if need be, and cut their middles to squares.
+    """Scales photographs, up if need be, and cuts their middles to squares.
 
     Args:
       paths: the photographs.
@@ -403,7 +403,7 @@ def synthetic(
     mean: float = 127.5,
     deviation: float = 64.0,
 ) -> np.ndarray:
-    """Make images without content.
+    """Makes images without content.
 
     Args:
       kind: "black" (0), "white" (255), or "noise" (Gaussian, clipped).

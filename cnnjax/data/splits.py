@@ -7,7 +7,7 @@ import numpy as np
 
 
 def check_labels(labels: np.ndarray, count: int, source: str) -> None:
-    """Check that labels are numbers of classes.
+    """Checks that labels are numbers of classes.
 
     Args:
       labels: integers [n].
@@ -23,7 +23,7 @@ def check_labels(labels: np.ndarray, count: int, source: str) -> None:
 
 
 def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
-    """Choose images to hold out for validation, balanced over the classes.
+    """Chooses images to hold out for validation, balanced over the classes.
 
     All classes give equally many, or all but one image if they have fewer. The choice is always the
     same, so that runs can be compared.

@@ -96,12 +96,12 @@ class Folder:
         return open_rgb(path), label
 
     def labels(self) -> np.ndarray:
-        """Return the labels of all images, int32 [n]."""
+        """Returns the labels of all images, int32 [n]."""
         return np.array([label for _, label in self.files], np.int32)
 
 
 def _check_name(folder: pathlib.Path) -> None:
-    """Raise `ValueError` for a class name that is not UTF-8, as reports are."""
+    """Raises `ValueError` for a class name that is not UTF-8, as reports are."""
     try:
         folder.name.encode()
     except UnicodeEncodeError as error:
@@ -176,7 +176,7 @@ class Tfds:
         return PIL.Image.fromarray(pixels).convert("RGB"), label
 
     def _open_undecoded(self):
-        """Open the records with their images as encoded bytes, which saves decoding them."""
+        """Opens the records with their images as encoded bytes, which saves decoding them."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(self._name, data_dir=self._data_dir)
@@ -184,7 +184,7 @@ class Tfds:
         return builder.as_data_source(split=self._split, decoders=decoders)
 
     def labels(self) -> np.ndarray:
-        """Read the labels of all images, int32 [n].
+        """Reads the labels of all images, int32 [n].
 
         This reads the whole files of the split.
 
@@ -198,7 +198,7 @@ class Tfds:
         return np.array(labels, np.int32)
 
     def is_labeled(self) -> bool:
-        """Tell whether the first image has a label; in a withheld test set it is -1."""
+        """Tells whether the first image has a label; in a withheld test set it is -1."""
         if not len(self):
             return False
         try:
@@ -228,7 +228,7 @@ Source = Folder | Tfds | Part
 
 
 def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
-    """Divide a source into (the rest, `count` images) by `splits.hold_out`."""
+    """Divides a source into (the rest, `count` images) by `splits.hold_out`."""
     mask = splits.hold_out(source.labels(), count)
     return Part(source, np.flatnonzero(~mask)), Part(source, np.flatnonzero(mask))
 
@@ -237,7 +237,7 @@ def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
 
 
 def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
-    """Find the splits that are known by name, and whether they have labels."""
+    """Finds the splits that are known by name, and whether they have labels."""
     known = ("train", *_VALIDATION, "test")
     if dataset == "folder":
         root = pathlib.Path(data_dir)
@@ -252,7 +252,7 @@ def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
 
 
 def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
-    """Find which split of a data set is for training, validation and the test.
+    """Finds which split of a data set is for training, validation and the test.
 
     A split called val, validation or valid is for validation if there is a labeled test split.
     Otherwise it is for the test, as in ImageNet.
@@ -300,7 +300,7 @@ def _describe(source: Folder | Tfds) -> str:
 
 
 def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
-    """Open the splits of a data set and log the number of images and classes.
+    """Opens the splits of a data set and logs the number of images and classes.
 
     Args:
       dataset: as in `find_splits`.
@@ -356,7 +356,7 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
 
 
 def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator) -> PIL.Image.Image:
-    """Crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized to a square.
+    """Crops 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized to a square.
 
     Szegedy et al. 2014; torchvision's RandomResizedCrop.
     """
@@ -385,7 +385,7 @@ def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator)
 def resized_crop(
     image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
 ) -> PIL.Image.Image:
-    """Resize an image's shorter side to `shorter` and crop a square.
+    """Resizes an image's shorter side to `shorter` and crops a square.
 
     Args:
       image: any image.
@@ -410,7 +410,7 @@ def resized_crop(
 
 
 def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
-    """Resize an image and crop its center, for evaluation.
+    """Resizes an image and crops its center, for evaluation.
 
     Args:
       image: any image.
@@ -472,7 +472,7 @@ class _TrainingBatches:
         return tuple(batch)
 
     def _decode(self, order: np.ndarray, place: int) -> tuple[PIL.Image.Image, int, int]:
-        """Decode the image at a place in an epoch's order, or the next undamaged one.
+        """Decodes the image at a place in an epoch's order, or the next undamaged one.
 
         Returns:
           The image, its label, and the number of the damaged image that it replaces or -1.
@@ -520,7 +520,7 @@ class _EvaluationBatches:
 
 
 def check_resize(resize: int, image_size: int) -> None:
-    """Raise `ValueError` if images would be resized to less than the crop."""
+    """Raises `ValueError` if images would be resized to less than the crop."""
     if resize and resize < image_size:
         raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
 
@@ -539,7 +539,7 @@ def batches(
     process_count: int = 1,
     skip_damaged: bool = False,
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Stream batches of images and labels.
+    """Streams batches of images and labels.
 
     In training every epoch has its own order and drops the remainder, and each process gets its
     own part of each batch. An evaluation goes through the source once, in order, and its last
@@ -617,7 +617,7 @@ def _close_iterators() -> None:
 
 
 def _iterate_and_close(iterator, count: int, has_workers: bool) -> Iterator:
-    """Yield `count` batches of one of grain's iterators and close it.
+    """Yields `count` batches of one of grain's iterators and closes it.
 
     It is closed, which ends its worker processes, before the last batch is yielded: a caller that
     knows the number of batches never asks for more, so nothing after the last one would run. A
@@ -656,7 +656,7 @@ def _iterate_and_close(iterator, count: int, has_workers: bool) -> Iterator:
 
 
 def _wait_until_closed(memories: list[SharedMemory]) -> None:
-    """Wait until grain has closed blocks of shared memory, for five seconds at most.
+    """Waits until grain has closed blocks of shared memory, for five seconds at most.
 
     grain closes them in a thread. A program that ended before would not wait for this thread, and
     Python would report the blocks as leaked.
@@ -667,7 +667,7 @@ def _wait_until_closed(memories: list[SharedMemory]) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepare a worker process: it ignores signals, and ends when its parent ends.
+    """Prepares a worker process: it ignores signals, and ends when its parent ends.
 
     Args:
       index: the number of the worker, which grain passes.

@@ -27,7 +27,7 @@ _FLAG_BEFORE = (0, 13, 0)
 
 
 def set_flags() -> None:
-    """Append the CPU backend's corrective flag to `XLA_FLAGS`, unless the user set it.
+    """Appends the CPU backend's corrective flag to `XLA_FLAGS`, unless the user set it.
 
     Warns if jax has started its backend already, which reads the flags once.
     """
@@ -48,7 +48,7 @@ def set_flags() -> None:
 
 
 def check_numerics() -> None:
-    """Compare a reduction and a convolution that are known to break with NumPy.
+    """Compares a reduction and a convolution that are known to break with NumPy.
 
     Raises:
       RuntimeError: if the results differ.
@@ -90,7 +90,7 @@ def check_numerics() -> None:
 
 
 def cores() -> int:
-    """Count the CPU cores that this process may use."""
+    """Counts the CPU cores that this process may use."""
     # macOS and Windows have no `sched_getaffinity`.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -98,7 +98,7 @@ def cores() -> int:
 
 
 def _cache_dir() -> pathlib.Path:
-    """Return the compilation cache's folder: one per jaxlib, processor and core count.
+    """Returns the compilation cache's folder: one per jaxlib, processor and core count.
 
     Code compiled for one processor does not run on another (jax issue 38445), and code compiled for
     one core uses one core everywhere. jax's own cache key contains neither.
@@ -116,7 +116,7 @@ def _cache_dir() -> pathlib.Path:
 
 
 def reach_devices() -> None:
-    """Check that jax finds devices of the platform that JAX_PLATFORMS names.
+    """Checks that jax finds devices of the platform that JAX_PLATFORMS names.
 
     Raises:
       RuntimeError: in one line, if it finds none.
@@ -136,7 +136,7 @@ def reach_devices() -> None:
 
 @functools.cache
 def start() -> None:
-    """Make the process ready to compute.
+    """Makes the process ready to compute.
 
     Turns on the persistent compilation cache and checks the numerics, once.
     """
@@ -155,7 +155,7 @@ _JOINED: list[bool] = []
 
 
 def join(how: str) -> None:
-    """Make this process one of several that compute together; call it before `start`.
+    """Makes this process one of several that compute together; call it before `start`.
 
     Args:
       how: "auto", where the environment has the settings (Slurm, Cloud TPU, GKE, Open MPI), or
@@ -192,12 +192,12 @@ def join(how: str) -> None:
 
 
 def is_joined() -> bool:
-    """Tell whether this process is one of several that compute together."""
+    """Tells whether this process is one of several that compute together."""
     return bool(_JOINED)
 
 
 def writes() -> bool:
-    """Tell whether this process writes files: of several, only the first one does."""
+    """Tells whether this process writes files: of several, only the first one does."""
     if not is_joined():
         return True
     import jax
@@ -206,7 +206,7 @@ def writes() -> bool:
 
 
 def wait_for_others(point: str) -> None:
-    """Wait until all processes that compute together reach the point of this name."""
+    """Waits until all processes that compute together reach the point of this name."""
     if is_joined():
         from jax.experimental import multihost_utils
 
@@ -214,7 +214,7 @@ def wait_for_others(point: str) -> None:
 
 
 def describe() -> dict:
-    """Describe the environment that produces a result: versions, devices, flags."""
+    """Describes the environment that produces a result: versions, devices, flags."""
     import jax
 
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")

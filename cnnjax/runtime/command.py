@@ -21,18 +21,18 @@ _STANDARD_OUTPUT = 1
 
 
 def path(text: str) -> pathlib.Path:
-    """Parse an argument that is a path; "~" is the home folder."""
+    """Parses an argument that is a path; "~" is the home folder."""
     return expand_user(text)
 
 
 def policies(options: argparse.Namespace) -> dict[str, str]:
-    """Collect --padding and --sampling if given: a user's network may have neither."""
+    """Collects --padding and --sampling if given: a user's network may have neither."""
     values = {"padding": options.padding, "sampling": options.sampling}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """Return the parser of an argument that is a whole number of at least `least`."""
+    """Returns the parser of an argument that is a whole number of at least `least`."""
 
     def parse(text):
         if not text.isdecimal() or int(text) < least:
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:
-        """Add an option that is a whole number of at least `least`."""
+        """Adds an option that is a whole number of at least `least`."""
         self.add_argument(
             f"--{name}",
             type=whole_number(least),
@@ -114,7 +114,7 @@ def _interrupt(number: int, frame) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Tell whether standard output is a pipe that nobody reads any more.
+    """Tells whether standard output is a pipe that nobody reads any more.
 
     A `BrokenPipeError` may also come from another pipe, such as one to a process that has died.
     """
@@ -124,7 +124,7 @@ def _is_output_closed() -> bool:
 
 
 def _print_every_name() -> None:
-    """Make standard output write file names that are not UTF-8 as their bytes.
+    """Makes standard output write file names that are not UTF-8 as their bytes.
 
     As in the C locale. A program that reads the output from a pipe gets the true name. Standard
     error needs no change: it prints such bytes with backslashes.
@@ -135,7 +135,7 @@ def _print_every_name() -> None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Do a command's work and return its exit code.
+    """Does a command's work and returns its exit code.
 
     With --debug on the command line, errors come with their traceback.
 

@@ -20,7 +20,7 @@ LARGEST_SEED = 2**31 - 1
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """Read a configuration file.
+    """Reads a configuration file.
 
     Raises:
         ValueError: if the file cannot be run or has no `get_config()`.
@@ -41,7 +41,7 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """List the values of a configuration by dotted key: `schedule.learning_rate`."""
+    """Lists the values of a configuration by dotted key: `schedule.learning_rate`."""
     values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
@@ -53,7 +53,7 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Copy a configuration, with "~" at the start of a string as the home folder."""
+    """Copies a configuration, with "~" at the start of a string as the home folder."""
     expanded = copy.deepcopy(config)
     for key, value in flatten(config).items():
         if isinstance(value, str) and value.startswith("~"):
@@ -64,7 +64,7 @@ def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 def override(
     config: ml_collections.ConfigDict, changes: Mapping[str, Any]
 ) -> ml_collections.ConfigDict:
-    """Copy a configuration and change the values of some dotted keys.
+    """Copies a configuration and changes the values of some dotted keys.
 
     Raises:
         ValueError: for an unknown key and for a value of another type.
@@ -83,7 +83,7 @@ def override(
 
 
 def to_tuples(value: Any) -> Any:
-    """Turn a list, and the lists inside it, into tuples: a network's fields are hashed."""
+    """Turns a list, and the lists inside it, into tuples: a network's fields are hashed."""
     # Subclasses stay as they are: a named tuple keeps its names.
     if type(value) in (list, tuple):
         return tuple(to_tuples(element) for element in value)
@@ -93,7 +93,7 @@ def to_tuples(value: Any) -> Any:
 def check_keys(
     config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict, origin: str
 ) -> None:
-    """Check that a configuration has the keys and types of the defaults.
+    """Checks that a configuration has the keys and types of the defaults.
 
     Args:
         config: the configuration.
@@ -114,7 +114,7 @@ def check_keys(
 
 
 def check_seed(config: ml_collections.ConfigDict) -> None:
-    """Raise `ValueError` for a seed that jax's random keys cannot take."""
+    """Raises `ValueError` for a seed that jax's random keys cannot take."""
     if not 0 <= config.seed <= LARGEST_SEED:
         raise ValueError(
             f"seed={config.seed} is not a number of at least 0 and at most {LARGEST_SEED}"
@@ -122,7 +122,7 @@ def check_seed(config: ml_collections.ConfigDict) -> None:
 
 
 def check_least(key: str, value: Any, least: float) -> None:
-    """Raise `ValueError` for a value that is not a finite number of at least `least`."""
+    """Raises `ValueError` for a value that is not a finite number of at least `least`."""
     if value == math.inf:
         raise ValueError(f"{key}={value!r} is not a finite number")
     if not is_number(value) or value < least:
@@ -130,13 +130,13 @@ def check_least(key: str, value: Any, least: float) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number; True and False are not."""
+    """Tells whether a value is a finite number; True and False are not."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
 
 
 def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
-    """Raise `ValueError` if a key that is a tuple of names has an element that is no string."""
+    """Raises `ValueError` if a key that is a tuple of names has an element that is no string."""
     for key in keys:
         for name in config[key]:
             if not isinstance(name, str):
@@ -144,7 +144,7 @@ def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
 
 
 def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str]) -> dict[str, Any]:
-    """Parse `--config.KEY=VALUE` and `--config.KEY VALUE` into changes by dotted key.
+    """Parses `--config.KEY=VALUE` and `--config.KEY VALUE` into changes by dotted key.
 
     Args:
         config: the configuration to change; a value is read as the type that its key has here.
@@ -173,7 +173,7 @@ def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str])
 
 
 def _parse_value(text: str, current: Any) -> Any:
-    """Parse the value of a key on the command line; what is nothing else stays text."""
+    """Parses the value of a key on the command line; what is nothing else stays text."""
     if isinstance(current, str):
         return text
     if text.lower() in ("true", "false"):
@@ -191,7 +191,7 @@ def _parse_value(text: str, current: Any) -> Any:
 
 
 def _is_open(key: str) -> bool:
-    """Tell whether a key is a network's field; keys inside a field are not."""
+    """Tells whether a key is a network's field; keys inside a field are not."""
     section, _, field = key.partition(".")
     return section == _OPEN_SECTION and field.isidentifier()
 
@@ -202,7 +202,7 @@ def _check_key(key: str, known: Mapping[str, Any]) -> None:
 
 
 def _check_type(key: str, value: Any, known: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a value of another type than the known one.
+    """Raises `ValueError` for a value of another type than the known one.
 
     ml_collections itself accepts None for any type and True for 1.
     """

@@ -22,7 +22,7 @@ class CommandJob:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Run the command; raise `RuntimeError` for an exit code other than 0."""
+        """Runs the command; raises `RuntimeError` for an exit code other than 0."""
         self.process = subprocess.Popen(self.words, cwd=self.folder)
         code = self.process.wait()
         if code:
@@ -30,7 +30,7 @@ class CommandJob:
         return code
 
     def checkpoint(self):
-        """Let the command save and end; return the submission that resumes it."""
+        """Lets the command save and end; returns the submission that resumes it."""
         import submitit
 
         if self.process is not None:
@@ -44,7 +44,7 @@ class CommandJob:
 def submit(
     words: list[str], *, folder: pathlib.Path, cluster: str, count: int, settings: list[str]
 ) -> list[str]:
-    """Submit jobs that each run a command in the current folder.
+    """Submits jobs that each run a command in the current folder.
 
     Args:
         words: the command and its arguments.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def attributes(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """Build the `__getattr__` of a package.
+    """Builds the `__getattr__` of a package.
 
     Args:
       package: the name of the package.

@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 15
 
 @contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show progress; yields a function to call with the number of new units."""
+    """Shows progress; yields a function to call with the number of new units."""
     if sys.stderr.isatty():
         with tqdm.tqdm(total=total, unit=f" {unit}") as bar:
             yield bar.update

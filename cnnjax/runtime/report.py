@@ -16,7 +16,7 @@ class Finished(NamedTuple):
 
 
 def read(folder: pathlib.Path, kind: str) -> Finished:
-    """Read a finished run.
+    """Reads a finished run.
 
     Args:
       folder: its work directory.
@@ -41,7 +41,7 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
 
 
 def footer(run: Finished) -> str:
-    """Format a report's last section: environment, seed, seconds and configuration.
+    """Formats a report's last section: environment, seed, seconds and configuration.
 
     Each earlier start of the run with other code or on another machine has a paragraph.
     """

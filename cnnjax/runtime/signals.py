@@ -18,7 +18,7 @@ _SYSTEM = (signal.SIGTERM, *_ANNOUNCE)
 def catch_stop_signals(
     handler: Callable, on_first: Callable[[int], None] = lambda number: None
 ) -> Iterator[None]:
-    """Handle SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 while the context is active.
+    """Handles SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 while the context is active.
 
     Each of them calls `handler`, with three exceptions:
 

@@ -20,12 +20,12 @@ _running: contextvars.ContextVar[str | None] = contextvars.ContextVar("running",
 
 
 def running_file() -> str | None:
-    """Return the path of the user's file whose code is running; None without one."""
+    """Returns the path of the user's file whose code is running; None without one."""
     return _running.get()
 
 
 def import_file(path: str | pathlib.Path) -> types.ModuleType:
-    """Import a Python file, once per process.
+    """Imports a Python file, once per process.
 
     Raises:
         ValueError: with the file and the line, for any error in the file.
@@ -56,7 +56,7 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
-    """Run code of a user's file; errors become `ValueError` with file and line."""
+    """Runs code of a user's file; errors become `ValueError` with file and line."""
     resolved = str(expand_user(path).resolve())
     token = _running.set(resolved)
     try:
@@ -72,7 +72,7 @@ def running(path: str | pathlib.Path) -> Iterator[None]:
 
 
 def _line_of(error: Exception, path: str) -> int | None:
-    """Find the line of a file that an error comes from; None if from elsewhere."""
+    """Finds the line of a file that an error comes from; None if from elsewhere."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return error.lineno
     frames = traceback.extract_tb(error.__traceback__)

@@ -7,14 +7,14 @@ import numpy as np
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """Format a table in Markdown."""
+    """Formats a table in Markdown."""
     rule = ["---"] * len(header)
     rows = ["| " + " | ".join(line) + " |" for line in [header, rule, *lines]]
     return "\n".join(rows) + "\n"
 
 
 def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Format mean ± sample standard deviation; one value has no deviation.
+    """Formats mean ± sample standard deviation; one value has no deviation.
 
     With `sign` "+", positive means have a sign, too.
     """
@@ -25,14 +25,14 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def bar(values) -> np.ndarray:
-    """Compute an error bar's half length, the standard deviation; 0 for one value."""
+    """Computes an error bar's half length, the standard deviation; 0 for one value."""
     if len(values) > 1:
         return np.std(values, 0, ddof=1)
     return np.zeros_like(np.asarray(values)[0])
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Compute half of the mean's 95 % interval (Student's t); infinite for one value."""
+    """Computes half of the mean's 95 % interval (Student's t); infinite for one value."""
     # Imported when needed: scipy.stats takes longer to import than everything else here.
     import scipy.stats
 
@@ -44,7 +44,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
-    """Format the mean ± half of its 95 % interval; one value has no interval.
+    """Formats the mean ± half of its 95 % interval; one value has no interval.
 
     For differences paired by seed, it is the paired interval. With `sign` "+", positive means have
     a sign, too.

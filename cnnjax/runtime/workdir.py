@@ -58,7 +58,7 @@ class Interrupted(Exception):
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or absent.
+    """Writes a file under a temporary name and renames it, so that it is whole or absent.
 
     Of several processes that compute together, only the first one writes.
     """
@@ -79,7 +79,7 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Write a value as JSON.
+    """Writes a value as JSON.
 
     Raises:
         ValueError: for a NaN or an infinity, since JSON has neither.
@@ -88,7 +88,7 @@ def write_json(path: pathlib.Path, value) -> None:
 
 
 def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
-    """Write named arrays as an npz file, which holds a checksum of each."""
+    """Writes named arrays as an npz file, which holds a checksum of each."""
     # Imported when needed: every --help imports this module.
     import numpy as np
 
@@ -99,7 +99,7 @@ def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> Non
 
 
 def read_json(path: pathlib.Path, **options):
-    """Read a JSON file.
+    """Reads a JSON file.
 
     Raises:
         ValueError: with the file's name, if it is not JSON.
@@ -111,7 +111,7 @@ def read_json(path: pathlib.Path, **options):
 
 
 def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
-    """Read a result from its JSON file, or compute it and write the file."""
+    """Reads a result from its JSON file, or computes it and writes the file."""
     if not path.exists():
         result = compute(*arguments)
         path.parent.mkdir(exist_ok=True)
@@ -120,14 +120,14 @@ def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
 
 
 def write_figure(path: pathlib.Path, figure) -> None:
-    """Write a matplotlib figure as PNG."""
+    """Writes a matplotlib figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write(path, buffer.getvalue())
 
 
 def file_label(name: str) -> str:
-    """Turn a network's name into part of a file name: FILE.py:NAME loses its folders.
+    """Turns a network's name into part of a file name: FILE.py:NAME loses its folders.
 
     Eight characters of a digest tell it from networks of the same name in other folders.
     """
@@ -137,13 +137,13 @@ def file_label(name: str) -> str:
 
 
 def digest(config: dict) -> str:
-    """Hash a configuration into eight characters."""
+    """Hashes a configuration into eight characters."""
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _git_revision() -> str | None:
-    """Return the commit of the checkout that the code runs from, or None outside one.
+    """Returns the commit of the checkout that the code runs from, or None outside one.
 
     A "+" follows the commit if files differ from it.
     """
@@ -170,7 +170,7 @@ def _git_revision() -> str | None:
 
 
 def _difference(old, new, prefix: str = "") -> str | None:
-    """Describe the first key in which two nested configurations differ."""
+    """Describes the first key in which two nested configurations differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         # A changed value says more than a key that was introduced since, which comes last.
         for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
@@ -182,7 +182,7 @@ def _difference(old, new, prefix: str = "") -> str | None:
 
 
 def check_config(folder: pathlib.Path, config: dict) -> None:
-    """Check that a work directory holds a run of this configuration.
+    """Checks that a work directory holds a run of this configuration.
 
     Raises:
         ValueError: if it holds one of another configuration, or a config.json that is not JSON.
@@ -212,7 +212,7 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 
 def _has_started(folder: pathlib.Path) -> bool:
-    """Tell whether a work directory holds more than the record of a run and claims."""
+    """Tells whether a work directory holds more than the record of a run and claims."""
     for path in folder.iterdir():
         is_record = path.name in ("config.json", "environment.json")
         is_claim = path.suffix == ".claim"
@@ -224,7 +224,7 @@ def _has_started(folder: pathlib.Path) -> bool:
 
 
 def read_record(folder: pathlib.Path, kind: str) -> dict | None:
-    """Read the configuration that a run of this kind recorded; None if there is none.
+    """Reads the configuration that a run of this kind recorded; None if there is none.
 
     A damaged record counts as none: `check_config` reports it.
     """
@@ -238,7 +238,7 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
-    """Create a work directory and record the configuration and the environment.
+    """Creates a work directory and record the configuration and the environment.
 
     Returns:
         The directory's path.
@@ -264,7 +264,7 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
 
 
 def _environment(folder: pathlib.Path, config: dict) -> dict:
-    """Describe the code, the versions and the machine of this start of a run.
+    """Describes the code, the versions and the machine of this start of a run.
 
     Different environments of earlier starts are listed under "earlier", each once.
     """
@@ -283,7 +283,7 @@ def _environment(folder: pathlib.Path, config: dict) -> dict:
 
 
 def _recorded_environments(folder: pathlib.Path) -> list:
-    """Read the environments of all recorded starts, the last one last."""
+    """Reads the environments of all recorded starts, the last one last."""
     try:
         last = read_json(folder / "environment.json")
         earlier = last.pop("earlier", [])
@@ -297,7 +297,7 @@ def _recorded_environments(folder: pathlib.Path) -> list:
 
 
 def _hash_results(folder: pathlib.Path) -> dict[str, str]:
-    """Compute the SHA-256, by name, of the files that reports are made from.
+    """Computes the SHA-256, by name, of the files that reports are made from.
 
     config.json is not among them: `check_config` compares it.
     """
@@ -309,19 +309,19 @@ def _hash_results(folder: pathlib.Path) -> dict[str, str]:
 
 
 def seal(folder: pathlib.Path) -> None:
-    """Record the hashes of a finished run's files in manifest.json."""
+    """Records the hashes of a finished run's files in manifest.json."""
     if backend.writes():
         write_json(folder / _MANIFEST, _hash_results(folder))
 
 
 def unseal(folder: pathlib.Path) -> None:
-    """Remove the hashes of a run that continues, since its files will change."""
+    """Removes the hashes of a run that continues, since its files will change."""
     if backend.writes():
         (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def check_seal(folder: pathlib.Path) -> None:
-    """Check that the files of a finished run are as they were when it was sealed.
+    """Checks that the files of a finished run are as they were when it was sealed.
 
     A run that was never sealed passes.
 
@@ -349,7 +349,7 @@ def check_seal(folder: pathlib.Path) -> None:
 def run_once(
     run: Callable, config, folder: str | os.PathLike, adopt: Callable | None = None
 ) -> dict:
-    """Run a configuration in its work directory, unless its results are there already.
+    """Runs a configuration in its work directory, unless its results are there already.
 
     Args:
         run: called with the configuration and the folder.
@@ -383,7 +383,7 @@ def run_once(
 
 @contextlib.contextmanager
 def prepared(folder: str | os.PathLike, config: dict) -> Iterator[pathlib.Path]:
-    """Prepare a work directory for the work in the context, and give its path.
+    """Prepares a work directory for the work in the context, and gives its path.
 
     Raises:
         ValueError: as `prepare`. Work that is refused before it writes leaves no folder.
@@ -397,7 +397,7 @@ def prepared(folder: str | os.PathLike, config: dict) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
-    """Remove the folders that the context created if they are empty at its end."""
+    """Removes the folders that the context created if they are empty at its end."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -410,7 +410,7 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
-    """Remove the record of a run that the context refuses before it has started."""
+    """Removes the record of a run that the context refuses before it has started."""
     try:
         yield
     except (ValueError, FileNotFoundError):
@@ -441,7 +441,7 @@ def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _pid_namespace() -> str | None:
-    """Return the namespace of process numbers, of which each container has its own."""
+    """Returns the namespace of process numbers, of which each container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -449,7 +449,7 @@ def _pid_namespace() -> str | None:
 
 
 def _has_ended(holder: dict) -> bool:
-    """Tell whether the process that a claim names is known to have ended."""
+    """Tells whether the process that a claim names is known to have ended."""
     # Claims of earlier versions do not name their namespace.
     namespace = holder.get("namespace", _pid_namespace())
     is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
@@ -458,7 +458,7 @@ def _has_ended(holder: dict) -> bool:
 
 
 def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> str | None:
-    """Name the process that holds a claim, for an error; None if the claim is stale.
+    """Names the process that holds a claim, for an error; None if the claim is stale.
 
     Args:
         path: run.claim.
@@ -483,7 +483,7 @@ def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path
 
 
 def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
-    """Give a claim the name `path`. Raises `FileExistsError` if there is such a file."""
+    """Gives a claim the name `path`. Raises `FileExistsError` if there is such a file."""
     try:
         # Of several processes, only one can create the link.
         os.link(own_claim, path)
@@ -496,7 +496,7 @@ def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> None:
-    """Remove a stale claim, unless another process has replaced it since it was read."""
+    """Removes a stale claim, unless another process has replaced it since it was read."""
     removed = own_claim.with_suffix(".void")
     # Of several processes, only one can rename it.
     with contextlib.suppress(FileNotFoundError):
@@ -509,7 +509,7 @@ def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -
 
 
 def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
-    """Claim the directory. Raises `Claimed` if another process holds it."""
+    """Claims the directory. Raises `Claimed` if another process holds it."""
     has_met_stale = False
     while True:
         try:
@@ -534,7 +534,7 @@ def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
 
 
 def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:
-    """Tell whether run.claim is the claim of this process, which has an id of its own."""
+    """Tells whether run.claim is the claim of this process, which has an id of its own."""
     try:
         return path.read_bytes() == own_claim.read_bytes()
     except FileNotFoundError:
@@ -543,7 +543,7 @@ def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
-    """Renew a claim now and then, from a thread, while the context lasts."""
+    """Renews a claim now and then, from a thread, while the context lasts."""
     done = threading.Event()
 
     def renew():
@@ -561,7 +561,7 @@ def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes out of a work directory, which is created, while the context lasts.
+    """Keeps other processes out of a work directory, which is created, while the context lasts.
 
     Raises:
         Claimed: if another process is using the directory.

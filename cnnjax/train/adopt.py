@@ -16,7 +16,7 @@ EXTENDED = "extended.json"
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Add keys introduced after a run to its record, with the values in effect then.
+    """Adds keys introduced after a run to its record, with the values in effect then.
 
     Args:
       config: the configuration to run; where it has the default of such a key, it gets that value,
@@ -41,7 +41,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Adopt a configuration under which a run would have reached the same state.
+    """Adopts a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
       run; extended.json then records the earlier results.
@@ -66,14 +66,14 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
-    """Find the keys in which a recorded configuration differs from the one to run."""
+    """Finds the keys in which a recorded configuration differs from the one to run."""
     # As JSON holds it: tuples become lists.
     new = json.loads(json.dumps(config.to_dict()))
     return {key for key in recorded.keys() | new.keys() if recorded.get(key) != new.get(key)}
 
 
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tell whether a run only has more epochs, at the same learning rates so far."""
+    """Tells whether a run only has more epochs, at the same learning rates so far."""
     if _differences(recorded, config) != {"epochs"} or recorded["epochs"] >= config.epochs:
         return False
     # The comparison does not depend on the number of steps in an epoch, here 10.
@@ -83,7 +83,7 @@ def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
 
 
 def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tell whether the only difference is that damaged images are passed over now."""
+    """Tells whether the only difference is that damaged images are passed over now."""
     return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
@@ -93,7 +93,7 @@ def _was_finished(folder: pathlib.Path) -> bool:
 
 
 def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
-    """Turn a finished run into an unfinished one of more epochs.
+    """Turns a finished run into an unfinished one of more epochs.
 
     If this is interrupted between two files, the next call completes it.
     """

@@ -41,7 +41,7 @@ _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Check a configuration before anything is computed.
+    """Checks a configuration before anything is computed.
 
     Raises:
       ValueError: with the key, its value and what is accepted.
@@ -60,7 +60,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
-    """Check keys whose values do not depend on other keys."""
+    """Checks keys whose values do not depend on other keys."""
     for key, least in _LEAST.items():
         configuration.check_least(key, config[key], least)
     for key in _SHARES:
@@ -78,7 +78,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_validation(config: ml_collections.ConfigDict) -> None:
-    """Check that there are validation images if anything needs them."""
+    """Checks that there are validation images if anything needs them."""
     are_needed = config.schedule.name == "plateau" or config.early_stopping
     # `has_validation` comes last: it reads the folder of a streamed data set.
     if not are_needed or has_validation(config):
@@ -96,7 +96,7 @@ def _check_validation(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
-    """Check the model, its fields and the parts that the configuration names."""
+    """Checks the model, its fields and the parts that the configuration names."""
     for field in _DECIDED_FIELDS:
         if field in config.model_fields:
             raise ValueError(
@@ -107,7 +107,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check the parts with initial weights, with rates of their own, and frozen."""
+    """Checks the parts with initial weights, with rates of their own, and frozen."""
     configuration.check_names(config, ("initial_parts", "freeze"))
     if config.initial_weights:
         transfer.weights_file(config.initial_weights)
@@ -135,7 +135,7 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
 
 
 def _is_rate(pair) -> bool:
-    """Tell whether a pair is the name of a part and a positive number."""
+    """Tells whether a pair is the name of a part and a positive number."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         return False
     part, rate = pair
@@ -143,7 +143,7 @@ def _is_rate(pair) -> bool:
 
 
 def _check_loss(config: ml_collections.ConfigDict) -> None:
-    """Check that the loss fits the labels of the data set."""
+    """Checks that the loss fits the labels of the data set."""
     fitting = "cross_entropy"
     if not is_streamed(config):
         arrays.check_name(config.dataset)
@@ -156,7 +156,7 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_views(config: ml_collections.ConfigDict) -> None:
-    """Check that the test images have the views to average."""
+    """Checks that the test images have the views to average."""
     if config.test_views > 1 and config.loss != "cross_entropy":
         raise ValueError(
             f"test_views={config.test_views} averages the probabilities of classes, for "

@@ -25,7 +25,7 @@ _MANIFEST = "manifest.json"
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
-    """Compute the SHA-256, by path, of every file in a folder except the manifest."""
+    """Computes the SHA-256, by path, of every file in a folder except the manifest."""
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path == folder / _MANIFEST:
@@ -37,7 +37,7 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _damage(folder: pathlib.Path) -> str | None:
-    """Say what is wrong with a checkpoint's files; None if nothing is."""
+    """Says what is wrong with a checkpoint's files; None if nothing is."""
     try:
         recorded = workdir.read_json(folder / _MANIFEST)
     except FileNotFoundError:
@@ -54,13 +54,13 @@ def _damage(folder: pathlib.Path) -> str | None:
 
 
 def _leaves(state) -> dict:
-    """List a state's arrays by path."""
+    """Lists a state's arrays by path."""
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths_and_leaves}
 
 
 def _shapes_and_dtypes(state) -> dict[str, list]:
-    """List the shape and, last, the dtype of a state's arrays, by path."""
+    """Lists the shape and, last, the dtype of a state's arrays, by path."""
     return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
 
 
@@ -109,7 +109,7 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _finish(self) -> None:
-        """Wait for the checkpoint that is being written; raise `RuntimeError` if it failed."""
+        """Waits for the checkpoint that is being written; raises `RuntimeError` if it failed."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -122,7 +122,7 @@ class Checkpoints:
             ) from failure
 
     def _seal(self, step: int) -> None:
-        """Write the manifest once all other files are on the disk."""
+        """Writes the manifest once all other files are on the disk."""
         try:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
@@ -133,7 +133,7 @@ class Checkpoints:
             self._failure = error
 
     def save(self, step: int, state, record: dict, metric: float | None = None) -> None:
-        """Begin to write a checkpoint, unless there is one of this step.
+        """Begins to write a checkpoint, unless there is one of this step.
 
         The caller may change the state's memory and the record at once.
 
@@ -169,7 +169,7 @@ class Checkpoints:
         self._writing.start()
 
     def steps(self) -> list[int]:
-        """List the steps of the checkpoints that are not damaged, in order."""
+        """Lists the steps of the checkpoints that are not damaged, in order."""
         self._finish()
         steps = sorted(self._manager.all_steps())
         return [step for step in steps if _damage(self._path(step)) is None]
@@ -179,7 +179,7 @@ class Checkpoints:
         return self._manager.restore(step, args=contents)["header"]
 
     def restore_step(self, step: int, like):
-        """Read one checkpoint.
+        """Reads one checkpoint.
 
         Args:
           step: its step.
@@ -209,7 +209,7 @@ class Checkpoints:
         return step, state, header["record"]
 
     def restore(self, like):
-        """Read the newest checkpoint that is not damaged.
+        """Reads the newest checkpoint that is not damaged.
 
         A damaged checkpoint is renamed, with a warning, and the one before is read.
 
@@ -245,7 +245,7 @@ class Checkpoints:
         return None
 
     def restore_best(self, like):
-        """Read the checkpoint of the smallest metric among those that are not damaged.
+        """Reads the checkpoint of the smallest metric among those that are not damaged.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.

@@ -55,7 +55,7 @@ class TrainingData(Protocol):
         state: step.State,
         steps: range,
     ) -> tuple[step.State, int]:
-        """Take one or more of the given steps.
+        """Takes one or more of the given steps.
 
         Args:
           recipe: what a step is.
@@ -70,7 +70,7 @@ class TrainingData(Protocol):
         ...
 
     def evaluation(self, split: str, views: int = 1) -> Batches | None:
-        """Iterate over a split's images and labels in order, batch by batch.
+        """Iterates over a split's images and labels in order, batch by batch.
 
         Args:
           split: "train", "validation" or "test".
@@ -83,17 +83,17 @@ class TrainingData(Protocol):
         ...
 
     def test_images(self, numbers: np.ndarray) -> np.ndarray:
-        """Return some of the test images, uint8."""
+        """Returns some of the test images, uint8."""
         ...
 
 
 def is_streamed(config: ml_collections.ConfigDict) -> bool:
-    """Tell whether a configuration's images are decoded as they are needed."""
+    """Tells whether a configuration's images are decoded as they are needed."""
     return config.dataset == "folder" or config.dataset.startswith("tfds:")
 
 
 def has_validation(config: ml_collections.ConfigDict) -> bool:
-    """Tell whether a configuration's data have images for validation."""
+    """Tells whether a configuration's data have images for validation."""
     if config.n_validation:
         return True
     if not is_streamed(config):
@@ -102,13 +102,13 @@ def has_validation(config: ml_collections.ConfigDict) -> bool:
 
 
 def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> TrainingData:
-    """Open a configuration's data set."""
+    """Opens a configuration's data set."""
     kind = Streamed if is_streamed(config) else Resident
     return kind(config, parallel)
 
 
 def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndarray) -> Moments:
-    """Choose the mean and deviation that pixels of 0 to 1 are normalized by.
+    """Chooses the mean and deviation that pixels of 0 to 1 are normalized by.
 
     Args:
       config: a training configuration.
@@ -134,7 +134,7 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
 
 
 def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
-    """Raise `ValueError` for a color shift of images that do not have three channels."""
+    """Raises `ValueError` for a color shift of images that do not have three channels."""
     colour = config.augment.get("colour", 0.0)
     if colour and channels != 3:
         raise ValueError(
@@ -191,7 +191,7 @@ class Resident:
         return state, stop
 
     def _steps_a_call(self) -> int:
-        """Choose how many steps fill a call; all processes choose the same number."""
+        """Chooses how many steps fill a call; all processes choose the same number."""
         # The first call compiles, and the second one times a single step.
         count = 1
         if len(self._step_seconds) > 1:
@@ -247,7 +247,7 @@ class Streamed:
         )
 
     def _training_batches(self, first: int) -> Iterator:
-        """Read the batches of all steps from `first` to the end of the run."""
+        """Reads the batches of all steps from `first` to the end of the run."""
         total = self._config.epochs * (self.n_train // self._config.batch_size)
         return self._read(
             "train",
@@ -278,7 +278,7 @@ class Streamed:
         return state, steps.start + 1
 
     def _count_damaged(self, damaged: list[int]) -> None:
-        """Count images that were passed over, and log the name of each once."""
+        """Counts images that were passed over, and logs the name of each once."""
         self.damaged = (self.damaged or 0) + len(damaged)
         for number in sorted(set(damaged) - self._reported):
             self._reported.add(number)

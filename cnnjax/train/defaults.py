@@ -29,7 +29,7 @@ BEFORE = {"final_weights": "last", "early_stopping": 0}
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Return the default configuration of training."""
+    """Returns the default configuration of training."""
     config = ml_collections.ConfigDict()
     # What the configuration is for: "train".
     config.kind = "train"
@@ -134,7 +134,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def product(axes: dict) -> list[dict]:
-    """Return every combination of the axes' values, as overrides.
+    """Returns every combination of the axes' values, as overrides.
 
     {"schedule.learning_rate": (0.1, 0.2), "seed": range(5)} gives ten.
     """

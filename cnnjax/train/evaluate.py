@@ -24,7 +24,7 @@ _MASKS = 32
 
 
 def _rngs() -> dict:
-    """Return the random key of padding='random'.
+    """Returns the random key of padding='random'.
 
     The noise is the same for every batch, and different for the images in it.
     """
@@ -34,14 +34,14 @@ def _rngs() -> dict:
 def logits(
     model: Network, variables, images: Float[AnyArray, "batch height width channels"]
 ) -> Float[Array, "batch ..."]:
-    """Compute logits in evaluation mode."""
+    """Computes logits in evaluation mode."""
     # A tuple is returned only where a collection is mutable.
     return model.apply(variables, images, rngs=_rngs())  # type: ignore[return-value]
 
 
 @functools.cache
 def features(stage: str) -> Callable:
-    """Return a function of (model, variables, images) that computes one stage's activations."""
+    """Returns a function of (model, variables, images) that computes one stage's activations."""
 
     def compute(model, variables, images):
         maps = model.apply(variables, images, method="stages", last=stage, rngs=_rngs())
@@ -58,7 +58,7 @@ def pooled(stage: str) -> Callable:
 
 @functools.cache
 def averaged(count: int) -> Callable:
-    """Return a function of (model, variables, images) that averages over views of each image.
+    """Returns a function of (model, variables, images) that averages over views of each image.
 
     It computes the logarithm of the mean probability.
 
@@ -81,7 +81,7 @@ def averaged(count: int) -> Callable:
 
 @functools.lru_cache(maxsize=64)
 def compiled(parallel: Parallel, model: Network, output: Callable) -> Callable:
-    """Compile a function of (variables, moments, images) that normalizes images for `output`."""
+    """Compiles a function of (variables, moments, images) that normalizes images for `output`."""
 
     def compute(axis_name, variables, moments, images):
         return output(model, variables, normalize(images, *moments))
@@ -92,7 +92,7 @@ def compiled(parallel: Parallel, model: Network, output: Callable) -> Callable:
 def batches_of(
     images: Shaped[np.ndarray, "n ..."], batch_size: int
 ) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
-    """Divide images into batches, in order; the last one may be shorter."""
+    """Divides images into batches, in order; the last one may be shorter."""
     return (images[at : at + batch_size] for at in range(0, len(images), batch_size))
 
 
@@ -105,7 +105,7 @@ def predict_batches(
     batch_size: int,
     output: Callable = logits,
 ) -> Iterator[Shaped[np.ndarray, "batch ..."]]:
-    """Run a frozen network over images, batch by batch.
+    """Runs a frozen network over images, batch by batch.
 
     Args:
       parallel: how to run it on the devices; each process gets all batches.
@@ -157,7 +157,7 @@ def predict(
     batch_size: int,
     output: Callable = logits,
 ) -> Shaped[np.ndarray, "n ..."]:
-    """Run a frozen network over images; arguments as `predict_batches`.
+    """Runs a frozen network over images; arguments as `predict_batches`.
 
     Returns:
       The output of every image, in order.
@@ -172,7 +172,7 @@ def predict(
 def check_labels(
     kind: str, labels: Integer[np.ndarray, "n ..."], n_classes: int, source: str
 ) -> None:
-    """Check that labels are classes, before training on them or scoring them.
+    """Checks that labels are classes, before training on them or scoring them.
 
     Masks may have the label 255, and for "sigmoid" labels are 0 or 1.
 
@@ -196,7 +196,7 @@ def check_labels(
 def confusion(
     predicted: Integer[np.ndarray, "*pixels"], labels: Integer[np.ndarray, "*pixels"], classes: int
 ) -> Int[np.ndarray, "{classes} {classes}"]:
-    """Count the pixels of each class (row) that are predicted as each class (column).
+    """Counts the pixels of each class (row) that are predicted as each class (column).
 
     Pixels whose label is 255 are left out.
     """
@@ -206,7 +206,7 @@ def confusion(
 
 
 def intersection_over_union(counts: Int[np.ndarray, "classes classes"]) -> list[float | None]:
-    """Compute each class's intersection over union from a confusion matrix.
+    """Computes each class's intersection over union from a confusion matrix.
 
     It is None for a class that no pixel has or is predicted as.
     """
@@ -218,7 +218,7 @@ def intersection_over_union(counts: Int[np.ndarray, "classes classes"]) -> list[
 def average_precision(
     outputs: Float[np.ndarray, "n classes"], labels: Integer[np.ndarray, "n classes"]
 ) -> list[float | None]:
-    """Compute each class's average precision, with images ranked by `outputs`.
+    """Computes each class's average precision, with images ranked by `outputs`.
 
     It is None for a class that all images have, or no image.
     """
@@ -234,14 +234,14 @@ def average_precision(
 def by_class(
     kind: str, outputs: Float[np.ndarray, "n *pixels classes"], labels: Integer[np.ndarray, "n ..."]
 ) -> list[float | None]:
-    """Score each class: its IoU for masks ("pixelwise"), its average precision for "sigmoid"."""
+    """Scores each class: its IoU for masks ("pixelwise"), its average precision for "sigmoid"."""
     if kind == "pixelwise":
         return intersection_over_union(confusion(outputs.argmax(-1), labels, outputs.shape[-1]))
     return average_precision(outputs, labels)
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """Average the values that are not None; return None if all are."""
+    """Averages the values that are not None; returns None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -249,7 +249,7 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
 def score(
     kind: str, outputs: Float[np.ndarray, "n *pixels classes"], labels: Integer[np.ndarray, "n ..."]
 ) -> dict[str, float]:
-    """Score logits against labels.
+    """Scores logits against labels.
 
     Args:
       kind: the loss, one of `cnnjax.train.step.LOSSES`.

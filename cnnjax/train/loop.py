@@ -31,7 +31,7 @@ _LOG = logging.getLogger("cnnjax")
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Train, score the test set once, and write the results and the report.
+    """Trains, scores the test set once, and writes the results and the report.
 
     Raises:
       workdir.Interrupted: if it was stopped; the state is saved.
@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Do what `run` does, without the report."""
+    """Does what `run` does, without the report."""
     began = time.monotonic()
 
     # -------------------------------------------------------------- data, network, training step
@@ -182,7 +182,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: float) -> dict:
-    """Build the record of an epoch: sums while training and validation scores."""
+    """Builds the record of an epoch: sums while training and validation scores."""
     sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
     entry = {
         "epoch": steps_done // current.steps_per_epoch,
@@ -202,7 +202,7 @@ def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: flo
 
 
 def _sum_damaged(current: Run) -> int | None:
-    """Count the damaged images of all processes; None if they end the run instead."""
+    """Counts the damaged images of all processes; None if they end the run instead."""
     if current.data.damaged is None:
         return None
     return sum(current.parallel.gather(current.data.damaged))
@@ -233,7 +233,7 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
 
 
 def _check_data(config: ml_collections.ConfigDict, saved: dict, current: dict) -> None:
-    """Raise `ValueError` if the images of a run are not those of its checkpoint."""
+    """Raises `ValueError` if the images of a run are not those of its checkpoint."""
     for name, value in saved.items():
         if value == current[name]:
             continue
@@ -257,7 +257,7 @@ def _stops_early(config: ml_collections.ConfigDict, history: results.History) ->
 def choose_weights(
     config: ml_collections.ConfigDict, history: results.History, checkpoints: Checkpoints
 ) -> dict:
-    """Choose the epoch whose weights are kept: the best on validation, or the last."""
+    """Chooses the epoch whose weights are kept: the best on validation, or the last."""
     last = history.entries[-1]
     best = history.best()
     chosen = last
@@ -276,7 +276,7 @@ def choose_weights(
 def _check_finite(
     current: Run, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
 ) -> None:
-    """Raise `FloatingPointError` for a loss or a parameter that is not finite."""
+    """Raises `FloatingPointError` for a loss or a parameter that is not finite."""
     bad_step = int(current.parallel.fetch(state.bad_step))
     where = f"the loss is not finite at step {bad_step}"
     if bad_step < 0:
@@ -296,7 +296,7 @@ def _check_finite(
 
 @contextlib.contextmanager
 def _collect_signals() -> Iterator[list[int]]:
-    """Yield a list to which the first signal to stop appends its number."""
+    """Yields a list to which the first signal to stop appends its number."""
     received: list[int] = []
 
     def on_first(number: int) -> None:
@@ -311,7 +311,7 @@ def _collect_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _explain_lost_peers() -> Iterator[None]:
-    """Turn a failure in one of several processes into one that says how to continue."""
+    """Turns a failure in one of several processes into one that says how to continue."""
     try:
         yield
     except RuntimeError as error:
@@ -326,7 +326,7 @@ def _explain_lost_peers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_failures(config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Turn an interruption or a failure of the machine into one that says what helps."""
+    """Turns an interruption or a failure of the machine into one that says what helps."""
     try:
         yield
     except KeyboardInterrupt as stop:

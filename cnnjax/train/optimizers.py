@@ -8,12 +8,12 @@ import optax
 
 
 def _kernels(params):
-    """Mark kernels with True; biases and normalization parameters have one dimension."""
+    """Marks kernels with True; biases and normalization parameters have one dimension."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def _as_matrices(params):
-    """Say which parameters are matrices for Muon: kernels, [height * width * in, out]."""
+    """Says which parameters are matrices for Muon: kernels, [height * width * in, out]."""
 
     def axes(x):
         if x.ndim < 2:
@@ -72,7 +72,7 @@ OPTIMIZERS = {
 def optimizer(
     name: str, learning_rate, momentum=0.9, weight_decay=0.0, decay_all: bool = True
 ) -> optax.GradientTransformation:
-    """Build one of `OPTIMIZERS`.
+    """Builds one of `OPTIMIZERS`.
 
     "sgd" and "nesterov" are PyTorch's: weight decay is added to the gradient, and the learning rate
     multiplies the momentum buffer. "adam" couples weight decay in the same way, "adamw" does not.

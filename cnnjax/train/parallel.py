@@ -70,7 +70,7 @@ class Parallel:
 
     @staticmethod
     def gather(number: int) -> list[int]:
-        """Collect one number from each process, on every process.
+        """Collects one number from each process, on every process.
 
         What depends on a clock or a signal must be decided from these, so that all processes decide
         the same.
@@ -87,7 +87,7 @@ class Parallel:
             raise RuntimeError(str(error)) from error
 
     def replicate(self, tree):
-        """Place host or device arrays on every device."""
+        """Places host or device arrays on every device."""
         if self.way == "jit":
             return jax.device_put(tree)
         if self.way == "pmap":
@@ -101,7 +101,7 @@ class Parallel:
         return jax.tree.map(place, tree)
 
     def share(self, tree):
-        """Divide this process's part of a batch over its devices.
+        """Divides this process's part of a batch over its devices.
 
         Args:
           tree: host arrays, whose first axis is a multiple of the number of devices.
@@ -115,7 +115,7 @@ class Parallel:
         return jax.tree.map(place, tree)
 
     def fetch(self, tree):
-        """Copy a replicated tree to the host."""
+        """Copies a replicated tree to the host."""
 
         def first(x):
             shard = np.asarray(x.addressable_shards[0].data)
@@ -124,7 +124,7 @@ class Parallel:
         return jax.tree.map(first, tree)
 
     def fetch_shared(self, tree):
-        """Copy this process's part of a divided tree to the host, in order."""
+        """Copies this process's part of a divided tree to the host, in order."""
 
         def join(x):
             shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
@@ -144,7 +144,7 @@ class Parallel:
         shares_output: bool = False,
         donate: bool = False,
     ) -> Callable:
-        """Compile a per-device function.
+        """Compiles a per-device function.
 
         Args:
           function: called with the axis name, then the replicated, the shared and the plain

@@ -33,7 +33,7 @@ _COLORS = np.array(
 
 
 def paint(masks: np.ndarray) -> np.ndarray:
-    """Color masks uint8 [..., height, width]; pixels of no class (255) are black.
+    """Colors masks uint8 [..., height, width]; pixels of no class (255) are black.
 
     Returns:
       uint8 [..., height, width, 3].
@@ -52,7 +52,7 @@ class _PlainLogFormatter(LogFormatter):
 
 
 def _curves_figure(history: list[dict]):
-    """Draw loss, error and learning rate by epoch."""
+    """Draws loss, error and learning rate by epoch."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3), gridspec_kw={"wspace": 0.45})
     epochs = [entry["epoch"] for entry in history]
     for axis, kind in zip(axes, ("loss", "error")):
@@ -75,14 +75,14 @@ def _curves_figure(history: list[dict]):
 
 
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
-    """Draw the curves of a run, finished or not, as curves.png."""
+    """Draws the curves of a run, finished or not, as curves.png."""
     figure = _curves_figure(history)
     workdir.write_figure(folder / "curves.png", figure)
     plt.close(figure)
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
-    """Draw the confusion matrix of the test set: rows are labels, columns predictions."""
+    """Draws the confusion matrix of the test set: rows are labels, columns predictions."""
     is_mask = labels.ndim > 1
     if is_mask:
         counted = labels != IGNORED
@@ -115,7 +115,7 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
 
 
 def _mistakes_figure(test: dict, classes: list[str]):
-    """Draw the wrongly classified test images with the highest confidence."""
+    """Draws the wrongly classified test images with the highest confidence."""
     columns = 9
     rows = max(1, -(-len(test["shown"]) // columns))
     # One plot holds all images, at positions in inches: drawing one plot for each takes longer.
@@ -143,7 +143,7 @@ def _mistakes_figure(test: dict, classes: list[str]):
 
 
 def _scenes_figure(test: dict):
-    """Draw the test images with most wrong pixels: image, mask, prediction."""
+    """Draws the test images with most wrong pixels: image, mask, prediction."""
     shown = test["shown"]
     figure, axes = plt.subplots(
         3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
@@ -160,7 +160,7 @@ def _scenes_figure(test: dict):
 
 
 def _describe_weights(results: dict) -> str:
-    """Say which epoch's weights were scored; empty for older runs without the choice."""
+    """Says which epoch's weights were scored; empty for older runs without the choice."""
     if "weights" not in results:
         return ""
     chosen = results["weights"]
@@ -174,7 +174,7 @@ def _describe_weights(results: dict) -> str:
 
 
 def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[str]:
-    """Draw the figures of a report and return the names of their files."""
+    """Draws the figures of a report and returns the names of their files."""
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
     write_curves(folder, results["history"])
@@ -202,7 +202,7 @@ _METRICS = {
 
 
 def _scores_table(config: dict, results: dict) -> str:
-    """Format the scores on the training, validation and test images as Markdown."""
+    """Formats the scores on the training, validation and test images as Markdown."""
     final = results["final"]
     key, metric = _METRICS[config["loss"]]
     counts = {"train": results["n_train"]}
@@ -222,7 +222,7 @@ def _scores_table(config: dict, results: dict) -> str:
 
 
 def _class_table(config: dict, results: dict) -> str:
-    """Format the metric of each class as Markdown; empty if there is none."""
+    """Formats the metric of each class as Markdown; empty if there is none."""
     if not results.get("by_class"):
         return ""
     _, metric = _METRICS[config["loss"]]
@@ -232,7 +232,7 @@ def _class_table(config: dict, results: dict) -> str:
 
 
 def _describe_training_error(config: dict, results: dict) -> str:
-    """Say how the training error in the table was measured."""
+    """Says how the training error in the table was measured."""
     is_streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
     if not is_streamed:
         return "measured after training, without augmentation"
@@ -258,7 +258,7 @@ def _body(config: dict, results: dict, figures: list[str]) -> str:
 
 
 def write(folder: pathlib.Path) -> None:
-    """Write report.md and its figures to a finished training run's work directory.
+    """Writes report.md and its figures to a finished training run's work directory.
 
     Raises:
       ValueError: if it holds no results, or those of another kind of job.

@@ -52,14 +52,14 @@ class History:
         self.seconds = 0.0
 
     def restore(self, entries: list[dict], seconds: float) -> None:
-        """Continue from a checkpoint; the files may be ahead of it, so they are rewritten."""
+        """Continues from a checkpoint; the files may be ahead of it, so they are rewritten."""
         self.entries = entries
         self.seconds = seconds
         self._write_metrics()
         write_events(self._events, entries)
 
     def append(self, entry: dict, seconds: float) -> None:
-        """Add an epoch and the seconds that it took, and write it at once."""
+        """Adds an epoch and the seconds that it took, and writes it at once."""
         self.entries.append(entry)
         self.seconds += seconds
         self._write_metrics()
@@ -77,7 +77,7 @@ class History:
         workdir.write(self._folder / "metrics.jsonl", "".join(lines))
 
     def best(self) -> dict | None:
-        """Find the first epoch of the smallest validation error; None without validation."""
+        """Finds the first epoch of the smallest validation error; None without validation."""
         measured = [entry for entry in self.entries if "validation_error" in entry]
         return min(measured, key=lambda entry: entry["validation_error"], default=None)
 
@@ -87,7 +87,7 @@ class History:
 
 
 def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
-    """Write all epochs so far as TensorBoard events, and remove older files of events."""
+    """Writes all epochs so far as TensorBoard events, and removes older files of events."""
     if not backend.writes():
         return
     with _name_in_errors(folder):
@@ -100,7 +100,7 @@ def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
 
 
 def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
-    """Append epochs to the file of events, which TensorBoard reads while it grows.
+    """Appends epochs to the file of events, which TensorBoard reads while it grows.
 
     tensorboardX's own writer writes in a thread, where a full disk would go unnoticed.
     """
@@ -118,7 +118,7 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
 
 
 def _record(event: event_pb2.Event) -> bytes:
-    """Encode an event as a TFRecord: its length and its bytes, each with a checksum."""
+    """Encodes an event as a TFRecord: its length and its bytes, each with a checksum."""
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     parts = (length, struct.pack("<I", masked_crc32c(length)))
@@ -127,7 +127,7 @@ def _record(event: event_pb2.Event) -> bytes:
 
 @contextlib.contextmanager
 def _name_in_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Add the folder to errors of the system; that of a full disk names no file."""
+    """Adds the folder to errors of the system; that of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -139,7 +139,7 @@ def _name_in_errors(folder: pathlib.Path) -> Iterator[None]:
 
 
 def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored) -> dict:
-    """Collect the scores of the final weights.
+    """Collects the scores of the final weights.
 
     Args:
       entry: the history's entry of the epoch whose weights were kept.
@@ -157,7 +157,7 @@ def final_scores(entry: dict, last: dict, trained: Scored | None, tested: Scored
 
 
 def write_weights(folder: pathlib.Path, state: step.State) -> None:
-    """Write the weights that were scored, of host arrays, as weights.safetensors."""
+    """Writes the weights that were scored, of host arrays, as weights.safetensors."""
     path = folder / transfer.WEIGHTS
     try:
         weights.save_torchvision(state.evaluated(), path)
@@ -167,7 +167,7 @@ def write_weights(folder: pathlib.Path, state: step.State) -> None:
 
 
 def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
-    """Write the predictions on the test set, and the worst mistakes, as test.npz.
+    """Writes the predictions on the test set, and the worst mistakes, as test.npz.
 
     The worst mistakes are the most confident ones; for masks, those with most wrong pixels. For
     several classes per image, the outputs are written instead.
@@ -206,7 +206,7 @@ def write_results(
     tested: Scored,
     seconds: float,
 ) -> None:
-    """Write results.json, the last of the results: with it, the run is finished."""
+    """Writes results.json, the last of the results: with it, the run is finished."""
     results = {
         "kind": "train",
         "final": final,

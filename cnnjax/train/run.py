@@ -29,7 +29,7 @@ def build_model(
     image_shape: tuple[int, int, int],
     axis_name: str | None = None,
 ) -> Network:
-    """Build the network of a training configuration.
+    """Builds the network of a training configuration.
 
     Args:
       config: a training configuration.
@@ -48,7 +48,7 @@ def build_model(
 
 
 def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:
-    """Build the recipe of a configuration's training step: all but its numbers."""
+    """Builds the recipe of a configuration's training step: all but its numbers."""
     return step.Recipe(
         model=model,
         optimizer=config.optimizer,
@@ -64,7 +64,7 @@ def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Reci
 
 
 def build_numbers(config: ml_collections.ConfigDict) -> step.Numbers:
-    """Collect the numbers of a configuration's training step."""
+    """Collects the numbers of a configuration's training step."""
     return step.Numbers(
         seed=config.seed,
         momentum=config.momentum,
@@ -119,7 +119,7 @@ class Run:
     steps_per_epoch: int
 
     def data_record(self) -> dict[str, Any]:
-        """Describe what a run's steps and labels depend on in the data, as JSON."""
+        """Describes what a run's steps and labels depend on in the data, as JSON."""
         return {
             "classes": [str(name) for name in self.data.classes],
             "n_train": self.data.n_train,
@@ -127,7 +127,7 @@ class Run:
         }
 
     def initial_state(self) -> step.State:
-        """Build the state before the first step, with `initial_weights` if there are any."""
+        """Builds the state before the first step, with `initial_weights` if there are any."""
         pretrained = None
         if self.config.initial_weights:
             pretrained = transfer.load_initial_weights(
@@ -136,7 +136,7 @@ class Run:
         return step.init(self.recipe, self.data.image_shape, self.numbers, pretrained)
 
     def score(self, state: step.State, split: str, views: int = 1) -> Scored | None:
-        """Score a replicated state on a split, in evaluation mode.
+        """Scores a replicated state on a split, in evaluation mode.
 
         Args:
           state: the state.
@@ -184,7 +184,7 @@ class Run:
 
 
 def build_run(config: ml_collections.ConfigDict) -> Run:
-    """Open a configuration's data and build its network and training step.
+    """Opens a configuration's data and builds its network and training step.
 
     Raises:
       ValueError: for values of the configuration that do not fit the devices, the data or the
@@ -218,7 +218,7 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
 
 
 def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Check that the output fits the loss, and that a file can hold the weights."""
+    """Checks that the output fits the loss, and that a file can hold the weights."""
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     init = model.clone(padding="zeros").init_with_output
     output, variables = jax.eval_shape(init, jax.random.key(0), image)
@@ -270,7 +270,7 @@ class TrainedRun:
 
 
 def open_run(folder: str | pathlib.Path) -> TrainedRun:
-    """Reopen the work directory of a finished training run.
+    """Reopens the work directory of a finished training run.
 
     If its results.json is of a version that did not record the normalization of images, it is
     computed from the data set.
@@ -311,7 +311,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
 
 
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """Read the configuration of a training run, finished or not.
+    """Reads the configuration of a training run, finished or not.
 
     Keys that were introduced after the run have the value that was in effect before.
 
@@ -325,7 +325,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Read the keys that a training run recorded; None if the folder is not a run's."""
+    """Reads the keys that a training run recorded; None if the folder is not a run's."""
     path = folder / "config.json"
     recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
     if isinstance(recorded, dict) and recorded.get("kind") == "train":
@@ -334,17 +334,17 @@ def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Add the keys that were introduced after a run, with the values in effect before."""
+    """Adds the keys that were introduced after a run, with the values in effect before."""
     return ml_collections.ConfigDict(defaults.get_config().to_dict() | defaults.BEFORE | recorded)
 
 
 def _with_tuples(record: dict[str, Any]) -> dict[str, Any]:
-    """Turn lists into tuples, which they were before they were written as JSON."""
+    """Turns lists into tuples, which they were before they were written as JSON."""
     return {key: to_tuples(value) for key, value in record.items()}
 
 
 def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]) -> int:
-    """Return the shorter side before the center crop; small data sets are not cropped."""
+    """Returns the shorter side before the center crop; small data sets are not cropped."""
     shorter = min(image_shape[:2])
     if not is_streamed(config):
         return shorter
@@ -354,7 +354,7 @@ def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
 def _image_settings(
     folder: pathlib.Path, config: ml_collections.ConfigDict, results: dict
 ) -> dict[str, Any]:
-    """Return the shape and the normalization of a run's images."""
+    """Returns the shape and the normalization of a run's images."""
     if "image_shape" in results:
         return {
             "image_shape": tuple(results["image_shape"]),

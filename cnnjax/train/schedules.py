@@ -20,7 +20,7 @@ _MODES = {"error": "min", "loss": "min", "accuracy": "max"}
 
 
 def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
-    """Complete a schedule's settings with their defaults.
+    """Completes a schedule's settings with their defaults.
 
     Raises:
       ValueError: for a wrong name, key or value.
@@ -79,7 +79,7 @@ def _check_steps(complete: dict) -> None:
 def learning_rates(
     schedule: Mapping | ml_collections.ConfigDict, steps_per_epoch: int, epochs: int
 ) -> np.ndarray:
-    """Compute the learning rate of every step.
+    """Computes the learning rate of every step.
 
     - "constant": the same everywhere.
     - "step": multiplied by `factor` after each of `epochs` (10: the first 10 epochs have the rate
@@ -178,7 +178,7 @@ class Plateau:
 
     @classmethod
     def of(cls, schedule: Mapping | ml_collections.ConfigDict) -> "Plateau":
-        """Build the rule from a schedule's settings; raise `ValueError` if they are wrong."""
+        """Builds the rule from a schedule's settings; raises `ValueError` if they are wrong."""
         return _build_plateau(settings(schedule))
 
     @property
@@ -194,7 +194,7 @@ class Plateau:
         return metric > bound if self.mode == "max" else metric < bound
 
     def update(self, metric: float) -> None:
-        """Check the metric once."""
+        """Checks the metric once."""
         if self._improves(metric):
             self.best = metric
             self.bad = 0
@@ -211,7 +211,7 @@ class Plateau:
             self.bad = 0
 
     def state(self) -> dict:
-        """Return the rule's state for a checkpoint, as JSON.
+        """Returns the rule's state for a checkpoint, as JSON.
 
         JSON has no infinity: without a metric so far, the best is None.
         """
@@ -223,7 +223,7 @@ class Plateau:
         }
 
     def restore(self, state: dict) -> None:
-        """Continue from what `state` returned."""
+        """Continues from what `state` returned."""
         self.rate = state["rate"]
         self.bad = state["bad"]
         self.cooling = state["cooling"]

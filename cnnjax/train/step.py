@@ -115,7 +115,7 @@ class State:
     bad_step: Leaf
 
     def evaluated(self) -> dict:
-        """Return the variables that scores are of: the average of the parameters, if any."""
+        """Returns the variables that scores are of: the average of the parameters, if any."""
         params = self.params if self.ema is None else self.ema
         return {"params": params, "batch_stats": self.batch_stats}
 
@@ -176,7 +176,7 @@ def init(
     numbers: Numbers,
     pretrained: dict | None = None,
 ) -> State:
-    """Build the state before the first step.
+    """Builds the state before the first step.
 
     Frozen parameters have no part in the optimizer's state.
 
@@ -211,7 +211,7 @@ def loss_and_errors(
     labels: Integer[AnyArray, "batch ..."],
     smoothing=0.0,
 ) -> tuple[Float[AnyArray, " batch"], Float[AnyArray, " batch"]]:
-    """Compute the loss and the share of errors of each image.
+    """Computes the loss and the share of errors of each image.
 
     Args:
       kind: one of `LOSSES`. "cross_entropy" is for one class an image; "sigmoid" for several, its
@@ -245,7 +245,7 @@ def loss_and_errors(
 def batch_step(
     recipe: Recipe, state: State, batch: Batch, numbers: Numbers, axis_name: str | None = None
 ) -> State:
-    """Take one training step on this device's part of a batch.
+    """Takes one training step on this device's part of a batch.
 
     Args:
       recipe: what the step is.
@@ -271,13 +271,13 @@ def batch_step(
 
 
 def _key(state: State, numbers: Numbers, purpose: int) -> jax.Array:
-    """Derive this step's random key for a purpose."""
+    """Derives this step's random key for a purpose."""
     step_key = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
     return jax.random.fold_in(step_key, purpose)
 
 
 def _prepare(recipe: Recipe, batch: Batch, key: jax.Array, rank) -> tuple[AnyArray, AnyArray]:
-    """Augment and normalize a device's images; masks are augmented in the same way."""
+    """Augments and normalizes a device's images; masks are augmented in the same way."""
     size = len(batch.images)
     # The key of an image depends on its place in the whole batch, not on the number of devices.
     places = rank * size + jnp.arange(size)
@@ -291,7 +291,7 @@ def _prepare(recipe: Recipe, batch: Batch, key: jax.Array, rank) -> tuple[AnyArr
 
 
 def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, rank) -> _Gradients:
-    """Compute the gradients of a device's images, in `recipe.accumulate` parts one by one."""
+    """Computes the gradients of a device's images, in `recipe.accumulate` parts one by one."""
 
     def keys(purpose):
         """A key for each part."""
@@ -344,12 +344,12 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
 
 
 def _split_frozen(recipe: Recipe, params: dict) -> tuple[dict, dict]:
-    """Split parameters into those that are trained and those that are frozen."""
+    """Splits parameters into those that are trained and those that are frozen."""
     return transfer.split(params, transfer.select(recipe.model, recipe.freeze))
 
 
 def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, keys) -> _Gradients:
-    """Compute the gradients of a part of a device's images; `keys` are dropout's and mixup's."""
+    """Computes the gradients of a part of a device's images; `keys` are dropout's and mixup's."""
     dropout_key, mixup_key = keys
     trained, frozen = _split_frozen(recipe, state.params)
     # Mixup: the weight of each image's own pixels and label. The rest is that of the image at the
@@ -396,7 +396,7 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
 def _reduce(
     recipe: Recipe, state: State, gradients: _Gradients, count, axis_name: str
 ) -> tuple[_Gradients, Array]:
-    """Average gradients and statistics over the devices, and sum losses, errors and images."""
+    """Averages gradients and statistics over the devices, and sums losses, errors and images."""
     means = (gradients.grads, gradients.batch_stats)
     sums = (gradients.loss, gradients.errors, count)
     grads, batch_stats = jax.lax.pmean(means, axis_name)
@@ -412,7 +412,7 @@ def _reduce(
 def _update(
     recipe: Recipe, state: State, batch: Batch, numbers: Numbers, gradients: _Gradients, count
 ) -> State:
-    """Apply the optimizer, move the average of the parameters and add up the epoch's sums."""
+    """Applies the optimizer, moves the average of the parameters and adds up the epoch's sums."""
     trained, frozen = _split_frozen(recipe, state.params)
     transform = _optimizer(recipe, numbers, batch.learning_rate)
     updates, opt_state = transform.update(gradients.grads, state.opt_state, trained)
@@ -441,7 +441,7 @@ def _update(
 
 
 def _scale_parts(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
-    """Multiply updates by the rates of their parts.
+    """Multiplies updates by the rates of their parts.
 
     With every optimizer, updates are proportional to the learning rate: scaling them is scaling it.
     """
@@ -486,14 +486,14 @@ class Images:
 
 @functools.partial(jax.jit, static_argnums=0)
 def epoch_order(count: int, epoch, seed) -> Int[AnyArray, " {count}"]:
-    """Permute the numbers of `count` images, for an epoch and a seed."""
+    """Permutes the numbers of `count` images, for an epoch and a seed."""
     epoch_key = jax.random.fold_in(jax.random.key(seed), epoch)
     return jax.random.permutation(jax.random.fold_in(epoch_key, _SHUFFLE), count)
 
 
 @functools.lru_cache(maxsize=32)
 def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Callable:
-    """Compile steps on a data set that lives on the devices.
+    """Compiles steps on a data set that lives on the devices.
 
     The number of steps in one call does not change a bit of the result: the loop's body is one
     program.
@@ -530,7 +530,7 @@ def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Calla
 
 @functools.lru_cache(maxsize=32)
 def streamed_step(parallel: Parallel, recipe: Recipe) -> Callable:
-    """Compile one step on a batch that comes from the host.
+    """Compiles one step on a batch that comes from the host.
 
     Returns:
       A function of (state, `Constants`, (images, labels), `Numbers`, steps_per_epoch). The first
@@ -553,7 +553,7 @@ def streamed_step(parallel: Parallel, recipe: Recipe) -> Callable:
 
 @functools.lru_cache(maxsize=32)
 def finiteness(parallel: Parallel) -> Callable:
-    """Compile a test of whether all parameters of a replicated state are finite."""
+    """Compiles a test of whether all parameters of a replicated state are finite."""
 
     def is_finite(axis_name, state):
         leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema))

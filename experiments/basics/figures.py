@@ -42,7 +42,7 @@ def outline(axis, row: int, column: int, size: int, color: str = "red") -> None:
 
 
 def draw_sobel(gray: np.ndarray) -> Figure:
-    """A photograph, both derivatives, magnitude, direction, and the edge that zeros make."""
+    """Draws a photograph, both derivatives, magnitude, direction, and the edge that zeros make."""
     responses = numbers.sobel(gray)
     border = numbers.sobel(gray, "zeros")["magnitude"]
     most = np.quantile(responses["magnitude"], 0.99)
@@ -75,7 +75,7 @@ def draw_sobel(gray: np.ndarray) -> Figure:
 
 
 def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
-    """A row of panels per window: its frame on each channel, the products, the maps so far."""
+    """Draws a row per window: its frame on each channel, the products, the maps so far."""
     windows = numbers.steps(image, kernels, bias, stride)
     channels, filters = image.shape[2], kernels.shape[3]
     values = np.stack([step["values"] for step in windows])
@@ -113,7 +113,7 @@ def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride:
 
 
 def draw_unfolded(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
-    """The worked convolution as a matrix product, and what unfolding costs in VGG-16."""
+    """Draws the worked convolution as a matrix product, and what unfolding costs in VGG-16."""
     figure = Figure(figsize=(14, 9.5), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     draw_product(upper.subplots(1, 3, width_ratios=(27, 3, 3)), image, kernels, bias, stride)
@@ -122,7 +122,7 @@ def draw_unfolded(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stri
 
 
 def draw_product(axes, image, kernels, bias, stride: int) -> None:
-    """The unfolded input, the filters as columns, and their product."""
+    """Draws the unfolded input, the filters as columns, and their product."""
     rows = np.asarray(numbers.unfold(jnp.asarray(image)[None], kernels.shape[:2], stride))
     columns = kernels.reshape(-1, kernels.shape[3])
     height, width = rows.shape
@@ -141,7 +141,7 @@ def draw_product(axes, image, kernels, bias, stride: int) -> None:
 
 
 def draw_growth(axis) -> None:
-    """The input of each of VGG-16's convolutions, as it is and unfolded."""
+    """Draws the input of each of VGG-16's convolutions, as it is and unfolded."""
     layers = numbers.growth()
     places = np.arange(len(layers))
     for shift, kind in ((-0.2, "input"), (0.2, "unfolded")):
@@ -159,7 +159,7 @@ def draw_growth(axis) -> None:
 
 
 def draw_pooling(rows: list[dict]) -> Figure:
-    """The lecture's map under four pools, and what one pixel changes in a photograph's maps."""
+    """Draws the lecture's map under four pools, and what one pixel changes in maps."""
     figure = Figure(figsize=(13, 8.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     for line, pool in zip(upper.subplots(2, 5), numbers.POOLS):
@@ -221,7 +221,7 @@ def font_size(values: np.ndarray) -> float:
 
 
 def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
-    """For every fill, noise and what 1, 2, 4, and 7 layers of the shift network make of it."""
+    """Draws noise and what 1, 2, 4, and 7 layers of the shift network make of it, by fill."""
     figure = Figure(figsize=(2.1 * len(PANELS), 2.1 * len(fills)))
     spaces = {"wspace": 0.05, "hspace": 0.05}
     axes = figure.subplots(len(fills), len(PANELS), gridspec_kw=spaces, squeeze=False)
@@ -237,7 +237,7 @@ def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
 
 
 def draw_sizes(kernel: int = 3) -> Figure:
-    """The computed output size by input size and stride; color: the pixels that no window reads."""
+    """Draws the output size by input size and stride; color: pixels that no window reads."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     sizes, strides = range(3, 17), range(1, 5)
     for axis, padding in zip(figure.subplots(2, 1), (0, 1)):

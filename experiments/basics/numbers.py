@@ -17,7 +17,7 @@ from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
 
 
 def plane(image) -> jnp.ndarray:
-    """One map [height, width] as a batch [1, height, width, 1]."""
+    """Returns one map [height, width] as a batch [1, height, width, 1]."""
     return jnp.asarray(image, jnp.float32)[None, :, :, None]
 
 

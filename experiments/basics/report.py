@@ -147,7 +147,7 @@ def sections(numbers: dict, photograph: str) -> list[tuple[str, str, str]]:
 
 
 def render(numbers: dict, photograph: str) -> str:
-    """The whole report in Markdown."""
+    """Returns the whole report in Markdown."""
     parts = ["# The lectures' basics\n"]
     for title, figure, text in sections(numbers, photograph):
         parts.append(f"## {title}\n\n![{title}]({figure})\n\n{text}\n")

@@ -83,7 +83,7 @@ def judge(literally: bool, computed: dict, *, as_read: bool = False, note: str =
 
 
 def not_computed(reason: str) -> Verdict:
-    """The verdict on a statement that this library cannot check."""
+    """Returns the verdict on a statement that this library cannot check."""
     return Verdict(NOT_COMPUTED, reason, {})
 
 

@@ -20,12 +20,12 @@ NETWORKS = Section("Networks: shapes, parameters, memory, operations")
 
 @functools.cache
 def layers(name: str, **fields) -> tuple[summary.Layer, ...]:
-    """A network's layers, the input first; `fields` go to the model."""
+    """Returns a network's layers, the input first; `fields` go to the model."""
     return tuple(summary.layers(create_model(name, **fields)))
 
 
 def table(name: str, **fields) -> tuple[summary.Layer, ...]:
-    """A network's layers without the input."""
+    """Returns a network's layers without the input."""
     return layers(name, **fields)[1:]
 
 
@@ -34,7 +34,7 @@ def parameters(name: str, **fields) -> int:
 
 
 def by_layer(name: str) -> dict[str, int]:
-    """The parameters of each layer."""
+    """Returns the parameters of each layer."""
     return {row.name: row.parameters for row in table(name) if row.parameters}
 
 
@@ -429,7 +429,7 @@ VGG16_TABLE = (
 
 
 def weights_without_biases(row: summary.Layer) -> int:
-    """A layer's weights; it has as many biases as output channels."""
+    """Returns a layer's weights; it has as many biases as output channels."""
     return row.parameters - row.output[-1] if row.parameters else 0
 
 
@@ -704,7 +704,7 @@ def googlenet_ratio() -> Verdict:
 
 
 def inception(module: nn.Module) -> tuple[tuple[int, ...], int]:
-    """Output shape and multiply-adds of an Inception module on 28x28x256."""
+    """Returns output shape and multiply-adds of an Inception module on 28x28x256."""
     rows = summary.layers(module, (28, 28, 256))
     return module_shape(module, 1, 28, 28, 256)[1:], summary.totals(rows)["macs"]
 

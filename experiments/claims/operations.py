@@ -23,19 +23,19 @@ OPERATIONS = Section("Operations: sizes, padding, pooling, worked examples")
 
 
 def output_shape(function, *shape: int) -> tuple[int, ...]:
-    """The shape that a function returns for an array of `shape`."""
+    """Returns the shape that a function returns for an array of `shape`."""
     return jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
 def parameter_count(module: nn.Module, *shape: int) -> int:
-    """The number of parameters of a module for inputs of `shape`."""
+    """Returns the number of parameters of a module for inputs of `shape`."""
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), image)
     return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def module_shape(module: nn.Module, *shape: int) -> tuple[int, ...]:
-    """The output shape of a module for inputs of `shape`."""
+    """Returns the output shape of a module for inputs of `shape`."""
     return output_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0], *shape)
 
 
@@ -63,7 +63,7 @@ def plane(y) -> np.ndarray:
 def filtered(
     image, kernel, *, stride: int = 1, padding: int = 0, fill: str = "zeros"
 ) -> np.ndarray:
-    """A one-channel convolution as integers, for the worked examples."""
+    """Returns a one-channel convolution as integers, for the worked examples."""
     weights = jnp.asarray(kernel, jnp.float32)[:, :, None, None]
     y = conv(one_channel(image), weights, stride=stride, padding=padding, fill=fill)
     return plane(y).round().astype(int)
@@ -259,7 +259,7 @@ PRINTED = {
 
 
 def worked_examples() -> dict[str, np.ndarray]:
-    """The right map for each of NUS's worked convolutions."""
+    """Returns the right map for each of NUS's worked convolutions."""
     return {
         "3x3, stride 1": filtered(IMAGE, FILTER),
         "3x3, stride 2": filtered(LARGER_IMAGE, FILTER, stride=2),
@@ -615,7 +615,7 @@ def shrinking() -> Verdict:
 
 
 def smooth_image(size: int = 64) -> np.ndarray:
-    """A random image with the smoothness of a feature map: noise averaged over 5x5 pixels."""
+    """Returns an image as smooth as a feature map: noise averaged over 5x5 pixels."""
     noise = jax.random.normal(jax.random.key(0), (1, size + 4, size + 4, 1))
     return plane(avg_pool(noise, 5, 1))
 

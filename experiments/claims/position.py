@@ -76,12 +76,12 @@ def example_images(number: int = 5) -> np.ndarray:
 
 
 def middle(image: np.ndarray) -> np.ndarray:
-    """The central 7x7 pixels of an example image."""
+    """Returns the central 7x7 pixels of an example image."""
     return image[SIZE:-SIZE, SIZE:-SIZE]
 
 
 def demo(image: np.ndarray, direction: str, fill: str) -> np.ndarray:
-    """What seven layers make of the central 7x7 pixels of an example image."""
+    """Returns what seven layers make of the central 7x7 pixels of an example image."""
     return count_columns(image if fill == "none" else middle(image), SIZE, direction, fill)
 
 

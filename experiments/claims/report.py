@@ -13,7 +13,7 @@ PICTURES = {
 
 
 def text(value) -> str:
-    """A computed value for a table's cell."""
+    """Returns a computed value for a table's cell."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {text(item)}" for key, item in value.items())
     if isinstance(value, (tuple, list)):
@@ -39,7 +39,7 @@ def count(findings: list[Finding], verdict: str, lecture: str | None = None) -> 
 
 
 def summary(findings: list[Finding]) -> str:
-    """The number of claims by lecture and verdict; a claim of several lectures counts for each."""
+    """Counts claims by lecture and verdict; one of several lectures counts for each."""
     lines = []
     for lecture, title in LECTURES.items():
         counts = [str(count(findings, verdict, lecture)) for verdict in VERDICTS]
@@ -49,7 +49,7 @@ def summary(findings: list[Finding]) -> str:
 
 
 def wrong_claims(findings: list[Finding]) -> str:
-    """A list of the wrong claims, each with the right value and its figure."""
+    """Returns a list of the wrong claims, each with the right value and its figure."""
     lines = []
     for finding in findings:
         if finding.verdict == WRONG:
@@ -63,7 +63,7 @@ def wrong_claims(findings: list[Finding]) -> str:
 
 
 def rows(section: Section, findings: dict[str, Finding]) -> str:
-    """One section's claims as a table, with their figures below."""
+    """Returns one section's claims as a table, with their figures below."""
     lines = []
     pictures = []
     for claim in section.claims:
@@ -85,7 +85,7 @@ def rows(section: Section, findings: dict[str, Finding]) -> str:
 
 
 def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
-    """The whole report in Markdown."""
+    """Returns the whole report in Markdown."""
     by_id = {finding.id: finding for finding in findings}
     parts = [
         "# What five lectures state, computed and judged",

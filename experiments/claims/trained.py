@@ -20,7 +20,7 @@ TRAINED = Section("Trained networks")
 
 @functools.cache
 def measured() -> dict:
-    """The committed results."""
+    """Returns the committed results."""
     return json.loads(pathlib.Path(__file__).with_name("measured.json").read_text())
 
 
@@ -38,7 +38,7 @@ def interval(name: str) -> float:
 
 
 def evidence(*names: str) -> dict:
-    """What is shown of measured values: mean, standard deviation, n, and the command."""
+    """Returns what is shown of measured values: mean, standard deviation, n, and the command."""
     shown = {}
     commands = []
     for name in names:
