@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import threadpoolctl
 
 from cnnjax import ridge
 
@@ -27,6 +28,20 @@ def test_both_forms_solve_the_ridge_system(examples, features):
         expected = np.linalg.solve(x.T @ x + strength * np.eye(features), x.T @ y)
         np.testing.assert_allclose(weights[number], expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(x.T @ coefficients[number], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_decomposition_takes_one_thread_and_gives_the_others_back(monkeypatch):
+    def count_threads():
+        return {pool["num_threads"] for pool in threadpoolctl.threadpool_info()}
+
+    during = []
+    decompose = np.linalg.eigh
+    monkeypatch.setattr(
+        np.linalg, "eigh", lambda gram: during.append(count_threads()) or decompose(gram)
+    )
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        ridge.factor(np.eye(3))
+        assert during == [{1}] and count_threads() == {2}
 
 
 def test_one_strength_gives_one_solution():

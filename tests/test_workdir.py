@@ -234,6 +234,18 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
         assert not folder.exists()
 
 
+def test_what_a_killed_process_leaves_before_it_starts_binds_no_run(tmp_path):
+    first, second = ({"kind": "train", "seed": seed} for seed in (0, 1))
+    workdir.prepare(tmp_path, first)
+    for name in ("run.claim", ".1a.claim", ".1a.void", ".metrics.jsonl.1a.partial"):
+        (tmp_path / name).write_text("{")
+    workdir.prepare(tmp_path, second)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="seed"):
+        workdir.prepare(tmp_path, first)
+
+
 def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
     path = tmp_path / "run.claim"

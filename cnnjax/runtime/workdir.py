@@ -215,10 +215,11 @@ def _has_started(folder: pathlib.Path) -> bool:
     """Tells whether a work directory holds more than the record of a run and claims."""
     for path in folder.iterdir():
         is_record = path.name in ("config.json", "environment.json")
-        is_claim = path.suffix == ".claim"
+        # A process that was killed may leave its claim, or a file that it was writing.
+        is_temporary = path.suffix in (".claim", ".void", ".partial")
         # A refused run may leave the empty folder of its checkpoints.
         is_empty_folder = path.is_dir() and not any(path.iterdir())
-        if not (is_record or is_claim or is_empty_folder):
+        if not (is_record or is_temporary or is_empty_folder):
             return True
     return False
 
@@ -238,7 +239,7 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
 
 
 def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
-    """Creates a work directory and record the configuration and the environment.
+    """Creates a work directory and records the configuration and the environment.
 
     Returns:
         The directory's path.
