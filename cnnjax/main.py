@@ -47,7 +47,7 @@ def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Runs a configuration in a work directory.
 
-    For a finished run, only write its report again.
+    For a finished run, it only writes the report again.
     """
     job = job_of(config)
     backend.reach_devices()

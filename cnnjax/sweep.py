@@ -106,7 +106,7 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
 
 
 def check(cells: list[Cell]) -> None:
-    """Raises `ValueError` if a cell cannot be run, or its folder holds another run."""
+    """Raises `ValueError` if a cell cannot be run, or its folder holds another or a damaged run."""
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)

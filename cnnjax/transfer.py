@@ -220,8 +220,9 @@ def load_initial_weights(
       The variables of the parts, host arrays.
 
     Raises:
-      ValueError: if the file lacks one of these variables or has it in another shape, or if the
-        model lacks a field that the weights need.
+      ValueError: if the file lacks one of these variables or has it in another shape, if it holds
+        what the model lacks, if the model lacks a field that the weights need, or if a part matches
+        nothing.
     """
     file = weights_file(path)
     _check_fields(file, model)

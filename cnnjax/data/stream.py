@@ -558,7 +558,7 @@ def batches(
       process_index: the number of this process.
       process_count: the number of processes that share each training batch.
       skip_damaged: whether, in training, an image that cannot be decoded is replaced by the next
-        one of the epoch's order, with the same random numbers for the crop.
+        undamaged one of the epoch's order, with the same random numbers for the crop.
 
     Returns:
       An iterator of (uint8 [batch, image_size, image_size, 3], int32 [batch]); in training with

@@ -323,7 +323,7 @@ def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str
 def _is_annotated(value: Any, annotation: Any) -> bool:
     """Tells whether a value fits an annotation, such as `tuple[int, ...]`.
 
-    The annotation is a tuple's or that of an element.
+    It is called for a tuple, and again for each element.
     """
     if typing.get_origin(annotation) is tuple:
         if not isinstance(value, tuple):

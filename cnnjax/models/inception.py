@@ -32,7 +32,7 @@ _AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
 
 
 def block_a(pool: int) -> tuple:
-    """Returns figure 5, except that one branch keeps its 5x5 convolution."""
+    """Returns the branches of figure 5, except that one branch keeps its 5x5 convolution."""
     return (
         (("branch1x1", 64, 1),),
         (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
@@ -42,7 +42,7 @@ def block_a(pool: int) -> tuple:
 
 
 def block_c(width: int) -> tuple:
-    """Returns figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
+    """Returns the branches of figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
     return (
         (("branch1x1", 192, 1),),
         (("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))),

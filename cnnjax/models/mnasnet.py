@@ -83,7 +83,7 @@ class InvertedResidual(nn.Module):
 class MNASNet(Network):
     """MNASNet-B1.
 
-    The stages `stage1` ... `stage5` are the last blocks at strides 2, 4, 8, 16 and 32.
+    The stages `stage1` ... `stage5` are the maps of the last blocks at strides 2, 4, 8, 16 and 32.
     """
 
     width: float = 1.0

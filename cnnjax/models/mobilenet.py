@@ -76,7 +76,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(Network):
     """MobileNetV2.
 
-    The stages `stage1` ... `stage5` are the last rows of table 2 at strides 2, 4, 8, 16 and 32.
+    The stages `stage1` ... `stage5` are the maps of the last rows of table 2 at strides 2, 4, 8,
+    16 and 32.
     """
 
     dropout: float = 0.2

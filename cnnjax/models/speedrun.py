@@ -55,7 +55,7 @@ def _unit_variance(key, shape, dtype=jnp.float32):
 class Speedrun(Network):
     """A 2x2 convolution for whitening, then three groups of two 3x3 convolutions.
 
-    The stages `block1`, `block2` and `block3` come after each group. Training sets the kernel of
+    The stages `block1`, `block2` and `block3` are the groups' maps. Training sets the kernel of
     `whiten` (`whitening_filters`) and leaves it and BatchNorm's scales unchanged.
 
     Attributes:

@@ -140,7 +140,7 @@ def _sampled_mean(x, size, stride, border, fill, sampling):
 
 
 def _wrap(x, size, stride, border, missing):
-    """Pads a map circularly until the number of dense windows divides by the stride.
+    """Pads a map circularly until the stride divides the number of dense windows.
 
     2x2 windows on a map of even size then wrap around its end, as in the code of Chaman and
     Dokmanic: a circular shift of the map shifts the dense windows, and loses none.

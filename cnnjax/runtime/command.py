@@ -126,8 +126,8 @@ def _is_output_closed() -> bool:
 def _print_every_name() -> None:
     """Makes standard output write file names that are not UTF-8 as their bytes.
 
-    As in the C locale. A program that reads the output from a pipe gets the true name. Standard
-    error needs no change: it prints such bytes with backslashes.
+    Python does the same in the C locale. A program that reads the output from a pipe gets the true
+    name. Standard error needs no change: it prints such bytes with backslashes.
     """
     # Notebooks and tests replace standard output by other objects.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

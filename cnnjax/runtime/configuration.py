@@ -173,7 +173,7 @@ def parse_overrides(config: ml_collections.ConfigDict, arguments: Iterable[str])
 
 
 def _parse_value(text: str, current: Any) -> Any:
-    """Parses the value of a key on the command line; what is nothing else stays text."""
+    """Parses the value of a key on the command line; a value that is no literal is text."""
     if isinstance(current, str):
         return text
     if text.lower() in ("true", "false"):

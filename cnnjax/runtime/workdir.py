@@ -212,11 +212,11 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 
 def _has_started(folder: pathlib.Path) -> bool:
-    """Tells whether a work directory holds more than the record of a run and claims."""
+    """Tells whether a work directory holds more than a record, temporary files and folders."""
     for path in folder.iterdir():
         is_record = path.name in ("config.json", "environment.json")
         # A process that was killed may leave its claim, or a file that it was writing.
-        is_temporary = path.suffix in (".claim", ".void", ".partial")
+        is_temporary = path.suffix in (".claim", ".void", ".partial") and path.is_file()
         # A refused run may leave the empty folder of its checkpoints.
         is_empty_folder = path.is_dir() and not any(path.iterdir())
         if not (is_record or is_temporary or is_empty_folder):

@@ -52,7 +52,7 @@ def features(stage: str) -> Callable:
 
 @functools.cache
 def pooled(stage: str) -> Callable:
-    """Like `features`, averaged over the positions of the map, for linear probes."""
+    """Computes `features`, averaged over the positions of the map, for linear probes."""
     return lambda model, variables, images: features(stage)(model, variables, images).mean((1, 2))
 
 

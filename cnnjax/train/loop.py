@@ -182,7 +182,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: float) -> dict:
-    """Builds the record of an epoch: sums while training and validation scores."""
+    """Builds the record of an epoch: means while training, and validation scores."""
     sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
     entry = {
         "epoch": steps_done // current.steps_per_epoch,
@@ -202,7 +202,7 @@ def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: flo
 
 
 def _sum_damaged(current: Run) -> int | None:
-    """Counts the damaged images of all processes; None if they end the run instead."""
+    """Counts the epoch's damaged images of all processes; None if none are passed over."""
     if current.data.damaged is None:
         return None
     return sum(current.parallel.gather(current.data.damaged))

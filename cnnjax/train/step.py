@@ -294,7 +294,7 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
     """Computes the gradients of a device's images, in `recipe.accumulate` parts one by one."""
 
     def keys(purpose):
-        """A key for each part."""
+        """Returns a key for each part."""
         device_key = jax.random.fold_in(_key(state, numbers, purpose), rank)
         return jax.random.split(device_key, recipe.accumulate)
 

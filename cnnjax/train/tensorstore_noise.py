@@ -11,7 +11,7 @@ import sys
 
 @functools.cache
 def quieten() -> None:
-    """Drops this one message, and pass all others to the previous hook."""
+    """Drops this one message, and passes all others to the previous hook."""
     previous = sys.unraisablehook
 
     def hook(unraisable):

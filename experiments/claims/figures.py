@@ -39,7 +39,7 @@ def draw_position() -> Figure:
 
 
 def draw_worked() -> Figure:
-    """NUS's worked convolutions as printed and as computed; wrong cells are red."""
+    """Draws NUS's worked convolutions as printed and as computed; wrong cells are red."""
     right = operations.worked_examples()
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.subplots(2, len(right))

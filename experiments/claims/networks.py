@@ -602,7 +602,7 @@ def deeper() -> Verdict:
 
 
 class Stack(Network):
-    """Convolutions of the given sizes, one after another, padded to keep the size of the map."""
+    """Returns convolutions of the given sizes, one after another, that keep the map's size."""
 
     sizes: tuple[int, ...] = (3, 3, 3)
     width: int = 64
@@ -819,7 +819,7 @@ def any_size() -> Verdict:
 
 
 def accepts(model: Network, variables: dict, size: int) -> bool:
-    """Whether a network with these variables has an output for square images of `size` pixels."""
+    """Tells whether a network has an output for square images of `size` pixels."""
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         return jax.eval_shape(model.apply, variables, image).shape == (1, 1000)

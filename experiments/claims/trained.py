@@ -29,7 +29,7 @@ def mean(name: str) -> float:
 
 
 def interval(name: str) -> float:
-    """Half of the 95 % interval of a mean over n runs; infinite for one run."""
+    """Computes half of the 95 % interval of a mean over n runs; infinite for one run."""
     value = measured()["values"][name]
     if not value["n"] or value["n"] < 2 or value["std"] is None:
         return math.inf
