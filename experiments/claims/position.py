@@ -70,7 +70,7 @@ def count_columns(
 
 
 def example_images(number: int = 5) -> np.ndarray:
-    """Returns images with a margin of seven pixels, which only the network without padding uses up."""
+    """Returns images with a margin of seven pixels, used up only without padding."""
     generator = np.random.default_rng(0)
     return generator.integers(0, 10, (number, 3 * SIZE, 3 * SIZE)).astype(np.float32)
 
