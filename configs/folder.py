@@ -1,4 +1,4 @@
-"""Trains on your own images: one folder per class, below train/ and val/.
+"""Training on your own images: one folder per class, below train/ and val/.
 
     python -m cnnjax.main --config configs/folder.py --config.data_dir=FOLDER --workdir runs/mine
 

@@ -1,4 +1,4 @@
-"""Checks that every family of networks can learn one batch by heart.
+"""Check that every family of networks can learn one batch by heart.
 
     python -m experiments.overfit --workdir runs/overfit [--data_dir data] [--models resnet18 ...]
 

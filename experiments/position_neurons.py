@@ -124,9 +124,10 @@ def measure(point: Trace, options, shared: Shared) -> dict:
 def aware_share(maps: np.ndarray, borderless: np.ndarray) -> float:
     """Returns the share of channels with different values at the border and in the middle.
 
-    - `maps`: features of one stage, [n, height, width, channels].
-    - `borderless`: the same features without a border. The threshold for one half of the images is
-      chosen on the borderless features of the other half.
+    Args:
+      maps: features of one stage, [n, height, width, channels].
+      borderless: the same features without a border. The threshold for one half of the images is
+        chosen on the borderless features of the other half.
     """
     half = len(maps) // 2
     shares = []
@@ -139,7 +140,8 @@ def aware_share(maps: np.ndarray, borderless: np.ndarray) -> float:
 def border_statistic(maps: np.ndarray) -> np.ndarray:
     """Compares each channel's values at the border with those in the middle of the map.
 
-    - `maps`: [n, height, width, channels].
+    Args:
+      maps: [n, height, width, channels].
 
     Returns the largest statistic of the four sides, [channels]. The sides are the outermost rows
     and columns, without their outer quarters, where two borders meet.
@@ -179,8 +181,9 @@ def distance(sample: np.ndarray, reference: np.ndarray) -> float:
 def readable(maps: np.ndarray) -> float:
     """Returns the exact linear readout's R2 of H in a stage, median over images.
 
-    - `maps`: features of one stage. The readout is fitted to the first half and scored on the
-      other.
+    Args:
+      maps: features of one stage. The readout is fitted to the first half and scored on the
+        other.
     """
     half = len(maps) // 2
     goal = target("H", FEATURE_SIZE)

@@ -210,8 +210,9 @@ def tabulate(results: list[dict]) -> str:
 def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
     """Tabulates differences between all pairs of samplings or paddings, paired by seed.
 
-    - `axis`: "sampling" or "padding".
-    - `kind`: the places that are compared, as in `summarize`.
+    Args:
+      axis: "sampling" or "padding".
+      kind: the places that are compared, as in `summarize`.
     """
     fixed = "padding" if axis == "sampling" else "sampling"
     pairs = list(itertools.combinations(study.unique(results, axis), 2))

@@ -232,8 +232,9 @@ def left_out_errors(
 ) -> np.ndarray:
     """Returns the squared error on left-out photographs by strength, [strengths].
 
-    - `factors`: the factors of the Gram matrix of standardized features [2 n, channels]. Photograph
-      number i is in rows i and n + i; both rows are left out together.
+    Args:
+      factors: the factors of the Gram matrix of standardized features [2 n, channels]. Photograph
+        number i is in rows i and n + i; both rows are left out together.
     """
     # The residuals of the fit to all rows are r = R y, where R = s (K + s I)^-1 - 1 / (2 n); the
     # second term comes from the intercept. The residuals of a fit without the rows P, at these

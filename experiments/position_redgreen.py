@@ -173,7 +173,8 @@ class Training(NamedTuple):
 def train_and_test(padding, key, train, validation, tests):
     """Trains one network with early stopping.
 
-    - `train`, `validation`, and each of `tests`: images and labels.
+    Args:
+      train, validation, tests: images and labels of each.
 
     Returns the accuracies on the tests, and the number of epochs.
     """

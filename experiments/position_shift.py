@@ -120,8 +120,9 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
 
     The fit is least squares over all pixels of a photograph, or over those of the object.
 
-    - `maps`: the predictions of one scene [shifts, size, size].
-    - `kind`: one of `KINDS`.
+    Args:
+      maps: the predictions of one scene [shifts, size, size].
+      kind: one of `KINDS`.
 
     Returns the two slopes; a slope of 1 is that of H itself.
     """

@@ -1,4 +1,4 @@
-"""Measures the tables of Islam, Jia and Bruce (ICLR 2020), each by one command.
+"""The tables of Islam, Jia and Bruce (ICLR 2020), each by one command.
 
     python -m experiments.position_tables [main kernels depth stages readout_padding
         encoder_padding controls weights photographs] --workdir runs/tables [--photographs FOLDER]
@@ -99,10 +99,11 @@ _ENCODER_PADDINGS = {
 class Row(NamedTuple):
     """A row of a table.
 
-    - `label`: the name of the row.
-    - `changes`: the changes of its study to configs/posenet.py.
-    - `paper`: the published SPC and MAE by target and data.
-    - `encoder`, `padding`: the part of the study's results that the row shows.
+    Attributes:
+      label: the name of the row.
+      changes: the changes of its study to configs/posenet.py.
+      paper: the published SPC and MAE by target and data.
+      encoder, padding: the part of the study's results that the row shows.
     """
 
     label: str

@@ -160,9 +160,10 @@ def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarra
 def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[dict]:
     """Fits the exact readout of H and V to every stage, and to all together.
 
-    - `model`: a frozen network; None reads the image itself.
-    - `variables`: its variables.
-    - `images`: test images, uint8 [n, height, width, 3].
+    Args:
+      model: a frozen network; None reads the image itself.
+      variables: its variables.
+      images: test images, uint8 [n, height, width, 3].
 
     Returns stage, target, data ("natural" or "black"), SPC and R2 of each readout.
     """
@@ -211,8 +212,9 @@ def draw_photographs(
 def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> list[dict]:
     """Measures the pattern that the padding leaves in every stage.
 
-    - `context`: photographs around the crops, uint8 [n, side, side, 3].
-    - `size`: side of the crops in pixels.
+    Args:
+      context: photographs around the crops, uint8 [n, side, side, 3].
+      size: side of the crops in pixels.
 
     Returns the stage and the measures of `patterns.Strength` that are numbers.
     """
@@ -289,8 +291,9 @@ SHARED = Curve("shared change", "patterns", "shared", {})
 def by_seed(results: list[dict], padding: str, kind: str, name: str, **fields) -> np.ndarray:
     """Returns one measurement of all networks with one padding.
 
-    - `kind`: "probes" or "patterns", among which `fields` select one of each network.
-    - `name`: the measurement's field.
+    Args:
+      kind: "probes" or "patterns", among which `fields` select one of each network.
+      name: the measurement's field.
     """
     values = []
     for result in study.select(results, padding=padding):

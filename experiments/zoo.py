@@ -1,4 +1,4 @@
-"""Compares every network with torchvision's: parameters, logits, and times.
+"""Compare every network with torchvision's: parameters, logits, and times.
 
     pip install torch==2.13.0 torchvision==0.28.0
     python -m experiments.zoo --workdir runs/zoo [--models 'resnet*'] [--batch 4] [--repeats 5]

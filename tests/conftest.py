@@ -50,8 +50,9 @@ jax.devices()
 os.environ["XLA_FLAGS"] = inherited
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a
-# quarter of the time.
+# quarter of the time. What is imported by now is no garbage at all.
 gc.set_threshold(50_000)
+gc.freeze()
 
 
 def pytest_itemcollected(item):

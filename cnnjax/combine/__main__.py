@@ -1,4 +1,4 @@
-"""Combines trained networks.
+"""Combine trained networks.
 
 Ensembles average the networks' outputs; soups and Polyak averages average their parameters.
 

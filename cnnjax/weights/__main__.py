@@ -1,4 +1,4 @@
-"""Lists the ImageNet weights that torchvision publishes.
+"""List the ImageNet weights that torchvision publishes.
 
     python -m cnnjax.weights [--format text|markdown]
 

@@ -1,4 +1,4 @@
-"""Computes and judges what five lectures on convolutional networks state about them.
+"""Compute and judge what five lectures on convolutional networks state about them.
 
     python -m experiments.claims --workdir runs/claims
 
