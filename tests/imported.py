@@ -1,12 +1,12 @@
-"""Import once what the commands need, for processes forked from this one.
+"""Imports the commands' modules once, for processes forked from this one.
 
-Nothing here may compute, since a process with jax's threads cannot be forked.
+Nothing here may compute: a process with jax's threads cannot be forked.
 """
 
 import gc
 import os
 
-# Read when jax is imported.
+# jax reads this variable at import.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import matplotlib.pyplot  # noqa: E402, F401
@@ -21,7 +21,7 @@ import cnnjax.sweep  # noqa: E402, F401
 import cnnjax.train.loop  # noqa: E402, F401
 import cnnjax.visualize.__main__  # noqa: E402, F401
 
-# The collector would write to, and so copy, what forked processes share.
+# A garbage collection would write to shared memory pages, and each forked process would copy them.
 gc.freeze()
-# As in conftest.py.
+# The same threshold as in conftest.py.
 gc.set_threshold(50_000)

@@ -1,6 +1,7 @@
 """A Slurm cluster of one node on this machine's loopback, without cgroups or accounting.
 
-As a script it runs a command on such a cluster and stops it: python tests/slurm_cluster.py squeue
+Run as a script, it starts a cluster, runs one command on it, and stops it:
+`python tests/slurm_cluster.py squeue`.
 """
 
 import contextlib
@@ -16,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-# Debian keeps daemons where a user's PATH does not lead.
+# Debian installs daemons in sbin folders, which are missing from a user's PATH.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 
-# config_overrides: the node has the two CPUs that are given here, whatever the machine has.
-# cred_expire: seconds that a job waits in the queue before it is started again.
-# SchedulerParameters: the queue is looked at every second or two instead of twice a minute.
+# config_overrides: the node has two CPUs, as configured here, whatever the machine has.
+# cred_expire: a requeued job waits this many seconds before it starts again.
+# SchedulerParameters: the scheduler runs every second or two instead of twice a minute.
 _CONFIGURATION = """\
 ClusterName=loopback
 SlurmctldHost=localhost(127.0.0.1)
@@ -52,13 +53,13 @@ PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """The programs that a cluster needs and this machine does not have."""
+    """Returns the names of required programs that this machine lacks."""
     return [name for name in _PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 @contextlib.contextmanager
 def running(folder: pathlib.Path) -> Iterator[dict[str, str]]:
-    """Run a cluster during the context; yield the environment for its commands.
+    """Runs a cluster while the context is open; yields the environment for its commands.
 
     Args:
         folder: an empty folder for its configuration, state, and logs.
@@ -92,7 +93,7 @@ def running(folder: pathlib.Path) -> Iterator[dict[str, str]]:
         try:
             yield environment
         finally:
-            # Jobs outlive slurmd: they are canceled before it ends.
+            # Jobs outlive slurmd, so they are canceled before it stops.
             _output(["scancel", "--user", getpass.getuser()], environment)
             _wait(lambda: not _output(["squeue", "--noheader"], environment).strip(), folder)
 
@@ -100,7 +101,8 @@ def running(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def _daemon(words: list[str], folder: pathlib.Path, environment: dict) -> Iterator[None]:
     with (folder / f"{words[0]}.log").open("wb") as log:
-        # In a session of its own: Ctrl-C ends the daemons in order, after their jobs.
+        # In a separate session, Ctrl-C does not reach the daemons. They stop in order, after the
+        # jobs.
         process = subprocess.Popen(
             words, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -140,7 +142,7 @@ def _wait(condition, folder: pathlib.Path) -> None:
 if __name__ == "__main__":
     if missing():
         sys.exit(f"error: not found: {', '.join(missing())}; install slurm-wlm and munge")
-    # The daemons are stopped at a SIGTERM, too.
+    # SIGTERM also stops the daemons: `sys.exit` leaves the context.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as name, running(pathlib.Path(name)) as environment:
         sys.exit(subprocess.run(sys.argv[1:], env=environment).returncode)

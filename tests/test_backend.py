@@ -1,3 +1,5 @@
+"""The backend's setup: XLA flags, numerical check, compilation cache, and logging."""
+
 import logging
 import os
 import re
@@ -30,6 +32,7 @@ def test_flag_is_set_before_jax_and_appended_to_the_users():
 
 
 def test_warns_only_when_jax_has_started():
+    """XLA flags have no effect after jax has started its backend, so cnnjax warns."""
     code = (
         "import warnings, jax; {}; warnings.simplefilter('always')\n"
         "with warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
@@ -40,6 +43,7 @@ def test_warns_only_when_jax_has_started():
 
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the miscompilation is of jaxlib 0.10.2")
 def test_canary_sings_on_the_default_of_this_jaxlib():
+    """`check_numerics` raises with jaxlib's default, which miscompiles a reduction."""
     code = f"""
 import os
 os.environ["XLA_FLAGS"] = "{FLAG}=dot"
@@ -49,17 +53,22 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    # 8.37e+06 with AVX-512, 2.10e+06 without.
+    # The error is 8.37e+06 with AVX-512 and 2.10e+06 without.
     (error,) = re.findall(r"computes a reduction wrongly \(off by (\S+);", python(code))
     assert float(error) > 1e6
 
 
 def test_canary_is_silent_here():
+    """`check_numerics` does not raise with the flag that cnnjax sets."""
     backend.check_numerics()
 
 
 def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
-    """By cores, since what is compiled for one core stays on one (jax's own key does not tell)."""
+    """The folder names the number of cores, on which compiled code depends.
+
+    Code compiled for one core runs on one, and jax's own cache key does not contain the number of
+    cores. A folder that the user has set is kept.
+    """
     code = (
         "from cnnjax.runtime import backend; backend.start(); import jax; "
         "print(jax.config.jax_compilation_cache_dir)"

@@ -1,5 +1,7 @@
-"""What a user may get wrong, command by command: one clear line, an exit code that is not 0, no
-traceback, and nothing damaged."""
+"""User errors end every command with one clear line and damage nothing.
+
+Each case checks the exit code (not 0) and standard error (one line, no traceback).
+"""
 
 import gzip
 import json
@@ -18,8 +20,8 @@ import safetensors.numpy
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Every case is a process of its own, forked from one that has imported everything and computed
-# nothing.
+# Each case runs in its own process. It is forked from one that has imported everything but computed
+# nothing, since a process with jax's threads cannot be forked.
 DRIVER = """
 import json, os, sys, tempfile, traceback
 import imported
@@ -115,7 +117,8 @@ def get_config():
 """,
 }
 
-# A command's arguments, in which words in capitals are made by `place`, and what its one line says.
+# Each case: a command's arguments, and a part of the expected error line. Words in capitals stand
+# for paths that `place` creates.
 CASES = [
     # Flags and configuration files.
     (("main",), "--config is missing; name a configuration file"),
@@ -221,7 +224,7 @@ CASES = [
         (*MLP, "--config.model_fields.hidden=(64,'a')"),
         "hidden=(64, 'a') is not of the type tuple[int, ...], as mlp1 expects",
     ),
-    # The list is read as a tuple, or the model could not be built.
+    # The list is read as a tuple; otherwise, building the model would already fail.
     (
         (*MLP, "--config.model_fields.hidden=[64]", "--config.freeze=('head',)"),
         "freeze='head' names no parameters of the model",
@@ -414,7 +417,7 @@ CASES = [
 
 
 def place(folder: pathlib.Path) -> dict[str, str]:
-    """Makes the wrong files; returns what each word in capitals stands for."""
+    """Creates the faulty files; returns the path for each word in capitals."""
     files, empty, broken, bomb, photographs, classes = (
         folder / name for name in ("files", "empty", "broken", "bomb", "photographs", "classes")
     )
@@ -477,7 +480,7 @@ def place(folder: pathlib.Path) -> dict[str, str]:
         (classes / split / "cat").mkdir(parents=True)
         for image in photographs.iterdir():
             (classes / split / "cat" / image.name).write_bytes(image.read_bytes())
-    # A file of 300 kB that asks for 900 million pixels.
+    # A decompression bomb: a file of 300 kB with 900 million pixels.
     PIL.Image.new("1", (30_000, 30_000)).save(bomb / "bomb.png")
     for name in "ab":
         (bomb / f"{name}.png").write_bytes((bomb / "bomb.png").read_bytes())
@@ -498,8 +501,10 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """What every case ended with: (exit code, standard output, standard error); and whether it left
-    the files as they were."""
+    """Runs every case and checks that none has changed a file.
+
+    Returns (exit code, standard output, standard error, expected message) for each case.
+    """
     folder = tmp_path_factory.mktemp("wrong")
     words = place(folder)
 
@@ -508,10 +513,10 @@ def done(tmp_path_factory):
             text = text.replace(word, stands)
         return text
 
-    given = []
+    commands = []
     for (command, *arguments), _ in CASES:
         unnamed = command == "main" and not any("--workdir" in argument for argument in arguments)
-        given.append(
+        commands.append(
             (
                 command,
                 [filled(argument) for argument in arguments]
@@ -523,17 +528,17 @@ def done(tmp_path_factory):
     runs = sorted(ROOT.glob("runs/*"))
     process = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps(given),
+        input=json.dumps(commands),
         capture_output=True,
         text=True,
         cwd=ROOT,
-        # DRIVER imports a module of the tests.
+        # DRIVER imports tests/imported.py.
         env=quick.environment(os.environ | {"PYTHONPATH": str(ROOT / "tests")}),
         check=True,
     )
-    kept = {path: content for path, content in contents(folder).items() if path in before}
-    assert kept == before and sorted(ROOT.glob("runs/*")) == runs
-    # A refused run leaves no folder.
+    after = {path: content for path, content in contents(folder).items() if path in before}
+    assert after == before and sorted(ROOT.glob("runs/*")) == runs
+    # A refused run creates no folder.
     assert set(folder.rglob("*")) == paths
     return [
         (*outcome, filled(message))
@@ -548,8 +553,7 @@ def done(tmp_path_factory):
 )
 def test_one_clear_line(done, number):
     code, output, errors, message = done[number]
-    lines = [
-        line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)
-    ]  # what is no log line
+    # Log lines begin with the time.
+    lines = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
     assert code != 0 and output == "" and "Traceback" not in errors, errors
     assert len(lines) == 1 and "error: " in lines[0] and message in lines[0], errors

@@ -1,4 +1,4 @@
-"""The lectures' basics: what the figures show is right, and the report says what was computed."""
+"""The lectures' basics: right numbers in the figures and in the report."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ ROWS, COLUMNS = np.mgrid[:16, :16]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A whole run, with few windows, fills, and sizes."""
+    """Runs the experiment with few windows, fills, and sizes; returns its folder."""
     folder = tmp_path_factory.mktemp("basics") / "new"
     workdir.prepare(folder, {"photograph": "camera"})
     path = next(path for path in photographs.list_photographs() if path.stem == "camera")
@@ -53,14 +53,14 @@ def finished(tmp_path_factory):
     ],
 )
 def test_sobel_tells_the_direction_of_an_edge(brighter, direction):
-    found = {
+    edges = {
         name: values[2:-2, 2:-2]
         for name, values in numbers.sobel(np.where(brighter, 200, 50)).items()
     }
-    assert found["magnitude"].max() >= 4 * 150
-    strong = found["magnitude"] == found["magnitude"].max()
+    assert edges["magnitude"].max() >= 4 * 150
+    strong = edges["magnitude"] == edges["magnitude"].max()
     np.testing.assert_allclose(
-        (found["direction"][strong] - direction + 180) % 360 - 180, 0, atol=1e-3
+        (edges["direction"][strong] - direction + 180) % 360 - 180, 0, atol=1e-3
     )
     far = (
         np.abs(
@@ -69,16 +69,16 @@ def test_sobel_tells_the_direction_of_an_edge(brighter, direction):
         )[2:-2, 2:-2]
         > 2
     )
-    assert far.any() and not found["magnitude"][far].any()
+    assert far.any() and not edges["magnitude"][far].any()
 
 
 @pytest.mark.slow
 def test_sobel_is_scipys_and_the_edges_point_where_they_say():
     image = np.random.default_rng(0).normal(size=(9, 11))
-    found = numbers.sobel(image)
+    edges = numbers.sobel(image)
     for name, axis in (("down", 0), ("right", 1)):
         np.testing.assert_allclose(
-            found[name], scipy.ndimage.sobel(image, axis, mode="nearest"), atol=1e-5
+            edges[name], scipy.ndimage.sobel(image, axis, mode="nearest"), atol=1e-5
         )
     for degrees, darkest in (
         (0, np.s_[:, 0]),
@@ -97,16 +97,16 @@ def test_steps_are_the_convolution(stride):
         generator.normal(size=(3, 2, 2, 3)),
         generator.normal(size=3),
     )
-    found = numbers.steps(image, kernels, bias, stride)
+    steps = numbers.steps(image, kernels, bias, stride)
     size = (range(0, 4, stride), range(0, 6, stride))
-    assert [(step["row"], step["column"]) for step in found] == [
+    assert [(step["row"], step["column"]) for step in steps] == [
         (row, column) for row in size[0] for column in size[1]
     ]
     y = conv(
         jnp.asarray(image[None], jnp.float32), jnp.asarray(kernels, jnp.float32), stride=stride
     )[0].reshape(-1, 3) + bias.astype(np.float32)
-    np.testing.assert_allclose([step["values"] for step in found], y, atol=1e-5)
-    step = found[-1]
+    np.testing.assert_allclose([step["values"] for step in steps], y, atol=1e-5)
+    step = steps[-1]
     assert (
         step["products"][1, 0, 1, 2]
         == image[step["row"] + 1, step["column"], 1] * kernels[1, 0, 1, 2]
@@ -136,6 +136,7 @@ def test_im2col_is_the_convolution(stride, padding, size, fill):
 
 
 def test_growth_counts_what_every_product_reads():
+    """A layer's unfolded matrix has one value per multiply-add of one output channel."""
     layers = [layer for layer in summary.layers(create_model("vgg16")) if layer.kind == "Conv"]
     assert [row["unfolded"] for row in numbers.growth()] == [
         layer.macs // layer.output[-1] for layer in layers
@@ -162,6 +163,10 @@ def test_pooling_is_numpys(function, reduce, window, stride):
 
 @pytest.mark.slow
 def test_one_pixel_on_a_ramp_is_one_step():
+    """On a ramp, a shift by one pixel changes each pooled value by 1.
+
+    A shift by the stride changes none.
+    """
     columns = np.arange(128)
     for row in numbers.moved(np.tile(np.arange(150.0), (140, 1))):
         window, stride = numbers.WINDOWS[row["window"]]
@@ -173,6 +178,7 @@ def test_one_pixel_on_a_ramp_is_one_step():
 
 @pytest.mark.slow
 def test_zeros_count_columns_layer_by_layer():
+    """With zero padding, each layer overwrites one more image column with its number."""
     images = numbers.shift_images()
     inner = images[:, 7:-7, 7:-7]
     for layer, y in enumerate(numbers.shift_maps("zeros", images)):
@@ -184,6 +190,7 @@ def test_zeros_count_columns_layer_by_layer():
 
 @pytest.mark.slow
 def test_other_fills_move_the_image():
+    """Circular padding and no padding only shift the image by one column per layer."""
     images = numbers.shift_images()
     assert (images[-1] == 4).all() and len(np.unique(images[0])) > 5
     for layer, (circular, none) in enumerate(
@@ -191,27 +198,29 @@ def test_other_fills_move_the_image():
     ):
         np.testing.assert_array_equal(circular, np.roll(images[:, 7:-7, 7:-7], layer, 2) + layer)
         np.testing.assert_array_equal(none, images[:, 7:-7, 7 - layer : 14 - layer] + layer)
-        assert np.ptp(circular[-1]) == 0  # of a constant image no position is left
+        # The last image is constant, and so is its output: it shows no position.
+        assert np.ptp(circular[-1]) == 0
 
 
 @pytest.mark.slow
 def test_which_fills_know_the_position():
-    found = numbers.shift_numbers(numbers.shift_images())
-    assert list(found) == list(FILLS)
-    forgotten = [fill for fill in FILLS if found[fill]["greatest spread"] == 0]
+    """Only zeros, partial, and one-sided padding replace the image by the position."""
+    results = numbers.shift_numbers(numbers.shift_images())
+    assert list(results) == list(FILLS)
+    forgotten = [fill for fill in FILLS if results[fill]["greatest spread"] == 0]
     assert forgotten == ["zeros", "partial", "one-sided"]
     assert all(
-        found[fill]["explained by the position"] == 1 and found[fill]["columns told apart"] > 1
+        results[fill]["explained by the position"] == 1 and results[fill]["columns told apart"] > 1
         for fill in forgotten
     )
     neither = [fill for fill in FILLS if fill not in (*forgotten, "full")]
     assert all(
-        abs(found[fill]["explained by the position"]) < 0.05
-        and found[fill]["columns told apart"] == 1
+        abs(results[fill]["explained by the position"]) < 0.05
+        and results[fill]["columns told apart"] == 1
         for fill in neither
     )
-    assert found["full"]["pixels without spread"] == pytest.approx(1 - 49 / 441)
-    assert found["zeros"]["middle row of a constant 4"] == [1, 2, 3, 4, 5, 6, 7]
+    assert results["full"]["pixels without spread"] == pytest.approx(1 - 49 / 441)
+    assert results["zeros"]["middle row of a constant 4"] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.slow
@@ -267,7 +276,7 @@ def test_every_file_is_there_and_the_report_names_every_figure(finished):
 def test_the_report_says_so_where_a_claim_does_not_hold(finished):
     computed = json.loads((finished / "basics.json").read_text())
     text = report.render(computed, "camera")
-    for said in (
+    for sentence in (
         "A6 holds",
         "A7 holds",
         "know the column holds",
@@ -275,20 +284,20 @@ def test_the_report_says_so_where_a_claim_does_not_hold(finished):
         "without rounding it does not hold, with it holds",
         "not as printed: AlexNet as printed.",
     ):
-        assert said in text
+        assert sentence in text
     false = copy.deepcopy(computed)
     false["pooling"]["A6"][0][0] = 8
     false["im2col"]["differs from conv"] = 1.0
     false["shift"]["zeros"]["middle row of a constant 4"][0] = 2.0
     false["sizes"]["equal when rounded down"] -= 1
     text = report.render(false, "camera")
-    for said in (
+    for sentence in (
         "A6 does not hold",
         "A7 does not hold",
         "know the column does not hold",
         "with it does not hold",
     ):
-        assert said in text
+        assert sentence in text
 
 
 @pytest.mark.slow

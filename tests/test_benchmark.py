@@ -1,4 +1,4 @@
-"""Benchmark sides compute the same, tables hold what was measured, and the speedrun learns."""
+"""Benchmarks: equal computations, right tables, and a speedrun that learns."""
 
 import concurrent.futures
 import functools
@@ -25,7 +25,7 @@ from experiments import speedrun
 
 
 class Tiny(Network):
-    """Has each layer with a form of its own on the CPU."""
+    """A network of the layers that cnnjax computes in its own way on the CPU."""
 
     num_classes: int = 3
     input_shape: tuple[int, int, int] = (8, 8, 2)
@@ -39,7 +39,7 @@ class Tiny(Network):
 
 @pytest.mark.slow
 def test_the_stock_side_is_the_same_network(standard_promotion):
-    """Loss and every gradient agree, and the stock gradients are those that jax derives."""
+    """Both sides have the same loss and gradients; jax derives the stock side's."""
     model, x = Tiny(), jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
     variables = jax.jit(model.init)(jax.random.key(1), x)
 
@@ -64,7 +64,7 @@ def test_the_stock_side_is_the_same_network(standard_promotion):
 
 @pytest.mark.slow
 def test_a_layers_passes_are_those_of_the_convolution():
-    """Compares the sizes of the results with those of a convolution written out."""
+    """Compares mean magnitudes of output and gradients with a convolution in loops."""
     case = cases.Convolution(
         batch=2, size=5, inputs=4, outputs=6, kernel=3, stride=2, padding=1, groups=2
     )
@@ -99,7 +99,7 @@ def test_the_layers_are_of_the_networks_that_they_name(network):
 
 @pytest.mark.parametrize("name", cases.SPECIFICATIONS)
 def test_the_specifications_are_the_networks(name):
-    """The list of layers for PyTorch has as many parameters as the network here."""
+    """The list of layers for PyTorch has as many parameters as cnnjax's network."""
     side, channels, layers = cases.SPECIFICATIONS[name]
     assert create_model(name).input_shape == (side, side, channels)
     count = 0
@@ -131,7 +131,7 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 
     one_by_one = training(looped=False)
     at_once = training(looped=True)
-    # Copies, since the next run consumes the state.
+    # The state is copied, since the next run reuses its buffers.
     states = [jax.tree.map(np.array, run(3)) for run in (one_by_one, at_once, one_by_one)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), states[0], states[1]
@@ -142,7 +142,7 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 
 @pytest.mark.slow
 def test_two_processes_take_turns_and_agree():
-    """The protocol on one small layer; utilization and ratios follow from the times."""
+    """Measures one small layer: utilization and ratios follow from the times."""
     facts, times = turns.measure("layers", ("cnnjax", "stock"), "lenet.conv1", 128, 2)
     rows = turns.rows_of("layers", "lenet.conv1", 128, 1e9, facts, times)
     assert [(row["pass"], row["side"]) for row in rows] == [
@@ -182,7 +182,8 @@ def test_sides_that_differ_or_fail_are_refused(capfd):
     ],
 )
 def test_the_command_says_in_one_line_why_not(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    # Importing PyTorch fails as if it were not installed.
+    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delenv("ONEDNN_LIBRARY", raising=False)
     assert quick.exit_code(benchmark.main, [*arguments, "--workdir", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
@@ -236,7 +237,7 @@ def test_a_library_that_is_not_onednn_is_refused(library, reason, monkeypatch, c
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_onednns_convolutions_are_ours(groups):
-    """Called alone, with gradients, in a loop, on two devices and from two threads."""
+    """oneDNN's results equal cnnjax's: in jit, loops, pmap, and two threads."""
     if "ONEDNN_LIBRARY" not in os.environ:
         pytest.skip("ONEDNN_LIBRARY is not set: this test needs oneDNN's libdnnl.so.3")
     rng = np.random.default_rng(0)
@@ -244,14 +245,14 @@ def test_onednns_convolutions_are_ours(groups):
     kernel = jnp.asarray(rng.standard_normal((3, 3, 8 // groups, 16), np.float32))
 
     def check(compute):
-        """Compares what is computed with both convolutions."""
+        """Asserts that `compute` returns the same with both convolutions."""
         results = []
         for convolution in (onednn.conv, conv):
             convolve = functools.partial(convolution, stride=2, padding=1, groups=groups)
             loss = lambda x, kernel, convolve=convolve: jnp.square(convolve(x, kernel)).sum()
             results.append(compute(jax.value_and_grad(loss, (0, 1))))
-        for own, ours in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_allclose(own, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+        for theirs, ours in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5 * np.abs(ours).max())
 
     def descend(gradient):
         step = lambda kernel, _: (kernel - 1e-4 * gradient(x[0], kernel)[1][1], None)
@@ -289,7 +290,7 @@ def test_seeds_in_one_program_agree_and_are_reported(
 
 @pytest.mark.slow
 def test_the_studys_arithmetic(monkeypatch, standard_promotion):
-    """The sums of a small study are those of the parts measured."""
+    """A small study's totals are the sums of its measured parts."""
     monkeypatch.setitem(base._REGISTRY, "tiny", functools.partial(Tiny, input_shape=(32, 32, 3)))
     results = programs.study(1, encoder="tiny", size=32, images=2, steps=2)
     seconds = results["seconds"]
@@ -311,7 +312,8 @@ def native_conv(x, kernel, padding):
 @pytest.mark.slow
 def test_whitened_patches_are_uncorrelated():
     images = jax.random.normal(jax.random.key(0), (40, 9, 9, 3))
-    images = images.cumsum(1).cumsum(2)  # neighbors are alike
+    # Cumulative sums correlate neighboring pixels.
+    images = images.cumsum(1).cumsum(2)
     filters = whitening_filters(images)
     assert filters.shape == (2, 2, 3, 24)
     assert jnp.array_equal(filters[..., :12], -filters[..., 12:])
@@ -322,14 +324,15 @@ def test_whitened_patches_are_uncorrelated():
 
 @pytest.mark.slow
 def test_the_network_of_the_record():
-    """24 whitening filters, groups of 64, 256 and 256, ten classes; first filters copy inputs."""
+    """The network has the record's parameters, and its first filters copy inputs."""
     shapes = jax.eval_shape(
         create_model("speedrun").init,
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    # The record has no BatchNorm scale: 2 * (64 + 256 + 256) are ours alone, fixed at 1.
+    # There are 24 whitening filters, groups of 64, 256, and 256 filters, and ten classes. The
+    # record has no BatchNorm scales; cnnjax adds 2 * (64 + 256 + 256), fixed at 1.
     convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 * 3)
     assert count == convolutions + 12 * 24 + 24 + 4 * (64 + 256 + 256) + 2560
     kernel = _partly_identity(jax.random.key(0), (3, 3, 8, 32))
@@ -341,10 +344,10 @@ def test_the_network_of_the_record():
 
 @pytest.mark.slow
 def test_each_parameter_is_trained_as_in_the_record():
-    """Checks one step.
+    """Checks one step of the optimizer.
 
-    Muon's filters have unit norm each, plus the rate times an orthogonal matrix; frozen
-    parameters have not moved.
+    Muon scales a kernel to the root of its number of filters, then adds the rate times a nearly
+    orthogonal matrix. Frozen parameters do not move.
     """
     config = speedrun.speedrun_cifar10.get_config()
     rng = np.random.default_rng(0)
@@ -367,13 +370,13 @@ def test_each_parameter_is_trained_as_in_the_record():
         ("fc", "kernel"): 0.67,
     }
     for (module, name), rate in rates.items():
-        # PyTorch's Nesterov, first step: the gradient counts once, and 0.85 times by momentum.
+        # PyTorch's first Nesterov step is 1 + 0.85 times the gradient, with momentum 0.85.
         gradient = grads[module][name] + 2e-6 * 2000 / rate * params[module][name]
         np.testing.assert_allclose(updates[module][name], -rate * 1.85 * gradient, rtol=1e-4)
     kernel = params["block1.conv1"]["kernel"]
     moved = updates["block1.conv1"]["kernel"] + kernel * (1 - 8**0.5 / np.linalg.norm(kernel))
     singular = np.linalg.svd(np.asarray(moved).reshape(-1, 8), compute_uv=False) / 0.24
-    # Three Newton-Schulz steps leave singular values about 1.
+    # Three Newton-Schulz steps bring the singular values near 1.
     assert 0.3 < singular.min() and singular.max() < 1.3
 
 
@@ -407,7 +410,7 @@ def test_runs_are_summarized_by_a_t_test():
 def test_the_speedrun_learns_and_goes_on(
     data_dir, tmp_path, monkeypatch, standard_promotion, capsys
 ):
-    """Two epochs of a narrow network reach three times chance; a second call makes what lacks."""
+    """Two epochs of a narrow network reach 30 %; a second call adds the missing runs."""
     arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 500".split()
     arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
     quickly = jax.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit or not at all."""
+"""Checkpoints are restored bit for bit or not at all."""
 
 import json
 import os
@@ -56,7 +56,8 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
                 {"history": [{"loss": 0.1 + step}]},
                 metric={2: 0.1, 3: 0.4, 5: 0.2}.get(step),
             )
-        checkpoints.save(6, a_state(99), {})  # there already
+        # A step that was already saved is not overwritten.
+        checkpoints.save(6, a_state(99), {})
         assert checkpoints.steps() == [2, 5, 6]
     with Checkpoints("runs/checkpoints", keep=2) as checkpoints:
         step, state, record = checkpoints.restore(a_state(0))
@@ -68,6 +69,7 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
 
 
 def test_what_was_saved_may_be_changed_at_once(tmp_path):
+    """A state may be donated, and a record changed, as soon as `save` returns."""
     increase = jax.jit(lambda x: x + 1, donate_argnums=0)
     x, record = jnp.zeros((1000, 1000)), {"history": []}
     with Checkpoints(tmp_path, keep=9) as checkpoints:
@@ -76,8 +78,8 @@ def test_what_was_saved_may_be_changed_at_once(tmp_path):
             checkpoints.save(step, {"x": x}, record)
             record["history"].append({"step": step})
         for step in checkpoints.steps():
-            _, state, found = checkpoints.restore_step(step, {"x": x})
-            assert (state["x"] == step).all() and found == {
+            _, state, restored_record = checkpoints.restore_step(step, {"x": x})
+            assert (state["x"] == step).all() and restored_record == {
                 "history": [{"step": number} for number in range(1, step)]
             }
 
@@ -91,7 +93,7 @@ def files_of(folder: pathlib.Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
-    """Whichever of its files is harmed, its manifest included."""
+    """Damages each file in turn: the checkpoint before is restored instead."""
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, a_state(1), {"epoch": 1})
         checkpoints.save(2, a_state(2), {"epoch": 2})
@@ -123,11 +125,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, harm):
             (aside,) = tmp_path.glob("damaged-2-*")
         (aside / name).write_bytes(content)
         aside.rename(tmp_path / "2")
+    # With all files mended, the latest checkpoint is restored.
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.restore(a_state(0))[0] == 2  # mended
+        assert checkpoints.restore(a_state(0))[0] == 2
 
 
 def test_nothing_starts_again_in_silence(tmp_path):
+    """If every checkpoint is damaged, `restore` raises instead of starting anew."""
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {})
     (tmp_path / "1" / "manifest.json").write_text("{}")
@@ -156,8 +160,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: the system refuses to write in the same
-    way."""
+    """Simulates a full disk by a limit on file sizes: writes fail in the same way."""
     state = {"x": jax.random.normal(jax.random.key(0), (1000, 1000))}
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as checkpoints:
@@ -173,14 +176,14 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     with Checkpoints(tmp_path) as checkpoints:
-        step, found, _ = checkpoints.restore(state)
+        step, restored, _ = checkpoints.restore(state)
         assert step == 1
-        assert_equal(found, state)
+        assert_equal(restored, state)
 
 
 @pytest.fixture
 def history(tmp_path):
-    """Three epochs, of which the first is the best."""
+    """Returns the history of three epochs; the first has the smallest error."""
     history = results.History(tmp_path)
     history.entries = [
         {"epoch": step, "step": step, "validation_error": step / 10} for step in (1, 2, 3)
@@ -192,7 +195,7 @@ def history(tmp_path):
 def test_the_best_checkpoint_is_used_unless_it_is_damaged(
     history, tmp_path, caplog, harmed, chosen
 ):
-    """Whatever became of the others: none can be read of which a file was cut off."""
+    """Only a damaged best checkpoint matters: the last weights replace it."""
     config = defaults.get_config()
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         for entry in history.entries:
@@ -241,11 +244,12 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
         writer.send_signal(signal.SIGKILL)
         begun = [int(line) for line in writer.communicate()[0].split()]
         with Checkpoints(tmp_path) as checkpoints:
-            found = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
-        if begun[1:]:  # when a save begins, the one before it is whole
-            assert found[0] >= begun[-1] - 1 >= reached
-        if found:
-            reached, state, record = found
+            restored = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
+        # A save begins only after the one before it is complete.
+        if begun[1:]:
+            assert restored[0] >= begun[-1] - 1 >= reached
+        if restored:
+            reached, state, record = restored
             assert (state["x"] == reached).all() and record == {"step": reached}
             assert json.loads((tmp_path / str(reached) / "manifest.json").read_text())
     assert reached > 6

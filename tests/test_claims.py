@@ -1,4 +1,4 @@
-"""The ledger as a whole: every claim is computed, and judged as it was when its source was read."""
+"""The ledger of claims: each is computed, and each verdict is the recorded one."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from experiments.claims import ledger, networks, operations, position, report, t
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Each wrong claim, and what its note must say.
+# The wrong claims, each with a part of its note.
 WRONG = {
     "A5.2": "[[6, 7, 3], [11, 2, 3], [7, 8, 9]]",
     "A5.3": "[[12, 22, 26, 19, 16, 13], [20, 25, 27, 23, 18, 13], [27, 40, 50, 40, 24, 21]",
@@ -93,11 +93,12 @@ def test_every_row_of_the_vgg_table_is_a_claim(findings):
     rows = [id for id in findings if id.startswith("A16.4.")]
     assert len(rows) == len(networks.VGG16_TABLE) == 22
     weights = sum(findings[id]["computed"]["weights"] for id in rows)
-    assert weights == 138_344_128  # 138,357,544 parameters less 13,416 biases
+    # VGG-16 has 138,357,544 parameters; 13,416 of them are biases.
+    assert weights == 138_344_128
 
 
 def test_the_worked_examples_by_hand():
-    # The first cell of each: the filter's nonzero weights times the pixels under them.
+    # One output value of each example: the sum of the filter's nonzero weights times the pixels.
     right = operations.worked_examples()
     assert right["3x3, stride 1"][0, 0] == 1 * 2 + 1 * 2 + 1 * 2 + 2 * 0
     assert right["3x3, stride 2"][0, 1] == 1 * 3 + 1 * 0 + 1 * 0 + 2 * 2
@@ -121,10 +122,10 @@ def test_a_verdict_follows_from_its_check(literally, as_read, verdict):
         computed = {"n": 1_000, "list": [1, 0.5]}
         return ledger.judge(literally, computed, as_read=as_read, note="note")
 
-    found = ledger.find(section.claims)
-    assert [finding.verdict for finding in found] == [verdict]
+    judged = ledger.find(section.claims)
+    assert [finding.verdict for finding in judged] == [verdict]
     row = f"| X | WPI | a \\| b | **{verdict}** | note | n: 1,000, list: [1, 0.5] |"
-    assert row in report.render((section,), found).splitlines()
+    assert row in report.render((section,), judged).splitlines()
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_report_and_figures(workdir, findings):
     rows = [line for line in text.splitlines() if " | **" in line]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(findings)
     assert all(row.replace("\\|", "").count("|") == 7 for row in rows)
-    # The summary counts a claim once for each of its lectures.
+    # The summary counts a claim once per lecture.
     of_ubc = [finding for finding in findings.values() if "UBC" in finding["sources"]]
     line = next(line for line in text.splitlines() if line.startswith("| UBC"))
     assert sum(int(number) for number in re.findall(r"\| (\d+)", line)) == len(of_ubc)
@@ -150,7 +151,7 @@ def test_report_and_figures(workdir, findings):
 
 @pytest.mark.slow
 def test_measured_values_are_those_of_the_pages():
-    """measured.json repeats figures of the documentation; both must say the same."""
+    """measured.json repeats numbers of the documentation; both must agree."""
     pages = (ROOT / "README.md", ROOT / "docs" / "lectures.md", ROOT / "docs" / "position.md")
     text = "".join(path.read_text() for path in pages)
     for name, value in trained.measured()["values"].items():
@@ -176,11 +177,12 @@ DIRECTIONS = position.DIRECTIONS.items()
 @pytest.mark.slow
 @pytest.mark.parametrize("direction, turns", DIRECTIONS)
 def test_the_demo_counts_with_zeros_and_carries_the_image_otherwise(direction, turns):
+    """Zero padding replaces the image by a count; other paddings keep image content."""
     image = position.example_images(1)[0]
     inner = image[7:-7, 7:-7]
     counted = np.rot90(position.demo(image, direction, "zeros"), -turns)
     np.testing.assert_array_equal(counted, np.tile(np.arange(1, 8), (7, 1)))
-    # Circular padding moves the image once around.
+    # Circular padding shifts the image by its whole width, back to where it was.
     np.testing.assert_array_equal(position.demo(image, direction, "circular"), inner + 7)
     turned = np.rot90(image, -turns)
     without = np.rot90(position.demo(image, direction, "none"), -turns)

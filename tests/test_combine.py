@@ -1,4 +1,4 @@
-"""Ensembles and soups, against NumPy, brute force and single networks; whole commands on digits."""
+"""Ensembles and soups, compared with NumPy, brute force, and single networks."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ class Tiny(Network):
 
 
 def some(model: Network, seed: int) -> dict:
-    """Variables of random numbers, the statistics as well."""
+    """Returns variables of random numbers, batch statistics included."""
     variables = jax.eval_shape(
         model.clone(axis_name=None).init, jax.random.key(0), jnp.zeros((1, *model.input_shape))
     )
@@ -69,23 +69,24 @@ def test_an_average_is_numpys():
         }
         for _ in range(3)
     ]
-    found = combine.average(trees, [0.5, 0.2, 0.3])
+    average = combine.average(trees, [0.5, 0.2, 0.3])
     np.testing.assert_allclose(
-        found["a"]["kernel"],
+        average["a"]["kernel"],
         sum(w * tree["a"]["kernel"] for w, tree in zip((0.5, 0.2, 0.3), trees)),
         rtol=1e-6,
     )
-    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(
+    assert jax.tree.map(lambda leaf: leaf.dtype, average) == jax.tree.map(
         lambda leaf: leaf.dtype, trees[0]
     )
-    found = combine.average(trees, {"a": [1, 0, 0], "b.c": [0, 0.5, 0.5]})
-    np.testing.assert_array_equal(found["a"]["kernel"], trees[0]["a"]["kernel"])
+    average = combine.average(trees, {"a": [1, 0, 0], "b.c": [0, 0.5, 0.5]})
+    np.testing.assert_array_equal(average["a"]["kernel"], trees[0]["a"]["kernel"])
     np.testing.assert_allclose(
-        found["b"]["c"]["bias"],
+        average["b"]["c"]["bias"],
         np.mean([tree["b"]["c"]["bias"] for tree in trees[1:]], 0),
         rtol=1e-6,
     )
-    for count in (3, 7):  # what is the same in all changes no bit
+    # The average of equal trees is the same tree, bit for bit.
+    for count in (3, 7):
         jax.tree.map(
             np.testing.assert_array_equal,
             combine.average([trees[0]] * count, [1 / count] * count),
@@ -100,14 +101,13 @@ def test_an_ensembles_logits_are_their_formulas():
         np.exp(combine.ensemble_logits(logits)), probabilities.mean(1), rtol=1e-5
     )
     np.testing.assert_allclose(combine.ensemble_logits(logits, "logits"), logits.mean(1), rtol=1e-5)
-    certain = combine.ensemble_logits(
-        np.float32([[0, 300], [0, 400]])
-    )  # probabilities that float32 does not have
+    # The smaller probabilities underflow in float32, their logarithms do not.
+    certain = combine.ensemble_logits(np.float32([[0, 300], [0, 400]]))
     np.testing.assert_allclose(certain, [-300 - np.log(2), 0], rtol=1e-6)
 
 
 def recipe_1(accuracies, accuracy):
-    """Wortsman et al. 2022, recipe 1, line by line on sets."""
+    """Computes recipe 1 of Wortsman et al. (2022) line by line, on sets."""
     ingredients = frozenset()
     for model in np.argsort(-np.asarray(accuracies), kind="stable").tolist():
         if not ingredients or accuracy(ingredients | {model}) >= accuracy(ingredients):
@@ -116,32 +116,39 @@ def recipe_1(accuracies, accuracy):
 
 
 def test_greedy_is_recipe_1():
-    """On random accuracies of every set of five models, coarse enough for ties in half of the
-    decisions."""
+    """Compares with recipe 1 on random accuracies for every subset of five models.
+
+    The accuracies are coarse, so half of the decisions are ties.
+    """
     generator, sizes = np.random.default_rng(0), []
     for _ in range(200):
         table = generator.integers(0, 4, 2**5) / 4
         accuracy = lambda numbers, table=table: table[sum(2**number for number in numbers)]
         accuracies = [accuracy([number]) for number in range(5)]
-        kept = combine.greedy(accuracies, accuracy)
-        assert set(kept) == recipe_1(accuracies, accuracy) and len(set(kept)) == len(kept)
-        assert accuracies[kept[0]] == max(accuracies)
-        sizes.append(len(kept))
+        ingredients = combine.greedy(accuracies, accuracy)
+        assert set(ingredients) == recipe_1(accuracies, accuracy) and len(set(ingredients)) == len(
+            ingredients
+        )
+        assert accuracies[ingredients[0]] == max(accuracies)
+        sizes.append(len(ingredients))
     assert set(sizes) >= {1, 2, 3, 4}
 
 
 def test_a_bad_ingredient_is_refused_and_a_tie_kept():
-    """Scalars: the best average is nearest to 1; number 3 makes it worse, number 0 keeps it as it
-    is."""
+    """The models are numbers, and the best average is nearest to 1.
+
+    Model 1 does not change the average and is kept; model 3 worsens it and is refused.
+    """
     models = [1.1, 1.1, 0.9, 5.0]
     accuracy = lambda numbers: -round(abs(np.mean([models[number] for number in numbers]) - 1), 6)
     accuracies = [accuracy([number]) for number in range(4)]
     assert combine.greedy(accuracies, accuracy) == [0, 1, 2]
+    # Now model 1 moves the average away from 1, too.
     models[1] = 1.2
     assert combine.greedy([accuracy([number]) for number in range(4)], accuracy) == [
         0,
         2,
-    ]  # then 1 moves it away
+    ]
 
 
 @pytest.mark.slow
@@ -163,11 +170,11 @@ def test_learned_coefficients_recover_a_known_mixture(by_layer):
         return jnp.square(output(tree) - output(target)).mean()
 
     batches = [generator.normal(size=(16, 4)).astype(np.float32) for _ in range(400)]
-    found = combine.learned(loss, trees, batches, by_layer)
+    coefficients = combine.learned(loss, trees, batches, by_layer)
     for layer, want in true.items():
-        np.testing.assert_allclose(found[layer], want, atol=0.01)
-        assert sum(found[layer]) == pytest.approx(1, abs=1e-6)
-    assert loss(combine.average(trees, found), batches[0]) < 1e-3 * loss(
+        np.testing.assert_allclose(coefficients[layer], want, atol=0.01)
+        assert sum(coefficients[layer]) == pytest.approx(1, abs=1e-6)
+    assert loss(combine.average(trees, coefficients), batches[0]) < 1e-3 * loss(
         combine.average(trees, [1 / 3] * 3), batches[0]
     )
 
@@ -175,7 +182,7 @@ def test_learned_coefficients_recover_a_known_mixture(by_layer):
 @pytest.mark.slow
 @WAYS
 def test_one_program_of_many_networks_is_each_of_them(way):
-    """Each with its own statistics and its own normalization of the images."""
+    """Stacked networks predict as each alone, with its own statistics and moments."""
     parallel, model, images = Parallel(way), Tiny(), some_images(37)
     model = model.clone(axis_name=parallel.axis_name)
     networks = [some(model, seed) for seed in range(3)]
@@ -188,32 +195,34 @@ def test_one_program_of_many_networks_is_each_of_them(way):
             evaluate.predict(
                 parallel,
                 model,
-                *parallel.replicate((variables, mine)),
+                *parallel.replicate((variables, own_moments)),
                 evaluate.batches_of(images, 16),
                 16,
             )
-            for variables, mine in zip(networks, moments)
+            for variables, own_moments in zip(networks, moments)
         ],
         1,
     )
     stacked, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(networks, moments))
     placed = parallel.replicate((stacked, (mean[:, None, None, None], std[:, None, None, None])))
-    found = evaluate.predict(
+    together = evaluate.predict(
         parallel, model, *placed, evaluate.batches_of(images, 16), 16, combine.member_logits()
     )
-    assert found.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
-    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+    assert together.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
+    np.testing.assert_allclose(together, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
 @WAYS
 def test_reestimated_statistics_are_numpys_moments(way):
-    """Over all whole batches; what comes after a BatchNorm in training mode is normalized batch by
-    batch."""
+    """Compares with the moments of all whole batches, computed in NumPy.
+
+    As in training mode, a BatchNorm normalizes the input of the next layer batch by batch.
+    """
     parallel, images = Parallel(way), some_images(37)
     model = Tiny(axis_name=parallel.axis_name)
     variables, moments = some(model, 0), (np.full(1, 0.4, np.float32), np.full(1, 0.2, np.float32))
-    found = combine.reestimate_statistics(parallel, model, variables, moments, images, 16)
+    statistics = combine.reestimate_statistics(parallel, model, variables, moments, images, 16)
 
     def convolved(x, name):
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))
@@ -227,9 +236,13 @@ def test_reestimated_statistics_are_numpys_moments(way):
         convolved((batch / 255 - 0.4) / 0.2, "conv1") for batch in (images[:16], images[16:32])
     ]
     for name, after in (("bn1", "conv2"), ("bn2", None)):
-        every = np.concatenate(inputs)
-        np.testing.assert_allclose(found[name]["mean"], every.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found[name]["var"], every.var((0, 1, 2), ddof=1), rtol=1e-4)
+        all_inputs = np.concatenate(inputs)
+        np.testing.assert_allclose(
+            statistics[name]["mean"], all_inputs.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            statistics[name]["var"], all_inputs.var((0, 1, 2), ddof=1), rtol=1e-4
+        )
         if after:
             scale, bias = (
                 variables["params"][name][key].astype(np.float64) for key in ("scale", "bias")
@@ -243,7 +256,7 @@ def test_reestimated_statistics_are_numpys_moments(way):
                 )
                 for x in inputs
             ]
-    assert jax.tree.structure(found) == jax.tree.structure(variables["batch_stats"])
+    assert jax.tree.structure(statistics) == jax.tree.structure(variables["batch_stats"])
     assert (
         combine.reestimate_statistics(
             parallel, model, {"params": {}, "batch_stats": {}}, moments, images, 16
@@ -257,7 +270,7 @@ def test_reestimated_statistics_are_numpys_moments(way):
 
 @pytest.fixture
 def sweep_folder(tmp_path):
-    """A sweep's cells, as far as their configurations, beside its table and its jobs."""
+    """Returns a sweep's folder: runs with only their configuration, a table, and jobs."""
     folder = tmp_path / "sweep"
     for name in ("dataset=cifar10[:12000],seed=0", "dataset=cifar10[:12000],seed=1", "seed=2"):
         (folder / name).mkdir(parents=True)
@@ -271,11 +284,11 @@ def sweep_folder(tmp_path):
     "patterns, numbers",
     [
         (["*"], [0, 1, 2]),
-        # Each is named.
+        # Exact names: their brackets are not read as patterns.
         (["dataset=cifar10[:12000],seed=0", "seed=2"], [0, 2]),
         (["dataset=cifar10[:12000],seed=*"], [0, 1]),
         (["seed=[12]"], [2]),
-        # Named twice.
+        # A run that is matched twice is listed once.
         (["seed=*", "seed=2"], [2]),
     ],
 )
@@ -340,7 +353,7 @@ def test_another_batch_norm_is_not_averaged(method, tmp_path):
 
 
 def train(folder: pathlib.Path, **changes) -> pathlib.Path:
-    """A training run's configuration, checkpoints and final scores, without its figures."""
+    """Trains without drawing figures; returns the work directory."""
     config = defaults.get_config()
     config.update_from_flattened_dict(
         {
@@ -360,8 +373,11 @@ def train(folder: pathlib.Path, **changes) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Three runs of one seed, of which one has hardly learned, and one that keeps an average of its
-    parameters."""
+    """Trains six small runs; returns their folder.
+
+    Three runs in `rates` differ in their learning rate, and the smallest hardly learns. `ema` keeps
+    an average of its parameters, `held` holds out other images, and `alone` keeps one checkpoint.
+    """
     with jax.numpy_dtype_promotion("standard"):
         folder = tmp_path_factory.mktemp("combined")
         for rate in (0.1, 0.05, 1e-4):
@@ -371,7 +387,8 @@ def finished(tmp_path_factory):
         train(folder / "ema", ema_decay=0.8)
         train(folder / "held", seed=1, epochs=1, n_validation=100)
         train(folder / "alone", epochs=1, keep_checkpoints=1)
-    (folder / "rates" / "sweep.json").write_text("{}")  # as sweeps leave it beside their runs
+    # Sweeps write this file beside their runs.
+    (folder / "rates" / "sweep.json").write_text("{}")
     return folder
 
 
@@ -384,7 +401,7 @@ def results(patterns, method: str, folder: pathlib.Path) -> dict:
 
 
 def checkpoints_of(folder: pathlib.Path) -> tuple[list[int], list]:
-    """The steps and the states that a run kept."""
+    """Returns the steps and states of a run's checkpoints."""
     run = build_run(read_config(folder))
     like = run.initial_state()
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -394,14 +411,17 @@ def checkpoints_of(folder: pathlib.Path) -> tuple[list[int], list]:
 
 
 def networks(folder: pathlib.Path) -> list[dict]:
-    """The last parameters of every run."""
+    """Returns the final parameters of the three runs in `rates`."""
     return [
         checkpoints_of(path)[1][-1].params for path in sorted((folder / "rates").glob("rate=*"))
     ]
 
 
 def errors_of(folder: pathlib.Path):
-    """A function of parameters and a split that gives the share of errors, by the model itself."""
+    """Returns a function that computes the error rate of parameters on a split.
+
+    It applies the model directly, without cnnjax's evaluation.
+    """
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalization(data.train.images)
     apply = jax.jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
@@ -422,8 +442,10 @@ def errors_of(folder: pathlib.Path):
 
 @pytest.mark.slow
 def test_greedy_from_the_command_line(finished, tmp_path):
-    """Its ingredients are those of recipe 1 with plain averages, the run that hardly learned is
-    refused, the scores are the model's."""
+    """The ingredients are those of recipe 1, and the scores those of the model itself.
+
+    The run that hardly learned is not an ingredient.
+    """
     done = forked.run(
         "cnnjax.combine",
         "--runs",
@@ -435,24 +457,24 @@ def test_greedy_from_the_command_line(finished, tmp_path):
         flags=FLAGS,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    soup = json.loads((tmp_path / "out" / "results.json").read_text())
     trained, error = networks(finished), errors_of(finished)
     mean = lambda numbers: jax.tree.map(
         lambda *leaves: sum(leaves) / len(leaves), *(trained[number] for number in sorted(numbers))
     )
     accuracy = lambda numbers: 1 - error(mean(numbers))
-    kept = recipe_1([accuracy([number]) for number in range(3)], accuracy)
+    ingredients = recipe_1([accuracy([number]) for number in range(3)], accuracy)
     names = sorted(str(path) for path in (finished / "rates").glob("rate=*"))
-    assert found["runs"] == names and set(found["ingredients"]) == {
-        names[number] for number in kept
+    assert soup["runs"] == names and set(soup["ingredients"]) == {
+        names[number] for number in ingredients
     }
     assert (
-        not any("rate=0.0001" in name for name in found["ingredients"])
-        and found["coefficients"] is None
+        not any("rate=0.0001" in name for name in soup["ingredients"])
+        and soup["coefficients"] is None
     )
-    assert found["validation"]["error"] == pytest.approx(error(mean(kept)))
-    assert found["test"]["error"] == pytest.approx(error(mean(kept), "test"))
-    for row, params in zip(found["individual"], trained):
+    assert soup["validation"]["error"] == pytest.approx(error(mean(ingredients)))
+    assert soup["test"]["error"] == pytest.approx(error(mean(ingredients), "test"))
+    for row, params in zip(soup["individual"], trained):
         assert row["validation"]["error"] == pytest.approx(error(params))
         assert (
             row["test"]["error"]
@@ -460,16 +482,15 @@ def test_greedy_from_the_command_line(finished, tmp_path):
                 "test_error"
             ]
         )
-    tested = [row["test"]["error"] for row in found["individual"]]
-    assert found["mean_error"]["test"] == pytest.approx(np.mean(tested)) and found["std_error"][
+    tested = [row["test"]["error"] for row in soup["individual"]]
+    assert soup["mean_error"]["test"] == pytest.approx(np.mean(tested)) and soup["std_error"][
         "test"
     ] == pytest.approx(np.std(tested, ddof=1))
     assert (
-        found["best"]
-        == min(found["individual"], key=lambda row: row["validation"]["error"])["name"]
+        soup["best"] == min(soup["individual"], key=lambda row: row["validation"]["error"])["name"]
     )
-    assert found["forward_passes"] == 1 and found["seconds_per_image"]["ratio"] > 0
-    assert f"{100 * found['test']['error']:.2f}" in (tmp_path / "out" / "report.md").read_text()
+    assert soup["forward_passes"] == 1 and soup["seconds_per_image"]["ratio"] > 0
+    assert f"{100 * soup['test']['error']:.2f}" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -501,12 +522,14 @@ def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ensembles_of_several_runs(finished, tmp_path):
-    """Runs that held out different images have no validation score; what they answer is averaged
-    all the same."""
-    found = results(
+    """Compares both ensembles with averages in NumPy.
+
+    Runs with different held-out images can be combined, but have no common validation score.
+    """
+    mixed = results(
         [finished / "rates" / "rate=0.1", finished / "held"], "ensemble", tmp_path / "held"
     )
-    assert found["validation"] is None and found["best"] is None and found["forward_passes"] == 2
+    assert mixed["validation"] is None and mixed["best"] is None and mixed["forward_passes"] == 2
     patterns = [finished / "rates" / "*"]
     probable, plain = (
         results(patterns, method, tmp_path / method) for method in ("ensemble", "ensemble-logits")
@@ -544,20 +567,21 @@ def test_checkpoints_of_one_run(finished, tmp_path):
         lambda *leaves: sum(leaves) / len(leaves), *(state.params for state in states)
     )
     assert polyak["test"]["error"] == pytest.approx(error(mean, "test"))
-    for found in (snapshot, polyak):
-        assert [row["test"]["error"] for row in found["individual"]] == pytest.approx(
+    for combined in (snapshot, polyak):
+        assert [row["test"]["error"] for row in combined["individual"]] == pytest.approx(
             [error(state.params, "test") for state in states]
         )
     losses = [row["test"]["loss"] for row in snapshot["individual"]]
-    assert snapshot["test"]["loss"] < np.mean(
-        losses
-    )  # Jensen: the logarithm of a mean is more than the mean of the logarithms
+    # Jensen's inequality: the logarithm of a mean exceeds the mean of the logarithms.
+    assert snapshot["test"]["loss"] < np.mean(losses)
 
 
 @pytest.mark.slow
 def test_a_run_that_averaged_its_parameters(finished, tmp_path):
-    """Polyak takes its own average; beside others it is scored with it, as in training, and as
-    snapshots its iterates are."""
+    """`polyak` and an ensemble with other runs use the average that the run kept.
+
+    `snapshot` uses the parameters of its checkpoints.
+    """
     _, states = checkpoints_of(finished / "ema")
     error, own = (
         errors_of(finished),
@@ -582,14 +606,14 @@ def test_a_run_that_averaged_its_parameters(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch):
-    """In whole commands; the best run alone keeps those that it has."""
+    """Averages get re-estimated statistics; the method `best` keeps its run's own."""
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
     monkeypatch.setattr(combination, "_LEARNED_STEPS", 20)
-    chosen, average = [], combination.Networks.average
+    averages, average = [], combination.Networks.average
     monkeypatch.setattr(
         combination.Networks,
         "average",
-        lambda self, *rest, **named: chosen.append(average(self, *rest, **named)) or chosen[-1],
+        lambda self, *rest, **named: averages.append(average(self, *rest, **named)) or averages[-1],
     )
     networks = [some(Tiny(), seed) for seed in (0, 1)]
     for seed, variables in enumerate(networks):
@@ -602,12 +626,12 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
     train = arrays.load("digits", n_validation=200).train
     images = train.images[np.random.default_rng(0).permutation(len(train.images))]
     for method in ("uniform", "learned", "best"):
-        found = results([tmp_path / "run*"], method, tmp_path / method)
-        soup = chosen[-1].variables
+        summary = results([tmp_path / "run*"], method, tmp_path / method)
+        soup = averages[-1].variables
         if method == "best":
-            want = networks[int(found["ingredients"][0][-1])]
+            want = networks[int(summary["ingredients"][0][-1])]
         else:
-            coefficients = found["coefficients"] or [0.5, 0.5]
+            coefficients = summary["coefficients"] or [0.5, 0.5]
             want = {
                 "params": combine.average(
                     [network["params"] for network in networks], coefficients
@@ -617,8 +641,8 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
                 ),
             }
             if method == "learned":
-                taken = transfer.load_initial_weights(tmp_path / method, Tiny(), ("*",))
-                jax.tree.map(np.testing.assert_array_equal, taken, soup)
+                initial = transfer.load_initial_weights(tmp_path / method, Tiny(), ("*",))
+                jax.tree.map(np.testing.assert_array_equal, initial, soup)
                 assert coefficients["conv1"] != pytest.approx([0.5, 0.5], abs=0.01)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), soup, want
@@ -649,7 +673,7 @@ def test_a_combination_without_its_data_leaves_no_folder(finished, tmp_path, cap
 @pytest.mark.slow
 def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
     def fake(name, **changes):
-        """A finished run as far as can be seen without its checkpoints."""
+        """Creates a finished run's folder without weights and checkpoints."""
         config = defaults.get_config()
         config.update_from_flattened_dict({"n_validation": 200, **changes})
         workdir.prepare(tmp_path / name, config.to_dict())

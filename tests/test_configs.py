@@ -1,5 +1,4 @@
-"""Every training configuration fits the engine; AlexNet's recipe of 2012 runs from end to end on a
-folder of images."""
+"""Every training configuration is accepted, and AlexNet's 2012 recipe trains."""
 
 import ast
 import importlib
@@ -55,7 +54,7 @@ def test_a_configuration_fits_the_engine(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory):
-    """A folder of images of two classes, reddish and bluish noise, none of them square."""
+    """Creates a folder of two classes, reddish and bluish noise; no image is square."""
     root, generator = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 6)):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -69,8 +68,11 @@ def colors(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
-    """Held-out images for the plateau rule, pixels less their mean, shifted colors, and a test on
-    ten crops: with a small network."""
+    """Trains a small network with every part of the recipe.
+
+    The parts are held-out images for the plateau rule, mean-subtracted pixels, shifted colors, and
+    a test on ten crops.
+    """
     done = forked.run(
         "cnnjax.main",
         "--config",
@@ -93,7 +95,7 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    # Nothing improves by a factor of a thousand: the first value is the best, each later one
+    # No loss improves by a factor of a thousand, so the first stays the best. Each later epoch
     # divides the rate by ten, but not below 1e-5.
     assert [entry["learning_rate"] for entry in results["history"]] == pytest.approx(
         [1e-4, 1e-4, 1e-5, 1e-5]
@@ -106,10 +108,10 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
     assert {"validation_loss", "validation_error"} <= results["history"][0].keys() and results[
         "final"
     ]["test_error"] < 0.5
-    with np.load(tmp_path / "test.npz") as kept:
+    with np.load(tmp_path / "test.npz") as saved:
         assert (
-            len(kept["labels"]) == 12
-            and kept["images"].shape[0] == (kept["labels"] != kept["predicted"]).sum()
+            len(saved["labels"]) == 12
+            and saved["images"].shape[0] == (saved["labels"] != saved["predicted"]).sum()
         )
 
 
@@ -131,8 +133,7 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
-    """A perceptron on the digits, and the same at a rate that makes its loss infinite; a second
-    call runs nothing again."""
+    """Trains a perceptron; a second call trains nothing and reports a failed seed."""
     arguments = [
         "--workdir",
         str(tmp_path),

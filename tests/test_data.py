@@ -1,4 +1,4 @@
-"""Data sets come from their original files, in every layout, whole or not at all."""
+"""Data sets are read from their original files, completely or not at all."""
 
 import dataclasses
 import gzip
@@ -18,30 +18,35 @@ from cnnjax.data import arrays, splits
 
 
 def test_cifar10_is_the_published_one(data_dir):
-    found = arrays.load("cifar10", str(data_dir))
-    for split, each in ((found.train, 5000), (found.test, 1000)):
+    cifar10 = arrays.load("cifar10", str(data_dir))
+    for split, each in ((cifar10.train, 5000), (cifar10.test, 1000)):
         assert split.images.shape == (10 * each, 32, 32, 3) and split.images.dtype == np.uint8
         assert np.bincount(split.labels).tolist() == [each] * 10
-    mean, std = arrays.normalization(found.train.images)
-    # As printed everywhere.
+    mean, std = arrays.normalization(cifar10.train.images)
+    # The moments that are commonly published for CIFAR-10.
     np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=5e-5)
     np.testing.assert_allclose(std, [0.2470, 0.2435, 0.2616], atol=5e-5)
 
 
 def test_mnist_is_the_published_one(data_dir):
-    found = arrays.load("mnist", str(data_dir))
-    assert found.train.images.shape == (60_000, 28, 28, 1)
-    assert found.test.images.shape == (10_000, 28, 28, 1)
-    assert found.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert found.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
-    moments = arrays.normalization(found.train.images)
+    mnist = arrays.load("mnist", str(data_dir))
+    assert mnist.train.images.shape == (60_000, 28, 28, 1)
+    assert mnist.test.images.shape == (10_000, 28, 28, 1)
+    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    moments = arrays.normalization(mnist.train.images)
     np.testing.assert_allclose(moments, [[0.1307], [0.3081]], atol=5e-5)
 
 
 def test_the_default_needs_no_file():
-    found = arrays.load("digits", "/nowhere")
-    assert found.train.images.shape == (1437, 8, 8, 1) and found.test.images.shape == (360, 8, 8, 1)
-    assert found.train.images.max() == 255 and found.validation is None
+    digits = arrays.load("digits", "/nowhere")
+    assert digits.train.images.shape == (1437, 8, 8, 1) and digits.test.images.shape == (
+        360,
+        8,
+        8,
+        1,
+    )
+    assert digits.train.images.max() == 255 and digits.validation is None
 
 
 # ------------------------------------------------------------------ every layout, on small files
@@ -96,7 +101,7 @@ def archive(path, folder, files):
 
 
 def as_published(source, path):
-    """Make an archive the published one of a data set."""
+    """Returns the source with the archive's own hash as the published one."""
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     archives = []
     for file in source.archives:
@@ -131,9 +136,9 @@ def idx(values):
 
 
 def small_idx(url="http://localhost:1/"):
-    """Make MNIST's layout with 15 and 5 images.
+    """Creates MNIST's layout with 15 training and 5 test images.
 
-    Returns a source that knows the files' hashes, and their compressed contents by name.
+    Returns a source that knows the files' hashes, and the compressed contents by file name.
     """
     files = {}
     for part, where in (("train", slice(0, 15)), ("t10k", slice(15, 20))):
@@ -161,10 +166,11 @@ def test_mnists_layout_compressed_or_not(tmp_path, place):
         np.testing.assert_array_equal(source.read(tmp_path)[1].labels, LABELS[15:])
 
 
-# ------------------------------------------------------------------ files that are not as published
+# ------------------------------------------------------------------ damaged and foreign files
 
 
 def test_a_pickle_runs_nothing(tmp_path):
+    """A pickle that asks for `os.system` is refused before it can call it."""
     marker = tmp_path / "ran"
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, (f"touch {marker}",))})
     for content in ({b"data": evil(), b"labels": [1]}, evil()):
@@ -206,7 +212,7 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
 
 
 class Own:
-    """A data set of one's own, whose test set has `labels`."""
+    """A user's data set with the given test labels."""
 
     classes = ("a", "b")
 
@@ -245,13 +251,13 @@ def test_a_slice_is_the_first_training_images_and_the_whole_test_set():
     np.testing.assert_array_equal(part.train.labels, whole.train.labels[:300])
     np.testing.assert_array_equal(part.test.images, whole.test.images)
     assert part.classes == whole.classes
-    # Images are held out of the slice.
+    # Validation images come from the slice.
     with_validation = arrays.load("digits[:300]", n_validation=40)
     assert len(with_validation.train.labels) == 260
     assert len(with_validation.validation.labels) == 40
     rows = [*with_validation.train.images, *with_validation.validation.images]
     assert sorted(map(bytes, rows)) == sorted(map(bytes, whole.train.images[:300]))
-    # A slice's labels are for the same loss.
+    # A slice has the loss of the whole data set.
     assert arrays.loss_of("camvid[:20]") == "pixelwise"
 
 
@@ -299,7 +305,7 @@ def test_a_file_that_is_no_saved_data_set_is_named(tmp_path):
 
 
 def test_a_mask_in_jpeg_is_refused(tmp_path):
-    """Its compression changes labels."""
+    """JPEG compression changes pixel values, which are a mask's labels."""
     source = arrays.CamVid("pixelwise", size=(8, 8))
     mask = PIL.Image.new("L", (8, 8), 3)
     mask.save(tmp_path / "mask.png")
@@ -342,9 +348,9 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
 
 @pytest.fixture
 def server():
-    """Serve `files`, and break off after `cut` bytes of any.
+    """Serves `files` over HTTP; each response ends after `settings["cut"]` bytes.
 
-    Yields (its address, files, settings).
+    Yields (address, files, settings).
     """
     files = {}
     settings = {"cut": None}
@@ -422,27 +428,27 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, 
 
 
 def test_the_held_out_images_are_balanced_and_the_same_each_time():
-    found = arrays.load("digits", n_validation=101)
+    digits = arrays.load("digits", n_validation=101)
     again = arrays.load("digits", n_validation=101)
-    assert len(found.train.labels) == 1437 - 101 and len(found.validation.labels) == 101
-    assert set(np.bincount(found.validation.labels)) == {10, 11}
-    np.testing.assert_array_equal(found.validation.images, again.validation.images)
+    assert len(digits.train.labels) == 1437 - 101 and len(digits.validation.labels) == 101
+    assert set(np.bincount(digits.validation.labels)) == {10, 11}
+    np.testing.assert_array_equal(digits.validation.images, again.validation.images)
     whole = arrays.load("digits").train
     mask = splits.hold_out(whole.labels, 101)
-    # In their order.
-    np.testing.assert_array_equal(found.train.images, whole.images[~mask])
-    np.testing.assert_array_equal(found.validation.images, whole.images[mask])
+    # Both parts keep the original order.
+    np.testing.assert_array_equal(digits.train.images, whole.images[~mask])
+    np.testing.assert_array_equal(digits.validation.images, whole.images[mask])
 
 
 @pytest.mark.parametrize("count, most", [(1, 1), (4, 2), (7, 3), (9, 5)])
 def test_a_class_keeps_its_last_image(count, most):
-    """The larger of four classes give more where the smaller have no more."""
+    """Larger classes give more images once the smaller ones have only one left."""
     labels = np.random.default_rng(0).permutation(np.repeat([5, 7, 8, 9], [1, 2, 4, 6]))
     mask = splits.hold_out(labels, count)
     shares = np.bincount(labels[mask], minlength=10)[[5, 7, 8, 9]]
     assert shares.sum() == mask.sum() == count
     assert shares.max() == most and (shares < [1, 2, 4, 6]).all()
-    # A class gives as many as the most generous one, or one less, or all but its last.
+    # Each class gives `most` or `most - 1` images, or all but one.
     assert ((shares >= most - 1) | (shares == np.array([0, 1, 3, 5]))).all()
 
 

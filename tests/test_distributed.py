@@ -1,4 +1,4 @@
-"""Several processes of one command: they train as one does, and none waits for one that is gone."""
+"""Training in several processes: losses as in one, no waiting for dead ones."""
 
 import json
 import pathlib
@@ -53,14 +53,14 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_as_one(count, one, tmp_path):
-    """The same losses; one of them writes."""
+    """Several processes reach the losses of one, and only one of them writes files."""
     processes = start(count, tmp_path, "--config.epochs=3")
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, errors
-    found = json.loads((tmp_path / "results.json").read_text())
-    for mine, theirs in zip(found["history"], one["history"], strict=True):
+    results = json.loads((tmp_path / "results.json").read_text())
+    for several, single in zip(results["history"], one["history"], strict=True):
         for metric in ("train_loss", "validation_loss"):
-            np.testing.assert_allclose(mine[metric], theirs[metric], rtol=1e-4)
+            np.testing.assert_allclose(several[metric], single[metric], rtol=1e-4)
     assert json.loads((tmp_path / "environment.json").read_text())["devices"] == ["cpu"] * count
     assert (
         (tmp_path / "report.md").exists()
@@ -84,7 +84,7 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one,
         r"start them all again",
         error.splitlines()[-1],
     ), error
-    # On one device, from the checkpoint of two.
+    # One process goes on from the checkpoint of two.
     again = forked.Popen(*TRAIN, "--workdir", tmp_path, "--config.epochs=3000", flags=quick.FLAGS)
     assert any("going on from step" in line for line in again.stderr)
     again.send_signal(signal.SIGTERM)

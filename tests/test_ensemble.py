@@ -1,6 +1,6 @@
 """Ensembles against soups, and dropout's redundancy.
 
-Brute force on small cases, and whole experiments on digits.
+Small cases are compared with brute force; whole experiments run on digits.
 """
 
 import argparse
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Linear(Network):
-    """One linear layer, which compiles in no time."""
+    """A single linear layer, which compiles quickly."""
 
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (8, 8, 1)
@@ -37,7 +37,7 @@ class Linear(Network):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs on one device, without their figures."""
+    """Restricts training runs to one device and skips their figures."""
 
     def on_one_device(default=defaults.get_config):
         config = default()
@@ -81,7 +81,7 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
         assert rows[group, "single, mean"]["accuracy"] == pytest.approx(mean)
     assert len(errors("fine-tuned")) == 4
     assert len(errors("independent")) == 2
-    # The test error of a run that averages its parameters is the average's.
+    # A run that averages its parameters reports the test error of the average.
     assert rows["start", "polyak"]["accuracy"] == pytest.approx(100 - 100 * errors("start")[0])
 
     alone = {"restarts": ("independent", "single, mean"), "start": ("start", "last iterate")}
@@ -103,7 +103,7 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
         assert row["epochs"] == epochs[group]
     snapshots = read("combined", "restarts", "snapshot", "results.json")["ingredients"]
     assert snapshots == ["step 10", "step 20", "step 30"]
-    # Fine-tuned networks start where the start ended, independent ones do not.
+    # Fine-tuned networks begin with the trained parameters of `start`, independent ones do not.
     first = {}
     for group in ("start", "fine-tuned", "independent"):
         first[group] = [results["history"][0]["train_loss"] for results in of_group(group)]
@@ -112,7 +112,7 @@ def test_ensembles_against_soups_from_the_command_line(quick, tmp_path, monkeypa
     assert "D7" in report and "D8" in report
     assert (tmp_path / "ensemble_vs_soup.png").stat().st_size > 1000
 
-    # What is finished is not done again, and other settings are refused.
+    # Finished runs are not repeated, and other settings are refused.
     monkeypatch.setattr(loop, "run", pytest.fail)
     monkeypatch.setattr(ensemble_vs_soup.combine, "run", pytest.fail)
     assert ensemble_vs_soup.main(command) == 0
@@ -154,10 +154,10 @@ def test_members_differ_and_seeds_are_not_used_twice(quick):
 
 def test_intervals_and_judgments():
     values = [1.0, 2.0, 4.0]
-    found = ensemble_vs_soup.summary(values)
+    summary = ensemble_vs_soup.summary(values)
     interval = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
-    assert (found["low"], found["high"]) == pytest.approx(interval)
-    assert found["std"] == pytest.approx(np.std(values, ddof=1))
+    assert (summary["low"], summary["high"]) == pytest.approx(interval)
+    assert summary["std"] == pytest.approx(np.std(values, ddof=1))
 
     def judge(*values):
         return ensemble_vs_soup.judge(ensemble_vs_soup.summary(list(values)))
@@ -170,7 +170,7 @@ def test_intervals_and_judgments():
 
 @pytest.mark.slow
 def test_the_part_of_cifar10_is_its_beginning(data_dir):
-    """With the binary file itself: a label, then the planes of red, green and blue."""
+    """Compares with the binary file: a label, then the red, green, and blue planes."""
     data = arrays.load("cifar10[:3]", data_dir)
     file = data_dir / "cifar-10-batches-bin" / "data_batch_1.bin"
     records = np.frombuffer(file.read_bytes()[: 3 * 3073], np.uint8).reshape(3, 3073)
@@ -184,17 +184,16 @@ def test_the_part_of_cifar10_is_its_beginning(data_dir):
 
 
 def test_removals_are_nested():
-    found = np.stack(
-        [dropout.masks(50, 4, share, seed=1) for share in (0.0, 0.3, 0.5, 1.0)]
-    )  # [shares, removals, units]
-    assert found.sum(-1).tolist() == [[50] * 4, [35] * 4, [25] * 4, [0] * 4]
-    assert (np.diff(found, axis=0) <= 0).all() and len(np.unique(found[1], axis=0)) == 4
+    # Shape: [shares, removals, units].
+    masks = np.stack([dropout.masks(50, 4, share, seed=1) for share in (0.0, 0.3, 0.5, 1.0)])
+    assert masks.sum(-1).tolist() == [[50] * 4, [35] * 4, [25] * 4, [0] * 4]
+    assert (np.diff(masks, axis=0) <= 0).all() and len(np.unique(masks[1], axis=0)) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_a_removed_unit_is_silent(layer):
-    """As a perceptron written out in NumPy, whose activations are multiplied by the mask."""
+    """Compares with a perceptron in NumPy that multiplies its activations by the mask."""
     generator = np.random.default_rng(0)
     model = MLP(num_classes=3, input_shape=(2, 2, 1), hidden=(6, 5))
     shapes = {"fc1": (4, 6), "fc2": (6, 5), "fc3": (5, 3)}
@@ -209,9 +208,9 @@ def test_a_removed_unit_is_silent(layer):
         generator.normal(size=(40, 2, 2, 1)).astype(np.float32),
         generator.integers(0, 3, 40),
     )
-    kept = dropout.masks(shapes[layer][1], 3, 0.5, seed=0)
+    masks = dropout.masks(shapes[layer][1], 3, 0.5, seed=0)
     expected, activations = [], []
-    for mask in kept:
+    for mask in masks:
         x = images.reshape(40, 4)
         for name in ("fc1", "fc2"):
             x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0) * (
@@ -222,11 +221,11 @@ def test_a_removed_unit_is_silent(layer):
             ((x @ params["fc3"]["kernel"] + params["fc3"]["bias"]).argmax(1) == labels).mean()
         )
     np.testing.assert_allclose(
-        dropout.accuracies(model, layer, params, kept, images, labels), expected, rtol=1e-6
+        dropout.accuracies(model, layer, params, masks, images, labels), expected, rtol=1e-6
     )
-    silent = dropout.second_layer(model, dropout.without(params, layer, kept[0]), images)
+    silent = dropout.second_layer(model, dropout.without(params, layer, masks[0]), images)
     np.testing.assert_allclose(
-        silent * (kept[0] if layer == "fc2" else 1), activations[0], rtol=1e-4, atol=1e-5
+        silent * (masks[0] if layer == "fc2" else 1), activations[0], rtol=1e-4, atol=1e-5
     )
 
 
@@ -237,15 +236,16 @@ def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
     train, test = (generator.normal(size=(count, 12)).astype(np.float32) for count in (300, 200))
     teacher = generator.normal(size=(12, 10))
     labels, test_labels = ((x @ teacher).argmax(1) for x in (train, test))
-    kept = dropout.masks(12, 2, 0.5, seed=0)
+    masks = dropout.masks(12, 2, 0.5, seed=0)
     expected = []
-    for mask in kept:
-        left = [np.c_[x[:, mask > 0], np.ones(len(x))] for x in (train, test)]
-        solution = np.linalg.lstsq(left[0], np.eye(10)[labels], rcond=None)[0]
-        expected.append(((left[1] @ solution).argmax(1) == test_labels).mean())
-    assert dropout.refitted(train, labels, test, test_labels, kept) == pytest.approx(
+    for mask in masks:
+        remaining = [np.c_[x[:, mask > 0], np.ones(len(x))] for x in (train, test)]
+        solution = np.linalg.lstsq(remaining[0], np.eye(10)[labels], rcond=None)[0]
+        expected.append(((remaining[1] @ solution).argmax(1) == test_labels).mean())
+    # Nearly equal classes may be decided differently, for two of the 200 test images at most.
+    assert dropout.refitted(train, labels, test, test_labels, masks) == pytest.approx(
         expected, abs=0.011
-    )  # of equals one may fall otherwise
+    )
 
 
 @pytest.mark.slow
@@ -262,7 +262,8 @@ def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     ]
     for row in rows:
         for way in ("fc1", "fc2"):
-            assert row[way][0] == pytest.approx([1 - row["test_error"]] * 2)  # nothing is removed
+            # The first share removes nothing.
+            assert row[way][0] == pytest.approx([1 - row["test_error"]] * 2)
         assert {np.shape(row[way]) for way in dropout.WAYS} == {(len(dropout.SHARES), 2)}
         assert np.mean(row["fc2"][-1]) < np.mean(row["fc2"][0])
     report = (tmp_path / "report.md").read_text()

@@ -1,5 +1,7 @@
-"""Faults of the machine, on the commands that they hit: one clear line, nothing lost, and the same
-bits when the run goes on."""
+"""Machine faults: a command ends with one clear line and loses nothing.
+
+A run that goes on afterwards ends with the same bits as one without a fault.
+"""
 
 import json
 import os
@@ -37,9 +39,9 @@ TRAIN = (
 )
 STEPS = 30  # three epochs of 1337 // 128
 
-# Commands that are given at once are processes at the same time, each forked from one that has
-# imported everything and computed nothing. What a case does beforehand makes its fault; figures are
-# empty, since drawing them would take most of the time.
+# The cases of one line run at the same time, each in a process forked from one that has imported
+# everything but computed nothing. The code in `beforehand` causes the fault. Figures are empty,
+# since drawing them would take most of the time.
 DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 # What a shell runs in the background inherits that it is ignored.
@@ -76,7 +78,7 @@ for line in sys.stdin:
         found.append((code, errors.read()))
     print(json.dumps(found), flush=True)
 """
-# At its nth call, a function first sends signals to its own process.
+# Replaces a function: its nth call first sends signals to its own process.
 SIGNAL = """
 import signal, time
 def at(owner, name, *numbers, nth=1):
@@ -93,8 +95,10 @@ def at(owner, name, *numbers, nth=1):
 
 
 class Machine:
-    """Runs commands, in a space of mounts of its own where the system allows one: there a disk may
-    be full, or be read only."""
+    """Runs commands, in a mount namespace of their own where the system allows one.
+
+    In such a namespace, a test can mount a disk that is full or read-only.
+    """
 
     def __init__(self, folder: pathlib.Path):
         apart = ["unshare", "--map-root-user", "--mount"]
@@ -105,8 +109,8 @@ class Machine:
             ).returncode
         )
         environment = {
-            # As `run_here` compiles, whose results are the same to the bit. DRIVER imports a module
-            # of the tests.
+            # `run_here` has the same compiler settings, so its results are equal bit for bit.
+            # DRIVER imports tests/imported.py.
             **quick.environment(os.environ | {"PYTHONPATH": str(ROOT / "tests")}),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -122,9 +126,10 @@ class Machine:
         )
 
     def run(self, *cases: tuple) -> list[tuple[int, str]]:
-        """Runs cases (command, its arguments, what is done beforehand), all at once.
+        """Runs cases of (command, arguments, code to run beforehand) at the same time.
 
-        Returns their exit codes and standard errors."""
+        Returns their exit codes and standard errors.
+        """
         self.process.stdin.write(
             json.dumps(
                 [
@@ -144,20 +149,20 @@ class Machine:
         assert self.run(("mount", arguments)) == [(0, "")]
 
     def seen(self, path: pathlib.Path) -> pathlib.Path:
-        """A path of the machine's, from outside."""
+        """Returns a path of the namespace as this process can open it."""
         return pathlib.Path(f"/proc/{self.process.pid}/root{path}")
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    found = Machine(tmp_path_factory.mktemp("machine"))
-    yield found
-    found.process.communicate()
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.process.communicate()
 
 
 @pytest.fixture
 def disk(machine, tmp_path):
-    """A disk of 4 MiB."""
+    """Mounts a disk of 4 MiB; returns its path."""
     if not machine.mounts:
         pytest.skip(
             "this system lets no process have mounts of its own (unshare --map-root-user "
@@ -168,7 +173,7 @@ def disk(machine, tmp_path):
 
 
 def record(folder: pathlib.Path) -> dict:
-    """What a finished run came to, to the bit."""
+    """Returns every result of a finished run, for a comparison bit for bit."""
     like = jax.eval_shape(
         lambda: step.init(
             step.Recipe(create_model("mlp1", input_shape=(8, 8, 1)), augment=()),
@@ -177,7 +182,7 @@ def record(folder: pathlib.Path) -> dict:
         )
     )
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        at, state, kept = checkpoints.restore(like)
+        at, state, saved_record = checkpoints.restore(like)
     results = json.loads((folder / "results.json").read_text())
     assert (
         at == STEPS
@@ -186,7 +191,7 @@ def record(folder: pathlib.Path) -> dict:
     )
     with np.load(folder / "test.npz") as test:
         return {
-            "history": kept["history"],
+            "history": saved_record["history"],
             "results": {key: value for key, value in results.items() if "seconds" not in key},
             "weights": (folder / "weights.safetensors").read_bytes(),
             "test": {name: test[name].tobytes() for name in test},
@@ -195,9 +200,9 @@ def record(folder: pathlib.Path) -> dict:
 
 
 def line(errors: str) -> str:
-    """The one line that is no log line."""
-    (found,) = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
-    return found
+    """Returns the one line that is not a log line; log lines begin with the time."""
+    (error_line,) = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    return error_line
 
 
 def left_over(folder: pathlib.Path) -> list[str]:
@@ -214,7 +219,7 @@ def finished(machine, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(machine, tmp_path_factory):
-    """A run that was stopped after its first epoch, with two checkpoints."""
+    """Trains a run that is stopped after one epoch; returns its folder."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict", signal.SIGTERM)')
     assert (
@@ -232,7 +237,7 @@ def test_twice_from_the_beginning_is_the_same_to_the_bit(machine, finished, tmp_
 
 # ------------------------------------------------------------------ disks
 
-# Fills the disk up before a function is called, once the checkpoint that is being written is on it.
+# Replaces a function: it first waits for a checkpoint in progress and then fills the disk.
 FULL = """
 import threading
 def full(owner, name, when=lambda *arguments: True):
@@ -257,8 +262,8 @@ NO_SPACE = "No space left on device"
 
 
 def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, disk):
-    """One run, which the disk stops wherever it writes; it goes on each time to the next place."""
-    folder, seen = disk / "run", machine.seen(disk) / "run"
+    """Fills the disk at each place where one run writes; the run goes on each time."""
+    folder, outside = disk / "run", machine.seen(disk) / "run"
     for where, message, reached in (
         ('full(workdir, "claim")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
         ('full(workdir, "prepare")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
@@ -295,19 +300,21 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
             reached, f"going on from step {reached} of {STEPS}\n"
         )
         assert going_on in errors and ("going on" in errors) == isinstance(reached, int), errors
-        assert not left_over(seen)
-        (seen.parent / "ballast").unlink()
+        assert not left_over(outside)
+        (outside.parent / "ballast").unlink()
     code, errors = machine.train(folder)
     assert code == 0 and "holds the finished run" in errors
-    assert record(seen) == record(finished)
-    (seen / "results.json").unlink()
-    assert machine.train(folder)[0] == 0 and record(seen) == record(finished)
+    assert record(outside) == record(finished)
+    (outside / "results.json").unlink()
+    assert machine.train(folder)[0] == 0 and record(outside) == record(finished)
 
 
 def test_a_disk_that_can_only_be_read(machine, finished, disk):
-    """It turns so at the end of a run, stays so for a while, and what lies there can be combined
-    elsewhere."""
-    folder, seen, refused = (
+    """A disk becomes read-only during a run: commands are refused until it is writable.
+
+    Runs on a read-only disk can still be combined in a folder elsewhere.
+    """
+    folder, outside_path, refused = (
         disk / "run",
         machine.seen(disk) / "run",
         "cannot be written to: Read-only file system",
@@ -339,18 +346,18 @@ workdir.write = turned
     assert (
         code == 0
         and f"going on from step {STEPS} of {STEPS}" in errors
-        and record(seen) == record(finished)
+        and record(outside_path) == record(finished)
     )
     machine.mount("-o", "remount,ro", disk)
     elsewhere = finished.parent / "combined"
-    (again, told), (inside, refusal), (outside, _) = machine.run(
+    (again, again_error), (inside, inside_error), (outside, _) = machine.run(
         ("main", (*TRAIN, "--workdir", folder)),
         *(
             ("combine", ("--runs", folder, "--method", "polyak", "--workdir", place))
             for place in (disk / "combined", elsewhere)
         ),
     )
-    assert again == inside == 2 and refused in line(told) and refused in line(refusal)
+    assert again == inside == 2 and refused in line(again_error) and refused in line(inside_error)
     assert outside == 0 and json.loads((elsewhere / "results.json").read_text())["individual"][-1][
         "test"
     ] == {
@@ -365,7 +372,7 @@ workdir.write = turned
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """Runs the command's work on a copy of a folder, in this process; returns the error or None."""
+    """Returns a function that runs the command here and returns its error or None."""
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 
@@ -392,11 +399,10 @@ def configuration(folder: pathlib.Path) -> dict:
 
 
 def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path):
-    """In every file there is, one after the other: either the run is refused, or it goes on to the
-    same end.
+    """Flips a bit in each file in turn: the run is refused or reaches the same end.
 
-    What is in metrics.jsonl is in the checkpoint too, under its hash, and is written anew from
-    there.
+    A damaged metrics.jsonl is rewritten from the checkpoint, which contains the same entries and
+    has a hash.
     """
     generator, folder, config, want = (
         random.Random(0),
@@ -437,8 +443,7 @@ def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path)
 
 
 def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
-    """Whatever the numbers of a report come from is as it was written, or there is no report; as is
-    what is combined."""
+    """Flips bits in each file: changed numbers are neither reported nor combined."""
     generator, folder, config, want = (
         random.Random(1),
         tmp_path / "run",
@@ -454,15 +459,15 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
         "test.npz",
         "weights.safetensors",
     }
-    anew = {"report.md", "curves.png", "confusion.png", "mistakes.png"}
-    assert set(names) == sealed | anew | {"config.json"}
+    redrawn = {"report.md", "curves.png", "confusion.png", "mistakes.png"}
+    assert set(names) == sealed | redrawn | {"config.json"}
     shutil.copytree(finished, folder)
     for name in names:
         for _ in range(5):
             before = (folder / name).read_bytes()
             flip(folder / name, generator)
             error = run_here(config, folder)
-            if name in anew:
+            if name in redrawn:
                 assert error is None and (folder / name).read_bytes() == before
                 continue
             assert isinstance(error, ValueError) and "\n" not in str(error), name
@@ -474,7 +479,7 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
             )
             (folder / name).write_bytes(before)
     assert run_here(config, folder) is None
-    # What the line about results says to do.
+    # As the error says, removing results.json evaluates the run again.
     flip(folder / "weights.safetensors", generator)
     (folder / "results.json").unlink()
     assert run_here(config, folder) is None and record(folder) == want
@@ -484,11 +489,13 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
     )
     with pytest.raises(ValueError, match=f"has no whole checkpoint of its last step, {STEPS}"):
         combine.run([str(folder)], "polyak", tmp_path / "combined")
+    # With the last checkpoint damaged, the run goes on from the one before.
     (folder / "results.json").unlink()
-    assert run_here(config, folder) is None and record(folder) == want  # from the checkpoint before
+    assert run_here(config, folder) is None and record(folder) == want
 
 
 def test_a_claim_that_cannot_be_read_is_one(tmp_path):
+    """An unreadable claim file counts as a claim until it is too old."""
     for content in (b"", b"\xff", b"{}", b"[]"):
         (tmp_path / "run.claim").write_bytes(content)
         with (
@@ -516,7 +523,7 @@ def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):
 def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
     machine, finished, tmp_path
 ):
-    """The cells that are done as well, before anything is computed."""
+    """Finished cells are checked, too, before anything is computed."""
     swept = tmp_path / "swept.py"
     swept.write_text(
         "from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': 0}]\n"
@@ -536,8 +543,10 @@ def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
 
 
 def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
-    """Two of one configuration, and a moment later one of another: config.json is that of the run
-    under way."""
+    """Starts two equal runs and, a moment later, a different one in one folder.
+
+    One of the equal runs works, the others are refused, and config.json is the working run's.
+    """
     slow = (
         "import time\ntrain = loop.run\nwhile time.time() < {}:\n    pass\n"
         "loop.run = lambda *arguments: (time.sleep(4), train(*arguments))\n"
@@ -550,18 +559,18 @@ def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
         )
     )
     assert sorted(code for code, _ in same) == [0, 2] and code == 2
-    for told in (errors, max(same)[1]):
+    for error in (errors, max(same)[1]):
         assert re.match(
             rf"error: workdir='{tmp_path}' is in use by process \d+ on .*; "
             "wait for it, or choose another --workdir",
-            line(told),
+            line(error),
         )
     assert not left_over(tmp_path) and record(tmp_path) == record(finished)
     assert configuration(tmp_path)["momentum"] == 0.9
 
 
 def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkeypatch):
-    """By a day, since the run was stopped; and by an hour while another process is at work."""
+    """The clock goes back a day for a stopped run, and an hour while another works."""
     folder, seconds, nanoseconds = tmp_path / "run", time.time, time.time_ns
     shutil.copytree(stopped, folder)
     with monkeypatch.context() as patch:
@@ -575,17 +584,15 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
         with pytest.raises(workdir.Claimed):
             workdir.claim(tmp_path).__enter__()
         time.sleep(0.3)
-        assert (
-            abs((tmp_path / "run.claim").stat().st_mtime - seconds()) < 60
-        )  # renewed by the new clock
+        # The claim is renewed with the new clock's time.
+        assert abs((tmp_path / "run.claim").stat().st_mtime - seconds()) < 60
 
 
 # ------------------------------------------------------------------ signals
 
 
 def test_signals_outside_of_the_steps(machine, finished, tmp_path):
-    """One run, which is stopped wherever it is at work; each time it goes on, and in the end comes
-    to the same."""
+    """Stops one run at many places: it goes on each time, to the same results."""
     for where, message, log in (
         (
             'at(data.arrays, "load", signal.SIGTERM)',
@@ -597,7 +604,7 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
             "stopped by SIGINT after step 1 of 30, which is saved",
             "running in",
         ),
-        # What Slurm and submitit announce a time limit with.
+        # Slurm and submitit announce a time limit with SIGUSR1 or SIGUSR2.
         (
             'at(step, "resident_steps", signal.SIGUSR1)',
             "stopped by SIGUSR1 after step 2 of 30, which is saved",
@@ -647,7 +654,7 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
 
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR2"])
 def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_path):
-    """Slurm sends SIGTERM twice to a job that it cancels, or whose time is over."""
+    """Slurm sends SIGTERM twice to a job that is canceled or out of time."""
     repeated = f'at(step, "resident_steps", signal.{first}, signal.SIGTERM, signal.SIGTERM)'
     code, errors = machine.train(tmp_path, SIGNAL + repeated)
     assert code == 75, errors
@@ -655,8 +662,11 @@ def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_pa
 
 
 def test_a_second_signal_ends_at_once(machine, finished, tmp_path):
-    """During a call into XLA, of which a minute is left, in a step and outside of one, and while
-    the first one is still being handled."""
+    """A second signal ends a run at once, even if XLA or a handler is busy.
+
+    The XLA call is once in a training step and once outside of one. In the third run, the first
+    signal is still being handled.
+    """
     long = """
 import jax, signal, threading, time
 def signals():
@@ -728,8 +738,7 @@ data.Resident.advance = limited
 
 
 def test_a_killed_worker_ends_the_run(machine, tmp_path):
-    """As the system kills a process when memory runs out; the run is told of it, and goes on when
-    started again."""
+    """The system kills a process when memory runs out: the run ends with an error."""
     generator = np.random.default_rng(0)
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / name).mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Files from strangers.
 
-Whatever is in them, a reader gives what it promises or raises a `ValueError` of one line, in
-bounded memory and time, and runs nothing. CNNJAX_FUZZ sets the number of mutants of each reader,
-and CNNJAX_FUZZ_SEED which ones they are.
+Whatever a file contains, a reader returns what it promises or raises a one-line `ValueError`, in
+bounded memory and time, and runs nothing. CNNJAX_FUZZ sets the number of mutated files per reader,
+and CNNJAX_FUZZ_SEED the seed of the mutations.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from cnnjax.weights import preprocessing
 
 CASES = int(os.environ.get("CNNJAX_FUZZ", 100))
 SEED = int(os.environ.get("CNNJAX_FUZZ_SEED", 0))
-# The processor time that one file may take.
+# Limit of the processor time for one file.
 _SECONDS = 20.0
 # Pillow's MAX_IMAGE_PIXELS is about 90 million, each of 4 bytes in Pillow and 3 in the array.
 _MOST_PIXELS_MB = 800
@@ -77,31 +77,31 @@ sys.addaudithook(_audit)
 
 
 def _memory(field: str) -> float:
-    """Return this process's memory in MB: "VmRSS" now, "VmHWM" at most."""
+    """Returns this process's memory in MB: current for "VmRSS", peak for "VmHWM"."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     kilobytes = next(line.split()[1] for line in lines if line.startswith(field))
     return int(kilobytes) / 1024
 
 
 class Watch:
-    """Reads files and counts what is refused.
+    """Reads files and counts refusals.
 
-    It fails where a reader does anything but read or raise a `ValueError` of one line.
+    Fails if a reader writes, runs something, or raises anything but a one-line `ValueError`.
     """
 
     def __init__(self, most_mb: float):
         self.refused = self.read = 0
         self.most_mb = most_mb
         self.before = _memory("VmRSS")
-        # This resets the peak, "VmHWM": proc(5).
+        # Writing 5 resets the peak "VmHWM"; see proc(5).
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
     def __call__(self, reader, *arguments):
         began = time.process_time()
-        found = None
+        result = None
         _armed.append(True)
         try:
-            found = reader(*arguments)
+            result = reader(*arguments)
             self.read += 1
         except ValueError as error:
             assert "\n" not in str(error) and str(error), repr(error)
@@ -110,7 +110,7 @@ class Watch:
             _armed.clear()
         assert not _seen, _seen
         assert time.process_time() - began < _SECONDS
-        return found
+        return result
 
     def end(self):
         assert _memory("VmHWM") - self.before < self.most_mb
@@ -136,9 +136,9 @@ _EXTREME = [
 
 
 def mutants(seeds: list[bytes], cases: int):
-    """Change files in a few places, most of them near an end, where headers are.
+    """Yields files with a few changes, mostly near an end, where headers are.
 
-    Some are cut, joined or nothing but noise.
+    Some files are cut off, joined with another, or replaced by random bytes.
     """
     generator = np.random.default_rng([SEED, zlib.crc32(seeds[0])])
     below = lambda n: int(generator.integers(max(n, 1)))
@@ -177,8 +177,8 @@ def mutants(seeds: list[bytes], cases: int):
 
 
 # ------------------------------------------------------------------ readers
-# Each returns the seeds, a function that places a file and gives its reader, and the memory
-# allowed in MB.
+# Each function returns seed files, a function that writes a file and returns its reader, and the
+# allowed memory in MB.
 
 
 def idx_files(folder):
@@ -247,7 +247,7 @@ def encoded(image: PIL.Image.Image, kind: str, **options) -> bytes:
 
 
 def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
-    """Write a photograph as every kind of file that is read, and as some that are not."""
+    """Returns a photograph in every accepted file format and in some others."""
     image = PIL.Image.open(photographs.list_photographs()[0]).resize((40, 30)).convert("RGB")
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -357,9 +357,9 @@ def _data() -> pathlib.Path | None:
 
 
 def checkpoint_files(folder):
-    """A checkpoint with another file in the place of one of its own is damaged."""
-    with checkpoints.Checkpoints(folder / "checkpoints") as kept:
-        kept.save(1, {"w": np.arange(6.0)}, {"history": [{"loss": 0.5}]})
+    """Replaces one file of a checkpoint, which must then be reported as damaged."""
+    with checkpoints.Checkpoints(folder / "checkpoints") as saved:
+        saved.save(1, {"w": np.arange(6.0)}, {"history": [{"loss": 0.5}]})
     paths = sorted((folder / "checkpoints" / "1").rglob("*"))
     whole = {path: path.read_bytes() for path in paths if path.is_file()}
     generator = np.random.default_rng(SEED)
@@ -405,7 +405,7 @@ READERS = (
 def test_mutants_are_read_or_refused(make, tmp_path):
     seeds, place, most_mb = make(tmp_path)
     with warnings.catch_warnings():
-        # Pillow's warnings about metadata.
+        # Pillow warns about odd metadata.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         watch = Watch(most_mb)
@@ -413,9 +413,9 @@ def test_mutants_are_read_or_refused(make, tmp_path):
             try:
                 watch(place(mutant))
             except BaseException:
-                kept = tmp_path / f"mutant-{number}"
-                kept.write_bytes(mutant)
-                print(f"the file is {kept}")
+                mutant_path = tmp_path / f"mutant-{number}"
+                mutant_path.write_bytes(mutant)
+                print(f"the file is {mutant_path}")
                 raise
         watch.end()
     assert watch.refused > CASES / 20
@@ -435,15 +435,15 @@ _NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
 @pytest.mark.parametrize(
     "content",
     [
-        # A memo of 2^31 places.
+        # A memo index of 2^31.
         pickled(b"K\x01r" + struct.pack("<I", 2**31 - 1)),
-        # Lists that hold each other: 3^40 numbers.
+        # Nested lists that stand for 3^40 numbers.
         pickled(b"}(C\x04data" + _NESTED % ((b"l",) * 40) + b"C\x06labels]K\x01au"),
-        # Tuples as a key: 3^40 hashes.
+        # Nested tuples as a key, which take 3^40 hashes.
         pickled(b"}" + _NESTED % ((b"t",) * 40) + b"K\x01s"),
-        # An object at an address of choice.
+        # An array of objects at an address that the file chooses.
         pickled(b"}(C\x04datacnumpy\nndarray\n(K\x01\x85C\x01OC\x08AAAAAAAAtRC\x06labels]K\x01au"),
-        # Bytes that are not there.
+        # Lengths far beyond the end of the file.
         pickled(b"\x8e" + struct.pack("<Q", 2**40)),
         pickled(b"\x96" + struct.pack("<Q", 2**34)),
         pickled(b"c_codecs\nencode\n}X\x08\x00\x00\x00__code__K\x01sb"),
@@ -473,7 +473,7 @@ def test_pickles_that_attack(content):
 
 @pytest.mark.slow
 def test_bombs_are_not_opened(tmp_path):
-    """A gigabyte in a megabyte, members that climb out, more bytes than a batch has."""
+    """Compression bombs, paths outside the folder, and an oversized batch are refused."""
     bomb = gzip.compress(bytes(2**20), 9) * 1000
     source = dataclasses.replace(arrays.DATASETS["mnist"], folders=("mnist",))
     (tmp_path / "mnist").mkdir()
@@ -499,7 +499,8 @@ def test_bombs_are_not_opened(tmp_path):
         "test_batch",
     ):
         (long.parent / f"{name}.bin").touch()
-    os.truncate(long, 2**40)  # a terabyte that takes no room
+    # A sparse file of a terabyte takes no room on the disk.
+    os.truncate(long, 2**40)
     watch(lambda: SMALL.read(tmp_path))
     watch.end()
     assert watch.refused == 4
@@ -551,7 +552,7 @@ def test_images_that_attack(content, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("width, height", [(20_000, 1), (1, 20_000)])
 def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
-    """A file of 138 bytes, which resized as a whole would take gigabytes."""
+    """Resizing all of this image, a file of 138 bytes, would take gigabytes."""
     row_bytes = 1 + -(-width // 8)
     content = chunk(b"IDAT", zlib.compress(bytes(row_bytes * height)))
     path = tmp_path / "cat" / "x.png"
@@ -602,7 +603,7 @@ def test_weights_that_attack(tmp_path):
 
 
 def test_a_changed_config_is_refused(tmp_path):
-    """A work directory whose config.json says anything else is left alone."""
+    """A work directory is refused and unchanged if its config.json differs."""
     config = {"kind": "train", "seed": 0, "model_fields": {"padding": "zeros"}, "freeze": []}
     folder = tmp_path / "run"
     path = folder / "config.json"

@@ -1,5 +1,4 @@
-"""The layout that the map in docs/contributing.md draws: imports point one way, and none of them
-closes a circle."""
+"""Imports follow the map of modules in docs/contributing.md and form no cycle."""
 
 import ast
 import graphlib
@@ -8,7 +7,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# From the ground up; a module imports from its own floor and from those below it.
+# Packages from bottom to top. A module may import from its own floor and from lower ones.
 FLOORS = (
     ("runtime",),
     ("nn",),
@@ -24,7 +23,7 @@ FLOORS = (
 
 
 def imports() -> dict[str, set[str]]:
-    """The modules of the package, and which of them each imports, wherever in the file."""
+    """Returns each module of the package with the modules that it imports anywhere."""
     paths = {}
     for path in (ROOT / "cnnjax").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -37,8 +36,7 @@ def imports() -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                # `from package import name` may take a module or something that the package
-                # defines.
+                # In `from package import name`, the name may be a module or a definition.
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 names = [name if name in paths else node.module for name in inner]
             graph[module] |= {name for name in names if name in paths}
@@ -51,7 +49,7 @@ def floor_of(module: str) -> int:
 
 
 def test_no_module_imports_from_a_floor_above():
-    # The package itself is the front door and opens onto every room.
+    # The package's own __init__ may import every module.
     graph = {module: needs for module, needs in imports().items() if module != "cnnjax"}
     upward = [
         f"{module} -> {other}"
@@ -64,7 +62,8 @@ def test_no_module_imports_from_a_floor_above():
 
 def test_imports_close_no_circle():
     graph = {module: needs - {module} for module, needs in imports().items()}
-    # A package's own __init__ gathers its modules; a circle through it is none between files.
+    # A package's __init__ imports its modules, which may import from the package. Such a cycle does
+    # no harm, so these imports are left out.
     files = {
         module: {n for n in needs if not module.startswith(f"{n}.")}
         for module, needs in graph.items()
@@ -83,7 +82,7 @@ def test_nothing_imports_another_framework():
                     names = [node.module]
                 roots = {name.split(".")[0] for name in names}
                 assert "tensorflow" not in roots, path
-                # What is measured against PyTorch imports it, when it is asked to.
+                # Comparisons with PyTorch import it on request.
                 is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
                 assert "torch" not in roots or is_comparison, path
 

@@ -1,4 +1,4 @@
-"""The lectures' and the historic networks against their publications, and against plain NumPy."""
+"""The lectures' and historic networks, compared with publications and NumPy."""
 
 import flax.traverse_util
 import jax
@@ -12,8 +12,7 @@ from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.lenet import CODES, CONNECTIONS
 from cnnjax.weights import torchvision_keys, variable_shapes
 
-# Published counts, or sums of published layers; per top-level module where the publication prints
-# them.
+# Numbers of parameters per module: published, or sums over published layers.
 PARAMETERS = {
     "mlp1": {"fc1": 30_730},
     "mlp3": {"fc1": 3072 * 512 + 512, "fc2": 512 * 512 + 512, "fc3": 5_130},
@@ -104,7 +103,7 @@ STAGES = {
         "inception5b": (7, 1024),
     },
 }
-# The least image that leaves something of every layer, where the publication's is slow to train on.
+# The smallest images for which every layer has an output, if the published size trains slowly.
 SMALL = {"alexnet_2012": 67, "zfnet": 64, "googlenet_2014": 79, "keras_convnet": 46}
 
 
@@ -191,8 +190,10 @@ def test_torchs_names_of_the_tutorial_net():
 
 
 def test_lenet5_connections_are_table_1():
-    """Six maps read three neighbors, six read four, three read four in two pairs, one reads all
-    (LeCun et al. 1998, section II.B)."""
+    """Compares with table 1 of LeCun et al. (1998), section II.B.
+
+    Six maps read three neighboring maps, six read four, three read two pairs, and one reads all.
+    """
     expected = [{i, (i + 1) % 6, (i + 2) % 6} for i in range(6)] + [
         {(i + j) % 6 for j in range(4)} for i in range(6)
     ]
@@ -265,7 +266,10 @@ def test_lenet5s_codes_are_ten_different_digits():
 
 @pytest.mark.slow
 def test_lenet5_starts_as_published():
-    """Uniform within 2.4 / fan-in, where a map of C3 has 75, 100 or 150 inputs (appendix A)."""
+    """Weights are uniform within 2.4 / fan-in (LeCun et al. 1998, appendix A).
+
+    The fan-in of a map of C3 is 75, 100, or 150.
+    """
     init = jax.jit(create_model("lenet5").init)
     params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
     c3 = 25 * CONNECTIONS.sum(0)[np.nonzero(CONNECTIONS)[1]]
@@ -276,7 +280,8 @@ def test_lenet5_starts_as_published():
     for name, values in scaled.items():
         assert np.abs(values).max() <= 2.4 * (1 + 1e-6), name
         np.testing.assert_allclose(values.std(), 2.4 / np.sqrt(3), rtol=0.1, err_msg=name)
-    assert np.abs(scaled["c3"]).max((0, 1)).min() > 1.8  # every connection fills its own range
+    # Each connection's weights fill the range for their own fan-in.
+    assert np.abs(scaled["c3"]).max((0, 1)).min() > 1.8
 
 
 @pytest.mark.slow

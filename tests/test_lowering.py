@@ -1,4 +1,4 @@
-"""Every operation in both of its forms, and under every transformation and mode of JAX."""
+"""Every operation's fast and plain form, under JAX's transformations and modes."""
 
 import functools
 import math
@@ -48,7 +48,7 @@ def norm_values(x, scale, bias, train):
 
 
 def operations():
-    """Makes a table of functions and the shapes of their arguments, the batch first."""
+    """Returns a table of functions with the shapes of their arguments, batch first."""
     table = {}
     key = jax.random.key(0)
     for name, options in CONVOLUTIONS.items():
@@ -100,7 +100,7 @@ OPERATIONS = operations()
 
 
 def derivatives(function):
-    """Returns a function that gives value, gradient, tangent and the gradient's tangent."""
+    """Returns a function for value, tangent, gradient, and the gradient's tangent."""
 
     def everything(*arguments):
         directions = [jnp.cos(3 * argument) for argument in arguments]
@@ -153,7 +153,7 @@ def test_both_forms_have_the_same_values_and_derivatives(name):
     ],
 )
 def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
-    """Large maps are convolved in pieces, of which only those at the border are padded."""
+    """Large maps are convolved in pieces, and only pieces at the border are padded."""
     x = draw(0, 8, 66, 63, 32)
     kernel = draw(1, *kernel_size, 1, 32)
 
@@ -165,7 +165,7 @@ def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
         compiled = jax.jit(passes)
         text = compiled.lower(x, kernel).as_text()
         y, dx, dkernel = compiled(x, kernel)
-        # A single image is below the size from which pieces are cut.
+        # A single image is too small to be cut into pieces.
         own = [compiled(x[i : i + 1], kernel) for i in range(len(x))]
     padded = re.findall(r"stablehlo.pad .*-> tensor<([0-9x]+)xf32>", text)
     sizes = [math.prod(map(int, shape.split("x"))) for shape in padded]
@@ -175,7 +175,7 @@ def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
 
 
 def test_a_form_is_part_of_jits_cache_key():
-    """Changing the form traces anew, and staying in one never does."""
+    """A function is traced once per form, so each call computes in the current form."""
     traces = []
 
     @jax.jit
@@ -208,7 +208,7 @@ def test_no_rank_is_promoted(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_float64_is_computed_in_float64(name):
-    """Gradients and tangents agree to more digits than float32 has."""
+    """Forward and reverse derivatives agree to more digits than float32 has."""
     function, shapes = OPERATIONS[name]
     statistics = name.startswith("BatchNorm, train=True")
     with jax.enable_x64(True), cnn.lowering("cpu"):
@@ -243,8 +243,10 @@ def test_parameters_and_statistics_stay_float32_under_x64():
             x = draw(0, 2, 5, 5, 3, dtype=dtype)
             variables = Layers().init(jax.random.key(0), x)
             y, new = Layers().apply(variables, x, mutable=["batch_stats"])
-            kept = jax.tree.leaves((variables, new))
-            assert y.dtype == dtype and {leaf.dtype for leaf in kept} == {np.dtype(np.float32)}
+            variables_and_statistics = jax.tree.leaves((variables, new))
+            assert y.dtype == dtype and {leaf.dtype for leaf in variables_and_statistics} == {
+                np.dtype(np.float32)
+            }
 
 
 @pytest.mark.slow
@@ -297,8 +299,9 @@ def test_programs_are_exported_for_every_batch_size(name):
         "max_pool, ceil",
         "concatenate",
     )
+    # For the other operations, an export without an error is the check.
     if name not in compared:
-        return  # tracing is the check
+        return
     arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
     assert_close(exported.call(*arguments), jax.jit(gradients)(*arguments))
 
@@ -306,7 +309,7 @@ def test_programs_are_exported_for_every_batch_size(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["jax_debug_infs", "jax_debug_nans"])
 def test_no_infinity_or_nan_is_met(flag):
-    """Without jit each intermediate result is looked at."""
+    """Without jit, JAX's debug mode checks every intermediate result."""
     options = {"jax_debug_infs": jax.debug_infs, "jax_debug_nans": jax.debug_nans}[flag]
     x = draw(0, 2, 5, 5, 2)
     with options(True), cnn.lowering("cpu"):
@@ -320,7 +323,7 @@ def test_no_infinity_or_nan_is_met(flag):
 @pytest.mark.parametrize("form", ["cpu", "reference"])
 @pytest.mark.parametrize("flag", [jax.debug_infs, jax.debug_nans])
 def test_no_infinity_of_a_border_is_met(flag, form):
-    """What the gradient keeps of the pool is looked at, too."""
+    """The debug mode also checks the values that a pool saves for its gradient."""
     x = draw(0, 2, 6, 6, 2)
     with flag(True), cnn.lowering(form):
         for options in ({"padding": 1}, {"padding": 1, "fill": "one-sided"}, {"ceil": True}):
@@ -334,7 +337,7 @@ def test_no_infinity_of_a_border_is_met(flag, form):
 
 
 class Small(nn.Module):
-    """Every kind of layer with derivatives of its own."""
+    """A network of every kind of layer that has custom derivatives."""
 
     axis_name: str | None = None
 
@@ -351,7 +354,7 @@ class Small(nn.Module):
 
 @pytest.fixture(scope="module")
 def case():
-    """A loss of the whole batch, images, parameters, and the loss's gradient."""
+    """Returns a loss of a batch, images, parameters, and the loss's gradient."""
     images = draw(0, 8, 8, 8, 2)
     variables = Small().init(jax.random.key(0), images)
 
@@ -366,7 +369,10 @@ def case():
 
 
 def over_devices(loss):
-    """Returns the gradient of the sum of all devices' losses, with statistics of all images."""
+    """Returns a function that computes the gradient of the sum of the devices' losses.
+
+    BatchNorm's statistics are those of all images.
+    """
 
     def gradient(params, images):
         return jax.grad(lambda params: jax.lax.psum(loss(params, images, "data"), "data"))(params)
@@ -412,7 +418,7 @@ def test_checkpoint_and_scan(case):
 
 @pytest.mark.slow
 def test_vmap_over_networks_and_images(case):
-    """Gradients of each of two copies of the parameters, and one gradient of both."""
+    """Maps the gradient over two networks, and differentiates a sum over two batches."""
     loss, images, params, gradient = case
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     each = jax.jit(jax.vmap(jax.grad(loss), (0, None)))(two, images)
@@ -426,7 +432,10 @@ def test_vmap_over_networks_and_images(case):
 
 @pytest.mark.slow
 def test_products_with_the_hessian(case):
-    """Forward over reverse, reverse over forward, reverse over reverse and `linearize` agree."""
+    """Three orders of differentiation give the same Hessian-vector product.
+
+    The slopes by `jvp` and `linearize` equal the gradient times the direction.
+    """
     loss, images, params, gradient = case
     scalar = lambda params: loss(params, images)
     direction = jax.tree.map(lambda leaf: jnp.cos(3 * leaf), params)
@@ -445,30 +454,30 @@ def test_products_with_the_hessian(case):
             "reverse over reverse": jax.grad(lambda p: dot(jax.grad(scalar)(p), direction))(params),
         }
 
-    found = products(params)
-    for slope in found["slopes"]:
+    results = products(params)
+    for slope in results["slopes"]:
         np.testing.assert_allclose(slope, dot(gradient, direction), rtol=1e-4)
-    assert_close(found["forward over reverse"], found["reverse over reverse"])
-    assert_close(found["reverse over forward"], found["reverse over reverse"])
+    assert_close(results["forward over reverse"], results["reverse over reverse"])
+    assert_close(results["reverse over forward"], results["reverse over reverse"])
 
 
 @pytest.mark.slow
 def test_the_hessian_is_that_of_the_plain_form(case):
-    """Its primal values have no batch, while its tangents have one."""
+    """In `jax.hessian`, tangents have a batch axis and primal values have none."""
     loss, images, params, _ = case
 
     def scaled(factors):
         return loss(jax.tree.map(lambda leaf: factors.prod() * leaf, params), images * factors[0])
 
-    found = jax.jit(jax.hessian(scaled))(jnp.ones(2))
+    fast = jax.jit(jax.hessian(scaled))(jnp.ones(2))
     with cnn.lowering("reference"):
-        assert_close(found, jax.jit(jax.hessian(scaled))(jnp.ones(2)))
+        assert_close(fast, jax.jit(jax.hessian(scaled))(jnp.ones(2)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet5", "mlp1", "tutorial_net"])
 def test_networks_take_any_batch(name):
-    """Training is traced for an empty and a symbolic batch, without a promotion of ranks."""
+    """Traces training for an empty and a symbolic batch without rank promotion."""
     model = create_model(name)
     rngs = {"dropout": jax.random.key(0), "padding": jax.random.key(1)}
 

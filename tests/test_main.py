@@ -32,7 +32,7 @@ SMALL = [
     "--config.seeds=1",
     "--config.sgd_steps=5",
 ]
-# Importing jax takes seconds, so each of these does without it until it computes.
+# Importing jax takes seconds, so these commands import it only when they compute.
 COMMANDS = (
     "cnnjax.main",
     "cnnjax.sweep",
@@ -66,7 +66,7 @@ def test_a_run_leaves_its_record(tmp_path):
     ) and environment["packages"]["jax"]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["kind"] == "position"
     assert (tmp_path / "run" / "report.md").stat().st_size > 1000
-    # The same directory is not another run's, and the same run may be made again.
+    # A run of another configuration is refused in this directory.
     other = forked.run("cnnjax.main", *SMALL, "--config.seed=1", "--workdir", tmp_path / "run")
     assert (
         other.returncode == 2
@@ -76,7 +76,7 @@ def test_a_run_leaves_its_record(tmp_path):
 
 
 def test_a_tilde_is_the_home_folder_and_may_begin_a_name(monkeypatch):
-    """No user is called photo.jpg, so "~photo.jpg" is the file's own name."""
+    """No user is called photo.jpg, so "~photo.jpg" is a file name."""
     monkeypatch.setenv("HOME", "/home/me")
     assert command.path("~/photo.jpg") == pathlib.Path("/home/me/photo.jpg")
     assert command.path("~photo.jpg") == pathlib.Path("~photo.jpg")
@@ -87,15 +87,15 @@ def test_a_package_that_is_not_installed_is_named(capsys):
         raise ModuleNotFoundError("No module named 'grain'", name="grain")
 
     assert command.run(work) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(
+    error = capsys.readouterr().err
+    assert error.startswith(
         "error: grain is not installed; in a checkout of cnnjax, pip install '.[all]' installs"
     )
-    assert told.count("\n") == 1
+    assert error.count("\n") == 1
 
 
 def test_output_that_nobody_reads_ends_a_command_quietly():
-    """As after `| head`, here from the beginning."""
+    """The reading end of the pipe is closed, as after `| head`."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     print_much = "print('line ' * 100_000)"
@@ -111,7 +111,7 @@ def test_names_that_are_not_utf8_are_printed_as_they_are():
     names = [os.fsdecode(b"caf\xe9.jpg"), "café.jpg"]
     print_names = f"[print(name) for name in {names!a}]"
     program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
-    # As under a locale of UTF-8; the C locale takes every name.
+    # A UTF-8 locale is strict, while the C locale accepts every name.
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
@@ -140,7 +140,7 @@ def test_debug_shows_the_traceback():
 
 @pytest.mark.slow
 def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
-    """Every file is whole, and what was read out is not read out again."""
+    """After an interrupt, files are complete and finished cells are kept."""
     folder, cells = tmp_path / "run", tmp_path / "run" / "cells"
     process = forked.Popen(
         "cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder, flags=quick.FLAGS
@@ -161,16 +161,16 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
         "config.json",
         "environment.json",
     ]
-    made = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
-    assert {path.name for path in made} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(
-        made
+    before = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
+    assert {path.name for path in before} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(
+        before
     ) < 30
     done = forked.run(
         "cnnjax.main", *SMALL, "--config.seeds=15", "--workdir", folder, flags=quick.FLAGS
     )
     assert done.returncode == 0, done.stderr
-    assert len(list(cells.iterdir())) == 30 and made == {
-        path: path.stat().st_mtime_ns for path in made
+    assert len(list(cells.iterdir())) == 30 and before == {
+        path: path.stat().st_mtime_ns for path in before
     }
     assert {
         row["n_seeds"] for row in json.loads((folder / "results.json").read_text())["rows"]

@@ -1,5 +1,4 @@
-"""Every model held to one contract; what torchvision has is held to torchvision's outputs in
-test_torchvision.py."""
+"""Every model fulfills one contract; for outputs, see test_torchvision.py."""
 
 import functools
 
@@ -17,7 +16,7 @@ from cnnjax.inspect import depends
 from cnnjax.models import create_model, inception, list_models
 from cnnjax.nn import FILLS
 
-# Published counts; torchvision's where it has the network.
+# Published numbers of parameters: torchvision's if it has the network.
 PARAMETERS = {
     "vgg11": 132_863_336,
     "vgg11_bn": 132_868_840,
@@ -58,27 +57,28 @@ PARAMETERS = {
     "resnet152": 60_192_808,
 }
 
-# One network of each `walk` and kind of block. The others are the same code with other numbers.
+# One network for each `walk` and kind of block. The others run the same code with other sizes.
 KINDS = sorted(
     {*test_torchvision.KINDS, "fcn", "speedrun", "scene_net", "vgg11_lrn", "vgg16_c"}
     | set(test_lectures.TOTALS)
 )
-# With two layers for up to 24, of the same kind, where each is traced or compiled by itself.
+# Two layers per block instead of up to 24 equal ones, for tests that trace or compile each layer.
 SHALLOW = {"densenet121": {"depths": (2, 2, 2, 2)}}
 
 
 def test_every_model_is_under_contract():
-    """Here, or, where it is the lectures' own, in test_lectures.py."""
-    assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS) | {
-        "fcn"
-    }  # which tests/test_segmentation.py has
+    """Each model is tested here, in test_lectures.py, or in test_segmentation.py."""
+    assert set(list_models()) == set(PARAMETERS) | set(test_lectures.TOTALS) | {"fcn"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_head_and_stages(name):
-    """There are as many parameters as published; `num_classes` changes the classifiers' last layers
-    and nothing else; stages fall in resolution from one to the next."""
+    """Checks the parameters, the effect of `num_classes`, and the stages' sizes.
+
+    The number is the published one, `num_classes` changes only the classifiers' last layers, and
+    each stage has a lower resolution than the one before.
+    """
     small = create_model(name, num_classes=7)
     whole, variables = (weights.variable_shapes(model) for model in (create_model(name), small))
     assert sum(leaf.size for leaf in jax.tree.leaves(whole["params"])) == PARAMETERS[name]
@@ -97,7 +97,7 @@ def test_parameters_head_and_stages(name):
         {"classifier.6"},
     )
     x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
-    # The stages and the logits in one trace.
+    # One trace gives both the stages and the logits.
     run = functools.partial(small.apply, method="_run", train=False, last="logits")
     stages = jax.eval_shape(run, variables, x)
     logits = stages.pop("logits")
@@ -113,29 +113,29 @@ def test_parameters_head_and_stages(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_every_stage_is_taken_back(name):
-    """With all stages replaced, only the first still depends on the image, and not the logits."""
+    """If all stages are replaced, the image reaches only the first, not the logits."""
     model = create_model(name)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     variables = weights.variable_shapes(model)
     maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, image)
 
     def outputs(image, variables, maps):
-        made = []
+        replaced = []
 
         def replacement(stage):
-            return lambda y: made.append(y) or maps[stage]
+            return lambda y: replaced.append(y) or maps[stage]
 
         replace = {stage: replacement(stage) for stage in maps}
         logits = model.apply(variables, image, replace=replace)
-        return [*made, logits]
+        return [*replaced, logits]
 
-    found = depends(outputs, image, variables, maps)
-    assert found == [True] + [False] * len(maps)
+    reached = depends(outputs, image, variables, maps)
+    assert reached == [True] + [False] * len(maps)
     assert list(depends(lambda x, v: model.apply(v, x), image, variables)) == [True]
 
 
 def test_a_unit_is_taken_out():
-    """Setting a map's unit to zero is setting the kernel that reads it to zero."""
+    """Zeroing a unit of a stage equals zeroing the weights that read it."""
     model = create_model("lenet")
     variables = quick.variables(model)
     image = jax.random.normal(jax.random.key(1), (2, *model.input_shape))
@@ -152,10 +152,9 @@ def test_a_unit_is_taken_out():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"]
-)  # the others, without dropout: test_torchvision.py
+@pytest.mark.parametrize("name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1"])
 def test_every_parameter_receives_a_finite_gradient(name):
+    """Gradients of networks without dropout are checked in test_torchvision.py."""
     model = create_model(name, num_classes=7)
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
     variables = quick.variables(model, x)
@@ -171,10 +170,12 @@ def test_every_parameter_receives_a_finite_gradient(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*sorted(set(list_models()) - set(test_torchvision.NAMES)), *SHALLOW]
-)  # the others are held to it there
+)
 def test_compiled_equals_eager_whatever_the_batch(name):
-    """A network run operation by operation on one image gives what it gives compiled on that image
-    and another."""
+    """Eager execution on one image equals compiled execution on two images.
+
+    Torchvision's networks are compared with torchvision itself, in test_torchvision.py.
+    """
     model = create_model(name, num_classes=7, **SHALLOW.get(name, {}))
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
@@ -191,20 +192,20 @@ def test_compiled_equals_eager_whatever_the_batch(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"fcn"}))
 def test_every_fill_and_bfloat16(name):
-    """Every fill gives every network logits and the stages of zero padding.
+    """Every network has logits under every fill, in float32; stages are bfloat16.
 
-    Stages are computed in bfloat16; everything else is float32.
+    Stages have the shapes of zero padding, except with the fills "none" and "full".
     """
     stages = {}
     for fill in ("none", "full", "zeros", *sorted({*FILLS} - {"none", "full", "zeros"})):
         fields = {"num_classes": 7, "padding": fill, "dtype": jnp.bfloat16}
         model = create_model(name, **fields, **SHALLOW.get(name, {}))
-        size = (
-            4000 if fill == "none" else model.input_shape[0]
-        )  # without padding DenseNet-201 needs that much
+        # Without padding, DenseNet-201 needs an image of this size.
+        size = 4000 if fill == "none" else model.input_shape[0]
         x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
         whole = {"method": "_run", "train": False, "last": "logits"}
-        if fill in ("zeros", "none", "full"):  # the others have the parameters of zeros
+        # Other fills have the parameters of zero padding.
+        if fill in ("zeros", "none", "full"):
             maps, variables = jax.eval_shape(
                 functools.partial(model.init_with_output, **whole), jax.random.key(0), x
             )
@@ -369,7 +370,7 @@ def test_stages_have_their_names_sizes_and_channels(name, size, shapes):
 
 @pytest.mark.slow
 def test_the_stages_of_a_vgg_by_layer():
-    """Their names are the literature's, and the last of a block is the block."""
+    """Stages have the literature's names, and a block's last layer equals the block."""
     model = create_model("vgg16", every_layer=True)
     image = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
     variables = jax.jit(functools.partial(model.init, method="stages", last="conv2_2"))(
@@ -396,8 +397,7 @@ def test_the_stages_of_a_vgg_by_layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("name, size", [("vgg16", 224), ("resnet18", 435), ("resnet50", 427)])
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
-    """VGG-16's last block is 2x2 at 224; 435 and 427 are the least images that ResNet-18 and -50
-    reduce to one pixel."""
+    """ResNet-18 and -50 need at least 435 and 427 pixels; VGG-16 ends at 2x2 for 224."""
     model = create_model(name, padding="none")
     shapes = lambda size: jax.eval_shape(
         lambda v, x: model.apply(v, x, method="stages"),
@@ -422,8 +422,7 @@ def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     ],
 )
 def test_a_cropped_skip_is_centered_on_its_branch(name, last):
-    """Without padding, features of a shifted image are the shifted features wherever strides divide
-    the shift."""
+    """Without padding, features shift with the image if the strides divide the shift."""
     model = create_model(name, padding="none")
     image = jax.random.normal(jax.random.key(0), (1, 239, 239, 3))
     variables = quick.variables(model, image, method="stages", last=last)
@@ -438,12 +437,8 @@ def test_a_cropped_skip_is_centered_on_its_branch(name, last):
     assert flipped.shape == whole.shape
 
 
-SHOWING = (
-    "zeros",
-    "partial",
-    "full",
-    "one-sided",
-)  # the fills under which a constant image's border shows
+# The fills that make the border of a constant image visible in the features.
+SHOWING = ("zeros", "partial", "full", "one-sided")
 COMMON = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 REACHED = [
     ("vgg11", "block4", 160),
@@ -467,7 +462,7 @@ REACHED = [
 ]
 
 
-# The fills of a network are tested one after the other.
+# All fills of one network are tested in a row, so a small cache suffices.
 @functools.lru_cache(maxsize=2)
 def constant_image_and_variables(name, last, size):
     """Returns a constant image and variables, which are the same under every fill."""
@@ -486,11 +481,13 @@ def constant_image_and_variables(name, last, size):
     ],
 )
 def test_every_fill_reaches_every_convolution_and_pool(name, last, size, fill):
-    """On a constant image only fills of zeros can make a feature map vary: one layer left out would
-    show."""
+    """On a constant image, only fills of zeros make features vary.
+
+    A layer that did not receive the fill would show.
+    """
     model = create_model(name, padding=fill)
     x, variables = constant_image_and_variables(name, last, size)
-    # The variables are an argument: as constants of the program they would be copied into it.
+    # The variables are an argument; as constants, they would be copied into the program.
     y = jax.jit(
         lambda variables, x: model.apply(
             variables, x, method="stages", last=last, rngs={"padding": jax.random.key(1)}
@@ -513,7 +510,7 @@ def inception_block(name, fill):
 
 @functools.lru_cache(maxsize=2)
 def constant_maps_and_variables(name):
-    """Returns constant maps and a block's variables, which are the same under every fill."""
+    """Returns constant maps and a block's variables, the same under every fill."""
     x = jnp.full((1, 31, 31, 64), 0.7)
     return x, quick.variables(inception_block(name, "zeros"), x, False)
 
@@ -522,8 +519,7 @@ def constant_maps_and_variables(name):
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("name", ["Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"])
 def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
-    """Block by block, since without padding the whole needs an image of some two thousand
-    pixels."""
+    """Tests block by block: without padding, the network needs about 2,000 pixels."""
     x, variables = constant_maps_and_variables(name)
     block = inception_block(name, fill)
     y = jax.jit(

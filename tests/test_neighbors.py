@@ -1,4 +1,4 @@
-"""Networks in other hands: Flax NNX by its bridge, and StableHLO by jax.export."""
+"""Networks used elsewhere: in Flax NNX, and as StableHLO through jax.export."""
 
 import pathlib
 import re
@@ -49,7 +49,7 @@ def test_a_training_step_of_nnx_is_that_of_linen(name, shape):
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(
         jnp.shape, quick.variables(model, images)["params"]
     )
-    # The key that the network draws next.
+    # The dropout key that the network will draw next.
     dropout = nnx.clone(network).to_nnx__rngs.dropout()
     graph, state = nnx.split(network)
 

@@ -1,8 +1,10 @@
-"""The notebooks run from top to bottom and show what is stored in them.
+"""The notebooks run from top to bottom and reproduce their stored outputs.
+
+This command runs them and stores their outputs:
 
     PYTHONPATH=. python tests/test_notebooks.py
 
-runs them and stores what they show. Neither reads any data but those that the packages carry.
+They read only data that come with installed packages.
 """
 
 import os
@@ -26,7 +28,7 @@ _MOST_BYTES = 300_000
 
 
 def execute(path: pathlib.Path, inherited: Mapping[str, str]) -> nbformat.NotebookNode:
-    """Runs a notebook in this interpreter, whatever kernels are installed.
+    """Runs a notebook with this Python interpreter, whatever kernels are installed.
 
     Returns the notebook with its outputs.
     """
@@ -47,7 +49,7 @@ def execute(path: pathlib.Path, inherited: Mapping[str, str]) -> nbformat.Notebo
 
 
 def shown(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """What each cell shows: its text with every number as #, and the kinds of its pictures."""
+    """Returns each cell's outputs, with # for numbers and "image/png" for pictures."""
 
     def said(output):
         if "text" in output:
@@ -66,7 +68,7 @@ def shown(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 
 def table(notebook: nbformat.NotebookNode, heading: str) -> dict[str, list[list[float]]]:
-    """The numbers of each cell of each row of the table under this heading."""
+    """Returns the numbers in each cell of the table with this heading, by row name."""
     text = next(
         output.data["text/markdown"]
         for cell in notebook.cells
@@ -82,7 +84,7 @@ def table(notebook: nbformat.NotebookNode, heading: str) -> dict[str, list[list[
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def both(request):
-    """(name, the notebook as it is stored, the notebook as it runs)"""
+    """Returns (name, notebook as stored, notebook as run now)."""
     stored = nbformat.read(request.param, as_version=4)
     return request.param.stem, stored, execute(request.param, quick.environment())
 
@@ -95,23 +97,24 @@ def test_what_is_stored_is_what_it_shows(both):
 
 def test_what_the_text_says_holds(both):
     name, _, run = both
-    if name == "position":  # of natural, black and white images: SPC (R2)
+    if name == "position":
+        # The columns are SPC (R2) for natural, black, and white images.
         rows = table(run, "padding")
         assert list(rows) == ["zeros", "none", "reflect"]
         assert all(r2 > 0.3 for _, r2 in rows["zeros"]) and all(
             abs(r2) < 0.05 for fill in ("none", "reflect") for _, r2 in rows[fill]
         )
         assert all(spc == 0 for fill in ("none", "reflect") for spc, _ in rows[fill][1:])
-    else:  # parameters, training error, test error
+    else:
+        # The columns are parameters, training error, and test error.
         rows = table(run, "network | parameters | training error")
         assert {name: cells[0] for name, cells in rows.items()} == {
             "mlp1": [650],
             "mlp3": [301_066],
             "lenet": [86_710],
         }
-        (one, _), (three, _), (convolutional, _) = (
-            cells[2] for cells in rows.values()
-        )  # means and standard deviations
+        # A cell has a mean and a standard deviation.
+        (one, _), (three, _), (convolutional, _) = (cells[2] for cells in rows.values())
         assert abs(three - convolutional) < 3 and max(three, convolutional) < one < 15
 
 

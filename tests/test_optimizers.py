@@ -1,5 +1,7 @@
-"""Optimizers, schedules and the plateau rule, against what PyTorch's did
-(golden/make_optimizers.py)."""
+"""Optimizers, schedules, and the plateau rule, compared with PyTorch's results.
+
+tests/golden/make_optimizers.py recorded them.
+"""
 
 import json
 import math
@@ -24,9 +26,11 @@ RATES = [0.1] * 3 + [0.05] * 4 + [0.01] * 3
     [("sgd", 2e-6), ("nesterov", 2e-6), ("adam", 5e-6), ("adamw", 5e-6), ("muon", 5e-3)],
 )
 def test_ten_steps_are_pytorchs(name, tolerance):
-    """Weight decay and a changing rate included; float32 differs by some 3e-6 after ten steps of
-    Adam. PyTorch's Muon takes its Newton-Schulz steps in bfloat16, ours are in float32: a hundredth
-    of each step of 0.1."""
+    """Compares ten steps with weight decay and a changing learning rate.
+
+    In float32, ten steps of Adam differ by about 3e-6. PyTorch's Muon computes Newton-Schulz steps
+    in bfloat16, cnnjax in float32: they differ by a hundredth of each step of 0.1.
+    """
     generator = np.random.default_rng(0)
     w, a = (jnp.asarray(generator.normal(size=(6, 4)), jnp.float32) for _ in range(2))
     traced = []
@@ -42,7 +46,8 @@ def test_ten_steps_are_pytorchs(name, tolerance):
     for rate, want in zip(RATES, GOLDEN["trajectories"][name]):
         w, state = step(w, state, rate, 0.8, 0.05)
         np.testing.assert_allclose(w, want, atol=tolerance)
-    assert traced == [name]  # no number compiled anything anew
+    # Other rates do not compile the step again.
+    assert traced == [name]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -50,8 +55,8 @@ def test_weight_decay_can_spare_biases(name):
     params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
     grads = jax.tree.map(jnp.zeros_like, params)
     for decay_all in (True, False):
-        made = optimizer(name, 0.1, 0.9, 0.5, decay_all)
-        updates, _ = made.update(grads, made.init(params), params)
+        transform = optimizer(name, 0.1, 0.9, 0.5, decay_all)
+        updates, _ = transform.update(grads, transform.init(params), params)
         assert (updates["kernel"] < 0).all()
         assert (updates["bias"] < 0).all() == decay_all and (updates["bias"] == 0).all() == (
             not decay_all
@@ -60,11 +65,15 @@ def test_weight_decay_can_spare_biases(name):
 
 @pytest.mark.slow
 def test_muon_makes_a_convolutions_update_orthogonal():
-    """Newton-Schulz leaves singular values near one, 0.68 to 1.13 by its coefficients, times
-    sqrt(out / in) where that is above 1."""
+    """Newton-Schulz steps bring singular values near one.
+
+    By the coefficients, they lie between 0.68 and 1.13, times sqrt(out / in) if that is above 1.
+    """
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 2, 12))
-    made = optimizer("muon", 1.0)
-    updates, _ = made.update({"kernel": kernel}, made.init({"kernel": kernel}), {"kernel": kernel})
+    transform = optimizer("muon", 1.0)
+    updates, _ = transform.update(
+        {"kernel": kernel}, transform.init({"kernel": kernel}), {"kernel": kernel}
+    )
     values = jnp.linalg.svd(updates["kernel"].reshape(18, 12), compute_uv=False)
     assert 0.6 < values.min() and values.max() < 1.3
 
@@ -75,7 +84,7 @@ def test_an_unknown_optimizer_is_named():
 
 
 def test_schedules():
-    # The lectures': 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14 and 18.
+    # The lectures' schedules: 0.25 divided by 1.5 every 5 epochs; 0.25 halved at epochs 10, 14, 18.
     rates = learning_rates(
         {"name": "step", "learning_rate": 0.25, "factor": 1 / 1.5, "every": 5}, 7, 20
     )
@@ -91,9 +100,10 @@ def test_schedules():
     assert rates.dtype == np.float32
     rates = learning_rates({"name": "cosine", "learning_rate": 1.0}, 10, 10)
     np.testing.assert_allclose(rates, 0.5 * (1 + np.cos(np.pi * np.arange(100) / 100)), atol=1e-6)
+    # The last cycle is cut short.
     rates = learning_rates(
         {"name": "restarts", "learning_rate": 1.0, "every": 3, "warmup_epochs": 1}, 10, 8
-    )  # the last cycle is cut short
+    )
     cycle = 0.5 * (1 + np.cos(np.pi * np.arange(30) / 30))
     np.testing.assert_allclose(rates, [*np.arange(10) / 10, *cycle, *cycle, *cycle[:10]], atol=1e-6)
     rates = learning_rates(
@@ -155,7 +165,7 @@ def test_fractions_of_epochs_are_rounded_to_steps():
             {"name": "plateau", "learning_rate": 0.1, "mode": "max"},
             "schedule.metric='error' with schedule.mode='max' is not one of",
         ),
-        # Of NaN every comparison is false.
+        # Every comparison with NaN is false, so a check must be written to fail for NaN.
         (
             {"name": "cosine", "learning_rate": 0.1, "warmup_epochs": math.nan},
             "schedule.warmup_epochs=nan is not a number of at least 0",
@@ -196,6 +206,7 @@ def test_plateau_decides_as_pytorch_and_resumes_anywhere(case):
 
 
 def test_the_recorded_plateaus_show_every_behavior():
+    """The recorded cases include several cuts, the smallest rate, and a NaN metric."""
     rates = [case["rates"] for case in GOLDEN["plateaus"]]
     assert (
         sum(len(set(r)) > 3 for r in rates) > 10

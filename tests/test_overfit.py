@@ -1,4 +1,4 @@
-"""The experiment in which networks learn one batch by heart."""
+"""The overfitting experiment: each network must learn one batch by heart."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Networks of a user's own: registered by a configuration, or named by their file."""
+"""A user's own networks: registered in a configuration, or named by their file."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ from cnnjax.train import defaults, report
 from cnnjax.train.run import open_run
 from cnnjax.weights import save_torchvision
 
-# A network of two layers with a field of its own, registered by the configuration that uses it.
+# A configuration file that registers a network of two layers with fields of its own.
 OWN = """
 import flax.linen as nn
 from cnnjax.models import base
@@ -66,7 +66,7 @@ def sweep():
 
 @pytest.fixture
 def own(tmp_path, request):
-    """A file that registers a network under a name that no other test uses, and the name."""
+    """Writes a file that registers a network by a unique name; returns (path, name)."""
     name = f"own_{request.node.name}"
     path = tmp_path / "own.py"
     path.write_text(OWN.replace("own_NUMBER", name))
@@ -74,7 +74,7 @@ def own(tmp_path, request):
 
 
 def run(module: str, *arguments, code: int = 0) -> str:
-    """Runs a command, which ends with `code`, and returns what it printed."""
+    """Runs a command, checks its exit code, and returns its output."""
     done = forked.run(module, *arguments, flags=quick.FLAGS)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
@@ -82,7 +82,7 @@ def run(module: str, *arguments, code: int = 0) -> str:
 
 @pytest.mark.slow
 def test_a_configuration_that_registers_a_network(own, tmp_path):
-    """It is trained, swept, and known to a command that opens the run by its record alone."""
+    """The network is trained and swept; commands open the run by its record alone."""
     path, name = own
     folder = tmp_path / "run"
     arguments = ["--config", path, "--config.model_fields.dropout=0.2", "--workdir"]
@@ -90,7 +90,7 @@ def test_a_configuration_that_registers_a_network(own, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["model"] == f"{path}:{name}"
     assert config["model_fields"] == {"padding": "zeros", "dropout": 0.2}
-    # A record of the name alone, as before, is one of the same run.
+    # Older records have the name without the file; they belong to the same run.
     (folder / "config.json").write_text(json.dumps(config | {"model": name}))
     run("cnnjax.main", *arguments, folder)
 
@@ -110,7 +110,7 @@ def test_a_configuration_that_registers_a_network(own, tmp_path):
     weights = tmp_path / "soup" / "weights.safetensors"
     fields = ["--photographs", photograph.parent, "--stages", "block1"]
     run("cnnjax.visualize", "field", "--run", folder, *fields, "--workdir", tmp_path / "a")
-    # Without the run, the network has as many classes as its file says.
+    # Without the run, the network has the default number of classes from its file.
     with_weights = ["filters", "--model", config["model"], "--weights", weights]
     printed = run("cnnjax.visualize", *with_weights, "--workdir", tmp_path / "b", code=2)
     assert "of another shape: fc.weight is (10, 3)" in printed
@@ -145,7 +145,10 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
 
 
 def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
-    """A run is opened from other folders, too. One whose record lacks the folder goes on."""
+    """The file's folder is recorded, so a run opens from anywhere.
+
+    A run whose record lacks the folder still goes on.
+    """
     path, name = own
     monkeypatch.chdir(tmp_path)
     config = defaults.get_config()
@@ -164,7 +167,7 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_is_trained(fill, own, tmp_path, monkeypatch):
-    """One step of the whole command, but for the drawing of figures."""
+    """Runs the whole command for one step, without drawing figures."""
     path, _ = own
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
@@ -203,7 +206,7 @@ def test_a_network_by_its_file(own):
         assert (network.width, network.num_classes, network.dropout) == (5, 7, 0.0)
     assert create_model(f"{path}:narrow", dropout=0.5) == create_model(name, width=2, dropout=0.5)
     assert create_model("cnnjax.models.lenet:LeNet") == create_model("lenet")
-    # jax knows a compiled network by its class.
+    # jax caches compiled functions by class, so every call must return the same class.
     assert type(create_model(f"{path}:Own")) is type(create_model(f"{path}:Own"))
 
 
@@ -220,7 +223,7 @@ def test_a_tilde_in_the_name_of_a_file_that_is_not_there():
 
 
 class Endless(base.Network):
-    """A network whose walk forgets the logits."""
+    """A network whose walk never yields logits."""
 
     @nn.nowrap
     def walk(self, x, train):
@@ -228,7 +231,7 @@ class Endless(base.Network):
 
 
 class Returning(base.Network):
-    """A network whose walk returns the logits."""
+    """A network whose walk returns logits instead of yielding them."""
 
     @nn.nowrap
     def walk(self, x, train):
@@ -259,7 +262,7 @@ def test_a_name_belongs_to_one_file(own, tmp_path, monkeypatch):
     path, name = own
     monkeypatch.syspath_prepend(tmp_path)
     source.import_file(path)
-    # Under its module's name the file is run once more.
+    # An import under the module's name runs the file again.
     module = importlib.import_module("own")
     assert pathlib.Path(module.__file__) == path
     assert type(create_model(name)) is module.Own

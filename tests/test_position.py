@@ -74,7 +74,7 @@ def test_scores_are_scipys_and_the_definitions():
         assert result["mae"][i] == pytest.approx(np.abs(prediction - goal).mean(), abs=1e-6)
     assert result["spc"][2] == pytest.approx(-1, abs=1e-3)
     assert result["r2"][2] < 0
-    # A constant scores 0, never NaN, and so does a map that varies by rounding errors.
+    # A constant map scores 0, not NaN, and so does a map that varies only by rounding errors.
     flat = scores(np.stack([np.full_like(goal, goal.mean()), goal.mean() + 4e-5 * goal]), goal)
     assert np.array_equal(flat["spc"], [0, 0])
     assert abs(flat["r2"][0]) < 1e-6
@@ -83,7 +83,7 @@ def test_scores_are_scipys_and_the_definitions():
 
 
 def features_with_position(n, seed, side=9, channels=6, noise=1.0):
-    """Features of which one channel holds the column, under noise."""
+    """Returns noise whose first channel also contains the column."""
     rng = np.random.default_rng(seed)
     f = rng.standard_normal((n, side, side, channels)).astype(np.float32)
     f[..., 0] = 3 * np.linspace(-1, 1, side) + noise * rng.standard_normal((n, side, side))
@@ -99,7 +99,7 @@ def test_exact_readout_is_the_ridge_solution(size):
     side = 9 - size + 1
 
     def patches(features):
-        """Standardized windows as rows, [n * side * side, size * size * 6]."""
+        """Returns standardized windows as rows, [n * side * side, size * size * 6]."""
         scaled = (features - train.mean((0, 1, 2))) / train.std((0, 1, 2))
         taps = [scaled[:, i : i + side, j : j + side] for i in range(size) for j in range(size)]
         return np.stack(taps, 3).reshape(-1, size * size * 6)
@@ -123,7 +123,7 @@ def test_exact_readout_is_the_ridge_solution(size):
     assert readout.residual < 1e-3
     predicted = readout(jnp.asarray(held_out))
     for t in range(2):
-        # The best on offer; below the noise of the features, strengths may tie.
+        # The chosen strength is the best, up to ties among strengths below the features' noise.
         chosen = STRENGTHS.index(readout.strength[t])
         assert errors[chosen][t] <= 1.01 * np.min(errors, 0)[t]
         weights, intercept = solutions[chosen]
@@ -132,6 +132,7 @@ def test_exact_readout_is_the_ridge_solution(size):
 
 
 def test_exact_readout_of_nothing_is_a_constant():
+    """Noise gives a nearly constant prediction, and dead features a finite one."""
     rng = np.random.default_rng(0)
 
     def noise(n):
@@ -176,7 +177,7 @@ def test_sgd_readout_learns_and_its_seeds_are_independent(size):
     assert scores(maps[:, :, 0], goal)["spc"].min() > 0.9
     assert abs(scores(maps[:, :, 1], goal.T)["spc"]).mean() < 0.3
     assert not np.allclose(maps[0], maps[1], atol=1e-6)
-    # The same twice.
+    # A second fit gives the same result.
     again = fit_sgd(train, goals, size, steps=300, seeds=2)(jnp.asarray(test))
     assert np.array_equal(maps, again)
 
@@ -187,17 +188,17 @@ def test_raw_features_keep_their_size_and_lose_their_mean():
     goals = target("H", 9)[None]
     raw = fit_sgd(train, goals, steps=20, standardize=False)
     np.testing.assert_array_equal(raw.scaler.scale, 1)
-    # BatchNorm would take a mean out in any case.
+    # BatchNorm removes a mean in any case.
     shifted = fit_sgd(train + 3, goals, steps=20, standardize=False)
     np.testing.assert_allclose(shifted(train + 3), raw(train), atol=1e-3)
-    # The rate of learning depends on the features' size.
+    # Features of another size learn at another speed.
     doubled = fit_sgd(2 * train, goals, steps=20, standardize=False)
     assert not np.allclose(doubled(2 * train), raw(train), atol=1e-3)
 
 
 @pytest.mark.slow
 def test_deeper_readouts_are_the_definition_and_learn():
-    """Two hidden layers of BatchNorm and ReLU, written out for each output by itself."""
+    """Compares two hidden layers with a computation output by output."""
     train = features_with_position(40, 0, noise=0.3)
     test = features_with_position(4, 1, noise=0.3)
     goals = np.stack([target("H", 9), target("HS", 9)])
@@ -225,7 +226,7 @@ def test_deeper_readouts_are_the_definition_and_learn():
             y = jax.nn.sigmoid(y) if depth == 2 else jnp.maximum(y, 0)
         np.testing.assert_allclose(maps[0, :, output], y[..., 0], atol=1e-5)
     assert scores(maps[0, :, 0], target("H", 3))["spc"].min() > 0.9
-    # One value, which has no variance.
+    # A single value has no variance.
     single = fit_sgd(train, goals, 9, steps=2)(jnp.asarray(test[:1]))
     assert single.shape == (1, 1, 2, 1, 1)
     with pytest.raises(ValueError, match="kernel=3 does not fit 9x9 features 5 times"):
@@ -243,7 +244,7 @@ def test_stages_that_survive_without_padding():
 
 
 def initialize(model, size: int, last: str, seed: int = 0) -> dict:
-    """Random weights up to a stage."""
+    """Returns random variables of a network up to the stage `last`."""
     image = jnp.zeros((1, size, size, 3))
     init = jax.jit(lambda key: model.init(key, image, method="stages", last=last))
     return init(jax.random.key(seed))
@@ -267,7 +268,7 @@ def test_encoding_is_the_stages_resized_and_joined():
 
 @pytest.mark.slow
 def test_features_are_cached_by_what_makes_them(tmp_path, monkeypatch):
-    """Read where they were computed before, with whatever other stages; else computed."""
+    """Cached features are read, also if they were computed together with other stages."""
     model = create_model("vgg11")
     images = photographs.synthetic("noise", 3, 32, 0)
     one = ["block1"]
@@ -288,7 +289,7 @@ def test_features_are_cached_by_what_makes_them(tmp_path, monkeypatch):
     assert np.array_equal(both[..., :64], once(model, first, images, one))
     assert np.array_equal(both, once(model, variables, images, two))
     assert runs == [two]
-    # Other weights, images, padding or pixels are computed.
+    # Features of other weights, images, paddings, or pixel scales are computed.
     once(model, initialize(model, 32, "block1", seed=1), images, one)
     once(model, variables, images[:, ::-1], one)
     once(model.clone(padding="reflect"), variables, images, one)
@@ -437,6 +438,7 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
 
 
 def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
+    """A study recorded before some keys existed goes on with their earlier values."""
     config = defaults.get_config()
     before = {key: value for key, value in config.items() if key not in defaults.BEFORE}
     (tmp_path / "cells").mkdir()
@@ -454,7 +456,7 @@ def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
 def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     finished, small_config, tmp_path, monkeypatch
 ):
-    """Names in the files are fixed: work directories of earlier versions have the same."""
+    """The names inside files are fixed, since earlier versions wrote the same names."""
     path = finished / "cells" / "vgg11-circular-0.npz"
     with np.load(path) as archive:
         names = set(archive.files)
@@ -470,7 +472,7 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     with np.load(path) as old, np.load(tmp_path / "copy.npz") as new:
         assert all(np.array_equal(old[name], new[name]) for name in names)
 
-    # Nothing is left to measure, and the same results are made from the files.
+    # With all files there, the study measures nothing and writes the same results.
     monkeypatch.setattr(study, "measure", None)
     folder = shutil.copytree(finished, tmp_path / "again")
     (folder / "results.json").unlink()
@@ -484,10 +486,10 @@ def _scores(values: list[float]) -> results.Scores:
 
 
 def test_medians_and_strengths_stand_beside_the_means(tmp_path):
-    """Files that hold no strengths, of earlier versions, are read all the same."""
+    """Files of earlier versions, which have no strengths, can still be read."""
     point = results.Point("vgg11", "random", "zeros", ("a",), 0)
     rings = np.zeros((1, study.RINGS))
-    found = results.Measurement(
+    measurement = results.Measurement(
         point=point,
         scores=[_scores([0.5, -9.0, 0.7])],
         rings=[results.RingScores("H", "black", rings, rings)],
@@ -496,8 +498,8 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path):
         seconds=1.0,
         strengths={"H": 0.01},
     )
-    results.save(tmp_path / "new.npz", found)
-    results.save(tmp_path / "old.npz", dataclasses.replace(found, strengths=None))
+    results.save(tmp_path / "new.npz", measurement)
+    results.save(tmp_path / "old.npz", dataclasses.replace(measurement, strengths=None))
     loaded = [
         results.load(tmp_path / f"{name}.npz", point, ["H"], ["black"])
         for name in "new old".split()
@@ -512,7 +514,7 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_of_before_is_reported_again(finished, tmp_path):
-    """Results that have neither medians nor strengths."""
+    """Results of earlier versions have neither medians nor strengths."""
     folder = shutil.copytree(finished, tmp_path / "old")
     report = (folder / "report.md").read_text()
     assert "## Ridge strengths" in report
@@ -529,7 +531,7 @@ def test_a_study_of_before_is_reported_again(finished, tmp_path):
 
 @pytest.mark.parametrize("kernel, padding, align_corners", [(1, 0, True), (3, 1, False)])
 def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, small_config):
-    """Features that hold the shuffled targets give them exactly."""
+    """Features that contain the shuffled targets predict them exactly."""
     config = small_config.copy_and_resolve_references()
     config.shuffled = True
     config.kernel = kernel
@@ -617,7 +619,7 @@ def test_photographs_from_a_folder(tmp_path):
     halves = np.zeros((10, 40, 3), np.uint8)
     halves[:, 20:] = 200
     PIL.Image.fromarray(halves).save(tmp_path / "halves.png")
-    # The middle 10x10 px, twice as large.
+    # The middle 10x10 px are enlarged by two.
     (square,) = photographs.fit_squares([tmp_path / "halves.png"], 20)
     assert square.shape == (20, 20, 3)
     assert set(square[:, :6].ravel()) == {0}
@@ -639,7 +641,11 @@ def test_embedded_photographs_divide_into_disjoint_parts(counts):
 
 @pytest.mark.slow
 def test_imagenet_weights_on_real_photographs(data_dir):
-    """ResNet-18 to layer3 shows position with zeros, little without, on black with zeros alone."""
+    """With zero padding, ResNet-18 shows position, even on a black image.
+
+    On photographs, reflection shows some position and no padding hardly any; on a black image,
+    neither shows any.
+    """
     counts = {"train": 24, "held_out": 8, "natural": 12}
     paths = photographs.list_photographs(data_dir / "imagenet_sample")
     parts = photographs.split(paths, tuple(counts.values()), 0)
@@ -685,7 +691,7 @@ def test_rings_divide_a_map_by_the_distance_to_its_border():
 
 
 def test_controls_of_the_study(small_config):
-    """Mirrored training crops come in fours, and the test stays as it is."""
+    """Mirroring adds three copies of each training crop, but none for tests."""
     config = small_config.copy_and_resolve_references()
     plain = study.draw_images(config, 0)
     config.mirrored = True
@@ -701,7 +707,7 @@ def test_controls_of_the_study(small_config):
 
 @pytest.mark.slow
 def test_coordinates_give_the_ramps_and_nothing_else(small_config):
-    """Two coordinates give H and V linearly, and cannot bend to a Gaussian or stripes."""
+    """Two coordinates linearly predict H and V, but neither a Gaussian nor stripes."""
     images = study.draw_images(small_config, 0)
     features = {}
     for name in ("train", "held_out", "natural"):
@@ -716,9 +722,9 @@ def test_coordinates_give_the_ramps_and_nothing_else(small_config):
 
 @pytest.mark.slow
 def test_the_papers_tables(tmp_path, capsys):
-    """Zeros around the image alone show position, as in the paper's table 4.
+    """Zero padding of the readout alone shows position, as in the paper's table 4.
 
-    A second call runs nothing again, and wrong settings are named.
+    A second call computes nothing again, and wrong settings are named.
     """
     arguments = [
         "readout_padding",
@@ -736,12 +742,12 @@ def test_the_papers_tables(tmp_path, capsys):
     done = forked.run("experiments.position_tables", *arguments, flags=quick.FLAGS)
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "readout_padding.json").read_text())
-    found = {(value["row"], value["target"], value["readout"]): value for value in values}
-    assert len(found) == len(values) == 3 * 3 * 2
-    r2 = [found[f"PosENet, padded by {amount}", "H", "exact"]["r2"] for amount in (0, 1, 2)]
+    by_row = {(value["row"], value["target"], value["readout"]): value for value in values}
+    assert len(by_row) == len(values) == 3 * 3 * 2
+    r2 = [by_row[f"PosENet, padded by {amount}", "H", "exact"]["r2"] for amount in (0, 1, 2)]
     assert r2[0] < 0 < 0.02 < r2[1] < 0.1 < r2[2]
-    assert found["PosENet, padded by 1", "HS", "sgd"]["paper"] == [0.148, 0.304]
-    assert found["PosENet, padded by 1", "G", "sgd"]["paper"] == [0.205, 0.184]
+    assert by_row["PosENet, padded by 1", "HS", "sgd"]["paper"] == [0.148, 0.304]
+    assert by_row["PosENet, padded by 1", "G", "sgd"]["paper"] == [0.205, 0.184]
 
     def times():
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
@@ -794,7 +800,7 @@ def test_every_table_is_a_set_of_studies_that_fit(name, rows, tmp_path):
         for name_of_target, data in row.paper:
             assert name_of_target in config.targets
             assert data in config.data
-        # Tracing takes long: once for each study.
+        # Tracing is slow, so each study is checked once.
         is_first = row.padding == row.changes["paddings"][0]
         if name != "main" and is_first and row.changes.get("weights") != "random":
             study.check(config)
@@ -849,7 +855,7 @@ def test_a_setting_that_all_rows_share_is_allowed(name, setting):
 
 
 def test_a_row_shows_readouts_of_its_studys_depth():
-    """A deeper readout that `--set` asks for is shown, and a row without results is refused."""
+    """A deeper readout chosen by `--set` is shown; a row without results is refused."""
     row = position_tables.TABLES["main"][1]
     options = argparse.Namespace(
         photographs="", weights="random", trained={}, seeds=1, set=["depth=2"]

@@ -1,4 +1,4 @@
-"""Readouts fitted to other images: two grids, shuffled pixels, borders of noise, the report."""
+"""Readouts fitted to other images: two grids, shuffled pixels, noise, the report."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from experiments.position_fitted import Point
 
 
 class Averages(base.Network):
-    """Two stages without padding: averages over 3 and over 11 pixels, at strides 2 and 4."""
+    """Two stages of averages without padding: 3 pixels at stride 2, 11 at stride 4."""
 
     @nn.nowrap
     def walk(self, x, train):
@@ -36,15 +36,15 @@ def test_registered_stages_show_the_same_pixels(monkeypatch):
     monkeypatch.setattr(position_fitted, "normalize", lambda images: images / 255)
     # On a ramp from left to right, the average over a window is the pixel at its center.
     ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[:, None], (1, 224, 224, 3))
-    found = position_fitted.encode(Point("averages", "none", "noise", 0), ramp)
-    pixels = {grid: features[0, 0] * 255 for grid, features in found.items()}
+    features_by_grid = position_fitted.encode(Point("averages", "none", "noise", 0), ramp)
+    pixels = {grid: features[0, 0] * 255 for grid, features in features_by_grid.items()}
     np.testing.assert_allclose(pixels["registered"][:, 0], pixels["registered"][:, 1], atol=0.01)
     # Centers of the second stage: 5, 9, ..., 217, as it begins 4 pixels after the first.
     np.testing.assert_allclose(pixels["registered"][:, 1], np.linspace(5, 217, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 0], np.linspace(1, 221, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 1], np.linspace(5, 217, 28), atol=0.01)
 
-    # The position study's own encoder, with its key `registered`.
+    # The position study's own encoder computes the same with its key `registered`.
     model = Averages(padding="none")
     variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     encoded = encoder.encode(model, variables, ramp, ("a", "b"), "unit", is_registered=True)
@@ -54,36 +54,37 @@ def test_registered_stages_show_the_same_pixels(monkeypatch):
 def test_corners_are_the_study_s_resize():
     x = np.random.default_rng(0).random((1, 11, 11, 2), np.float32)
     matrix = position_fitted.interpolation(np.linspace(0, 10, 28), 11)
-    found = jnp.einsum("iy,nyxc,jx->nijc", matrix, x, matrix)
-    np.testing.assert_allclose(found, resize(x, 28), atol=1e-5)
+    resized = jnp.einsum("iy,nyxc,jx->nijc", matrix, x, matrix)
+    np.testing.assert_allclose(resized, resize(x, 28), atol=1e-5)
 
 
 def test_shuffling_moves_whole_pixels_of_one_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    found = position_fitted.shuffled(images, seed=1)
-    assert not np.array_equal(found, images)
-    for before, after in zip(images, found):
+    shuffled = position_fitted.shuffled(images, seed=1)
+    assert not np.array_equal(shuffled, images)
+    for before, after in zip(images, shuffled):
         pixels = sorted(map(tuple, before.reshape(-1, 3).tolist()))
         assert sorted(map(tuple, after.reshape(-1, 3).tolist())) == pixels
 
 
 @pytest.mark.parametrize("padding", ["replicate", "random", "circular"])
 def test_only_a_copied_border_of_noise_has_another_mean(padding):
-    """Copied neighbors are correlated, so the variance differs, which ReLU turns into a mean.
+    """Copied neighbors change the variance, which a ReLU turns into a mean.
 
-    Independent noise of the same moments ('random') and a wrapped border have the interior's.
+    Independent noise of the same moments ('random') and a wrapped border have the interior's
+    moments.
     """
-    found = position_fitted.border(padding, seed=0)
-    assert found["before"] < 0.02
-    assert (found["variance"] > 0.1) == (padding == "replicate")
-    assert (found["after"] > 0.04) == (padding == "replicate")
+    differences = position_fitted.border(padding, seed=0)
+    assert differences["before"] < 0.02
+    assert (differences["variance"] > 0.1) == (padding == "replicate")
+    assert (differences["after"] > 0.04) == (padding == "replicate")
 
 
 def test_zeros_have_another_mean_before_the_relu():
-    found = position_fitted.border("zeros", seed=0)
-    # Noise about 127.5 is not about 0 after normalization, and a third of the window is zeros.
-    assert found["variance"] == pytest.approx(1 / 3, abs=0.05)
-    assert found["before"] > 0.08
+    differences = position_fitted.border("zeros", seed=0)
+    # After normalization, noise about 127.5 is not centered on 0; a third of the window is zeros.
+    assert differences["variance"] == pytest.approx(1 / 3, abs=0.05)
+    assert differences["before"] > 0.08
 
 
 def _tiny(monkeypatch):
@@ -107,7 +108,7 @@ def test_every_readout_is_reported(tmp_path, monkeypatch):
         for grid in position_fitted.GRIDS
         for readout, count in (("linear", 4), ("linear", 8), ("nonlinear", 8))
     ]
-    # Zeros tell the place on noise.
+    # With zeros, even noise shows the position.
     assert all(row["r2"] > 0.03 for row in noise["readouts"] if row["readout"] == "linear")
     text = (tmp_path / "report.md").read_text()
     assert "| resnet18 | noise | 8 | nonlinear | registered | " in text

@@ -1,5 +1,4 @@
-"""What padding does without a trained readout: rook and quadrants, patterns inside photographs,
-blind spots."""
+"""Padding without a trained readout: quadrants, patterns, and blind spots."""
 
 import functools
 import json
@@ -21,9 +20,10 @@ from experiments import position_patterns, position_quadrant
 
 
 class Tiny(base.Network):
-    """Three stages at strides 1, 2 and 4, the names of which are the last of a ResNet's."""
+    """Three stages at strides 1, 2, and 4, named like a ResNet's last stages."""
 
-    whole: bool = False  # kernels of whole numbers, on which float32 computes exactly
+    # Kernels are integers, with which float32 computes exactly.
+    whole: bool = False
 
     @nn.nowrap
     def walk(self, x, train):
@@ -89,7 +89,8 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
     model = tiny(whole=True)
     variables, size = variables_of(model), 40
     least = patterns.margin(model, "layer4", size)
-    assert least == 8  # layer4 sees 8 pixels either side, and its stride is 4
+    # layer4 sees 8 pixels on each side, and its stride is 4.
+    assert least == 8
     # layer2 alone needs 1 pixel, layer3 with its stride of 2 needs 2.
     common = [patterns.common_margin(model, STAGES[:count], size) for count in (1, 2, 3)]
     assert common == [1, 2, 8]
@@ -99,7 +100,8 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
         positions = np.arange(d.shape[1]) * field.step[0]
         free = np.flatnonzero((positions + field.low[0] >= 0) & (positions + field.high[0] < size))
         assert np.array_equal(np.unique(d[:, free[0] : free[-1] + 1, free[0] : free[-1] + 1]), [0])
-        assert d[:, 0].any() and d[:, :, 0].any() and 0 < free[0]  # and the border shows
+        # At the border, the features differ.
+        assert d[:, 0].any() and d[:, :, 0].any() and 0 < free[0]
     with pytest.raises(
         ValueError,
         match="context of 58x58 about a crop of size=40 does not fit stage='layer4'; expected a "
@@ -112,11 +114,13 @@ def test_the_difference_is_exactly_zero_out_of_reach_of_the_border(tiny):
 def test_the_difference_is_zero_where_the_padding_is_what_surrounds_the_crop(tiny):
     model, size = tiny(whole=True), 24
     variables = variables_of(model)
-    tiled = np.tile(images(size), (1, 3, 3, 1))  # goes on beyond the crop as circular padding does
+    # Tiles continue a crop in the same way as circular padding.
+    tiled = np.tile(images(size), (1, 3, 3, 1))
     for d in differences(model, variables, tiled, size, "circular").values():
         assert not d.any()
     assert differences(model, variables, tiled, size, "zeros")["layer2"].any()
-    flat = np.full((2, 48, 48, 3), 90, np.uint8)  # a constant image goes on as it is
+    # These three fills continue a constant image unchanged.
+    flat = np.full((2, 48, 48, 3), 90, np.uint8)
     for fill in ("reflect", "replicate", "circular"):
         assert not differences(model, variables, flat, size, fill)["layer4"].any()
     assert differences(model, variables, flat, size, "zeros")["layer4"].any()
@@ -141,9 +145,8 @@ def test_strength_finds_what_was_put_in():
     )
     nothing = patterns.strength(inside[:10] + noise[:10], inside[:10])
     assert abs(nothing.shared) < 0.02 and nothing.snr == pytest.approx(0.8 / np.sqrt(10), rel=0.1)
-    half = patterns.strength(
-        inside + pattern + 2 / 3 * noise, inside
-    )  # as much energy in the noise as in the pattern
+    # The noise has as much energy as the pattern.
+    half = patterns.strength(inside + pattern + 2 / 3 * noise, inside)
     assert half.shared == pytest.approx(0.5, abs=0.01)
     shrunk = patterns.strength(1e-25 * (inside + pattern), 1e-25 * inside)
     assert shrunk.rms == pytest.approx(2 / 3, rel=1e-2)
@@ -153,8 +156,7 @@ def test_strength_finds_what_was_put_in():
 
 
 def matrix(window, n, fill):
-    """How often each of n cells enters each output of a window, along one axis, one tap at a
-    time."""
+    """Returns how often each of n cells enters each output of a window on one axis."""
     padding = {"none": 0, "full": window.kernel - 1}.get(fill, window.padding)
     rows = []
     for start in range(-padding, n + padding - window.kernel + 1, window.stride):
@@ -270,7 +272,7 @@ def test_windows_side_by_side_form_no_chain():
 
 
 class Beside(base.Network):
-    """Windows of 3 and of 5, and behind them one more."""
+    """A network with two windows, of 3 and of 5 pixels, side by side."""
 
     input_shape: tuple[int, int, int] = (16, 16, 1)
 
@@ -285,11 +287,11 @@ class Beside(base.Network):
 def test_full_and_circular_hide_the_rook_from_every_kernel(standard_promotion):
     train = jax.jit(position_quadrant.train_rook.__wrapped__, static_argnames="padding")
     assert train("zeros", jax.random.key(0)) == 1  # published: 100 %
-    found = {
+    shares = {
         fill: position_quadrant.kernels_that_differ(fill, 0)
         for fill in ("zeros", "none", "full", "circular")
     }
-    assert found["none"] > found["zeros"] > 0.1 and found["full"] == found["circular"] == 0
+    assert shares["none"] > shares["zeros"] > 0.1 and shares["full"] == shares["circular"] == 0
 
 
 @pytest.mark.slow
@@ -312,19 +314,20 @@ def test_quadrants_and_their_readout(tiny):
         padded = model.clone(padding=fill)
         maxima[fill] = position_quadrant.maxima(padded, variables, canvases, "layer4")["layer4"]
         assert maxima[fill].shape == (8, 4)
-    # 120 pixels are a multiple of the stride: circular padding hides where the content stands.
+    # Circular padding hides the content's place, since 120 pixels are a multiple of the stride.
     np.testing.assert_array_equal(maxima["circular"][:4], maxima["circular"][4:])
     assert (maxima["zeros"][:4] != maxima["zeros"][4:]).any()
 
     rng = np.random.default_rng(0)
     both = np.tile(rng.standard_normal((1, 40, 30)), (2, 1, 1))
     assert position_quadrant.read_out(both[:, :20], both[:, 20:]) == 0.5
-    told = both + 0.6 * np.array([1, -1])[:, None, None] * rng.standard_normal(30)
-    assert position_quadrant.read_out(told[:, :20], told[:, 20:]) > 0.9
+    separated = both + 0.6 * np.array([1, -1])[:, None, None] * rng.standard_normal(30)
+    assert position_quadrant.read_out(separated[:, :20], separated[:, 20:]) > 0.9
 
 
 @pytest.mark.slow
 def test_leaving_photographs_out_is_done_exactly(monkeypatch):
+    """The closed form equals solving without each photograph in turn."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 6, 4)) + np.array([0.3, -0.3])[:, None, None]
     errors = []
@@ -334,11 +337,11 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
     for strength in position_quadrant._STRENGTHS:
         error = 0
         for i in range(6):
-            kept = np.setdiff1d(np.arange(12), [i, i + 6])
-            center = z[kept].mean(0)
+            rest = np.setdiff1d(np.arange(12), [i, i + 6])
+            center = z[rest].mean(0)
             w = np.linalg.solve(
-                (z[kept] - center).T @ (z[kept] - center) + strength * mean * np.eye(4),
-                (z[kept] - center).T @ y[kept],
+                (z[rest] - center).T @ (z[rest] - center) + strength * mean * np.eye(4),
+                (z[rest] - center).T @ y[rest],
             )
             error += np.square((z[[i, i + 6]] - center) @ w - y[[i, i + 6]]).sum()
         errors.append(error)

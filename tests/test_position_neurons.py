@@ -1,4 +1,4 @@
-"""Padding-aware channels: the statistic, built channels that are found or not, the report."""
+"""Padding-aware channels: the statistic, hand-made channels, and the report."""
 
 import argparse
 import functools
@@ -54,7 +54,7 @@ def test_the_statistic_is_scipy_s_with_and_without_ties(levels):
 
 @pytest.mark.parametrize("padding", ["zeros", "none", "circular"])
 def test_a_channel_that_reads_beyond_the_border_is_found_under_zeros_alone(padding):
-    """Three channels copy a pixel: the one at the window's center, left of it, and below it."""
+    """Three channels copy the pixel at the window's center, left of it, and below it."""
     kernel = np.zeros((3, 3, 1, 3), np.float32)
     kernel[1, 1, 0, 0] = 1
     kernel[1, 0, 0, 1] = 1
@@ -154,7 +154,7 @@ def test_channels_are_counted_for_random_and_trained_weights(
 
 
 def test_seeds_may_share_photographs(monkeypatch):
-    """Each seed draws from all photographs: there may be more seeds than disjoint pairs."""
+    """Each seed draws from all photographs, so seeds may outnumber disjoint pairs."""
     paths = [pathlib.Path(f"{number}.jpg") for number in range(13)]
     monkeypatch.setattr(photographs, "list_photographs", lambda folder: paths)
     monkeypatch.setattr(photographs, "check_sizes", lambda *arguments: None)

@@ -1,4 +1,4 @@
-"""Accuracy by place: where digits lie, what padding and sampling make equal, the report."""
+"""Accuracy by place: positions of digits, equal places, and the report."""
 
 import json
 
@@ -64,11 +64,12 @@ def test_kinds_of_places_are_counted_from_the_trained_one():
     ],
 )
 def test_what_padding_and_sampling_make_equal(small, sampling, padding, equal):
+    """With circular padding, `aps` makes all places equal, and `stride` whole strides."""
     model = study.build(Point("center", sampling, padding, 0))
     variables = quick.variables(model, jnp.zeros((1, 28, 28, 3)))
     images = digits(40)
     canvases = study.lay(images, 4, 4)
-    # Random weights would give all digits one class: the mean logits are taken out.
+    # Random weights would give all digits one class, so the mean logits are subtracted.
     logits = jax.jit(model.apply)(variables, augment.normalize(canvases, *augment.IMAGENET))
     head = variables["params"]["fc"]
     head["bias"] = head["bias"] - logits.mean(0)
@@ -162,7 +163,7 @@ def test_networks_are_trained_at_one_place_and_reported(
     (row,) = json.loads((tmp_path / "places.json").read_text())
     accuracies = np.array(row["accuracies"])
     assert accuracies.shape == (PLACES, PLACES)
-    # Whole strides are circular shifts of the maps.
+    # Moving a digit by whole strides only shifts the maps circularly.
     assert len(set(accuracies[::2, ::2].ravel())) == 1
     assert "| corner | stride | circular | " in (tmp_path / "report.md").read_text()
     assert (tmp_path / "places.png").stat().st_size > 1000

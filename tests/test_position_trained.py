@@ -1,5 +1,4 @@
-"""Position in trained networks, and what moves it: the canvases, windows, regressions and heads are
-what they say; every report is whole."""
+"""Position in trained networks: canvases, channels, moved content, training."""
 
 import argparse
 import functools
@@ -51,11 +50,11 @@ def test_an_image_fills_its_cell_and_nothing_else(canvas):
 def test_circular_padding_cannot_tell_the_cell():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     x = canvases.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255
-    found = {}
+    logits = {}
     for fill in ("circular", "zeros"):
         model = SmallConvNet(9, fill, input_shape=x.shape[1:], layers=position_canvas.LAYERS)
-        found[fill] = np.asarray(jax.jit(model.apply)(_init(model), x))
-    assert np.ptp(found["circular"], 0).max() < 1e-5 < 1e-3 < np.ptp(found["zeros"], 0).max()
+        logits[fill] = np.asarray(jax.jit(model.apply)(_init(model), x))
+    assert np.ptp(logits["circular"], 0).max() < 1e-5 < 1e-3 < np.ptp(logits["zeros"], 0).max()
 
 
 def test_training_and_test_canvases_are_drawn_from_the_seed(cifar):
@@ -100,8 +99,8 @@ def test_a_blind_head_is_a_channel_set_to_zero():
         global_avg_pool(conv(features.at[..., gone].set(0), head["kernel"], padding=1))
         + head["bias"]
     )
-    found = jax.jit(model.apply)(position_channels.without(variables, gone), x)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    logits = jax.jit(model.apply)(position_channels.without(variables, gone), x)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------ moved content
@@ -113,7 +112,8 @@ def test_slopes_tell_the_frame_from_the_scene(kind, frame, scene):
     size, shifts = position_shift._SIZE, np.array(position_shift._SHIFTS)
     place = np.broadcast_to(np.arange(size), (len(shifts), size, size))
     maps = 0.4 + (frame * place + scene * (place + shifts[:, None, None])) / (size - 1)
-    if kind == "object":  # whatever is beside the object does not count
+    if kind == "object":
+        # Values beside the object do not count.
         inside = (place + shifts[:, None, None] >= size - 64) & (
             place + shifts[:, None, None] < size
         )
@@ -127,8 +127,8 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 330, 3), np.uint8)).save(
         tmp_path / "a.png"
     )
-    found = position_shift.scenes(tmp_path / "a.png")
-    windows, objects = found["photograph"], found["object"]
+    scenes = position_shift.scenes(tmp_path / "a.png")
+    windows, objects = scenes["photograph"], scenes["object"]
     assert np.array_equal(windows[1:, :, :-32], windows[:-1, :, 32:])
     for number, shift in enumerate(position_shift._SHIFTS):
         left = 128 - shift
@@ -158,9 +158,10 @@ def test_every_encoder_is_reported(tmp_path, monkeypatch):
     (row,) = json.loads((tmp_path / "shift.json").read_text())
     assert [scene["kind"] for scene in row["scenes"]] == ["photograph"] * 5 + ["object"] * 5
     frame, scene = (
-        np.mean([found[key] for found in row["scenes"][:5]]) for key in ("frame", "scene")
+        np.mean([slopes[key] for slopes in row["scenes"][:5]]) for key in ("frame", "scene")
     )
-    assert abs(scene) < frame / 2  # zeros tell the frame
+    # With zeros, position follows the frame.
+    assert abs(scene) < frame / 2
     assert (
         "| resnet18 | zeros | photograph | " in (tmp_path / "report.md").read_text()
         and (tmp_path / "shift.png").stat().st_size > 1000
@@ -185,7 +186,7 @@ def test_shifted_windows_show_what_lies_beside_the_middle():
 
 
 def save_photographs(folder, *levels):
-    """Saves a gray photograph of each level."""
+    """Saves a gray photograph of each level; returns their paths."""
     folder.mkdir()
     for level in levels:
         pixels = np.full((30, 40 + level, 3), level, np.uint8)
@@ -194,11 +195,11 @@ def save_photographs(folder, *levels):
 
 
 def test_photographs_have_the_margin_that_a_network_needs(tmp_path):
-    # conv2 sees 2 px beside its own, and its stride is 2.
+    # conv2 sees 2 px on each side, and its stride is 2.
     model = SmallConvNet(input_shape=(72, 72, 3), layers=((8, 1), (16, 2)))
     paths = save_photographs(tmp_path / "photographs", 10, 20, 30)
     context = position_training.draw_photographs(model, paths, 0, 3)
-    # 6 px are a multiple of the margin of 2 px, and of the pixels of 3 px.
+    # The margin of 6 px is a multiple of the needed 2 px and of enlarged pixels of 3 px.
     assert context.shape == (3, 72 + 12, 72 + 12, 3)
     assert sorted(context[:, 0, 0, 0]) == [10, 20, 30]
     np.testing.assert_array_equal(context[:, ::3, ::3].repeat(3, 1).repeat(3, 2), context)
@@ -209,7 +210,7 @@ def test_photographs_have_the_margin_that_a_network_needs(tmp_path):
 def test_zeros_leave_a_pattern_and_a_border_that_goes_on_as_the_photograph_leaves_none():
     model = SmallConvNet(input_shape=(24, 24, 3), layers=((4, 1), (8, 2)))
     variables = quick.variables(model)
-    # Constant photographs go on as replication has it; nearly alike, they share what zeros do.
+    # Replication continues a constant photograph. Two nearly equal ones share the zeros' pattern.
     context = np.full((2, 28, 28, 3), 90, np.uint8)
     context[1] += 1
     rows = {}
@@ -225,7 +226,7 @@ def test_zeros_leave_a_pattern_and_a_border_that_goes_on_as_the_photograph_leave
 
 
 def network_of(padding, seed, **fields):
-    """Makes the result of a network with one stage, whose R2 rises by its seed."""
+    """Returns the result of a network with one stage; its R2 rises with the seed."""
     probes = []
     for epoch, stage, name, data in itertools.product(
         (0, 1), ("conv1", "all"), ("H", "V"), ("natural", "black")
@@ -280,7 +281,7 @@ def test_differences_between_paddings_and_by_training_are_paired():
 
 
 def run(module, *arguments, **changes):
-    """Runs an experiment that is made smaller by `changes` of its module."""
+    """Runs an experiment; `changes` replace names of its module to make it small."""
     return forked.run(module.__name__, *arguments, flags=quick.FLAGS, changes=changes)
 
 
@@ -294,20 +295,20 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
     ]
     done = run(position_training, *arguments, 1, **changes)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "training.json").read_text())
-    image, zeros, none = found
+    results = json.loads((tmp_path / "training.json").read_text())
+    image, zeros, none = results
     assert image["part"] == "image" and {row["stage"] for row in image["probes"]} == {"image"}
     assert {entry["epoch"] for entry in zeros["probes"]} == {0, 1}
     assert len(zeros["probes"]) == 2 * 3 * 2 * 2
     spc = lambda row: [entry["spc"] for entry in row["probes"] if entry["data"] == "black"]
-    # Of a black image, zeros tell the position and nothing else does.
+    # On a black image, only zeros show the position.
     assert np.mean(spc(zeros)) > 0.2
     assert set(spc(none)) == {0}
     assert "| zeros | " in (tmp_path / "report.md").read_text()
     assert (tmp_path / "training.png").stat().st_size > 1000
 
-    # A finished network is not probed again, which would fail here. Nor is one that was finished
-    # before patterns were measured.
+    # Finished networks are not probed again, which would fail here. The same holds for networks of
+    # an earlier version that measured no patterns.
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("photographs") is None
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -322,7 +323,7 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
     assert "'NoneType' object is not callable" in failed.stderr
 
 
-# Networks for CIFAR-10; without padding, the second leaves nothing of its images.
+# Networks for CIFAR-10; without padding, the second has no output.
 TINY = """
 import functools
 from cnnjax.models import base
@@ -405,7 +406,7 @@ def test_channel_networks_are_reported(tmp_path, data_dir):
     )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "channels.json").read_text())
-    # No channel is gone, or all are.
+    # With no channel or all channels removed, their order does not matter.
     assert row["ranked"] == pytest.approx(row["random"])
     assert row["ranked"][0] == row["accuracy"]
     assert "| gapnet | location | " in (tmp_path / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""Published weights: their records, where they come from, and what they are used for."""
+"""Published weights: their records, their downloads, and their use in commands."""
 
 import dataclasses
 import functools
@@ -63,7 +63,8 @@ def test_a_record_as_torchvision_publishes_it():
     assert (record.resize, record.crop, record.hub) == (232, 224, "timm/resnet50.tv2_in1k")
     inception = weights.find("inception_v3")
     assert (inception.resize, inception.crop, inception.transform_input) == (342, 299, True)
-    assert weights.find("mobilenet_v2").hub is None  # timm's are other weights
+    # timm's weights of this network are other ones.
+    assert weights.find("mobilenet_v2").hub is None
     assert weights.of_file("~/x/googlenet-1378be20.pth") == weights.find("googlenet")
     assert weights.of_file("googlenet.pth") is None
 
@@ -120,7 +121,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()[:8]
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, cuts the connection after `cut` bytes, and notes the ranges asked for."""
+    """Serves CONTENT up to `cut` bytes per connection, and records requested ranges."""
 
     cut = len(CONTENT)
     takes_ranges = True
@@ -157,7 +158,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine: its address, and the class of its settings."""
+    """Starts a local server; yields a URL and the handler class with its settings."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     handler = type("Handler", (Server,), {"asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
@@ -180,7 +181,7 @@ def test_a_download_that_is_cut_off_is_resumed(server, tmp_path):
 @pytest.mark.parametrize("takes_ranges", [True, False])
 @pytest.mark.parametrize("arrived", [1, 2_000_000, len(CONTENT)])
 def test_a_later_call_resumes_what_an_earlier_one_left(arrived, takes_ranges, server, tmp_path):
-    """Also from a server that starts at the beginning, and where only the renaming was left."""
+    """The server may ignore ranges, and a complete file may lack only its final name."""
     url, handler = server
     handler.takes_ranges = takes_ranges
     (tmp_path / "w.pth.partial").write_bytes(CONTENT[:arrived])
@@ -191,7 +192,7 @@ def test_a_later_call_resumes_what_an_earlier_one_left(arrived, takes_ranges, se
 
 @pytest.mark.parametrize("cut", [2_000_000, len(CONTENT)])
 def test_an_answer_without_a_length_is_read_to_its_end(cut, server, tmp_path):
-    """Some proxies pass files on in chunks. What is cut off is resumed."""
+    """Some proxies send files in chunks; a cut-off download is resumed."""
     url, handler = server
     handler.cut = cut
     handler.is_chunked = True
@@ -226,7 +227,7 @@ def test_a_server_that_sends_nothing_is_an_error(server, tmp_path):
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
-    """Empty caches, and a proxy in place of the network, which refuses connections."""
+    """Sets empty caches and a proxy that refuses connections; returns their folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
@@ -284,7 +285,7 @@ def test_servers_that_never_answer_are_given_up_on(caches, monkeypatch):
 
 @pytest.fixture
 def servers(caches, monkeypatch):
-    """Servers that answer without a network; yields what is asked of them, in order."""
+    """Replaces the servers by local functions; returns a list that records requests."""
     asked = []
 
     def from_hub(repository, file):
@@ -316,13 +317,13 @@ def servers(caches, monkeypatch):
     ],
 )
 def test_the_hub_comes_before_torchvisions_server(name, tag, asked, servers, caches):
-    """Unless timm has other weights of that name, or the hub fails."""
-    found = weights.fetch(name, tag)
+    """torchvision's server is asked only if timm has other weights or the hub fails."""
+    path = weights.fetch(name, tag)
     assert servers == asked
     if asked[-1].endswith(".pth"):
-        assert found == str(caches / "torch" / "hub" / "checkpoints" / asked[-1])
+        assert path == str(caches / "torch" / "hub" / "checkpoints" / asked[-1])
     else:
-        assert found == "hub.safetensors"
+        assert path == "hub.safetensors"
 
 
 def test_the_hubs_cache_comes_before_any_server(servers, monkeypatch):
@@ -351,7 +352,7 @@ def test_a_hub_that_is_offline_is_not_asked(servers, monkeypatch):
     ],
 )
 def test_photographs_are_prepared_as_by_torchvision(name, resize, crop):
-    """tests/golden/make_pth.py has every 16th pixel of torchvision's own transforms."""
+    """Compares every 16th pixel with torchvision's transforms (golden/make_pth.py)."""
     record = dataclasses.replace(weights.find("resnet50"), resize=resize, crop=crop)
     pixels = weights.preprocess(PHOTOGRAPHS / name, record)
     assert pixels.shape == (crop, crop, 3)
@@ -372,7 +373,7 @@ def test_an_image_in_memory_of_more_than_8_bits_is_refused(kind, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
 def test_networks_of_google_convert_their_input(name, stage):
-    """With ImageNet weights alone: x * (std / 0.5) + (mean - 0.5) / 0.5 of each channel."""
+    """With ImageNet weights, the input becomes x * (std / 0.5) + (mean - 0.5) / 0.5."""
     assert not create_model(name).transform_input
     plain = create_model(name, aux_logits=False)
     fields = weights.fields_for(name, "imagenet")
@@ -451,7 +452,7 @@ def test_predict_names_what_photographs_show(data_dir, capsys):
 def finished_run(
     folder: pathlib.Path, image_shape: tuple[int, int, int] = (8, 8, 1), **settings
 ) -> tuple:
-    """Makes the work directory of an untrained run, on digits unless the settings say otherwise.
+    """Creates the work directory of an untrained run, by default on digits.
 
     Returns the model and its variables.
     """
@@ -475,7 +476,7 @@ def finished_run(
 
 
 def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
-    """Grayscale, at the run's size, normalized by the run's own moments."""
+    """Photographs become gray, have the run's size, and are normalized by its moments."""
     model, variables = finished_run(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
     files = []
@@ -504,11 +505,11 @@ def test_predict_prepares_photographs_as_the_run_did(tmp_path, capsys):
 
 
 def test_photographs_of_a_run_on_rectangles(tmp_path):
-    """As of camvid_scenes: 180x240 pixels, several classes for each."""
+    """As in camvid_scenes, images have 180x240 pixels and several classes."""
     settings = {"model": "scene_net", "dataset": "camvid_scenes", "loss": "sigmoid"}
     model, variables = finished_run(tmp_path / "run", (180, 240, 3), **settings)
     pixels = np.random.default_rng(0).integers(0, 256, (180, 240, 3), dtype=np.uint8)
-    # Twice as large, with margins on the left and right that a crop of the middle leaves out.
+    # Twice as large, with margins on the left and right that a center crop removes.
     wide = np.zeros((360, 500, 3), np.uint8)
     wide[:, 10:490] = pixels.repeat(2, 0).repeat(2, 1)
     tall = np.zeros((400, 480, 3), np.uint8)
@@ -519,15 +520,15 @@ def test_photographs_of_a_run_on_rectangles(tmp_path):
     network = classifier.trained(tmp_path / "run")
     same, smaller, middle = map(network.read, paths)
     np.testing.assert_array_equal(same, pixels)
-    # The filter is antialiased, so that each pixel has something of its neighbors'.
+    # Antialiasing mixes neighboring pixels.
     assert smaller.shape == middle.shape == (180, 240, 3)
     assert np.corrcoef(smaller.ravel(), pixels.ravel())[0, 1] > 0.9
     assert (middle[1:-1] == 200).all()
 
-    (found,) = predict.probabilities(network, paths[:1])
+    (probabilities,) = predict.probabilities(network, paths[:1])
     normalized = (pixels[None] / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
     (logits,) = jax.jit(model.apply)(variables, normalized)
-    np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-5)
+    np.testing.assert_allclose(probabilities, jax.nn.sigmoid(logits), atol=1e-5)
 
 
 def test_photographs_in_gray_of_a_run_on_rectangles(tmp_path):
@@ -538,13 +539,13 @@ def test_photographs_in_gray_of_a_run_on_rectangles(tmp_path):
 
 
 def test_a_run_of_nested_fields_is_opened_again(tmp_path):
-    """The fields of convnet are tuples of tuples, which are lists in JSON."""
+    """The fields of convnet are tuples of tuples, which become lists in JSON."""
     fields = ml_collections.ConfigDict({"blocks": ((4, 4), (8,))})
     model, _ = finished_run(tmp_path / "run", (8, 8, 3), model="convnet", model_fields=fields)
     reopened = train.open_run(tmp_path / "run")
     assert reopened.model == model
     assert reopened.config.model_fields.blocks == ((4, 4), (8,))
-    # As from a configuration file or a command line.
+    # A configuration file or a command line may give lists.
     listed = create_model("convnet", blocks=[[4, 4], [8]], input_shape=(8, 8, 3))
     assert hash(listed) == hash(model)
 
@@ -617,7 +618,7 @@ def test_predict_reads_no_weights_before_it_knows_the_files(tmp_path, capsys):
 
 
 def test_predict_prints_what_it_has_before_a_damaged_photograph(tmp_path, monkeypatch, capsys):
-    """The header is whole, the pixels are not; batches of one."""
+    """The last photograph has truncated pixels, and batches have one image."""
     finished_run(tmp_path / "run")
     monkeypatch.setattr(predict, "_BATCH", 1)
     names = ("a.png", "b.png", "c.png")
@@ -636,10 +637,10 @@ def test_classes_of_a_photograph_that_has_several(tmp_path):
     model, variables = finished_run(tmp_path / "run", loss="sigmoid")
     PIL.Image.new("L", (8, 8), 200).save(tmp_path / "a.png")
     network = classifier.trained(tmp_path / "run")
-    (found,) = predict.probabilities(network, [tmp_path / "a.png"])
+    (probabilities,) = predict.probabilities(network, [tmp_path / "a.png"])
     normalized = np.full((1, 8, 8, 1), (200 / 255 - 0.25) / 0.5, np.float32)
     (logits,) = jax.jit(model.apply)(variables, normalized)
-    np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-5)
+    np.testing.assert_allclose(probabilities, jax.nn.sigmoid(logits), atol=1e-5)
 
 
 def test_a_segmentation_run_is_refused(tmp_path):
@@ -651,7 +652,7 @@ def test_a_segmentation_run_is_refused(tmp_path):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("shape", [(8, 8, 1), (8, 12, 1)])
 def test_evaluate_scores_a_run_on_other_photographs(shape, tmp_path, capsys):
-    """Four of six photographs are in the folder of the class that the network names."""
+    """Four of six photographs lie in the folder of the predicted class."""
     model, variables = finished_run(tmp_path / "run", shape)
     pixels = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     normalized = (pixels / np.float32(255) - np.float32(0.25)) / np.float32(0.5)
@@ -689,7 +690,7 @@ def test_evaluate_refuses_what_it_cannot_score(folder, settings, message, tmp_pa
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_evaluate_counts_the_same_in_every_layout(data_dir, tmp_path, capsys):
-    """The first 40 photographs, by their names and in folders by number, on 8 devices."""
+    """Labels of 40 photographs come from file names or from numbered folders."""
     files = sorted((data_dir / "imagenet_sample").iterdir())[:40]
     for file in files:
         number, _, label = file.stem.split("_", 2)
@@ -724,7 +725,7 @@ def test_labels_that_cannot_be_told_are_refused(names, message, tmp_path):
 
 
 def test_class_folders_have_names_or_numbers(tmp_path):
-    """A name with a slash, which no folder can have, leaves the number."""
+    """No folder can have a class name with a slash; the class's number stands for it."""
     for name in ("2", "0", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").touch()
@@ -737,7 +738,7 @@ def test_class_folders_have_names_or_numbers(tmp_path):
 
 @pytest.mark.parametrize("classes", [("1", "2", "3"), ("1", "2", "a"), ("00", "01", "02")])
 def test_numbers_are_names_where_classes_have_such_names(classes, tmp_path):
-    """A folder 0 is not the first class, which is called otherwise."""
+    """A folder 0 does not stand for the first class if classes are named by numbers."""
     for name in classes:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").touch()

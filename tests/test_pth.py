@@ -1,4 +1,4 @@
-"""PyTorch's .pth files: what PyTorch wrote is read exactly, what is hostile is refused."""
+"""PyTorch's .pth files: values are read exactly, and hostile files are refused."""
 
 import collections
 import io
@@ -17,7 +17,7 @@ from cnnjax.weights import pth
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-# ------------------------------------------------------------------ what PyTorch wrote
+# ------------------------------------------------------------------ files by PyTorch
 
 
 @pytest.mark.parametrize("file", ["kinds.pth", "kinds_legacy.pth"])
@@ -61,7 +61,7 @@ def test_a_whole_module_is_refused_with_advice():
         weights.read(GOLDEN / "model.pth")
 
 
-# ------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------ files by cnnjax
 
 
 class _StandardUnpickler(pickle.Unpickler):
@@ -98,7 +98,7 @@ def test_what_is_written_reads_back_and_is_what_torch_save_writes(tmp_path):
         unpickled = _StandardUnpickler(io.BytesIO(archive.read("archive/data.pkl"))).load()
     storage = ("storage", "torch.FloatStorage", "0", "cpu", 24)
     assert unpickled["layers.0.weight"] == [storage, 0, (2, 3, 4), (12, 4, 1), False, {}]
-    # torchvision's MNASNet takes version 1 or 2 of the whole network, and no file without one.
+    # torchvision's MNASNet requires a version for the whole network, 1 or 2.
     assert unpickled._metadata[""] == {"version": 2}
     assert unpickled._metadata["layers.0"] == {"version": 1}
     assert unpickled._metadata["layers.1"] == {"version": 2}
@@ -108,7 +108,7 @@ def test_what_is_written_reads_back_and_is_what_torch_save_writes(tmp_path):
 
 
 def archive(pickled: bytes, storages: dict[str, bytes], method=zipfile.ZIP_STORED) -> bytes:
-    """A file in zip format."""
+    """Returns a file in zip format."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as members:
         members.writestr("x/data.pkl", pickled)
@@ -118,7 +118,7 @@ def archive(pickled: bytes, storages: dict[str, bytes], method=zipfile.ZIP_STORE
 
 
 def legacy(pickled: bytes, keys: list, tail: bytes, system: dict | None = None) -> bytes:
-    """A file in legacy format; `tail` follows the list of keys."""
+    """Returns a file in legacy format; `tail` follows the list of keys."""
     system = {"little_endian": True} if system is None else system
     before = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)]
     return b"".join([*before, pickled, pickle.dumps(keys, 2), tail])
@@ -130,7 +130,7 @@ def name(text: str) -> bytes:
 
 
 def plain(value) -> bytes:
-    """A value's opcodes, without its pickle's first and last."""
+    """Returns a value's opcodes, without the first and last of its pickle."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -153,7 +153,7 @@ NUMBERS = np.arange(4, dtype=np.float32).tobytes()
 
 
 def test_the_attacks_begin_from_files_that_are_read(tmp_path):
-    """What is changed below is right as it stands."""
+    """The unchanged files are valid, so each attack is refused for its own fault."""
     path = tmp_path / "w.pth"
     for content in (
         archive(state(tensor()), {"0": NUMBERS}),
@@ -164,7 +164,10 @@ def test_the_attacks_begin_from_files_that_are_read(tmp_path):
 
 
 def test_a_file_of_python_2_is_read(tmp_path):
-    """PyTorch 0.1 to 0.3: bytes for text, an OrderedDict of pairs, the first rebuilder, longs."""
+    """PyTorch 0.1 to 0.3 wrote such files.
+
+    They have bytes for text, an OrderedDict of pairs, the first rebuild function, and longs.
+    """
     text = lambda value: b"U" + bytes([len(value)]) + value.encode()
     stored = b"(" + text("storage") + name("torch.FloatStorage") + text("9")
     stored += text("cuda:0") + b"\x8a\x01\x04" + b"NtQ"
@@ -269,7 +272,7 @@ LONG = ("a deep key", "five million dictionaries")
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in PICKLES],
 )
 def test_pickles_that_attack(attack, tmp_path, monkeypatch):
-    """In both formats: an error of one line, nothing run, little memory."""
+    """Both formats are refused with one line, run nothing, and take little memory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     watch = Watch(400)
@@ -285,7 +288,7 @@ def test_pickles_that_attack(attack, tmp_path, monkeypatch):
 
 
 def overlapping() -> bytes:
-    """An archive whose members all lie on the same bytes: 64 MB that are 1 MB."""
+    """Returns an archive whose members all share the same bytes: 64 MB in 1 MB."""
     content = bytearray(archive(state(tensor()), {"0": bytes(1 << 20)}))
     end = content.rindex(b"PK\x05\x06")
     directory = struct.unpack_from("<I", content, end + 16)[0]

@@ -1,4 +1,4 @@
-"""The Red/Green experiment: its images are what it says, and its report holds what was run."""
+"""The Red/Green experiment: images as described, and results in the report."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("dissimilar", [False, True])
 def test_order_and_rows(dissimilar):
-    """Every place that the authors' code draws is drawn, and no other."""
+    """Images have every place of the authors' code, and no other."""
     images, labels = position_redgreen.draw(np.random.default_rng(0), 4000, dissimilar)
     assert images.sum((1, 2)).tolist() == [[16, 16, 0]] * 4000 and labels.tolist() == [0, 1] * 2000
     seen = {0: set(), 1: set()}
@@ -40,12 +40,14 @@ def test_order_and_rows(dissimilar):
 
 
 def test_splits():
-    """Own images are drawn anew; published ones are training images, and the dissimilar ones those
-    with other rows."""
+    """`own` test images are new; `published` ones are training images.
+
+    The published dissimilar test has the same images with moved rows.
+    """
     train, *others = (
         [image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own")
     )
-    # Of some 24,000 different images 2,000 are trained on.
+    # Training uses 2,000 of some 24,000 different images.
     assert (
         all(len(set(other) - set(train)) > 850 for other in others)
         and len(set(others[0]) & set(others[1])) < 100

@@ -1,4 +1,4 @@
-"""The reference pages that are made from the code are up to date."""
+"""The reference pages, which are generated from the code, are up to date."""
 
 import importlib.util
 import pathlib

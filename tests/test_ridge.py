@@ -1,4 +1,4 @@
-"""Ridge regression against the definition, and the scaler against NumPy."""
+"""Ridge regression compared with its definition, and the scaler with NumPy."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ STRENGTHS = np.array([0.01, 1.0, 100.0])
 
 
 def random_problem(examples, features):
-    """Centered features [n, d] and two targets [n, 2]."""
+    """Returns centered features [n, d] and two centered targets [n, 2]."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((examples, features))
     y = rng.standard_normal((examples, 2))

@@ -1,4 +1,4 @@
-"""Sampling as a policy: its algebra, the authors' outputs, and every network under it."""
+"""Sampling: the operation, its authors' outputs, and every network with it."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from experiments import sampling as study
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "sampling.npz")
 SAMPLED = tuple(sampling for sampling in SAMPLINGS if sampling != "stride")
-# NumPy's names of the fills that copy or repeat what they are given.
+# Fills that NumPy has, too, with its names for them.
 MODES = {
     "zeros": "constant",
     "reflect": "reflect",
@@ -97,12 +97,12 @@ def test_a_constant_stays_constant_where_the_border_is_not_invented():
 def test_adaptive_sampling_keeps_the_grid_of_largest_norm():
     x = np.zeros((3, 4, 6, 2), np.float32)
     x[0, 1::2, ::2] = 1
-    # Larger in sum, smaller in norm.
+    # This grid has a larger sum and a smaller norm.
     x[0, ::2, 1::2] = 0.9
     # One channel decides for both.
     x[1, 1::2, 1::2, 0] = -2
     x[1, ::2, ::2, 1] = 1
-    # Of equals, the first.
+    # Among grids of equal norm, the first is kept.
     x[2] = 1
     x[2, :, :, 1] = np.arange(6) // 2
     y = sample(x, 2, sampling="aps")
@@ -115,11 +115,11 @@ def test_a_skip_keeps_the_grid_of_its_branch():
     x = image(4, 6, 6, 3)
     branch = image(4, 6, 6, 5, seed=1)
     y = sample(x, 2, sampling="aps", like=branch)
-    for one, its_branch, kept in zip(x, branch, y):
+    for one, its_branch, sampled in zip(x, branch, y):
         grids = list(np.ndindex(2, 2))
         norms = [np.linalg.norm(its_branch[row::2, column::2]) for row, column in grids]
         row, column = grids[int(np.argmax(norms))]
-        np.testing.assert_array_equal(kept, one[row::2, column::2])
+        np.testing.assert_array_equal(sampled, one[row::2, column::2])
 
 
 def test_a_map_that_the_stride_does_not_divide_is_followed_by_its_first_rows():
@@ -171,7 +171,7 @@ def test_pools_by_their_definition():
 
 
 def test_filtered_means_count_what_is_inside():
-    """With a border, whose zeros are outside: the mean of a constant is the constant."""
+    """Zeros outside of the map do not count: the mean of a constant is the constant."""
     x = jnp.full((1, 6, 6, 2), 3.0)
     for fill in ("partial", "random"):
         means = avg_pool(x, 2, 2, 1, sampling="blur", fill=fill)
@@ -229,7 +229,7 @@ def stages_and_logits(model, variables, x):
 
 
 def outputs(model, shape):
-    """Returns the shapes of stages and logits, and of parameters, without computing any."""
+    """Returns the shapes of stages and logits, and of parameters."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     run = functools.partial(model.init_with_output, method="_run", train=False, last="logits")
     maps, variables = jax.eval_shape(run, jax.random.key(0), x)
@@ -268,7 +268,7 @@ def test_every_network_accepts_every_sampling():
 
 
 def variables_of(model):
-    """Returns weights that are no one's, for images of 16x16 pixels."""
+    """Returns random variables for images of 16x16 pixels."""
     return quick.variables(model, jnp.zeros((1, 16, 16, 3)))
 
 
@@ -353,7 +353,7 @@ def test_commands_take_it(tmp_path, capsys):
     dense = json.loads(capsys.readouterr().out)
     assert quick.exit_code(summary.main, arguments) == 0
     strided = json.loads(capsys.readouterr().out)
-    # The first convolution, of stride 2, at every position.
+    # The first convolution has stride 2; `aps` computes it at every position.
     assert dense["layers"][1]["macs"] == 4 * strided["layers"][1]["macs"]
     assert dense["totals"]["parameters"] == strided["totals"]["parameters"]
 
@@ -434,7 +434,7 @@ def test_the_study_reports_every_column():
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_study_trains_tests_and_reports(data_dir, tmp_path):
-    """Trained or not, adaptive sampling under circular borders ignores circular shifts."""
+    """Trained or not, adaptive sampling with circular padding ignores circular shifts."""
     arguments = ["--workdir", str(tmp_path), "--data_dir", str(data_dir)]
     arguments += ["--networks", "convnet", "--samplings", "aps", "--paddings", "circular"]
     arguments += ["--seeds", "1", "--train", "256", "--epochs", "1", "--test", "128"]

@@ -1,5 +1,4 @@
-"""CamVid, its masks and its scenes; the fully convolutional network's geometry; the two losses
-through the engine; both experiments."""
+"""Segmentation and multiple labels: CamVid, the network, scores, experiments."""
 
 import argparse
 import functools
@@ -54,8 +53,10 @@ def small(monkeypatch):
 
 @pytest.fixture
 def scenes(tmp_path, monkeypatch):
-    """A CamVid of a few small scenes: bright above a random height (sky), dark below (building),
-    void at the left border."""
+    """Writes a CamVid of a few small scenes; returns the data folder.
+
+    A scene is bright above a random height (sky), dark below (building), and void at the left.
+    """
     generator = np.random.default_rng(0)
     counts = (16, 8, 4)
     for part, count in zip(("train", "test", "val"), counts):
@@ -80,20 +81,20 @@ def scenes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_camvid_is_what_was_published(data_dir):
-    found = arrays.load("camvid", str(data_dir), 101)
-    assert [len(split.images) for split in (found.train, found.validation, found.test)] == [
+    camvid = arrays.load("camvid", str(data_dir), 101)
+    assert [len(split.images) for split in (camvid.train, camvid.validation, camvid.test)] == [
         367,
         101,
         233,
     ]
-    for split in (found.train, found.validation, found.test):
+    for split in (camvid.train, camvid.validation, camvid.test):
         assert (
             split.images.shape[1:] == (180, 240, 3) and split.labels.shape == split.images.shape[:3]
         )
         assert np.unique(split.labels).tolist() == [*range(11), augment.IGNORED]
     # Sky is above road in every scene.
     rows = np.arange(180)[:, None]
-    for mask in found.test.labels:
+    for mask in camvid.test.labels:
         sky, road = mask == 0, mask == 3
         if sky.any() and road.any():
             assert (
@@ -101,9 +102,9 @@ def test_camvid_is_what_was_published(data_dir):
                 < np.broadcast_to(rows, mask.shape)[road].mean()
             )
     scenes = arrays.load("camvid_scenes", str(data_dir))
-    assert scenes.validation is None and (scenes.test.images == found.test.images).all()
+    assert scenes.validation is None and (scenes.test.images == camvid.test.images).all()
     pixels = np.stack(
-        [[(mask == number).sum() for number in range(11)] for mask in found.test.labels]
+        [[(mask == number).sum() for number in range(11)] for mask in camvid.test.labels]
     )
     assert (scenes.test.labels == (pixels >= 50)).all() and scenes.test.labels.shape == (233, 11)
 
@@ -168,11 +169,14 @@ def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "none", "reflect", "circular"])
 def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
-    """Of a position that sees no border, the pixels with a gradient are a box about the place that
-    `grids` tells."""
+    """The pixels with a gradient form a box around the place that `grids` returns.
+
+    The position is one that sees no border.
+    """
     encoder = create_model("scene_net", padding=padding)
     variables, x = encoder.init(jax.random.key(0), jnp.ones((1, *SIZE, 3))), jnp.ones((1, *SIZE, 3))
-    variables = jax.tree.map(jnp.abs, variables)  # so that every ReLU is open
+    # With positive weights, every ReLU passes its gradient.
+    variables = jax.tree.map(jnp.abs, variables)
     for stage, (rows, columns) in zip(
         ("block2", "block3"), fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))
     ):
@@ -189,7 +193,8 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
         )
         noise = jax.random.uniform(jax.random.key(1), x.shape)
         reached = np.zeros(SIZE, bool)
-        for axis in (1, 2, 1, 2):  # the max-pool passes the gradient of one of four positions
+        # The max-pool passes the gradient to one of four positions; four flips reach all of them.
+        for axis in (1, 2, 1, 2):
             noise = jnp.flip(noise, axis)
             reached |= np.asarray(run(noise, (2, 3)))[0].any(-1)
         seen = [np.flatnonzero(reached.any(axis)) for axis in (1, 0)]
@@ -201,37 +206,40 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
 
 @pytest.mark.slow
 def test_grids_of_the_scene_network():
-    """By hand: a first 3x3 convolution at stride 2 sees pixels 2i-1 ... 2i+1; without padding it
-    begins one later, as every further one."""
+    """Compares with places computed by hand.
+
+    With padding, the first 3x3 convolution at stride 2 sees pixels 2i-1 ... 2i+1. Without padding,
+    each convolution begins one position later.
+    """
     for padding, first in (("zeros", (1, 3, 7)), ("none", (10, 28, 48))):
         encoder = create_model("scene_net", padding=padding)
-        found = fcn.grids(encoder, (180, 240, 3), ("block2", "block3", "block4"))
-        for (rows, columns), start, step in zip(found, first, (4, 8, 16)):
+        grids = fcn.grids(encoder, (180, 240, 3), ("block2", "block3", "block4"))
+        for (rows, columns), start, step in zip(grids, first, (4, 8, 16)):
             assert (rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]) == (
                 start,
                 start,
                 step,
                 step,
             )
-    assert found[-1][0][-1] <= 179 - 48 and len(found[-1][0]) == 6
+    assert grids[-1][0][-1] <= 179 - 48 and len(grids[-1][0]) == 6
 
 
 @pytest.mark.slow
 def test_scores_lie_where_the_image_is(small):
-    """Without padding, an image that is moved by the stride moves the scores, away from the
-    border."""
+    """Without padding, inner scores move with an image moved by the stride."""
     model = create_model("fcn", num_classes=3, padding="none", **small)
     x = jax.random.uniform(jax.random.key(0), (1, *SIZE, 3))
     variables = model.init(jax.random.key(1), x)
     y, moved = (np.asarray(model.apply(variables, image)) for image in (x, jnp.roll(x, 4, 2)))
     assert y.shape == (1, *SIZE, 3)
     rows, columns = fcn.grids(model.backbone(), (*SIZE, 3), ("block3",))[0]
+    # Pixels farther out have the scores of the grid's edge.
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (
         6,
         14,
         6,
         22,
-    )  # scores of pixels further out are those of its edge
+    )
     np.testing.assert_allclose(moved[:, :, 11:22], y[:, :, 7:18], atol=1e-5)
     assert np.abs(moved[:, :, 5:11] - y[:, :, 1:7]).max() > 1e-3
 
@@ -269,15 +277,15 @@ def test_scores_are_their_definitions(standard_promotion):
         np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]),
         np.array([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 1]]),
     )
-    # Ranks 1 and 3 of four are right: (1 + 2/3) / 2. What all images have says nothing; ties have
-    # the prevalence.
+    # Class 0 is right at ranks 1 and 3 of four: (1 + 2/3) / 2. Class 1 is in all images and has no
+    # score. Class 2 has equal outputs, and so the prevalence as its score.
     assert evaluate.average_precision(outputs, labels) == [
         pytest.approx(5 / 6),
         None,
         pytest.approx(1 / 4),
     ]
-    found = evaluate.score("sigmoid", outputs.astype(np.float32), labels)
-    assert found["mean_ap"] == pytest.approx((5 / 6 + 1 / 4) / 2)
+    scores = evaluate.score("sigmoid", outputs.astype(np.float32), labels)
+    assert scores["mean_ap"] == pytest.approx((5 / 6 + 1 / 4) / 2)
     masks = np.eye(3, dtype=np.float32)[np.array([[[0, 1], [2, 0]]])]
     assert evaluate.score("pixelwise", 9 * masks, np.array([[[0, 1], [1, 255]]]))[
         "mean_iou"
@@ -347,9 +355,8 @@ def test_rings_and_the_part_that_is_reached():
     )
     options = argparse.Namespace(weights=None, data_dir="", epochs=1)
     config = segmentation.configure(options, segmentation.Point("zeros", 0))
-    inside = segmentation.reached(
-        config, (180, 240, 3)
-    )  # by hand: rows 48 ... 128 and columns 48 ... 176
+    # By hand: rows 48 to 128 and columns 48 to 176.
+    inside = segmentation.reached(config, (180, 240, 3))
     assert (
         inside.sum() == 81 * 129
         and inside[48, 48]
@@ -377,8 +384,7 @@ def test_the_verdict_follows_the_numbers():
 
 @pytest.mark.slow
 def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
-    """Bright sky above dark buildings is learned, and the report has what the networks' own work
-    directories have."""
+    """Networks learn bright sky above dark buildings, as their runs and report say."""
     monkeypatch.setitem(
         base._REGISTRY, "fcn", functools.partial(fcn.FCN, scored=("block2", "block3"))
     )
@@ -411,7 +417,8 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
             and row["miou"] > segmentation.score(alone, labels, everywhere)["miou"]
         )
         assert results["by_class"] == row["by_class"] and len(row["by_ring"]) == 3
-        assert results["final"]["test_error"] < 0.15  # the void border does not count
+        # The void border does not count.
+        assert results["final"]["test_error"] < 0.15
         assert "| sky | building |" in (tmp_path / "none,seed=0" / "report.md").read_text()
     report = (tmp_path / "report.md").read_text()
     assert "| none | 12.3 |" in report and "Two seeds of zeros and of none are needed" in report
@@ -473,7 +480,8 @@ def test_wrong_weights_of_multilabel_are_named(given, message, tmp_path, monkeyp
 @pytest.mark.slow
 def test_pooled_features_rank_what_they_know():
     labels = np.random.default_rng(0).integers(0, 2, (80, 3))
-    labels[:, 2] = 1  # in every scene
+    # Class 2 is in every scene and so has no score.
+    labels[:, 2] = 1
     x = labels + np.random.default_rng(1).normal(0, 0.1, labels.shape)
     scores = multilabel.regress(x[:40], labels[:40], x[40:], 0)
     assert evaluate.average_precision(scores, labels[40:]) == [
@@ -486,22 +494,22 @@ def test_pooled_features_rank_what_they_know():
 @pytest.mark.slow
 def test_the_encoders_weights_are_kept(data_dir, tmp_path):
     file = data_dir / "weights" / "squeezenet1_1_imagenet.safetensors"
-    kept = tmp_path / "encoder.safetensors"
-    weights.save_torchvision(segmentation.read_encoder(file), kept)
+    encoder_file = tmp_path / "encoder.safetensors"
+    weights.save_torchvision(segmentation.read_encoder(file), encoder_file)
     model = create_model(
         "fcn", num_classes=11, encoder="squeezenet1_1", scored=segmentation._SQUEEZED
     )
-    taken = transfer.load_initial_weights(kept, model)["params"]
+    loaded = transfer.load_initial_weights(encoder_file, model)["params"]
     whole = transfer.load_initial_weights(file, create_model("squeezenet1_1"))["params"]
-    assert sorted(taken) == sorted(f"features.{number}" for number in (0, 3, 4, 6, 7))
+    assert sorted(loaded) == sorted(f"features.{number}" for number in (0, 3, 4, 6, 7))
     assert all(
-        jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), taken[name], whole[name]))
-        for name in taken
+        jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), loaded[name], whole[name]))
+        for name in loaded
     )
 
 
 def test_an_encoder_is_written_by_the_first_measurement(scenes, tmp_path, monkeypatch):
-    """A refused call changes no file, and a later measurement keeps the encoder that is there."""
+    """A refused call changes no file; a later measurement keeps the encoder."""
     monkeypatch.setattr(segmentation, "read_encoder", lambda file: {"params": {}})
     written = []
     monkeypatch.setattr(weights, "save_torchvision", lambda _, file: written.append(file))

@@ -1,4 +1,4 @@
-"""Streams: sources, splits, order, crops, processes."""
+"""Streamed images: sources, splits, order, crops, and worker processes."""
 
 import io
 import itertools
@@ -32,7 +32,7 @@ ENVIRONMENT = quick.environment()
 
 
 def ramp(width: int, height: int, number: int = 0, x: int = 1, y: int = 1) -> np.ndarray:
-    """An image whose pixels say where they are: [x * column, y * row, number]."""
+    """Returns an image whose pixels encode their place: [x * column, y * row, number]."""
     columns, rows = np.meshgrid(x * np.arange(width), y * np.arange(height))
     return np.stack([columns, rows, np.full_like(rows, number)], -1).astype(np.uint8)
 
@@ -52,12 +52,12 @@ def read(
 
 
 def numbers(found) -> list[list[int]]:
-    """Which images are in each batch."""
+    """Returns the numbers of the images in each batch."""
     return [images[:, 0, 0, 2].tolist() for images, _ in found]
 
 
 def joined(parts) -> list[tuple[np.ndarray, ...]]:
-    """Join the batches of which each process has a part."""
+    """Joins batches of which each process has a part."""
     return [tuple(map(np.concatenate, zip(*batches))) for batches in zip(*parts)]
 
 
@@ -71,7 +71,7 @@ def assert_same(found, want):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Fourteen numbered ramps of three classes, 24 x 20 and 20 x 24 pixels."""
+    """Returns a source of 14 numbered ramps in three classes, 24x20 and 20x24 pixels."""
     images = []
     for number in range(14):
         width, height = (24, 20) if number % 2 else (20, 24)
@@ -104,7 +104,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
 
 
 def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
-    """Suffixes of either case, spaces and accents in names, links."""
+    """Covers suffixes in either case, spaces and accents in names, and links."""
     kinds = {
         "JPEG": ("jpg", "JPEG"),
         "PNG": ("png",),
@@ -178,7 +178,7 @@ def test_what_a_folder_of_photographs_passes_over_is_told(tmp_path, caplog):
         "4 files passed over: 2 .heic, 1 hidden, 1 .tif; 1 folder passed over: more/linked"
     )
     assert told(caplog) == [f"{photographs_folder}: {passed_over}"]
-    # The position study tells it once and lists them for every seed.
+    # The position study lists photographs for every seed but reports skipped files once.
     assert photographs.find_photographs(photographs_folder) == (paths, passed_over)
 
 
@@ -213,7 +213,7 @@ def test_a_class_whose_name_no_report_could_hold_is_refused(tmp_path):
     (tmp_path / "cat").rename(tmp_path / os.fsdecode(b"caf\xe9"))
     with pytest.raises(ValueError, match=r"/caf\\udce9' has a name that is not UTF-8; rename it$"):
         stream.Folder(tmp_path)
-    # The name of a file may be anything.
+    # Unlike the name of a class, that of a file need not be UTF-8.
     write(tmp_path / "other", cat=[ramp(8, 8)])
     (tmp_path / "other" / "cat" / "000.png").rename(
         tmp_path / "other" / "cat" / os.fsdecode(b"\xe9.png")
@@ -281,7 +281,7 @@ def test_the_splits_of_a_folder(tmp_path, caplog, names, uses):
 
 
 def test_a_test_folder_without_classes_is_not_the_test_set(tmp_path, caplog):
-    """As those of competitions, whose labels are withheld."""
+    """Competitions withhold the labels of their test sets."""
     for name in ("train", "val"):
         write(tmp_path / name, a=[ramp(8, 8)], b=[ramp(8, 8)])
     shutil.copytree(tmp_path / "train" / "a", tmp_path / "test")
@@ -368,20 +368,20 @@ def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
 
 
 def test_images_held_out_of_a_source(folder):
-    """Balanced over the classes, and the same as of a data set in memory."""
+    """Held-out images are balanced over classes, and the same as for data in memory."""
     rest, held = stream.hold_out(folder, 5)
     assert len(rest) == 9 and len(held) == 5 and rest.classes == held.classes == folder.classes
-    found = []
+    parts = []
     for part in (rest, held):
         images = [part[index][0] for index in range(len(part))]
-        found.append([np.asarray(image)[0, 0, 2] for image in images])
-    assert sorted(found[0] + found[1]) == list(range(14))
-    assert found == [sorted(part) for part in found]
-    assert [held[index][1] for index in range(5)] == LABELS[found[1]].tolist()
-    assert sorted(np.bincount(LABELS[found[1]])) == [1, 2, 2]
-    assert np.flatnonzero(splits.hold_out(LABELS, 5)).tolist() == found[1]
+        parts.append([np.asarray(image)[0, 0, 2] for image in images])
+    assert sorted(parts[0] + parts[1]) == list(range(14))
+    assert parts == [sorted(part) for part in parts]
+    assert [held[index][1] for index in range(5)] == LABELS[parts[1]].tolist()
+    assert sorted(np.bincount(LABELS[parts[1]])) == [1, 2, 2]
+    assert np.flatnonzero(splits.hold_out(LABELS, 5)).tolist() == parts[1]
     again = stream.hold_out(folder, 5)[1]
-    assert [np.asarray(again[index][0])[0, 0, 2] for index in range(5)] == found[1]
+    assert [np.asarray(again[index][0])[0, 0, 2] for index in range(5)] == parts[1]
     for count in (0, 12):
         with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 11"):
             stream.hold_out(folder, count)
@@ -397,7 +397,7 @@ def test_held_out_images_are_told(tmp_path, caplog):
         "test": 2,
         "validation": 2,
     }
-    # The only image of its class stays.
+    # A class with a single image keeps it for training.
     assert [sources["train"][index][1] for index in range(2)] == [0, 1]
     assert told(caplog)[-1] == "validation: 2 of the training images"
 
@@ -407,7 +407,7 @@ def test_held_out_images_are_told(tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A data_dir of tensorflow-datasets with one data set, whose code is not at hand."""
+    """Unpacks a data_dir of tensorflow-datasets; returns its path."""
     found = tmp_path_factory.mktemp("tfds")
     shutil.unpack_archive(ROOT / "tests" / "golden" / "tfds.zip", found)
     return found
@@ -435,7 +435,7 @@ print(json.dumps(found))
 
 
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
-    """Every pixel and label is as written; tensorflow-datasets shuffles them."""
+    """Every pixel and label is read; tensorflow-datasets has shuffled the examples."""
     done = subprocess.run(
         [sys.executable, "-c", READ_TFDS.replace("NAME", make_tfds.NAME), str(prepared)],
         capture_output=True,
@@ -443,14 +443,15 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
         env=ENVIRONMENT,
         check=True,
     )
-    found = json.loads(done.stdout)
-    assert found["tensorflow"] is False
-    assert found["classes"] == ["red", "green", "blue"]
-    assert np.bincount(found["held out"]).tolist() == [3, 0, 3]  # no image is green
+    results = json.loads(done.stdout)
+    assert results["tensorflow"] is False
+    assert results["classes"] == ["red", "green", "blue"]
+    # No image is green.
+    assert np.bincount(results["held out"]).tolist() == [3, 0, 3]
     for split in ("train", "test"):
         want = [[image.tolist(), label] for image, label in make_tfds.examples(split)]
-        assert len(found[split]) == len(want) and sorted(found[split]) == sorted(want)
-        assert found[f"{split} labels"] == [label for _, label in found[split]]
+        assert len(results[split]) == len(want) and sorted(results[split]) == sorted(want)
+        assert results[f"{split} labels"] == [label for _, label in results[split]]
 
 
 @pytest.mark.parametrize(
@@ -493,7 +494,10 @@ def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, s
 
 @pytest.fixture
 def imagenets_way(prepared, tmp_path):
-    """A copy with the splits train and validation; a function adds a test split."""
+    """Copies `prepared` with the names of ImageNet's splits, train and validation.
+
+    Returns (folder, dataset_info.json, function that adds a test split with given labels).
+    """
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     where = copy / make_tfds.NAME / "1.0.0"
@@ -524,7 +528,7 @@ DATASET = f"tfds:{make_tfds.NAME}"
 
 
 def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
-    """ImageNet's is called validation, and its test split has the labels -1."""
+    """ImageNet's labeled split is called validation; its test split has labels of -1."""
     copy, _, add_test = imagenets_way
     uses = {"train": "train", "test": "validation"}
     assert stream.find_splits(DATASET, str(copy)) == uses
@@ -547,7 +551,7 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
 
 
 def test_labels_that_are_no_class_are_refused(imagenets_way):
-    """The first label is right, so that the split is used."""
+    """A split whose first label is valid is used, but a later wrong label is refused."""
     copy, _, add_test = imagenets_way
     add_test([0, 1, 2, 0, 3, -1])
     uses = {"train": "train", "validation": "validation", "test": "test"}
@@ -583,7 +587,7 @@ def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
     features = info.with_name("features.json")
     changed = features.read_text().replace('"uint8"', f'"{pixels}"')
     if pixels == "float32":
-        # The only number of channels that tensorflow-datasets accepts with it.
+        # tensorflow-datasets accepts float32 only with one channel.
         changed = changed.replace('"3"\n', '"1"\n', 1)
     features.write_text(changed)
     message = f"^dataset='{DATASET}' has images of {pixels}; expected uint8$"
@@ -598,7 +602,8 @@ def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
 @pytest.mark.parametrize("resize", [0, 20])
 def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, resize):
     whole = read(folder, resize=resize, steps=range(8))
-    for start in (1, 3, 4):  # an epoch has three steps
+    # An epoch has three steps.
+    for start in (1, 3, 4):
         assert_same(read(folder, resize=resize, steps=range(start, 8)), whole[start:])
     other = read(folder, resize=resize, steps=range(8), seed=1)
     assert all((images != theirs).any() for (images, _), (theirs, _) in zip(whole, other))
@@ -620,7 +625,8 @@ def test_every_epoch_is_a_permutation(folder):
     epochs = [sum(numbers(steps[start : start + 3]), []) for start in (0, 3, 6, 9)]
     assert all(len(set(epoch)) == 12 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert set(sum(epochs, [])) == set(range(14))  # not the same two are left over each time
+    # The two images that an epoch leaves out differ from epoch to epoch.
+    assert set(sum(epochs, [])) == set(range(14))
     assert sum(numbers(read(folder, steps=range(3), seed=1)), []) != epochs[0]
 
 
@@ -637,10 +643,10 @@ def test_processes_share_every_batch(folder, resize):
 
 
 def test_evaluation_goes_through_everything_once_in_order(folder):
-    found = read(folder, train=False)
-    assert numbers(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
-    np.testing.assert_array_equal(np.concatenate([labels for _, labels in found]), LABELS)
-    assert_same(read(folder, train=False, seed=5), found)
+    batches = read(folder, train=False)
+    assert numbers(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), LABELS)
+    assert_same(read(folder, train=False, seed=5), batches)
 
 
 @pytest.mark.parametrize(
@@ -662,7 +668,7 @@ DAMAGED = (2, 6, 7, 11)
 
 @pytest.fixture(scope="module")
 def harmed(folder, tmp_path_factory):
-    """The same fourteen, four of them cut in half."""
+    """Copies `folder` with four of its files cut in half; returns a source."""
     root = tmp_path_factory.mktemp("harmed") / "images"
     shutil.copytree(folder.files[0][0].parents[1], root)
     source = stream.Folder(root)
@@ -675,10 +681,10 @@ def harmed(folder, tmp_path_factory):
 @pytest.mark.slow
 def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, harmed):
     whole = read(folder, steps=range(12))
-    found = read(harmed, steps=range(12), skip_damaged=True)
+    skipping = read(harmed, steps=range(12), skip_damaged=True)
     orders = [np.random.default_rng([0, epoch]).permutation(14).tolist() for epoch in range(4)]
     for step, (images, _) in enumerate(whole):
-        theirs, their_labels, damaged = found[step]
+        theirs, their_labels, damaged = skipping[step]
         assert theirs.shape == images.shape and damaged.dtype == np.int32
         np.testing.assert_array_equal(their_labels, LABELS[theirs[:, 0, 0, 2]])
         for place, number in enumerate(images[:, 0, 0, 2].tolist()):
@@ -691,18 +697,18 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
                 assert damaged[place] == -1
                 np.testing.assert_array_equal(theirs[place], images[place])
     for start in (1, 3, 4):
-        assert_same(read(harmed, steps=range(start, 12), skip_damaged=True), found[start:])
-    assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=2), found[2:])
+        assert_same(read(harmed, steps=range(start, 12), skip_damaged=True), skipping[start:])
+    assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=2), skipping[2:])
     parts = [
         read(harmed, steps=range(12), skip_damaged=True, process_index=index, process_count=2)
         for index in (0, 1)
     ]
-    assert_same(joined(parts), found)
+    assert_same(joined(parts), skipping)
 
 
 @pytest.mark.slow
 def test_what_is_never_passed_over(harmed, tmp_path):
-    """Images of an evaluation, unreadable files, and a folder of damaged images alone."""
+    """Evaluated images, unreadable files, and a folder of only damaged images."""
     for options in ({"train": False}, {"train": False, "skip_damaged": True}):
         with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
             read(harmed, **options)
@@ -732,7 +738,7 @@ def test_what_is_never_passed_over(harmed, tmp_path):
 
 
 def test_evaluation_sees_the_center(tmp_path):
-    """Of 24 x 16 pixels, the 14 x 14 in the middle, unscaled: 14 * 256 / 224 is 16."""
+    """The crop is the unscaled center of 24x16 pixels, as 14 * 256 / 224 is 16."""
     wide = ramp(24, 16, x=10, y=10)
     source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
     for resize in (0, 16):
@@ -746,7 +752,7 @@ def test_evaluation_sees_the_center(tmp_path):
 
 @pytest.mark.parametrize("resize", [0, 20, 40])
 def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
-    """The middle of what corners are cut from is the crop of one view."""
+    """Corners are cut from a larger image, whose center is the crop of one view."""
     for split in ("train", "val"):
         write(tmp_path / split, ant=[ramp(48, 40, x=5, y=5), ramp(40, 48, x=5, y=5)])
     config = lenet_digits.get_config()
@@ -764,21 +770,21 @@ def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
 
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
 def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
-    """An output pixel's center, in the image's own coordinates, is what the ramps say."""
+    """The ramps show the center of each output pixel in the image's own coordinates."""
     source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
     ((images, _),) = read(source, size=16, resize=resize, train=False)
     scale = min(width, height) / resize
     for channel, length in ((0, width), (1, height)):
         inner = np.arange(16) + (round(length / scale) - 16) // 2
         want = 3 * np.clip((inner + 0.5) * scale - 0.5, 0, length - 1)
-        found = images[0, 8, :, 0] if channel == 0 else images[0, :, 8, 1]
+        pixels = images[0, 8, :, 0] if channel == 0 else images[0, :, 8, 1]
         # The filter is cut off at the border.
-        np.testing.assert_allclose(found[2:-2], want[2:-2], atol=0.51)
+        np.testing.assert_allclose(pixels[2:-2], want[2:-2], atol=0.51)
 
 
 @pytest.mark.parametrize("width, height", [(200, 2), (3, 250)])
 def test_a_strips_crop_is_that_of_the_whole(width, height):
-    """Pixels differ by one level at most. The whole has over 20 million pixels."""
+    """Compares with resizing the whole, over 20 million pixels; one level may differ."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
     image = PIL.Image.fromarray(noise)
     scale = 512 / min(width, height)
@@ -794,7 +800,7 @@ def test_a_strips_crop_is_that_of_the_whole(width, height):
 
 
 def test_training_crops_are_windows_at_every_place(folder):
-    """Unscaled, each is a window of its image, at one of 5 x 9 places."""
+    """Each unscaled crop is a window of its image, and all 5x9 places occur."""
     places = (set(), set())
     for images, _ in read(folder, steps=range(120)):
         for image in images:
@@ -808,17 +814,17 @@ def test_training_crops_are_windows_at_every_place(folder):
 
 
 def measured(image: np.ndarray) -> tuple[float, ...]:
-    """Measure where an area crop of a ramp lay, by the slopes away from its borders.
+    """Measures the place of an area crop of a ramp by its slopes in the interior.
 
     Returns (left, top, width, height).
     """
     size = len(image)
     inner = np.arange(4, size - 4)
-    found = []
+    fits = []
     for values in (image[size // 2, 4:-4, 0], image[4:-4, size // 2, 1]):
         slope, start = np.polyfit(inner + 0.5, values.astype(float), 1)
-        found.append((start + 0.5, slope * size))
-    (left, width), (top, height) = found
+        fits.append((start + 0.5, slope * size))
+    (left, width), (top, height) = fits
     return left, top, width, height
 
 
@@ -829,10 +835,11 @@ def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
     area = w * h / (250 * 170)
     aspect = w / h
     assert 0.078 < area.min() < 0.12
-    # The largest do not fit at every aspect.
+    # The largest areas do not fit at every aspect ratio.
     assert 0.85 < area.max() < 1.01
     assert 0.74 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.35
-    # Small ones fit at every aspect. This mean is 0.027 where the aspect itself is uniform.
+    # Small areas fit at every ratio. With a uniform ratio instead of a uniform logarithm, this mean
+    # would be 0.027.
     assert abs(np.log(aspect)[area < 0.5].mean()) < 0.015
     for start, length, room in ((left, w, 250), (top, h, 170)):
         assert start.min() > -1 and (start + length).max() < room + 1
@@ -842,16 +849,16 @@ def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
 
 
 def test_area_crops_are_interpolated(folder):
-    """Enlarged at least twice, the ramps' steps of 10 are halved."""
+    """Crops are enlarged at least twice, which halves the ramps' steps of 10."""
     for images, _ in read(folder, size=48, resize=0, steps=range(3)):
         for axis, channel in ((2, 0), (1, 1)):
             assert np.abs(np.diff(images[..., channel].astype(int), axis=axis)).max() <= 6
 
 
 def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
-    """A strip of 200 x 10 pixels has no crop of 8 % of its area at these aspects.
+    """No crop of 8 % of the area, at allowed aspect ratios, fits into 200x10 pixels.
 
-    The widest at 4/3 is 13 x 10.
+    The largest crop at a ratio of 4/3 has 13x10 pixels.
     """
     source = stream.Folder(write(tmp_path, a=[ramp(200, 10)], b=[ramp(10, 200)]))
     for images, labels in read(source, size=48, resize=0, batch=2, steps=range(3)):
@@ -860,7 +867,7 @@ def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
             np.testing.assert_allclose(measured(image), want, atol=0.3)
 
 
-# ------------------------------------------------------------------ the benchmark of all this
+# ------------------------------------------------------------------ the benchmark of decoding
 
 
 def test_the_benchmark_counts_the_photographs_that_it_used(monkeypatch):
@@ -874,19 +881,19 @@ def test_the_benchmark_counts_the_photographs_that_it_used(monkeypatch):
 
 @pytest.mark.slow
 def test_the_benchmark_measures_every_way(monkeypatch):
-    """On JPEGs of ImageNet's size; a step that takes 20 ms stands for the network's."""
+    """Reads JPEGs of ImageNet's size; a pause of 20 ms replaces the network's step."""
     monkeypatch.setattr(decoding, "_SECONDS", 0.05)
     monkeypatch.setattr(decoding, "_COUNT", 16)
     monkeypatch.setattr(
         jax_side, "network", lambda *given: ({"step": lambda n: time.sleep(0.02 * n)}, {})
     )
-    (found,) = decoding.measure("", 1, workers=(0,))
-    assert found["photographs"] == 13 and found["step_batch"] == 8
-    assert 200 < found["step_images_per_s"] < 401
-    for row in found["rows"]:
+    (results,) = decoding.measure("", 1, workers=(0,))
+    assert results["photographs"] == 13 and results["step_batch"] == 8
+    assert 200 < results["step_images_per_s"] < 401
+    for row in results["rows"]:
         assert row["min"] <= row["images_per_s"] <= row["max"] and row["images_per_s"] > 1
-        assert row["over_step"] == pytest.approx(row["images_per_s"] / found["step_images_per_s"])
-    ways = {(row["mode"], row["way"]) for row in found["rows"]}
+        assert row["over_step"] == pytest.approx(row["images_per_s"] / results["step_images_per_s"])
+    ways = {(row["mode"], row["way"]) for row in results["rows"]}
     assert ways >= set(
         itertools.product(("training", "evaluation"), ("Pillow in a loop", "cnnjax"))
     )
@@ -940,14 +947,11 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
-    """A signal to the whole group is the parent's to handle.
-
-    When the parent has ended, however it did, so do they, and quietly.
-    """
+    """Workers ignore signals, which the parent handles, and end quietly after it."""
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
     root = folder.files[0][0].parents[1]
-    # A worker that stayed would hold the output open, and this would time out.
+    # A worker that outlived its parent would keep the output open, and this call would time out.
     done = subprocess.run(
         [sys.executable, script, root, end],
         capture_output=True,
@@ -966,7 +970,7 @@ def test_workers_outlive_signals_and_no_parent(folder, tmp_path, end):
 
 @pytest.fixture
 def colors(tmp_path):
-    """A data_dir of 36 training and 9 test images, whose classes are their colors."""
+    """Writes 36 training and 9 test images of three colors; returns the data_dir."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3)):
         noise = generator.integers(0, 100, (3, count, 36, 40, 3)).astype(np.uint8)
@@ -1008,7 +1012,7 @@ def run(data_dir, workdir, **more):
 
 @pytest.mark.slow
 def test_a_run_on_a_folder(colors, tmp_path):
-    """With its own validation images, which the plateau rule watches, and odd files."""
+    """The folder has validation images for the plateau rule, and other files."""
     (colors / "val").rename(colors / "test")
     for label in ("blue", "green", "red"):
         (colors / "valid" / label).mkdir(parents=True)
@@ -1037,15 +1041,15 @@ def test_a_run_on_a_folder(colors, tmp_path):
     assert all(0 <= line["validation_error"] <= 1 for line in results["history"])
     assert results["final"]["epoch"] == 2
     assert results["history"][1]["train_loss"] < results["history"][0]["train_loss"] < 2
-    with np.load(tmp_path / "run" / "test.npz") as kept:
-        assert kept["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        error = (kept["labels"] != kept["predicted"]).mean()
+    with np.load(tmp_path / "run" / "test.npz") as saved:
+        assert saved["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        error = (saved["labels"] != saved["predicted"]).mean()
     assert error == pytest.approx(results["final"]["test_error"])
 
 
 @pytest.mark.slow
 def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
-    """Shared memory that grain frees in a thread would be reported as leaked."""
+    """Python would report shared memory as leaked if grain freed it in a thread."""
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
@@ -1069,12 +1073,13 @@ def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_of_large_batches_is_closed_at_once(colors):
-    """Workers that waited for a reader of what they have left would be killed after 25 s."""
+    """Workers that waited until their last batches are read would be killed after 25 s."""
     source = stream.Folder(colors / "train")
     options = {"resize": 0, "train": True, "steps": range(1000), "workers": 2}
     images = stream.batches(source, 36, 0, 224, **options)
     next(images)
-    time.sleep(2)  # The workers' queues are full.
+    # After two seconds, the workers' queues are full.
+    time.sleep(2)
     began = time.monotonic()
     images.close()
     assert time.monotonic() - began < 15
@@ -1089,7 +1094,7 @@ def test_an_evaluation_of_few_images_starts_no_processes(colors):
 
 
 def harm(path: pathlib.Path) -> pathlib.Path:
-    """Put the first 400 bytes of a JPEG in the place of a PNG."""
+    """Replaces a PNG by the first 400 bytes of a JPEG; returns the new path."""
     damaged = path.with_suffix(".jpg")
     PIL.Image.open(path).save(damaged)
     damaged.write_bytes(damaged.read_bytes()[:400])
@@ -1116,19 +1121,20 @@ def test_a_damaged_image_ends_a_run_with_its_name(colors, tmp_path):
 
 @pytest.mark.slow
 def test_damaged_images_are_counted_named_and_passed_over(colors, tmp_path):
-    """Also by a run that was stopped within an epoch. A test image ends the run."""
+    """A run stopped within an epoch counts them, too; a test image ends a run."""
     paths = [harm(colors / "train" / "green" / f"00{number}.png") for number in (5, 7)]
     tested = colors / "val" / "red" / "001.png"
-    kept = tested.read_bytes()
-    tested.write_bytes(kept[:-40])
+    content = tested.read_bytes()
+    tested.write_bytes(content[:-40])
     done = run(colors, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"error: {tested} is not a readable image: " in done.stderr
     for path in paths:
         assert done.stderr.count(f"passed over: {path} is not a readable image: ") == 1
-    assert done.stderr.count(", 2 damaged images passed over") == 2  # the epochs' lines
-    tested.write_bytes(kept)
-    # Back to step 4, which is within the second epoch.
+    # Each epoch's line has the count.
+    assert done.stderr.count(", 2 damaged images passed over") == 2
+    tested.write_bytes(content)
+    # Without the last checkpoint, the run goes on from step 4, within the second epoch.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     done = run(colors, tmp_path / "run", skip_damaged=True, checkpoint_every_steps=2)
     assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr

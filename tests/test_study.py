@@ -1,4 +1,4 @@
-"""The frame of a study: resumable points, a work directory bound to its options, one report."""
+"""The frame of a study: resumable points, one work directory, one report."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ from experiments import sampling
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """The study in the docstring of `cnnjax.study`, as a module."""
+    """Returns the study in the docstring of `cnnjax.study` as a module."""
     _, text = study.__doc__.split("one file in `experiments/`:\n\n")
     path = tmp_path_factory.mktemp("example") / "blur.py"
     path.write_text(textwrap.dedent(text))
@@ -155,7 +155,7 @@ def test_results_are_selected_by_their_fields():
 
 
 def test_a_point_asked_for_twice_is_refused(tmp_path, capsys):
-    """It would count twice in every mean, and halve the intervals."""
+    """Such a point would count twice in every mean and make intervals too small."""
     done = sampling.main(["--networks", "convnet", "convnet", "--workdir", str(tmp_path / "run")])
     assert done == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The table against published figures, XLA's own count, and what gradients and shapes show."""
+"""The layer table, compared with publications, XLA, gradients, and shapes."""
 
 import functools
 import json
@@ -17,8 +17,7 @@ from cnnjax.models import create_model, list_models
 from cnnjax.nn import FILLS, lowering
 from cnnjax.weights import variable_shapes
 
-# torchvision's documentation of its weights: GFLOPS, by which it means 1e9 multiply-adds, in
-# evaluation mode.
+# GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
 GIGA_MACS = {
     "alexnet": 0.714,
     "densenet121": 2.834,
@@ -59,8 +58,10 @@ def widest(table):
 
 
 def test_vgg16_layer_by_layer():
-    """Simonyan and Zisserman 2014, table 1, column D, with the receptive field and stride that its
-    3x3 and 2x2 windows add up to."""
+    """Compares with table 1, column D, of Simonyan and Zisserman (2014).
+
+    Receptive fields and strides follow from the 3x3 and 2x2 windows.
+    """
     expected, size, before, field, stride = [((1, 224, 224, 3), 0, 0, (1, 1), (1, 1))], 224, 3, 1, 1
     for filters, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
@@ -102,8 +103,10 @@ def test_multiply_adds_are_torchvisions(name):
     "name", ["tutorial_net", "keras_convnet", "lenet", "convnet", "zfnet", "resnet18", "resnet50"]
 )
 def test_multiply_adds_agree_with_xlas_count(name):
-    """XLA counts two operations a multiply-add and the element-wise ones beside; taps on zero
-    padding, which it leaves out, are avoided."""
+    """XLA counts two operations per multiply-add, and element-wise operations.
+
+    It does not count taps on zero padding, so padding is circular here.
+    """
     model = create_model(name, padding="circular")
     image = jax.ShapeDtypeStruct((2, *model.input_shape), jnp.float32)
     with lowering("reference"):
@@ -172,14 +175,16 @@ def test_fields_are_the_same_under_every_fill(name):
     [("resnet18", "layer2", "layer2.1.bn2"), ("zfnet", "conv2", "conv2"), ("lenet5", "c3", "c3")],
 )
 def test_a_gradient_reaches_exactly_the_receptive_field(name, stage, layer):
-    """The input pixels with a gradient, in any of some images, from one central output, and their
-    shift from its neighbor's."""
+    """The gradient of a central output covers exactly its receptive field.
+
+    A pixel belongs to the field if it has a gradient in any of 16 images. The field of the next
+    output is a stride away.
+    """
     row = {layer.name: layer for layer in layers_of(name)}[layer]
     model = create_model(name)
     size = 2 * row.receptive_field[0]
-    x = jax.random.uniform(
-        jax.random.key(1), (16, size, size, model.input_shape[2])
-    )  # max-pools hide all but one pixel of a window
+    # There are several images, since a max-pool passes the gradient to one pixel of a window.
+    x = jax.random.uniform(jax.random.key(1), (16, size, size, model.input_shape[2]))
     variables = quick.variables(model, x, method="stages", last=stage)
 
     def run(x):
@@ -251,7 +256,7 @@ def test_the_three_formats_hold_the_same_table(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_has_a_table(fill, capsys):
-    """Random padding needs no random stream; the fills that read the whole map have zeros' grid."""
+    """Random padding needs no key; fills that read the whole map have zeros' sizes."""
     assert summary.main(["lenet", "--padding", fill, "--format", "json"]) == 0
     table = json.loads(capsys.readouterr().out)
     rows = {layer["name"]: layer for layer in table["layers"]}

@@ -1,5 +1,4 @@
-"""The engine: three ways to run one step, what the step computes, and runs that are stopped, killed
-and resumed."""
+"""The training engine: one step in three parallel modes, and resumed runs."""
 
 import dataclasses
 import functools
@@ -40,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Tiny(Network):
-    """Two convolutions with BatchNorm: all that a step can do, quickly compiled."""
+    """Two convolutions with BatchNorm, which compile quickly."""
 
     input_shape: tuple[int, int, int] = (8, 8, 3)
 
@@ -69,7 +68,7 @@ NUMBERS = step.Numbers(seed=3, momentum=0.9, weight_decay=1e-3, label_smoothing=
 def losses(
     way: str, recipe: step.Recipe, steps: int = 50, batch_size: int = 16
 ) -> tuple[list[float], step.State]:
-    """The loss of every single step, and the state at the end."""
+    """Returns the loss of every single step, and the state at the end."""
     parallel = Parallel(way)
     recipe = step.dataclasses.replace(
         recipe, model=recipe.model.clone(axis_name=parallel.axis_name)
@@ -78,16 +77,16 @@ def losses(
     state = parallel.replicate(step.init(recipe, (8, 8, 3), NUMBERS))
     rates = np.full(steps, 0.1, np.float32)
     constants = parallel.replicate(step.Constants(moments=MOMENTS, rates=rates))
-    run, found, seen = step.resident_steps(parallel, recipe, batch_size), [], 0.0
+    run, step_losses, previous_total = step.resident_steps(parallel, recipe, batch_size), [], 0.0
     for number in range(steps):
         order = parallel.replicate(step.epoch_order(64, number // 4, NUMBERS.seed))
         images = step.Images(images=data[0], labels=data[1], order=order)
         state = run(state, constants, images, NUMBERS, np.int32(number + 1))
         total = float(parallel.fetch(state.totals)["loss"])
-        seen = 0.0 if number % 4 == 0 else seen
-        found.append((total - seen) / batch_size)
-        seen = total
-    return found, parallel.fetch(state)
+        previous_total = 0.0 if number % 4 == 0 else previous_total
+        step_losses.append((total - previous_total) / batch_size)
+        previous_total = total
+    return step_losses, parallel.fetch(state)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +98,16 @@ def on_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_eight_devices_train_as_one(way, on_one_device):
-    """Over 50 steps, with augmentation, BatchNorm over all devices, momentum, weight decay and the
-    parameters' average."""
+    """Compares the losses of 50 steps and the final states.
+
+    The steps have augmentation, BatchNorm over all devices, momentum, weight decay, and an average
+    of the parameters.
+    """
     assert Parallel(way).size == 8
-    found, state = losses(way, RECIPE)
-    np.testing.assert_allclose(found, on_one_device[0], rtol=1e-5)
-    assert found[-1] < 0.9 * found[0]  # random labels, but it learns
+    step_losses, state = losses(way, RECIPE)
+    np.testing.assert_allclose(step_losses, on_one_device[0], rtol=1e-5)
+    # The network learns, although the labels are random.
+    assert step_losses[-1] < 0.9 * step_losses[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, on_one_device[1])
 
 
@@ -124,7 +127,7 @@ if jax.process_index() == 0:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_two_processes_train_as_one(way, on_one_device):
-    """Four devices in each, joined by jax.distributed."""
+    """Each process has four devices, and jax.distributed joins them."""
     with __import__("socket").socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -204,8 +207,10 @@ def one_step(recipe: step.Recipe, numbers: step.Numbers, images, labels, rate=0.
 
 @pytest.mark.slow
 def test_a_step_is_plain_gradient_descent():
-    """Against the formula, without this engine; the average of parameters and the sums for the
-    epoch as well."""
+    """Compares a step with the formulas, computed without the engine.
+
+    The average of the parameters and the sums for the epoch are compared, too.
+    """
     images, labels = some_data(16)
     recipe, numbers = (
         step.Recipe(Tiny(num_classes=5), ema=True),
@@ -241,9 +246,8 @@ def test_a_step_is_plain_gradient_descent():
 @pytest.mark.slow
 def test_accumulated_parts_are_the_whole_batch():
     images, labels = some_data(16)
-    model = create_model(
-        "tutorial_net", num_classes=5, input_shape=(32, 32, 3)
-    )  # without BatchNorm, whose statistics are the part's
+    # This network has no BatchNorm, whose statistics would be those of a part.
+    model = create_model("tutorial_net", num_classes=5, input_shape=(32, 32, 3))
     images = np.tile(images, (1, 4, 4, 1))
     whole, parts = (
         one_step(step.Recipe(model, accumulate=count), NUMBERS, images, labels)[1]
@@ -260,18 +264,20 @@ def test_losses_are_their_formulas():
         generator.integers(0, 5, (4, 3, 3)),
     )
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    # PyTorch's label smoothing: 0.1 of the probability is spread over all classes, the true one
+    # PyTorch's label smoothing spreads 0.1 of the probability over all classes, the true one
     # included.
     smooth = lambda y: 0.9 * np.eye(5)[y] + 0.1 / 5
-    found, errors = step.loss_and_errors("cross_entropy", logits[:, 0, 0], labels[:, 0, 0], 0.1)
-    np.testing.assert_allclose(found, -(logs[:, 0, 0] * smooth(labels[:, 0, 0])).sum(-1), rtol=1e-5)
+    losses, errors = step.loss_and_errors("cross_entropy", logits[:, 0, 0], labels[:, 0, 0], 0.1)
+    np.testing.assert_allclose(
+        losses, -(logs[:, 0, 0] * smooth(labels[:, 0, 0])).sum(-1), rtol=1e-5
+    )
     np.testing.assert_array_equal(errors, logits[:, 0, 0].argmax(-1) != labels[:, 0, 0])
     ignored = labels.copy()
     ignored[0, 0, 0] = ignored[1] = step.IGNORED
-    found, errors = step.loss_and_errors("pixelwise", logits, ignored)
+    losses, errors = step.loss_and_errors("pixelwise", logits, ignored)
     each = -np.take_along_axis(logs, labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(
-        found, [each[0].ravel()[1:].mean(), 0, each[2].mean(), each[3].mean()], rtol=1e-5
+        losses, [each[0].ravel()[1:].mean(), 0, each[2].mean(), each[3].mean()], rtol=1e-5
     )
     wrong = logits.argmax(-1) != labels
     np.testing.assert_allclose(
@@ -279,17 +285,19 @@ def test_losses_are_their_formulas():
     )
     many = generator.integers(0, 2, (4, 5))
     probability = 1 / (1 + np.exp(-logits[:, 0, 0]))
-    found, errors = step.loss_and_errors("sigmoid", logits[:, 0, 0], many)
+    losses, errors = step.loss_and_errors("sigmoid", logits[:, 0, 0], many)
     np.testing.assert_allclose(
-        found, -np.where(many, np.log(probability), np.log(1 - probability)).mean(-1), rtol=1e-5
+        losses, -np.where(many, np.log(probability), np.log(1 - probability)).mean(-1), rtol=1e-5
     )
     np.testing.assert_allclose(errors, ((probability > 0.5) != many).mean(-1), rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_mixup_mixes_images_and_losses():
-    """An image is mixed with the one opposite in the batch: where that is the same image, of the
-    same label, nothing changes."""
+    """An image is mixed with its opposite in the batch.
+
+    If that is the same image with the same label, nothing changes.
+    """
     images, labels = some_data(16)
     images[8:] = images[7::-1]
     same = labels.copy()
@@ -300,7 +308,7 @@ def test_mixup_mixes_images_and_losses():
     )[1].totals["loss"]
     for mixup in (0.2, 50.0):
         np.testing.assert_allclose(loss(mixing, same, mixup), loss(plain, same, 0.0), rtol=1e-5)
-    # With parameters so large the share is one half: the formula, on other images and labels.
+    # With so large a parameter, the share is one half. Compare with the formula for other images.
     images, labels = some_data(16)
     state, after = one_step(mixing, step.Numbers(0, mixup=1e8), images, labels)
     x = (images / np.float32(255) - 0.5) / 0.25
@@ -317,7 +325,8 @@ def test_mixup_mixes_images_and_losses():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "pmap", "shard_map"])
 def test_prediction_and_features_run_the_same_three_ways(way):
-    images, _ = some_data(37)  # no multiple of anything
+    # 37 is a multiple neither of the batch size nor of the number of devices.
+    images, _ = some_data(37)
     model = Tiny(num_classes=5)
     variables = quick.variables(model)
     parallel = Parallel(way)
@@ -331,10 +340,10 @@ def test_prediction_and_features_run_the_same_three_ways(way):
         (evaluate.features("conv1"), stages(variables, x)["conv1"]),
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
-        found = evaluate.predict(
+        predicted = evaluate.predict(
             parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
         )
-        np.testing.assert_allclose(found, want, atol=1e-5)
+        np.testing.assert_allclose(predicted, want, atol=1e-5)
 
 
 # ------------------------------------------------------- whole runs, as a user starts them
@@ -356,7 +365,7 @@ def command(*arguments):
 
 
 def parameters(folder: pathlib.Path) -> dict[str, str]:
-    """What the last checkpoint's arrays are, to the bit."""
+    """Returns the last checkpoint's step, history, and arrays as bytes."""
     from cnnjax.train.checkpoints import Checkpoints, _leaves
 
     model = create_model("lenet", input_shape=(8, 8, 1))
@@ -402,17 +411,16 @@ def test_a_run_leaves_its_record(finished):
     for name in ("curves.png", "confusion.png", "mistakes.png", "report.md"):
         assert (finished / name).stat().st_size > 1000
     assert any((finished / "tensorboard").iterdir())
-    with np.load(finished / "test.npz") as kept:
-        assert (kept["labels"] != kept["predicted"]).mean() == pytest.approx(final["test_error"])
-        assert (kept["labels"] != kept["predicted"])[kept["shown"]].all()
-    assert (
-        command("--workdir", finished).returncode == 0
-    )  # finished already: it says so and writes the report anew
+    with np.load(finished / "test.npz") as saved:
+        assert (saved["labels"] != saved["predicted"]).mean() == pytest.approx(final["test_error"])
+        assert (saved["labels"] != saved["predicted"])[saved["shown"]].all()
+    # A second call finds the run finished and only rewrites the report.
+    assert command("--workdir", finished).returncode == 0
     assert json.loads((finished / "results.json").read_text()) == results
 
 
 def test_a_finished_run_is_reopened_as_it_was_evaluated(finished):
-    """Its network gives the recorded predictions; what was not recorded comes from the data."""
+    """The reopened network gives the recorded predictions."""
     reopened = open_run(finished)
     assert reopened.image_shape == (8, 8, 1) and reopened.resize == 8
     assert reopened.classes == tuple("0123456789")
@@ -470,7 +478,7 @@ QUICK = {
 
 
 def train_here(folder: pathlib.Path, **changes) -> dict:
-    """Train in this process, without the report; return results.json."""
+    """Trains in this process, without a report; returns results.json."""
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, **changes})
     loop.check(config)
@@ -480,7 +488,7 @@ def train_here(folder: pathlib.Path, **changes) -> dict:
 
 @pytest.fixture
 def worse_after_first_epoch(monkeypatch):
-    """Validation errors that rise from the first epoch on, whatever is learned."""
+    """Makes validation errors rise from the first epoch on, whatever is learned."""
     score = Run.score
     errors = itertools.count(1)
 
@@ -495,7 +503,7 @@ def worse_after_first_epoch(monkeypatch):
 
 @pytest.mark.slow
 def test_the_best_epochs_weights_are_kept_and_scored(worse_after_first_epoch, tmp_path):
-    """Later checkpoints are there, but the first epoch's weights count."""
+    """Later checkpoints exist, but the first epoch's weights are used."""
     one = train_here(tmp_path / "one", epochs=1)
     best = train_here(tmp_path / "best")
     assert best["weights"] == {
@@ -519,7 +527,7 @@ def test_the_last_weights_are_kept_where_a_key_says_so(worse_after_first_epoch, 
 
 @pytest.mark.slow
 def test_training_ends_early(worse_after_first_epoch, tmp_path):
-    """After two epochs without a smaller validation error."""
+    """Training ends after two epochs without a smaller validation error."""
     results = train_here(tmp_path, epochs=9, early_stopping=2)
     assert len(results["history"]) == 3 and results["weights"]["epoch"] == 1
     config = defaults.get_config()
@@ -530,7 +538,7 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
 
 @pytest.mark.slow
 def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
-    """One step, whose loss is that of the initial network and finite."""
+    """The only step has a finite loss but breaks the parameters."""
     with pytest.raises(FloatingPointError, match="a parameter is not finite after step 1 "):
         train_here(
             tmp_path,
@@ -551,7 +559,7 @@ def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
 
 
 def test_the_axis_of_losses_has_plain_numbers():
-    # It imports pyplot.
+    # The import is here because it imports pyplot, which takes time.
     from cnnjax.train import report
 
     history = []
@@ -612,7 +620,7 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_extended_is_the_longer_run(tmp_path):
-    """To the bit; a cosine, which ends at the last epoch, is not extended."""
+    """Results are equal bit for bit; a cosine schedule is refused."""
     longer = train_here(tmp_path / "longer", epochs=4)
     folder = tmp_path / "extended"
     shorter = train_here(folder, epochs=2)
@@ -620,7 +628,7 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     config.update_from_flattened_dict({**QUICK, "epochs": 4})
     workdir.seal(folder)
     extend(config, folder)
-    # Files that change from now on are sealed no more.
+    # The seal no longer covers files that will change.
     workdir.check_seal(folder)
     results = train_here(folder, epochs=4)
     assert results["extended_from"] == [shorter["final"]]
@@ -635,7 +643,7 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
 
 @pytest.mark.slow
 def test_another_process_does_not_change_the_configuration_of_a_run_under_way(finished, tmp_path):
-    """Not even to that of the longer run that a finished one can be extended to."""
+    """Even an extension of a finished run is refused while another process holds it."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     config = read_config(folder)
@@ -657,13 +665,13 @@ def test_other_images_are_not_gone_on_with(tmp_path):
     options = {"dataset": str(file), "epochs": 1, "batch_size": 20, "n_validation": 0}
     arrays.save(digits, file)
     train_here(tmp_path / "run", **options)
-    for changed, told in (
+    for changed, message in (
         (fewer, r"n_train=200 then, 180 now"),
         (renamed, r"classes 0 are gone, null new"),
         (reordered, r"the classes are in another order"),
     ):
         arrays.save(changed, file)
-        with pytest.raises(ValueError, match=f"have changed since the run began .{told}"):
+        with pytest.raises(ValueError, match=f"have changed since the run began .{message}"):
             train_here(tmp_path / "run", **options)
     arrays.save(digits, file)
     train_here(tmp_path / "run", **options)
@@ -671,7 +679,7 @@ def test_other_images_are_not_gone_on_with(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_past_a_damaged_image(tmp_path):
-    """As one that had `skip_damaged` from the beginning."""
+    """A run that has begun may go on with `skip_damaged` switched on."""
     config = defaults.get_config()
     folder = workdir.prepare(tmp_path / "run", config.to_dict())
     (folder / "checkpoints").mkdir()
@@ -681,7 +689,7 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
         workdir.check_config(folder, config.to_dict())
     extend(config, folder)
     workdir.check_config(folder, config.to_dict())
-    # Not the other way round: images may have been passed over.
+    # Switching it off is refused, since images may already have been skipped.
     config.skip_damaged = False
     extend(config, folder)
     with pytest.raises(ValueError, match="skip_damaged=True there, False now"):
@@ -705,7 +713,7 @@ def test_a_work_directory_of_before_goes_on_as_before(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
-    """SIGKILL at random moments, three times; CNNJAX_KILLS sets how often."""
+    """Sends SIGKILL at random moments, three times or as often as CNNJAX_KILLS says."""
     generator = random.Random(1)
     folder = tmp_path / "killed"
     kills = 0
@@ -717,7 +725,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         if (folder / "results.json").exists():
-            # It ended before it was killed: the next one begins anew.
+            # The run ended before it was killed, so the next one begins anew.
             assert parameters(folder) == parameters(finished)
             shutil.rmtree(folder)
     assert command("--workdir", folder).returncode == 0
@@ -751,7 +759,8 @@ def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
     assert any("epoch 1/3" in line for line in process.stderr)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
-    if process.returncode != 0:  # else it was done before the signal came
+    # With exit code 0, the run ended before the signal came.
+    if process.returncode != 0:
         assert (
             process.returncode == 75
             and "the same command goes on from there" in rest

@@ -1,4 +1,4 @@
-"""Transfer: which parts are taken, frozen, or trained at rates of their own; and its study."""
+"""Transfer: parts loaded, frozen, or trained at their own rates; and its study."""
 
 import argparse
 import hashlib
@@ -30,18 +30,18 @@ MODEL = Tiny(num_classes=5)
 
 
 def names_of(model, paths) -> set[str]:
-    """torchvision's names of some of a model's variables."""
+    """Returns torchvision's names of the variables at `paths`."""
     keys = weights.torchvision_keys(weights.variable_shapes(model))
     return {key for key, path in keys.items() if path in paths}
 
 
 def keys(model, parts) -> set[str]:
-    """torchvision's names of the selected parts' variables."""
+    """Returns torchvision's names of the selected parts' variables."""
     return names_of(model, transfer.select(model, parts))
 
 
 def small_batch() -> tuple[np.ndarray, np.ndarray]:
-    """16 images and their labels."""
+    """Returns 16 images and their labels."""
     images, labels = some_data()
     return images[:16], labels[:16]
 
@@ -73,7 +73,7 @@ def steps(recipe, numbers=None, count=3, rate=0.1, pretrained=None):
 
 
 def changed(before: dict, after: dict) -> set[str]:
-    """The names of the leaves that differ between two trees in any bit."""
+    """Returns the names of the leaves that differ between two trees in any bit."""
     before = flatten_dict(before, sep=".")
     after = flatten_dict(after, sep=".")
     assert before.keys() == after.keys()
@@ -98,7 +98,7 @@ def test_a_stage_is_what_it_adds_and_a_pattern_is_torchvisions_names():
     assert keys(resnet, ("*",)) == names
     norm = {"bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"}
     assert keys(resnet, ("bn1.*",)) == norm
-    # Half of a BatchNorm does not take its statistics along.
+    # One parameter of a BatchNorm does not select its statistics.
     assert keys(resnet, ("bn1.weight",)) == {"bn1.weight"}
     message = (
         "freeze='layer5' names no parameters of the model; it accepts stages, stem, layer1, .*, "
@@ -175,9 +175,9 @@ def test_frozen_parameters_and_statistics_stay_to_the_bit_and_have_no_optimizer_
 
 @pytest.mark.slow
 def test_a_frozen_network_under_a_new_head_trains_as_the_head_on_its_features():
-    """The gradient is a linear classifier's on features in evaluation mode.
+    """The gradient is that of a linear classifier on features in evaluation mode.
 
-    In training mode the features are others.
+    In training mode, BatchNorm would give other features.
     """
     recipe = step.Recipe(MODEL, freeze=("conv1", "conv2"))
     before, after = steps(recipe, step.Numbers(seed=1, momentum=0.0), count=1)
@@ -187,7 +187,8 @@ def test_a_frozen_network_under_a_new_head_trains_as_the_head_on_its_features():
     features = MODEL.apply(variables, x, method="stages")["conv2"].mean((1, 2))
     head = before.params["fc"]
     probabilities = nn.softmax(features @ head["kernel"] + head["bias"])
-    gradient = (probabilities - np.eye(5, dtype=np.float32)[labels]) / 16  # by the logits
+    # The gradient with respect to the logits.
+    gradient = (probabilities - np.eye(5, dtype=np.float32)[labels]) / 16
     kernel = head["kernel"] - 0.1 * features.T @ gradient
     bias = head["bias"] - 0.1 * gradient.sum(0)
     np.testing.assert_allclose(after.params["fc"]["kernel"], kernel, atol=1e-6)
@@ -218,9 +219,9 @@ def test_frozen_layers_cost_no_gradient():
 
 @pytest.mark.slow
 def test_a_rate_multiplies_the_learning_rate_of_its_part():
-    """At a tenth of the rate a part moves as it does when all parts have that rate.
+    """A part at a tenth of the rate moves as if all parts had that rate.
 
-    Where two rates name a parameter, the last counts.
+    If two rates match a parameter, the last one counts.
     """
     images, labels = small_batch()
 
@@ -249,7 +250,7 @@ def test_a_rate_multiplies_the_learning_rate_of_its_part():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
-    """So multiplying the update multiplies the rate, as `rates` does."""
+    """`rates` multiplies updates, which is the same as multiplying the learning rate."""
     generator = np.random.default_rng(0)
 
     def draw():
@@ -261,8 +262,8 @@ def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
 
     @jax.jit
     def update(rate):
-        made = optimizer(name, rate, 0.9, 1e-2)
-        return made.update(grads, made.init(params), params)[0]
+        transform = optimizer(name, rate, 0.9, 1e-2)
+        return transform.update(grads, transform.init(params), params)[0]
 
     whole = update(0.1)
     tenth = update(0.01)
@@ -275,18 +276,18 @@ def test_every_optimizers_update_is_proportional_to_the_learning_rate(name):
 @pytest.mark.slow
 def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
     file = tmp_path / "seven.safetensors"
-    given = Tiny(num_classes=7).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
-    given = jax.tree.map(np.asarray, given)
-    weights.save_torchvision(given, file)
-    taken = transfer.load_initial_weights(file, MODEL)
-    names = set(flatten_dict(given, sep="/"))
+    source_variables = Tiny(num_classes=7).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
+    source_variables = jax.tree.map(np.asarray, source_variables)
+    weights.save_torchvision(source_variables, file)
+    loaded = transfer.load_initial_weights(file, MODEL)
+    names = set(flatten_dict(source_variables, sep="/"))
     heads = {name for name in names if name.startswith("params/fc")}
-    assert set(flatten_dict(taken, sep="/")) == names - heads
+    assert set(flatten_dict(loaded, sep="/")) == names - heads
 
-    state = step.init(step.Recipe(MODEL, ema=True), (8, 8, 3), step.Numbers(1), taken)
+    state = step.init(step.Recipe(MODEL, ema=True), (8, 8, 3), step.Numbers(1), loaded)
     fresh = step.init(step.Recipe(MODEL), (8, 8, 3), step.Numbers(1))
     for name in ("conv1", "bn2"):
-        assert not changed(given["params"][name], state.params[name])
+        assert not changed(source_variables["params"][name], state.params[name])
     assert not changed(fresh.params["fc"], state.params["fc"])
     assert not changed(state.params, state.ema)
 
@@ -312,15 +313,15 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("padding, state", [("none", None), ("zeros", "of another shape")])
 def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
-    """A network without padding takes all of it but the head; one with padding, convolutions."""
+    """A network without padding loads all but the head; one with padding is refused."""
     given = create_model("lenet", num_classes=3, padding="none")
     shapes = weights.variable_shapes(given)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     weights.save_torchvision(zeros, tmp_path / "w.pth")
     model = create_model("lenet", num_classes=10, padding=padding)
     if state is None:
-        taken = set(flatten_dict(transfer.load_initial_weights(tmp_path / "w.pth", model)))
-        assert taken == set(flatten_dict(shapes)) - transfer.head(model)
+        loaded = set(flatten_dict(transfer.load_initial_weights(tmp_path / "w.pth", model)))
+        assert loaded == set(flatten_dict(shapes)) - transfer.head(model)
     else:
         with pytest.raises(ValueError, match=state):
             transfer.load_initial_weights(tmp_path / "w.pth", model)
@@ -328,16 +329,16 @@ def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
 
 @pytest.mark.slow
 def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
-    """torchvision's files: with a head of 1000 classes, without one, and without the last stage.
+    """Files may have a head of 1000 classes or none.
 
-    Where the last stage is absent, the parts have to be named.
+    If the last stage is absent as well, the parts to load have to be named.
     """
     folder = data_dir / "weights"
     for name in ("squeezenet1_1", "mobilenet_v2"):
         file = next(folder.glob(f"{name}*.safetensors"))
         model = create_model(name, num_classes=10)
-        taken = set(flatten_dict(transfer.load_initial_weights(file, model)))
-        assert set(flatten_dict(weights.variable_shapes(model))) - taken == transfer.head(model)
+        loaded = set(flatten_dict(transfer.load_initial_weights(file, model)))
+        assert set(flatten_dict(weights.variable_shapes(model))) - loaded == transfer.head(model)
     file = next(folder.glob("resnet18*.safetensors"))
     model = create_model("resnet18", num_classes=10)
     message = (
@@ -347,12 +348,12 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     with pytest.raises(ValueError, match=message):
         transfer.load_initial_weights(file, model)
     parts = ("stem", "layer1")
-    taken = set(flatten_dict(transfer.load_initial_weights(file, model, parts)))
-    assert taken == transfer.select(model, parts)
+    loaded = set(flatten_dict(transfer.load_initial_weights(file, model, parts)))
+    assert loaded == transfer.select(model, parts)
 
 
 def test_the_linear_probe_is_the_exact_solution():
-    """As scikit-learn's ridge classifier of the chosen strength, on clouds that lie apart."""
+    """Compares with scikit-learn's ridge classifier of the chosen strength."""
     from sklearn.linear_model import RidgeClassifier
 
     generator = np.random.default_rng(0)
@@ -370,7 +371,7 @@ def test_the_linear_probe_is_the_exact_solution():
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch):
-    """Frozen parts stay as they are; a run stopped after an epoch ends with the same weights."""
+    """Frozen parts do not change, and a resumed run ends with the same weights."""
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
 
     def run(name, **settings):
@@ -467,7 +468,7 @@ def test_balanced_halves_and_their_labels(data_dir):
 def test_each_network_of_the_study_has_its_images_and_parts(
     data_dir, tmp_path, monkeypatch, capsys
 ):
-    """The whole command; an accuracy tells the settings of the network instead of training it."""
+    """Runs the whole command; instead of training, settings are recorded."""
     settings_by_name = {}
 
     def train(folder, settings):
@@ -533,7 +534,7 @@ def test_wrong_options_of_the_study_are_named(options, message, tmp_path, capsys
 
 
 def test_results_of_two_weight_files_are_not_mixed(tmp_path, monkeypatch):
-    """A result names its weights, and other weights are refused before anything is measured."""
+    """A result names its weights, and other weights are refused."""
     file = tmp_path / "weights" / "squeezenet1_1.safetensors"
     file.parent.mkdir()
     file.write_bytes(b"some weights")

@@ -1,4 +1,4 @@
-"""The annotations are checked: the import hook of conftest.py refuses what does not fit them."""
+"""Shape annotations are checked: conftest.py's import hook refuses other arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ def test_a_wrong_rank_is_refused():
 def test_axes_of_one_name_must_agree():
     x = np.random.default_rng(0).standard_normal((10, 3))
     linear_probe(x, np.arange(10) % 2, x, np.arange(10) % 2)
-    with pytest.raises(TypeCheckError, match="labels"):  # of nine examples, beside features of ten
+    # Nine labels do not fit the features of ten examples.
+    with pytest.raises(TypeCheckError, match="labels"):
         linear_probe(x, np.arange(9) % 2, x, np.arange(10) % 2)
-    with pytest.raises(TypeCheckError, match="target"):  # two axes of one array, and of another
+    # A target of 6x5 does not fit maps of 6x6.
+    with pytest.raises(TypeCheckError, match="target"):
         by_ring(np.ones((1, 6, 6)), np.ones((6, 5)), 2)
-    with pytest.raises(
-        TypeCheckError, match="images"
-    ):  # a key for each image, also where it is traced
+    # Three keys do not fit two images, also in traced code.
+    with pytest.raises(TypeCheckError, match="images"):
         jax.eval_shape(
             augment, jax.random.split(jax.random.key(0), 3), jnp.zeros((2, 8, 8, 3), jnp.uint8)
         )

@@ -1,6 +1,7 @@
-"""Work directories of the format of b2ff211, before keys and files were added to it.
+"""Work directories of revision b2ff211, which lack later keys and files.
 
-golden/runs_0_1.zip has two of them, without figures. At that revision, with seed 0 and 1:
+golden/runs_0_1.zip has two of them, without figures. This command made them at that revision, with
+seeds 0 and 1:
 
     python -m cnnjax.main --config configs/lenet_digits.py --config.model=mlp1 --config.epochs=3
         --config.n_validation=100 --config.parallel=jit --config.checkpoint_every_steps=6
@@ -29,7 +30,7 @@ TRAIN = (
     "--config.checkpoint_every_steps=6",
     "--config.batch_size=200",
 )
-# What a run writes after its last checkpoint.
+# Files that a run writes after its last checkpoint.
 RESULTS = ("results.json", "manifest.json", "report.md", "test.npz", "weights.safetensors")
 
 

@@ -1,5 +1,4 @@
-"""Each picture's numbers against a network worked out by hand, a closed form or a brute-force
-computation."""
+"""The pictures' numbers, compared with closed forms and brute force."""
 
 import json
 import os
@@ -29,8 +28,10 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class Chain(Network):
-    """Two 1x1 convolutions with ReLUs and a max-pool of the whole image; stages `hidden`, `output`,
-    `pooled`."""
+    """Two 1x1 convolutions with ReLUs, and a max-pool of the whole image.
+
+    The stages are `hidden`, `output`, and `pooled`.
+    """
 
     num_classes: int = 1
     input_shape: tuple[int, int, int] = (2, 2, 1)
@@ -68,7 +69,7 @@ class Pooled(Network):
 
 
 class Linear(Network):
-    """One linear layer on all pixels, and no stage."""
+    """One linear layer on all pixels, without stages."""
 
     num_classes: int = 2
     input_shape: tuple[int, int, int] = (12, 15, 1)
@@ -79,7 +80,7 @@ class Linear(Network):
 
 
 class Stack(Network):
-    """Convolutions 3x3 of one channel and nothing else; stage `last`."""
+    """A chain of 3x3 convolutions of one channel (stage `last`)."""
 
     num_classes: int = 1
     input_shape: tuple[int, int, int] = (41, 41, 1)
@@ -109,14 +110,16 @@ def read(folder, count):
 @pytest.mark.parametrize(
     "rule, expected",
     [
-        ("gradient", 3 * 2 - 4 * 1),  # the hidden units are 2, -1 and 1: the second is silent
-        ("deconvnet", 3 * 2 + 5 * -1),  # the third gets a negative signal
-        ("guided", 3 * 2),  # both are kept out
+        # The hidden units are 2, -1, and 1. The ReLU blocks the second, which is negative.
+        ("gradient", 3 * 2 - 4 * 1),
+        # The signal of the third unit is negative and is blocked.
+        ("deconvnet", 3 * 2 + 5 * -1),
+        # Both units are blocked.
+        ("guided", 3 * 2),
     ],
 )
 def test_rules_by_hand(rule, expected):
-    """The signal reaches one pixel alone: that of the largest output, which is also where the
-    max-pool has its maximum."""
+    """The signal reaches only the pixel of the largest output."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
     for stage in ("output", "pooled"):
         signal = visualize.saliency(Chain(), CHAIN, image, stage, 0, rule)
@@ -131,9 +134,8 @@ def test_each_image_may_have_its_own_channel():
     assert np.array_equal(signals[..., 0], [[[0, 0], [1, 0]], [[0, 0], [-1, 0]]])
 
 
-# VGG: 13 convolutions; ResNet-18: 1 + 16; SqueezeNet: conv1, then 8 fire modules of 2; MobileNetV2:
-# 1, a block of 1, 16 blocks of 2 and the last convolution, unless the stages end before it; the
-# others as their publications count up to the last stage.
+# Up to the last stage, VGG-16 has 13 ReLUs, ResNet-18 1 + 16, SqueezeNet 1 + 8 * 2, and MobileNetV2
+# 1 + 1 + 16 * 2. The other numbers follow from the publications.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, count",
@@ -183,13 +185,13 @@ def test_forward_mode_reaches_relu():
 
 @pytest.mark.slow
 def test_a_rule_does_not_stay_in_compiled_code():
-    """The same network under one rule, then another, then differentiated as it is."""
+    """One network is differentiated under two rules in turn, and then under none."""
     image = jnp.array([[0.5, 0.25], [1.0, 0.0]])[None, :, :, None]
-    found = [
+    sums = [
         float(visualize.saliency(Chain(), CHAIN, image, "output", 0, rule).sum())
         for rule in ("deconvnet", "gradient", "deconvnet")
     ]
-    assert found == [1, 2, 1]
+    assert sums == [1, 2, 1]
     assert jax.grad(lambda x: Chain().apply(CHAIN, x).sum())(image)[0, 1, 0, 0] == 2
 
 
@@ -198,7 +200,8 @@ def test_a_rule_about_relus_needs_relus():
     model = create_model("lenet5")
     variables, image = quick.variables(model), jnp.ones((1, 32, 32, 1))
     assert jnp.any(visualize.saliency(model, variables, image, "c3", 0, "gradient") != 0)
-    for _ in range(2):  # the second time as well
+    # A second call fails like the first.
+    for _ in range(2):
         with pytest.raises(
             ValueError,
             match="rule='guided' is about ReLUs, and this network has none up to stage 'c3'",
@@ -207,8 +210,10 @@ def test_a_rule_about_relus_needs_relus():
 
 
 def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
-    """Selvaraju et al. 2017, section 3.1: there Grad-CAM is CAM, the maps weighted by the linear
-    layer, over the number of positions."""
+    """Behind global average pooling, Grad-CAM is CAM (Selvaraju et al. 2017, 3.1).
+
+    CAM weights the maps by the linear layer; the sum is divided by the number of positions.
+    """
     model = Pooled()
     variables = quick.variables(model)
     images = jax.random.normal(jax.random.key(1), (3, *model.input_shape))
@@ -257,7 +262,7 @@ def test_a_network_given_its_own_map_is_the_network(name, stage):
 
     whole, joined, changed = logits(image)
     np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
-    # What goes in does matter.
+    # Another map changes the logits.
     assert jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0
 
 
@@ -274,16 +279,19 @@ def test_occlusion_finds_the_region_that_a_linear_network_reads():
         hidden[2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = -1
         np.testing.assert_allclose(logits[i, j, 1], hidden[4:6, 9:11].sum(), rtol=1e-6)
     i, j = np.nonzero(logits[..., 1] == logits[..., 1].min())
+    # Squares from rows 2 and 4, column 8, hide the whole region: the sum is four times -1.
     assert sorted(zip(i, j)) == [
         (1, 4),
         (2, 4),
-    ]  # the squares from rows 2 and 4, column 8, hide all of it: -1 four times
+    ]
 
 
 @pytest.mark.slow
 def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gaussian():
-    """Luo et al. 2016, section 2.1: n convolutions of equal weights have the n-fold convolution of
-    a box, of variance 2/3 n per axis."""
+    """n convolutions of equal weights give the n-fold convolution of a box.
+
+    Its variance is 2/3 n per axis (Luo et al. 2016, section 2.1).
+    """
     model = Stack()
     variables = {
         "params": {f"conv{number}": {"kernel": jnp.ones((3, 3, 1, 1)) / 9} for number in range(10)}
@@ -326,9 +334,9 @@ def test_effective_fields_lie_inside_theoretical_ones(squeezenet, data_dir, stag
     assert visualize.effective_size(effective) <= field.size()[0] * (1 if stage == "conv1" else 0.9)
 
 
-# Block 1 of the lecture's network is two 3x3 convolutions at stride 1, so two positions see a
-# border, four where it is all on one side or as wide as the kernels; stretched maps have no
-# position that is left alone.
+# Block 1 of the lecture's network has two 3x3 convolutions at stride 1, so two positions see a
+# border. Four do if the padding is on one side only or as wide as the kernels. If maps are
+# stretched, all do.
 BORDER = dict.fromkeys(FILLS, 2) | {"none": 0, "full": 4, "one-sided": 4, "interpolate": None}
 
 
@@ -348,9 +356,8 @@ def test_circular_padding_is_equivariant_to_circular_shifts():
     model = create_model("convnet", padding="circular")
     variables = quick.variables(model)
     period = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
-    images = jnp.pad(
-        period, ((0, 0), (0, 4), (0, 4), (0, 0)), mode="wrap"
-    )  # its two windows are circular shifts of each other
+    # The two windows of this image are circular shifts of each other.
+    images = jnp.pad(period, ((0, 0), (0, 4), (0, 4), (0, 0)), mode="wrap")
     assert (visualize.equivariance_error(model, variables, images, "block3") < 1e-5).all()
     zeros = visualize.equivariance_error(model.clone(padding="zeros"), variables, images, "block3")
     assert zeros[0] > 0.01
@@ -358,7 +365,7 @@ def test_circular_padding_is_equivariant_to_circular_shifts():
 
 @pytest.mark.slow
 def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
-    """Cut out and run alone, in the least image without a border, it gives the same activation."""
+    """A patch alone, in the smallest image without a border, gives the activation."""
     model, variables = squeezenet
     images = read(data_dir / "imagenet_sample", 4)
     x = visualize.network_input(model, jnp.asarray(images))
@@ -396,7 +403,7 @@ def test_a_patch_is_all_that_its_unit_sees(squeezenet, data_dir):
 
 @pytest.mark.slow
 def test_maximizing_a_linear_filter_nears_its_bound(squeezenet):
-    """The best image of a filter has every pixel at 0 or 1, by the weight's sign."""
+    """The best image for a filter has pixels of 0 or 1, by the sign of the weight."""
     model, variables = squeezenet
     name, kernel = visualize.first_filters(model, variables)
     assert name == "features.0" and kernel.shape == (3, 3, 3, 64)
@@ -422,22 +429,22 @@ def test_maximizing_a_linear_filter_nears_its_bound(squeezenet):
     rolled, (_, worse) = visualize.maximize(
         model, variables, "conv1", range(64), total_variation=0.0, jitter=1
     )
-    assert (worse / bound).mean() < (
-        after / bound
-    ).mean()  # what must excite from every side excites less
+    # With jitter, an image must excite the filter at several offsets, and so excites it less.
+    assert (worse / bound).mean() < (after / bound).mean()
     assert np.ptp(rolled, axis=(1, 2)).mean() < 0.8 * np.ptp(images, axis=(1, 2)).mean()
 
 
 @pytest.mark.slow
 def test_maximizing_beats_the_best_photograph_patch(squeezenet, data_dir):
     model, variables = squeezenet
-    channels = [0, 51, 85, 127]  # the second and third are silent on noise
+    # The second and the third channel are silent on noise.
+    channels = [0, 51, 85, 127]
     x = visualize.network_input(model, jnp.asarray(read(data_dir / "imagenet_sample", 50)))
     best = visualize.peaks(model, variables, x, "fire3")[0].max(0)[channels]
     images, (before, after) = visualize.maximize(model, variables, "fire3", channels, steps=100)
     assert (before == 0).any() and (after > 1.1 * best).all() and (best > before).all()
-    # The images returned are those that were measured, and the pixels that a patch of the
-    # photographs has.
+    # The returned images give the measured activations, and have the pixels of a photograph's
+    # patch.
     x = visualize.network_input(model, 255 * jnp.asarray(images))
     at = visualize.frame(model, "fire3")[1]
     size = visualize.frame(model, "fire3")[0]
@@ -563,7 +570,7 @@ def test_commands(command, data_dir, folder, tmp_path):
         "cnnjax.visualize",
         *arguments,
         flags=quick.FLAGS,
-        # Each is compiled, and all are tested above.
+        # Each fill is compiled, so only three are run here; all are tested above.
         changes={"cnnjax.visualize.commands.FILLS": ("zeros", "none", "mean")},
     )
     assert done.returncode == 0, done.stderr
@@ -665,7 +672,7 @@ def test_a_stage_that_vanishes_without_padding_is_left_out_and_said_to_be(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A training run's folder, as `cnnjax.train.run.open_run` reads it."""
+    """Writes a training run's folder that `cnnjax.train.run.open_run` can read."""
     folder = tmp_path_factory.mktemp("run")
     model = create_model("lenet", num_classes=3, input_shape=(20, 20, 1), padding="reflect")
     config = {"kind": "train", "model": "lenet", "model_fields": {"padding": "reflect"}}
@@ -721,7 +728,7 @@ def test_every_fill_is_visualized(fill, run, folder, tmp_path):
 
 
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
-    """The exit code and what was said, whether the arguments or what they name are wrong."""
+    """Returns the exit code and standard error of the command."""
     capsys.readouterr()
     return quick.exit_code(visualize.main, arguments), capsys.readouterr().err
 
@@ -801,9 +808,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command, changed, message, tmp_pa
             )
             arguments += [name, *value.split()]
     code, error = refused(arguments, capsys)
-    lines = [
-        line for line in error.splitlines() if " photographs, " not in line
-    ]  # of which some were read
+    # A log line says how many photographs were read.
+    lines = [line for line in error.splitlines() if " photographs, " not in line]
     assert code == 2 and len(lines) == 1 and message in lines[0], error
     assert not list((tmp_path / "work").glob("*.png"))
 
@@ -855,7 +861,7 @@ ODD = {
     ),
     "animated.gif": lambda path: PIL.Image.new("P", (9, 7)).save(path),
     "folder.jpg": lambda path: path.mkdir(),
-    # Names that are no text, or a formula to matplotlib.
+    # A name that is not UTF-8, and one that matplotlib would read as a formula.
     os.fsdecode(b"caf\xe9.png"): lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
     "a$b_$c.png": lambda path: PIL.Image.new("RGB", (9, 7)).save(path),
 }
@@ -870,7 +876,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_images(name, tmp_path, capsys):
-    """A picture, or one clear line and no folder."""
+    """An odd image gives a picture, or one clear line and no folder."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     ODD[name](folder / name)
@@ -887,8 +893,7 @@ def test_odd_images(name, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, capsys):
-    """A file without the last modules serves the stages before them, and is refused by name for the
-    rest."""
+    """A file without the last modules serves only earlier stages."""
     path = str(data_dir / "weights" / "resnet18_conv1-layer3_imagenet.safetensors")
     common = [
         "--model",

@@ -1,3 +1,5 @@
+"""Weight files: torchvision's names, two formats, all paddings, and refused files."""
+
 import os
 import stat
 
@@ -40,7 +42,8 @@ def test_round_trip_is_exact_and_has_torchvisions_names(resnet, saved):
     assert tensors["conv1.weight"].shape == (64, 3, 7, 7) and tensors["fc.weight"].shape == (5, 512)
     assert tensors["layer2.0.downsample.1.running_var"].shape == (128,)
     assert tensors["layer2.0.bn1.num_batches_tracked"].dtype == np.int64
-    assert len(tensors) == 122  # as many as torchvision's own state dict of resnet18
+    # torchvision's own state dict of resnet18 has as many tensors.
+    assert len(tensors) == 122
 
 
 def test_what_does_not_fit_is_listed_whole(resnet, saved, tmp_path):
@@ -79,7 +82,8 @@ def test_missing_names_modules_known_to_be_absent(resnet, saved, tmp_path):
         match=r"missing=\['layer5'\] are not modules of this model; its modules are bn1, conv1, fc",
     ):
         weights.load_torchvision(path, model, missing=("layer5",))
-    with pytest.raises(ValueError, match="not in the model: fc.bias"):  # declared absent, yet there
+    # The module is declared missing, but the file has it.
+    with pytest.raises(ValueError, match="not in the model: fc.bias"):
         weights.load_torchvision(saved, model, missing=("fc",))
 
 
@@ -92,9 +96,8 @@ def test_timms_vgg_is_the_same_network_by_other_names(tmp_path):
     timm = {}
     for key, (collection, module, leaf) in flat.items():
         shape = shapes[collection][module][leaf].shape
-        value = np.full(
-            shape, rng.standard_normal(), np.float32
-        )  # one number a tensor: the names are tested here
+        # One number per tensor is enough, since the test is about names.
+        value = np.full(shape, rng.standard_normal(), np.float32)
         timm[key] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     convolutional = np.arange(4096 * 512 * 49, dtype=np.float32).reshape(4096, 512, 7, 7)
     timm["pre_logits.fc1.weight"] = convolutional
@@ -127,7 +130,7 @@ def test_a_file_that_is_neither_safetensors_nor_pth(tmp_path, resnet):
 
 
 def test_a_saved_file_follows_the_umask(tmp_path):
-    """Whoever may read the other files of a work directory may read its weights."""
+    """Weights have the same permissions as the other files of a work directory."""
     variables = {"params": {"fc": {"kernel": np.ones((2, 3), np.float32)}}}
     before = os.umask(0o027)
     try:
@@ -172,14 +175,14 @@ def test_real_weights_of_resnet18_load(data_dir):
 
 
 def numbered(model) -> dict:
-    """Variables of a model in which every number is another one."""
+    """Returns a model's variables, in which every number is another one."""
     shapes = weights.variable_shapes(model)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
 
 
 def test_pth_and_safetensors_hold_the_same(tmp_path, monkeypatch):
-    """Also through `~`, which stands for the home folder."""
+    """Both formats give back the same variables; `~` in a path is the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     model = create_model("mnasnet0_5", num_classes=3)
     variables = numbered(model)
@@ -203,14 +206,15 @@ def test_pth_and_safetensors_hold_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_weights_of_every_padding_load(name, padding, tmp_path):
-    """Dense layers on a flattened map have the shapes that the padding leaves them."""
+    """Dense layers on flattened maps have shapes that depend on the padding."""
     model = create_model(name, num_classes=3, padding=padding)
     shapes = weights.variable_shapes(model)
     image = jnp.zeros((1, *model.input_shape))
     assert shapes == jax.eval_shape(model.init, jax.random.key(0), image)
     assert shapes != weights.variable_shapes(model.clone(padding="zeros"))
+    # Writing a large file would take long.
     if sum(leaf.size for leaf in jax.tree.leaves(shapes)) > 1e6:
-        return  # the file would take long
+        return
     variables = numbered(model)
     weights.save_torchvision(variables, tmp_path / "w.safetensors")
     loaded = weights.load_torchvision(tmp_path / "w.safetensors", model)
@@ -219,13 +223,14 @@ def test_weights_of_every_padding_load(name, padding, tmp_path):
 
 @pytest.mark.slow
 def test_weights_saved_under_zeros_serve_other_paddings(tmp_path):
-    """Convolutions do not depend on the padding, and their maps are what studies look at."""
+    """Convolutions do not depend on the padding, so studies can load the same weights."""
     variables = numbered(create_model("lenet5", num_classes=3))
     weights.save_torchvision(variables, tmp_path / "w.safetensors")
     model = create_model("lenet5", num_classes=3, padding="full")
     loaded = weights.load_torchvision(tmp_path / "w.safetensors", model)
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
-    deep = create_model("resnet152", padding="none")  # no pixel is left at its own image size
+    # Without padding, this network has no output at its own image size.
+    deep = create_model("resnet152", padding="none")
     assert weights.variable_shapes(deep) == weights.variable_shapes(create_model("resnet152"))
 
 
@@ -233,7 +238,7 @@ def test_weights_saved_under_zeros_serve_other_paddings(tmp_path):
 
 
 def state_dict(variables) -> dict:
-    """A network's tensors by torchvision's names."""
+    """Returns a network's tensors by torchvision's names."""
     flat = flax.traverse_util.flatten_dict(variables)
     tensors = {}
     for key, path in weights.torchvision_keys(variables).items():
@@ -270,7 +275,7 @@ def test_wrappers_in_any_order_are_understood(prefix, tmp_path):
 
 
 class OtherLeaves(Network):
-    """Parameters that torchvision's networks lack: Flax's, and some of the network's own."""
+    """A network with parameters that torchvision lacks: Flax's and some of its own."""
 
     input_shape: tuple[int, int, int] = (4, 4, 3)
 
@@ -284,7 +289,7 @@ class OtherLeaves(Network):
 
 
 class TwoWeights(Network):
-    """A module of the network itself with a kernel and a scale."""
+    """A network whose own parameters are a kernel and a scale."""
 
     input_shape: tuple[int, int, int] = (4, 4, 3)
 

@@ -1,3 +1,5 @@
+"""Work directories: complete files, one configuration, and one process."""
+
 import errno
 import json
 import os
@@ -60,13 +62,13 @@ def test_the_environments_of_a_run_started_several_times_are_all_recorded(tmp_pa
         return [start["git_revision"] for start in starts]
 
     assert prepare("a") == ["a"]
-    # Nothing was begun: that code has computed nothing.
+    # The first start computed nothing, so it is not recorded.
     assert prepare("b") == ["b"]
     (tmp_path / "metrics.jsonl").touch()
     assert prepare("b") == ["b"]
     assert prepare("c") == ["b", "c"]
     assert prepare("c") == ["b", "c"]
-    # As where a job is requeued on two kinds of machines in turn.
+    # A job may be requeued on two kinds of machines in turn.
     assert prepare("b") == ["c", "b"]
     assert prepare("d") == ["c", "b", "d"]
     (tmp_path / "results.json").touch()
@@ -128,13 +130,13 @@ def test_a_report_needs_results(tmp_path):
 # ------------------------------------------------------------------ claims
 
 
-# Above the largest number of a process.
+# The process number is above the largest possible one.
 GONE = {"host": platform.node(), "process": 2**22 + 1}
 
 
 @pytest.mark.parametrize("left", [None, GONE], ids=["free", "void"])
 def test_one_process_at_a_time(left, tmp_path):
-    """A second one is refused by name; of six at once one gets in, and the folder is left empty."""
+    """A second process is refused; of six at once, one gets in. No claim file remains."""
     code = (
         "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\n"
         "while time.time() < float(sys.argv[2]): pass\n"
@@ -156,10 +158,10 @@ def test_one_process_at_a_time(left, tmp_path):
         )
         for _ in range(6)
     ]
-    found = sorted(process.communicate()[0].strip() for process in started)
+    outputs = sorted(process.communicate()[0].strip() for process in started)
     assert (
-        found[0] == "in"
-        and all("is in use by process" in line for line in found[1:])
+        outputs[0] == "in"
+        and all("is in use by process" in line for line in outputs[1:])
         and not list(tmp_path.iterdir())
     )
 
@@ -168,13 +170,14 @@ def test_one_process_at_a_time(left, tmp_path):
     "held, idle, void",
     [
         (GONE, 0, True),
-        # A container has process numbers of its own.
+        # A container has its own process numbers.
         (GONE | {"namespace": "pid:[1]"}, 0, False),
         (GONE | {"namespace": "pid:[1]"}, 130, True),
         ({"host": platform.node(), "process": os.getpid()}, 0, False),
         ({"host": "elsewhere", "process": 1}, 100, False),
         ({"host": "elsewhere", "process": 1}, 130, True),
-        ({"host": "elsewhere", "process": 1}, -1000, False),  # a clock that was set back
+        # The clock was set back.
+        ({"host": "elsewhere", "process": 1}, -1000, False),
     ],
 )
 def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
@@ -192,7 +195,7 @@ def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
 
 
 def test_a_claim_that_replaced_a_void_one_stays(tmp_path):
-    """Two processes may find one claim void, and one be at work before the other removes it."""
+    """Two processes may find a claim void; one must not remove the other's new claim."""
     path = tmp_path / "run.claim"
     path.write_text("another's")
     workdir._remove_stale(path, b"void", tmp_path / ".mine.claim")
@@ -202,7 +205,7 @@ def test_a_claim_that_replaced_a_void_one_stays(tmp_path):
 
 
 def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
-    """As on exFAT, and on some file systems of networks."""
+    """exFAT and some network file systems have no hard links."""
 
     def link(*arguments):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -221,7 +224,7 @@ def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
-    """Even if it has made a folder for its checkpoints."""
+    """The folder is removed even if the run has made a folder for its checkpoints."""
     folder = tmp_path / "run"
 
     def refuse(config, folder):
@@ -254,5 +257,6 @@ def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
         time.sleep(0.5)
         assert time.time() - path.stat().st_mtime < 60
         path.unlink()
-        path.write_text("another's")  # who found ours void, say after a long sleep of this machine
+        # Another process has found this claim void, say after a long sleep of this machine.
+        path.write_text("another's")
     assert path.read_text() == "another's" and len(list(tmp_path.iterdir())) == 1

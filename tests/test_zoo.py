@@ -7,7 +7,7 @@ from experiments import zoo
 
 
 def frameworks(version: str) -> zoo.Frameworks:
-    """Stands for both libraries, which tests do not need."""
+    """Returns stand-ins for PyTorch and torchvision, which tests do not need."""
     models = types.SimpleNamespace(list_models=lambda module: ["resnet18", "resnet34"])
     torch = types.SimpleNamespace(__version__=version, set_num_threads=lambda count: None)
     return zoo.Frameworks(torch, types.SimpleNamespace(__version__="0.28.0", models=models))

@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 from cnnjax.nn import FILLS, output_size
 from experiments.basics import numbers
 
-_MB = 4e-6  # of a float32
+# Megabytes of one float32 value.
+_MB = 4e-6
 
 
 def cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
@@ -42,7 +43,7 @@ def outline(axis, row: int, column: int, size: int, color: str = "red") -> None:
 
 
 def draw_sobel(gray: np.ndarray) -> Figure:
-    """Draws a photograph, both derivatives, magnitude, direction, and the edge that zeros make."""
+    """Draws a photograph's Sobel responses, and the false edge of zero padding."""
     responses = numbers.sobel(gray)
     border = numbers.sobel(gray, "zeros")["magnitude"]
     most = np.quantile(responses["magnitude"], 0.99)
@@ -75,7 +76,7 @@ def draw_sobel(gray: np.ndarray) -> Figure:
 
 
 def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
-    """Draws a row per window: its frame on each channel, the products, the maps so far."""
+    """Draws one row per window: its frame on each channel, products, maps so far."""
     windows = numbers.steps(image, kernels, bias, stride)
     channels, filters = image.shape[2], kernels.shape[3]
     values = np.stack([step["values"] for step in windows])
@@ -113,7 +114,7 @@ def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride:
 
 
 def draw_unfolded(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
-    """Draws the worked convolution as a matrix product, and what unfolding costs in VGG-16."""
+    """Draws the worked convolution as a matrix product, and its memory cost in VGG-16."""
     figure = Figure(figsize=(14, 9.5), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     draw_product(upper.subplots(1, 3, width_ratios=(27, 3, 3)), image, kernels, bias, stride)
@@ -159,7 +160,7 @@ def draw_growth(axis) -> None:
 
 
 def draw_pooling(rows: list[dict]) -> Figure:
-    """Draws the lecture's map under four pools, and what one pixel changes in maps."""
+    """Draws the lecture's map under pools, and the effect of a shift by one pixel."""
     figure = Figure(figsize=(13, 8.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     for line, pool in zip(upper.subplots(2, 5), numbers.POOLS):
@@ -176,6 +177,7 @@ def draw_pooling(rows: list[dict]) -> Figure:
 
 
 def draw_pool(axis, pool: str, window: int, stride: int) -> None:
+    """Draws the lecture's map after one pool; a window of 1 shows the map itself."""
     kind = "overlapping" if stride < window else "not overlapping"
     title = f"{pool}, {window}x{window}, stride {stride}\n{kind}"
     if window == 1:
@@ -189,6 +191,7 @@ def draw_pool(axis, pool: str, window: int, stride: int) -> None:
 
 
 def draw_bars(axis, rows: list[dict], key: str) -> None:
+    """Draws a bar with the value `key` of each row."""
     colors = {"none": "gray", "max": "C0", "average": "C1"}
     names = [f"{row['pool'].replace('none', 'no pooling')}, {row['window']}" for row in rows]
     values = [row[key] for row in rows]
@@ -213,7 +216,7 @@ PANELS = {
 
 
 def font_size(values: np.ndarray) -> float:
-    """Returns the size of a map's numbers; a map too large for numbers gets none."""
+    """Returns the font size for a map's numbers; 0 for a map too large for numbers."""
     if len(values) > 12:
         return 0
     whole = (values == values.round()).all()
@@ -221,7 +224,7 @@ def font_size(values: np.ndarray) -> float:
 
 
 def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
-    """Draws noise and what 1, 2, 4, and 7 layers of the shift network make of it, by fill."""
+    """Draws noise and the shift network's maps after 1, 2, 4, and 7 layers, by fill."""
     figure = Figure(figsize=(2.1 * len(PANELS), 2.1 * len(fills)))
     spaces = {"wspace": 0.05, "hspace": 0.05}
     axes = figure.subplots(len(fills), len(PANELS), gridspec_kw=spaces, squeeze=False)
@@ -237,7 +240,10 @@ def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
 
 
 def draw_sizes(kernel: int = 3) -> Figure:
-    """Draws the output size by input size and stride; color: pixels that no window reads."""
+    """Draws the output size by input size and stride.
+
+    Colors show the number of pixels that no window reads.
+    """
     figure = Figure(figsize=(13, 5), layout="constrained")
     sizes, strides = range(3, 17), range(1, 5)
     for axis, padding in zip(figure.subplots(2, 1), (0, 1)):

@@ -46,9 +46,10 @@ def sobel(image: np.ndarray, fill: str = "replicate") -> dict[str, np.ndarray]:
 
 
 def edge(degrees: float, size: int = 33, softness: float = 1.0) -> np.ndarray:
-    """Makes an edge [size, size] through the center, from 0 to 255.
+    """Draws an edge through the center of an image [size, size], from 0 to 255.
 
-    It is brighter towards `degrees` (0 right, 90 down) and `softness` pixels soft.
+    The image is brighter towards `degrees` (0 right, 90 down). `softness` is the width of the edge
+    in pixels.
     """
     rows, columns = np.mgrid[:size, :size] - size // 2
     along = columns * np.cos(np.radians(degrees)) + rows * np.sin(np.radians(degrees))
@@ -56,9 +57,9 @@ def edge(degrees: float, size: int = 33, softness: float = 1.0) -> np.ndarray:
 
 
 def direction_error(degrees: float) -> float:
-    """Returns the greatest error of the direction on an edge, in degrees."""
+    """Returns the greatest error of the pair's direction on an edge, in degrees."""
     responses = sobel(edge(degrees))
-    # Without the border's repeated pixels.
+    # Responses at the border, which read repeated pixels, are left out.
     inner = {name: values[2:-2, 2:-2] for name, values in responses.items()}
     strong = inner["magnitude"] > inner["magnitude"].max() / 2
     errors = (inner["direction"][strong] - degrees + 180) % 360 - 180
@@ -66,7 +67,7 @@ def direction_error(degrees: float) -> float:
 
 
 def sobel_numbers(gray: np.ndarray) -> dict:
-    """Measures the pair on edges, a photograph [height, width], noise, and a flat image."""
+    """Measures the pair on edges, a photograph `gray`, noise, and a flat image."""
     vertical = sobel(edge(0))
     magnitude = sobel(gray)["magnitude"]
     threshold = np.quantile(magnitude, 0.9)
@@ -93,7 +94,7 @@ def sobel_numbers(gray: np.ndarray) -> dict:
 
 
 def worked_example(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws an example of UTSA's sizes, with numbers of its own.
+    """Draws a worked example with UTSA's sizes and random numbers.
 
     Returns an image [7, 7, 3] of 0 to 2 inside a ring of zeros, two filters [3, 3, 3, 2] of -1 to
     1, and biases [2].
@@ -130,9 +131,9 @@ def unfold(
     padding: int = 0,
     fill: str = "zeros",
 ) -> jnp.ndarray:
-    """Writes the windows of `x` [batch, height, width, in] as rows: im2col.
+    """Returns the windows of `x` [batch, height, width, in] as rows (im2col).
 
-    Returns [batch height' width', kernel height x kernel width x in].
+    The result is [batch height' width', kernel height x kernel width x in].
     """
     x = pad(x, (padding, padding), fill)
     height = output_size(x.shape[1], kernel_size[0], stride, 0)
@@ -154,7 +155,7 @@ def product(
 
 
 def growth() -> list[dict]:
-    """Counts what each 3x3 convolution of VGG-16 reads for one image, as it is and unfolded."""
+    """Counts the input values of VGG-16's convolutions, as they are and unfolded."""
     rows = summary.layers(create_model("vgg16"))
     result = []
     for before, layer in zip(rows, rows[1:]):
@@ -170,7 +171,7 @@ def growth() -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # Pooling (A6, A33)
 
-# NUS CS5242, lecture 8: a map, and what is printed for its 2x2 max-pool.
+# NUS CS5242, lecture 8: a map, and its 2x2 max-pool as printed.
 MAP = np.array(
     [
         [3, 3, 0, 1, 1, 1],
@@ -197,11 +198,11 @@ WINDOWS = {
 
 
 def moved(gray: np.ndarray) -> list[dict]:
-    """Measures what one pixel to the right changes in a photograph's [height, width] pooled maps.
+    """Measures the change of pooled maps if a photograph moves by one pixel.
 
-    "changed" is the share of values that differ, "difference" their RMS difference in standard
-    deviations of the map, and "by the stride" what is left of it if the image moves by the whole
-    stride and the map by one position.
+    The photograph `gray` [height, width] moves to the right. "changed" is the share of values that
+    differ, "difference" their RMS difference in deviations of the map, and "by the stride" the
+    greatest difference if the image moves by the whole stride and the map by one position.
     """
     size = 128
     top, left = (n // 2 - size // 2 for n in gray.shape)
@@ -211,7 +212,7 @@ def moved(gray: np.ndarray) -> list[dict]:
 
     result = []
     for pool, (name, (window, stride)) in itertools.product(POOLS, WINDOWS.items()):
-        # Of one pixel, maximum and average are the same.
+        # In a window of one pixel, maximum and average are the same.
         if window == 1 and pool != "max":
             continue
         pooled = jax.jit(functools.partial(POOLS[pool], window=window, stride=stride))
@@ -256,7 +257,7 @@ def shifted(images: jnp.ndarray, fill: str, key: jnp.ndarray) -> list[jnp.ndarra
 def shift_maps(fill: str, images: np.ndarray) -> list[np.ndarray]:
     """Applies `shifted` to the central 7x7 pixels of `images` [batch, 21, 21].
 
-    'none' gets the whole image, and the center of what it leaves is returned.
+    'none' gets the whole image, and the center of its output is returned.
     """
     margin = 0 if fill == "none" else LAYERS
     height, width = images.shape[1:]
@@ -271,7 +272,7 @@ def shift_maps(fill: str, images: np.ndarray) -> list[np.ndarray]:
 def shift_images() -> np.ndarray:
     """Draws 256 images of noise and, last, a constant one: [257, 21, 21].
 
-    They are 7x7 pixels with the margin that 'none' uses up.
+    Each has 7x7 pixels inside a margin, which 'none' uses up.
     """
     side = WIDTH + 2 * LAYERS
     images = np.random.default_rng(0).integers(0, 10, (257, side, side))
@@ -280,7 +281,7 @@ def shift_images() -> np.ndarray:
 
 
 def shift_numbers(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> dict[str, dict]:
-    """Measures for each fill what is left of the images and what is known of the position.
+    """Measures for each fill how the last map depends on image and position.
 
     A greatest spread of 0 means that the image is forgotten.
     """
@@ -305,8 +306,8 @@ def shift_numbers(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> dict[st
 # ---------------------------------------------------------------------------------------------
 # Sizes (A1)
 
-# (layer, n, p, k, s, the size that its source prints). AlexNet's paper (Krizhevsky et al. 2012)
-# prints 224 pixels and, in figure 2, maps of 55; the lectures put it right (A14).
+# (layer, n, p, k, s, the printed size). AlexNet's paper (Krizhevsky et al. 2012) prints 224 pixels
+# and, in figure 2, maps of 55; the lectures correct it (A14).
 SIZES = (
     ("AlexNet as printed", 224, 0, 11, 4, 55),
     ("AlexNet in the lectures", 227, 0, 11, 4, 55),
@@ -319,7 +320,7 @@ SIZES = (
     ("NUS example (A5)", 7, 0, 3, 2, 3),
     ("UTSA example (A40)", 5, 1, 3, 2, 3),
 )
-# Every n, p, k, s that the formula is checked over.
+# The formula is checked for every n, p, k, s in these ranges.
 CASES = (range(1, 13), range(4), range(1, 8), range(1, 5))
 
 
@@ -328,7 +329,7 @@ def formula(n: int, p: int, k: int, s: int) -> float:
 
 
 def computed_size(n: int, p: int, k: int, s: int) -> int:
-    """Returns the number of output positions of `cnnjax.nn.conv`, or 0 if it refuses the case."""
+    """Returns the output size of `cnnjax.nn.conv`, or 0 if it refuses the case."""
     kernel = jnp.zeros((k, k, 1, 1))
     image = jax.ShapeDtypeStruct((1, n, n, 1), jnp.float32)
     try:
@@ -338,7 +339,7 @@ def computed_size(n: int, p: int, k: int, s: int) -> int:
 
 
 def size_numbers(cases=CASES) -> dict:
-    """Compares (n + 2p - k) / s + 1 with the code, over a table of cases and published layers."""
+    """Compares (n + 2p - k) / s + 1 with the code, in a table of cases and layers."""
     expected = {case: formula(*case) for case in itertools.product(*cases)}
     sizes = {case: computed_size(*case) for case in expected}
     fits = [case for case in expected if expected[case] >= 1]

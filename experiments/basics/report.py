@@ -3,7 +3,8 @@
 from cnnjax.runtime import tables
 from experiments.basics.numbers import POOLED
 
-_MB = 4e-6  # of a float32
+# Megabytes of one float32 value.
+_MB = 4e-6
 
 
 def holds(truth: bool) -> str:
@@ -84,7 +85,7 @@ def pooling(numbers: dict) -> str:
 
 
 def network_verdict(row: dict) -> str:
-    """Says what a fill's numbers tell of the shift network."""
+    """Describes what the shift network knows of the position with one fill."""
     if row["columns told apart"] == 1 or row["pixels without spread"] == 0:
         return "does not know it: every pixel varies from image to image"
     counts = f"tells {row['columns told apart']} of {row['size'][1]} columns apart"
@@ -135,7 +136,7 @@ def sizes(numbers: dict) -> str:
 
 
 def sections(numbers: dict, photograph: str) -> list[tuple[str, str, str]]:
-    """Returns (title, figure, text) of each topic."""
+    """Returns (title, figure, text) for each topic."""
     return [
         ("Edges: the Sobel pair (A39)", "sobel.png", sobel(numbers["sobel"], photograph)),
         ("One convolution, step by step (A40)", "steps.png", steps(numbers["steps"])),

@@ -15,7 +15,7 @@ def annotate(axis, values: np.ndarray, colors: np.ndarray, size: float = 7) -> N
 
 
 def draw_position() -> Figure:
-    """Draws what seven layers make of one image, for every direction and fill."""
+    """Draws one image after seven layers, for every direction and fill."""
     image = position.example_images(1)[0]
     rows = ["image", *position.DIRECTIONS]
     figure = Figure(figsize=(12.6, 12), layout="constrained")
@@ -58,7 +58,7 @@ def draw_worked() -> Figure:
 
 
 def draw_collapse() -> Figure:
-    """Draws where two linear convolutions differ from the one that they compose to."""
+    """Draws the difference between two linear convolutions and their composition."""
     figure = Figure(figsize=(9, 3.3), layout="constrained")
     axes = figure.subplots(1, 3)
     titles = {"none": "no padding", "circular": "circular padding", "zeros": "zero padding"}

@@ -26,7 +26,7 @@ VERDICTS = (WRONG, READING, UNDECIDED, HOLDS, NOT_COMPUTED)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The outcome of one check; `computed` holds the numbers that it rests on."""
+    """The outcome of one check, with the numbers behind it in `computed`."""
 
     word: str
     note: str
@@ -35,7 +35,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A statement of one or several lectures, in our own words, and the check that judges it."""
+    """A statement of one or several lectures, and the check that judges it."""
 
     id: str
     sources: tuple[str, ...]
@@ -76,7 +76,7 @@ class Section:
 
 
 def judge(literally: bool, computed: dict, *, as_read: bool = False, note: str = "") -> Verdict:
-    """Turns a check into a verdict: does the claim hold as stated, or else as the note reads it?"""
+    """Returns a verdict: a claim holds as stated, as the note reads it, or not."""
     if literally:
         return Verdict(HOLDS, note, computed)
     return Verdict(READING if as_read else WRONG, note, computed)
@@ -88,7 +88,7 @@ def not_computed(reason: str) -> Verdict:
 
 
 def find(claims: Iterable[Claim]) -> list[Finding]:
-    """Checks each claim."""
+    """Checks each claim; returns the findings."""
     findings = []
     for claim in claims:
         verdict = claim.check()

@@ -6,6 +6,8 @@ NAMED = Section("Named, not computed")
 
 
 def add(id: str, sources: str, statement: str, reason: str) -> None:
+    """Adds a statement with the reason why it is not computed."""
+
     @NAMED.claim(id, sources, statement)
     def named() -> Verdict:
         return not_computed(reason)

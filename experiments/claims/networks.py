@@ -286,7 +286,7 @@ def alexnet_pool() -> Verdict:
 @NETWORKS.claim("A14.2", "UBC UTSA", "AlexNet normalizes (LRN) after its first and second max-pool")
 def alexnet_normalization() -> Verdict:
     model = create_model("alexnet_2012")
-    # Values large enough for the normalization to act.
+    # The values are large enough for the normalization to matter.
     x = 1000 * jax.random.normal(jax.random.key(0), (1, 67, 67, 3))
     variables = model.init(jax.random.key(1), x, method="stages", last="conv2")
     maps = model.apply(variables, x, method="stages", last="conv2")
@@ -366,7 +366,7 @@ def zfnet() -> Verdict:
         and first.stride[0] == 2
         and [ours[f"conv{n}"][3] for n in (3, 4, 5)] == [512, 1024, 512]
     )
-    # AlexNet with these changes and no other.
+    # AlexNet with only these changes.
     literally = table(
         "alexnet_2012",
         convolutions=(
@@ -434,6 +434,7 @@ def weights_without_biases(row: summary.Layer) -> int:
 
 
 def add_vgg16_row(number: int, row: tuple) -> None:
+    """Adds the claim of one row of the table."""
     name, shape, memory, weights = row
 
     @NETWORKS.claim(
@@ -511,7 +512,7 @@ CONFIGURATIONS = {
     "D": "vgg16",
     "E": "vgg19",
 }
-# Convolutions that each column of UTSA's two tables shows in blocks 1 to 5.
+# Numbers of convolutions in blocks 1 to 5, for each column of UTSA's two tables.
 UTSA_TABLES = {
     "first table": {
         "A": (1, 1, 2, 2, 2),
@@ -602,7 +603,7 @@ def deeper() -> Verdict:
 
 
 class Stack(Network):
-    """Returns convolutions of the given sizes, one after another, that keep the map's size."""
+    """A chain of convolutions of the given sizes, padded to keep the size of the map."""
 
     sizes: tuple[int, ...] = (3, 3, 3)
     width: int = 64
@@ -819,11 +820,12 @@ def any_size() -> Verdict:
 
 
 def accepts(model: Network, variables: dict, size: int) -> bool:
-    """Tells whether a network has an output for square images of `size` pixels."""
+    """Returns whether the network accepts images of `size` x `size` pixels."""
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         return jax.eval_shape(model.apply, variables, image).shape == (1, 1000)
-    except Exception:  # flax and lax name the misfit in errors of several types
+    except Exception:
+        # Flax and lax raise errors of several types for a wrong size.
         return False
 
 

@@ -1,4 +1,4 @@
-"""Sizes, padding, strides, pooling, and the worked examples: claims about single operations."""
+"""Claims about single operations: sizes, padding, pooling, worked examples."""
 
 import itertools
 import math
@@ -19,11 +19,11 @@ from experiments.claims.ledger import Section, Verdict, judge, not_computed
 OPERATIONS = Section("Operations: sizes, padding, pooling, worked examples")
 
 # ---------------------------------------------------------------------------------------------
-# Helpers: shapes without computing anything, and one-channel images in and out of the operations.
+# Helpers: shapes without computation, and operations on images of one channel.
 
 
 def output_shape(function, *shape: int) -> tuple[int, ...]:
-    """Returns the shape that a function returns for an array of `shape`."""
+    """Returns the output shape of a function for an array of `shape`."""
     return jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
@@ -322,8 +322,8 @@ def worked_pooling() -> Verdict:
 
 
 # ---------------------------------------------------------------------------------------------
-# The worked convolution layer of UTSA: 7x7x3 padded input, stride 2, bias 1. The weights that meet
-# a zero pixel are not needed, and the slide's text does not show all of them; they are 0 here.
+# The worked convolution layer of UTSA: 7x7x3 padded input, stride 2, bias 1. Weights that meet zero
+# pixels do not matter, and the slide's text does not show all of them; they are 0 here.
 
 WORKED_INPUT = np.zeros((7, 7, 3))
 WORKED_INPUT[1:6, 1:6, 0] = [
@@ -421,7 +421,8 @@ def commutative() -> Verdict:
     f, g = IMAGE, FILTER
     one = scipy.signal.convolve2d(f, g)
     other = scipy.signal.convolve2d(g, f)
-    # As the layer computes it: the filter flipped, and as many zeros as bring it to every pixel.
+    # A layer computes the same with the filter flipped, and padding for the filter to reach every
+    # pixel.
     ours = filtered(f, g[::-1, ::-1], padding=2)
     holds = np.array_equal(one, other) and np.array_equal(one, ours)
     return judge(holds, {"f * g, first row": one[0].tolist()})
@@ -434,7 +435,8 @@ def sobel() -> Verdict:
     rows = np.array([[-1, -2, -1], [0, 0, 0], [1, 2, 1]])
     columns = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     image = np.zeros((8, 8))
-    image[:, 4:] = 1  # a vertical edge
+    # A vertical edge.
+    image[:, 4:] = 1
     responses = {}
     for name, picture in (("vertical edge", image), ("horizontal edge", image.T)):
         for kind, kernel in (("rows", rows), ("columns", columns)):
@@ -459,7 +461,7 @@ def equivariance() -> Verdict:
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 1))
     moved = jnp.roll(x, (2, 3), (1, 2))
 
-    # No shift of the dense layer's output, read as a map, comes near its output for the moved
+    # The dense layer's output is read as a map. No shift of it comes near the output for the moved
     # image.
     dense = Dense(144)
     variables = dense.init(jax.random.key(2), x.reshape(1, -1))
@@ -475,7 +477,7 @@ def equivariance() -> Verdict:
         still = conv(x, kernel, padding=1, fill=fill)
         shifted = conv(moved, kernel, padding=1, fill=fill)
         difference[fill] = np.abs(plane(jnp.roll(still, (2, 3), (1, 2)) - shifted))
-    # Pixels at the border of the moved image, or at that of the image before it moved.
+    # Pixels at the border of the image, before or after the move.
     border = np.ones((12, 12), bool)
     border[1:-1, 1:-1] = False
     border |= np.roll(border, (2, 3), (0, 1))
@@ -571,7 +573,7 @@ def collapse() -> Verdict:
 
 
 def collapse_error(fill: str) -> np.ndarray:
-    """Compares two 3x3 convolutions with the one 5x5 convolution of their composed filter.
+    """Compares two 3x3 convolutions with the 5x5 convolution of the composed filter.
 
     Returns the absolute difference [height, width].
     """
@@ -615,16 +617,13 @@ def shrinking() -> Verdict:
 
 
 def smooth_image(size: int = 64) -> np.ndarray:
-    """Returns an image as smooth as a feature map: noise averaged over 5x5 pixels."""
+    """Draws an image as smooth as a feature map: noise averaged over 5x5 pixels."""
     noise = jax.random.normal(jax.random.key(0), (1, size + 4, size + 4, 1))
     return plane(avg_pool(noise, 5, 1))
 
 
 def survivors(shift: int, *, pools: int = 1) -> float:
-    """Counts the outputs of a max-pool that stay when the image moves by `shift` pixels.
-
-    Returns their share.
-    """
+    """Returns the share of max-pool outputs that survive a shift by `shift` pixels."""
     image = smooth_image()
     x, moved = one_channel(image), one_channel(np.roll(image, shift, 1))
     for _ in range(pools):
@@ -716,7 +715,8 @@ def contrast() -> Verdict:
     x = 50 * jax.nn.relu(jax.random.normal(jax.random.key(0), (1, 8, 8, 96)))
     ratio = jnp.abs(local_response_norm(2 * x)).sum() / jnp.abs(local_response_norm(x)).sum()
 
-    # Local contrast normalization, the older layer: each window minus its mean, over its deviation.
+    # Local contrast normalization, the older layer, subtracts a window's mean from its center and
+    # divides by the window's deviation.
     def local_contrast(x):
         mean = avg_pool(x, 3, 1)
         deviation = jnp.sqrt(avg_pool(x**2, 3, 1) - mean**2)

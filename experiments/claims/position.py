@@ -9,14 +9,14 @@ from experiments.claims.operations import one_channel, plane
 
 POSITION = Section("The convolution that learns where it is")
 
-# The fills that the demonstration is repeated with.
+# The demonstration is repeated with each of these fills.
 FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 # Quarter turns of the filter.
 DIRECTIONS = {"from the left": 0, "from the bottom": 1, "from the right": 2, "from the top": 3}
 SIZE = 7
 EXPECTED = np.tile(np.arange(1, SIZE + 1), (SIZE, 1))
 
-# The lecture's image, and what its slides print for layers 1 and 2.
+# The lecture's image, and the maps after layers 1, 2, and 7 as printed on its slides.
 PRINTED_IMAGE = np.array(
     [
         [23, 25, 67, 89, 13, 64, 35],
@@ -58,7 +58,7 @@ PRINTED_LAYERS = {
 def count_columns(
     image: np.ndarray, layers: int, direction: str = "from the left", fill: str = "zeros"
 ) -> np.ndarray:
-    """Applies `layers` 3x3 convolutions that each move the image by one pixel and add 1."""
+    """Applies `layers` 3x3 convolutions that move the image by one pixel and add 1."""
     kernel = np.rot90(
         np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], np.float32), DIRECTIONS[direction]
     )
@@ -70,7 +70,7 @@ def count_columns(
 
 
 def example_images(number: int = 5) -> np.ndarray:
-    """Returns images with a margin of seven pixels, used up only without padding."""
+    """Draws images with a margin of seven pixels, which only the fill 'none' uses up."""
     generator = np.random.default_rng(0)
     return generator.integers(0, 10, (number, 3 * SIZE, 3 * SIZE)).astype(np.float32)
 
@@ -81,7 +81,7 @@ def middle(image: np.ndarray) -> np.ndarray:
 
 
 def demo(image: np.ndarray, direction: str, fill: str) -> np.ndarray:
-    """Returns what seven layers make of the central 7x7 pixels of an example image."""
+    """Returns the central 7x7 pixels of an example image after seven layers."""
     return count_columns(image if fill == "none" else middle(image), SIZE, direction, fill)
 
 

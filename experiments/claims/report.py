@@ -3,7 +3,7 @@
 from cnnjax.runtime import tables
 from experiments.claims.ledger import LECTURES, VERDICTS, WRONG, Finding, Section
 
-# The figure that goes with a claim.
+# Claims with a figure.
 PICTURES = {
     "A5.2": "worked.png",
     "A31": "collapse.png",
@@ -39,7 +39,10 @@ def count(findings: list[Finding], verdict: str, lecture: str | None = None) -> 
 
 
 def summary(findings: list[Finding]) -> str:
-    """Counts claims by lecture and verdict; one of several lectures counts for each."""
+    """Returns a table of the number of claims by lecture and verdict.
+
+    A claim of several lectures counts for each of them.
+    """
     lines = []
     for lecture, title in LECTURES.items():
         counts = [str(count(findings, verdict, lecture)) for verdict in VERDICTS]

@@ -29,7 +29,7 @@ def mean(name: str) -> float:
 
 
 def interval(name: str) -> float:
-    """Computes half of the 95 % interval of a mean over n runs; infinite for one run."""
+    """Returns half of the 95 % interval of a mean over n runs; infinite for one run."""
     value = measured()["values"][name]
     if not value["n"] or value["n"] < 2 or value["std"] is None:
         return math.inf
@@ -38,7 +38,7 @@ def interval(name: str) -> float:
 
 
 def evidence(*names: str) -> dict:
-    """Returns what is shown of measured values: mean, standard deviation, n, and the command."""
+    """Returns measured values for the report: mean, deviation, n, and command."""
     shown = {}
     commands = []
     for name in names:
@@ -52,8 +52,8 @@ def evidence(*names: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# The position study. The paper's encoders have ImageNet weights, ours random ones: directions are
-# judged, sizes are not.
+# The position study. The paper's encoders have ImageNet weights, ours random ones, so only the
+# directions of effects are judged, not their sizes.
 
 RANDOM = "the direction; our encoders have random weights, so sizes are not compared"
 
