@@ -8,6 +8,7 @@ import flax.linen as nn
 import forked
 import jax.numpy as jnp
 import matplotlib.figure
+import numpy as np
 import PIL.Image
 import pytest
 import quick
@@ -177,7 +178,9 @@ def test_every_fill_is_trained(fill, own, tmp_path, monkeypatch):
     assert main.main(["--config", str(path), *given, "--workdir", str(run)]) == 0
     model = open_run(run).model
     assert (type(model).__name__, model.padding) == ("Own", fill)
-    assert 0 <= json.loads((run / "results.json").read_text())["final"]["test_error"] <= 1
+    test_error = json.loads((run / "results.json").read_text())["final"]["test_error"]
+    with np.load(run / "test.npz") as saved:
+        assert test_error == pytest.approx((saved["labels"] != saved["predicted"]).mean())
 
 
 def test_visualize_takes_a_file_and_its_weights(own, tmp_path):

@@ -185,7 +185,7 @@ def test_reads_are_counted_right(fill):
         patterns.Window("c", 3, 2, 1),
     )
     for size in (21, 22):
-        ways, n = np.ones((1, size)), size
+        n = size
         product = np.eye(size)
         for window in chain:
             product = matrix(window, n, fill) @ product
@@ -195,7 +195,8 @@ def test_reads_are_counted_right(fill):
         np.testing.assert_allclose(
             patterns.reads(chain, size, fill), counts / counts.mean(), rtol=1e-4, atol=1e-5
         )
-    assert (patterns.asymmetry(np.outer(ways, ways)) < 1e-6) == np.allclose(ways, ways[::-1])
+        is_symmetric = np.allclose(ways, ways[::-1])
+        assert (patterns.asymmetry(np.outer(ways, ways)) < 1e-6) == is_symmetric
     assert patterns.asymmetry(np.array([[2.0, 0]])) == 1
     with pytest.raises(ValueError, match="padding='random' depends on the image"):
         patterns.reads(chain, 21, "random")
@@ -390,7 +391,7 @@ def test_the_quadrants_go_on_where_they_stopped(
         ("quadrant", 1),
     ]
     assert results[2]["accuracy"]["layer4"] == 0.125
-    assert results[3]["accuracy"]["layer2"] >= 0
+    assert results[3]["accuracy"].keys() == results[2]["accuracy"].keys()
     assert "layer4, published | 100.0" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "quadrants.png").stat().st_size > 1000
     for wrong, message in (
