@@ -1,4 +1,4 @@
-"""Every command of the pages in docs/ and of the README is run, with less to compute."""
+"""Every command in a ```sh block of a page in docs/ is run, with less to compute."""
 
 import pathlib
 import re
