@@ -11,7 +11,8 @@ run. The folder gives the labels:
 
 For ImageNet's classes, it may also be
 
-- FOLDER/CLASS/IMAGE with 1,000 class folders in ImageNet's order of names (n01440764, ...);
+- FOLDER/CLASS/IMAGE with 1,000 class folders in ImageNet's order of names (n01440764, ...), none
+  of them the name or number of a class;
 - FOLDER/NUMBER_IMAGE, where every file name begins with the class's number (000_tench.jpg).
 
 Photographs are resized, cropped and normalized as the weights expect; those that are cropped
@@ -73,7 +74,8 @@ def list_classes(
     Args:
       folder: the folder of class folders.
       classes: the names of the classes.
-      ordered: whether folders with other names, one for each class, are in the classes' order.
+      ordered: whether folders of which none is named after a class, one for each class, are in the
+        classes' order.
 
     Raises `ValueError` if there are no photographs, or if a folder is not named after a class.
     """
@@ -83,7 +85,8 @@ def list_classes(
     if source.passed_over:
         _LOG.info("%s: %s", folder, source.passed_over)
     names = source.classes
-    if ordered and len(names) == len(classes) and not all(name.isdecimal() for name in names):
+    is_named = any(name in classes or name.isdecimal() for name in names)
+    if ordered and len(names) == len(classes) and not is_named:
         of_folder = [*range(len(names))]
     else:
         of_folder = [_label(name, classes) for name in names]

@@ -206,9 +206,18 @@ def label(point: NamedTuple) -> str:
     """Names a point's files: "fill=zeros,seed=0"."""
     parts = []
     for name, value in point._asdict().items():
-        text = f"{value:g}" if isinstance(value, float) else workdir.file_label(str(value))
+        if isinstance(value, float):
+            text = _number_label(float(value))
+        else:
+            text = workdir.file_label(str(value))
         parts.append(f"{name}={text}")
     return ",".join(parts)
+
+
+def _number_label(value: float) -> str:
+    """Returns a number in six digits, or in as many as tell it from all others."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def select(results: list[dict], /, **fields) -> list[dict]:

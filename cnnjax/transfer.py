@@ -10,7 +10,7 @@ import fnmatch
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -77,18 +77,23 @@ def _with_statistics(model: Network, selected: set[Path]) -> frozenset[Path]:
     return frozenset(selected | statistics)
 
 
-@functools.lru_cache(maxsize=256)
-def select(model: Network, parts: tuple[str, ...], argument: str = "parts") -> frozenset[Path]:
+def select(model: Network, parts: str | Sequence[str], argument: str = "parts") -> frozenset[Path]:
     """Returns the paths of the named parts' variables.
 
     Args:
       model: the network.
-      parts: stages, or patterns of torchvision's names.
+      parts: stages, or patterns of torchvision's names, or a single one.
       argument: the name of the argument that lists the parts, for the error.
 
     Raises:
       ValueError: if a part matches no parameter.
     """
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
+    return _select(model, parts, argument)
+
+
+@functools.lru_cache(maxsize=256)
+def _select(model: Network, parts: tuple[str, ...], argument: str) -> frozenset[Path]:
     if not parts:
         return frozenset()
     keys = {
@@ -204,7 +209,7 @@ def weights_file(path: str | os.PathLike) -> pathlib.Path:
 
 
 def load_initial_weights(
-    path: str | os.PathLike, model: Network, parts: tuple[str, ...] = ()
+    path: str | os.PathLike, model: Network, parts: str | Sequence[str] = ()
 ) -> dict:
     """Loads parts of a network from a weights file or a training run.
 
@@ -229,7 +234,7 @@ def load_initial_weights(
     shapes = flatten_dict(_shapes(model))
     keys = weights.torchvision_keys(_shapes(model))
     if parts:
-        selected = select(model, tuple(parts), "initial_parts")
+        selected = select(model, parts, "initial_parts")
     else:
         selected = frozenset(shapes) - head(model)
 
@@ -285,11 +290,24 @@ def linear_probe(
 
     The targets are one-hot labels; the solution is exact. The strength of the penalty is the one of
     `STRENGTHS` that is most accurate on the last fifth of the training features after a fit of the
-    others. The final fit uses all training features.
+    others. So the training features must be in random order. The final fit uses all of them.
 
     Returns:
       The test accuracy and the strength.
+
+    Raises:
+      ValueError: for fewer than 5 training features, or if the last fifth has a class that the
+        others lack.
     """
+    n_fitted = len(train) * 4 // 5
+    if n_fitted < 4:
+        raise ValueError(f"train has {len(train)} examples; expected at least 5")
+    unseen = set(labels[n_fitted:].tolist()) - set(labels[:n_fitted].tolist())
+    if unseen:
+        raise ValueError(
+            f"labels: class {min(unseen)} is only in the last fifth, which chooses the strength; "
+            "expected examples in random order"
+        )
     train = train.astype(np.float64)
     test = test.astype(np.float64)
     targets = np.eye(int(labels.max()) + 1)[labels]
@@ -302,7 +320,6 @@ def linear_probe(
         weights = ridge.solve(ridge.factor(x.T @ x), x.T @ (targets[:count] - mean), strengths)
         return (scaler(inputs) @ weights + mean).argmax(-1)
 
-    n_fitted = len(train) * 4 // 5
     held_out = predict(n_fitted, np.array(STRENGTHS), train[n_fitted:])
     accuracies = (held_out == labels[n_fitted:]).mean(1)
     strength = STRENGTHS[accuracies.argmax()]

@@ -102,6 +102,8 @@ def test_an_ensembles_logits_are_their_formulas():
     )
     np.testing.assert_allclose(combine.ensemble_logits(logits, "logits"), logits.mean(1), rtol=1e-5)
     # The smaller probabilities underflow in float32, their logarithms do not.
+    with pytest.raises(ValueError, match="^mean_of='logit' is not one of probabilities, logits"):
+        combine.ensemble_logits(logits, "logit")
     certain = combine.ensemble_logits(np.float32([[0, 300], [0, 400]]))
     np.testing.assert_allclose(certain, [-300 - np.log(2), 0], rtol=1e-6)
 
@@ -265,6 +267,20 @@ def test_reestimated_statistics_are_numpys_moments(way):
     )
 
 
+def test_statistics_need_one_batch_of_images():
+    parallel, images = Parallel("jit"), some_images(15)
+    moments = (np.full(1, 0.4, np.float32), np.full(1, 0.2, np.float32))
+    # A network without BatchNorm may lack the collection.
+    no_norm = {"params": {}}
+    model = Tiny()
+    estimate = combine.reestimate_statistics
+    assert estimate(parallel, model, no_norm, moments, images, 16) == {}
+    with pytest.raises(
+        ValueError, match="^batch_size=16 is not from 1 to 15, the number of images"
+    ):
+        estimate(parallel, model, some(model, 0), moments, images, 16)
+
+
 # ------------------------------------------------------------------ which runs
 
 
@@ -296,6 +312,25 @@ def test_runs_are_named_or_matched(patterns, numbers, sweep_folder):
     configs = runs.find_runs([str(sweep_folder / pattern) for pattern in patterns])
     assert [int(str(folder)[-1]) for folder in configs] == numbers
     assert [config["name"] for config in configs.values()] == [path.name for path in configs]
+
+
+def test_a_run_of_two_spellings_is_listed_once(sweep_folder, tmp_path):
+    run = sweep_folder / "seed=2"
+    (tmp_path / "link").symlink_to(run)
+    spellings = [str(run), str(tmp_path / "link"), f"{sweep_folder}/../{sweep_folder.name}/seed=*"]
+    for patterns in (spellings, spellings[::-1]):
+        assert len(runs.find_runs(patterns)) == 1
+
+
+def test_a_single_pattern_is_not_read_letter_by_letter(sweep_folder):
+    assert runs.find_runs(f"{sweep_folder}/seed=*") == runs.find_runs([f"{sweep_folder}/seed=*"])
+
+
+def test_an_unknown_method_is_refused_before_anything_is_read(tmp_path):
+    message = "method='ensembel' is not one of best, ensemble, ensemble-logits, uniform, "
+    with pytest.raises(ValueError, match=f"^{message}"):
+        combine.run([str(tmp_path / "none")], "ensembel", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,24 @@ def test_scores_are_scipys_and_the_definitions():
         scores(predictions, target("H", 13))
 
 
+def test_scores_of_nothing_to_score():
+    """A map with NaN does not pass for a constant one."""
+    goal = target("H", 4)
+    broken = goal.copy()
+    broken[0, 0] = np.nan
+    result = scores(np.stack([broken, goal]), goal)
+    for name in METRICS:
+        assert np.isnan(result[name][0]) and np.isfinite(result[name][1])
+    # A constant target has no variance to explain, though its mean is rounded.
+    result = scores(goal[None], np.full((4, 4), 0.1, np.float32))
+    assert np.isnan(result["r2"]) and result["spc"] == 0
+
+
+def test_unknown_pixels_are_refused():
+    with pytest.raises(ValueError, match="^pixels='imagnet' is not one of imagenet, unit"):
+        encoder.normalize(jnp.zeros((1, 2, 2, 3)), "imagnet")
+
+
 def features_with_position(n, seed, side=9, channels=6, noise=1.0):
     """Returns noise whose first channel also contains the column."""
     rng = np.random.default_rng(seed)

@@ -47,6 +47,19 @@ def test_an_image_fills_its_cell_and_nothing_else(canvas):
         assert np.array_equal(np.unique(placed[rest], axis=0), [canvases.CANVASES[canvas]])
 
 
+def test_wrong_cells_counts_and_canvases_are_refused():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    for cell in (-1, 9):
+        message = f"^cells: {cell} is not the number of a cell, 0 to 8"
+        with pytest.raises(ValueError, match=message):
+            canvases.place(images, np.array([0, cell]))
+    split = arrays.Split(images, np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="^count=3 is not from 0 to 2, the split's images"):
+        canvases.draw(split, 3, 0)
+    with pytest.raises(ValueError, match="^canvas='red' is not one of black, white, mean"):
+        canvases.draw(split, 2, 0, "red")
+
+
 def test_circular_padding_cannot_tell_the_cell():
     image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     x = canvases.place(np.repeat(image, 9, 0), np.arange(9)).astype(np.float32) / 255

@@ -370,6 +370,18 @@ def test_an_image_in_memory_of_more_than_8_bits_is_refused(kind, mode):
         weights.preprocess(image, weights.find("resnet50"))
 
 
+def test_an_image_is_a_path_or_pillows():
+    record = weights.find("resnet50")
+
+    class Path:
+        def __fspath__(self):
+            return str(PHOTOGRAPHS / "chelsea.png")
+
+    assert weights.preprocess(Path(), record).shape == (224, 224, 3)
+    with pytest.raises(ValueError, match="^image=ndarray is neither a path nor an image of Pillow"):
+        weights.preprocess(np.zeros((300, 300, 3), np.uint8), record)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
 def test_networks_of_google_convert_their_input(name, stage):
@@ -403,6 +415,29 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
     model = create_model("googlenet", num_classes=10)
     with pytest.raises(ValueError, match="need model_fields.transform_input=True"):
         transfer.load_initial_weights(path, model)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet50", {"num_classes": "10"}, "num_classes='10' is not a positive whole number"),
+        ("resnet50", {"num_classes": 10.5}, "num_classes=10.5 is not a positive whole number"),
+        ("resnet50", {"num_classes": 0}, "num_classes=0 is not a positive whole number"),
+        ("resnet50", {"num_classes": True}, "num_classes=True is not a positive whole number"),
+        ("resnet50", {"seed": "a"}, "seed='a' is not a whole number"),
+        (
+            "resnet50",
+            {"tag": None},
+            "tag=None is not one of resnet50's: imagenet1k_v1, imagenet1k_",
+        ),
+        ("resnet50", {"tag": 2}, "tag=2 is not one of resnet50's"),
+        (["resnet50"], {}, r"model=\['resnet50'\] has no published ImageNet weights"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_a_download(name, options, message, monkeypatch):
+    monkeypatch.setattr(download, "fetch", lambda *arguments: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cnnjax.load_pretrained(name, **options)
 
 
 @pytest.mark.slow
@@ -758,6 +793,25 @@ def test_a_thousand_folders_are_imagenets_classes_in_order(tmp_path):
     files, labels = evaluate.list_imagenet(tmp_path)
     assert [file.parent.name for file in files] == [f"n{number:08}" for number in range(1000)]
     assert labels.tolist() == list(range(1000))
+
+
+def test_a_thousand_folders_named_by_class_are_matched_by_name(tmp_path):
+    classes = weights.imagenet_classes()
+    names = {}
+    for number, name in enumerate(classes):
+        is_unique = classes.count(name) == 1
+        names[name if is_unique else str(number)] = number
+    assert len(names) == 1000
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    files, labels = evaluate.list_imagenet(tmp_path)
+    assert labels.tolist() == [names[file.parent.name] for file in files]
+    # One class's name among 999 synsets: the folders have no common order.
+    for number, name in enumerate(list(names)[1:]):
+        (tmp_path / name).rename(tmp_path / f"n{number:08}")
+    with pytest.raises(ValueError, match="the folder 'n00000000' is neither the name of a class"):
+        evaluate.list_imagenet(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("0/a.jpg", "0/b.gif"), ("0_a.jpg", "b.gif")])

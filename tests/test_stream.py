@@ -9,9 +9,12 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 
 import make_tfds
 import numpy as np
@@ -365,6 +368,45 @@ def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
     for reader in readers:
         with pytest.raises(ValueError, match=f"000.png is not a readable image: {reason}"):
             reader()
+
+
+@pytest.mark.parametrize("kind, channels", [(2, 3), (4, 2), (6, 4)])
+def test_color_of_sixteen_bits_is_read_as_eight(kind, channels, tmp_path):
+    """Pillow reduces color and gray with transparency, PNG's kinds 2, 4 and 6, when it opens it."""
+
+    def chunk(name, data):
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    path = tmp_path / "a.png"
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    pixel = b"\0" + struct.pack(">H", 0x4080) * channels
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixel)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert photographs.read_image(path).tolist() == [[[0x40] * 3]]
+
+
+def test_more_pixels_than_pillows_limit_are_refused(tmp_path, monkeypatch):
+    """Pillow itself may only warn: its filter of warnings is the user's."""
+    write(tmp_path, a=[np.zeros((8, 8, 3), np.uint8)])
+    path = tmp_path / "a" / "000.png"
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 63)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        reason = r"Image size \(64 pixels\) exceeds limit of 63 pixels, could be decompression bomb"
+        with pytest.raises(photographs.Damaged, match=f"^{path} is not a readable image: {reason}"):
+            photographs.read_image(path)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+    assert photographs.read_image(path).shape == (8, 8, 3)
+
+
+def test_importing_photographs_leaves_the_users_warnings_alone():
+    script = (
+        "import warnings, PIL.Image, cnnjax.data.photographs\n"
+        "kinds = [kind for _, _, kind, _, _ in warnings.filters]\n"
+        "assert PIL.Image.DecompressionBombWarning not in kinds"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=ENVIRONMENT)
 
 
 def test_images_held_out_of_a_source(folder):

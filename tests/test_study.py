@@ -135,6 +135,18 @@ def test_points_are_named_by_their_fields():
     assert study.label(Point("a", 0.50, 3)) == "name=a,rate=0.5,seed=3"
 
 
+def test_close_numbers_name_different_files():
+    """In six digits, the second point would read the first one's result."""
+    rates = (0.1234567, 0.1234568, np.float64(1 / 3), 1e-7, 2.0)
+    assert [study.label(Point("a", rate, 3)).split(",")[1] for rate in rates] == [
+        "rate=0.1234567",
+        "rate=0.1234568",
+        "rate=0.3333333333333333",
+        "rate=1e-07",
+        "rate=2",
+    ]
+
+
 def test_a_network_of_a_file_names_files():
     first, second = (study.label(Point(f"{folder}/own.py:Own", 0.5, 3)) for folder in ("a", "/b"))
     for text in (first, second):

@@ -352,6 +352,18 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     assert loaded == transfer.select(model, parts)
 
 
+def test_parts_are_a_list_or_a_single_one(tmp_path):
+    paths = transfer.select(MODEL, ("conv1",))
+    assert transfer.select(MODEL, ["conv1"]) == transfer.select(MODEL, "conv1") == paths
+    with pytest.raises(ValueError, match="^parts='conv9' names no parameters"):
+        transfer.select(MODEL, "conv9")
+    shapes = weights.variable_shapes(MODEL)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    weights.save_torchvision(zeros, tmp_path / "w.safetensors")
+    loaded = transfer.load_initial_weights(tmp_path / "w.safetensors", MODEL, "conv1")
+    assert set(flatten_dict(loaded)) == paths
+
+
 def test_the_linear_probe_is_the_exact_solution():
     """Compares with scikit-learn's ridge classifier of the chosen strength."""
     from sklearn.linear_model import RidgeClassifier
@@ -364,6 +376,16 @@ def test_the_linear_probe_is_the_exact_solution():
     reference = RidgeClassifier(alpha=strength).fit(scaled[:200], labels[:200])
     assert accuracy == pytest.approx(reference.score(scaled[200:], labels[200:]))
     assert accuracy > 0.7
+
+
+def test_the_linear_probe_refuses_examples_in_the_order_of_their_classes():
+    """Otherwise, only classes that were never fitted would choose the strength."""
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    labels = np.arange(20) // 4
+    with pytest.raises(ValueError, match="^labels: class 4 is only in the last fifth"):
+        transfer.linear_probe(x, labels, x, labels)
+    with pytest.raises(ValueError, match="^train has 4 examples; expected at least 5"):
+        transfer.linear_probe(x[:4], labels[:4], x, labels)
 
 
 # ------------------------------------------------------------------ whole runs

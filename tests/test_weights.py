@@ -390,3 +390,26 @@ def test_auxiliary_heads_of_a_file_are_passed_over_by_a_network_without_them(tmp
     conv = ("params", "conv1", "conv", "kernel")
     flat, expected = (flax.traverse_util.flatten_dict(tree) for tree in (loaded, variables))
     assert np.array_equal(flat[conv], expected[conv])
+
+
+def test_variables_that_no_file_would_hold_are_refused(resnet, tmp_path):
+    """Saved in silence, a file would lack them, or hold nothing at all."""
+    params = resnet[1]["params"]
+    cache = {"count": np.zeros(1)}
+    for variables, named in (
+        (params, "'bn1', 'conv1', 'fc', 'layer1.0', 'layer1.1', ..."),
+        (resnet[1] | {"cache": cache}, "'cache'"),
+    ):
+        message = f"^variables has {named}; expected the collections 'params', 'batch_stats' only$"
+        with pytest.raises(ValueError, match=message):
+            weights.save_torchvision(variables, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_users_own_partial_file_is_left_alone(name, tmp_path):
+    own = tmp_path / f"{name}.partial"
+    own.write_text("mine")
+    weights.save_torchvision({"params": {"fc": {"bias": np.ones(2)}}}, tmp_path / name)
+    assert own.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, own.name]

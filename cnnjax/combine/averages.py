@@ -112,7 +112,12 @@ def ensemble_logits(logits: np.ndarray, mean_of: str = "probabilities") -> np.nd
 
     Returns:
       The logarithm of the mean probability, or the mean of the logits; [..., classes].
+
+    Raises:
+      ValueError: if `mean_of` is another word.
     """
+    if mean_of not in ("probabilities", "logits"):
+        raise ValueError(f"mean_of={mean_of!r} is not one of probabilities, logits")
     if mean_of == "logits":
         return logits.mean(-2)
     members = logits.shape[-2]

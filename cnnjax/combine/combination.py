@@ -30,19 +30,21 @@ _LOG = logging.getLogger("cnnjax")
 _LEARNED_STEPS = 200
 
 
-def run(patterns: Sequence[str], method: str, folder: pathlib.Path) -> None:
+def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> None:
     """Combines training runs, and writes results.json and report.md.
 
     Methods that make one network write its weights, too. The test set is scored once, at the end.
 
     Args:
-      patterns: folders, or patterns that match them; `~` is expanded.
+      patterns: folders, or patterns that match them, or a single one; `~` is expanded.
       method: one of `METHODS`.
       folder: the work directory.
 
     Raises:
-      ValueError: for runs that the method cannot combine.
+      ValueError: for an unknown method, and for runs that the method cannot combine.
     """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
     began = time.monotonic()
 
     # ------------------------------------------------------------- members

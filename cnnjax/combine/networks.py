@@ -89,9 +89,16 @@ def reestimate_statistics(
 
     Returns:
       The collection `batch_stats`; {} if the network has none.
+
+    Raises:
+      ValueError: if there are not enough images for one batch.
     """
-    if not variables["batch_stats"]:
+    if not variables.get("batch_stats"):
         return {}
+    if not 1 <= batch_size <= len(images):
+        raise ValueError(
+            f"batch_size={batch_size} is not from 1 to {len(images)}, the number of images"
+        )
     compute = evaluate.compiled(parallel, model, _input_moments)
     replicated = parallel.replicate((variables, moments))
     in_full_batches = images[: len(images) // batch_size * batch_size]

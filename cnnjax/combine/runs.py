@@ -38,22 +38,28 @@ class Member(NamedTuple):
     moments: tuple[np.ndarray, np.ndarray]
 
 
-def find_runs(patterns: Sequence[str]) -> Configs:
+def find_runs(patterns: str | Sequence[str]) -> Configs:
     """Reads the configurations of training runs, by folder.
 
     Args:
-      patterns: work directories, and patterns that match them; other matches of a pattern are
-        passed over.
+      patterns: work directories, and patterns that match them, or a single one; other matches of a
+        pattern are passed over. A run that is matched twice is listed once.
 
     Raises:
       ValueError: for a path that is not a training run, and for a pattern that matches none.
     """
+    if isinstance(patterns, str):
+        patterns = [patterns]
     configs: Configs = {}
+    # By the resolved folder, since a link or another spelling names the same run.
+    names: dict[pathlib.Path, pathlib.Path] = {}
     for pattern in patterns:
         matches = _read_matches(pattern)
         if not matches:
             raise ValueError(f"runs={pattern!r} matches no work directory of a training run")
-        configs |= matches
+        for path in sorted(matches):
+            if names.setdefault(path.resolve(), path) == path:
+                configs[path] = matches[path]
     return dict(sorted(configs.items()))
 
 

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import pathlib
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ import PIL.Image
 import PIL.ImageOps
 
 _LOG = logging.getLogger("cnnjax")
-# Pillow warns of a decompression bomb and then decodes it; here it is an error.
-warnings.filterwarnings("error", category=PIL.Image.DecompressionBombWarning)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # The most pixels that an image is resized to as a whole: 67 MB in Pillow.
 _MOST_RESIZED = 2**24
@@ -208,6 +205,14 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
     """
     try:
         with PIL.Image.open(path, formats=_FORMATS) as image:
+            # Up to twice the limit, Pillow only warns of a decompression bomb.
+            pixels = image.width * image.height
+            limit = PIL.Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                raise ValueError(
+                    f"Image size ({pixels} pixels) exceeds limit of {limit} pixels, could be "
+                    "decompression bomb DOS attack."
+                )
             yield image
     except Exception as error:
         # Any exception, because a damaged image raises nearly anything.
@@ -233,8 +238,11 @@ def image_size(path: pathlib.Path) -> tuple[int, int]:
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Converts an image to RGB.
 
+    Pillow itself reduces color images of 16 bits, and gray ones with transparency, to 8 bits when
+    it opens a file.
+
     Raises:
-      ValueError: if it has more than 8 bits a channel.
+      ValueError: if the pixels of a gray image have more than 8 bits.
     """
     # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
     if image.mode[0] in "IF":
@@ -251,7 +259,7 @@ def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
     As in torchvision, transparency is dropped and an orientation in the metadata is not applied.
 
     Raises:
-      Damaged: if it cannot be decoded whole, or has more than 8 bits a channel.
+      Damaged: if it cannot be decoded whole, or is gray of more than 8 bits.
       ValueError: if the file cannot be read.
     """
     with opened(path) as image:

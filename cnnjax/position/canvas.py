@@ -25,7 +25,16 @@ def place(
     cells: Integer[np.ndarray, " n"],
     canvas: str = "black",
 ) -> UInt8[np.ndarray, "n 96 96 3"]:
-    """Places images in their cells, which are counted from 0 row by row."""
+    """Places images in their cells, which are counted from 0 row by row.
+
+    Raises `ValueError` if there is no such cell or canvas.
+    """
+    if canvas not in CANVASES:
+        raise ValueError(f"canvas={canvas!r} is not one of {', '.join(CANVASES)}")
+    cells = np.asarray(cells)
+    outside = cells[(cells < 0) | (cells >= GRID**2)]
+    if outside.size:
+        raise ValueError(f"cells: {outside[0]} is not the number of a cell, 0 to {GRID**2 - 1}")
     out = np.empty((len(images), GRID, SIDE, GRID, SIDE, 3), np.uint8)
     out[:] = np.array(CANVASES[canvas], np.uint8)
     out[np.arange(len(images)), cells // GRID, :, cells % GRID] = images
@@ -37,8 +46,11 @@ def draw(
 ) -> tuple[UInt8[np.ndarray, "n 96 96 3"], dict[str, np.ndarray]]:
     """Places random images of a split in random cells of a canvas.
 
-    Returns the canvases and the labels of each task.
+    Returns the canvases and the labels of each task. Raises `ValueError` if the split has fewer
+    than `count` images, or for an unknown canvas.
     """
+    if not 0 <= count <= len(split.labels):
+        raise ValueError(f"count={count} is not from 0 to {len(split.labels)}, the split's images")
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(len(split.labels))[:count]
     cells = generator.integers(0, GRID**2, count).astype(np.int32)

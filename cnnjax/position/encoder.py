@@ -40,7 +40,11 @@ def normalize(
       images: RGB, [batch, height, width, 3].
       pixels: "imagenet" subtracts ImageNet's mean and divides by its standard deviation; "unit"
         scales to 0 to 1.
+
+    Raises `ValueError` for other `pixels`.
     """
+    if pixels not in PIXELS:
+        raise ValueError(f"pixels={pixels!r} is not one of {', '.join(PIXELS)}")
     return augment.normalize(images, *_MOMENTS[pixels])
 
 

@@ -17,9 +17,12 @@ def scores(
 
     Returns scores by name:
 
-    - `spc`: Spearman's rank correlation; 0 for a constant map.
+    - `spc`: Spearman's rank correlation; 0 for a constant map or target.
     - `mae`: the mean absolute error.
-    - `r2`: the share of the target's variance explained; 0 for its mean, negative if worse.
+    - `r2`: the share of the target's variance explained; 0 for its mean, negative if worse, and
+      NaN for a constant target.
+
+    A map with NaN has NaN for every score.
 
     Raises `ValueError` if the shapes of prediction and target differ.
     """
@@ -41,12 +44,16 @@ def scores(
     ranks = scipy.stats.rankdata(flat, axis=1) - mean_rank
     norm = np.linalg.norm(ranks, axis=1) * np.linalg.norm(goal_ranks)
     correlation = ranks @ goal_ranks / np.where(norm > 0, norm, 1)
-    varies = np.ptp(flat, axis=1) >= CONSTANT
+    # The range of a map with NaN is NaN, which is not less than anything.
+    is_constant = np.ptp(flat, axis=1) < CONSTANT
 
     error = flat - goal
     variance = np.square(goal - goal.mean()).sum()
+    if np.ptp(goal) == 0:
+        # Rounding of the mean may leave a variance that means nothing.
+        variance = np.nan
     result = {
-        "spc": np.where(varies, correlation, 0.0),
+        "spc": np.where(is_constant, 0.0, correlation),
         "mae": np.abs(error).mean(1),
         "r2": 1 - np.square(error).sum(1) / variance,
     }

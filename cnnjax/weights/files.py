@@ -6,6 +6,7 @@ The tensors get torchvision's names, whatever wrapper or older version wrote the
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Iterable
 
 import numpy as np
@@ -112,7 +113,8 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
     The file appears whole or not at all.
     """
-    partial = path.with_name(path.name + ".partial")
+    # A name of its own for every call: several processes may write one file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if path.suffix in _PTH_SUFFIXES:
             pth.write(tensors, partial)

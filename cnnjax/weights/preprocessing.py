@@ -4,7 +4,7 @@ As in torchvision's `ImageClassification` transform, the shorter side is resized
 the center is cut out, pixels are scaled to 0 ... 1 and normalized per channel.
 """
 
-import pathlib
+import os
 
 import numpy as np
 import PIL.Image
@@ -17,7 +17,7 @@ from cnnjax.weights.records import Record
 def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
     """Resizes an image and returns its center, uint8 [crop, crop, 3].
 
-    Raises `ValueError` if it has more than 8 bits a channel.
+    Raises `ValueError` as `photographs.to_rgb`.
     """
     image = photographs.to_rgb(image)
     width, height = image.size
@@ -37,18 +37,23 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
     return np.asarray(window)
 
 
-def preprocess(image: PIL.Image.Image | str | pathlib.Path, record: Record) -> np.ndarray:
+def preprocess(image: PIL.Image.Image | str | os.PathLike, record: Record) -> np.ndarray:
     """Prepares a photograph as the weights of `record` expect it.
 
     Args:
-      image: a file's path, or an image in memory.
+      image: a file's path, or an image of Pillow's in memory.
       record: the weights' record.
 
-    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if a file cannot be read, or an
-    image has more than 8 bits a channel.
+    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if `image` is neither, a file
+    cannot be read, or the pixels of a gray image have more than 8 bits.
     """
-    if isinstance(image, (str, pathlib.Path)):
+    if isinstance(image, (str, os.PathLike)):
         image = photographs.open_rgb(expand_user(image))
+    if not isinstance(image, PIL.Image.Image):
+        raise ValueError(
+            f"image={type(image).__name__} is neither a path nor an image of Pillow's; "
+            "PIL.Image.fromarray makes one of a uint8 array [height, width, 3]"
+        )
     pixels = resize_and_crop(image, record)
     mean = np.asarray(record.mean, np.float32)
     std = np.asarray(record.std, np.float32)

@@ -1,5 +1,6 @@
 """A network with its published weights, in one call."""
 
+import numbers
 import os
 
 import flax.traverse_util
@@ -37,10 +38,15 @@ def load_pretrained(
       path: a file to read the weights from, instead of looking for them (see `fetch`).
       seed: of a new head.
 
-    Returns (model, variables). Raises `ValueError` if the weights are unknown or a file does not
-    fit, and `RuntimeError` if the weights cannot be obtained.
+    Returns (model, variables). Raises `ValueError` if the weights are unknown, an argument is not
+    accepted, or a file does not fit, and `RuntimeError` if the weights cannot be obtained.
     """
+    # All arguments are checked before a download.
     record = records.find(name, tag)
+    if num_classes is not None and not (_is_whole(num_classes) and num_classes >= 1):
+        raise ValueError(f"num_classes={num_classes!r} is not a positive whole number")
+    if not _is_whole(seed):
+        raise ValueError(f"seed={seed!r} is not a whole number")
     model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **record.fields)
     file = download.fetch(name, tag) if path is None else path
     variables = torchvision.load_torchvision(file, model)
@@ -48,6 +54,10 @@ def load_pretrained(
         return model, variables
     model = model.clone(num_classes=num_classes)
     return model, _with_fresh_head(model, variables, seed)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _with_fresh_head(model: Network, variables: dict, seed: int) -> dict:

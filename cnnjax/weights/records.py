@@ -164,12 +164,12 @@ def find(network: str, tag: str = V1) -> Record:
 
     Raises `ValueError` if the network or tag is unknown, naming the known ones.
     """
-    if network not in _V1:
-        near = difflib.get_close_matches(network, _V1, n=3)
+    if not isinstance(network, str) or network not in _V1:
+        near = difflib.get_close_matches(str(network), _V1, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see python -m cnnjax.weights"
         raise ValueError(f"model={network!r} has no published ImageNet weights; {hint}")
     tags = [V1, V2] if network in _V2 else [V1]
-    if tag.lower() not in tags:
+    if not isinstance(tag, str) or tag.lower() not in tags:
         raise ValueError(f"tag={tag!r} is not one of {network}'s: {', '.join(tags)}")
     return _record(network, tag.lower())
 

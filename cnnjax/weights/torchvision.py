@@ -244,7 +244,20 @@ def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
     `weights_only=True`; any other name gives safetensors. torchvision takes both for every network
     except MNASNet, whose loader needs the version that only .pth carries. The file appears whole or
     not at all.
+
+    Args:
+      variables: {"params": ..., "batch_stats": ...}, or one of the two.
+      path: the file; `~` is expanded.
+
+    Raises `ValueError` if there are variables of other collections, which the file cannot hold.
     """
+    if others := sorted(variables.keys() - _LEAVES.keys()):
+        listed = ", ".join(map(repr, others[:_MOST_PROBLEMS]))
+        more = ", ..." if len(others) > _MOST_PROBLEMS else ""
+        raise ValueError(
+            f"variables has {listed}{more}; expected the collections "
+            f"{', '.join(map(repr, _LEAVES))} only"
+        )
     flat = flax.traverse_util.flatten_dict(variables)
     tensors = {}
     for key, path_in_tree in torchvision_keys(variables).items():
