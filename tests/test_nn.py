@@ -871,6 +871,9 @@ def test_wrong_arguments_name_themselves():
         "padding=.0, 2. is more than half of the window, .2, 3.": lambda: cnn.avg_pool(
             x, (2, 3), padding=(0, 2)
         ),
+        "padding=.1, 1., all on one side, is as large as the window": lambda: cnn.max_pool(
+            x, 2, padding=1, fill="one-sided"
+        ),
         "features=0 is not a positive number": lambda: cnn.Conv(0, 3).init(jax.random.key(0), x),
         "groups=0 is not a positive number": lambda: cnn.Conv(8, 3, groups=0).init(
             jax.random.key(0), x

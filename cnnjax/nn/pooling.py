@@ -163,6 +163,11 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
     # As in PyTorch. A window that lies in the border has no largest value.
     if any(2 * amount > length for amount, length in zip(padding, size)):
         raise ValueError(f"padding={padding} is more than half of the window, {size}")
+    if fill == "one-sided" and any(2 * amount == length for amount, length in zip(padding, size)):
+        raise ValueError(
+            f"padding={padding}, all on one side, is as large as the window, {size}; "
+            "fill='one-sided' accepts less than half of it"
+        )
     axes = list(zip(x.shape[1:3], size, stride, padding))
     missing = (0, 0)
     if ceil and fill != "none":
