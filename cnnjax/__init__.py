@@ -10,4 +10,15 @@ backend.set_flags()
 __getattr__ = lazy.attributes(
     __name__,
     {"create_model": "models", "list_models": "models", "load_pretrained": "weights"},
+    submodules=(
+        "combine",
+        "inspect",
+        "models",
+        "nn",
+        "position",
+        "summary",
+        "transfer",
+        "visualize",
+        "weights",
+    ),
 )

@@ -321,7 +321,7 @@ CASES = [
     ((*TRAIN, "--config.model=FILES/undefined.py:Net"), "line 3: NameError: name 'missing'"),
     ((*TRAIN, "--config.model=FILES/empty.py:Net"), "empty.py has no network 'Net'"),
     ((*TRAIN, "--config.model=nowhere.at_all:Net"), "ModuleNotFoundError: No module named"),
-    ((*TRAIN, "--config.model=collections:Counter"), "is a Counter, not a cnnjax.Network"),
+    ((*TRAIN, "--config.model=collections:Counter"), "is a Counter, not a cnnjax.models.Network"),
     ((*TRAIN, "--config.optimizer=sdg"), "optimizer='sdg' is not one of sgd"),
     ((*TRAIN, "--config.loss=l2"), "loss='l2' is not one of cross_entropy"),
     ((*TRAIN, "--config.dtype=float16"), "dtype='float16' is not one of float32, bfloat16"),

@@ -189,6 +189,17 @@ def test_import_and_help_do_not_start_jax():
     )
 
 
+def test_modules_of_the_package_are_there_at_their_first_use():
+    code = (
+        "import sys, cnnjax\n"
+        "cnnjax.weights.find, cnnjax.nn.lowering, cnnjax.models.Network, cnnjax.inspect.layers\n"
+        "cnnjax.visualize.occlusion, cnnjax.transfer, cnnjax.combine, cnnjax.position\n"
+        "assert not hasattr(cnnjax, 'nowhere')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_help_names_every_option():
     for module, own in (("main", "--distributed"), ("sweep", "--launcher")):

@@ -1,6 +1,8 @@
 """Every model fulfills one contract; for outputs, see test_torchvision.py."""
 
 import functools
+import math
+import re
 
 import flax.traverse_util
 import jax
@@ -550,6 +552,42 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
         leaf.dtype for leaf in (half, *jax.tree.leaves(weights.variable_shapes(models[1])))
     } == {jnp.dtype(jnp.float32)}
     assert 1e-5 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("vgg16", {"num_classes": 2.5}, "num_classes=2.5 is not of the type int"),
+        ("vgg16", {"num_classes": math.nan}, "num_classes=nan is not of the type int"),
+        ("densenet121", {"growth": 12.5}, "growth=12.5 is not of the type int"),
+        ("mnasnet1_0", {"width": math.inf}, "width=inf is not of the type float"),
+        ("vgg16", {"dropout": math.nan}, "dropout=nan is not of the type float"),
+        ("vgg16", {"dropout": 1.5}, "dropout=1.5 is not a number of at least 0 and below 1"),
+        ("vgg16", {"dropout": 1}, "dropout=1 is not a number of at least 0 and below 1"),
+        ("googlenet", {"dropout_aux": -0.5}, "dropout_aux=-0.5 is not a number of at least 0"),
+        ("mlp1", {"hidden": (0,)}, "hidden=(0,) are not all positive numbers"),
+        ("mlp1", {"hidden": [8, -3]}, "hidden=(8, -3) are not all positive numbers"),
+        ("resnet18", {"depths": (2, 2, 2, -1)}, "depths=(2, 2, 2, -1) are not all positive"),
+        ("lenet", {"input_shape": (0, 8, 1)}, "input_shape=(0, 8, 1) are not all positive"),
+        ("lenet", {"dtype": "int8"}, "dtype='int8' is not a type of floating point"),
+        ("lenet", {"dtype": "flaot32"}, "dtype='flaot32' is not a type of floating point"),
+    ],
+)
+def test_fields_that_make_no_network_are_named(name, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model(name, **fields)
+
+
+def test_a_network_checks_its_fields_however_it_is_made():
+    model = create_model("mlp1")
+    for fields in ({"num_classes": 2.5}, {"num_classes": math.nan}, {"dropout": math.nan}):
+        with pytest.raises(ValueError, match="is not a"):
+            model.clone(**fields)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", "float16", "float64", np.float32])
+def test_a_network_takes_every_type_of_floating_point(dtype):
+    assert create_model("lenet", dtype=dtype).dtype == dtype
 
 
 def test_listing_and_wrong_names():

@@ -8,6 +8,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import quick
@@ -866,10 +867,49 @@ def test_wrong_arguments_name_themselves():
         "cannot pad a 1x1 map by 1x1": lambda: cnn.pad(x[:, :1, :1], (1, 1), "reflect"),
         "a 5x5 pool with padding='zeros' has no output": lambda: cnn.max_pool(x, 5),
         "size=0 is not a positive number of channels": lambda: cnn.local_response_norm(x, 0),
+        "padding=.2, 2. is more than half of the window, .3, 3.": lambda: cnn.max_pool(x, 3, 1, 2),
+        "padding=.0, 2. is more than half of the window, .2, 3.": lambda: cnn.avg_pool(
+            x, (2, 3), padding=(0, 2)
+        ),
+        "padding=.1, 1., all on one side, is as large as the window": lambda: cnn.max_pool(
+            x, 2, padding=1, fill="one-sided"
+        ),
+        "features=0 is not a positive number": lambda: cnn.Conv(0, 3).init(jax.random.key(0), x),
+        "groups=0 is not a positive number": lambda: cnn.Conv(8, 3, groups=0).init(
+            jax.random.key(0), x
+        ),
+        "features=-3 is not a positive number": lambda: cnn.Dense(-3).init(jax.random.key(0), x),
+        "fan_in=0 is not a positive number of inputs": lambda: cnn.Dense(3).init(
+            jax.random.key(0), x[..., :0]
+        ),
     }
     for message, call in wrong_calls.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_maps_of_integers_are_refused(dtype, monkeypatch):
+    # Users' programs run without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x = jnp.full((1, 4, 4, 2), 200).astype(dtype)
+    for call in (
+        lambda: cnn.resize(x, 8),
+        lambda: cnn.max_pool(x, 2),
+        lambda: cnn.avg_pool(x, 2),
+        lambda: cnn.adaptive_avg_pool(x, 2),
+        lambda: cnn.local_response_norm(x),
+    ):
+        with pytest.raises(ValueError, match=f"x of dtype {dtype} is not of floating point"):
+            call()
+
+
+def test_local_response_norm_of_large_values_in_float16_is_finite():
+    x = jnp.array([300.0, 1.0], jnp.float16)
+    found = cnn.local_response_norm(x)
+    assert found.dtype == jnp.float16
+    exact = cnn.local_response_norm(x.astype(jnp.float32))
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
 
 
 @pytest.mark.parametrize("window, stride, count", [(2, 2, 8), (3, 2, 18)])

@@ -260,6 +260,34 @@ def test_what_a_file_lacks_is_named(own):
         create_model(f"{path}:narrow", size=1)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("x = 1\nclass Net(:", "broken_module.py', line 2: SyntaxError: "),
+        (
+            "x = 1\n\nclass Net(Nothing): ...",
+            "broken_module.py', line 3: NameError: name 'Nothing'",
+        ),
+        (
+            "import nowhere_at_all",
+            "broken_module.py', line 1: ModuleNotFoundError: No module named",
+        ),
+    ],
+)
+def test_an_error_in_a_module_is_one_line_with_its_place(text, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text(text)
+    with pytest.raises(ValueError, match="model='broken_module:Net': .*" + message) as error:
+        create_model("broken_module:Net")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", [".nets", "", "nets."])
+def test_a_place_that_no_module_can_have_is_named(place):
+    with pytest.raises(ValueError, match=f"{place!r} is not the name of a module"):
+        create_model(f"{place}:Net")
+
+
 @pytest.mark.slow
 def test_a_name_belongs_to_one_file(own, tmp_path, monkeypatch):
     path, name = own

@@ -196,6 +196,15 @@ def test_wrong_words_and_small_maps():
         sample(x[:, :2, :2], 2, sampling="blur5", fill="reflect")
 
 
+def test_the_axis_that_is_not_strided_may_be_smaller_than_the_filter():
+    x = image(1, 10, 2, 3)
+    y = sample(x, (2, 1), sampling="blur", fill="none")
+    padded = np.asarray(x)[:, :9]
+    expected = padded[:, 0:7:2] / 4 + padded[:, 1:8:2] / 2 + padded[:, 2:9:2] / 4
+    np.testing.assert_allclose(y, expected, rtol=1e-5)
+    assert sample(x, (2, 1), sampling="blur").shape == (1, 5, 2, 3)
+
+
 # --- Networks -------------------------------------------------------------------------------------
 
 

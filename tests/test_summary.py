@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import quick
 
 from cnnjax import summary
-from cnnjax.models import create_model, list_models
-from cnnjax.nn import FILLS, lowering
+from cnnjax.inspect import receptive_field, receptive_fields
+from cnnjax.models import Network, create_model, list_models
+from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering
 from cnnjax.weights import variable_shapes
 
 # GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
@@ -219,6 +221,43 @@ def test_layers_that_run_in_training_only_are_counted_last():
         f"aux{n}.{part}" for n in (1, 2) for part in ("conv", "fc1", "fc2")
     ]
     assert all(layer.macs == layer.memory == 0 for layer in table if layer.output is None)
+
+
+class Twice(Network):
+    """One 1x1 convolution on the image, and again on every second position of its map."""
+
+    num_classes: int = 2
+    input_shape: tuple[int, int, int] = (8, 8, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        conv = Conv(3, 1, name="conv")
+        x = yield "first", conv(x)
+        x = yield "second", conv(x[:, ::2, ::2])
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+
+def test_a_layer_that_runs_twice_has_two_rows_and_one_set_of_parameters():
+    table = summary.layers(Twice())
+    rows = [layer for layer in table if layer.name == "conv"]
+    assert [row.output for row in rows] == [(1, 8, 8, 3), (1, 4, 4, 3)]
+    assert [row.macs for row in rows] == [9 * 64, 9 * 16]
+    assert [row.parameters for row in rows] == [12, 0]
+    assert summary.totals(table)["parameters"] == 12 + 8
+
+
+def test_fields_of_a_list_of_stages_and_of_no_stage():
+    model = Twice()
+    assert receptive_fields(model, ["first", "second"]) == receptive_fields(
+        model, ("first", "second"), [8, 8, 3]
+    )
+    for stage in ("logits", "", "third"):
+        with pytest.raises(ValueError, match=f"={stage!r} is not a stage of this network"):
+            receptive_field(model, stage)
+    with pytest.raises(ValueError, match="stage='second' is not a stage .* up to 'first'"):
+        receptive_fields(model, ("second", "first"))
+    with pytest.raises(ValueError, match="stages=.. names no stage"):
+        receptive_fields(model, ())
 
 
 def test_the_three_formats_hold_the_same_table(capsys):

@@ -21,7 +21,7 @@ from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_
 from cnnjax.runtime import workdir
 from cnnjax.train.run import open_run
 from cnnjax.visualize import __main__ as options
-from cnnjax.visualize import commands, figures, subject
+from cnnjax.visualize import commands, figures, stages, subject
 from cnnjax.weights import load_torchvision, save_torchvision
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -527,6 +527,48 @@ def test_bad_arguments_are_named(call, message):
     model = create_model("tutorial_net")
     with pytest.raises(ValueError, match=message):
         call(model, quick.variables(model), jnp.ones((2, 32, 32, 3)))
+
+
+class Labels(Network):
+    """A score of each pixel from one convolution (stage `maps`)."""
+
+    num_classes: int = 2
+    input_shape: tuple[int, int, int] = (8, 8, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = yield "maps", Conv(5, 3, padding=1, name="conv")(x)
+        yield "logits", Conv(self.num_classes, 1, name="score")(x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, variables, x: visualize.occlusion(model, variables, x[0], 4, 2),
+        lambda model, variables, x: visualize.grad_cam(model, variables, x, [0, 1], "maps"),
+        stages.logits,
+    ],
+)
+def test_a_network_that_labels_pixels_has_no_class_to_explain(call):
+    model = Labels()
+    with pytest.raises(ValueError, match="Labels labels pixels; expected a network that classif"):
+        call(model, quick.variables(model), jnp.ones((2, 8, 8, 3)))
+
+
+def test_photographs_of_subfolders_keep_their_folder_in_the_results(folder, tmp_path):
+    photograph = next(folder.iterdir())
+    names = [f"a/1{photograph.suffix}", f"b/1{photograph.suffix}", f"c{photograph.suffix}"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(photograph, tmp_path / name)
+    arguments = ["activations", "--model", "lenet", "--weights", "random", "--stages", "conv1"]
+    arguments += ["--images", "3", "--photographs", str(tmp_path), "--workdir", "unused"]
+    of_folder = subject.Subject(options._parse(arguments))
+    _, results = commands.maps(of_folder)
+    assert [row["photograph"] for row in results["maps"]] == names
+    strongest = commands._strongest(of_folder, "conv1", [0], 3)
+    (row,) = commands._with_names(of_folder, strongest)
+    assert sorted(row["photographs"]) == names
 
 
 COMMANDS = {

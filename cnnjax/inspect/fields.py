@@ -121,9 +121,8 @@ def _seen_by_concatenation(equation, fields):
     return fields[inner].shifted((before, 0) if axis == 1 else (0, before))
 
 
-@functools.cache
 def receptive_fields(
-    model, stages: tuple[str, ...], shape: tuple[int, int, int] | None = None
+    model, stages: Sequence[str], shape: Sequence[int] | None = None
 ) -> tuple[tuple[Field, tuple[int, ...]], ...]:
     """Finds the largest part of the image that a position of each stage sees.
 
@@ -137,8 +136,15 @@ def receptive_fields(
     Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if there is no
     such stage or the image is too small.
     """
+    if not stages:
+        raise ValueError(f"stages={stages!r} names no stage")
+    return _receptive_fields(model, tuple(stages), tuple(shape or model.input_shape))
+
+
+@functools.cache
+def _receptive_fields(model, stages, shape):
     model = with_local_fill(model)
-    image = jax.ShapeDtypeStruct((1, *(shape or model.input_shape)), "float32")
+    image = jax.ShapeDtypeStruct((1, *shape), "float32")
     until = {"method": "stages", "last": stages[-1]}
 
     def initialize(key, image):
@@ -146,6 +152,12 @@ def receptive_fields(
 
     def maps(variables, image):
         found = model.apply(variables, image, **until)
+        for stage in stages:
+            if stage not in found:
+                raise ValueError(
+                    f"stage={stage!r} is not a stage of this network up to {stages[-1]!r}; "
+                    f"those are {', '.join(found) or 'none'}"
+                )
         return [found[stage] for stage in stages]
 
     variables = jax.eval_shape(initialize, jax.random.key(0), image)

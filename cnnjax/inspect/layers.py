@@ -38,7 +38,8 @@ class Layer:
 def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 1) -> list[Layer]:
     """Lists the layers of a network in the order in which they run.
 
-    Parameters of layers that run in training only, such as auxiliary classifiers, come last.
+    Parameters of layers that run in training only, such as auxiliary classifiers, come last. A
+    layer that runs twice has two rows; its parameters are counted in the first.
 
     Args:
       model: a `cnnjax.models.Network`.
@@ -51,17 +52,16 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     reported: dict[str, Layer] = {}
+    kernels: dict[str, int] = {}
 
-    def report(name, module, output):
+    def report(name, module, _):
         parameters = own_parameters(module)
-        # Every weight of a kernel is used once at every position.
-        kernel = parameters["kernel"].size if "kernel" in parameters else 0
+        kernels[name] = parameters["kernel"].size if "kernel" in parameters else 0
         reported[name] = Layer(
             name=name,
             kind=type(module).__name__,
-            output=output.shape,
+            output=None,
             parameters=sum(value.size for value in parameters.values()),
-            macs=kernel * math.prod(output.shape[:-1]),
         )
 
     program = trace(model.apply, variables, images, report=report)
@@ -73,7 +73,13 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
         if is_max_pool(equation):
             rows.append(_measured(Layer("", "max-pool", None), output, field))
         elif equation.primitive.name == "name" and equation.params["name"] in reported:
-            rows.append(_measured(reported[equation.params["name"]], output, field))
+            name = equation.params["name"]
+            # Every weight of a kernel is used once at every position.
+            macs = kernels[name] * math.prod(output.shape[:-1])
+            layer = dataclasses.replace(reported[name], macs=macs)
+            rows.append(_measured(layer, output, field))
+            # A layer that runs again brings no further parameters.
+            reported[name] = dataclasses.replace(reported[name], parameters=0)
         return field
 
     constants = [None] * (len(program.invars) - 1)

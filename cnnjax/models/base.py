@@ -9,6 +9,8 @@ import inspect
 import numbers
 import os
 import pathlib
+import traceback
+import types
 import typing
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -20,11 +22,16 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill, check_sampling
 from cnnjax.runtime import source
-from cnnjax.runtime.configuration import to_tuples
+from cnnjax.runtime.configuration import is_number, to_tuples
 from cnnjax.runtime.types import AnyArray
 
 # By the name of a stage, a function of its map; the network goes on with the result.
 Replacements = Mapping[str, Callable[[Array], Array]]
+
+
+# Fields that several families have, each by one name: tuples of sizes, and rates of dropout.
+_SIZES = ("input_shape", "hidden", "depths", "widths")
+_RATES = ("dropout", "dropout_aux")
 
 
 class Network(nn.Module):
@@ -42,6 +49,9 @@ class Network(nn.Module):
       dtype: type of the computation; parameters stay float32.
       axis_name: device axis over which BatchNorm takes its statistics.
       input_shape: height, width and channels of the publication's images.
+
+    Raises `ValueError` if a field does not fit: a size below 1, or a rate of dropout that is not
+    between 0 and 1.
     """
 
     num_classes: int = 1000
@@ -54,8 +64,13 @@ class Network(nn.Module):
     def __post_init__(self):
         check_fill(self.padding)
         check_sampling(self.sampling)
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes} is not a positive number")
+        _check_dtype(self.dtype)
+        if not _is_whole(self.num_classes) or self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes} is not a positive number of classes")
+        for field in _SIZES:
+            _check_sizes(field, getattr(self, field, ()))
+        for field in _RATES:
+            _check_rate(field, getattr(self, field, 0.0))
         super().__post_init__()
 
     @nn.nowrap
@@ -145,6 +160,34 @@ class Network(nn.Module):
                     f"those are {stages}"
                 )
         return maps
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_sizes(name: str, sizes: Any) -> None:
+    """Raises `ValueError` if a size is below 1; a user's field may be no tuple of sizes."""
+    if isinstance(sizes, tuple) and any(_is_whole(size) and size < 1 for size in sizes):
+        raise ValueError(f"{name}={sizes!r} are not all positive numbers")
+
+
+def _check_rate(name: str, rate: Any) -> None:
+    """Raises `ValueError` if a rate is not in [0, 1); a user's field may be no number."""
+    is_real = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    if is_real and not 0 <= rate < 1:
+        raise ValueError(f"{name}={rate!r} is not a number of at least 0 and below 1")
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise ValueError(
+            f"dtype={dtype!r} is not a type of floating point, such as 'float32' or 'bfloat16'"
+        )
 
 
 # The registered networks by name, filled as the files that define them are imported.
@@ -245,7 +288,9 @@ def create_model(name: str, **fields) -> Network:
     except TypeError as error:
         raise ValueError(f"model={name!r} cannot be built: {error}") from error
     if not isinstance(network, Network):
-        raise ValueError(f"model={name!r} is a {type(network).__name__}, not a cnnjax.Network")
+        raise ValueError(
+            f"model={name!r} is a {type(network).__name__}, not a cnnjax.models.Network"
+        )
     return network
 
 
@@ -269,16 +314,34 @@ def _users_builder(name: str) -> Callable[..., Network]:
     if place.endswith(".py"):
         module = source.import_file(place)
     else:
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise ValueError(f"model={name!r}: {type(error).__name__}: {error}") from error
+        module = _import_module(place, name)
     if attribute in _FILES and _FILES[attribute] == module.__file__:
         return _REGISTRY[attribute]
     build = getattr(module, attribute, None)
     if not callable(build):
         raise ValueError(f"model={name!r}: {place} has no network {attribute!r}")
     return build
+
+
+def _import_module(place: str, model: str) -> types.ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(f"model={model!r}: {place!r} is not the name of a module")
+    try:
+        return importlib.import_module(place)
+    # Any exception, because a user's module may raise any.
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        reason = f"{_place_of(error)}{type(error).__name__}: {text}"
+        raise ValueError(f"model={model!r}: {reason}") from error
+
+
+def _place_of(error: Exception) -> str:
+    """Describes the file and line of an error in a module; empty if no module raised it."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename!r}, line {error.lineno}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    modules = [frame for frame in frames if frame.name == "<module>"]
+    return f"{modules[-1].filename!r}, line {modules[-1].lineno}: " if modules else ""
 
 
 def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
@@ -304,8 +367,10 @@ def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str
     expected = type(default).__name__
     if isinstance(default, bool):
         is_right = isinstance(value, bool)
-    elif isinstance(default, (int, float)):
-        is_right = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    elif isinstance(default, int):
+        is_right = _is_whole(value)
+    elif isinstance(default, float):
+        is_right = is_number(value)
     elif isinstance(default, str):
         is_right = isinstance(value, str)
     elif typing.get_origin(parameter.annotation) is tuple:
@@ -333,5 +398,5 @@ def _is_annotated(value: Any, annotation: Any) -> bool:
             kinds = kinds[:1] * len(value)
         return len(kinds) == len(value) and all(map(_is_annotated, value, kinds))
     if annotation is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return _is_whole(value)
     return annotation is not str or isinstance(value, str)

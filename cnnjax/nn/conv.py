@@ -108,13 +108,23 @@ def _check_output(x, kernel, window, fill):
 
 @functools.cache
 def uniform_fan_in(fan_in: int) -> Callable:
-    """Returns PyTorch's default initializer, uniform in +-1/sqrt(fan_in)."""
+    """Returns PyTorch's default initializer, uniform in +-1/sqrt(fan_in).
+
+    Raises `ValueError` if there are no inputs.
+    """
+    if fan_in < 1:
+        raise ValueError(f"fan_in={fan_in} is not a positive number of inputs")
     bound = float(fan_in) ** -0.5
 
     def initialize(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return initialize
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} is not a positive number")
 
 
 # He et al. 2015, "fan out" as torchvision's VGG and ResNet use it.
@@ -136,6 +146,8 @@ class Conv(nn.Module):
       kernel_init: initializer of the kernel; PyTorch's default unless given.
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
+
+    Raises `ValueError` if `features` or `groups` is below 1, or as `conv` does.
     """
 
     features: int
@@ -154,6 +166,8 @@ class Conv(nn.Module):
     def __call__(
         self, x: Float[AnyArray, "batch height width in"]
     ) -> Float[Array, "batch height_out width_out {self.features}"]:
+        _check_positive("features", self.features)
+        _check_positive("groups", self.groups)
         size = pair(self.kernel_size, "kernel_size", 1)
         shape = (*size, x.shape[-1] // self.groups, self.features)
         default = uniform_fan_in(math.prod(shape[:3]))
@@ -186,6 +200,8 @@ class Dense(nn.Module):
       kernel_init: initializer of the kernel; PyTorch's default unless given.
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
+
+    Raises `ValueError` if `features` is below 1 or there are no inputs.
     """
 
     features: int
@@ -196,6 +212,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch {self.features}"]:
+        _check_positive("features", self.features)
         shape = (x.shape[-1], self.features)
         default = uniform_fan_in(x.shape[-1])
         kernel = parameter(self, "kernel", self.kernel_init or default, shape)

@@ -1,9 +1,12 @@
-"""Sizes and positions of windows on a map."""
+"""Sizes and positions of windows on a map, and a check of the map's type."""
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+
+from cnnjax.runtime.types import AnyArray
 
 Both = int | tuple[int, int]  # one number for height and width, or a (height, width) pair
 
@@ -56,6 +59,17 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
             f"{name}={value!r} is not an integer, or a pair of integers, of at least {least}"
         )
     return both
+
+
+def check_floating(x: AnyArray) -> None:
+    """Raises `ValueError` if a map is not of floating point.
+
+    Means and fractions of integers would be cut off, and sums of uint8 wrap around.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x of dtype {x.dtype} is not of floating point; convert it, as by x.astype('float32')"
+        )
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:

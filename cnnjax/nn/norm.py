@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cnnjax.nn.geometry import check_floating
 from cnnjax.nn.parameters import parameter
 from cnnjax.nn.sums import channel_sum, scale_and_shift, squared_deviation
 from cnnjax.runtime.types import AnyArray
@@ -111,11 +112,14 @@ def local_response_norm(
     the first and last channel; for an even `size` it reaches one channel further down than up, as
     in PyTorch.
 
-    Raises `ValueError` if `size` is below 1.
+    Raises `ValueError` if `size` is below 1 or the map is not of floating point.
     """
+    check_floating(x)
     if size < 1:
         raise ValueError(f"size={size} is not a positive number of channels")
     channels = x.shape[-1]
-    squares = jnp.pad(jnp.square(x), [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)])
+    # The square of 256 is more than float16 holds.
+    wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+    squares = jnp.pad(jnp.square(wide), [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)])
     total = sum(squares[..., start : start + channels] for start in range(size))
-    return x / (k + alpha * total) ** beta
+    return (wide / (k + alpha * total) ** beta).astype(x.dtype)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu import pooling as cpu
-from cnnjax.nn.geometry import Both, Window, output_size, pair
+from cnnjax.nn.geometry import Both, Window, check_floating, output_size, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
@@ -39,7 +39,8 @@ def max_pool(
         'random', the border never wins, as in PyTorch; under other fills it takes part.
       sampling: how a stride keeps positions (`cnnjax.nn.sampling`).
 
-    Returns [batch, height', width', channels]. Raises `ValueError` if the output would be empty.
+    Returns [batch, height', width', channels]. Raises `ValueError` if the map is not of floating
+    point, the padding is more than half of the window, or the output would be empty.
     """
     check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
@@ -101,7 +102,7 @@ def avg_pool(
     default; under 'partial' and 'random' only values inside the image count. If the stride is above
     1, the filter of a `sampling` such as 'blur' replaces the mean.
 
-    Raises `ValueError` if the output would be empty.
+    Raises `ValueError` as `max_pool` does.
     """
     check_sampling(sampling)
     size, step, border, _ = _geometry(x, window, stride, padding, fill)
@@ -154,10 +155,19 @@ def _wrap(x, size, stride, border, missing):
 
 def _geometry(x, window, stride, padding, fill, ceil=False):
     """Checks a pool's arguments; returns its size, stride, border and missing values."""
+    check_floating(x)
     check_fill(fill)
     size = pair(window, "window", 1)
     stride = size if stride is None else pair(stride, "stride", 1)
     padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
+    # As in PyTorch. A window that lies in the border has no largest value.
+    if any(2 * amount > length for amount, length in zip(padding, size)):
+        raise ValueError(f"padding={padding} is more than half of the window, {size}")
+    if fill == "one-sided" and any(2 * amount == length for amount, length in zip(padding, size)):
+        raise ValueError(
+            f"padding={padding}, all on one side, is as large as the window, {size}; "
+            "fill='one-sided' accepts less than half of it"
+        )
     axes = list(zip(x.shape[1:3], size, stride, padding))
     missing = (0, 0)
     if ceil and fill != "none":
@@ -185,7 +195,11 @@ def _missing(size: int, window: int, stride: int, padding: int) -> int:
 def adaptive_avg_pool(
     x: Float[AnyArray, "batch height width channels"], size: Both
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
-    """Averages into a grid of `size` bins, whatever the map's size, as PyTorch does."""
+    """Averages into a grid of `size` bins, whatever the map's size, as PyTorch does.
+
+    Raises `ValueError` if the map is not of floating point.
+    """
+    check_floating(x)
     size = pair(size, "size", 1)
     if x.shape[1:3] == size:
         return x

@@ -89,7 +89,8 @@ def _blur(x, stride, taps, fill):
     amount = tuple(taps // 2 if step > 1 else 0 for step in stride)
     fill = "partial" if fill == "random" else fill
     padded = pad(x, amount, fill)
-    if min(padded.shape[1:3]) < taps:
+    filtered = [size for size, step in zip(padded.shape[1:3], stride) if step > 1]
+    if min(filtered) < taps:
         raise ValueError(
             f"a filter of {taps} taps with padding={fill!r} has no output on a "
             f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network"

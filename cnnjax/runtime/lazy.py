@@ -4,19 +4,24 @@ JAX takes seconds to import. Modules that need it are imported late, so that --h
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def attributes(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
+def attributes(
+    package: str, modules: dict[str, str], submodules: Sequence[str] = ()
+) -> Callable[[str], Any]:
     """Builds the `__getattr__` of a package.
 
     Args:
       package: the name of the package.
       modules: the module of the package that has each attribute.
+      submodules: modules of the package that are attributes themselves.
     """
 
     def get_attribute(name: str) -> Any:
+        if name in submodules:
+            return importlib.import_module(f"{package}.{name}")
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)

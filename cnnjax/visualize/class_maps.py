@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
-from cnnjax.visualize.stages import apply, check_stage, stage_maps
+from cnnjax.visualize.stages import check_stage, class_logits, stage_maps
 
 
 def grad_cam(
@@ -28,7 +28,7 @@ def grad_cam(
       classes: one for all images, or one for each.
       stage: name of the stage.
 
-    Raises `ValueError` if the stage or a class is unknown.
+    Raises `ValueError` if the stage or a class is unknown or the network labels pixels.
 
     Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2.
     """
@@ -47,7 +47,7 @@ def _grad_cam(model, variables, images, classes, stage):
     maps = stage_maps(model, variables, images, stage)
 
     def evidence(maps):
-        logits = apply(model, variables, images, replace={stage: lambda _: maps})
+        logits = class_logits(model, variables, images, replace={stage: lambda _: maps})
         return jnp.take_along_axis(logits, classes[:, None], 1).sum()
 
     importance = jax.grad(evidence)(maps).mean((1, 2), keepdims=True)

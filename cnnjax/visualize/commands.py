@@ -65,7 +65,7 @@ def maps(subject: Subject):
             largest = stage_map.max((0, 1))
             numbers.append(
                 {
-                    "photograph": path.name,
+                    "photograph": subject.photograph_name(path),
                     "stage": stage,
                     "shape": stage_map.shape,
                     "mean": stage_map.mean((0, 1)),
@@ -167,7 +167,7 @@ def _with_names(subject, rows):
     """Returns the rows with the photographs' names in place of their numbers."""
     named = []
     for row in rows:
-        names = [subject.paths[i].name for i in row["photographs"]]
+        names = [subject.photograph_name(subject.paths[i]) for i in row["photographs"]]
         named.append(row | {"photographs": names})
     return named
 
@@ -193,7 +193,7 @@ def occluded(subject: Subject):
             set_title(column[1], f"{name} with a square hidden there", fontsize=7)
             numbers.append(
                 {
-                    "photograph": path.name,
+                    "photograph": subject.photograph_name(path),
                     "class": label,
                     "probability": probability[label],
                     "hidden": shares,
@@ -225,7 +225,7 @@ def class_maps(subject: Subject):
         column[1].set_title(f"Grad-CAM, {stage}", fontsize=7)
         numbers.append(
             {
-                "photograph": path.name,
+                "photograph": subject.photograph_name(path),
                 "class": label,
                 "probability": probability,
                 "map": heat[number],

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
-from cnnjax.visualize.stages import apply
+from cnnjax.visualize.stages import class_logits
 
 _BATCH = 16
 
@@ -34,7 +34,7 @@ def occlusion(
       stride: pixels from one square to the next.
       value: what the square is filled with; 0 is the mean color of a normalized image.
 
-    Raises `ValueError` if the square does not fit into the image.
+    Raises `ValueError` if the square does not fit into the image or the network labels pixels.
 
     Source: Zeiler and Fergus 2014 (arXiv 1311.2901), section 4.2.
     """
@@ -65,4 +65,4 @@ def _occluded_logits(model, variables, image, *, corners, value, size):
     hidden_rows = (rows >= 0) & (rows < size)
     hidden_columns = (columns >= 0) & (columns < size)
     hidden = hidden_rows[:, :, None, None] & hidden_columns[:, None, :, None]
-    return apply(model, variables, jnp.where(hidden, value, image))
+    return class_logits(model, variables, jnp.where(hidden, value, image))

@@ -63,13 +63,26 @@ def apply(model: Network, variables: dict, images, **options):
     return model.apply(variables, images, rngs={"padding": jax.random.key(0)}, **options)
 
 
+def class_logits(model: Network, variables: dict, images, **options):
+    """Runs a network as `apply` does.
+
+    Raises `ValueError` if the network labels pixels.
+    """
+    output = apply(model, variables, images, **options)
+    if output.ndim > 2:
+        raise ValueError(
+            f"{type(model).__name__} labels pixels; expected a network that classifies images"
+        )
+    return output
+
+
 def stage_maps(model: Network, variables: dict, images, stage: str):
     """Computes the maps of one stage, for use inside compiled functions."""
     return apply(model, variables, images, method="stages", last=stage)[stage]
 
 
 _compiled_maps = jax.jit(stage_maps, static_argnames=("model", "stage"))
-logits = jax.jit(apply, static_argnames="model")
+logits = jax.jit(class_logits, static_argnames="model")
 
 
 def first_filters(

@@ -82,6 +82,11 @@ class Subject:
         self.classes = run.classes
         self.moments = (run.mean, run.std)
 
+    def photograph_name(self, path: pathlib.Path) -> str:
+        """Returns a photograph's path below its folder, by which the results name it."""
+        folder = self.options.photographs
+        return path.relative_to(folder).as_posix() if folder else path.name
+
     def class_name(self, label: int) -> str:
         """Returns the name of a class if it is known, or else its number."""
         return self.classes[label] if self.classes else f"class {label}"
