@@ -44,6 +44,12 @@ def max_pool(
     """
     check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
+    # A window that lies in this border has no largest value.
+    if fill == "one-sided" and any(2 * amount == length for amount, length in zip(border, size)):
+        raise ValueError(
+            f"padding={border}, all on one side, is as large as the window, {size}; "
+            "fill='one-sided' accepts less than half of it"
+        )
     if sampling != "stride" and step != (1, 1):
         return _sampled_max(x, size, step, border, missing, fill, sampling)
     return _max_pool(x, size, step, border, missing, fill)
@@ -160,14 +166,9 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
     size = pair(window, "window", 1)
     stride = size if stride is None else pair(stride, "stride", 1)
     padding = (0, 0) if fill == "none" else pair(padding, "padding", 0)
-    # As in PyTorch. A window that lies in the border has no largest value.
+    # As in PyTorch. A window that lies in the border has nothing of the map.
     if any(2 * amount > length for amount, length in zip(padding, size)):
         raise ValueError(f"padding={padding} is more than half of the window, {size}")
-    if fill == "one-sided" and any(2 * amount == length for amount, length in zip(padding, size)):
-        raise ValueError(
-            f"padding={padding}, all on one side, is as large as the window, {size}; "
-            "fill='one-sided' accepts less than half of it"
-        )
     axes = list(zip(x.shape[1:3], size, stride, padding))
     missing = (0, 0)
     if ceil and fill != "none":
