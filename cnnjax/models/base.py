@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill, check_sampling
 from cnnjax.runtime import source
-from cnnjax.runtime.configuration import is_number, to_tuples
+from cnnjax.runtime.configuration import is_number, is_whole, to_tuples
 from cnnjax.runtime.types import AnyArray
 
 # By the name of a stage, a function of its map; the network goes on with the result.
@@ -65,7 +65,7 @@ class Network(nn.Module):
         check_fill(self.padding)
         check_sampling(self.sampling)
         _check_dtype(self.dtype)
-        if not _is_whole(self.num_classes) or self.num_classes < 1:
+        if not is_whole(self.num_classes) or self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} is not a positive number of classes")
         for field in _SIZES:
             _check_sizes(field, getattr(self, field, ()))
@@ -162,13 +162,9 @@ class Network(nn.Module):
         return maps
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_sizes(name: str, sizes: Any) -> None:
     """Raises `ValueError` if a size is below 1; a user's field may be no tuple of sizes."""
-    if isinstance(sizes, tuple) and any(_is_whole(size) and size < 1 for size in sizes):
+    if isinstance(sizes, tuple) and any(is_whole(size) and size < 1 for size in sizes):
         raise ValueError(f"{name}={sizes!r} are not all positive numbers")
 
 
@@ -368,7 +364,7 @@ def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str
     if isinstance(default, bool):
         is_right = isinstance(value, bool)
     elif isinstance(default, int):
-        is_right = _is_whole(value)
+        is_right = is_whole(value)
     elif isinstance(default, float):
         is_right = is_number(value)
     elif isinstance(default, str):
@@ -398,5 +394,5 @@ def _is_annotated(value: Any, annotation: Any) -> bool:
             kinds = kinds[:1] * len(value)
         return len(kinds) == len(value) and all(map(_is_annotated, value, kinds))
     if annotation is int:
-        return _is_whole(value)
+        return is_whole(value)
     return annotation is not str or isinstance(value, str)

@@ -135,6 +135,11 @@ def is_number(value: Any) -> bool:
     return is_real and math.isfinite(value)
 
 
+def is_whole(value: Any) -> bool:
+    """Tells whether a value is a whole number; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
     """Raises `ValueError` if a key that is a tuple of names has an element that is no string."""
     for key in keys:

@@ -1,6 +1,5 @@
 """A network with its published weights, in one call."""
 
-import numbers
 import os
 
 import flax.traverse_util
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models import Network, create_model
+from cnnjax.runtime.configuration import is_whole
 from cnnjax.weights import download, records, torchvision
 
 
@@ -43,9 +43,9 @@ def load_pretrained(
     """
     # All arguments are checked before a download.
     record = records.find(name, tag)
-    if num_classes is not None and not (_is_whole(num_classes) and num_classes >= 1):
+    if num_classes is not None and not (is_whole(num_classes) and num_classes >= 1):
         raise ValueError(f"num_classes={num_classes!r} is not a positive whole number")
-    if not _is_whole(seed):
+    if not is_whole(seed):
         raise ValueError(f"seed={seed!r} is not a whole number")
     model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **record.fields)
     file = download.fetch(name, tag) if path is None else path
@@ -54,10 +54,6 @@ def load_pretrained(
         return model, variables
     model = model.clone(num_classes=num_classes)
     return model, _with_fresh_head(model, variables, seed)
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _with_fresh_head(model: Network, variables: dict, seed: int) -> dict:
