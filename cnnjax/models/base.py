@@ -4,13 +4,10 @@ import collections
 import difflib
 import fnmatch
 import functools
-import importlib
 import inspect
 import numbers
 import os
 import pathlib
-import traceback
-import types
 import typing
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -310,34 +307,16 @@ def _users_builder(name: str) -> Callable[..., Network]:
     if place.endswith(".py"):
         module = source.import_file(place)
     else:
-        module = _import_module(place, name)
+        try:
+            module = source.import_module(place)
+        except ValueError as error:
+            raise ValueError(f"model={name!r}: {error}") from error
     if attribute in _FILES and _FILES[attribute] == module.__file__:
         return _REGISTRY[attribute]
     build = getattr(module, attribute, None)
     if not callable(build):
         raise ValueError(f"model={name!r}: {place} has no network {attribute!r}")
     return build
-
-
-def _import_module(place: str, model: str) -> types.ModuleType:
-    if not all(part.isidentifier() for part in place.split(".")):
-        raise ValueError(f"model={model!r}: {place!r} is not the name of a module")
-    try:
-        return importlib.import_module(place)
-    # Any exception, because a user's module may raise any.
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        reason = f"{_place_of(error)}{type(error).__name__}: {text}"
-        raise ValueError(f"model={model!r}: {reason}") from error
-
-
-def _place_of(error: Exception) -> str:
-    """Describes the file and line of an error in a module; empty if no module raised it."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename!r}, line {error.lineno}: "
-    frames = traceback.extract_tb(error.__traceback__)
-    modules = [frame for frame in frames if frame.name == "<module>"]
-    return f"{modules[-1].filename!r}, line {modules[-1].lineno}: " if modules else ""
 
 
 def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:

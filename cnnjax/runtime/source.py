@@ -54,6 +54,22 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
     return module
 
 
+def import_module(name: str) -> types.ModuleType:
+    """Imports a module by its dotted name.
+
+    Raises:
+        ValueError: if it is not the name of a module, or with the file and the line, for any error
+            in the module.
+    """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is not the name of a module")
+    try:
+        return importlib.import_module(name)
+    # Any exception, because a user's module may raise any.
+    except Exception as error:
+        raise ValueError(f"{_place_of(error)}{_reason(error)}") from error
+
+
 @contextlib.contextmanager
 def running(path: str | pathlib.Path) -> Iterator[None]:
     """Runs code of a user's file; errors become `ValueError` with file and line."""
@@ -64,11 +80,24 @@ def running(path: str | pathlib.Path) -> Iterator[None]:
     except Exception as error:
         line = _line_of(error, resolved)
         place = f"{str(path)!r}, line {line}" if line else repr(str(path))
-        # The messages of libraries may have many lines.
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(f"{place}: {type(error).__name__}: {text}") from error
+        raise ValueError(f"{place}: {_reason(error)}") from error
     finally:
         _running.reset(token)
+
+
+def _reason(error: Exception) -> str:
+    """Describes an error in one line; the messages of libraries may have many."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}"
+
+
+def _place_of(error: Exception) -> str:
+    """Describes the file and line of an error in a module; empty if no module raised it."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename!r}, line {error.lineno}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    modules = [frame for frame in frames if frame.name == "<module>"]
+    return f"{modules[-1].filename!r}, line {modules[-1].lineno}: " if modules else ""
 
 
 def _line_of(error: Exception, path: str) -> int | None:

@@ -57,25 +57,36 @@ class Interrupted(Exception):
     """A run was stopped and has saved its state: the same command continues it."""
 
 
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary name for a file, which becomes `path` when the context ends.
+
+    So the file is whole or absent: after an error it is removed.
+    """
+    # A name of its own for every call: several processes may write one file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
 def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is whole or absent.
+    """Writes a file that is whole or absent (`replacing`).
 
     Of several processes that compute together, only the first one writes.
     """
     if not backend.writes():
         return
-    # A name of its own for every call: several processes may write one table.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         # The error of a full disk names no file.
         error.filename = str(path)
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def write_json(path: pathlib.Path, value) -> None:

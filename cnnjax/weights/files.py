@@ -6,13 +6,13 @@ The tensors get torchvision's names, whatever wrapper or older version wrote the
 import os
 import pathlib
 import re
-import uuid
 from collections.abc import Iterable
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import pth, records
 
@@ -113,9 +113,7 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
     The file appears whole or not at all.
     """
-    # A name of its own for every call: several processes may write one file.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with workdir.replacing(path) as partial:
         if path.suffix in _PTH_SUFFIXES:
             pth.write(tensors, partial)
         else:
@@ -125,6 +123,3 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
             mode = partial.stat().st_mode
             safetensors.numpy.save_file(tensors, partial)
             partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
