@@ -3,6 +3,7 @@ import gc
 import os
 import pathlib
 import re
+import sys
 
 import deep_calls
 import jax
@@ -10,6 +11,11 @@ import jaxtyping
 import pytest
 import threadpoolctl
 from xdist.scheduler import LoadScopeScheduling
+
+# Where it is set, as in many images of containers, every process of the tests compiles all that it
+# imports anew, for up to seven seconds. The workers start after this.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Of modules whose annotations name shapes they are checked at every call, an int being a float as
 # everywhere in Python. It works on what is imported after it. Over the whole package the tests took
