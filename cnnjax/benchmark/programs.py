@@ -14,7 +14,7 @@ import numpy as np
 
 from cnnjax.data import photographs
 from cnnjax.models import create_model
-from cnnjax.position.encoder import encode, reachable_stages
+from cnnjax.position.encoder import draw_variables, encode, reachable_stages
 from cnnjax.position.readout import fit_sgd
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.train import step
@@ -65,12 +65,7 @@ def study(
     paths = photographs.list_photographs(folder)
     pictures = photographs.crops(paths, images, size, 0)
     goals = np.stack([target(name, size) for name in TARGETS])
-
-    def initialize(key):
-        blank = jnp.zeros((1, size, size, 3))
-        return model.init(key, blank, method="stages", last=stages[-1])
-
-    variables = jax.jit(initialize)(jax.random.key(0))
+    variables = draw_variables(model, size, stages[-1], jax.random.key(0))
     features = encode(model, variables, pictures, stages)
     batch = pictures[:_BATCH]
     train = lambda goals: fit_sgd(features, goals, steps=steps).layers

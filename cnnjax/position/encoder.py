@@ -56,7 +56,12 @@ def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str
     Raises `ValueError` if the image is too small for the network under its padding, or has a size
     that the network does not take.
     """
+    return dict(_stage_shapes(model, size, last))
 
+
+# A study asks for the same network's at each of its points, and each time takes a trace.
+@functools.lru_cache(maxsize=256)
+def _stage_shapes(model, size, last):
     def stages(variables, images):
         rngs = {"padding": jax.random.key(0)}
         return model.apply(variables, images, method="stages", last=last, rngs=rngs)
@@ -97,9 +102,14 @@ def random_encoder(
     """
     stages = tuple(reachable_stages(create_model(name, padding="none"), size))
     model = create_model(name, padding=padding)
+    return model, draw_variables(model, size, stages[-1], jax.random.key(seed)), stages
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "last"))
+def draw_variables(model: Network, size: int, last: str, key: jax.Array) -> dict:
+    """Draws an encoder's weights up to the stage `last`, for square images of `size`."""
     blank = jnp.zeros((1, size, size, 3))
-    initialize = jax.jit(lambda key: model.init(key, blank, method="stages", last=stages[-1]))
-    return model, initialize(jax.random.key(seed)), stages
+    return model.init(key, blank, method="stages", last=last)
 
 
 def image_features(
@@ -114,17 +124,17 @@ def image_features(
       pixels: as in `normalize`.
       coordinates: whether two channels with each position's column and row are appended.
     """
-
-    @jax.jit
-    def resized(images):
-        return resize(normalize(images, pixels), FEATURE_SIZE)
-
-    features = np.asarray(resized(images))
+    features = np.asarray(_resized(images, pixels))
     if not coordinates:
         return features
     rows, columns = np.indices(features.shape[1:3], np.float32)
     grid = np.broadcast_to(np.stack([columns, rows], -1), (*features.shape[:3], 2))
     return np.concatenate([features, grid], -1)
+
+
+@functools.partial(jax.jit, static_argnames="pixels")
+def _resized(images, pixels):
+    return resize(normalize(images, pixels), FEATURE_SIZE)
 
 
 def in_batches(

@@ -11,6 +11,7 @@ readouts is one program on the same features.
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -137,13 +138,13 @@ class Exact(NamedTuple):
         self, features: Float[AnyArray, "n height width channels"]
     ) -> Float[np.ndarray, "n targets rows columns"]:
         """Predicts the maps of all targets, smaller than the features by k - 1."""
-        maps = _read_exact(self.scaler, features, self.kernel) + self.intercept
+        maps = _read_exact(self.scaler, features, self.kernel, self.intercept)
         return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
 @jax.jit
-def _read_exact(scaler, features, kernel):
-    return _convolve(scaler(features), kernel)
+def _read_exact(scaler, features, kernel, intercept):
+    return _convolve(scaler(features), kernel) + intercept
 
 
 def fit_exact(
@@ -170,22 +171,18 @@ def fit_exact(
     Raises `ValueError` if the kernel is larger than the map.
     """
     _check_kernel(train, size, layers=1)
-    train = jnp.asarray(train)
-    scaler = _fit_scaler(train)
-    train = scaler(train)
-    held_out = scaler(jnp.asarray(held_out))
-
+    scaler = _fit_scaler(jnp.asarray(train))
+    train = _standardize(scaler, train)
+    held_out = _standardize(scaler, held_out)
     grid = (train.shape[1] - size + 1, train.shape[2] - size + 1)
-    goal = resize(jnp.asarray(targets)[..., None], grid, align_corners)[..., 0].transpose(1, 2, 0)
+    goal = _resize_targets(targets, grid, align_corners)
 
     # Accelerators' shorter products (TF32, bfloat16) are too coarse for the weak strengths.
     with jax.default_matmul_precision("highest"):
         solve = _solve_pointwise if size == 1 else _solve_windows
         # One column for each strength and target, the strengths outermost.
         kernel, residual = solve(train, goal, np.asarray(strengths), size)
-        goal = jnp.tile(goal, (1, 1, len(strengths)))
-        intercept = goal.mean((0, 1)) - _convolve(train, kernel).mean((0, 1, 2))
-        error = jnp.square(_convolve(held_out, kernel) + intercept - goal).mean((0, 1, 2))
+        intercept, error = _intercept_and_error(train, held_out, kernel, goal)
 
     best = np.asarray(error).reshape(len(strengths), len(targets)).argmin(0)
     chosen = best * len(targets) + np.arange(len(targets))
@@ -198,10 +195,36 @@ def fit_exact(
     )
 
 
+@jax.jit
+def _standardize(scaler, features):
+    return scaler(features)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "align_corners"))
+def _resize_targets(targets, grid, align_corners):
+    """Resizes the position maps [targets, side, side] to [*grid, targets]."""
+    return resize(targets[..., None], grid, align_corners)[..., 0].transpose(1, 2, 0)
+
+
+@jax.jit
+def _intercept_and_error(train, held_out, kernel, goal):
+    """Returns each column's intercept, and its mean squared error on held-out features."""
+    goal = jnp.tile(goal, (1, 1, kernel.shape[3] // goal.shape[2]))
+    intercept = goal.mean((0, 1)) - _convolve(train, kernel).mean((0, 1, 2))
+    error = jnp.square(_convolve(held_out, kernel) + intercept - goal).mean((0, 1, 2))
+    return intercept, error
+
+
 def _factor_channels(features: Float[Array, "n height width channels"]) -> ridge.Factors:
     """Factors the Gram matrix of channels, averaged over positions."""
+    positions = math.prod(features.shape[:3])
+    return ridge.factor(np.asarray(_gram(features), np.float64) / positions)
+
+
+@jax.jit
+def _gram(features):
     flat = features.reshape(-1, features.shape[3])
-    return ridge.factor(np.asarray(flat.T @ flat, np.float64) / len(flat))
+    return flat.T @ flat
 
 
 def _center(
@@ -218,11 +241,16 @@ def _solve_pointwise(features, goal, strengths, size):
     """Solves a 1x1 readout by factoring its channels' Gram matrix (`cnnjax.ridge`)."""
     channels = features.shape[3]
     positions = len(features) * goal.shape[0] * goal.shape[1]
-    products = _correlate(features, _center(goal, len(features)), size)[0, 0]
-    products = np.asarray(products, np.float64) / positions
+    products = np.asarray(_target_products(features, goal), np.float64) / positions
     weights = ridge.solve(_factor_channels(features), products, strengths)
     kernel = weights.transpose(1, 0, 2).reshape(1, 1, channels, -1)
     return jnp.asarray(kernel, jnp.float32), np.zeros(kernel.shape[3])
+
+
+@jax.jit
+def _target_products(features, goal):
+    """Multiplies channels by targets, summed over all positions: [channels, targets]."""
+    return _correlate(features, _center(goal, len(features)), size=1)[0, 0]
 
 
 def _solve_windows(features, goal, strengths, size):
@@ -408,7 +436,7 @@ def fit_sgd(
     if not standardize:
         scaler = scaler._replace(scale=jnp.ones_like(scaler.scale))
     layers, moments = _train(
-        scaler(train),
+        _standardize(scaler, train),
         jnp.asarray(targets),
         jax.random.key(seed),
         size=size,

@@ -25,6 +25,7 @@ from cnnjax.position import defaults, report, results
 from cnnjax.position.encoder import (
     FEATURE_SIZE,
     PIXELS,
+    draw_variables,
     encode,
     encode_once,
     image_features,
@@ -450,13 +451,7 @@ def load_variables(config: ml_collections.ConfigDict, encoder: str, last: str, s
     if config.weights != "random":
         path = weights.fetch(encoder) if config.weights == "imagenet" else config.weights
         return weights.load_torchvision(path, model, tuple(config.missing))
-
-    @jax.jit
-    def initialize(key):
-        image = jnp.zeros((1, config.image_size, config.image_size, 3))
-        return model.init(key, image, method="stages", last=last)
-
-    return initialize(jax.random.key(seed))
+    return draw_variables(model, config.image_size, last, jax.random.key(seed))
 
 
 def extract_features(
@@ -519,8 +514,11 @@ def upsample(
     maps: Float[np.ndarray, "n targets rows columns"], size: int, align_corners: bool
 ) -> Float[np.ndarray, "targets n size size"]:
     """Resizes maps to the images' size, bilinearly."""
-    channels_last = jnp.asarray(maps.transpose(0, 2, 3, 1))
-    return np.asarray(resize(channels_last, size, align_corners)).transpose(3, 0, 1, 2)
+    resized = _resize(maps.transpose(0, 2, 3, 1), size, align_corners)
+    return np.asarray(resized).transpose(3, 0, 1, 2)
+
+
+_resize = jax.jit(resize, static_argnames=("size", "align_corners"))
 
 
 def best_constant(goal: Float[np.ndarray, "size size"]) -> float:

@@ -98,10 +98,13 @@ def variable_shapes(model: Network) -> dict:
 @functools.lru_cache(maxsize=64)
 def _variable_shapes(model: Network) -> dict:
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
+    trace = lambda: jax.eval_shape(model.init, jax.random.key(0), image)
+    if model.padding == "zeros":
+        return trace()
     if model.padding in ("none", "full"):
         with contextlib.suppress(ValueError):
-            return jax.eval_shape(model.init, jax.random.key(0), image)
-    return jax.eval_shape(model.clone(padding="zeros").init, jax.random.key(0), image)
+            return trace()
+    return _variable_shapes(model.clone(padding="zeros"))
 
 
 @functools.lru_cache(maxsize=64)
