@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 
+import contexts  # noqa: F401
 import deep_calls
 import jax
 import jaxtyping
