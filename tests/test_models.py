@@ -559,6 +559,10 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     [
         ("vgg16", {"num_classes": 2.5}, "num_classes=2.5 is not of the type int"),
         ("vgg16", {"num_classes": math.nan}, "num_classes=nan is not of the type int"),
+        ("densenet121", {"growth": 0}, "growth=0 is not a positive number"),
+        ("mnasnet1_0", {"width": -1.0}, "width=-1.0 is not a positive number"),
+        ("speedrun", {"width": -64}, "width=-64 is not a positive number"),
+        ("shufflenet_v2_x0_5", {"last": 0}, "last=0 is not a positive number"),
         ("densenet121", {"growth": 12.5}, "growth=12.5 is not of the type int"),
         ("mnasnet1_0", {"width": math.inf}, "width=inf is not of the type float"),
         ("vgg16", {"dropout": math.nan}, "dropout=nan is not of the type float"),

@@ -26,8 +26,8 @@ from cnnjax.runtime.types import AnyArray
 Replacements = Mapping[str, Callable[[Array], Array]]
 
 
-# Fields that several families have, each by one name: tuples of sizes, and rates of dropout.
-_SIZES = ("input_shape", "hidden", "depths", "widths")
+# Fields that families share by name: sizes or tuples of sizes, and rates of dropout.
+_SIZES = ("input_shape", "hidden", "depths", "widths", "growth", "last", "width")
 _RATES = ("dropout", "dropout_aux")
 
 
@@ -47,8 +47,8 @@ class Network(nn.Module):
       axis_name: device axis over which BatchNorm takes its statistics.
       input_shape: height, width and channels of the publication's images.
 
-    Raises `ValueError` if a field does not fit: a size below 1, or a rate of dropout that is not
-    between 0 and 1.
+    Raises `ValueError` if a field does not fit: a size that is not above 0, or a rate of dropout
+    that is not between 0 and 1.
     """
 
     num_classes: int = 1000
@@ -160,9 +160,11 @@ class Network(nn.Module):
 
 
 def _check_sizes(name: str, sizes: Any) -> None:
-    """Raises `ValueError` if a size is below 1; a user's field may be no tuple of sizes."""
-    if isinstance(sizes, tuple) and any(is_whole(size) and size < 1 for size in sizes):
-        raise ValueError(f"{name}={sizes!r} are not all positive numbers")
+    """Raises `ValueError` if a size is not above 0; a user's field may hold other things."""
+    is_tuple = isinstance(sizes, tuple)
+    if any(is_number(size) and size <= 0 for size in (sizes if is_tuple else (sizes,))):
+        accepted = "are not all positive numbers" if is_tuple else "is not a positive number"
+        raise ValueError(f"{name}={sizes!r} {accepted}")
 
 
 def _check_rate(name: str, rate: Any) -> None:
