@@ -121,14 +121,16 @@ class Cluster:
     def let_time_run_out(self, jobs: list[Job]) -> None:
         """Bring the jobs' ends so near that Slurm announces them; return when all have saved.
 
-        Slurm looks at the time every half a minute. The jobs have all their time again when they
-        are started anew.
+        Slurm looks at the time every half a minute, and ends a job unannounced if its time has run
+        out by then; so three quarters of a minute are left at least. The jobs have all their time
+        again when they are started anew.
         """
         stops = {}
         for job in jobs:
             stops[job] = len(STOPPED.findall(job.read_log()))
-            hours, minutes, _ = self.describe(job)["RunTime"].split(":")
-            assert self.give_time(job, 60 * int(hours) + int(minutes) + 1)
+            hours, minutes, seconds = map(int, self.describe(job)["RunTime"].split(":"))
+            elapsed = 3600 * hours + 60 * minutes + seconds
+            assert self.give_time(job, (elapsed + 45) // 60 + 1)
 
         def have_time_again() -> bool:
             for job, before in list(stops.items()):
@@ -185,7 +187,7 @@ def submit_sweep(cluster: Cluster, config: pathlib.Path, runs: pathlib.Path) -> 
     told = cluster.run(
         *(sys.executable, "-m", "cnnjax.sweep", "--config", str(config), "--workdir", str(runs)),
         *("--launcher=slurm", "--jobs=2"),
-        *("--slurm=timeout_min=20", "--slurm=slurm_signal_delay_s=60"),
+        *("--slurm=timeout_min=20", "--slurm=slurm_signal_delay_s=120"),
     )
     numbers = re.findall(r"job (\d+)", told)
     return [Job(number, runs / "jobs" / f"{number}_0_log.err") for number in numbers]
