@@ -29,7 +29,8 @@ from cnnjax.runtime import backend, command, configuration, jobs, source, workdi
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
-# Seconds between two attempts to run the cells that other processes were running.
+# Seconds between two attempts to run the cells that other processes are running. The first pauses
+# are shorter.
 _POLLING_SECONDS = 5.0
 
 
@@ -128,6 +129,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
     pending = [cell for cell in cells if not cell.is_done]
     # The first round runs what is free. Further rounds try the other cells again, without logging.
     is_first_round = True
+    pause = min(0.25, _POLLING_SECONDS)
     while pending:
         claimed = []
         for cell in pending:
@@ -145,7 +147,8 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
         if claimed and is_first_round:
             _LOG.info("waiting for %d cells of other processes", len(claimed))
         if claimed:
-            time.sleep(_POLLING_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLLING_SECONDS)
         is_first_round = False
         pending = claimed
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 
-# config_overrides: the node has two CPUs, as configured here, whatever the machine has.
+# config_overrides: the node has six CPUs, as configured here, whatever the machine has.
 # cred_expire: a requeued job waits this many seconds before it starts again.
 # SchedulerParameters: the scheduler runs every second or two instead of twice a minute.
 _CONFIGURATION = """\
@@ -47,7 +47,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
 KillWait=20
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=6 State=UNKNOWN
 PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 

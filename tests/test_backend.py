@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import jax
 import pytest
 
@@ -33,28 +34,30 @@ def test_flag_is_set_before_jax_and_appended_to_the_users():
 
 def test_warns_only_when_jax_has_started():
     """XLA flags have no effect after jax has started its backend, so cnnjax warns."""
-    code = (
-        "import warnings, jax; {}; warnings.simplefilter('always')\n"
-        "with warnings.catch_warnings(record=True) as w:\n import cnnjax\nprint(len(w))"
-    )
-    assert python(code.format("jax.numpy.zeros(1) + 1")) == "1"
-    assert python(code.format("pass")) == "0"
+    code = """
+import importlib, os, warnings
+import jax
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import cnnjax
+    print(len(caught))
+    jax.numpy.zeros(1) + 1
+    del os.environ["XLA_FLAGS"]
+    importlib.reload(cnnjax)
+    print(len(caught))
+"""
+    assert python(code) == "0\n1"
 
 
 @pytest.mark.skipif(jax.__version__ != "0.10.2", reason="the miscompilation is of jaxlib 0.10.2")
-def test_canary_sings_on_the_default_of_this_jaxlib():
-    """`check_numerics` raises with jaxlib's default, which miscompiles a reduction."""
-    code = f"""
-import os
-os.environ["XLA_FLAGS"] = "{FLAG}=dot"
-from cnnjax.runtime import backend
-try:
-    backend.check_numerics()
-except RuntimeError as error:
-    print(error)
-"""
+def test_canary_sings_on_the_default_of_this_jaxlib(tmp_path):
+    """A command ends at once with jaxlib's default, which miscompiles a reduction."""
+    train = ("cnnjax.main", "--config", "configs/lenet_digits.py", "--workdir", tmp_path / "run")
+    done = forked.run(*train, flags=f"{FLAG}=dot")
+    assert done.returncode == 1
+    assert not (tmp_path / "run").exists()
     # The error is 8.37e+06 with AVX-512 and 2.10e+06 without.
-    (error,) = re.findall(r"computes a reduction wrongly \(off by (\S+);", python(code))
+    (error,) = re.findall(r"computes a reduction wrongly \(off by (\S+);", done.stderr)
     assert float(error) > 1e6
 
 
@@ -63,27 +66,40 @@ def test_canary_is_silent_here():
     backend.check_numerics()
 
 
-def test_cache_is_keyed_by_jaxlib_and_cores_and_the_users_comes_first(tmp_path):
+def test_cache_is_keyed_by_jaxlib_and_cores(tmp_path, monkeypatch):
     """The folder names the number of cores, on which compiled code depends.
 
     Code compiled for one core runs on one, and jax's own cache key does not contain the number of
-    cores. A folder that the user has set is kept.
+    cores.
     """
-    code = (
-        "from cnnjax.runtime import backend; backend.start(); import jax; "
-        "print(jax.config.jax_compilation_cache_dir)"
-    )
-    own = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR="")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = str(backend._cache_dir())
     assert own.startswith(str(tmp_path / "cnnjax" / "xla" / f"jaxlib-{jax.lib.__version__}-"))
     assert own.endswith(f"-{backend.cores()}")
     if hasattr(os, "sched_setaffinity"):
-        single = python(
-            "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n" + code,
-            XDG_CACHE_HOME=str(tmp_path),
-            JAX_COMPILATION_CACHE_DIR="",
-        )
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, [min(cores)])
+        try:
+            single = str(backend._cache_dir())
+        finally:
+            os.sched_setaffinity(0, cores)
         assert single == own.rpartition("-")[0] + "-1"
-    assert python(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+
+
+def test_a_cache_that_the_user_has_set_is_kept(tmp_path):
+    code = """
+import jax
+from cnnjax.runtime import backend
+backend.start()
+print(jax.config.jax_compilation_cache_dir)
+jax.config.update("jax_compilation_cache_dir", None)
+backend.start.cache_clear()
+backend.start()
+print(jax.config.jax_compilation_cache_dir == str(backend._cache_dir()))
+"""
+    mine = str(tmp_path / "mine")
+    told = python(code, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=mine)
+    assert told == f"{mine}\nTrue"
 
 
 @pytest.mark.parametrize("index, level", [(0, logging.INFO), (1, logging.WARNING)])

@@ -10,9 +10,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import quick
+from matplotlib.figure import Figure
 
 from cnnjax import sweep
-from cnnjax.train import loop
+from cnnjax.train import loop, report
 from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
 from experiments import mlp_vs_convnet
@@ -132,8 +133,17 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
-    """Trains a perceptron; a second call trains nothing and reports a failed seed."""
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, monkeypatch, capfd):
+    """Trains a perceptron; a second call trains nothing and reports a failed seed.
+
+    The first call's sweep runs in this process, which takes less time than one of its own.
+    """
+
+    def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
+        config = f"configs/{name}.py"
+        return sweep.main(["--config", config, "--workdir", str(folder), *arguments])
+
     arguments = [
         "--workdir",
         str(tmp_path),
@@ -142,8 +152,11 @@ def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
         "--config.dataset=digits",
         "--config.epochs=2",
     ]
-    done = forked.run("experiments.mlp_vs_convnet", *arguments, flags=quick.FLAGS)
-    assert done.returncode == 0, done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp_vs_convnet, "run_sweep", run_sweep)
+        for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
+            patch.setattr(report, name, lambda *arguments: Figure((1, 1)))
+        assert mlp_vs_convnet.main(arguments) == 0
     (row,) = json.loads((tmp_path / "comparison.json").read_text())
     assert (
         row["n"] == 5 and row["epochs"] == 2 and row["parameters"] == 650 and len(row["curve"]) == 2
@@ -156,16 +169,16 @@ def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, capfd):
         {"claimed": 65, "mean": np.mean(errors), "std": np.std(errors, ddof=1)}
     )
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    for path in tmp_path.glob("mlp1_cifar10/*/results.json"):
-        path.rename(path.with_name("failure.json")) if "seed=1" in str(path) else None
-    (tmp_path / "mlp1_cifar10" / "seed=1" / "failure.json").write_text(
-        '{"error": "the loss is not finite at step 3"}'
-    )
+    # As a run that fails leaves it.
+    failed = tmp_path / "mlp1_cifar10" / "seed=1"
+    for name in ("results.json", "manifest.json"):
+        (failed / name).unlink()
+    (failed / "failure.json").write_text('{"error": "the loss is not finite at step 3"}')
     capfd.readouterr()
-    mlp_vs_convnet.main(arguments)
+    assert mlp_vs_convnet.main(arguments) == 1
     assert "epoch" not in capfd.readouterr().err
-    report = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
     assert (
-        "| mlp1_cifar10 | 650 | 2 | 59 | " in report
-        and "mlp1_cifar10: the loss is not finite at step 3" in report
+        "| mlp1_cifar10 | 650 | 2 | 59 | " in text
+        and "mlp1_cifar10: the loss is not finite at step 3" in text
     )

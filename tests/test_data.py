@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import PIL.Image
 import pytest
+import sklearn.datasets
 
 from cnnjax.data import arrays, splits
 
@@ -47,6 +48,11 @@ def test_the_default_needs_no_file():
         1,
     )
     assert digits.train.images.max() == 255 and digits.validation is None
+    original = sklearn.datasets.load_digits()
+    images = np.concatenate([digits.train.images, digits.test.images])
+    np.testing.assert_array_equal(images[..., 0], np.round(original.images * (255 / 16)))
+    labels = np.concatenate([digits.train.labels, digits.test.labels])
+    np.testing.assert_array_equal(labels, original.target)
 
 
 # ------------------------------------------------------------------ every layout, on small files

@@ -14,10 +14,12 @@ import quick
 
 pytestmark = pytest.mark.slow
 
+# A convolutional network is trained by two processes once: every process compiles it anew.
 TRAIN = [
     "cnnjax.main",
     "--config",
     "configs/lenet_digits.py",
+    "--config.model=mlp1",
     "--config.checkpoint_every_steps=5",
     "--config.n_validation=100",
 ]
@@ -46,35 +48,31 @@ def alone(folder: pathlib.Path, *arguments: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return alone(tmp_path_factory.mktemp("one"), "--config.epochs=3")
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_as_one(count, one, tmp_path):
+@pytest.mark.parametrize("model, count", [("lenet", 2), ("mlp1", 4)])
+def test_several_processes_train_as_one(model, count, tmp_path):
     """Several processes reach the losses of one, and only one of them writes files."""
-    processes = start(count, tmp_path, "--config.epochs=3")
+    arguments = [f"--config.model={model}", "--config.epochs=2"]
+    one = alone(tmp_path / "one", *arguments)
+    several = tmp_path / "several"
+    processes = start(count, several, *arguments)
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, errors
-    results = json.loads((tmp_path / "results.json").read_text())
-    for several, single in zip(results["history"], one["history"], strict=True):
+    results = json.loads((several / "results.json").read_text())
+    for epoch, of_one in zip(results["history"], one["history"], strict=True):
         for metric in ("train_loss", "validation_loss"):
-            np.testing.assert_allclose(several[metric], single[metric], rtol=1e-4)
-    assert json.loads((tmp_path / "environment.json").read_text())["devices"] == ["cpu"] * count
-    assert (
-        (tmp_path / "report.md").exists()
-        and not list(tmp_path.glob("*.claim"))
-        and not list(tmp_path.glob("*.partial"))
-    )
+            np.testing.assert_allclose(epoch[metric], of_one[metric], rtol=1e-4)
+    assert json.loads((several / "environment.json").read_text())["devices"] == ["cpu"] * count
+    assert (several / "report.md").exists()
+    assert not list(several.glob("*.claim"))
+    assert not list(several.glob("*.partial"))
 
 
-def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(one, tmp_path):
+def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(tmp_path):
     first, second = start(2, tmp_path, "--config.epochs=3000")
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("checkpoints/*/manifest.json")):
         assert time.monotonic() < deadline and first.poll() is None, first.stderr.read()
-        time.sleep(0.2)
+        time.sleep(0.05)
     second.send_signal(signal.SIGKILL)
     second.communicate()
     error = first.communicate(timeout=60)[1]
@@ -97,7 +95,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("checkpoints/*/manifest.json")):
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], errors

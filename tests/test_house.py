@@ -1,6 +1,7 @@
 """Imports follow the map of modules in docs/contributing.md and form no cycle."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 import tomllib
@@ -22,6 +23,14 @@ FLOORS = (
 )
 
 
+@functools.cache
+def import_statements(path: pathlib.Path) -> list[ast.Import | ast.ImportFrom]:
+    """Returns the import statements of a file, wherever they stand."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Returns each module of the package with the modules that it imports anywhere."""
     paths = {}
@@ -31,11 +40,10 @@ def imports() -> dict[str, set[str]]:
     graph = {}
     for module, path in paths.items():
         graph[module] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
+        for node in import_statements(path):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 # In `from package import name`, the name may be a module or a definition.
                 inner = [f"{node.module}.{alias.name}" for alias in node.names]
                 names = [name if name in paths else node.module for name in inner]
@@ -74,11 +82,10 @@ def test_imports_close_no_circle():
 def test_nothing_imports_another_framework():
     for folder in ("cnnjax", "experiments", "configs"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = []
+            for node in import_statements(path):
                 if isinstance(node, ast.Import):
                     names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
+                else:
                     names = [node.module]
                 roots = {name.split(".")[0] for name in names}
                 assert "tensorflow" not in roots, path

@@ -77,16 +77,16 @@ def test_the_experiment_reports_every_network(tmp_path):
         *("--workdir", tmp_path, "--seeds", 2, "--paddings", "zeros", "random"),
         *("--splits", "published"),
         flags=quick.FLAGS,
-        changes={"_TRAIN": 400, "_TEST": 100, "_EPOCHS": 2},
+        changes={"_TRAIN": 100, "_TEST": 50, "_BATCH": 50, "_EPOCHS": 2},
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "redgreen.json").read_text())
     assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [
         (p, s, 2) for p in ("zeros", "random") for s in (0, 1)
     ]
-    # Each test has 100 images.
+    # Each test has 50 images, of which one is two percent.
     percents = np.array([[100 * row[kind] for kind in ("similar", "dissimilar")] for row in rows])
-    np.testing.assert_allclose(percents, percents.round(), atol=1e-4)
+    np.testing.assert_allclose(percents, 2 * (percents / 2).round(), atol=1e-4)
     report = (tmp_path / "report.md").read_text()
     assert "| zeros | " in report
     assert "the similar test are training images" in report

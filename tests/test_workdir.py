@@ -137,13 +137,18 @@ GONE = {"host": platform.node(), "process": 2**22 + 1}
 @pytest.mark.parametrize("left", [None, GONE], ids=["free", "void"])
 def test_one_process_at_a_time(left, tmp_path):
     """A second process is refused; of six at once, one gets in. No claim file remains."""
-    code = (
-        "import pathlib, sys, time\nfrom cnnjax.runtime import workdir\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
-        "try:\n    with workdir.claim(pathlib.Path(sys.argv[1])):\n"
-        "        print('in', flush=True)\n        time.sleep(2)\n"
-        "except workdir.Claimed as error:\n    print(error)"
-    )
+    code = """
+import pathlib, sys
+from cnnjax.runtime import workdir
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with workdir.claim(pathlib.Path(sys.argv[1])):
+        print("in", flush=True)
+        sys.stdin.readline()
+except workdir.Claimed as error:
+    print(error, flush=True)
+"""
     with (
         workdir.claim(tmp_path),
         pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "),
@@ -151,19 +156,26 @@ def test_one_process_at_a_time(left, tmp_path):
         workdir.claim(tmp_path).__enter__()
     if left:
         (tmp_path / "run.claim").write_text(json.dumps(left))
-    at = str(time.time() + 2)
-    started = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), at], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(6)
     ]
-    outputs = sorted(process.communicate()[0].strip() for process in started)
-    assert (
-        outputs[0] == "in"
-        and all("is in use by process" in line for line in outputs[1:])
-        and not list(tmp_path.iterdir())
-    )
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 6
+    # All go on at once, and the one that gets in stays until the others have been refused.
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = sorted(process.stdout.readline() for process in processes)
+    for process in processes:
+        process.communicate()
+    assert outputs[0] == "in\n"
+    assert all("is in use by process" in line for line in outputs[1:])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

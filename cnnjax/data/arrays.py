@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import logging
 import math
@@ -457,11 +458,16 @@ class Digits:
     classes = DIGITS
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
-        import sklearn.datasets
-
-        digits = sklearn.datasets.load_digits()
-        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        labels = digits.target.astype(np.int32)
+        # `sklearn.datasets.load_digits` reads this file, and takes a second to import.
+        package = importlib.util.find_spec("sklearn")
+        if package is None or package.origin is None:
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        folder = pathlib.Path(package.origin).parent / "datasets" / "data"
+        with gzip.open(folder / "digits.csv.gz") as file:
+            table = np.loadtxt(file, delimiter=",")
+        # A row has 64 pixels from 0 to 16, and the digit.
+        images = np.round(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+        labels = table[:, 64].astype(np.int32)
         return Split(images[:1437], labels[:1437]), Split(images[1437:], labels[1437:])
 
 

@@ -21,6 +21,7 @@ is then removed, and the directory with it unless it was there before.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -153,10 +154,12 @@ def digest(config: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+@functools.cache
 def _git_revision() -> str | None:
     """Returns the commit of the checkout that the code runs from, or None outside one.
 
-    A "+" follows the commit if files differ from it.
+    A "+" follows the commit if files differ from it. It is read once, since later changes of the
+    files do not change what this process has imported.
     """
 
     def git(*arguments):
