@@ -107,9 +107,6 @@ def value_and_gradients(function, *arguments):
     return y, *vjp(cotangent(*y.shape))
 
 
-compiled = jax.jit(value_and_gradients, static_argnums=0)
-
-
 def assert_alike(ours, theirs, case=""):
     for got, expected in zip(ours, theirs, strict=True):
         atol = 1e-5 * np.abs(expected).max()
@@ -254,11 +251,11 @@ def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilati
 
 POOLS = [
     (window, stride, padding, 11, 14)
-    for window in (1, 2, 3, 5)
-    for stride in (1, 2, 3, 4)
+    for window in (2, 3)
+    for stride in (1, 2, 3)
     for padding in (0, 1)
-    if padding <= window // 2
 ]
+POOLS += [(1, 1, 0, 11, 14), (1, 3, 0, 11, 14), (5, 2, 1, 11, 14)]
 TILES = [(2, 2, 0, 12, 14), (3, 3, 0, 12, 15), (2, 2, 1, 12, 14), (4, 4, 0, 4, 8)]
 
 
@@ -273,7 +270,8 @@ OBLONG = [
 @pytest.mark.parametrize("window, stride, padding, height, width", POOLS + TILES + OBLONG)
 def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
     size, step, (down, across) = (pair(value, "value", 0) for value in (window, stride, padding))
-    x = jnp.maximum(jnp.round(2 * normal(0, 2, height, width, 3)), 0)  # many ties, as after a ReLU
+    noise = np.random.default_rng(0).standard_normal((2, height, width, 3), np.float32)
+    x = np.maximum(np.round(2 * noise), 0)  # many ties, as after a ReLU
     native = lambda x: jax.lax.reduce_window(
         x,
         -jnp.inf,
@@ -283,11 +281,12 @@ def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height,
         padding=((0, 0), (down, down), (across, across), (0, 0)),
     )
     ours = functools.partial(cnn.max_pool, window=window, stride=stride, padding=padding)
-    for got, want in zip(compiled(ours, x), compiled(native, x), strict=True):
+    both = jax.jit(lambda x: [value_and_gradients(pool, x) for pool in (ours, native)])
+    for got, want in zip(*both(x), strict=True):
         assert np.array_equal(got, want)
     # Where a window has no maximum, the gradient goes where the native one goes.
-    x = x.at[:, ::3, 1::4].set(jnp.nan)
-    for got, want in zip(compiled(ours, x), compiled(native, x), strict=True):
+    x[:, ::3, 1::4] = np.nan
+    for got, want in zip(*both(x), strict=True):
         assert np.array_equal(got, want, equal_nan=True)
 
 
@@ -345,8 +344,14 @@ def test_max_pool_completes_the_last_window_as_pytorch_does(height, width, windo
     for fill in ("reflect", "symmetric", "replicate", "circular"):
         if min(height, width) > padding + 1:
             assert jax.eval_shape(functools.partial(pool, fill=fill), x).shape == y.shape
-    unpadded = jax.jit(lambda x: cnn.max_pool(x, 2, 2, 1, ceil=True, fill="none"))(x[:, :7])
-    assert np.array_equal(unpadded, jax.jit(lambda x: cnn.max_pool(x, 2, 2))(x[:, :7]))
+
+
+@pytest.mark.parametrize("height, width", [(2, 3), (7, 8), (7, 13)])
+def test_without_padding_no_window_is_completed(height, width):
+    x = normal(0, 2, height, width, 3)
+    completed = lambda x: cnn.max_pool(x, 2, 2, 1, ceil=True, fill="none")
+    both = jax.jit(lambda x: (completed(x), cnn.max_pool(x, 2, 2)))
+    assert np.array_equal(*both(x))
 
 
 def test_branches_are_joined_about_their_centers():
@@ -765,7 +770,7 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
             return jax.lax.scan(step, params, None, length=3)
         return step(params, None)
 
-    text = quick.optimized(run).lower(params).compile().as_text()
+    text = quick.readable(run).lower(params).compile().as_text()
     assert_fast(text)
     assert "select-and-scatter" not in text
 
@@ -799,7 +804,7 @@ def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
         return y, vjp(dy)
 
     dy = jax.eval_shape(convolve, x, kernel)
-    assert_fast(quick.optimized(step).lower(x, kernel, dy).compile().as_text())
+    assert_fast(quick.readable(step).lower(x, kernel, dy).compile().as_text())
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends are left alone")
@@ -839,7 +844,7 @@ def most_operands(depth):
     def loss(params, x):
         return model.apply({**variables, "params": params}, x, mutable="batch_stats")[0].sum()
 
-    gradients = quick.optimized(jax.grad(loss, argnums=(0, 1)))
+    gradients = quick.readable(jax.grad(loss, argnums=(0, 1)))
     program = gradients.lower(variables["params"], x).compile().as_text()
     operands = [text.count("%") for text in re.findall(r" fusion\(([^)]*)\)", program)]
     assert max(operands) > 0
