@@ -169,7 +169,7 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
 def test_fills_are_trained(fill, own, tmp_path, monkeypatch):
     """Runs the whole command for one step, without drawing figures.
 
-    Fills that copy the map's own border are traced as these are, and other runs have zeros.
+    The other fills only copy or stretch the map, and "zeros" is what other runs have.
     """
     path, _ = own
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
