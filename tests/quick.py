@@ -3,7 +3,8 @@ numbers of few operations, and the exit code of a command.
 
 The tests' own process compiles quickly (conftest.py): XLA's own optimization of a program stays,
 and LLVM's is left out. `optimized` is jax.jit as users have it, for tests of the compiled program
-itself; commands without `FLAGS` are for what users' programs compute to the bit.
+itself, and `readable` is for tests of its text; commands without `FLAGS` are for what users'
+programs compute to the bit.
 """
 
 import functools
@@ -31,9 +32,12 @@ if jaxlib.__version__.startswith("0.10."):
 
 FLAGS = " ".join(f"--{name}={str(quick).lower()}" for name, (quick, _) in _OPTIONS.items())
 
-optimized = functools.partial(
-    jax.jit, compiler_options={name: own for name, (_, own) in _OPTIONS.items()}
-)
+_OWN = {name: own for name, (_, own) in _OPTIONS.items()}
+optimized = functools.partial(jax.jit, compiler_options=_OWN)
+
+# For tests that read a program's text, which is `optimized`'s: LLVM's part comes after it.
+_WITHOUT_LLVM = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+readable = functools.partial(jax.jit, compiler_options=_OWN | _WITHOUT_LLVM)
 
 
 def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cnnjax import nn as cnn
 from cnnjax.models import create_model
+from cnnjax.nn.cpu import depthwise
 from cnnjax.weights import variable_shapes
 
 ALL_FILLS = {f"fill {fill}": {"padding": 1, "fill": fill} for fill in cnn.FILLS}
@@ -47,9 +48,21 @@ def norm_values(x, scale, bias, train):
     return y, new["batch_stats"]
 
 
+def pools(fills):
+    """Returns a table of pools under some fills, as `operations` does."""
+    table = {}
+    for fill in fills:
+        for pool in (cnn.max_pool, cnn.avg_pool):
+            call = functools.partial(pool, window=3, stride=2, padding=1, fill=fill)
+            table[f"{pool.__name__}, fill {fill}"] = (call, [(3, 6, 7, 2)])
+    return table
+
+
 def operations():
     """Returns a table of functions with the shapes of their arguments, batch first."""
-    table = {}
+    # Pools treat these fills differently. Other fills are padding alone, as under "reflect", which
+    # the convolutions have in the table.
+    table = pools(("zeros", "none", "partial", "one-sided", "reflect", "random"))
     key = jax.random.key(0)
     for name, options in CONVOLUTIONS.items():
         kernel = (3, 2, 4 // options.get("groups", 1), 8)
@@ -65,10 +78,6 @@ def operations():
         functools.partial(cnn.conv, padding=1),
         [(3, 2, 2, 4), (3, 3, 4, 20)],
     )
-    for fill in cnn.FILLS:
-        for pool in (cnn.max_pool, cnn.avg_pool):
-            call = functools.partial(pool, window=3, stride=2, padding=1, fill=fill)
-            table[f"{pool.__name__}, fill {fill}"] = (call, [(3, 6, 7, 2)])
     table["max_pool, tiles"] = (lambda x: cnn.max_pool(x, 2), [(3, 4, 6, 2)])
     table["max_pool, gaps"] = (lambda x: cnn.max_pool(x, 2, 3), [(3, 8, 7, 2)])
     table["concatenate"] = (
@@ -131,15 +140,32 @@ def assert_close(one, other, relative=1e-4):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_both_forms_have_the_same_values_and_derivatives(name):
+    """Neither form relies on the promotion of ranks."""
     function, shapes = OPERATIONS[name]
     arguments = [draw(seed, *shape) for seed, shape in enumerate(shapes)]
-    everything = jax.jit(derivatives(function))
-    with cnn.lowering("cpu"):
-        fast = everything(*arguments)
-    with cnn.lowering("reference"):
-        plain = everything(*arguments)
-    for part in plain:
-        assert_close(fast[part], plain[part])
+
+    @jax.jit
+    def in_both_forms(*arguments):
+        results = {}
+        for form in ("cpu", "reference"):
+            with cnn.lowering(form):
+                results[form] = derivatives(function)(*arguments)
+        return results
+
+    with jax.numpy_rank_promotion("raise"):
+        results = in_both_forms(*arguments)
+    for part, plain in results["reference"].items():
+        assert_close(results["cpu"][part], plain)
+
+
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_bfloat16_is_kept(form):
+    """Under every fill, too; only BatchNorm's statistics are float32."""
+    for name, (function, shapes) in {**OPERATIONS, **pools(cnn.FILLS)}.items():
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        with cnn.lowering(form):
+            output, *_ = jax.tree.leaves(jax.eval_shape(function, *arguments))
+        assert output.dtype == jnp.bfloat16, name
 
 
 @pytest.mark.parametrize(
@@ -152,9 +178,10 @@ def test_both_forms_have_the_same_values_and_derivatives(name):
         ((1, 1), {"padding": (0, 2), "stride": (1, 3)}),
     ],
 )
-def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
+def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options, monkeypatch):
     """Large maps are convolved in pieces, and only pieces at the border are padded."""
-    x = draw(0, 8, 66, 63, 32)
+    monkeypatch.setattr(depthwise, "LARGE", 2**14)
+    x = draw(0, 2, 18, 15, 32)
     kernel = draw(1, *kernel_size, 1, 32)
 
     def passes(x, kernel):
@@ -162,11 +189,12 @@ def test_a_large_depthwise_convolution_is_the_small_one(kernel_size, options):
         return y, *vjp(jnp.cos(y))
 
     with cnn.lowering("cpu"):
-        compiled = jax.jit(passes)
-        text = compiled.lower(x, kernel).as_text()
-        y, dx, dkernel = compiled(x, kernel)
+        lowered = jax.jit(passes).lower(x, kernel)
+        text = lowered.as_text()
+        y, dx, dkernel = lowered.compile()(x, kernel)
         # A single image is too small to be cut into pieces.
-        own = [compiled(x[i : i + 1], kernel) for i in range(len(x))]
+        small = jax.jit(passes)
+        own = [small(x[i : i + 1], kernel) for i in range(len(x))]
     padded = re.findall(r"stablehlo.pad .*-> tensor<([0-9x]+)xf32>", text)
     sizes = [math.prod(map(int, shape.split("x"))) for shape in padded]
     assert sizes and max(sizes) < x.size
@@ -194,15 +222,6 @@ def test_a_form_is_part_of_jits_cache_key():
     assert "reduce_window" in text["reference"] and "reduce_window" not in text["cpu"]
     with pytest.raises(ValueError, match="lowering='fast' is not one of auto, reference, cpu"):
         cnn.lowering("fast")
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_no_rank_is_promoted(name):
-    function, shapes = OPERATIONS[name]
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    for form in ("cpu", "reference"):
-        with jax.numpy_rank_promotion("raise"), cnn.lowering(form):
-            jax.eval_shape(derivatives(function), *arguments)
 
 
 @pytest.mark.slow
@@ -257,13 +276,15 @@ def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
     arguments = [empty, *(draw(seed, *shape) for seed, shape in enumerate(shapes[1:]))]
 
     @jax.jit
-    def run(*arguments):
-        y, vjp = jax.vjp(function, *arguments)
-        return y, vjp(jax.tree.map(jnp.ones_like, y))
+    def in_both_forms(*arguments):
+        results = []
+        for form in ("cpu", "reference"):
+            with cnn.lowering(form):
+                y, vjp = jax.vjp(function, *arguments)
+                results.append((y, vjp(jax.tree.map(jnp.ones_like, y))))
+        return results
 
-    for form in ("cpu", "reference"):
-        with cnn.lowering(form):
-            y, gradients = run(*arguments)
+    for y, gradients in in_both_forms(*arguments):
         assert jax.tree.leaves(y)[0].shape[0] == 0
         assert [gradient.shape for gradient in gradients] == [a.shape for a in arguments]
         assert not any(np.any(gradient != 0) for gradient in gradients)

@@ -1,9 +1,11 @@
 """The overfitting experiment: each network must learn one batch by heart."""
 
+import functools
 import json
 
 import pytest
 
+from cnnjax.data import arrays
 from experiments import overfit
 
 
@@ -12,6 +14,8 @@ from experiments import overfit
 def test_a_batch_is_learned_by_heart_or_the_network_is_named(
     data_dir, tmp_path, monkeypatch, capsys
 ):
+    # The data set is read once for both calls.
+    monkeypatch.setattr(arrays, "load", functools.cache(arrays.load))
     arguments = ["--data_dir", str(data_dir), "--models", "tutorial_net", "--workdir"]
     assert overfit.main([*arguments, str(tmp_path / "learned")]) == 0
     (result,) = json.loads((tmp_path / "learned" / "overfit.json").read_text())

@@ -15,7 +15,6 @@ import quick
 
 from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
-from cnnjax.nn import FILLS
 from cnnjax.runtime import source, workdir
 from cnnjax.train import defaults, report
 from cnnjax.train.run import open_run
@@ -166,9 +165,12 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("fill", FILLS)
-def test_every_fill_is_trained(fill, own, tmp_path, monkeypatch):
-    """Runs the whole command for one step, without drawing figures."""
+@pytest.mark.parametrize("fill", ["none", "full", "random", "mean", "one-sided", "partial"])
+def test_fills_are_trained(fill, own, tmp_path, monkeypatch):
+    """Runs the whole command for one step, without drawing figures.
+
+    The other fills only copy or stretch the map, and "zeros" is what other runs have.
+    """
     path, _ = own
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))

@@ -174,29 +174,23 @@ def test_grids_are_the_centers_of_what_the_positions_see(padding, small):
     The position is one that sees no border.
     """
     encoder = create_model("scene_net", padding=padding)
-    variables, x = encoder.init(jax.random.key(0), jnp.ones((1, *SIZE, 3))), jnp.ones((1, *SIZE, 3))
     # With positive weights, every ReLU passes its gradient.
-    variables = jax.tree.map(jnp.abs, variables)
+    variables = jax.tree.map(np.abs, jax.device_get(quick.variables(encoder)))
     for stage, (rows, columns) in zip(
         ("block2", "block3"), fcn.grids(encoder, (*SIZE, 3), ("block2", "block3"))
     ):
-        run = jax.jit(
-            jax.grad(
-                lambda x, at, stage=stage: encoder.apply(variables, x, method="stages", last=stage)[
-                    stage
-                ][0, *at].sum()
-            )
-        )
-        assert encoder.apply(variables, x, method="stages", last=stage)[stage].shape[1:3] == (
-            len(rows),
-            len(columns),
-        )
-        noise = jax.random.uniform(jax.random.key(1), x.shape)
+
+        def stage_map(x, stage=stage):
+            return encoder.apply(variables, x, method="stages", last=stage)[stage]
+
+        run = jax.jit(jax.grad(lambda x, stage_map=stage_map: stage_map(x)[0, 2, 3].sum()))
+        noise = np.random.default_rng(1).random((1, *SIZE, 3), np.float32)
+        assert jax.eval_shape(stage_map, noise).shape[1:3] == (len(rows), len(columns))
         reached = np.zeros(SIZE, bool)
         # The max-pool passes the gradient to one of four positions; four flips reach all of them.
         for axis in (1, 2, 1, 2):
-            noise = jnp.flip(noise, axis)
-            reached |= np.asarray(run(noise, (2, 3)))[0].any(-1)
+            noise = np.flip(noise, axis)
+            reached |= np.asarray(run(noise))[0].any(-1)
         seen = [np.flatnonzero(reached.any(axis)) for axis in (1, 0)]
         assert (
             abs((seen[0][0] + seen[0][-1]) / 2 - rows[2]) <= 1
@@ -228,9 +222,10 @@ def test_grids_of_the_scene_network():
 def test_scores_lie_where_the_image_is(small):
     """Without padding, inner scores move with an image moved by the stride."""
     model = create_model("fcn", num_classes=3, padding="none", **small)
-    x = jax.random.uniform(jax.random.key(0), (1, *SIZE, 3))
-    variables = model.init(jax.random.key(1), x)
-    y, moved = (np.asarray(model.apply(variables, image)) for image in (x, jnp.roll(x, 4, 2)))
+    x = np.random.default_rng(0).random((1, *SIZE, 3), np.float32)
+    variables = quick.variables(model, x)
+    apply = jax.jit(model.apply)
+    y, moved = (np.asarray(apply(variables, image)) for image in (x, np.roll(x, 4, 2)))
     assert y.shape == (1, *SIZE, 3)
     rows, columns = fcn.grids(model.backbone(), (*SIZE, 3), ("block3",))[0]
     # Pixels farther out have the scores of the grid's edge.
@@ -246,16 +241,23 @@ def test_scores_lie_where_the_image_is(small):
 
 @pytest.mark.slow
 def test_stages_and_names_are_the_encoders(small):
-    model, encoder, x = (
-        create_model("fcn", num_classes=3, **small),
-        Small(),
-        jax.random.uniform(jax.random.key(0), (1, *SIZE, 3)),
-    )
-    params = model.init(jax.random.key(1), x)["params"]
-    assert sorted(params) == ["conv1", "conv2", "score.block2", "score.block3"]
-    theirs = encoder.apply({"params": params}, x, method="stages", last="block3")
-    ours = model.apply({"params": params}, x, method="stages")
-    assert list(ours) == list(theirs) and all((ours[name] == theirs[name]).all() for name in ours)
+    model = create_model("fcn", num_classes=3, **small)
+    encoder = Small()
+    x = np.random.default_rng(0).random((1, *SIZE, 3), np.float32)
+    variables = quick.variables(model, x)
+    names = ["conv1", "conv2", "score.block2", "score.block3"]
+    assert sorted(variables["params"]) == names
+
+    @jax.jit
+    def stages(variables):
+        theirs = encoder.apply(variables, x, method="stages", last="block3")
+        ours = model.apply(variables, x, method="stages")
+        # jax.jit would sort them.
+        assert list(ours) == list(theirs)
+        return ours, theirs
+
+    ours, theirs = stages(variables)
+    assert all((ours[name] == theirs[name]).all() for name in ours)
     for scored in (("block3", "block2"), ("block9",)):
         with pytest.raises(
             ValueError, match="are not stages of scene_net, in their order; they are block2, block3"
@@ -397,7 +399,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
         "--data_dir",
         str(scenes),
         "--seeds",
-        "2",
+        "1",
         "--epochs",
         "30",
         "--paddings",
@@ -405,7 +407,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
     ]
     assert segmentation.main(arguments) == 0
     rows = json.loads((tmp_path / "segmentation.json").read_text())
-    assert [(row["padding"], row["seed"]) for row in rows] == [("none", 0), ("none", 1)]
+    assert [(row["padding"], row["seed"]) for row in rows] == [("none", 0)]
     data = arrays.load("camvid", str(scenes))
     labels = data.test.labels
     alone = np.broadcast_to(segmentation.prior(data.train), labels.shape)
