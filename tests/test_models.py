@@ -177,27 +177,52 @@ def test_a_unit_is_taken_out():
         model.apply(variables, image, replace={"conv9": jnp.zeros_like})
 
 
+def assert_every_parameter_receives_a_finite_gradient(model, x):
+    variables = quick.variables(model, x)
+    params = variables.pop("params")
+
+    def loss(params):
+        logits, new = model.apply(
+            {"params": params, **variables},
+            x,
+            train=True,
+            rngs={"dropout": jax.random.key(2)},
+            mutable=["batch_stats", "auxiliary"],
+        )
+        outputs = [logits, *jax.tree.leaves(new.get("auxiliary", {}))]
+        return sum(jnp.square(output).sum() for output in outputs)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    test_torchvision.assert_gradients(grads)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["vgg11_lrn", "vgg16_c", "alexnet", "squeezenet1_1", *test_torchvision.DEEP]
+    "name",
+    [
+        "vgg11_lrn",
+        "vgg16_c",
+        "alexnet",
+        "squeezenet1_1",
+        *sorted({*test_torchvision.DEEP} & {*SHALLOW}),
+    ],
 )
 def test_every_parameter_receives_a_finite_gradient(name):
     """The gradients of other networks are checked in test_torchvision.py."""
     model = create_model(name, num_classes=7, **SHALLOW.get(name, {}))
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    variables = quick.variables(model)
-    params = variables.pop("params")
+    assert_every_parameter_receives_a_finite_gradient(model, x)
 
-    def loss(params):
-        rngs = {"dropout": jax.random.key(2)}
-        logits, _ = model.apply(
-            {"params": params, **variables}, x, train=True, rngs=rngs, mutable=["batch_stats"]
-        )
-        return jnp.square(logits).sum()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    assert np.isfinite(value)
-    test_torchvision.assert_gradients(grads)
+@pytest.mark.slow
+def test_every_parameter_of_inception_v3_receives_a_finite_gradient(monkeypatch):
+    """One block of each kind; the auxiliary classifier needs images of 299 pixels."""
+    kinds = ("Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c")
+    monkeypatch.setattr(inception, "_TABLE", {kind: inception._TABLE[kind] for kind in kinds})
+    x = jax.random.normal(jax.random.key(1), (4, 299, 299, 3))
+    model = create_model("inception_v3", num_classes=7)
+    assert_every_parameter_receives_a_finite_gradient(model, x)
 
 
 @pytest.mark.slow

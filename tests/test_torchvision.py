@@ -145,7 +145,7 @@ def test_evaluation_is_torchvisions(case):
 # Training differs from evaluation by BatchNorm and auxiliary heads, dropout aside. test_models.py
 # has the gradients of networks with neither, and of these, which repeat their blocks, with fewer
 # or narrower ones.
-DEEP = ("densenet121", "resnet50", "resnext50_32x4d", "vgg11_bn")
+DEEP = ("densenet121", "inception_v3", "resnet50", "resnext50_32x4d", "vgg11_bn")
 TRAINED = [
     case
     for case in GOLDEN.files
