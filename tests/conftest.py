@@ -88,7 +88,8 @@ _TOGETHER = tuple(
 
 
 # Tests of one network, whose name comes first in their brackets: it is traced once for all of them.
-_BY_NETWORK = re.compile(r"tests/test_(?:models|summary|torchvision)\.py::\w+\[([A-Za-z]\w+)")
+# VGGs are one, since most of their many values are the same in all.
+_BY_NETWORK = re.compile(r"tests/test_(?:models|summary|torchvision)\.py::\w+\[(vgg|[A-Za-z]\w+)")
 
 
 class _Scheduling(LoadScopeScheduling):
