@@ -6,6 +6,8 @@ use subprocess.
 
 These processes share a folder of compiled programs, since many run the same one. What a test makes
 smaller in the command's module, such as a number of images, is given as `changes`.
+
+Their end is not Python's own: functions that are registered with atexit do not run.
 """
 
 import atexit
@@ -24,6 +26,7 @@ import threading
 from collections.abc import Mapping
 from unittest import mock
 
+import deep_calls
 import jax
 
 from cnnjax.main import leave
@@ -50,10 +53,20 @@ def _start_server() -> None:
 
 
 def _work(
-    module: str, arguments: list[str], changes: dict, flags: str, cache: str, output: str, errors
+    module: str,
+    arguments: list[str],
+    changes: dict,
+    flags: str,
+    config: dict,
+    cache: str,
+    output: str,
+    errors,
 ) -> None:
     """Call `module`.main in the forked process as `python -m module` does."""
     assert "imported" in sys.modules
+    # A daemonic process, which ends with the tests, may have no children, such as those that
+    # decode images.
+    multiprocessing.current_process()._config["daemon"] = False
     # A shell's background process ignores it, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # jax reads it when it starts its backend.
@@ -62,6 +75,7 @@ def _work(
     options = {
         "jax_compilation_cache_dir": cache,
         "jax_persistent_cache_min_compile_time_secs": 0,
+        **config,
     }
     for name, value in options.items():
         jax.config.update(name, value)
@@ -82,7 +96,7 @@ def _work(
         assert hasattr(changed, name)
         setattr(changed, name, value)
     try:
-        code = command.main(arguments)
+        code = deep_calls.call(command.main, arguments=arguments)
     except SystemExit as stop:
         code = stop.code
     leave(code or 0)
@@ -97,14 +111,22 @@ class Popen:
         flags: added to XLA_FLAGS.
         changes: new values of the module's globals, by name; of another module's, by its name and
             theirs.
+        config: values of jax.config, by name.
     """
 
-    def __init__(self, module: str, *arguments, flags: str = "", changes: Mapping = {}):
+    def __init__(
+        self,
+        module: str,
+        *arguments,
+        flags: str = "",
+        changes: Mapping = {},
+        config: Mapping = {},
+    ):
         _start_server()
         self._output = tempfile.NamedTemporaryFile("r")
         read, write = _CONTEXT.Pipe(duplex=False)
         self.args = [module, *map(str, arguments)]
-        given = (self.args[1:], dict(changes), flags)
+        given = (self.args[1:], dict(changes), flags, dict(config))
         work = (module, *given, _cache(), self._output.name, write)
         self._process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         self._process.start()
@@ -137,10 +159,11 @@ class Popen:
             return self._output.read(), errors
 
 
-def run(
-    module: str, *arguments, flags: str = "", changes: Mapping = {}
-) -> subprocess.CompletedProcess:
-    """Run a command to its end, as subprocess.run does with captured text."""
-    process = Popen(module, *arguments, flags=flags, changes=changes)
+def run(module: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end, as subprocess.run does with captured text.
+
+    The options are those of `Popen`.
+    """
+    process = Popen(module, *arguments, **options)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

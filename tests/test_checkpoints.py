@@ -1,15 +1,14 @@
 """Checkpoints are restored bit for bit or not at all."""
 
 import json
-import os
 import pathlib
 import random
+import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,33 +215,18 @@ def test_the_best_checkpoint_is_used_unless_it_is_damaged(
     assert weights["chosen_by"] == reasons[chosen]
 
 
-_WRITER = """
-import sys, numpy as np
-from cnnjax.train.checkpoints import Checkpoints
-with Checkpoints(sys.argv[1]) as checkpoints:
-    found = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
-    start = found[0] if found else 0
-    print("ready", flush=True)
-    for step in range(start + 1, start + 10_000):
-        checkpoints.save(step, {"x": np.full((500, 500), step, np.float32)}, {"step": step})
-        print(step, flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
     generator, reached = random.Random(0), 0
     for _ in range(6):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
-        )
-        assert writer.stdout.readline() == "ready\n"
+        writer = forked.Popen("checkpoint_writer", tmp_path)
+        assert any(line == "ready\n" for line in writer.stderr)
         time.sleep(generator.uniform(0.05, 0.6))
         writer.send_signal(signal.SIGKILL)
-        begun = [int(line) for line in writer.communicate()[0].split()]
+        errors = writer.communicate()[1]
+        assert writer.returncode == -signal.SIGKILL, errors
+        # A line may be cut off by the end.
+        begun = [int(step) for step in re.findall(r"^step (\d+)\n", errors, re.MULTILINE)]
         with Checkpoints(tmp_path) as checkpoints:
             restored = checkpoints.restore({"x": np.zeros((500, 500), np.float32)})
         # A save begins only after the one before it is complete.

@@ -3,6 +3,7 @@
 A run that goes on afterwards ends with the same bits as one without a fault.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ TRAIN = (
     "--config.epochs=3",
     "--config.n_validation=100",
     "--config.parallel=jit",
-    "--config.checkpoint_every_steps=4",
+    "--config.checkpoint_every_steps=8",
 )
 STEPS = 30  # three epochs of 1337 // 128
 
@@ -46,7 +47,7 @@ DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 # What a shell runs in the background inherits that it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import imported
+import deep_calls, imported
 import matplotlib.figure
 from cnnjax import combine, main, sweep
 from cnnjax.runtime import workdir
@@ -55,7 +56,7 @@ from cnnjax.train import evaluate, step
 for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
     setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
-            "mount": lambda given: os.execvp("mount", ["mount", *given])}
+            "mount": lambda arguments: os.execvp("mount", ["mount", *arguments])}
 
 def begin(command, arguments, beforehand):
     errors = tempfile.TemporaryFile("w+")
@@ -64,7 +65,7 @@ def begin(command, arguments, beforehand):
     os.dup2(errors.fileno(), 2)
     try:
         exec(beforehand, globals())
-        code = commands[command](arguments)
+        code = deep_calls.call(commands[command], arguments=arguments)
     except BaseException:
         traceback.print_exc()
         code = 99
@@ -172,17 +173,29 @@ def disk(machine, tmp_path):
     return tmp_path
 
 
-def record(folder: pathlib.Path) -> dict:
-    """Returns every result of a finished run, for a comparison bit for bit."""
-    like = jax.eval_shape(
+@functools.cache
+def like():
+    """Returns the structure of a run's state."""
+    return jax.eval_shape(
         lambda: step.init(
             step.Recipe(create_model("mlp1", input_shape=(8, 8, 1)), augment=()),
             (8, 8, 1),
             step.Numbers(0),
         )
     )
+
+
+def contents(restored: tuple) -> tuple[int, dict[str, bytes], dict]:
+    """Returns a restored checkpoint's step, arrays as bytes, and record."""
+    at, state, saved_record = restored
+    arrays = {name: np.asarray(leaf).tobytes() for name, leaf in _leaves(state).items()}
+    return at, arrays, saved_record
+
+
+def record(folder: pathlib.Path) -> dict:
+    """Returns every result of a finished run, for a comparison bit for bit."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        at, state, saved_record = checkpoints.restore(like)
+        at, arrays, saved_record = contents(checkpoints.restore(like()))
     results = json.loads((folder / "results.json").read_text())
     assert (
         at == STEPS
@@ -195,7 +208,7 @@ def record(folder: pathlib.Path) -> dict:
             "results": {key: value for key, value in results.items() if "seconds" not in key},
             "weights": (folder / "weights.safetensors").read_bytes(),
             "test": {name: test[name].tobytes() for name in test},
-            "state": {name: np.asarray(leaf).tobytes() for name, leaf in _leaves(state).items()},
+            "state": arrays,
         }
 
 
@@ -398,11 +411,34 @@ def configuration(folder: pathlib.Path) -> dict:
     }
 
 
+def test_a_flipped_bit_in_a_checkpoint(stopped, tmp_path):
+    """Flips a bit in each of its files in turn: the other checkpoint is restored."""
+    generator = random.Random(0)
+    with Checkpoints(stopped / "checkpoints") as checkpoints:
+        steps = checkpoints.steps()
+        whole = {at: contents(checkpoints.restore_step(at, like())) for at in steps}
+    assert steps == [8, 10]
+    for harmed, other in (steps, steps[::-1]):
+        paths = sorted((stopped / "checkpoints" / str(harmed)).rglob("*"))
+        names = [path.relative_to(stopped) for path in paths if path.is_file()]
+        names = [name for name in names if (stopped / name).stat().st_size]
+        assert len(names) > 5
+        for name in names:
+            folder = tmp_path / "run"
+            shutil.copytree(stopped, folder)
+            flip(folder / name, generator)
+            with Checkpoints(folder / "checkpoints") as checkpoints:
+                assert checkpoints.steps() == [other], name
+                assert contents(checkpoints.restore(like())) == whole[other], name
+            shutil.rmtree(folder)
+
+
 def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path):
     """Flips a bit in each file in turn: the run is refused or reaches the same end.
 
-    A damaged metrics.jsonl is rewritten from the checkpoint, which contains the same entries and
-    has a hash.
+    Of each checkpoint it is one file, since each is known to be restored whole or not at all. A
+    damaged metrics.jsonl is rewritten from the checkpoint, which contains the same entries and has
+    a hash.
     """
     generator, folder, config, want = (
         random.Random(0),
@@ -418,7 +454,12 @@ def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path)
     assert {"config.json", "environment.json", "metrics.jsonl"} < {
         str(name) for name in names
     } and len(names) > 20
-    for name in names:
+    saved = {
+        at: [name for name in names if name.is_relative_to(f"checkpoints/{at}")] for at in (8, 10)
+    }
+    others = [name for name in names if not name.is_relative_to("checkpoints")]
+    assert len(names) == sum(map(len, [others, *saved.values()]))
+    for name in [*others, *map(generator.choice, saved.values())]:
         shutil.copytree(stopped, folder)
         flip(folder / name, generator)
         error = run_here(config, folder)
@@ -548,8 +589,8 @@ def test_of_runs_started_at_once_one_works(machine, finished, tmp_path):
     One of the equal runs works, the others are refused, and config.json is the working run's.
     """
     slow = (
-        "import time\ntrain = loop.run\nwhile time.time() < {}:\n    pass\n"
-        "loop.run = lambda *arguments: (time.sleep(4), train(*arguments))\n"
+        "import time\ntrain = loop.run\ntime.sleep(max({} - time.time(), 0))\n"
+        "loop.run = lambda *arguments: (time.sleep(3), train(*arguments))\n"
     )
     at = time.time() + 0.5
     *same, (code, errors) = machine.run(

@@ -9,8 +9,7 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 
 import flax.linen as nn
@@ -23,7 +22,7 @@ import pytest
 import quick
 import safetensors.numpy
 
-from cnnjax import main
+import cnnjax.main
 from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
@@ -35,7 +34,6 @@ from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Tiny(Network):
@@ -111,49 +109,32 @@ def test_eight_devices_train_as_one(way, on_one_device):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, on_one_device[1])
 
 
-_PROCESS = """
-import sys, jax, json
-jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-sys.path[:0] = [sys.argv[4]]
-import test_train
-assert jax.device_count() == 8 and jax.process_count() == 2
-found, _ = test_train.losses(sys.argv[3], test_train.RECIPE)
-if jax.process_index() == 0:
-    print(json.dumps(found))
-"""
+def main(arguments: list[str]) -> int:
+    """One of the two processes below: trains in both ways, and process 0 prints the losses."""
+    port, rank = arguments
+    jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+    assert jax.device_count() == 8 and jax.process_count() == 2
+    step_losses = {way: losses(way, RECIPE)[0] for way in ("pmap", "shard_map")}
+    if jax.process_index() == 0:
+        print(json.dumps(step_losses))
+    jax.distributed.shutdown()
+    return 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["pmap", "shard_map"])
-def test_two_processes_train_as_one(way, on_one_device):
+def test_two_processes_train_as_one(on_one_device):
     """Each process has four devices, and jax.distributed joins them."""
-    with __import__("socket").socket() as free:
+    with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import cnnjax\n" + _PROCESS,
-                str(port),
-                str(rank),
-                way,
-                str(ROOT / "tests"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=quick.environment(),
-        )
-        for rank in (0, 1)
-    ]
+    options = {"flags": quick.FLAGS, "config": {"jax_num_cpu_devices": 4}}
+    processes = [forked.Popen("test_train", port, rank, **options) for rank in (0, 1)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    np.testing.assert_allclose(
-        json.loads(outputs[0][0].splitlines()[-1]), on_one_device[0], rtol=1e-5
-    )
+    step_losses = json.loads(outputs[0][0].splitlines()[-1])
+    assert step_losses.keys() == {"pmap", "shard_map"}
+    for way in step_losses:
+        np.testing.assert_allclose(step_losses[way], on_one_device[0], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -650,7 +631,7 @@ def test_another_process_does_not_change_the_configuration_of_a_run_under_way(fi
     with workdir.claim(folder):
         config.epochs += 1
         with pytest.raises(workdir.Claimed):
-            main.run(config, folder)
+            cnnjax.main.run(config, folder)
     assert read_config(folder).epochs == config.epochs - 1
     assert (folder / "results.json").exists()
 
@@ -720,7 +701,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     while kills < int(os.environ.get("CNNJAX_KILLS", 3)):
         process = forked.Popen(*SMALL, "--workdir", folder)
         assert any("running in" in line for line in process.stderr)
-        time.sleep(generator.uniform(0.5, 5.0))
+        time.sleep(generator.uniform(0.1, 2.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
@@ -733,41 +714,44 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(tmp_path):
-    losses = []
-    for enabled in ("0", "1"):
-        folder = tmp_path / enabled
-        done = subprocess.run(
-            [sys.executable, "-m", *SMALL, "--config.epochs=1", "--workdir", str(folder)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=quick.environment() | {"JAX_ENABLE_X64": enabled},
-        )
-        assert done.returncode == 0, done.stderr
-        results = json.loads((folder / "results.json").read_text())
-        losses.append(results["final"]["test_loss"])
+def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(finished, tmp_path):
+    done = forked.run(
+        *SMALL,
+        "--config.epochs=1",
+        "--workdir",
+        tmp_path,
+        flags=quick.FLAGS,
+        config={"jax_enable_x64": True},
+    )
+    assert done.returncode == 0, done.stderr
+    first = {}
+    for folder in (finished, tmp_path):
+        first[folder] = json.loads((folder / "results.json").read_text())["history"][0]
         arrays = safetensors.numpy.load_file(folder / "weights.safetensors").values()
         assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for name in ("train_loss", "validation_loss"):
+        assert first[tmp_path][name] == pytest.approx(first[finished][name], rel=1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_goes_on(finished, tmp_path, number):
-    process = forked.Popen(*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", tmp_path)
-    assert any("epoch 1/3" in line for line in process.stderr)
-    process.send_signal(number)
-    rest = process.communicate(timeout=60)[1]
-    # With exit code 0, the run ended before the signal came.
-    if process.returncode != 0:
-        assert (
-            process.returncode == 75
-            and "the same command goes on from there" in rest
-            and "Traceback" not in rest
-        )
-    done = command("--config.checkpoint_every_steps=100000", "--workdir", tmp_path)
-    assert done.returncode == 0
+def test_a_stopped_run_saves_and_goes_on(finished, tmp_path):
+    """Stops one run with two signals, one after the other."""
+    stopped = [*SMALL, "--config.checkpoint_every_steps=100000", "--workdir", tmp_path]
+    for number, moment in (
+        (signal.SIGTERM, "epoch 1/3"),
+        (signal.SIGINT, "compiling the training step"),
+    ):
+        process = forked.Popen(*stopped)
+        # There is no such line if the run had ended before the first signal came.
+        any(moment in line for line in process.stderr)
+        process.send_signal(number)
+        rest = process.communicate(timeout=60)[1]
+        # With exit code 0, the run ended before the signal came.
+        if process.returncode != 0:
+            assert process.returncode == 75
+            assert "the same command goes on from there" in rest
+            assert "Traceback" not in rest
+    assert forked.run(*stopped).returncode == 0
     assert parameters(tmp_path) == parameters(finished)
 
 

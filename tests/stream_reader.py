@@ -1,0 +1,18 @@
+"""Reads images with a worker process until it is killed, for test_stream.py."""
+
+import multiprocessing
+import signal
+import sys
+
+from cnnjax.data import stream
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the worker's number and waits."""
+    source = stream.Folder(arguments[0])
+    images = stream.batches(source, 4, 0, 16, resize=20, train=True, steps=range(1000), workers=1)
+    next(images)
+    (worker,) = multiprocessing.active_children()
+    print(worker.pid, file=sys.stderr)
+    signal.pause()
+    return 0
