@@ -9,9 +9,10 @@ import os
 # jax reads this variable at import.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import contexts  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
-import sklearn.datasets  # noqa: E402, F401
+import sklearn  # noqa: E402, F401
 
 import cnnjax.combine.__main__  # noqa: E402, F401
 import cnnjax.main  # noqa: E402, F401
