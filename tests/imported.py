@@ -12,7 +12,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import contexts  # noqa: E402, F401
 import matplotlib.pyplot  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
-import sklearn  # noqa: E402, F401
 
 import cnnjax.combine.__main__  # noqa: E402, F401
 import cnnjax.main  # noqa: E402, F401

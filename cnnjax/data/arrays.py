@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib.util
 import io
 import logging
 import math
@@ -28,6 +27,7 @@ from cnnjax.data import splits
 from cnnjax.data.augment import IGNORED
 from cnnjax.data.photographs import list_folder, opened, read_image
 from cnnjax.runtime import workdir
+from cnnjax.runtime.paths import package_folder
 
 DIGITS = tuple("0123456789")
 
@@ -458,12 +458,8 @@ class Digits:
     classes = DIGITS
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
-        # `sklearn.datasets.load_digits` reads this file, and takes a second to import.
-        package = importlib.util.find_spec("sklearn")
-        if package is None or package.origin is None:
-            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
-        folder = pathlib.Path(package.origin).parent / "datasets" / "data"
-        with gzip.open(folder / "digits.csv.gz") as file:
+        # The file of `sklearn.datasets.load_digits`.
+        with gzip.open(package_folder("sklearn") / "datasets" / "data" / "digits.csv.gz") as file:
             table = np.loadtxt(file, delimiter=",")
         # A row has 64 pixels from 0 to 16, and the digit.
         images = np.round(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -15,6 +15,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from cnnjax.runtime.paths import package_folder
+
 _LOG = logging.getLogger("cnnjax")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # The most pixels that an image is resized to as a whole: 67 MB in Pillow.
@@ -110,11 +112,8 @@ def describe_passed_over(
 
 
 def _embedded() -> list[pathlib.Path]:
-    import skimage
-    import sklearn
-
-    skimage_data = pathlib.Path(skimage.__file__).parent / "data"
-    sklearn_data = pathlib.Path(sklearn.__file__).parent / "datasets" / "images"
+    skimage_data = package_folder("skimage") / "data"
+    sklearn_data = package_folder("sklearn") / "datasets" / "images"
     paths = [next(skimage_data.glob(f"{name}.*")) for name in _SKIMAGE]
     return paths + [next(sklearn_data.glob(f"{name}.*")) for name in _SKLEARN]
 

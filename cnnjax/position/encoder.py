@@ -109,7 +109,7 @@ def random_encoder(
 def draw_variables(model: Network, size: int, last: str, key: jax.Array) -> dict:
     """Draws an encoder's weights up to the stage `last`, for square images of `size`."""
     blank = jnp.zeros((1, size, size, 3))
-    return model.init(key, blank, method="stages", last=last)
+    return dict(model.init(key, blank, method="stages", last=last))
 
 
 def image_features(

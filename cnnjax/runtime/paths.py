@@ -1,5 +1,6 @@
-"""Paths as users write them."""
+"""Paths as users write them, and those of installed packages."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -11,3 +12,16 @@ def expand_user(path: str | os.PathLike) -> pathlib.Path:
     of a user photo.jpg; os.path leaves such names as they are.
     """
     return pathlib.Path(os.path.expanduser(path))
+
+
+def package_folder(name: str) -> pathlib.Path:
+    """Returns the folder of an installed package without importing it.
+
+    scikit-learn takes a second to import, which a file of its data does not need.
+
+    Raises `ModuleNotFoundError` if the package is not installed.
+    """
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return pathlib.Path(found.origin).parent
