@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
         folder,
         "camera",
         path,
-        (image[:5, :5], *filters),
+        (image[:3, :5], *filters),
         fills=("zeros", "circular", "full"),
         cases=((1, 4, 5), (0, 1), (3, 4), (1, 2)),
     )

@@ -143,10 +143,11 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 @pytest.mark.slow
 def test_two_processes_take_turns_and_agree():
     """Measures one small layer: utilization and ratios follow from the times."""
-    facts, times = turns.measure("layers", ("cnnjax", "stock"), "lenet.conv1", 128, 2)
+    both = ("cnnjax", "stock")
+    facts, times = turns.measure("layers", both, "lenet.conv1", 128, 2, burst=0.01)
     rows = turns.rows_of("layers", "lenet.conv1", 128, 1e9, facts, times)
     assert [(row["pass"], row["side"]) for row in rows] == [
-        (key, side) for key in cases.PASSES["layers"] for side in ("cnnjax", "stock")
+        (key, side) for key in cases.PASSES["layers"] for side in both
     ]
     for ours, stock in zip(rows[::2], rows[1::2]):
         assert ours["over_cnnjax"] == 1
@@ -411,7 +412,7 @@ def test_the_speedrun_learns_and_goes_on(
     data_dir, tmp_path, monkeypatch, standard_promotion, capsys
 ):
     """Two epochs of a narrow network reach 30 %; a second call adds the missing runs."""
-    arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 500".split()
+    arguments = f"--workdir {tmp_path} --data_dir {data_dir} --n_train 2000 --n_test 200".split()
     arguments += "--batch_size 200 --width 8 --epochs 2 --whiten_epochs 1".split()
     quickly = jax.jit(speedrun.train_and_test.__wrapped__, static_argnames="config")
     monkeypatch.setattr(speedrun, "train_and_test", quickly)

@@ -142,9 +142,8 @@ def test_report_and_figures(workdir, findings):
     assert sorted(pictures) == ["collapse.png", "position.png", "survivors.png", "worked.png"]
     for name in pictures:
         with Image.open(workdir / name) as figure:
-            pixels = np.asarray(figure.convert("RGB"))
-        assert min(pixels.shape[:2]) > 300
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+            assert min(figure.size) > 300
+            assert len(figure.convert("RGB").getcolors(2**24)) > 50
     names = sorted(path.name for path in workdir.iterdir())
     assert names == sorted(["claims.json", "report.md", *pictures])
 

@@ -4,12 +4,10 @@ import json
 import pathlib
 
 import flax.linen as nn
-import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import FLAGS
 
 from cnnjax import combine, transfer, weights
 from cnnjax.combine import combination, runs
@@ -396,7 +394,7 @@ def train(folder: pathlib.Path, **changes) -> pathlib.Path:
             "n_validation": 200,
             "parallel": "jit",
             "keep_checkpoints": 3,
-            "checkpoint_every_steps": 5,
+            "checkpoint_every_steps": 9,  # an epoch
             "final_weights": "last",
             **changes,
         }
@@ -481,17 +479,9 @@ def test_greedy_from_the_command_line(finished, tmp_path):
 
     The run that hardly learned is not an ingredient.
     """
-    done = forked.run(
-        "cnnjax.combine",
-        "--runs",
-        finished / "rates" / "*",
-        "--method",
-        "greedy",
-        "--workdir",
-        tmp_path / "out",
-        flags=FLAGS,
-    )
-    assert done.returncode == 0, done.stderr
+    runs = str(finished / "rates" / "*")
+    out = str(tmp_path / "out")
+    assert combine.main(["--runs", runs, "--method", "greedy", "--workdir", out]) == 0
     soup = json.loads((tmp_path / "out" / "results.json").read_text())
     trained, error = networks(finished), errors_of(finished)
     mean = lambda numbers: jax.tree.map(
@@ -530,7 +520,7 @@ def test_greedy_from_the_command_line(finished, tmp_path):
 
 @pytest.mark.slow
 def test_averages_of_several_runs(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(combination, "_LEARNED_STEPS", 40)
+    monkeypatch.setattr(combination, "_LEARNED_STEPS", 20)
     trained, error = networks(finished), errors_of(finished)
     uniform, learned, layers, best = (
         results([finished / "rates" / "*"], method, tmp_path / method)

@@ -402,7 +402,7 @@ def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch)
         )
         loop.check(config)
         folder = workdir.prepare(tmp_path / name, config.to_dict())
-        loop.run(config, folder)
+        loop.train(config, folder)
         model = Tiny(num_classes=10, input_shape=(8, 8, 1))
         return weights.load_torchvision(folder / transfer.WEIGHTS, model)
 

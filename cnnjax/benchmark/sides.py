@@ -17,7 +17,7 @@ from collections.abc import Callable
 from cnnjax.benchmark import cases
 from cnnjax.runtime import backend
 
-_BURST = 0.5  # seconds
+BURST = 0.5  # seconds
 TRAINING_BURST = 2.0  # seconds, as one call of `cnnjax.train.loop` takes
 
 
@@ -128,7 +128,7 @@ def _peak_gpu_memory(side: str) -> float:
 # ------------------------------------------------------------------ the process
 
 
-def _work(side: str, what: str, name: str, batch: int) -> None:
+def _work(side: str, what: str, name: str, batch: int, burst: float) -> None:
     """Prepares a side, prints its facts and answers requests."""
     before = _resident("VmRSS")
     if what == "layers":
@@ -139,7 +139,9 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         memory = _peak_memory(side, what, passes["step"], before)
         facts["memory_mb"] = None if memory is None else round(memory)
     passes["product"] = _product(side, what)
-    counts = {key: _burst_count(key, run) for key, run in passes.items()}
+    counts = {}
+    for key, run in passes.items():
+        counts[key] = _burst_count(run, TRAINING_BURST if key == "training" else burst)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         key = line.strip()
@@ -148,17 +150,16 @@ def _work(side: str, what: str, name: str, batch: int) -> None:
         print((time.perf_counter() - began) / counts[key] * 1e3, flush=True)
 
 
-def _burst_count(key: str, run: Callable) -> int:
-    """Counts the runs that fill a burst, after two that are not counted."""
+def _burst_count(run: Callable, burst: float) -> int:
+    """Counts the runs that fill a burst of that many seconds, after two that are not counted."""
     run(2)
     began = time.perf_counter()
     run(1)
     seconds = time.perf_counter() - began
-    burst = TRAINING_BURST if key == "training" else _BURST
     return max(1, math.ceil(burst / seconds))
 
 
 if __name__ == "__main__":
-    own_side, own_what, own_name, own_batch = sys.argv[1:]
+    own_side, own_what, own_name, own_batch, own_burst = sys.argv[1:]
     with _start(own_side):
-        _work(own_side, own_what, own_name, int(own_batch))
+        _work(own_side, own_what, own_name, int(own_batch), float(own_burst))

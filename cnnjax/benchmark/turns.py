@@ -8,16 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from cnnjax.benchmark.cases import PASSES, PRODUCT
+from cnnjax.benchmark.sides import BURST
 
 
 class _Side:
     """The process of one side."""
 
-    def __init__(self, side: str, what: str, name: str, batch: int):
+    def __init__(self, side: str, what: str, name: str, batch: int, burst: float):
         self.side = side
         self.name = name
+        arguments = [side, what, name, str(batch), str(burst)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cnnjax.benchmark.sides", side, what, name, str(batch)],
+            [sys.executable, "-m", "cnnjax.benchmark.sides", *arguments],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -43,14 +45,16 @@ class _Side:
 
 
 def measure(
-    what: str, sides: Sequence[str], name: str, batch: int, rounds: int
+    what: str, sides: Sequence[str], name: str, batch: int, rounds: int, *, burst: float = BURST
 ) -> tuple[dict, dict]:
     """Measures a network or a layer on all sides, which take turns.
+
+    At its turn, a side repeats a pass for about `burst` seconds; training takes its own time.
 
     Returns each side's facts, and lists of milliseconds over rounds by (side, pass). Raises
     `RuntimeError` if a side fails or sides disagree.
     """
-    workers = {side: _Side(side, what, name, batch) for side in sides}
+    workers = {side: _Side(side, what, name, batch, burst) for side in sides}
     try:
         facts = {side: worker.answer() for side, worker in workers.items()}
         _check_agreement(name, facts)

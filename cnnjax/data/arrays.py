@@ -94,7 +94,12 @@ def _as_array(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _from_planes(pixels: np.ndarray) -> np.ndarray:
     """Turns CIFAR's rows of 3072 bytes (red, green, then blue) into [n, 32, 32, 3]."""
-    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    planes = pixels.reshape(-1, 3, 1024)
+    images = np.empty((len(planes), 1024, 3), np.uint8)
+    # A plane at a time, which is faster than NumPy's copy of the transposed array.
+    for color in range(3):
+        images[:, :, color] = planes[:, color]
+    return images.reshape(-1, 32, 32, 3)
 
 
 def read_cifar_binary(data: bytes, name: str, count: int, label_bytes: int = 1) -> Split:

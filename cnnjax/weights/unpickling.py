@@ -186,80 +186,9 @@ class Interpreter:
             opcode = self._bytes(1)
             if opcode == b".":
                 return self._pop()
-            self._step(opcode)
-
-    def _step(self, opcode: bytes) -> None:
-        push = self.stack.append
-        match opcode:
-            case b"\x80":  # PROTO
-                self._bytes(1)
-            case b"N":
-                push(None)
-            case b"\x88":
-                push(True)
-            case b"\x89":
-                push(False)
-            case b"J":  # BININT
-                push(self._number("<i"))
-            case b"K":  # BININT1
-                push(self._number("<B"))
-            case b"M":  # BININT2
-                push(self._number("<H"))
-            case b"\x8a":  # LONG1
-                push(int.from_bytes(self._bytes(self._number("<B")), "little", signed=True))
-            case b"G":  # BINFLOAT
-                push(self._number(">d"))
-            case b"X" | b"T":  # BINUNICODE, and BINSTRING of Python 2
-                push(self._bytes(self._number("<I")).decode())
-            case b"U":  # SHORT_BINSTRING of Python 2
-                push(self._bytes(self._number("<B")).decode())
-            case b"]":  # EMPTY_LIST
-                push([])
-            case b"}":  # EMPTY_DICT
-                push({})
-            case b")":  # EMPTY_TUPLE
-                push(())
-            case b"\x85" | b"\x86" | b"\x87":  # TUPLE1, TUPLE2, TUPLE3
-                items = [self._pop() for _ in range(opcode[0] - 0x84)]
-                push(tuple(reversed(items)))
-            case b"(":  # MARK
-                self.marked.append(self.stack)
-                self.stack = []
-            case b"t":  # TUPLE
-                items = self._pop_to_mark()
-                self.stack.append(tuple(items))
-            case b"a":  # APPEND
-                item = self._pop()
-                self._top(list).append(item)
-            case b"e":  # APPENDS
-                items = self._pop_to_mark()
-                self._top(list).extend(items)
-            case b"s":  # SETITEM
-                value = self._pop()
-                key = self._pop()
-                self._top(dict)[_checked_key(key)] = value
-            case b"u":  # SETITEMS
-                items = self._pop_to_mark()
-                self._set_items(items)
-            case b"q" | b"r":  # BINPUT, LONG_BINPUT
-                index = self._number("<B" if opcode == b"q" else "<I")
-                self.memo[index] = self._top(object)
-            case b"h" | b"j":  # BINGET, LONG_BINGET
-                index = self._number("<B" if opcode == b"h" else "<I")
-                if index not in self.memo:
-                    raise ValueError("the pickle recalls a value that it never stored")
-                push(self.memo[index])
-            case b"c":  # GLOBAL
-                push(self._name())
-            case b"R":  # REDUCE
-                self._call()
-            case b"b":  # BUILD: an OrderedDict's attributes, the modules' versions; not needed
-                self._pop()
-                self._top(dict)
-            case b"Q":  # BINPERSID
-                self._refer_to_storage()
-            case _:
+            if opcode not in _STEPS:
                 raise ValueError(f"the pickle has opcode {opcode!r}, which no state dict needs")
+            _STEPS[opcode](self)
 
     def _bytes(self, count: int) -> bytes:
         if count > self.end - self.at:
@@ -278,10 +207,29 @@ class Interpreter:
                 raise ValueError(f"the pickle has a name of more than {_MOST_NAME_BYTES} bytes")
         return text.decode()
 
+    def _push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def _push_integer(self) -> None:
+        content = self._bytes(self._number("<B"))
+        self._push(int.from_bytes(content, "little", signed=True))
+
+    def _push_text(self, form: str) -> None:
+        """Pushes the text that follows its length, a number of struct's format `form`."""
+        self._push(self._bytes(self._number(form)).decode())
+
+    def _push_tuple(self, length: int) -> None:
+        items = [self._pop() for _ in range(length)]
+        self._push(tuple(reversed(items)))
+
     def _pop(self) -> Any:
         if not self.stack:
             raise ValueError("the pickle takes a value that it never made")
         return self.stack.pop()
+
+    def _mark(self) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
 
     def _pop_to_mark(self) -> list:
         if not self.marked:
@@ -295,12 +243,40 @@ class Interpreter:
             raise ValueError(f"the pickle changes something that is not a {kind.__name__}")
         return self.stack[-1]
 
-    def _set_items(self, items: list) -> None:
+    def _push_marked_tuple(self) -> None:
+        items = self._pop_to_mark()
+        self._push(tuple(items))
+
+    def _append(self) -> None:
+        item = self._pop()
+        self._top(list).append(item)
+
+    def _extend(self) -> None:
+        items = self._pop_to_mark()
+        self._top(list).extend(items)
+
+    def _set_item(self) -> None:
+        value = self._pop()
+        key = self._pop()
+        self._top(dict)[_checked_key(key)] = value
+
+    def _set_items(self) -> None:
+        items = self._pop_to_mark()
         target = self._top(dict)
         if len(items) % 2:
             raise ValueError("a dictionary has a key without a value")
         for key, value in zip(items[::2], items[1::2]):
             target[_checked_key(key)] = value
+
+    def _store(self, form: str) -> None:
+        index = self._number(form)
+        self.memo[index] = self._top(object)
+
+    def _recall(self, form: str) -> None:
+        index = self._number(form)
+        if index not in self.memo:
+            raise ValueError("the pickle recalls a value that it never stored")
+        self._push(self.memo[index])
 
     def _name(self) -> _Name:
         module = self._line()
@@ -318,10 +294,52 @@ class Interpreter:
             raise ValueError("the pickle calls something that is not a function")
         if not isinstance(arguments, tuple):
             raise ValueError("the pickle calls a function without a tuple of arguments")
-        self.stack.append(_FUNCTIONS[function.name](*arguments))
+        self._push(_FUNCTIONS[function.name](*arguments))
+
+    def _set_attributes(self) -> None:
+        """Drops an OrderedDict's attributes, the modules' versions, which are not needed."""
+        self._pop()
+        self._top(dict)
 
     def _refer_to_storage(self) -> None:
         storage = _storage(self._pop())
         if self.storages.setdefault(storage.key, storage) != storage:
             raise ValueError("a storage has two types or two sizes")
-        self.stack.append(storage)
+        self._push(storage)
+
+
+# What each opcode does; STOP ends the pickle (see `load`).
+_STEPS: dict[bytes, Callable[[Interpreter], Any]] = {
+    b"\x80": lambda self: self._bytes(1),  # PROTO
+    b"N": lambda self: self._push(None),
+    b"\x88": lambda self: self._push(True),
+    b"\x89": lambda self: self._push(False),
+    b"J": lambda self: self._push(self._number("<i")),  # BININT
+    b"K": lambda self: self._push(self._number("<B")),  # BININT1
+    b"M": lambda self: self._push(self._number("<H")),  # BININT2
+    b"\x8a": Interpreter._push_integer,  # LONG1
+    b"G": lambda self: self._push(self._number(">d")),  # BINFLOAT
+    b"X": lambda self: self._push_text("<I"),  # BINUNICODE
+    b"T": lambda self: self._push_text("<I"),  # BINSTRING of Python 2
+    b"U": lambda self: self._push_text("<B"),  # SHORT_BINSTRING of Python 2
+    b"]": lambda self: self._push([]),  # EMPTY_LIST
+    b"}": lambda self: self._push({}),  # EMPTY_DICT
+    b")": lambda self: self._push(()),  # EMPTY_TUPLE
+    b"\x85": lambda self: self._push_tuple(1),  # TUPLE1
+    b"\x86": lambda self: self._push_tuple(2),  # TUPLE2
+    b"\x87": lambda self: self._push_tuple(3),  # TUPLE3
+    b"(": Interpreter._mark,  # MARK
+    b"t": Interpreter._push_marked_tuple,  # TUPLE
+    b"a": Interpreter._append,  # APPEND
+    b"e": Interpreter._extend,  # APPENDS
+    b"s": Interpreter._set_item,  # SETITEM
+    b"u": Interpreter._set_items,  # SETITEMS
+    b"q": lambda self: self._store("<B"),  # BINPUT
+    b"r": lambda self: self._store("<I"),  # LONG_BINPUT
+    b"h": lambda self: self._recall("<B"),  # BINGET
+    b"j": lambda self: self._recall("<I"),  # LONG_BINGET
+    b"c": lambda self: self._push(self._name()),  # GLOBAL
+    b"R": Interpreter._call,  # REDUCE
+    b"b": Interpreter._set_attributes,  # BUILD
+    b"Q": Interpreter._refer_to_storage,  # BINPERSID
+}

@@ -1,6 +1,5 @@
 """The networks: shapes, parameters, memory, operations."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -13,15 +12,9 @@ from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.nn import Conv, conv, local_response_norm, max_pool
 from cnnjax.weights import variable_shapes
 from experiments.claims.ledger import Section, Verdict, judge
-from experiments.claims.operations import module_shape, pooled_size
+from experiments.claims.operations import layers, module_shape, pooled_size
 
 NETWORKS = Section("Networks: shapes, parameters, memory, operations")
-
-
-@functools.cache
-def layers(name: str, **fields) -> tuple[summary.Layer, ...]:
-    """Returns a network's layers, the input first; `fields` go to the model."""
-    return tuple(summary.layers(create_model(name, **fields)))
 
 
 def table(name: str, **fields) -> tuple[summary.Layer, ...]:
@@ -30,7 +23,8 @@ def table(name: str, **fields) -> tuple[summary.Layer, ...]:
 
 
 def parameters(name: str, **fields) -> int:
-    return summary.totals(table(name, **fields))["parameters"]
+    shapes = variable_shapes(create_model(name, **fields))["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def by_layer(name: str) -> dict[str, int]:

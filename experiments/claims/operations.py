@@ -1,5 +1,6 @@
 """Claims about single operations: sizes, padding, pooling, worked examples."""
 
+import functools
 import itertools
 import math
 
@@ -22,6 +23,12 @@ OPERATIONS = Section("Operations: sizes, padding, pooling, worked examples")
 # Helpers: shapes without computation, and operations on images of one channel.
 
 
+@functools.cache
+def layers(name: str, **fields) -> tuple[summary.Layer, ...]:
+    """Returns a network's layers, the input first; `fields` go to the model."""
+    return tuple(summary.layers(create_model(name, **fields)))
+
+
 def output_shape(function, *shape: int) -> tuple[int, ...]:
     """Returns the output shape of a function for an array of `shape`."""
     return jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
@@ -39,6 +46,7 @@ def module_shape(module: nn.Module, *shape: int) -> tuple[int, ...]:
     return output_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0], *shape)
 
 
+@functools.cache
 def convolved_size(size: int, kernel: int, stride: int, padding: int) -> int:
     weights = jnp.zeros((kernel, kernel, 1, 1))
     return output_shape(
@@ -138,8 +146,7 @@ def pooling_size() -> Verdict:
     cases = list(itertools.product((4, 6, 13, 27, 55), (2, 3), (1, 2, 3)))
     exact = sum(pooled_size(w, f, s) == (w - f) / s + 1 for w, f, s in cases)
     floored = sum(pooled_size(w, f, s) == (w - f) // s + 1 for w, f, s in cases)
-    rows = summary.layers(create_model("vgg16"))
-    parameters = sum(row.parameters for row in rows if row.kind == "max-pool")
+    parameters = sum(row.parameters for row in layers("vgg16") if row.kind == "max-pool")
     return judge(
         exact == len(cases) and not parameters,
         {"cases": len(cases), "equal": exact, "equal when rounded down": floored},
@@ -681,12 +688,12 @@ def channel_by_channel() -> Verdict:
 )
 def controlled_computation() -> Verdict:
     macs: dict[str, int] = {}
-    for row in summary.layers(create_model("vgg16")):
+    for row in layers("vgg16"):
         if row.kind == "Conv":
             size = f"{row.output[1]} px"
             macs[size] = macs.get(size, 0) + row.macs
     per_layer = {}
-    for row in summary.layers(create_model("vgg16")):
+    for row in layers("vgg16"):
         if row.kind == "Conv":
             per_layer[f"{row.output[1]} px, {row.output[3]} channels"] = row.macs
     last = [per_layer[key] for key in per_layer]
