@@ -1,6 +1,7 @@
 """Position in trained networks: canvases, channels, moved content, training."""
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -23,15 +24,25 @@ from experiments import position_canvas, position_channels, position_shift, posi
 
 
 @pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """CIFAR-10 is read once for all tests here."""
+def a_small_cifar():
+    """CIFAR-10 is read once for all tests here, which use its first 1,000 images."""
+    load = arrays.load
+
+    def first(split):
+        return arrays.Split(split.images[:1000], split.labels[:1000])
+
+    @functools.cache
+    def load_first(name, data_dir):
+        data = load(name, data_dir)
+        return dataclasses.replace(data, train=first(data.train), test=first(data.test))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "load", functools.cache(arrays.load))
+        patch.setattr(arrays, "load", load_first)
         yield
 
 
 @pytest.fixture(scope="module")
-def cifar(read_once, data_dir):
+def cifar(a_small_cifar, data_dir):
     return arrays.load("cifar10", str(data_dir))
 
 
