@@ -5,12 +5,10 @@ Each case checks the exit code (not 0) and standard error (one line, no tracebac
 
 import gzip
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import PIL.Image
 import pytest
@@ -20,41 +18,15 @@ import safetensors.numpy
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Each case runs in its own process. It is forked from one that has imported everything but computed
-# nothing, since a process with jax's threads cannot be forked.
-DRIVER = """
-import json, os, sys, tempfile, traceback
-import imported
-from cnnjax import combine, main, summary, sweep, visualize
-commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
-            "summary": summary.main, "visualize": visualize.main}
-found = []
-for command, arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        if not (child := os.fork()):
-            os.dup2(output.fileno(), 1), os.dup2(errors.fileno(), 2)
-            try:
-                code = commands[command](arguments) or 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        output.seek(0), errors.seek(0)
-        found.append((code, output.read(), errors.read()))
-json.dump(found, sys.stdout)
-"""
 TRAIN, STUDY = ("main", "--config=configs/lenet_digits.py"), ("main", "--config=configs/posenet.py")
+# One small network, whose stages are found quickly.
+SQUEEZENET = (*STUDY, "--config.encoders=('squeezenet1_1',)")
 CIFAR, MNIST = (*TRAIN, "--config.dataset=cifar10"), (*TRAIN, "--config.dataset=mnist")
 FOLDER = (*TRAIN, "--config.dataset=folder", "--config.model=squeezenet1_1")
 MLP = (*TRAIN, "--config.model=mlp1")
 CLASSES = (*FOLDER, "--config.data_dir=CLASSES", "--config.batch_size=2")
 WEIGHTS = (
-    *STUDY,
-    "--config.encoders=('squeezenet1_1',)",
+    *SQUEEZENET,
     "--config.photographs=PHOTOGRAPHS",
     "--config.image_size=32",
     "--config.stages=('fire3',)",
@@ -230,7 +202,7 @@ CASES = [
         "freeze='head' names no parameters of the model",
     ),
     # Work directories.
-    ((*STUDY, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
+    ((*SQUEEZENET, "--workdir=FILES/file/run"), "cannot be written to: Not a directory"),
     (
         (*TRAIN, "--workdir=FILES/other"),
         "holds a run of another configuration (batch_size=64 there, 128 now); choose another "
@@ -250,7 +222,7 @@ CASES = [
         "targets=('H', 'H') must name at least one, each once",
     ),
     ((*STUDY, "--config.data=('gray',)"), "data='gray' is not one of natural, black, white, noise"),
-    ((*STUDY, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
+    ((*SQUEEZENET, "--config.stages=('conv9',)"), "stages='conv9' is not a stage that"),
     ((*STUDY, "--config.kernel=29"), "kernel=29 is not between 1 and 28, the side of the features"),
     ((*STUDY, "--config.kernel=0"), "kernel=0 is not between 1 and 28"),
     ((*STUDY, "--config.noise=(25.0,)"), "noise=(25.0,) is not a mean and a standard deviation"),
@@ -526,23 +498,18 @@ def done(tmp_path_factory):
     before = contents(folder)
     paths = set(folder.rglob("*"))
     runs = sorted(ROOT.glob("runs/*"))
-    process = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        # DRIVER imports tests/imported.py.
-        env=quick.environment(os.environ | {"PYTHONPATH": str(ROOT / "tests")}),
-        check=True,
-    )
+    exchange = tmp_path_factory.mktemp("exchange")
+    cases, found = exchange / "cases.json", exchange / "found.json"
+    cases.write_text(json.dumps(commands))
+    process = forked.run("bad_input_driver", cases, found, flags=quick.FLAGS)
+    assert process.returncode == 0, process.stderr
     after = {path: content for path, content in contents(folder).items() if path in before}
     assert after == before and sorted(ROOT.glob("runs/*")) == runs
     # A refused run creates no folder.
     assert set(folder.rglob("*")) == paths
     return [
         (*outcome, filled(message))
-        for outcome, (_, message) in zip(json.loads(process.stdout), CASES)
+        for outcome, (_, message) in zip(json.loads(found.read_text()), CASES)
     ]
 
 

@@ -1,12 +1,15 @@
 """Every command in a ```sh block of a page in docs/ is run, with less to compute."""
 
+import importlib
 import pathlib
 import re
 import shlex
 
-import forked
 import pytest
 import quick
+
+from cnnjax import sweep
+from cnnjax.runtime import jobs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -22,14 +25,16 @@ LESS = {
         "--config.paddings=('zeros',)",
         "--config.sgd_paddings=()",
         "--config.targets=('H',)",
-        "--config.data=('natural','black')",
+        "--config.data=('natural',)",
         "--config.image_size=64",
         "--config.n_train=4",
         "--config.n_held_out=2",
         "--config.n_test=2",
         "--config.sgd_steps=5",
+        "--config.seeds=1",
     ],
-    "configs/lenet_digits.py": ["--config.epochs=2"],
+    # The tests' own process has eight devices.
+    "configs/lenet_digits.py": ["--config.epochs=2", "--config.parallel=jit"],
     "experiments.position_tables": [
         "--seeds",
         "1",
@@ -57,11 +62,20 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
 
 
+def run_a_job(words: list[str], *, folder: pathlib.Path, count: int, **settings) -> list[str]:
+    """Runs the command that jobs would run here and once; the jobs are tested in test_sweep.py."""
+    folder.mkdir(parents=True)
+    assert words[1:3] == ["-m", "cnnjax.sweep"] and sweep.main(words[3:]) == 0
+    return ["1"] * count
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_run(page, tmp_path):
+def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
     """In the page's order, since one may need what another left; results go to a temporary folder
     instead of runs/."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jobs, "submit", run_a_job)
     swept = tmp_path / "swept.py"
     swept.write_text(SWEEP)
     for words in commands(page):
@@ -77,8 +91,11 @@ def test_commands_run(page, tmp_path):
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
         if words[0] == "cnnjax.sweep":
             words[words.index("configs/lenet_digits.py")] = str(swept)
-        done = forked.run(*words, flags=quick.FLAGS)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+        module = importlib.import_module(words[0])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{words[0]}.__main__")
+        code = quick.exit_code(module.main, words[1:])
+        assert code == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 
 

@@ -1,11 +1,12 @@
 """Position in trained networks: canvases, channels, moved content, training."""
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
+from unittest import mock
 
-import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,26 @@ from cnnjax.position import canvas as canvases
 from experiments import position_canvas, position_channels, position_shift, position_training
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_small_cifar():
+    """CIFAR-10 is read once for all tests here, which use its first 1,000 images."""
+    load = arrays.load
+
+    def first(split):
+        return arrays.Split(split.images[:1000], split.labels[:1000])
+
+    @functools.cache
+    def load_first(name, data_dir):
+        data = load(name, data_dir)
+        return dataclasses.replace(data, train=first(data.train), test=first(data.test))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "load", load_first)
+        yield
+
+
 @pytest.fixture(scope="module")
-def cifar(data_dir):
+def cifar(a_small_cifar, data_dir):
     return arrays.load("cifar10", str(data_dir))
 
 
@@ -294,11 +313,13 @@ def test_differences_between_paddings_and_by_training_are_paired():
 
 
 def run(module, *arguments, **changes):
-    """Runs an experiment; `changes` replace names of its module to make it small."""
-    return forked.run(module.__name__, *arguments, flags=quick.FLAGS, changes=changes)
+    """Returns an experiment's exit code; `changes` replace names of its module to make it small."""
+    with mock.patch.multiple(module, **changes):
+        return quick.exit_code(module.main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_dir):
     small = functools.partial(SmallConvNet, layers=((8, 1), (16, 2)))
     changes = {"_PROBE": (16, 4, 8), "SmallConvNet": small}
@@ -306,8 +327,7 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
         *("--workdir", tmp_path, "--data_dir", data_dir, "--train", 200, "--epochs", 1),
         *("--test", 200, "--paddings", "zeros", "none", "--seeds"),
     ]
-    done = run(position_training, *arguments, 1, **changes)
-    assert done.returncode == 0, done.stderr
+    assert run(position_training, *arguments, 1, **changes) == 0
     results = json.loads((tmp_path / "training.json").read_text())
     image, zeros, none = results
     assert image["part"] == "image" and {row["stage"] for row in image["probes"]} == {"image"}
@@ -330,10 +350,9 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
         assert point.pop("patterns") == []
         path.write_text(json.dumps(point))
     changes["probe"] = None
-    assert run(position_training, *arguments, 1, **changes).returncode == 0
-    failed = run(position_training, *arguments, 2, **changes)
-    assert failed.returncode == 1
-    assert "'NoneType' object is not callable" in failed.stderr
+    assert run(position_training, *arguments, 1, **changes) == 0
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        run(position_training, *arguments, 2, **changes)
 
 
 # Networks for CIFAR-10; without padding, the second has no output.
@@ -347,7 +366,9 @@ base.register("narrow", functools.partial(SmallConvNet, layers=((8, 12), (16, 1)
 
 
 @pytest.mark.slow
-def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
+@pytest.mark.usefixtures("standard_promotion")
+@mock.patch.dict(base._REGISTRY)
+def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir, capsys):
     path = tmp_path / "networks.py"
     path.write_text(TINY)
 
@@ -359,8 +380,7 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
     photographs = tmp_path / "photographs"
     save_photographs(photographs, 10, 20)
     patterns = ("--photographs", photographs)
-    done = probe("tiny", tmp_path / "a", "--paddings", "random", "none", *patterns)
-    assert done.returncode == 0, done.stderr
+    assert probe("tiny", tmp_path / "a", "--paddings", "random", "none", *patterns) == 0
     _, network, unpadded = json.loads((tmp_path / "a" / "training.json").read_text())
     assert {entry["stage"] for entry in network["probes"]} == {"conv1", "conv2", "all"}
     traces = [(row["epoch"], row["stage"]) for row in network["patterns"]]
@@ -371,29 +391,26 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir):
     assert "tiny" in text
     assert "Shared change:" in text
 
-    done = probe("narrow", tmp_path / "c", "--paddings", "none", "--enlarge", 2)
-    assert done.returncode == 0, done.stderr
+    assert probe("narrow", tmp_path / "c", "--paddings", "none", "--enlarge", 2) == 0
     assert "48x48 px (24x24 px, each made 2x2)" in (tmp_path / "c" / "report.md").read_text()
-    done = probe("narrow", tmp_path / "b", "--paddings", "zeros", "none")
-    assert done.returncode == 2
-    assert "the image is too small for this network" in done.stderr
+    assert probe("narrow", tmp_path / "b", "--paddings", "zeros", "none") == 2
+    assert "the image is too small for this network" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
     (photographs / "020.png").unlink()
-    done = probe("narrow", tmp_path / "b", "--paddings", "zeros", *patterns)
-    assert done.returncode == 2
-    assert "photographs: 1 is too few to find what they share" in done.stderr
+    assert probe("narrow", tmp_path / "b", "--paddings", "zeros", *patterns) == 2
+    assert "photographs: 1 is too few to find what they share" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_canvas_networks_are_reported(tmp_path, data_dir):
     arguments = [
         *("--data_dir", data_dir, "--seeds", 1, "--train", 50, 50, "--epochs", 1, 1),
         *("--test", 100, "--paddings", "zeros", "--canvases", "mean", "--workdir", tmp_path),
     ]
-    done = run(position_canvas, *arguments, LAYERS=((8, 2), (16, 2)))
-    assert done.returncode == 0, done.stderr
+    assert run(position_canvas, *arguments, LAYERS=((8, 2), (16, 2))) == 0
     rows = json.loads((tmp_path / "canvas.json").read_text())
     assert [(row["task"], row["canvas"]) for row in rows] == [
         ("location", "mean"),
@@ -404,20 +421,19 @@ def test_canvas_networks_are_reported(tmp_path, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 def test_channel_networks_are_reported(tmp_path, data_dir):
     arguments = [
         *("--workdir", tmp_path, "--data_dir", data_dir, "--seeds", 1),
         *("--train", 100, "--epochs", 1, "--test", 100),
     ]
-    done = run(
-        position_channels,
-        *arguments,
-        SmallResNet=functools.partial(position_channels.SmallResNet, widths=(4, 8)),
-        _REMOVED=(0, 8),
-        NETWORKS=("gapnet",),
-        TASKS={"location": 9},
-    )
-    assert done.returncode == 0, done.stderr
+    changes = {
+        "SmallResNet": functools.partial(position_channels.SmallResNet, widths=(4, 8)),
+        "_REMOVED": (0, 8),
+        "NETWORKS": ("gapnet",),
+        "TASKS": {"location": 9},
+    }
+    assert run(position_channels, *arguments, **changes) == 0
     (row,) = json.loads((tmp_path / "channels.json").read_text())
     # With no channel or all channels removed, their order does not matter.
     assert row["ranked"] == pytest.approx(row["random"])

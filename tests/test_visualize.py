@@ -6,7 +6,6 @@ import shutil
 import threading
 
 import flax.linen as nn
-import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -594,7 +593,7 @@ def folder(data_dir, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, data_dir, folder, tmp_path):
+def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
     assert COMMANDS.keys() == commands.COMMANDS.keys() == options._COMMANDS.keys()
     arguments = [
         command,
@@ -608,14 +607,9 @@ def test_commands(command, data_dir, folder, tmp_path):
     ]
     if command not in ("filters", "maximise"):
         arguments += ["--photographs", str(folder)]
-    done = forked.run(
-        "cnnjax.visualize",
-        *arguments,
-        flags=quick.FLAGS,
-        # Each fill is compiled, so only three are run here; all are tested above.
-        changes={"cnnjax.visualize.commands.FILLS": ("zeros", "none", "mean")},
-    )
-    assert done.returncode == 0, done.stderr
+    # Each fill is compiled, so only three are run here; all are tested above.
+    monkeypatch.setattr(commands, "FILLS", ("zeros", "none", "mean"))
+    assert visualize.main(arguments) == 0
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == sorted(
         ["config.json", "environment.json", f"{command}.png", "results.json"]
@@ -667,12 +661,9 @@ def test_commands(command, data_dir, folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_network_of_one_channel(folder, tmp_path):
-    done = forked.run(
-        *("cnnjax.visualize", "levels", "--model", "lenet", "--weights", "random"),
-        *("--photographs", folder, "--steps", 2, "--channels", 0, "--workdir", tmp_path),
-        flags=quick.FLAGS,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["levels", "--model", "lenet", "--weights", "random", "--photographs", str(folder)]
+    arguments += ["--steps", "2", "--channels", "0", "--workdir", str(tmp_path)]
+    assert visualize.main(arguments) == 0
     units = json.loads((tmp_path / "results.json").read_text())["units"]
     assert [unit["stage"] for unit in units] == ["conv1", "conv2"]
 
@@ -759,12 +750,9 @@ def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fill", FILLS)
 def test_every_fill_is_visualized(fill, run, folder, tmp_path):
-    done = forked.run(
-        *("cnnjax.visualize", "field", "--stages", "conv2", "--images", 1),
-        *("--photographs", folder, "--run", run, "--padding", fill, "--workdir", tmp_path),
-        flags=quick.FLAGS,
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["field", "--stages", "conv2", "--images", "1", "--photographs", str(folder)]
+    arguments += ["--run", str(run), "--padding", fill, "--workdir", str(tmp_path)]
+    assert visualize.main(arguments) == 0
     (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert stage["theoretical"] == [8, 8] and 0 < stage["effective"] <= 20
 
@@ -822,8 +810,8 @@ GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
         ),
         (
             "levels",
-            {"--model": "vgg11", "--stages": "block1 block2 block3 block4"},
-            "stages=block1, block2, block3, block4 are more than three",
+            {"--stages": "conv1 conv1 conv2 conv2"},
+            "stages=conv1, conv1, conv2, conv2 are more than three",
         ),
         ("occlusion", {"--size": "29"}, "size=29 of the square is not between 1 and 28"),
         ("dance", {}, "invalid choice: 'dance'"),
