@@ -44,21 +44,25 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     """
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
-
-    def trace(last: str | None = None) -> tuple[dict, dict]:
-        """Returns the shapes of the stages up to `last` and of the variables they need."""
-        init = functools.partial(model.init_with_output, method="stages", last=last)
-        return jax.eval_shape(init, jax.random.key(0), image)
-
-    stages, all_variables = trace()
+    init = functools.partial(model.init_with_output, method="stages")
+    stages, _ = jax.eval_shape(init, jax.random.key(0), image)
     added: dict[str, frozenset[Path]] = {}
     seen: set[Path] = set()
-    for name in [*stages, "logits"]:
-        variables = trace(name)[1] if name in stages else all_variables
-        params = flatten_dict(variables.get("params", {}))
-        paths = {("params", *path) for path in params}
-        added[name] = frozenset(paths - seen)
-        seen |= paths
+
+    def run(network: Network, image: jax.Array) -> None:
+        """Runs the network and notes the parameters that exist by the end of each stage."""
+
+        def note(name, y=None):
+            params = flatten_dict(network.variables.get("params", {}))
+            paths = {("params", *path) for path in params}
+            added[name] = frozenset(paths - seen)
+            seen.update(paths)
+            return y
+
+        network(image, replace={name: functools.partial(note, name) for name in stages})
+        note("logits")
+
+    jax.eval_shape(nn.init(run, model), jax.random.key(0), image)
     return added
 
 

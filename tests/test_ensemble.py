@@ -251,7 +251,7 @@ def test_the_refitted_readout_is_the_least_squares_of_what_is_left(monkeypatch):
 @pytest.mark.slow
 def test_dropout_from_the_command_line(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dropout.SETTINGS, "dataset", "digits")
-    command = ["--workdir", str(tmp_path), "--seeds", "2", "--epochs", "2", "--removals", "2"]
+    command = ["--workdir", str(tmp_path), "--seeds", "2", "--epochs", "4", "--removals", "2"]
     assert dropout.main(command) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "dropout.json").read_text())
     assert [(row["dropout"], row["seed"]) for row in rows] == [
