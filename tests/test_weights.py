@@ -234,7 +234,7 @@ def test_weights_saved_under_zeros_serve_other_paddings(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
     # Without padding, this network has no output at its own image size.
     deep = create_model("resnet18", padding="none")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="has no output"):
         jax.eval_shape(deep.init, jax.random.key(0), jnp.zeros((1, *deep.input_shape)))
     assert weights.variable_shapes(deep) == weights.variable_shapes(create_model("resnet18"))
 
