@@ -29,8 +29,9 @@ from cnnjax.runtime import backend, command, configuration, jobs, source, workdi
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
-# Seconds between two attempts to run the cells that other processes are running. The first pauses
-# are shorter.
+# Seconds between two attempts to run the cells that other processes are running. The first pause
+# doubles up to the longest.
+_FIRST_PAUSE = 0.25
 _POLLING_SECONDS = 5.0
 
 
@@ -129,7 +130,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
     pending = [cell for cell in cells if not cell.is_done]
     # The first round runs what is free. Further rounds try the other cells again, without logging.
     is_first_round = True
-    pause = min(0.25, _POLLING_SECONDS)
+    pause = _FIRST_PAUSE
     while pending:
         claimed = []
         for cell in pending:

@@ -50,17 +50,20 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     seen: set[Path] = set()
 
     def run(network: Network, image: jax.Array) -> None:
-        """Runs the network and notes the parameters that exist by the end of each stage."""
+        """Runs the network and records the parameters that exist by the end of each stage."""
 
-        def note(name, y=None):
+        def record(name):
             params = flatten_dict(network.variables.get("params", {}))
             paths = {("params", *path) for path in params}
             added[name] = frozenset(paths - seen)
             seen.update(paths)
+
+        def record_stage(name, y):
+            record(name)
             return y
 
-        network(image, replace={name: functools.partial(note, name) for name in stages})
-        note("logits")
+        network(image, replace={name: functools.partial(record_stage, name) for name in stages})
+        record("logits")
 
     jax.eval_shape(nn.init(run, model), jax.random.key(0), image)
     return added

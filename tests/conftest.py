@@ -5,7 +5,7 @@ import pathlib
 import re
 import sys
 
-import contexts  # noqa: F401
+import contexts
 import deep_calls
 import jax
 import jaxtyping
@@ -52,6 +52,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Commands of the tests choose for themselves.
 inherited = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
+contexts.share()
 backend.start()
 jax.devices()
 os.environ["XLA_FLAGS"] = inherited

@@ -9,7 +9,7 @@ import os
 # jax reads this variable at import.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import contexts  # noqa: E402, F401
+import contexts  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
 
@@ -21,6 +21,7 @@ import cnnjax.sweep  # noqa: E402, F401
 import cnnjax.train.loop  # noqa: E402, F401
 import cnnjax.visualize.__main__  # noqa: E402, F401
 
+contexts.share()
 # A garbage collection would write to shared memory pages, and each forked process would copy them.
 gc.freeze()
 # The same threshold as in conftest.py.

@@ -159,11 +159,11 @@ def test_both_forms_have_the_same_values_and_derivatives(name):
 
 
 @pytest.mark.parametrize("form", ["cpu", "reference"])
-def test_bfloat16_is_kept(form):
+def test_bfloat16_is_kept_and_no_rank_is_promoted(form):
     """Under every fill, too; only BatchNorm's statistics are float32."""
     for name, (function, shapes) in {**OPERATIONS, **pools(cnn.FILLS)}.items():
         arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-        with cnn.lowering(form):
+        with cnn.lowering(form), jax.numpy_rank_promotion("raise"):
             output, *_ = jax.tree.leaves(jax.eval_shape(function, *arguments))
         assert output.dtype == jnp.bfloat16, name
 

@@ -24,7 +24,6 @@ from cnnjax.train import loop
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "cnnjax.sweep"]
 ENVIRONMENT = quick.environment()
 
 

@@ -6,7 +6,7 @@ operations. Nothing here knows a particular network.
 
 from cnnjax.inspect.fields import EVERYTHING, Field, receptive_field, receptive_fields
 from cnnjax.inspect.layers import Layer, layers, totals
-from cnnjax.inspect.trace import count_named, depends
+from cnnjax.inspect.trace import count_named
 from cnnjax.inspect.windows import Window, windows
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Layer",
     "Window",
     "count_named",
-    "depends",
     "layers",
     "receptive_field",
     "receptive_fields",

@@ -107,17 +107,6 @@ def is_max_pool(equation) -> bool:
     return equation.primitive.name == "reduce_window_max"
 
 
-def depends(function: Callable, argument, *others) -> list[bool]:
-    """Tells whether each output of a function depends on its first argument.
-
-    Arguments are trees of `jax.ShapeDtypeStruct`; outputs are in the order of their leaves.
-    """
-    program = trace(function, argument, *others)
-    count = len(jax.tree.leaves(argument))
-    inputs = [True] * count + [False] * (len(program.invars) - count)
-    return [bool(fact) for fact in follow(program, inputs, lambda _, operands: any(operands))]
-
-
 def count_named(name: str, function: Callable, *arguments) -> int:
     """Counts the values of a function that `checkpoint_name` gave this name."""
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 import typing
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ Replacements = Mapping[str, Callable[[Array], Array]]
 
 
 # Fields that families share by name: sizes or tuples of sizes, and rates of dropout.
-_SIZES = ("input_shape", "hidden", "depths", "widths", "growth", "last", "width")
+_SIZES = ("input_shape", "hidden", "depths", "widths")
 _RATES = ("dropout", "dropout_aux")
 
 
@@ -51,6 +51,9 @@ class Network(nn.Module):
     that is not between 0 and 1.
     """
 
+    # Names of further fields that hold sizes.
+    _sizes: ClassVar[tuple[str, ...]] = ()
+
     num_classes: int = 1000
     padding: str = "zeros"
     sampling: str = "stride"
@@ -64,7 +67,7 @@ class Network(nn.Module):
         _check_dtype(self.dtype)
         if not is_whole(self.num_classes) or self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} is not a positive number of classes")
-        for field in _SIZES:
+        for field in (*_SIZES, *self._sizes):
             _check_sizes(field, getattr(self, field, ()))
         for field in _RATES:
             _check_rate(field, getattr(self, field, 0.0))

@@ -53,6 +53,8 @@ class DenseNet(Network):
     8, 16 and 32.
     """
 
+    _sizes = ("growth",)
+
     depths: tuple[int, int, int, int] = (6, 12, 24, 16)
     growth: int = 32
     dropout: float = 0.0  # the publication's 0.2 is for data without augmentation

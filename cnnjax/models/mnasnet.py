@@ -86,6 +86,8 @@ class MNASNet(Network):
     The stages `stage1` ... `stage5` are the maps of the last blocks at strides 2, 4, 8, 16 and 32.
     """
 
+    _sizes = ("width",)
+
     width: float = 1.0
     dropout: float = 0.2
 

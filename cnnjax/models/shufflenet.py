@@ -82,6 +82,8 @@ class ShuffleNetV2(Network):
     and 32.
     """
 
+    _sizes = ("last",)
+
     widths: tuple[int, int, int] = (116, 232, 464)  # of stages 2, 3, 4
     last: int = 1024
 

@@ -62,6 +62,8 @@ class Speedrun(Network):
       width: channels of the first group; the others have four times as many.
     """
 
+    _sizes = ("width",)
+
     num_classes: int = 10
     input_shape: tuple[int, int, int] = (32, 32, 3)
     width: int = 64

@@ -59,7 +59,7 @@ def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str
     return dict(_stage_shapes(model, size, last))
 
 
-# A study asks for the same network's at each of its points, and each time takes a trace.
+# Cached: a study asks for the same shapes at every point, and each call traces the network.
 @functools.lru_cache(maxsize=256)
 def _stage_shapes(model, size, last):
     def stages(variables, images):

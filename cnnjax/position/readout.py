@@ -171,7 +171,8 @@ def fit_exact(
     Raises `ValueError` if the kernel is larger than the map.
     """
     _check_kernel(train, size, layers=1)
-    scaler = _fit_scaler(jnp.asarray(train))
+    train = jnp.asarray(train)
+    scaler = _fit_scaler(train)
     train = _standardize(scaler, train)
     held_out = _standardize(scaler, held_out)
     grid = (train.shape[1] - size + 1, train.shape[2] - size + 1)

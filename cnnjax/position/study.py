@@ -510,15 +510,15 @@ def predict(
     return maps.reshape(-1, *maps.shape[-3:])
 
 
+_resize = jax.jit(resize, static_argnames=("size", "align_corners"))
+
+
 def upsample(
     maps: Float[np.ndarray, "n targets rows columns"], size: int, align_corners: bool
 ) -> Float[np.ndarray, "targets n size size"]:
     """Resizes maps to the images' size, bilinearly."""
     resized = _resize(maps.transpose(0, 2, 3, 1), size, align_corners)
     return np.asarray(resized).transpose(3, 0, 1, 2)
-
-
-_resize = jax.jit(resize, static_argnames=("size", "align_corners"))
 
 
 def best_constant(goal: Float[np.ndarray, "size size"]) -> float:

@@ -21,7 +21,7 @@ def package_folder(name: str) -> pathlib.Path:
 
     Raises `ModuleNotFoundError` if the package is not installed.
     """
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return pathlib.Path(found.origin).parent
+    return pathlib.Path(spec.origin).parent
