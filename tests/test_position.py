@@ -469,7 +469,7 @@ def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
         (tmp_path / f"{name}.json").write_text((finished / f"{name}.json").read_text())
     (*_, row) = read_rows(finished)
     config = small_config.copy_and_resolve_references()
-    # The stages that the finished study read under all its paddings.
+    # The finished study read these stages under all its paddings.
     config.update({"seeds": 1, "paddings": ("zeros",), "stages": tuple(row["stages"])})
     study.run(config, tmp_path)
     again = sorted((tmp_path / "cells").iterdir())
@@ -771,7 +771,7 @@ def test_the_papers_tables(tmp_path, capsys, monkeypatch, standard_promotion, wi
 
     A second call computes nothing again, and wrong settings are named.
     """
-    # The strengths that are chosen need fewer.
+    # The strengths that are chosen here need fewer steps.
     monkeypatch.setattr("cnnjax.position.readout._MAX_STEPS", 60)
     arguments = [
         "readout_padding",
