@@ -51,6 +51,11 @@ def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
+def normal(seed: int, *shape: int) -> jax.Array:
+    """Standard normal float32, drawn by NumPy: jax would compile a program for each shape."""
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
 _PERIOD = 1_000_003  # a prime, so that repeated numbers line up along no axis
 
 
