@@ -268,9 +268,8 @@ OBLONG = [
 @pytest.mark.parametrize("window, stride, padding, height, width", POOLS + TILES + OBLONG)
 def test_max_pool_is_the_native_one_bit_for_bit(window, stride, padding, height, width):
     size, step, (down, across) = (pair(value, "value", 0) for value in (window, stride, padding))
-    x = np.maximum(
-        np.round(2 * np.asarray(normal(0, 2, height, width, 3))), 0
-    )  # many ties, as after a ReLU
+    noise = np.asarray(normal(0, 2, height, width, 3))
+    x = np.maximum(np.round(2 * noise), 0)  # many ties, as after a ReLU
     native = lambda x: jax.lax.reduce_window(
         x,
         -jnp.inf,
