@@ -53,12 +53,16 @@ def run(command: str, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Reads commands from the first file and writes what `run` returns of each to the second."""
-    # The bytecode of configuration files would be found among what the commands left.
+    """Reads commands from the first file and writes what `run` returns of each to the second.
+
+    Each outcome is a line of JSON, written as it comes: after a crash, the next command is named.
+    """
+    # No __pycache__ beside configuration files: the test checks that commands leave no files.
     sys.dont_write_bytecode = True
     cases, found = arguments
     with open(cases) as file:
-        outcomes = [run(command, given) for command, given in json.load(file)]
+        commands = json.load(file)
     with open(found, "w") as file:
-        json.dump(outcomes, file)
+        for command, given in commands:
+            print(json.dumps(run(command, given)), file=file, flush=True)
     return 0

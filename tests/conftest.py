@@ -124,3 +124,9 @@ def standard_promotion():
     """For what runs through optax, which multiplies floats by integers."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Reports of training have empty figures."""
+    quick.without_figures(monkeypatch.setattr)

@@ -1,5 +1,5 @@
 """What many tests use: programs that compile quickly, variables without an initialization, random
-numbers of few operations, and the exit code of a command.
+numbers of few operations, reports without figures, and the exit code of a command.
 
 The tests' own process compiles quickly (conftest.py): XLA's own optimization of a program stays,
 and LLVM's is left out. `optimized` is jax.jit as users have it, for tests of the compiled program
@@ -49,6 +49,11 @@ def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{inherited.get('XLA_FLAGS', '')} {FLAGS}".strip(),
     }
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    """Standard normal float32, drawn by NumPy: jax would compile a program for each shape."""
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 _PERIOD = 1_000_003  # a prime, so that repeated numbers line up along no axis
@@ -116,6 +121,20 @@ _HASH = define_prng_impl(
 def key(seed: int) -> jax.Array:
     """A key for initializations: its numbers are random enough for means, variances and ranges."""
     return jax.random.key(seed, impl=_HASH)
+
+
+def without_figures(change: Callable = setattr) -> None:
+    """Makes the figures of reports empty: to draw them takes longer than small runs do.
+
+    The `setattr` of pytest's monkeypatch, as `change`, takes it back after the test.
+    """
+    # Here, since most tests need no matplotlib.
+    from matplotlib.figure import Figure
+
+    from cnnjax.train import report
+
+    for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
+        change(report, name, lambda *arguments: Figure((1, 1)))
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

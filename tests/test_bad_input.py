@@ -501,15 +501,17 @@ def done(tmp_path_factory):
     exchange = tmp_path_factory.mktemp("exchange")
     cases, found = exchange / "cases.json", exchange / "found.json"
     cases.write_text(json.dumps(commands))
+    found.touch()
     process = forked.run("bad_input_driver", cases, found, flags=quick.FLAGS)
-    assert process.returncode == 0, process.stderr
+    outcomes = [json.loads(line) for line in found.read_text().splitlines()]
+    crashed = commands[len(outcomes) :][:1]
+    assert process.returncode == 0, f"{process.returncode} in {crashed}: {process.stderr}"
     after = {path: content for path, content in contents(folder).items() if path in before}
     assert after == before and sorted(ROOT.glob("runs/*")) == runs
     # A refused run creates no folder.
     assert set(folder.rglob("*")) == paths
     return [
-        (*outcome, filled(message))
-        for outcome, (_, message) in zip(json.loads(found.read_text()), CASES)
+        (*outcome, filled(message)) for outcome, (_, message) in zip(outcomes, CASES, strict=True)
     ]
 
 

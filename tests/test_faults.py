@@ -15,7 +15,6 @@ import sys
 import time
 
 import jax
-import matplotlib.figure
 import ml_collections
 import numpy as np
 import PIL.Image
@@ -25,7 +24,7 @@ import quick
 from cnnjax import combine, main
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
-from cnnjax.train import report, step
+from cnnjax.train import step
 from cnnjax.train.checkpoints import Checkpoints, _leaves
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
@@ -41,20 +40,17 @@ TRAIN = (
 STEPS = 30  # three epochs of 1337 // 128
 
 # The cases of one line run at the same time, each in a process forked from one that has imported
-# everything but computed nothing. The code in `beforehand` causes the fault. Figures are empty,
-# since drawing them would take most of the time.
+# everything but computed nothing. The code in `beforehand` causes the fault.
 DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 # What a shell runs in the background inherits that it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import deep_calls, imported
-import matplotlib.figure
+import deep_calls, imported, quick
 from cnnjax import combine, main, sweep
 from cnnjax.runtime import workdir
 from cnnjax.train import data, loop, report, results
 from cnnjax.train import evaluate, step
-for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
-    setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
+quick.without_figures()
 commands = {"main": main.main, "sweep": sweep.main, "combine": combine.main,
             "mount": lambda arguments: os.execvp("mount", ["mount", *arguments])}
 
@@ -384,10 +380,8 @@ workdir.write = turned
 
 
 @pytest.fixture
-def run_here(monkeypatch):
+def run_here(without_figures):
     """Returns a function that runs the command here and returns its error or None."""
-    for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
-        monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
 
     def run(config: dict, folder: pathlib.Path):
         try:

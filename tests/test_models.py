@@ -67,7 +67,7 @@ KINDS = sorted(
 # Fields of networks with the same layers at a smaller size, for tests that trace or compile each
 # layer: two layers per block instead of up to 24 equal ones, and an eighth of a VGG's filters,
 # which leaves a quarter of its parameters.
-SHALLOW = {
+SMALL_FIELDS = {
     "densenet121": {"depths": (2, 2, 2, 2)},
     "resnet18": {"depths": (2, 1, 1, 1)},
     "resnet50": {"depths": (2, 1, 1, 1)},
@@ -134,7 +134,7 @@ def test_head_and_stages(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_every_stage_is_taken_back(name):
     """If all stages are replaced, each is computed from the one before as replaced."""
-    model = create_model(name, **SHALLOW.get(name, {}))
+    model = create_model(name, **SMALL_FIELDS.get(name, {}))
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     variables = weights.variable_shapes(model)
     maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, image)
@@ -175,7 +175,8 @@ def test_a_unit_is_taken_out():
         model.apply(variables, image, replace={"conv9": jnp.zeros_like})
 
 
-def assert_every_parameter_receives_a_finite_gradient(model, x):
+def assert_every_parameter_receives_a_finite_gradient(model, x, heads=1):
+    """The model has 7 classes; `heads` counts its auxiliary classifiers, too."""
     variables = quick.variables(model, x)
     params = variables.pop("params")
 
@@ -188,6 +189,7 @@ def assert_every_parameter_receives_a_finite_gradient(model, x):
             mutable=["batch_stats", "auxiliary"],
         )
         outputs = [logits, *jax.tree.leaves(new.get("auxiliary", {}))]
+        assert [output.shape for output in outputs] == heads * [(len(x), 7)]
         return sum(jnp.square(output).sum() for output in outputs)
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
@@ -203,14 +205,20 @@ def assert_every_parameter_receives_a_finite_gradient(model, x):
         "vgg16_c",
         "alexnet",
         "squeezenet1_1",
-        *sorted({*test_torchvision.DEEP} & {*SHALLOW}),
+        *sorted({*test_torchvision.DEEP} & {*SMALL_FIELDS}),
+        *test_lectures.COMPUTED,
     ],
 )
 def test_every_parameter_receives_a_finite_gradient(name):
     """The gradients of other networks are checked in test_torchvision.py."""
-    model = create_model(name, num_classes=7, **SHALLOW.get(name, {}))
-    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    assert_every_parameter_receives_a_finite_gradient(model, x)
+    model = create_model(name, num_classes=7, **SMALL_FIELDS.get(name, {}))
+    x = (
+        test_lectures.images(name)
+        if name in test_lectures.TOTALS
+        else quick.normal(1, 2, 64, 64, 3)
+    )
+    heads = 3 if name == "googlenet_2014" else 1
+    assert_every_parameter_receives_a_finite_gradient(model, x, heads)
 
 
 @pytest.mark.slow
@@ -220,7 +228,7 @@ def test_every_parameter_of_inception_v3_receives_a_finite_gradient(monkeypatch)
     monkeypatch.setattr(inception, "_TABLE", {kind: inception._TABLE[kind] for kind in kinds})
     x = jax.random.normal(jax.random.key(1), (4, 299, 299, 3))
     model = create_model("inception_v3", num_classes=7)
-    assert_every_parameter_receives_a_finite_gradient(model, x)
+    assert_every_parameter_receives_a_finite_gradient(model, x, heads=2)
 
 
 @pytest.mark.slow
@@ -232,7 +240,7 @@ def test_compiled_equals_eager_whatever_the_batch(name):
 
     Torchvision's networks are compared with torchvision itself, in test_torchvision.py.
     """
-    model = create_model(name, num_classes=7, **SHALLOW.get(name, {}))
+    model = create_model(name, num_classes=7, **SMALL_FIELDS.get(name, {}))
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
     x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
@@ -251,8 +259,8 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
 
 
-# A network hands the fill to its layers, and itself asks only for "none" and "full". Of the others
-# "reflect" needs the largest maps, "random" a key, and "one-sided" is refused by some layers.
+# Networks treat only `none` and `full` themselves; `reflect` needs the largest maps, `random` a
+# key, and some layers refuse `one-sided`.
 DEMANDING = ("none", "full", "zeros", "reflect", "random", "one-sided")
 
 
@@ -270,7 +278,7 @@ def test_every_fill_and_bfloat16(name):
     stages = {}
     for fill in fills:
         fields = {"num_classes": 7, "padding": fill, "dtype": jnp.bfloat16}
-        model = create_model(name, **fields, **SHALLOW.get(name, {}))
+        model = create_model(name, **fields, **SMALL_FIELDS.get(name, {}))
         # Without padding, DenseNet-201 needs an image of this size.
         size = 4000 if fill == "none" else model.input_shape[0]
         x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
@@ -508,7 +516,7 @@ def test_a_cropped_skip_is_centered_on_its_branch(name, last):
 
 # The fills that make the border of a constant image visible in the features.
 SHOWING = ("zeros", "partial", "full", "one-sided")
-# A layer that does not hand on the fill pads with zeros, which one fill that hides them shows.
+# A layer that drops the fill falls back to zeros; one hiding fill (`reflect`) reveals it.
 COMMON = ("zeros", "none", "reflect", "partial")
 REACHED = [
     ("vgg11", "block4", 160),
@@ -624,7 +632,7 @@ def test_every_fill_reaches_every_branch_of_inception_v3(name, fill):
 )
 def test_bfloat16_computes_near_float32_with_float32_parameters(name):
     x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
-    fields = SHALLOW.get(name, {})
+    fields = SMALL_FIELDS.get(name, {})
     models = create_model(name, **fields), create_model(name, dtype=jnp.bfloat16, **fields)
     variables = quick.variables(models[0])
     exact, half = (jax.jit(model.apply)(variables, x) for model in models)

@@ -7,7 +7,6 @@ import pathlib
 import flax.linen as nn
 import forked
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,7 +15,7 @@ import quick
 from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
 from cnnjax.runtime import source, workdir
-from cnnjax.train import defaults, report
+from cnnjax.train import defaults
 from cnnjax.train.run import open_run
 from cnnjax.weights import save_torchvision
 
@@ -164,16 +163,14 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.usefixtures("standard_promotion", "without_figures")
 @pytest.mark.parametrize("fill", ["none", "full", "random", "mean", "one-sided", "partial"])
-def test_fills_are_trained(fill, own, tmp_path, monkeypatch):
+def test_fills_are_trained(fill, own, tmp_path):
     """Runs the whole command for one step, without drawing figures.
 
     The other fills only copy or stretch the map, and "zeros" is what other runs have.
     """
     path, _ = own
-    for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
-        monkeypatch.setattr(report, name, lambda *arguments: matplotlib.figure.Figure((1, 1)))
     changes = {"model_fields.padding": fill, "batch_size": 1400, "parallel": "jit"}
     given = [f"--config.{key}={value}" for key, value in changes.items()]
     run = tmp_path / "run"

@@ -352,7 +352,7 @@ def small_config() -> Iterator[ml_collections.ConfigDict]:
 
 
 @pytest.fixture
-def without_figures(monkeypatch):
+def without_figure_files(monkeypatch):
     """For studies whose figures nobody looks at."""
     monkeypatch.setattr(workdir, "write_figure", lambda path, figure: None)
 
@@ -462,14 +462,14 @@ def test_report_and_figures_are_there_and_readable(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_figure_files")
 def test_the_same_run_gives_the_same_numbers(finished, small_config, tmp_path):
     """To the bit, for the control and one padding."""
     for name in ("config", "environment"):
         (tmp_path / f"{name}.json").write_text((finished / f"{name}.json").read_text())
     (*_, row) = read_rows(finished)
     config = small_config.copy_and_resolve_references()
-    # The stages that the finished study read under all its paddings.
+    # The finished study read these stages under all its paddings.
     config.update({"seeds": 1, "paddings": ("zeros",), "stages": tuple(row["stages"])})
     study.run(config, tmp_path)
     again = sorted((tmp_path / "cells").iterdir())
@@ -498,7 +498,7 @@ def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
-    finished, small_config, tmp_path, monkeypatch, without_figures
+    finished, small_config, tmp_path, monkeypatch, without_figure_files
 ):
     """The names inside files are fixed, since earlier versions wrote the same names."""
     path = finished / "cells" / "small-circular-0.npz"
@@ -557,7 +557,7 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_figures")
+@pytest.mark.usefixtures("without_figure_files")
 def test_a_study_of_before_is_reported_again(finished, tmp_path):
     """Results of earlier versions have neither medians nor strengths."""
     folder = shutil.copytree(finished, tmp_path / "old")
@@ -766,12 +766,12 @@ def test_coordinates_give_the_ramps_and_nothing_else(small_config):
 
 
 @pytest.mark.slow
-def test_the_papers_tables(tmp_path, capsys, monkeypatch, standard_promotion, without_figures):
+def test_the_papers_tables(tmp_path, capsys, monkeypatch, standard_promotion, without_figure_files):
     """Zero padding of the readout alone shows position, as in the paper's table 4.
 
     A second call computes nothing again, and wrong settings are named.
     """
-    # The strengths that are chosen need fewer.
+    # The strengths that are chosen here need fewer steps.
     monkeypatch.setattr("cnnjax.position.readout._MAX_STEPS", 60)
     arguments = [
         "readout_padding",

@@ -14,6 +14,7 @@ import pytest
 import quick
 import test_lectures
 import test_models
+from quick import normal
 
 from cnnjax import load_pretrained, main, summary, weights
 from cnnjax.inspect import layers, receptive_field
@@ -33,10 +34,6 @@ MODES = {
     "replicate": "edge",
     "circular": "wrap",
 }
-
-
-def image(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def all_shifts(x):
@@ -70,7 +67,7 @@ def test_the_filter_is_the_authors(taps, sampling):
 
 @pytest.mark.parametrize("stride", [2, 3, (1, 2)])
 def test_the_filter_is_a_binomial_convolution(stride):
-    x = image(1, 7, 6, 1)
+    x = normal(0, 1, 7, 6, 1)
     rows, columns = stride if isinstance(stride, tuple) else (stride, stride)
     row_weights = [1 / 4, 1 / 2, 1 / 4] if rows > 1 else [0, 1, 0]
     kernel = np.outer(row_weights, [1 / 4, 1 / 2, 1 / 4])
@@ -116,8 +113,7 @@ def test_adaptive_sampling_keeps_the_grid_of_largest_norm():
 
 
 def test_a_skip_keeps_the_grid_of_its_branch():
-    x = image(4, 6, 6, 3)
-    branch = image(4, 6, 6, 5, seed=1)
+    x, branch = np.asarray(normal(0, 4, 6, 6, 3)), np.asarray(normal(1, 4, 6, 6, 5))
     y = jax.jit(lambda x, branch: sample(x, 2, sampling="aps", like=branch))(x, branch)
     for one, its_branch, sampled in zip(x, branch, y):
         grids = list(np.ndindex(2, 2))
@@ -166,7 +162,7 @@ def test_pools_have_the_size_that_the_stride_gives(pool, window, stride, padding
 
 
 def test_pools_by_their_definition():
-    x = image(2, 6, 8, 3)
+    x = normal(0, 2, 6, 8, 3)
     wrapped = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), "wrap")
     windows = np.lib.stride_tricks.sliding_window_view(wrapped, (2, 2), (1, 2))
 
@@ -194,7 +190,7 @@ def test_filtered_means_count_what_is_inside():
 
 def test_wrong_words_and_small_maps():
     words = "sampling='mirror' is not one of stride, blur, blur5, aps"
-    x = image(1, 4, 4, 1)
+    x = normal(0, 1, 4, 4, 1)
     calls = [
         lambda: create_model("lenet", sampling="mirror"),
         lambda: sample(x, 2, sampling="mirror"),
@@ -211,7 +207,7 @@ def test_wrong_words_and_small_maps():
 
 
 def test_the_axis_that_is_not_strided_may_be_smaller_than_the_filter():
-    x = image(1, 10, 2, 3)
+    x = normal(0, 1, 10, 2, 3)
     y = sample(x, (2, 1), sampling="blur", fill="none")
     padded = np.asarray(x)[:, :9]
     expected = padded[:, 0:7:2] / 4 + padded[:, 1:8:2] / 2 + padded[:, 2:9:2] / 4
@@ -262,7 +258,7 @@ def outputs(model, shape):
 
 def check_outputs(name, sizes, samplings):
     for size in sizes:
-        model = create_model(name, num_classes=7, **test_models.SHALLOW.get(name, {}))
+        model = create_model(name, num_classes=7, **test_models.SMALL_FIELDS.get(name, {}))
         shape = (2, size, size, model.input_shape[2])
         published = outputs(model, shape)
         for sampling in samplings:
@@ -300,7 +296,7 @@ def variables_of(model):
 )
 def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(network):
     """Logits are equal; a stage's map is the same up to a circular shift."""
-    x = all_shifts(image(1, 16, 16, 3))
+    x = all_shifts(normal(0, 1, 16, 16, 3))
     model = network.clone(padding="circular", sampling="aps")
     variables = variables_of(model)
     maps = jax.jit(stages_and_logits, static_argnums=0)(model, variables, x)
@@ -319,8 +315,8 @@ def test_adaptive_sampling_under_circular_padding_ignores_every_circular_shift(n
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "densenet121", "shufflenet_v2_x0_5"])
 def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name):
     fields = {"num_classes": 7, "padding": "circular", "sampling": "aps"}
-    model = create_model(name, **fields, **test_models.SHALLOW.get(name, {}))
-    x = image(1, 64, 64, 3)
+    model = create_model(name, **fields, **test_models.SMALL_FIELDS.get(name, {}))
+    x = normal(0, 1, 64, 64, 3)
     shifts = [(0, 0), (1, 0), (0, 1), (3, 7), (17, 30), (63, 32)]
     batch = np.concatenate([np.roll(x, shift, (1, 2)) for shift in shifts])
     variables = quick.variables(model, x)
@@ -334,7 +330,7 @@ def test_adaptive_sampling_makes_published_networks_ignore_circular_shifts(name)
 def test_both_lowerings_agree_and_gradients_are_finite(sampling):
     model = SmallConvNet(layers=((4, 2), (6, 2)), padding="partial", sampling=sampling)
     variables = variables_of(model)
-    x = image(3, 15, 18, 3)
+    x = normal(0, 3, 15, 18, 3)
 
     def loss(params, form):
         with lowering(form):

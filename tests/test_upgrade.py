@@ -15,10 +15,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from cnnjax import combine, main, sweep, weights
-from cnnjax.train import report
 from cnnjax.train.run import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
@@ -51,10 +49,8 @@ def read(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_old_run_goes_on_from_its_checkpoint(runs, monkeypatch):
-    # The next test draws the figures.
-    for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
-        monkeypatch.setattr(report, name, lambda *arguments: Figure((1, 1)))
+@pytest.mark.usefixtures("without_figures")  # The next test draws them.
+def test_an_old_run_goes_on_from_its_checkpoint(runs):
     folder = runs / "finished1"
     before = json.loads((folder / "results.json").read_text())
     metrics = read(folder / "metrics.jsonl")
