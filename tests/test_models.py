@@ -221,14 +221,34 @@ def test_every_parameter_receives_a_finite_gradient(name):
     assert_every_parameter_receives_a_finite_gradient(model, x, heads)
 
 
-@pytest.mark.slow
-def test_every_parameter_of_inception_v3_receives_a_finite_gradient(monkeypatch):
-    """One block of each kind; the auxiliary classifier needs images of 299 pixels."""
+@pytest.fixture
+def small_inception_v3(monkeypatch):
+    """Inception v3 with one block of each kind."""
     kinds = ("Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c")
     monkeypatch.setattr(inception, "_TABLE", {kind: inception._TABLE[kind] for kind in kinds})
+    return create_model("inception_v3", num_classes=7)
+
+
+@pytest.mark.slow
+def test_every_parameter_of_inception_v3_receives_a_finite_gradient(small_inception_v3):
+    """The auxiliary classifier needs images of 299 pixels."""
     x = jax.random.normal(jax.random.key(1), (4, 299, 299, 3))
-    model = create_model("inception_v3", num_classes=7)
-    assert_every_parameter_receives_a_finite_gradient(model, x, heads=2)
+    assert_every_parameter_receives_a_finite_gradient(small_inception_v3, x, heads=2)
+
+
+def assert_compiled_equals_eager(model, x, last="logits"):
+    """Compares stage `last` of one image with the compiled one of two, which have other logits."""
+    variables = quick.variables(model, x)
+    run = functools.partial(model.apply, method="_run", train=False)
+    maps = jax.jit(functools.partial(run, last="logits"))(variables, x)
+    logits = maps["logits"]
+    assert (
+        np.isfinite(logits).all()
+        and np.abs(logits[0] - logits[1]).max() > 1e-3 * np.abs(logits).max()
+    )
+    eager = run(variables, x[:1], last=last)[last]
+    compiled = maps[last]
+    np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
 
 
 @pytest.mark.slow
@@ -244,19 +264,15 @@ def test_compiled_equals_eager_whatever_the_batch(name):
     height, width, channels = model.input_shape
     size = test_lectures.SMALL.get(name, height if name in test_lectures.TOTALS else 64)
     x = jax.random.normal(jax.random.key(1), (2, size, size, channels))
-    variables = quick.variables(model, x)
-    run = functools.partial(model.apply, method="_run", train=False)
-    maps = jax.jit(functools.partial(run, last="logits"))(variables, x)
-    logits = maps["logits"]
-    assert (
-        np.isfinite(logits).all()
-        and np.abs(logits[0] - logits[1]).max() > 1e-3 * np.abs(logits).max()
-    )
     # Later stages repeat the block, but each of its operations would be compiled for its own shape.
     last = "inception3b" if name == "googlenet_2014" else "logits"
-    eager = run(variables, x[:1], last=last)[last]
-    compiled = maps[last]
-    np.testing.assert_allclose(eager, compiled[:1], rtol=0, atol=1e-5 * np.abs(compiled).max())
+    assert_compiled_equals_eager(model, x, last)
+
+
+@pytest.mark.slow
+def test_inception_v3_compiled_equals_eager(small_inception_v3):
+    x = quick.normal(1, 2, 139, 139, 3)
+    assert_compiled_equals_eager(small_inception_v3.clone(aux_logits=False), x)
 
 
 # Networks treat only `none` and `full` themselves; `reflect` needs the largest maps, `random` a
