@@ -107,7 +107,10 @@ def without_dropout(name: str, **fields):
     return create_model(name, **dict.fromkeys(rates, 0.0), **fields)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+)
 def test_keys_and_shapes_are_torchvisions(name):
     shapes = weights.variable_shapes(create_model(name))
     flat = flax.traverse_util.flatten_dict(shapes)

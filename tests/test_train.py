@@ -368,6 +368,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(finished):
     results = json.loads((finished / "results.json").read_text())
     final, history = results["final"], results["history"]
