@@ -9,9 +9,11 @@ training images; the test set is used once per probe. Every repetition has its o
 Writes report.md and probe.json.
 """
 
+import functools
 import itertools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -95,13 +97,20 @@ def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
     return model, variables | {"params": variables["params"] | {"classifier.1": identity}}
 
 
-def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> np.ndarray:
-    """Returns the features [n, 1280] of uint8 images, resized to `size` pixels."""
+# Cached, since a program is compiled for each function (`evaluate.compiled`).
+@functools.cache
+def on_resized(size: int) -> Callable:
+    """Returns a function of (model, variables, images) that resizes the images first."""
 
-    def resized(model, variables, images):
+    def compute(model, variables, images):
         images = jax.image.resize(images, (len(images), size, size, 3), "bilinear")
         return model.apply(variables, images)
 
+    return compute
+
+
+def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> np.ndarray:
+    """Returns the features [n, 1280] of uint8 images, resized to `size` pixels."""
     parallel = Parallel()
     variables, moments = parallel.replicate((variables, augment.IMAGENET))
     with progress(len(images), "images") as advance:
@@ -111,7 +120,8 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
                 yield batch
                 advance(len(batch))
 
-        return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, resized)
+        output = on_resized(size)
+        return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, output)
 
 
 def measure(point: Point, options, features: Features) -> dict:
