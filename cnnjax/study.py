@@ -162,8 +162,9 @@ class Study:
         """Measures the points that are missing, then writes and prints the report."""
         points = list(self.points(options))
         _check_distinct(points)
-        shared = (self.load(options),) if self.load else ()
+        # Before `load`, which may compute.
         backend.start()
+        shared = (self.load(options),) if self.load else ()
         results = []
         with (
             workdir.prepared(options.workdir, self._settings(options)) as folder,

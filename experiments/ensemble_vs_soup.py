@@ -94,6 +94,11 @@ def points(options):
             f"train={options.train} and validation={options.validation} are more than CIFAR-10's "
             "50000 training images"
         )
+    if options.start_epochs < options.epochs:
+        raise ValueError(
+            f"start_epochs={options.start_epochs} is less than epochs={options.epochs}: the "
+            "network that restarts trains for the sum, and needs two cycles of `epochs`"
+        )
     # The start is the first network. The other networks need its weights before they can be
     # checked.
     start, *_ = plan(folder_of(options, 0), options, 0).values()

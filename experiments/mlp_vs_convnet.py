@@ -184,10 +184,14 @@ def main(arguments: list[str] | None = None) -> int:
         code = run_sweep(name, folder / name, more)
         if code:
             break
-    rows = compare(folder)
-    if rows:
+    # What has failed is in the report, too.
+    return command.run(lambda: report(folder)) or code
+
+
+def report(folder: pathlib.Path) -> None:
+    """Writes and prints the comparison of all finished runs."""
+    if rows := compare(folder):
         write_report(folder, rows)
-    return code
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ class Subject:
         """Returns the file's variables, or random ones."""
         if self.loaded is not None:
             return self.loaded
-        image = jnp.zeros((1, 64, 64, 3))
+        image = jnp.zeros((1, *self.model.input_shape))
         initialize = functools.partial(self.model.init, method="stages", last=self.stages[-1])
         return jax.jit(initialize)(jax.random.key(seed), image)
 
@@ -312,8 +312,10 @@ def tabulate_patterns(results: list[dict]) -> str:
 
 
 def shown_stage(records: list[dict]) -> list[dict]:
-    """Returns the records of the stage in the figure."""
-    large = [record for record in records if len(record["profile"]) >= _DRAWN_DISTANCES]
+    """Returns the records of the last stage with distances enough to draw, or with the most."""
+    most = max(len(record["profile"]) for record in records)
+    least = min(most, _DRAWN_DISTANCES)
+    large = [record for record in records if len(record["profile"]) >= least]
     return study.select(records, stage=study.unique(large, "stage")[-1])
 
 
@@ -325,7 +327,13 @@ def draw_patterns(results: list[dict]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(subjects), len(paddings), squeeze=False)
     for axis_row, (encoder, origin) in zip(axes, subjects):
-        records = shown_stage(study.select(flatten(results), encoder=encoder, weights=origin))
+        records = study.select(flatten(results), encoder=encoder, weights=origin)
+        # Patterns of large maps are not kept.
+        records = [record for record in records if record["pattern"] is not None]
+        if not records:
+            axis_row[0].set_title(f"{encoder} {origin}: all maps are too large", fontsize=8)
+            continue
+        records = shown_stage(records)
         means = [study.values(records, "pattern", padding=name).mean(0) for name in paddings]
         for axis, padding, mean in zip(axis_row, paddings, means):
             image = axis.imshow(mean, vmin=0, vmax=np.max(means), cmap="magma")

@@ -369,7 +369,9 @@ def tabulate(records: list[dict]) -> str:
             measured = select(shown, target=target, data=data)
             cells = dict.fromkeys(READOUTS, "")
             for record in measured:
-                spread = f"{record['spc']:.3f} ± {record['spc_std'] or 0:.3f}"
+                spread = f"{record['spc']:.3f}"
+                if record["spc_std"] is not None:
+                    spread += f" ± {record['spc_std']:.3f}"
                 cells[record["readout"]] = f"{spread} / {record['mae']:.3f} / {record['r2']:.2f}"
             first = measured[0]
             paper = ""

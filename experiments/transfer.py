@@ -39,6 +39,7 @@ from cnnjax.models import create_model
 from cnnjax.runtime import command, tables, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
+from cnnjax.train.small import check_counts
 from cnnjax.weights import variable_shapes
 
 STUDIES = ("labels", "halves")
@@ -141,7 +142,9 @@ def load(options) -> Shared:
     for network, file in files.items():
         digests[network] = hashlib.sha256(file.read_bytes()).hexdigest()
         check_digest(options, network, digests[network])
-    return Shared(arrays.load("cifar10", options.data_dir), files, digests)
+    data = arrays.load("cifar10", options.data_dir)
+    check_counts(data, options.images, options.test)
+    return Shared(data, files, digests)
 
 
 def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:

@@ -18,7 +18,6 @@ one set of versions. Writes report.md and zoo.json.
 
 import contextlib
 import copy
-import os
 import pathlib
 import platform
 import sys
@@ -97,7 +96,7 @@ def load_torchvision() -> Frameworks:
 
 def load(options) -> Frameworks:
     frameworks = load_torchvision()
-    frameworks.torch.set_num_threads(processors())
+    frameworks.torch.set_num_threads(backend.cores())
     backend.start()
     # The options include the environment, so the times of a work directory belong to one
     # environment.
@@ -109,7 +108,7 @@ def environment(frameworks: Frameworks) -> dict:
     """Describes the machine and the versions, on which times depend."""
     return {
         "processor": processor_name(),
-        "threads": processors(),
+        "threads": backend.cores(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "torch": frameworks.torch.__version__,
@@ -124,10 +123,6 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 # --- The same network on both sides ---------------------------------------------------------------

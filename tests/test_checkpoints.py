@@ -67,6 +67,33 @@ def test_the_last_ones_and_the_best_come_back_bit_for_bit(tmp_path, monkeypatch)
         assert_equal(state, a_state(2))
 
 
+def test_the_best_is_kept_after_a_resume_and_is_the_first_of_equal_ones(tmp_path):
+    for steps in ((1, 2), (3, 4), (5, 6)):
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.restore(a_state(0))
+            for step in steps:
+                metric = {2: 0.1, 4: 0.1, 5: 0.3}.get(step)
+                checkpoints.save(step, a_state(step), {}, metric)
+        assert checkpoints.steps() == ([2] if steps == (1, 2) else [2, steps[-1]])
+    # As if the file system had lost a part of it.
+    (tmp_path / "2" / "header" / "metadata").write_text("")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(7, a_state(7), {}, 0.2)
+        checkpoints.save(8, a_state(8), {}, 0.4)
+        assert checkpoints.steps() == [7, 8]
+
+
+def test_files_of_other_programs_are_no_damage(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    for name in (".DS_Store", "1/.DS_Store", "1/state/._manifest.ocdbt"):
+        (tmp_path / name).write_bytes(b"Mac")
+    with Checkpoints(tmp_path) as checkpoints:
+        step, state, _ = checkpoints.restore(a_state(0))
+        assert step == 1
+        assert_equal(state, a_state(1))
+
+
 def test_what_was_saved_may_be_changed_at_once(tmp_path):
     """A state may be donated, and a record changed, as soon as `save` returns."""
     increase = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -134,11 +161,12 @@ def test_nothing_starts_again_in_silence(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, a_state(1), {})
     (tmp_path / "1" / "manifest.json").write_text("{}")
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match="every checkpoint in .* is damaged"),
-    ):
-        checkpoints.restore(a_state(0))
+    for _ in range(2):
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(ValueError, match="every checkpoint in .* is damaged"),
+        ):
+            checkpoints.restore(a_state(0))
 
 
 @pytest.mark.slow

@@ -130,6 +130,8 @@ def test_wrong_arguments_of_soups_are_named(tmp_path, capsys):
     assert message in capsys.readouterr().err
     assert ensemble_vs_soup.main([*command, "--model", "tutorial"]) == 2
     assert "model='tutorial' is not known" in capsys.readouterr().err
+    assert ensemble_vs_soup.main([*command, "--start_epochs", "2"]) == 2
+    assert "error: start_epochs=2 is less than epochs=3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -402,6 +402,25 @@ def test_the_quadrants_go_on_where_they_stopped(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sides, shown", [((56, 14, 7), "1"), ((56, 28), "1"), ((56,), None)])
+def test_the_figure_of_patterns_shows_the_last_stage_that_is_neither_small_nor_too_large(
+    sides, shown
+):
+    stages = []
+    for number, side in enumerate(sides):
+        pattern = np.ones((side, side)).tolist() if side <= 28 else None
+        profile = [1.0] * (side // 2)
+        stages.append({"stage": str(number), "step": 1, "pattern": pattern, "profile": profile})
+    result = {"part": "patterns", "encoder": "net", "weights": "random", "padding": "zeros"}
+    figure = position_patterns.draw_patterns([result | {"seed": 0, "stages": stages}])
+    position_patterns.draw_distances([result | {"seed": 0, "stages": stages}])
+    axis = figure.axes[0]
+    if shown is None:
+        assert axis.get_title() == "net random: all maps are too large"
+    else:
+        assert axis.get_ylabel() == f"net random\n{shown}"
+
+
 @pytest.mark.slow
 def test_the_patterns_are_reported_for_random_and_trained_weights(
     tiny, tmp_path, data_dir, monkeypatch, capsys

@@ -94,9 +94,15 @@ def write_json(path: pathlib.Path, value) -> None:
     """Writes a value as JSON.
 
     Raises:
-        ValueError: for a NaN or an infinity, since JSON has neither.
+        FloatingPointError: for a NaN or an infinity, since JSON has neither.
     """
-    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise FloatingPointError(
+            f"{path}: a number is not finite, so nothing is written ({error})"
+        ) from error
+    write(path, text + "\n")
 
 
 def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:

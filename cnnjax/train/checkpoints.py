@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cnnjax.runtime import workdir
 from cnnjax.train import tensorstore_noise
@@ -44,11 +44,12 @@ def _damage(folder: pathlib.Path) -> str | None:
         return f"it has no {_MANIFEST}, so it was not written to its end"
     except (OSError, ValueError) as error:
         return f"its {_MANIFEST} cannot be read ({error})"
-    if not isinstance(recorded, dict):
+    if not isinstance(recorded, dict) or not recorded:
         return f"its {_MANIFEST} is not a list of hashes by name"
     hashes = _hashes(folder)
-    for name in sorted(recorded.keys() | hashes.keys()):
-        if recorded.get(name) != hashes.get(name):
+    # Other files do no harm, such as those that some systems leave in every folder they copy.
+    for name in sorted(recorded):
+        if recorded[name] != hashes.get(name):
             return f"{name} is not as it was written"
     return None
 
@@ -62,6 +63,25 @@ def _leaves(state) -> dict:
 def _shapes_and_dtypes(state) -> dict[str, list]:
     """Lists the shape and, last, the dtype of a state's arrays, by path."""
     return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
+
+
+class _SmallestMetric:
+    """Preserves the checkpoint of the smallest metric; the first one, if several have it.
+
+    orbax's own policy knows the metrics of its process only, and would delete the best checkpoint
+    of a run that was resumed.
+
+    Attributes:
+      metrics: the metric of every checkpoint that has one, by step.
+    """
+
+    def __init__(self):
+        self.metrics: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        measured = [info.step for info in checkpoints if info.step in self.metrics]
+        best = min(measured, key=self.metrics.__getitem__, default=None)
+        return [info.step == best for info in checkpoints]
 
 
 class Checkpoints:
@@ -80,17 +100,16 @@ class Checkpoints:
         # orbax logs every step through absl; failures are raised here instead.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         tensorstore_noise.quieten()
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["metric"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        policy = AnyPreservationPolicy([LatestN(keep), best])
+        self._best = _SmallestMetric()
+        policy = AnyPreservationPolicy([LatestN(keep), self._best])
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True, preservation_policy=policy
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        for step in self._manager.all_steps():
+            # A damaged one is put aside by `restore`, whatever it raises here.
+            with contextlib.suppress(Exception):
+                self._note_metric(step, self._header(step)["metric"])
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -104,6 +123,10 @@ class Checkpoints:
             # Closing repeats a failure to write that has been raised already.
             with contextlib.suppress(Exception):
                 self._manager.close()
+
+    def _note_metric(self, step: int, metric: float | None) -> None:
+        if metric is not None:
+            self._best.metrics[step] = metric
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / str(step)
@@ -159,9 +182,10 @@ class Checkpoints:
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
         )
-        metrics = None if metric is None else {"metric": metric}
+        # Saving also deletes what is not preserved.
+        self._note_metric(step, metric)
         try:
-            self._manager.save(step, args=contents, metrics=metrics, force=True)
+            self._manager.save(step, args=contents, force=True)
         except (OSError, ValueError) as error:
             self._failure = error
             self._finish()
@@ -237,7 +261,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 folder.rename(self.folder / f"damaged-{step}-{time.time_ns()}")
             self._manager.reload()
-        if steps:
+        if steps or any(self.folder.glob("damaged-*")):
             raise ValueError(
                 f"every checkpoint in {self.folder} is damaged; remove the folder to start from "
                 "the beginning"
