@@ -60,7 +60,9 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        return self.results.exists() or self.failure.exists()
+        # The report comes last; a run that was interrupted before writes it when it is run again.
+        is_finished = self.results.exists() and (self.folder / "report.md").exists()
+        return is_finished or self.failure.exists()
 
 
 def name_of(overrides: dict) -> str:

@@ -129,6 +129,7 @@ def run_sweep(tmp_path, monkeypatch):
         def write_results(config, folder):
             train(config, folder)
             workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+            workdir.write(folder / "report.md", "")
 
         monkeypatch.setattr(loop, "run", write_results)
         return sweep.main(["--config", config, "--workdir", str(tmp_path / "runs")])
@@ -156,6 +157,16 @@ def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tm
     assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
     # The failure is a result: it is not tried again, and the exit code stays.
     assert run_sweep() == 1
+
+
+def test_a_cell_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
+    assert run_sweep() == 0
+    report = tmp_path / "runs" / "seed=2" / "report.md"
+    report.unlink()
+    taken_up = []
+    monkeypatch.setattr(sweep, "run_cell", lambda cell: taken_up.append(cell.name))
+    assert run_sweep() == 0
+    assert taken_up == ["seed=2"]
 
 
 def test_a_cell_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):

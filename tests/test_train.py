@@ -734,6 +734,27 @@ def test_a_run_under_x64_is_nearly_the_same_and_saves_float32(finished, tmp_path
         assert first[tmp_path][name] == pytest.approx(first[finished][name], rel=1e-2)
 
 
+def test_class_names_are_no_formulas(tmp_path):
+    # As above.
+    from cnnjax.train import report
+
+    classes = ["$5_$10", "a$"]
+    labels = np.array([0, 1, 1])
+    test = {
+        "shown": [0],
+        "images": np.zeros((1, 4, 4, 3), np.uint8),
+        "labels": labels,
+        "predicted": labels[::-1],
+        "confidence": np.ones(3),
+    }
+    for name, figure in (
+        ("confusion", report._confusion_figure(labels, labels, classes)),
+        ("mistakes", report._mistakes_figure(test, classes)),
+    ):
+        figure.savefig(tmp_path / f"{name}.png")
+        report.plt.close(figure)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path):
     """Stops one run with two signals, one after the other."""

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -119,6 +120,9 @@ class Networks:
         self.members = members
         self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
         self.parallel = Parallel(config.parallel)
+        # The runs may have been trained on another number of devices, which divides a batch.
+        devices = self.parallel.size
+        self.batch_size = math.ceil(config.batch_size / devices) * devices
         shape = self.data.train.images.shape[1:]
         axis_name = self.parallel.axis_name if config.sync_batch_norm else None
         self.model = build_model(config, len(self.data.classes), shape, axis_name)
@@ -130,15 +134,14 @@ class Networks:
 
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
         """Computes a member's outputs, or those of `self.all` by `member_logits`."""
-        size = self.config.batch_size
         variables, moments = self.parallel.replicate((member.variables, member.moments))
         return evaluate.predict(
             parallel=self.parallel,
             model=self.model,
             variables=variables,
             moments=moments,
-            batches=evaluate.batches_of(images, size),
-            batch_size=size,
+            batches=evaluate.batches_of(images, self.batch_size),
+            batch_size=self.batch_size,
             output=output,
         )
 
@@ -168,7 +171,7 @@ class Networks:
             variables=variables,
             moments=moments,
             images=images[order],
-            batch_size=self.config.batch_size,
+            batch_size=self.batch_size,
         )
         return Member("average", variables | {"batch_stats": statistics}, moments)
 

@@ -96,8 +96,9 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(classes) <= 20:
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(classes)), classes, fontsize=8)
+        # A name may hold "$", which would begin a formula.
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8, parse_math=False)
+        axis.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
         # Counts of pixels are too long for the cells, which then hold the row's shares.
         are_short = counts.max() < 100_000
         for row, column in np.ndindex(counts.shape):
@@ -137,7 +138,7 @@ def _mistakes_figure(test: dict, classes: list[str]):
         label = classes[test["labels"][index]]
         predicted = classes[test["predicted"][index]]
         title = f"{label}\nas {predicted}\n{test['confidence'][index]:.3f}"
-        axis.text(center, top - 0.03, title, ha="center", va="bottom", fontsize=7)
+        axis.text(center, top - 0.03, title, ha="center", va="bottom", fontsize=7, parse_math=False)
     axis.set(xlim=(0, size[0]), ylim=(size[1], 0))
     return figure
 
