@@ -609,6 +609,12 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     config = defaults.get_config()
     config.update_from_flattened_dict({**QUICK, "epochs": 4})
     workdir.seal(folder)
+    checkpoints = folder / "checkpoints"
+    checkpoints.rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match="epochs=4: there is no .*/checkpoints/.*2 epochs"):
+        extend(config, folder)
+    assert json.loads((folder / "results.json").read_text())["final"] == shorter["final"]
+    (folder / "elsewhere").rename(checkpoints)
     extend(config, folder)
     # The seal no longer covers files that will change.
     workdir.check_seal(folder)

@@ -96,11 +96,20 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
     """Turns a finished run into an unfinished one of more epochs.
 
     If this is interrupted between two files, the next call completes it.
+
+    Raises:
+        ValueError: if the run's last checkpoint is gone; nothing is changed then.
     """
     path = folder / "results.json"
     if path.exists():
         workdir.check_seal(folder)
         results = workdir.read_json(path)
+        last = folder / "checkpoints" / str(results["history"][-1]["step"])
+        if not last.is_dir():
+            raise ValueError(
+                f"epochs={config.epochs}: there is no {last}, from which the run of "
+                f"{recorded['epochs']} epochs could go on; put it back, or train in another folder"
+            )
         earlier = [*results.get("extended_from", []), results["final"]]
         # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
