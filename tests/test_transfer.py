@@ -567,9 +567,15 @@ def test_results_of_two_weight_files_are_not_mixed(tmp_path, monkeypatch):
         networks=["squeezenet1_1"],
         studies=["labels"],
         images=5000,
+        test=10,
         steps=200,
     )
-    monkeypatch.setattr(arrays, "load", lambda *arguments: None)
+    train, test = (
+        arrays.Split(np.zeros((count, 1, 1, 3), np.uint8), np.zeros(count, np.int32))
+        for count in (5000, 10)
+    )
+    data = arrays.Dataset(train, None, test, ("cat",))
+    monkeypatch.setattr(arrays, "load", lambda *arguments: data)
     monkeypatch.setattr(study, "labels_file", lambda *arguments: "labels.npz")
     monkeypatch.setattr(study, "probe", lambda *arguments: {"accuracy": 0.5})
     shared = study.load(options)
@@ -587,3 +593,6 @@ def test_results_of_two_weight_files_are_not_mixed(tmp_path, monkeypatch):
     # The halves need no weights.
     options.studies = ["halves"]
     study.load(options)
+    options.test = 11
+    with pytest.raises(ValueError, match="test=11 is more than the 10 images of that part"):
+        study.load(options)
