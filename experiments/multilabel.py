@@ -252,8 +252,8 @@ def report(results: list[dict], options) -> study.Report:
 Average precision in percent on {len(data.test.images)} test scenes of CamVid, mean ± sample
 standard deviation over seeds; {len(data.train.images)} training scenes, {options.epochs} epochs
 from scratch. A frozen network is fitted to a bootstrap of the training scenes, with about 63 % of
-them, which is a handicap beside the network from scratch, which has all of them. Left out, because
-hardly a scene of a part lacks or shows them: {left_out}.
+them, which is a handicap beside the network from scratch, which has all of them.
+Left out, because hardly a scene of a part lacks or shows them: {left_out}.
 
 {tabulate(by_method, prevalence, names)}
 ![Average precision](multilabel.png)
