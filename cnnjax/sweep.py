@@ -132,7 +132,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
     pending = [cell for cell in cells if not cell.is_done]
     # The first round runs what is free. Further rounds try the other cells again, without logging.
     is_first_round = True
-    pause = _FIRST_PAUSE
+    pause = min(_FIRST_PAUSE, _POLLING_SECONDS)
     while pending:
         claimed = []
         for cell in pending:

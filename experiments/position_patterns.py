@@ -37,7 +37,7 @@ from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
 from cnnjax.position import patterns
-from cnnjax.position.encoder import stage_shapes
+from cnnjax.position.encoder import draw_variables, stage_shapes
 from cnnjax.runtime import tables
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")
@@ -195,9 +195,8 @@ class Subject:
         """Returns the file's variables, or random ones."""
         if self.loaded is not None:
             return self.loaded
-        image = jnp.zeros((1, *self.model.input_shape))
-        initialize = functools.partial(self.model.init, method="stages", last=self.stages[-1])
-        return jax.jit(initialize)(jax.random.key(seed), image)
+        size = self.model.input_shape[0]
+        return draw_variables(self.model, size, self.stages[-1], jax.random.key(seed))
 
 
 class Inside(NamedTuple):

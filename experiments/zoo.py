@@ -97,7 +97,6 @@ def load_torchvision() -> Frameworks:
 def load(options) -> Frameworks:
     frameworks = load_torchvision()
     frameworks.torch.set_num_threads(backend.cores())
-    backend.start()
     # The options include the environment, so the times of a work directory belong to one
     # environment.
     options.environment = environment(frameworks)

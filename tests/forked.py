@@ -91,10 +91,8 @@ def _work(
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"{module}.__main__")
     for name, value in changes.items():
-        place, _, name = name.rpartition(".")
-        changed = importlib.import_module(place) if place else command
-        assert hasattr(changed, name)
-        setattr(changed, name, value)
+        assert hasattr(command, name)
+        setattr(command, name, value)
     try:
         code = deep_calls.call(command.main, arguments=arguments)
     except SystemExit as stop:
@@ -109,8 +107,7 @@ class Popen:
         module: the command's.
         arguments: of the command line.
         flags: added to XLA_FLAGS.
-        changes: new values of the module's globals, by name; of another module's, by its name and
-            theirs.
+        changes: new values of the module's globals, by name.
         config: values of jax.config, by name.
     """
 

@@ -78,9 +78,14 @@ class _SmallestMetric:
     def __init__(self):
         self.metrics: dict[int, float] = {}
 
+    def choose(self, steps: list[int]) -> int | None:
+        """Chooses the step of the smallest metric; None if none of them has one."""
+        measured = [step for step in steps if step in self.metrics]
+        return min(measured, key=self.metrics.__getitem__, default=None)
+
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        measured = [info.step for info in checkpoints if info.step in self.metrics]
-        best = min(measured, key=self.metrics.__getitem__, default=None)
+        """Tells orbax which checkpoints to keep."""
+        best = self.choose([info.step for info in checkpoints])
         return [info.step == best for info in checkpoints]
 
 
@@ -280,8 +285,7 @@ class Checkpoints:
         Raises:
           ValueError: if no such checkpoint has a metric.
         """
-        metrics = {step: self._header(step)["metric"] for step in self.steps()}
-        measured = {step: metric for step, metric in metrics.items() if metric is not None}
-        if not measured:
+        best = self._best.choose(self.steps())
+        if best is None:
             raise ValueError(f"no checkpoint in {self.folder} has a metric")
-        return self.restore_step(min(measured, key=measured.get), like)
+        return self.restore_step(best, like)
