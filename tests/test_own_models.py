@@ -15,8 +15,8 @@ import quick
 from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
 from cnnjax.runtime import source, workdir
-from cnnjax.train import defaults
-from cnnjax.train.run import open_run
+from cnnjax.train import adopt, defaults
+from cnnjax.train.run import open_run, read_config
 from cnnjax.weights import save_torchvision
 
 # A configuration file that registers a network of two layers with fields of its own.
@@ -113,6 +113,14 @@ def test_a_configuration_that_registers_a_network(own, tmp_path):
     with_weights = ["filters", "--model", config["model"], "--weights", weights]
     printed = run("cnnjax.visualize", *with_weights, "--workdir", tmp_path / "b", code=2)
     assert "of another shape: fc.weight is (10, 3)" in printed
+    # The project is moved: file and run keep their places to each other.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for member in (path, folder):
+        member.rename(moved / member.name)
+    run("cnnjax.predict", moved / "run", photograph)
+    printed = run("cnnjax.main", "--config", moved / path.name, *arguments[2:], moved / "run")
+    assert "holds the finished run" in printed
 
 
 @pytest.mark.slow
@@ -160,6 +168,44 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": "a.py:other"}))
     with pytest.raises(ValueError, match="model='a.py:other' there"):
         workdir.check_config(tmp_path, config.to_dict())
+
+
+def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
+    """The run's record has the file's earlier path, which ends like the present one."""
+    path, name = own
+    project = tmp_path / "project"
+    run = project / "runs" / "a"
+    run.mkdir(parents=True)
+    (project / "nets").mkdir()
+    path.rename(project / "nets" / "own.py")
+    config = defaults.get_config()
+    config.model = f"{project}/nets/own.py:{name}"
+    config.epochs = 3
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    assert read_config(run).model == config.model
+
+    moved = tmp_path / "moved"
+    project.rename(moved)
+    run = moved / "runs" / "a"
+    present = f"{moved}/nets/own.py:{name}"
+    assert read_config(run).model == present
+    # Another configuration leaves the record as it is.
+    before = (run / "config.json").read_text()
+    config.model = present
+    config.seed = 1
+    adopt.complete_record(config, run)
+    assert (run / "config.json").read_text() == before
+    config.seed = 0
+    adopt.complete_record(config, run)
+    assert json.loads((run / "config.json").read_text())["model"] == present
+    workdir.check_config(run, config.to_dict())
+
+    # The run alone was moved: the file is looked for from the current folder, too.
+    run.rename(tmp_path / "copied")
+    moved.rename(tmp_path / "again")
+    assert read_config(tmp_path / "copied").model == present
+    monkeypatch.chdir(tmp_path / "again")
+    assert read_config(tmp_path / "copied").model == f"{tmp_path}/again/nets/own.py:{name}"
 
 
 @pytest.mark.slow

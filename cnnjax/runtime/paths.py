@@ -14,6 +14,22 @@ def expand_user(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path))
 
 
+def find_moved(path: pathlib.Path, *folders: pathlib.Path) -> pathlib.Path | None:
+    """Finds a file whose folder has been moved or renamed since its path was recorded.
+
+    Of /old/project/nets/mine.py, the ends old/project/nets/mine.py, project/nets/mine.py,
+    nets/mine.py and mine.py are looked for, the longest first, in each of the folders.
+
+    Returns the new path; None if there is no such file.
+    """
+    for start in range(1, len(path.parts)):
+        for folder in folders:
+            candidate = folder.joinpath(*path.parts[start:])
+            if candidate.is_file():
+                return candidate.absolute()
+    return None
+
+
 def package_folder(name: str) -> pathlib.Path:
     """Returns the folder of an installed package without importing it.
 

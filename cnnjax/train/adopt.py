@@ -9,6 +9,7 @@ import numpy as np
 
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults
+from cnnjax.train.run import find_network
 from cnnjax.train.schedules import learning_rates
 
 _LOG = logging.getLogger("cnnjax")
@@ -16,28 +17,34 @@ EXTENDED = "extended.json"
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Adds keys introduced after a run to its record, with the values in effect then.
+    """Brings a run's record up to date, if it is one of this configuration.
+
+    Keys introduced after the run are added, with the values in effect then. A user's network gets
+    the path that its file has now.
 
     Args:
-      config: the configuration to run; where it has the default of such a key, it gets that value,
-        too.
+      config: the configuration to run; where it has the default of such a key, it gets the earlier
+        value, too.
       folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, "train")
     if recorded is None:
         return
     missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
-    if not missing:
+    completed = find_network(recorded | missing, folder)
+    if completed == recorded:
         return
     current = defaults.get_config()
     for key, value in missing.items():
         if config[key] == current[key]:
             config[key] = value
-    recorded |= missing
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    if _differences(recorded, config) <= {"epochs", "model"}:
-        _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-        workdir.write_json(folder / "config.json", recorded)
+    if _differences(completed, config) <= {"epochs", "model"}:
+        if missing:
+            _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
+        if completed["model"] != recorded.get("model"):
+            _LOG.info("%s: the network is found at %s", folder, completed["model"])
+        workdir.write_json(folder / "config.json", completed)
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

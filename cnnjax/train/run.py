@@ -14,7 +14,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
-from cnnjax.runtime.paths import expand_user
+from cnnjax.runtime.paths import expand_user, find_moved
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
@@ -325,12 +325,29 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Reads the keys that a training run recorded; None if the folder is not a run's."""
+    """Reads the keys that a training run recorded; None if the folder is not a run's.
+
+    The model is that of `find_network`.
+    """
     path = folder / "config.json"
     recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
     if isinstance(recorded, dict) and recorded.get("kind") == "train":
-        return recorded
+        return find_network(recorded, folder)
     return None
+
+
+def find_network(recorded: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """Returns a run's recorded keys with the present path of a user's network.
+
+    A project may have been moved since, or copied from another machine. If FILE of FILE.py:NAME is
+    gone, it is looked for from the current folder, the run's folder and the folders above it.
+    """
+    place, _, attribute = str(recorded.get("model")).rpartition(":")
+    if not place.endswith(".py") or pathlib.Path(place).is_file():
+        return recorded
+    absolute = folder.absolute()
+    moved = find_moved(pathlib.Path(place), pathlib.Path.cwd(), absolute, *absolute.parents)
+    return recorded if moved is None else recorded | {"model": f"{moved}:{attribute}"}
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
