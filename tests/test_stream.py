@@ -225,6 +225,23 @@ def test_a_class_whose_name_no_report_could_hold_is_refused(tmp_path):
     assert stream.Folder(tmp_path / "other")[0][0].size == (8, 8)
 
 
+def test_class_names_in_two_unicode_forms_are_one_name(tmp_path):
+    """An archive made on macOS writes "ä" as "a" and a combining mark; elsewhere it is one."""
+    composed, decomposed = "Äpfel", "A\u0308pfel"
+    image = [ramp(8, 8)]
+    write(tmp_path / "data" / "train", **{decomposed: image, "Birnen": image})
+    write(tmp_path / "data" / "val", **{composed: image, "Birnen": image})
+    sources = stream.open_splits("folder", str(tmp_path / "data"))
+    # In the order of the composed names.
+    assert sources["train"].classes == sources["test"].classes == ("Birnen", composed)
+    for source in sources.values():
+        first, last = (path.parent.name for path, _ in source.files)
+        assert first == "Birnen" and last.endswith("pfel")
+    write(tmp_path / "data" / "train", **{composed: image})
+    with pytest.raises(ValueError, match=r"'A\\u0308pfel' and '\\xc4pfel' .* are the same name, 'Ä"):
+        stream.Folder(tmp_path / "data" / "train")
+
+
 def test_pixels_of_every_kind_become_rgb(tmp_path):
     """As in torchvision, transparency and an orientation in metadata are ignored."""
     color = (200, 100, 0)

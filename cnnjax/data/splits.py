@@ -1,9 +1,19 @@
-"""Checks of labels, and the choice of held-out images.
+"""Names of classes, checks of labels, and the choice of held-out images.
 
 The rules are the same for data sets in memory and for streamed ones.
 """
 
+import unicodedata
+
 import numpy as np
+
+
+def class_name(name: str) -> str:
+    """Returns a class's name in one Unicode form, by which it is compared.
+
+    Archives made on macOS write an "ä" in the name of a folder as two characters.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def check_labels(labels: np.ndarray, count: int, source: str) -> None:

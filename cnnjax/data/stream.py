@@ -8,6 +8,7 @@ import atexit
 import dataclasses
 import functools
 import gc
+import itertools
 import logging
 import math
 import multiprocessing
@@ -47,8 +48,8 @@ FEW_IMAGES = 500
 class Folder:
     """Images under ROOT/CLASS/ in the order of their names.
 
-    The classes are the names of the folders that are not hidden. Other files, images outside a
-    class folder and folders inside one are passed over.
+    The classes are the names of the folders that are not hidden (`splits.class_name`). Other files,
+    images outside a class folder and folders inside one are passed over.
 
     Attributes:
       place: the folder, for messages.
@@ -57,7 +58,7 @@ class Folder:
       passed_over: what was passed over, in words.
 
     Raises:
-      ValueError: if there are no images, or a class has none.
+      ValueError: if there are no images, a class has none, or two classes have one name.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -69,15 +70,16 @@ class Folder:
         if not top.folders:
             raise ValueError(f"{root} has no images; {expected}")
         self.place = str(root)
-        self.classes = tuple(folder.name for folder in top.folders)
+        folders = sorted(top.folders, key=lambda folder: splits.class_name(folder.name))
+        self.classes = tuple(splits.class_name(folder.name) for folder in folders)
+        _check_names(folders)
         self.files: list[tuple[pathlib.Path, int]] = []
         # Counts of what is passed over, by its kind.
         others = top.others
         if top.images:
             others["outside a class folder"] = len(top.images)
         nested: list[pathlib.Path] = []
-        for label, folder in enumerate(top.folders):
-            _check_name(folder)
+        for label, folder in enumerate(folders):
             listing = list_folder(folder)
             if not listing.images:
                 passed_over = describe_passed_over(root, listing.others, listing.folders)
@@ -100,14 +102,26 @@ class Folder:
         return np.array([label for _, label in self.files], np.int32)
 
 
-def _check_name(folder: pathlib.Path) -> None:
-    """Raises `ValueError` for a class name that is not UTF-8, as reports are."""
-    try:
-        folder.name.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the class folder {str(folder)!r} has a name that is not UTF-8; rename it"
-        ) from error
+def _check_names(folders: list[pathlib.Path]) -> None:
+    """Checks the names of class folders, which are in the order of their classes.
+
+    Raises:
+      ValueError: if one is not UTF-8, as reports are, or if two differ in their Unicode form only.
+    """
+    for folder in folders:
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the class folder {str(folder)!r} has a name that is not UTF-8; rename it"
+            ) from error
+    for folder, following in itertools.pairwise(folders):
+        if splits.class_name(folder.name) == splits.class_name(following.name):
+            raise ValueError(
+                f"the class folders {ascii(folder.name)} and {ascii(following.name)} of "
+                f"{folder.parent} are the same name, {splits.class_name(folder.name)!r}, in two "
+                "Unicode forms; put their images into one"
+            )
 
 
 class Tfds:

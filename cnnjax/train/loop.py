@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from cnnjax.data import splits
 from cnnjax.runtime import backend, signals, workdir
 from cnnjax.train import report, results, step
 from cnnjax.train.adopt import complete_record, extend
@@ -235,6 +236,9 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
 def _check_data(config: ml_collections.ConfigDict, saved: dict, current: dict) -> None:
     """Raises `ValueError` if the images of a run are not those of its checkpoint."""
     for name, value in saved.items():
+        if name == "classes":
+            # Runs of earlier versions recorded the names as the folders have them.
+            value = [splits.class_name(label) for label in value]
         if value == current[name]:
             continue
         change = f"{name}={value} then, {current[name]} now"
