@@ -60,8 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The folder of the data set's files; small data sets are downloaded where they are absent.
     config.data_dir = ""
     # Training images to hold out for validation. 0 holds out none: "folder" and "tfds:NAME" then
-    # use their own validation split if they have one. For "camvid" and "camvid_scenes", 101, the
-    # size of their validation split, uses that split.
+    # use their own validation split if they have one. With "camvid" and "camvid_scenes", 101 uses
+    # their validation split of this size, and 0 leaves it out.
     config.n_validation = 0
     # Height and width of streamed images (folder, tfds:NAME), in pixels.
     config.image_size = 224
