@@ -1,4 +1,4 @@
-"""Convolutional networks in JAX and Flax, and the studies of lectures on them."""
+"""Convolutional networks in JAX and Flax, and studies of what padding does."""
 
 from cnnjax.runtime import backend, lazy
 

@@ -1,7 +1,4 @@
-"""Trained classifiers for `predict` and `evaluate`.
-
-They have published weights, or those of a finished run.
-"""
+"""Load a classifier for `predict` and `evaluate`, from published weights or a run."""
 
 import argparse
 import concurrent.futures
@@ -49,7 +46,7 @@ def published(
       name: the network.
       tag: which of its weights.
       path: a file to read the weights from, instead of looking for them.
-      resize: pixels of the shorter side, instead of the published ones.
+      resize: length of the shorter side before the crop, in pixels; by default as published.
 
     Raises `ValueError` if there are no such weights.
     """
@@ -153,7 +150,7 @@ def add_options(parser: command.Parser) -> None:
         metavar="NAME_OR_RUN",
         help="a network with published weights, such as resnet50, or a run's work directory",
     )
-    parser.add_argument("--tag", help=f"of published weights (default: {records.V1})")
+    parser.add_argument("--tag", help=f"which published weights to use (default: {records.V1})")
     parser.add_argument(
         "--weights",
         metavar="FILE",
@@ -163,7 +160,7 @@ def add_options(parser: command.Parser) -> None:
         "--resize",
         type=command.whole_number(1),
         metavar="PIXELS",
-        help="of the shorter side, before the crop (default: as published)",
+        help="length of the shorter side before the crop, in pixels (default: as published)",
     )
 
 

@@ -1,6 +1,6 @@
 """Run a configuration in a work directory.
 
-python -m cnnjax.main --config configs/posenet.py [--workdir runs/mine] [--config.KEY=VALUE ...]
+python -m cnnjax.main --config configs/posenet.py [--workdir runs/my_study] [--config.KEY=VALUE ...]
 
 With --config FILE, --help lists the keys of that configuration and their values.
 """

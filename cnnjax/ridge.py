@@ -1,7 +1,7 @@
 """Ridge regression: least squares with a penalty on the weights, solved exactly.
 
-It serves linear readouts and probes. The arrays are NumPy's, in float64: the cost is one
-eigendecomposition, and single precision would lose the weak strengths.
+Used by linear readouts and probes. Arrays are NumPy float64, since float32 is too imprecise for the
+weakest penalties. The cost is one eigendecomposition.
 """
 
 import functools

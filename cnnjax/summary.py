@@ -1,4 +1,4 @@
-"""A network's table, printed.
+"""Print a table of a network's layers.
 
     python -m cnnjax.summary vgg16 [--input 224] [--batch 1] [--padding reflect] [--sampling blur]
         [--format text|markdown|json]
@@ -129,9 +129,11 @@ def _work(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(
-        prog="python -m cnnjax.summary", description="Prints a network's table."
+        prog="python -m cnnjax.summary",
+        description="Print a table of a network's layers: output shape, parameters, memory, "
+        "multiply-adds,\nreceptive field and stride.",
     )
-    parser.add_argument("model", help="a registered name, such as vgg16")
+    parser.add_argument("model", help="a registered name, such as vgg16, or FILE.py:NAME")
     parser.add_argument(
         "--input",
         type=command.whole_number(1),

@@ -3,14 +3,15 @@ r"""Run the settings that a configuration's `sweep()` lists, and put their resul
     python -m cnnjax.sweep --config configs/lenet_mnist.py --workdir runs/lenet_sweep \
         [--config.KEY=VALUE ...]
 
-Each cell of the sweep is a run in a work directory of its own. A finished cell is not run again,
-and a stopped one goes on. Cells that differ in seeds and numbers only share one compilation. Any
-number of processes may work on one sweep: each takes a free cell, and one that finds none waits
-for the others, to take up what they leave. `--launcher=slurm --jobs=8` submits eight such
-processes to Slurm, `--launcher=local` starts them on this machine.
+Each run of the sweep has its own work directory. A finished run is not repeated, and a stopped one
+continues. Runs that differ only in their seed, or in numbers such as the learning rate, share one
+compilation. Any number of processes may work on one sweep. Each takes an unfinished run that no
+other process holds; if there is none, it waits, and takes over runs that others abandon.
+`--launcher=slurm --jobs=3` submits three such processes to Slurm; `--launcher=local` starts them on
+this machine.
 
-Writes sweep.json and sweep.md: for each cell the mean, sample standard deviation, n and 95 %
-interval (Student's t) of the final errors over its seeds. A cell fails if its numbers are no longer
+Writes sweep.json and sweep.md: for each setting, the mean, sample standard deviation, n and 95 %
+interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
 finite or its batch does not fit into memory; the exit code is then 1, and the table has the reason.
 """
 
@@ -306,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     parser = single.build_parser("cnnjax.sweep", __doc__)
     parser.add_argument(
-        "--launcher", choices=("slurm", "local"), help="hand the sweep to jobs, and end"
+        "--launcher", choices=("slurm", "local"), help="submit the sweep as jobs and exit"
     )
     parser.add_argument(
         "--jobs",
@@ -319,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of submitit's for every job, such as slurm_partition=gpu or "
+        help="a submitit parameter for every job, such as slurm_partition=gpu or "
         "timeout_min=60; may be repeated",
     )
     return single.run_command(parser, arguments, sweep)

@@ -1,9 +1,9 @@
 """Transfer: starting from another network's weights, freezing parts, linear readouts of features.
 
 A part is named by a stage or by a shell pattern on torchvision's names of the parameters, such as
-`features.*` or `*.bias`. The stage "layer2" stands for what it adds to the stage before it,
-"logits" for what follows the last stage. BatchNorm's statistics go with its parameters. The head
-has the variables whose shapes depend on the number of classes; it is loaded only if it is named.
+`features.*` or `*.bias`. A stage name means the parameters between the previous stage and this one;
+"logits" means those after the last stage. BatchNorm's statistics go with its parameters. The head
+is every variable whose shape depends on the number of classes; it is loaded only if it is named.
 """
 
 import fnmatch

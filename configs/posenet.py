@@ -2,10 +2,10 @@
 
     python -m cnnjax.main --config configs/posenet.py
 
-The study asks whether position can be read from a network's features (docs/study.md). It takes 3
-min 40 s on 2 CPU cores (jaxlib 0.10.2, 21 November 2026). The table shows how well the exact
-readout predicts horizontal position (H): Spearman's rank correlation (SPC) and, in brackets, R2,
-means over 3 seeds, each with 12 photograph crops and one black image:
+The study asks whether position can be read from a network's features (docs/study.md). It takes 4 to
+6 minutes on 2 idle CPU cores. The table shows how well the exact readout predicts horizontal
+position (H): Spearman's rank correlation (SPC) and, in brackets, R2, means over 3 seeds, each with
+12 photograph crops and one black image:
 
     padding                         photographs   black
     zeros, VGG-16                   .86 (.70)     .92 (.81)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from cnnjax.runtime import command, tables, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Training and test errors in percent, as the lecture prints them (NUS, lectures 1 to 5). The
+# Training and test errors in percent, as the lecture prints them (NUS CS5242, lecture 8). The
 # tutorial prints no errors for its network.
 CLAIMS = {
     "mlp1_cifar10": (59, 65),

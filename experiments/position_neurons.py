@@ -14,8 +14,8 @@ The content of photographs also differs between their edges and their middles. T
 therefore comes from features without a border: the crops see the photograph around them (column
 "inside"; photographs are scaled as in `position_patterns`). The threshold is chosen on one half of
 the photographs such that 1 % of a stage's channels are beyond it, and channels are counted on the
-other half. Then the halves change places, and the mean counts. The share under "inside" is thus the
-rate of false positives, with which all other shares must be compared.
+other half. Then the halves are swapped, and the two results are averaged. The share under "inside"
+is thus the rate of false positives, with which all other shares must be compared.
 
 The exact readout of H is fitted to the first half of the same features and scored on the second.
 Each seed draws the photographs and the random weights. Finished points are not measured again.

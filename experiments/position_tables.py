@@ -13,9 +13,10 @@ that distinguish the rows of a table are refused.
 
 The paper's networks have ImageNet weights. Here, weights are random unless an option says
 otherwise. The table `weights` compares random and ImageNet weights, and `photographs` fits the
-readout to 24, 96 and 384 photographs. ImageNet weights come from the Hugging Face hub. For the
-networks named by `--trained`, they come from a safetensors file with torchvision's names, followed
-by the modules that the file lacks. Writes NAME.md and NAME.json.
+readout to 24, 96 and 384 photographs. ImageNet weights come from PyTorch's cache, the Hugging Face
+hub, or torchvision's server. For the networks named by `--trained`, they come from a safetensors or
+.pth file with torchvision's names, followed by the modules that the file lacks. Writes NAME.md and
+NAME.json.
 """
 
 import argparse

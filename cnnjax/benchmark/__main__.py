@@ -1,4 +1,4 @@
-"""Benchmarks in which every side is measured in the same run.
+"""Benchmark cnnjax against stock Flax layers, PyTorch and oneDNN, all in the same run.
 
     python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds,input} [--workdir FOLDER] [--rounds 9]
         [--only NAME ...] [--sides SIDE ...] [--configurations 64] [--photographs FOLDER]
@@ -14,12 +14,12 @@ layers  forward, input gradient and kernel gradient of the convolutions that net
 study   all readouts on features that are computed once, against one readout at a time with the
         encoder in every step
 seeds   many seeds and learning rates of LeNet in one program, against one after the other
-input   images a second that streams decode from JPEGs of 500 x 375, with several numbers of worker
-        processes, against Pillow in a loop, PyTorch's DataLoader (where it is installed) and
+input   images per second that streams decode from JPEGs of 500 x 375, with several numbers of
+        worker processes, against Pillow in a loop, PyTorch's DataLoader (where it is installed) and
         ResNet-50's training step on this device
 
 Each side of the first three is a process of its own, since the flags of a process cannot be
-changed; the processes take turns, so that a drift of the machine's speed meets all of them.
+changed; the processes take turns, so that changes in the machine's speed affect all sides alike.
 `--sides` chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and
 `layers` have one more side, which is measured only if it is named: oneDNN, which is cnnjax with the
 convolutions of that library. The environment variable ONEDNN_LIBRARY names the library's file
@@ -410,7 +410,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--configurations",
         type=command.whole_number(1),
-        help=f"of seeds; 4 suffice on a CPU (default: {_CONFIGURATIONS})",
+        help="configurations that `seeds` trains; 4 are enough on a CPU "
+        f"(default: {_CONFIGURATIONS})",
     )
     parser.add_photographs()
     options = parser.parse_args(arguments)

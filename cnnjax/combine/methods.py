@@ -5,12 +5,14 @@ METHODS = {
     "ensemble": "the mean of all runs' probabilities",
     "ensemble-logits": "the mean of all runs' logits",
     "uniform": "the average of all runs' parameters",
-    "greedy": "the average of those that, from the best run down, do not make it worse",
-    "learned": "the average with coefficients learned on the validation images, one a run",
-    "learned-by-layer": "the same, one a run and layer",
+    "greedy": "the average of runs, added from best to worst and kept if they do not lower "
+    "validation accuracy",
+    "learned": "the average with coefficients learned on the validation images, one per run",
+    "learned-by-layer": "the same, one per run and layer",
     "snapshot": "the mean of the probabilities of one run's checkpoints, with "
     "schedule.name=restarts those at the cycles' ends",
-    "polyak": "the average of one run's checkpoints, or the one that it kept itself (ema_decay)",
+    "polyak": "the average of one run's checkpoints, or the moving average that the run kept "
+    "(ema_decay)",
 }
 # Methods that choose by the accuracy or the loss on validation images.
 SELECTING = ("best", "greedy", "learned", "learned-by-layer")

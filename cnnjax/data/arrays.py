@@ -37,7 +37,7 @@ class Split(NamedTuple):
 
     Attributes:
       images: uint8 [n, height, width, channels].
-      labels: int32 [n]; for several classes an image, int32 [n, classes] of 0 and 1; for masks,
+      labels: int32 [n]; for several classes per image, int32 [n, classes] of 0 and 1; for masks,
         uint8 [n, height, width] with 255 for pixels of no class.
     """
 

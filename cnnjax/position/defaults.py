@@ -47,8 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
     # "imagenet": standardized by its mean and deviation. "unit": from 0 to 1, where black is what
     # zero padding fills with.
     config.pixels = "imagenet"
-    # Sample all stages at the same pixels, instead of aligning the corners of stages that cover
-    # different parts of the image, as the authors' code does.
+    # True: sample all stages at the same pixels of the image. False: resize all stages with their
+    # corners aligned, as the authors' code does, although stages cover different parts of the
+    # image.
     config.registered = False
     # A control: the image with two channels of coordinates, read out without an encoder.
     config.coordinates = False
@@ -58,10 +59,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.shuffled = False
     # Height and width of the readout's convolution.
     config.kernel = 1
-    # Convolutions of the authors' readout, and the channels between them; 0 channels: as many as
-    # the features have, as in the authors' code.
+    # Convolutions of the authors' readout.
     config.depth = 1
-    # Channels between the convolutions of the authors' readout; 0 for as many as the features have.
+    # Channels between these convolutions; 0 for as many as the features have, as in the authors'
+    # code.
     config.hidden = 0
     # Zeros around the features, on each side.
     config.readout_padding = 0

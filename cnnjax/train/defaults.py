@@ -59,7 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.dataset = "digits"
     # The folder of the data set's files; small data sets are downloaded where they are absent.
     config.data_dir = ""
-    # Training images to hold out for validation; 0 for none, or for a data set's own.
+    # Training images to hold out for validation. 0 holds out none: "folder" and "tfds:NAME" then
+    # use their own validation split if they have one. With "camvid" and "camvid_scenes", 101 uses
+    # their validation split of this size, and 0 leaves it out.
     config.n_validation = 0
     # Height and width of streamed images (folder, tfds:NAME), in pixels.
     config.image_size = 224
@@ -74,18 +76,20 @@ def get_config() -> ml_collections.ConfigDict:
     # "standardised" uses the data's mean and deviation, "imagenet" those of ImageNet; "centred"
     # leaves 0 to 255 minus the data's mean.
     config.pixels = "standardised"
-    # flip: mirror half of the images. crop: pixels to shift by. fill: "zeros" or "reflect", of the
-    # crop's border. cutout: the side of a black square. colour: deviation of the color shift.
+    # flip: mirror half of the images. crop: largest random shift, in pixels. fill: what a shift
+    # brings in, "zeros" or "reflect". cutout: side of a black square, in pixels. colour: standard
+    # deviation of the color shift.
     config.augment = ml_collections.ConfigDict(
         {"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0}
     )
     # Both parameters of mixup's Beta distribution; 0 for none.
     config.mixup = 0.0
-    # Views of a test image that are averaged: 1, 2 with the mirror image, or 10 with corners.
+    # Views averaged per test image: 1; 2 (plus the mirror image); 10 (center and corners, each also
+    # mirrored; needs streamed images and a `resize` of 0 or above `image_size`).
     config.test_views = 1
 
     # ---- Loss and optimizer
-    # "cross_entropy", "pixelwise" for masks (camvid), or "sigmoid" for several classes an image
+    # "cross_entropy", "pixelwise" for masks (camvid), or "sigmoid" for several classes per image
     # (camvid_scenes).
     config.loss = "cross_entropy"
     # The share of the probability that is spread over all classes.
@@ -98,14 +102,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # Whether biases and normalization decay, too.
     config.decay_all = True
-    # name: "constant", "step", "cosine", "restarts", or "plateau"; SCHEDULE above has the other
-    # keys.
+    # name: "constant", "step", "cosine", "restarts", or "plateau". All read learning_rate and
+    # warmup_epochs; step also factor, and epochs or every; restarts also every; plateau also
+    # factor, metric, patience, mode, threshold, threshold_mode, cooldown, and min_lr.
     config.schedule = ml_collections.ConfigDict(
         {"name": "constant", **SCHEDULE, "learning_rate": 0.1}
     )
-    # Decay of the average of the parameters that is scored and saved; 0 for none.
+    # Decay of the moving average of the parameters. Above 0, the average is scored and saved
+    # instead.
     config.ema_decay = 0.0
-    # Parts that each device's batch is computed in, one after the other.
+    # Micro-batches per step on each device (gradient accumulation).
     config.accumulate = 1
     # The weights that are scored and saved: "best" for those of the smallest validation error,
     # where there are validation images; "last" for the end of training.

@@ -258,7 +258,7 @@ def score(
 
     Returns:
       The mean `loss` and the share of errors, `error`; with more than ten classes `top5_error`;
-      for masks `mean_iou` and for several classes an image `mean_ap`, where they are defined.
+      for masks `mean_iou` and for several classes per image `mean_ap`, where they are defined.
 
     Raises:
       ValueError: for labels that belong to no class.

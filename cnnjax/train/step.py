@@ -214,7 +214,7 @@ def loss_and_errors(
     """Computes the loss and the share of errors of each image.
 
     Args:
-      kind: one of `LOSSES`. "cross_entropy" is for one class an image; "sigmoid" for several, its
+      kind: one of `LOSSES`. "cross_entropy" is for one class per image; "sigmoid" for several, its
         loss averaged over the classes; "pixelwise" for masks, its loss averaged over the pixels
         whose label is not 255.
       logits: [batch, classes], and [batch, height, width, classes] for masks.

@@ -1,4 +1,4 @@
-"""What the units of a network look for, as numbers and as pictures.
+"""What a network responds to, as numbers and as pictures.
 
     python -m cnnjax.visualize levels --model squeezenet1_1 --weights FILE --photographs FOLDER
         --workdir runs/levels

@@ -39,7 +39,7 @@ _COMMANDS = {
     "occlusion": _Command(
         "the predicted class's probability while a gray square hides parts", 4, ("square",)
     ),
-    "grad-cam": _Command("where photographs speak for their predicted class", 6, ("stage",)),
+    "grad-cam": _Command("image regions that support the predicted class", 6, ("stage",)),
     "field": _Command("effective receptive fields against theoretical ones", 32, ("stages",)),
     "equivariance": _Command(
         "the error of shifted features by distance to the border, for every padding",
@@ -64,7 +64,7 @@ def _parse(arguments):
     listed = "".join(f"\n  {name:<{width}}  {_COMMANDS[name].description}" for name in _COMMANDS)
     top = command.Parser(
         prog="python -m cnnjax.visualize",
-        description=f"Shows what the units of a network look for. COMMAND is one of\n{listed}",
+        description=f"Visualize what a network responds to. COMMAND is one of\n{listed}",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
@@ -85,11 +85,12 @@ def _parse(arguments):
 
 def _add_subject(parser):
     add = parser.add_argument
-    add("--model", help="a registered name, such as squeezenet1_1")
+    add("--model", help="a registered name, such as squeezenet1_1, or FILE.py:NAME")
     add(
         "--weights",
         metavar="FILE",
-        help="a safetensors file with torchvision's names, 'imagenet' (from the hub) or 'random'",
+        help="a safetensors or .pth file with torchvision's names; 'imagenet' (from PyTorch's "
+        "cache, the Hugging Face hub, or torchvision's server); or 'random'",
     )
     add(
         "--run",

@@ -205,7 +205,7 @@ def occluded(subject: Subject):
 
 
 def class_maps(subject: Subject):
-    """Shows where photographs speak for their predicted class."""
+    """Shows image regions that support the predicted class."""
     (stage,) = subject.stages
     images = subject.photographs()
     x = subject.input(images)
