@@ -3,8 +3,8 @@
     python docs/generate.py
 
 `configuration.md` lists every configuration key with its default and comment, read from the two
-files that define them. `commands.md` holds what each command prints for `--help`. A test fails if
-either page is out of date.
+files that define them. `commands.md` holds what each command prints for `--help`, and `networks.md`
+the registered networks. A test fails if a page is out of date.
 """
 
 import ast
@@ -87,7 +87,34 @@ def commands() -> str:
     return "\n".join(sections)
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+def networks() -> str:
+    from cnnjax.models import create_model, list_models
+
+    # The names of one class that share its defaults stand in one row.
+    families: dict[tuple, list[str]] = {}
+    for name in list_models():
+        model = create_model(name)
+        families.setdefault((type(model), model.input_shape, model.num_classes), []).append(name)
+    lines = []
+    for (network, input_shape, num_classes), names in families.items():
+        size = "x".join(map(str, input_shape))
+        title = network.__doc__.strip().partition("\n")[0]
+        file = network.__module__.replace(".", "/") + ".py"
+        joined = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {joined} | {title} | {size} | {num_classes} | `{file}` |")
+    return (
+        "# Networks\n\n"
+        "The names that `cnnjax.create_model` and `--config.model` accept. Size and classes are\n"
+        "those of the publication; most networks take other sizes, and all take other numbers of\n"
+        "classes. `python -m cnnjax.summary NAME` prints a network's layers, and\n"
+        "`cnnjax.list_models()` these names. The files name their sources.\n\n"
+        "| names | network | image | classes | file |\n| --- | --- | --- | --- | --- |\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands, "networks.md": networks}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Networks used elsewhere: in Flax NNX, and as StableHLO through jax.export."""
+"""Networks used elsewhere: in loops of one's own, in Flax NNX, and through jax.export."""
 
 import pathlib
 import re
@@ -133,3 +133,16 @@ def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)
     assert names["is_same"]
+
+
+def test_the_loop_for_those_from_pytorch_trains(tmp_path, monkeypatch):
+    text = (DOCS / "pytorch.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block.replace('"resnet18"', '"cnnjax.models.small:SmallResNet"'), names)
+    assert names["logits"].shape == (8, 10) and np.isfinite(names["loss"])
+    first = names["model"].init(jax.random.key(0), names["images"])
+    for name in ("params", "batch_stats"):
+        assert not jax.tree.all(jax.tree.map(np.array_equal, first[name], names["variables"][name]))
+    assert jax.tree.all(jax.tree.map(np.array_equal, names["variables"], names["loaded"]))
