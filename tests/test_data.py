@@ -266,6 +266,17 @@ def test_labels_of_any_kind_are_checked(monkeypatch, loss, labels, wrong):
         arrays.load("own", "x")
 
 
+def test_how_classes_differ_is_told_in_few_words():
+    many = [f"class{number:04}" for number in range(2000)]
+    assert splits.describe_classes(many, tuple(many)) == ""
+    assert splits.describe_classes(many, many[::-1]) == "the classes are in another order"
+    change = splits.describe_classes(many, ["cat", *many[:3]])
+    assert change.startswith("classes class0003, class0004, ")
+    assert change.endswith(", class0012 and 1,987 more are gone, cat new")
+    # Names are the same in both Unicode forms.
+    assert splits.describe_classes(["A\u0308pfel"], ["Äpfel"]) == ""
+
+
 def test_a_slice_is_the_first_training_images_and_the_whole_test_set():
     whole = arrays.load("digits")
     part = arrays.load("digits[:300]")
