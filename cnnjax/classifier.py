@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ class Classifier:
     """A network, and how photographs are prepared for it.
 
     Attributes:
+      title: what a report calls it: its weights or its run.
+      published: its published accuracies in percent, by name; {} if there are none.
       classes: the names of its classes.
       multi_label: whether a photograph may have several classes.
       read: decodes, resizes and crops a file to uint8 [height, width, channels].
@@ -30,6 +33,8 @@ class Classifier:
       load: loads the network and its variables.
     """
 
+    title: str
+    published: dict[str, float]
     classes: tuple[str, ...]
     multi_label: bool
     read: Callable[[pathlib.Path], np.ndarray]
@@ -38,30 +43,55 @@ class Classifier:
 
 
 def published(
-    name: str, *, tag: str = records.V1, path: str | None = None, resize: int | None = None
+    name: str, *, tag: str | None = None, path: str | None = None, resize: int | None = None
 ) -> Classifier:
-    """Returns a network with published weights.
+    """Returns a network with published weights, or with weights of the user's for ImageNet.
 
     Args:
       name: the network.
-      tag: which of its weights.
-      path: a file to read the weights from, instead of looking for them.
+      tag: which of its weights; by default those in the file, or V1 if the file is not a published
+        one.
+      path: a file to read the weights from, instead of looking for them. Photographs are prepared
+        as the published weights of `tag` expect them.
       resize: length of the shorter side before the crop, in pixels; by default as published.
 
-    Raises `ValueError` if there are no such weights.
+    Raises `ValueError` if there are no such weights, or if the file has those of another tag.
     """
     from cnnjax.data.photographs import open_rgb
     from cnnjax.weights import load_pretrained
     from cnnjax.weights.preprocessing import resize_and_crop
 
-    record = records.find(name, tag).resized(resize)
+    record, is_published = _find_record(name, tag, path)
+    resized = record.resized(resize)
+    accuracies = {}
+    if is_published:
+        accuracies = {"top-1": record.top1, "top-5": record.top5}
     return Classifier(
+        title=f"{record.network} {record.tag if is_published else path}",
+        published=accuracies,
         classes=records.imagenet_classes(),
         multi_label=False,
-        read=lambda file: resize_and_crop(open_rgb(file), record),
+        read=lambda file: resize_and_crop(open_rgb(file), resized),
         moments=(np.asarray(record.mean, np.float32), np.asarray(record.std, np.float32)),
-        load=lambda: load_pretrained(name, tag=tag, path=path),
+        load=lambda: load_pretrained(name, tag=record.tag, path=path),
     )
+
+
+def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.Record, bool]:
+    """Finds the record that photographs are prepared by, and whether the weights are its own.
+
+    Arguments as `published`.
+    """
+    record = records.find(name, tag or records.V1)
+    if path is None:
+        return record, True
+    # A file of another network is refused when it is loaded.
+    of_file = records.of_file(path)
+    if of_file is None or of_file.network != record.network:
+        return record, False
+    if tag is not None and record != of_file:
+        raise ValueError(f"tag={tag!r} is not that of weights={path!r}, {of_file.tag}")
+    return of_file, True
 
 
 def trained(folder: pathlib.Path) -> Classifier:
@@ -98,6 +128,8 @@ def trained(folder: pathlib.Path) -> Classifier:
         return np.asarray(image.convert(mode)).reshape(run.image_shape)
 
     return Classifier(
+        title=str(folder),
+        published={},
         classes=run.classes,
         multi_label=run.config.loss == "sigmoid",
         read=read,
@@ -115,12 +147,17 @@ def logits(
       classifier: the network.
       files: the photographs.
       parallel: how the network is run on the devices.
-      batch_size: photographs per batch, over all devices.
+      batch_size: the most photographs per batch, over all devices, which share it evenly.
 
-    Raises `ValueError` if a file cannot be decoded, after the batches before it.
+    Raises `ValueError` if a file is no image, before the weights are loaded; if one cannot be
+    decoded whole, after the batches before it.
     """
     from cnnjax.train.evaluate import predict_batches
 
+    _check_headers(files)
+    # Batches are filled up to their size: a few photographs would be computed as a full batch.
+    all_files = math.ceil(max(1, len(files)) / parallel.size) * parallel.size
+    batch_size = min(batch_size, all_files)
     model, variables = classifier.load()
     yield from predict_batches(
         parallel,
@@ -130,6 +167,16 @@ def logits(
         _batches(classifier, files, batch_size),
         batch_size,
     )
+
+
+def _check_headers(files: list[pathlib.Path]) -> None:
+    """Raises `ValueError` if the header of a file is not that of an image."""
+    from cnnjax.data.photographs import image_size
+
+    # On a remote file system, files are opened faster several at a time.
+    with concurrent.futures.ThreadPoolExecutor(backend.cores()) as pool:
+        for _ in pool.map(image_size, files):
+            pass
 
 
 def _batches(classifier: Classifier, files: list[pathlib.Path], size: int) -> Iterator[np.ndarray]:
@@ -150,7 +197,10 @@ def add_options(parser: command.Parser) -> None:
         metavar="NAME_OR_RUN",
         help="a network with published weights, such as resnet50, or a run's work directory",
     )
-    parser.add_argument("--tag", help=f"which published weights to use (default: {records.V1})")
+    parser.add_argument(
+        "--tag",
+        help=f"which published weights to use (default: those in FILE, or {records.V1})",
+    )
     parser.add_argument(
         "--weights",
         metavar="FILE",
@@ -193,7 +243,7 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
         return trained(folder)
     return published(
         options.model,
-        tag=options.tag or records.V1,
+        tag=options.tag,
         path=options.weights,
         resize=options.resize,
     )

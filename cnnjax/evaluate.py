@@ -133,7 +133,7 @@ def evaluate(
       network: the network.
       files: the photographs.
       labels: int32 [n], one class each.
-      batch_size: photographs per batch, over all devices.
+      batch_size: the most photographs per batch, over all devices.
 
     Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5". Raises
     `ValueError` if the devices cannot share a batch evenly.
@@ -160,13 +160,6 @@ def evaluate(
 
 
 def _work(options: argparse.Namespace) -> None:
-    run = classifier.run_folder(options)
-    title = str(run)
-    published = {}
-    if run is None:
-        record = records.find(options.model, options.tag or records.V1)
-        title = f"{record.network} {record.tag}"
-        published = {"top-1": record.top1, "top-5": record.top5}
     data_dir = options.data_dir
     if not data_dir.is_dir():
         raise ValueError(f"data_dir={str(data_dir)!r} is not a folder")
@@ -174,18 +167,18 @@ def _work(options: argparse.Namespace) -> None:
     network = classifier.open_classifier(options)
     if network.multi_label:
         raise ValueError(
-            f"{run} is a multi-label run; expected one that gives a photograph one class"
+            f"{network.title} is a multi-label run; expected one that gives a photograph one class"
         )
-    if run is None:
+    if network.classes == records.imagenet_classes():
         files, labels = list_imagenet(data_dir)
     else:
         files, labels = list_classes(data_dir, network.classes)
     accuracies = evaluate(network, files, labels, options.batch_size)
-    print(f"{title}, {len(files):,} photographs")
+    print(f"{network.title}, {len(files):,} photographs")
     for name, accuracy in accuracies.items():
         line = f"{name} {accuracy:6.2f} %"
-        if name in published:
-            line += f"   published, on 50,000: {published[name]:.3f} %"
+        if name in network.published:
+            line += f"   published, on 50,000: {network.published[name]:.3f} %"
         print(line)
 
 

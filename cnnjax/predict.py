@@ -26,30 +26,24 @@ def probabilities(
 ) -> Iterator[np.ndarray]:
     """Yields the probabilities [classes] of each photograph, in order.
 
-    Raises `ValueError` if a file cannot be decoded.
+    Raises `ValueError` as `classifier.logits`.
     """
     import jax
 
     from cnnjax.train.parallel import Parallel
 
     activation = jax.nn.sigmoid if network.multi_label else jax.nn.softmax
-    size = max(1, min(len(files), _BATCH))
-    for logits in classifier.logits(network, files, Parallel("jit"), size):
+    for logits in classifier.logits(network, files, Parallel("jit"), _BATCH):
         yield from np.asarray(activation(logits))
 
 
 def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Lists files, and the images in folders.
-
-    Raises `ValueError` if one is not an image.
-    """
-    from cnnjax.data.photographs import image_size, list_photographs
+    """Lists files, and the images in folders."""
+    from cnnjax.data.photographs import list_photographs
 
     found = []
     for path in paths:
         found += list_photographs(path) if path.is_dir() else [path]
-    for path in found:
-        image_size(path)
     return found
 
 

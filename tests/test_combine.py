@@ -1,7 +1,9 @@
 """Ensembles and soups, compared with NumPy, brute force, and single networks."""
 
+import functools
 import json
 import pathlib
+import types
 
 import flax.linen as nn
 import jax
@@ -206,7 +208,12 @@ def test_one_program_of_many_networks_is_each_of_them(way):
     stacked, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(networks, moments))
     placed = parallel.replicate((stacked, (mean[:, None, None, None], std[:, None, None, None])))
     together = evaluate.predict(
-        parallel, model, *placed, evaluate.batches_of(images, 16), 16, combine.member_logits()
+        parallel,
+        model,
+        *placed,
+        evaluate.batches_of(images, 16),
+        16,
+        combine.member_logits(evaluate.logits),
     )
     assert together.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
     np.testing.assert_allclose(together, want, rtol=1e-6, atol=1e-6)
@@ -354,6 +361,64 @@ def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
         configs[tmp_path / name] = defaults.get_config().to_dict() | {"loss": kind}
     with pytest.raises(ValueError, match=f"^{tmp_path / 'b'} has loss='{loss}'; runs that are"):
         runs.check_runs(configs, "uniform")
+
+
+def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):
+    """Compares what every run recorded; those of earlier versions recorded less."""
+    digits = arrays.load("digits", n_validation=200)
+    config = defaults.get_config()
+    config.n_validation = 200
+    recorded = {"classes": list("0123456789"), "image_shape": [8, 8, 1], "n_train": 1237}
+    configs = {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        configs[tmp_path / name] = config.to_dict()
+    workdir.write_json(tmp_path / "a" / "results.json", recorded)
+    refused = f"^the images of dataset='digits', data_dir='' have changed since {tmp_path / 'b'} "
+    for changes, message in (
+        ({"classes": list("1023456789")}, "the classes are in another order"),
+        ({"classes": list("x123456789")}, "classes x are gone, 0 new"),
+        ({"image_shape": [8, 9, 1]}, r"image_shape=\[8, 9, 1\] then, \[8, 8, 1\] now"),
+        ({"n_train": 1000}, "n_train=1000 then, 1237 now"),
+    ):
+        workdir.write_json(tmp_path / "b" / "results.json", recorded | changes)
+        with pytest.raises(ValueError, match=rf"{refused}was trained \({message}\); bring them"):
+            runs.check_data(configs, digits, config)
+    # The run held out fewer images.
+    configs[tmp_path / "b"]["n_validation"] = 100
+    workdir.write_json(tmp_path / "b" / "results.json", recorded | {"n_train": 1337})
+    runs.check_data(configs, digits, config)
+    workdir.write_json(tmp_path / "b" / "results.json", {"classes": recorded["classes"]})
+    runs.check_data(configs, digits, config)
+
+
+def test_snapshots_are_taken_at_the_ends_of_cycles():
+    """A cycle is 2 epochs of 9 steps, after a warmup of 1 epoch."""
+    config = defaults.get_config()
+    config.schedule.update({"name": "restarts", "warmup_epochs": 1, "every": 2})
+    select = functools.partial(runs.select_ends_of_cycles, config=config, per_epoch=9, folder="run")
+    assert select([9, 18, 27, 36, 45]) == [27, 45]
+    for steps, message in (
+        ([9, 18, 27, 36], "9, 18, 27, 36, of which at the end of a cycle: 27; method='snapshot'"),
+        ([9, 18], "9, 18, of which at the end of a cycle: none; .* two: train two or more cycles"),
+        ([27], "27, of which .* with --config.checkpoint_every_steps=9 and --config.keep_checkp"),
+    ):
+        with pytest.raises(ValueError, match=f"^run kept the checkpoints of steps {message}"):
+            select(steps)
+
+
+@pytest.mark.parametrize("averaged", [None, combination.Member("average", {}, ())])
+def test_times_are_of_the_programs_that_scored(averaged):
+    """`compiled` keeps a program by its function: another one would be compiled anew."""
+    outputs = []
+    networks = types.SimpleNamespace(
+        members=[None],
+        all=None,
+        seconds_per_image=lambda member, output: outputs.append(output) or 1.0,
+    )
+    combination._time(networks, averaged)
+    scored = combine.member_logits(evaluate.averaged(1))
+    assert outputs == [evaluate.logits, evaluate.logits if averaged else scored]
 
 
 class OtherNorm(Network):

@@ -197,8 +197,14 @@ def test_a_folder_without_photographs_says_what_it_has(tmp_path):
 def test_a_folders_mistakes_are_named(tmp_path):
     expected = "expected {0}/CLASS/IMAGE with .jpg, .jpeg, .png, .webp, .bmp"
     (tmp_path / "hidden" / ".git").mkdir(parents=True)
-    for root in (tmp_path / "none", tmp_path / "hidden"):
-        with pytest.raises(ValueError, match=f"^{root} has no images; {expected.format(root)}$"):
+    write(tmp_path, flat=[ramp(8, 8)] * 2)
+    for name, message in (
+        ("none", "is not a folder"),
+        ("hidden", "has no images"),
+        ("flat", r"has no class folders, and images outside one \(2\)"),
+    ):
+        root = tmp_path / name
+        with pytest.raises(ValueError, match=f"^{root} {message}; {expected.format(root)}$"):
             stream.Folder(root)
     write(tmp_path / "part", cat=[ramp(8, 8)], dog=[])
     dog = (
@@ -333,7 +339,8 @@ def test_splits_that_do_not_fit_are_refused(tmp_path):
     write(tmp_path / "val", a=[ramp(8, 8)])
     with pytest.raises(
         ValueError,
-        match=f"^{where}: the test split has the classes a, and the training split a, b; expected",
+        match=rf"^{where}: the test split has other classes than the training split \(classes b "
+        r"are gone, none new\); expected the same$",
     ):
         stream.open_splits("folder", str(tmp_path))
     write(tmp_path / "val", b=[ramp(8, 8)])

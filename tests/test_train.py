@@ -23,7 +23,7 @@ import quick
 import safetensors.numpy
 
 import cnnjax.main
-from cnnjax.data import arrays
+from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.runtime import workdir
@@ -325,6 +325,35 @@ def test_prediction_and_features_run_the_same_three_ways(way):
             parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
         )
         np.testing.assert_allclose(predicted, want, atol=1e-5)
+
+
+class LastPixel(Network):
+    """Its logits are the last pixel."""
+
+    input_shape: tuple[int, int, int] = (3, 2, 5)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "logits", x[:, -1, -1]
+
+
+@pytest.mark.parametrize("height, width", [(6, 4), (4, 6)])
+def test_views_of_images_that_are_not_square(height, width):
+    images = jax.random.normal(jax.random.key(0), (3, height, width, 5))
+    # Two views are the whole image and its mirror image.
+    averaged = evaluate.averaged(2)(LastPixel(num_classes=5), {}, images)
+    want = (nn.softmax(images[:, -1, -1]) + nn.softmax(images[:, -1, 0])) / 2
+    np.testing.assert_allclose(jnp.exp(averaged), want, rtol=1e-5)
+    # Ten views have the size of the network's input.
+    crops = augment.views(images, 10, (3, 2))
+    rows = (slice(0, 3), slice(height - 3, height))
+    columns = (slice(0, 2), slice(width - 2, width))
+    for crop, mirrored, (row, column) in zip(crops, crops[5:], itertools.product(rows, columns)):
+        np.testing.assert_array_equal(crop, images[:, row, column])
+        np.testing.assert_array_equal(mirrored, crop[:, :, ::-1])
+    averaged = evaluate.averaged(10)(LastPixel(num_classes=5), {}, images)
+    want = np.mean([nn.softmax(crop[:, -1, -1]) for crop in crops], 0)
+    np.testing.assert_allclose(jnp.exp(averaged), want, rtol=1e-5)
 
 
 # ------------------------------------------------------- whole runs, as a user starts them

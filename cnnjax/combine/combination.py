@@ -20,7 +20,14 @@ from cnnjax.combine.networks import (
     member_logits,
     reestimate_statistics,
 )
-from cnnjax.combine.runs import Member, check_runs, find_runs, read_members, share_validation
+from cnnjax.combine.runs import (
+    Member,
+    check_data,
+    check_runs,
+    find_runs,
+    read_members,
+    share_validation,
+)
 from cnnjax.data import arrays, augment
 from cnnjax.runtime import tables, workdir
 from cnnjax.train import evaluate, step
@@ -51,14 +58,17 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
     # ------------------------------------------------------------- members
     configs = find_runs(patterns)
     check_runs(configs, method)
+    first = complete(next(iter(configs.values())))
+    # Read before the work directory is made, since the data may be missing.
+    data = arrays.load(first.dataset, first.data_dir, first.n_validation)
+    check_data(configs, data, first)
     members: list[Member] = []
     ema = None
     for path, config in configs.items():
         of_run, ema = read_members(path, complete(config), method)
         members += of_run
     names = [str(path) for path in configs]
-    # Built before the work directory is made, since the data may be missing.
-    networks = Networks(complete(next(iter(configs.values()))), members)
+    networks = Networks(first, members, data)
     if method in AVERAGES:
         transfer.check_statistics(networks.model, f"method={method!r}")
     folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
@@ -115,10 +125,12 @@ class Scores(NamedTuple):
 class Networks:
     """The members of a combination, with the data and the network to score them."""
 
-    def __init__(self, config: ml_collections.ConfigDict, members: list[Member]):
+    def __init__(
+        self, config: ml_collections.ConfigDict, members: list[Member], data: arrays.Dataset
+    ):
         self.config = config
         self.members = members
-        self.data = arrays.load(config.dataset, config.data_dir, config.n_validation)
+        self.data = data
         self.parallel = Parallel(config.parallel)
         # The runs may have been trained on another number of devices, which divides a batch.
         devices = self.parallel.size
@@ -300,7 +312,7 @@ def _time(networks: Networks, averaged: Member | None) -> dict[str, float]:
     """Times one member and the combination."""
     single = networks.seconds_per_image(networks.members[0], evaluate.logits)
     if averaged is None:
-        combined = networks.seconds_per_image(networks.all, member_logits())
+        combined = networks.seconds_per_image(networks.all, member_logits(evaluate.logits))
     else:
         combined = networks.seconds_per_image(averaged, evaluate.logits)
     return {"single": single, "combined": combined, "ratio": combined / single}

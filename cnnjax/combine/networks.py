@@ -17,11 +17,12 @@ from cnnjax.train.parallel import Parallel
 
 
 @functools.cache
-def member_logits(output: Callable = evaluate.logits) -> Callable:
+def member_logits(output: Callable) -> Callable:
     """Returns a function that computes all members' outputs, for `evaluate.predict`.
 
     Args:
-      output: what to compute for one member, a function of (model, variables, images).
+      output: what to compute for one member, a function of (model, variables, images), such as
+        `evaluate.logits`.
 
     Returns:
       A function of the model, variables stacked [members, ...] and images [members, batch, height,

@@ -1,6 +1,7 @@
 """The training runs to combine: finding, checking and reading them."""
 
 import glob
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.combine.methods import OF_ONE_RUN, SELECTING
-from cnnjax.data import arrays
+from cnnjax.data import arrays, splits
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
@@ -154,6 +155,37 @@ def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, me
         )
 
 
+def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.ConfigDict) -> None:
+    """Checks that runs were trained on the data set as it is now.
+
+    Args:
+      configs: the runs.
+      data: their data set.
+      loaded: the configuration that it was loaded for.
+
+    Raises:
+      ValueError: with what a run's results.json records otherwise.
+    """
+    now = {
+        "classes": data.classes,
+        "image_shape": list(data.train.images.shape[1:]),
+        "n_train": len(data.train.labels),
+    }
+    for folder, config in configs.items():
+        results = workdir.read_json(folder / "results.json")
+        # Runs of earlier versions recorded less.
+        then = {name: results[name] for name in now if name in results}
+        if config["n_validation"] != loaded.n_validation:
+            # Others of its images were held out.
+            then.pop("n_train", None)
+        if change := splits.describe_change(then, now):
+            raise ValueError(
+                f"the images of dataset={loaded.dataset!r}, data_dir={loaded.data_dir!r} have "
+                f"changed since {folder} was trained ({change}); bring them back, or leave it out "
+                "of --runs"
+            )
+
+
 def read_members(
     folder: pathlib.Path, config: ml_collections.ConfigDict, method: str
 ) -> tuple[list[Member], dict | None]:
@@ -191,11 +223,8 @@ def _read_checkpoints(
         if last not in steps:
             raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
         if method == "snapshot" and config.schedule.name == "restarts":
-            # Only the ends of cycles are combined: within a cycle the learning rate is high.
             per_epoch = last // results["final"]["epoch"]
-            first = round(config.schedule.warmup_epochs * per_epoch)
-            period = round(config.schedule.every * per_epoch)
-            steps = [at for at in steps if at > first and (at - first) % period == 0]
+            steps = select_ends_of_cycles(steps, config, per_epoch, folder)
         has_average = method == "polyak" and recipe.ema
         if len(steps) < 2 and not has_average:
             raise ValueError(
@@ -203,3 +232,36 @@ def _read_checkpoints(
                 "with --config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
             )
         return steps, [checkpoints.restore_step(at, like)[1] for at in steps]
+
+
+def select_ends_of_cycles(
+    steps: list[int], config: ml_collections.ConfigDict, per_epoch: int, folder: pathlib.Path
+) -> list[int]:
+    """Selects the checkpoints at the ends of the learning rate's cycles, where it is lowest.
+
+    Args:
+      steps: those of a run's checkpoints.
+      config: its configuration, of schedule "restarts".
+      per_epoch: the steps of an epoch.
+      folder: its work directory, for the error.
+
+    Raises:
+      ValueError: if there are fewer than two.
+    """
+    first = round(config.schedule.warmup_epochs * per_epoch)
+    period = max(1, round(config.schedule.every * per_epoch))
+    ends = [at for at in steps if at > first and (at - first) % period == 0]
+    if len(ends) < 2:
+        # The largest interval between checkpoints that meets the end of every cycle.
+        interval = math.gcd(first, period)
+        raise ValueError(
+            f"{folder} kept the checkpoints of steps {_join(steps)}, of which at the end of a "
+            f"cycle: {_join(ends) or 'none'}; method='snapshot' takes at least two: train two or "
+            f"more cycles of schedule.every={config.schedule.every} epochs with "
+            f"--config.checkpoint_every_steps={interval} and --config.keep_checkpoints=N"
+        )
+    return ends
+
+
+def _join(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))

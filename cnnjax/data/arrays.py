@@ -17,6 +17,7 @@ import pickle
 import re
 import sys
 import tarfile
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,8 +25,8 @@ import pooch
 import requests
 
 from cnnjax.data import splits
-from cnnjax.data.augment import IGNORED
 from cnnjax.data.photographs import list_folder, opened, read_image
+from cnnjax.data.splits import IGNORED
 from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import package_folder
 
@@ -386,6 +387,11 @@ class Cifar:
     key: bytes = b"labels"
     counts: tuple[int, int] = (50_000, 10_000)
 
+    def _file_names(self, is_binary: bool) -> list[str]:
+        """Lists the files of the training batches, and last that of the test batch."""
+        suffix = ".bin" if is_binary else ""
+        return [f"{name}{suffix}" for name in (*self.train, self.test)]
+
     def _find_folder(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path] | None:
         """Finds the folder of the batches.
 
@@ -396,8 +402,7 @@ class Cifar:
           ValueError: if some of the batches are missing.
         """
         for is_binary, folder in ((True, self.binary), (False, self.python)):
-            suffix = ".bin" if is_binary else ""
-            names = [f"{name}{suffix}" for name in (*self.train, self.test)]
+            names = self._file_names(is_binary)
             for place in (data_dir / folder, data_dir):
                 missing = [name for name in names if not (place / name).is_file()]
                 if not missing:
@@ -426,32 +431,41 @@ class Cifar:
         _check_hash(path, file)
         return is_binary, path
 
-    def _batch(self, is_binary: bool, place: pathlib.Path, name: str, count: int) -> Split:
-        """Reads one batch from a folder, or from within an archive, which is not unpacked."""
-        file = f"{name}.bin" if is_binary else name
+    def _contents(self, is_binary: bool, place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+        """Yields the names and contents of the files in a folder or an archive, in any order."""
+        names = self._file_names(is_binary)
         if place.is_dir():
-            # A pickle may be longer than its arrays.
-            data = _read_start(place / file, 2 * 3074 * max(self.counts))
-        else:
-            folder = self.binary if is_binary else self.python
-            with tarfile.open(place) as archive:
-                member = archive.extractfile(f"{folder}/{file}")
-                # The published archive has this file.
-                assert member is not None
-                data = member.read()
+            for name in names:
+                # A pickle may be longer than its arrays.
+                yield name, _read_start(place / name, 2 * 3074 * max(self.counts))
+            return
+        folder = self.binary if is_binary else self.python
+        paths = {f"{folder}/{name}": name for name in names}
+        # The archive is read as a stream. To go back, it would be decompressed from its start.
+        with tarfile.open(place, "r|gz") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.name in paths else None
+                if file is not None:
+                    yield paths[member.name], file.read()
+
+    def _batch(self, is_binary: bool, data: bytes, description: str, count: int) -> Split:
         if is_binary:
-            return read_cifar_binary(data, f"{place}/{file}", count, self.label_bytes)
-        return read_cifar_pickle(data, f"{place}/{file}", count, self.key)
+            return read_cifar_binary(data, description, count, self.label_bytes)
+        return read_cifar_pickle(data, description, count, self.key)
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         is_binary, place = self._find_folder(data_dir) or self._find_archive(data_dir)
-        batch_size = self.counts[0] // len(self.train)
-        batches = [self._batch(is_binary, place, name, batch_size) for name in self.train]
+        *train_names, test_name = self._file_names(is_binary)
+        counts = dict.fromkeys(train_names, self.counts[0] // len(train_names))
+        counts[test_name] = self.counts[1]
+        batches = {}
+        for name, data in self._contents(is_binary, place):
+            batches[name] = self._batch(is_binary, data, f"{place}/{name}", counts[name])
         train = Split(
-            np.concatenate([batch.images for batch in batches]),
-            np.concatenate([batch.labels for batch in batches]),
+            np.concatenate([batches[name].images for name in train_names]),
+            np.concatenate([batches[name].labels for name in train_names]),
         )
-        return train, self._batch(is_binary, place, self.test, self.counts[1])
+        return train, batches[test_name]
 
 
 class Digits:
@@ -561,24 +575,21 @@ class Npz:
     @functools.cached_property
     def _members(self) -> dict[str, np.ndarray]:
         names = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+        subject = f"dataset={str(self.path)!r}"
         try:
             with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                members = {name: file[name] for name in names}
-            for part in ("train", "test"):
-                images = members[f"{part}_images"]
-                labels = members[f"{part}_labels"]
-                if images.dtype != np.uint8 or images.ndim != 4:
-                    raise ValueError(f"{part}_images is {images.dtype} {list(images.shape)}")
-                if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
-                    raise ValueError(f"{part}_labels is {labels.dtype} {list(labels.shape)}")
+                return {name: file[name] for name in names}
+        except MemoryError as error:
+            raise MemoryError(f"{subject} does not fit into memory: {error}") from error
         except Exception as error:
-            # A damaged file can raise any exception.
+            # A damaged file can raise any exception; only those of the system have a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise ValueError(f"{subject} cannot be read: {error.strerror}") from error
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"dataset={str(self.path)!r} is not a file that cnnjax.data.arrays.save wrote: "
+                f"{subject} is not a file that cnnjax.data.arrays.save wrote: "
                 f"{type(error).__name__}: {reason}"
             ) from error
-        return members
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -592,18 +603,27 @@ class Npz:
         )
 
 
-def save(data: Dataset, path: pathlib.Path) -> None:
+def save(data: Dataset, path: str | os.PathLike) -> None:
     """Writes a data set with one class per image to a file that `load` reads.
 
     Args:
-      data: the data set. Its validation images are not written: `load` holds some out.
+      data: the data set. Its validation images are not written: `load` holds some out. Labels may
+        be integers of any type.
       path: the file, whose name ends in ".npz".
+
+    Raises:
+      ValueError: for a file of another name, and for a data set that `load` would refuse.
     """
+    path = pathlib.Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"path={str(path)!r} does not end in .npz")
+    parts = {"training": data.train, "test": data.test}
+    _check_parts(parts, len(data.classes), "cross_entropy", str(path))
     members = {
         "train_images": data.train.images,
-        "train_labels": data.train.labels,
+        "train_labels": data.train.labels.astype(np.int32),
         "test_images": data.test.images,
-        "test_labels": data.test.labels,
+        "test_labels": data.test.labels.astype(np.int32),
         "classes": np.array(data.classes),
     }
     workdir.write_arrays(path, members, compress=False)
@@ -777,15 +797,41 @@ def loss_of(name: str) -> str:
     return _source_loss(DATASETS.get(base))
 
 
-def _check_labels(split: Split, source: Source, description: str) -> None:
-    labels = split.labels.ravel()
-    count = len(source.classes)
-    if _source_loss(source) == "pixelwise":
-        labels = labels[labels != IGNORED]
-    if _source_loss(source) == "sigmoid":
-        # A class is in an image or not.
-        count = 2
-    splits.check_labels(labels, count, description)
+def _check_parts(parts: dict[str, Split], count: int, loss: str, place: str) -> None:
+    """Checks that images and labels fit together and can be trained on.
+
+    Args:
+      parts: the splits by name; one of them is "training".
+      count: the number of classes.
+      loss: what the labels are for, which decides their shape (`Split`).
+      place: where the splits are, for the error.
+
+    Raises:
+      ValueError: if they do not.
+    """
+    shape = parts["training"].images.shape[1:]
+    for part, (images, labels) in parts.items():
+        subject = f"the {part} set of {place}"
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"{subject} has images of {images.dtype} {list(images.shape)}; expected uint8 "
+                "[n, height, width, channels]"
+            )
+        if not len(images):
+            raise ValueError(f"{subject} has no images")
+        if images.shape[1:] != shape:
+            raise ValueError(
+                f"{subject} has images of {list(images.shape[1:])}; those of the training set are "
+                f"{list(shape)}"
+            )
+        expected = {"pixelwise": images.shape[:3], "sigmoid": (len(images), count)}
+        labels_shape = expected.get(loss, (len(images),))
+        if labels.dtype.kind not in "iu" or labels.shape != labels_shape:
+            raise ValueError(
+                f"{subject} has labels of {labels.dtype} {list(labels.shape)}; expected integers "
+                f"{list(labels_shape)}"
+            )
+        splits.check_labels(labels, count, subject, loss)
 
 
 def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
@@ -800,15 +846,18 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
 
     Raises:
       ValueError: for an unknown name, for more training images than there are, for files that are
-        absent and cannot be downloaded, for files other than the published ones, and for labels
-        that belong to no class.
+        absent and cannot be downloaded, for files other than the published ones, for splits
+        without images or with images of other shapes than the training set's, and for labels that
+        belong to no class.
     """
     source = _find_source(name)
     train, test, *rest = source.read(pathlib.Path(data_dir or "data"))
     validation = rest[0] if rest else None
-    for part, split in (("training", train), ("test", test), ("validation", validation)):
-        if split is not None:
-            _check_labels(split, source, f"the {part} set of {name} in data_dir={data_dir!r}")
+    parts = {"training": train, "test": test}
+    if validation is not None:
+        parts["validation"] = validation
+    place = f"{name} in data_dir={data_dir!r}"
+    _check_parts(parts, len(source.classes), _source_loss(source), place)
     train = _slice(train, name)
     if validation is not None and n_validation not in (0, len(validation.images)):
         raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
+from cnnjax.data.splits import IGNORED
 from cnnjax.runtime.types import AnyArray
 
 # The principal components of ImageNet's RGB values between 0 and 1 (Krizhevsky et al. 2012, section
@@ -16,8 +17,6 @@ _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
-# The label of pixels that losses and scores ignore.
-IGNORED = 255
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
 IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
 
@@ -135,22 +134,23 @@ def augment_masks(
 
 
 def views(
-    images: Float[Array, "batch height width channels"], count: int, size: int
-) -> list[Float[Array, "batch {size} {size} channels"]]:
+    images: Float[Array, "batch height width channels"], count: int, size: tuple[int, int]
+) -> list[Float[Array, "batch {size[0]} {size[1]} channels"]]:
     """Cuts the views of images over which a test averages.
 
     Args:
       images: values of any kind.
       count: 1 for the center, 2 for the center and its mirror image, 10 for the corners, the center
         and their mirror images (Krizhevsky et al. 2012, section 4.1).
-      size: the views' side in pixels.
+      size: the views' height and width in pixels.
     """
-    bottom = images.shape[1] - size
-    right = images.shape[2] - size
+    height, width = size
+    bottom = images.shape[1] - height
+    right = images.shape[2] - width
     places = [(bottom // 2, right // 2)]
     if count == 10:
         places = [(0, 0), (0, right), (bottom, 0), (bottom, right), *places]
-    crops = [images[:, top : top + size, left : left + size] for top, left in places]
+    crops = [images[:, top : top + height, left : left + width] for top, left in places]
     if count == 1:
         return crops
     return crops + [crop[:, :, ::-1] for crop in crops]

@@ -1,11 +1,17 @@
-"""Names of classes, checks of labels, and the choice of held-out images.
+"""Classes, their names and labels, and the choice of held-out images.
 
 The rules are the same for data sets in memory and for streamed ones.
 """
 
 import unicodedata
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+# The label of pixels that losses and scores ignore.
+IGNORED = 255
+# The number of classes that a message names.
+_NAMED = 10
 
 
 def class_name(name: str) -> str:
@@ -16,17 +22,62 @@ def class_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def check_labels(labels: np.ndarray, count: int, source: str) -> None:
-    """Checks that labels are numbers of classes.
+def describe_classes(then: Sequence[str], now: Sequence[str]) -> str:
+    """Describes how two lists of classes differ; returns "" if they do not."""
+    before = [class_name(name) for name in then]
+    after = [class_name(name) for name in now]
+    if before == after:
+        return ""
+    gone = sorted(set(before) - set(after))
+    new = sorted(set(after) - set(before))
+    if not gone and not new:
+        return "the classes are in another order"
+    return f"classes {_name_some(gone)} are gone, {_name_some(new)} new"
+
+
+def _name_some(classes: list[str]) -> str:
+    """Lists the first classes by name, and counts the others."""
+    named = ", ".join(classes[:_NAMED]) or "none"
+    others = len(classes) - _NAMED
+    return f"{named} and {others:,} more" if others > 0 else named
+
+
+def describe_change(then: Mapping, now: Mapping) -> str:
+    """Describes the first difference of two records of a data set; returns "" if there is none.
 
     Args:
-      labels: integers [n].
+      then: values by name, such as `n_train` and, as a list of names, `classes`.
+      now: the values to compare them with, of these names at least.
+    """
+    for name, value in then.items():
+        if name == "classes":
+            change = describe_classes(value, now[name])
+        else:
+            change = "" if value == now[name] else f"{name}={value} then, {now[name]} now"
+        if change:
+            return change
+    return ""
+
+
+def check_labels(labels: np.ndarray, count: int, source: str, loss: str = "cross_entropy") -> None:
+    """Checks that labels are classes.
+
+    Args:
+      labels: integers [n]; for "sigmoid" [n, classes], 0 or 1 for each class; for "pixelwise" [n,
+        height, width], where pixels may be `IGNORED`.
       count: the number of classes.
       source: what the labels belong to, for the error.
+      loss: what the labels are for, one of `cnnjax.train.step.LOSSES`.
 
     Raises:
       ValueError: for labels outside 0 to `count` - 1, such as the -1 of splits without labels.
     """
+    labels = labels.ravel()
+    if loss == "pixelwise":
+        labels = labels[labels != IGNORED]
+    if loss == "sigmoid":
+        # A class is in an image or not.
+        count = 2
     wrong = labels[(labels < 0) | (labels >= count)]
     if len(wrong):
         raise ValueError(f"{source} has the label {wrong[0]}; expected 0 to {count - 1}")

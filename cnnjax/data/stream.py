@@ -58,17 +58,21 @@ class Folder:
       passed_over: what was passed over, in words.
 
     Raises:
-      ValueError: if there are no images, a class has none, or two classes have one name.
+      ValueError: if it is not a folder, has no class folders, a class has no images, or two
+        classes have one name.
     """
 
     def __init__(self, root: str | os.PathLike):
         root = pathlib.Path(root)
         expected = f"expected {root}/CLASS/IMAGE with {', '.join(SUFFIXES)}"
         if not root.is_dir():
-            raise ValueError(f"{root} has no images; {expected}")
+            raise ValueError(f"{root} is not a folder; {expected}")
         top = list_folder(root)
         if not top.folders:
-            raise ValueError(f"{root} has no images; {expected}")
+            reason = "no images"
+            if top.images:
+                reason = f"no class folders, and images outside one ({len(top.images):,})"
+            raise ValueError(f"{root} has {reason}; {expected}")
         self.place = str(root)
         folders = sorted(top.folders, key=lambda folder: splits.class_name(folder.name))
         self.classes = tuple(splits.class_name(folder.name) for folder in folders)
@@ -341,11 +345,10 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
     classes = sources["train"].classes
     for use, source in sources.items():
         _LOG.info("%s: %s", use, _describe(source))
-        if source.classes != classes:
+        if change := splits.describe_classes(classes, source.classes):
             raise ValueError(
-                f"data_dir={data_dir!r}: the {use} split has the classes "
-                f"{', '.join(source.classes)}, and the training split {', '.join(classes)}; "
-                "expected the same"
+                f"data_dir={data_dir!r}: the {use} split has other classes than the training "
+                f"split ({change}); expected the same"
             )
     if names["test"] != "test":
         _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])

@@ -266,8 +266,6 @@ class Streamed:
         images, labels, *damaged = next(self._batches)
         if damaged:
             self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
-        source = f"the training set of dataset={self._config.dataset!r}"
-        evaluate.check_labels(recipe.loss, labels, len(self.classes), source)
         state = step.streamed_step(self._parallel, recipe)(
             state,
             step.Constants(moments=self._placed_moments, rates=rates),

@@ -69,10 +69,11 @@ def averaged(count: int) -> Callable:
         return logits
 
     def compute(model, variables, images):
-        size = images.shape[1]
+        height, width = images.shape[1:3]
         if count == 10:
-            size = model.input_shape[0]
-        outputs = [logits(model, variables, view) for view in views(images, count, size)]
+            # Images have a margin around the network's input, which the corners lie in.
+            height, width = model.input_shape[:2]
+        outputs = [logits(model, variables, view) for view in views(images, count, (height, width))]
         log_probabilities = jax.nn.log_softmax(jnp.stack(outputs))
         return jax.nn.logsumexp(log_probabilities, axis=0) - math.log(count)
 
@@ -169,30 +170,6 @@ def predict(
 # ------------------------------------------------------------------ scores
 
 
-def check_labels(
-    kind: str, labels: Integer[np.ndarray, "n ..."], n_classes: int, source: str
-) -> None:
-    """Checks that labels are classes, before training on them or scoring them.
-
-    Masks may have the label 255, and for "sigmoid" labels are 0 or 1.
-
-    Args:
-      kind: the loss, one of `cnnjax.train.step.LOSSES`.
-      labels: as in `cnnjax.train.step.loss_and_errors`.
-      n_classes: the number of classes.
-      source: what the labels belong to, for the error.
-
-    Raises:
-      ValueError: for labels outside 0 to `n_classes` - 1, such as the -1 of splits without labels.
-    """
-    flat = labels.ravel()
-    if kind == "pixelwise":
-        flat = flat[flat != IGNORED]
-    if kind == "sigmoid":
-        n_classes = 2
-    splits.check_labels(flat, n_classes, source)
-
-
 def confusion(
     predicted: Integer[np.ndarray, "*pixels"], labels: Integer[np.ndarray, "*pixels"], classes: int
 ) -> Int[np.ndarray, "{classes} {classes}"]:
@@ -263,7 +240,7 @@ def score(
     Raises:
       ValueError: for labels that belong to no class.
     """
-    check_labels(kind, labels, outputs.shape[-1], "the split to score")
+    splits.check_labels(labels, outputs.shape[-1], "the split to score", loss=kind)
     size = _MASKS if kind == "pixelwise" else len(labels)
     compute = jax.jit(loss_and_errors, static_argnums=0)
     parts = [

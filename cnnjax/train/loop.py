@@ -235,19 +235,7 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
 
 def _check_data(config: ml_collections.ConfigDict, saved: dict, current: dict) -> None:
     """Raises `ValueError` if the images of a run are not those of its checkpoint."""
-    for name, value in saved.items():
-        if name == "classes":
-            # Runs of earlier versions recorded the names as the folders have them.
-            value = [splits.class_name(label) for label in value]
-        if value == current[name]:
-            continue
-        change = f"{name}={value} then, {current[name]} now"
-        if name == "classes":
-            gone = sorted(set(value) - set(current[name]))
-            new = sorted(set(current[name]) - set(value))
-            change = f"classes {', '.join(gone) or 'none'} are gone, {', '.join(new) or 'none'} new"
-            if not gone and not new:
-                change = "the classes are in another order"
+    if change := splits.describe_change(saved, current):
         raise ValueError(
             f"the images of dataset={config.dataset!r}, data_dir={config.data_dir!r} have changed "
             f"since the run began ({change}); bring them back, or choose another --workdir"
