@@ -28,14 +28,12 @@ def probabilities(
 
     Raises `ValueError` if a file cannot be decoded.
     """
-    import jax
-
+    from cnnjax.train.evaluate import class_probabilities
     from cnnjax.train.parallel import Parallel
 
-    activation = jax.nn.sigmoid if network.multi_label else jax.nn.softmax
     size = max(1, min(len(files), _BATCH))
     for logits in classifier.logits(network, files, Parallel("jit"), size):
-        yield from np.asarray(activation(logits))
+        yield from class_probabilities(logits, network.multi_label)
 
 
 def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:
