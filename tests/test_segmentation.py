@@ -277,7 +277,7 @@ def test_stages_and_names_are_the_encoders(small):
 )
 def test_an_encoder_has_no_auxiliary_classifiers(encoder):
     """Their networks are scored at stages beyond them, in training too."""
-    last = "Mixed_7c" if encoder == "inception_v3" else "inception5b"
+    last = "Mixed_7c" if encoder == "inception_v3" else "inception4e"
     shape = (96, 96, 3)
     model = create_model("fcn", num_classes=2, encoder=encoder, scored=(last,), input_shape=shape)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
