@@ -100,11 +100,7 @@ def trained(folder: pathlib.Path) -> Classifier:
     Raises `ValueError` if the folder holds no finished training run, or if the run labels pixels or
     takes images whose channels photographs do not have.
     """
-    import PIL.Image
-    import PIL.ImageOps
-
-    from cnnjax.data.photographs import check_channels, open_rgb
-    from cnnjax.data.stream import center
+    from cnnjax.data.photographs import check_channels
     from cnnjax.train.run import open_run
 
     run = open_run(folder)
@@ -112,27 +108,13 @@ def trained(folder: pathlib.Path) -> Classifier:
         raise ValueError(
             f"{folder} is a segmentation run; expected one that classifies photographs"
         )
-    height, width, channels = run.image_shape
-    check_channels(channels, f"{folder} was trained on images")
-    mode = "L" if channels == 1 else "RGB"
-
-    def read(file: pathlib.Path) -> np.ndarray:
-        image = open_rgb(file)
-        if height == width:
-            image = center(image, height, run.resize)
-        else:
-            # Streamed images are square, so the run was on a data set in memory, whose images are
-            # not cropped: the photograph keeps as much as its shape allows.
-            size = (width, height)
-            image = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BILINEAR)
-        return np.asarray(image.convert(mode)).reshape(run.image_shape)
-
+    check_channels(run.image_shape[2], f"{folder} was trained on images")
     return Classifier(
         title=str(folder),
         published={},
         classes=run.classes,
-        multi_label=run.config.loss == "sigmoid",
-        read=read,
+        multi_label=run.multi_label,
+        read=run.read,
         moments=run.moments,
         load=lambda: (run.model, run.variables),
     )

@@ -28,13 +28,11 @@ def probabilities(
 
     Raises `ValueError` as `classifier.logits`.
     """
-    import jax
-
+    from cnnjax.train.evaluate import class_probabilities
     from cnnjax.train.parallel import Parallel
 
-    activation = jax.nn.sigmoid if network.multi_label else jax.nn.softmax
     for logits in classifier.logits(network, files, Parallel("jit"), _BATCH):
-        yield from np.asarray(activation(logits))
+        yield from class_probabilities(logits, network.multi_label)
 
 
 def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:

@@ -22,6 +22,7 @@ from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train import run as training_run
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import build_run
+from cnnjax.weights import variable_shapes
 from experiments import multilabel, segmentation
 
 SIZE = (24, 32)
@@ -264,6 +265,62 @@ def test_stages_and_names_are_the_encoders(small):
             jax.eval_shape(
                 create_model("fcn", **{**small, "scored": scored}).init, jax.random.key(0), x
             )
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "googlenet",
+        pytest.param("googlenet_2014", marks=pytest.mark.slow),
+        pytest.param("inception_v3", marks=pytest.mark.slow),
+    ],
+)
+def test_an_encoder_has_no_auxiliary_classifiers(encoder):
+    """Their networks are scored at stages beyond them, in training too."""
+    last = "Mixed_7c" if encoder == "inception_v3" else "inception4e"
+    shape = (96, 96, 3)
+    model = create_model("fcn", num_classes=2, encoder=encoder, scored=(last,), input_shape=shape)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    init = functools.partial(model.init_with_output, train=True)
+    scores, variables = jax.eval_shape(init, jax.random.key(0), image)
+    assert scores.shape == (1, 96, 96, 2)
+    assert not [name for name in variables["params"] if name.lower().startswith("aux")]
+
+
+class Normed(Network):
+    """A convolution and a normalization over the whole image."""
+
+    input_shape: tuple[int, int, int] = (*SIZE, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = yield "block2", nn.GroupNorm(2, name="norm")(Conv(4, 3, 2, padding=1, name="conv")(x))
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+
+def test_a_stage_that_sees_the_whole_image_cannot_be_scored(monkeypatch):
+    monkeypatch.setitem(base._REGISTRY, "scene_net", Normed)
+    model = create_model("fcn", scored=("block2",), input_shape=(*SIZE, 3))
+    with pytest.raises(ValueError, match="stage='block2' sees the whole image"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+
+
+@pytest.mark.parametrize("name", ["scene_net", "convnet"])
+def test_every_convolution_of_a_block_is_built(name):
+    model = create_model(name, blocks=((2,), (2,) * 5), input_shape=(16, 16, 3))
+    convolutions = [key for key in variable_shapes(model)["params"] if key.startswith("conv")]
+    assert convolutions == ["conv1a", "conv2a", "conv2b", "conv2c", "conv2d", "conv2e"]
+
+
+def test_place_is_exact_in_float64():
+    known = (np.arange(4.0), np.arange(4.0))
+    to = (np.array([0.1]), np.array([0.7]))
+    rows, columns = np.indices((4, 4))
+    with jax.enable_x64(True):
+        (value,) = fcn.place(
+            jnp.asarray((rows + columns)[None, :, :, None], float), known, to
+        ).ravel()
+        assert abs(value - 0.8) < 1e-15
 
 
 # ------------------------------------------------------------------ scores

@@ -299,6 +299,51 @@ def test_a_layer_that_runs_twice_has_two_rows_and_one_set_of_parameters():
     assert summary.totals(table)["parameters"] == 12 + 8
 
 
+class Upsampled(Network):
+    """A convolution of stride 2 and a transposed convolution of 3x3, stride 2."""
+
+    num_classes: int = 2
+    input_shape: tuple[int, int, int] = (8, 8, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = yield "conv", Conv(4, 3, 2, padding=1, name="conv")(x)
+        x = yield "up", nn.ConvTranspose(5, (3, 3), (2, 2), name="up")(x)
+        x = yield "last", Conv(6, 1, name="last")(x)
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+
+def test_a_transposed_convolution():
+    """Its kernel is used at every position of its input, and its field is not followed."""
+    table = summary.layers(Upsampled(), batch=2)
+    rows = {layer.name: layer for layer in table}
+    assert rows["up"].output == (2, 8, 8, 5)
+    assert [rows[name].macs for name in ("conv", "up", "last", "fc")] == [
+        2 * 4 * 4 * (9 * 3 * 4),
+        2 * 4 * 4 * (9 * 4 * 5),
+        2 * 8 * 8 * (5 * 6),
+        2 * 6 * 2,
+    ]
+    assert rows["conv"].receptive_field == (3, 3)
+    assert rows["up"].receptive_field is rows["last"].receptive_field is None
+    assert "2x8x8x5" in summary.render(table)
+    with pytest.raises(ValueError, match="stage='up' is upsampled by a transposed convolution"):
+        receptive_field(Upsampled(), "up")
+
+
+def test_a_map_joined_with_a_larger_constant():
+    """The field is that of the map, wherever the constant stands."""
+
+    class Framed(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = jnp.concatenate([jnp.zeros((len(x), 9, 8, 3)), x], 1)
+            x = yield "framed", x
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    assert receptive_field(Framed(), "framed").low == (-9, 0)
+
+
 def test_fields_of_a_list_of_stages_and_of_no_stage():
     model = Twice()
     assert receptive_fields(model, ["first", "second"]) == receptive_fields(

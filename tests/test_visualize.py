@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 import quick
 
-from cnnjax import summary, visualize
+from cnnjax import classifier, predict, summary, visualize
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
@@ -91,6 +91,20 @@ class Stack(Network):
             x = Conv(1, 3, padding=1, fill=self.padding, use_bias=False, name=f"conv{number}")(x)
         x = yield "last", x
         yield "logits", global_avg_pool(x)
+
+
+class Gated(Network):
+    """A convolution (stage `maps`) whose channels are weighted by means of the whole image."""
+
+    num_classes: int = 2
+    input_shape: tuple[int, int, int] = (8, 12, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = Conv(4, 3, 2, padding=1, fill=self.padding, name="conv")(x)
+        gates = nn.sigmoid(Dense(4, name="gates")(global_avg_pool(x)))
+        x = yield "maps", x * gates[:, None, None]
+        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +542,29 @@ def test_bad_arguments_are_named(call, message):
         call(model, quick.variables(model), jnp.ones((2, 32, 32, 3)))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, v, x: visualize.receptive_field(m, "maps"),
+        lambda m, v, x: visualize.frame(m, "maps"),
+        lambda m, v, x: visualize.equivariance_error(m, v, x, "maps"),
+        lambda m, v, x: visualize.maximize(m, v, "maps", [0], jitter=1),
+    ],
+)
+def test_a_stage_that_sees_the_whole_image_is_named(call):
+    with pytest.raises(ValueError, match="stage='maps' sees the whole image, as behind GroupNorm"):
+        call(Gated(), {}, jnp.ones((2, 8, 12, 3)))
+
+
+def test_maps_lie_at_the_centers_of_fields_or_are_spread_evenly():
+    # A 3x3 convolution of padding 1 is centered on pixel 0 first.
+    first, steps = stages.map_grid(Pooled(), "maps")
+    assert (*first, *steps) == (0, 0, 1, 1)
+    # Of 8x12 pixels, each of 4x6 positions has 2x2.
+    first, steps = stages.map_grid(Gated(), "maps")
+    assert (*first, *steps) == (0.5, 0.5, 2, 2)
+
+
 class Labels(Network):
     """A score of each pixel from one convolution (stage `maps`)."""
 
@@ -729,9 +766,9 @@ def test_a_training_run_gives_network_classes_size_and_normalization(run, folder
     (row, *_) = json.loads((tmp_path / "results.json").read_text())["maps"]
     reopened = open_run(run)
     assert reopened.model.padding == "reflect"
-    images = subject.read_photographs(reopened.model, photographs.list_photographs(folder)[:1])
-    assert images.shape == (1, 20, 20, 3)
-    x = (images.mean(3, keepdims=True) / 255 - 0.25) / 0.5
+    image = reopened.read(photographs.list_photographs(folder)[0])
+    assert image.shape == (20, 20, 1)
+    x = (image[None] / 255 - 0.25) / 0.5
     maps = visualize.activations(reopened.model, reopened.variables, jnp.float32(x), "conv1")
     np.testing.assert_allclose(row["mean"], maps[0].mean((0, 1)), rtol=1e-4, atol=1e-5)
 
@@ -745,6 +782,65 @@ def test_classes_of_a_run_have_names(run, folder, tmp_path, monkeypatch):
     (photograph,) = json.loads((tmp_path / "results.json").read_text())["photographs"]
     name = ["ant", "bee", "cat"][photograph["class"]]
     assert f"\n{name}: {photograph['probability']:.2f}" in titles[0][2]
+
+
+def change_run(folder, copy, **config):
+    """Copies a run's folder and changes its configuration."""
+    shutil.copytree(folder, copy)
+    workdir.unseal(copy)
+    record = json.loads((copy / "config.json").read_text())
+    workdir.write_json(copy / "config.json", record | config)
+    return copy
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "sigmoid"])
+def test_a_run_is_shown_as_predict_reads_and_judges_it(loss, run, folder, tmp_path):
+    """Photographs become gray and are cropped as in the run, whose loss gives probabilities."""
+    changed = change_run(run, tmp_path / "run", loss=loss, dataset="folder", resize=30)
+    arguments = ["grad-cam", "--run", str(changed), "--stage", "conv2", "--workdir", "unused"]
+    arguments += ["--photographs", str(folder), "--images", "2"]
+    of_run = subject.Subject(options._parse(arguments))
+    network = classifier.trained(changed)
+    images = of_run.photographs()
+    expected = np.stack([network.read(path) for path in of_run.paths])
+    np.testing.assert_array_equal(images, np.repeat(expected, 3, 3))
+    assert of_run.read(of_run.paths[:1], times=2).shape == (1, 40, 40, 3)
+
+    _, numbers = commands.class_maps(of_run)
+    probabilities = [*predict.probabilities(network, of_run.paths)]
+    for row, of_classes in zip(numbers["photographs"], probabilities, strict=True):
+        assert row["class"] == of_classes.argmax()
+        np.testing.assert_allclose(row["probability"], of_classes.max(), rtol=1e-5)
+
+
+def test_published_weights_have_imagenets_classes(monkeypatch, tmp_path):
+    monkeypatch.setattr(subject, "_variables", lambda *_: {})
+    for source, name in (
+        ("imagenet", "Persian cat"),
+        (str(tmp_path / "squeezenet1_1-b8a52dc0.pth"), "Persian cat"),
+        ("other.safetensors", "class 283"),
+        ("random", "class 283"),
+    ):
+        arguments = ["filters", "--model", "squeezenet1_1", "--weights", source]
+        arguments += ["--workdir", "unused"]
+        assert subject.Subject(options._parse(arguments)).class_name(283) == name
+
+
+@pytest.mark.parametrize(
+    "side, given, expected",
+    [
+        (224, [], (48, 16)),
+        (224, ["--size", "96"], (96, 16)),
+        (28, [], (6, 2)),
+        (8, [], (2, 1)),
+        (2, ["--stride", "3"], (1, 3)),
+    ],
+)
+def test_the_square_is_in_proportion_to_the_image(side, given, expected):
+    arguments = ["occlusion", "--model", "lenet", "--weights", "random", "--workdir", "unused"]
+    parsed = options._parse([*arguments, *given])
+    options._set_square(parsed, (side, side + 1, 3))
+    assert (parsed.size, parsed.stride) == expected
 
 
 @pytest.mark.slow
@@ -861,7 +957,8 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(folder, tmp_path, ca
 def test_a_refused_command_leaves_no_folder(folder, tmp_path, capsys):
     work = tmp_path / "a" / "b"
     arguments = ["--model", "lenet", "--weights", "random", "--photographs", str(folder)]
-    code, error = refused(["occlusion", *arguments, "--workdir", str(work)], capsys)
+    square = ["--size", "48", "--workdir", str(work)]
+    code, error = refused(["occlusion", *arguments, *square], capsys)
     assert code == 2 and "size=48 of the square is not between 1 and 28" in error
     assert not list(tmp_path.iterdir())
 

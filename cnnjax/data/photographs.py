@@ -382,6 +382,19 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
     return out
 
 
+def fit(path: pathlib.Path, height: int, width: int) -> np.ndarray:
+    """Scales a photograph, up if need be, and cuts its middle to a shape.
+
+    Returns:
+      uint8 [height, width, 3].
+
+    Raises:
+      ValueError: as `open_rgb`.
+    """
+    size = (width, height)
+    return np.asarray(PIL.ImageOps.fit(open_rgb(path), size, PIL.Image.Resampling.BICUBIC))
+
+
 def fit_squares(paths: list[pathlib.Path], side: int) -> np.ndarray:
     """Scales photographs, up if need be, and cuts their middles to squares.
 
@@ -397,8 +410,7 @@ def fit_squares(paths: list[pathlib.Path], side: int) -> np.ndarray:
     """
     squares = np.empty((len(paths), side, side, 3), np.uint8)
     for number, path in enumerate(paths):
-        square = PIL.ImageOps.fit(open_rgb(path), (side, side), PIL.Image.Resampling.BICUBIC)
-        squares[number] = np.asarray(square)
+        squares[number] = fit(path, side, side)
     return squares
 
 

@@ -4,18 +4,25 @@ Networks are traced on shapes alone, and what a value depends on is followed thr
 operations. Nothing here knows a particular network.
 """
 
-from cnnjax.inspect.fields import EVERYTHING, Field, receptive_field, receptive_fields
+from cnnjax.inspect.fields import (
+    Field,
+    Unlocated,
+    located,
+    receptive_field,
+    receptive_fields,
+)
 from cnnjax.inspect.layers import Layer, layers, totals
 from cnnjax.inspect.trace import count_named
 from cnnjax.inspect.windows import Window, windows
 
 __all__ = [
-    "EVERYTHING",
     "Field",
     "Layer",
+    "Unlocated",
     "Window",
     "count_named",
     "layers",
+    "located",
     "receptive_field",
     "receptive_fields",
     "totals",

@@ -8,8 +8,6 @@ import jax
 
 from cnnjax.inspect.trace import follow, trace, with_local_fill
 
-EVERYTHING = "everything"  # the field of a value without a position: flattened, globally pooled
-
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -48,7 +46,35 @@ class Field:
         )
 
 
-def union(fields: Sequence[Field | str | None]) -> Field | str | None:
+@dataclasses.dataclass(frozen=True)
+class Unlocated:
+    """The field of a value whose positions are not followed to places in the image.
+
+    Attributes:
+      reason: what such a stage does, for an error.
+    """
+
+    reason: str
+
+
+# Flattened, globally pooled, or combined with such a value at every position.
+WHOLE_IMAGE = Unlocated("sees the whole image, as behind GroupNorm or squeeze-and-excitation")
+UPSAMPLED = Unlocated("is upsampled by a transposed convolution, whose field is not followed")
+
+
+def located(field: Field | Unlocated, stage: str) -> Field:
+    """Returns the field of a stage whose positions see a part of the image.
+
+    Raises `ValueError` for any other stage.
+    """
+    if isinstance(field, Field):
+        return field
+    raise ValueError(
+        f"stage={stage!r} {field.reason}; expected a stage whose positions see a part of the image"
+    )
+
+
+def union(fields: Sequence[Field | Unlocated | None]) -> Field | Unlocated | None:
     """Returns the field of a value computed from values with these fields.
 
     The computation is position by position. None is the field of a constant.
@@ -56,15 +82,17 @@ def union(fields: Sequence[Field | str | None]) -> Field | str | None:
     known = [field for field in fields if field is not None]
     if not known:
         return None
-    located = [field for field in known if isinstance(field, Field)]
-    if len(located) < len(known):
-        return EVERYTHING
-    low = tuple(map(min, zip(*(field.low for field in located))))
-    high = tuple(map(max, zip(*(field.high for field in located))))
-    return Field(located[0].step, low, high)
+    in_image = []
+    for field in known:
+        if isinstance(field, Unlocated):
+            return field
+        in_image.append(field)
+    low = tuple(map(min, zip(*(field.low for field in in_image))))
+    high = tuple(map(max, zip(*(field.high for field in in_image))))
+    return Field(in_image[0].step, low, high)
 
 
-def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
+def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated | None:
     """Returns the field of an operation's output, from those of its operands."""
     operation = equation.primitive.name
     if operation == "select_n":
@@ -73,19 +101,22 @@ def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
     together = union(fields)
     if not isinstance(together, Field):
         return together
-    if operation == "conv_general_dilated":
-        return _seen_by_convolution(equation, fields[0])
-    if operation.startswith("reduce_window"):
-        return _seen_by_pool(equation, fields[0])
     if operation == "concatenate":
         return _seen_by_concatenation(equation, fields)
     # Adaptive pooling is a matrix product; without height and width there is no position.
     if operation == "dot_general" or equation.outvars[0].aval.ndim == 2:
-        return EVERYTHING
-    if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
-        return EVERYTHING
+        return WHOLE_IMAGE
     field = fields[0]
-    if isinstance(field, Field) and equation.invars[0].aval.ndim == 4:
+    if not isinstance(field, Field):
+        # For example, a constant convolved with a kernel that is computed from the image.
+        return WHOLE_IMAGE if operation == "conv_general_dilated" else together
+    if operation == "conv_general_dilated":
+        return _seen_by_convolution(equation, field)
+    if operation.startswith("reduce_window"):
+        return _seen_by_pool(equation, field)
+    if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
+        return WHOLE_IMAGE
+    if equation.invars[0].aval.ndim == 4:
         if operation == "pad":
             widths = equation.params["padding_config"][1:3]
             return field.shifted([-int(low) for low, _, _ in widths])
@@ -96,7 +127,9 @@ def seen(equation, fields: list[Field | str | None]) -> Field | str | None:
     return together
 
 
-def _seen_by_convolution(equation, field):
+def _seen_by_convolution(equation, field: Field) -> Field | Unlocated:
+    if max(equation.params["lhs_dilation"]) > 1:
+        return UPSAMPLED
     window = equation.invars[1].aval.shape[:2]
     dilation = equation.params["rhs_dilation"]
     reach = [(size - 1) * step for size, step in zip(window, dilation)]
@@ -104,26 +137,29 @@ def _seen_by_convolution(equation, field):
     return field.shifted(before).widened(reach).strided(equation.params["window_strides"])
 
 
-def _seen_by_pool(equation, field):
+def _seen_by_pool(equation, field: Field) -> Field:
     reach = [size - 1 for size in equation.params["window_dimensions"][1:3]]
     before = [-low for low, _ in equation.params["padding"][1:3]]
     return field.shifted(before).widened(reach).strided(equation.params["window_strides"][1:3])
 
 
-def _seen_by_concatenation(equation, fields):
+def _seen_by_concatenation(
+    equation, fields: list[Field | Unlocated | None]
+) -> Field | Unlocated | None:
     axis = equation.params["dimension"]
     if axis not in (1, 2):
         return union(fields)
     # A border that is mirrored, repeated or wrapped, and the map itself, which is the largest.
     sizes = [variable.aval.shape[axis] for variable in equation.invars]
-    inner = sizes.index(max(sizes))
+    maps = [(number, field) for number, field in enumerate(fields) if isinstance(field, Field)]
+    inner, field = max(maps, key=lambda item: sizes[item[0]])
     before = -sum(sizes[:inner])
-    return fields[inner].shifted((before, 0) if axis == 1 else (0, before))
+    return field.shifted((before, 0) if axis == 1 else (0, before))
 
 
 def receptive_fields(
     model, stages: Sequence[str], shape: Sequence[int] | None = None
-) -> tuple[tuple[Field, tuple[int, ...]], ...]:
+) -> tuple[tuple[Field | Unlocated, tuple[int, ...]], ...]:
     """Finds the largest part of the image that a position of each stage sees.
 
     Under a fill that reads the whole map, this is what the position sees besides the border.
@@ -171,7 +207,7 @@ def _receptive_fields(model, stages, shape):
 def receptive_field(model, stage: str) -> Field:
     """Finds the largest part of the image that a position of one stage sees.
 
-    Raises `ValueError` if there is no such stage.
+    Raises `ValueError` if there is no such stage, or if its positions are not `located`.
     """
     ((field, _),) = receptive_fields(model, (stage,))
-    return field
+    return located(field, stage)

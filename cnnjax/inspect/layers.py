@@ -21,8 +21,9 @@ class Layer:
       parameters: number of parameters.
       memory: bytes of the output, for the whole batch.
       macs: multiply-adds of the kernel, for the whole batch.
-      receptive_field: (height, width) in pixels; None if the layer sees the whole image.
-      stride: (height, width) in pixels; None if the layer sees the whole image.
+      receptive_field: (height, width) in pixels; None if the layer sees the whole image, or if a
+        transposed convolution is among the layers up to it.
+      stride: (height, width) in pixels; None if there is no receptive field.
     """
 
     name: str
@@ -67,15 +68,20 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     program = trace(model.apply, variables, images, report=report)
     rows = [_measured(Layer("", "input", None), program.invars[-1].aval, Field())]
 
+    convolution = None
+
     def visit(equation, fields):
+        nonlocal convolution
         field = seen(equation, fields)
+        if equation.primitive.name == "conv_general_dilated":
+            convolution = equation
         output = equation.outvars[0].aval
         if is_max_pool(equation):
             rows.append(_measured(Layer("", "max-pool", None), output, field))
         elif equation.primitive.name == "name" and equation.params["name"] in reported:
             name = equation.params["name"]
-            # Every weight of a kernel is used once at every position.
-            macs = kernels[name] * math.prod(output.shape[:-1])
+            macs = kernels[name] * _positions(output, convolution)
+            convolution = None
             layer = dataclasses.replace(reported[name], macs=macs)
             rows.append(_measured(layer, output, field))
             # A layer that runs again brings no further parameters.
@@ -85,6 +91,19 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     constants = [None] * (len(program.invars) - 1)
     follow(program, [*constants, Field()], visit)
     return rows + _in_training_only(variables["params"], reported)
+
+
+def _positions(output, convolution) -> int:
+    """Counts the positions at which a layer uses every weight of its kernel, for the whole batch.
+
+    Args:
+      output: the layer's output.
+      convolution: the layer's convolution; None if it has none.
+    """
+    if convolution is not None and max(convolution.params["lhs_dilation"]) > 1:
+        # A transposed convolution puts its kernel down at every position of its input.
+        output = convolution.invars[0].aval
+    return math.prod(output.shape[:-1])
 
 
 def _measured(layer, output, field):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from cnnjax.inspect.fields import EVERYTHING, Field, seen
+from cnnjax.inspect.fields import Field, Unlocated, seen
 from cnnjax.inspect.trace import follow, is_pool, trace, with_local_fill
 from cnnjax.nn import output_size
 
@@ -27,7 +27,7 @@ class _Way:
     `field_behind` and `size_behind` are those of the map after the last window.
     """
 
-    field: Field | str
+    field: Field | Unlocated
     windows: tuple[Window, ...] = ()
     field_behind: Field = Field()
     size_behind: tuple[int, int] = (0, 0)
@@ -94,9 +94,9 @@ def _extended(network, way, name, is_pool, equation):
     It has one more window if the layer widened or strode the field.
     """
     before = way.field_behind
-    if way.field in (EVERYTHING, before):
-        return way
     after = way.field
+    if isinstance(after, Unlocated) or after == before:
+        return way
     size = equation.outvars[0].aval.shape[1:3]
     found = []
     for axis in (0, 1):

@@ -7,12 +7,14 @@ is interpolated to the pixels. Unlike in section 4.2, the interpolation is not l
 Source: Long et al. 2015 (arXiv 1411.4038).
 """
 
+import string
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from cnnjax.inspect import receptive_fields
+from cnnjax.inspect import located, receptive_fields
 from cnnjax.models.base import Network, create_model, register
 from cnnjax.nn import BatchNorm, Conv, Dense, conv_stride, global_avg_pool, max_pool, relu, sample
 
@@ -32,7 +34,8 @@ class SceneNet(Network):
         for number, block in enumerate(self.blocks, 1):
             stride = 2 if number == 1 else 1
             x = x if number == 1 else max_pool(x, 2, **policy)
-            for letter, features in zip("ab", block):
+            for index, features in enumerate(block):
+                letter = string.ascii_lowercase[index]
                 x = Conv(
                     features,
                     3,
@@ -61,15 +64,19 @@ def grids(
     They are followed through the traced network, so that maps that the fill 'none' shrinks are
     placed where they belong.
 
-    Returns for each stage the rows and the columns, in pixels, of its fields' centers.
+    Returns for each stage the rows and the columns, in pixels, of its fields' centers. Raises
+    `ValueError` if the positions of a stage have no places, such as behind GroupNorm.
     """
-    centers = lambda field, count, axis: (
-        field.step[axis] * np.arange(count) + (field.low[axis] + field.high[axis]) / 2
-    )
-    return tuple(
-        (centers(field, output[1], 0), centers(field, output[2], 1))
-        for field, output in receptive_fields(encoder, stages, shape)
-    )
+    places = []
+    for stage, (field, output) in zip(stages, receptive_fields(encoder, stages, shape)):
+        field = located(field, stage)
+        rows, columns = (
+            field.step[axis] * np.arange(output[1 + axis])
+            + (field.low[axis] + field.high[axis]) / 2
+            for axis in (0, 1)
+        )
+        places.append((rows, columns))
+    return tuple(places)
 
 
 def _bilinear(
@@ -79,9 +86,7 @@ def _bilinear(
 
     Beyond the first and the last known position, the nearest one counts.
     """
-    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1).astype(
-        np.float32
-    )
+    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1)
 
 
 def place(
@@ -106,7 +111,9 @@ class FCN(Network):
     position.
 
     Attributes:
-      encoder: name of the network.
+      encoder: name of the network. Its `walk` runs outside `apply`: it may use the network's fields
+        and make modules, but not call `self.param`, `self.make_rng` or `self.is_initializing`. A
+        network with a field `aux_logits` is built without auxiliary classifiers.
       scored: the stages that are scored, in the network's order.
     """
 
@@ -121,17 +128,22 @@ class FCN(Network):
 
     @nn.nowrap
     def backbone(self) -> Network:
-        return create_model(
+        encoder = create_model(
             self.encoder,
             padding=self.padding,
             sampling=self.sampling,
             dtype=self.dtype,
             axis_name=self.axis_name,
-        ).clone(parent=None)
+        )
+        # Auxiliary classifiers would score whole images, and only in training.
+        fields = {"aux_logits": False} if hasattr(encoder, "aux_logits") else {}
+        return encoder.clone(parent=None, **fields)
 
     @nn.nowrap
     def walk(self, x, train):
-        encoder, maps, shape = self.backbone(), {}, x.shape[1:]
+        encoder = self.backbone()
+        maps = {}
+        shape = x.shape[1:]
         walk = encoder.walk(x, train)  # the encoder's modules become this network's own
         name, y = next(walk)
         while name != "logits":
@@ -145,7 +157,8 @@ class FCN(Network):
                 f"they are {', '.join(maps)}"
             )
         places = grids(encoder, shape, tuple(self.scored))
-        scores, known = None, None
+        scores = None
+        known = None
         for stage, here in reversed(list(zip(self.scored, places))):
             score = Conv(self.num_classes, 1, dtype=self.dtype, name=f"score.{stage}")(maps[stage])
             scores = score if scores is None else score + place(scores, known, here)

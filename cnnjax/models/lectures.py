@@ -4,6 +4,7 @@ Initialization is PyTorch's unless stated.
 """
 
 import functools
+import string
 
 import flax.linen as nn
 
@@ -77,7 +78,8 @@ class ConvNet(Network):
     def walk(self, x, train):
         shared = {**KERAS, "dtype": self.dtype}
         for number, block in enumerate(self.blocks, 1):
-            for letter, features in zip("abcd", block):
+            for index, features in enumerate(block):
+                letter = string.ascii_lowercase[index]
                 x = relu(
                     Conv(
                         features,

@@ -167,6 +167,19 @@ def predict(
     return np.concatenate([*outputs])
 
 
+def class_probabilities(
+    logits: Float[AnyArray, "*images classes"], multi_label: bool
+) -> Float[np.ndarray, "*images classes"]:
+    """Turns logits into probabilities.
+
+    Args:
+      logits: along the last axis, those of the classes.
+      multi_label: whether an image may have several classes, as with loss="sigmoid".
+    """
+    activation = jax.nn.sigmoid if multi_label else jax.nn.softmax
+    return np.asarray(activation(jnp.asarray(logits)))
+
+
 # ------------------------------------------------------------------ scores
 
 

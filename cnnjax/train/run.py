@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays, augment, photographs, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
@@ -264,6 +266,36 @@ class TrainedRun:
     @property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         return self.mean, self.std
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes."""
+        return self.config.loss == "sigmoid"
+
+    def read(self, file: pathlib.Path, times: int = 1) -> np.ndarray:
+        """Reads a photograph as the run's test images were read.
+
+        Args:
+          file: an image file.
+          times: factor of the height and width, in place of those of `image_shape`.
+
+        Returns:
+          uint8 [times * height, times * width, channels]. There must be 1 channel, gray, or 3.
+
+        Raises:
+          ValueError: as `photographs.open_rgb`.
+        """
+        height, width = (times * side for side in self.image_shape[:2])
+        image = photographs.open_rgb(file)
+        if height == width:
+            image = stream.center(image, height, times * self.resize)
+        else:
+            # Streamed images are square, so the run was on a data set in memory, whose images are
+            # not cropped: the photograph keeps as much as its shape allows.
+            image = PIL.ImageOps.fit(image, (width, height), PIL.Image.Resampling.BILINEAR)
+        channels = self.image_shape[2]
+        image = image.convert("L" if channels == 1 else "RGB")
+        return np.asarray(image).reshape(height, width, channels)
 
 
 def open_run(folder: str | pathlib.Path) -> TrainedRun:

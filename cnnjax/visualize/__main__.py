@@ -206,16 +206,14 @@ def _add_square(parser):
     parser.add_argument(
         "--size",
         type=command.whole_number(1),
-        default=48,
         metavar="PIXELS",
-        help="side of the square (default: %(default)s)",
+        help="side of the square (default: 48 for images of 224 pixels, others in proportion)",
     )
     parser.add_argument(
         "--stride",
         type=command.whole_number(1),
-        default=16,
         metavar="PIXELS",
-        help="of the square (default: %(default)s)",
+        help="of the square (default: 16 for images of 224 pixels, others in proportion)",
     )
 
 
@@ -245,6 +243,8 @@ def _work(options: argparse.Namespace) -> None:
 
     backend.start()
     subject = Subject(options)
+    if options.command == "occlusion":
+        _set_square(options, subject.model.input_shape)
     with workdir.prepared(options.workdir, _record(options)) as folder:
         figure, numbers = _look(subject)
         workdir.write_figure(folder / f"{options.command}.png", figure)
@@ -252,6 +252,15 @@ def _work(options: argparse.Namespace) -> None:
         results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
         workdir.write_json(folder / "results.json", results)
     print(f"see {folder / options.command}.png")
+
+
+def _set_square(options, input_shape):
+    """Sets the side and the stride of the occluding square where the options leave them out."""
+    scale = min(input_shape[:2]) / 224
+    if options.size is None:
+        options.size = max(1, round(48 * scale))
+    if options.stride is None:
+        options.stride = max(1, round(16 * scale))
 
 
 def _look(subject):

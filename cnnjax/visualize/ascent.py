@@ -77,7 +77,8 @@ def maximize(
       moments: mean and standard deviation that the network's images are normalized by.
 
     Returns the images, RGB in [0, 1], and the units' activations: for the noise, and for the
-    result. Raises `ValueError` if a stage or channel is unknown, or a number is out of range.
+    result. Raises `ValueError` if a stage or channel is unknown, a number is out of range, or the
+    stage sees the whole image.
     """
     check_stage(model, stage, channels)
     if jitter is None:

@@ -25,7 +25,7 @@ def equivariance_error(
     root of the squared differences over that of the squared features, of all images, channels and
     positions at a distance.
 
-    Raises `ValueError` if the stage is unknown or the images are too small to compare.
+    Raises `ValueError` as `receptive_field`, or if the images are too small to compare.
     """
     step = receptive_field(model, stage).step
     late, early = (

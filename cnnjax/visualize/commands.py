@@ -3,7 +3,6 @@
 A command takes a `Subject` and returns (figure, numbers for results.json).
 """
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -12,6 +11,7 @@ from matplotlib.patches import Rectangle
 from cnnjax.nn import FILLS
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
+from cnnjax.train.evaluate import class_probabilities
 from cnnjax.visualize.ascent import maximize
 from cnnjax.visualize.borders import equivariance_error
 from cnnjax.visualize.class_maps import grad_cam
@@ -23,11 +23,12 @@ from cnnjax.visualize.stages import (
     activations,
     first_filters,
     logits,
+    map_grid,
     peaks,
     receptive_field,
     stage_channels,
 )
-from cnnjax.visualize.subject import Subject, read_photographs, spread
+from cnnjax.visualize.subject import Subject, spread
 
 _FLOOR = 1e-7  # what a logarithmic axis shows for an error of 0
 _TINY = 1e-12
@@ -154,7 +155,7 @@ def _seen_and_signals(subject, units, rules):
     stage = units["stage"]
     places = units["places"]
     field = receptive_field(subject.model, stage)
-    images = read_photographs(subject.model, [subject.paths[i] for i in units["photographs"]])
+    images = subject.read([subject.paths[i] for i in units["photographs"]])
     x = subject.input(images)
     rows = [patches(images / np.float32(255), places, field, 1.0)]
     for rule in rules:
@@ -182,10 +183,10 @@ def occluded(subject: Subject):
     with progress(len(images), "photographs hidden bit by bit") as advance:
         for column, image, path in zip(axes.T, images, subject.paths):
             x = subject.input(image[None])
-            (probability,) = _probabilities(logits(subject.model, subject.variables, x))
+            (probability,) = _probabilities(subject, logits(subject.model, subject.variables, x))
             label = int(probability.argmax())
-            hidden = _probabilities(occlusion(subject.model, subject.variables, x[0], size, stride))
-            shares = hidden[..., label]
+            hidden = occlusion(subject.model, subject.variables, x[0], size, stride)
+            shares = _probabilities(subject, hidden)[..., label]
             name = subject.class_name(label)
             _show_photograph(column[0], image, f"{path.stem}\n{name}: {probability[label]:.2f}")
             first = ((size - 1) / 2,) * 2
@@ -209,11 +210,10 @@ def class_maps(subject: Subject):
     (stage,) = subject.stages
     images = subject.photographs()
     x = subject.input(images)
-    probabilities = _probabilities(logits(subject.model, subject.variables, x))
+    probabilities = _probabilities(subject, logits(subject.model, subject.variables, x))
     labels = probabilities.argmax(1)
     heat = np.asarray(grad_cam(subject.model, subject.variables, x, labels, stage))
-    field = receptive_field(subject.model, stage)
-    first = [(low + high) / 2 for low, high in zip(field.low, field.high)]
+    first, steps = map_grid(subject.model, stage)
     figure, axes = grid(2, len(images), 2.4)
     numbers = []
     for number, (column, path) in enumerate(zip(axes.T, subject.paths)):
@@ -221,7 +221,7 @@ def class_maps(subject: Subject):
         probability = probabilities[number, label]
         title = f"{path.stem}\n{subject.class_name(label)}: {probability:.2f}"
         _show_photograph(column[0], images[number], title)
-        overlay(column[1], images[number], heat[number], first, field.step)
+        overlay(column[1], images[number], heat[number], first, steps)
         column[1].set_title(f"Grad-CAM, {stage}", fontsize=7)
         numbers.append(
             {
@@ -240,12 +240,9 @@ def _show_photograph(axis, image, title):
 
 
 def _probabilities(
-    logits: Float[AnyArray, "*images classes"],
+    subject: Subject, logits: Float[AnyArray, "*images classes"]
 ) -> Float[np.ndarray, "*images classes"]:
-    """Applies softmax over the last axis, or a sigmoid to a single logit."""
-    if logits.shape[-1] == 1:
-        return np.asarray(jax.nn.sigmoid(logits))
-    return np.asarray(jax.nn.softmax(logits))
+    return class_probabilities(logits, subject.multi_label)
 
 
 def fields(subject: Subject):
@@ -291,7 +288,7 @@ def equivariance(subject: Subject):
             f"padding={subject.options.padding!r}: equivariance compares all paddings; leave it out"
         )
     # Without padding, little is left of an image of the usual size.
-    x = subject.input(read_photographs(subject.model, subject.paths, times=2))
+    x = subject.input(subject.read(subject.paths, times=2))
     stages = subject.stages
     figure = Figure(figsize=(3.6 * len(stages), 3.6), layout="constrained")
     axes = figure.subplots(1, len(stages), squeeze=False, sharey=True)

@@ -24,7 +24,7 @@ def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...],
     one and sees everything.
 
     Returns the image's (height, width), the unit's (row, column), and the slices of the image that
-    the unit sees. Raises `ValueError` if there is no such stage.
+    the unit sees. Raises `ValueError` as `receptive_field`.
     """
     field = receptive_field(model, stage)
     unit = tuple(-(low // step) for low, step in zip(field.low, field.step))

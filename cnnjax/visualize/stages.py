@@ -1,6 +1,7 @@
 """A network's stages on images: maps, strongest units, first filters."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,28 @@ def check_stage(model: Network, stage: str, channels=()) -> None:
 def receptive_field(model: Network, stage: str) -> inspect.Field:
     """Finds the largest part of the image that a position of a stage sees.
 
-    Raises `ValueError` if there is no such stage.
+    Raises `ValueError` if there is no such stage, or if its positions see the whole image.
     """
     check_stage(model, stage)
     return inspect.receptive_field(model, stage)
+
+
+def map_grid(model: Network, stage: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Finds where the positions of a stage's map lie in an image of the network's size.
+
+    They are the centers of receptive fields. Positions that see the whole image are spread evenly
+    over it.
+
+    Returns the row and column of the first position, and the steps down and to the right, in
+    pixels. Raises `ValueError` if there is no such stage.
+    """
+    check_stage(model, stage)
+    ((field, map_shape),) = inspect.receptive_fields(model, (stage,))
+    if isinstance(field, inspect.Field):
+        first = [(low + high) / 2 for low, high in zip(field.low, field.high)]
+        return first, field.step
+    steps = [side / count for side, count in zip(model.input_shape[:2], map_shape[1:3])]
+    return [(step - 1) / 2 for step in steps], steps
 
 
 def apply(model: Network, variables: dict, images, **options):

@@ -7,34 +7,18 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 from jaxtyping import UInt8
 
 from cnnjax import weights
 from cnnjax.data import augment, photographs
-from cnnjax.models import Network, create_model
+from cnnjax.models import create_model
 from cnnjax.runtime import command
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
-from cnnjax.train.run import open_run
+from cnnjax.train.run import TrainedRun, open_run
 from cnnjax.visualize.stages import check_stage, network_input, stage_channels
 
 _BATCH = 16
-
-
-def read_photographs(
-    model: Network, paths: Sequence[pathlib.Path], times: int = 1
-) -> UInt8[np.ndarray, "n height width 3"]:
-    """Reads photographs, scaled and cut to `times` the network's image size."""
-    height, width, _ = model.input_shape
-    images = []
-    for path in paths:
-        image = PIL.Image.fromarray(photographs.read_image(path))
-        size = (times * width, times * height)
-        fitted = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BICUBIC)
-        images.append(np.asarray(fitted))
-    return np.stack(images)
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -48,13 +32,16 @@ class Subject:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.moments = augment.IMAGENET
-        self.classes: tuple[str, ...] = ()
+        self.run: TrainedRun | None = None
         if options.run is None:
             self.name = options.model
             self.model = _registered(options)
+            self.moments = augment.IMAGENET
+            self.classes = _class_names(self.model, options.weights)
+            # A softmax of one logit would be 1.
+            self.multi_label = self.model.num_classes == 1
         else:
-            self._open_run()
+            self._open_run(options.run)
         self.stages = options.stages or list(stage_channels(self.model))
         if not self.stages and options.command != "filters":
             raise ValueError(f"model={self.name!r} has no stages, and so no maps to look at")
@@ -68,8 +55,9 @@ class Subject:
         if options.run is None:
             self.variables = _variables(self.model, options)
 
-    def _open_run(self):
-        run = open_run(self.options.run)
+    def _open_run(self, folder):
+        run = open_run(folder)
+        self.run = run
         self.name = run.config.model
         self.model = run.model
         if self.options.padding is not None:
@@ -80,7 +68,8 @@ class Subject:
             self.model = _with_every_layer(self.model, self.name)
         self.variables = run.variables
         self.classes = run.classes
-        self.moments = (run.mean, run.std)
+        self.moments = run.moments
+        self.multi_label = run.multi_label
 
     def photograph_name(self, path: pathlib.Path) -> str:
         """Returns a photograph's path below its folder, by which the results name it."""
@@ -91,12 +80,29 @@ class Subject:
         """Returns the name of a class if it is known, or else its number."""
         return self.classes[label] if self.classes else f"class {label}"
 
+    def read(
+        self, paths: Sequence[pathlib.Path], times: int = 1
+    ) -> UInt8[np.ndarray, "n height width 3"]:
+        """Reads photographs, scaled and cut to `times` the network's image size.
+
+        Those of a training run are prepared as the run's test images, gray if these are gray.
+        """
+        height, width, _ = self.model.input_shape
+        images = []
+        for path in paths:
+            if self.run is None:
+                image = photographs.fit(path, times * height, times * width)
+            else:
+                image = self.run.read(path, times)
+            images.append(np.broadcast_to(image, (*image.shape[:2], 3)))
+        return np.stack(images)
+
     def batches(self) -> Iterator[np.ndarray]:
         """Yields batches of the photographs, uint8."""
         with progress(len(self.paths), "photographs") as advance:
             for start in range(0, len(self.paths), _BATCH):
                 paths = self.paths[start : start + _BATCH]
-                yield read_photographs(self.model, paths)
+                yield self.read(paths)
                 advance(len(paths))
 
     def photographs(self) -> np.ndarray:
@@ -117,6 +123,13 @@ def _registered(options):
     if options.every_layer:
         fields = {"every_layer": True, **fields}
     return create_model(options.model, **command.policies(options), **fields)
+
+
+def _class_names(model, source):
+    """Returns the classes' names if the weights are published ones; else an empty tuple."""
+    is_published = source == "imagenet" or weights.of_file(source) is not None
+    names = weights.imagenet_classes()
+    return names if is_published and model.num_classes == len(names) else ()
 
 
 def _with_every_layer(model, name):
