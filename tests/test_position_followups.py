@@ -477,6 +477,9 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
     ]
     position_patterns.main([*command, "c"])
     results = json.loads((tmp_path / "run" / "patterns.json").read_text())
+    # A work directory of an earlier version lacks this, and is refused.
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["photographs_drawn"] == "at random"
     traced = [result for result in results if result["part"] == "patterns"]
     assert [(result["weights"], result["seed"], result["padding"]) for result in traced] == [
         (origin, seed, "zeros") for origin in ("random", "trained") for seed in (0, 1)
