@@ -6,6 +6,8 @@
 The position study fits a linear readout of horizontal position (H) to 24 crops of photographs. Here
 a readout is fitted to photographs, to the same photographs with their pixels shuffled, or to noise
 images, and is scored on unseen images of the same kind. The encoders have random weights.
+With fewer images than there are photographs to fit to, each seed draws photographs at random, and
+a smaller number of them is part of a larger one.
 
 A nonlinear readout has one hidden layer. All stages are resized to one grid, in one of two ways:
 
@@ -93,8 +95,11 @@ def load(options) -> list[pathlib.Path]:
     if len(set(options.counts)) < len(options.counts):
         raise ValueError(f"counts={options.counts} must name each number once")
     paths = photographs.list_photographs(options.photographs)
-    photographs.split(paths, (1, 1, 1), 0)
+    parts = photographs.split(paths, (max(options.counts), _HELD_OUT, _TEST), 0)
     photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
+    if photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST)):
+        # Recorded in the work directory: earlier versions took the first photographs of each part.
+        options.photographs_drawn = "at random"
     return paths
 
 
@@ -110,14 +115,17 @@ def points(options):
 def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     """Fits readouts of H to images of one kind, and scores them on unseen images of that kind."""
     most = max(options.counts)
-    parts = draw_images(point, paths, (most, _HELD_OUT, _TEST))
-    features = encode(point, np.concatenate(parts))
+    sizes = (most, _HELD_OUT, _TEST)
+    parts = photographs.split(paths, sizes, point.seed)
+    features = encode(point, np.concatenate(draw_images(point, parts, sizes)))
+    cropped = [min(len(part), size) for part, size in zip(parts, sizes)]
     goal = target("H", FEATURE_SIZE)
     readouts = []
     for grid, joined in features.items():
         train, held_out, test = np.split(joined, [most, most + _HELD_OUT])
         for count in options.counts:
-            readout = fit_exact(train[:count], held_out, goal[None])
+            chosen = train[choose_images(point, count, cropped[0])]
+            readout = fit_exact(chosen, held_out, goal[None])
             readouts.append(scored("linear", grid, count, readout(test)))
         if options.hidden:
             nonlinear = fit_sgd(
@@ -128,18 +136,36 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
                 hidden=(options.hidden,),
             )
             readouts.append(scored("nonlinear", grid, most, nonlinear(test)[0]))
-    return {"readouts": readouts, "border": border(point.padding, point.seed)}
+    return {
+        "readouts": readouts,
+        "photographs": cropped,
+        "border": border(point.padding, point.seed),
+    }
 
 
-def draw_images(point: Point, paths: list[pathlib.Path], counts: tuple[int, ...]):
+def choose_images(point: Point, count: int, available: int) -> slice | np.ndarray:
+    """Chooses which images to fit to.
+
+    The first images are crops of different photographs, `available` ones. Fewer than these are
+    drawn at random; a smaller number of them is part of a larger one.
+    """
+    if point.images == "noise" or count >= available:
+        return slice(count)
+    # The second number sets this choice apart from what else is drawn from the same seed.
+    return np.random.default_rng([point.seed, 1]).permutation(available)[:count]
+
+
+def draw_images(
+    point: Point, parts: list[list[pathlib.Path]], sizes: tuple[int, ...]
+) -> list[np.ndarray]:
     """Draws images to fit to, to choose the penalty on, and to test on, all of one kind."""
     images = []
-    for number, part in enumerate(photographs.split(paths, counts, point.seed)):
-        seed = len(counts) * point.seed + number
+    for number, (part, size) in enumerate(zip(parts, sizes)):
+        seed = len(sizes) * point.seed + number
         if point.images == "noise":
-            drawn = photographs.synthetic("noise", counts[number], _SIZE, seed)
+            drawn = photographs.synthetic("noise", size, _SIZE, seed)
         else:
-            drawn = photographs.crops(part, counts[number], _SIZE, seed)
+            drawn = photographs.crops(part, size, _SIZE, seed)
         if point.images == "shuffled":
             drawn = shuffled(drawn, seed)
         images.append(drawn)
@@ -181,21 +207,21 @@ def encode(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
         "corners": [np.linspace(0, side - 1, FEATURE_SIZE) for side in sides],
         "registered": registered(model, stages, sides),
     }
-    weights = {}
+    matrices = {}
     for grid, of_stages in places.items():
-        weights[grid] = [interpolation(*stage) for stage in zip(of_stages, sides)]
+        matrices[grid] = [interpolation(*stage) for stage in zip(of_stages, sides)]
 
     parts: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(start)
-        joined = _joined(model, variables, batch, stages, weights, key)
+        joined = _joined(model, variables, batch, stages, matrices, key)
         for grid in GRIDS:
             parts[grid].append(np.asarray(joined[grid])[:count])
     return {grid: np.concatenate(of_grid) for grid, of_grid in parts.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages"))
-def _joined(model, variables, images, stages, weights, key):
+def _joined(model, variables, images, stages, matrices, key):
     maps = model.apply(
         variables,
         normalize(images),
@@ -204,10 +230,10 @@ def _joined(model, variables, images, stages, weights, key):
         rngs={"padding": key},
     )
     joined = {}
-    for grid, matrices in weights.items():
+    for grid, of_stages in matrices.items():
         sampled = [
             jnp.einsum("iy,nyxc,jx->nijc", matrix, maps[stage], matrix)
-            for stage, matrix in zip(stages, matrices)
+            for stage, matrix in zip(stages, of_stages)
         ]
         joined[grid] = jnp.concatenate(sampled, -1)
     return joined
@@ -325,6 +351,19 @@ def draw(results: list[dict]) -> Figure:
     return figure
 
 
+def describe_photographs(results: list[dict]) -> str:
+    """Describes of how many photographs the images are crops; empty for noise alone."""
+    # Results of earlier versions do not count them.
+    of_photographs = [result for result in results if result["images"] != "noise"]
+    if not of_photographs or "photographs" not in of_photographs[0]:
+        return ""
+    fitted, held_out, test = of_photographs[0]["photographs"]
+    return (
+        f"\nThe images are crops: those to fit to of at most {fitted} photograph(s), the held-out "
+        f"ones of {held_out}, the unseen ones of {test}."
+    )
+
+
 def report(results: list[dict], options) -> study.Report:
     text = f"""# What a readout of H can be fitted to
 
@@ -332,7 +371,7 @@ Encoders with random weights, images of {_SIZE} px. R2 of H, the median over {_T
 of the kind that the readout was fitted to, on the readout's grid of {FEATURE_SIZE}x{FEATURE_SIZE};
 mean ± sample standard deviation over n seeds of weights and images. The linear readout is the exact
 one, its penalty chosen on {_HELD_OUT} held-out images. "Corners" aligns the corners of all stages;
-"registered" samples all stages at the same pixels.
+"registered" samples all stages at the same pixels.{describe_photographs(results)}
 
 {tabulate(results)}
 ![R2 of H by the number of images](fitted.png)

@@ -18,7 +18,8 @@ other half. Then the halves are swapped, and the two results are averaged. The s
 is thus the rate of false positives, with which all other shares must be compared.
 
 The exact readout of H is fitted to the first half of the same features and scored on the second.
-Each seed draws the photographs and the random weights. Finished points are not measured again.
+Each seed draws the random weights, and `--images` photographs in random order; if there are no
+more, every seed has all of them, in an order of its own. Finished points are not measured again.
 Writes report.md, neurons.json and neurons.png.
 """
 
@@ -80,14 +81,14 @@ def load(options) -> Shared:
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(paths))
         drawn.append(tuple(paths[number] for number in order[: options.images]))
-    return Shared(position_patterns.load_subjects(options), drawn)
+    subjects = position_patterns.load_subjects(options)
+    padded = [padding for padding in options.paddings if padding != INSIDE]
+    position_patterns.check_fills(subjects, padded)
+    return Shared(subjects, drawn)
 
 
 def points(options):
-    subjects = [(name, "random") for name in options.encoders]
-    subjects += [(name, "trained") for name in options.trained]
-    if not subjects:
-        raise ValueError("encoders= and trained= are empty: there is no network to look at")
+    subjects = position_patterns.list_subjects(options)
     # The paddings of a seed follow each other, because they share the features inside the
     # photographs.
     for (name, origin), seed in itertools.product(subjects, range(options.seeds)):
@@ -241,14 +242,24 @@ def draw(results: list[dict]) -> Figure:
     return figure
 
 
+def describe_draw(count: int, options) -> str:
+    """Describes which photographs the seeds have."""
+    if count < options.images:
+        return "all seeds have the same photographs, divided into other halves"
+    return (
+        f"each seed draws {count} at random, or divides all into other halves if there are no more"
+    )
+
+
 def report(results: list[dict], options) -> study.Report:
     (count,) = study.unique(results, "images")
     text = f"""# Padding-aware channels
 
-Crops of {options.size} px of {count} photographs. Mean ± sample standard deviation over n seeds,
-which draw the photographs, and the weights where they are random. "Inside" has no border: its
-column is the rate of false positives. The thresholds leave {_FALSE_POSITIVES:.0%} of channels on
-the half of the photographs that they were chosen on, not necessarily on the other.
+Crops of {options.size} px of {count} photographs. Mean ± sample standard deviation over n seeds of
+weights, where they are random, and of photographs; {describe_draw(count, options)}.
+"Inside" has no border: its column is the rate of false positives. The thresholds leave
+{_FALSE_POSITIVES:.0%} of channels on the half of the photographs that they were chosen on, not
+necessarily on the other.
 
 ## Share of channels that tell the border, %
 

@@ -11,11 +11,12 @@ strong it is, how much of it all photographs share, and how far it reaches.
 The weights are random, or come from a safetensors file; on the command line, the file is followed
 by the modules that it lacks, and only the stages before those modules are compared. Photographs
 smaller than the crop are refused. Other photographs are scaled, up if need be, and cut to the size
-that a network needs around the crop. Each seed has its own random weights and photographs.
+that a network needs around the crop. Each seed has its own random weights and photographs, drawn
+at random.
 
 The second part is arithmetic without images: the image sizes that every strided layer reads to the
 same distance on both sides, and a map of how often each pixel is read. Finished points are not
-measured again. Writes report.md, results.json, patterns.png, distances.png and reads.png.
+measured again. Writes report.md, patterns.json, patterns.png, distances.png and reads.png.
 """
 
 import functools
@@ -90,14 +91,19 @@ def add_options(parser):
     parser.add_count("seeds", 3, "of random weights and photographs")
 
 
-def points(options):
+def list_subjects(options) -> list[tuple[str, str]]:
+    """Lists the encoders and the origins of their weights; raises `ValueError` if none."""
     subjects = [(name, "random") for name in options.encoders]
     subjects += [(name, "trained") for name in options.trained]
     if not subjects:
         raise ValueError("encoders= and trained= are empty: there is no network to look at")
+    return subjects
+
+
+def points(options):
     # The paddings of a seed follow each other, because they share the photographs and their
     # features.
-    grid = itertools.product(subjects, range(options.seeds), options.paddings)
+    grid = itertools.product(list_subjects(options), range(options.seeds), options.paddings)
     for (name, origin), seed, padding in grid:
         yield Trace("patterns", name, origin, padding, seed)
     for name in READ_BY:
@@ -112,20 +118,27 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
-    return Shared(load_subjects(options), divide_photographs(options))
+    subjects = load_subjects(options)
+    check_fills(subjects, options.paddings)
+    return Shared(subjects, divide_photographs(options))
 
 
 def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
     """Divides the photographs into disjoint parts, one for each seed."""
     paths = list_large(options)
     parts = photographs.split(paths, (1,) * options.seeds, 0)
-    parts = [tuple(part[: options.images]) for part in parts]
-    if min(map(len, parts)) < 2:
+    if photographs.draws(parts, (options.images,) * options.seeds):
+        # Recorded in the work directory: earlier versions took the first photographs of each part.
+        options.photographs_drawn = "at random"
+    chosen = []
+    for seed, part in enumerate(parts):
+        chosen.append(tuple(photographs.choose(part, options.images, seed)))
+    if min(map(len, chosen)) < 2:
         raise ValueError(
             f"images={options.images} and seeds={options.seeds} leave a seed fewer than 2 of "
             f"{len(paths)} photographs"
         )
-    return parts
+    return chosen
 
 
 def list_large(options) -> list[pathlib.Path]:
@@ -145,6 +158,12 @@ def load_subjects(options) -> dict[tuple[str, str], "Subject"]:
     for name, (file, missing) in options.trained.items():
         subjects[name, "trained"] = Subject(name, options.size, file, missing)
     return subjects
+
+
+def check_fills(subjects: dict[tuple[str, str], "Subject"], paddings: list[str]) -> None:
+    """Raises `ValueError` if a padding does not fit an encoder's maps."""
+    for subject, padding in itertools.product(subjects.values(), paddings):
+        stage_shapes(subject.model.clone(padding=padding), subject.size, subject.stages[-1])
 
 
 def measure(point: Trace | Windows, options, shared: Shared) -> dict:
@@ -442,7 +461,7 @@ nothing left to read.
 
 STUDY = study.Study(
     description=__doc__,
-    results="results.json",
+    results="patterns.json",
     add_options=add_options,
     axes=("encoders", "paddings"),
     load=load,

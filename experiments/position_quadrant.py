@@ -15,8 +15,9 @@ There are two experiments:
   reads the place from every stage; it is trained on one half of the photographs and tested on the
   other. Empty pixels are 0, the value of zero padding, as on the authors' canvas.
 
-Each seed has its own weights and photographs. Finished points are not measured again. Writes
-report.md, results.json, rook.png and quadrants.png.
+Each seed has its own weights and draws `--images` photographs; if there are no more, every seed has
+all of them, in other halves. Finished points are not measured again. Writes report.md,
+quadrant.json, rook.png and quadrants.png.
 """
 
 import functools
@@ -395,9 +396,9 @@ def report(results: list[dict], options) -> study.Report:
     text = f"""# Rook and quadrants
 
 Mean ± sample standard deviation over n seeds; chance is 50 %. Published: Kayhan and van Gemert
-2020, with 2,000 photographs (here {quadrants[0]["images"]} of each seed, half of them for
-training). The BatchNorm of their networks took statistics of the canvases; here it is as
-initialized.
+2020, with 2,000 photographs (here {quadrants[0]["images"]} for each seed, half of them for
+training; if there are no more, the same for all seeds, in other halves). The BatchNorm of their
+networks took statistics of the canvases; here it is as initialized.
 
 ## Rook
 
@@ -419,7 +420,7 @@ is a whole number of steps wide: 120 pixels are 15 steps of layer2, 7.5 of layer
 
 STUDY = study.Study(
     description=__doc__,
-    results="results.json",
+    results="quadrant.json",
     add_options=add_options,
     axes=("paddings", "borders", "seeds"),
     load=load,

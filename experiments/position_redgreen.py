@@ -42,8 +42,8 @@ PUBLISHED = {
 }
 KINDS = ("similar", "dissimilar")
 _SPLITS = {
-    "own": "Every network has images of its own, and those of validation and test are drawn "
-    "anew, where the published figures are of training images.",
+    "own": "Every seed has images of its own, which all paddings share, and those of validation "
+    "and test are drawn anew, where the published figures are of training images.",
     "published": "As in the authors' code, all networks have the same images, and those of "
     "validation and of the similar test are training images.",
 }
@@ -292,8 +292,8 @@ def draw_figure(results: list[dict]) -> Figure:
 def report(results: list[dict], options) -> study.Report:
     text = f"""# Red/Green
 
-Accuracy, mean ± sample standard deviation over networks, which begin from weights of their own.
-Published: Kayhan and van Gemert 2020. {_SPLITS[options.splits]}
+Accuracy, mean ± sample standard deviation over n seeds, each with initial weights of its own, which
+all paddings share. Published: Kayhan and van Gemert 2020. {_SPLITS[options.splits]}
 
 {tabulate(results)}
 ![Red/Green](redgreen.png)

@@ -16,11 +16,12 @@ otherwise. The table `weights` compares random and ImageNet weights, and `photog
 readout to 24, 96 and 384 photographs. ImageNet weights come from PyTorch's cache, the Hugging Face
 hub, or torchvision's server. For the networks named by `--trained`, they come from a safetensors or
 .pth file with torchvision's names, followed by the modules that the file lacks. Writes NAME.md and
-NAME.json.
+NAME.json, and replaces them only if their settings were the same, the number of seeds aside.
 """
 
 import argparse
 import ast
+import collections
 import functools
 import itertools
 import pathlib
@@ -30,7 +31,8 @@ from typing import NamedTuple
 
 import ml_collections
 
-from cnnjax.position import study
+from cnnjax.data import photographs
+from cnnjax.position import study as position_study
 from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.study import select, unique
 from configs import posenet
@@ -288,7 +290,11 @@ def change(config: ml_collections.ConfigDict, setting: str) -> None:
             f"{', '.join(sorted(config))}"
         )
     try:
-        config[key] = text if isinstance(config[key], str) else ast.literal_eval(text)
+        value = text if isinstance(config[key], str) else ast.literal_eval(text)
+        # A `ConfigDict` takes None for a value of any type.
+        if value is None:
+            raise ValueError("no key is None")
+        config[key] = value
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(
             f"--set {setting}: {text!r} is not a value for {key}, which is {config[key]!r}"
@@ -299,12 +305,18 @@ def check_settings(name: str, options: argparse.Namespace) -> None:
     """Raises `ValueError` if `--set` changes a key that distinguishes a table's rows."""
     for row in TABLES[name]:
         config = configure(row, options)
-        has_sgd = row.encoder in study.CONTROLS or row.padding in config.sgd_paddings
+        has_sgd = row.encoder in position_study.CONTROLS or row.padding in config.sgd_paddings
         if config.depth > 1 and not has_sgd:
             raise ValueError(
                 f"depth={config.depth} of row {row.label!r} needs an SGD readout, and its study "
                 f"has them for sgd_paddings={tuple(config.sgd_paddings)}"
             )
+    configs = [configure(row, options) for row in TABLES[name]]
+    if configs[0].hidden and all(config.depth == 1 for config in configs):
+        raise ValueError(
+            f"hidden={configs[0].hidden}: no row of table {name!r} has hidden layers, for which "
+            "depth is above 1"
+        )
     unset = argparse.Namespace(**(vars(options) | {"set": []}))
     configs = [configure(row, unset) for row in TABLES[name]]
     for setting in options.set:
@@ -321,16 +333,58 @@ def check_settings(name: str, options: argparse.Namespace) -> None:
             )
 
 
-def check_trained(names: set[str]) -> None:
-    """Raises `ValueError` if `--trained` names an encoder that is in no table."""
+def check_trained(trained: set[str], tables: list[str]) -> None:
+    """Raises `ValueError` if `--trained` names an encoder that is in none of the tables."""
     encoders = set()
-    for row in itertools.chain(*TABLES.values()):
+    for row in itertools.chain(*(TABLES[name] for name in tables)):
         encoders.update(row.changes["encoders"])
-    unknown = sorted(names - encoders)
+    unknown = sorted(trained - encoders)
     if unknown:
         raise ValueError(
-            f"trained={unknown[0]} is not an encoder of the tables, which are "
-            f"{', '.join(sorted(encoders))}"
+            f"trained={unknown[0]} is not an encoder of {', '.join(tables)}; expected one of "
+            f"{', '.join(sorted(encoders)) or 'none'}"
+        )
+
+
+def check_photographs(row: Row, config: ml_collections.ConfigDict) -> None:
+    """Raises `ValueError` if a row is fitted to fewer photographs than it names."""
+    count = position_study.count_photographs(config)["train"]
+    if count < config.n_train:
+        paths, _ = photographs.find_photographs(config.photographs)
+        needed = config.n_train + config.n_held_out + config.n_test
+        raise ValueError(
+            f"row {row.label!r} needs {needed} photographs, {config.n_train} of them to fit to; "
+            f"photographs={config.photographs!r} has {len(paths)}, {count} of them to fit to"
+        )
+
+
+def study_name(config: ml_collections.ConfigDict, any_seeds: bool = False) -> str:
+    """Returns the name of a study's folder: a digest of its configuration.
+
+    With `any_seeds`, it is the same for every number of seeds.
+    """
+    settings = config.to_dict()
+    if any_seeds:
+        del settings["seeds"]
+    # Earlier versions took the first photographs of each part; their studies are measured again.
+    if position_study.draws(config):
+        settings["photographs_drawn"] = "at random"
+    return workdir.digest(settings)
+
+
+def check_page(
+    name: str, folder: pathlib.Path, configs: list[ml_collections.ConfigDict]
+) -> None:
+    """Raises `ValueError` if the folder has a table's page of other settings."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return
+    # Records of earlier versions do not name their settings.
+    earlier = {record.get("settings") for record in workdir.read_json(path)} - {None}
+    if not earlier <= {study_name(config, any_seeds=True) for config in configs}:
+        raise ValueError(
+            f"workdir={str(folder)!r} has {name}.md with other settings; choose another --workdir, "
+            f"or move {name}.md and {name}.json"
         )
 
 
@@ -357,7 +411,8 @@ def compare(row: Row, config: ml_collections.ConfigDict, results: dict) -> list[
             paper = (spc, mae / 2)
         for readout in READOUTS:
             for record in select(shown, target=target, data=data, readout=readout):
-                records.append(record | {"row": row.label, "paper": paper})
+                record = record | {"row": row.label, "paper": paper}
+                records.append(record | {"photographs": results.get("photographs")})
     return records
 
 
@@ -379,22 +434,50 @@ def tabulate(records: list[dict]) -> str:
             if first["paper"]:
                 paper = "{:.3f} / {:.3f}".format(*first["paper"])
             weights = pathlib.Path(first["weights"]).name
+            # Results of earlier versions do not count the photographs.
+            counts = (first["photographs"] or {}).values()
+            cropped = " / ".join(map(str, counts))
             seeds = str(first["n_seeds"])
-            lines.append([row, weights, target, data, paper, *cells.values(), seeds])
+            lines.append([row, weights, target, data, paper, *cells.values(), cropped, seeds])
     header = ["row", "weights", "target", "data", "paper: SPC / MAE"]
     header += [f"{name}: SPC ± std / MAE / R2" for name in ("SGD", "exact")]
-    return tables.table([*header, "seeds"], lines)
+    return tables.table([*header, "photographs", "seeds"], lines)
 
 
-def write(name: str, folder: pathlib.Path, records: list[dict]) -> None:
+def describe_settings(configs: list[ml_collections.ConfigDict]) -> str:
+    """Lists the photographs, the crops and what differs from configs/posenet.py."""
+    usual = posenet.get_config()
+    values = collections.defaultdict(list)
+    for config in configs:
+        for key, value in config.items():
+            if value not in values[key]:
+                values[key].append(value)
+    lines = []
+    for key, chosen in values.items():
+        if key in ("photographs", "n_train", "n_held_out", "n_test") or chosen != [usual[key]]:
+            lines.append(f"- `{key}`: {', '.join(f'`{value!r}`' for value in chosen)}")
+    return "\n".join(lines)
+
+
+def write(
+    name: str,
+    folder: pathlib.Path,
+    records: list[dict],
+    configs: list[ml_collections.ConfigDict],
+) -> None:
     """Writes a table's records and its page, and prints the table."""
     table = tabulate(records)
     text = f"""# {name}
 
 Std is over images and seeds together. Stripes span 0 to 1, for which the paper's errors are halved.
-SPC is blind to amplitude: read it beside R2, the share of variance explained.
+SPC is blind to amplitude: read it beside R2, the share of variance explained. Images are crops of
+as many photographs as the table says: to fit to / to choose the ridge strength on / to score on.
 
-{table}"""
+{table}
+The studies behind the rows have these keys of configs/posenet.py:
+
+{describe_settings(configs)}
+"""
     workdir.write_json(folder / f"{name}.json", records)
     workdir.write(folder / f"{name}.md", text)
     print(table)
@@ -403,29 +486,52 @@ SPC is blind to amplitude: read it beside R2, the share of variance explained.
 def measure(options: argparse.Namespace) -> None:
     """Runs the studies of the tables, and writes each table as soon as it is complete."""
     backend.start()
-    check_trained(set(options.trained))
+    names = options.tables or list(TABLES)
+    check_trained(set(options.trained), names)
     table_configs = {}
     # Rows share studies, even across tables.
-    studies = {}
-    for name in options.tables or TABLES:
+    distinct = {}
+    for name in names:
         check_settings(name, options)
         table_configs[name] = [configure(row, options) for row in TABLES[name]]
         for config in table_configs[name]:
-            studies[workdir.digest(config.to_dict())] = config
-    for config in studies.values():
-        study.check(config)
+            distinct[workdir.digest(config.to_dict())] = config
+    for config in distinct.values():
+        position_study.check(config)
+    studies = {}
+    table_studies = {}
+    for name, configs in table_configs.items():
+        table_studies[name] = [study_name(config) for config in configs]
+        studies.update(zip(table_studies[name], configs))
+        check_page(name, options.workdir, configs)
+    for row, config in zip(TABLES["photographs"], table_configs.get("photographs", ())):
+        check_photographs(row, config)
+    check_weights(list(studies.values()))
 
-    run = functools.partial(study.run, memory=options.workdir / "features")
+    run = functools.partial(position_study.run, memory=options.workdir / "features")
 
     @functools.cache
-    def complete(digest):
-        return workdir.run_once(run, studies[digest], options.workdir / digest)
+    def complete(study):
+        folder = options.workdir / study
+        return workdir.run_once(run, studies[study], folder, position_study.complete_record)
 
     for name, configs in table_configs.items():
         records = []
-        for row, config in zip(TABLES[name], configs):
-            records += compare(row, config, complete(workdir.digest(config.to_dict())))
-        write(name, options.workdir, records)
+        for row, config, study in zip(TABLES[name], configs, table_studies[name]):
+            settings = study_name(config, any_seeds=True)
+            for record in compare(row, config, complete(study)):
+                records.append(record | {"settings": settings})
+        write(name, options.workdir, records, configs)
+
+
+def check_weights(configs: list[ml_collections.ConfigDict]) -> None:
+    """Loads each file of weights once; raises `ValueError` if one does not fit its network."""
+    checked = set()
+    for config in configs:
+        key = (config.encoders, config.weights, config.missing, config.stages)
+        if key not in checked:
+            position_study.check_weights(config)
+            checked.add(key)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ At epochs 0, 1, 2, 5 and the last, the exact readout reads H and V from each sta
 and on a black image. With `--photographs`, the pattern that the padding leaves in each stage is
 measured at the same epochs, as in `position_patterns`. CIFAR-10's images are too small to show what
 lies beyond a crop, so this measurement uses photographs, scaled to the crop and the pixels that the
-network needs around it.
+network needs around it. Each seed draws 24 of them; if there are no more, all seeds have the same.
 
 Finished networks are not trained again. Writes report.md, training.json and training.png.
 """
@@ -196,6 +196,8 @@ def draw_photographs(
 ) -> np.ndarray:
     """Draws a seed's photographs: the crops and the pixels needed around them.
 
+    If there are no more than a seed takes, all seeds have the same.
+
     Returns uint8 [n, side, side, 3]; every pixel becomes `enlarge` x `enlarge` pixels, as in
     `windows`.
     """
@@ -216,7 +218,7 @@ def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> li
       context: photographs around the crops, uint8 [n, side, side, 3].
       size: side of the crops in pixels.
 
-    Returns the stage and the measures of `patterns.Strength` that are numbers.
+    Returns the stage, and the measures of `patterns.Strength` that are reported.
     """
     stages = list(stage_shapes(model, size))
     start = (context.shape[1] - size) // 2
@@ -226,8 +228,7 @@ def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> li
     rows = []
     for stage in stages:
         strength = patterns.strength(padded[stage], inside[stage])
-        names = ("mae", "rms", "snr", "shared")
-        rows.append({"stage": stage} | {name: getattr(strength, name) for name in names})
+        rows.append({"stage": stage, "mae": strength.mae, "shared": strength.shared})
     return rows
 
 
@@ -258,6 +259,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
             if context is not None:
                 rows = trace(model, variables, context, middle.shape[1])
                 traces += [{"epoch": epoch} | row for row in rows]
+    # The loop ends with the variables of the last epoch, which are tested.
     labels = data.test.labels[: options.test]
     there = classify(model, variables, middle[: options.test])
     moved = np.stack([classify(model, variables, part[: options.test]) for part in shifted])
@@ -451,6 +453,7 @@ def describe_patterns(results: list[dict], epochs: list[int]) -> str:
 What padding does to photographs' features, without any readout (`position_patterns`). Change is the
 mean absolute difference that it makes, relative to the features; the shared change is the part of
 its energy that all photographs have in common, from 0 to 1. Fills that move positions have none.
+Each seed draws {_PHOTOGRAPHS} photographs; if there are no more, all seeds have the same.
 
 Change:
 

@@ -231,7 +231,7 @@ CASES = [
     ((*STUDY, "--config.n_test=0"), "n_test=0 is not a positive number"),
     ((*STUDY, "--config.readout_padding=-1"), "readout_padding=-1 is not a number of at least 0"),
     ((*STUDY, "--config.pixels=raw"), "pixels='raw' is not one of imagenet, unit"),
-    ((*STUDY, "--config.image_size=1"), "image_size=1 is not a number of pixels of at least 2"),
+    ((*STUDY, "--config.image_size=1"), "image_size=1 is not a number of pixels of at least 13"),
     ((*STUDY, "--config.image_size=9000"), "smaller than image_size=9000"),
     ((*STUDY, "--config.photographs=FILES/nothing"), "photographs='FILES/nothing' is not a folder"),
     ((*STUDY, "--config.photographs=EMPTY"), "holds no image file"),

@@ -161,6 +161,7 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
         "cells",
         "config.json",
         "environment.json",
+        "inputs.json",
     ]
     before = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
     assert {path.name for path in before} >= {"posenet-none-0.npz", "vgg11-zeros-0.npz"} and len(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.stats
 from jax import lax
@@ -444,8 +445,6 @@ def test_only_zeros_show_position_on_an_image_without_content(finished):
 
 @pytest.mark.slow
 def test_report_and_figures_are_there_and_readable(finished):
-    import PIL.Image
-
     report = (finished / "report.md").read_text()
     figures = ["spc_by_padding.png", "rings.png"]
     for name in ("posenet", "small"):
@@ -456,9 +455,11 @@ def test_report_and_figures_are_there_and_readable(finished):
             assert min(image.size) > 100
             assert len(set(image.convert("L").tobytes())) > 10
     assert all(decision in report for decision in study.DECISIONS)
-    others = ["config.json", "environment.json", "maps.npz", "report.md", "results.json"]
+    others = ["config.json", "environment.json", "inputs.json", "maps.npz", "report.md"]
     names = sorted(path.name for path in finished.iterdir())
-    assert names == sorted([*figures, "cells", *others])
+    assert names == sorted([*figures, "cells", *others, "results.json"])
+    described = "4 image(s) a seed (crops of 4 photograph(s); fitted to crops of 6, the ridge "
+    assert described in report
 
 
 @pytest.mark.slow
@@ -565,12 +566,14 @@ def test_a_study_of_before_is_reported_again(finished, tmp_path):
     assert "## Ridge strengths" in report
     assert re.search(r"\| small \| zeros \| exact \| .*\(\.\d\d\) \|", report)
     written = json.loads((folder / "results.json").read_text())
+    del written["photographs"]
     for row in written["rows"]:
         del row["r2_median"], row["strengths"]
     (folder / "results.json").write_text(json.dumps(written))
     study.report.write(folder)
     report = (folder / "report.md").read_text()
     assert "## Ridge strengths" not in report
+    assert "4 image(s) a seed, 2 seed(s)" in report
     assert re.search(r"\| small \| zeros \| exact \| [^(]* \|\n", report)
 
 
@@ -625,8 +628,14 @@ def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, smal
         ),
         ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
         (
-            {"encoders": ("resnet18",), "image_size": 6},
+            {"encoders": ("resnet18",), "image_size": 6, "shuffled": True},
             "image_size=6 leaves nothing of any stage of resnet18",
+        ),
+        ({"image_size": 12}, "image_size=12 is not a number of pixels of at least 13"),
+        ({"missing": ("fc",)}, r"missing=\('fc',\) names modules that a file of weights lacks"),
+        (
+            {"n_train": 1, "kernel": 28},
+            "n_train=1 and kernel=28 leave the SGD readout's BatchNorm a single value",
         ),
     ],
 )
@@ -642,8 +651,6 @@ def test_a_wrong_configuration_is_refused_before_anything_is_computed(
 
 @pytest.mark.slow
 def test_photographs_from_a_folder(tmp_path):
-    import PIL.Image
-
     with pytest.raises(ValueError, match="holds no image file"):
         photographs.list_photographs(tmp_path)
     for i in range(5):
@@ -672,6 +679,121 @@ def test_photographs_from_a_folder(tmp_path):
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8 torn")
     with pytest.raises(ValueError, match=r"torn.jpg is not a readable image"):
         photographs.image_size(tmp_path / "torn.jpg")
+
+
+def save_grays(folder: pathlib.Path, count: int, side: int = 13) -> list[pathlib.Path]:
+    """Saves photographs whose order shows in their gray; returns their paths."""
+    folder.mkdir()
+    for level in range(count):
+        image = PIL.Image.fromarray(np.full((side, side), level, np.uint8))
+        image.save(folder / f"{level:03}.png")
+    return photographs.list_photographs(folder)
+
+
+def test_photographs_are_drawn_at_random_where_there_are_more_than_crops(tmp_path):
+    paths = save_grays(tmp_path / "hundred", 100)
+    drawn = {count: photographs.choose(paths, count, 0) for count in (10, 40, 99)}
+    assert drawn[10] == drawn[40][:10] == drawn[99][:10]
+    assert len(set(drawn[99])) == 99
+    # The first photographs of the order would be of the first classes.
+    assert set(drawn[10]) != set(paths[:10])
+    assert max(paths.index(path) for path in drawn[10]) > 50
+    assert set(photographs.choose(paths, 10, 1)) != set(drawn[10])
+    grays = photographs.crops(paths, 10, 4, 0)[:, 0, 0, 0]
+    assert [paths[gray] for gray in grays] == drawn[10]
+
+
+def test_all_photographs_are_cropped_in_turn_where_there_are_no_more_than_crops(tmp_path):
+    paths = save_grays(tmp_path / "three", 3)
+    assert photographs.choose(paths, 3, 0) == photographs.choose(paths, 7, 1) == paths
+    grays = photographs.crops(paths, 7, 4, 5)[:, 0, 0, 0]
+    assert grays.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    pixels = np.arange(13 * 13 * 3, dtype=np.uint8).reshape(13, 13, 3)
+    PIL.Image.fromarray(pixels).save(paths[0])
+    # Places are drawn photograph by photograph.
+    rng = np.random.default_rng(5)
+    expected = []
+    for _ in range(2):
+        top, left = rng.integers(0, 10), rng.integers(0, 10)
+        expected.append(pixels[top : top + 4, left : left + 4])
+    assert np.array_equal(photographs.crops(paths[:1], 2, 4, 5), expected)
+
+
+@pytest.fixture
+def gray_config(tmp_path) -> ml_collections.ConfigDict:
+    """A study without encoders of 30 photographs: 20 to fit to, 5 to hold out, 5 to score on."""
+    save_grays(tmp_path / "grays", 30)
+    config = defaults.get_config()
+    config.update({"encoders": (), "image_size": 13, "photographs": str(tmp_path / "grays")})
+    config.update({"n_train": 20, "n_held_out": 5, "n_test": 5})
+    return config
+
+
+def begin(config: ml_collections.ConfigDict, folder: pathlib.Path, *names: str) -> None:
+    """Leaves the record of a study, and files named like those of its points."""
+    workdir.prepare(folder, config.to_dict())
+    (folder / "cells").mkdir()
+    for name in names:
+        (folder / "cells" / name).touch()
+
+
+def test_seeds_of_a_study_draw_from_large_parts(gray_config):
+    assert study.count_photographs(gray_config) == {"train": 20, "held_out": 5, "natural": 5}
+    assert not study.draws(gray_config)
+    gray_config.update({"n_train": 4, "n_held_out": 1, "n_test": 1})
+    assert study.count_photographs(gray_config) == {"train": 4, "held_out": 1, "natural": 1}
+    assert study.draws(gray_config)
+    parts = study.divide_photographs(gray_config, 0)
+    images = study.draw_images(gray_config, 0)
+    chosen = {f"{gray:03}" for gray in images["train"][:, 0, 0, 0]}
+    assert chosen < {path.stem for path in parts["train"]}
+    assert chosen != {path.stem for path in parts["train"][:4]}
+
+
+def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config, tmp_path):
+    folder = tmp_path / "work"
+    begin(gray_config, folder, "posenet-none-0.npz")
+    # Earlier versions recorded no digests.
+    study.complete_record(gray_config, folder)
+    workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
+    study.complete_record(gray_config, folder)
+    (tmp_path / "grays" / "029.png").rename(tmp_path / "grays" / "other.png")
+    message = "was begun with other files of photographs='.*grays' .digest .* there, .* now"
+    with pytest.raises(ValueError, match=message):
+        study.complete_record(gray_config, folder)
+    # Another folder is reported as a change of the configuration.
+    gray_config.photographs = ""
+    study.complete_record(gray_config, folder)
+    with pytest.raises(ValueError, match="photographs='.*grays' there, '' now"):
+        workdir.prepare(folder, gray_config.to_dict())
+
+
+def test_a_study_goes_on_with_the_weights_that_it_was_begun_with(gray_config, tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"some")
+    gray_config.weights = str(file)
+    folder = tmp_path / "work"
+    begin(gray_config, folder)
+    workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
+    study.complete_record(gray_config, folder)
+    # Of the same size.
+    file.write_bytes(b"same")
+    with pytest.raises(ValueError, match="was begun with other files of weights='.*weights.pth'"):
+        study.complete_record(gray_config, folder)
+
+
+def test_a_study_of_the_first_photographs_does_not_go_on_with_others(gray_config, tmp_path):
+    """Earlier versions took the first photographs of each part."""
+    gray_config.n_train = 4
+    folder = tmp_path / "work"
+    begin(gray_config, folder)
+    study.complete_record(gray_config, folder)
+    (folder / "cells" / "posenet-none-0.npz").touch()
+    with pytest.raises(ValueError, match="did not draw the photographs of photographs='.*grays'"):
+        study.complete_record(gray_config, folder)
+    # A finished study is reported as it is.
+    (folder / "results.json").touch()
+    study.complete_record(gray_config, folder)
 
 
 @pytest.mark.parametrize("counts", [(24, 6, 12), (1, 1, 1), (100, 1, 1)])
@@ -804,6 +926,19 @@ def test_the_papers_tables(tmp_path, capsys, monkeypatch, standard_promotion, wi
     assert times() == before
     page = (tmp_path / "readout_padding.md").read_text()
     assert "| PosENet, padded by 2 | none | H | natural | 0.397 / 0.223 |" in page
+    # The 4 crops to score on are of 3 photographs.
+    assert all(
+        line.endswith("| 6 / 4 / 3 | 2 |") for line in page.splitlines() if "PosENet" in line
+    )
+    for setting in ("`n_train`: `8`", "`photographs`: `''`", "`readout_padding`: `0`, `1`, `2`"):
+        assert f"- {setting}\n" in page
+    assert "`kernel`: `3`" in page and "`mirrored`" not in page
+    capsys.readouterr()
+    # The page of other settings stays.
+    assert position_tables.main([*arguments, "n_test=5"]) == 2
+    error = capsys.readouterr().err
+    assert "has readout_padding.md with other settings; choose another --workdir" in error
+    assert (tmp_path / "readout_padding.md").read_text() == page
     for setting, message in (
         ("n_trian=3", "'n_trian' is not a key of configs/posenet.py"),
         ("n_train=three", "'three' is not a value for n_train"),
@@ -880,6 +1015,8 @@ def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
             "needs an SGD readout, and its study has them for sgd_paddings=()",
         ),
         ("stages", "encoders=('vgg16',)", "the rows of a table name their own encoders"),
+        ("kernels", "hidden=8", "hidden=8: no row of table 'kernels' has hidden layers"),
+        ("main", "depth=None", "'None' is not a value for depth, which is 1"),
     ],
 )
 def test_a_setting_that_tells_rows_apart_is_refused(name, setting, message, tmp_path, capsys):
@@ -898,6 +1035,37 @@ def test_a_setting_that_all_rows_share_is_allowed(name, setting):
         photographs="", weights="random", trained={}, seeds=1, set=[setting]
     )
     position_tables.check_settings(name, options)
+
+
+@pytest.mark.slow
+def test_bad_input_of_tables_is_refused_before_the_first_study(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "run", None)
+    monkeypatch.setattr(study, "check", lambda config: None)
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"no weights")
+    stages = ["stages", "--trained"]
+    for arguments, message in (
+        (
+            [*stages, "resnet18", str(file)],
+            "trained=resnet18 is not an encoder of stages; expected",
+        ),
+        ([*stages, "vgg16", str(file)], "weights.safetensors"),
+        (
+            ["photographs"],
+            "row 'resnet18, random, 24 photographs, zeros' needs 136 photographs, 24 of them to "
+            "fit to; photographs='' has 13, 2 of them to fit to",
+        ),
+    ):
+        assert position_tables.main([*arguments, "--workdir", str(tmp_path / "work")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_tables_keep_studies_of_drawn_photographs_apart(gray_config):
+    """Earlier versions took the first photographs of each part."""
+    assert position_tables.study_name(gray_config) == workdir.digest(gray_config.to_dict())
+    gray_config.n_train = 4
+    assert position_tables.study_name(gray_config) != workdir.digest(gray_config.to_dict())
 
 
 def test_a_row_shows_readouts_of_its_studys_depth():

@@ -1,5 +1,6 @@
 """Readouts fitted to other images: two grids, shuffled pixels, noise, the report."""
 
+import argparse
 import functools
 import json
 
@@ -58,6 +59,29 @@ def test_corners_are_the_study_s_resize():
     np.testing.assert_allclose(resized, resize(x, 28), atol=1e-5)
 
 
+def test_fewer_images_than_photographs_are_nested_random_choices():
+    chosen = {}
+    for seed in (0, 1):
+        point = Point("resnet18", "zeros", "photographs", seed)
+        for count in (24, 96):
+            chosen[seed, count] = position_fitted.choose_images(point, count, 200).tolist()
+    assert chosen[0, 24] == chosen[0, 96][:24]
+    assert len(set(chosen[0, 96])) == 96
+    assert max(chosen[0, 24]) > 96
+    assert set(chosen[0, 24]) != set(chosen[1, 24])
+    # Where there are no more photographs than images, and for noise, the first images are taken.
+    assert position_fitted.choose_images(point, 200, 200) == slice(200)
+    assert position_fitted.choose_images(point._replace(images="noise"), 24, 200) == slice(24)
+
+
+@pytest.mark.parametrize("counts, is_drawn", [([24, 4], False), ([24, 3], True)])
+def test_a_work_directory_records_that_photographs_are_drawn(counts, is_drawn):
+    """Of 13 photographs, 4 are there to fit to; earlier versions took the first ones."""
+    options = argparse.Namespace(photographs="", counts=counts)
+    position_fitted.load(options)
+    assert hasattr(options, "photographs_drawn") == is_drawn
+
+
 def test_shuffling_moves_whole_pixels_of_one_image():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     shuffled = position_fitted.shuffled(images, seed=1)
@@ -112,6 +136,11 @@ def test_every_readout_is_reported(tmp_path, monkeypatch):
     assert all(row["r2"] > 0.03 for row in noise["readouts"] if row["readout"] == "linear")
     text = (tmp_path / "report.md").read_text()
     assert "| resnet18 | noise | 8 | nonlinear | registered | " in text
+    assert shuffled["photographs"] == [6, 4, 3]
+    described = (
+        "those to fit to of at most 6 photograph(s), the held-out ones of 4, the unseen ones"
+    )
+    assert described in text.replace("\n", " ")
     assert (tmp_path / "fitted.png").stat().st_size > 1000
 
 

@@ -1,7 +1,9 @@
 """Padding without a trained readout: quadrants, patterns, and blind spots."""
 
+import argparse
 import functools
 import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from quick import exit_code
 
+from cnnjax.data import photographs
 from cnnjax.inspect import receptive_fields
 from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
@@ -383,7 +386,7 @@ def test_the_quadrants_go_on_where_they_stopped(
     changed["accuracy"]["layer4"] = 0.125
     finished.write_text(json.dumps(changed))
     position_quadrant.main([*command, "2"])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "quadrant.json").read_text())
     assert [(result["part"], result["seed"]) for result in results] == [
         ("rook", 0),
         ("rook", 1),
@@ -421,6 +424,25 @@ def test_the_figure_of_patterns_shows_the_last_stage_that_is_neither_small_nor_t
         assert axis.get_ylabel() == f"net random\n{shown}"
 
 
+def test_each_seed_s_photographs_are_drawn_at_random(monkeypatch):
+    paths = [pathlib.Path(f"{number:03}.jpg") for number in range(300)]
+    monkeypatch.setattr(position_patterns, "list_large", lambda options: paths)
+    options = argparse.Namespace(images=12, seeds=3)
+    parts = position_patterns.divide_photographs(options)
+    chosen = set().union(*parts)
+    assert [len(part) for part in parts] == [12] * 3
+    assert len(chosen) == 36
+    # The first twelve of each part would be among the first 60 or so.
+    assert sum(path in paths[100:] for path in chosen) > 12
+    # Recorded in the work directory: earlier versions took the first ones.
+    assert options.photographs_drawn == "at random"
+    options = argparse.Namespace(images=100, seeds=3)
+    assert position_patterns.divide_photographs(options) == [
+        tuple(part) for part in photographs.split(paths, (1, 1, 1), 0)
+    ]
+    assert not hasattr(options, "photographs_drawn")
+
+
 @pytest.mark.slow
 def test_the_patterns_are_reported_for_random_and_trained_weights(
     tiny, tmp_path, data_dir, monkeypatch, capsys
@@ -454,7 +476,10 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
         str(file),
     ]
     position_patterns.main([*command, "c"])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "patterns.json").read_text())
+    # A work directory of an earlier version lacks this, and is refused.
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["photographs_drawn"] == "at random"
     traced = [result for result in results if result["part"] == "patterns"]
     assert [(result["weights"], result["seed"], result["padding"]) for result in traced] == [
         (origin, seed, "zeros") for origin in ("random", "trained") for seed in (0, 1)
@@ -478,6 +503,7 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
     for wrong, message in (
         (["--seeds", "60"], "leave a seed fewer than 2 of 100"),
         (["--trained", "tiny"], "trained=tiny names no file"),
+        (["--size", "1", "--paddings", "zeros", "reflect"], "reflect"),
     ):
         assert exit_code(position_patterns.main, [*command, "c", *wrong]) == 2
         assert message in capsys.readouterr().err

@@ -148,9 +148,19 @@ def test_channels_are_counted_for_random_and_trained_weights(
     refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
     assert quick.exit_code(study.main, refused) == 2
     assert "expected at least 8, found 7" in capsys.readouterr().err
+    reflected = [*arguments, "--size", "2", "--paddings", "zeros", "reflect", "--seeds", "1"]
+    assert quick.exit_code(study.main, [*reflected, "--workdir", str(tmp_path / "new")]) == 2
+    assert "reflect" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     large = [*arguments, "--size", "5000"]
     assert quick.exit_code(study.main, large) == 2
     assert "101085.jpg is 481x321, smaller than size=5000" in capsys.readouterr().err
+
+
+def test_the_report_says_whether_seeds_draw_photographs():
+    options = argparse.Namespace(images=64)
+    assert "all seeds have the same photographs" in study.describe_draw(13, options)
+    assert "each seed draws 64 at random" in study.describe_draw(64, options)
 
 
 def test_seeds_may_share_photographs(monkeypatch):
@@ -161,6 +171,7 @@ def test_seeds_may_share_photographs(monkeypatch):
     options = argparse.Namespace(
         photographs="", size=64, images=10, seeds=7, encoders=[], trained={}
     )
+    options.paddings = ["inside"]
     shared = study.load(options)
     assert [len(drawn) for drawn in shared.paths] == [10] * 7
     assert len(set(shared.paths)) == 7

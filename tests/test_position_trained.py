@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 from unittest import mock
 
 import jax
@@ -169,6 +170,17 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
     PIL.Image.fromarray(np.zeros((192, 319, 3), np.uint8)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match="192x319, smaller than 192x320"):
         position_shift.scenes(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("count, is_drawn", [(13, False), (100, True)])
+def test_a_work_directory_records_that_photographs_are_drawn(monkeypatch, count, is_drawn):
+    """Earlier versions took the first photographs of each part."""
+    paths = [pathlib.Path(f"{number}.jpg") for number in range(count)]
+    monkeypatch.setattr(position_shift.photographs, "list_photographs", lambda folder: paths)
+    monkeypatch.setattr(position_shift, "scenes", lambda path: {})
+    options = argparse.Namespace(photographs="")
+    assert position_shift.load(options) == paths
+    assert hasattr(options, "photographs_drawn") == is_drawn
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import package_folder
 
 _LOG = logging.getLogger("cnnjax")
@@ -336,6 +337,41 @@ def split(
     return parts
 
 
+def choose(paths: list[pathlib.Path], count: int, seed: int) -> list[pathlib.Path]:
+    """Chooses photographs at random, if there are more than are needed.
+
+    A smaller number of photographs of the same seed is a prefix of a larger one.
+
+    Args:
+      paths: the photographs.
+      count: how many are needed.
+      seed: of the choice.
+
+    Returns:
+      `count` photographs in random order; all of them, in their own order, if there are no more.
+    """
+    if count >= len(paths):
+        return list(paths)
+    # The second number sets this choice apart from what else is drawn from the same seed.
+    order = np.random.default_rng([seed, 1]).permutation(len(paths))
+    return [paths[number] for number in order[:count]]
+
+
+def draws(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
+    """Tells whether `choose` draws from a part that has more photographs than are needed."""
+    return any(count < len(part) for part, count in zip(parts, counts, strict=True))
+
+
+def digest(folder: str | os.PathLike = "") -> str:
+    """Hashes the names and sizes of the files that `find_photographs` lists."""
+    paths, _ = find_photographs(folder)
+    sizes = {}
+    for path in paths:
+        name = str(path.relative_to(folder)) if folder else path.name
+        sizes[name] = path.stat().st_size
+    return workdir.digest(sizes)
+
+
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
     """Checks by their headers that photographs are large enough for crops.
 
@@ -356,11 +392,13 @@ def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
 def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
     """Cuts random squares from photographs, taken in turn.
 
+    If there are more photographs than crops, they are chosen at random.
+
     Args:
       paths: the photographs.
       count: how many crops.
       size: their side in pixels.
-      seed: of their places.
+      seed: of their places, and of the choice.
 
     Returns:
       uint8 [count, size, size, 3].
@@ -368,9 +406,10 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
     Raises:
       ValueError: if a photograph is smaller than `size` or cannot be read.
     """
+    paths = choose(paths, count, seed)
     rng = np.random.default_rng(seed)
     out = np.empty((count, size, size, 3), np.uint8)
-    for number, path in enumerate(paths[:count]):
+    for number, path in enumerate(paths):
         image = read_image(path)
         height, width = image.shape[:2]
         if min(height, width) < size:

@@ -107,8 +107,20 @@ def _format_scores(results: Results, kind: str) -> str:
     return (
         f"\n## All targets, {kind} images\n\n"
         "SPC ± std / MAE / R2, the median R2 in brackets, as R2 has no lower bound: over "
-        f"{first.n_images} image(s) a seed, {first.n_seeds} seed(s).\n\n"
+        f"{first.n_images} image(s) a seed{_describe_photographs(results, kind)}, "
+        f"{first.n_seeds} seed(s).\n\n"
         + tables.table(["encoder", "padding", "readout", *targets], lines)
+    )
+
+
+def _describe_photographs(results: Results, kind: str) -> str:
+    """Describes what natural images are crops of; empty for others and for older results."""
+    if kind != "natural" or results.photographs is None:
+        return ""
+    counts = results.photographs
+    return (
+        f" (crops of {counts['natural']} photograph(s); fitted to crops of {counts['train']}, the "
+        f"ridge strength chosen on crops of {counts['held_out']})"
     )
 
 

@@ -208,6 +208,8 @@ class Results:
       chance_mae: the error of the best constant, by target.
       ridge_residual: the largest relative residual of all ridge systems.
       decisions: what the study decided where the literature is silent or the code departs from it.
+      photographs: how many were cropped to fit to ("train"), to hold out ("held_out") and to score
+        on ("natural"); None in older results.
     """
 
     kind: str = "position"
@@ -217,6 +219,7 @@ class Results:
     ridge_residual: float
     decisions: Sequence[str]
     seconds: float
+    photographs: dict[str, int] | None = None
 
     @classmethod
     def from_json(cls, values: dict) -> "Results":

@@ -7,6 +7,7 @@ to features, readouts, maps and scores.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import pathlib
 import time
@@ -44,6 +45,8 @@ DATA = ("natural", "black", "white", "noise")
 # Keys of a configuration that are tuples of names.
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 RINGS = 7  # of the profile by the distance to the border
+# The file of a work directory with the digests of photographs and weights.
+_INPUTS = "inputs.json"
 # Features without an encoder, and their stages: the image itself, with the paper's name, and the
 # image with its pixels' coordinates, from which a linear readout can find the most.
 CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
@@ -81,7 +84,8 @@ DECISIONS = (
     f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
     "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
     "authors' code, and here where `align_corners` is False) and scored there, image by image. "
-    "Where `shuffled`, targets are made, and predictions scored, on the readout's own grid.",
+    "Where `shuffled`, targets are made, and predictions scored, on the readout's own grid; all "
+    "seeds share one permutation, which the first seed draws.",
     "SPC is Spearman's rank correlation; a map whose range is under "
     f"{CONSTANT:g} of the target's counts as constant and scores 0. SPC is blind to amplitude: "
     "read it beside R2, the share of the target's variance explained (0 for a constant, negative "
@@ -89,8 +93,9 @@ DECISIONS = (
     "Targets span 0 to 1, stripes included. In the paper's tables stripes span -1 to 1, so its "
     "errors on HS and VS are twice as large.",
     "Each seed draws its own division of the photographs (training, held-out and test are "
-    "disjoint), its own crops, its own random weights and its own start of the SGD readout. Mean "
-    "and sample standard deviation are over images and seeds together.",
+    "disjoint), its own crops, its own random weights and its own start of the SGD readout. From a "
+    "part with more photographs than crops, it draws them at random. Mean and sample standard "
+    "deviation are over images and seeds together.",
 )
 
 
@@ -150,6 +155,11 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
             f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
             "file"
         )
+    if config.missing and config.weights == "random":
+        raise ValueError(
+            f"missing={tuple(config.missing)} names modules that a file of weights lacks; with "
+            "weights='random' there is no file"
+        )
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -172,8 +182,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             f"hidden={config.hidden} is not a number of channels, or 0 for as many as the "
             "features have"
         )
-    if config.image_size < 2:
-        raise ValueError(f"image_size={config.image_size} is not a number of pixels of at least 2")
+    # Each ring of the targets' map has a position; shuffled targets have the readout's own grid.
+    least = 2 if config.shuffled else 2 * RINGS - 1
+    if config.image_size < least:
+        raise ValueError(
+            f"image_size={config.image_size} is not a number of pixels of at least {least}"
+        )
     side = FEATURE_SIZE + 2 * config.readout_padding
     if not 1 <= config.kernel <= side:
         raise ValueError(
@@ -189,6 +203,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} "
             f"convolutions, at least 1, that leave something of {side}x{side} features"
         )
+    is_single = side - config.depth * (config.kernel - 1) == 1
+    if is_single and config.n_train == 1 and not config.mirrored:
+        raise ValueError(
+            f"n_train=1 and kernel={config.kernel} leave the SGD readout's BatchNorm a single "
+            "value; expected n_train of at least 2"
+        )
 
 
 def _readout_side(config: ml_collections.ConfigDict) -> int:
@@ -197,8 +217,9 @@ def _readout_side(config: ml_collections.ConfigDict) -> int:
 
 
 def _check_photographs(config: ml_collections.ConfigDict) -> None:
+    # This logs the files that are passed over.
     paths = photographs.list_photographs(config.photographs)
-    photographs.split(paths, (1, 1, 1), 0)
+    divide_photographs(config, config.seed)
     photographs.check_sizes(paths, config.image_size, f"image_size={config.image_size}")
 
 
@@ -227,15 +248,54 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Adds keys introduced after a study to its record, with their earlier values.
+    """Adds keys introduced after a study to its record, and checks its files' digests.
 
     Args:
       config: the configuration to run.
       folder: the work directory, which may not exist yet.
+
+    Raises:
+      ValueError: if the study was begun with other photographs or weights.
     """
     recorded = workdir.read_record(folder, config.kind)
     if recorded and not defaults.BEFORE.keys() <= recorded.keys():
         workdir.write_json(folder / "config.json", defaults.BEFORE | recorded)
+    if recorded:
+        _check_inputs(config, folder, recorded)
+
+
+def _check_inputs(config: ml_collections.ConfigDict, folder: pathlib.Path, recorded: dict) -> None:
+    """Checks that a study goes on with the photographs and weights that it was begun with.
+
+    Other names than the recorded ones are left to `workdir.check_config`.
+    """
+    path = folder / _INPUTS
+    if path.exists():
+        before = workdir.read_json(path)
+        for key, now in digest_inputs(config).items():
+            if recorded.get(key) == config[key] and before.get(key, now) != now:
+                raise ValueError(
+                    f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
+                    f"(digest {before[key]} there, {now} now); choose another --workdir"
+                )
+        return
+    # Earlier versions recorded no digests, and took the first photographs of each part.
+    is_unfinished = not (folder / "results.json").exists()
+    if is_unfinished and any(_results_folder(config, folder).glob("*.npz")) and draws(config):
+        raise ValueError(
+            f"workdir={str(folder)!r} was begun by a version that did not draw the photographs of "
+            f"photographs={config.photographs!r} at random; choose another --workdir"
+        )
+
+
+def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Hashes the files that a configuration names by their paths, by key."""
+    digests = {"photographs": photographs.digest(config.photographs)}
+    file = expand_user(config.weights)
+    if config.weights != "random" and file.is_file():
+        with file.open("rb") as stream:
+            digests["weights"] = hashlib.file_digest(stream, "sha256").hexdigest()[:8]
+    return digests
 
 
 # ------------------------------------------------------------------ the study
@@ -256,7 +316,7 @@ def run(
     """
     targets = draw_targets(config)
     points = list_points(config)
-    _check_weights(config, points)
+    check_weights(config)
     try:
         measurements = _measure_missing(config, points, folder, targets, memory)
     except KeyboardInterrupt as stop:
@@ -277,6 +337,7 @@ def run(
         chance_mae={name: best_constant(goal) for name, goal in zip(config.targets, targets)},
         ridge_residual=max(measurement.residual for measurement in measurements),
         decisions=list(DECISIONS),
+        photographs=count_photographs(config),
         seconds=round(sum(measurement.seconds for measurement in measurements), 1),
     )
     workdir.write_json(folder / "results.json", dataclasses.asdict(summary))
@@ -294,12 +355,23 @@ def list_points(config: ml_collections.ConfigDict) -> list[Point]:
     return [Point(*subject, seed) for seed in seeds for subject in subjects]
 
 
-def _check_weights(config: ml_collections.ConfigDict, points: list[Point]) -> None:
-    """Raises `ValueError` if weights do not fit an encoder."""
+def check_weights(config: ml_collections.ConfigDict) -> None:
+    """Loads the weights of every encoder.
+
+    Raises:
+      ValueError: if they do not fit.
+    """
     if config.weights != "random":
         for name in config.encoders:
-            point = next(point for point in points if point.encoder == name)
-            load_variables(config, name, point.stages[-1], point.seed)
+            last = _common_stages(config, name)[-1]
+            load_variables(config, name, last, config.seed)
+
+
+def _results_folder(config: ml_collections.ConfigDict, folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the points' files."""
+    # Earlier versions measured shuffled targets of the images' size and saved them in "cells".
+    # Those are of another control and are not read.
+    return folder / ("shuffled" if config.shuffled else "cells")
 
 
 def _measure_missing(
@@ -310,9 +382,7 @@ def _measure_missing(
     memory: pathlib.Path | None,
 ) -> list[Measurement]:
     """Measures the points that have no file yet; returns all measurements."""
-    # Earlier versions measured shuffled targets of the images' size and saved them in "cells".
-    # Those are of another control and are not read.
-    results_folder = folder / ("shuffled" if config.shuffled else "cells")
+    results_folder = _results_folder(config, folder)
     # Points of one seed share their images, and points of one encoder and seed its weights. They
     # follow each other, so keeping the last value is enough.
     keep_last = functools.lru_cache(maxsize=1)
@@ -332,6 +402,8 @@ def _measure_missing(
                     targets=targets,
                     memory=memory,
                 )
+                if not (folder / _INPUTS).exists():
+                    workdir.write_json(folder / _INPUTS, digest_inputs(config))
                 path.parent.mkdir(exist_ok=True)
                 results.save(path, measurement)
             measurements.append(results.load(path, point, config.targets, config.data))
@@ -405,8 +477,9 @@ def measure(
 def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "targets size size"]:
     """Returns the target maps of the readouts, at the images' size.
 
-    With `shuffled`, their pixels are in random order, and they have the size of the exact readout's
-    grid: upsampling to a larger map would smooth even a perfect readout.
+    With `shuffled`, their pixels are in random order, the same for all images and seeds, and they
+    have the size of the exact readout's grid: upsampling to a larger map would smooth even a
+    perfect readout.
     """
     if not config.shuffled:
         return np.stack([target(name, config.image_size) for name in config.targets])
@@ -416,17 +489,41 @@ def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "target
     return targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
 
 
+def _count_crops(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Counts the crops of photographs to fit to, to hold out, and to score on."""
+    return {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
+
+
+def divide_photographs(
+    config: ml_collections.ConfigDict, seed: int
+) -> dict[str, list[pathlib.Path]]:
+    """Divides the photographs of a seed: to fit to, to hold out, and to score on."""
+    # `check` has logged the files that are passed over.
+    paths, _ = photographs.find_photographs(config.photographs)
+    counts = _count_crops(config)
+    return dict(zip(counts, photographs.split(paths, tuple(counts.values()), seed)))
+
+
+def count_photographs(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Counts the photographs of each part that are cropped, the same for all seeds."""
+    parts = divide_photographs(config, config.seed)
+    return {name: min(count, len(parts[name])) for name, count in _count_crops(config).items()}
+
+
+def draws(config: ml_collections.ConfigDict) -> bool:
+    """Tells whether a part has more photographs than are needed, which are drawn at random."""
+    parts = divide_photographs(config, config.seed)
+    return photographs.draws(list(parts.values()), tuple(_count_crops(config).values()))
+
+
 def draw_images(
     config: ml_collections.ConfigDict, seed: int
 ) -> dict[str, UInt8[np.ndarray, "_ size size 3"]]:
     """Draws a seed's images: "train", "held_out" and a test set for each kind of data."""
     size = config.image_size
-    counts = {"train": config.n_train, "held_out": config.n_held_out, "natural": config.n_test}
-    # `check` has logged the files that are passed over.
-    paths, _ = photographs.find_photographs(config.photographs)
-    parts = photographs.split(paths, tuple(counts.values()), seed)
+    counts = _count_crops(config)
     images = {}
-    for number, (name, part) in enumerate(zip(counts, parts)):
+    for number, (name, part) in enumerate(divide_photographs(config, seed).items()):
         images[name] = photographs.crops(part, counts[name], size, seed * 3 + number)
     for kind in DATA[1:]:
         count = config.n_noise if kind == "noise" else 1
