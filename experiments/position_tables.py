@@ -372,9 +372,7 @@ def study_name(config: ml_collections.ConfigDict, any_seeds: bool = False) -> st
     return workdir.digest(settings)
 
 
-def check_page(
-    name: str, folder: pathlib.Path, configs: list[ml_collections.ConfigDict]
-) -> None:
+def check_page(name: str, folder: pathlib.Path, configs: list[ml_collections.ConfigDict]) -> None:
     """Raises `ValueError` if the folder has a table's page of other settings."""
     path = folder / f"{name}.json"
     if not path.exists():
