@@ -6,8 +6,10 @@ the report. The frame does what all studies share:
 - `--help` shows the script's docstring, and an error is one line.
 - Each point's result is a JSON file in `points/` of the work directory. After Ctrl-C, the same
   command measures what is missing.
-- The work directory belongs to one set of options; a call with others is refused.
-- The report is written from the results alone, and printed.
+- The work directory belongs to one set of options, and to the contents of the photographs and
+  weights that they name; a call with others is refused, and so is a second process.
+- The report is written from the results alone, and printed. The frame adds the environment that
+  measured them.
 
 A complete study, one file in `experiments/`:
 
@@ -95,16 +97,22 @@ A complete study, one file in `experiments/`:
 import argparse
 import collections
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
+from cnnjax.data import photographs
 from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.progress import progress
+from cnnjax.runtime.report import describe_environments
+from cnnjax.transfer import WEIGHTS
 
 Options = argparse.Namespace
 # Options that do not change any number.
@@ -122,7 +130,7 @@ class Report(NamedTuple):
 class Study:
     """The parts that are particular to a study.
 
-    `load` and `points` raise `ValueError` for bad options, before anything is written.
+    `load` and `points` raise `ValueError` for bad options. A refused call leaves no new folder.
 
     Attributes:
       description: the script's docstring.
@@ -136,7 +144,11 @@ class Study:
         fields and the measured ones.
       axes: names of the options that choose points. They may change from call to call in one work
         directory; all other options except `data_dir` may not.
-      load: `load(options)` checks the options and loads what all points share; optional.
+      load: `load(options)` checks the options and loads what all points share; optional. It runs
+        after the work directory has been checked.
+      environment: `environment(options)` describes what else the results depend on, as JSON holds
+        it, such as the machine whose times are measured; optional. It becomes
+        `options.environment`, and the work directory is bound to it.
     """
 
     description: str
@@ -147,6 +159,7 @@ class Study:
     report: Callable[[list[dict], Options], Report]
     axes: tuple[str, ...] = ()
     load: Callable[[Options], Any] | None = None
+    environment: Callable[[Options], dict] | None = None
 
     def main(self, arguments: list[str] | None = None) -> int:
         """Runs the command line and returns its exit code."""
@@ -159,27 +172,46 @@ class Study:
         return command.run(lambda: self.run(options))
 
     def run(self, options: Options) -> None:
-        """Measures the points that are missing, then writes and prints the report."""
+        """Measures the points that are missing, then writes and prints the report.
+
+        Raises:
+          workdir.Interrupted: if it was stopped; the same command continues.
+        """
         points = list(self.points(options))
         _check_distinct(points)
         # Before `load`, which may compute.
         backend.start()
+        if self.environment:
+            options.environment = self.environment(options)
+        paths = [options.workdir / "points" / f"{label(point)}.json" for point in points]
+        is_missing = not all(path.exists() for path in paths)
+        with workdir.prepared(options.workdir, self._settings(options), is_missing) as folder:
+            try:
+                results = self._measure_missing(dict(zip(points, paths)), options)
+            except KeyboardInterrupt as stop:
+                raise workdir.Interrupted(
+                    "stopped; the same command goes on after the last finished point"
+                ) from stop
+            self._write(folder, results, self.report(results, options))
+
+    def _measure_missing(
+        self, paths: dict[NamedTuple, pathlib.Path], options: Options
+    ) -> list[dict]:
+        """Measures the points whose files are missing; returns the results of all points."""
         shared = (self.load(options),) if self.load else ()
         results = []
-        with (
-            workdir.prepared(options.workdir, self._settings(options)) as folder,
-            progress(len(points), "points") as advance,
-        ):
-            for point in points:
-                path = folder / "points" / f"{label(point)}.json"
+        with progress(len(paths), "points") as advance:
+            for point, path in paths.items():
                 results.append(workdir.read_or_compute(path, self._result, point, options, *shared))
                 advance(1)
-        self._write(folder, results, self.report(results, options))
+        return results
 
     def _settings(self, options: Options) -> dict:
-        """Returns the options to which the work directory is bound."""
+        """Returns the options, and the contents of files, to which the work directory is bound."""
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
+        if contents := _digest_contents(settings):
+            settings["contents"] = contents
         return json.loads(json.dumps(settings, default=str))
 
     def _result(self, point: NamedTuple, options: Options, *shared) -> dict:
@@ -189,8 +221,67 @@ class Study:
         workdir.write_json(folder / self.results, results)
         for name, figure in report.figures.items():
             workdir.write_figure(folder / name, figure)
-        workdir.write(folder / "report.md", report.text)
-        print(report.text)
+        environments = describe_environments(workdir.read_environments(folder))
+        text = f"{report.text.rstrip()}\n{environments}"
+        workdir.write(folder / "report.md", text)
+        print(text)
+
+
+def take_places(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Brings the record of a study's network into line with where its files are now.
+
+    The study's own work directory is checked before, and binds what the network is trained on. It
+    may have been moved since, and `--data_dir` may change from call to call.
+
+    Args:
+      config: the configuration of the network.
+      folder: the network's work directory, which may not exist yet.
+    """
+    recorded = workdir.read_record(folder, config.kind)
+    if recorded is None:
+        return
+    places = {name: config[name] for name in ("data_dir", "dataset", "initial_weights")}
+    if recorded | places != recorded:
+        workdir.write_json(folder / "config.json", recorded | places)
+
+
+def _digest_contents(settings: dict) -> dict[str, str]:
+    """Returns digests of the photographs and of the files of weights that options name."""
+    contents = {}
+    # None where a study reads no photographs; "" for those that packages carry.
+    folder = settings.get("photographs")
+    if folder is not None:
+        contents["photographs"] = _digest_photographs(folder)
+    files = {name: file for name, (file, _) in settings.get("trained", {}).items()}
+    weights = settings.get("weights")
+    if isinstance(weights, list):
+        files |= dict(weights)
+    elif weights is not None:
+        files["weights"] = weights
+    for name, file in files.items():
+        contents[name] = _digest_weights(expand_user(file))
+    return contents
+
+
+def _digest_photographs(folder: str) -> str:
+    """Describes a folder's photographs by their number and a digest of names and sizes."""
+    paths, _ = photographs.find_photographs(folder)
+    lines = []
+    for path in paths:
+        name = path.relative_to(folder) if folder else path.name
+        lines.append(f"{name} {path.stat().st_size}\n")
+    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    return f"{len(paths)} files, digest {digest[:8]}"
+
+
+def _digest_weights(path: pathlib.Path) -> str:
+    """Describes a file of weights, or that of a training run, by its digest."""
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        # What reads it tells why.
+        return "absent"
+    with file.open("rb") as stream:
+        return f"SHA-256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
 
 
 def _check_distinct(points: list[NamedTuple]) -> None:
@@ -246,12 +337,12 @@ def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
       series: by label, the values of each group; each series has a bar in each group.
     """
     width = 0.8 / len(series)
-    for number, (label, groups) in enumerate(series.items()):
+    for number, (name, groups) in enumerate(series.items()):
         shift = (number + 0.5) * width - 0.4
         axis.bar(
             [place + shift for place in range(len(groups))],
-            [values.mean() for values in groups],
+            [group.mean() for group in groups],
             width,
-            yerr=[tables.bar(values) for values in groups],
-            label=label,
+            yerr=[tables.bar(group) for group in groups],
+            label=name,
         )

@@ -303,8 +303,8 @@ def linear_probe(
       The test accuracy and the strength.
 
     Raises:
-      ValueError: for fewer than 5 training features, or if the last fifth has a class that the
-        others lack.
+      ValueError: for fewer than 5 training features, if they are in the order of their classes, or
+        if the last fifth has a class that the others lack.
     """
     n_fitted = len(train) * 4 // 5
     if n_fitted < 4:
@@ -314,6 +314,12 @@ def linear_probe(
         raise ValueError(
             f"labels: class {min(unseen)} is only in the last fifth, which chooses the strength; "
             "expected examples in random order"
+        )
+    n_classes = len(set(labels.tolist()))
+    if n_classes > 1 and np.count_nonzero(np.diff(labels)) == n_classes - 1:
+        raise ValueError(
+            f"labels: the {n_classes} classes follow each other, so the last fifth, which chooses "
+            "the strength, is no sample of all; expected examples in random order"
         )
     train = train.astype(np.float64)
     test = test.astype(np.float64)

@@ -161,7 +161,7 @@ def measure(point: Point, options) -> dict:
     """Trains one network; returns its errors and its accuracies [shares, removals]."""
     config = configure(point, options)
     folder = options.workdir / study.label(point)
-    final = workdir.run_once(loop.run, config, folder)["final"]
+    final = workdir.run_once(loop.run, config, folder, study.take_places)["final"]
 
     data = arrays.load(config.dataset, config.data_dir)
     model = create_model(
@@ -224,14 +224,6 @@ def tabulate(results: list[dict]) -> str:
     return tables.table([*header, "saved by dropout, points", "n"], lines)
 
 
-def judge(values: np.ndarray) -> str:
-    """Judges the claim of redundant units by the 95 % interval (Student's t)."""
-    half = tables.half_width(values)
-    if values.mean() > half:
-        return "holds"
-    return "does not hold" if values.mean() < -half else "is not decided"
-
-
 def verdict(results: list[dict]) -> str:
     """Judges the claim at half of the units, which dropout removed too, and at nine tenths."""
     sentences = []
@@ -242,8 +234,10 @@ def verdict(results: list[dict]) -> str:
         sentence = f"- D10, {text}, {share:.0%}: it costs {without_:.2f} points without and "
         sentence += f"{with_:.2f} with dropout"
         if len(gains) > 1:
-            sentence += f", {tables.spread(gains, 2)} less (n={len(gains)}): that units are made "
-            sentence += f"redundant {judge(gains)}"
+            comparison = "less" if gains.mean() >= 0 else "more"
+            difference = tables.spread(np.copysign(1, gains.mean()) * gains, 2)
+            sentence += f", {difference} {comparison} (n={len(gains)}): that units are made "
+            sentence += f"redundant {tables.judge(gains)}"
         sentences.append(f"{sentence}.\n")
     return "".join(sentences)
 

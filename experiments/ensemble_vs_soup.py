@@ -174,7 +174,7 @@ def train(group: str, options, repetition: int) -> None:
     for folder, config in plan(folder_of(options, repetition), options, repetition).items():
         if folder.parent.name in ("start", group):
             loop.check(config)
-            workdir.run_once(loop.run, config, folder)
+            workdir.run_once(loop.run, config, folder, study.take_places)
 
 
 # --- Combining ------------------------------------------------------------------------------------
@@ -240,33 +240,6 @@ def measure(point: Point, options) -> dict:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def summary(values) -> dict:
-    """Returns the mean, the median, n, the sample standard deviation, and the 95 % interval.
-
-    The interval is that of the mean (Student's t), from "low" to "high". A single value has the
-    deviation None.
-    """
-    mean = float(np.mean(values))
-    half = tables.half_width(values)
-    return {
-        "mean": mean,
-        "median": float(np.median(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "n": len(values),
-        "low": mean - half,
-        "high": mean + half,
-    }
-
-
-def judge(found: dict) -> str:
-    """Judges by the 95 % interval whether the mean is more than zero."""
-    if found["low"] > 0:
-        return "holds"
-    if found["high"] < 0:
-        return "does not hold"
-    return f"is not decided by n={found['n']}"
-
-
 def tabulate(results: list[dict]) -> str:
     lines = []
     for group, methods in METHODS.items():
@@ -298,23 +271,22 @@ def gain_sentences(results: list[dict], options) -> list[str]:
     """Judges the lecture's statements on ensembles, snapshots, and averages."""
 
     def gain(group, method):
-        values = study.values(results, "gain", group=group, method=method)
-        return tables.spread(values, 2), summary(values)
+        return study.values(results, "gain", group=group, method=method)
 
-    ensemble, ensemble_summary = gain("independent", "ensemble")
-    snapshot, snapshot_summary = gain("restarts", "snapshot")
-    polyak, polyak_summary = gain("start", "polyak")
+    ensemble = gain("independent", "ensemble")
+    snapshot = gain("restarts", "snapshot")
+    polyak = gain("start", "polyak")
     count = study.values(results, "passes", method="snapshot").mean()
-    about = "is" if 1 <= ensemble_summary["mean"] <= 3 else "is not"
+    about = "is" if 1 <= ensemble.mean() <= 3 else "is not"
     return [
         f'D7, "ensembling independent models gains about 2 %": {options.members // 2} gain '
-        f"{ensemble} points. That they gain {judge(ensemble_summary)}; the mean {about} between 1 "
-        "and 3.",
+        f"{tables.spread(ensemble, 2)} points. That they gain {tables.judge(ensemble)}; the mean "
+        f"{about} between 1 and 3.",
         f'D7, "snapshots of one run are a cheaper ensemble": {count:.0f} of one run gain '
-        f"{snapshot} points over one independent network of the same length; a gain "
-        f"{judge(snapshot_summary)}.",
-        f'D7, "Polyak averages improve on the last iterate": {polyak} points: '
-        f"{judge(polyak_summary)}.",
+        f"{tables.spread(snapshot, 2)} points over one independent network of the same length; a "
+        f"gain {tables.judge(snapshot)}.",
+        f'D7, "Polyak averages improve on the last iterate": {tables.spread(polyak, 2)} points: '
+        f"{tables.judge(polyak)}.",
     ]
 
 
@@ -351,9 +323,9 @@ def accuracy_sentences(results: list[dict], options) -> list[str]:
     kept = study.values(results, "ingredients", group="independent", method="greedy").mean()
     return [
         f"D8, accuracy: the greedy soup has {tables.spread(over_best, 2)} points over the best on "
-        f"validation: that it is better {judge(summary(over_best))}. The ensemble has "
+        f"validation: that it is better {tables.judge(over_best)}. The ensemble has "
         f"{tables.spread(over_soup, 2)} points over the greedy soup: that it is better "
-        f"{judge(summary(over_soup))}.",
+        f"{tables.judge(over_soup)}.",
         "Soups need a common start: the average of independent networks has "
         f"{tables.spread(strangers, 2)} % of the test set right (one of ten classes by chance: "
         f"10 %), and the greedy soup keeps {kept:.1f} of {options.members // 2} of them.",

@@ -84,16 +84,28 @@ def summarize(errors: list[float]) -> dict:
 
 
 def describe(runs: list[dict]) -> dict:
-    """Returns what the runs of one network have in common, and their mean learning curve."""
+    """Returns what the runs of one network have in common, and their mean learning curve.
+
+    Runs that stop early have fewer epochs than others: "epochs" are those of the longest, and the
+    curve's mean of an epoch is that of the runs that reached it.
+    """
     curves = []
     for run in runs:
         curves.append([100 * epoch["train_error"] for epoch in run["history"]])
+    epochs = [len(curve) for curve in curves]
     return {
         "parameters": runs[0]["parameters"],
-        "epochs": runs[0]["final"]["epoch"],
+        "epochs": max(epochs),
+        "fewest_epochs": min(epochs),
         "minutes": float(np.mean([run["training_seconds"] for run in runs]) / 60),
-        "curve": np.mean(curves, 0).tolist(),
+        "curve": [float(np.mean(errors)) for errors in by_epoch(curves)],
     }
+
+
+def by_epoch(curves: list[list[float]]) -> list[list[float]]:
+    """Returns, for each epoch, the values of the curves that reach it."""
+    longest = max(len(curve) for curve in curves)
+    return [[curve[epoch] for curve in curves if epoch < len(curve)] for epoch in range(longest)]
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -121,6 +133,8 @@ def tabulate(rows: list[dict]) -> str:
         if row["n"]:
             parameters = f"{row['parameters']:,}"
             epochs = str(row["epochs"])
+            if row["fewest_epochs"] < row["epochs"]:
+                epochs = f"{row['fewest_epochs']} to {epochs}"
             minutes = f"{row['minutes']:.1f}"
         errors = []
         for split in ("train", "test"):

@@ -172,7 +172,8 @@ def measure(point: Point, options, shared: Shared) -> dict:
     """Returns the average precision of each class on the test scenes."""
     if point.weights == "scratch":
         folder = options.workdir / f"scene_net,seed={point.seed}"
-        result = workdir.run_once(loop.run, configure(options, point.seed), folder)
+        config = configure(options, point.seed)
+        result = workdir.run_once(loop.run, config, folder, study.take_places)
         return {"method": point.method(), "ap": result["by_class"]}
     # ImageNet weights are the same in all repetitions; random weights are drawn by the seed.
     file = dict(options.weights)[point.network] if point.weights == "imagenet" else None
@@ -247,13 +248,17 @@ def report(results: list[dict], options) -> study.Report:
     prevalence = data.test.labels.mean(0)[counted]
     by_method = precision_by_method(results, counted)
     left_out = ", ".join(name for name in data.classes if name not in names)
+    if left_out:
+        left_out = f"Left out, because hardly a scene of a part lacks or shows them: {left_out}."
+    else:
+        left_out = "All classes count."
     text = f"""# Which classes appear in a scene
 
 Average precision in percent on {len(data.test.images)} test scenes of CamVid, mean ± sample
 standard deviation over seeds; {len(data.train.images)} training scenes, {options.epochs} epochs
 from scratch. A frozen network is fitted to a bootstrap of the training scenes, with about 63 % of
 them, which is a handicap beside the network from scratch, which has all of them.
-Left out, because hardly a scene of a part lacks or shows them: {left_out}.
+{left_out}
 
 {tabulate(by_method, prevalence, names)}
 ![Average precision](multilabel.png)

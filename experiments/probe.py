@@ -58,17 +58,19 @@ def points(options):
     )
 
 
-class Features(NamedTuple):
-    """Features of CIFAR-10 [n, 1280] by origin of the weights, with the labels."""
+class Shared(NamedTuple):
+    """The images of all probes, and their features [n, 1280] by origin of the weights.
 
-    train: dict[str, np.ndarray]
-    train_labels: np.ndarray
-    test: dict[str, np.ndarray]
-    test_labels: np.ndarray
+    `features` returns those of the training and of the test images, which are computed once.
+    """
+
+    train: arrays.Split
+    test: arrays.Split
+    features: Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
-def load(options) -> Features:
-    """Extracts the features that all probes read."""
+def load(options) -> Shared:
+    """Loads the networks and the images that all probes share."""
     networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
     data = arrays.load("cifar10", options.data_dir)
     count = options.train * options.repeats
@@ -79,11 +81,16 @@ def load(options) -> Features:
             f"fit: CIFAR-10 has {n_train} training and {n_test} test images"
         )
     order = np.random.default_rng(0).permutation(n_train)[:count]
-    train, test = {}, {}
-    for name, network in networks.items():
-        train[name] = extract(*network, data.train.images[order], options.size)
-        test[name] = extract(*network, data.test.images[: options.test], options.size)
-    return Features(train, data.train.labels[order], test, data.test.labels[: options.test])
+    train = arrays.Split(data.train.images[order], data.train.labels[order])
+    test = arrays.Split(data.test.images[: options.test], data.test.labels[: options.test])
+
+    @functools.cache
+    def features(name):
+        network = networks[name]
+        of_train = extract(*network, train.images, options.size)
+        return of_train, extract(*network, test.images, options.size)
+
+    return Shared(train, test, features)
 
 
 def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
@@ -124,15 +131,13 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
         return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, output)
 
 
-def measure(point: Point, options, features: Features) -> dict:
+def measure(point: Point, options, shared: Shared) -> dict:
     """Fits and scores the probe of one repetition."""
     start = point.repetition * options.train
     part = slice(start, start + options.train)
+    train, test = shared.features(point.weights)
     accuracy, strength = linear_probe(
-        features.train[point.weights][part],
-        features.train_labels[part],
-        features.test[point.weights],
-        features.test_labels,
+        train[part], shared.train.labels[part], test, shared.test.labels
     )
     return {"accuracy": accuracy, "strength": strength}
 

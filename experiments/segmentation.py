@@ -182,7 +182,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     if options.weights and not encoder_file(options).exists():
         weights.save_torchvision(read_encoder(options.weights), encoder_file(options))
     file = predictions_file(options, *point)
-    workdir.run_once(loop.run, config, file.parent)
+    workdir.run_once(loop.run, config, file.parent, study.take_places)
     inside = reached(config, data.test.images.shape[1:])
     with np.load(file) as arrays_of_run:
         return score(arrays_of_run["predicted"], data.test.labels, inside)
@@ -201,16 +201,12 @@ def judge(results: list[dict]) -> str:
     gains = [by_seed["zeros"][seed] - by_seed["none"][seed] for seed in seeds]
     if len(gains) < 2:
         return "Two seeds of zeros and of none are needed to judge the lecture's direction.\n"
-    mean, half = np.mean(gains), tables.half_width(gains)
-    if abs(mean) <= half:
-        verdict = "undecided"
-    else:
-        verdict = "confirmed" if mean > 0 else "not confirmed: the other way round"
+    verdicts = {1: "confirmed", 0: "undecided", -1: "not confirmed: the other way round"}
     return (
-        f"Zero padding gains {mean:.1f} ± {half:.1f} points over no padding (95 % interval of the "
-        f"mean over {len(gains)} pairs of a seed); the lecture's figures differ by "
+        f"Zero padding gains {tables.interval(gains, 1)} points over no padding (95 % interval of "
+        f"the mean over {len(gains)} pairs of a seed); the lecture's figures differ by "
         f"{LECTURE['zeros'] - LECTURE['none']:.1f} points on other data. Its direction is "
-        f"{verdict}.\n"
+        f"{verdicts[tables.direction(gains)]}.\n"
     )
 
 

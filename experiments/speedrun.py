@@ -34,6 +34,7 @@ from cnnjax.models import Network, create_model
 from cnnjax.models.speedrun import whitening_filters
 from cnnjax.runtime import backend, command, tables, workdir
 from cnnjax.runtime.progress import progress
+from cnnjax.runtime.report import describe_environments
 from cnnjax.train.step import epoch_order, loss_and_errors
 from configs import speedrun_cifar10
 
@@ -157,6 +158,14 @@ def _views(images):
     return shifted + mirrored, (0.25, 0.125, 0.125) * 2
 
 
+def _test_batch(n_test: int, most: int) -> int:
+    """Returns the largest number of images up to `most` that divides the test set.
+
+    So all batches have the same shape.
+    """
+    return max(size for size in range(1, most + 1) if n_test % size == 0)
+
+
 def _test(config, model: Network, variables: dict, test, moments) -> tuple:
     """Returns the shares of correct test images with six views, and with one view."""
 
@@ -169,9 +178,7 @@ def _test(config, model: Network, variables: dict, test, moments) -> tuple:
         one_view = (logits[0].argmax(1) == labels).mean()
         return six_views, one_view
 
-    # The number of images at a time; it divides the test set, so that all batches have the same
-    # shape.
-    size = np.gcd(config.n_test, config.batch_size)
+    size = _test_batch(config.n_test, config.batch_size)
     batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), test)
     six_views, one_view = jax.lax.map(right, batches)
     return six_views.mean(), one_view.mean()
@@ -296,12 +303,21 @@ def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> li
     """Makes the runs that a work directory lacks, and returns all runs."""
     program = Program(config, data)
     rows = []
-    with progress(runs, "runs") as advance:
-        for seed in range(runs):
-            path = folder / "runs" / f"{seed}.json"
-            rows.append(workdir.read_or_compute(path, program.run, seed))
-            advance(1)
+    try:
+        with progress(runs, "runs") as advance:
+            for path in run_files(folder, runs):
+                rows.append(workdir.read_or_compute(path, program.run, int(path.stem)))
+                advance(1)
+    except KeyboardInterrupt as stop:
+        raise workdir.Interrupted(
+            "stopped; the same command goes on after the last finished run"
+        ) from stop
     return rows
+
+
+def run_files(folder: pathlib.Path, runs: int) -> list[pathlib.Path]:
+    """Lists the files of the runs, which are named by their seeds."""
+    return [folder / "runs" / f"{seed}.json" for seed in range(runs)]
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -406,7 +422,7 @@ deviation over seeds; seconds: the median of whole runs, test included, compilat
 {least:.2f} and {most:.2f} s; compilation: {statistics["compile_seconds"]:.1f} s.
 
 ![Losses and accuracies](speedrun.png)
-"""
+{describe_environments(workdir.read_environments(folder))}"""
     results = statistics | {"device": device, "target": TARGET, "runs": rows}
     workdir.write_json(folder / "speedrun.json", results)
     workdir.write_figure(folder / "speedrun.png", draw(config, rows))
@@ -431,11 +447,13 @@ def main(arguments: list[str] | None = None) -> int:
         check(config)
         data = arrays.load("cifar10", options.data_dir)
         backend.start()
-        # Times of different devices are not mixed.
-        device = jax.devices()[0].device_kind
-        workdir.prepare(options.workdir, config.to_dict() | {"device": device})
-        rows = run_all(config, data, options.runs, options.workdir)
-        print(write(options.workdir, config, rows))
+        # Times of different machines or versions of jax are not mixed.
+        machine = backend.machine()
+        settings = config.to_dict() | {"device": machine["device"], "environment": machine}
+        is_missing = not all(path.exists() for path in run_files(options.workdir, options.runs))
+        with workdir.prepared(options.workdir, settings, is_missing) as folder:
+            rows = run_all(config, data, options.runs, folder)
+            print(write(folder, config, rows))
 
     return command.run(work)
 

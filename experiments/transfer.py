@@ -47,7 +47,21 @@ SHARES = (0.01, 0.1, 1.0)
 METHODS = ("frozen", "partly frozen", "fine-tuned", "from scratch")
 LAYERS = ("conv1.*", "conv2.*", "fc1.*", "fc2.*")  # the tutorial's network without its last layer
 CUTS = range(1, len(LAYERS) + 1)
-TREATMENTS = ("BnB", "BnB+", "AnB", "AnB+")
+
+
+class Treatment(NamedTuple):
+    """What happens to the first n layers: the half that they come from, and their training."""
+
+    origin: str
+    is_frozen: bool
+
+
+TREATMENTS = {
+    "BnB": Treatment("B", is_frozen=True),
+    "BnB+": Treatment("B", is_frozen=False),
+    "AnB": Treatment("A", is_frozen=True),
+    "AnB+": Treatment("A", is_frozen=False),
+}
 # Yosinski et al. 2014, table 1: the mean gain of AnB+ over layers 1 to 7, in percentage points on
 # halves of ImageNet.
 PUBLISHED = {"baseB": 1.6, "BnB+": 1.4}
@@ -269,7 +283,8 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
-    return 1 - workdir.run_once(loop.run, config, folder)["final"]["test_error"]
+    results = workdir.run_once(loop.run, config, folder, study.take_places)
+    return 1 - results["final"]["test_error"]
 
 
 def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
@@ -325,7 +340,10 @@ def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
 
 
 def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:
-    name = "longB" if treatment == LONG else treatment.replace("n", str(cut))
+    # Such as "A2B+", "baseB", and "longB".
+    name = "longB" if treatment == LONG else treatment
+    if treatment in TREATMENTS:
+        name = treatment.replace("n", str(cut))
     return options.workdir.absolute() / "halves" / f"{name}-{seed}"
 
 
@@ -341,10 +359,11 @@ def measure_halves(point: Halves, options, shared: Shared) -> dict:
         "schedule.learning_rate": 0.01,
     }
     if point.cut:
-        base = f"base{point.treatment[0]}"
+        treatment = TREATMENTS[point.treatment]
+        base = f"base{treatment.origin}"
         settings["initial_weights"] = str(halves_folder(options, base, 0, point.seed))
         settings["initial_parts"] = LAYERS[: point.cut]
-        if not point.treatment.endswith("+"):
+        if treatment.is_frozen:
             settings["freeze"] = LAYERS[: point.cut]
     folder = halves_folder(options, point.treatment, point.cut, point.seed)
     return {"accuracy": train(folder, settings)}
@@ -451,15 +470,15 @@ def draw_halves(results: list[dict]) -> Figure:
     for axis, subtracted, label in zip(axes, (0, base), labels):
         axis.axhline(np.mean(base - subtracted), color="black", lw=0.8, label="baseB")
         axis.axhline(np.mean(longer - subtracted), color="black", lw=0.8, ls=":", label=LONG)
-        for number, treatment in enumerate(TREATMENTS):
-            columns = [column - subtracted for column in by_cut(results, treatment)]
+        for number, (name, treatment) in enumerate(TREATMENTS.items()):
+            columns = [column - subtracted for column in by_cut(results, name)]
             curve(
                 axis,
                 np.array(CUTS) + 0.06 * (number - 1.5),
                 columns,
-                color="C0" if treatment[0] == "B" else "C3",
-                ls="--" if treatment.endswith("+") else "-",
-                label=treatment,
+                color="C0" if treatment.origin == "B" else "C3",
+                ls="-" if treatment.is_frozen else "--",
+                label=name,
             )
         axis.set(xlabel="layers taken, n", ylabel=label, xticks=list(CUTS))
     axes[0].legend(fontsize=8, ncols=2)

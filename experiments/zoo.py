@@ -16,10 +16,7 @@ Times of different machines or versions are not mixed: a work directory belongs 
 one set of versions. Writes report.md and zoo.json.
 """
 
-import contextlib
 import copy
-import pathlib
-import platform
 import sys
 import time
 import warnings
@@ -68,7 +65,8 @@ class Frameworks(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/zoo")
     parser.add_argument("--models", default="*", help="shell pattern of names")
-    parser.add_count("batch", 4, "images")
+    # BatchNorm in training mode needs two values, and some maps have a single position.
+    parser.add_count("batch", 4, "images", 2)
     parser.add_count("repeats", 5, "timings, of which the fastest counts")
 
 
@@ -97,31 +95,14 @@ def load_torchvision() -> Frameworks:
 def load(options) -> Frameworks:
     frameworks = load_torchvision()
     frameworks.torch.set_num_threads(backend.cores())
-    # The options include the environment, so the times of a work directory belong to one
-    # environment.
-    options.environment = environment(frameworks)
     return frameworks
 
 
-def environment(frameworks: Frameworks) -> dict:
+def environment(options) -> dict:
     """Describes the machine and the versions, on which times depend."""
-    return {
-        "processor": processor_name(),
-        "threads": backend.cores(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "torch": frameworks.torch.__version__,
-        "torchvision": frameworks.torchvision.__version__,
-    }
-
-
-def processor_name() -> str:
-    # On systems without this file, such as macOS, ask Python.
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    torch, torchvision = load_torchvision()
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    return backend.machine() | versions
 
 
 # --- The same network on both sides ---------------------------------------------------------------
@@ -328,6 +309,7 @@ STUDY = study.Study(
     add_options=add_options,
     axes=("models",),
     load=load,
+    environment=environment,
     points=points,
     measure=measure,
     report=report,

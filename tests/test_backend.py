@@ -1,5 +1,6 @@
 """The backend's setup: XLA flags, numerical check, compilation cache, and logging."""
 
+import importlib.metadata
 import logging
 import os
 import re
@@ -113,3 +114,19 @@ def test_of_several_processes_one_logs(monkeypatch, index, level):
     backend.join(f"localhost:1234,2,{index}")
     assert log.level == level
     assert backend.writes() == (index == 0)
+
+
+def test_the_environment_names_the_packages_that_are_installed(monkeypatch):
+    """An installation without extras has no scikit-image."""
+    packages = backend.describe()["packages"]
+    assert packages.keys() >= {"jax", "scikit-learn", "scikit-image", "pillow"}
+    version = importlib.metadata.version
+
+    def without_extras(name):
+        if name == "scikit-image":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_extras)
+    packages = backend.describe()["packages"]
+    assert "jax" in packages and "scikit-image" not in packages

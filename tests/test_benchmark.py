@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import quick
+from matplotlib.figure import Figure
 
 from cnnjax import summary
 from cnnjax.benchmark import __main__ as benchmark
@@ -20,6 +21,7 @@ from cnnjax.benchmark import cases, jax_side, onednn, programs, sides, turns
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
 from cnnjax.nn import BatchNorm, Conv, Dense, conv, flatten, max_pool
+from cnnjax.runtime import backend
 from cnnjax.train import data
 from experiments import speedrun
 
@@ -405,6 +407,45 @@ def test_runs_are_summarized_by_a_t_test():
     assert results["seconds"] == 2
     assert results["mean"] == pytest.approx(94.1)
     assert results["half_width"] == pytest.approx(4.3027 * 0.2 / math.sqrt(3), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "n_test, most, size", [(10_000, 2000, 2000), (10_000, 1024, 1000), (200, 500, 200), (7, 4, 1)]
+)
+def test_the_speedrun_tests_in_equal_batches(n_test, most, size):
+    assert speedrun._test_batch(n_test, most) == size
+
+
+def test_speedruns_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):
+    """Every processor is jax's device "cpu"; a stopped call goes on."""
+    row = {"accuracy": 94.0, "one_view": 93.0, "seconds": 1.0, "compile_seconds": 1.0, "losses": []}
+    monkeypatch.setattr(speedrun.arrays, "load", lambda *arguments: None)
+    monkeypatch.setattr(speedrun, "draw", lambda *arguments: Figure())
+
+    class Program:
+        def __init__(self, *arguments):
+            pass
+
+        def run(self, seed):
+            if seed == 2:
+                raise KeyboardInterrupt
+            return row | {"seed": seed}
+
+    monkeypatch.setattr(speedrun, "Program", Program)
+    command = ["--workdir", str(tmp_path), "--runs"]
+    assert speedrun.main([*command, "3"]) == 75
+    assert speedrun.main([*command, "2"]) == 0
+    assert "## Environment\n" in (tmp_path / "report.md").read_text()
+    machine = backend.machine() | {"processor": "another"}
+    monkeypatch.setattr(backend, "machine", lambda: machine)
+    capsys.readouterr()
+    assert speedrun.main([*command, "2"]) == 2
+    assert "environment.processor=" in capsys.readouterr().err
+    # A work directory of an earlier version names no processor.
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["environment"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert speedrun.main([*command, "2"]) == 0
 
 
 @pytest.mark.slow

@@ -131,6 +131,22 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
         Streamed(config, Parallel("jit"))
 
 
+def test_runs_that_stop_early_are_averaged_where_they_are():
+    """An epoch's mean is over the runs that reached it."""
+    runs = []
+    for errors in ([0.5, 0.4, 0.3], [0.7]):
+        history = [{"train_error": error} for error in errors]
+        final = {"epoch": len(errors), "train_error": errors[-1], "test_error": 0.5}
+        run = {"parameters": 1, "training_seconds": 60, "final": final, "history": history}
+        runs.append(run)
+    described = mlp_vs_convnet.describe(runs)
+    assert described["curve"] == pytest.approx([60, 40, 30])
+    row = {"network": "mlp1_cifar10", "n": 2, "failed": []} | described
+    row |= dict.fromkeys(("train", "test"), {"claimed": None, "mean": 1.0, "std": None})
+    assert "| mlp1_cifar10 | 1 | 1 to 3 |" in mlp_vs_convnet.tabulate([row])
+    mlp_vs_convnet.draw([row])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "without_figures")
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, monkeypatch, capfd):

@@ -5,6 +5,7 @@ Small cases are compared with brute force; whole experiments run on digits.
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 
@@ -18,6 +19,7 @@ from cnnjax.data import arrays
 from cnnjax.models import Network, base
 from cnnjax.models.mlp import MLP
 from cnnjax.nn import Dense
+from cnnjax.runtime import tables
 from cnnjax.train import defaults, loop
 from experiments import dropout, ensemble_vs_soup
 
@@ -156,18 +158,12 @@ def test_members_differ_and_seeds_are_not_used_twice(quick):
 
 def test_intervals_and_judgments():
     values = [1.0, 2.0, 4.0]
-    summary = ensemble_vs_soup.summary(values)
-    interval = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
-    assert (summary["low"], summary["high"]) == pytest.approx(interval)
-    assert summary["std"] == pytest.approx(np.std(values, ddof=1))
-
-    def judge(*values):
-        return ensemble_vs_soup.judge(ensemble_vs_soup.summary(list(values)))
-
-    assert judge(1.0, 1.1, 1.2) == "holds"
-    assert judge(-1.0, -1.1, -1.2) == "does not hold"
-    assert judge(-1.0, 1.0, 2.0) == "is not decided by n=3"
-    assert judge(5.0) == "is not decided by n=1"
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    assert tables.half_width(values) == pytest.approx((high - low) / 2)
+    assert tables.judge([1.0, 1.1, 1.2]) == "holds"
+    assert tables.judge([-1.0, -1.1, -1.2]) == "does not hold"
+    assert tables.judge([-1.0, 1.0, 2.0]) == "is not decided by n=3"
+    assert tables.judge([5.0]) == "is not decided by n=1"
 
 
 @pytest.mark.slow
@@ -190,6 +186,19 @@ def test_removals_are_nested():
     masks = np.stack([dropout.masks(50, 4, share, seed=1) for share in (0.0, 0.3, 0.5, 1.0)])
     assert masks.sum(-1).tolist() == [[50] * 4, [35] * 4, [25] * 4, [0] * 4]
     assert (np.diff(masks, axis=0) <= 0).all() and len(np.unique(masks[1], axis=0)) == 4
+
+
+def test_what_dropout_saves_or_costs_has_no_sign():
+    """With dropout, removing units costs 10 points more or less than without."""
+    for cost, words in ((0.3, "10.00 ± 0.00 more"), (0.1, "10.00 ± 0.00 less")):
+        results = []
+        for seed, rate in itertools.product(range(2), dropout.RATES):
+            left = 1 - (cost if rate else 0.2)
+            curve = [[1.0]] + [[left]] * (len(dropout.SHARES) - 1)
+            results.append({"dropout": rate, "seed": seed} | dict.fromkeys(dropout.WAYS, curve))
+        lines = dropout.verdict(results).splitlines()
+        start = "- D10, units of the first layer removed, 50%: it costs 20.00 points without and"
+        assert lines[0].startswith(f"{start} {100 * cost:.2f} with dropout, {words} (n=2)")
 
 
 @pytest.mark.slow

@@ -500,6 +500,7 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
     assert "| tiny | 2 | 25 | b, pool1 | none |" in report
     for name in ("patterns.png", "distances.png", "reads.png"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
+    command = ["--workdir", str(tmp_path / "other"), *command[2:]]
     for wrong, message in (
         (["--seeds", "60"], "leave a seed fewer than 2 of 100"),
         (["--trained", "tiny"], "trained=tiny names no file"),

@@ -145,6 +145,7 @@ def test_channels_are_counted_for_random_and_trained_weights(
     few.mkdir()
     for path in sorted((data_dir / "bsds500").iterdir())[:7]:
         (few / path.name).symlink_to(path)
+    arguments += ["--workdir", str(tmp_path / "other")]
     refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
     assert quick.exit_code(study.main, refused) == 2
     assert "expected at least 8, found 7" in capsys.readouterr().err

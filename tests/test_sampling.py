@@ -1,5 +1,6 @@
 """Sampling: the operation, its authors' outputs, and every network with it."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -437,6 +438,8 @@ def test_the_study_reports_every_column():
     cells = ["60.0 ± 24.8", "100.0 ± 0.0", "60.0 ± 24.8", "0.60 ± 0.25", "0.60 ± 0.25", "3"]
     assert "| convnet | aps | zeros | " + " | ".join(cells) + " |" in table
     assert len(study.draw(results).axes) == 3
+    text = study.report(results, argparse.Namespace(train=5000, epochs=3, test=100)).text
+    assert "figure's bars are standard deviations" in " ".join(text.split())
     # Paired by seed, a difference that all seeds share has no spread.
     for row in results:
         if row["sampling"] == "aps":

@@ -535,6 +535,23 @@ def test_wrong_weights_of_multilabel_are_named(given, message, tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "counted, sentence",
+    [
+        ([0], "Left out, because hardly a scene of a part lacks or shows them: car."),
+        ([0, 1], "All"),
+    ],
+)
+def test_the_report_names_the_classes_that_are_left_out(counted, sentence, monkeypatch):
+    part = arrays.Split(np.zeros((4, 1, 1, 3), np.uint8), np.eye(2)[[0, 1, 0, 1]])
+    data = arrays.Dataset(part, None, part, ("sky", "car"))
+    monkeypatch.setattr(arrays, "load", lambda *arguments: data)
+    monkeypatch.setattr(multilabel, "counted_classes", lambda data: np.array(counted))
+    results = [{"method": multilabel.SCRATCH, "ap": [0.5, 0.25]}]
+    text = multilabel.report(results, argparse.Namespace(data_dir="", epochs=1)).text
+    assert sentence in text and ": ." not in text
+
+
 @pytest.mark.slow
 def test_pooled_features_rank_what_they_know():
     labels = np.random.default_rng(0).integers(0, 2, (80, 3))
@@ -571,7 +588,7 @@ def test_an_encoder_is_written_by_the_first_measurement(scenes, tmp_path, monkey
     monkeypatch.setattr(segmentation, "read_encoder", lambda file: {"params": {}})
     written = []
     monkeypatch.setattr(weights, "save_torchvision", lambda _, file: written.append(file))
-    monkeypatch.setattr(workdir, "run_once", lambda run, config, folder: {})
+    monkeypatch.setattr(workdir, "run_once", lambda *arguments: {})
     monkeypatch.setattr(segmentation, "reached", lambda config, shape: None)
     monkeypatch.setattr(segmentation, "score", lambda *arguments: {})
     file = tmp_path / "weights.safetensors"

@@ -12,6 +12,8 @@ import pytest
 from quick import exit_code
 
 from cnnjax import study
+from cnnjax.runtime import workdir
+from cnnjax.train import defaults
 from experiments import sampling
 
 
@@ -62,8 +64,7 @@ def test_a_later_call_measures_only_new_points(example, tmp_path):
     assert study.select(read(tmp_path / "blur.json"), seed=0) == first
 
 
-@pytest.mark.slow
-def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path):
+def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path, capsys):
     command = ["--workdir", str(tmp_path / "a"), "--seeds", "2"]
 
     def stop(point, options):
@@ -71,7 +72,8 @@ def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path):
             raise KeyboardInterrupt
         return example.measure(point, options)
 
-    assert dataclasses.replace(example.STUDY, measure=stop).main(command) == 130
+    assert dataclasses.replace(example.STUDY, measure=stop).main(command) == 75
+    assert "the same command goes on after the last finished point" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "a" / "points").iterdir()] == [
         "fill=zeros,seed=0.json"
     ]
@@ -86,6 +88,104 @@ def test_a_work_directory_belongs_to_its_options(example, tmp_path, capsys):
     assert example.main(command) == 0
     assert example.main([*command, "--size", "8"]) == 2
     assert "another configuration (size=16 there, 8 now)" in capsys.readouterr().err
+
+
+def test_the_work_directory_is_checked_before_anything_is_loaded(example, tmp_path):
+    command = ["--workdir", str(tmp_path), "--seeds", "1"]
+    assert example.main(command) == 0
+    loading = dataclasses.replace(example.STUDY, load=pytest.fail)
+    assert loading.main([*command, "--size", "8"]) == 2
+
+
+def test_a_second_process_is_refused(example, tmp_path, capsys):
+    with workdir.claim(tmp_path):
+        assert example.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 2
+    assert "in use by process" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_names_the_environment_that_measured(example, tmp_path, monkeypatch):
+    """A call that measures nothing keeps the record; one that measures more adds its own."""
+    command = ["--workdir", str(tmp_path), "--seeds"]
+    assert example.main([*command, "1"]) == 0
+    environment = (tmp_path / "environment.json").read_text()
+    revision = read(tmp_path / "environment.json")["git_revision"]
+    report = (tmp_path / "report.md").read_text()
+    _, _, section = report.partition("## Environment\n")
+    assert "numpy" in section and f"revision {revision or 'unknown'}.\n" in section
+
+    monkeypatch.setattr(workdir, "_git_revision", lambda: "a later one")
+    assert example.main([*command, "1"]) == 0
+    assert (tmp_path / "environment.json").read_text() == environment
+    assert (tmp_path / "report.md").read_text() == report
+    assert example.main([*command, "2"]) == 0
+    _, _, section = (tmp_path / "report.md").read_text().partition("## Environment\n")
+    last, earlier = section.split("An earlier start of the run: ")
+    assert "revision a later one." in last and f"revision {revision or 'unknown'}.\n" in earlier
+
+
+def test_photographs_of_other_names_or_sizes_are_refused(example, tmp_path, capsys):
+    """One more photograph would divide them in another way."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"some pixels")
+
+    def add_options(parser):
+        example.add_options(parser)
+        parser.add_photographs()
+
+    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+    place = tmp_path / "run"
+    command = ["--workdir", str(place), "--photographs", str(folder), "--seeds"]
+    assert changed.main([*command, "1"]) == 0
+    assert changed.main([*command, "2"]) == 0
+    (folder / "b.png").write_bytes(b"others")
+    capsys.readouterr()
+    assert changed.main([*command, "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(contents.photographs='1 files, digest " in line and "there, '2 files, " in line
+
+    # The work directory of an earlier version has no such record, and gets one.
+    record = read(place / "config.json")
+    contents = record.pop("contents")
+    (place / "config.json").write_text(json.dumps(record))
+    assert changed.main([*command, "2"]) == 0
+    assert contents != read(place / "config.json")["contents"]
+    (folder / "b.png").write_bytes(b"of another size")
+    assert changed.main([*command, "2"]) == 2
+
+
+def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
+    file, run = tmp_path / "a.safetensors", tmp_path / "run"
+    run.mkdir()
+    for path in (file, run / "weights.safetensors"):
+        path.write_bytes(b"weights")
+    contents = study._digest_contents
+    (digest,) = contents({"weights": file}).values()
+    assert contents({"weights": [("a", str(run)), ("b", "absent")]}) == {"a": digest, "b": "absent"}
+    assert contents({"trained": {"a": (str(file), ("fc",))}}) == {"a": digest}
+    file.write_bytes(b"WEIGHTS")
+    assert contents({"weights": file}) != {"weights": digest}
+    assert contents({"weights": None, "photographs": None, "seeds": 3}) == {}
+
+
+def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
+    """Other spellings of the data's folder, and a moved study, are no other configuration."""
+    trained = defaults.get_config()
+    trained.initial_weights = "/old/run/start"
+    folder = tmp_path / "run"
+    results = {"final": 1}
+
+    def train(config, folder):
+        workdir.write_json(folder / "results.json", results)
+
+    workdir.run_once(train, trained, folder, study.take_places)
+    trained.update(initial_weights="/new/run/start", data_dir="/new/data")
+    assert workdir.run_once(pytest.fail, trained, folder, study.take_places) == results
+    assert read(folder / "config.json")["data_dir"] == "/new/data"
+    trained.epochs += 1
+    with pytest.raises(ValueError, match="another configuration"):
+        workdir.run_once(pytest.fail, trained, folder, study.take_places)
 
 
 def test_errors_are_one_line_and_nothing_is_written(example, tmp_path, capsys):

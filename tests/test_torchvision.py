@@ -1,5 +1,6 @@
 """Every network of torchvision against its own outputs (tests/golden) and real weights."""
 
+import argparse
 import functools
 import inspect
 import json
@@ -15,6 +16,7 @@ import pytest
 import quick
 
 from cnnjax import weights
+from cnnjax.data import arrays
 from cnnjax.models import base, create_model
 from experiments import probe
 
@@ -272,6 +274,33 @@ def test_squeezenet_with_real_weights(data_dir):
         images = np.stack([np.asarray(image) for image in images])
         answers.append(apply(variables, (images / np.float32(255) - MEAN) / STD).argmax(1))
     assert (np.concatenate(answers) == labels).sum() == 306
+
+
+def test_the_probe_extracts_features_when_they_are_needed(monkeypatch):
+    """A finished study prints its report without them."""
+    images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1)
+    split = arrays.Split(images, np.arange(60) % 10)
+    data = arrays.Dataset(split, None, split, tuple("abcdefghij"))
+    monkeypatch.setattr(arrays, "load", lambda *arguments: data)
+    monkeypatch.setattr(probe, "open_features", lambda path: (path, {}))
+    extracted = []
+
+    def extract(model, variables, images, size):
+        extracted.append(model)
+        return images.reshape(len(images), 1)
+
+    monkeypatch.setattr(probe, "extract", extract)
+    options = argparse.Namespace(
+        weights="file", data_dir="", train=50, test=20, repeats=1, size=8, workdir=None
+    )
+    shared = probe.load(options)
+    assert not extracted
+    train, test = shared.features("ImageNet")
+    shared.features("ImageNet")
+    # The features of the training and of the test images, each once.
+    assert extracted == ["file", "file"]
+    assert train.shape == (50, 1) and test[:, 0].tolist() == list(range(20))
+    assert (shared.train.labels == train[:, 0] % 10).all()
 
 
 @pytest.mark.slow

@@ -384,6 +384,10 @@ def test_the_linear_probe_refuses_examples_in_the_order_of_their_classes():
     labels = np.arange(20) // 4
     with pytest.raises(ValueError, match="^labels: class 4 is only in the last fifth"):
         transfer.linear_probe(x, labels, x, labels)
+    # Of two classes in order, the last fifth shows one, which the others have, too.
+    labels = np.arange(20) // 10
+    with pytest.raises(ValueError, match="^labels: the 2 classes follow each other"):
+        transfer.linear_probe(x, labels, x, labels)
     with pytest.raises(ValueError, match="^train has 4 examples; expected at least 5"):
         transfer.linear_probe(x[:4], labels[:4], x, labels)
 

@@ -3,6 +3,8 @@
 import dataclasses
 import types
 
+from quick import exit_code
+
 from experiments import zoo
 
 
@@ -32,3 +34,9 @@ def test_times_of_two_environments_are_not_mixed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "load_torchvision", lambda: frameworks("2.14.0"))
     assert study.main([*arguments, "resnet*"]) == 2
     assert "environment.torch='2.13.0' there, '2.14.0' now" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_image_is_refused(capsys):
+    """Some networks' BatchNorm would have a single value, which PyTorch refuses."""
+    assert exit_code(zoo.main, ["--batch", "1"]) == 2
+    assert "'1' is not a whole number of at least 2" in capsys.readouterr().err

@@ -4,6 +4,7 @@
 command before it computes.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -213,15 +214,49 @@ def wait_for_others(point: str) -> None:
         multihost_utils.sync_global_devices(point)
 
 
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages on which results depend, if they are installed."""
+    versions = {}
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
+    # Installations without extras lack these: studies fit with scikit-learn, and read photographs
+    # that both carry.
+    extras = ("scikit-learn", "scikit-image", "pillow")
+    for name in packages + extras:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def processor_name() -> str:
+    """Names the processor's model."""
+    # On systems without this file, such as macOS, ask Python.
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def machine() -> dict:
+    """Describes what times depend on: processor, device, and jax's version."""
+    import jax
+
+    return {
+        "processor": processor_name(),
+        "threads": cores(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
 def describe() -> dict:
     """Describes the environment that produces a result: versions, devices, flags."""
     import jax
 
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": _versions(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "cpus": cores(),

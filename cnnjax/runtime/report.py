@@ -46,10 +46,25 @@ def footer(run: Finished) -> str:
     Each earlier start of the run with other code or on another machine has a paragraph.
     """
     environment = run.environment
-    text = f"{_describe(environment)}; seed {environment['seed']}; {run.results['seconds']} s."
-    for earlier in environment.get("earlier", ()):
-        text += f"\n\nAn earlier start of the run: {_describe(earlier)}."
-    return f"\n## Environment\n\n{text}\n\n```json\n{json.dumps(run.config, indent=1)}\n```\n"
+    details = f"; seed {environment['seed']}; {run.results['seconds']} s"
+    text = describe_environments([*environment.get("earlier", ()), environment], details)
+    return f"{text}\n```json\n{json.dumps(run.config, indent=1)}\n```\n"
+
+
+def describe_environments(environments: list[dict], details: str = "") -> str:
+    """Formats a section on the environments of a run's starts; empty if none is known.
+
+    Args:
+      environments: those of `workdir.read_environments`, the last start's last.
+      details: what follows the last start's.
+    """
+    if not environments:
+        return ""
+    *earlier_starts, last = environments
+    text = f"\n## Environment\n\n{_describe(last)}{details}.\n"
+    for earlier in earlier_starts:
+        text += f"\nAn earlier start of the run: {_describe(earlier)}.\n"
+    return text
 
 
 def _describe(environment: dict) -> str:

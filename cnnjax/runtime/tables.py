@@ -43,6 +43,18 @@ def half_width(values: Sequence[float]) -> float:
     return float(scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n))
 
 
+def direction(values: Sequence[float]) -> int:
+    """Tells the sign of the mean, 1 or -1; 0 if its 95 % interval contains zero."""
+    mean = np.mean(values)
+    return 0 if abs(mean) <= half_width(values) else int(np.sign(mean))
+
+
+def judge(values: Sequence[float]) -> str:
+    """Judges by the mean's 95 % interval whether values are more than zero."""
+    verdicts = {1: "holds", 0: f"is not decided by n={len(values)}", -1: "does not hold"}
+    return verdicts[direction(values)]
+
+
 def interval(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Formats the mean ± half of its 95 % interval; one value has no interval.
 

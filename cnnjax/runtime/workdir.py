@@ -13,7 +13,7 @@ A directory passes through these states, each with files that the states before 
 `run_once` takes a configuration through all of them. Called again after it was stopped, it
 continues from the state that it finds: it replaces the claim of a process that has ended, runs a
 recorded or started run, and returns the results of a finished one once they match their hashes.
-Commands that need neither claim nor seal use `prepare`, or `prepared` around their work.
+Commands that need no seal use `prepared` around their work, or `prepare`, which does not claim.
 
 A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
 is then removed, and the directory with it unless it was there before.
@@ -224,6 +224,10 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
         name = recorded.get("model")
         if str(current.get("model")).endswith((f".py:{name}", f"/{name}")):
             recorded["model"] = current["model"]
+    # Earlier records lack what studies have recorded since of their files and their machine.
+    if isinstance(recorded, dict):
+        for key in ("contents", "environment"):
+            recorded.setdefault(key, current.get(key))
     if difference := _difference(recorded, current):
         raise ValueError(
             f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
@@ -258,8 +262,14 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     return None
 
 
-def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
+def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:
     """Creates a work directory and records the configuration and the environment.
+
+    Args:
+        folder: the work directory.
+        config: what the directory is bound to.
+        computes: whether results are still to be computed; if not, the directory keeps the
+            environment that made them.
 
     Returns:
         The directory's path.
@@ -279,7 +289,7 @@ def prepare(folder: str | os.PathLike, config: dict) -> pathlib.Path:
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
     # A finished run keeps the environment that made its results.
-    if not (folder / "results.json").exists():
+    if computes and not (folder / "results.json").exists():
         write_json(folder / "environment.json", _environment(folder, config))
     return folder
 
@@ -292,26 +302,33 @@ def _environment(folder: pathlib.Path, config: dict) -> dict:
     current = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
     recorded = []
     if _has_started(folder):
-        recorded = _recorded_environments(folder)
+        recorded = read_environments(folder)
     earlier = []
     for environment in recorded:
-        is_complete = isinstance(environment, dict) and environment.keys() >= _REPORTED_KEYS
-        if is_complete and environment != current and environment not in earlier:
+        if environment != current and environment not in earlier:
             earlier.append(environment)
     if earlier:
         current["earlier"] = earlier
     return current
 
 
-def _recorded_environments(folder: pathlib.Path) -> list:
-    """Reads the environments of all recorded starts, the last one last."""
+def read_environments(folder: pathlib.Path) -> list[dict]:
+    """Reads the environments of all recorded starts, the last one last.
+
+    Damaged records, and those that lack what reports print, are left out.
+    """
     try:
         last = read_json(folder / "environment.json")
         earlier = last.pop("earlier", [])
-        return [*earlier, last]
+        recorded = [*earlier, last]
     except (OSError, ValueError, AttributeError, TypeError):
         # The file is absent or damaged.
         return []
+    return [
+        environment
+        for environment in recorded
+        if isinstance(environment, dict) and environment.keys() >= _REPORTED_KEYS
+    ]
 
 
 # ------------------------------------------------------------------ seals
@@ -403,15 +420,18 @@ def run_once(
 
 
 @contextlib.contextmanager
-def prepared(folder: str | os.PathLike, config: dict) -> Iterator[pathlib.Path]:
-    """Prepares a work directory for the work in the context, and gives its path.
+def prepared(
+    folder: str | os.PathLike, config: dict, computes: bool = True
+) -> Iterator[pathlib.Path]:
+    """Claims and prepares a work directory for the work in the context, and gives its path.
 
     Raises:
-        ValueError: as `prepare`. Work that is refused before it writes leaves no folder.
+        ValueError: as `claim` and `prepare`. Work that is refused before it writes leaves no
+            folder.
     """
     folder = pathlib.Path(folder)
-    with _removed_if_empty(folder):
-        prepare(folder, config)
+    with _removed_if_empty(folder), claim(folder):
+        prepare(folder, config, computes)
         with _removed_if_refused(folder):
             yield folder
 
