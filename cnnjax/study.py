@@ -251,7 +251,7 @@ def _digest_contents(settings: dict) -> dict[str, str]:
     # None where a study reads no photographs; "" for those that packages carry.
     folder = settings.get("photographs")
     if folder is not None:
-        contents["photographs"] = _digest_photographs(folder)
+        contents["photographs"] = photographs.digest(folder)
     files = {name: file for name, (file, _) in settings.get("trained", {}).items()}
     weights = settings.get("weights")
     if isinstance(weights, list):
@@ -261,17 +261,6 @@ def _digest_contents(settings: dict) -> dict[str, str]:
     for name, file in files.items():
         contents[name] = _digest_weights(expand_user(file))
     return contents
-
-
-def _digest_photographs(folder: str) -> str:
-    """Describes a folder's photographs by their number and a digest of names and sizes."""
-    paths, _ = photographs.find_photographs(folder)
-    lines = []
-    for path in paths:
-        name = path.relative_to(folder) if folder else path.name
-        lines.append(f"{name} {path.stat().st_size}\n")
-    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
-    return f"{len(paths)} files, digest {digest[:8]}"
 
 
 def _digest_weights(path: pathlib.Path) -> str:

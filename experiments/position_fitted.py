@@ -95,15 +95,21 @@ def load(options) -> list[pathlib.Path]:
     if len(set(options.counts)) < len(options.counts):
         raise ValueError(f"counts={options.counts} must name each number once")
     paths = photographs.list_photographs(options.photographs)
-    parts = photographs.split(paths, (max(options.counts), _HELD_OUT, _TEST), 0)
     photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
-    if photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST)):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
     return paths
 
 
+def draws_photographs(options) -> bool:
+    """Tells whether a seed has more photographs than it needs, and draws from them."""
+    paths, _ = photographs.find_photographs(options.photographs)
+    parts = photographs.split(paths, (max(options.counts), _HELD_OUT, _TEST), 0)
+    return photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST))
+
+
 def points(options):
+    if draws_photographs(options):
+        # Recorded in the work directory: earlier versions took the first photographs of each part.
+        options.photographs_drawn = "at random"
     seeds = range(options.seeds)
     grid = itertools.product(options.encoders, options.paddings, options.images, seeds)
     return itertools.starmap(Point, grid)

@@ -101,6 +101,11 @@ def list_subjects(options) -> list[tuple[str, str]]:
 
 
 def points(options):
+    paths, _ = photographs.find_photographs(options.photographs)
+    parts = photographs.split(paths, (1,) * options.seeds, 0)
+    if photographs.draws(parts, (options.images,) * options.seeds):
+        # Recorded in the work directory: earlier versions took the first photographs of each part.
+        options.photographs_drawn = "at random"
     # The paddings of a seed follow each other, because they share the photographs and their
     # features.
     grid = itertools.product(list_subjects(options), range(options.seeds), options.paddings)
@@ -127,9 +132,6 @@ def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
     """Divides the photographs into disjoint parts, one for each seed."""
     paths = list_large(options)
     parts = photographs.split(paths, (1,) * options.seeds, 0)
-    if photographs.draws(parts, (options.images,) * options.seeds):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
     chosen = []
     for seed, part in enumerate(parts):
         chosen.append(tuple(photographs.choose(part, options.images, seed)))

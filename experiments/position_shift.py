@@ -74,16 +74,17 @@ def add_options(parser):
 def load(options) -> list[pathlib.Path]:
     """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
     paths = photographs.list_photographs(options.photographs)
-    *fitting, _ = photographs.split(paths, _PARTS, 0)
     for path in paths:
         scenes(path)
-    if photographs.draws(fitting, _COUNTS):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
     return paths
 
 
 def points(options):
+    paths, _ = photographs.find_photographs(options.photographs)
+    *fitting, _ = photographs.split(paths, _PARTS, 0)
+    if photographs.draws(fitting, _COUNTS):
+        # Recorded in the work directory: earlier versions took the first photographs of each part.
+        options.photographs_drawn = "at random"
     grid = itertools.product(options.encoders, options.paddings, range(options.seeds))
     return itertools.starmap(Point, grid)
 

@@ -758,7 +758,7 @@ def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config
     workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
     study.complete_record(gray_config, folder)
     (tmp_path / "grays" / "029.png").rename(tmp_path / "grays" / "other.png")
-    message = "was begun with other files of photographs='.*grays' .digest .* there, .* now"
+    message = "was begun with other files of photographs='.*grays' .*, digest .* there, .* now"
     with pytest.raises(ValueError, match=message):
         study.complete_record(gray_config, folder)
     # Another folder is reported as a change of the configuration.

@@ -434,13 +434,23 @@ def test_each_seed_s_photographs_are_drawn_at_random(monkeypatch):
     assert len(chosen) == 36
     # The first twelve of each part would be among the first 60 or so.
     assert sum(path in paths[100:] for path in chosen) > 12
-    # Recorded in the work directory: earlier versions took the first ones.
-    assert options.photographs_drawn == "at random"
     options = argparse.Namespace(images=100, seeds=3)
     assert position_patterns.divide_photographs(options) == [
         tuple(part) for part in photographs.split(paths, (1, 1, 1), 0)
     ]
-    assert not hasattr(options, "photographs_drawn")
+
+
+@pytest.mark.parametrize("images, is_drawn", [(100, False), (12, True)])
+def test_a_work_directory_records_that_photographs_are_drawn(monkeypatch, images, is_drawn):
+    """Earlier versions took the first photographs of each part."""
+    paths = [pathlib.Path(f"{number:03}.jpg") for number in range(300)]
+    found = lambda folder: (paths, "")
+    monkeypatch.setattr(position_patterns.photographs, "find_photographs", found)
+    options = argparse.Namespace(
+        photographs="", images=images, seeds=3, encoders=["resnet18"], trained={}, paddings=[]
+    )
+    assert list(position_patterns.points(options))
+    assert hasattr(options, "photographs_drawn") == is_drawn
 
 
 @pytest.mark.slow

@@ -176,10 +176,9 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
 def test_a_work_directory_records_that_photographs_are_drawn(monkeypatch, count, is_drawn):
     """Earlier versions took the first photographs of each part."""
     paths = [pathlib.Path(f"{number}.jpg") for number in range(count)]
-    monkeypatch.setattr(position_shift.photographs, "list_photographs", lambda folder: paths)
-    monkeypatch.setattr(position_shift, "scenes", lambda path: {})
-    options = argparse.Namespace(photographs="")
-    assert position_shift.load(options) == paths
+    monkeypatch.setattr(position_shift.photographs, "find_photographs", lambda folder: (paths, ""))
+    options = argparse.Namespace(photographs="", encoders=[], paddings=[], seeds=1)
+    assert not list(position_shift.points(options))
     assert hasattr(options, "photographs_drawn") == is_drawn
 
 

@@ -363,13 +363,16 @@ def draws(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
 
 
 def digest(folder: str | os.PathLike = "") -> str:
-    """Hashes the names and sizes of the files that `find_photographs` lists."""
+    """Describes the files that `find_photographs` lists: their number, and a digest of their sizes.
+
+    The digest is of names and sizes.
+    """
     paths, _ = find_photographs(folder)
     sizes = {}
     for path in paths:
         name = str(path.relative_to(folder)) if folder else path.name
         sizes[name] = path.stat().st_size
-    return workdir.digest(sizes)
+    return f"{len(paths)} files, digest {workdir.digest(sizes)}"
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:

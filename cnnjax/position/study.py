@@ -276,7 +276,7 @@ def _check_inputs(config: ml_collections.ConfigDict, folder: pathlib.Path, recor
             if recorded.get(key) == config[key] and before.get(key, now) != now:
                 raise ValueError(
                     f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
-                    f"(digest {before[key]} there, {now} now); choose another --workdir"
+                    f"({before[key]} there, {now} now); choose another --workdir"
                 )
         return
     # Earlier versions recorded no digests, and took the first photographs of each part.
