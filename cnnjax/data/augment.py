@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
+from cnnjax.runtime import imagenet
 from cnnjax.runtime.types import AnyArray
 
 # The principal components of ImageNet's RGB values between 0 and 1 (Krizhevsky et al. 2012, section
@@ -19,7 +20,7 @@ FILLS = {"zeros": "constant", "reflect": "reflect"}
 # The label of pixels that losses and scores ignore.
 IGNORED = 255
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
-IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+IMAGENET = np.array(imagenet.MEAN, np.float32), np.array(imagenet.STD, np.float32)
 
 
 def normalize(

@@ -10,7 +10,7 @@ import flax.linen as nn
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, flatten, max_pool, relu
 
-KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
+_KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
 
 
 class TutorialNet(Network):
@@ -48,7 +48,7 @@ class KerasConvNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        shared = {**KERAS, "dtype": self.dtype}
+        shared = {**_KERAS, "dtype": self.dtype}
         for number, features in enumerate((32, 64, 128, 128), 1):
             x = relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
             x = yield f"conv{number}", x
@@ -75,7 +75,7 @@ class ConvNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        shared = {**KERAS, "dtype": self.dtype}
+        shared = {**_KERAS, "dtype": self.dtype}
         for number, block in enumerate(self.blocks, 1):
             for letter, features in zip("abcd", block):
                 x = relu(
