@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import os
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -164,6 +166,40 @@ def test_sides_that_differ_or_fail_are_refused(capfd):
     with pytest.raises(RuntimeError, match=message):
         turns.measure("cpu", ("nobody",), "lenet.conv1", 1, 1)
     assert "lenet.conv1" in capfd.readouterr().err
+
+
+def test_a_side_that_died_while_it_waited_is_named():
+    side = object.__new__(turns._Side)
+    side.side, side.name = "stock", "lenet"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    side.process = subprocess.Popen(["false"], text=True, **pipes)
+    side.process.wait()
+    with pytest.raises(RuntimeError, match="the stock side of lenet stopped with exit code 1"):
+        side.answer("forward\n")
+    side.stop()
+
+
+def test_labels_are_classes_of_the_network():
+    _, labels = jax_side._random_batches(64, (2, 2, 1), 1)
+    assert not labels.any()
+    _, labels = jax_side._random_batches(64, (2, 2, 1), 10)
+    assert {*np.unique(labels)} == {*range(10)}
+
+
+def test_a_network_that_labels_pixels_is_refused():
+    message = r"only='fcn' has outputs of shape \(180, 240, 1000\); expected a network with a logit"
+    with pytest.raises(ValueError, match=message):
+        benchmark.check("cpu", ["fcn"], ["cnnjax", "stock"])
+
+
+def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "Name:\tpython\n")
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    assert sides._resident("VmRSS") is None
+    assert sides._peak_memory("cnnjax", "cpu", lambda n: None, 1.0) is None
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ import functools
 import math
 import re
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import quick
@@ -16,7 +18,9 @@ import test_torchvision
 from cnnjax import weights
 from cnnjax.inspect.trace import follow, trace
 from cnnjax.models import create_model, inception, list_models
-from cnnjax.nn import FILLS
+from cnnjax.models.lenet import LeNet5
+from cnnjax.models.small import SmallConvNet, SmallResNet
+from cnnjax.nn import FILLS, BatchNorm
 
 # Published numbers of parameters: torchvision's if it has the network.
 PARAMETERS = {
@@ -687,6 +691,11 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
         ("lenet", {"input_shape": (0, 8, 1)}, "input_shape=(0, 8, 1) are not all positive"),
         ("lenet", {"dtype": "int8"}, "dtype='int8' is not a type of floating point"),
         ("lenet", {"dtype": "flaot32"}, "dtype='flaot32' is not a type of floating point"),
+        ("shufflenet_v2_x0_5", {"widths": (48, 97, 192)}, "widths=(48, 97, 192) are not all even"),
+        ("resnet18", {"block": "basic"}, "block='basic' is not of the type Callable"),
+        ("vgg11", {"blocks": ((64, "lrn"),)}, "blocks has (64, 'lrn'), which is not a tuple of"),
+        ("vgg11", {"blocks": (64, 64)}, "blocks has 64, which is not a tuple of layers"),
+        ("vgg11", {"blocks": ((64, (64, 0)),)}, "blocks has (64, (64, 0)), which is not a tuple"),
     ],
 )
 def test_fields_that_make_no_network_are_named(name, fields, message):
@@ -699,6 +708,48 @@ def test_a_network_checks_its_fields_however_it_is_made():
     for fields in ({"num_classes": 2.5}, {"num_classes": math.nan}, {"dropout": math.nan}):
         with pytest.raises(ValueError, match="is not a"):
             model.clone(**fields)
+    with pytest.raises(ValueError, match="num_classes=10 is not a positive number of classes"):
+        LeNet5(num_classes="10")
+
+
+def test_images_that_do_not_fit_are_refused(monkeypatch):
+    # Users' programs run without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model = create_model("lenet")
+    variables = quick.variables(model)
+    with pytest.raises(ValueError, match="x of dtype uint8 is not of floating point; convert it"):
+        model.apply(variables, np.zeros((1, 28, 28, 1), np.uint8))
+    with pytest.raises(ValueError, match="shape .28, 28, 1. is not .batch, height"):
+        model.apply(variables, np.zeros((28, 28, 1), np.float32))
+    message = r"parameter conv1/kernel has the shape \(3, 3, 1, 50\), and this input .* channels"
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, np.zeros((1, 28, 28, 3), np.float32))
+    message = "parameter linear1/kernel has the shape .* or another size than the network was init"
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, np.zeros((1, 32, 32, 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    "model", [SmallConvNet(), SmallResNet(widths=(4, 8)), SmallResNet(widths=(4, 8), permute=True)]
+)
+def test_small_networks_have_the_type_and_the_devices_of_their_fields(model):
+    model = model.clone(dtype=jnp.bfloat16, axis_name="devices")
+    axes = set()
+
+    def record(call, arguments, options, context):
+        if isinstance(context.module, BatchNorm):
+            axes.add(context.module.axis_name)
+        return call(*arguments, **options)
+
+    def run(image):
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        with nn.intercept_methods(record):
+            maps, _ = model.init_with_output(rngs, image, False, "logits", method="_run")
+        return maps
+
+    maps = jax.eval_shape(run, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    assert {y.dtype for y in maps.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert axes <= {"devices"}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", "float16", "float64", np.float32])

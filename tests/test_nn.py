@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -415,7 +414,8 @@ def test_a_parameter_of_another_shape_is_named(layer, name):
     model, x = Named(), normal(0, 2, 5, 5, 3)
     variables = quick.variables(model, x)
     variables["params"][layer][name] = np.ones(7, np.float32)
-    with pytest.raises(flax.errors.ScopeParamShapeError, match=f'"{name}" in "/{layer}".*(7,)'):
+    message = f"the parameter {layer}/{name} has the shape .7,., and this input needs .*: it has"
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.apply, variables, x)
 
 
@@ -896,6 +896,10 @@ def test_wrong_arguments_name_themselves():
         "groups=0 is not a positive number": lambda: cnn.Conv(8, 3, groups=0).init(
             jax.random.key(0), x
         ),
+        "groups=4 does not divide the 2 channels of the input and the 8": lambda: cnn.Conv(
+            8, 3, groups=4
+        ).init(jax.random.key(0), x),
+        "amount=-1 is not an integer, or a pair": lambda: cnn.pad(x, -1, "zeros"),
         "features=-3 is not a positive number": lambda: cnn.Dense(-3).init(jax.random.key(0), x),
         "fan_in=0 is not a positive number of inputs": lambda: cnn.Dense(3).init(
             jax.random.key(0), x[..., :0]
@@ -916,10 +920,74 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
         lambda: cnn.max_pool(x, 2),
         lambda: cnn.avg_pool(x, 2),
         lambda: cnn.adaptive_avg_pool(x, 2),
+        lambda: cnn.global_avg_pool(x),
+        lambda: cnn.flatten(x),
+        lambda: cnn.sample(x, 2, sampling="blur"),
+        lambda: cnn.pad(x, (1, 1), "mean"),
+        lambda: cnn.conv(x, jnp.ones((3, 3, 2, 4))),
         lambda: cnn.local_response_norm(x),
     ):
         with pytest.raises(ValueError, match=f"x of dtype {dtype} is not of floating point"):
             call()
+
+
+def test_an_image_without_a_batch_axis_is_refused(monkeypatch):
+    """Its height would be taken for the batch."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x = jnp.zeros((32, 32, 4))
+    for call in (
+        lambda: cnn.resize(x, 8),
+        lambda: cnn.max_pool(x, 2),
+        lambda: cnn.avg_pool(x, 2),
+        lambda: cnn.adaptive_avg_pool(x, 2),
+        lambda: cnn.global_avg_pool(x),
+        lambda: cnn.flatten(x),
+        lambda: cnn.sample(x, 2, sampling="blur"),
+        lambda: cnn.pad(x, (1, 1), "mean"),
+        lambda: cnn.conv(x, jnp.ones((3, 3, 4, 4))),
+    ):
+        with pytest.raises(ValueError, match=r"shape \(32, 32, 4\) is not \[batch, height, width"):
+            call()
+
+
+@pytest.mark.parametrize("form", ["reference", "cpu"])
+def test_a_kernel_of_another_type_is_refused(form):
+    """Depthwise, one form returned float32 and the other raised a `TypeError`."""
+    x, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 1, 2))
+    message = "a kernel of dtype float32 does not fit an input of dtype bfloat16"
+    with cnn.lowering(form), pytest.raises(ValueError, match=message):
+        cnn.conv(x, kernel, groups=2)
+
+
+def test_one_amount_pads_rows_and_columns_alike():
+    x = normal(0, 1, 5, 6, 2)
+    assert np.array_equal(cnn.pad(x, 2, "reflect"), cnn.pad(x, (2, 2), "reflect"))
+
+
+@pytest.mark.parametrize("form", ["reference", "cpu"])
+@pytest.mark.parametrize("fill", ["zeros", "partial"])
+def test_averages_of_narrow_types_are_summed_in_float32(form, fill):
+    """The sum of a window is more than float16 holds, and bfloat16 would lose its digits."""
+    x = 10_000 + 100 * normal(0, 1, 6, 6, 3)
+
+    @jax.jit
+    def pools(x):
+        return cnn.avg_pool(x, 3, 2, 1, fill=fill), cnn.adaptive_avg_pool(x, 4)
+
+    with cnn.lowering(form):
+        for dtype in (jnp.float16, jnp.bfloat16):
+            narrow = x.astype(dtype)
+            for mean, exact in zip(pools(narrow), pools(narrow.astype(jnp.float32))):
+                assert mean.dtype == dtype
+                assert np.array_equal(mean, exact.astype(dtype))
+
+
+def test_adaptive_pools_have_the_digits_of_float64():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).standard_normal((1, 9, 9, 2))
+        y = cnn.adaptive_avg_pool(jnp.asarray(x), 3)
+    means = x.reshape(1, 3, 3, 3, 3, 2).mean((2, 4))
+    np.testing.assert_allclose(y, means, rtol=1e-12, atol=1e-14)
 
 
 def test_local_response_norm_of_large_values_in_float16_is_finite():

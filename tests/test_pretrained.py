@@ -83,6 +83,11 @@ def test_unknown_weights_are_named(arguments, message):
         weights.find(*arguments)
 
 
+def test_names_that_are_imported_late_are_listed():
+    assert {"load_pretrained", "create_model", "visualize", "__version__"} <= {*dir(cnnjax)}
+    assert {"load_pretrained", "preprocess", "find"} <= {*dir(weights)}
+
+
 def test_the_command_lists_all_weights(capsys):
     assert exit_code(listing.main, []) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -301,7 +306,7 @@ def servers(caches, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", from_hub)
     monkeypatch.setattr(download, "download", from_torchvision)
-    monkeypatch.setattr(download, "_unreachable", lambda urls: {})
+    monkeypatch.setattr(download, "_ask", lambda urls, seconds: ({}, []))
     return asked
 
 
@@ -331,6 +336,31 @@ def test_the_hubs_cache_comes_before_any_server(servers, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: "cached")
     assert weights.fetch("vgg16") == "cached"
     assert servers == []
+
+
+def test_a_slow_server_is_waited_for_if_no_other_answers(servers, monkeypatch):
+    """Within two seconds, neither answers; later, the hub refuses and torchvision answers."""
+    rounds = []
+
+    def ask(urls, seconds):
+        rounds.append(seconds)
+        return ({}, urls) if len(rounds) == 1 else ({urls[0]: "refused"}, [])
+
+    monkeypatch.setattr(download, "_ask", ask)
+    assert weights.fetch("vgg16").endswith("vgg16-397923af.pth")
+    assert rounds == [2, 30] and servers == ["vgg16-397923af.pth"]
+    monkeypatch.setattr(download, "_ask", lambda urls, seconds: ({}, urls))
+    with pytest.raises(RuntimeError, match="download.pytorch.org: no answer within 30 s"):
+        weights.fetch("vgg16")
+
+
+def test_servers_that_refuse_are_told_from_slow_ones():
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        slow, refusing = (f"http://127.0.0.1:{s.getsockname()[1]}/w" for s in (silent, closed))
+        refusals, waiting = download._ask([slow, refusing], 0.5)
+    assert waiting == [slow]
+    assert list(refusals) == [refusing] and "refused" in refusals[refusing]
 
 
 def test_a_hub_that_is_offline_is_not_asked(servers, monkeypatch):
@@ -426,6 +456,12 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
         ("resnet50", {"num_classes": 0}, "num_classes=0 is not a positive whole number"),
         ("resnet50", {"num_classes": True}, "num_classes=True is not a positive whole number"),
         ("resnet50", {"seed": "a"}, "seed='a' is not a whole number"),
+        ("resnet50", {"seed": -1}, "seed=-1 is not a whole number of at least 0"),
+        (
+            "resnet50",
+            {"seed": 2**64},
+            "seed=18446744073709551616 is not a whole number of at least",
+        ),
         (
             "resnet50",
             {"tag": None},

@@ -78,6 +78,15 @@ class _StandardUnpickler(pickle.Unpickler):
         return identity
 
 
+def test_strided_arrays_are_written_as_they_read(tmp_path):
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensors = {"transposed": values.T, "sliced": values[:, ::2], "scalar": values[0, 1]}
+    pth.write(tensors, tmp_path / "w.pth")
+    for name, array in pth.read(tmp_path / "w.pth").items():
+        np.testing.assert_array_equal(array, tensors[name], err_msg=name)
+        assert array.shape == tensors[name].shape
+
+
 def test_what_is_written_reads_back_and_is_what_torch_save_writes(tmp_path):
     tensors = {
         "layers.0.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

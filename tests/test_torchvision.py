@@ -225,9 +225,9 @@ def assert_statistics(name, size, state):
 def test_initialization_has_torchvisions_distributions(name):
     """Compares mean, spread and family of each parameter.
 
-    A uniform distribution ends at sqrt(3) standard deviations, a normal one reaches 2.2 in 500
-    draws. Networks that differ from one of these in numbers only are left out, and vgg11, which
-    is vgg11_bn without BatchNorm.
+    A uniform distribution ends at sqrt(3) standard deviations, JAX's truncated normal at 2.27; a
+    normal one reaches 2.5 in 500 draws. Networks that differ from one of these in numbers only are
+    left out, and vgg11, which is vgg11_bn without BatchNorm.
     """
     model = create_model(name)
     shapes = weights.variable_shapes(model)
@@ -247,7 +247,7 @@ def test_initialization_has_torchvisions_distributions(name):
         assert abs(values.mean() - mean) <= error * std, key
         assert abs(values.std() / std - 1) <= error, key
         if values.size >= 500:
-            assert (np.abs(values).max() / values.std() < 2.2) == (largest / std < 2.2), key
+            assert (np.abs(values).max() / values.std() < 2.5) == (largest / std < 2.5), key
     for path, values in flat.items():
         if path[0] == "batch_stats":
             assert (values == (0 if path[-1] == "mean" else 1)).all(), path

@@ -350,13 +350,39 @@ def test_a_refusal_shows_the_files_own_names(tmp_path):
         "not in the file: c1.bias",
         "not in the model: module.extra (6,)",
         "of another shape: module.c1.weight is (2, 2) in the file",
-        "name modules known to be absent in `missing`",
+        "the file holds tensors that the model lacks",
     ):
         assert part in str(error.value)
     safetensors.numpy.save_file({f"net.{key}": value for key, value in tensors.items()}, path)
     advice = r"none of the file's names .* are like net.c1.bias, the model's like c1.bias"
     with pytest.raises(ValueError, match=advice):
         weights.load_torchvision(path, model)
+
+
+def test_the_advice_leads_to_weights_that_load(tmp_path):
+    model = create_model("lenet5", num_classes=3, output="linear")
+    path = tmp_path / "w.safetensors"
+
+    def refusal(tensors):
+        safetensors.numpy.save_file(tensors, path)
+        with pytest.raises(ValueError) as error:
+            weights.load_torchvision(path, model)
+        return str(error.value)
+
+    ten = model.clone(num_classes=10)
+    advice = "the file is of 10 classes: build the model with num_classes=10)"
+    assert advice in refusal(state_dict(numbered(ten)))
+    assert weights.load_torchvision(path, ten)["params"]["output"]["bias"].shape == (10,)
+
+    tensors = state_dict(numbered(model))
+    without_head = {key: value for key, value in tensors.items() if key[0] not in "fo"}
+    assert "name them: missing=('f6', 'output',)" in refusal(without_head)
+    assert len(weights.load_torchvision(path, model, missing=("f6", "output"))["params"]) == 5
+
+    part = {key: value for key, value in tensors.items() if key != "f6.bias"}
+    assert "the file holds only parts of f6)" in refusal(part)
+    other = tensors | {"c1.weight": np.zeros((6, 1, 3, 3), np.float32)}
+    assert "the file is of another network or other fields)" in refusal(other)
 
 
 @pytest.mark.parametrize(

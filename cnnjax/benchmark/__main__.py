@@ -74,6 +74,9 @@ def check(what: str, only: list[str], sides: list[str]) -> None:
         raise ValueError(
             f"sides={sides}: cnnjax comes first, and others are compared with it, each named once"
         )
+    if what == "cpu":
+        for name in only:
+            _check_logits(name)
     if "oneDNN" in sides:
         _check_library(os.environ.get(ONEDNN_LIBRARY, ""))
     if any(side.startswith("torch") for side in sides):
@@ -107,6 +110,22 @@ def _choices(what: str) -> tuple[str, ...]:
 
         return tuple(dict.fromkeys((*NETWORKS["cpu"], *list_models())))
     return tuple(NETWORKS.get(what, ()))
+
+
+def _check_logits(name: str) -> None:
+    """Raises `ValueError` if a network does not classify images: training needs a loss."""
+    import jax
+
+    from cnnjax.models import create_model
+
+    model = create_model(name)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), "float32")
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    if logits.shape != (1, model.num_classes):
+        raise ValueError(
+            f"only={name!r} has outputs of shape {logits.shape[1:]}; expected a network with a "
+            "logit for each class"
+        )
 
 
 def _check_torch(what: str, only: list[str]) -> None:

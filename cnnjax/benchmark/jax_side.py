@@ -56,7 +56,7 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
     Returns functions of a number of runs, by pass, and facts of the network.
     """
     model = create_model(name, dtype=dtype)
-    batches = _random_batches(batch, model.input_shape)
+    batches = _random_batches(batch, model.input_shape, min(10, model.num_classes))
     images, labels = (part[0] for part in batches)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     optimizer = optax.sgd(cases.RATE, momentum=cases.MOMENTUM)
@@ -100,14 +100,14 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
     return passes, {"parameters": count, "compile_s": round(seconds, 2)}
 
 
-def _random_batches(batch: int, shape: tuple) -> tuple[jax.Array, jax.Array]:
-    """Draws batches of random images and labels.
+def _random_batches(batch: int, shape: tuple, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Draws batches of random images, and of labels below `classes`.
 
     Images are [batches, batch, height, width, channels], labels [batches, batch].
     """
     rng = np.random.default_rng(0)
     images = rng.standard_normal((_BATCHES, batch, *shape), np.float32)
-    labels = rng.integers(0, 10, (_BATCHES, batch), np.int32)
+    labels = rng.integers(0, classes, (_BATCHES, batch), np.int32)
     return jnp.asarray(images), jnp.asarray(labels)
 
 

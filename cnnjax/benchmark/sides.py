@@ -90,12 +90,18 @@ def _start(side: str) -> contextlib.AbstractContextManager:
 
 
 def _resident(field: str) -> float | None:
-    """Reads this process's memory in MB from Linux: "VmRSS" now, "VmHWM" at its peak."""
+    """Reads this process's memory in MB from Linux: "VmRSS" now, "VmHWM" at its peak.
+
+    It is None where Linux, or a sandbox in its place, does not say.
+    """
     try:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    for line in lines:
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    return None
 
 
 def _peak_memory(side: str, what: str, run: Callable, before: float | None) -> float | None:
@@ -109,7 +115,10 @@ def _peak_memory(side: str, what: str, run: Callable, before: float | None) -> f
         return _peak_gpu_memory(side)
     if before is None:
         return None
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    except OSError:
+        return None
     run(1)
     peak = _resident("VmHWM")
     return None if peak is None else peak - before

@@ -1,5 +1,6 @@
 """Sides that take turns on networks and single convolutions."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -31,8 +32,10 @@ class _Side:
         Raises `RuntimeError` if the side failed.
         """
         assert self.process.stdin and self.process.stdout  # pipes, as requested above
-        self.process.stdin.write(request)
-        self.process.stdin.flush()
+        # A side that has died no longer reads; it does not answer either.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()

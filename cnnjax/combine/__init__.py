@@ -5,7 +5,7 @@ Ensembles average the networks' outputs; soups and Polyak averages average their
 
 from cnnjax.runtime import lazy
 
-__getattr__ = lazy.attributes(
+__getattr__, __dir__ = lazy.attributes(
     __name__,
     {
         "METHODS": "methods",

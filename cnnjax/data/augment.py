@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from cnnjax.data.splits import IGNORED
+from cnnjax.runtime import imagenet
 from cnnjax.runtime.types import AnyArray
 
 # The principal components of ImageNet's RGB values between 0 and 1 (Krizhevsky et al. 2012, section
@@ -18,7 +19,7 @@ _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.583
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
-IMAGENET = np.array((0.485, 0.456, 0.406), np.float32), np.array((0.229, 0.224, 0.225), np.float32)
+IMAGENET = np.array(imagenet.MEAN, np.float32), np.array(imagenet.STD, np.float32)
 
 
 def normalize(

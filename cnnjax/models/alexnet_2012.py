@@ -27,8 +27,15 @@ class AlexNet2012(Network):
 
     The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16 on an
     image of 227x227. Pools overlap (3x3, stride 2) and come before LRN, as in the lectures and in
-    Caffe (the publication normalizes first). `groups` is 1, as the lectures count, or 2, as the two
-    GPUs of the publication split convolutions 2, 4 and 5.
+    Caffe (the publication normalizes first).
+
+    Attributes:
+      convolutions: (filters, kernel, stride, padding) of each convolution.
+      pool_padding: padding of the max-pools after convolutions 1, 2 and 5.
+      biased: numbers of the layers whose biases start at 1.
+      groups: 1, as the lectures count, or 2, as the two GPUs of the publication split convolutions
+        2, 4 and 5.
+      dropout: rate after each dense layer but the last.
     """
 
     input_shape: tuple[int, int, int] = (227, 227, 3)
@@ -39,9 +46,9 @@ class AlexNet2012(Network):
     dropout: float = 0.5
 
     def __post_init__(self):
+        super().__post_init__()
         if self.groups not in (1, 2):
             raise ValueError(f"groups={self.groups!r} is not 1 or 2")
-        super().__post_init__()
 
     @nn.nowrap
     def walk(self, x, train):

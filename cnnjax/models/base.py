@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cnnjax.nn import check_fill, check_sampling
+from cnnjax.nn.geometry import check_map
 from cnnjax.runtime import source
 from cnnjax.runtime.configuration import is_number, is_whole, to_tuples
 from cnnjax.runtime.types import AnyArray
@@ -94,7 +95,7 @@ class Network(nn.Module):
             what the function returns: `{"layer1": lambda y: y.at[..., 3].set(0)}` switches off one
             unit.
 
-        Raises `ValueError` if the images do not fit or a stage is unknown.
+        Raises `ValueError` if the images do not fit or are integers, or a stage is unknown.
         """
         logits = self._run(x, train, "logits", replace)["logits"]
         return logits.astype(jnp.float32)
@@ -114,7 +115,7 @@ class Network(nn.Module):
           last: the stage to stop at; parameters of later layers are not needed.
           replace: as in `__call__`; the maps returned are the replaced ones.
 
-        Raises `ValueError` if the images do not fit or a stage is unknown.
+        Raises `ValueError` if the images do not fit or are integers, or a stage is unknown.
         """
         maps = self._run(x, train, last or "logits", replace)
         maps.pop("logits", None)
@@ -122,8 +123,7 @@ class Network(nn.Module):
 
     @nn.compact
     def _run(self, x, train, last, replace=None):
-        if x.ndim != 4:
-            raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
+        check_map(x)
         replace = replace or {}
         # A plain dict would come out of jit in alphabetical order.
         maps = collections.OrderedDict()
@@ -339,7 +339,7 @@ def _parameters(build: Callable[..., Network]) -> dict[str, inspect.Parameter]:
 def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str) -> None:
     """Raises `ValueError` if a field's value has another type than its default.
 
-    Examples are a word in place of a number, and the other way round.
+    A word in place of a number is refused, for example, and so is a number in place of a word.
     """
     default = parameter.default
     if value is default:
@@ -359,6 +359,10 @@ def _check_type(field: str, value: Any, parameter: inspect.Parameter, model: str
         is_right = _is_annotated(value, parameter.annotation)
     elif isinstance(default, tuple):
         is_right = isinstance(value, (tuple, list))
+    # A type of numbers can be called, too, but its field also takes the type's name.
+    elif Callable in (parameter.annotation, typing.get_origin(parameter.annotation)):
+        expected = "Callable"
+        is_right = callable(value)
     else:
         is_right = True
     if not is_right:

@@ -22,7 +22,9 @@ from cnnjax.nn import (
     sample,
 )
 
-_conv = functools.partial(Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
+# PyTorch's `kaiming_normal_`, which is not truncated.
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+_conv = functools.partial(Conv, use_bias=False, kernel_init=_he_normal)
 
 
 class DenseLayer(nn.Module):
@@ -51,6 +53,11 @@ class DenseNet(Network):
 
     The stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4` have strides 2, 4,
     8, 16 and 32.
+
+    Attributes:
+      depths: layers of each block.
+      growth: channels that a layer adds.
+      dropout: rate after each layer.
     """
 
     _sizes = ("growth",)

@@ -26,13 +26,14 @@ from cnnjax.nn import (
     relu,
     sample,
 )
+from cnnjax.runtime import imagenet
 
 # torchvision truncates at +-2, two hundred standard deviations away.
 _normal = nn.initializers.normal(0.01)
 
 # Table 1: filters of the 1x1, the 3x3 with its reduction, the "5x5" with its reduction, and the
 # projection after the pool.
-_TABLE = {
+TABLE = {
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
     "inception4a": (192, 96, 208, 16, 48, 64),
@@ -43,11 +44,10 @@ _TABLE = {
     "inception5a": (256, 160, 320, 32, 128, 128),
     "inception5b": (384, 192, 384, 48, 128, 128),
 }
-_POOLED = {
-    "inception3b": 3,
-    "inception4e": 2,
-}  # the window of the max-pool, of stride 2, that follows
-_AUXILIARY = {"inception4a": "aux1", "inception4d": "aux2"}
+# The window of the max-pool, of stride 2, that follows a block.
+_POOLED = {"inception3b": 3, "inception4e": 2}
+# The classifier on a block's map.
+AUXILIARY = {"inception4a": "aux1", "inception4d": "aux2"}
 
 
 class ConvNorm(nn.Module):
@@ -112,11 +112,20 @@ class Inception(nn.Module):
         )
 
 
-class Auxiliary(nn.Module):
-    """A classifier on an intermediate map (section 5).
+def sow_logits(classifier: nn.Module, logits: jnp.ndarray) -> None:
+    """Leaves an auxiliary classifier's logits, float32, in the collection "auxiliary"."""
+    if not classifier.is_initializing():
+        classifier.sow(
+            "auxiliary",
+            "logits",
+            logits.astype(jnp.float32),
+            init_fn=lambda: None,
+            reduce_fn=lambda _, new: new,
+        )
 
-    It sows its logits into the collection "auxiliary".
-    """
+
+class Auxiliary(nn.Module):
+    """A classifier on an intermediate map (section 5)."""
 
     num_classes: int
     dropout: float
@@ -133,16 +142,7 @@ class Auxiliary(nn.Module):
         )(x, train)
         x = flatten(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(relu(dense(1024, name="fc1")(x)))
-        logits = dense(self.num_classes, name="fc2")(x).astype(jnp.float32)
-        if not self.is_initializing():
-            self.sow(
-                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
-            )
-
-
-# Mean and deviation of ImageNet's pixels, by which images are normalized for torchvision's weights.
-_IMAGENET_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
-_IMAGENET_STD = np.array((0.229, 0.224, 0.225), np.float32)
+        sow_logits(self, dense(self.num_classes, name="fc2")(x))
 
 
 def normalize_by_half(x):
@@ -151,8 +151,10 @@ def normalize_by_half(x):
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
     `transform_input`).
     """
-    scale = jnp.asarray(_IMAGENET_STD / 0.5, x.dtype)
-    shift = jnp.asarray((_IMAGENET_MEAN - 0.5) / 0.5, x.dtype)
+    mean = np.array(imagenet.MEAN, np.float32)
+    std = np.array(imagenet.STD, np.float32)
+    scale = jnp.asarray(std / 0.5, x.dtype)
+    shift = jnp.asarray((mean - 0.5) / 0.5, x.dtype)
     return x * scale + shift
 
 
@@ -186,10 +188,10 @@ class GoogLeNet(Network):
         x = ConvNorm(192, 3, padding=1, name="conv3", **shared)(x, train)
         x = yield "conv3", x
         x = pool(x, 3)
-        for name, widths in _TABLE.items():
+        for name, widths in TABLE.items():
             x = Inception(widths, name=name, **shared)(x, train)
-            if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(self.num_classes, self.dropout_aux, name=_AUXILIARY[name], **shared)(
+            if name in AUXILIARY and self.aux_logits and (train or self.is_initializing()):
+                Auxiliary(self.num_classes, self.dropout_aux, name=AUXILIARY[name], **shared)(
                     x, train
                 )
             if name in _POOLED:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.models.googlenet import _AUXILIARY, _TABLE
+from cnnjax.models.googlenet import AUXILIARY, TABLE, sow_logits
 from cnnjax.nn import (
     Conv,
     Dense,
@@ -85,10 +85,7 @@ class Inception(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A classifier on an intermediate map (section 5).
-
-    It sows its logits into the collection "auxiliary".
-    """
+    """A classifier on an intermediate map (section 5)."""
 
     num_classes: int
     dropout: float
@@ -107,11 +104,7 @@ class Auxiliary(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(
             relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
         )
-        logits = Dense(self.num_classes, dtype=self.dtype, name="fc2")(x).astype(jnp.float32)
-        if not self.is_initializing():
-            self.sow(
-                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
-            )
+        sow_logits(self, Dense(self.num_classes, dtype=self.dtype, name="fc2")(x))
 
 
 class GoogLeNet2014(Network):
@@ -141,14 +134,14 @@ class GoogLeNet2014(Network):
         x = relu(Conv(192, 3, padding=1, name="conv3", **shared)(x))
         x = yield "conv3", x
         x = pool(local_response_norm(x))
-        for name, widths in _TABLE.items():
+        for name, widths in TABLE.items():
             x = Inception(widths, name=name, **shared)(x)
-            if name in _AUXILIARY and self.aux_logits and (train or self.is_initializing()):
+            if name in AUXILIARY and self.aux_logits and (train or self.is_initializing()):
                 Auxiliary(
                     self.num_classes,
                     self.dropout_aux,
                     sampling=self.sampling,
-                    name=_AUXILIARY[name],
+                    name=AUXILIARY[name],
                     **shared,
                 )(x, train)
             if name in ("inception3b", "inception4e"):

@@ -6,11 +6,10 @@ Source: Szegedy et al. 2015 (arXiv 1512.00567), table 1 and figures 5 to 7.
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
-from cnnjax.models.googlenet import ConvNorm, normalize_by_half
+from cnnjax.models.googlenet import ConvNorm, normalize_by_half, sow_logits
 from cnnjax.nn import (
     Dense,
     align,
@@ -21,6 +20,7 @@ from cnnjax.nn import (
     max_pool,
     sample,
 )
+from cnnjax.nn.geometry import pair
 
 # torchvision truncates at +-2, twenty standard deviations away.
 _normal = nn.initializers.normal(0.1)
@@ -32,7 +32,10 @@ _AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
 
 
 def block_a(pool: int) -> tuple:
-    """Returns the branches of figure 5, except that one branch keeps its 5x5 convolution."""
+    """Returns the branches of figure 5, except that one branch keeps its 5x5 convolution.
+
+    `pool` counts the filters after the average pool.
+    """
     return (
         (("branch1x1", 64, 1),),
         (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
@@ -42,7 +45,10 @@ def block_a(pool: int) -> tuple:
 
 
 def block_c(width: int) -> tuple:
-    """Returns the branches of figure 6: n x n convolutions as 1 x n and n x 1, n = 7."""
+    """Returns the branches of figure 6: n x n convolutions as 1 x n and n x 1, n = 7.
+
+    `width` counts the filters of all convolutions of a branch but the last.
+    """
     return (
         (("branch1x1", 192, 1),),
         (("branch7x7_1", width, 1), ("branch7x7_2", width, (1, 7)), ("branch7x7_3", 192, (7, 1))),
@@ -110,22 +116,27 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.nowrap
-    def step(self, step, x, train):
+    def take(self, step, x, train):
+        """Takes one step of a branch."""
         if isinstance(step[0], tuple):
-            return concatenate([self.step(part, x, train) for part in step], self.fill)
+            return concatenate([self.take(part, x, train) for part in step], self.fill)
         if step == _AVERAGE:
             return avg_pool(x, 3, 1, padding=1, fill=self.fill)
         if step == _MAXIMUM:
             return max_pool(x, 3, conv_stride(2, self.sampling), fill=self.fill)
-        name, features, size, *stride = step
-        padding = (
-            0 if stride else (size // 2 if isinstance(size, int) else tuple(n // 2 for n in size))
-        )
+        name, features, size, *strides = step
+        height, width = pair(size, "size", 1)
+        if strides:
+            stride = conv_stride(strides[0], self.sampling)
+            padding = (0, 0)
+        else:
+            stride = 1
+            padding = (height // 2, width // 2)
         return ConvNorm(
             features,
             size,
-            *(conv_stride(number, self.sampling) for number in stride),
-            padding=padding,
+            stride,
+            padding,
             kernel_init=_normal,
             fill=self.fill,
             dtype=self.dtype,
@@ -139,24 +150,21 @@ class Block(nn.Module):
         for branch in self.branches:
             y = x
             for step in branch[:-1]:
-                y = self.step(step, y, train)
+                y = self.take(step, y, train)
             maps.append(y)
         strided = self.branches[-1] == (_MAXIMUM,)
         if strided:
             # The strided last steps must see the same positions; an unpadded branch lost some.
             maps = align(maps, self.fill)
         y = concatenate(
-            [self.step(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
+            [self.take(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
         )
         # All branches keep the same positions.
         return sample(y, 2 if strided else 1, sampling=self.sampling, fill=self.fill)
 
 
 class Auxiliary(nn.Module):
-    """A classifier on the last map of stride 16 (figure 8).
-
-    It sows its logits into the collection "auxiliary".
-    """
+    """A classifier on the last map of stride 16 (figure 8)."""
 
     num_classes: int
     fill: str
@@ -176,11 +184,7 @@ class Auxiliary(nn.Module):
         dense = Dense(
             self.num_classes, kernel_init=nn.initializers.normal(0.001), dtype=self.dtype, name="fc"
         )
-        logits = dense(global_avg_pool(x)).astype(jnp.float32)
-        if not self.is_initializing():
-            self.sow(
-                "auxiliary", "logits", logits, init_fn=lambda: None, reduce_fn=lambda _, new: new
-            )
+        sow_logits(self, dense(global_avg_pool(x)))
 
 
 class InceptionV3(Network):

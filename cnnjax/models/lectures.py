@@ -11,7 +11,7 @@ import flax.linen as nn
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, flatten, max_pool, relu
 
-KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
+_KERAS = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": nn.initializers.zeros}
 
 
 class TutorialNet(Network):
@@ -49,7 +49,7 @@ class KerasConvNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        shared = {**KERAS, "dtype": self.dtype}
+        shared = {**_KERAS, "dtype": self.dtype}
         for number, features in enumerate((32, 64, 128, 128), 1):
             x = relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
             x = yield f"conv{number}", x
@@ -76,7 +76,7 @@ class ConvNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        shared = {**KERAS, "dtype": self.dtype}
+        shared = {**_KERAS, "dtype": self.dtype}
         for number, block in enumerate(self.blocks, 1):
             for index, features in enumerate(block):
                 letter = string.ascii_lowercase[index]

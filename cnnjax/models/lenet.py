@@ -119,6 +119,7 @@ class LeNet5(Network):
     output: str = "rbf"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.output not in ("rbf", "linear"):
             raise ValueError(f"output={self.output!r} is not one of rbf, linear")
         if self.output == "rbf" and self.num_classes > len(CODES):
@@ -126,7 +127,6 @@ class LeNet5(Network):
                 f"num_classes={self.num_classes} is more than the {len(CODES)} digits that have "
                 "a code; use output='linear'"
             )
-        super().__post_init__()
 
     @nn.nowrap
     def walk(self, x, train):

@@ -15,6 +15,10 @@ class MLP(Network):
     """Fully connected layers `fc1`, `fc2`, ... with ReLUs and dropout between them.
 
     There are no stages, since there are no maps.
+
+    Attributes:
+      hidden: features of each layer but the last.
+      dropout: rate after each hidden layer.
     """
 
     num_classes: int = 10

@@ -25,9 +25,8 @@ from cnnjax.nn import (
 )
 
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
-_norm = functools.partial(
-    BatchNorm, momentum=1 - 0.9997
-)  # the publication's 0.9997 weighs the old statistics
+# The publication's 0.9997 weighs the old statistics.
+_norm = functools.partial(BatchNorm, momentum=1 - 0.9997)
 
 # Output channels at width 1, kernel, stride of the first repetition, expansion, repetitions;
 # torchvision's layers 8 ... 13.
@@ -84,6 +83,10 @@ class MNASNet(Network):
     """MNASNet-B1.
 
     The stages `stage1` ... `stage5` are the maps of the last blocks at strides 2, 4, 8, 16 and 32.
+
+    Attributes:
+      width: factor of all numbers of channels but the last (`scaled`).
+      dropout: rate before the head.
     """
 
     _sizes = ("width",)

@@ -59,7 +59,10 @@ class InvertedResidual(nn.Module):
     def __call__(self, x, train):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        width, index, y = self.expansion * x.shape[-1], 0, x
+        width = self.expansion * x.shape[-1]
+        # torchvision numbers the convolutions of a block; the first is left out without expansion.
+        index = 0
+        y = x
         if self.expansion > 1:
             y = relu6(norm(name="conv.0.1")(conv(width, 1, name="conv.0.0")(y), train))
             index = 1
@@ -90,7 +93,8 @@ class MobileNetV2(Network):
         x = _conv(32, 3, stride, padding=1, name="features.0.0", **shared)(x)
         x = relu6(norm(name="features.0.1")(x, train))
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
-        index, stage = 1, 1
+        index = 1
+        stage = 1
         for expansion, features, repetitions, first in _TABLE:
             if first == 2:
                 x = yield f"stage{stage}", x

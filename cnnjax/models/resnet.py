@@ -63,10 +63,13 @@ class Block(nn.Module):
             # The skip keeps the positions that the branch keeps.
             x = keep(x, stride, like=y)
             y = keep(y, stride)
-        stride = max(conv_stride(stride, self.sampling) for _, _, stride, _ in self.layers)
-        x = fit_to_branch(x, y, stride)
+        # At most one convolution of a branch has a stride; under other samplings than 'stride', the
+        # skip is sampled above.
+        strides = [conv_stride(stride, self.sampling) for _, _, stride, _ in self.layers]
+        skip_stride = max(strides)
+        x = fit_to_branch(x, y, skip_stride)
         if x.shape != y.shape:
-            x = conv(y.shape[-1], 1, stride, name="downsample.0")(x)
+            x = conv(y.shape[-1], 1, skip_stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)
         return relu(x + y)
 
@@ -90,6 +93,11 @@ class ResNet(Network):
 
     The stages `stem` (before the max-pool) and `layer1` ... `layer4` have strides 2, 4, 8, 16 and
     32.
+
+    Attributes:
+      depths: blocks of each layer.
+      block: `block(width, stride)` returns the convolutions of a block (`Block.layers`), such as
+        `basic` and `bottleneck`.
     """
 
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)

@@ -80,12 +80,24 @@ class ShuffleNetV2(Network):
 
     The stages `conv1` (before the max-pool), `stage2`, `stage3` and `stage4` have strides 2, 8, 16
     and 32.
+
+    Attributes:
+      widths: channels of stages 2, 3 and 4, even numbers.
+      last: channels of the convolution before the head.
     """
 
     _sizes = ("last",)
 
-    widths: tuple[int, int, int] = (116, 232, 464)  # of stages 2, 3, 4
+    widths: tuple[int, int, int] = (116, 232, 464)
     last: int = 1024
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(width % 2 for width in self.widths):
+            raise ValueError(
+                f"widths={self.widths!r} are not all even numbers; each unit has two branches with "
+                "half of the channels"
+            )
 
     @nn.nowrap
     def walk(self, x, train):

@@ -38,12 +38,13 @@ class SmallConvNet(Network):
                 padding=1,
                 fill=self.padding,
                 kernel_init=he_normal_fan_out,
+                dtype=self.dtype,
                 name=name,
             )
             x = relu(conv(x))
             x = sample(x, stride, sampling=self.sampling, fill=self.padding)
             x = yield name, x
-        yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
 
 
 class SmallResNet(Network):
@@ -70,9 +71,11 @@ class SmallResNet(Network):
             fill=self.padding,
             use_bias=False,
             kernel_init=he_normal_fan_out,
+            dtype=self.dtype,
             name="conv1",
         )
-        x = relu(BatchNorm(name="bn1")(stem(x), train))
+        norm = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")
+        x = relu(norm(stem(x), train))
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         for number, width in enumerate(self.widths, 1):
             stride = 1 if number == 1 else 2
@@ -89,7 +92,9 @@ class SmallResNet(Network):
             x = yield name, x
         if self.permute:
             pooled = jax.random.permutation(self.make_rng("dropout"), global_avg_pool(x), axis=1)
-            yield "logits", Dense(self.num_classes, name="head")(pooled)
+            yield "logits", Dense(self.num_classes, dtype=self.dtype, name="head")(pooled)
         else:
-            head = Conv(self.num_classes, 3, padding=1, fill=self.padding, name="head")
+            head = Conv(
+                self.num_classes, 3, padding=1, fill=self.padding, dtype=self.dtype, name="head"
+            )
             yield "logits", global_avg_pool(head(x))

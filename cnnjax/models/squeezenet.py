@@ -43,10 +43,15 @@ class SqueezeNet(Network):
 
     The stages are `conv1` and the last fire module before each max-pool and at the end, with
     strides 2, 4, 8 and 16.
+
+    Attributes:
+      stem: filters and kernel of the first convolution.
+      pools: the layers, counted as in table 1, that a max-pool follows.
+      dropout: rate before the last convolution.
     """
 
-    stem: tuple[int, int] = (96, 7)  # filters and kernel of the first convolution
-    pools: tuple[int, ...] = (1, 4, 8)  # the layers, counted as in table 1, that a max-pool follows
+    stem: tuple[int, int] = (96, 7)
+    pools: tuple[int, ...] = (1, 4, 8)
     dropout: float = 0.5
 
     @nn.nowrap

@@ -19,6 +19,7 @@ from cnnjax.nn import (
     max_pool,
     relu,
 )
+from cnnjax.runtime.configuration import is_whole
 
 # Table 1, one tuple per block: a number is a 3x3 convolution with that many filters, (n, 1) a 1x1
 # convolution, "LRN" the normalization; a max-pool ends every block.
@@ -38,12 +39,30 @@ class VGG(Network):
     The stages `block1` ... `block5` are each block's last activation, before its max-pool, with
     strides 1, 2, 4, 8 and 16. With `every_layer` the stages are the activations of all convolutions
     instead: `conv1_1`, `conv1_2`, `conv2_1`, ...
+
+    Attributes:
+      blocks: the layers of each block: a number is a 3x3 convolution with that many filters, a pair
+        (filters, kernel) a convolution, "LRN" the normalization.
+      batch_norm: whether each convolution is followed by BatchNorm.
+      every_layer: whether every convolution is a stage.
+      dropout: rate after each dense layer but the last.
+
+    Raises `ValueError` if a layer of `blocks` is anything else.
     """
 
     blocks: tuple = _TABLE["D"]
     batch_norm: bool = False
     every_layer: bool = False
     dropout: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        for block in self.blocks:
+            if not isinstance(block, (tuple, list)) or not all(map(_is_layer, block)):
+                raise ValueError(
+                    f"blocks has {block!r}, which is not a tuple of layers: numbers of filters, "
+                    "pairs (filters, kernel) or 'LRN'"
+                )
 
     @nn.nowrap
     def walk(self, x, train):
@@ -53,9 +72,8 @@ class VGG(Network):
             within = 0
             for layer in block:
                 if layer == "LRN":
-                    x = local_response_norm(
-                        x
-                    )  # section 2.1: the parameters of Krizhevsky et al. 2012
+                    # Section 2.1: the parameters of Krizhevsky et al. 2012.
+                    x = local_response_norm(x)
                     index += 1
                     continue
                 features, size = layer if isinstance(layer, tuple) else (layer, 3)
@@ -76,7 +94,8 @@ class VGG(Network):
                     )(x, train)
                     index += 1
                 x = relu(x)
-                index, within = index + 1, within + 1
+                index += 1
+                within += 1
                 if self.every_layer:
                     x = yield f"conv{number}_{within}", x
             if not self.every_layer:
@@ -95,6 +114,12 @@ class VGG(Network):
             x = relu(dense(4096, name=f"classifier.{layer}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield "logits", dense(self.num_classes, name="classifier.6")(x)
+
+
+def _is_layer(layer) -> bool:
+    """Tells whether a layer of a block is one that `walk` knows."""
+    sizes = layer if isinstance(layer, tuple) and len(layer) == 2 else (layer,)
+    return layer == "LRN" or all(is_whole(size) and size >= 1 for size in sizes)
 
 
 for _name, _column in (("vgg11", "A"), ("vgg13", "B"), ("vgg16", "D"), ("vgg19", "E")):

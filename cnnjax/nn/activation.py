@@ -51,7 +51,8 @@ _RULE = jax.make_user_context("gradient")
 def relu_rule(rule: str) -> contextlib.AbstractContextManager:
     """Sets how ReLUs that are traced inside a `with` block pass signals back.
 
-    Values are the same under every rule, and the rule holds in the current thread only.
+    Values are the same under every rule, and the rule holds in the current thread only. Rules other
+    than "gradient" have no forward mode (`jax.jvp`).
 
     Args:
       rule: "gradient" (the derivative), "deconvnet", "guided" or "redirected".

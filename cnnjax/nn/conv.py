@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.cpu import grouped as cpu
 from cnnjax.nn.cpu.conv import keep_padding_apart
-from cnnjax.nn.geometry import Both, Window, pair
+from cnnjax.nn.geometry import Both, Window, check_map, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.parameters import parameter
@@ -45,10 +45,11 @@ def conv(
       fill: what the border is filled with (`cnnjax.nn.padding`).
       key: source of the noise of 'random'.
 
-    Returns [batch, height', width', out]. Raises `ValueError` if shapes do not fit or the output
-    would be empty.
+    Returns [batch, height', width', out]. Raises `ValueError` if shapes do not fit, `x` and
+    `kernel` are not of one type of floating point, or the output would be empty.
     """
     check_fill(fill)
+    check_map(x)
     _check_shapes(x, kernel, groups)
     window = _window(kernel, stride, padding, dilation, fill)
     _check_output(x, kernel, window, fill)
@@ -95,6 +96,13 @@ def _check_shapes(x, kernel, groups):
             f"a kernel of shape {kernel.shape} with groups={groups} does not fit an input of "
             f"shape {x.shape}; expected [batch, height, width, in] and "
             "[height, width, in / groups, out], out divisible by groups"
+        )
+    # As jax takes them: NumPy's float64 is float32 unless jax_enable_x64 is set.
+    dtypes = jnp.result_type(x), jnp.result_type(kernel)
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(
+            f"a kernel of dtype {dtypes[1]} does not fit an input of dtype {dtypes[0]}; "
+            "convert one of the two"
         )
 
 
@@ -147,7 +155,8 @@ class Conv(nn.Module):
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
 
-    Raises `ValueError` if `features` or `groups` is below 1, or as `conv` does.
+    Raises `ValueError` if `features` or `groups` is below 1, `groups` does not divide the channels,
+    a parameter has another shape than the input needs, or as `conv` does.
     """
 
     features: int
@@ -168,6 +177,11 @@ class Conv(nn.Module):
     ) -> Float[Array, "batch height_out width_out {self.features}"]:
         _check_positive("features", self.features)
         _check_positive("groups", self.groups)
+        if x.shape[-1] % self.groups or self.features % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide the {x.shape[-1]} channels of the input and "
+                f"the {self.features} of the output"
+            )
         size = pair(self.kernel_size, "kernel_size", 1)
         shape = (*size, x.shape[-1] // self.groups, self.features)
         default = uniform_fan_in(math.prod(shape[:3]))

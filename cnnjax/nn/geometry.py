@@ -1,4 +1,4 @@
-"""Sizes and positions of windows on a map, and a check of the map's type."""
+"""Sizes and positions of windows on a map, and checks of the map itself."""
 
 import dataclasses
 
@@ -59,6 +59,16 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
             f"{name}={value!r} is not an integer, or a pair of integers, of at least {least}"
         )
     return both
+
+
+def check_map(x: AnyArray) -> None:
+    """Raises `ValueError` if `x` is not a batch of maps of floating point.
+
+    An image without a batch axis would be treated along the wrong axes.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
+    check_floating(x)
 
 
 def check_floating(x: AnyArray) -> None:

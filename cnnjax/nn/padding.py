@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.cpu.barrier import materialize_gradient
+from cnnjax.nn.geometry import Both, check_map, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.resize import resize
 from cnnjax.runtime.types import AnyArray
@@ -71,24 +72,24 @@ def check_fill(fill: str) -> str:
 
 def pad(
     x: Float[AnyArray, "batch height width channels"],
-    amount: tuple[int, int],
+    amount: Both,
     fill: str,
-    value: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Pads maps with a fill.
 
     Args:
       x: [batch, height, width, channels].
-      amount: rows on each side, columns on each side.
+      amount: rows and columns on each side, an integer or a (height, width) pair.
       fill: one of `FILLS`.
-      value: the constant used in place of zeros.
       key: source of the noise of 'random'.
 
-    Raises `ValueError` if the fill is unknown, if 'random' has no key, or if a map is too small for
-    its own border to be mirrored or wrapped.
+    Raises `ValueError` if the fill is unknown, if `x` is not a batch of maps of floating point, if
+    'random' has no key, or if a map is too small for its own border to be mirrored or wrapped.
     """
     check_fill(fill)
+    check_map(x)
+    amount = pair(amount, "amount", 0)
     if fill == "none" or amount == (0, 0):
         return x
     if fill == "interpolate":
@@ -102,7 +103,7 @@ def pad(
     if fill in _NUMPY_MODES:
         _check_border(x, amount, fill)
         return jnp.pad(x, widths, mode=_NUMPY_MODES[fill])
-    return pad_constant(x, widths, value)
+    return pad_constant(x, widths, 0)
 
 
 def pad_constant(x: AnyArray, widths: Sequence[tuple[int, int]], value: float) -> Array:
@@ -148,12 +149,13 @@ def _check_border(x, amount, fill):
 
     A mirrored border also needs a pixel beyond the border pixel.
     """
-    least = {"reflect": 1, "symmetric": 0, "replicate": 1 - max(amount), "circular": 0}[fill]
-    if min(size - n for size, n in zip(x.shape[1:3], amount)) < least:
-        raise ValueError(
-            f"padding={fill!r} cannot pad a {x.shape[1]}x{x.shape[2]} map by "
-            f"{amount[0]}x{amount[1]}: the image is too small for this network under this fill"
-        )
+    for size, n in zip(x.shape[1:3], amount):
+        least = {"reflect": n + 1, "symmetric": n, "circular": n, "replicate": 1}[fill]
+        if size < least:
+            raise ValueError(
+                f"padding={fill!r} cannot pad a {x.shape[1]}x{x.shape[2]} map by "
+                f"{amount[0]}x{amount[1]}: the image is too small for this network under this fill"
+            )
 
 
 def center(

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-import flax.errors
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from cnnjax.runtime.types import AnyArray
+
+
+class ParameterShapeError(ValueError):
+    """A parameter has another shape than the layer's input needs."""
 
 
 def parameter(
@@ -18,12 +21,15 @@ def parameter(
     The initializer is called as `initializer(key, shape, dtype)`. This is Flax's `param`, but
     quicker if the parameter exists: Flax traces the initializer at every call to learn the shape.
 
-    Raises `flax.errors.ScopeParamShapeError` if the parameter has another shape, as Flax does.
+    Raises `ParameterShapeError` if the parameter has another shape.
     """
     if not layer.has_variable("params", name):
         return layer.param(name, initializer, shape, jnp.float32)
     value = nn.meta.unbox(layer.get_variable("params", name))
     if np.shape(value) != shape:
-        path = "/" + "/".join(layer.path)
-        raise flax.errors.ScopeParamShapeError(name, path, np.shape(value), shape)
+        path = "/".join((*layer.path, name))
+        raise ParameterShapeError(
+            f"the parameter {path} has the shape {np.shape(value)}, and this input needs {shape}: "
+            "it has other channels or another size than the network was initialized with"
+        )
     return value

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cnnjax.nn.cpu import pooling as cpu
-from cnnjax.nn.geometry import Both, Window, check_floating, output_size, pair
+from cnnjax.nn.geometry import Both, Window, check_map, output_size, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
@@ -39,8 +39,8 @@ def max_pool(
         'random', the border never wins, as in PyTorch; under other fills it takes part.
       sampling: how a stride keeps positions (`cnnjax.nn.sampling`).
 
-    Returns [batch, height', width', channels]. Raises `ValueError` if the map is not of floating
-    point, the padding is more than half of the window, or the output would be empty.
+    Returns [batch, height', width', channels]. Raises `ValueError` if `x` is not a batch of maps of
+    floating point, the padding is more than half of the window, or the output would be empty.
     """
     check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
@@ -106,7 +106,8 @@ def avg_pool(
 
     Arguments are those of `max_pool`. Under fills of zeros the border counts, as by PyTorch's
     default; under 'partial' and 'random' only values inside the image count. If the stride is above
-    1, the filter of a `sampling` such as 'blur' replaces the mean.
+    1, the filter of a `sampling` such as 'blur' replaces the mean; an axis of stride 1 is then not
+    averaged. Types below 32 bits are summed in float32.
 
     Raises `ValueError` as `max_pool` does.
     """
@@ -115,15 +116,25 @@ def avg_pool(
     if sampling != "stride" and step != (1, 1):
         return _sampled_mean(x, size, step, border, fill, sampling)
     fill = "partial" if fill == "random" else fill
-    padded = pad(x, border, fill)
+    padded = _widened(pad(x, border, fill))
     if fast_on_cpu():
         total = cpu.sum_windows(padded, size, step)
     else:
         total = _reduce_windows(padded, 0, lax.add, size, step)
     if fill == "partial":
         inside = Window(step, border).valid_taps(x.shape, size).clip(1)
-        return total / jnp.asarray(inside, x.dtype)[None, :, :, None]
-    return total / (size[0] * size[1])
+        mean = total / jnp.asarray(inside, total.dtype)[None, :, :, None]
+    else:
+        mean = total / (size[0] * size[1])
+    return mean.astype(jnp.result_type(x))
+
+
+def _widened(x):
+    """Returns a map in float32 if its type has fewer bits.
+
+    A sum in float16 overflows above 65,504, and one in bfloat16 has two digits.
+    """
+    return jnp.asarray(x, jnp.float32 if jnp.finfo(x.dtype).bits < 32 else None)
 
 
 def _sampled_mean(x, size, stride, border, fill, sampling):
@@ -161,7 +172,7 @@ def _wrap(x, size, stride, border, missing):
 
 def _geometry(x, window, stride, padding, fill, ceil=False):
     """Checks a pool's arguments; returns its size, stride, border and missing values."""
-    check_floating(x)
+    check_map(x)
     check_fill(fill)
     size = pair(window, "window", 1)
     stride = size if stride is None else pair(stride, "stride", 1)
@@ -198,16 +209,17 @@ def adaptive_avg_pool(
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Averages into a grid of `size` bins, whatever the map's size, as PyTorch does.
 
-    Raises `ValueError` if the map is not of floating point.
+    Raises `ValueError` if `x` is not a batch of maps of floating point.
     """
-    check_floating(x)
+    check_map(x)
     size = pair(size, "size", 1)
     if x.shape[1:3] == size:
         return x
     if size == (1, 1):
         return x.mean((1, 2), keepdims=True)
-    rows, columns = (jnp.asarray(_bins(n, m), x.dtype) for n, m in zip(x.shape[1:3], size))
-    return jnp.einsum("ah,nhwc,bw->nabc", rows, x, columns)
+    wide = _widened(x)
+    rows, columns = (jnp.asarray(_bins(n, m), wide.dtype) for n, m in zip(x.shape[1:3], size))
+    return jnp.einsum("ah,nhwc,bw->nabc", rows, wide, columns).astype(jnp.result_type(x))
 
 
 def _bins(size: int, out: int) -> Float[np.ndarray, "{out} {size}"]:
@@ -218,19 +230,27 @@ def _bins(size: int, out: int) -> Float[np.ndarray, "{out} {size}"]:
     i = np.arange(out)[:, None]
     position = np.arange(size)
     inside = (position >= i * size // out) & (position < -(-(i + 1) * size // out))
-    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+    return inside / inside.sum(1, keepdims=True)
 
 
 def global_avg_pool(
     x: Float[AnyArray, "batch height width channels"],
 ) -> Float[AnyArray, "batch channels"]:
-    """Takes the mean over all positions."""
+    """Takes the mean over all positions.
+
+    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    """
+    check_map(x)
     return x.mean((1, 2))
 
 
 def flatten(
     x: Float[AnyArray, "batch height width channels"],
 ) -> Float[AnyArray, "batch values"]:
-    """Flattens each map with its channels first, in PyTorch's order."""
+    """Flattens each map with its channels first, in PyTorch's order.
+
+    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    """
+    check_map(x)
     batch, height, width, channels = x.shape
     return x.transpose(0, 3, 1, 2).reshape(batch, channels * height * width)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from cnnjax.nn.geometry import Both, check_floating, pair
+from cnnjax.nn.geometry import Both, check_map, pair
 from cnnjax.runtime.types import AnyArray
 
 
@@ -20,9 +20,9 @@ def resize(
       size: an integer or a (height, width) pair.
       align_corners: whether corner pixels keep their places; otherwise the image's edges do.
 
-    Raises `ValueError` if the maps are not of floating point.
+    Raises `ValueError` if `x` is not a batch of maps of floating point.
     """
-    check_floating(x)
+    check_map(x)
     for axis, out in zip((1, 2), pair(size, "size", 1)):
         last = x.shape[axis] - 1
         if align_corners:

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
-from cnnjax.nn.geometry import Both, pair
+from cnnjax.nn.geometry import Both, check_map, pair
 from cnnjax.nn.padding import center, pad
 from cnnjax.runtime.types import AnyArray
 
@@ -67,9 +67,11 @@ def sample(
         that is added to that map.
 
     Returns [batch, height', width', channels], the size divided by the stride and rounded up.
-    Raises `ValueError` if the policy is unknown or the map is too small for the filter's border.
+    Raises `ValueError` if the policy is unknown, `x` is not a batch of maps of floating point, or
+    the map is too small for the filter's border.
     """
     check_sampling(sampling)
+    check_map(x)
     stride = pair(stride, "stride", 1)
     if sampling == "stride" or stride == (1, 1):
         return x

@@ -33,7 +33,10 @@ def scale_and_shift(
     factor: Float[AnyArray, " channels"],
     bias: Float[AnyArray, " channels"],
 ) -> Float[Array, "*positions channels"]:
-    """Returns `(x - mean) * factor + bias`, channel by channel."""
+    """Returns `(x - mean) * factor + bias`, channel by channel.
+
+    It is computed as `x * factor + (bias - mean * factor)`.
+    """
     if fast_on_cpu():
         return cpu.scale_and_shift(x, mean, factor, bias)
     shift = bias - mean * factor

@@ -17,6 +17,7 @@ from cnnjax.data import augment
 from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
+from cnnjax.nn.parameters import ParameterShapeError
 from cnnjax.runtime import workdir
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
@@ -69,7 +70,8 @@ def _stage_shapes(model, size, last):
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         maps = jax.eval_shape(stages, variable_shapes(model), image)
-    except flax.errors.ScopeParamShapeError as error:
+    # Flax's own layers raise Flax's error.
+    except (ParameterShapeError, flax.errors.ScopeParamShapeError) as error:
         accepted = "x".join(map(str, model.input_shape))
         raise ValueError(
             f"image_size={size}: {type(model).__name__} takes only images of {accepted}, not "

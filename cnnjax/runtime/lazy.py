@@ -4,14 +4,15 @@ JAX takes seconds to import. Modules that need it are imported late, so that --h
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
 def attributes(
     package: str, modules: dict[str, str], submodules: Sequence[str] = ()
-) -> Callable[[str], Any]:
-    """Builds the `__getattr__` of a package.
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Builds the `__getattr__` and the `__dir__` of a package.
 
     Args:
       package: the name of the package.
@@ -26,4 +27,7 @@ def attributes(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
 
-    return get_attribute
+    def list_attributes() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *modules, *submodules})
+
+    return get_attribute, list_attributes

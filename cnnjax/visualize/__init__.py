@@ -10,7 +10,7 @@
 
 from cnnjax.runtime import lazy
 
-__getattr__ = lazy.attributes(
+__getattr__, __dir__ = lazy.attributes(
     __name__,
     {
         "RULES": "gradients",

@@ -51,7 +51,7 @@ __all__ = [
     "variable_shapes",
 ]
 
-__getattr__ = lazy.attributes(
+__getattr__, __dir__ = lazy.attributes(
     __name__,
     {
         "fetch": "download",

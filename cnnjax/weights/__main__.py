@@ -8,7 +8,7 @@ ImageNet's validation set.
 
 import sys
 
-from cnnjax.runtime import command
+from cnnjax.runtime import command, tables
 from cnnjax.weights import records
 
 _HEADER = ["network", "tag", "top-1", "top-5", "resize", "crop", "file", "Hugging Face hub"]
@@ -34,8 +34,7 @@ def rows() -> list[list[str]]:
 
 
 def markdown() -> str:
-    lines = [_HEADER, ["---"] * len(_HEADER), *rows()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return tables.table(_HEADER, rows()).rstrip()
 
 
 def text() -> str:

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from cnnjax.weights import records
 
 _LOG = logging.getLogger("cnnjax")
 _HUB_FILE = "model.safetensors"
+# How long servers are waited for: in a first round, in a second one, and during a download.
 _PROBE_SECONDS = 2.0
 _STALLED_SECONDS = 30.0
 _CHUNK = 1 << 20  # bytes, 1 MiB
@@ -63,14 +65,21 @@ def fetch(name: str, tag: str = records.V1) -> str:
     if record.hub and (endpoint := _hub_endpoint()):
         servers[endpoint] = functools.partial(_from_hub, record.hub)
     servers[record.url] = functools.partial(download, record.url, cached, record.sha256)
-    failures = _unreachable(list(servers))
-    for address, get in servers.items():
-        if address in failures:
-            continue
-        try:
-            return str(get())
-        except OSError as error:
-            failures[address] = _first_line(error)
+    failures: dict[str, str] = {}
+    waiting = list(servers)
+    # A slow server is waited for only if no other one has the file.
+    for seconds in (_PROBE_SECONDS, _STALLED_SECONDS):
+        refusals, slow = _ask(waiting, seconds)
+        failures |= refusals
+        for address in waiting:
+            if address in refusals or address in slow:
+                continue
+            try:
+                return str(servers[address]())
+            except OSError as error:
+                failures[address] = _first_line(error)
+        waiting = slow
+    failures |= dict.fromkeys(waiting, f"no answer within {_STALLED_SECONDS:g} s")
     reasons = [f"{urlsplit(address).netloc}: {reason}" for address, reason in failures.items()]
     raise RuntimeError(
         f"weights='imagenet': {record.file} is not on this machine and cannot be downloaded "
@@ -116,31 +125,38 @@ def _from_hub(repository: str) -> str:
         raise OSError(f"{repository}: {_first_line(error)}") from error
 
 
-def _unreachable(urls: list[str]) -> dict[str, str]:
-    """Asks servers whether they answer; returns the reasons of those that do not.
+def _ask(urls: list[str], seconds: float) -> tuple[dict[str, str], list[str]]:
+    """Asks servers whether they answer.
 
     The clients' own attempts to connect, with their retries, take up to a minute without a network.
     Looking up a server's name cannot be timed out, so each server is asked by a thread.
+
+    Returns the reasons of those that refuse, and those that have not answered within `seconds`.
     """
-    reasons = dict.fromkeys(urls, f"no answer within {_PROBE_SECONDS:g} s")
+    refusals: dict[str, str] = {}
+    slow = set(urls)
 
     def ask(url: str) -> None:
         request = urllib.request.Request(url, method="HEAD")
         try:
-            urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
-            reasons.pop(url)
+            urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError as error:  # an answer too
             error.close()
-            reasons.pop(url)
         except (OSError, http.client.HTTPException) as error:
-            reasons[url] = _first_line(error)
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(reason, TimeoutError):
+                return
+            refusals[url] = _first_line(error)
+        slow.discard(url)
 
     threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + seconds
     for thread in threads:
-        thread.join(_PROBE_SECONDS)
-    return dict(reasons)
+        thread.join(max(0, end - time.monotonic()))
+    # Copies, since late threads go on.
+    return dict(refusals), [url for url in urls if url in slow]
 
 
 # ------------------------------------------------------------------ torchvision's server

@@ -78,9 +78,9 @@ def read(path: str | os.PathLike) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
     Nothing in a file can run code. The names may have the prefixes of DataParallel and
-    torch.compile, be DenseNet's old names or timm's names of VGG, and lie under `state_dict` or
-    `model` in a checkpoint. BatchNorm's counters are left out. A file with the name of a published
-    one must have its hash.
+    torch.compile, be DenseNet's old names or timm's names of VGG, and lie under `state_dict`,
+    `model_state_dict` or `model` in a checkpoint. BatchNorm's counters are left out. A file with
+    the name of a published one must have its hash.
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """

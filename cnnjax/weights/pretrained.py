@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from cnnjax.models import Network, create_model
-from cnnjax.runtime.configuration import is_whole
+from cnnjax.runtime.configuration import LARGEST_SEED, is_whole
 from cnnjax.weights import download, records, torchvision
 
 
@@ -45,8 +45,10 @@ def load_pretrained(
     record = records.find(name, tag)
     if num_classes is not None and not (is_whole(num_classes) and num_classes >= 1):
         raise ValueError(f"num_classes={num_classes!r} is not a positive whole number")
-    if not is_whole(seed):
-        raise ValueError(f"seed={seed!r} is not a whole number")
+    if not (is_whole(seed) and 0 <= seed <= LARGEST_SEED):
+        raise ValueError(
+            f"seed={seed!r} is not a whole number of at least 0 and at most {LARGEST_SEED}"
+        )
     model = create_model(name, padding=padding, sampling=sampling, dtype=dtype, **record.fields)
     file = download.fetch(name, tag) if path is None else path
     variables = torchvision.load_torchvision(file, model)

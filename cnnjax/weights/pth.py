@@ -231,7 +231,9 @@ def _pickled_versions(keys: list[str]) -> bytes:
 
 def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Writes a state dict in the zip format of `torch.save`, with module versions."""
-    arrays = {str(index): array for index, array in enumerate(tensors.values())}
+    # Strides are written beside the bytes. `ascontiguousarray` would turn a scalar into a vector.
+    contiguous = [np.asarray(array, order="C") for array in tensors.values()]
+    arrays = {str(index): array for index, array in enumerate(contiguous)}
     pickled = {
         name: _pickled_tensor(key, array) for name, (key, array) in zip(tensors, arrays.items())
     }
@@ -244,5 +246,5 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
             info = zipfile.ZipInfo(f"archive/data/{key}")
             info.file_size = array.nbytes
             with archive.open(info, "w") as stream:
-                stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                stream.write(array.reshape(-1).view(np.uint8).data)
         archive.writestr("archive/version", "3\n")

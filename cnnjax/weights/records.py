@@ -7,9 +7,10 @@ import hashlib
 import os
 import pathlib
 
+from cnnjax.runtime import imagenet
+
 V1 = "imagenet1k_v1"
 V2 = "imagenet1k_v2"
-TAGS = (V1, V2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Record:
 
     Attributes:
       network: name of the network.
-      tag: one of `TAGS`.
+      tag: `V1` or `V2`.
       file: name on torchvision's server; what follows its last dash begins the SHA-256.
       top1: top-1 accuracy in percent on ImageNet's validation set, as torchvision states it.
       top5: top-5 accuracy, likewise.
@@ -40,8 +41,8 @@ class Record:
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = imagenet.MEAN
+    std: tuple[float, float, float] = imagenet.STD
     hub: str | None = None
     transform_input: bool = False
 

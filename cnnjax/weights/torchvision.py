@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.traverse_util
 import jax
@@ -127,24 +128,52 @@ def _check_missing(missing: Sequence[str], keys: dict[str, Path]) -> None:
         )
 
 
-def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> list[str]:
-    """Lists absent, foreign and misshapen tensors by the file's own names."""
-    problems = []
-    for key, shape in wanted.items():
-        if key not in tensors:
-            problems.append(f"not in the file: {key} {shape}")
-        elif not _fits(tensors[key].shape, shape):
-            problems.append(
-                f"of another shape: {tensors.names[key]} is {tensors[key].shape} in the file and "
-                f"{shape} in the model"
-            )
-    for key, value in tensors.items():
-        if key not in wanted:
-            problems.append(f"not in the model: {tensors.names[key]} {value.shape}")
-    return sorted(problems)
+class _Misfits(NamedTuple):
+    """The tensors that do not fit, by torchvision's keys.
+
+    Attributes:
+      absent: those of the model that the file lacks.
+      foreign: those of the file that the model lacks.
+      misshapen: those whose shapes differ.
+    """
+
+    absent: list[str]
+    foreign: list[str]
+    misshapen: list[str]
 
 
-def _advice(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> str:
+def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> _Misfits:
+    """Compares a file with the shapes that a model needs."""
+    return _Misfits(
+        absent=[key for key in wanted if key not in tensors],
+        foreign=[key for key in tensors if key not in wanted],
+        misshapen=[
+            key for key in wanted if key in tensors and not _fits(tensors[key].shape, wanted[key])
+        ],
+    )
+
+
+def _describe(
+    misfits: _Misfits, tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]
+) -> str:
+    """Lists what does not fit by the file's own names; a long list is cut off."""
+    problems = [f"not in the file: {key} {wanted[key]}" for key in misfits.absent]
+    for key in misfits.foreign:
+        problems.append(f"not in the model: {tensors.names[key]} {tensors[key].shape}")
+    for key in misfits.misshapen:
+        problems.append(
+            f"of another shape: {tensors.names[key]} is {tensors[key].shape} in the file and "
+            f"{wanted[key]} in the model"
+        )
+    listed = "; ".join(sorted(problems)[:_MOST_PROBLEMS])
+    if len(problems) > _MOST_PROBLEMS:
+        listed += f"; and {len(problems) - _MOST_PROBLEMS} more"
+    return listed
+
+
+def _advice(
+    misfits: _Misfits, tensors: files.StateDict, wanted: dict[str, tuple[int, ...]], model: Network
+) -> str:
     """Returns advice about a file that does not fit."""
     if tensors and wanted and not set(tensors) & set(wanted):
         example = tensors.names[min(tensors)]
@@ -152,7 +181,39 @@ def _advice(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> str
             f"none of the file's names is one of the model's; the file's are like {example}, the "
             f"model's like {min(wanted)}: choose the network of the file, or rename its tensors"
         )
-    return "name modules known to be absent in `missing`"
+    if misfits.foreign:
+        return (
+            "the file holds tensors that the model lacks: it is of another network or other "
+            "fields, or `missing` names modules that it holds"
+        )
+    if misfits.misshapen:
+        classes = None if misfits.absent else _count_classes(misfits, tensors, wanted, model)
+        if classes:
+            return f"the file is of {classes} classes: build the model with num_classes={classes}"
+        return "the file is of another network or other fields"
+    held = {key.split(".")[0] for key in tensors}
+    lacking = {key.split(".")[0] for key in misfits.absent}
+    if held & lacking:
+        return f"the file holds only parts of {', '.join(sorted(held & lacking))}"
+    names = "".join(f"{name!r}, " for name in sorted(lacking))
+    return f"if the file is known to lack these modules, name them: missing=({names.strip()})"
+
+
+def _count_classes(
+    misfits: _Misfits, tensors: files.StateDict, wanted: dict[str, tuple[int, ...]], model: Network
+) -> int | None:
+    """Counts the file's classes; None if it differs in more than their number."""
+    paths = torchvision_keys(variable_shapes(model))
+    counts = set()
+    for key in misfits.misshapen:
+        found = tensors[key].shape
+        # torchvision's first axis is the output's.
+        if not found or not _fits(found, (found[0], *wanted[key][1:])):
+            return None
+        if paths[key] not in head(model):
+            return None
+        counts.add(found[0])
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _check_values(key: str, value: np.ndarray) -> None:
@@ -217,17 +278,15 @@ def _fitting_shapes(
     Raises `ValueError` if the file does not fit, naming all that does not fit.
     """
     wanted = _wanted(variable_shapes(model), missing)
-    problems = _misfits(tensors, wanted)
-    if not problems:
+    misfits = _misfits(tensors, wanted)
+    if not any(misfits):
         return wanted
     if model.padding in ("none", "full"):
         padded = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
-        if not _misfits(tensors, padded):
+        if not any(_misfits(tensors, padded)):
             return padded
-    listed = "; ".join(problems[:_MOST_PROBLEMS])
-    if len(problems) > _MOST_PROBLEMS:
-        listed += f"; and {len(problems) - _MOST_PROBLEMS} more"
-    raise ValueError(f"({_advice(tensors, wanted)}): {listed}")
+    advice = _advice(misfits, tensors, wanted, model)
+    raise ValueError(f"({advice}): {_describe(misfits, tensors, wanted)}")
 
 
 def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -245,14 +304,15 @@ def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
 
     A name that ends in .pth or .pt gives the format of `torch.save`, which `torch.load` reads with
     `weights_only=True`; any other name gives safetensors. torchvision takes both for every network
-    except MNASNet, whose loader needs the version that only .pth carries. The file appears whole or
-    not at all.
+    except MNASNet, whose loader needs the version that only .pth carries. Tensors are float32, and
+    BatchNorm's counters of batches are 0. The file appears whole or not at all.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}, or one of the two.
       path: the file; `~` is expanded.
 
-    Raises `ValueError` if there are variables of other collections, which the file cannot hold.
+    Raises `ValueError` if there are variables of other collections, which the file cannot hold, or
+    two parameters have one key.
     """
     if others := sorted(variables.keys() - _LEAVES.keys()):
         listed = ", ".join(map(repr, others[:_MOST_PROBLEMS]))

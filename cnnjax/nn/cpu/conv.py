@@ -196,8 +196,15 @@ def gradient_by_planes(
     and column of the result is a convolution of its own with the kernel's taps that meet it: 0.9 to
     2.4 times faster.
 
-    `correlate(dy, taps, widths)` pads rows and columns by (low, high), which may be negative, and
-    convolves with the taps, which are not flipped yet.
+    Args:
+      x_shape: the input's shape [batch, height, width, in].
+      kernel: [kernel height, kernel width, in, out], where `in` is 1 if it is depthwise.
+      window: how the kernel moves, without dilation.
+      dy: the output's gradient [batch, height', width', out].
+      correlate: `correlate(dy, taps, widths)` pads rows and columns by (low, high), which may be
+        negative, and convolves with the taps, which are not flipped yet.
+
+    Returns the input's gradient, of the shape `x_shape`.
     """
     stride, padding = window.stride, window.padding
     batch, channels = dy.shape[0], x_shape[3]
@@ -232,7 +239,14 @@ def kernel_gradient(
 ) -> jax.Array:
     """Correlates the input with the output's gradient in the form fastest for a shape.
 
-    `large` is the number of elements from which a map is transposed in two steps.
+    Args:
+      x: the input [batch, height, width, in].
+      kernel_shape: the kernel's shape (kernel height, kernel width, in, out).
+      window: how the kernel moves.
+      dy: the output's gradient [batch, height', width', out].
+      large: the number of elements from which a map is transposed in two steps.
+
+    Returns the kernel's gradient, of the shape `kernel_shape`.
     """
     if not x.size:
         return jnp.zeros(kernel_shape, dy.dtype)
