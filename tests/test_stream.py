@@ -238,7 +238,9 @@ def test_class_names_in_two_unicode_forms_are_one_name(tmp_path):
         first, last = (path.parent.name for path, _ in source.files)
         assert first == "Birnen" and last.endswith("pfel")
     write(tmp_path / "data" / "train", **{composed: image})
-    with pytest.raises(ValueError, match=r"'A\\u0308pfel' and '\\xc4pfel' .* are the same name, 'Ä"):
+    with pytest.raises(
+        ValueError, match=r"'A\\u0308pfel' and '\\xc4pfel' .* are the same name, 'Ä"
+    ):
         stream.Folder(tmp_path / "data" / "train")
 
 
