@@ -57,13 +57,10 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     is_new = False
 
     def adopt(config, folder):
-        # One of several processes writes, and only after the others have read.
-        if backend.writes():
-            backend.wait_for_others("the record is read")
-        job.complete_record(config, folder)
-        if not backend.writes():
-            backend.wait_for_others("the record is read")
-        if config.kind == "train" and backend.writes():
+        with backend.writer_last("the record is read"):
+            job.complete_record(config, folder)
+        backend.wait_for_others("the record is complete")
+        if config.kind == "train":
             job.extend(config, folder)
         backend.wait_for_others("the record is adopted")
 
@@ -86,7 +83,8 @@ def name_model_file(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
     FILE is the whole path, so that config.json tells every command that opens the run again where
     the model comes from.
     """
-    if config.get("kind") != "train":
+    # Without a model, the configuration is refused when it is checked.
+    if config.get("kind") != "train" or "model" not in config:
         return config
     from cnnjax.models import base
 
@@ -198,7 +196,7 @@ def run_command(
             print_help(parser, arguments)
             return
         options, config = parse(parser, arguments)
-        if options.distributed:
+        if options.distributed is not None:
             backend.join(options.distributed)
         work(options, config)
 

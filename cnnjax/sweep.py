@@ -12,7 +12,9 @@ this machine.
 
 Writes sweep.json and sweep.md: for each setting, the mean, sample standard deviation, n and 95 %
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
-finite or its batch does not fit into memory; the exit code is then 1, and the table has the reason.
+finite, if its batch does not fit into memory, or if it does not fit its data (a batch larger than
+the data set). The other runs go on all the same; the exit code is then 1, and the table has the
+reason.
 """
 
 import argparse
@@ -60,10 +62,15 @@ class Cell:
         return self.folder / "failure.json"
 
     @property
+    def has_failed(self) -> bool:
+        # It may have been run again since, by itself.
+        return self.failure.exists() and not self.results.exists()
+
+    @property
     def is_done(self) -> bool:
         # The report comes last; a run that was interrupted before writes it when it is run again.
         is_finished = self.results.exists() and (self.folder / "report.md").exists()
-        return is_finished or self.failure.exists()
+        return is_finished or self.has_failed
 
 
 def name_of(overrides: dict) -> str:
@@ -124,10 +131,17 @@ def check(cells: list[Cell]) -> None:
 # ------------------------------------------------------------------ running them
 
 
-def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
+def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) -> None:
     """Runs every cell that is not done, and waits for those that other processes are running.
 
-    If another process stops, its cell is run here. So all cells are done when this returns.
+    If another process stops, its cell is run here. So all cells are done or refused when this
+    returns.
+
+    Args:
+        cells: all cells of the sweep.
+        folder: the work directory of the sweep.
+        refused: receives the reason, by name, of each cell that cannot be run with its data or in
+            its folder. It is not recorded in the folder, so the next call tries the cell again.
     """
     numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
     pending = [cell for cell in cells if not cell.is_done]
@@ -147,7 +161,11 @@ def run_cells(cells: list[Cell], folder: pathlib.Path) -> None:
                 claimed.append(cell)
                 if is_first_round:
                     _LOG.info("cell %s is left out: %s", cell.name, error)
-            write_table(folder, cells)
+            except (ValueError, FileNotFoundError) as error:
+                _LOG.warning("cell %s cannot be run: %s", cell.name, error)
+                refused[cell.name] = str(error)
+                continue
+            write_table(folder, cells, refused)
         if claimed and is_first_round:
             _LOG.info("waiting for %d cells of other processes", len(claimed))
         if claimed:
@@ -168,6 +186,8 @@ def run_cell(cell: Cell) -> None:
     except (ArithmeticError, MemoryError) as error:
         _LOG.warning("cell %s failed: %s", cell.name, error)
         workdir.write_json(cell.failure, {"error": str(error)})
+    else:
+        cell.failure.unlink(missing_ok=True)
 
 
 def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
@@ -180,11 +200,11 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
         words,
         folder=folder,
         cluster=options.launcher,
-        count=options.jobs,
+        count=options.jobs or 1,
         settings=options.slurm,
     )
     # Written even if no job ever runs: it lists the unfinished cells.
-    write_table(options.workdir, cells)
+    write_table(options.workdir, cells, {})
     started = ", ".join(f"job {name}" for name in names)
     _LOG.info("started %s; their output is in %s", started, folder)
 
@@ -211,7 +231,7 @@ def summarize(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": std, "n": n, "half_width": half_width}
 
 
-def summarize_cells(cells: list[Cell]) -> list[dict]:
+def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
     """Summarizes all cells that differ in their seed only in one row."""
     groups = defaultdict(list)
     for cell in cells:
@@ -222,9 +242,11 @@ def summarize_cells(cells: list[Cell]) -> list[dict]:
         finals = []
         row: dict = {"cell": name, "failed": [], "unfinished": []}
         for cell in members:
-            if cell.results.exists():
+            if cell.name in refused:
+                row["failed"].append(f"{cell.name}: {refused[cell.name]}")
+            elif cell.results.exists():
                 finals.append(workdir.read_json(cell.results)["final"])
-            elif cell.failure.exists():
+            elif cell.has_failed:
                 row["failed"].append(workdir.read_json(cell.failure)["error"])
             else:
                 row["unfinished"].append(cell.name)
@@ -235,11 +257,17 @@ def summarize_cells(cells: list[Cell]) -> list[dict]:
     return rows
 
 
-def write_table(folder: pathlib.Path, cells: list[Cell]) -> None:
-    """Writes sweep.json and sweep.md from the results that the cells' folders hold."""
+def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]) -> None:
+    """Writes sweep.json and sweep.md from the results that the cells' folders hold.
+
+    Args:
+        folder: the work directory of the sweep.
+        cells: its cells.
+        refused: the reason, by name, of each cell that was refused.
+    """
     from cnnjax.runtime import tables
 
-    rows = summarize_cells(cells)
+    rows = summarize_cells(cells, refused)
     workdir.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
     header = ["cell", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
@@ -279,21 +307,31 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
             f"kind={config.get('kind')!r} of the configuration is not 'train', the only kind that "
             "is swept"
         )
+    for name in ("jobs", "slurm"):
+        if getattr(options, name) and not options.launcher:
+            raise ValueError(
+                f"{name}={getattr(options, name)} is for jobs, which --launcher=slurm or "
+                "--launcher=local starts"
+            )
     cells = read_cells(options.config, config, options.workdir)
     backend.reach_devices()
     check(cells)
     if options.launcher:
         launch(options, cells)
         return
+    refused: dict[str, str] = {}
     try:
-        run_cells(cells, options.workdir)
+        run_cells(cells, options.workdir, refused)
     except workdir.Interrupted:
-        write_table(options.workdir, cells)
+        write_table(options.workdir, cells, refused)
         raise
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
-    write_table(options.workdir, cells)
-    failed = [cell for cell in cells if cell.failure.exists()]
+    if len(refused) == len(cells):
+        first = cells[0].name
+        raise ValueError(f"no cell can be run; {first}: {refused[first]}")
+    write_table(options.workdir, cells, refused)
+    failed = [cell for cell in cells if cell.has_failed or cell.name in refused]
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(cells)} cells failed: see {options.workdir / 'sweep.md'}"
@@ -312,8 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs",
         type=command.whole_number(1),
-        default=1,
-        help="number of jobs that the launcher starts",
+        help="number of jobs that the launcher starts (default: 1)",
     )
     parser.add_argument(
         "--slurm",

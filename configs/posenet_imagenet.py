@@ -31,11 +31,11 @@ Other photographs give other figures: docs/position.md.
 
 import ml_collections
 
-from configs import posenet
+from cnnjax.position import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = posenet.get_config()
+    config = defaults.get_config()
     config.weights = "imagenet"
     config.encoders = ("vgg16", "resnet152")
     config.n_train = 48

@@ -33,6 +33,18 @@ def test_flag_is_set_before_jax_and_appended_to_the_users():
     assert python(code, XLA_FLAGS=f"{FLAG}=-reduce") == f"False {FLAG}=-reduce"
 
 
+@pytest.mark.parametrize(
+    "version, has_flag",
+    [("0.10.1", False), ("0.10.2+local", True), ("0.12.0.1", True), ("0.13.0rc1", False)],
+)
+def test_the_flag_is_for_some_releases(version, has_flag, monkeypatch):
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: version)
+    monkeypatch.delitem(sys.modules, "jax._src.xla_bridge")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    backend.set_flags()
+    assert (FLAG in os.environ["XLA_FLAGS"]) == has_flag
+
+
 def test_warns_only_when_jax_has_started():
     """XLA flags have no effect after jax has started its backend, so cnnjax warns."""
     code = """

@@ -70,6 +70,12 @@ import ml_collections
 def get_config():
     return ml_collections.ConfigDict({"kind": "train", "model": "lenet"})
 """,
+    "no_model": """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({"kind": "train"})
+""",
     "none": """
 from cnnjax.train import defaults
 
@@ -121,7 +127,18 @@ CASES = [
         ("main", "--config=FILES/from_nothing.py"),
         "the configuration lacks the key accumulate; start from cnnjax.train.defaults.get_config()",
     ),
+    (("main", "--config=FILES/no_model.py"), "the configuration lacks the key accumulate; start"),
     (("main", "--config=FILES/failing_model.py"), "line 7: ZeroDivisionError: "),
+    ((*TRAIN, "--workdir="), "argument --workdir: '' is not a path"),
+    ((*TRAIN, "--distributed="), "distributed='' is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"),
+    (
+        ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--jobs=8"),
+        "jobs=8 is for jobs, which --launcher=slurm or --launcher=local starts",
+    ),
+    (
+        ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--slurm=timeout_min=9"),
+        "slurm=['timeout_min=9'] is for jobs, which --launcher=slurm or",
+    ),
     (
         (*STUDY, "--config.encoders=('vgg16','vgg16')"),
         "encoders=('vgg16', 'vgg16') must name each once",
@@ -168,6 +185,10 @@ CASES = [
     ((*STUDY, "--config.noise=(None,1)"), "noise=(None, 1) is not a mean and a standard deviation"),
     ((*TRAIN, "--config.freeze=None"), "freeze=None is not a name; freeze accepts a tuple of"),
     ((*TRAIN, "--config.freeze={}"), "freeze={} is not a name; freeze accepts a tuple of"),
+    (
+        (*TRAIN, "--config.freeze={'conv1'}"),
+        "freeze=({'conv1'},) is not a string, a number, or a tuple of them",
+    ),
     ((*TRAIN, "--config.initial_parts=1"), "initial_parts=1 is not a name; initial_parts accepts"),
     ((*TRAIN, "--config.rates=0.1"), "rates=0.1 is not a pair of a part and a positive number"),
     ((*TRAIN, "--config.rates=None"), "rates=None is not a pair of a part and a positive number"),

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from cnnjax.runtime import backend
 from cnnjax.train import defaults, loop, results
 from cnnjax.train.checkpoints import Checkpoints
 
@@ -167,6 +168,32 @@ def test_nothing_starts_again_in_silence(tmp_path):
             pytest.raises(ValueError, match="every checkpoint in .* is damaged"),
         ):
             checkpoints.restore(a_state(0))
+
+
+def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monkeypatch):
+    """A kill before the manifest is written leaves nothing that could be lost.
+
+    Of several processes, one puts the folder aside while the others wait.
+    """
+    waits = []
+
+    def wait(point):
+        waits.append((point, (tmp_path / "1").exists()))
+
+    monkeypatch.setattr(backend, "wait_for_others", wait)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    (tmp_path / "1" / "manifest.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(a_state(0)) is None
+        assert "no checkpoint was ever written to its end" in caplog.text
+        assert waits == [
+            ("a damaged checkpoint is read", True),
+            ("a damaged checkpoint is put aside", False),
+        ]
+        checkpoints.save(1, a_state(1), {})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(a_state(0))[0] == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 import quick
 
 from cnnjax import sweep
-from cnnjax.train import loop
+from cnnjax.runtime import configuration
+from cnnjax.train import defaults, loop
 from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
 from experiments import mlp_vs_convnet
@@ -50,6 +51,58 @@ def test_a_configuration_fits_the_engine(name, tmp_path):
     } <= set(config)
     if hasattr(module, "sweep"):
         sweep.check(sweep.read_cells(str(file), config, tmp_path))
+
+
+def test_a_configuration_imports_no_other():
+    """A copy of its file works in any folder."""
+    for path in (ROOT / "configs").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] != "configs", path
+
+
+NUMPY = """
+import numpy as np
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    config.model_fields.width = np.int64(3)
+    config.schedule.epochs = (np.int64(1), np.float32(1.5))
+    config.seed = config.get_oneway_ref("batch_size")
+    return config
+"""
+
+
+def test_numpys_scalars_become_numbers(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(NUMPY)
+    config = configuration.load(str(file))
+    changes = {"epochs": np.int32(4), "rates": (("fc", np.float64(0.5)),), "batch_size": np.int8(9)}
+    changed = configuration.override(config, changes)
+    for copy, epochs, batch_size in ((config, 10, 128), (changed, 4, 9)):
+        recorded = json.loads(json.dumps(copy.to_dict()))
+        assert (recorded["epochs"], recorded["batch_size"]) == (epochs, batch_size)
+        assert recorded["schedule"]["epochs"] == [1, 1.5]
+        assert recorded["model_fields"]["width"] == 3
+        # References are still followed.
+        assert copy.seed == batch_size
+    assert changed.rates == (("fc", 0.5),)
+
+
+def test_a_value_that_the_record_cannot_hold_is_refused(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(NUMPY.replace("np.int64(3)", "{3}"))
+    message = r"model_fields.width=\{3\} is not a string, a number, or a tuple of them"
+    with pytest.raises(ValueError, match=message):
+        configuration.load(str(file))
+    config = defaults.get_config()
+    for value in ({"conv1"}, (b"conv1",), (1, (2j,)), np.zeros(2)):
+        with pytest.raises(ValueError, match="freeze=.* is not a string, a number, or a tuple of"):
+            configuration.override(config, {"freeze": value})
+    config.freeze = ({"conv1"},)
+    with pytest.raises(ValueError, match="freeze=.* is not a string, a number, or a tuple of"):
+        loop.check(config)
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,28 @@ def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     assert read_config(tmp_path / "copied").model == present
     monkeypatch.chdir(tmp_path / "again")
     assert read_config(tmp_path / "copied").model == f"{tmp_path}/again/nets/own.py:{name}"
+    # There, the bare name is not enough.
+    monkeypatch.chdir(tmp_path / "again" / "nets")
+    assert read_config(tmp_path / "copied").model == present
+
+
+def test_the_nearest_file_of_a_moved_network_is_logged_once(own, tmp_path, monkeypatch, caplog):
+    """A project of the same shape is the current folder; the run's own comes first."""
+    _, name = own
+    for project in ("mine", "other"):
+        (tmp_path / project / "nets").mkdir(parents=True)
+        (tmp_path / project / "nets" / "own.py").touch()
+    run = tmp_path / "mine" / "runs" / "a"
+    run.mkdir(parents=True)
+    recorded = {"kind": "train", "model": f"/gone/project/nets/own.py:{name}"}
+    (run / "config.json").write_text(json.dumps(recorded))
+    monkeypatch.chdir(tmp_path / "other")
+    caplog.set_level("INFO", "cnnjax")
+    for _ in range(2):
+        assert read_config(run).model == f"{tmp_path}/mine/nets/own.py:{name}"
+    (message,) = caplog.messages
+    assert message.startswith("there is no /gone/project/nets/own.py any more")
+    assert message.endswith(f"{tmp_path}/mine/nets/own.py")
 
 
 @pytest.mark.slow

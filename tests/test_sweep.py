@@ -159,6 +159,44 @@ def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tm
     assert run_sweep() == 1
 
 
+def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_path, capfd):
+    def refuse(config, folder):
+        raise ValueError("batch_size=9999 is more than the 1437 training images")
+
+    assert run_sweep(refuse) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert told[-1].startswith("error: no cell can be run; seed=0: batch_size=9999 is more than")
+    assert not (tmp_path / "runs").exists()
+
+    def refuse_one(config, folder):
+        if config.seed == 1:
+            refuse(config, folder)
+
+    assert run_sweep(refuse_one) == 1
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["failed"] == ["seed=1: batch_size=9999 is more than the 1437 training images"]
+    assert row["test_error"]["n"] == 3 and row["unfinished"] == []
+    told = capfd.readouterr().err
+    assert "cell seed=1 cannot be run: batch_size=9999" in told
+    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    # The next call, perhaps with other data, tries it again.
+    assert run_sweep() == 0
+
+
+def test_a_cell_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
+    """A failed run may be run again by itself."""
+    assert run_sweep() == 0
+    failure = tmp_path / "runs" / "seed=1" / "failure.json"
+    failure.write_text('{"error": "not finite"}')
+    assert run_sweep() == 0
+    assert read_rows(tmp_path / "runs")[0]["failed"] == []
+    # When a cell is finished, the failure of an earlier call is no longer there.
+    (failure.parent / "report.md").unlink()
+    monkeypatch.setattr(sweep.single, "run", lambda config, folder: None)
+    assert run_sweep() == 0
+    assert not failure.exists()
+
+
 def test_a_cell_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
     assert run_sweep() == 0
     report = tmp_path / "runs" / "seed=2" / "report.md"
@@ -325,3 +363,31 @@ def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
             count=1,
             settings=["slurm_partitoin=gpu"],
         )
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("timeout_min", "slurm='timeout_min' is not KEY=VALUE, such as timeout_min=60"),
+        ("timeout_min=2h", 'Parameter "timeout_min" expected type .*2h'),
+        ("timeout_min=1:30:00", 'Parameter "timeout_min" expected type .*1:30:00'),
+    ],
+)
+def test_a_value_that_submitit_does_not_take_is_named(setting, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=[setting])
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("timeout_min=60", 60),
+        ("mem_gb=1.5", 1.5),
+        ("stderr_to_stdout=True", True),
+        ("slurm_partition=gpu", "gpu"),
+        ("slurm_time=1-12:00:00", "1-12:00:00"),
+        ("slurm_comment=a=b", "a=b"),
+    ],
+)
+def test_settings_are_literals_or_text(setting, value):
+    assert jobs._parse_setting(setting) == (setting.partition("=")[0], value)

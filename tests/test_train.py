@@ -11,6 +11,8 @@ import shutil
 import signal
 import socket
 import time
+import types
+import unicodedata
 
 import flax.linen as nn
 import forked
@@ -27,9 +29,11 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.runtime import workdir
+from cnnjax.train import data as training_data
 from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train import results as training_results
 from cnnjax.train.adopt import complete_record, extend
+from cnnjax.train.checkpoints import NotWritten
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
 
@@ -630,8 +634,11 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_extended_is_the_longer_run(tmp_path):
+def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     """Results are equal bit for bit; a cosine schedule is refused."""
+    # Ten seconds pass between two looks at the clock.
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr(loop, "time", clock)
     longer = train_here(tmp_path / "longer", epochs=4)
     folder = tmp_path / "extended"
     shorter = train_here(folder, epochs=2)
@@ -650,12 +657,71 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path):
     results = train_here(folder, epochs=4)
     assert results["extended_from"] == [shorter["final"]]
     assert results["history"] == longer["history"] and results["final"] == longer["final"]
+    # The seconds are those of both starts.
+    assert shorter["seconds"] * 1.5 < longer["seconds"] <= results["seconds"]
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
     workdir.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
     extend(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
         workdir.prepare(folder, config.to_dict())
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
+    """Neither other images nor a number of devices takes it apart."""
+    digits = arrays.load("digits[:200]")
+    file = tmp_path / "own.npz"
+    options = {"dataset": str(file), "epochs": 1, "batch_size": 20, "n_validation": 0}
+    arrays.save(digits, file)
+    folder = tmp_path / "run"
+    train_here(folder, **options)
+    workdir.seal(folder)
+    config = read_config(folder)
+    config.epochs = 2
+
+    def refuse(message):
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with pytest.raises(ValueError, match=message):
+            extend(config, folder)
+        assert all(path.read_bytes() == content for path, content in before.items())
+        assert open_run(folder).config.epochs == 1
+
+    arrays.save(arrays.load("digits[:180]"), file)
+    refuse("n_train=200 then, 180 now")
+    file.unlink()
+    refuse("own.npz")
+    arrays.save(digits, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parallel, "size", 3, raising=False)
+        patch.setattr(Parallel, "__init__", lambda self, way: None)
+        refuse("batch_size=20 is not a multiple of 3 device")
+    extend(config, folder)
+    assert read_config(folder).epochs == 2
+    # As if that had been interrupted before its last file: the old command restores the results.
+    config.epochs = 1
+    workdir.write_json(folder / "config.json", config.to_dict())
+    assert "extended_from" not in train_here(folder, **options)
+
+
+def test_an_extended_run_used_the_test_set_more_than_once():
+    # As above.
+    from cnnjax.train import report
+
+    scores = {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "error")}
+    results = {
+        "final": scores | {"epoch": 2, "step": 20},
+        "weights": {"epoch": 2, "chosen_by": "the end of training"},
+        "parameters": 1,
+        "training_seconds": 1.0,
+        "n_train": 1,
+        "n_test": 1,
+    }
+    config = defaults.get_config().to_dict()
+    once = "The test set was used once, at the end. The scores are"
+    assert once in report._body(config, results, [])
+    extended = report._body(config, results | {"extended_from": [scores | {"epoch": 1}]}, [])
+    assert "used once" not in extended and "extended after 1 epochs" in extended
 
 
 @pytest.mark.slow
@@ -670,6 +736,55 @@ def test_another_process_does_not_change_the_configuration_of_a_run_under_way(fi
             cnnjax.main.run(config, folder)
     assert read_config(folder).epochs == config.epochs - 1
     assert (folder / "results.json").exists()
+
+
+def test_class_names_are_compared_in_one_unicode_form():
+    """Names of .npz files and of tfds, as well as the recorded ones, may be in either form."""
+    forms = {form: unicodedata.normalize(form, "kälber") for form in ("NFC", "NFD")}
+    assert forms["NFC"] != forms["NFD"]
+    for name in forms.values():
+        fields = dict.fromkeys(field.name for field in dataclasses.fields(Run))
+        data = types.SimpleNamespace(classes=(name, "null"), n_train=9, n_validation=0)
+        run = Run(**fields | {"config": defaults.get_config(), "data": data})
+        for saved in forms.values():
+            run.check_data(run.data_record() | {"classes": [saved, "null"]})
+        with pytest.raises(ValueError, match="classes eins are gone, kälber new"):
+            run.check_data({"classes": ["eins", "null"]})
+
+
+EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+def test_a_data_set_that_does_not_fit_is_named():
+    """Its error does not blame the size of the batch."""
+
+    class Full(Parallel):
+        def replicate(self, tree):
+            if max(leaf.ndim for leaf in jax.tree.leaves(tree)) == 4:
+                raise EXHAUSTED
+            return super().replicate(tree)
+
+    config = defaults.get_config()
+    message = r"dataset='digits' does not fit into memory .RESOURCE_EXHAUSTED: .*; take fewer"
+    with pytest.raises(MemoryError, match=message), loop._explain_failures(config):
+        training_data.open_data(config, Full("jit"))
+
+
+@pytest.mark.parametrize(
+    "error, is_lost",
+    [
+        (RuntimeError("connection reset"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: no heartbeat"), True),
+        (EXHAUSTED, False),
+        (NotWritten("a checkpoint could not be written to runs/a"), False),
+    ],
+)
+def test_of_several_processes_one_that_fails_says_why(error, is_lost, monkeypatch):
+    """Only an error that may come from the loss of another process is explained by one."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(RuntimeError) as raised, loop._explain_lost_peers():
+        raise error
+    assert ("another is gone" in str(raised.value)) == is_lost
 
 
 @pytest.mark.slow

@@ -127,9 +127,80 @@ def test_a_report_needs_results(tmp_path):
         report.write(tmp_path)
 
 
+def finish(config, folder):
+    workdir.write_json(folder / "results.json", {})
+
+
+def test_only_what_runs_write_is_sealed(tmp_path):
+    """Other files may change; a manifest of before, which has their hashes, too, stays valid."""
+    config = ml_collections.ConfigDict({"kind": "train"})
+    foreign = ("sweep.json", "notes.json", "failure.json", "._results.json")
+    for name in foreign:
+        (tmp_path / name).write_text("{}")
+    workdir.run_once(finish, config, tmp_path)
+    manifest = tmp_path / "manifest.json"
+    sealed = json.loads(manifest.read_text())
+    assert sorted(sealed) == ["environment.json", "results.json"]
+    manifest.write_text(json.dumps(sealed | {"sweep.json": "the hash of before"}))
+    for name in foreign:
+        (tmp_path / name).unlink()
+        workdir.run_once(finish, config, tmp_path)
+    # The seal of a finished run is not renewed.
+    assert "sweep.json" in json.loads(manifest.read_text())
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="results.json is not as it was written"):
+        workdir.run_once(finish, config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["log.txt", ".DS_Store", "seed=0/config.json"])
+def test_a_refused_run_leaves_a_folder_as_it_was(name, tmp_path):
+    """So the corrected command, which has another configuration, is not refused."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+
+    def refuse(config, folder):
+        raise ValueError("batch_size=1000000 is more than the 1437 training images")
+
+    before = sorted(tmp_path.rglob("*"))
+    wrong = {"kind": "train", "batch_size": 1_000_000}
+    with pytest.raises(ValueError, match="batch_size"):
+        workdir.run_once(refuse, ml_collections.ConfigDict(wrong), tmp_path)
+    with pytest.raises(ValueError, match="batch_size"), workdir.prepared(tmp_path, wrong):
+        refuse(wrong, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    right = ml_collections.ConfigDict({"kind": "train", "batch_size": 100})
+    workdir.run_once(finish, right, tmp_path)
+    # What a run has recorded stays if it is refused later.
+    (tmp_path / "results.json").rename(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="batch_size"):
+        workdir.run_once(refuse, right, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 100
+
+
+def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
+    """A package that is installed in the folder of another project is of no commit."""
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=theirs")
+    file = tmp_path / "workdir.py"
+    file.touch()
+    monkeypatch.setattr(workdir, "__file__", str(file))
+    read_revision = workdir._git_revision.__wrapped__
+    assert read_revision() is None
+    git("add", "workdir.py")
+    git("commit", "--quiet", "--message=ours")
+    assert re.fullmatch("[0-9a-f]{40}", read_revision())
+
+
 # ------------------------------------------------------------------ claims
 
 
+HERE = {"host": platform.node(), "process": os.getpid()}
 # The process number is above the largest possible one.
 GONE = {"host": platform.node(), "process": 2**22 + 1}
 
@@ -185,7 +256,12 @@ except workdir.Claimed as error:
         # A container has its own process numbers.
         (GONE | {"namespace": "pid:[1]"}, 0, False),
         (GONE | {"namespace": "pid:[1]"}, 130, True),
-        ({"host": platform.node(), "process": os.getpid()}, 0, False),
+        (HERE, 0, False),
+        # An earlier version's: another process may have the number by now.
+        (HERE, 130, True),
+        # A process that is suspended by Ctrl-Z does not renew its claim.
+        (HERE | {"started": workdir._started_at("self")}, 130, False),
+        (HERE | {"started": 1}, 0, True),
         ({"host": "elsewhere", "process": 1}, 100, False),
         ({"host": "elsewhere", "process": 1}, 130, True),
         # The clock was set back.

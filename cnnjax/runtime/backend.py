@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # jaxlib 0.10.2 fuses reductions into YNNPACK on the CPU by default and computes some of them
@@ -32,7 +33,9 @@ def set_flags() -> None:
 
     Warns if jax has started its backend already, which reads the flags once.
     """
-    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:3])
+    # Of a version such as 0.13.0rc1 or 0.10.2+local, the first three numbers.
+    numbers = re.findall(r"\d+", importlib.metadata.version("jaxlib"))
+    version = tuple(int(number) for number in numbers[:3])
     if not _FLAG_SINCE <= version < _FLAG_BEFORE or _FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     bridge = sys.modules.get("jax._src.xla_bridge")
@@ -212,6 +215,19 @@ def wait_for_others(point: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(point)
+
+
+@contextlib.contextmanager
+def writer_last(point: str) -> Iterator[None]:
+    """Of several processes, lets the one that writes files do the context's work after the others.
+
+    So all of them read the same files.
+    """
+    if writes():
+        wait_for_others(point)
+    yield
+    if not writes():
+        wait_for_others(point)
 
 
 def _versions() -> dict[str, str]:

@@ -22,6 +22,8 @@ _STANDARD_OUTPUT = 1
 
 def path(text: str) -> pathlib.Path:
     """Parses an argument that is a path; "~" is the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
     return expand_user(text)
 
 

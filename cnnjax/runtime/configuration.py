@@ -3,6 +3,7 @@
 import ast
 import copy
 import difflib
+import json
 import math
 import numbers
 import os
@@ -37,7 +38,23 @@ def load(path: str) -> ml_collections.ConfigDict:
         raise ValueError(
             f"get_config() of config={path!r} returns {type(config).__name__}, not a ConfigDict"
         )
-    return expand_paths(config)
+    return expand_paths(_with_plain_values(config))
+
+
+def _with_plain_values(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Copies a configuration, with numbers in place of NumPy's scalars.
+
+    Raises:
+        ValueError: for a value that the record cannot hold.
+    """
+    plain = copy.deepcopy(config)
+    # A NumPy scalar has another type than the number that replaces it.
+    with plain.ignore_type():
+        for key, value in flatten(config).items():
+            if not _is_json(value):
+                _check_plain(key, value)
+                plain.update_from_flattened_dict({key: to_tuples(value)})
+    return plain
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -83,10 +100,16 @@ def override(
 
 
 def to_tuples(value: Any) -> Any:
-    """Turns a list, and the lists inside it, into tuples: a network's fields are hashed."""
+    """Turns a list, and the lists inside it, into tuples: a network's fields are hashed.
+
+    NumPy's scalars become numbers, which JSON can hold.
+    """
     # Subclasses stay as they are: a named tuple keeps its names.
     if type(value) in (list, tuple):
         return tuple(to_tuples(element) for element in value)
+    # Without an import of NumPy, which --help would wait for.
+    if hasattr(value, "dtype") and value.shape == ():
+        return value.item()
     return value
 
 
@@ -211,11 +234,25 @@ def _check_type(key: str, value: Any, known: Mapping[str, Any]) -> None:
 
     ml_collections itself accepts None for any type and True for 1.
     """
-    if isinstance(value, Mapping):
-        raise ValueError(f"{key}={value!r} is not a string, a number, or a tuple of them")
+    _check_plain(key, value)
     if not _is_open(key) and not _has_type_of(value, known[key]):
         expected = type(known[key]).__name__
         raise ValueError(f"{key}={value!r} is not of the type {expected}")
+
+
+def _check_plain(key: str, value: Any) -> None:
+    """Raises `ValueError` for a value that the record, which is JSON, cannot hold."""
+    if isinstance(value, Mapping) or not _is_json(to_tuples(value)):
+        raise ValueError(f"{key}={value!r} is not a string, a number, or a tuple of them")
+
+
+def _is_json(value: Any) -> bool:
+    """Tells whether JSON can hold a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _has_type_of(value: Any, default: Any) -> bool:

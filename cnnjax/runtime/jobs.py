@@ -1,10 +1,12 @@
 """Hand a command to jobs of Slurm, or of this machine, by submitit."""
 
+import ast
 import contextlib
 import os
 import pathlib
 import signal
 import subprocess
+from typing import Any
 
 # In effect unlimited: a run continues from its checkpoint, so a long one just takes more jobs.
 _MOST_REQUEUES = 10_000
@@ -55,8 +57,14 @@ def submit(
 
     Returns:
         The names of the jobs.
+
+    Raises:
+        ValueError: for a setting that is not KEY=VALUE or that submitit does not accept.
     """
     import submitit
+
+    parameters: dict[str, Any] = {"name": "cnnjax-sweep", "timeout_min": 24 * 60}
+    parameters |= dict(_parse_setting(setting) for setting in settings)
 
     executor = submitit.AutoExecutor(
         folder,
@@ -64,13 +72,21 @@ def submit(
         slurm_max_num_timeout=_MOST_REQUEUES,
         local_max_num_timeout=_MOST_REQUEUES,
     )
-    parameters: dict[str, str | int] = {"name": "cnnjax-sweep", "timeout_min": 24 * 60}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        parameters[key] = int(value) if value.isdecimal() else value
     try:
         executor.update_parameters(**parameters)
-    except NameError as error:
+    # submitit raises `AssertionError` for a value of another type.
+    except (NameError, AssertionError) as error:
         raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
     jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
     return [str(job.job_id) for job in jobs]
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    """Parses KEY=VALUE; a value that is no literal of Python is text."""
+    key, equals, text = setting.partition("=")
+    if not (key and equals):
+        raise ValueError(f"slurm={setting!r} is not KEY=VALUE, such as timeout_min=60")
+    try:
+        return key, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return key, text

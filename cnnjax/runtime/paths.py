@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+from collections.abc import Sequence
 
 
 def expand_user(path: str | os.PathLike) -> pathlib.Path:
@@ -14,15 +15,26 @@ def expand_user(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path))
 
 
-def find_moved(path: pathlib.Path, *folders: pathlib.Path) -> pathlib.Path | None:
+def find_moved(
+    path: pathlib.Path, near: Sequence[pathlib.Path], elsewhere: pathlib.Path
+) -> pathlib.Path | None:
     """Finds a file whose folder has been moved or renamed since its path was recorded.
 
-    Of /old/project/nets/mine.py, the ends old/project/nets/mine.py, project/nets/mine.py,
-    nets/mine.py and mine.py are looked for, the longest first, in each of the folders.
+    Of /old/project/nets/mine.py, the ends old/project/nets/mine.py, project/nets/mine.py and
+    nets/mine.py are looked for, the longest first, in each folder. The bare name mine.py is looked
+    for in the near folders only: elsewhere, it may well be another file's.
 
-    Returns the new path; None if there is no such file.
+    Args:
+        path: the recorded path.
+        near: folders to search, in this order.
+        elsewhere: a folder to search last.
+
+    Returns:
+        The new path; None if there is no such file.
     """
+    bare_name = len(path.parts) - 1
     for start in range(1, len(path.parts)):
+        folders = [*near] if start == bare_name else [*near, elsewhere]
         for folder in folders:
             candidate = folder.joinpath(*path.parts[start:])
             if candidate.is_file():

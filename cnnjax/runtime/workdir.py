@@ -16,7 +16,8 @@ recorded or started run, and returns the results of a finished one once they mat
 Commands that need no seal use `prepared` around their work, or `prepare`, which does not claim.
 
 A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
-is then removed, and the directory with it unless it was there before.
+is then removed, and the directory with it unless it was there before. Other files in the directory,
+such as a log or a sweep's tables, belong to the user and neither start nor seal a run.
 """
 
 import contextlib
@@ -37,8 +38,20 @@ from collections.abc import Callable, Iterator
 from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
-# Files that reports and figures are made from.
-_HASHED_SUFFIXES = (".json", ".jsonl", ".npz", ".safetensors")
+_RECORD = ("config.json", "environment.json")
+# Files of finished runs that reports, figures and other commands are made from. config.json is not
+# among them: `check_config` compares it.
+_SEALED = frozenset(
+    (
+        "environment.json",
+        "extended.json",
+        "maps.npz",
+        "metrics.jsonl",
+        "results.json",
+        "test.npz",
+        "weights.safetensors",
+    )
+)
 # What reports print of an environment.
 _REPORTED_KEYS = frozenset(
     ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
@@ -81,11 +94,16 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     """
     if not backend.writes():
         return
+    with naming(path), replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Adds a path to errors of the system; that of a full disk names no file."""
     try:
-        with replacing(path) as partial:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield
     except OSError as error:
-        # The error of a full disk names no file.
         error.filename = str(path)
         raise
 
@@ -164,14 +182,16 @@ def digest(config: dict) -> str:
 def _git_revision() -> str | None:
     """Returns the commit of the checkout that the code runs from, or None outside one.
 
-    A "+" follows the commit if files differ from it. It is read once, since later changes of the
-    files do not change what this process has imported.
+    The package may also be installed in the folder of another project, whose commit says nothing
+    about this code: git must know this file. A "+" follows the commit if files differ from it. It
+    is read once, since later changes of the files do not change what this process has imported.
     """
+    this_file = pathlib.Path(__file__)
 
     def git(*arguments):
         process = subprocess.run(
             ["git", *arguments],
-            cwd=pathlib.Path(__file__).parent,
+            cwd=this_file.parent,
             capture_output=True,
             text=True,
             check=True,
@@ -179,6 +199,7 @@ def _git_revision() -> str | None:
         return process.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", this_file.name)
         revision = git("rev-parse", "HEAD")
         changes = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
@@ -237,15 +258,22 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 def _has_started(folder: pathlib.Path) -> bool:
     """Tells whether a work directory holds more than a record, temporary files and folders."""
-    for path in folder.iterdir():
-        is_record = path.name in ("config.json", "environment.json")
+    return bool(_contents(folder))
+
+
+def _contents(folder: pathlib.Path) -> set[str]:
+    """Lists what a directory holds besides a record, temporary files and empty folders."""
+    names = set()
+    for path in folder.iterdir() if folder.is_dir() else ():
         # A process that was killed may leave its claim, or a file that it was writing.
         is_temporary = path.suffix in (".claim", ".void", ".partial") and path.is_file()
+        # Systems leave files such as .DS_Store; runs write none.
+        is_hidden = path.name.startswith(".")
         # A refused run may leave the empty folder of its checkpoints.
         is_empty_folder = path.is_dir() and not any(path.iterdir())
-        if not (is_record or is_temporary or is_empty_folder):
-            return True
-    return False
+        if not (path.name in _RECORD or is_temporary or is_hidden or is_empty_folder):
+            names.add(path.name)
+    return names
 
 
 def read_record(folder: pathlib.Path, kind: str) -> dict | None:
@@ -335,13 +363,10 @@ def read_environments(folder: pathlib.Path) -> list[dict]:
 
 
 def _hash_results(folder: pathlib.Path) -> dict[str, str]:
-    """Computes the SHA-256, by name, of the files that reports are made from.
-
-    config.json is not among them: `check_config` compares it.
-    """
+    """Computes the SHA-256, by name, of a run's results."""
     hashes = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in _HASHED_SUFFIXES and path.name not in ("config.json", _MANIFEST):
+        if path.name in _SEALED:
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
 
@@ -376,8 +401,9 @@ def check_seal(folder: pathlib.Path) -> None:
             f"{path} is damaged: remove it to take the files beside it as they are"
         ) from error
     hashes = _hash_results(folder)
-    for name, expected in recorded.items():
-        if hashes.get(name) != expected:
+    # Earlier versions also recorded files that are not a run's, such as a sweep's or the user's.
+    for name in sorted(hashes.keys() | (_SEALED & recorded.keys())):
+        if hashes.get(name) != recorded.get(name):
             raise ValueError(
                 f"{folder / name} is not as it was written: remove results.json, and run the "
                 "command again to recompute everything"
@@ -408,14 +434,16 @@ def run_once(
     with _removed_if_empty(folder), claim(folder):
         if adopt:
             adopt(config, folder)
-        prepare(folder, config.to_dict())
-        if (folder / "results.json").exists():
-            check_seal(folder)
-        else:
-            unseal(folder)
-            with _removed_if_refused(folder):
+        with _removed_if_refused(folder):
+            prepare(folder, config.to_dict())
+            if (folder / "results.json").exists():
+                check_seal(folder)
+            else:
+                unseal(folder)
                 run(config, folder)
-        seal(folder)
+        # A seal is not renewed: what has changed since must be noticed.
+        if not (folder / _MANIFEST).exists():
+            seal(folder)
         return read_json(folder / "results.json") if backend.writes() else {}
 
 
@@ -430,10 +458,9 @@ def prepared(
             folder.
     """
     folder = pathlib.Path(folder)
-    with _removed_if_empty(folder), claim(folder):
+    with _removed_if_empty(folder), claim(folder), _removed_if_refused(folder):
         prepare(folder, config, computes)
-        with _removed_if_refused(folder):
-            yield folder
+        yield folder
 
 
 @contextlib.contextmanager
@@ -452,12 +479,19 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
     """Removes the record of a run that the context refuses before it has started."""
+    before = _contents(folder)
+    record = [folder / name for name in _RECORD]
+    if before:
+        # The record that is there already may be that of a run that has started.
+        record = [path for path in record if not path.exists()]
     try:
         yield
     except (ValueError, FileNotFoundError):
-        if backend.writes() and not _has_started(folder):
-            for name in ("config.json", "environment.json"):
-                (folder / name).unlink(missing_ok=True)
+        if backend.writes() and _contents(folder) <= before:
+            # On a disk that can no longer be written to, the refusal itself is reported.
+            with contextlib.suppress(OSError):
+                for path in record:
+                    path.unlink(missing_ok=True)
             # Training creates it before its first step; `rmdir` removes it only if it is empty.
             with contextlib.suppress(OSError):
                 (folder / "checkpoints").rmdir()
@@ -472,7 +506,8 @@ def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
 # 1. writes its claim as .ID.claim (`own_claim` below);
 # 2. makes run.claim a hard link to it, which fails if there is a run.claim already;
 # 3. if there is one that is stale, renames it to .ID.void, deletes it, and repeats step 2. A claim
-#    is stale if its process is gone from this machine or has not renewed it for two minutes;
+#    is stale if its process is gone from this machine or, where that cannot be seen, has not
+#    renewed it for two minutes. A suspended process (Ctrl-Z) of this machine keeps its claim;
 # 4. renews run.claim while it works: a thread sets the file's time;
 # 5. removes run.claim and .ID.claim.
 #
@@ -489,13 +524,33 @@ def _pid_namespace() -> str | None:
         return None
 
 
-def _has_ended(holder: dict) -> bool:
-    """Tells whether the process that a claim names is known to have ended."""
+def _started_at(process: int | str) -> int | None:
+    """Returns when a process of this machine began, in ticks of its clock; None if it has ended."""
+    try:
+        stat = pathlib.Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return None
+    # The fields after the name, which is in brackets and may hold spaces and brackets.
+    state, *fields = stat.rpartition(b")")[2].split()
+    # A zombie has ended, and waits for its parent to notice.
+    return None if state in (b"Z", b"X") else int(fields[18])
+
+
+def _is_running(holder: dict) -> bool | None:
+    """Tells whether the process that a claim names is running; None if that cannot be seen."""
     # Claims of earlier versions do not name their namespace.
     namespace = holder.get("namespace", _pid_namespace())
     is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
-    has_proc = pathlib.Path("/proc/self").exists()
-    return is_here and has_proc and not pathlib.Path(f"/proc/{holder['process']}").exists()
+    if not is_here or _started_at("self") is None:
+        return None
+    started = _started_at(holder["process"])
+    if started is None:
+        return False
+    # Claims of earlier versions do not say when their process began. Another process may have its
+    # number by now.
+    if holder.get("started") is None:
+        return None
+    return started == holder["started"]
 
 
 def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> str | None:
@@ -515,12 +570,14 @@ def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path
     try:
         holder = json.loads(content)
         description = f"process {holder['process']} on {holder['host']}"
-        has_ended = _has_ended(holder)
+        is_running = _is_running(holder)
     # A damaged claim is not renewed, and so it is stale before long.
     except (ValueError, KeyError, TypeError):
         description = "process unknown on a machine"
-        has_ended = False
-    return None if has_ended or age > _STALE_SECONDS else description
+        is_running = None
+    if is_running is None:
+        is_running = age <= _STALE_SECONDS
+    return description if is_running else None
 
 
 def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
@@ -568,7 +625,7 @@ def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
             if holder := _describe_holder(path, content, own_claim):
                 raise Claimed(
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
-                    "another --workdir"
+                    "another --workdir; if it hangs, end it with kill -9"
                 ) from None
             has_met_stale = True
             _remove_stale(path, content, own_claim)
@@ -617,6 +674,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         "host": platform.node(),
         "process": os.getpid(),
         "namespace": _pid_namespace(),
+        "started": _started_at("self"),
         # Tells this claim from an earlier one of the same process.
         "id": own_claim.stem,
     }

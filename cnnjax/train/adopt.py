@@ -7,9 +7,10 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import backend, workdir
 from cnnjax.train import defaults
-from cnnjax.train.run import find_network
+from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.run import build_run, find_network
 from cnnjax.train.schedules import learning_rates
 
 _LOG = logging.getLogger("cnnjax")
@@ -42,8 +43,6 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     if _differences(completed, config) <= {"epochs", "model"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-        if completed["model"] != recorded.get("model"):
-            _LOG.info("%s: the network is found at %s", folder, completed["model"])
         workdir.write_json(folder / "config.json", completed)
 
 
@@ -51,7 +50,8 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
-      run; extended.json then records the earlier results.
+      run and it can go on from its last checkpoint with the images that are there now;
+      extended.json then records the earlier results.
     - A run that a damaged image ended continues with `skip_damaged`.
 
     All other differences stay in the record, and are refused later.
@@ -59,6 +59,9 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     Args:
       config: the configuration to run.
       folder: the work directory, which may not exist yet.
+
+    Raises:
+      ValueError: if a finished run cannot be continued; nothing is changed then.
     """
     recorded = workdir.read_record(folder, "train")
     if recorded is None:
@@ -105,7 +108,7 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
     If this is interrupted between two files, the next call completes it.
 
     Raises:
-        ValueError: if the run's last checkpoint is gone; nothing is changed then.
+        ValueError: if the run cannot go on; nothing is changed then.
     """
     path = folder / "results.json"
     if path.exists():
@@ -117,6 +120,9 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
                 f"epochs={config.epochs}: there is no {last}, from which the run of "
                 f"{recorded['epochs']} epochs could go on; put it back, or train in another folder"
             )
+        _check_going_on(folder, config)
+        if not backend.writes():
+            return
         earlier = [*results.get("extended_from", []), results["final"]]
         # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
@@ -124,3 +130,17 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
         path.unlink()
     workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)
+
+
+def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run can go on with the present data and devices. Raises `ValueError`."""
+    current = build_run(config)
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(current.initial_state())
+    if restored is None:
+        raise ValueError(
+            f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run could go "
+            "on; train in another folder"
+        )
+    _, _, record = restored
+    current.check_data(record.get("data", {}))

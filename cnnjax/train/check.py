@@ -83,16 +83,12 @@ def _check_validation(config: ml_collections.ConfigDict) -> None:
     # `has_validation` comes last: it reads the folder of a streamed data set.
     if not are_needed or has_validation(config):
         return
+    cause = f"early_stopping={config.early_stopping}"
     if config.schedule.name == "plateau":
-        raise ValueError(
-            "schedule.name='plateau' watches the validation error: n_validation=0 is not a "
-            "positive number"
-        )
-    if config.early_stopping:
-        raise ValueError(
-            f"early_stopping={config.early_stopping} watches the validation error: n_validation=0 "
-            "is not a positive number"
-        )
+        cause = "schedule.name='plateau'"
+    raise ValueError(
+        f"{cause} watches the validation error: n_validation=0 is not a positive number"
+    )
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:

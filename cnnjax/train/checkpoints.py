@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import backend, workdir
 from cnnjax.train import tensorstore_noise
 
 _LOG = logging.getLogger("cnnjax")
@@ -63,6 +63,10 @@ def _leaves(state) -> dict:
 def _shapes_and_dtypes(state) -> dict[str, list]:
     """Lists the shape and, last, the dtype of a state's arrays, by path."""
     return {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _leaves(state).items()}
+
+
+class NotWritten(RuntimeError):
+    """A checkpoint could not be written to the disk."""
 
 
 class _SmallestMetric:
@@ -144,7 +148,11 @@ class Checkpoints:
         if self._failure is not None:
             failure = self._failure
             self._failure = None
-            raise RuntimeError(
+            # Of several processes that write together, one that waits for another in vain gets
+            # one of these errors.
+            is_waiting = isinstance(failure, (TimeoutError, jax.errors.JaxRuntimeError))
+            kind = RuntimeError if is_waiting else NotWritten
+            raise kind(
                 f"a checkpoint could not be written to {self.folder}: {failure}; the earlier "
                 "ones are whole"
             ) from failure
@@ -240,7 +248,8 @@ class Checkpoints:
     def restore(self, like):
         """Reads the newest checkpoint that is not damaged.
 
-        A damaged checkpoint is renamed, with a warning, and the one before is read.
+        A damaged checkpoint is renamed, with a warning, and the one before is read. A run that was
+        killed while it wrote its first checkpoint has none.
 
         Args:
           like: a tree of the state's structure, shapes and dtypes.
@@ -249,7 +258,8 @@ class Checkpoints:
           The step, the state (host arrays) and the record; None if there is no checkpoint.
 
         Raises:
-          ValueError: if all are damaged, or if the state is of another structure.
+          ValueError: if all are damaged of which any was whole once, or if the state is of another
+            structure.
         """
         self._finish()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -263,14 +273,19 @@ class Checkpoints:
                 folder,
                 damage,
             )
+            # Renamed once every process has read it, and before any looks for the others.
+            backend.wait_for_others("a damaged checkpoint is read")
             if jax.process_index() == 0:
                 folder.rename(self.folder / f"damaged-{step}-{time.time_ns()}")
+            backend.wait_for_others("a damaged checkpoint is put aside")
             self._manager.reload()
-        if steps or any(self.folder.glob("damaged-*")):
+        if any(self.folder.glob(f"*/{_MANIFEST}")):
             raise ValueError(
                 f"every checkpoint in {self.folder} is damaged; remove the folder to start from "
                 "the beginning"
             )
+        if steps:
+            _LOG.warning("no checkpoint was ever written to its end: starting from the beginning")
         return None
 
     def restore_best(self, like):

@@ -87,6 +87,17 @@ class TrainingData(Protocol):
         ...
 
 
+class DatasetTooLarge(MemoryError):
+    """The images of a data set do not fit into memory, whatever the batch size is."""
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Tells whether an error says that memory does not suffice."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return str(error).startswith("RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError)
+
+
 def is_streamed(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a configuration's images are decoded as they are needed."""
     return config.dataset == "folder" or config.dataset.startswith("tfds:")
@@ -102,9 +113,22 @@ def has_validation(config: ml_collections.ConfigDict) -> bool:
 
 
 def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> TrainingData:
-    """Opens a configuration's data set."""
+    """Opens a configuration's data set.
+
+    Raises:
+      DatasetTooLarge: if the images do not fit into the memory of the host or of a device.
+    """
     kind = Streamed if is_streamed(config) else Resident
-    return kind(config, parallel)
+    try:
+        return kind(config, parallel)
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise DatasetTooLarge(
+            f"dataset={config.dataset!r} does not fit into memory ({first}); take fewer images, as "
+            "in dataset='cifar10[:12000]', or stream them with dataset='folder'"
+        ) from error
 
 
 def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndarray) -> Moments:
@@ -161,7 +185,8 @@ class Resident:
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.moments = moments_of(config, *arrays.normalization(train.images))
         self._placed_moments = parallel.replicate(self.moments)
-        self._placed = parallel.replicate(tuple(train))
+        # A device may report only later that it has no room.
+        self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
         self._epoch: int | None = None
         self._order = None
         # The seconds that a step took in the last calls.

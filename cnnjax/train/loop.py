@@ -16,12 +16,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.data import splits
 from cnnjax.runtime import backend, signals, workdir
 from cnnjax.train import report, results, step
 from cnnjax.train.adopt import complete_record, extend
 from cnnjax.train.check import check
-from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.checkpoints import Checkpoints, NotWritten
+from cnnjax.train.data import DatasetTooLarge, is_exhausted
 from cnnjax.train.run import Run, build_run
 from cnnjax.train.schedules import Plateau
 
@@ -37,7 +37,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     Raises:
       workdir.Interrupted: if it was stopped; the state is saved.
       FloatingPointError: if the loss, a parameter or a score is not finite.
-      MemoryError: if a batch does not fit.
+      MemoryError: if a batch or the data set does not fit.
       RuntimeError: if another process is gone.
     """
     with _explain_failures(config):
@@ -67,11 +67,12 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         # ---------------------------------------------------------- state: new, or the last saved
         state = current.initial_state()
         epoch_seconds = 0.0
+        # Of the starts before this one, up to the checkpoint.
+        earlier_seconds = 0.0
         steps_done = 0
         if restored := checkpoints.restore(state):
             steps_done, state, record = restored
-            # Checkpoints of earlier versions do not describe the data.
-            _check_data(config, record.get("data", {}), current.data_record())
+            current.check_data(record.get("data", {}))
             _LOG.info("going on from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
@@ -80,6 +81,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             if current.data.damaged is not None and jax.process_index() == 0:
                 current.data.damaged = record["damaged"] or 0
             epoch_seconds = record.get("epoch_seconds", 0.0)
+            # Checkpoints of earlier versions have the seconds of whole epochs only.
+            earlier_seconds = record.get("run_seconds", record["seconds"])
         like = jax.eval_shape(lambda: state)
         state = parallel.replicate(state)
         scale = 1.0
@@ -131,6 +134,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "plateau": plateau and plateau.state(),
                     "seconds": history.seconds,
                     "epoch_seconds": time.monotonic() - epoch_began,
+                    "run_seconds": earlier_seconds + time.monotonic() - began,
                     "data": current.data_record(),
                     "damaged": _sum_damaged(current),
                 }
@@ -175,7 +179,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         final=final,
         chosen=chosen,
         tested=tested,
-        seconds=time.monotonic() - began,
+        seconds=earlier_seconds + time.monotonic() - began,
     )
 
 
@@ -231,15 +235,6 @@ def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
         f"{images / seconds:,.0f}",
         datetime.timedelta(seconds=round(remaining_seconds)),
     )
-
-
-def _check_data(config: ml_collections.ConfigDict, saved: dict, current: dict) -> None:
-    """Raises `ValueError` if the images of a run are not those of its checkpoint."""
-    if change := splits.describe_change(saved, current):
-        raise ValueError(
-            f"the images of dataset={config.dataset!r}, data_dir={config.data_dir!r} have changed "
-            f"since the run began ({change}); bring them back, or choose another --workdir"
-        )
 
 
 def _stops_early(config: ml_collections.ConfigDict, history: results.History) -> bool:
@@ -307,7 +302,8 @@ def _explain_lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if jax.process_count() == 1:
+        # A full disk or memory is no sign that a process is gone.
+        if jax.process_count() == 1 or isinstance(error, NotWritten) or is_exhausted(error):
             raise
         raise RuntimeError(
             f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely "
@@ -326,12 +322,11 @@ def _explain_failures(config: ml_collections.ConfigDict) -> Iterator[None]:
         raise workdir.Interrupted(
             "stopped; the same command goes on from the last checkpoint"
         ) from stop
+    except DatasetTooLarge:
+        raise
     except (RuntimeError, MemoryError) as error:
         first = str(error).partition("\n")[0]
-        is_exhausted = isinstance(error, jax.errors.JaxRuntimeError) and first.startswith(
-            "RESOURCE_EXHAUSTED"
-        )
-        if isinstance(error, MemoryError) or is_exhausted:
+        if is_exhausted(error):
             raise MemoryError(
                 f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or "
                 f"raise accumulate={config.accumulate}, the parts that a batch is computed in"

@@ -160,6 +160,11 @@ def _scenes_figure(test: dict):
     return figure
 
 
+def _describe_test(results: dict) -> str:
+    """Says how often the test set was used; empty for an extended run, which used it before."""
+    return "" if "extended_from" in results else " The test set was used once, at the end."
+
+
 def _describe_weights(results: dict) -> str:
     """Says which epoch's weights were scored; empty for older runs without the choice."""
     if "weights" not in results:
@@ -251,7 +256,7 @@ def _body(config: dict, results: dict, figures: list[str]) -> str:
         + _scores_table(config, results)
         + _class_table(config, results)
         + f"\nThe training error is {_describe_training_error(config, results)}; the curve's is "
-        "the mean over each epoch while training. The test set was used once, at the end."
+        f"the mean over each epoch while training.{_describe_test(results)}"
         f"{_describe_weights(results)}\n\n"
         + "\n\n".join(f"![{name}]({name})" for name in figures)
         + "\n"

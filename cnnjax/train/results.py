@@ -1,12 +1,10 @@
 """The files that a training run writes, while it trains and at its end."""
 
-import contextlib
 import json
 import logging
 import pathlib
 import struct
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -90,7 +88,7 @@ def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
     """Writes all epochs so far as TensorBoard events, and removes older files of events."""
     if not backend.writes():
         return
-    with _name_in_errors(folder):
+    with workdir.naming(folder):
         folder.mkdir(exist_ok=True)
         for old_file in folder.glob("events.*"):
             old_file.unlink()
@@ -113,7 +111,7 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
                 scalar = summary.scalar(name, value)
                 event = event_pb2.Event(wall_time=time.time(), step=entry["step"], summary=scalar)
                 records.append(_record(event))
-    with _name_in_errors(folder), (folder / _EVENTS).open("ab") as file:
+    with workdir.naming(folder), (folder / _EVENTS).open("ab") as file:
         file.write(b"".join(records))
 
 
@@ -123,16 +121,6 @@ def _record(event: event_pb2.Event) -> bytes:
     length = struct.pack("<Q", len(data))
     parts = (length, struct.pack("<I", masked_crc32c(length)))
     return b"".join((*parts, data, struct.pack("<I", masked_crc32c(data))))
-
-
-@contextlib.contextmanager
-def _name_in_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Adds the folder to errors of the system; that of a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(folder)
-        raise
 
 
 # ------------------------------------------------------------------ at the end
@@ -219,7 +207,10 @@ def write_results(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
     if (folder / EXTENDED).exists():
-        results["extended_from"] = workdir.read_json(folder / EXTENDED)
+        # If an extension was interrupted at its start and given up, this is the earlier run again.
+        earlier = workdir.read_json(folder / EXTENDED)
+        if earlier[-1]["epoch"] < final["epoch"]:
+            results["extended_from"] = earlier
     loss = run.config.loss
     if loss != "cross_entropy":
         results["by_class"] = evaluate.by_class(loss, tested.outputs, tested.labels)

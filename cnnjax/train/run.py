@@ -1,6 +1,8 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
 import dataclasses
+import functools
+import logging
 import pathlib
 from typing import Any
 
@@ -12,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, photographs, stream
+from cnnjax.data import arrays, augment, photographs, splits, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
@@ -21,6 +23,8 @@ from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.schedules import learning_rates
+
+_LOG = logging.getLogger("cnnjax")
 
 # ------------------------------------------------------------------ a run's parts
 
@@ -123,10 +127,26 @@ class Run:
     def data_record(self) -> dict[str, Any]:
         """Describes what a run's steps and labels depend on in the data, as JSON."""
         return {
-            "classes": [str(name) for name in self.data.classes],
+            "classes": [splits.class_name(str(name)) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
         }
+
+    def check_data(self, saved: dict[str, Any]) -> None:
+        """Checks that the images are those of a checkpoint.
+
+        Args:
+          saved: the checkpoint's `data_record`; empty in those of earlier versions.
+
+        Raises:
+          ValueError: if they have changed.
+        """
+        if change := splits.describe_change(saved, self.data_record()):
+            raise ValueError(
+                f"the images of dataset={self.config.dataset!r}, "
+                f"data_dir={self.config.data_dir!r} have changed since the run began ({change}); "
+                "bring them back, or choose another --workdir"
+            )
 
     def initial_state(self) -> step.State:
         """Builds the state before the first step, with `initial_weights` if there are any."""
@@ -369,14 +389,24 @@ def find_network(recorded: dict[str, Any], folder: pathlib.Path) -> dict[str, An
     """Returns a run's recorded keys with the present path of a user's network.
 
     A project may have been moved since, or copied from another machine. If FILE of FILE.py:NAME is
-    gone, it is looked for from the current folder, the run's folder and the folders above it.
+    gone, it is looked for from the run's folder, the folders above it and the current folder.
     """
     place, _, attribute = str(recorded.get("model")).rpartition(":")
     if not place.endswith(".py") or pathlib.Path(place).is_file():
         return recorded
     absolute = folder.absolute()
-    moved = find_moved(pathlib.Path(place), pathlib.Path.cwd(), absolute, *absolute.parents)
-    return recorded if moved is None else recorded | {"model": f"{moved}:{attribute}"}
+    near = [absolute, *absolute.parents]
+    moved = find_moved(pathlib.Path(place), near, elsewhere=pathlib.Path.cwd())
+    if moved is None:
+        return recorded
+    _log_moved(place, moved)
+    return recorded | {"model": f"{moved}:{attribute}"}
+
+
+# Cached, since a command reads the record of a run more than once.
+@functools.cache
+def _log_moved(place: str, moved: pathlib.Path) -> None:
+    _LOG.info("there is no %s any more: the network is that of %s", place, moved)
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
