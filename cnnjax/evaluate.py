@@ -160,11 +160,11 @@ def evaluate(
 
 
 def _work(options: argparse.Namespace) -> None:
+    backend.start()
+    network = classifier.open_classifier(options)
     data_dir = options.data_dir
     if not data_dir.is_dir():
         raise ValueError(f"data_dir={str(data_dir)!r} is not a folder")
-    backend.start()
-    network = classifier.open_classifier(options)
     if network.multi_label:
         raise ValueError(
             f"{network.title} is a multi-label run; expected one that gives a photograph one class"

@@ -94,6 +94,9 @@ def networks() -> str:
     families: dict[tuple, list[str]] = {}
     for name in list_models():
         model = create_model(name)
+        # A user's file may have registered others.
+        if not type(model).__module__.startswith("cnnjax."):
+            continue
         families.setdefault((type(model), model.input_shape, model.num_classes), []).append(name)
     lines = []
     for (network, input_shape, num_classes), names in families.items():

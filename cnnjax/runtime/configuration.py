@@ -108,7 +108,7 @@ def to_tuples(value: Any) -> Any:
     if type(value) in (list, tuple):
         return tuple(to_tuples(element) for element in value)
     # Without an import of NumPy, which --help would wait for.
-    if hasattr(value, "dtype") and value.shape == ():
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
 
