@@ -131,8 +131,8 @@ def logits(
       parallel: how the network is run on the devices.
       batch_size: the most photographs per batch, over all devices, which share it evenly.
 
-    Raises `ValueError` if a file is no image, before the weights are loaded; if one cannot be
-    decoded whole, after the batches before it.
+    Raises `ValueError` if a file is no image, before anything is computed; if one cannot be decoded
+    whole, after the batches before it.
     """
     from cnnjax.train.evaluate import predict_batches
 

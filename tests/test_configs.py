@@ -178,8 +178,8 @@ def test_splits_of_other_classes_are_refused(colors, tmp_path):
     config.data_dir = str(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"the test split has other classes than the training split \(classes blue are gone, "
-        r"none new\); expected the same",
+        match=r"the test split has other classes than the training split \(missing classes: blue; "
+        r"additional: none\); expected the same",
     ):
         Streamed(config, Parallel("jit"))
 

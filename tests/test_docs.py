@@ -1,4 +1,7 @@
-"""Every command in a ```sh block of a page in docs/ is run, with less to compute."""
+"""Every command in a ```sh block of a page in docs/ is run, with less to compute.
+
+So is the Python in a ```py block, which opens what the commands have left.
+"""
 
 import importlib
 import pathlib
@@ -96,6 +99,8 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
             module = importlib.import_module(f"{words[0]}.__main__")
         code = quick.exit_code(module.main, words[1:])
         assert code == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
+    for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        exec(block.replace("runs/", f"{tmp_path}/"), {})
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 
 

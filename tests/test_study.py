@@ -143,7 +143,7 @@ def test_photographs_of_other_names_or_sizes_are_refused(example, tmp_path, caps
     capsys.readouterr()
     assert changed.main([*command, "2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "(contents.photographs='1 files, digest " in line and "there, '2 files, " in line
+    assert "(contents.photographs='1 file(s), digest " in line and "there, '2 file(s), " in line
 
     # The work directory of an earlier version has no such record, and gets one.
     record = read(place / "config.json")

@@ -579,8 +579,8 @@ class Npz:
         try:
             with self.path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return {name: file[name] for name in names}
-        except MemoryError as error:
-            raise MemoryError(f"{subject} does not fit into memory: {error}") from error
+        except MemoryError:
+            raise
         except Exception as error:
             # A damaged file can raise any exception; only those of the system have a number.
             if isinstance(error, OSError) and error.errno is not None:
@@ -858,6 +858,10 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
         parts["validation"] = validation
     place = f"{name} in data_dir={data_dir!r}"
     _check_parts(parts, len(source.classes), _source_loss(source), place)
+    if isinstance(source, Npz):
+        # A file that `save` did not write may hold integers of any type.
+        train = Split(train.images, train.labels.astype(np.int32))
+        test = Split(test.images, test.labels.astype(np.int32))
     train = _slice(train, name)
     if validation is not None and n_validation not in (0, len(validation.images)):
         raise ValueError(

@@ -340,7 +340,7 @@ def split(
 def choose(paths: list[pathlib.Path], count: int, seed: int) -> list[pathlib.Path]:
     """Chooses photographs at random, if there are more than are needed.
 
-    A smaller number of photographs of the same seed is a prefix of a larger one.
+    A smaller choice of the same seed is a prefix of a larger one, unless this takes all of them.
 
     Args:
       paths: the photographs.
@@ -363,16 +363,16 @@ def draws(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
 
 
 def digest(folder: str | os.PathLike = "") -> str:
-    """Describes the files that `find_photographs` lists: their number, and a digest of their sizes.
+    """Describes the files that `find_photographs` lists.
 
-    The digest is of names and sizes.
+    Returns their number, and a digest of their names and sizes.
     """
     paths, _ = find_photographs(folder)
     sizes = {}
     for path in paths:
         name = str(path.relative_to(folder)) if folder else path.name
         sizes[name] = path.stat().st_size
-    return f"{len(paths)} files, digest {workdir.digest(sizes)}"
+    return f"{len(paths)} file(s), digest {workdir.digest(sizes)}"
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:

@@ -14,25 +14,26 @@ IGNORED = 255
 _NAMED = 10
 
 
-def class_name(name: str) -> str:
+def class_name(name: str | int) -> str:
     """Returns a class's name in one Unicode form, by which it is compared.
 
-    Archives made on macOS write an "ä" in the name of a folder as two characters.
+    Archives made on macOS write an "ä" in the name of a folder as two characters. Classes of a
+    user's file may be numbers.
     """
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", str(name))
 
 
-def describe_classes(then: Sequence[str], now: Sequence[str]) -> str:
-    """Describes how two lists of classes differ; returns "" if they do not."""
-    before = [class_name(name) for name in then]
-    after = [class_name(name) for name in now]
-    if before == after:
+def describe_classes(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Describes how classes differ from those expected; returns "" if they do not."""
+    expected = [class_name(name) for name in expected]
+    found = [class_name(name) for name in found]
+    if found == expected:
         return ""
-    gone = sorted(set(before) - set(after))
-    new = sorted(set(after) - set(before))
-    if not gone and not new:
+    missing = sorted(set(expected) - set(found))
+    additional = sorted(set(found) - set(expected))
+    if not missing and not additional:
         return "the classes are in another order"
-    return f"classes {_name_some(gone)} are gone, {_name_some(new)} new"
+    return f"missing classes: {_name_some(missing)}; additional: {_name_some(additional)}"
 
 
 def _name_some(classes: list[str]) -> str:

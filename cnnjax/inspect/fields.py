@@ -70,7 +70,7 @@ def located(field: Field | Unlocated, stage: str) -> Field:
     if isinstance(field, Field):
         return field
     raise ValueError(
-        f"stage={stage!r} {field.reason}; expected a stage whose positions see a part of the image"
+        f"stage={stage!r} {field.reason}; expected a stage whose positions have a known field"
     )
 
 

@@ -126,8 +126,8 @@ def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> Training
             raise
         first = str(error).partition("\n")[0]
         raise DatasetTooLarge(
-            f"dataset={config.dataset!r} does not fit into memory ({first}); take fewer images, as "
-            "in dataset='cifar10[:12000]', or stream them with dataset='folder'"
+            f"dataset={config.dataset!r} does not fit into memory ({first}); take fewer images, or "
+            "stream them with dataset='folder'"
         ) from error
 
 

@@ -86,9 +86,9 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
     is_mask = labels.ndim > 1
     if is_mask:
         counted = labels != IGNORED
-        labels = labels[counted].astype(np.int64)
-        predicted = predicted[counted].astype(np.int64)
-    pairs = labels * len(classes) + predicted
+        labels = labels[counted]
+        predicted = predicted[counted]
+    pairs = labels.astype(np.int64) * len(classes) + predicted
     counts = np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), -1)
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

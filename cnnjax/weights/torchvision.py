@@ -189,7 +189,10 @@ def _advice(
     if misfits.misshapen:
         classes = None if misfits.absent else _count_classes(misfits, tensors, wanted, model)
         if classes:
-            return f"the file is of {classes} classes: build the model with num_classes={classes}"
+            return (
+                f"the file is of {classes} classes: load it with `load_torchvision` into a model "
+                f"with num_classes={classes}"
+            )
         return "the file is of another network or other fields"
     held = {key.split(".")[0] for key in tensors}
     lacking = {key.split(".")[0] for key in misfits.absent}
