@@ -4,7 +4,9 @@ import functools
 import inspect
 import json
 import pathlib
+from unittest import mock
 
+import flax.linen as nn
 import flax.traverse_util
 import formula
 import jax
@@ -47,21 +49,15 @@ OPTIMIZED = (
     "resnet50/97",
     "resnext50_32x4d/97",
 )
-# One network of each kind also runs operation by operation, up to a stage after which the same
-# blocks repeat. Each operation would be compiled again for its own shape. SqueezeNet 1.0 is 1.1 in
-# other sizes; DenseNet and Inception v3 run with fewer blocks (test_models.py).
+# Networks with one of each kind of operation also run operation by operation, up to a stage after
+# which the same blocks repeat. Each operation would be compiled again for its own shape. DenseNet
+# and Inception v3 run with fewer blocks (test_models.py).
 EAGER = {
     "alexnet/97": "logits",
     "googlenet/97": "inception3b",
-    "mnasnet0_5/97": "stage3",
     "mobilenet_v2/97": "stage3",
-    "resnet18/97": "logits",
     "resnet50/97": "layer2",
-    "resnext50_32x4d/97": "layer2",
     "shufflenet_v2_x0_5/97": "stage2",
-    "squeezenet1_1/97": "logits",
-    "vgg11/97": "logits",
-    "vgg11_bn/97": "block2",
 }
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -121,9 +117,7 @@ def test_keys_and_shapes_are_torchvisions(name):
     assert ours == dict(golden_keys(name))
 
 
-def test_a_network_of_each_kind_runs_operation_by_operation():
-    eager = {case.split("/")[0] for case in EAGER}
-    assert eager | {"densenet121", "inception_v3", "squeezenet1_0"} == {*KINDS}
+def test_networks_that_run_operation_by_operation_have_golden_outputs():
     assert {f"{case}/eval" for case in EAGER} <= {*GOLDEN.files}
 
 
@@ -132,7 +126,7 @@ def test_a_network_of_each_kind_runs_operation_by_operation():
 def test_evaluation_is_torchvisions(case):
     """Logits of a compiled network equal the golden ones.
 
-    Networks of each kind give the same for one image alone, operation by operation.
+    Those of `EAGER` give the same for one image alone, operation by operation.
     """
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
@@ -153,7 +147,16 @@ def test_evaluation_is_torchvisions(case):
 # Training differs from evaluation by BatchNorm and auxiliary heads, dropout aside. test_models.py
 # has the gradients of networks with neither, and of these, which repeat their blocks, with fewer
 # or narrower ones.
-DEEP = ("densenet121", "inception_v3", "resnet50", "resnext50_32x4d", "vgg11_bn")
+DEEP = (
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "resnet50",
+    "resnext50_32x4d",
+    "vgg11_bn",
+)
 TRAINED = [
     case
     for case in GOLDEN.files
@@ -218,6 +221,27 @@ def assert_statistics(name, size, state):
         np.testing.assert_allclose(digest, expected, rtol=0, atol=1e-4 * expected[2], err_msg=key)
 
 
+def record_initializers(model) -> tuple[dict, dict]:
+    """Returns the initializer of each parameter by its path, and the shapes of all variables."""
+    initializers = {}
+    plain = nn.Module.param
+
+    def param(layer, name, initializer, *arguments):
+        initializers["params", *layer.path, name] = initializer
+        return plain(layer, name, initializer, *arguments)
+
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    with mock.patch.object(nn.Module, "param", param):
+        return initializers, jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def draw(initializer, shape: tuple[int, ...]) -> np.ndarray:
+    # Where there are most numbers to draw, LLVM's optimization takes less time than it saves.
+    compile_draw = quick.optimized if np.prod(shape) > 1e7 else jax.jit
+    # One program for the layers of all networks that share an initializer and a shape.
+    return np.asarray(compile_draw(initializer, static_argnums=(1,))(quick.key(0), shape))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"resnet18", "squeezenet1_0", "vgg11"}))
 def test_initialization_has_torchvisions_distributions(name):
@@ -227,28 +251,21 @@ def test_initialization_has_torchvisions_distributions(name):
     draws. Networks that differ from one of these in numbers only are left out, and vgg11, which
     is vgg11_bn without BatchNorm.
     """
-    model = create_model(name)
-    shapes = weights.variable_shapes(model)
-    image = jnp.zeros((1, *model.input_shape))
-    # Where there are most numbers to draw, LLVM's optimization takes less time than it saves.
-    compile_init = quick.optimized if name in ("alexnet", "vgg11_bn") else jax.jit
-    variables = compile_init(lambda key: model.init(key, image))(quick.key(0))
-    flat = flax.traverse_util.flatten_dict(variables)
+    initializers, shapes = record_initializers(create_model(name))
+    flat = flax.traverse_util.flatten_dict(shapes)
     paths = weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
     for key, (mean, std, largest) in zip(keys, GOLDEN[f"{name}/moments"], strict=True):
-        values = np.asarray(flat[paths[key]])
+        values = draw(initializers[paths[key]], flat[paths[key]].shape)
         if std == 0:
             assert (values == mean).all(), key
             continue
-        error = 6 * np.sqrt(2 / values.size)  # six standard errors of the difference of two samples
+        # Six standard errors of the difference of two samples, and for the smallest ones less.
+        error = min(6 * np.sqrt(2 / values.size), 0.5)
         assert abs(values.mean() - mean) <= error * std, key
         assert abs(values.std() / std - 1) <= error, key
         if values.size >= 500:
             assert (np.abs(values).max() / values.std() < 2.2) == (largest / std < 2.2), key
-    for path, values in flat.items():
-        if path[0] == "batch_stats":
-            assert (values == (0 if path[-1] == "mean" else 1)).all(), path
 
 
 @pytest.mark.slow
@@ -276,12 +293,12 @@ def test_squeezenet_with_real_weights(data_dir):
 
 @pytest.mark.slow
 def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, monkeypatch):
-    """A linear probe on 120 images is far better with real weights than with random ones."""
+    """A linear probe on 60 images is far better with real weights than with random ones."""
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
         weights.load_torchvision(file, create_model("mobilenet_v2"))
     # One batch without filling, on one device.
-    monkeypatch.setattr(probe, "_BATCH", 120)
+    monkeypatch.setattr(probe, "_BATCH", 60)
     monkeypatch.setattr(probe, "Parallel", functools.partial(probe.Parallel, "jit"))
     probe.main(
         [
@@ -292,9 +309,9 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, m
             "--workdir",
             str(tmp_path),
             "--train",
-            "120",
+            "60",
             "--test",
-            "120",
+            "60",
             "--repeats",
             "1",
         ]
