@@ -553,7 +553,8 @@ def test_a_combination_in_anothers_place_is_refused(finished, tmp_path, capsys):
     (folder / "results.json").write_text("{}")
     code = combine.main(["--runs", str(finished), "--method", "polyak", "--workdir", str(folder)])
     assert code == 2 and (folder / "results.json").read_text() == "{}"
-    assert "MESSAGE" in line(capsys.readouterr().err)
+    error = line(capsys.readouterr().err)
+    assert "another configuration (method='snapshot' there, 'polyak' now)" in error
 
 
 def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(

@@ -757,7 +757,8 @@ def test_every_fill_is_visualized(fill, run, folder, tmp_path):
     arguments += ["--run", str(run), "--padding", fill, "--workdir", str(tmp_path)]
     assert visualize.main(arguments) == 0
     (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
-    assert stage["theoretical"] == [8, 8] and 0 < stage["effective"] <= 20
+    # Fills that read the whole map add little to the 8x8 pixels around the central unit.
+    assert stage["theoretical"] == [8, 8] and 5 < stage["effective"] <= 8
 
 
 def refused(arguments: list[str], capsys) -> tuple[int, str]:
