@@ -21,8 +21,6 @@ from cnnjax.models import (
     googlenet_2014,
     inception,
     list_models,
-    mnasnet,
-    mobilenet,
 )
 from cnnjax.nn import FILLS, lowering
 
@@ -118,15 +116,6 @@ SHALLOW = {
     "googlenet": (googlenet, _some(googlenet._TABLE, *_GOOGLENET_BLOCKS)),
     "googlenet_2014": (googlenet_2014, _some(googlenet_2014._TABLE, *_GOOGLENET_BLOCKS)),
     "inception_v3": (inception, _some(inception._TABLE, *_INCEPTION_BLOCKS)),
-    # Only the second row's block is repeated.
-    "mnasnet0_5": (mnasnet, [(*row, 1 + (at == 1)) for at, (*row, _) in enumerate(mnasnet._TABLE)]),
-    "mobilenet_v2": (
-        mobilenet,
-        [
-            (expansion, features, 1 + (at == 1), stride)
-            for at, (expansion, features, _, stride) in enumerate(mobilenet._TABLE)
-        ],
-    ),
 }
 
 
