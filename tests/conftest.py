@@ -53,6 +53,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 inherited = os.environ["XLA_FLAGS"]
 os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
 contexts.share()
+quick.draw_once()
 backend.start()
 jax.devices()
 os.environ["XLA_FLAGS"] = inherited

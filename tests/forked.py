@@ -28,6 +28,7 @@ from unittest import mock
 
 import deep_calls
 import jax
+import quick
 
 from cnnjax.main import leave
 
@@ -87,6 +88,7 @@ def _work(
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     os.chdir(ROOT)
     sys.argv = [module, *arguments]
+    quick.draw_once()
     command = importlib.import_module(module)
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"{module}.__main__")

@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import contexts  # noqa: E402
 import matplotlib.pyplot  # noqa: E402, F401
+import quick  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
 
 import cnnjax.combine.__main__  # noqa: E402, F401

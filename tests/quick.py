@@ -8,17 +8,23 @@ programs compute to the bit.
 """
 
 import functools
+import io
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jaxlib
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.extend.random import define_prng_impl
 
 from cnnjax import weights
+from cnnjax.runtime import workdir
+
+# As users have it.
+write_figure = workdir.write_figure
 
 # What takes most of a compilation: LLVM's optimization, dividing a small program among threads, and
 # MLIR's emitters of fused loops. Each with the tests' value and XLA's own.
@@ -49,6 +55,14 @@ def environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{inherited.get('XLA_FLAGS', '')} {FLAGS}".strip(),
     }
+
+
+def equations(program) -> Iterator:
+    """Yields the operations of a jaxpr and of the jaxprs inside it."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -135,6 +149,20 @@ def without_figures(change: Callable = setattr) -> None:
 
     for name in ("_curves_figure", "_confusion_figure", "_mistakes_figure"):
         change(report, name, lambda *arguments: Figure((1, 1)))
+
+
+def draw_once(change: Callable = setattr) -> None:
+    """Makes figures of work directories be drawn once and not cropped.
+
+    To crop them, matplotlib draws them twice. test_workdir.py tests `write_figure` itself.
+    """
+    change(workdir, "write_figure", _write_uncropped)
+
+
+def _write_uncropped(path: pathlib.Path, figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    workdir.write(path, buffer.getvalue())
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """User errors end every command with one clear line and damage nothing.
 
-Each case checks the exit code (not 0) and standard error (one line, no traceback).
+Each case checks the exit code (2) and standard error (one line, no traceback).
 """
 
 import gzip
@@ -230,7 +230,7 @@ CASES = [
         "--workdir",
     ),
     ((*TRAIN, "--workdir=FILES/scrawl"), "holds a config.json that is not JSON"),
-    ((*TRAIN, "--workdir=/proc/run"), "cannot be written to"),
+    ((*TRAIN, "--workdir=/proc/run"), "workdir='/proc/run' cannot be written to: No such file"),
     # The position study.
     ((*STUDY, "--config.encoders=('vgg61',)"), "model='vgg61' is not known; did you mean vgg19"),
     ((*STUDY, "--config.encoders=('mlp1',)"), "image_size=224: MLP takes only images of 32x32x3"),
@@ -256,7 +256,7 @@ CASES = [
     ((*STUDY, "--config.image_size=9000"), "smaller than image_size=9000"),
     ((*STUDY, "--config.photographs=FILES/nothing"), "photographs='FILES/nothing' is not a folder"),
     ((*STUDY, "--config.photographs=EMPTY"), "holds no image file"),
-    ((*STUDY, "--config.photographs=BROKEN"), "a.jpg"),
+    ((*STUDY, "--config.photographs=BROKEN"), "BROKEN/a.jpg is not a readable image: cannot"),
     (
         (*STUDY, "--config.photographs=BOMB"),
         "a.png is not a readable image: Image size (900000000 pixels) exceeds limit",
@@ -355,17 +355,32 @@ CASES = [
     ((*TRAIN, "--config.n_validation=1437"), "n_validation=1437 is not between 1 and 1427"),
     # Data.
     ((*TRAIN, "--config.dataset=cifar11"), "dataset='cifar11' is not one of digits, mnist"),
-    ((*TRAIN, "--config.dataset=tfds:nothing", "--config.data_dir=EMPTY"), "nothing"),
+    (
+        (*TRAIN, "--config.dataset=tfds:nothing", "--config.data_dir=EMPTY"),
+        "dataset='tfds:nothing' has no split 'train' in data_dir='EMPTY' that can be read",
+    ),
     (
         (*CIFAR, "--config.data_dir=FILES/short"),
         "data_batch_1.bin holds 100 bytes of data where [10000, 3073] are 30,730,000",
     ),
-    ((*CIFAR, "--config.data_dir=FILES/labels"), "training set of cifar10 in"),
-    ((*MNIST, "--config.data_dir=FILES/scrawl"), "train-images-idx3-ubyte.gz"),
-    ((*MNIST, "--config.data_dir=FILES/short"), "train-images-idx3-ubyte.gz"),
+    (
+        (*CIFAR, "--config.data_dir=FILES/labels"),
+        "the training set of cifar10 in data_dir='FILES/labels' has the label 77; expected 0 to 9",
+    ),
+    (
+        (*MNIST, "--config.data_dir=FILES/scrawl"),
+        "FILES/scrawl/mnist/train-images-idx3-ubyte.gz has the MD5 hash",
+    ),
+    (
+        (*MNIST, "--config.data_dir=FILES/short"),
+        "FILES/short/mnist/train-images-idx3-ubyte.gz has the MD5 hash",
+    ),
     ((*FOLDER, "--config.data_dir=EMPTY"), "has no folder train of images by class"),
     (FOLDER, "data_dir='' has no folder train of images by class; name the folder that"),
-    ((*FOLDER, "--config.data_dir=FILES/one_class"), "val"),
+    (
+        (*FOLDER, "--config.data_dir=FILES/one_class"),
+        "data_dir='FILES/one_class' has no folder test or val or validation or valid of images",
+    ),
     (
         (*CLASSES, "--config.resize=144", "--config.image_size=160"),
         "resize=144 is not 0 or at least image_size=160",
@@ -375,7 +390,10 @@ CASES = [
         ("sweep", "--config=configs/posenet.py", "--workdir=OUT"),
         "kind='position' of the configuration is not 'train'",
     ),
-    (("sweep", "--config=configs/alexnet_imagenet.py", "--workdir=OUT"), "sweep"),
+    (
+        ("sweep", "--config=configs/alexnet_imagenet.py", "--workdir=OUT"),
+        "config='configs/alexnet_imagenet.py' has no sweep(): define one that returns a list",
+    ),
     ((*SOUP, "--runs", "FILES/nothing*"), "matches no work directory of a training run"),
     ((*SOUP, "--runs", "FILES/other"), "takes at least two runs"),
     (("combine", "--method=uniform"), "the following arguments are required: --runs, --workdir"),
@@ -545,5 +563,5 @@ def test_one_clear_line(done, number):
     code, output, errors, message = done[number]
     # Log lines begin with the time.
     lines = [line for line in errors.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
-    assert code != 0 and output == "" and "Traceback" not in errors, errors
+    assert code == 2 and output == "" and "Traceback" not in errors, errors
     assert len(lines) == 1 and "error: " in lines[0] and message in lines[0], errors

@@ -79,6 +79,9 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
     instead of runs/."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jobs, "submit", run_a_job)
+    # The figures of training are drawn for the page about it.
+    if page != "docs/train.md":
+        quick.without_figures(monkeypatch.setattr)
     swept = tmp_path / "swept.py"
     swept.write_text(SWEEP)
     for words in commands(page):

@@ -547,12 +547,14 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
 # ------------------------------------------------- other configurations, processes and clocks
 
 
-def test_a_combination_in_anothers_place_is_refused(finished, tmp_path):
+def test_a_combination_in_anothers_place_is_refused(finished, tmp_path, capsys):
     folder = tmp_path / "combined"
     workdir.prepare(folder, {"kind": "combine", "method": "snapshot", "runs": [str(finished)]})
     (folder / "results.json").write_text("{}")
     code = combine.main(["--runs", str(finished), "--method", "polyak", "--workdir", str(folder)])
     assert code == 2 and (folder / "results.json").read_text() == "{}"
+    error = line(capsys.readouterr().err)
+    assert "another configuration (method='snapshot' there, 'polyak' now)" in error
 
 
 def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(

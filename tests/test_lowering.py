@@ -137,8 +137,12 @@ def assert_close(one, other, relative=1e-4):
         np.testing.assert_allclose(a, b, rtol=0, atol=relative * scale)
 
 
+# Convolutions under these fills differ from those under "reflect" by NumPy's mode of padding alone.
+PADDED_ALIKE = {f"conv, fill {fill}" for fill in ("replicate", "circular", "symmetric")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in PADDED_ALIKE])
 def test_both_forms_have_the_same_values_and_derivatives(name):
     """Neither form relies on the promotion of ranks."""
     function, shapes = OPERATIONS[name]

@@ -19,6 +19,7 @@ from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sum
 from cnnjax.nn.geometry import Window, pair
+from cnnjax.nn.padding import center
 
 FILL_MODES = {
     "zeros": "constant",
@@ -363,6 +364,13 @@ def test_branches_are_joined_about_their_centers():
         np.pad(parts[2], ((0, 0), (2, 2), (1, 1), (0, 0))),
     ]
     np.testing.assert_array_equal(join(parts, "full"), np.concatenate(framed, 3))
+
+
+def test_a_map_of_the_right_size_is_centered_without_an_operation():
+    x = normal(0, 1, 7, 9, 2)
+    assert center(x, 7, 9) is x
+    wide = jax.make_jaxpr(lambda x: center(x, 7, 5))(x)
+    assert [equation.primitive.name for equation in wide.eqns] == ["slice"]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3, 5), (6, 4, 5, 3), (16, 2, 2, 7), (8, 4)])

@@ -458,13 +458,16 @@ def test_channel_networks_are_reported(tmp_path, data_dir):
     "script", [position_training, position_canvas, position_channels, position_shift]
 )
 def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path, data_dir, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--workdir", str(tmp_path), "--seeds", "0"])
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
-    wrong = (
-        ["--photographs", "absent"]
-        if script is position_shift
-        else ["--data_dir", str(data_dir), "--test", "10001"]
-    )
+    """There are 1,000 training and 1,000 test images here."""
+    assert quick.exit_code(script.main, ["--workdir", str(tmp_path), "--seeds", "0"]) == 2
+    error = "argument --seeds: '0' is not a whole number of at least 1\n"
+    assert capsys.readouterr().err.endswith(f": error: {error}")
+    # Canvases take two numbers of training images.
+    train = ["1000"] * (2 if script is position_canvas else 1)
+    wrong = ["--data_dir", str(data_dir), "--train", *train, "--test", "1001"]
+    error = "test=1001 is more than the 1000 images of that part"
+    if script is position_shift:
+        wrong, error = ["--photographs", "absent"], "photographs='absent' is not a folder"
     assert script.main(["--workdir", str(tmp_path), *wrong]) == 2
-    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "config.json").exists()
+    assert capsys.readouterr().err == f"error: {error}\n"
+    assert not (tmp_path / "config.json").exists()

@@ -49,21 +49,15 @@ OPTIMIZED = (
     "resnet50/97",
     "resnext50_32x4d/97",
 )
-# One network of each kind also runs operation by operation, up to a stage after which the same
-# blocks repeat. Each operation would be compiled again for its own shape. SqueezeNet 1.0 is 1.1 in
-# other sizes; DenseNet and Inception v3 run with fewer blocks (test_models.py).
+# Networks with one of each kind of operation also run operation by operation, up to a stage after
+# which the same blocks repeat. Each operation would be compiled again for its own shape. DenseNet
+# and Inception v3 run with fewer blocks (test_models.py).
 EAGER = {
     "alexnet/97": "logits",
     "googlenet/97": "inception3b",
-    "mnasnet0_5/97": "stage3",
     "mobilenet_v2/97": "stage3",
-    "resnet18/97": "logits",
     "resnet50/97": "layer2",
-    "resnext50_32x4d/97": "layer2",
     "shufflenet_v2_x0_5/97": "stage2",
-    "squeezenet1_1/97": "logits",
-    "vgg11/97": "logits",
-    "vgg11_bn/97": "block2",
 }
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours -> torchvision's
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -123,9 +117,7 @@ def test_keys_and_shapes_are_torchvisions(name):
     assert ours == dict(golden_keys(name))
 
 
-def test_a_network_of_each_kind_runs_operation_by_operation():
-    eager = {case.split("/")[0] for case in EAGER}
-    assert eager | {"densenet121", "inception_v3", "squeezenet1_0"} == {*KINDS}
+def test_networks_that_run_operation_by_operation_have_golden_outputs():
     assert {f"{case}/eval" for case in EAGER} <= {*GOLDEN.files}
 
 
@@ -134,7 +126,7 @@ def test_a_network_of_each_kind_runs_operation_by_operation():
 def test_evaluation_is_torchvisions(case):
     """Logits of a compiled network equal the golden ones.
 
-    Networks of each kind give the same for one image alone, operation by operation.
+    Those of `EAGER` give the same for one image alone, operation by operation.
     """
     name, size, _ = case.split("/")
     model, images = create_model(name), golden_images(2, int(size))
@@ -155,7 +147,14 @@ def test_evaluation_is_torchvisions(case):
 # Training differs from evaluation by BatchNorm and auxiliary heads, dropout aside. test_models.py
 # has the gradients of networks with neither, and of these, which repeat their blocks, with fewer
 # or narrower ones.
-DEEP = ("densenet121", "inception_v3", "resnet50", "resnext50_32x4d", "vgg11_bn")
+DEEP = (
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "resnet50",
+    "resnext50_32x4d",
+    "vgg11_bn",
+)
 TRAINED = [
     case
     for case in GOLDEN.files
@@ -243,7 +242,8 @@ def test_initialization_has_torchvisions_distributions(name):
         if std == 0:
             assert (values == mean).all(), key
             continue
-        error = 6 * np.sqrt(2 / values.size)  # six standard errors of the difference of two samples
+        # Six standard errors of the difference of two samples, and for the smallest ones less.
+        error = min(6 * np.sqrt(2 / values.size), 0.5)
         assert abs(values.mean() - mean) <= error * std, key
         assert abs(values.std() / std - 1) <= error, key
         if values.size >= 500:
@@ -309,8 +309,8 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, m
     file = data_dir / "weights" / "mobilenet_v2_features_imagenet.safetensors"
     with pytest.raises(ValueError, match=r"not in the file: classifier.1.weight"):
         weights.load_torchvision(file, create_model("mobilenet_v2"))
-    # One batch without filling, on one device.
-    monkeypatch.setattr(probe, "_BATCH", 120)
+    # Batches without filling, on one device.
+    monkeypatch.setattr(probe, "_BATCH", 60)
     monkeypatch.setattr(probe, "Parallel", functools.partial(probe.Parallel, "jit"))
     probe.main(
         [
@@ -323,7 +323,7 @@ def test_mobilenets_real_features_tell_cifar_classes_apart(data_dir, tmp_path, m
             "--train",
             "120",
             "--test",
-            "120",
+            "60",
             "--repeats",
             "1",
         ]

@@ -669,9 +669,12 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
             [u["channel"] for u in r["units"]] == [3, 4] * 2
             and all(u["maximized"] > u["noise"] for u in r["units"])
         ),
-        "patches": lambda r: all(
-            len(c["photographs"]) == 4 and sorted(c["activations"])[::-1] == c["activations"]
-            for c in r["channels"]
+        "patches": lambda r: (
+            len(r["channels"]) == 2
+            and all(
+                len(c["photographs"]) == 4 and sorted(c["activations"])[::-1] == c["activations"]
+                for c in r["channels"]
+            )
         ),
         "occlusion": lambda r: (
             [p["class"] for p in r["photographs"]] == [0, 798]
@@ -850,7 +853,8 @@ def test_every_fill_is_visualized(fill, run, folder, tmp_path):
     arguments += ["--run", str(run), "--padding", fill, "--workdir", str(tmp_path)]
     assert visualize.main(arguments) == 0
     (stage,) = json.loads((tmp_path / "results.json").read_text())["stages"]
-    assert stage["theoretical"] == [8, 8] and 0 < stage["effective"] <= 20
+    # Fills that read the whole map add little to the 8x8 pixels around the central unit.
+    assert stage["theoretical"] == [8, 8] and 5 < stage["effective"] <= 8
 
 
 def refused(arguments: list[str], capsys) -> tuple[int, str]:

@@ -12,7 +12,10 @@ import time
 
 import matplotlib.figure
 import ml_collections
+import numpy as np
+import PIL.Image
 import pytest
+import quick
 
 from cnnjax.position import report
 from cnnjax.runtime import report as footers
@@ -24,7 +27,7 @@ from cnnjax.runtime import workdir
     [
         lambda path: workdir.write(path, "new"),
         lambda path: workdir.write_json(path, {"a": 1}),
-        lambda path: workdir.write_figure(path, matplotlib.figure.Figure((1, 1))),
+        lambda path: quick.write_figure(path, matplotlib.figure.Figure((1, 1))),
     ],
 )
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -43,6 +46,16 @@ def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("kept", "old")]
     write(path)
     assert path.read_bytes()[:3] != b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_figure_is_cropped_to_what_it_shows(tmp_path):
+    figure = matplotlib.figure.Figure((4, 3))
+    figure.text(0.5, 0.5, "A title\nof $n=3$ seeds")
+    quick.write_figure(tmp_path / "figure.png", figure)
+    with PIL.Image.open(tmp_path / "figure.png") as picture:
+        width, height = picture.size
+        assert 50 < width < 200 and 30 < height < 150
+        assert np.asarray(picture.convert("L")).min() == 0
 
 
 def test_json_has_no_nan(tmp_path):

@@ -164,9 +164,9 @@ def center(
     """Crops or zero-pads maps about their centers to a height and width."""
     for axis, size in ((1, height), (2, width)):
         excess = x.shape[axis] - size
-        if excess >= 0:
+        if excess > 0:
             x = jax.lax.slice_in_dim(x, excess // 2, excess // 2 + size, axis=axis)
-        else:
+        elif excess < 0:
             widths = [(0, 0)] * 4
             widths[axis] = ((-excess + 1) // 2, -excess // 2)
             x = jnp.pad(x, widths)
