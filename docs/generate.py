@@ -108,9 +108,9 @@ def networks() -> str:
     return (
         "# Networks\n\n"
         "The names that `cnnjax.create_model` and `--config.model` accept. Size and classes are\n"
-        "the defaults; most networks take other sizes, and all but `lenet5` any number of classes.\n"
-        "`python -m cnnjax.summary NAME` prints a network's layers, and `cnnjax.list_models()`\n"
-        "these names. The files name their sources.\n\n"
+        "the defaults; most networks take other sizes, and all but `lenet5` any number of\n"
+        "classes. `python -m cnnjax.summary NAME` prints a network's layers, and\n"
+        "`cnnjax.list_models()` these names. The files name their sources.\n\n"
         "| names | network | image | classes | file |\n| --- | --- | --- | --- | --- |\n"
         + "\n".join(lines)
         + "\n"

@@ -117,9 +117,9 @@ def _some(table, *blocks):
 _GOOGLENET_BLOCKS = ("inception3b", "inception4a", "inception4d", "inception5b")
 _INCEPTION_BLOCKS = ("Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c")
 SHALLOW = {
-    "googlenet": (googlenet, _some(googlenet._TABLE, *_GOOGLENET_BLOCKS)),
-    "googlenet_2014": (googlenet_2014, _some(googlenet_2014._TABLE, *_GOOGLENET_BLOCKS)),
-    "inception_v3": (inception, _some(inception._TABLE, *_INCEPTION_BLOCKS)),
+    "googlenet": (googlenet, _some(googlenet.TABLE, *_GOOGLENET_BLOCKS)),
+    "googlenet_2014": (googlenet_2014, _some(googlenet_2014.TABLE, *_GOOGLENET_BLOCKS)),
+    "inception_v3": (inception, _some(inception.TABLE, *_INCEPTION_BLOCKS)),
 }
 
 
@@ -127,7 +127,7 @@ def shallow(name, monkeypatch):
     """Returns a network of 7 classes, with fewer blocks if it is in `SHALLOW`."""
     if name in SHALLOW:
         module, table = SHALLOW[name]
-        monkeypatch.setattr(module, "_TABLE", table)
+        monkeypatch.setattr(module, "TABLE", table)
     return create_model(name, num_classes=7, **SMALL_FIELDS.get(name, {}))
 
 
@@ -652,7 +652,7 @@ def test_blocks_of_inception_v3_shrink_to_the_smallest_branch_without_padding(na
     sizes = []
     for fill in ("none", "zeros"):
         fields = {"dtype": jnp.float32, "axis_name": None}
-        block = inception.Block(inception._TABLE[name], fill, "stride", **fields)
+        block = inception.Block(inception.TABLE[name], fill, "stride", **fields)
         run = functools.partial(block.init_with_output, train=False)
         y, _ = jax.eval_shape(run, jax.random.key(0), x)
         sizes.append(y.shape[1])

@@ -339,8 +339,8 @@ def test_splits_that_do_not_fit_are_refused(tmp_path):
     write(tmp_path / "val", a=[ramp(8, 8)])
     with pytest.raises(
         ValueError,
-        match=rf"^{where}: the test split has other classes than the training split \(missing classes: b; "
-        r"additional: none\); expected the same$",
+        match=rf"^{where}: the test split has other classes than the training split "
+        r"\(missing classes: b; additional: none\); expected the same$",
     ):
         stream.open_splits("folder", str(tmp_path))
     write(tmp_path / "val", b=[ramp(8, 8)])

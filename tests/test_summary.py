@@ -199,7 +199,7 @@ class EveryBlock(Network):
         x = googlenet_2014.Inception((2, 2, 2, 2, 2, 2), name="inception", **shared)(x)
         x = max_pool(x, 3, 2, ceil=True, **policy)
         for name in ("Mixed_5b", "Mixed_6a", "Mixed_6b", "Mixed_7a", "Mixed_7b"):
-            x = inception.Block(inception._TABLE[name], name=name, **whole)(x, train)
+            x = inception.Block(inception.TABLE[name], name=name, **whole)(x, train)
         x = yield "blocks", x
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 

@@ -91,7 +91,7 @@ _BLOCK_E = (
     (_AVERAGE, ("branch_pool", 192, 1)),
 )
 
-_TABLE = {
+TABLE = {
     "Mixed_5b": block_a(32),
     "Mixed_5c": block_a(64),
     "Mixed_5d": block_a(64),
@@ -218,7 +218,7 @@ class InceptionV3(Network):
         x = conv(192, 3, name="Conv2d_4a_3x3")(x, train)
         x = yield "Conv2d_4a_3x3", x
         x = max_pool(x, 3, 2, **policy)
-        for name, branches in _TABLE.items():
+        for name, branches in TABLE.items():
             x = Block(branches, name=name, **shared)(x, train)
             if name in ("Mixed_5d", "Mixed_6e", "Mixed_7c"):
                 x = yield name, x
