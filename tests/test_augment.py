@@ -101,4 +101,4 @@ def test_views_are_corners_the_center_and_their_mirror_images():
         10: [*crops, *(crop[:, :, ::-1] for crop in crops)],
     }
     for count, views in expected.items():
-        np.testing.assert_array_equal(augmentation.views(jax.device_put(x), count, 4), views)
+        np.testing.assert_array_equal(augmentation.views(jax.device_put(x), count, (4, 4)), views)

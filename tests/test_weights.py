@@ -370,7 +370,7 @@ def test_the_advice_leads_to_weights_that_load(tmp_path):
         return str(error.value)
 
     ten = model.clone(num_classes=10)
-    advice = "the file is of 10 classes: build the model with num_classes=10)"
+    advice = "into a model with num_classes=10)"
     assert advice in refusal(state_dict(numbered(ten)))
     assert weights.load_torchvision(path, ten)["params"]["output"]["bias"].shape == (10,)
 

@@ -8,7 +8,6 @@ import atexit
 import dataclasses
 import functools
 import gc
-import itertools
 import logging
 import math
 import multiprocessing
@@ -18,7 +17,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.shared_memory import SharedMemory
 
 import grain
@@ -51,6 +50,10 @@ class Folder:
     The classes are the names of the folders that are not hidden (`splits.class_name`). Other files,
     images outside a class folder and folders inside one are passed over.
 
+    Args:
+      root: the folder.
+      order: classes whose folders come first, in this order; the others follow by name.
+
     Attributes:
       place: the folder, for messages.
       classes: the classes' names.
@@ -62,7 +65,7 @@ class Folder:
         classes have one name.
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike, order: Sequence[str] = ()):
         root = pathlib.Path(root)
         expected = f"expected {root}/CLASS/IMAGE with {', '.join(SUFFIXES)}"
         if not root.is_dir():
@@ -74,7 +77,9 @@ class Folder:
                 reason = f"no class folders, and images outside one ({len(top.images):,})"
             raise ValueError(f"{root} has {reason}; {expected}")
         self.place = str(root)
-        folders = sorted(top.folders, key=lambda folder: splits.class_name(folder.name))
+        places = {name: place for place, name in enumerate(order)}
+        place_of = lambda folder: places.get(splits.class_name(folder.name), len(places))
+        folders = sorted(top.folders, key=place_of)
         self.classes = tuple(splits.class_name(folder.name) for folder in folders)
         _check_names(folders)
         self.files: list[tuple[pathlib.Path, int]] = []
@@ -107,7 +112,7 @@ class Folder:
 
 
 def _check_names(folders: list[pathlib.Path]) -> None:
-    """Checks the names of class folders, which are in the order of their classes.
+    """Checks the names of class folders.
 
     Raises:
       ValueError: if one is not UTF-8, as reports are, or if two differ in their Unicode form only.
@@ -119,12 +124,15 @@ def _check_names(folders: list[pathlib.Path]) -> None:
             raise ValueError(
                 f"the class folder {str(folder)!r} has a name that is not UTF-8; rename it"
             ) from error
-    for folder, following in itertools.pairwise(folders):
-        if splits.class_name(folder.name) == splits.class_name(following.name):
+    named: dict[str, pathlib.Path] = {}
+    for folder in folders:
+        name = splits.class_name(folder.name)
+        other = named.setdefault(name, folder)
+        if other != folder:
             raise ValueError(
-                f"the class folders {ascii(folder.name)} and {ascii(following.name)} of "
-                f"{folder.parent} are the same name, {splits.class_name(folder.name)!r}, in two "
-                "Unicode forms; put their images into one"
+                f"the class folders {ascii(other.name)} and {ascii(folder.name)} of "
+                f"{folder.parent} are the same name, {name!r}, in two Unicode forms; put their "
+                "images into one"
             )
 
 
@@ -337,7 +345,9 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
     sources: dict[str, Folder | Tfds] = {}
     for use, name in names.items():
         if dataset == "folder":
-            sources[use] = Folder(pathlib.Path(data_dir) / name)
+            # Two Unicode forms of a name sort differently, and a label is a class's place.
+            order = sources["train"].classes if "train" in sources else ()
+            sources[use] = Folder(pathlib.Path(data_dir) / name, order)
         else:
             sources[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
 
