@@ -734,6 +734,27 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     assert "extended_from" not in train_here(folder, **options)
 
 
+@pytest.mark.parametrize("epoch, kept", [(6, [2, 4]), (4, [2]), (2, None)])
+def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
+    """A run was extended from 2 epochs to 4 and, before a step of it was taken, to more."""
+    workdir.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
+    data = types.SimpleNamespace(
+        classes=("a", "b"), image_shape=(1, 1, 1), moments=MOMENTS, n_train=1, n_validation=0
+    )
+    training_results.write_results(
+        tmp_path,
+        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        state=types.SimpleNamespace(params={}),
+        history=types.SimpleNamespace(entries=[], seconds=1.0),
+        final={"epoch": epoch},
+        chosen={"epoch": epoch},
+        tested=types.SimpleNamespace(labels=[0]),
+        seconds=1.0,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.get("extended_from") == (kept and [{"epoch": number} for number in kept])
+
+
 def test_an_extended_run_used_the_test_set_more_than_once():
     # As above.
     from cnnjax.train import report
