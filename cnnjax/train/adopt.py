@@ -68,11 +68,20 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
-    # No image was damaged so far, or the run would have ended: the setting changes nothing.
-    is_finished = (folder / "results.json").exists()
-    if _only_skips(recorded, config) and not is_finished:
+    if goes_on_skipping(config, folder):
         workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
         _LOG.info("%s goes on with skip_damaged=True", folder)
+
+
+def goes_on_skipping(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
+    """Tells whether an unfinished run differs only in that damaged images are passed over now.
+
+    No image was damaged so far, or the run would have ended: the setting changes nothing.
+    """
+    recorded = workdir.read_record(folder, "train")
+    if recorded is None or (folder / "results.json").exists():
+        return False
+    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
@@ -90,11 +99,6 @@ def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     shorter = learning_rates(config.schedule, 10, recorded["epochs"])
     longer = learning_rates(config.schedule, 10, config.epochs)
     return np.array_equal(shorter, longer[: len(shorter)])
-
-
-def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tells whether the only difference is that damaged images are passed over now."""
-    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
 def _was_finished(folder: pathlib.Path) -> bool:
