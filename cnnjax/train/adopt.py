@@ -46,6 +46,14 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         workdir.write_json(folder / "config.json", completed)
 
 
+def _is_same_network(name: object, other: object) -> bool:
+    """Tells whether two names FILE.py:NAME mean one network, whatever the path of its file."""
+    file, _, attribute = str(name).rpartition(":")
+    other_file, _, other_attribute = str(other).rpartition(":")
+    are_files = os.path.isfile(file) and os.path.isfile(other_file)
+    return are_files and os.path.samefile(file, other_file) and attribute == other_attribute
+
+
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a configuration under which a run would have reached the same state.
 
