@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 
 import ml_collections
@@ -21,7 +22,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     """Brings a run's record up to date, if it is one of this configuration.
 
     Keys introduced after the run are added, with the values in effect then. A user's network gets
-    the path that its file has now.
+    the path that its file has in this configuration, if it is the same file.
 
     Args:
       config: the configuration to run; where it has the default of such a key, it gets the earlier
@@ -32,7 +33,9 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     if recorded is None:
         return
     missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
-    completed = find_network(recorded | missing, folder)
+    completed = recorded | missing
+    if _is_same_network(find_network(recorded, folder).get("model"), config.model):
+        completed["model"] = config.model
     if completed == recorded:
         return
     current = defaults.get_config()
@@ -148,11 +151,12 @@ def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> 
     """Checks that a run can go on with the present data and devices. Raises `ValueError`."""
     current = build_run(config)
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(current.initial_state())
-    if restored is None:
-        raise ValueError(
-            f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run could go "
-            "on; train in another folder"
-        )
-    _, _, record = restored
+        # `Checkpoints.restore` would rename those that are damaged.
+        steps = checkpoints.steps()
+        if not steps:
+            raise ValueError(
+                f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
+                "could go on; train in another folder"
+            )
+        _, _, record = checkpoints.restore_step(steps[-1], current.initial_state())
     current.check_data(record.get("data", {}))
