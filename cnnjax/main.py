@@ -176,12 +176,19 @@ def _default_workdir(
 ) -> pathlib.Path:
     """Returns runs/NAME, or runs/NAME-DIGEST for a changed configuration.
 
-    So a changed configuration has its own folder.
+    So a changed configuration has its own folder, which does not depend on where the project is.
     """
-    name = pathlib.Path(options.config).stem
-    if options.overrides:
-        name = f"{name}-{workdir.digest(config.to_dict())}"
-    return pathlib.Path("runs") / name
+    folder = pathlib.Path("runs", pathlib.Path(options.config).stem)
+    if not options.overrides:
+        return folder
+    keys = config.to_dict()
+    # Earlier versions also hashed the folder of a user's network.
+    earlier = folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
+    model = str(keys.get("model"))
+    if earlier.is_dir() or not os.path.isabs(model):
+        return earlier
+    keys["model"] = os.path.basename(model)
+    return folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
 
 
 def run_command(

@@ -14,7 +14,7 @@ Writes sweep.json and sweep.md: for each setting, the mean, sample standard devi
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
 finite, if its batch does not fit into memory, or if it does not fit its data (a batch larger than
 the data set). The other runs go on all the same; the exit code is then 1, and the table has the
-reason.
+reason. If no run can be run at all, the exit code is 2, and no table is written.
 """
 
 import argparse
@@ -60,6 +60,14 @@ class Cell:
     @property
     def failure(self) -> pathlib.Path:
         return self.folder / "failure.json"
+
+    @property
+    def has_started(self) -> bool:
+        # Before its first checkpoint or epoch, a run may be replaced by one of another
+        # configuration.
+        has_written = (self.folder / "metrics.jsonl").exists() or self.results.exists()
+        has_written = has_written or any((self.folder / "checkpoints").glob("*"))
+        return has_written and (self.folder / "config.json").exists()
 
     @property
     def has_failed(self) -> bool:
@@ -118,13 +126,21 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
 
 
 def check(cells: list[Cell]) -> None:
-    """Raises `ValueError` if a cell cannot be run, or its folder holds another or a damaged run."""
+    """Raises `ValueError` if a cell cannot be run, or its folder holds another or a damaged run.
+
+    All cells are checked before any is run. If only some cells are of another configuration, the
+    table would otherwise mix both.
+    """
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)
-        if cell.is_done:
-            job.complete_record(cell.config, cell.folder)
+        if not (cell.is_done or cell.has_started):
+            continue
+        job.complete_record(cell.config, cell.folder)
+        # A run that a damaged image ended adopts `skip_damaged` when it goes on.
+        if not job.goes_on_skipping(cell.config, cell.folder):
             workdir.check_config(cell.folder, cell.config.to_dict())
+        if cell.is_done:
             workdir.check_seal(cell.folder)
 
 
@@ -142,6 +158,9 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
         folder: the work directory of the sweep.
         refused: receives the reason, by name, of each cell that cannot be run with its data or in
             its folder. It is not recorded in the folder, so the next call tries the cell again.
+
+    Raises:
+        workdir.OtherConfiguration: if another process has begun a cell with another configuration.
     """
     numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
     pending = [cell for cell in cells if not cell.is_done]
@@ -161,6 +180,8 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
                 claimed.append(cell)
                 if is_first_round:
                     _LOG.info("cell %s is left out: %s", cell.name, error)
+            except workdir.OtherConfiguration:
+                raise
             except (ValueError, FileNotFoundError) as error:
                 _LOG.warning("cell %s cannot be run: %s", cell.name, error)
                 refused[cell.name] = str(error)
@@ -242,12 +263,14 @@ def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
         finals = []
         row: dict = {"cell": name, "failed": [], "unfinished": []}
         for cell in members:
-            if cell.name in refused:
+            # A cell that was refused here may have been finished on another machine since.
+            if cell.name in refused and not cell.is_done:
                 row["failed"].append(f"{cell.name}: {refused[cell.name]}")
             elif cell.results.exists():
                 finals.append(workdir.read_json(cell.results)["final"])
             elif cell.has_failed:
-                row["failed"].append(workdir.read_json(cell.failure)["error"])
+                reason = workdir.read_json(cell.failure)["error"]
+                row["failed"].append(f"{cell.name}: {reason}")
             else:
                 row["unfinished"].append(cell.name)
         for metric in _METRICS:
@@ -277,7 +300,7 @@ def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]
         counts = [str(len(row[key]) or "") for key in ("failed", "unfinished")]
         lines.append([row["cell"], *(_format(row.get(metric)) for metric in metrics), *counts])
         for reason in row["failed"]:
-            notes += f"\nFailed, {row['cell']}: {reason}\n"
+            notes += f"\nFailed, {reason}\n"
         for name in row["unfinished"]:
             notes += f"\nUnfinished: {name}\n"
     text = (
@@ -327,6 +350,10 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
         raise
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
+    for cell in cells:
+        # Another machine has finished it since.
+        if cell.is_done:
+            refused.pop(cell.name, None)
     if len(refused) == len(cells):
         first = cells[0].name
         raise ValueError(f"no cell can be run; {first}: {refused[first]}")

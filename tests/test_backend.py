@@ -128,6 +128,15 @@ def test_of_several_processes_one_logs(monkeypatch, index, level):
     assert backend.writes() == (index == 0)
 
 
+def test_a_process_that_fails_does_not_keep_the_writer_waiting(monkeypatch):
+    points = []
+    monkeypatch.setattr(backend, "writes", lambda: False)
+    monkeypatch.setattr(backend, "wait_for_others", points.append)
+    with pytest.raises(ValueError, match="not JSON"), backend.writer_last("the record is read"):
+        raise ValueError("config.json is not JSON")
+    assert points == ["the record is read"]
+
+
 def test_the_environment_names_the_packages_that_are_installed(monkeypatch):
     """An installation without extras has no scikit-image."""
     packages = backend.describe()["packages"]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 
 import flax.linen as nn
@@ -211,6 +212,78 @@ def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     assert read_config(tmp_path / "copied").model == present
 
 
+def test_a_moved_network_is_spelled_as_in_the_configuration(own, tmp_path):
+    """Its record is that of the configuration, through whatever folder the run is opened."""
+    path, name = own
+    project = tmp_path / "project"
+    run = project / "runs" / "a"
+    run.mkdir(parents=True)
+    path.rename(project / "own.py")
+    (tmp_path / "link").symlink_to(project)
+    config = defaults.get_config()
+    config.model = f"{project}/own.py:{name}"
+    gone = config.to_dict() | {"model": f"/gone/own.py:{name}"}
+    for folder in (tmp_path / "link" / "runs" / "a", project / "runs" / ".." / "runs" / "a"):
+        (run / "config.json").write_text(json.dumps(gone))
+        adopt.complete_record(config, folder)
+        workdir.check_config(folder, config.to_dict())
+    (run / "config.json").write_text(json.dumps(gone))
+    assert read_config(project / "runs" / ".." / "runs" / "a").model == config.model
+    # Another file of that name is another network, and the record stays.
+    (tmp_path / "own.py").touch()
+    config.model = f"{tmp_path}/own.py:{name}"
+    adopt.complete_record(config, run)
+    assert json.loads((run / "config.json").read_text()) == json.loads(json.dumps(gone))
+
+
+def test_the_bare_name_of_a_moved_network_is_looked_for_nearby_only(tmp_path):
+    """A file in the home folder or in /tmp may well be another project's."""
+    run = tmp_path / "project" / "runs" / "a"
+    run.mkdir(parents=True)
+    recorded = {"kind": "train", "model": "/gone/own.py:Own"}
+    (run / "config.json").write_text(json.dumps(recorded))
+    (tmp_path / "own.py").touch()
+    assert read_config(run).model == recorded["model"]
+    (tmp_path / "project" / "own.py").touch()
+    assert read_config(run).model == f"{tmp_path}/project/own.py:Own"
+
+
+def test_a_network_recorded_in_a_folder_that_cannot_be_read_is_gone(tmp_path, monkeypatch):
+    """The run comes from another user's machine, and is opened in that user's folder here."""
+    recorded = {"kind": "train", "model": "/locked/nets/own.py:Own"}
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith("nets/own.py"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert read_config(tmp_path).model == recorded["model"]
+
+
+def test_the_default_folder_does_not_depend_on_where_a_network_is(tmp_path, monkeypatch):
+    """Earlier versions put the network's folder into the name; their folders are still used."""
+    monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+    parser = main.build_parser("cnnjax.main", "")
+
+    def default_folder(model):
+        arguments = ["--config", "configs/lenet_digits.py", f"--config.model={model}"]
+        options, config = main.parse(parser, arguments)
+        return options.workdir, f"lenet_digits-{workdir.digest(config.to_dict())}"
+
+    folder, earlier = default_folder(tmp_path / "old" / "own.py:Own")
+    assert folder == default_folder(tmp_path / "new" / "own.py:Own")[0]
+    assert folder != default_folder(tmp_path / "old" / "own.py:Other")[0]
+    assert folder.name != earlier
+    # Other names are as before.
+    assert default_folder("mlp1")[0].name == default_folder("mlp1")[1]
+    is_dir = pathlib.Path.is_dir
+    monkeypatch.setattr(pathlib.Path, "is_dir", lambda path: path.name == earlier or is_dir(path))
+    assert default_folder(tmp_path / "old" / "own.py:Own")[0].name == earlier
+
+
 def test_the_nearest_file_of_a_moved_network_is_logged_once(own, tmp_path, monkeypatch, caplog):
     """A project of the same shape is the current folder; the run's own comes first."""
     _, name = own
@@ -222,7 +295,7 @@ def test_the_nearest_file_of_a_moved_network_is_logged_once(own, tmp_path, monke
     recorded = {"kind": "train", "model": f"/gone/project/nets/own.py:{name}"}
     (run / "config.json").write_text(json.dumps(recorded))
     monkeypatch.chdir(tmp_path / "other")
-    caplog.set_level("INFO", "cnnjax")
+    caplog.set_level("WARNING", "cnnjax")
     for _ in range(2):
         assert read_config(run).model == f"{tmp_path}/mine/nets/own.py:{name}"
     (message,) = caplog.messages

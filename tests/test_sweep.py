@@ -82,7 +82,8 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
     assert "test_error" not in bad
     table = (runs / "sweep.md").read_text()
     assert "learning_rate=0.1" in table
-    assert "\nFailed, schedule.learning_rate=1000000000.0: the loss is not finite at step" in table
+    failed = "\nFailed, schedule.learning_rate=1000000000.0,seed=2: the loss is not finite at step"
+    assert failed in table
 
 
 def test_workers_share_a_sweep(tmp_path):
@@ -118,21 +119,21 @@ def test_workers_share_a_sweep(tmp_path):
 def run_sweep(tmp_path, monkeypatch):
     """Runs a sweep of four seeds whose cells only write results; returns its exit code.
 
-    `train` is called with the configuration and the folder first.
+    `train` is called with the configuration and the folder first; `changes` are options.
     """
     config = write_config(
         tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(4)]"
     )
     monkeypatch.setattr(sweep, "_POLLING_SECONDS", 0.05)
 
-    def run(train=lambda config, folder: None) -> int:
+    def run(train=lambda config, folder: None, *changes: str) -> int:
         def write_results(config, folder):
             train(config, folder)
             workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
             workdir.write(folder / "report.md", "")
 
         monkeypatch.setattr(loop, "run", write_results)
-        return sweep.main(["--config", config, "--workdir", str(tmp_path / "runs")])
+        return sweep.main(["--config", config, "--workdir", str(tmp_path / "runs"), *changes])
 
     return run
 
@@ -147,12 +148,12 @@ def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tm
 
     assert run_sweep(train) == 1
     (row,) = read_rows(tmp_path / "runs")
-    assert row["failed"] == [str(error)]
+    assert row["failed"] == [f"seed=1: {error}"]
     assert row["unfinished"] == []
     assert row["test_error"]["n"] == 3
     table = (tmp_path / "runs" / "sweep.md").read_text()
     assert "| default | 25.00 ± 0.00 (std 0.00), n=3 | 1 |  |" in table
-    assert f"\nFailed, default: {error}\n" in table
+    assert f"\nFailed, seed=1: {error}\n" in table
     told = capfd.readouterr().err
     assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
     # The failure is a result: it is not tried again, and the exit code stays.
@@ -181,6 +182,59 @@ def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_pa
     assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
     # The next call, perhaps with other data, tries it again.
     assert run_sweep() == 0
+
+
+def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
+    run_sweep, tmp_path, monkeypatch, capfd
+):
+    """No cell is run, or the folder would hold cells of both configurations."""
+    ran = []
+
+    def stop(config, folder):
+        (folder / "metrics.jsonl").touch()
+        raise workdir.Interrupted("stopped by SIGTERM")
+
+    def train(config, folder):
+        ran.append(config.seed)
+
+    assert run_sweep(stop) == 75
+    assert run_sweep(train, "--config.momentum=0.5") == 2
+    message = "another configuration (momentum=0.9 there, 0.5 now); choose another --workdir"
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    # Another process may begin a cell after the cells were checked.
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "check", lambda cells: None)
+        assert run_sweep(train, "--config.momentum=0.5") == 2
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert ran == []
+    assert run_sweep(train) == 0
+    assert ran == [0, 1, 2, 3]
+
+
+def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
+    """It is the one key that an unfinished run adopts."""
+
+    def find_damage(config, folder):
+        (folder / "metrics.jsonl").touch()
+        raise ValueError("image 3 is damaged")
+
+    assert run_sweep(find_damage) == 2
+    assert run_sweep(lambda config, folder: None, "--config.skip_damaged=True") == 0
+    record = json.loads((tmp_path / "runs" / "seed=3" / "config.json").read_text())
+    assert record["skip_damaged"]
+
+
+def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
+    def refuse_and_finish(config, folder):
+        if config.seed == 1:
+            workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+            workdir.write(folder / "report.md", "")
+            raise ValueError("its data are not here")
+
+    assert run_sweep(refuse_and_finish) == 0
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["failed"] == []
+    assert row["test_error"]["n"] == 4
 
 
 def test_a_cell_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):

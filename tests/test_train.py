@@ -29,8 +29,8 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
 from cnnjax.runtime import workdir
+from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
-from cnnjax.train import defaults, evaluate, loop, step
 from cnnjax.train import results as training_results
 from cnnjax.train.adopt import complete_record, extend
 from cnnjax.train.checkpoints import NotWritten
@@ -711,14 +711,26 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     config.epochs = 2
 
     def refuse(message):
-        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match=message):
             extend(config, folder)
-        assert all(path.read_bytes() == content for path, content in before.items())
+        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert after == before
         assert open_run(folder).config.epochs == 1
 
+    manifests = sorted((folder / "checkpoints").glob("*/manifest.json"))
+    whole = [path.read_bytes() for path in manifests]
     arrays.save(arrays.load("digits[:180]"), file)
     refuse("n_train=200 then, 180 now")
+    # Damaged checkpoints keep their names.
+    manifests[0].write_text("{}")
+    refuse("n_train=200 then, 180 now")
+    arrays.save(digits, file)
+    for path in manifests:
+        path.write_text("{}")
+    refuse("no whole checkpoint from which the run could go on; train in another folder")
+    for path, content in zip(manifests, whole, strict=True):
+        path.write_bytes(content)
     file.unlink()
     refuse("own.npz")
     arrays.save(digits, file)
@@ -732,6 +744,27 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     config.epochs = 1
     workdir.write_json(folder / "config.json", config.to_dict())
     assert "extended_from" not in train_here(folder, **options)
+
+
+@pytest.mark.parametrize("epoch, kept", [(6, [2, 4]), (4, [2]), (2, None)])
+def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
+    """A run was extended from 2 epochs to 4 and, before a step of it was taken, to more."""
+    workdir.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
+    data = types.SimpleNamespace(
+        classes=("a", "b"), image_shape=(1, 1, 1), moments=MOMENTS, n_train=1, n_validation=0
+    )
+    training_results.write_results(
+        tmp_path,
+        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        state=types.SimpleNamespace(params={}),
+        history=types.SimpleNamespace(entries=[], seconds=1.0),
+        final={"epoch": epoch},
+        chosen={"epoch": epoch},
+        tested=types.SimpleNamespace(labels=[0]),
+        seconds=1.0,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.get("extended_from") == (kept and [{"epoch": number} for number in kept])
 
 
 def test_an_extended_run_used_the_test_set_more_than_once():
@@ -783,6 +816,29 @@ def test_class_names_are_compared_in_one_unicode_form():
 
 
 EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("error", "explained", "message"),
+    [
+        (KeyboardInterrupt(), workdir.Interrupted, "the same command goes on"),
+        (EXHAUSTED, MemoryError, "batch_size=128 does not fit into memory"),
+    ],
+)
+def test_a_failure_while_an_extension_is_checked_is_explained(
+    error, explained, message, tmp_path, monkeypatch
+):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(adopt, "build_run", fail)
+    config = defaults.get_config()
+    workdir.write_json(tmp_path / "config.json", config.to_dict())
+    workdir.write_json(tmp_path / "results.json", {"history": [{"step": 1}]})
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    config.epochs += 1
+    with pytest.raises(explained, match=message):
+        loop.extend(config, tmp_path)
 
 
 def test_a_data_set_that_does_not_fit_is_named():

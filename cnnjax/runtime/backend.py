@@ -221,13 +221,15 @@ def wait_for_others(point: str) -> None:
 def writer_last(point: str) -> Iterator[None]:
     """Of several processes, lets the one that writes files do the context's work after the others.
 
-    So all of them read the same files.
+    So all of them read the same files. The first one does not wait for those that fail.
     """
     if writes():
         wait_for_others(point)
-    yield
-    if not writes():
-        wait_for_others(point)
+    try:
+        yield
+    finally:
+        if not writes():
+            wait_for_others(point)
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,10 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+# The number of folders in which a moved file is looked for by its bare name: those of a run, of the
+# runs and of their project.
+_BARE_NAME_FOLDERS = 3
+
 
 def expand_user(path: str | os.PathLike) -> pathlib.Path:
     """Returns a path in which "~" at the start is the home folder.
@@ -22,11 +26,11 @@ def find_moved(
 
     Of /old/project/nets/mine.py, the ends old/project/nets/mine.py, project/nets/mine.py and
     nets/mine.py are looked for, the longest first, in each folder. The bare name mine.py is looked
-    for in the near folders only: elsewhere, it may well be another file's.
+    for in the first three near folders only: elsewhere, it may well be another file's.
 
     Args:
         path: the recorded path.
-        near: folders to search, in this order.
+        near: folders to search, the nearest first.
         elsewhere: a folder to search last.
 
     Returns:
@@ -34,11 +38,15 @@ def find_moved(
     """
     bare_name = len(path.parts) - 1
     for start in range(1, len(path.parts)):
-        folders = [*near] if start == bare_name else [*near, elsewhere]
+        folders = [*near, elsewhere]
+        if start == bare_name:
+            folders = [*near[:_BARE_NAME_FOLDERS]]
         for folder in folders:
-            candidate = folder.joinpath(*path.parts[start:])
-            if candidate.is_file():
-                return candidate.absolute()
+            # Spelled as in configurations (`models.base.name_with_file`).
+            candidate = os.path.abspath(folder.joinpath(*path.parts[start:]))
+            # `pathlib.Path.is_file` raises `PermissionError` in folders that cannot be read.
+            if os.path.isfile(candidate):
+                return pathlib.Path(candidate)
     return None
 
 

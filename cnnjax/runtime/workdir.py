@@ -67,6 +67,10 @@ class Claimed(ValueError):
     """Another process is using a work directory."""
 
 
+class OtherConfiguration(ValueError):
+    """A work directory holds a run of another configuration."""
+
+
 class Interrupted(Exception):
     """A run was stopped and has saved its state: the same command continues it."""
 
@@ -226,7 +230,8 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
     """Checks that a work directory holds a run of this configuration.
 
     Raises:
-        ValueError: if it holds one of another configuration, or a config.json that is not JSON.
+        OtherConfiguration: if it holds one of another configuration.
+        ValueError: if its config.json is not JSON.
     """
     # As JSON holds it: tuples become lists.
     current = json.loads(json.dumps(config))
@@ -250,7 +255,7 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
         for key in ("contents", "environment"):
             recorded.setdefault(key, current.get(key))
     if difference := _difference(recorded, current):
-        raise ValueError(
+        raise OtherConfiguration(
             f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
             "another --workdir"
         )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 
 import ml_collections
@@ -21,7 +22,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     """Brings a run's record up to date, if it is one of this configuration.
 
     Keys introduced after the run are added, with the values in effect then. A user's network gets
-    the path that its file has now.
+    the path that its file has in this configuration, if it is the same file.
 
     Args:
       config: the configuration to run; where it has the default of such a key, it gets the earlier
@@ -32,7 +33,9 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     if recorded is None:
         return
     missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
-    completed = find_network(recorded | missing, folder)
+    completed = recorded | missing
+    if _is_same_network(find_network(recorded, folder).get("model"), config.model):
+        completed["model"] = config.model
     if completed == recorded:
         return
     current = defaults.get_config()
@@ -44,6 +47,14 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         workdir.write_json(folder / "config.json", completed)
+
+
+def _is_same_network(name: object, other: object) -> bool:
+    """Tells whether two names FILE.py:NAME mean one network, whatever the path of its file."""
+    file, _, attribute = str(name).rpartition(":")
+    other_file, _, other_attribute = str(other).rpartition(":")
+    are_files = os.path.isfile(file) and os.path.isfile(other_file)
+    return are_files and os.path.samefile(file, other_file) and attribute == other_attribute
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -68,11 +79,20 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
-    # No image was damaged so far, or the run would have ended: the setting changes nothing.
-    is_finished = (folder / "results.json").exists()
-    if _only_skips(recorded, config) and not is_finished:
+    if goes_on_skipping(config, folder):
         workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
         _LOG.info("%s goes on with skip_damaged=True", folder)
+
+
+def goes_on_skipping(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
+    """Tells whether an unfinished run differs only in that damaged images are passed over now.
+
+    No image was damaged so far, or the run would have ended: the setting changes nothing.
+    """
+    recorded = workdir.read_record(folder, "train")
+    if recorded is None or (folder / "results.json").exists():
+        return False
+    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
@@ -90,11 +110,6 @@ def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     shorter = learning_rates(config.schedule, 10, recorded["epochs"])
     longer = learning_rates(config.schedule, 10, config.epochs)
     return np.array_equal(shorter, longer[: len(shorter)])
-
-
-def _only_skips(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tells whether the only difference is that damaged images are passed over now."""
-    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 
 
 def _was_finished(folder: pathlib.Path) -> bool:
@@ -136,11 +151,12 @@ def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> 
     """Checks that a run can go on with the present data and devices. Raises `ValueError`."""
     current = build_run(config)
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore(current.initial_state())
-    if restored is None:
-        raise ValueError(
-            f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run could go "
-            "on; train in another folder"
-        )
-    _, _, record = restored
+        # `Checkpoints.restore` would rename those that are damaged.
+        steps = checkpoints.steps()
+        if not steps:
+            raise ValueError(
+                f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
+                "could go on; train in another folder"
+            )
+        _, _, record = checkpoints.restore_step(steps[-1], current.initial_state())
     current.check_data(record.get("data", {}))

@@ -17,18 +17,24 @@ import ml_collections
 import numpy as np
 
 from cnnjax.runtime import backend, signals, workdir
-from cnnjax.train import report, results, step
-from cnnjax.train.adopt import complete_record, extend
+from cnnjax.train import adopt, report, results, step
+from cnnjax.train.adopt import complete_record, goes_on_skipping
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
 from cnnjax.train.run import Run, build_run
 from cnnjax.train.schedules import Plateau
 
-# `cnnjax.main` calls these: they make this module a job.
-__all__ = ["check", "complete_record", "extend", "report", "run"]
+# `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
+__all__ = ["check", "complete_record", "extend", "goes_on_skipping", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
+
+
+def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Does what `adopt.extend` does, which may compute, and raises what `run` raises."""
+    with _explain_failures(config):
+        adopt.extend(config, folder)
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

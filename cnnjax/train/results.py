@@ -207,9 +207,9 @@ def write_results(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
     if (folder / EXTENDED).exists():
-        # If an extension was interrupted at its start and given up, this is the earlier run again.
-        earlier = workdir.read_json(folder / EXTENDED)
-        if earlier[-1]["epoch"] < final["epoch"]:
+        # If an extension was interrupted at its start and given up, its last entry is this run.
+        recorded = workdir.read_json(folder / EXTENDED)
+        if earlier := [scores for scores in recorded if scores["epoch"] < final["epoch"]]:
             results["extended_from"] = earlier
     loss = run.config.loss
     if loss != "cross_entropy":

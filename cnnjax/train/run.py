@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -389,12 +390,14 @@ def find_network(recorded: dict[str, Any], folder: pathlib.Path) -> dict[str, An
     """Returns a run's recorded keys with the present path of a user's network.
 
     A project may have been moved since, or copied from another machine. If FILE of FILE.py:NAME is
-    gone, it is looked for from the run's folder, the folders above it and the current folder.
+    gone, it is looked for from the run's folder, the folders above it and the current folder, as
+    `find_moved` says.
     """
     place, _, attribute = str(recorded.get("model")).rpartition(":")
-    if not place.endswith(".py") or pathlib.Path(place).is_file():
+    # `pathlib.Path.is_file` raises `PermissionError` in folders that cannot be read.
+    if not place.endswith(".py") or os.path.isfile(place):
         return recorded
-    absolute = folder.absolute()
+    absolute = pathlib.Path(os.path.abspath(folder))
     near = [absolute, *absolute.parents]
     moved = find_moved(pathlib.Path(place), near, elsewhere=pathlib.Path.cwd())
     if moved is None:
@@ -406,7 +409,7 @@ def find_network(recorded: dict[str, Any], folder: pathlib.Path) -> dict[str, An
 # Cached, since a command reads the record of a run more than once.
 @functools.cache
 def _log_moved(place: str, moved: pathlib.Path) -> None:
-    _LOG.info("there is no %s any more: the network is that of %s", place, moved)
+    _LOG.warning("there is no %s any more: the network is that of %s", place, moved)
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
