@@ -5,9 +5,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-# The number of folders in which a moved file is looked for by its bare name: those of a run, of the
-# runs and of their project.
-_BARE_NAME_FOLDERS = 3
+# The number of folders in which a moved file is looked for by its bare name: those of a run, of its
+# sweep, of the runs and of their project.
+_BARE_NAME_FOLDERS = 4
 
 
 def expand_user(path: str | os.PathLike) -> pathlib.Path:
@@ -26,7 +26,7 @@ def find_moved(
 
     Of /old/project/nets/mine.py, the ends old/project/nets/mine.py, project/nets/mine.py and
     nets/mine.py are looked for, the longest first, in each folder. The bare name mine.py is looked
-    for in the first three near folders only: elsewhere, it may well be another file's.
+    for in the first four near folders only: elsewhere, it may well be another file's.
 
     Args:
         path: the recorded path.
