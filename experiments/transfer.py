@@ -23,10 +23,12 @@ Each network has its own work directory, and data/ contains the data sets (about
 Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
+import functools
 import hashlib
 import itertools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -272,7 +274,9 @@ def half_file(options, data: arrays.Dataset, half: str, seed: int) -> pathlib.Pa
 # --- One network ----------------------------------------------------------------------------------
 
 
-def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
+def train(
+    folder: pathlib.Path, settings: dict[str, Any], take_places: Callable = study.take_places
+) -> float:
     """Trains a network, unless it is finished, and returns its test accuracy."""
     config = defaults.get_config()
     config.batch_size = _BATCH
@@ -283,7 +287,7 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
-    results = workdir.run_once(loop.run, config, folder, study.take_places)
+    results = workdir.run_once(loop.run, config, folder, take_places)
     return 1 - results["final"]["test_error"]
 
 
@@ -336,7 +340,9 @@ def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
     if point.method == "fine-tuned":
         settings["rates"] = (("*", 0.1), ("logits", 1.0))
     name = f"{point.network}-{point.count}-{point.method.replace(' ', '-')}-{point.seed}"
-    return {"accuracy": train(options.workdir / "labels" / name, settings)} | origin
+    # `--weights` may change from call to call, so an unfinished network stays bound to its file.
+    take_places = functools.partial(study.take_places, keys=("data_dir", "dataset"))
+    return {"accuracy": train(options.workdir / "labels" / name, settings, take_places)} | origin
 
 
 def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:
