@@ -239,9 +239,7 @@ class Study:
         settings = json.loads(json.dumps(settings, default=str))
         recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
         settings |= _keep_paths(settings, recorded)
-        if self.draws:
-            settings |= self._record_drawing(options, missing, recorded)
-        return settings
+        return settings | self._record_drawing(options, missing, recorded)
 
     def _record_drawing(
         self, options: Options, missing: list[NamedTuple], recorded: dict
@@ -250,6 +248,8 @@ class Study:
 
         Raises `ValueError` if such a point is missing in a directory without this record.
         """
+        if self.draws is None:
+            return {}
         key = "photographs_drawn"
         is_begun = any((options.workdir / "points").glob("*.json"))
         if key in recorded or not recorded or not is_begun:
@@ -316,7 +316,7 @@ def _list_weights(settings: dict) -> dict[str, str | os.PathLike]:
     files = {}
     if _is_trained(settings.get("trained")):
         files = {name: file for name, (file, *_) in settings["trained"].items()}
-    weights = settings.get("weights")
+    weights: Any = settings.get("weights")
     if _are_pairs(weights):
         files |= dict(weights)
     elif isinstance(weights, str | os.PathLike):

@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -274,9 +273,7 @@ def half_file(options, data: arrays.Dataset, half: str, seed: int) -> pathlib.Pa
 # --- One network ----------------------------------------------------------------------------------
 
 
-def train(
-    folder: pathlib.Path, settings: dict[str, Any], take_places: Callable = study.take_places
-) -> float:
+def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     """Trains a network, unless it is finished, and returns its test accuracy."""
     config = defaults.get_config()
     config.batch_size = _BATCH
@@ -287,6 +284,12 @@ def train(
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
+    keys = ["data_dir", "dataset"]
+    # A run of this study moves with it. A file is one of `--weights`, which may change from call to
+    # call, so an unfinished network stays bound to it.
+    if pathlib.Path(config.initial_weights).is_dir():
+        keys.append("initial_weights")
+    take_places = functools.partial(study.take_places, keys=keys)
     results = workdir.run_once(loop.run, config, folder, take_places)
     return 1 - results["final"]["test_error"]
 
@@ -340,9 +343,7 @@ def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
     if point.method == "fine-tuned":
         settings["rates"] = (("*", 0.1), ("logits", 1.0))
     name = f"{point.network}-{point.count}-{point.method.replace(' ', '-')}-{point.seed}"
-    # `--weights` may change from call to call, so an unfinished network stays bound to its file.
-    take_places = functools.partial(study.take_places, keys=("data_dir", "dataset"))
-    return {"accuracy": train(options.workdir / "labels" / name, settings, take_places)} | origin
+    return {"accuracy": train(options.workdir / "labels" / name, settings)} | origin
 
 
 def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:
