@@ -99,6 +99,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -117,6 +118,8 @@ from cnnjax.transfer import WEIGHTS
 Options = argparse.Namespace
 # Options that do not change any number.
 _PLACES = ("workdir", "data_dir", "debug")
+# The digest of a file of weights that does not exist.
+_ABSENT = "absent"
 
 
 class Report(NamedTuple):
@@ -131,6 +134,15 @@ class Study:
     """The parts that are particular to a study.
 
     `load` and `points` raise `ValueError` for bad options. A refused call leaves no new folder.
+
+    The frame takes options of three names for files. Unless they are axes, the work directory is
+    bound to the contents of the files, which may be moved from call to call.
+
+    - `photographs`: a folder; empty for the photographs that packages carry (`add_photographs`).
+    - `weights`: a file of weights, a training run, or a list of pairs of a name and one of these.
+    - `trained`: by name, a file of weights and the modules that it lacks (`add_trained`).
+
+    Values of other types have no meaning to the frame.
 
     Attributes:
       description: the script's docstring.
@@ -148,7 +160,11 @@ class Study:
         after the work directory has been checked.
       environment: `environment(options)` describes what else the results depend on, as JSON holds
         it, such as the machine whose times are measured; optional. It becomes
-        `options.environment`, and the work directory is bound to it.
+        `options.environment`, and the work directory is bound to it. A call that measures nothing
+        is not, and has the recorded one.
+      draws: `draws(point, options)` tells whether the photographs of a point are drawn at random
+        from more; optional. A directory that was begun by a version that took the first ones gets
+        no more such points.
     """
 
     description: str
@@ -160,6 +176,7 @@ class Study:
     axes: tuple[str, ...] = ()
     load: Callable[[Options], Any] | None = None
     environment: Callable[[Options], dict] | None = None
+    draws: Callable[[Any, Options], bool] | None = None
 
     def main(self, arguments: list[str] | None = None) -> int:
         """Runs the command line and returns its exit code."""
@@ -184,8 +201,12 @@ class Study:
         if self.environment:
             options.environment = self.environment(options)
         paths = [options.workdir / "points" / f"{label(point)}.json" for point in points]
-        is_missing = not all(path.exists() for path in paths)
-        with workdir.prepared(options.workdir, self._settings(options), is_missing) as folder:
+        missing = [point for point, path in zip(points, paths) if not path.exists()]
+        settings = self._settings(options, missing)
+        with workdir.prepared(options.workdir, settings, bool(missing)) as folder:
+            if self.environment and not missing:
+                record = workdir.read_json(folder / "config.json")
+                options.environment = record.get("environment", options.environment)
             try:
                 results = self._measure_missing(dict(zip(points, paths)), options)
             except KeyboardInterrupt as stop:
@@ -206,13 +227,40 @@ class Study:
                 advance(1)
         return results
 
-    def _settings(self, options: Options) -> dict:
-        """Returns the options, and the contents of files, to which the work directory is bound."""
+    def _settings(self, options: Options, missing: list[NamedTuple]) -> dict:
+        """Returns the options, and the contents of files, to which the work directory is bound.
+
+        Raises `ValueError` if points are missing that do not go with those that are there.
+        """
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
         if contents := _digest_contents(settings):
             settings["contents"] = contents
-        return json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps(settings, default=str))
+        recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
+        settings |= _keep_paths(settings, recorded)
+        return settings | self._record_drawing(options, missing, recorded)
+
+    def _record_drawing(
+        self, options: Options, missing: list[NamedTuple], recorded: dict
+    ) -> dict[str, str]:
+        """Returns the record that photographs are drawn at random, which stays as it was begun.
+
+        Raises `ValueError` if such a point is missing in a directory without this record.
+        """
+        if self.draws is None:
+            return {}
+        key = "photographs_drawn"
+        is_begun = any((options.workdir / "points").glob("*.json"))
+        if key in recorded or not recorded or not is_begun:
+            return {key: recorded.get(key, "at random")}
+        if any(self.draws(point, options) for point in missing):
+            raise ValueError(
+                f"workdir={str(options.workdir)!r} was begun by a version that took the first of "
+                f"photographs={options.photographs!r}, which are drawn at random now; choose "
+                "another --workdir"
+            )
+        return {}
 
     def _result(self, point: NamedTuple, options: Options, *shared) -> dict:
         return point._asdict() | self.measure(point, options, *shared)
@@ -227,20 +275,26 @@ class Study:
         print(text)
 
 
-def take_places(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def take_places(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    keys: Iterable[str] = ("data_dir", "dataset", "initial_weights"),
+) -> None:
     """Brings the record of a study's network into line with where its files are now.
 
-    The study's own work directory is checked before, and binds what the network is trained on. It
-    may have been moved since, and `--data_dir` may change from call to call.
+    The study's own work directory is checked before. It may have been moved since, and `--data_dir`
+    may change from call to call.
 
     Args:
       config: the configuration of the network.
       folder: the network's work directory, which may not exist yet.
+      keys: those of the files; without "initial_weights" where the study's work directory is not
+        bound to the contents of these.
     """
     recorded = workdir.read_record(folder, config.kind)
     if recorded is None:
         return
-    places = {name: config[name] for name in ("data_dir", "dataset", "initial_weights")}
+    places = {name: config[name] for name in keys}
     if recorded | places != recorded:
         workdir.write_json(folder / "config.json", recorded | places)
 
@@ -250,17 +304,66 @@ def _digest_contents(settings: dict) -> dict[str, str]:
     contents = {}
     # None where a study reads no photographs; "" for those that packages carry.
     folder = settings.get("photographs")
-    if folder is not None:
+    if isinstance(folder, str | os.PathLike):
         contents["photographs"] = photographs.digest(folder)
-    files = {name: file for name, (file, _) in settings.get("trained", {}).items()}
-    weights = settings.get("weights")
-    if isinstance(weights, list):
-        files |= dict(weights)
-    elif weights is not None:
-        files["weights"] = weights
-    for name, file in files.items():
+    for name, file in _list_weights(settings).items():
         contents[name] = _digest_weights(expand_user(file))
     return contents
+
+
+def _list_weights(settings: dict) -> dict[str, str | os.PathLike]:
+    """Returns the files of weights, by name, that options name; "weights" for a single file."""
+    files = {}
+    if _is_trained(settings.get("trained")):
+        files = {name: file for name, (file, *_) in settings["trained"].items()}
+    weights: Any = settings.get("weights")
+    if _are_pairs(weights):
+        files |= dict(weights)
+    elif isinstance(weights, str | os.PathLike):
+        files["weights"] = weights
+    return files
+
+
+def _is_trained(value) -> bool:
+    """Tells whether an option has the form of `add_trained`."""
+    return isinstance(value, dict) and all(
+        isinstance(pair, list | tuple) for pair in value.values()
+    )
+
+
+def _are_pairs(value) -> bool:
+    """Tells whether an option is a list of pairs of a name and a file."""
+    if not isinstance(value, list):
+        return False
+    return all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(part, str | os.PathLike) for part in pair)
+        for pair in value
+    )
+
+
+def _keep_paths(settings: dict, recorded: dict) -> dict:
+    """Returns the recorded paths of files that are elsewhere now, with the same contents."""
+    contents = settings.get("contents", {})
+    earlier = recorded.get("contents") or {}
+    same = {name for name, text in contents.items() if earlier.get(name) == text != _ABSENT}
+    kept = {}
+    # Photographs of packages have an order of their own.
+    has_folder = settings.get("photographs") and recorded.get("photographs")
+    if "photographs" in same and has_folder:
+        kept["photographs"] = recorded["photographs"]
+    files = _list_weights(settings) | {
+        name: file for name, file in _list_weights(recorded).items() if name in same
+    }
+    if _are_pairs(settings.get("weights")):
+        kept["weights"] = [[name, files[name]] for name, _ in settings["weights"]]
+    elif "weights" in same and "weights" in recorded:
+        kept["weights"] = recorded["weights"]
+    if _is_trained(settings.get("trained")):
+        trained = settings["trained"].items()
+        kept["trained"] = {name: [files[name], *others] for name, (_, *others) in trained}
+    return kept
 
 
 def _digest_weights(path: pathlib.Path) -> str:
@@ -268,7 +371,7 @@ def _digest_weights(path: pathlib.Path) -> str:
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         # What reads it tells why.
-        return "absent"
+        return _ABSENT
     with file.open("rb") as stream:
         return f"SHA-256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
 

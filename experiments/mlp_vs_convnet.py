@@ -55,12 +55,20 @@ def read_all(folder: pathlib.Path, name: str) -> list[dict]:
     return [workdir.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
 
 
+def read_failures(folder: pathlib.Path) -> list[str]:
+    """Returns the reasons for which runs of a sweep failed, or were refused, from its table."""
+    table = folder / "sweep.json"
+    if not table.exists():
+        return []
+    return [reason for row in workdir.read_json(table)["rows"] for reason in row["failed"]]
+
+
 def compare(folder: pathlib.Path) -> list[dict]:
     """Returns a row for each network with a finished or failed run; errors in percent."""
     rows = []
     for name, printed in CLAIMS.items():
         runs = read_all(folder / name, "results.json")
-        failed = [failure["error"] for failure in read_all(folder / name, "failure.json")]
+        failed = read_failures(folder / name)
         if not runs and not failed:
             continue
         row = {"network": name, "n": len(runs), "failed": failed}

@@ -99,17 +99,16 @@ def load(options) -> list[pathlib.Path]:
     return paths
 
 
-def draws_photographs(options) -> bool:
-    """Tells whether a seed has more photographs than it needs, and draws from them."""
+def draws(point: Point, options) -> bool:
+    """Tells whether a point has more photographs than it needs, and draws from them."""
+    if point.images == "noise":
+        return False
     paths, _ = photographs.find_photographs(options.photographs)
     parts = photographs.split(paths, (max(options.counts), _HELD_OUT, _TEST), 0)
     return photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST))
 
 
 def points(options):
-    if draws_photographs(options):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
     seeds = range(options.seeds)
     grid = itertools.product(options.encoders, options.paddings, options.images, seeds)
     return itertools.starmap(Point, grid)
@@ -399,6 +398,7 @@ STUDY = study.Study(
     points=points,
     measure=measure,
     report=report,
+    draws=draws,
 )
 main = STUDY.main
 

@@ -100,12 +100,16 @@ def list_subjects(options) -> list[tuple[str, str]]:
     return subjects
 
 
-def points(options):
+def draws(point: Trace | Windows, options) -> bool:
+    """Tells whether a point's seed has more photographs than it needs, and draws from them."""
+    if isinstance(point, Windows):
+        return False
     paths, _ = photographs.find_photographs(options.photographs)
     parts = photographs.split(paths, (1,) * options.seeds, 0)
-    if photographs.draws(parts, (options.images,) * options.seeds):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
+    return photographs.draws(parts, (options.images,) * options.seeds)
+
+
+def points(options):
     # The paddings of a seed follow each other, because they share the photographs and their
     # features.
     grid = itertools.product(list_subjects(options), range(options.seeds), options.paddings)
@@ -470,6 +474,7 @@ STUDY = study.Study(
     points=points,
     measure=measure,
     report=report,
+    draws=draws,
 )
 main = STUDY.main
 

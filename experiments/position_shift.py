@@ -79,12 +79,14 @@ def load(options) -> list[pathlib.Path]:
     return paths
 
 
-def points(options):
+def draws(point: Point, options) -> bool:
+    """Tells whether a point has more photographs to fit to than crops, and draws from them."""
     paths, _ = photographs.find_photographs(options.photographs)
-    *fitting, _ = photographs.split(paths, _PARTS, 0)
-    if photographs.draws(fitting, _COUNTS):
-        # Recorded in the work directory: earlier versions took the first photographs of each part.
-        options.photographs_drawn = "at random"
+    *fitting, _ = photographs.split(paths, _PARTS, point.seed)
+    return photographs.draws(fitting, _COUNTS)
+
+
+def points(options):
     grid = itertools.product(options.encoders, options.paddings, range(options.seeds))
     return itertools.starmap(Point, grid)
 
@@ -291,6 +293,7 @@ STUDY = study.Study(
     points=points,
     measure=measure,
     report=report,
+    draws=draws,
 )
 main = STUDY.main
 

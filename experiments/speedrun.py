@@ -449,6 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
         backend.start()
         # Times of different machines or versions of jax are not mixed.
         machine = backend.machine()
+        # The device is recorded twice: earlier work directories name nothing else of the machine.
         settings = config.to_dict() | {"device": machine["device"], "environment": machine}
         is_missing = not all(path.exists() for path in run_files(options.workdir, options.runs))
         with workdir.prepared(options.workdir, settings, is_missing) as folder:

@@ -23,6 +23,7 @@ Each network has its own work directory, and data/ contains the data sets (about
 Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -283,7 +284,13 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.schedule.name = "cosine"
     config.update_from_flattened_dict(settings)
     loop.check(config)
-    results = workdir.run_once(loop.run, config, folder, study.take_places)
+    keys = ["data_dir", "dataset"]
+    # A run of this study moves with it. A file is one of `--weights`, which may change from call to
+    # call, so an unfinished network stays bound to it.
+    if pathlib.Path(config.initial_weights).is_dir():
+        keys.append("initial_weights")
+    take_places = functools.partial(study.take_places, keys=keys)
+    results = workdir.run_once(loop.run, config, folder, take_places)
     return 1 - results["final"]["test_error"]
 
 

@@ -200,6 +200,25 @@ def test_runs_that_stop_early_are_averaged_where_they_are():
     mlp_vs_convnet.draw([row])
 
 
+def test_the_comparison_has_the_failures_of_the_sweeps_table(tmp_path):
+    """A run that failed may have been run again by itself; one may have been refused."""
+    folder = tmp_path / "lenet_mnist"
+    config = importlib.import_module("configs.lenet_mnist").get_config()
+    cells = [sweep.Cell({"seed": n}, config, folder / f"seed={n}") for n in range(3)]
+    final = {"epoch": 1, "train_error": 0.5, "test_error": 0.5}
+    run = {"parameters": 1, "training_seconds": 60, "final": final, "history": [final]}
+    for cell in cells[:2]:
+        cell.folder.mkdir(parents=True)
+        cell.failure.write_text('{"error": "the loss is not finite at step 3"}')
+    cells[0].results.write_text(json.dumps(run))
+    sweep.write_table(folder, cells, {"seed=2": "batch_size=100 is more than the 50 images"})
+    (row,) = mlp_vs_convnet.compare(tmp_path)
+    assert row["n"] == 1 and row["failed"] == [
+        "the loss is not finite at step 3",
+        "seed=2: batch_size=100 is more than the 50 images",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "without_figures")
 def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, monkeypatch, capfd):

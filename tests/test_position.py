@@ -766,7 +766,12 @@ def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config
     study.complete_record(gray_config, folder)
     workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
     study.complete_record(gray_config, folder)
-    (tmp_path / "grays" / "029.png").rename(tmp_path / "grays" / "other.png")
+    # The folder may be moved.
+    (tmp_path / "grays").rename(tmp_path / "moved grays")
+    gray_config.photographs = str(tmp_path / "moved grays")
+    study.complete_record(gray_config, folder)
+    workdir.check_config(folder, gray_config.to_dict())
+    (tmp_path / "moved grays" / "029.png").rename(tmp_path / "moved grays" / "other.png")
     message = "was begun with other files of photographs='.*grays' .*, digest .* there, .* now"
     with pytest.raises(ValueError, match=message):
         study.complete_record(gray_config, folder)

@@ -74,14 +74,15 @@ def test_fewer_images_than_photographs_are_nested_random_choices():
     assert position_fitted.choose_images(point._replace(images="noise"), 24, 200) == slice(24)
 
 
-@pytest.mark.parametrize("counts, is_drawn", [([24, 4], False), ([24, 3], True)])
-def test_a_work_directory_records_that_photographs_are_drawn(counts, is_drawn):
-    """Of 13 photographs, 4 are there to fit to; earlier versions took the first ones."""
-    options = argparse.Namespace(
-        photographs="", counts=counts, encoders=[], paddings=[], images=[], seeds=1
-    )
-    assert not list(position_fitted.points(options))
-    assert hasattr(options, "photographs_drawn") == is_drawn
+@pytest.mark.parametrize(
+    "counts, images, is_drawn",
+    [([24, 4], "shuffled", False), ([24, 3], "shuffled", True), ([24, 3], "noise", False)],
+)
+def test_the_study_knows_whether_photographs_are_drawn(counts, images, is_drawn):
+    """Of 13 photographs, 4 are there to fit to."""
+    point = Point("resnet18", "zeros", images, 0)
+    options = argparse.Namespace(photographs="", counts=counts)
+    assert position_fitted.STUDY.draws(point, options) == is_drawn
 
 
 def test_shuffling_moves_whole_pixels_of_one_image():

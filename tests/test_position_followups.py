@@ -441,16 +441,16 @@ def test_each_seed_s_photographs_are_drawn_at_random(monkeypatch):
 
 
 @pytest.mark.parametrize("images, is_drawn", [(100, False), (12, True)])
-def test_a_work_directory_records_that_photographs_are_drawn(monkeypatch, images, is_drawn):
-    """Earlier versions took the first photographs of each part."""
+def test_the_study_knows_whether_photographs_are_drawn(monkeypatch, images, is_drawn):
     paths = [pathlib.Path(f"{number:03}.jpg") for number in range(300)]
     found = lambda folder: (paths, "")
     monkeypatch.setattr(position_patterns.photographs, "find_photographs", found)
-    options = argparse.Namespace(
-        photographs="", images=images, seeds=3, encoders=["resnet18"], trained={}, paddings=[]
-    )
-    assert list(position_patterns.points(options))
-    assert hasattr(options, "photographs_drawn") == is_drawn
+    options = argparse.Namespace(photographs="", images=images, seeds=3)
+    draws = position_patterns.STUDY.draws
+    trace = position_patterns.Trace("patterns", "resnet18", "random", "zeros", 2)
+    assert draws(trace, options) == is_drawn
+    # These points have no images.
+    assert not draws(position_patterns.Windows("reads", "resnet18"), options)
 
 
 @pytest.mark.slow

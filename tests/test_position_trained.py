@@ -173,13 +173,12 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
 
 
 @pytest.mark.parametrize("count, is_drawn", [(13, False), (100, True)])
-def test_a_work_directory_records_that_photographs_are_drawn(monkeypatch, count, is_drawn):
-    """Earlier versions took the first photographs of each part."""
+def test_the_study_knows_whether_photographs_are_drawn(monkeypatch, count, is_drawn):
     paths = [pathlib.Path(f"{number}.jpg") for number in range(count)]
     monkeypatch.setattr(position_shift.photographs, "find_photographs", lambda folder: (paths, ""))
-    options = argparse.Namespace(photographs="", encoders=[], paddings=[], seeds=1)
-    assert not list(position_shift.points(options))
-    assert hasattr(options, "photographs_drawn") == is_drawn
+    point = position_shift.Point("resnet18", "zeros", 1)
+    options = argparse.Namespace(photographs="")
+    assert position_shift.STUDY.draws(point, options) == is_drawn
 
 
 @pytest.mark.slow

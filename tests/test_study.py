@@ -1,6 +1,7 @@
 """The frame of a study: resumable points, one work directory, one report."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -141,18 +142,75 @@ def test_photographs_of_other_names_or_sizes_are_refused(example, tmp_path, caps
     assert changed.main([*command, "2"]) == 0
     (folder / "b.png").write_bytes(b"others")
     capsys.readouterr()
-    assert changed.main([*command, "2"]) == 2
+    assert changed.main([*command, "3"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "(contents.photographs='1 file(s), digest " in line and "there, '2 file(s), " in line
+    # A report alone reads no photographs.
+    record = read(place / "config.json")
+    assert changed.main([*command, "2"]) == 0
+    assert read(place / "config.json") == record
 
     # The work directory of an earlier version has no such record, and gets one.
-    record = read(place / "config.json")
     contents = record.pop("contents")
     (place / "config.json").write_text(json.dumps(record))
-    assert changed.main([*command, "2"]) == 0
+    assert changed.main([*command, "3"]) == 0
     assert contents != read(place / "config.json")["contents"]
     (folder / "b.png").write_bytes(b"of another size")
+    assert changed.main([*command, "4"]) == 2
+
+
+def test_files_may_be_elsewhere_if_their_contents_are_the_same(example, tmp_path, capsys):
+    def add_options(parser):
+        example.add_options(parser)
+        parser.add_photographs()
+        parser.add_argument("--weights")
+        parser.add_trained()
+
+    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+
+    def run(folder, missing, seeds):
+        command = ["--workdir", str(tmp_path / "run"), "--seeds", str(seeds)]
+        command += ["--photographs", str(folder / "photographs"), "--weights", str(folder / "file")]
+        return changed.main([*command, "--trained", "resnet18", str(folder / "file"), missing])
+
+    for name, content in (("old", b"weights"), ("new", b"weights"), ("other", b"WEIGHTS")):
+        (tmp_path / name / "photographs").mkdir(parents=True)
+        (tmp_path / name / "photographs" / "a.png").write_bytes(b"some pixels")
+        (tmp_path / name / "file").write_bytes(content)
+    assert run(tmp_path / "old", "fc", 1) == 0
+    assert run(tmp_path / "new", "fc", 2) == 0
+    assert read(tmp_path / "run" / "config.json")["weights"] == str(tmp_path / "old" / "file")
+    capsys.readouterr()
+    assert run(tmp_path / "other", "fc", 3) == 2
+    assert "contents.resnet18='SHA-256 " in capsys.readouterr().err
+    assert run(tmp_path / "new", "layer4", 3) == 2
+    assert "['fc']] there, " in capsys.readouterr().err
+
+
+def test_photographs_that_are_drawn_do_not_join_the_first_ones(example, tmp_path, capsys):
+    """Earlier versions took the first photographs of each part, and recorded nothing of it."""
+
+    def add_options(parser):
+        example.add_options(parser)
+        parser.add_photographs()
+
+    draws = lambda point, options: point.seed > 0
+    changed = dataclasses.replace(example.STUDY, add_options=add_options, draws=draws)
+    command = ["--workdir", str(tmp_path), "--seeds"]
+    assert changed.main([*command, "1"]) == 0
+    record = read(tmp_path / "config.json")
+    assert record.pop("photographs_drawn") == "at random"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    # A report of what is there needs no photographs.
+    assert changed.main([*command, "1"]) == 0
     assert changed.main([*command, "2"]) == 2
+    message = "begun by a version that took the first of photographs='', which are drawn at random"
+    assert message in capsys.readouterr().err
+    assert read(tmp_path / "config.json") == record
+    # Points without photographs are measured, and leave the record as it was begun.
+    (tmp_path / "points" / "fill=zeros,seed=0.json").unlink()
+    assert changed.main([*command, "1"]) == 0
+    assert read(tmp_path / "config.json") == record
 
 
 def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
@@ -169,6 +227,13 @@ def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
     assert contents({"weights": None, "photographs": None, "seeds": 3}) == {}
 
 
+@pytest.mark.parametrize("value", [0.5, ["ab", "cd"], ["a", "b"], [0.5, 0.1], [], True])
+def test_options_that_name_no_files_may_have_any_name(value):
+    settings = {"weights": value, "trained": value, "seeds": 3}
+    assert study._digest_contents(settings) == {}
+    assert study._digest_contents({"photographs": 5}) == {}
+
+
 def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
     """Other spellings of the data's folder, and a moved study, are no other configuration."""
     trained = defaults.get_config()
@@ -183,9 +248,16 @@ def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
     trained.update(initial_weights="/new/run/start", data_dir="/new/data")
     assert workdir.run_once(pytest.fail, trained, folder, study.take_places) == results
     assert read(folder / "config.json")["data_dir"] == "/new/data"
+    # The directory of a study whose weights may change is not bound to their contents.
+    trained.initial_weights = "/other"
+    with pytest.raises(ValueError, match="initial_weights='/new/run/start' there, '/other' now"):
+        adopt = functools.partial(study.take_places, keys=("data_dir", "dataset"))
+        workdir.run_once(pytest.fail, trained, folder, adopt)
+    # A refused call leaves the record as it was.
     trained.epochs += 1
     with pytest.raises(ValueError, match="another configuration"):
         workdir.run_once(pytest.fail, trained, folder, study.take_places)
+    assert read(folder / "config.json")["initial_weights"] == "/new/run/start"
 
 
 def test_errors_are_one_line_and_nothing_is_written(example, tmp_path, capsys):

@@ -191,6 +191,76 @@ def test_a_refused_run_leaves_a_folder_as_it_was(name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 100
 
 
+def test_a_refused_start_leaves_the_record_of_those_before(tmp_path, monkeypatch):
+    """It has measured nothing."""
+    config = ml_collections.ConfigDict({"kind": "train"})
+    workdir.run_once(finish, config, tmp_path)
+    (tmp_path / "results.json").rename(tmp_path / "metrics.jsonl")
+    record = {}
+    for name in ("config.json", "environment.json", "manifest.json"):
+        record[name] = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(workdir, "_git_revision", lambda: "a later one")
+
+    def adopt(config, folder):
+        workdir.write_json(folder / "config.json", config.to_dict() | {"data_dir": "elsewhere"})
+
+    def refuse(config, folder):
+        raise FileNotFoundError("data_dir='absent' does not exist")
+
+    with pytest.raises(FileNotFoundError):
+        workdir.run_once(refuse, config, tmp_path)
+    with pytest.raises(ValueError, match="another configuration"):
+        workdir.run_once(refuse, config, tmp_path, adopt)
+    assert all((tmp_path / name).read_bytes() == content for name, content in record.items())
+
+    def measure(config, folder):
+        workdir.write(folder / "metrics.jsonl", "one more epoch")
+        raise ValueError("a.jpg is not a readable image")
+
+    # What has measured is recorded, whatever ends it.
+    with pytest.raises(ValueError, match="readable"):
+        workdir.run_once(measure, config, tmp_path)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["git_revision"] == "a later one" and len(environment["earlier"]) == 1
+
+
+@pytest.mark.parametrize("name", ["log.txt", "train.log", ".DS_Store"])
+def test_a_log_starts_no_run(name, tmp_path):
+    """So a smaller batch is accepted after one that did not fit into memory."""
+    (tmp_path / name).touch()
+
+    def run(config, folder):
+        raise MemoryError
+
+    for size in (1_000_000, 100):
+        config = ml_collections.ConfigDict({"kind": "train", "batch_size": size})
+        with pytest.raises(MemoryError):
+            workdir.run_once(run, config, tmp_path)
+
+
+def test_a_call_that_computes_nothing_keeps_the_record(tmp_path):
+    """It is not bound to the files and the machine that made the results."""
+    config = {"size": 3}
+    measured = config | {"contents": {"photographs": "13 files"}, "environment": {"jax": "1"}}
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "0.json").touch()
+    # Earlier versions wrote a results.json.
+    (tmp_path / "results.json").touch()
+    for recorded in (config, measured):
+        (tmp_path / "config.json").write_text(json.dumps(recorded))
+        now = measured | {"contents": {}, "environment": {"jax": "2"}}
+        with workdir.prepared(tmp_path, now, computes=False):
+            assert json.loads((tmp_path / "config.json").read_text()) == recorded
+    assert not (tmp_path / "environment.json").exists()
+    with (
+        pytest.raises(ValueError, match="environment.jax='1' there, '2' now"),
+        workdir.prepared(tmp_path, now | {"contents": measured["contents"]}, computes=True),
+    ):
+        pass
+    with workdir.prepared(tmp_path, measured, computes=True):
+        assert (tmp_path / "environment.json").exists()
+
+
 def test_the_commit_is_that_of_this_code(tmp_path, monkeypatch):
     """A package that is installed in the folder of another project is of no commit."""
 
@@ -273,7 +343,7 @@ except workdir.Claimed as error:
         # An earlier version's: another process may have the number by now.
         (HERE, 130, True),
         # A process that is suspended by Ctrl-Z does not renew its claim.
-        (HERE | {"started": workdir._started_at("self")}, 130, False),
+        (HERE | {"started": workdir._started_at(os.getpid())}, 130, False),
         (HERE | {"started": 1}, 0, True),
         ({"host": "elsewhere", "process": 1}, 100, False),
         ({"host": "elsewhere", "process": 1}, 130, True),
@@ -293,6 +363,54 @@ def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
         with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
             pass
         assert [file.name for file in tmp_path.iterdir()] == ["run.claim"]
+
+
+@pytest.mark.parametrize("hidden", [PermissionError, FileNotFoundError], ids=["1", "2"])
+def test_a_process_that_proc_hides_keeps_its_claim(hidden, tmp_path, monkeypatch):
+    """With hidepid=1 or hidepid=2, /proc shows no processes of other users."""
+    path = tmp_path / "run.claim"
+    parent = {"host": platform.node(), "process": os.getppid()}
+    path.write_text(json.dumps(parent | {"started": workdir._started_at(os.getppid())}))
+    read_bytes = pathlib.Path.read_bytes
+
+    def read(path):
+        if str(path) == f"/proc/{os.getppid()}/stat":
+            raise hidden
+        return read_bytes(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+    with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
+        pass
+
+
+def test_the_proc_of_another_namespace_tells_nothing(tmp_path, monkeypatch):
+    """After `unshare --pid`, /proc may have the numbers of the outer namespace."""
+    path = tmp_path / "run.claim"
+    path.write_text(json.dumps(HERE | {"started": 1}))
+    readlink = os.readlink
+    links = lambda path: "1" if path == "/proc/self" else readlink(path)
+    monkeypatch.setattr(os, "readlink", links)
+    with pytest.raises(workdir.Claimed) as refusal, workdir.claim(tmp_path):
+        pass
+    # The number may be another process's by now, so nobody is told to end it.
+    assert "kill" not in str(refusal.value)
+    os.utime(path, (time.time() - 130,) * 2)
+    with workdir.claim(tmp_path):
+        assert json.loads(path.read_text())["started"] is None
+
+
+def test_only_a_process_of_this_machine_is_to_be_ended(tmp_path):
+    hint = (
+        f"if it is suspended, continue it with fg; if it hangs, end it with kill -9 {os.getpid()}"
+    )
+    with (
+        workdir.claim(tmp_path),
+        pytest.raises(workdir.Claimed, match=hint),
+    ):
+        workdir.claim(tmp_path).__enter__()
+    (tmp_path / "run.claim").write_text(json.dumps({"host": "elsewhere", "process": 1}))
+    with pytest.raises(workdir.Claimed, match="1 on elsewhere; wait for it, or choose another"):
+        workdir.claim(tmp_path).__enter__()
 
 
 def test_a_claim_that_replaced_a_void_one_stays(tmp_path):

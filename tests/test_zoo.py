@@ -10,7 +10,8 @@ from experiments import zoo
 
 def frameworks(version: str) -> zoo.Frameworks:
     """Returns stand-ins for PyTorch and torchvision, which tests do not need."""
-    models = types.SimpleNamespace(list_models=lambda module: ["resnet18", "resnet34"])
+    names = ["resnet18", "resnet34", "vgg11"]
+    models = types.SimpleNamespace(list_models=lambda module: names)
     torch = types.SimpleNamespace(__version__=version, set_num_threads=lambda count: None)
     return zoo.Frameworks(torch, types.SimpleNamespace(__version__="0.28.0", models=models))
 
@@ -32,8 +33,11 @@ def test_times_of_two_environments_are_not_mixed(tmp_path, monkeypatch, capsys):
     assert "torch\n2.13.0, torchvision 0.28.0" in (tmp_path / "run" / "report.md").read_text()
 
     monkeypatch.setattr(zoo, "load_torchvision", lambda: frameworks("2.14.0"))
-    assert study.main([*arguments, "resnet*"]) == 2
+    assert study.main([*arguments, "*"]) == 2
     assert "environment.torch='2.13.0' there, '2.14.0' now" in capsys.readouterr().err
+    # A report alone names the versions that measured.
+    assert study.main([*arguments, "resnet*"]) == 0
+    assert "torch\n2.13.0, torchvision 0.28.0" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_batch_of_one_image_is_refused(capsys):

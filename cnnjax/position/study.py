@@ -250,6 +250,8 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adds keys introduced after a study to its record, and checks its files' digests.
 
+    Files that have been moved are recorded where they are now.
+
     Args:
       config: the configuration to run.
       folder: the work directory, which may not exist yet.
@@ -258,17 +260,23 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
       ValueError: if the study was begun with other photographs or weights.
     """
     recorded = workdir.read_record(folder, config.kind)
-    if recorded and not defaults.BEFORE.keys() <= recorded.keys():
-        workdir.write_json(folder / "config.json", defaults.BEFORE | recorded)
-    if recorded:
-        _check_inputs(config, folder, recorded)
+    if recorded is None:
+        return
+    moved = _check_inputs(config, folder, recorded)
+    completed = defaults.BEFORE | recorded | moved
+    if completed != recorded:
+        workdir.write_json(folder / "config.json", completed)
 
 
-def _check_inputs(config: ml_collections.ConfigDict, folder: pathlib.Path, recorded: dict) -> None:
+def _check_inputs(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, recorded: dict
+) -> dict[str, str]:
     """Checks that a study goes on with the photographs and weights that it was begun with.
 
-    Other names than the recorded ones are left to `workdir.check_config`.
+    Other files elsewhere are left to `workdir.check_config`. Returns the present paths, by key, of
+    the same files elsewhere.
     """
+    moved = {}
     path = folder / _INPUTS
     if path.exists():
         before = workdir.read_json(path)
@@ -278,7 +286,11 @@ def _check_inputs(config: ml_collections.ConfigDict, folder: pathlib.Path, recor
                     f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
                     f"({before[key]} there, {now} now); choose another --workdir"
                 )
-        return
+            # The photographs of packages ("") have an order of their own.
+            is_path = bool(recorded.get(key)) and bool(config[key])
+            if is_path and before.get(key) == now:
+                moved[key] = config[key]
+        return moved
     # Earlier versions recorded no digests, and took the first photographs of each part.
     is_unfinished = not (folder / "results.json").exists()
     if is_unfinished and any(_results_folder(config, folder).glob("*.npz")) and draws(config):
@@ -286,6 +298,7 @@ def _check_inputs(config: ml_collections.ConfigDict, folder: pathlib.Path, recor
             f"workdir={str(folder)!r} was begun by a version that did not draw the photographs of "
             f"photographs={config.photographs!r} at random; choose another --workdir"
         )
+    return moved
 
 
 def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:

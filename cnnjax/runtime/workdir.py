@@ -16,8 +16,9 @@ recorded or started run, and returns the results of a finished one once they mat
 Commands that need no seal use `prepared` around their work, or `prepare`, which does not claim.
 
 A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
-is then removed, and the directory with it unless it was there before. Other files in the directory,
-such as a log or a sweep's tables, belong to the user and neither start nor seal a run.
+is then removed, and the directory with it unless it was there before. A start that is refused later
+leaves the record of the starts before. Logs (*.log, *.txt) and hidden files in the directory belong
+to the user and do not start a run; a seal covers the run's own files only.
 """
 
 import contextlib
@@ -39,6 +40,10 @@ from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
 _RECORD = ("config.json", "environment.json")
+# Keys of a study's record that say what was measured and where; the others are options.
+_MEASURED_KEYS = ("contents", "environment")
+# Files of the user, such as what `tee` has written of the output; runs write none.
+_LOG_SUFFIXES = (".log", ".txt")
 # Files of finished runs that reports, figures and other commands are made from. config.json is not
 # among them: `check_config` compares it.
 _SEALED = frozenset(
@@ -226,8 +231,14 @@ def _difference(old, new, prefix: str = "") -> str | None:
     return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
 
 
-def check_config(folder: pathlib.Path, config: dict) -> None:
+def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> None:
     """Checks that a work directory holds a run of this configuration.
+
+    Args:
+        folder: the work directory.
+        config: the configuration.
+        computes: whether results may be added. If not, it does not matter which files and machine
+            the call would measure.
 
     Raises:
         OtherConfiguration: if it holds one of another configuration.
@@ -250,10 +261,11 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
         name = recorded.get("model")
         if str(current.get("model")).endswith((f".py:{name}", f"/{name}")):
             recorded["model"] = current["model"]
-    # Earlier records lack what studies have recorded since of their files and their machine.
+    # Earlier records of studies lack the digests of their files, and their machine.
     if isinstance(recorded, dict):
-        for key in ("contents", "environment"):
-            recorded.setdefault(key, current.get(key))
+        for key in _MEASURED_KEYS:
+            if key not in recorded or not computes:
+                recorded[key] = current.get(key)
     if difference := _difference(recorded, current):
         raise OtherConfiguration(
             f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
@@ -262,23 +274,24 @@ def check_config(folder: pathlib.Path, config: dict) -> None:
 
 
 def _has_started(folder: pathlib.Path) -> bool:
-    """Tells whether a work directory holds more than a record, temporary files and folders."""
-    return bool(_contents(folder))
+    """Tells whether a work directory holds more than a record.
 
-
-def _contents(folder: pathlib.Path) -> set[str]:
-    """Lists what a directory holds besides a record, temporary files and empty folders."""
-    names = set()
+    Temporary files, those of the user, and empty folders do not count.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         # A process that was killed may leave its claim, or a file that it was writing.
         is_temporary = path.suffix in (".claim", ".void", ".partial") and path.is_file()
-        # Systems leave files such as .DS_Store; runs write none.
-        is_hidden = path.name.startswith(".")
+        is_users = _is_users(path.name)
         # A refused run may leave the empty folder of its checkpoints.
         is_empty_folder = path.is_dir() and not any(path.iterdir())
-        if not (path.name in _RECORD or is_temporary or is_hidden or is_empty_folder):
-            names.add(path.name)
-    return names
+        if not (path.name in _RECORD or is_temporary or is_users or is_empty_folder):
+            return True
+    return False
+
+
+def _is_users(name: str) -> bool:
+    """Tells whether a file is a log or hidden, such as .DS_Store; runs write none."""
+    return name.startswith(".") or name.endswith(_LOG_SUFFIXES)
 
 
 def read_record(folder: pathlib.Path, kind: str) -> dict | None:
@@ -295,14 +308,14 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     return None
 
 
-def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:
+def prepare(folder: str | os.PathLike, config: dict, computes: bool | None = None) -> pathlib.Path:
     """Creates a work directory and records the configuration and the environment.
 
     Args:
         folder: the work directory.
         config: what the directory is bound to.
-        computes: whether results are still to be computed; if not, the directory keeps the
-            environment that made them.
+        computes: whether a study computes results in this call; if not, the directory keeps the
+            record of what made them. None for a run, which is finished once it has a results.json.
 
     Returns:
         The directory's path.
@@ -315,14 +328,17 @@ def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> p
         folder.mkdir(parents=True, exist_ok=True)
         # A run that has not started has left nothing that could be mixed up with another's.
         if _has_started(folder) and (folder / "config.json").exists():
-            check_config(folder, config)
-        write_json(folder / "config.json", config)
+            check_config(folder, config, computes is not False)
+        if computes is not False or not (folder / "config.json").exists():
+            write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
-    # A finished run keeps the environment that made its results.
-    if computes and not (folder / "results.json").exists():
+    if computes is None:
+        # A finished run keeps the environment that made its results.
+        computes = not (folder / "results.json").exists()
+    if computes:
         write_json(folder / "environment.json", _environment(folder, config))
     return folder
 
@@ -437,9 +453,9 @@ def run_once(
     folder = pathlib.Path(folder)
     # Claimed before config.json is written, which must not change under a run of another process.
     with _removed_if_empty(folder), claim(folder):
-        if adopt:
-            adopt(config, folder)
-        with _removed_if_refused(folder):
+        with _undone_if_refused(folder):
+            if adopt:
+                adopt(config, folder)
             prepare(folder, config.to_dict())
             if (folder / "results.json").exists():
                 check_seal(folder)
@@ -454,16 +470,18 @@ def run_once(
 
 @contextlib.contextmanager
 def prepared(
-    folder: str | os.PathLike, config: dict, computes: bool = True
+    folder: str | os.PathLike, config: dict, computes: bool | None = None
 ) -> Iterator[pathlib.Path]:
     """Claims and prepares a work directory for the work in the context, and gives its path.
+
+    The arguments are those of `prepare`.
 
     Raises:
         ValueError: as `claim` and `prepare`. Work that is refused before it writes leaves no
             folder.
     """
     folder = pathlib.Path(folder)
-    with _removed_if_empty(folder), claim(folder), _removed_if_refused(folder):
+    with _removed_if_empty(folder), claim(folder), _undone_if_refused(folder):
         prepare(folder, config, computes)
         yield folder
 
@@ -482,25 +500,52 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _removed_if_refused(folder: pathlib.Path) -> Iterator[None]:
-    """Removes the record of a run that the context refuses before it has started."""
-    before = _contents(folder)
-    record = [folder / name for name in _RECORD]
-    if before:
-        # The record that is there already may be that of a run that has started.
-        record = [path for path in record if not path.exists()]
+def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
+    """Undoes the record of a start that the context refuses before it has computed anything."""
+    record: dict[pathlib.Path, bytes | None] = {}
+    has_started = _has_started(folder)
+    for name in (*_RECORD, _MANIFEST):
+        path = folder / name
+        # The record of a run that has not started is not worth keeping.
+        record[path] = path.read_bytes() if has_started and path.is_file() else None
+    before = _list_times(folder)
     try:
         yield
     except (ValueError, FileNotFoundError):
-        if backend.writes() and _contents(folder) <= before:
+        if backend.writes() and _list_times(folder).items() <= before.items():
             # On a disk that can no longer be written to, the refusal itself is reported.
             with contextlib.suppress(OSError):
-                for path in record:
-                    path.unlink(missing_ok=True)
+                for path, content in record.items():
+                    _restore(path, content)
             # Training creates it before its first step; `rmdir` removes it only if it is empty.
             with contextlib.suppress(OSError):
                 (folder / "checkpoints").rmdir()
         raise
+
+
+def _list_times(folder: pathlib.Path) -> dict[str, int]:
+    """Lists when each file of results, in subfolders, too, was last written.
+
+    Records are left out: a refusal restores those of networks in a study's folder as well.
+    """
+    times = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            is_record = name in (*_RECORD, _MANIFEST, "run.claim")
+            if not is_record and not _is_users(name):
+                path = os.path.join(root, name)
+                # Another process may remove its temporary file meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    times[path] = os.lstat(path).st_mtime_ns
+    return times
+
+
+def _restore(path: pathlib.Path, content: bytes | None) -> None:
+    """Gives a file its earlier content, or removes it if there was none."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    elif not path.exists() or path.read_bytes() != content:
+        write(path, content)
 
 
 # ------------------------------------------------------------------ one process at a time
@@ -529,16 +574,36 @@ def _pid_namespace() -> str | None:
         return None
 
 
-def _started_at(process: int | str) -> int | None:
-    """Returns when a process of this machine began, in ticks of its clock; None if it has ended."""
+def _started_at(process: int) -> int | None:
+    """Returns when a process of this machine began, in ticks of its clock; None if it has ended.
+
+    Raises `OSError` if that cannot be seen.
+    """
     try:
-        stat = pathlib.Path(f"/proc/{process}/stat").read_bytes()
-    except OSError:
+        # This asks the system itself. /proc may hide the processes of other users (hidepid).
+        os.kill(process, 0)
+    except ProcessLookupError:
         return None
+    except PermissionError:
+        # It is another user's, and running.
+        pass
+    content = pathlib.Path(f"/proc/{process}/stat").read_bytes()
     # The fields after the name, which is in brackets and may hold spaces and brackets.
-    state, *fields = stat.rpartition(b")")[2].split()
+    state, *fields = content.rpartition(b")")[2].split()
     # A zombie has ended, and waits for its parent to notice.
     return None if state in (b"Z", b"X") else int(fields[18])
+
+
+def _own_start() -> int | None:
+    """Returns when this process began; None if /proc does not tell."""
+    try:
+        # /proc may be that of another namespace (unshare --pid), with other numbers.
+        if os.readlink("/proc/self") == str(os.getpid()):
+            return _started_at(os.getpid())
+    except OSError:
+        # Some systems have no /proc.
+        pass
+    return None
 
 
 def _is_running(holder: dict) -> bool | None:
@@ -546,9 +611,12 @@ def _is_running(holder: dict) -> bool | None:
     # Claims of earlier versions do not name their namespace.
     namespace = holder.get("namespace", _pid_namespace())
     is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
-    if not is_here or _started_at("self") is None:
+    if not is_here or _own_start() is None:
         return None
-    started = _started_at(holder["process"])
+    try:
+        started = _started_at(holder["process"])
+    except OSError:
+        return None
     if started is None:
         return False
     # Claims of earlier versions do not say when their process began. Another process may have its
@@ -576,8 +644,14 @@ def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path
         holder = json.loads(content)
         description = f"process {holder['process']} on {holder['host']}"
         is_running = _is_running(holder)
+        # Only a process that is known to be the holder is safe to end.
+        if is_running:
+            description += (
+                " (if it is suspended, continue it with fg; if it hangs, end it with "
+                f"kill -9 {holder['process']})"
+            )
     # A damaged claim is not renewed, and so it is stale before long.
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         description = "process unknown on a machine"
         is_running = None
     if is_running is None:
@@ -630,7 +704,7 @@ def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
             if holder := _describe_holder(path, content, own_claim):
                 raise Claimed(
                     f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
-                    "another --workdir; if it hangs, end it with kill -9"
+                    "another --workdir"
                 ) from None
             has_met_stale = True
             _remove_stale(path, content, own_claim)
@@ -679,7 +753,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         "host": platform.node(),
         "process": os.getpid(),
         "namespace": _pid_namespace(),
-        "started": _started_at("self"),
+        "started": _own_start(),
         # Tells this claim from an earlier one of the same process.
         "id": own_claim.stem,
     }
