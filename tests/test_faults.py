@@ -497,6 +497,8 @@ def test_a_flipped_bit_in_a_finished_run(finished, run_here, tmp_path):
     redrawn = {"report.md", "curves.png", "confusion.png", "mistakes.png"}
     assert set(names) == sealed | redrawn | {"config.json"}
     shutil.copytree(finished, folder)
+    # Figures are drawn as this process draws them.
+    assert run_here(config, folder) is None
     for name in names:
         for _ in range(5):
             before = (folder / name).read_bytes()

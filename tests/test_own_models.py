@@ -237,8 +237,11 @@ def test_a_moved_network_is_spelled_as_in_the_configuration(own, tmp_path):
 
 
 def test_the_bare_name_of_a_moved_network_is_looked_for_nearby_only(tmp_path):
-    """A file in the home folder or in /tmp may well be another project's."""
-    run = tmp_path / "project" / "runs" / "a"
+    """A file in the home folder or in /tmp may well be another project's.
+
+    The farthest folder is that of a project whose sweep has the run.
+    """
+    run = tmp_path / "project" / "runs" / "sweep" / "a"
     run.mkdir(parents=True)
     recorded = {"kind": "train", "model": "/gone/own.py:Own"}
     (run / "config.json").write_text(json.dumps(recorded))
