@@ -6,8 +6,8 @@ the report. The frame does what all studies share:
 - `--help` shows the script's docstring, and an error is one line.
 - Each point's result is a JSON file in `points/` of the work directory. After Ctrl-C, the same
   command measures what is missing.
-- The work directory belongs to one set of options, and to the contents of the photographs and
-  weights that they name; a call with others is refused, and so is a second process.
+- The work directory belongs to one set of options, and to the photographs and weights that they
+  name; a call with others is refused, and so is a second process.
 - The report is written from the results alone, and printed. The frame adds the environment that
   measured them.
 
@@ -136,7 +136,8 @@ class Study:
     `load` and `points` raise `ValueError` for bad options. A refused call leaves no new folder.
 
     The frame takes options of three names for files. Unless they are axes, the work directory is
-    bound to the contents of the files, which may be moved from call to call.
+    bound to these files, to the names and sizes of photographs and to the contents of weights. The
+    files may be moved from call to call.
 
     - `photographs`: a folder; empty for the photographs that packages carry (`add_photographs`).
     - `weights`: a file of weights, a training run, or a list of pairs of a name and one of these.
@@ -230,7 +231,7 @@ class Study:
     def _settings(self, options: Options, missing: list[NamedTuple]) -> dict:
         """Returns the options, and the contents of files, to which the work directory is bound.
 
-        Raises `ValueError` if points are missing that do not go with those that are there.
+        Raises `ValueError` if a missing point cannot be combined with the finished ones.
         """
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}

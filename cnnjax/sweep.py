@@ -62,14 +62,6 @@ class Cell:
         return self.folder / "failure.json"
 
     @property
-    def has_started(self) -> bool:
-        # Before its first checkpoint or epoch, a run may be replaced by one of another
-        # configuration.
-        has_written = (self.folder / "metrics.jsonl").exists() or self.results.exists()
-        has_written = has_written or any((self.folder / "checkpoints").glob("*"))
-        return has_written and (self.folder / "config.json").exists()
-
-    @property
     def has_failed(self) -> bool:
         # It may have been run again since, by itself.
         return self.failure.exists() and not self.results.exists()
@@ -134,7 +126,8 @@ def check(cells: list[Cell]) -> None:
     for cell in cells:
         job = single.job_of(cell.config)
         job.check(cell.config)
-        if not (cell.is_done or cell.has_started):
+        is_recorded = (cell.folder / "config.json").exists()
+        if not (is_recorded and workdir.has_started(cell.folder)):
             continue
         job.complete_record(cell.config, cell.folder)
         # A run that a damaged image ended adopts `skip_damaged` when it goes on.
@@ -180,6 +173,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
                 claimed.append(cell)
                 if is_first_round:
                     _LOG.info("cell %s is left out: %s", cell.name, error)
+                continue
             except workdir.OtherConfiguration:
                 raise
             except (ValueError, FileNotFoundError) as error:
@@ -188,6 +182,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
                 continue
             write_table(folder, cells, refused)
         if claimed and is_first_round:
+            write_table(folder, cells, refused)
             _LOG.info("waiting for %d cells of other processes", len(claimed))
         if claimed:
             time.sleep(pause)
@@ -349,6 +344,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
         write_table(options.workdir, cells, refused)
         raise
     except KeyboardInterrupt as stop:
+        write_table(options.workdir, cells, refused)
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
     for cell in cells:
         # Another machine has finished it since.

@@ -202,9 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.workdir.absolute()
     code = 0
     for name in options.networks:
-        # A sweep that ends with an error has already printed the reason.
-        code = run_sweep(name, folder / name, more)
-        if code:
+        # A sweep that ends with an error has already printed the reason. If only some of its runs
+        # have failed, with the code 1, the next network is trained all the same.
+        result = run_sweep(name, folder / name, more)
+        code = max(code, result)
+        if result not in (0, 1):
             break
     # What has failed is in the report, too.
     return command.run(lambda: report(folder)) or code

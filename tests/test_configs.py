@@ -214,7 +214,7 @@ def test_the_comparison_has_the_failures_of_the_sweeps_table(tmp_path):
     sweep.write_table(folder, cells, {"seed=2": "batch_size=100 is more than the 50 images"})
     (row,) = mlp_vs_convnet.compare(tmp_path)
     assert row["n"] == 1 and row["failed"] == [
-        "the loss is not finite at step 3",
+        "seed=1: the loss is not finite at step 3",
         "seed=2: batch_size=100 is more than the 50 images",
     ]
 
@@ -265,5 +265,19 @@ def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, monkeypatch, cap
     text = (tmp_path / "report.md").read_text()
     assert (
         "| mlp1_cifar10 | 650 | 2 | 59 | " in text
-        and "mlp1_cifar10: the loss is not finite at step 3" in text
+        and "mlp1_cifar10: seed=1: the loss is not finite at step 3" in text
     )
+
+
+def test_a_network_with_a_failed_run_does_not_keep_the_next_from_training(tmp_path, monkeypatch):
+    """A sweep ends with 1 if some runs failed, and with others if it cannot go on."""
+    codes = {"mlp1_cifar10": 1, "mlp3_cifar10": 0, "lenet_mnist": 75, "tutorial_cifar10": 0}
+    trained = []
+
+    def run_sweep(name, folder, arguments):
+        trained.append(name)
+        return codes[name]
+
+    monkeypatch.setattr(mlp_vs_convnet, "run_sweep", run_sweep)
+    assert mlp_vs_convnet.main(["--workdir", str(tmp_path), "--networks", *codes]) == 75
+    assert trained == ["mlp1_cifar10", "mlp3_cifar10", "lenet_mnist"]

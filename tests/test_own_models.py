@@ -165,9 +165,17 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
     assert config.model == f"{path}:{name}"
     for recorded in (config.model, f"{path.name}:{name}", name):
         (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": recorded}))
+        adopt.complete_record(config, tmp_path)
         workdir.check_config(tmp_path, config.to_dict())
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": "a.py:other"}))
+    adopt.complete_record(config, tmp_path)
     with pytest.raises(ValueError, match="model='a.py:other' there"):
+        workdir.check_config(tmp_path, config.to_dict())
+    # A network of the user's is not the one of this package with the same name.
+    config.model = f"{path}:lenet"
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"model": "lenet"}))
+    adopt.complete_record(config, tmp_path)
+    with pytest.raises(ValueError, match="model='lenet' there"):
         workdir.check_config(tmp_path, config.to_dict())
 
 

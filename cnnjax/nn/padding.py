@@ -23,7 +23,8 @@ The fills, shown on the row 1234 with an amount of 2:
     one-sided    0000 1234         the zeros of both sides above and to the left
 
 Except for 'none' and 'full', the amount does not depend on the fill (no 'SAME'): the sampling grid
-of a strided network is the same under all fills, so a comparison of fills compares nothing else.
+of a strided network is the same under all fills but 'one-sided' and 'interpolate', so a comparison
+of the others compares nothing else.
 """
 
 from collections.abc import Sequence

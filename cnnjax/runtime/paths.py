@@ -40,7 +40,7 @@ def find_moved(
     for start in range(1, len(path.parts)):
         folders = [*near, elsewhere]
         if start == bare_name:
-            folders = [*near[:_BARE_NAME_FOLDERS]]
+            folders = list(near[:_BARE_NAME_FOLDERS])
         for folder in folders:
             # Spelled as in configurations (`models.base.name_with_file`).
             candidate = os.path.abspath(folder.joinpath(*path.parts[start:]))

@@ -39,10 +39,11 @@ from collections.abc import Callable, Iterator
 from cnnjax.runtime import backend
 
 _MANIFEST = "manifest.json"
+_CLAIM = "run.claim"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
-# Files of the user, such as what `tee` has written of the output; runs write none.
+# Logs of the user, such as what `tee` has written of the output; runs write none.
 _LOG_SUFFIXES = (".log", ".txt")
 # Files of finished runs that reports, figures and other commands are made from. config.json is not
 # among them: `check_config` compares it.
@@ -253,16 +254,11 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
             f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if "
             "the run is of this very configuration, or choose another --workdir"
         ) from error
-    # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
-    if isinstance(recorded, dict) and "workdir" not in current:
-        recorded.pop("workdir", None)
-    # Earlier records name a user's model without its file, or the file without its folder.
     if isinstance(recorded, dict):
-        name = recorded.get("model")
-        if str(current.get("model")).endswith((f".py:{name}", f"/{name}")):
-            recorded["model"] = current["model"]
-    # Earlier records of studies lack the digests of their files, and their machine.
-    if isinstance(recorded, dict):
+        # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
+        if "workdir" not in current:
+            recorded.pop("workdir", None)
+        # Earlier records of studies lack the digests of their files, and their machine.
         for key in _MEASURED_KEYS:
             if key not in recorded or not computes:
                 recorded[key] = current.get(key)
@@ -273,24 +269,24 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
         )
 
 
-def _has_started(folder: pathlib.Path) -> bool:
-    """Tells whether a work directory holds more than a record.
+def has_started(folder: pathlib.Path) -> bool:
+    """Tells whether a work directory holds more than a record and what is no result.
 
-    Temporary files, those of the user, and empty folders do not count.
+    Empty folders do not count: a refused run may leave that of its checkpoints.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        # A process that was killed may leave its claim, or a file that it was writing.
-        is_temporary = path.suffix in (".claim", ".void", ".partial") and path.is_file()
-        is_users = _is_users(path.name)
-        # A refused run may leave the empty folder of its checkpoints.
         is_empty_folder = path.is_dir() and not any(path.iterdir())
-        if not (path.name in _RECORD or is_temporary or is_users or is_empty_folder):
+        if path.name not in (*_RECORD, _CLAIM) and not _is_aside(path.name) and not is_empty_folder:
             return True
     return False
 
 
-def _is_users(name: str) -> bool:
-    """Tells whether a file is a log or hidden, such as .DS_Store; runs write none."""
+def _is_aside(name: str) -> bool:
+    """Tells whether a file is no result: a log of the user's, or hidden.
+
+    Hidden files are the user's, such as .DS_Store, or temporary ones, which a process that was
+    killed may leave.
+    """
     return name.startswith(".") or name.endswith(_LOG_SUFFIXES)
 
 
@@ -308,14 +304,14 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     return None
 
 
-def prepare(folder: str | os.PathLike, config: dict, computes: bool | None = None) -> pathlib.Path:
+def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:
     """Creates a work directory and records the configuration and the environment.
 
     Args:
         folder: the work directory.
         config: what the directory is bound to.
-        computes: whether a study computes results in this call; if not, the directory keeps the
-            record of what made them. None for a run, which is finished once it has a results.json.
+        computes: whether results are computed in this call; if not, the directory keeps the record
+            of what made them.
 
     Returns:
         The directory's path.
@@ -327,17 +323,14 @@ def prepare(folder: str | os.PathLike, config: dict, computes: bool | None = Non
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A run that has not started has left nothing that could be mixed up with another's.
-        if _has_started(folder) and (folder / "config.json").exists():
-            check_config(folder, config, computes is not False)
-        if computes is not False or not (folder / "config.json").exists():
+        if has_started(folder) and (folder / "config.json").exists():
+            check_config(folder, config, computes)
+        if computes or not (folder / "config.json").exists():
             write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
-    if computes is None:
-        # A finished run keeps the environment that made its results.
-        computes = not (folder / "results.json").exists()
     if computes:
         write_json(folder / "environment.json", _environment(folder, config))
     return folder
@@ -350,7 +343,7 @@ def _environment(folder: pathlib.Path, config: dict) -> dict:
     """
     current = backend.describe() | {"seed": config.get("seed"), "git_revision": _git_revision()}
     recorded = []
-    if _has_started(folder):
+    if has_started(folder):
         recorded = read_environments(folder)
     earlier = []
     for environment in recorded:
@@ -388,7 +381,8 @@ def _hash_results(folder: pathlib.Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.name in _SEALED:
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -456,8 +450,9 @@ def run_once(
         with _undone_if_refused(folder):
             if adopt:
                 adopt(config, folder)
-            prepare(folder, config.to_dict())
-            if (folder / "results.json").exists():
+            is_finished = (folder / "results.json").exists()
+            prepare(folder, config.to_dict(), computes=not is_finished)
+            if is_finished:
                 check_seal(folder)
             else:
                 unseal(folder)
@@ -470,7 +465,7 @@ def run_once(
 
 @contextlib.contextmanager
 def prepared(
-    folder: str | os.PathLike, config: dict, computes: bool | None = None
+    folder: str | os.PathLike, config: dict, computes: bool = True
 ) -> Iterator[pathlib.Path]:
     """Claims and prepares a work directory for the work in the context, and gives its path.
 
@@ -503,11 +498,11 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
 def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
     """Undoes the record of a start that the context refuses before it has computed anything."""
     record: dict[pathlib.Path, bytes | None] = {}
-    has_started = _has_started(folder)
+    was_started = has_started(folder)
     for name in (*_RECORD, _MANIFEST):
         path = folder / name
         # The record of a run that has not started is not worth keeping.
-        record[path] = path.read_bytes() if has_started and path.is_file() else None
+        record[path] = path.read_bytes() if was_started and path.is_file() else None
     before = _list_times(folder)
     try:
         yield
@@ -531,8 +526,8 @@ def _list_times(folder: pathlib.Path) -> dict[str, int]:
     times = {}
     for root, _, names in os.walk(folder):
         for name in names:
-            is_record = name in (*_RECORD, _MANIFEST, "run.claim")
-            if not is_record and not _is_users(name):
+            is_record = name in (*_RECORD, _MANIFEST, _CLAIM)
+            if not is_record and not _is_aside(name):
                 path = os.path.join(root, name)
                 # Another process may remove its temporary file meanwhile.
                 with contextlib.suppress(FileNotFoundError):
@@ -747,7 +742,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
     if not backend.writes():
         yield
         return
-    path = folder / "run.claim"
+    path = folder / _CLAIM
     own_claim = folder / f".{uuid.uuid4().hex}.claim"
     holder = {
         "host": platform.node(),

@@ -8,6 +8,8 @@ import pathlib
 import ml_collections
 import numpy as np
 
+from cnnjax.models import list_models
+from cnnjax.models.base import name_with_file
 from cnnjax.runtime import backend, workdir
 from cnnjax.train import defaults
 from cnnjax.train.checkpoints import Checkpoints
@@ -34,7 +36,8 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         return
     missing = {key: value for key, value in defaults.BEFORE.items() if key not in recorded}
     completed = recorded | missing
-    if _is_same_network(find_network(recorded, folder).get("model"), config.model):
+    present = find_network(recorded, folder).get("model")
+    if _is_same_network(present, config.model) or _is_incomplete(present, config.model):
         completed["model"] = config.model
     if completed == recorded:
         return
@@ -55,6 +58,15 @@ def _is_same_network(name: object, other: object) -> bool:
     other_file, _, other_attribute = str(other).rpartition(":")
     are_files = os.path.isfile(file) and os.path.isfile(other_file)
     return are_files and os.path.samefile(file, other_file) and attribute == other_attribute
+
+
+def _is_incomplete(name: object, model: str) -> bool:
+    """Tells whether a name is what earlier versions recorded of the network FILE.py:NAME.
+
+    They recorded it without the file, or the file without its folder.
+    """
+    is_builtin = name in list_models() and name_with_file(str(name)) == name
+    return not is_builtin and model.endswith((f".py:{name}", f"/{name}"))
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

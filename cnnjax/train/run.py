@@ -298,7 +298,7 @@ class TrainedRun:
 
         Args:
           file: an image file.
-          times: factor of the height and width, in place of those of `image_shape`.
+          times: a multiple of the height and width of `image_shape` to read the image at.
 
         Returns:
           uint8 [times * height, times * width, channels]. There must be 1 channel, gray, or 3.
