@@ -464,6 +464,7 @@ def test_a_run_leaves_its_record(finished):
     assert json.loads((finished / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reopened_as_it_was_evaluated(finished):
     """The reopened network gives the recorded predictions."""
     reopened = open_run(finished)
