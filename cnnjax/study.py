@@ -97,7 +97,6 @@ A complete study, one file in `experiments/`:
 import argparse
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -110,7 +109,7 @@ from matplotlib.figure import Figure
 
 from cnnjax.data import photographs
 from cnnjax.runtime import backend, command, tables, workdir
-from cnnjax.runtime.paths import expand_user
+from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
 from cnnjax.transfer import WEIGHTS
@@ -373,8 +372,7 @@ def _digest_weights(path: pathlib.Path) -> str:
     if not file.is_file():
         # What reads it tells why.
         return _ABSENT
-    with file.open("rb") as stream:
-        return f"SHA-256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+    return f"SHA-256 {sha256(file)[:16]}"
 
 
 def _check_distinct(points: list[NamedTuple]) -> None:

@@ -24,7 +24,6 @@ Writes report.md, transfer.json, labels.png, and halves.png.
 """
 
 import functools
-import hashlib
 import itertools
 import pathlib
 import sys
@@ -38,6 +37,7 @@ from cnnjax import study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
 from cnnjax.runtime import command, tables, workdir
+from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.small import check_counts
@@ -155,7 +155,7 @@ def load(options) -> Shared:
     files = {network: find_weights(options.weights, network) for network in networks}
     digests = {}
     for network, file in files.items():
-        digests[network] = hashlib.sha256(file.read_bytes()).hexdigest()
+        digests[network] = sha256(file)
         check_digest(options, network, digests[network])
     data = arrays.load("cifar10", options.data_dir)
     check_counts(data, options.images, options.test)

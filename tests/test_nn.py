@@ -918,12 +918,9 @@ def test_wrong_arguments_name_themselves():
             call()
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32"])
-def test_maps_of_integers_are_refused(dtype, monkeypatch):
-    # Users' programs run without the checks of types that the tests turn on.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    x = jnp.full((1, 4, 4, 2), 200).astype(dtype)
-    for call in (
+def calls_with(x):
+    """Lists calls of the operations that take a map."""
+    return [
         lambda: cnn.resize(x, 8),
         lambda: cnn.max_pool(x, 2),
         lambda: cnn.avg_pool(x, 2),
@@ -932,9 +929,16 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
         lambda: cnn.flatten(x),
         lambda: cnn.sample(x, 2, sampling="blur"),
         lambda: cnn.pad(x, (1, 1), "mean"),
-        lambda: cnn.conv(x, jnp.ones((3, 3, 2, 4))),
-        lambda: cnn.local_response_norm(x),
-    ):
+        lambda: cnn.conv(x, jnp.ones((3, 3, x.shape[-1], 4))),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_maps_of_integers_are_refused(dtype, monkeypatch):
+    # Users' programs run without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x = jnp.full((1, 4, 4, 2), 200).astype(dtype)
+    for call in (*calls_with(x), lambda: cnn.local_response_norm(x)):
         with pytest.raises(ValueError, match=f"x of dtype {dtype} is not of floating point"):
             call()
 
@@ -942,18 +946,7 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
 def test_an_image_without_a_batch_axis_is_refused(monkeypatch):
     """Its height would be taken for the batch."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    x = jnp.zeros((32, 32, 4))
-    for call in (
-        lambda: cnn.resize(x, 8),
-        lambda: cnn.max_pool(x, 2),
-        lambda: cnn.avg_pool(x, 2),
-        lambda: cnn.adaptive_avg_pool(x, 2),
-        lambda: cnn.global_avg_pool(x),
-        lambda: cnn.flatten(x),
-        lambda: cnn.sample(x, 2, sampling="blur"),
-        lambda: cnn.pad(x, (1, 1), "mean"),
-        lambda: cnn.conv(x, jnp.ones((3, 3, 4, 4))),
-    ):
+    for call in calls_with(jnp.zeros((32, 32, 4))):
         with pytest.raises(ValueError, match=r"shape \(32, 32, 4\) is not \[batch, height, width"):
             call()
 

@@ -7,7 +7,6 @@ to features, readouts, maps and scores.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import pathlib
 import time
@@ -38,7 +37,7 @@ from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
 from cnnjax.runtime import configuration, workdir
-from cnnjax.runtime.paths import expand_user
+from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
 DATA = ("natural", "black", "white", "noise")
@@ -306,8 +305,7 @@ def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
     digests = {"photographs": photographs.digest(config.photographs)}
     file = expand_user(config.weights)
     if config.weights != "random" and file.is_file():
-        with file.open("rb") as stream:
-            digests["weights"] = hashlib.file_digest(stream, "sha256").hexdigest()[:8]
+        digests["weights"] = sha256(file)[:8]
     return digests
 
 

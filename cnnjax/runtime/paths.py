@@ -1,5 +1,6 @@
 """Paths as users write them, and those of installed packages."""
 
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -17,6 +18,12 @@ def expand_user(path: str | os.PathLike) -> pathlib.Path:
     of a user photo.jpg; os.path leaves such names as they are.
     """
     return pathlib.Path(os.path.expanduser(path))
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Computes the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_moved(

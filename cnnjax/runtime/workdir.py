@@ -37,6 +37,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from cnnjax.runtime import backend
+from cnnjax.runtime.paths import sha256
 
 _MANIFEST = "manifest.json"
 _CLAIM = "run.claim"
@@ -381,8 +382,7 @@ def _hash_results(folder: pathlib.Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.name in _SEALED:
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[path.name] = sha256(path)
     return hashes
 
 

@@ -5,7 +5,6 @@ Each has a manifest of its files' hashes, and is used only if every file has its
 
 import contextlib
 import copy
-import hashlib
 import logging
 import os
 import pathlib
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from cnnjax.runtime import backend, workdir
+from cnnjax.runtime.paths import sha256
 from cnnjax.train import tensorstore_noise
 
 _LOG = logging.getLogger("cnnjax")
@@ -30,9 +30,7 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path == folder / _MANIFEST:
             continue
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
+        hashes[path.relative_to(folder).as_posix()] = sha256(path)
     return hashes
 
 

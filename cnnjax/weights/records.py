@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import functools
-import hashlib
 import os
 import pathlib
 
 from cnnjax.runtime import imagenet
+from cnnjax.runtime.paths import sha256
 
 V1 = "imagenet1k_v1"
 V2 = "imagenet1k_v2"
@@ -183,8 +183,7 @@ def of_file(path: str | os.PathLike) -> Record | None:
 
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
     """Raises `ValueError` if the file's SHA-256 does not begin with `prefix`."""
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256(path)
     if not found.startswith(prefix):
         raise ValueError(
             f"{path} is damaged or another file: its SHA-256 begins with {found[: len(prefix)]}, "
