@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -138,8 +137,7 @@ def logits(
 
     _check_headers(files)
     # Batches are filled up to their size: a few photographs would be computed as a full batch.
-    all_files = math.ceil(max(1, len(files)) / parallel.size) * parallel.size
-    batch_size = min(batch_size, all_files)
+    batch_size = min(batch_size, parallel.round_up(max(1, len(files))))
     model, variables = classifier.load()
     yield from predict_batches(
         parallel,

@@ -8,7 +8,6 @@ import pathlib
 import socket
 import threading
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import run as train
+from cnnjax.train.parallel import Parallel
 from cnnjax.weights import __main__ as listing
 from cnnjax.weights import download, preprocessing
 
@@ -788,7 +788,8 @@ def test_few_photographs_are_no_full_batch(count, batch_size, size, tmp_path, mo
         return (np.zeros((len(images), 10)) for images in batches)
 
     monkeypatch.setattr("cnnjax.train.evaluate.predict_batches", predict_batches)
-    parallel = types.SimpleNamespace(size=2, replicate=lambda tree: tree)
+    parallel = Parallel("jit")
+    parallel.size = 2
     outputs = classifier.logits(classifier.trained(tmp_path / "run"), files, parallel, batch_size)
     assert sum(map(len, outputs)) == count
     assert sizes == [size]

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -133,8 +132,7 @@ class Networks:
         self.data = data
         self.parallel = Parallel(config.parallel)
         # The runs may have been trained on another number of devices, which divides a batch.
-        devices = self.parallel.size
-        self.batch_size = math.ceil(config.batch_size / devices) * devices
+        self.batch_size = self.parallel.round_up(config.batch_size)
         shape = self.data.train.images.shape[1:]
         axis_name = self.parallel.axis_name if config.sync_batch_norm else None
         self.model = build_model(config, len(self.data.classes), shape, axis_name)

@@ -11,6 +11,7 @@ In all three, each device has its own gradients until the function averages them
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.jax_utils
@@ -67,6 +68,10 @@ class Parallel:
 
     def __hash__(self):
         return hash(self.way)
+
+    def round_up(self, batch_size: int) -> int:
+        """Rounds a batch size up to a multiple of the devices, which share it evenly."""
+        return math.ceil(batch_size / self.size) * self.size
 
     @staticmethod
     def gather(number: int) -> list[int]:
