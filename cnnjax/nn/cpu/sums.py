@@ -31,17 +31,22 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     digits (and Inception v3 its parity).
     """
     product = functools.partial(functools.reduce, operator.mul)
-    shape = factors[0].shape
-    if len(shape) == 1:
+    if factors[0].ndim == 1:
         return product(factors)
-    count = _count_parts(shape[0])
+    count = _count_parts(factors[0].shape[0])
     parts = zip(*(jnp.split(factor, count) for factor in factors))
-    total = functools.reduce(operator.add, map(product, parts))
-    column_shape = total.shape[1:][-2:]
+    return _sum_columns([functools.reduce(operator.add, map(product, parts))])[0]
+
+
+def _sum_columns(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
+    """Sums each of several maps of one shape, first over rows and then over columns."""
+    shape = maps[0].shape
+    column_shape = shape[1:][-2:]
     width = math.prod(column_shape)
-    rows = total.reshape(math.prod(total.shape[: -len(column_shape)]), width)
-    sums = jnp.ones((1, rows.shape[0]), rows.dtype) @ rows
-    return sums.reshape(width // shape[-1], shape[-1]).sum(0)
+    rows = math.prod(shape[: -len(column_shape)])
+    ones = jnp.ones((1, rows), maps[0].dtype)
+    sums = jnp.stack([ones @ x.reshape(rows, width) for x in maps])
+    return sums.reshape(len(maps), width // shape[-1], shape[-1]).sum(1)
 
 
 def _count_parts(batch) -> int:
@@ -66,7 +71,7 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
         maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
         zeros = [np.zeros((), x.dtype) for x in maps]
         maps = lax.reduce(maps, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
-    return jnp.stack([channel_sum(x) for x in maps])
+    return _sum_columns(maps)
 
 
 @jax.jit
