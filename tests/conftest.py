@@ -68,6 +68,12 @@ def pytest_itemcollected(item):
     item.obj = functools.wraps(item.obj)(functools.partial(deep_calls.call, item.obj))
 
 
+def pytest_collection_modifyitems(items):
+    """Puts long tests first, so that no worker is left with one at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 # Modules whose tests share what takes long to make, and would be made once on every worker.
 _TOGETHER = tuple(
     f"tests/test_{name}.py"

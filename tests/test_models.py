@@ -23,6 +23,10 @@ from cnnjax.models import (
     googlenet_2014,
     inception,
     list_models,
+    mnasnet,
+    mobilenet,
+    resnet,
+    shufflenet,
 )
 from cnnjax.models.lenet import LeNet5
 from cnnjax.models.small import SmallConvNet, SmallResNet
@@ -81,8 +85,12 @@ SMALL_FIELDS = {
     "densenet121": {"depths": (2, 2, 2, 2)},
     "resnet18": {"depths": (2, 1, 1, 1)},
     "resnet50": {"depths": (2, 1, 1, 1)},
-    # Its blocks without a projection are those of resnet50.
-    "resnext50_32x4d": {"depths": (1, 1, 1, 1)},
+    # Its blocks without a projection are those of resnet50. Its narrower groups are convolved
+    # several at once, the others one by one.
+    "resnext50_32x4d": {
+        "depths": (1, 1, 1, 1),
+        "block": functools.partial(resnet.bottleneck, inner=2, groups=8),
+    },
     "vgg11": {"blocks": ((8,), (16,), (32, 32), (64, 64), (64, 64))},
     "vgg11_bn": {"blocks": ((8,), (16,), (32, 32), (64, 64), (64, 64))},
     "vgg11_lrn": {"blocks": ((8, "LRN"), (16,), (32, 32), (64, 64), (64, 64))},
@@ -117,17 +125,20 @@ def _some(table, *blocks):
 _GOOGLENET_BLOCKS = ("inception3b", "inception4a", "inception4d", "inception5b")
 _INCEPTION_BLOCKS = ("Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c")
 SHALLOW = {
-    "googlenet": (googlenet, _some(googlenet.TABLE, *_GOOGLENET_BLOCKS)),
-    "googlenet_2014": (googlenet_2014, _some(googlenet_2014.TABLE, *_GOOGLENET_BLOCKS)),
-    "inception_v3": (inception, _some(inception.TABLE, *_INCEPTION_BLOCKS)),
+    "googlenet": (googlenet, "TABLE", _some(googlenet.TABLE, *_GOOGLENET_BLOCKS)),
+    "googlenet_2014": (googlenet_2014, "TABLE", _some(googlenet_2014.TABLE, *_GOOGLENET_BLOCKS)),
+    "inception_v3": (inception, "TABLE", _some(inception.TABLE, *_INCEPTION_BLOCKS)),
+    # Both expansions, both strides, kernels of 3 and 5, blocks with and without a skip.
+    "mnasnet0_5": (mnasnet, "TABLE", ((24, 3, 2, 3, 2), (40, 5, 2, 3, 1), (80, 5, 2, 6, 1))),
+    "mobilenet_v2": (mobilenet, "TABLE", ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 1, 2))),
+    "shufflenet_v2_x0_5": (shufflenet, "DEPTHS", (2, 1, 1)),
 }
 
 
 def shallow(name, monkeypatch):
     """Returns a network of 7 classes, with fewer blocks if it is in `SHALLOW`."""
     if name in SHALLOW:
-        module, table = SHALLOW[name]
-        monkeypatch.setattr(module, "TABLE", table)
+        monkeypatch.setattr(*SHALLOW[name])
     return create_model(name, num_classes=7, **SMALL_FIELDS.get(name, {}))
 
 

@@ -151,8 +151,11 @@ DEEP = (
     "densenet121",
     "googlenet",
     "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
     "resnet50",
     "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
     "vgg11_bn",
 )
 TRAINED = [

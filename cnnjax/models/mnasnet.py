@@ -30,7 +30,7 @@ _norm = functools.partial(BatchNorm, momentum=1 - 0.9997)
 
 # Output channels at width 1, kernel, stride of the first repetition, expansion, repetitions;
 # torchvision's layers 8 ... 13.
-_TABLE = (
+TABLE = (
     (24, 3, 2, 3, 3),
     (40, 5, 2, 3, 3),
     (80, 5, 2, 6, 3),
@@ -109,7 +109,7 @@ class MNASNet(Network):
         )
         x = norm(name="layers.7")(_conv(second, 1, name="layers.6", **shared)(x), train)
         stage = 1
-        for index, (features, size, stride, expansion, repetitions) in enumerate(_TABLE, 8):
+        for index, (features, size, stride, expansion, repetitions) in enumerate(TABLE, 8):
             if stride == 2:
                 x = yield f"stage{stage}", x
                 stage += 1

@@ -25,7 +25,7 @@ from cnnjax.nn import (
 _conv = functools.partial(Conv, use_bias=False, kernel_init=he_normal_fan_out)
 
 # Table 2: expansion t, output channels c, repetitions n, stride s of the first repetition.
-_TABLE = (
+TABLE = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -95,7 +95,7 @@ class MobileNetV2(Network):
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         index = 1
         stage = 1
-        for expansion, features, repetitions, first in _TABLE:
+        for expansion, features, repetitions, first in TABLE:
             if first == 2:
                 x = yield f"stage{stage}", x
                 stage += 1

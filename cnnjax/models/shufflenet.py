@@ -24,6 +24,9 @@ from cnnjax.nn import (
 
 _conv = functools.partial(Conv, use_bias=False)
 
+# Units of stages 2, 3 and 4 (table 5).
+DEPTHS = (4, 8, 4)
+
 
 def channel_shuffle(x: jnp.ndarray, groups: int = 2) -> jnp.ndarray:
     """Interleaves the channels of `groups` equal parts.
@@ -110,7 +113,7 @@ class ShuffleNetV2(Network):
         x = sample(x, 2, **policy)
         x = yield "conv1", x
         x = max_pool(x, 3, 2, padding=1, **policy)
-        for stage, depth, width in zip((2, 3, 4), (4, 8, 4), self.widths):
+        for stage, depth, width in zip((2, 3, 4), DEPTHS, self.widths):
             for number in range(depth):
                 x = Unit(
                     width,
