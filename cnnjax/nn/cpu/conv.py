@@ -290,15 +290,17 @@ def _sum_outer_products(left, right):
 
 
 def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
-    """Takes one matrix product of the patches (im2col), which are transposed.
+    """Takes one matrix product of the patches (im2col), with positions last.
 
     The plain form transposes the output's gradient, by far the larger side if the kernel sees few
-    values: 1.2 to 1.8 times faster.
+    values: 1.2 to 1.8 times faster. Channel by channel, a tap's view is read and written in order.
     """
-    patches = jnp.concatenate(list(taps(x, kernel_shape[:2], window, dy.shape[1:3])), axis=3)
+    batch, height, width, channels = x.shape
+    planes = x.transpose(3, 0, 1, 2).reshape(channels * batch, height, width, 1)
     positions = math.prod(dy.shape[:3])
-    rows = lax.optimization_barrier(patches.reshape(positions, patches.shape[3]).T)
-    return (rows @ dy.reshape(positions, kernel_shape[3])).reshape(kernel_shape)
+    views = taps(planes, kernel_shape[:2], window, dy.shape[1:3])
+    patches = jnp.concatenate([view.reshape(channels, positions) for view in views])
+    return (patches @ dy.reshape(positions, kernel_shape[3])).reshape(kernel_shape)
 
 
 def _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large):
