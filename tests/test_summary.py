@@ -20,7 +20,7 @@ from cnnjax.models import (
     list_models,
     mobilenet,
 )
-from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool
+from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool, resize
 from cnnjax.weights import variable_shapes
 
 # GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
@@ -326,6 +326,48 @@ def test_a_transposed_convolution():
     assert "2x8x8x5" in summary.render(table)
     with pytest.raises(ValueError, match="stage='up' is upsampled by a transposed convolution"):
         receptive_field(Upsampled(), "up")
+
+
+@pytest.mark.parametrize(
+    "rearrange",
+    [
+        pytest.param(lambda x: resize(x, (16, 12)), id="resize"),
+        pytest.param(lambda x: x.repeat(2, 1).repeat(2, 2), id="repeat"),
+        pytest.param(
+            lambda x: x.reshape(-1, 4, 2, 4, 2, 3).swapaxes(2, 3).reshape(-1, 4, 4, 12),
+            id="space to depth",
+        ),
+        pytest.param(lambda x: x.swapaxes(1, 2), id="transpose"),
+        pytest.param(lambda x: x[:, :, ::-1], id="mirror"),
+        pytest.param(lambda x: jnp.zeros((1, 16, 16, 3)).at[:, ::2, ::2].set(x), id="zeros between"),
+    ],
+)
+def test_the_field_of_a_rearranged_map_is_not_followed(rearrange):
+    class Rearranged(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "conv", Conv(4, 3, 2, padding=1, name="conv")(rearrange(x))
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    with pytest.raises(ValueError, match="stage='conv' is resized or rearranged"):
+        receptive_field(Rearranged(), "conv")
+    rows = {layer.name: layer for layer in summary.layers(Rearranged())}
+    assert rows["conv"].receptive_field is rows["conv"].stride is None
+
+
+def test_borders_and_shuffled_channels_do_not_change_a_field():
+    class Shuffled(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = Conv(4, 5, 2, padding=(1, 2), fill=self.padding, name="conv")(x)
+            x = x.reshape(*x.shape[:3], 2, 2).swapaxes(3, 4).reshape(x.shape)
+            x = yield "shuffled", x
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    field = receptive_field(Shuffled(), "shuffled")
+    assert (field.low, field.high, field.step) == ((-1, -2), (3, 2), (2, 2))
+    for fill in ("reflect", "symmetric", "replicate", "circular"):
+        assert receptive_field(Shuffled(padding=fill), "shuffled") == field, fill
 
 
 def test_a_map_joined_with_a_larger_constant():

@@ -21,8 +21,8 @@ class Layer:
       parameters: number of parameters.
       memory: bytes of the output, for the whole batch.
       macs: multiply-adds of the kernel, for the whole batch.
-      receptive_field: (height, width) in pixels; None if the layer sees the whole image, or if a
-        transposed convolution is among the layers up to it.
+      receptive_field: (height, width) in pixels; None if the layer sees the whole image, or if
+        something up to it upsamples or rearranges a map.
       stride: (height, width) in pixels; None if there is no receptive field.
     """
 
