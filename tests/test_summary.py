@@ -20,6 +20,7 @@ from cnnjax.models import (
     list_models,
     mobilenet,
 )
+from cnnjax.models.small import SmallResNet
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool, resize
 from cnnjax.weights import variable_shapes
 
@@ -381,6 +382,14 @@ def test_a_map_joined_with_a_larger_constant():
             yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
     assert receptive_field(Framed(), "framed").low == (-9, 0)
+
+
+def test_a_network_that_draws_in_evaluation_has_a_table_and_fields():
+    model = SmallResNet(5, widths=(4, 8), permute=True, input_shape=(16, 16, 3))
+    rows = {layer.name: layer for layer in summary.layers(model)}
+    assert rows["head"].output == (1, 5)
+    plain = model.clone(permute=False)
+    assert receptive_field(model, "layer2") == receptive_field(plain, "layer2")
 
 
 def test_fields_of_a_list_of_stages_and_of_no_stage():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from cnnjax.inspect.trace import follow, trace, with_local_fill
+from cnnjax.inspect.trace import apply, follow, trace, with_local_fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _receptive_fields(model, stages, shape):
         return model.init(key, image, **until)
 
     def maps(variables, image):
-        found = model.apply(variables, image, **until)
+        found = apply(model, variables, image, **until)
         for stage in stages:
             if stage not in found:
                 raise ValueError(

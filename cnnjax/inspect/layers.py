@@ -1,13 +1,21 @@
 """A network's layers: shapes, parameters, memory, multiply-adds and fields."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 
 from cnnjax.inspect.fields import Field, seen
-from cnnjax.inspect.trace import follow, is_max_pool, own_parameters, trace, with_local_fill
+from cnnjax.inspect.trace import (
+    apply,
+    follow,
+    is_max_pool,
+    own_parameters,
+    trace,
+    with_local_fill,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +73,8 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
             parameters=sum(value.size for value in parameters.values()),
         )
 
-    program = trace(model.apply, variables, images, report=report)
+    run = functools.partial(apply, model)
+    program = trace(run, variables, images, report=report)
     rows = [_measured(Layer("", "input", None), program.invars[-1].aval, Field())]
 
     convolution = None
