@@ -352,6 +352,37 @@ def test_parameters_of_any_name_come_back(suffix, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
 
 
+class Wrapped(Network):
+    """A linear layer with the name of DataParallel's wrapper."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "logits", Dense(self.num_classes, name="module")(x.mean((1, 2)))
+
+
+class Headed(Network):
+    """Two linear layers with names of timm's VGG."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = Dense(5, name="pre_logits")(x.mean((1, 2)))
+        yield "logits", Dense(self.num_classes, name="head.fc")(x)
+
+
+@pytest.mark.parametrize("network", [Wrapped, Headed])
+def test_names_that_the_model_knows_stay_as_they_are(network, tmp_path):
+    model = network(num_classes=2)
+    variables = numbered(model)
+    path = tmp_path / "w.safetensors"
+    weights.save_torchvision(variables, path)
+    loaded = weights.load_torchvision(path, model)["params"]
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables["params"])
+
+
 def test_two_parameters_of_one_name_are_refused_before_training():
     with pytest.raises(ValueError, match="params/kernel and params/scale are both weight"):
         weights.torchvision_keys(weights.variable_shapes(TwoWeights()))

@@ -258,7 +258,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         missing = (missing,)
     keys = torchvision_keys(variable_shapes(model))
     _check_missing(missing, keys)
-    tensors = files.read(path)
+    tensors = files.read(path, keys)
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(_AUXILIARY)
     try:
