@@ -340,7 +340,9 @@ def test_a_transposed_convolution():
         ),
         pytest.param(lambda x: x.swapaxes(1, 2), id="transpose"),
         pytest.param(lambda x: x[:, :, ::-1], id="mirror"),
-        pytest.param(lambda x: jnp.zeros((1, 16, 16, 3)).at[:, ::2, ::2].set(x), id="zeros between"),
+        pytest.param(
+            lambda x: jnp.zeros((1, 16, 16, 3)).at[:, ::2, ::2].set(x), id="zeros between"
+        ),
     ],
 )
 def test_the_field_of_a_rearranged_map_is_not_followed(rearrange):
