@@ -248,7 +248,7 @@ def load_initial_weights(
     # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
     # file: with the file's number of classes, and without the modules that the file lacks. The
     # first axis of a head's tensors has the length of the number of classes.
-    tensors = weights.read(file)
+    tensors = weights.read(file, keys)
     head_keys = sorted(key for key in keys if key in tensors and keys[key] in head(model))
     classes = len(tensors[head_keys[0]]) if head_keys else model.num_classes
     file_modules = {name.split(".")[0] for name in tensors}

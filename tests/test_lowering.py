@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cnnjax import nn as cnn
@@ -413,6 +413,18 @@ def test_shard_map_with_its_checks(case, form):
     step = jax.shard_map(over_devices(loss), mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     with cnn.lowering(form):
         assert_close(jax.jit(step)(params, images), gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["cpu", "reference"])
+def test_automatic_partitioning(case, form):
+    """Divides the plain gradient among the devices that hold the images."""
+    loss, images, params, gradient = case
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    divided = jax.device_put(images, NamedSharding(mesh, P("data")))
+    everywhere = jax.device_put(params, NamedSharding(mesh, P()))
+    with cnn.lowering(form):
+        assert_close(jax.jit(jax.grad(loss))(everywhere, divided), gradient)
 
 
 @pytest.mark.slow

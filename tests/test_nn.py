@@ -698,6 +698,13 @@ def test_batch_norm_of_one_vector_has_a_gradient():
     np.testing.assert_allclose(dx, weights * variables["params"]["scale"] * factor, rtol=1e-5)
 
 
+def test_batch_norm_in_evaluation_needs_no_device_axis():
+    x = normal(0, 2, 3, 3, 4)
+    variables = cnn.BatchNorm().init(jax.random.key(0), x)
+    alone = cnn.BatchNorm().apply(variables, x)
+    assert np.array_equal(cnn.BatchNorm(axis_name="devices").apply(variables, x), alone)
+
+
 @pytest.mark.slow
 def test_batch_norm_over_devices_is_that_of_the_whole_batch():
     x, weight = 3 * normal(0, 8, 5, 3, 6) + 1, normal(1, 8, 5, 3, 6)

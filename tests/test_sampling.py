@@ -291,6 +291,22 @@ def test_shapes_and_parameters_of_every_kind_of_network(name):
     check_outputs(name, sizes, ("aps",))
 
 
+def test_parameters_of_blocks_of_one_width_depend_on_no_policy_and_no_size():
+    """A strided block projects its skip even if the channels and the map's size stay."""
+
+    def parameters(sampling, padding, size):
+        model = SmallResNet(widths=(8, 8), sampling=sampling, padding=padding)
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+        return flax.traverse_util.flatten_dict(shapes)
+
+    published = parameters("stride", "zeros", 48)
+    assert ("params", "layer2", "downsample.0", "kernel") in published
+    for sampling in SAMPLINGS:
+        for padding, size in (("zeros", 48), ("zeros", 2), ("none", 48), ("full", 48)):
+            assert parameters(sampling, padding, size) == published, (sampling, padding, size)
+
+
 def test_every_network_accepts_every_sampling():
     for name in list_models():
         for sampling in SAMPLINGS:

@@ -12,6 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import quick
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
@@ -285,6 +287,22 @@ def test_an_encoder_has_no_auxiliary_classifiers(encoder):
     scores, variables = jax.eval_shape(init, jax.random.key(0), image)
     assert scores.shape == (1, 96, 96, 2)
     assert not [name for name in variables["params"] if name.lower().startswith("aux")]
+
+
+def test_the_network_starts_and_trains_on_several_devices():
+    """The places of its stages are found in evaluation, without the axis of devices."""
+    shape = (*SIZE, 3)
+    model = create_model("fcn", num_classes=3, axis_name="devices", input_shape=shape)
+    images = jax.ShapeDtypeStruct((4, *shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def scores(variables, images):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("devices")), "out_specs": P("devices")}
+    on_devices = jax.shard_map(scores, mesh=mesh, **specs)
+    assert jax.eval_shape(on_devices, variables, images).shape == (4, *SIZE, 3)
 
 
 class Normed(Network):

@@ -20,7 +20,8 @@ from cnnjax.models import (
     list_models,
     mobilenet,
 )
-from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool
+from cnnjax.models.small import SmallResNet
+from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool, resize
 from cnnjax.weights import variable_shapes
 
 # GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
@@ -328,6 +329,50 @@ def test_a_transposed_convolution():
         receptive_field(Upsampled(), "up")
 
 
+@pytest.mark.parametrize(
+    "rearrange",
+    [
+        pytest.param(lambda x: resize(x, (16, 12)), id="resize"),
+        pytest.param(lambda x: x.repeat(2, 1).repeat(2, 2), id="repeat"),
+        pytest.param(
+            lambda x: x.reshape(-1, 4, 2, 4, 2, 3).swapaxes(2, 3).reshape(-1, 4, 4, 12),
+            id="space to depth",
+        ),
+        pytest.param(lambda x: x.swapaxes(1, 2), id="transpose"),
+        pytest.param(lambda x: x[:, :, ::-1], id="mirror"),
+        pytest.param(
+            lambda x: jnp.zeros((1, 16, 16, 3)).at[:, ::2, ::2].set(x), id="zeros between"
+        ),
+    ],
+)
+def test_the_field_of_a_rearranged_map_is_not_followed(rearrange):
+    class Rearranged(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "conv", Conv(4, 3, 2, padding=1, name="conv")(rearrange(x))
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    with pytest.raises(ValueError, match="stage='conv' is resized or rearranged"):
+        receptive_field(Rearranged(), "conv")
+    rows = {layer.name: layer for layer in summary.layers(Rearranged())}
+    assert rows["conv"].receptive_field is rows["conv"].stride is None
+
+
+def test_borders_and_shuffled_channels_do_not_change_a_field():
+    class Shuffled(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = Conv(4, 5, 2, padding=(1, 2), fill=self.padding, name="conv")(x)
+            x = x.reshape(*x.shape[:3], 2, 2).swapaxes(3, 4).reshape(x.shape)
+            x = yield "shuffled", x
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    field = receptive_field(Shuffled(), "shuffled")
+    assert (field.low, field.high, field.step) == ((-1, -2), (3, 2), (2, 2))
+    for fill in ("reflect", "symmetric", "replicate", "circular"):
+        assert receptive_field(Shuffled(padding=fill), "shuffled") == field, fill
+
+
 def test_a_map_joined_with_a_larger_constant():
     """The field is that of the map, wherever the constant stands."""
 
@@ -339,6 +384,14 @@ def test_a_map_joined_with_a_larger_constant():
             yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
     assert receptive_field(Framed(), "framed").low == (-9, 0)
+
+
+def test_a_network_that_draws_in_evaluation_has_a_table_and_fields():
+    model = SmallResNet(5, widths=(4, 8), permute=True, input_shape=(16, 16, 3))
+    rows = {layer.name: layer for layer in summary.layers(model)}
+    assert rows["head"].output == (1, 5)
+    plain = model.clone(permute=False)
+    assert receptive_field(model, "layer2") == receptive_field(plain, "layer2")
 
 
 def test_fields_of_a_list_of_stages_and_of_no_stage():

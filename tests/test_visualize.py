@@ -1,10 +1,13 @@
 """The pictures' numbers, compared with closed forms and brute force."""
 
+import argparse
 import json
 import os
 import shutil
 import threading
+import types
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import quick
 from cnnjax import classifier, predict, summary, visualize
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
+from cnnjax.models.small import SmallResNet
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
 from cnnjax.runtime import workdir
 from cnnjax.train.run import open_run
@@ -554,6 +558,25 @@ def test_bad_arguments_are_named(call, message):
 def test_a_stage_that_sees_the_whole_image_is_named(call):
     with pytest.raises(ValueError, match="stage='maps' sees the whole image, as behind GroupNorm"):
         call(Gated(), {}, jnp.ones((2, 8, 12, 3)))
+
+
+def test_a_network_that_draws_in_evaluation_draws_the_same_each_time():
+    model = SmallResNet(5, widths=(4, 8), permute=True, input_shape=(16, 16, 3))
+    assert visualize.stage_channels(model) == {"layer1": 4, "layer2": 8}
+    variables = quick.variables(model)
+    x = quick.normal(0, 2, 16, 16, 3)
+    one, again = (stages.logits(model, variables, x) for _ in range(2))
+    assert one.shape == (2, 5) and np.array_equal(one, again)
+
+
+def test_only_errors_about_variables_are_blamed_on_the_weights(monkeypatch):
+    def fail(subject):
+        raise flax.errors.InvalidRngError("needs PRNG")
+
+    monkeypatch.setitem(commands.COMMANDS, "filters", fail)
+    given = argparse.Namespace(command="filters", run=None, weights="random")
+    with pytest.raises(flax.errors.InvalidRngError, match="^needs PRNG"):
+        options._look(types.SimpleNamespace(options=given))
 
 
 def test_maps_lie_at_the_centers_of_fields_or_are_spread_evenly():

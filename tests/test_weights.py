@@ -305,6 +305,32 @@ class TwoWeights(Network):
         yield "logits", x.mean((1, 2)) @ kernel * scale
 
 
+class Positions(Network):
+    """A linear layer, and a parameter with two axes that is no kernel."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        position = self.param("position", nn.initializers.zeros, (64, 64))
+        yield "logits", Dense(self.num_classes, name="fc")(x.mean((1, 2))) + position.sum()
+
+
+def test_only_kernels_change_their_axes(tmp_path):
+    tensors = {
+        "fc.bias": np.zeros(2, np.float32),
+        "fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "position": np.arange(64 * 64, dtype=np.float32).reshape(64, 64),
+    }
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    variables = weights.load_torchvision(path, Positions(num_classes=2))
+    np.testing.assert_array_equal(variables["params"]["position"], tensors["position"])
+    np.testing.assert_array_equal(variables["params"]["fc"]["kernel"], tensors["fc.weight"].T)
+    weights.save_torchvision(variables, path)
+    jax.tree.map(np.testing.assert_array_equal, dict(weights.read(path)), tensors)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_parameters_of_any_name_come_back(suffix, tmp_path):
     model = OtherLeaves(num_classes=7)
@@ -324,6 +350,37 @@ def test_parameters_of_any_name_come_back(suffix, tmp_path):
     loaded = weights.load_torchvision(path, model)
     assert loaded["params"]["gamma"].shape == ()
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+
+
+class Wrapped(Network):
+    """A linear layer with the name of DataParallel's wrapper."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "logits", Dense(self.num_classes, name="module")(x.mean((1, 2)))
+
+
+class Headed(Network):
+    """Two linear layers with names of timm's VGG."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = Dense(5, name="pre_logits")(x.mean((1, 2)))
+        yield "logits", Dense(self.num_classes, name="head.fc")(x)
+
+
+@pytest.mark.parametrize("network", [Wrapped, Headed])
+def test_names_that_the_model_knows_stay_as_they_are(network, tmp_path):
+    model = network(num_classes=2)
+    variables = numbered(model)
+    path = tmp_path / "w.safetensors"
+    weights.save_torchvision(variables, path)
+    loaded = weights.load_torchvision(path, model)["params"]
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables["params"])
 
 
 def test_two_parameters_of_one_name_are_refused_before_training():

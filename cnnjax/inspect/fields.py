@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from cnnjax.inspect.trace import follow, trace, with_local_fill
+from cnnjax.inspect.trace import apply, follow, trace, with_local_fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Unlocated:
 # Flattened, globally pooled, or combined with such a value at every position.
 WHOLE_IMAGE = Unlocated("sees the whole image, as behind GroupNorm or squeeze-and-excitation")
 UPSAMPLED = Unlocated("is upsampled by a transposed convolution, whose field is not followed")
+REARRANGED = Unlocated("is resized or rearranged, and its field is not followed")
 
 
 def located(field: Field | Unlocated, stage: str) -> Field:
@@ -97,34 +98,60 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
     operation = equation.primitive.name
     if operation == "select_n":
         # Leave out what the choice depends on: adaptive sampling chooses by the whole map.
-        fields = fields[1:]
+        fields = [None, *fields[1:]]
     together = union(fields)
-    if not isinstance(together, Field):
-        return together
+    # An empty array, as `jnp.pad` makes them for borders of no rows, sees nothing.
+    if together is None or 0 in equation.outvars[0].aval.shape[1:3]:
+        return None
+    # Without height and width there is no position.
+    if equation.outvars[0].aval.ndim == 2:
+        return WHOLE_IMAGE
     if operation == "concatenate":
         return _seen_by_concatenation(equation, fields)
-    # Adaptive pooling is a matrix product; without height and width there is no position.
-    if operation == "dot_general" or equation.outvars[0].aval.ndim == 2:
+    if isinstance(together, Unlocated):
+        return together
+    # Adaptive pooling is a matrix product.
+    if operation == "dot_general":
         return WHOLE_IMAGE
     field = fields[0]
-    if not isinstance(field, Field):
-        # For example, a constant convolved with a kernel that is computed from the image.
-        return WHOLE_IMAGE if operation == "conv_general_dilated" else together
-    if operation == "conv_general_dilated":
-        return _seen_by_convolution(equation, field)
-    if operation.startswith("reduce_window"):
-        return _seen_by_pool(equation, field)
-    if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
+    if isinstance(field, Field):
+        if operation == "conv_general_dilated":
+            return _seen_by_convolution(equation, field)
+        if operation.startswith("reduce_window"):
+            return _seen_by_pool(equation, field)
+        if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
+            return WHOLE_IMAGE
+        if operation in ("pad", "slice") and equation.invars[0].aval.ndim == 4:
+            return _seen_by_border(equation, field)
+    elif operation == "conv_general_dilated":
+        # A constant, convolved with a kernel that is computed from the image.
         return WHOLE_IMAGE
-    if equation.invars[0].aval.ndim == 4:
-        if operation == "pad":
-            widths = equation.params["padding_config"][1:3]
-            return field.shifted([-int(low) for low, _, _ in widths])
-        if operation == "slice":
-            starts = equation.params["start_indices"][1:3]
-            strides = equation.params["strides"] or (1, 1, 1, 1)
-            return field.shifted(starts).strided(strides[1:3])
-    return together
+    return REARRANGED if _rearranges(equation, fields) else together
+
+
+def _rearranges(equation, fields: list[Field | Unlocated | None]) -> bool:
+    """Tells whether an operation, such as a reshape, moves rows or columns of a located map."""
+    if equation.primitive.name == "transpose" and equation.params["permutation"][1:3] != (1, 2):
+        return True
+    if equation.primitive.name == "rev" and {1, 2} & set(equation.params["dimensions"]):
+        return True
+    size = equation.outvars[0].aval.shape[1:3]
+    return any(
+        isinstance(field, Field) and operand.aval.shape[1:3] != size
+        for operand, field in zip(equation.invars, fields)
+    )
+
+
+def _seen_by_border(equation, field: Field) -> Field | Unlocated:
+    """Returns the field of a map that is padded with a constant, or cut."""
+    if equation.primitive.name == "pad":
+        widths = equation.params["padding_config"][1:3]
+        if any(between for _, _, between in widths):
+            return REARRANGED
+        return field.shifted([-int(low) for low, _, _ in widths])
+    starts = equation.params["start_indices"][1:3]
+    strides = equation.params["strides"] or (1, 1, 1, 1)
+    return field.shifted(starts).strided(strides[1:3])
 
 
 def _seen_by_convolution(equation, field: Field) -> Field | Unlocated:
@@ -147,12 +174,16 @@ def _seen_by_concatenation(
     equation, fields: list[Field | Unlocated | None]
 ) -> Field | Unlocated | None:
     axis = equation.params["dimension"]
-    if axis not in (1, 2):
+    # A border that is mirrored or repeated is rearranged; the map that it frames is not.
+    together = union([field for field in fields if field != REARRANGED])
+    if axis not in (1, 2) or not isinstance(together, Field):
         return union(fields)
-    # A border that is mirrored, repeated or wrapped, and the map itself, which is the largest.
+    # Of the border and the map itself, the map is the largest.
     sizes = [variable.aval.shape[axis] for variable in equation.invars]
-    maps = [(number, field) for number, field in enumerate(fields) if isinstance(field, Field)]
-    inner, field = max(maps, key=lambda item: sizes[item[0]])
+    maps = [(number, field) for number, field in enumerate(fields) if field is not None]
+    inner, field = max(maps, key=lambda item: (sizes[item[0]], isinstance(item[1], Field)))
+    if not isinstance(field, Field):
+        return field
     before = -sum(sizes[:inner])
     return field.shifted((before, 0) if axis == 1 else (0, before))
 
@@ -187,7 +218,7 @@ def _receptive_fields(model, stages, shape):
         return model.init(key, image, **until)
 
     def maps(variables, image):
-        found = model.apply(variables, image, **until)
+        found = apply(model, variables, image, **until)
         for stage in stages:
             if stage not in found:
                 raise ValueError(

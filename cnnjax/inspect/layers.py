@@ -1,13 +1,21 @@
 """A network's layers: shapes, parameters, memory, multiply-adds and fields."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 
 from cnnjax.inspect.fields import Field, seen
-from cnnjax.inspect.trace import follow, is_max_pool, own_parameters, trace, with_local_fill
+from cnnjax.inspect.trace import (
+    apply,
+    follow,
+    is_max_pool,
+    own_parameters,
+    trace,
+    with_local_fill,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +29,8 @@ class Layer:
       parameters: number of parameters.
       memory: bytes of the output, for the whole batch.
       macs: multiply-adds of the kernel, for the whole batch.
-      receptive_field: (height, width) in pixels; None if the layer sees the whole image, or if a
-        transposed convolution is among the layers up to it.
+      receptive_field: (height, width) in pixels; None if the layer sees the whole image, or if
+        something up to it upsamples or rearranges a map.
       stride: (height, width) in pixels; None if there is no receptive field.
     """
 
@@ -65,7 +73,8 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
             parameters=sum(value.size for value in parameters.values()),
         )
 
-    program = trace(model.apply, variables, images, report=report)
+    run = functools.partial(apply, model)
+    program = trace(run, variables, images, report=report)
     rows = [_measured(Layer("", "input", None), program.invars[-1].aval, Field())]
 
     convolution = None

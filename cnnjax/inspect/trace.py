@@ -25,6 +25,15 @@ def with_local_fill(model: nn.Module) -> nn.Module:
     return model
 
 
+def apply(model: nn.Module, variables, images, **options):
+    """Runs a network in evaluation mode.
+
+    A network that draws noise then, such as padding='random', draws the same each time.
+    """
+    keys = {"padding": jax.random.key(0), "dropout": jax.random.key(0)}
+    return model.apply(variables, images, rngs=keys, **options)
+
+
 def trace(function: Callable, *arguments, report: Report | None = None):
     """Traces a function of shapes, with windows as networks define them.
 

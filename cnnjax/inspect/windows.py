@@ -1,12 +1,13 @@
 """The chain of a network's windows, read from its traced operations."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 
 from cnnjax.inspect.fields import Field, Unlocated, seen
-from cnnjax.inspect.trace import follow, is_pool, trace, with_local_fill
+from cnnjax.inspect.trace import apply, follow, is_pool, trace, with_local_fill
 from cnnjax.nn import output_size
 
 
@@ -46,7 +47,7 @@ def windows(model) -> tuple[Window, ...]:
     model = with_local_fill(model)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), "float32")
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    program = trace(model.apply, variables, image)
+    program = trace(functools.partial(apply, model), variables, image)
 
     def visit(equation, ways):
         field = seen(equation, [None if way is None else way.field for way in ways])

@@ -28,7 +28,9 @@ from cnnjax.nn import (
 
 
 class Block(nn.Module):
-    """A residual block; its skip is projected if the shapes differ.
+    """A residual block.
+
+    Its skip is projected if a convolution has a stride or the channels differ.
 
     Attributes:
       layers: (features, kernel, stride, groups) of each of the branch's convolutions.
@@ -68,7 +70,9 @@ class Block(nn.Module):
         strides = [conv_stride(stride, self.sampling) for _, _, stride, _ in self.layers]
         skip_stride = max(strides)
         x = fit_to_branch(x, y, skip_stride)
-        if x.shape != y.shape:
+        # As in torchvision. Parameters depend on neither the sampling nor the size of the map.
+        is_strided = any(stride > 1 for _, _, stride, _ in self.layers)
+        if is_strided or x.shape[-1] != y.shape[-1]:
             x = conv(y.shape[-1], 1, skip_stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)
         return relu(x + y)

@@ -44,8 +44,9 @@ class BatchNorm(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, shape)
         wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         axis_name = None if self.is_initializing() else self.axis_name
-        count = _count(x, axis_name)
-        if train and _is_at_least(count, 1):
+        # In evaluation, the layer may run outside the device axis.
+        count = _count(x, axis_name) if train else 0
+        if _is_at_least(count, 1):
             batch_mean, batch_var = _statistics(wide, count, axis_name)
             if not self.is_initializing():
                 self._update(mean, var, batch_mean, batch_var, count, x.shape)

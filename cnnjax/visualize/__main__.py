@@ -265,14 +265,20 @@ def _set_square(options, input_shape):
 
 def _look(subject):
     """Runs a command; returns its figure and its numbers."""
-    import flax.errors
+    from flax import errors
 
     from cnnjax.visualize.commands import COMMANDS
 
     options = subject.options
+    unfit = (
+        errors.ScopeCollectionNotFound,
+        errors.ScopeParamNotFoundError,
+        errors.ScopeParamShapeError,
+        errors.ScopeVariableNotFoundError,
+    )
     try:
         return COMMANDS[options.command](subject)
-    except flax.errors.FlaxError as error:
+    except unfit as error:
         reason = str(error).splitlines()[0]
         origin = f"weights={options.weights!r}"
         if options.run is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from cnnjax import inspect, weights
 from cnnjax.data import augment
+from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
 
@@ -24,7 +25,7 @@ def stage_channels(model: Network) -> dict[str, int]:
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     shapes = jax.eval_shape(
-        lambda variables, image: model.apply(variables, image, method="stages"),
+        lambda variables, image: apply(model, variables, image, method="stages"),
         weights.variable_shapes(model),
         image,
     )
@@ -74,16 +75,8 @@ def map_grid(model: Network, stage: str) -> tuple[Sequence[float], Sequence[floa
     return [(step - 1) / 2 for step in steps], steps
 
 
-def apply(model: Network, variables: dict, images, **options):
-    """Runs a network in evaluation mode.
-
-    padding='random' draws the same noise each time.
-    """
-    return model.apply(variables, images, rngs={"padding": jax.random.key(0)}, **options)
-
-
 def class_logits(model: Network, variables: dict, images, **options):
-    """Runs a network as `apply` does.
+    """Runs a network in evaluation mode.
 
     Raises `ValueError` if the network labels pixels.
     """

@@ -6,7 +6,7 @@ The tensors get torchvision's names, whatever wrapper or older version wrote the
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import safetensors
@@ -43,21 +43,25 @@ class StateDict(dict[str, np.ndarray]):
         return StateDict(kept, self.names)
 
 
-def _torchvision_names(keys: list[str]) -> dict[str, str]:
+def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str]:
     """Maps torchvision's names to a file's own, leaving out BatchNorm's counters.
+
+    Names that are `known` stay as they are.
 
     Raises `ValueError` if two tensors would have one name.
     """
     is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
+    renamed = _TIMM_VGG if is_timm_vgg else {}
     wrappers = _WRAPPERS.match(os.path.commonprefix(keys))
     prefix = wrappers.group() if wrappers else ""
     names: dict[str, str] = {}
     for own in keys:
         if own.endswith("num_batches_tracked"):
             continue
-        name = _OLD_DENSENET.sub(r"\1\2", own.removeprefix(prefix))
-        if is_timm_vgg:
-            for theirs, ours in _TIMM_VGG.items():
+        name = own
+        if own not in known:
+            name = _OLD_DENSENET.sub(r"\1\2", own.removeprefix(prefix))
+            for theirs, ours in renamed.items():
                 if name.startswith(theirs):
                     name = ours + name.removeprefix(theirs)
         if name in names:
@@ -74,13 +78,17 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(str(error)) from error
 
 
-def read(path: str | os.PathLike) -> StateDict:
+def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
     Nothing in a file can run code. The names may have the prefixes of DataParallel and
     torch.compile, be DenseNet's old names or timm's names of VGG, and lie under `state_dict`,
     `model_state_dict` or `model` in a checkpoint. BatchNorm's counters are left out. A file with
     the name of a published one must have its hash.
+
+    Args:
+      path: the file; `~` is expanded.
+      known: names that stay as they are, such as those of the model.
 
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
@@ -100,7 +108,7 @@ def read(path: str | os.PathLike) -> StateDict:
                 raise ValueError(
                     f"{key!r} holds {value.dtype}; expected real numbers and a printable name"
                 )
-        names = _torchvision_names(list(tensors))
+        names = _torchvision_names(list(tensors), known)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         kind = "readable .pth file" if is_pth else "readable safetensors or .pth file"

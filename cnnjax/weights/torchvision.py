@@ -3,7 +3,8 @@
 A model's parameter tree *is* torchvision's state dict with other leaf names and axes. The mapping
 is mechanical and checked: the path joined with dots is the key; `kernel` and `scale` are called
 weight, `mean` and `var` running_mean and running_var, and other leaves keep their names. Kernels
-[height, width, in, out] are stored as [out, in, height, width], dense kernels transposed.
+[height, width, in, out] are stored as [out, in, height, width], dense kernels transposed, and other
+leaves as they are.
 """
 
 import contextlib
@@ -53,23 +54,25 @@ def torchvision_keys(variables: dict) -> dict[str, Path]:
     return keys
 
 
-def _axes(rank: int) -> tuple[int, ...]:
-    """Returns torchvision's axes of a tensor in terms of ours."""
-    return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
+def _axes(path: Path, rank: int) -> tuple[int, ...]:
+    """Returns torchvision's axes of the tensor at a path, in terms of ours."""
+    kernels = {4: (3, 2, 0, 1), 2: (1, 0)}
+    unchanged = tuple(range(rank))
+    return kernels.get(rank, unchanged) if path[-1] == "kernel" else unchanged
 
 
-def _torchvision_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _axes(len(shape)))
+def _torchvision_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _axes(path, len(shape)))
 
 
-def _to_torchvision(array: np.ndarray) -> np.ndarray:
+def _to_torchvision(path: Path, array: np.ndarray) -> np.ndarray:
     # `ascontiguousarray` would turn a scalar into a vector.
-    return np.asarray(array.transpose(_axes(array.ndim)), order="C")
+    return np.asarray(array.transpose(_axes(path, array.ndim)), order="C")
 
 
-def _to_ours(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _to_ours(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Copies `array`, reshaped to torchvision's `shape`, into our axes as float32."""
-    axes = np.argsort(_axes(len(shape)))
+    axes = np.argsort(_axes(path, len(shape)))
     # Always a copy: the array may be a view of a mapped file.
     return np.array(array.reshape(shape).transpose(axes), np.float32, order="C")
 
@@ -255,7 +258,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         missing = (missing,)
     keys = torchvision_keys(variable_shapes(model))
     _check_missing(missing, keys)
-    tensors = files.read(path)
+    tensors = files.read(path, keys)
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(_AUXILIARY)
     try:
@@ -264,7 +267,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         raise ValueError(f"weights={str(path)!r} do not fit the model {error}") from error
     loaded = {}
     for key, shape in shapes.items():
-        value = _to_ours(tensors[key], shape)
+        value = _to_ours(keys[key], tensors[key], shape)
         try:
             _check_values(tensors.names[key], value)
         except ValueError as error:
@@ -298,7 +301,7 @@ def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
     wanted = {}
     for key, path in torchvision_keys(shapes).items():
         if key.split(".")[0] not in missing:
-            wanted[key] = _torchvision_shape(flat[path].shape)
+            wanted[key] = _torchvision_shape(path, flat[path].shape)
     return wanted
 
 
@@ -327,7 +330,8 @@ def save_torchvision(variables: dict, path: str | os.PathLike) -> None:
     flat = flax.traverse_util.flatten_dict(variables)
     tensors = {}
     for key, path_in_tree in torchvision_keys(variables).items():
-        tensors[key] = _to_torchvision(np.asarray(flat[path_in_tree], np.float32))
+        array = np.asarray(flat[path_in_tree], np.float32)
+        tensors[key] = _to_torchvision(path_in_tree, array)
     for key in [key for key in tensors if key.endswith("running_mean")]:
         tensors[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     files.write(tensors, expand_user(path))
