@@ -820,6 +820,21 @@ def test_embedded_photographs_divide_into_disjoint_parts(counts):
         assert sorted(sum(parts, [])) == sorted(paths)
 
 
+@pytest.mark.parametrize("shares", [(6, 2, 5), (240, 6, 60), (48, 2, 12), (24, 1, 24)])
+def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
+    """Ends of parts that round to the same number would leave the part between them empty."""
+    for count in range(3, 31):
+        paths = [pathlib.Path(f"{number:02}.jpg") for number in range(count)]
+        parts = photographs.split(paths, shares, 0)
+        assert all(parts), count
+        assert sorted(sum(parts, [])) == paths
+
+
+def test_no_crops_are_cut_of_no_photographs():
+    with pytest.raises(ValueError, match="none of which to cut 6 crops; expected at least 1"):
+        photographs.crops([], 6, 8, 0)
+
+
 @pytest.mark.slow
 def test_imagenet_weights_on_real_photographs(data_dir):
     """With zero padding, ResNet-18 shows position, even on a black image.
