@@ -412,7 +412,7 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
       ValueError: if there is no photograph, or if one is smaller than `size` or cannot be read.
     """
     if not paths:
-        raise ValueError(f"photographs: none of which to cut {count} crops; expected at least 1")
+        raise ValueError(f"paths=[]: {count} crops need at least one photograph")
     paths = choose(paths, count, seed)
     rng = np.random.default_rng(seed)
     out = np.empty((count, size, size, 3), np.uint8)
