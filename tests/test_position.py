@@ -759,6 +759,16 @@ def test_seeds_of_a_study_draw_from_large_parts(gray_config):
     assert chosen != {path.stem for path in parts["train"][:4]}
 
 
+def test_a_study_stopped_at_its_report_goes_on(gray_config, tmp_path, monkeypatch):
+    def stop(*arguments, **maps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_measure_missing", lambda *arguments: [])
+    monkeypatch.setattr(study.results, "save_maps", stop)
+    with pytest.raises(workdir.Interrupted, match="goes on after the last encoder that was read"):
+        study.run(gray_config, tmp_path)
+
+
 def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config, tmp_path):
     folder = tmp_path / "work"
     begin(gray_config, folder, "posenet-none-0.npz")

@@ -330,11 +330,20 @@ def run(
     check_weights(config)
     try:
         measurements = _measure_missing(config, points, folder, targets, memory)
+        _write_results(config, folder, targets, measurements)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
             "stopped; the same command goes on after the last encoder that was read out"
         ) from stop
 
+
+def _write_results(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    targets: Float[np.ndarray, "targets size size"],
+    measurements: list[Measurement],
+) -> None:
+    """Writes the results of all points, and the report."""
     images = draw_images(config, config.seed)
     results.save_maps(
         folder / "maps.npz",
