@@ -286,6 +286,16 @@ def test_encoding_is_the_stages_resized_and_joined():
     assert image_features(images).shape == (9, 28, 28, 3)
 
 
+def test_images_of_a_later_call_have_noise_of_their_own():
+    model = SmallConvNet(padding="random", input_shape=(28, 28, 3), layers=((4, 1),))
+    variables = initialize(model.clone(padding="zeros"), 28, "conv1")
+    images = np.full((16, 28, 28, 3), 90, np.uint8)
+    features = encode(model, variables, images, ["conv1"])
+    later = encode(model, variables, images[8:], ["conv1"], first=8)
+    assert np.array_equal(later, features[8:])
+    assert not np.array_equal(later, features[:8])
+
+
 @pytest.mark.slow
 def test_features_are_cached_by_what_makes_them(tmp_path, monkeypatch):
     """Cached features are read, also if they were computed together with other stages."""
