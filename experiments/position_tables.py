@@ -548,6 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set",
         nargs="*",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="changes to every study's configuration",

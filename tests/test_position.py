@@ -1086,6 +1086,14 @@ def test_a_setting_that_all_rows_share_is_allowed(name, setting):
     position_tables.check_settings(name, options)
 
 
+def test_settings_may_be_given_one_by_one(tmp_path, monkeypatch):
+    settings = []
+    monkeypatch.setattr(position_tables, "measure", lambda options: settings.extend(options.set))
+    arguments = ["main", "--workdir", str(tmp_path), "--set", "kernel=1", "hidden=8"]
+    assert position_tables.main([*arguments, "--set", "n_test=6"]) == 0
+    assert settings == ["kernel=1", "hidden=8", "n_test=6"]
+
+
 @pytest.mark.slow
 def test_bad_input_of_tables_is_refused_before_the_first_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "run", None)
