@@ -332,11 +332,15 @@ def network_of(padding, seed, **fields):
 def test_patterns_stand_beside_the_readout_and_results_without_them_are_reported():
     image = {"part": "image", "padding": "", "seed": 0}
     image["probes"] = [{"target": "H", "data": "natural", "r2": 0.0}]
-    options = argparse.Namespace(network="", enlarge=1, train=100, epochs=1)
+    options = argparse.Namespace(network="", enlarge=1, train=100, epochs=1, photographs=None)
     before = [image, *(network_of("zeros", seed) for seed in (0, 1))]
     text, figures = position_training.report(before, options)
-    assert "Patterns of the padding were not measured" in text
+    assert "were not measured: `--photographs` was not given." in text
     assert len(figures["training.png"].axes) == 4
+    options.photographs = ""
+    moving = [image, *(network_of("circular", seed, patterns=[]) for seed in (0, 1))]
+    text, _ = position_training.report(moving, options)
+    assert "were not measured: all fills here move positions." in text
 
     traces = []
     for epoch in (0, 1):
