@@ -338,7 +338,7 @@ def test_patterns_stand_beside_the_readout_and_results_without_them_are_reported
     assert "were not measured: `--photographs` was not given." in text
     assert len(figures["training.png"].axes) == 4
     options.photographs = ""
-    moving = [image, *(network_of("circular", seed, patterns=[]) for seed in (0, 1))]
+    moving = [image, *(network_of("none", seed, patterns=[]) for seed in (0, 1))]
     text, _ = position_training.report(moving, options)
     assert "were not measured: all fills here move positions." in text
 
