@@ -1125,6 +1125,52 @@ def test_tables_keep_studies_of_drawn_photographs_apart(gray_config):
     assert position_tables.study_name(gray_config) != workdir.digest(gray_config.to_dict())
 
 
+def test_tables_name_studies_by_the_contents_of_their_files(gray_config, tmp_path):
+    def name():
+        return position_tables.study_name(gray_config, study.digest_inputs(gray_config))
+
+    first = name()
+    gray_config.photographs += "/"
+    assert name() == first
+    (tmp_path / "grays").rename(tmp_path / "moved grays")
+    gray_config.photographs = str(tmp_path / "moved grays")
+    assert name() == first
+    (tmp_path / "moved grays" / "029.png").rename(tmp_path / "moved grays" / "other.png")
+    assert name() != first
+    names = []
+    for file, content in (("a", b"some"), ("b", b"some"), ("c", b"same")):
+        (tmp_path / file).write_bytes(content)
+        gray_config.weights = str(tmp_path / file)
+        names.append(name())
+    assert names[0] == names[1] != names[2]
+    # Without files of the user's, the names are those of earlier versions.
+    gray_config.update({"photographs": "", "weights": "random"})
+    assert name() == position_tables.study_name(gray_config)
+
+
+def test_tables_of_earlier_versions_are_named_by_paths_and_still_count(gray_config, tmp_path):
+    contents = study.digest_inputs(gray_config)
+    name = position_tables.study_name(gray_config, contents)
+    earlier = position_tables.study_name(gray_config)
+    find = functools.partial(position_tables.find_folder, tmp_path, name, gray_config)
+    assert find() == tmp_path / name
+    (tmp_path / earlier).mkdir()
+    assert find() == tmp_path / earlier
+    (tmp_path / name).mkdir()
+    assert find() == tmp_path / name
+
+    settings = [position_tables.study_name(gray_config, contents, any_seeds=True)]
+    check = functools.partial(
+        position_tables.check_page, "main", tmp_path, [gray_config], settings
+    )
+    for recorded in (position_tables.study_name(gray_config, any_seeds=True), *settings):
+        workdir.write_json(tmp_path / "main.json", [{"settings": recorded}])
+        check()
+    workdir.write_json(tmp_path / "main.json", [{"settings": "others"}])
+    with pytest.raises(ValueError, match="has main.md with other settings"):
+        check()
+
+
 def test_a_row_shows_readouts_of_its_studys_depth():
     """A deeper readout chosen by `--set` is shown; a row without results is refused."""
     row = position_tables.TABLES["main"][1]
