@@ -384,9 +384,7 @@ def study_name(
     return workdir.digest(settings)
 
 
-def find_folder(
-    parent: pathlib.Path, name: str, config: ml_collections.ConfigDict
-) -> pathlib.Path:
+def find_folder(parent: pathlib.Path, name: str, config: ml_collections.ConfigDict) -> pathlib.Path:
     """Returns a study's folder, which an earlier version may have named by its files' paths."""
     folder = parent / name
     earlier = parent / study_name(config)

@@ -1160,9 +1160,7 @@ def test_tables_of_earlier_versions_are_named_by_paths_and_still_count(gray_conf
     assert find() == tmp_path / name
 
     settings = [position_tables.study_name(gray_config, contents, any_seeds=True)]
-    check = functools.partial(
-        position_tables.check_page, "main", tmp_path, [gray_config], settings
-    )
+    check = functools.partial(position_tables.check_page, "main", tmp_path, [gray_config], settings)
     for recorded in (position_tables.study_name(gray_config, any_seeds=True), *settings):
         workdir.write_json(tmp_path / "main.json", [{"settings": recorded}])
         check()
