@@ -157,7 +157,7 @@ class Study:
       axes: names of the options that choose points. They may change from call to call in one work
         directory; all other options except `data_dir` may not.
       load: `load(options)` checks the options and loads what all points share; optional. It runs
-        after the work directory has been checked.
+        after the work directory has been checked, and only if a point is missing.
       environment: `environment(options)` describes what else the results depend on, as JSON holds
         it, such as the machine whose times are measured; optional. It becomes
         `options.environment`, and the work directory is bound to it. A call that measures nothing
@@ -209,17 +209,20 @@ class Study:
                 options.environment = record.get("environment", options.environment)
             try:
                 results = self._measure_missing(dict(zip(points, paths)), options)
+                self._write(folder, results, self.report(results, options))
             except KeyboardInterrupt as stop:
                 raise workdir.Interrupted(
                     "stopped; the same command goes on after the last finished point"
                 ) from stop
-            self._write(folder, results, self.report(results, options))
 
     def _measure_missing(
         self, paths: dict[NamedTuple, pathlib.Path], options: Options
     ) -> list[dict]:
         """Measures the points whose files are missing; returns the results of all points."""
-        shared = (self.load(options),) if self.load else ()
+        shared: tuple = ()
+        # A report alone may be written where the data and the weights are not.
+        if self.load and not all(path.exists() for path in paths.values()):
+            shared = (self.load(options),)
         results = []
         with progress(len(paths), "points") as advance:
             for point, path in paths.items():
@@ -238,6 +241,7 @@ class Study:
             settings["contents"] = contents
         settings = json.loads(json.dumps(settings, default=str))
         recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
+        _check_weights(settings, recorded, bool(missing))
         settings |= _keep_paths(settings, recorded)
         return settings | self._record_drawing(options, missing, recorded)
 
@@ -341,6 +345,23 @@ def _are_pairs(value) -> bool:
         and all(isinstance(part, str | os.PathLike) for part in pair)
         for pair in value
     )
+
+
+def _check_weights(settings: dict, recorded: dict, computes: bool) -> None:
+    """Raises `ValueError` if a file of weights is missing that the study was begun with.
+
+    A call that measures nothing does not need it.
+    """
+    contents = settings.get("contents", {})
+    earlier = recorded.get("contents") or {}
+    places = _list_weights(recorded)
+    for name, file in _list_weights(settings).items():
+        was_there = earlier.get(name, _ABSENT) != _ABSENT
+        is_named_anew = places.get(name) != file
+        if was_there and contents[name] == _ABSENT and (computes or is_named_anew):
+            raise ValueError(
+                f"{name}={file!r} is neither a file of weights nor a finished training run"
+            )
 
 
 def _keep_paths(settings: dict, recorded: dict) -> dict:

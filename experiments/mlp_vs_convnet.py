@@ -38,13 +38,18 @@ CLAIMS = {
 
 
 def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
-    """Runs the sweep of one configuration in its own process; returns the exit code."""
+    """Runs the sweep of one configuration in its own process; returns the exit code.
+
+    If a signal ended it, the code is a shell's: 128 and the number of the signal.
+    """
     words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
     process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
     while True:
         # Ctrl-C also reaches the sweep; wait until the sweep has saved.
         with contextlib.suppress(KeyboardInterrupt):
-            return process.wait()
+            code = process.wait()
+            # Python returns the number of a signal as a negative one.
+            return 128 - code if code < 0 else code
 
 
 # --- Results --------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def add_options(parser):
     parser.add_argument(
         "--weights",
         nargs="+",
+        action="extend",
         default=[],
         type=named_file,
         metavar="MODEL=FILE",

@@ -46,7 +46,7 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import fit_exact, fit_sgd
 from cnnjax.position.targets import target
-from cnnjax.runtime import tables
+from cnnjax.runtime import command, tables
 
 _SIZE = 224
 _BATCH = 8
@@ -80,7 +80,7 @@ def add_options(parser):
     parser.add_argument(
         "--counts",
         nargs="+",
-        type=int,
+        type=command.whole_number(2),
         default=[24, 96, 256],
         help="images to fit to; the nonlinear readout takes the most (default: 24 96 256)",
     )
@@ -89,14 +89,24 @@ def add_options(parser):
 
 
 def load(options) -> list[pathlib.Path]:
-    """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
-    if min(options.counts) < 2:
-        raise ValueError(f"counts={options.counts} must be numbers of images of at least 2")
+    """Lists the photographs, none for noise alone.
+
+    Raises `ValueError` if they are too few or one is too small.
+    """
     if len(set(options.counts)) < len(options.counts):
         raise ValueError(f"counts={options.counts} must name each number once")
+    if set(options.images) == {"noise"}:
+        return []
     paths = photographs.list_photographs(options.photographs)
+    # Too few are refused here.
+    photographs.split(paths, list_sizes(options), 0)
     photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
     return paths
+
+
+def list_sizes(options) -> tuple[int, int, int]:
+    """Lists the numbers of images to fit to, to hold out, and to test on."""
+    return max(options.counts), _HELD_OUT, _TEST
 
 
 def draws(point: Point, options) -> bool:
@@ -104,7 +114,7 @@ def draws(point: Point, options) -> bool:
     if point.images == "noise":
         return False
     paths, _ = photographs.find_photographs(options.photographs)
-    parts = photographs.split(paths, (max(options.counts), _HELD_OUT, _TEST), 0)
+    parts = photographs.split(paths, list_sizes(options), 0)
     return photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST))
 
 
@@ -119,9 +129,12 @@ def points(options):
 
 def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     """Fits readouts of H to images of one kind, and scores them on unseen images of that kind."""
-    most = max(options.counts)
-    sizes = (most, _HELD_OUT, _TEST)
-    parts = photographs.split(paths, sizes, point.seed)
+    sizes = list_sizes(options)
+    most = sizes[0]
+    # Noise alone comes without photographs.
+    parts: list[list[pathlib.Path]] = [[], [], []]
+    if paths:
+        parts = photographs.split(paths, sizes, point.seed)
     features = encode(point, np.concatenate(draw_images(point, parts, sizes)))
     cropped = [min(len(part), size) for part, size in zip(parts, sizes)]
     goal = target("H", FEATURE_SIZE)
@@ -148,7 +161,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     }
 
 
-def choose_images(point: Point, count: int, available: int) -> slice | np.ndarray:
+def choose_images(point: Point, count: int, available: int) -> slice | list[int]:
     """Chooses which images to fit to.
 
     The first images are crops of different photographs, `available` ones. Fewer than these are
@@ -156,8 +169,7 @@ def choose_images(point: Point, count: int, available: int) -> slice | np.ndarra
     """
     if point.images == "noise" or count >= available:
         return slice(count)
-    # The second number sets this choice apart from what else is drawn from the same seed.
-    return np.random.default_rng([point.seed, 1]).permutation(available)[:count]
+    return photographs.choose(range(available), count, point.seed)
 
 
 def draw_images(

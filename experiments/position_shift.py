@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import photographs
+from cnnjax.models import Network
 from cnnjax.nn import FILLS, resize
 from cnnjax.position.encoder import encode, random_encoder
 from cnnjax.position.metrics import scores
@@ -49,6 +50,9 @@ _SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))
 # out, and for the test.
 _COUNTS = (24, 6)
 _PARTS = (6, 2, 5)
+# The number of test photographs whose scenes are encoded together, which limits the memory: as many
+# as the photographs that packages carry leave for the test.
+_TOGETHER = 5
 ENCODERS = ("resnet18", "vgg11")
 KINDS = ("photograph", "object")
 
@@ -74,9 +78,18 @@ def add_options(parser):
 def load(options) -> list[pathlib.Path]:
     """Lists the photographs; raises `ValueError` if they are too few or one is too small."""
     paths = photographs.list_photographs(options.photographs)
+    # Too few are refused here.
+    photographs.split(paths, _PARTS, 0)
     for path in paths:
-        scenes(path)
+        check_size(path, *photographs.image_size(path))
     return paths
+
+
+def check_size(path: pathlib.Path, height: int, width: int) -> None:
+    """Raises `ValueError` if a photograph is too small for its scenes."""
+    least = _SIZE + _SHIFTS[-1]
+    if height < _SIZE or width < least:
+        raise ValueError(f"photographs: {path} is {height}x{width}, smaller than {_SIZE}x{least}")
 
 
 def draws(point: Point, options) -> bool:
@@ -102,14 +115,10 @@ def scenes(path: pathlib.Path) -> dict[str, np.ndarray]:
     photograph is too small.
     """
     image = photographs.read_image(path)
+    check_size(path, *image.shape[:2])
     width = _SIZE + _SHIFTS[-1]
     top = (image.shape[0] - _SIZE) // 2
     left = (image.shape[1] - width) // 2
-    if min(top, left) < 0:
-        raise ValueError(
-            f"photographs: {path} is {image.shape[0]}x{image.shape[1]}, smaller than "
-            f"{_SIZE}x{width}"
-        )
     strip = image[top : top + _SIZE, left : left + width]
     low = (_SIZE - _OBJECT) // 2
     piece = strip[low : low + _OBJECT, low : low + _OBJECT]
@@ -153,20 +162,39 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     images = []
     for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
         images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
-    moved = [scenes(path) for path in test]
-    for kind in KINDS:
-        images += [scene[kind] for scene in moved]
-    train, held_out, *maps = encode_parts(point, images)
-    readout = fit_exact(train, held_out, target("H", _SIZE)[None])
-    of_scenes = itertools.product(KINDS, test)
-    followed = [follow(readout, *scene, part) for scene, part in zip(of_scenes, maps)]
-    return {"scenes": followed}
+    encoder = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
+    readout = None
+    first = 0
+    followed: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+    for start in range(0, len(test), _TOGETHER):
+        group = test[start : start + _TOGETHER]
+        moved = [scenes(path) for path in group]
+        for kind in KINDS:
+            images += [scene[kind] for scene in moved]
+        features = encode_parts(encoder, images, first)
+        first += sum(map(len, images))
+        images = []
+        # The images to fit to are encoded with the first scenes.
+        if readout is None:
+            train, held_out, *features = features
+            readout = fit_exact(train, held_out, target("H", _SIZE)[None])
+        for (kind, path), maps in zip(itertools.product(KINDS, group), features):
+            followed[kind].append(follow(readout, kind, path, maps))
+    return {"scenes": list(itertools.chain(*followed.values()))}
 
 
-def encode_parts(point: Point, images: list[np.ndarray]) -> list[np.ndarray]:
-    """Encodes lists of images together, and returns the features of each."""
-    model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
-    features = encode(model, variables, np.concatenate(images), stages)
+def encode_parts(
+    encoder: tuple[Network, dict, tuple[str, ...]], images: list[np.ndarray], first: int
+) -> list[np.ndarray]:
+    """Encodes lists of images together, and returns the features of each.
+
+    Args:
+      encoder: as `random_encoder` returns it.
+      images: the lists, each uint8 [n, size, size, 3].
+      first: the number of the first image among all that are encoded.
+    """
+    model, variables, stages = encoder
+    features = encode(model, variables, np.concatenate(images), stages, first=first)
     ends = np.cumsum([len(part) for part in images])
     return np.split(features, ends[:-1])
 

@@ -358,28 +358,62 @@ def check_photographs(row: Row, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def study_name(config: ml_collections.ConfigDict, any_seeds: bool = False) -> str:
+def study_name(
+    config: ml_collections.ConfigDict,
+    contents: dict[str, str] | None = None,
+    any_seeds: bool = False,
+) -> str:
     """Returns the name of a study's folder: a digest of its configuration.
 
-    With `any_seeds`, it is the same for every number of seeds.
+    Args:
+      config: the study's configuration.
+      contents: digests of its files (`position_study.digest_inputs`), which count instead of their
+        paths; None for the name that earlier versions gave.
+      any_seeds: whether the name is the same for every number of seeds.
     """
     settings = config.to_dict()
     if any_seeds:
         del settings["seeds"]
+    for key, digest in (contents or {}).items():
+        # The photographs that packages carry have no path.
+        if settings[key]:
+            settings[key] = digest
     # Earlier versions took the first photographs of each part; their studies are measured again.
     if position_study.draws(config):
         settings["photographs_drawn"] = "at random"
     return workdir.digest(settings)
 
 
-def check_page(name: str, folder: pathlib.Path, configs: list[ml_collections.ConfigDict]) -> None:
-    """Raises `ValueError` if the folder has a table's page of other settings."""
+def find_folder(parent: pathlib.Path, name: str, config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Returns a study's folder, which an earlier version may have named by its files' paths."""
+    folder = parent / name
+    earlier = parent / study_name(config)
+    if earlier.exists() and not folder.exists():
+        return earlier
+    return folder
+
+
+def check_page(
+    name: str,
+    folder: pathlib.Path,
+    configs: list[ml_collections.ConfigDict],
+    settings: list[str],
+) -> None:
+    """Raises `ValueError` if the folder has a table's page of other settings.
+
+    Args:
+      name: the table's name.
+      folder: the work directory.
+      configs: the configurations of the table's rows.
+      settings: their names for any number of seeds (`study_name`).
+    """
     path = folder / f"{name}.json"
     if not path.exists():
         return
     # Records of earlier versions do not name their settings.
     earlier = {record.get("settings") for record in workdir.read_json(path)} - {None}
-    if not earlier <= {study_name(config, any_seeds=True) for config in configs}:
+    by_paths = [study_name(config, any_seeds=True) for config in configs]
+    if not earlier <= {*settings, *by_paths}:
         raise ValueError(
             f"workdir={str(folder)!r} has {name}.md with other settings; choose another --workdir, "
             f"or move {name}.md and {name}.json"
@@ -498,10 +532,16 @@ def measure(options: argparse.Namespace) -> None:
         position_study.check(config)
     studies = {}
     table_studies = {}
+    table_settings = {}
+    # A file of weights may be large, so each is hashed once.
+    digest_files = functools.cache(position_study.digest_files)
     for name, configs in table_configs.items():
-        table_studies[name] = [study_name(config) for config in configs]
+        contents = [digest_files(config.photographs, config.weights) for config in configs]
+        named = list(zip(configs, contents))
+        table_studies[name] = [study_name(*each) for each in named]
+        table_settings[name] = [study_name(*each, any_seeds=True) for each in named]
         studies.update(zip(table_studies[name], configs))
-        check_page(name, options.workdir, configs)
+        check_page(name, options.workdir, configs, table_settings[name])
     for row, config in zip(TABLES["photographs"], table_configs.get("photographs", ())):
         check_photographs(row, config)
     check_weights(list(studies.values()))
@@ -510,13 +550,13 @@ def measure(options: argparse.Namespace) -> None:
 
     @functools.cache
     def complete(study):
-        folder = options.workdir / study
+        folder = find_folder(options.workdir, study, studies[study])
         return workdir.run_once(run, studies[study], folder, position_study.complete_record)
 
     for name, configs in table_configs.items():
         records = []
-        for row, config, study in zip(TABLES[name], configs, table_studies[name]):
-            settings = study_name(config, any_seeds=True)
+        rows = zip(TABLES[name], configs, table_studies[name], table_settings[name])
+        for row, config, study, settings in rows:
             for record in compare(row, config, complete(study)):
                 records.append(record | {"settings": settings})
         write(name, options.workdir, records, configs)
@@ -548,6 +588,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set",
         nargs="*",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="changes to every study's configuration",

@@ -443,11 +443,13 @@ def draw(results: list[dict], epochs: list[int], stages: list[str]) -> Figure:
     return figure
 
 
-def describe_patterns(results: list[dict], epochs: list[int]) -> str:
+def describe_patterns(results: list[dict], epochs: list[int], options) -> str:
     """Makes the report's section of patterns."""
     networks = traced(results)
-    if not networks:
+    if not networks and options.photographs is None:
         return "Patterns of the padding were not measured: `--photographs` was not given.\n"
+    if not networks:
+        return "Patterns of the padding were not measured: all fills here move positions.\n"
     return f"""## Pattern of the padding by stage and epoch
 
 What padding does to photographs' features, without any readout (`position_patterns`). Change is the
@@ -497,7 +499,7 @@ What training adds to a network's R2:
 ## R2 of H by stage and epoch
 
 {tabulate_stages(networks, epochs, READ)}
-{describe_patterns(networks, epochs)}
+{describe_patterns(networks, epochs, options)}
 ![R2 of H while a network is trained](training.png)
 """
     return study.Report(text, {"training.png": draw(networks, epochs, stages)})

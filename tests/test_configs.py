@@ -4,6 +4,8 @@ import ast
 import importlib
 import json
 import pathlib
+import signal
+import types
 
 import forked
 import numpy as np
@@ -281,3 +283,19 @@ def test_a_network_with_a_failed_run_does_not_keep_the_next_from_training(tmp_pa
     monkeypatch.setattr(mlp_vs_convnet, "run_sweep", run_sweep)
     assert mlp_vs_convnet.main(["--workdir", str(tmp_path), "--networks", *codes]) == 75
     assert trained == ["mlp1_cifar10", "mlp3_cifar10", "lenet_mnist"]
+
+
+def test_a_sweep_that_a_signal_ends_fails(tmp_path, monkeypatch):
+    """Popen returns the number of the signal as a negative one, which `max` would drop."""
+    killed = types.SimpleNamespace(wait=lambda: -signal.SIGKILL)
+    started = []
+
+    def start(words, cwd):
+        started.append(words)
+        return killed
+
+    monkeypatch.setattr(mlp_vs_convnet, "subprocess", types.SimpleNamespace(Popen=start))
+    networks = ["mlp1_cifar10", "mlp3_cifar10"]
+    assert mlp_vs_convnet.main(["--workdir", str(tmp_path), "--networks", *networks]) == 128 + 9
+    # The next network is not trained.
+    assert len(started) == 1

@@ -5,6 +5,7 @@ import functools
 import graphlib
 import pathlib
 import tomllib
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -92,6 +93,31 @@ def test_nothing_imports_another_framework():
                 # Comparisons with PyTorch import it on request.
                 is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
                 assert "torch" not in roots or is_comparison, path
+
+
+def keywords_of_lists(path: pathlib.Path) -> Iterator[dict[str, ast.expr]]:
+    """Yields the keywords of each option --NAME in a file that takes a list of any length."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = node.args[0]
+        is_option = isinstance(name, ast.Constant) and str(name.value).startswith("--")
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        if is_option and ast.unparse(keywords.get("nargs", name)) in ("'+'", "'*'"):
+            yield keywords
+
+
+def test_an_option_given_twice_adds_to_the_first():
+    """argparse would keep the last list without a word.
+
+    Options that replace a default list are left out: they would be added to the default.
+    """
+    for folder in ("cnnjax", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for keywords in keywords_of_lists(path):
+                default = keywords.get("default")
+                if default is None or ast.unparse(default) in ("[]", "()", "None"):
+                    assert "action" in keywords, path
 
 
 def test_requirements_are_the_package_and_all_its_extras():

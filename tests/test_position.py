@@ -28,7 +28,7 @@ from cnnjax.position.encoder import encode, image_features, reachable_stages
 from cnnjax.position.metrics import METRICS, by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import workdir
+from cnnjax.runtime import command, workdir
 from configs import posenet
 from experiments import position_tables
 
@@ -284,6 +284,16 @@ def test_encoding_is_the_stages_resized_and_joined():
     resized = [cnn.resize(stages[stage], 28) for stage in ("block1", "block3")]
     np.testing.assert_allclose(features[8:], np.concatenate(resized, axis=3), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)
+
+
+def test_images_of_a_later_call_have_noise_of_their_own():
+    model = SmallConvNet(padding="random", input_shape=(28, 28, 3), layers=((4, 1),))
+    variables = initialize(model.clone(padding="zeros"), 28, "conv1")
+    images = np.full((16, 28, 28, 3), 90, np.uint8)
+    features = encode(model, variables, images, ["conv1"])
+    later = encode(model, variables, images[8:], ["conv1"], first=8)
+    assert np.array_equal(later, features[8:])
+    assert not np.array_equal(later, features[:8])
 
 
 @pytest.mark.slow
@@ -759,6 +769,16 @@ def test_seeds_of_a_study_draw_from_large_parts(gray_config):
     assert chosen != {path.stem for path in parts["train"][:4]}
 
 
+def test_a_study_stopped_at_its_report_goes_on(gray_config, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **maps):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_measure_missing", lambda *arguments: [])
+    monkeypatch.setattr(study.results, "save_maps", stop)
+    assert command.run(lambda: study.run(gray_config, tmp_path)) == 75
+    assert "goes on after the last encoder that was read out" in capsys.readouterr().err
+
+
 def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config, tmp_path):
     folder = tmp_path / "work"
     begin(gray_config, folder, "posenet-none-0.npz")
@@ -818,6 +838,21 @@ def test_embedded_photographs_divide_into_disjoint_parts(counts):
         parts = photographs.split(paths, counts, seed)
         assert all(parts)
         assert sorted(sum(parts, [])) == sorted(paths)
+
+
+@pytest.mark.parametrize("shares", [(6, 2, 5), (240, 6, 60), (48, 2, 12), (24, 1, 24)])
+def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
+    """Ends of parts that round to the same number would leave the part between them empty."""
+    for count in range(3, 31):
+        paths = [pathlib.Path(f"{number:02}.jpg") for number in range(count)]
+        parts = photographs.split(paths, shares, 0)
+        assert all(parts), count
+        assert sorted(sum(parts, [])) == paths
+
+
+def test_no_crops_are_cut_of_no_photographs():
+    with pytest.raises(ValueError, match=r"paths=\[\]: 6 crops need at least one photograph"):
+        photographs.crops([], 6, 8, 0)
 
 
 @pytest.mark.slow
@@ -1051,6 +1086,14 @@ def test_a_setting_that_all_rows_share_is_allowed(name, setting):
     position_tables.check_settings(name, options)
 
 
+def test_settings_may_be_given_one_by_one(tmp_path, monkeypatch):
+    settings = []
+    monkeypatch.setattr(position_tables, "measure", lambda options: settings.extend(options.set))
+    arguments = ["main", "--workdir", str(tmp_path), "--set", "kernel=1", "hidden=8"]
+    assert position_tables.main([*arguments, "--set", "n_test=6"]) == 0
+    assert settings == ["kernel=1", "hidden=8", "n_test=6"]
+
+
 @pytest.mark.slow
 def test_bad_input_of_tables_is_refused_before_the_first_study(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "run", None)
@@ -1080,6 +1123,50 @@ def test_tables_keep_studies_of_drawn_photographs_apart(gray_config):
     assert position_tables.study_name(gray_config) == workdir.digest(gray_config.to_dict())
     gray_config.n_train = 4
     assert position_tables.study_name(gray_config) != workdir.digest(gray_config.to_dict())
+
+
+def test_tables_name_studies_by_the_contents_of_their_files(gray_config, tmp_path):
+    def name():
+        return position_tables.study_name(gray_config, study.digest_inputs(gray_config))
+
+    first = name()
+    gray_config.photographs += "/"
+    assert name() == first
+    (tmp_path / "grays").rename(tmp_path / "moved grays")
+    gray_config.photographs = str(tmp_path / "moved grays")
+    assert name() == first
+    (tmp_path / "moved grays" / "029.png").rename(tmp_path / "moved grays" / "other.png")
+    assert name() != first
+    names = []
+    for file, content in (("a", b"some"), ("b", b"some"), ("c", b"same")):
+        (tmp_path / file).write_bytes(content)
+        gray_config.weights = str(tmp_path / file)
+        names.append(name())
+    assert names[0] == names[1] != names[2]
+    # Without files of the user's, the names are those of earlier versions.
+    gray_config.update({"photographs": "", "weights": "random"})
+    assert name() == position_tables.study_name(gray_config)
+
+
+def test_tables_of_earlier_versions_are_named_by_paths_and_still_count(gray_config, tmp_path):
+    contents = study.digest_inputs(gray_config)
+    name = position_tables.study_name(gray_config, contents)
+    earlier = position_tables.study_name(gray_config)
+    find = functools.partial(position_tables.find_folder, tmp_path, name, gray_config)
+    assert find() == tmp_path / name
+    (tmp_path / earlier).mkdir()
+    assert find() == tmp_path / earlier
+    (tmp_path / name).mkdir()
+    assert find() == tmp_path / name
+
+    settings = [position_tables.study_name(gray_config, contents, any_seeds=True)]
+    check = functools.partial(position_tables.check_page, "main", tmp_path, [gray_config], settings)
+    for recorded in (position_tables.study_name(gray_config, any_seeds=True), *settings):
+        workdir.write_json(tmp_path / "main.json", [{"settings": recorded}])
+        check()
+    workdir.write_json(tmp_path / "main.json", [{"settings": "others"}])
+    with pytest.raises(ValueError, match="has main.md with other settings"):
+        check()
 
 
 def test_a_row_shows_readouts_of_its_studys_depth():

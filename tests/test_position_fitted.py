@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from quick import exit_code
 
 from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
@@ -64,7 +65,7 @@ def test_fewer_images_than_photographs_are_nested_random_choices():
     for seed in (0, 1):
         point = Point("resnet18", "zeros", "photographs", seed)
         for count in (24, 96):
-            chosen[seed, count] = position_fitted.choose_images(point, count, 200).tolist()
+            chosen[seed, count] = position_fitted.choose_images(point, count, 200)
     assert chosen[0, 24] == chosen[0, 96][:24]
     assert len(set(chosen[0, 96])) == 96
     assert max(chosen[0, 24]) > 96
@@ -151,10 +152,15 @@ def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_p
     folder = tmp_path / "work"
     small = tmp_path / "small"
     small.mkdir()
-    for name in "abc":
+    for name in "ab":
         PIL.Image.new("RGB", (300, 200)).save(small / f"{name}.png")
+    few = ["--photographs", str(small)]
+    assert position_fitted.main(["--workdir", str(folder), *few]) == 2
+    message = "2 photographs cannot be divided into 3 disjoint parts"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    PIL.Image.new("RGB", (300, 200)).save(small / "c.png")
     for wrong, message in (
-        (["--counts", "24", "1"], "counts=[24, 1] must be numbers of images of at least 2"),
+        (["--counts", "24", "24"], "counts=[24, 24] must name each number once"),
         (["--photographs", "absent"], "photographs='absent' is not a folder"),
         (
             ["--photographs", str(small)],
@@ -163,4 +169,24 @@ def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_p
     ):
         assert position_fitted.main(["--workdir", str(folder), *wrong]) == 2
         assert capsys.readouterr().err == f"error: {message}\n"
+    wrong = ["--workdir", str(folder), "--counts", "24", "1"]
+    assert exit_code(position_fitted.main, wrong) == 2
+    message = "argument --counts: '1' is not a whole number of at least 2\n"
+    assert capsys.readouterr().err.endswith(message)
     assert not folder.exists()
+
+
+def test_noise_needs_no_photographs(tmp_path, monkeypatch):
+    """One photograph, which is too small as well, would be refused otherwise."""
+    PIL.Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    options = argparse.Namespace(photographs=str(tmp_path), counts=[4], images=["noise"], hidden=0)
+    paths = position_fitted.load(options)
+    assert paths == []
+    monkeypatch.setattr(
+        position_fitted, "encode", lambda point, images: {"corners": images[:, :28, :28, :1] / 255}
+    )
+    monkeypatch.setattr(position_fitted, "_SIZE", 28)
+    monkeypatch.setattr(position_fitted, "border", lambda padding, seed: {})
+    result = position_fitted.measure(Point("resnet18", "zeros", "noise", 0), options, paths)
+    assert [row["count"] for row in result["readouts"]] == [4]
+    assert result["photographs"] == [0, 0, 0]

@@ -172,6 +172,56 @@ def test_content_moves_to_the_left_under_a_fixed_frame(tmp_path):
         position_shift.scenes(tmp_path / "b.png")
 
 
+@pytest.mark.parametrize("count", [13, 130])
+def test_the_largest_batch_does_not_grow_with_the_photographs(monkeypatch, count):
+    batches = []
+
+    def encode(model, variables, images, stages, first):
+        batches.append((first, len(images)))
+        return images
+
+    def blank(number):
+        return np.zeros((number, 1, 1, 3), np.uint8)
+
+    def follow(readout, kind, path, maps):
+        return kind, path, len(maps)
+
+    moved = dict.fromkeys(position_shift.KINDS, blank(5))
+    crops = lambda part, number, size, seed: blank(number)
+    monkeypatch.setattr(position_shift.photographs, "crops", crops)
+    monkeypatch.setattr(position_shift, "scenes", lambda path: moved)
+    monkeypatch.setattr(position_shift, "random_encoder", lambda *arguments: (None, {}, ()))
+    monkeypatch.setattr(position_shift, "encode", encode)
+    monkeypatch.setattr(position_shift, "fit_exact", lambda *arguments: "readout")
+    monkeypatch.setattr(position_shift, "follow", follow)
+    paths = [pathlib.Path(f"{number:03}.jpg") for number in range(count)]
+    *_, test = position_shift.photographs.split(paths, position_shift._PARTS, 0)
+    point = position_shift.Point("resnet18", "zeros", 0)
+    followed = position_shift.measure(point, None, paths)["scenes"]
+    assert followed == [(*scene, 5) for scene in itertools.product(position_shift.KINDS, test)]
+    # The photographs that packages carry are encoded together, as they always were: 24 images to
+    # fit to, 6 to hold out, and 5 photographs in 5 windows of 2 kinds.
+    assert batches[0] == (0, 80)
+    numbers, sizes = zip(*batches)
+    assert max(sizes) == 80
+    # Images of all batches are numbered, so that each has noise of its own under "random".
+    assert list(numbers) == [0, *np.cumsum(sizes)[:-1]]
+
+
+def test_moved_photographs_are_checked_by_their_headers(tmp_path, monkeypatch):
+    monkeypatch.setattr(position_shift.photographs, "read_image", pytest.fail)
+    options = argparse.Namespace(photographs=str(tmp_path))
+    for name in "ab":
+        PIL.Image.new("RGB", (320, 192)).save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
+        position_shift.load(options)
+    PIL.Image.new("RGB", (320, 192)).save(tmp_path / "c.png")
+    assert len(position_shift.load(options)) == 3
+    PIL.Image.new("RGB", (319, 192)).save(tmp_path / "d.png")
+    with pytest.raises(ValueError, match="d.png is 192x319, smaller than 192x320"):
+        position_shift.load(options)
+
+
 @pytest.mark.parametrize("count, is_drawn", [(13, False), (100, True)])
 def test_the_study_knows_whether_photographs_are_drawn(monkeypatch, count, is_drawn):
     paths = [pathlib.Path(f"{number}.jpg") for number in range(count)]
@@ -282,11 +332,15 @@ def network_of(padding, seed, **fields):
 def test_patterns_stand_beside_the_readout_and_results_without_them_are_reported():
     image = {"part": "image", "padding": "", "seed": 0}
     image["probes"] = [{"target": "H", "data": "natural", "r2": 0.0}]
-    options = argparse.Namespace(network="", enlarge=1, train=100, epochs=1)
+    options = argparse.Namespace(network="", enlarge=1, train=100, epochs=1, photographs=None)
     before = [image, *(network_of("zeros", seed) for seed in (0, 1))]
     text, figures = position_training.report(before, options)
-    assert "Patterns of the padding were not measured" in text
+    assert "were not measured: `--photographs` was not given." in text
     assert len(figures["training.png"].axes) == 4
+    options.photographs = ""
+    moving = [image, *(network_of("none", seed, patterns=[]) for seed in (0, 1))]
+    text, _ = position_training.report(moving, options)
+    assert "were not measured: all fills here move positions." in text
 
     traces = []
     for epoch in (0, 1):

@@ -98,6 +98,25 @@ def test_the_work_directory_is_checked_before_anything_is_loaded(example, tmp_pa
     assert loading.main([*command, "--size", "8"]) == 2
 
 
+def test_a_call_that_measures_nothing_loads_nothing(example, tmp_path):
+    command = ["--workdir", str(tmp_path), "--seeds", "1"]
+    assert example.main(command) == 0
+    report = (tmp_path / "report.md").read_text()
+    loading = dataclasses.replace(example.STUDY, load=pytest.fail)
+    assert loading.main(command) == 0
+    assert (tmp_path / "report.md").read_text() == report
+
+
+def test_a_call_stopped_at_its_report_goes_on_from_its_points(example, tmp_path):
+    command = ["--workdir", str(tmp_path), "--seeds", "1"]
+
+    def stop(results, options):
+        raise KeyboardInterrupt
+
+    assert dataclasses.replace(example.STUDY, report=stop).main(command) == 75
+    assert dataclasses.replace(example.STUDY, measure=pytest.fail).main(command) == 0
+
+
 def test_a_second_process_is_refused(example, tmp_path, capsys):
     with workdir.claim(tmp_path):
         assert example.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 2
@@ -185,6 +204,38 @@ def test_files_may_be_elsewhere_if_their_contents_are_the_same(example, tmp_path
     assert "contents.resnet18='SHA-256 " in capsys.readouterr().err
     assert run(tmp_path / "new", "layer4", 3) == 2
     assert "['fc']] there, " in capsys.readouterr().err
+
+
+def test_a_file_of_weights_that_is_missing_later_is_named(example, tmp_path, capsys):
+    def add_options(parser):
+        example.add_options(parser)
+        parser.add_argument("--weights")
+        parser.add_trained()
+
+    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+    file = tmp_path / "file"
+    file.write_bytes(b"weights")
+
+    def run(seeds, **files):
+        command = ["--workdir", str(tmp_path / "run"), "--seeds", str(seeds)]
+        names = {"weights": file, "resnet18": file} | files
+        command += ["--weights", str(names["weights"])]
+        return changed.main([*command, "--trained", "resnet18", str(names["resnet18"])])
+
+    assert run(1) == 0
+    capsys.readouterr()
+    for seeds, name in ((2, "weights"), (2, "resnet18"), (1, "weights")):
+        assert run(seeds, **{name: tmp_path / "mistyped"}) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        wrong = f"{name}={str(tmp_path / 'mistyped')!r} is neither a file of weights nor"
+        assert line == f"error: {wrong} a finished training run"
+    file.unlink()
+    # A report alone needs no weights.
+    assert run(1) == 0
+    assert run(2) == 2
+    # A name that never was a file's is none that is missing.
+    command = ["--workdir", str(tmp_path / "named"), "--weights", "random", "--seeds"]
+    assert changed.main([*command, "1"]) == changed.main([*command, "2"]) == 0
 
 
 def test_photographs_that_are_drawn_do_not_join_the_first_ones(example, tmp_path, capsys):

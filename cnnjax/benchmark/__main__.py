@@ -415,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME",
         help="networks or layers (default: the benchmark's own)",
@@ -422,6 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sides",
         nargs="+",
+        action="extend",
         default=[],
         metavar="SIDE",
         help="cnnjax and what it is compared with (default: all but oneDNN)",

@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--runs",
         required=True,
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="work directories, or patterns that match them",
     )

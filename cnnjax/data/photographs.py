@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -328,22 +328,24 @@ def split(
         )
     order = np.random.default_rng(seed).permutation(len(paths))
     ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)
+    last = 0
     for i in range(len(ends)):
-        # At least one photograph for each part before this end, and for each part after it.
-        ends[i] = min(max(ends[i], i + 1), len(paths) - len(ends) + i + 1)
+        # At least one photograph for this part, and for each part after it.
+        ends[i] = min(max(ends[i], last + 1), len(paths) - len(ends) + i + 1)
+        last = ends[i]
     parts = []
     for part in np.split(order, ends[:-1]):
         parts.append([paths[number] for number in sorted(part)])
     return parts
 
 
-def choose(paths: list[pathlib.Path], count: int, seed: int) -> list[pathlib.Path]:
+def choose(paths: Sequence, count: int, seed: int) -> list:
     """Chooses photographs at random, if there are more than are needed.
 
     A smaller choice of the same seed is a prefix of a larger one, unless this takes all of them.
 
     Args:
-      paths: the photographs.
+      paths: the photographs, or their numbers.
       count: how many are needed.
       seed: of the choice.
 
@@ -407,8 +409,10 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
       uint8 [count, size, size, 3].
 
     Raises:
-      ValueError: if a photograph is smaller than `size` or cannot be read.
+      ValueError: if there is no photograph, or if one is smaller than `size` or cannot be read.
     """
+    if not paths:
+        raise ValueError(f"paths=[]: {count} crops need at least one photograph")
     paths = choose(paths, count, seed)
     rng = np.random.default_rng(seed)
     out = np.empty((count, size, size, 3), np.uint8)

@@ -211,6 +211,7 @@ def encode(
     stages: Sequence[str],
     pixels: str = "imagenet",
     is_registered: bool = False,
+    first: int = 0,
 ) -> Float[np.ndarray, "n 28 28 channels"]:
     """Runs a frozen encoder over images and joins its resized stages.
 
@@ -224,6 +225,8 @@ def encode(
       pixels: as in `normalize`.
       is_registered: whether all stages are sampled at the same pixels, instead of aligning their
         corners; for 'none' and for fills that keep every position where it is.
+      first: the number of the first image, if images are encoded in several calls; the noise of
+        padding='random' depends on it.
     """
     stages = tuple(stages)
     samplers = None
@@ -234,7 +237,7 @@ def encode(
         samplers = [interpolation(*line) for line in zip(places, sides)]
     features = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
-        key = jax.random.key(start)
+        key = jax.random.key(first + start)
         encoded = _joined_stages(model, variables, batch, stages, pixels, key, samplers)
         encoded = np.asarray(encoded)
         if start == 0:

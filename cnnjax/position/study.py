@@ -302,10 +302,15 @@ def _check_inputs(
 
 def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Hashes the files that a configuration names by their paths, by key."""
-    digests = {"photographs": photographs.digest(config.photographs)}
-    file = expand_user(config.weights)
-    if config.weights != "random" and file.is_file():
-        digests["weights"] = sha256(file)[:8]
+    return digest_files(config.photographs, config.weights)
+
+
+def digest_files(folder: str, file: str) -> dict[str, str]:
+    """Hashes photographs and, if there is such a file, weights, by a configuration's keys."""
+    digests = {"photographs": photographs.digest(folder)}
+    path = expand_user(file)
+    if file != "random" and path.is_file():
+        digests["weights"] = sha256(path)[:8]
     return digests
 
 
@@ -330,11 +335,20 @@ def run(
     check_weights(config)
     try:
         measurements = _measure_missing(config, points, folder, targets, memory)
+        _write_results(config, folder, targets, measurements)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
             "stopped; the same command goes on after the last encoder that was read out"
         ) from stop
 
+
+def _write_results(
+    config: ml_collections.ConfigDict,
+    folder: pathlib.Path,
+    targets: Float[np.ndarray, "targets size size"],
+    measurements: list[Measurement],
+) -> None:
+    """Writes the results of all points, and the report."""
     images = draw_images(config, config.seed)
     results.save_maps(
         folder / "maps.npz",

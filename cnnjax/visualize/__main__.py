@@ -100,7 +100,8 @@ def _add_subject(parser):
     add(
         "--missing",
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         metavar="MODULE",
         help="modules that the file is known not to hold",
     )
@@ -158,6 +159,7 @@ def _add_stages(parser):
     parser.add_argument(
         "--stages",
         nargs="+",
+        action="extend",
         metavar="STAGE",
         help="default: all, or three evenly spread for levels",
     )
@@ -173,6 +175,7 @@ def _add_channels(parser):
     parser.add_argument(
         "--channels",
         nargs="+",
+        action="extend",
         type=command.whole_number(0),
         metavar="N",
         help="channels of the stages (default: some evenly spread)",
