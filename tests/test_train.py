@@ -1000,6 +1000,27 @@ def test_class_names_are_no_formulas(tmp_path):
         report.plt.close(figure)
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 1, 3), (8, 8, 2), (8, 8, 4), (8, 8, 5), (1, 8, 1)])
+def test_mistakes_of_all_shapes_are_drawn(shape):
+    # As above.
+    from cnnjax.train import report
+
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    test = {
+        "shown": [0],
+        "images": image[None],
+        "labels": np.array([0]),
+        "predicted": np.array([1]),
+        "confidence": np.ones(1),
+    }
+    figure = report._mistakes_figure(test, ["a", "b"])
+    (picture,) = figure.axes[0].images
+    # Only three channels are colors; one channel keeps its values.
+    expected = image if shape[-1] == 3 else image.mean(-1)
+    np.testing.assert_array_equal(picture.get_array(), expected)
+    report.plt.close(figure)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on(finished, tmp_path):
     """Stops one run with two signals, one after the other."""

@@ -46,7 +46,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    if _differences(completed, config) <= {"epochs", "model"}:
+    if _differences(completed, config) <= {"epochs", "model", "skip_damaged"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         workdir.write_json(folder / "config.json", completed)
@@ -75,7 +75,7 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     - A finished run continues for more epochs if its learning rates so far are those of the longer
       run and it can go on from its last checkpoint with the images that are there now;
       extended.json then records the earlier results.
-    - A run that a damaged image ended continues with `skip_damaged`.
+    - A run continues with `skip_damaged`, since a damaged image would have ended it before.
 
     All other differences stay in the record, and are refused later.
 
@@ -97,12 +97,12 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def goes_on_skipping(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
-    """Tells whether an unfinished run differs only in that damaged images are passed over now.
+    """Tells whether a run differs only in that damaged images are passed over now.
 
     No image was damaged so far, or the run would have ended: the setting changes nothing.
     """
     recorded = workdir.read_record(folder, "train")
-    if recorded is None or (folder / "results.json").exists():
+    if recorded is None:
         return False
     return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 

@@ -98,9 +98,9 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def is_streamed(config: ml_collections.ConfigDict) -> bool:
+def is_streamed(config: ml_collections.ConfigDict | dict) -> bool:
     """Tells whether a configuration's images are decoded as they are needed."""
-    return config.dataset == "folder" or config.dataset.startswith("tfds:")
+    return config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
 
 
 def has_validation(config: ml_collections.ConfigDict) -> bool:
