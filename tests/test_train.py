@@ -756,7 +756,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        run=types.SimpleNamespace(data=data, config=defaults.get_config(), network_sha256=None),
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),
         final={"epoch": epoch},
@@ -823,7 +823,7 @@ EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory alloca
     ("error", "explained", "message"),
     [
         (KeyboardInterrupt(), workdir.Interrupted, "the same command goes on"),
-        (EXHAUSTED, MemoryError, "batch_size=128 does not fit into memory"),
+        (EXHAUSTED, MemoryError, "batch_size=128 does not .*, in another --workdir; in this one, the"),
     ],
 )
 def test_a_failure_while_an_extension_is_checked_is_explained(
@@ -842,7 +842,7 @@ def test_a_failure_while_an_extension_is_checked_is_explained(
         loop.extend(config, tmp_path)
 
 
-def test_a_data_set_that_does_not_fit_is_named():
+def test_a_data_set_that_does_not_fit_is_named(tmp_path):
     """Its error does not blame the size of the batch."""
 
     class Full(Parallel):
@@ -853,7 +853,7 @@ def test_a_data_set_that_does_not_fit_is_named():
 
     config = defaults.get_config()
     message = r"dataset='digits' does not fit into memory .RESOURCE_EXHAUSTED: .*; take fewer"
-    with pytest.raises(MemoryError, match=message), loop._explain_failures(config):
+    with pytest.raises(MemoryError, match=message), loop._explain_failures(config, tmp_path):
         training_data.open_data(config, Full("jit"))
 
 

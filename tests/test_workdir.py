@@ -224,7 +224,7 @@ def test_a_refused_start_leaves_the_record_of_those_before(tmp_path, monkeypatch
     assert environment["git_revision"] == "a later one" and len(environment["earlier"]) == 1
 
 
-@pytest.mark.parametrize("name", ["log.txt", "train.log", ".DS_Store"])
+@pytest.mark.parametrize("name", ["log.txt", "train.log", "nohup.out", "slurm-7.err", ".DS_Store"])
 def test_a_log_starts_no_run(name, tmp_path):
     """So a smaller batch is accepted after one that did not fit into memory."""
     (tmp_path / name).touch()

@@ -17,8 +17,8 @@ Commands that need no seal use `prepared` around their work, or `prepare`, which
 
 A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
 is then removed, and the directory with it unless it was there before. A start that is refused later
-leaves the record of the starts before. Logs (*.log, *.txt) and hidden files in the directory belong
-to the user and do not start a run; a seal covers the run's own files only.
+leaves the record of the starts before. Logs (*.log, *.txt, *.out, *.err) and hidden files in the
+directory belong to the user and do not start a run; a seal covers the run's own files only.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ _CLAIM = "run.claim"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
-# Logs of the user, such as what `tee` has written of the output; runs write none.
-_LOG_SUFFIXES = (".log", ".txt")
+# Logs of the user, such as what `tee`, nohup or Slurm have written of the output; runs write none.
+_LOG_SUFFIXES = (".log", ".txt", ".out", ".err")
 # Files of finished runs that reports, figures and other commands are made from. config.json is not
 # among them: `check_config` compares it.
 _SEALED = frozenset(
