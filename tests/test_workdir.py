@@ -339,6 +339,9 @@ except workdir.Claimed as error:
         # A container has its own process numbers.
         (GONE | {"namespace": "pid:[1]"}, 0, False),
         (GONE | {"namespace": "pid:[1]"}, 130, True),
+        # Another machine may have the name of this one.
+        (GONE | {"boot": "another"}, 0, False),
+        (GONE | {"boot": "another"}, 130, True),
         (HERE, 0, False),
         # An earlier version's: another process may have the number by now.
         (HERE, 130, True),

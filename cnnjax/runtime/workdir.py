@@ -569,6 +569,14 @@ def _pid_namespace() -> str | None:
         return None
 
 
+def _boot_id() -> str | None:
+    """Returns the id of this start of the system, which tells machines of one host name apart."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
 def _started_at(process: int) -> int | None:
     """Returns when a process of this machine began, in ticks of its clock; None if it has ended.
 
@@ -603,9 +611,9 @@ def _own_start() -> int | None:
 
 def _is_running(holder: dict) -> bool | None:
     """Tells whether the process that a claim names is running; None if that cannot be seen."""
-    # Claims of earlier versions do not name their namespace.
-    namespace = holder.get("namespace", _pid_namespace())
-    is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
+    # Claims of earlier versions name neither their namespace nor the start of their system.
+    here = {"host": platform.node(), "namespace": _pid_namespace(), "boot": _boot_id()}
+    is_here = all(holder.get(name, value) == value for name, value in here.items())
     if not is_here or _own_start() is None:
         return None
     try:
@@ -748,6 +756,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         "host": platform.node(),
         "process": os.getpid(),
         "namespace": _pid_namespace(),
+        "boot": _boot_id(),
         "started": _own_start(),
         # Tells this claim from an earlier one of the same process.
         "id": own_claim.stem,
