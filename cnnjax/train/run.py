@@ -153,13 +153,14 @@ class Run:
             "classes": [splits.class_name(str(name)) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
+            "digest": self.data.digest,
         }
 
     def check_data(self, saved: dict[str, Any]) -> None:
         """Checks that the images are those of a checkpoint.
 
         Args:
-          saved: the checkpoint's `data_record`; empty in those of earlier versions.
+          saved: the checkpoint's `data_record`; those of earlier versions hold less.
 
         Raises:
           ValueError: if they have changed.
