@@ -208,7 +208,7 @@ def test_a_file_that_was_edited_after_the_run_is_told(own, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "without_figures")
-def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, caplog):
+def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, capfd):
     path, _ = own
     run = tmp_path / "run"
     arguments = ["--config", str(path), "--config.batch_size=1400", "--config.parallel=jit"]
@@ -218,10 +218,9 @@ def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, caplog):
     # As if it had been killed after its last checkpoint.
     (run / "results.json").unlink()
     path.write_text(path.read_text() + "# edited\n")
-    caplog.clear()
+    assert "is not as it was" not in capfd.readouterr().err
     assert main.main(arguments) == 0
-    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert message.startswith(f"{path} is not as it was when the run was trained")
+    assert f"{path} is not as it was when the run was trained" in capfd.readouterr().err
     second = json.loads((run / "results.json").read_text())["network_sha256"]
     assert first != second == digest_network(f"{path}:Own")
 
