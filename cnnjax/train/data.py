@@ -177,8 +177,8 @@ def _digest_arrays(*parts: arrays.Split | None) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if part is not None:
-            digest.update(np.ascontiguousarray(part.images))
-            digest.update(np.ascontiguousarray(part.labels))
+            digest.update(np.ascontiguousarray(part.images).data)
+            digest.update(np.ascontiguousarray(part.labels).data)
     return digest.hexdigest()[:8]
 
 
