@@ -620,6 +620,7 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
     assert stream.find_splits(DATASET, str(copy)) == uses
     with caplog.at_level("INFO", "cnnjax"):
         sources = stream.open_splits(DATASET, str(copy))
+    assert sources["train"].digest() != sources["test"].digest()
     assert told(caplog) == [
         f"train: 18 images, 3 classes in dataset='{DATASET}', split 'train'",
         f"test: 6 images, 3 classes in dataset='{DATASET}', split 'validation'",
