@@ -113,12 +113,6 @@ def build_parser(module: str, description: str) -> command.Parser:
         help="the folder of the results (default: one under runs/, named after the configuration)",
     )
     parser.add_argument(
-        "--distributed",
-        metavar="HOW",
-        help="make this process one of several: auto (Slurm, Cloud TPU, GKE), or "
-        "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0",
-    )
-    parser.add_argument(
         "-h", "--help", action="store_true", help="show this help, and the keys of --config"
     )
     return parser
@@ -203,8 +197,6 @@ def run_command(
             print_help(parser, arguments)
             return
         options, config = parse(parser, arguments)
-        if options.distributed is not None:
-            backend.join(options.distributed)
         work(options, config)
 
     return command.run(read_and_work)
@@ -215,7 +207,20 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     parser = build_parser("cnnjax.main", __doc__)
-    return run_command(parser, arguments, lambda options, config: run(config, options.workdir))
+    # No option of sweeps: of processes that compute together, each would take a cell of its own.
+    parser.add_argument(
+        "--distributed",
+        metavar="HOW",
+        help="make this process one of several: auto (Slurm, Cloud TPU, GKE), or "
+        "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0",
+    )
+
+    def join_and_run(options, config):
+        if options.distributed is not None:
+            backend.join(options.distributed)
+        run(config, options.workdir)
+
+    return run_command(parser, arguments, join_and_run)
 
 
 def leave(code: int) -> None:

@@ -124,17 +124,27 @@ def check(cells: list[Cell]) -> None:
     table would otherwise mix both.
     """
     for cell in cells:
-        job = single.job_of(cell.config)
-        job.check(cell.config)
-        is_recorded = (cell.folder / "config.json").exists()
-        if not (is_recorded and workdir.has_started(cell.folder)):
-            continue
-        job.complete_record(cell.config, cell.folder)
-        # A run that a damaged image ended adopts `skip_damaged` when it goes on.
-        if not job.goes_on_skipping(cell.config, cell.folder):
-            workdir.check_config(cell.folder, cell.config.to_dict())
+        single.job_of(cell.config).check(cell.config)
+        check_record(cell)
         if cell.is_done:
             workdir.check_seal(cell.folder)
+
+
+def check_record(cell: Cell) -> None:
+    """Checks that the run in a cell's folder, if there is one, is of the cell's configuration.
+
+    Raises:
+        workdir.OtherConfiguration: if it is of another one.
+        ValueError: if its config.json is not JSON.
+    """
+    is_recorded = (cell.folder / "config.json").exists()
+    if not (is_recorded and workdir.has_started(cell.folder)):
+        return
+    job = single.job_of(cell.config)
+    job.complete_record(cell.config, cell.folder)
+    # `skip_damaged` changes nothing in a run that no damaged image has ended.
+    if not job.goes_on_skipping(cell.config, cell.folder):
+        workdir.check_config(cell.folder, cell.config.to_dict())
 
 
 # ------------------------------------------------------------------ running them
@@ -153,7 +163,8 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
             its folder. It is not recorded in the folder, so the next call tries the cell again.
 
     Raises:
-        workdir.OtherConfiguration: if another process has begun a cell with another configuration.
+        workdir.OtherConfiguration: if another process has begun or finished a cell with another
+            configuration.
     """
     numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
     pending = [cell for cell in cells if not cell.is_done]
@@ -282,8 +293,16 @@ def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]
         folder: the work directory of the sweep.
         cells: its cells.
         refused: the reason, by name, of each cell that was refused.
+
+    Raises:
+        workdir.OtherConfiguration: if another process has finished a cell with another
+            configuration, whose results the table would mix with those of this one.
     """
     from cnnjax.runtime import tables
+
+    for cell in cells:
+        if cell.is_done:
+            check_record(cell)
 
     rows = summarize_cells(cells, refused)
     workdir.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
@@ -332,6 +351,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
                 "--launcher=local starts"
             )
     cells = read_cells(options.config, config, options.workdir)
+    _check_overrides(options, cells)
     backend.reach_devices()
     check(cells)
     if options.launcher:
@@ -360,6 +380,16 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
             f"{len(failed)} of {len(cells)} cells failed: see {options.workdir / 'sweep.md'}"
         )
     _LOG.info("finished: see %s", options.workdir / "sweep.md")
+
+
+def _check_overrides(options: argparse.Namespace, cells: list[Cell]) -> None:
+    """Raises `ValueError` for a key of the command line that a cell would silently replace."""
+    for key in options.overrides:
+        if any(key in cell.overrides for cell in cells):
+            raise ValueError(
+                f"--config.{key} has no effect where sweep() of config={options.config!r} sets "
+                f"{key}; change it there"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -205,7 +205,9 @@ def weights_file(path: str | os.PathLike) -> pathlib.Path:
     """
     place = expand_user(path)
     file = place / WEIGHTS if place.is_dir() else place
-    if not file.is_file():
+    # A run that is being extended has the weights of its earlier end, and no results.
+    is_unfinished = place.is_dir() and not (place / "results.json").is_file()
+    if is_unfinished or not file.is_file():
         raise ValueError(
             f"initial_weights={str(path)!r} is neither a safetensors or .pth file nor the work "
             "directory of a finished training run"

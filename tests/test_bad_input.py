@@ -131,6 +131,15 @@ CASES = [
     (("main", "--config=FILES/failing_model.py"), "line 7: ZeroDivisionError: "),
     ((*TRAIN, "--workdir="), "argument --workdir: '' is not a path"),
     ((*TRAIN, "--distributed="), "distributed='' is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"),
+    # Processes that compute together would train two cells as one run.
+    (
+        ("sweep", "--config=configs/lenet_digits.py", "--distributed=auto"),
+        "--distributed is not an option; there are --debug, --config, --workdir, --help, ",
+    ),
+    (
+        ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--config.seed=7"),
+        "--config.seed has no effect where sweep() of config='configs/lenet_digits.py' sets seed;",
+    ),
     (
         ("sweep", "--config=configs/lenet_digits.py", "--workdir=OUT", "--jobs=8"),
         "jobs=8 is for jobs, which --launcher=slurm or --launcher=local starts",

@@ -559,6 +559,16 @@ def test_a_combination_in_anothers_place_is_refused(finished, tmp_path, capsys):
     assert "another configuration (method='snapshot' there, 'polyak' now)" in error
 
 
+def test_a_combination_in_a_place_that_is_in_use_is_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "combined"
+    with workdir.claim(folder):
+        code = combine.main(
+            ["--runs", str(finished), "--method", "polyak", "--workdir", str(folder)]
+        )
+    assert code == 2 and "combined' is in use by process" in line(capsys.readouterr().err)
+    assert not (folder / "config.json").exists()
+
+
 def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
     machine, finished, tmp_path
 ):

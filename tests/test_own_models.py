@@ -17,7 +17,7 @@ from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
 from cnnjax.runtime import source, workdir
 from cnnjax.train import adopt, defaults
-from cnnjax.train.run import open_run, read_config
+from cnnjax.train.run import digest_network, open_run, read_config
 from cnnjax.weights import save_torchvision
 
 # A configuration file that registers a network of two layers with fields of its own.
@@ -179,6 +179,52 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
         workdir.check_config(tmp_path, config.to_dict())
 
 
+def test_a_file_that_was_edited_after_the_run_is_told(own, tmp_path, caplog):
+    """Records of earlier versions have no digest to compare the file with."""
+    path, _ = own
+    model = f"{path}:Own"
+    run = tmp_path / "run"
+    run.mkdir()
+    results = {"classes": ["a", "b"], "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5]}
+    recorded = results | {"network_sha256": digest_network(model)}
+    workdir.write_json(run / "config.json", {"kind": "train", "model": model, "model_fields": {}})
+    workdir.write_json(run / "results.json", recorded)
+    save_torchvision(
+        quick.variables(create_model(model, num_classes=2)), run / "weights.safetensors"
+    )
+    caplog.set_level("WARNING", "cnnjax")
+    open_run(run)
+    path.write_text(path.read_text().replace("dropout: float = 0.0", "dropout: float = 0.5"))
+    assert not caplog.messages
+    open_run(run)
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} is not as it was when the run was trained")
+    caplog.clear()
+    workdir.write_json(run / "results.json", results)
+    open_run(run)
+    assert not caplog.messages
+    assert digest_network("lenet") is None and digest_network("nets.own:Own") is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion", "without_figures")
+def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, capfd):
+    path, _ = own
+    run = tmp_path / "run"
+    arguments = ["--config", str(path), "--config.batch_size=1400", "--config.parallel=jit"]
+    arguments += ["--workdir", str(run)]
+    assert main.main(arguments) == 0
+    first = json.loads((run / "results.json").read_text())["network_sha256"]
+    # As if it had been killed after its last checkpoint.
+    (run / "results.json").unlink()
+    path.write_text(path.read_text() + "# edited\n")
+    assert "is not as it was" not in capfd.readouterr().err
+    assert main.main(arguments) == 0
+    assert f"{path} is not as it was when the run was trained" in capfd.readouterr().err
+    second = json.loads((run / "results.json").read_text())["network_sha256"]
+    assert first != second == digest_network(f"{path}:Own")
+
+
 def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     """The run's record has the file's earlier path, which ends like the present one."""
     path, name = own
@@ -204,7 +250,12 @@ def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     config.seed = 1
     adopt.complete_record(config, run)
     assert (run / "config.json").read_text() == before
-    config.seed = 0
+    # The move comes with a damaged image, which is passed over from now on.
+    config.update(seed=0, skip_damaged=True)
+    adopt.complete_record(config, run)
+    assert adopt.goes_on_skipping(config, run)
+    (run / "config.json").write_text(before)
+    config.skip_damaged = False
     adopt.complete_record(config, run)
     assert json.loads((run / "config.json").read_text())["model"] == present
     workdir.check_config(run, config.to_dict())

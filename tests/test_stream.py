@@ -107,6 +107,21 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         np.testing.assert_allclose(np.asarray(image), color, atol=1)
 
 
+def test_a_folders_digest_is_that_of_its_names(tmp_path):
+    """The folder may be elsewhere, and each held-out part has the digest of the whole."""
+    images = tmp_path / "one" / "ant"
+    images.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (images / name).touch()
+    source = stream.Folder(tmp_path / "one")
+    digest = source.digest()
+    assert [part.digest() for part in stream.hold_out(source, 1)] == [digest] * 2
+    moved = (tmp_path / "one").rename(tmp_path / "two")
+    assert stream.Folder(moved).digest() == digest
+    (moved / "ant" / "a.png").rename(moved / "ant" / "c.png")
+    assert stream.Folder(moved).digest() != digest
+
+
 def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
     """Covers suffixes in either case, spaces and accents in names, and links."""
     kinds = {
@@ -605,6 +620,7 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
     assert stream.find_splits(DATASET, str(copy)) == uses
     with caplog.at_level("INFO", "cnnjax"):
         sources = stream.open_splits(DATASET, str(copy))
+    assert sources["train"].digest() != sources["test"].digest()
     assert told(caplog) == [
         f"train: 18 images, 3 classes in dataset='{DATASET}', split 'train'",
         f"test: 6 images, 3 classes in dataset='{DATASET}', split 'validation'",

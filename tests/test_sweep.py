@@ -211,6 +211,24 @@ def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
     assert ran == [0, 1, 2, 3]
 
 
+def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
+    run_sweep, tmp_path, capfd
+):
+    """A second sweep was started at the same time, and no table mixes the results of both."""
+    other = tmp_path / "runs" / "seed=1"
+
+    def train(config, folder):
+        if config.seed == 0:
+            workdir.prepare(other, config.to_dict() | {"seed": 1, "momentum": 0.5})
+            workdir.write_json(other / "results.json", {"final": {"test_error": 0.75}})
+            workdir.write(other / "report.md", "")
+
+    assert run_sweep(train) == 2
+    message = "another configuration (momentum=0.5 there, 0.9 now); choose another --workdir"
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "runs" / "sweep.json").exists()
+
+
 def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
     """It is the one key that an unfinished run adopts."""
 
@@ -222,6 +240,22 @@ def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
     assert run_sweep(lambda config, folder: None, "--config.skip_damaged=True") == 0
     record = json.loads((tmp_path / "runs" / "seed=3" / "config.json").read_text())
     assert record["skip_damaged"]
+
+
+def test_a_sweep_with_finished_cells_goes_on_with_skip_damaged(run_sweep, tmp_path):
+    """No image of a finished cell was damaged, or the error would have ended it."""
+
+    def find_damage(config, folder):
+        if config.seed > 0:
+            (folder / "metrics.jsonl").touch()
+            raise ValueError("image 3 is damaged")
+
+    assert run_sweep(find_damage) == 1
+    assert run_sweep(lambda config, folder: None, "--config.skip_damaged=True") == 0
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["test_error"]["n"] == 4 and row["failed"] == []
+    # Images may have been passed over since.
+    assert run_sweep() == 2
 
 
 def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):

@@ -33,7 +33,7 @@ from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
 from cnnjax.train.adopt import complete_record, extend
-from cnnjax.train.checkpoints import NotWritten
+from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
 
@@ -756,7 +756,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        run=types.SimpleNamespace(data=data, config=defaults.get_config(), network_sha256=None),
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),
         final={"epoch": epoch},
@@ -808,7 +808,9 @@ def test_class_names_are_compared_in_one_unicode_form():
     assert forms["NFC"] != forms["NFD"]
     for name in forms.values():
         fields = dict.fromkeys(field.name for field in dataclasses.fields(Run))
-        data = types.SimpleNamespace(classes=(name, "null"), n_train=9, n_validation=0)
+        data = types.SimpleNamespace(
+            classes=(name, "null"), n_train=9, n_validation=0, digest="0a1b2c3d"
+        )
         run = Run(**fields | {"config": defaults.get_config(), "data": data})
         for saved in forms.values():
             run.check_data(run.data_record() | {"classes": [saved, "null"]})
@@ -823,7 +825,7 @@ EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory alloca
     ("error", "explained", "message"),
     [
         (KeyboardInterrupt(), workdir.Interrupted, "the same command goes on"),
-        (EXHAUSTED, MemoryError, "batch_size=128 does not fit into memory"),
+        (EXHAUSTED, MemoryError, "batch_size=128 does not .*, in another --workdir; in this one"),
     ],
 )
 def test_a_failure_while_an_extension_is_checked_is_explained(
@@ -842,7 +844,7 @@ def test_a_failure_while_an_extension_is_checked_is_explained(
         loop.extend(config, tmp_path)
 
 
-def test_a_data_set_that_does_not_fit_is_named():
+def test_a_data_set_that_does_not_fit_is_named(tmp_path):
     """Its error does not blame the size of the batch."""
 
     class Full(Parallel):
@@ -853,7 +855,7 @@ def test_a_data_set_that_does_not_fit_is_named():
 
     config = defaults.get_config()
     message = r"dataset='digits' does not fit into memory .RESOURCE_EXHAUSTED: .*; take fewer"
-    with pytest.raises(MemoryError, match=message), loop._explain_failures(config):
+    with pytest.raises(MemoryError, match=message), loop._explain_failures(config, tmp_path):
         training_data.open_data(config, Full("jit"))
 
 
@@ -881,6 +883,8 @@ def test_other_images_are_not_gone_on_with(tmp_path):
     fewer = arrays.load("digits[:180]")
     renamed = dataclasses.replace(digits, classes=("null", *digits.classes[1:]))
     reordered = dataclasses.replace(digits, classes=digits.classes[::-1])
+    images, labels = digits.train
+    turned = dataclasses.replace(digits, train=arrays.Split(images[:, ::-1], labels))
     options = {"dataset": str(file), "epochs": 1, "batch_size": 20, "n_validation": 0}
     arrays.save(digits, file)
     train_here(tmp_path / "run", **options)
@@ -888,12 +892,41 @@ def test_other_images_are_not_gone_on_with(tmp_path):
         (fewer, r"n_train=200 then, 180 now"),
         (renamed, r"missing classes: 0; additional: null"),
         (reordered, r"the classes are in another order"),
+        (turned, r"digest=[0-9a-f]{8} then, [0-9a-f]{8} now"),
     ):
         arrays.save(changed, file)
         with pytest.raises(ValueError, match=f"have changed since the run began .{message}"):
             train_here(tmp_path / "run", **options)
     arrays.save(digits, file)
     train_here(tmp_path / "run", **options)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
+    """A finished run, too, alone or for more epochs; other images are refused."""
+    folder = tmp_path / "run"
+    train_here(folder, epochs=1)
+    config = read_config(folder)
+    # scikit-learn's digits are the same whatever the folder is.
+    config.data_dir = "/elsewhere"
+    extend(config, folder)
+    workdir.check_config(folder, config.to_dict())
+    config.update(data_dir="/somewhere", epochs=2)
+    extend(config, folder)
+    workdir.check_config(folder, config.to_dict())
+    assert not (folder / "results.json").exists()
+
+    config.data_dir = "/nowhere"
+    before = (folder / "config.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(training_data, "_digest_arrays", lambda *parts: "other")
+        with pytest.raises(ValueError, match="digest=[0-9a-f]{8} then, other now"):
+            extend(config, folder)
+    assert (folder / "config.json").read_bytes() == before
+    # Checkpoints of earlier versions count the images only, which is too little to tell them apart.
+    monkeypatch.setattr(Checkpoints, "record", lambda self, step: {"data": {"n_train": 1337}})
+    extend(config, folder)
+    assert (folder / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -998,6 +1031,29 @@ def test_class_names_are_no_formulas(tmp_path):
     ):
         figure.savefig(tmp_path / f"{name}.png")
         report.plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 3), (8, 1, 3), (8, 8, 2), (8, 8, 4), (8, 8, 5), (1, 8, 1)]
+)
+def test_mistakes_of_all_shapes_are_drawn(shape):
+    # As above.
+    from cnnjax.train import report
+
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    test = {
+        "shown": [0],
+        "images": image[None],
+        "labels": np.array([0]),
+        "predicted": np.array([1]),
+        "confidence": np.ones(1),
+    }
+    figure = report._mistakes_figure(test, ["a", "b"])
+    (picture,) = figure.axes[0].images
+    # Only three channels are colors; one channel keeps its values.
+    expected = image if shape[-1] == 3 else image.mean(-1)
+    np.testing.assert_array_equal(picture.get_array(), expected)
+    report.plt.close(figure)
 
 
 @pytest.mark.slow

@@ -352,6 +352,17 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
     assert loaded == transfer.select(model, parts)
 
 
+def test_a_run_that_is_not_finished_gives_no_weights(tmp_path):
+    """A run that is being extended has the weights of its earlier end, and no results."""
+    file = tmp_path / transfer.WEIGHTS
+    file.touch()
+    with pytest.raises(ValueError, match="nor the work directory of a finished training run"):
+        transfer.weights_file(tmp_path)
+    assert transfer.weights_file(file) == file
+    (tmp_path / "results.json").touch()
+    assert transfer.weights_file(tmp_path) == file
+
+
 def test_parts_are_a_list_or_a_single_one(tmp_path):
     paths = transfer.select(MODEL, ("conv1",))
     assert transfer.select(MODEL, ["conv1"]) == transfer.select(MODEL, "conv1") == paths

@@ -224,7 +224,7 @@ def test_a_refused_start_leaves_the_record_of_those_before(tmp_path, monkeypatch
     assert environment["git_revision"] == "a later one" and len(environment["earlier"]) == 1
 
 
-@pytest.mark.parametrize("name", ["log.txt", "train.log", ".DS_Store"])
+@pytest.mark.parametrize("name", ["log.txt", "train.log", "nohup.out", "slurm-7.err", ".DS_Store"])
 def test_a_log_starts_no_run(name, tmp_path):
     """So a smaller batch is accepted after one that did not fit into memory."""
     (tmp_path / name).touch()
@@ -339,6 +339,9 @@ except workdir.Claimed as error:
         # A container has its own process numbers.
         (GONE | {"namespace": "pid:[1]"}, 0, False),
         (GONE | {"namespace": "pid:[1]"}, 130, True),
+        # Another machine may have the name of this one.
+        (GONE | {"boot": "another"}, 0, False),
+        (GONE | {"boot": "another"}, 130, True),
         (HERE, 0, False),
         # An earlier version's: another process may have the number by now.
         (HERE, 130, True),

@@ -48,7 +48,8 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
       folder: the work directory.
 
     Raises:
-      ValueError: for an unknown method, and for runs that the method cannot combine.
+      ValueError: for an unknown method, for runs that the method cannot combine, and for a work
+        directory that another process is using.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
@@ -70,45 +71,45 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
     networks = Networks(first, members, data)
     if method in AVERAGES:
         transfer.check_statistics(networks.model, f"method={method!r}")
-    folder = workdir.prepare(folder, {"kind": "combine", "method": method, "runs": names})
+    record = {"kind": "combine", "method": method, "runs": names}
+    with workdir.prepared(folder, record) as folder:
+        # --------------------------------------------------------- the combination
+        choice = choose(networks, method, ema)
 
-    # ------------------------------------------------------------- the combination
-    choice = choose(networks, method, ema)
+        # --------------------------------------------------------- scores
+        score = functools.partial(
+            networks.score,
+            choice.average,
+            mean_of="logits" if method == "ensemble-logits" else "probabilities",
+        )
+        validation = Scores([None] * len(members), None)
+        if share_validation(configs):
+            validation = score(split="validation")
+        test = score(split="test", output=evaluate.averaged(networks.config.test_views))
 
-    # ------------------------------------------------------------- scores
-    score = functools.partial(
-        networks.score,
-        choice.average,
-        mean_of="logits" if method == "ensemble-logits" else "probabilities",
-    )
-    validation = Scores([None] * len(members), None)
-    if share_validation(configs):
-        validation = score(split="validation")
-    test = score(split="test", output=evaluate.averaged(networks.config.test_views))
-
-    # ------------------------------------------------------------- results
-    results = {
-        "kind": "combine",
-        "method": method,
-        "runs": names,
-        "ingredients": choice.ingredients,
-        "coefficients": choice.coefficients,
-        **_summarize(members, validation, test),
-        "forward_passes": 1 if choice.average else len(members),
-        "seconds_per_image": _time(networks, choice.average),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    if choice.average:
-        weights.save_torchvision(choice.average.variables, folder / transfer.WEIGHTS)
-    workdir.write_json(folder / "results.json", results)
-    workdir.write(folder / "report.md", _report(results))
-    _LOG.info(
-        "%s: test error %.2f %%, of the runs alone %.2f %%: see %s",
-        method,
-        100 * results["test"]["error"],
-        100 * results["mean_error"]["test"],
-        folder / "report.md",
-    )
+        # --------------------------------------------------------- results
+        results = {
+            "kind": "combine",
+            "method": method,
+            "runs": names,
+            "ingredients": choice.ingredients,
+            "coefficients": choice.coefficients,
+            **_summarize(members, validation, test),
+            "forward_passes": 1 if choice.average else len(members),
+            "seconds_per_image": _time(networks, choice.average),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        if choice.average:
+            weights.save_torchvision(choice.average.variables, folder / transfer.WEIGHTS)
+        workdir.write_json(folder / "results.json", results)
+        workdir.write(folder / "report.md", _report(results))
+        _LOG.info(
+            "%s: test error %.2f %%, of the runs alone %.2f %%: see %s",
+            method,
+            100 * results["test"]["error"],
+            100 * results["mean_error"]["test"],
+            folder / "report.md",
+        )
 
 
 # ------------------------------------------------------------------ the members' networks

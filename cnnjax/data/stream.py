@@ -34,6 +34,7 @@ from cnnjax.data.photographs import (
     open_rgb,
     resized_window,
 )
+from cnnjax.runtime import workdir
 
 _LOG = logging.getLogger("cnnjax")
 # Names of the validation split. ImageNet's labeled test split has such a name, too.
@@ -110,6 +111,13 @@ class Folder:
         """Returns the labels of all images, int32 [n]."""
         return np.array([label for _, label in self.files], np.int32)
 
+    def digest(self) -> str:
+        """Describes the images by their classes and names, in order, wherever the folder is."""
+        names = [
+            f"{self.classes[label]}/{splits.class_name(path.name)}" for path, label in self.files
+        ]
+        return workdir.digest({"files": names})
+
 
 def _check_names(folders: list[pathlib.Path]) -> None:
     """Checks the names of class folders.
@@ -180,6 +188,7 @@ class Tfds:
         self._image, self._label = keys[:2]
         self.classes = tuple(features[self._label].names)
         self.splits = tuple(builder.info.splits)
+        self._full_name = builder.info.full_name
 
     def __len__(self):
         return len(self._records)
@@ -234,6 +243,10 @@ class Tfds:
             return True
         return int(record[self._label]) >= 0
 
+    def digest(self) -> str:
+        """Describes the records by the data set's configuration and version, and the split."""
+        return workdir.digest({"name": self._full_name, "split": self._split})
+
 
 class Part:
     """Some of a source's images, by their numbers in it."""
@@ -248,6 +261,10 @@ class Part:
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         return self._source[int(self._numbers[index])]
+
+    def digest(self) -> str:
+        """Describes the whole source: which images are its part follows from their number."""
+        return self._source.digest()
 
 
 Source = Folder | Tfds | Part

@@ -17,8 +17,8 @@ Commands that need no seal use `prepared` around their work, or `prepare`, which
 
 A run is refused if it raises `ValueError` or `FileNotFoundError` before it has started. Its record
 is then removed, and the directory with it unless it was there before. A start that is refused later
-leaves the record of the starts before. Logs (*.log, *.txt) and hidden files in the directory belong
-to the user and do not start a run; a seal covers the run's own files only.
+leaves the record of the starts before. Logs (*.log, *.txt, *.out, *.err) and hidden files in the
+directory belong to the user and do not start a run; a seal covers the run's own files only.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ _CLAIM = "run.claim"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
-# Logs of the user, such as what `tee` has written of the output; runs write none.
-_LOG_SUFFIXES = (".log", ".txt")
+# Logs of the user, such as what `tee`, nohup or Slurm have written of the output; runs write none.
+_LOG_SUFFIXES = (".log", ".txt", ".out", ".err")
 # Files of finished runs that reports, figures and other commands are made from. config.json is not
 # among them: `check_config` compares it.
 _SEALED = frozenset(
@@ -569,6 +569,14 @@ def _pid_namespace() -> str | None:
         return None
 
 
+def _boot_id() -> str | None:
+    """Returns the id of this start of the system, which tells machines of one host name apart."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
 def _started_at(process: int) -> int | None:
     """Returns when a process of this machine began, in ticks of its clock; None if it has ended.
 
@@ -603,9 +611,9 @@ def _own_start() -> int | None:
 
 def _is_running(holder: dict) -> bool | None:
     """Tells whether the process that a claim names is running; None if that cannot be seen."""
-    # Claims of earlier versions do not name their namespace.
-    namespace = holder.get("namespace", _pid_namespace())
-    is_here = holder["host"] == platform.node() and namespace == _pid_namespace()
+    # Claims of earlier versions name neither their namespace nor the start of their system.
+    here = {"host": platform.node(), "namespace": _pid_namespace(), "boot": _boot_id()}
+    is_here = all(holder.get(name, value) == value for name, value in here.items())
     if not is_here or _own_start() is None:
         return None
     try:
@@ -748,6 +756,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         "host": platform.node(),
         "process": os.getpid(),
         "namespace": _pid_namespace(),
+        "boot": _boot_id(),
         "started": _own_start(),
         # Tells this claim from an earlier one of the same process.
         "id": own_claim.stem,

@@ -18,6 +18,8 @@ from cnnjax.train.schedules import learning_rates
 
 _LOG = logging.getLogger("cnnjax")
 EXTENDED = "extended.json"
+# The keys that a run may adopt after it has begun.
+_ADOPTED = {"data_dir", "epochs", "skip_damaged"}
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -46,7 +48,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
         if config[key] == current[key]:
             config[key] = value
     # If the configurations differ otherwise, the run will be refused and keeps its record.
-    if _differences(completed, config) <= {"epochs", "model"}:
+    if _differences(completed, config) <= _ADOPTED | {"model"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
         workdir.write_json(folder / "config.json", completed)
@@ -75,7 +77,8 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     - A finished run continues for more epochs if its learning rates so far are those of the longer
       run and it can go on from its last checkpoint with the images that are there now;
       extended.json then records the earlier results.
-    - A run that a damaged image ended continues with `skip_damaged`.
+    - A run continues with another `data_dir` if it holds the same images.
+    - A run continues with `skip_damaged`, since a damaged image would have ended it before.
 
     All other differences stay in the record, and are refused later.
 
@@ -84,11 +87,13 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       folder: the work directory, which may not exist yet.
 
     Raises:
-      ValueError: if a finished run cannot be continued; nothing is changed then.
+      ValueError: if `data_dir` holds other images, or if a finished run cannot be continued; its
+        results stay as they are.
     """
     recorded = workdir.read_record(folder, "train")
     if recorded is None:
         return
+    recorded = _take_data_dir(folder, recorded, config)
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
     if goes_on_skipping(config, folder):
@@ -96,13 +101,44 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _LOG.info("%s goes on with skip_damaged=True", folder)
 
 
+def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
+    """Returns a run's record with the present `data_dir`, where its images are elsewhere now.
+
+    The record stays as it is if the configurations differ otherwise, or if no checkpoint can tell
+    which images they were, as in runs of earlier versions.
+
+    Raises:
+        ValueError: if these are other images.
+    """
+    differences = _differences(recorded, config)
+    if "data_dir" not in differences or not differences <= _ADOPTED:
+        return recorded
+    images = _read_data_record(folder, config)
+    if "digest" not in images:
+        return recorded
+    build_run(config).check_data(images)
+    moved = recorded | {"data_dir": config.data_dir}
+    workdir.write_json(folder / "config.json", moved)
+    _LOG.info("%s goes on with the same images in data_dir=%r", folder, config.data_dir)
+    return moved
+
+
+def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict:
+    """Reads what the last whole checkpoint says of the images; empty if there is none."""
+    if not (folder / "checkpoints").is_dir():
+        return {}
+    with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        steps = checkpoints.steps()
+        return checkpoints.record(steps[-1]).get("data", {}) if steps else {}
+
+
 def goes_on_skipping(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
-    """Tells whether an unfinished run differs only in that damaged images are passed over now.
+    """Tells whether a run differs only in that damaged images are passed over now.
 
     No image was damaged so far, or the run would have ended: the setting changes nothing.
     """
     recorded = workdir.read_record(folder, "train")
-    if recorded is None or (folder / "results.json").exists():
+    if recorded is None:
         return False
     return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
 

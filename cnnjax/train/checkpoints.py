@@ -213,6 +213,10 @@ class Checkpoints:
         contents = ocp.args.Composite(header=ocp.args.JsonRestore())
         return self._manager.restore(step, args=contents)["header"]
 
+    def record(self, step: int) -> dict:
+        """Reads the record of one checkpoint, without its state."""
+        return self._header(step)["record"]
+
     def restore_step(self, step: int, like):
         """Reads one checkpoint.
 

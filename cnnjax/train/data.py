@@ -3,6 +3,7 @@
 Both kinds have one interface, `TrainingData`; `open_data` chooses between them.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.data import arrays, augment, stream
+from cnnjax.runtime import workdir
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
@@ -34,6 +36,8 @@ class TrainingData(Protocol):
       image_shape: height, width and channels of the network's input.
       n_train: the number of training images.
       n_validation: the number of validation images.
+      digest: tells training and validation images from others: by their content, or, if they are
+        streamed, by their names.
       moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
       damaged: the number of damaged images that this process passed over in this epoch; None if
         they end the run instead.
@@ -43,6 +47,7 @@ class TrainingData(Protocol):
     image_shape: tuple[int, int, int]
     n_train: int
     n_validation: int
+    digest: str
     moments: Moments
     damaged: int | None
 
@@ -98,9 +103,9 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def is_streamed(config: ml_collections.ConfigDict) -> bool:
+def is_streamed(config: ml_collections.ConfigDict | dict) -> bool:
     """Tells whether a configuration's images are decoded as they are needed."""
-    return config.dataset == "folder" or config.dataset.startswith("tfds:")
+    return config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
 
 
 def has_validation(config: ml_collections.ConfigDict) -> bool:
@@ -167,6 +172,16 @@ def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
         )
 
 
+def _digest_arrays(*parts: arrays.Split | None) -> str:
+    """Hashes the images and labels of splits into eight characters; None is an absent split."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(np.ascontiguousarray(part.images).data)
+            digest.update(np.ascontiguousarray(part.labels).data)
+    return digest.hexdigest()[:8]
+
+
 class Resident:
     """A data set that lives on the devices; one call takes many steps."""
 
@@ -183,6 +198,7 @@ class Resident:
         _check_colour(config, self.image_shape[-1])
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
+        self.digest = _digest_arrays(train, validation)
         self.moments = moments_of(config, *arrays.normalization(train.images))
         self._placed_moments = parallel.replicate(self.moments)
         # A device may report only later that it has no room.
@@ -246,6 +262,8 @@ class Streamed:
         self.image_shape = (config.image_size, config.image_size, 3)
         self.n_train = len(self._sources["train"])
         self.n_validation = len(self._sources.get("validation", ()))
+        uses = [use for use in ("train", "validation") if use in self._sources]
+        self.digest = workdir.digest({use: self._sources[use].digest() for use in uses})
         self.moments = moments_of(config, *augment.IMAGENET)
         self._placed_moments = parallel.replicate(self.moments)
         self._batches: Iterator | None = None

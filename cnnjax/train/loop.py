@@ -22,7 +22,7 @@ from cnnjax.train.adopt import complete_record, goes_on_skipping
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
-from cnnjax.train.run import Run, build_run
+from cnnjax.train.run import Run, build_run, warn_if_edited
 from cnnjax.train.schedules import Plateau
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
@@ -33,7 +33,7 @@ _LOG = logging.getLogger("cnnjax")
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Does what `adopt.extend` does, which may compute, and raises what `run` raises."""
-    with _explain_failures(config):
+    with _explain_failures(config, folder):
         adopt.extend(config, folder)
 
 
@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       MemoryError: if a batch or the data set does not fit.
       RuntimeError: if another process is gone.
     """
-    with _explain_failures(config):
+    with _explain_failures(config, folder):
         train(config, folder)
         if backend.writes():
             report.write(folder)
@@ -79,6 +79,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         if restored := checkpoints.restore(state):
             steps_done, state, record = restored
             current.check_data(record.get("data", {}))
+            warn_if_edited(config.model, record.get("network_sha256"))
             _LOG.info("going on from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
@@ -143,6 +144,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "run_seconds": earlier_seconds + time.monotonic() - began,
                     "data": current.data_record(),
                     "damaged": _sum_damaged(current),
+                    "network_sha256": current.network_sha256,
                 }
                 checkpoints.save(steps_done, parallel.fetch(state), record, smallest_error)
             if stop_signal:
@@ -319,7 +321,7 @@ def _explain_lost_peers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explain_failures(config: ml_collections.ConfigDict) -> Iterator[None]:
+def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Iterator[None]:
     """Turns an interruption or a failure of the machine into one that says what helps."""
     try:
         yield
@@ -333,9 +335,15 @@ def _explain_failures(config: ml_collections.ConfigDict) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         first = str(error).partition("\n")[0]
         if is_exhausted(error):
+            advice = (
+                f"lower it, or raise accumulate={config.accumulate}, the parts that a batch is "
+                "computed in"
+            )
+            # A run that has started is bound to its configuration.
+            if workdir.has_started(folder):
+                advice += ", in another --workdir; in this one, the same command goes on"
             raise MemoryError(
-                f"batch_size={config.batch_size} does not fit into memory ({first}); lower it, or "
-                f"raise accumulate={config.accumulate}, the parts that a batch is computed in"
+                f"batch_size={config.batch_size} does not fit into memory ({first}); {advice}"
             ) from error
         # grain's message.
         if "Worker process was terminated" in first:

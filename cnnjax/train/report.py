@@ -11,6 +11,7 @@ from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
 from cnnjax.runtime import report, tables, workdir
+from cnnjax.train.data import is_streamed
 
 # The colors of CamVid's classes in SegNet's tutorial (Badrinarayanan et al. 2015). Further classes
 # begin with the first color again; pixels of no class are black.
@@ -134,7 +135,9 @@ def _mistakes_figure(test: dict, classes: list[str]):
         height, width = image_size * np.array(image.shape[:2]) / max(image.shape[:2])
         top = bottom - height
         edges = (center - width / 2, center + width / 2, bottom, top)
-        axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, extent=edges)
+        # Only three channels are colors; others are drawn as their mean, in gray.
+        picture = image if image.shape[-1] == 3 else image.mean(-1)
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=edges)
         label = classes[test["labels"][index]]
         predicted = classes[test["predicted"][index]]
         title = f"{label}\nas {predicted}\n{test['confidence'][index]:.3f}"
@@ -239,8 +242,7 @@ def _class_table(config: dict, results: dict) -> str:
 
 def _describe_training_error(config: dict, results: dict) -> str:
     """Says how the training error in the table was measured."""
-    is_streamed = config["dataset"] == "folder" or config["dataset"].startswith("tfds:")
-    if not is_streamed:
+    if not is_streamed(config):
         return "measured after training, without augmentation"
     # Results of earlier versions are those of the last epoch.
     epoch = results.get("weights", {}).get("epoch", results["final"]["epoch"])

@@ -205,6 +205,7 @@ def write_results(
         "mean": run.data.moments[0].tolist(),
         "std": run.data.moments[1].tolist(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "network_sha256": run.network_sha256,
     }
     if (folder / EXTENDED).exists():
         # If an extension was interrupted at its start and given up, its last entry is this run.

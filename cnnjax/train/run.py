@@ -19,7 +19,7 @@ from cnnjax.data import arrays, augment, photographs, splits, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
-from cnnjax.runtime.paths import expand_user, find_moved
+from cnnjax.runtime.paths import expand_user, find_moved, sha256
 from cnnjax.train import defaults, evaluate, step
 from cnnjax.train.data import TrainingData, is_streamed, moments_of, open_data
 from cnnjax.train.parallel import Parallel
@@ -52,6 +52,26 @@ def build_model(
         axis_name=axis_name,
         **config.model_fields,
     )
+
+
+def digest_network(model: str) -> str | None:
+    """Hashes the file of a user's network FILE.py:NAME; returns None for other networks."""
+    file, _, _ = model.rpartition(":")
+    return sha256(expand_user(file)) if file.endswith(".py") else None
+
+
+def warn_if_edited(model: str, recorded: str | None) -> None:
+    """Logs a warning if the file of a user's network has changed since a run recorded it.
+
+    Args:
+      model: the network's name.
+      recorded: as `digest_network` returned it; None in records of earlier versions.
+    """
+    if recorded is not None and recorded != digest_network(model):
+        _LOG.warning(
+            "%s is not as it was when the run was trained: its network may be another one now",
+            model.rpartition(":")[0],
+        )
 
 
 def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:
@@ -114,6 +134,7 @@ class Run:
       numbers: its numbers.
       rates: the learning rate of every step, float32 [steps].
       steps_per_epoch: an epoch drops the images that fill no batch.
+      network_sha256: as `digest_network` returns it.
     """
 
     config: ml_collections.ConfigDict
@@ -124,6 +145,7 @@ class Run:
     numbers: step.Numbers
     rates: np.ndarray
     steps_per_epoch: int
+    network_sha256: str | None
 
     def data_record(self) -> dict[str, Any]:
         """Describes what a run's steps and labels depend on in the data, as JSON."""
@@ -131,13 +153,14 @@ class Run:
             "classes": [splits.class_name(str(name)) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
+            "digest": self.data.digest,
         }
 
     def check_data(self, saved: dict[str, Any]) -> None:
         """Checks that the images are those of a checkpoint.
 
         Args:
-          saved: the checkpoint's `data_record`; empty in those of earlier versions.
+          saved: the checkpoint's `data_record`; those of earlier versions hold less.
 
         Raises:
           ValueError: if they have changed.
@@ -234,6 +257,7 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
         numbers=build_numbers(config),
         rates=learning_rates(config.schedule, steps_per_epoch, config.epochs),
         steps_per_epoch=steps_per_epoch,
+        network_sha256=digest_network(config.model),
     )
 
 
@@ -350,6 +374,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
     image_settings = _image_settings(folder, config, results)
     image_shape = image_settings["image_shape"]
     model = build_model(config, len(results["classes"]), image_shape)
+    warn_if_edited(config.model, results.get("network_sha256"))
     return TrainedRun(
         config=config,
         model=model,
