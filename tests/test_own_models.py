@@ -65,8 +65,9 @@ def sweep():
 
 
 @pytest.fixture
-def own(tmp_path, request):
+def own(tmp_path, request, monkeypatch):
     """Writes a file that registers a network by a unique name; returns (path, name)."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     name = f"own_{request.node.name}"
     path = tmp_path / "own.py"
     path.write_text(OWN.replace("own_NUMBER", name))
@@ -179,7 +180,7 @@ def test_a_network_is_recorded_with_its_folder(own, tmp_path, monkeypatch):
         workdir.check_config(tmp_path, config.to_dict())
 
 
-def test_a_file_that_was_edited_after_the_run_is_told(own, tmp_path, caplog):
+def test_a_file_that_was_edited_after_the_run_is_reported(own, tmp_path, caplog):
     """Records of earlier versions have no digest to compare the file with."""
     path, _ = own
     model = f"{path}:Own"

@@ -11,7 +11,7 @@ import pytest
 import quick
 
 from cnnjax import summary
-from cnnjax.inspect import receptive_field, receptive_fields
+from cnnjax.inspect import receptive_field, receptive_fields, windows
 from cnnjax.models import (
     Network,
     create_model,
@@ -340,6 +340,8 @@ def test_a_transposed_convolution():
         ),
         pytest.param(lambda x: x.swapaxes(1, 2), id="transpose"),
         pytest.param(lambda x: x[:, :, ::-1], id="mirror"),
+        pytest.param(lambda x: x[:, np.array([1, 0, 3, 2, 5, 4, 7, 6])], id="rows by number"),
+        pytest.param(lambda x: jnp.cumsum(x, 1), id="running sum"),
         pytest.param(
             lambda x: jnp.zeros((1, 16, 16, 3)).at[:, ::2, ::2].set(x), id="zeros between"
         ),
@@ -354,6 +356,8 @@ def test_the_field_of_a_rearranged_map_is_not_followed(rearrange):
 
     with pytest.raises(ValueError, match="stage='conv' is resized or rearranged"):
         receptive_field(Rearranged(), "conv")
+    with pytest.raises(ValueError, match="a layer, conv, whose map is resized or rearranged"):
+        windows(Rearranged())
     rows = {layer.name: layer for layer in summary.layers(Rearranged())}
     assert rows["conv"].receptive_field is rows["conv"].stride is None
 

@@ -263,7 +263,7 @@ class Part:
         return self._source[int(self._numbers[index])]
 
     def digest(self) -> str:
-        """Describes the whole source: which images are its part follows from their number."""
+        """Describes the whole source; the part's size decides which images it has."""
         return self._source.digest()
 
 

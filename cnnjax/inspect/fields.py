@@ -131,10 +131,17 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
 
 def _rearranges(equation, fields: list[Field | Unlocated | None]) -> bool:
     """Tells whether an operation, such as a reshape, moves rows or columns of a located map."""
-    if equation.primitive.name == "transpose" and equation.params["permutation"][1:3] != (1, 2):
+    name = equation.primitive.name
+    if name in ("sort", "fft") or name.startswith("cum"):
         return True
-    if equation.primitive.name == "rev" and {1, 2} & set(equation.params["dimensions"]):
+    if name == "transpose" and equation.params["permutation"][1:3] != (1, 2):
         return True
+    if name == "rev" and {1, 2} & set(equation.params["dimensions"]):
+        return True
+    if name == "gather" and isinstance(fields[0], Field):
+        # Channels may be chosen by their numbers, but not rows or columns.
+        shape = equation.invars[0].aval.shape
+        return equation.params["slice_sizes"][1:3] != shape[1:3]
     size = equation.outvars[0].aval.shape[1:3]
     return any(
         isinstance(field, Field) and operand.aval.shape[1:3] != size
@@ -178,7 +185,7 @@ def _seen_by_concatenation(
     together = union([field for field in fields if field != REARRANGED])
     if axis not in (1, 2) or not isinstance(together, Field):
         return union(fields)
-    # Of the border and the map itself, the map is the largest.
+    # The map is larger than its border.
     sizes = [variable.aval.shape[axis] for variable in equation.invars]
     maps = [(number, field) for number, field in enumerate(fields) if field is not None]
     inner, field = max(maps, key=lambda item: (sizes[item[0]], isinstance(item[1], Field)))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from cnnjax.inspect.fields import Field, Unlocated, seen
+from cnnjax.inspect.fields import REARRANGED, UPSAMPLED, Field, Unlocated, seen
 from cnnjax.inspect.trace import apply, follow, is_pool, trace, with_local_fill
 from cnnjax.nn import output_size
 
@@ -40,8 +40,8 @@ def windows(model) -> tuple[Window, ...]:
     Only windows of more than one position count. Skips, which have fewer windows, are left out. A
     convolution has its layer's name; pools are counted: pool1, pool2, ...
 
-    Raises `ValueError` if the network has different windows side by side, or one that is not square
-    or has unequal padding.
+    Raises `ValueError` if the network has different windows side by side, one that is not square or
+    has unequal padding, or one behind a map that is upsampled or rearranged.
     """
     name = type(model).__name__
     model = with_local_fill(model)
@@ -96,6 +96,8 @@ def _extended(network, way, name, is_pool, equation):
     """
     before = way.field_behind
     after = way.field
+    if after in (REARRANGED, UPSAMPLED):
+        raise ValueError(f"model={network} has a layer, {name}, whose map {after.reason}")
     if isinstance(after, Unlocated) or after == before:
         return way
     size = equation.outvars[0].aval.shape[1:3]

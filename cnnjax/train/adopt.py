@@ -119,7 +119,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     build_run(config).check_data(images)
     moved = recorded | {"data_dir": config.data_dir}
     workdir.write_json(folder / "config.json", moved)
-    _LOG.info("%s goes on with the same images in data_dir=%r", folder, config.data_dir)
+    _LOG.info("%s goes on with data_dir=%r, whose images agree", folder, config.data_dir)
     return moved
 
 
