@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--sampling",
-        help="how every stride keeps positions: stride, blur, blur5 or aps (default: stride)",
+        help="how strides downsample: stride, blur, blur5 or aps (default: stride)",
     )
     parser.add_argument(
         "--format", default="text", help="text, markdown or json (default: %(default)s)"

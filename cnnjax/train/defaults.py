@@ -73,8 +73,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Whether training images that cannot be decoded are counted, named, and replaced by the next;
     # otherwise they end the run.
     config.skip_damaged = False
-    # "standardised" uses the data's mean and deviation, "imagenet" those of ImageNet; "centred"
-    # leaves 0 to 255 minus the data's mean.
+    # "standardised" uses the data's mean and deviation (ImageNet's for folder and tfds:NAME),
+    # "imagenet" those of ImageNet; "centred" leaves 0 to 255 minus the mean.
     config.pixels = "standardised"
     # flip: mirror half of the images. crop: largest random shift, in pixels. fill: what a shift
     # brings in, "zeros" or "reflect". cutout: side of a black square, in pixels. colour: standard

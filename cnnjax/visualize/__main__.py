@@ -106,7 +106,10 @@ def _add_subject(parser):
         help="modules that the file is known not to hold",
     )
     add("--padding", help="fill of every convolution and pool (default: zeros, or the run's)")
-    add("--sampling", help="how every stride keeps positions (default: stride, or the run's)")
+    add(
+        "--sampling",
+        help="how strides downsample: stride, blur, blur5 or aps (default: stride, or the run's)",
+    )
     add(
         "--every-layer",
         action="store_true",

@@ -293,7 +293,7 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     """Takes one matrix product of the patches (im2col), with positions last.
 
     The plain form transposes the output's gradient, by far the larger side if the kernel sees few
-    values: 1.2 to 1.8 times faster. Channel by channel, a tap's view is read and written in order.
+    values. Channel by channel, a tap's view is read and written in order.
     """
     batch, height, width, channels = x.shape
     planes = x.transpose(3, 0, 1, 2).reshape(channels * batch, height, width, 1)
