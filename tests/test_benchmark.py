@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,13 @@ from cnnjax.nn import BatchNorm, Conv, Dense, conv, flatten, max_pool
 from cnnjax.runtime import backend
 from cnnjax.train import data
 from experiments import speedrun
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """The command sets variables for the sides that it starts."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 class Tiny(Network):
@@ -145,8 +153,9 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 
 
 @pytest.mark.slow
-def test_two_processes_take_turns_and_agree():
+def test_two_processes_take_turns_and_agree(monkeypatch):
     """Measures one small layer: utilization and ratios follow from the times."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as the command sets it
     both = ("cnnjax", "stock")
     facts, times = turns.measure("layers", both, "lenet.conv1", 128, 2, burst=0.01)
     rows = turns.rows_of("layers", "lenet.conv1", 128, 1e9, facts, times)

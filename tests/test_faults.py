@@ -45,6 +45,8 @@ DRIVER = """
 import json, os, signal, sys, tempfile, traceback
 # What a shell runs in the background inherits that it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_DFL)
 import deep_calls, imported, quick
 from cnnjax import combine, main, sweep
 from cnnjax.runtime import workdir

@@ -108,7 +108,9 @@ class Watch:
             self.refused += 1
         finally:
             _armed.clear()
-        assert not _seen, _seen
+        seen = _seen.copy()
+        _seen.clear()
+        assert not seen, seen
         assert time.process_time() - began < _SECONDS
         return result
 

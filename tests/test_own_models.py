@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 import pathlib
+import sys
+from unittest import mock
 
 import flax.linen as nn
 import forked
@@ -68,6 +70,7 @@ def sweep():
 def own(tmp_path, request, monkeypatch):
     """Writes a file that registers a network by a unique name; returns (path, name)."""
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(base, "_FILES", dict(base._FILES))
     name = f"own_{request.node.name}"
     path = tmp_path / "own.py"
     path.write_text(OWN.replace("own_NUMBER", name))
@@ -497,7 +500,8 @@ def test_a_name_belongs_to_one_file(own, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     source.import_file(path)
     # An import under the module's name runs the file again.
-    module = importlib.import_module("own")
+    with mock.patch.dict(sys.modules):
+        module = importlib.import_module("own")
     assert pathlib.Path(module.__file__) == path
     assert type(create_model(name)) is module.Own
     other = tmp_path / "other.py"

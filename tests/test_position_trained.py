@@ -432,6 +432,7 @@ base.register("narrow", functools.partial(SmallConvNet, layers=((8, 12), (16, 1)
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @mock.patch.dict(base._REGISTRY)
+@mock.patch.dict(base._FILES)
 def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir, capsys):
     path = tmp_path / "networks.py"
     path.write_text(TINY)

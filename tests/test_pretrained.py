@@ -164,9 +164,16 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Starts a local server; yields a URL and the handler class with its settings."""
+def direct(monkeypatch):
+    """Reaches this machine's servers without a proxy."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    # urllib remembers the proxy of its first request.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+
+
+@pytest.fixture
+def server(direct):
+    """Starts a local server; yields a URL and the handler class with its settings."""
     handler = type("Handler", (Server,), {"asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever)
@@ -238,8 +245,8 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    # urllib remembers the proxy of its first request.
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(urllib.request, "_opener", None)
     return tmp_path
 
@@ -359,7 +366,7 @@ def test_a_slow_server_is_waited_for_if_no_other_answers(servers, monkeypatch):
         weights.fetch("vgg16")
 
 
-def test_servers_that_refuse_are_told_from_slow_ones():
+def test_servers_that_refuse_are_told_from_slow_ones(direct):
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         slow, refusing = (f"http://127.0.0.1:{s.getsockname()[1]}/w" for s in (silent, closed))

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 
 import forked
 import numpy as np
@@ -324,6 +325,17 @@ def test_a_cell_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
     assert row["unfinished"] == []
 
 
+@pytest.fixture
+def handlers():
+    """A command that a signal stops leaves SIGUSR1 and SIGUSR2 ignored until its process ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(
     run_sweep, tmp_path, monkeypatch
 ):
@@ -332,7 +344,8 @@ def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(
     (left / "run.claim").write_text(json.dumps({"host": platform.node(), "process": os.getpid()}))
     ran = []
     # Elsewhere it would stop in the middle of whatever runs, such as opening a file.
-    monkeypatch.setattr(sweep.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    stop = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=stop))
     assert run_sweep(lambda config, folder: ran.append(config.seed)) == 75
     assert ran == [0, 1, 3]
     assert "\nUnfinished: seed=2\n" in (tmp_path / "runs" / "sweep.md").read_text()
