@@ -41,13 +41,15 @@ _POLLING_SECONDS = 5.0
 # ------------------------------------------------------------------ cells
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Cell:
     """One setting of a sweep, with its configuration and its work directory."""
 
     overrides: dict
     config: ml_collections.ConfigDict
     folder: pathlib.Path
+    # Whether its run is finished and known to be of this configuration.
+    is_checked: bool = False
 
     @property
     def name(self) -> str:
@@ -137,14 +139,16 @@ def check_record(cell: Cell) -> None:
         workdir.OtherConfiguration: if it is of another one.
         ValueError: if its config.json is not JSON.
     """
+    is_done = cell.is_done
     is_recorded = (cell.folder / "config.json").exists()
-    if not (is_recorded and workdir.has_started(cell.folder)):
+    if cell.is_checked or not (is_recorded and workdir.has_started(cell.folder)):
         return
     job = single.job_of(cell.config)
     job.complete_record(cell.config, cell.folder)
     # `skip_damaged` changes nothing in a run that no damaged image has ended.
     if not job.goes_on_skipping(cell.config, cell.folder):
         workdir.check_config(cell.folder, cell.config.to_dict())
+    cell.is_checked = is_done
 
 
 # ------------------------------------------------------------------ running them
