@@ -27,6 +27,7 @@ import safetensors.numpy
 import cnnjax.main
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
+from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
 from cnnjax.runtime import workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
@@ -335,6 +336,14 @@ def test_mixup_mixes_images_and_losses():
         for y in (labels, labels[::-1].copy())
     ]
     np.testing.assert_allclose(after.totals["loss"], sum(both) / 2, rtol=1e-4)
+
+
+def test_a_network_that_draws_in_evaluation_is_evaluated():
+    model = SmallResNet(5, widths=(4, 8), permute=True, input_shape=(16, 16, 3))
+    variables, x = quick.variables(model), quick.normal(0, 2, 16, 16, 3)
+    for output, shape in ((evaluate.logits, (2, 5)), (evaluate.features("layer1"), (2, 8, 8, 4))):
+        one, again = (output(model, variables, x) for _ in range(2))
+        assert one.shape == shape and np.array_equal(one, again)
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ def with_local_fill(model: nn.Module) -> nn.Module:
 def apply(model: nn.Module, variables, images, **options):
     """Runs a network in evaluation mode.
 
-    A network that draws noise then, such as padding='random', draws the same each time.
+    A network that draws random numbers then draws the same for every batch. The noise of
+    padding='random' differs between the images of a batch.
     """
     keys = {"padding": jax.random.key(0), "dropout": jax.random.key(0)}
     return model.apply(variables, images, rngs=keys, **options)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped, UInt8
 
 from cnnjax.data import splits
 from cnnjax.data.augment import IGNORED, normalize, views
+from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
 from cnnjax.train.parallel import Parallel
@@ -23,20 +24,12 @@ _MASKS = 32
 # ------------------------------------------------------------------ outputs of a frozen network
 
 
-def _rngs() -> dict:
-    """Returns the random key of padding='random'.
-
-    The noise is the same for every batch, and different for the images in it.
-    """
-    return {"padding": jax.random.key(0)}
-
-
 def logits(
     model: Network, variables, images: Float[AnyArray, "batch height width channels"]
 ) -> Float[Array, "batch ..."]:
     """Computes logits in evaluation mode."""
     # A tuple is returned only where a collection is mutable.
-    return model.apply(variables, images, rngs=_rngs())  # type: ignore[return-value]
+    return apply(model, variables, images)  # type: ignore[return-value]
 
 
 @functools.cache
@@ -44,7 +37,7 @@ def features(stage: str) -> Callable:
     """Returns a function of (model, variables, images) that computes one stage's activations."""
 
     def compute(model, variables, images):
-        maps = model.apply(variables, images, method="stages", last=stage, rngs=_rngs())
+        maps = apply(model, variables, images, method="stages", last=stage)
         return maps[stage]
 
     return compute
