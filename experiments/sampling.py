@@ -3,16 +3,17 @@
     python -m experiments.sampling --data_dir data --workdir runs/sampling
         [--seeds 5] [--samplings stride ...] [--paddings zeros ...] [--networks convnet resnet]
 
-Two small networks are trained on the middle 24x24 px of CIFAR-10 images under each sampling and
+Networks are trained on the middle 24x24 of the 32x32 px of CIFAR-10 images under each sampling and
 padding: "convnet" has three convolutions and two max-pools, "resnet" a 7x7 convolution and three
-residual blocks. Both have a stride of 8 in total, which divides 24 px without remainder. Networks
-of one seed start from the same weights and see the same batches; only their sampling and padding
-differ.
+residual blocks. Both have a stride of 8 in total, which divides 24 px without remainder. "resnet18"
+has a stride of 32, so its images are enlarged to 43x43 px and their middle has 32x32 px; its last
+maps are of one pixel, which `reflect` cannot pad. Networks of one seed start from the same weights
+and see the same batches; only their sampling and padding differ.
 
 A trained network then sees pairs of shifted versions of one image. Consistency is the share of
 pairs that get the same class (Zhang 2019, arXiv 1904.11486). The pairs are two circular shifts by
-up to 23 px in each direction, or two windows of 24x24 px out of the 32x32 px of an image, as in
-random crops. Before and after training, the exact linear readout reads horizontal position (H) from
+any number of pixels in each direction, or two windows of the size of the middle, as in random
+crops. Before and after training, the exact linear readout reads horizontal position (H) from
 all stages together. Finished networks are not trained again. Writes report.md, sampling.json and
 sampling.png.
 """
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import arrays
-from cnnjax.models import Network
+from cnnjax.models import Network, create_model
 from cnnjax.models.fcn import SceneNet
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import FILLS, SAMPLINGS
@@ -36,18 +37,17 @@ from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
 from cnnjax.train.small import check_counts, classify, train_epochs
+from experiments.transfer import choose, resize
 
-# Sides of an original image and of a window, in pixels.
-_SIDE = 32
-_SIZE = 24
+# The side of a window over that of its image.
+_SHARE = 24 / 32
 # Numbers of test images to fit the readout to, to choose its strength on, and to score it on.
 _PROBE = (64, 16, 48)
 _BATCH = 100
 NETWORKS = {
-    "convnet": SceneNet(
-        num_classes=10, input_shape=(_SIZE, _SIZE, 3), blocks=((16,), (32,), (64,))
-    ),
-    "resnet": SmallResNet(num_classes=10, input_shape=(_SIZE, _SIZE, 3), widths=(16, 32, 64)),
+    "convnet": SceneNet(num_classes=10, input_shape=(24, 24, 3), blocks=((16,), (32,), (64,))),
+    "resnet": SmallResNet(num_classes=10, input_shape=(24, 24, 3), widths=(16, 32, 64)),
+    "resnet18": create_model("resnet18", num_classes=10, input_shape=(32, 32, 3)),
 }
 # Columns of the table: the field of a result, its heading, factor and digits.
 COLUMNS = (
@@ -72,7 +72,7 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/sampling")
     parser.add_data_dir()
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["convnet", "resnet"])
     samplings = ["stride", "blur", "aps"]
     parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=samplings)
     paddings = ["zeros", "symmetric", "reflect", "circular", "partial"]
@@ -88,7 +88,8 @@ def load(options) -> arrays.Dataset:
     data = arrays.load("cifar10", options.data_dir)
     check_counts(data, options.train, options.test)
     for point in points(options):
-        stage_shapes(build(point), _SIZE)
+        model = build(point)
+        stage_shapes(model, window(model))
     return data
 
 
@@ -107,24 +108,35 @@ def build(point: Point) -> Network:
     return NETWORKS[point.network].clone(sampling=point.sampling, padding=point.padding)
 
 
-def middle(images: np.ndarray) -> np.ndarray:
-    """Cuts the middle window out of each image of 32x32."""
-    start = (_SIDE - _SIZE) // 2
-    return images[:, start : start + _SIZE, start : start + _SIZE]
+def window(model: Network) -> int:
+    """Returns the side of a network's images, in pixels."""
+    return model.input_shape[0]
 
 
-def circular_shifts(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def enlarge(images: arrays.Split, size: int) -> arrays.Split:
+    """Resizes images so that a window of `size` pixels a side shows the same share of each."""
+    side = round(size / _SHARE)
+    return images if side == images.images.shape[1] else resize(images, side)
+
+
+def middle(images: np.ndarray, size: int) -> np.ndarray:
+    """Cuts the middle window out of each image."""
+    start = (images.shape[1] - size) // 2
+    return images[:, start : start + size, start : start + size]
+
+
+def circular_shifts(images: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
     """Shifts each image's middle window circularly, by its own rows and columns."""
-    shifts = generator.integers(0, _SIZE, (len(images), 2))
-    shifted = [np.roll(image, shift, (0, 1)) for image, shift in zip(middle(images), shifts)]
+    shifts = generator.integers(0, size, (len(images), 2))
+    shifted = [np.roll(image, shift, (0, 1)) for image, shift in zip(middle(images, size), shifts)]
     return np.stack(shifted)
 
 
-def random_crops(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def random_crops(images: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
     """Cuts a window out of each image at a random place."""
-    places = generator.integers(0, _SIDE - _SIZE + 1, (len(images), 2))
+    places = generator.integers(0, images.shape[1] - size + 1, (len(images), 2))
     windows = [
-        image[top : top + _SIZE, left : left + _SIZE] for image, (top, left) in zip(images, places)
+        image[top : top + size, left : left + size] for image, (top, left) in zip(images, places)
     ]
     return np.stack(windows)
 
@@ -132,15 +144,15 @@ def random_crops(images: np.ndarray, generator: np.random.Generator) -> np.ndarr
 def consistency(model: Network, variables: dict, images: np.ndarray, move, seed: int) -> float:
     """Returns the share of images that get the same class after two random moves."""
     generator = np.random.default_rng(seed)
-    first = classify(model, variables, move(images, generator))
-    second = classify(model, variables, move(images, generator))
+    first = classify(model, variables, move(images, window(model), generator))
+    second = classify(model, variables, move(images, window(model), generator))
     return float((first == second).mean())
 
 
 def position(model: Network, variables: dict, images: np.ndarray) -> float:
     """Returns R2 of H by the exact linear readout of all stages, on unseen images."""
     goal = target("H", FEATURE_SIZE)
-    features = encode(model, variables, images, list(stage_shapes(model, _SIZE)))
+    features = encode(model, variables, images, list(stage_shapes(model, window(model))))
     train, held_out, test = np.split(features, np.cumsum(_PROBE)[:-1])
     predicted = fit_exact(train, held_out, goal[None])(test)
     return float(scores(predicted[:, 0], goal)["r2"].mean())
@@ -149,21 +161,24 @@ def position(model: Network, variables: dict, images: np.ndarray) -> float:
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains a network on images chosen by its seed, and tests it."""
     model = build(point)
+    size = window(model)
     generator = np.random.default_rng(point.seed)
     chosen = generator.permutation(len(data.train.labels))[: options.train]
-    train = arrays.Split(middle(data.train.images[chosen]), data.train.labels[chosen])
-    images = data.test.images[: options.test]
-    probed = middle(data.test.images[-sum(_PROBE) :])
+    train = enlarge(choose(data.train, chosen), size)
+    train = arrays.Split(middle(train.images, size), train.labels)
+    test = enlarge(choose(data.test, slice(options.test)), size)
+    probed = enlarge(choose(data.test, slice(-sum(_PROBE), None)), size)
+    probed = middle(probed.images, size)
     for epoch, variables in enumerate(
         train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
     ):
         if epoch == 0:
             before = position(model, variables, probed)
-    predicted = classify(model, variables, middle(images))
+    predicted = classify(model, variables, middle(test.images, size))
     return {
-        "accuracy": float((predicted == data.test.labels[: options.test]).mean()),
-        "circular": consistency(model, variables, images, circular_shifts, point.seed),
-        "crops": consistency(model, variables, images, random_crops, point.seed),
+        "accuracy": float((predicted == test.labels).mean()),
+        "circular": consistency(model, variables, test.images, circular_shifts, point.seed),
+        "crops": consistency(model, variables, test.images, random_crops, point.seed),
         "before": before,
         "after": position(model, variables, probed),
     }
@@ -235,7 +250,7 @@ def draw(results: list[dict]) -> Figure:
 def report(results: list[dict], options) -> study.Report:
     text = f"""# Sampling and padding
 
-Small networks on CIFAR-10, {options.train:,} training images, {options.epochs} epochs. Mean ± half
+Networks on CIFAR-10, {options.train:,} training images, {options.epochs} epochs. Mean ± half
 of the 95 % interval over n seeds, which draw the weights, the training images and their order, and
 the shifts. Consistency: the share of {options.test:,} test images whose class two random shifts
 leave the same. The test images, and those that H is read from, are the same for all seeds. The

@@ -18,6 +18,7 @@ import test_models
 from quick import normal
 
 from cnnjax import load_pretrained, main, summary, weights
+from cnnjax.data import arrays
 from cnnjax.inspect import layers, receptive_field
 from cnnjax.models import create_model, list_models
 from cnnjax.models.resnet import Block, basic, bottleneck
@@ -431,14 +432,29 @@ def test_tables_count_dense_convolutions_and_fields_see_filters():
 def test_the_study_moves_images_as_it_says():
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (6, 32, 32, 3), np.uint8)
-    middles = study.middle(images)
+    middles = study.middle(images, 24)
     np.testing.assert_array_equal(middles, images[:, 4:28, 4:28])
-    for shifted, middle in zip(study.circular_shifts(images, generator), middles):
+    for shifted, middle in zip(study.circular_shifts(images, 24, generator), middles):
         matches = [np.array_equal(shifted, other) for other in all_shifts(middle[None])]
         assert sum(matches) == 1
-    for window, whole in zip(study.random_crops(images, generator), images):
+    for window, whole in zip(study.random_crops(images, 24, generator), images):
         places = np.ndindex(9, 9)
         assert sum(np.array_equal(window, whole[i : i + 24, j : j + 24]) for i, j in places) == 1
+
+
+def test_the_study_enlarges_images_for_a_larger_window():
+    photographs = arrays.Split(np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3)), None)
+    assert study.enlarge(photographs, 24) is photographs
+    # As for a window of 24 px, three quarters of each side are seen.
+    assert study.enlarge(photographs, 32).images.shape == (10, 43, 43, 3)
+
+
+def test_the_study_refuses_a_padding_that_small_maps_cannot_have(data_dir, tmp_path, capsys):
+    arguments = ["--workdir", str(tmp_path / "run"), "--data_dir", str(data_dir)]
+    arguments += ["--networks", "resnet18", "--paddings", "zeros", "reflect"]
+    assert study.main(arguments) == 2
+    assert "reflect" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_study_finds_adaptive_sampling_consistent():
