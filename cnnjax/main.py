@@ -6,6 +6,7 @@ With --config FILE, --help lists the keys of that configuration and their values
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
@@ -233,8 +234,11 @@ def leave(code: int) -> None:
     is_refused = code == 2 and not backend.is_joined()
     if is_done or is_refused:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A stream may be closed (None), or nobody may read it any more.
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(code)
 
 

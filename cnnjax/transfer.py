@@ -277,13 +277,25 @@ def load_initial_weights(
 
 
 def _check_fields(file: pathlib.Path, model: Network) -> None:
-    """Raises `ValueError` if published weights were trained on an input that the model lacks."""
+    """Raises `ValueError` if the weights were trained on an input that the model does not make."""
+    is_transformed = getattr(model, "transform_input", None)
+    # Most networks take every input as it is.
+    if is_transformed is None:
+        return
     record = weights.of_file(file)
-    if record and record.transform_input and not getattr(model, "transform_input", True):
+    if record and record.transform_input and not is_transformed:
         raise ValueError(
             f"initial_weights={str(file)!r} are {record.network}'s ImageNet weights, which need "
             "model_fields.transform_input=True"
         )
+    config = file.with_name("config.json")
+    if file.name == WEIGHTS and config.is_file():
+        fields = workdir.read_json(config).get("model_fields", {})
+        was_transformed = fields.get("transform_input", False)
+        if was_transformed != is_transformed:
+            raise ValueError(
+                f"initial_weights={str(file)!r} need model_fields.transform_input={was_transformed}"
+            )
 
 
 # ------------------------------------------------------------------ frozen features

@@ -99,6 +99,15 @@ def test_cache_is_keyed_by_jaxlib_and_cores(tmp_path, monkeypatch):
         assert single == own.rpartition("-")[0] + "-1"
 
 
+def test_without_a_home_folder_there_is_no_cache(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert backend._cache_dir() is None
+
+
 def test_a_cache_that_the_user_has_set_is_kept(tmp_path):
     code = """
 import jax

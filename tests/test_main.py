@@ -107,6 +107,41 @@ def test_output_that_nobody_reads_ends_a_command_quietly():
     assert (done.returncode, done.stderr) == (command.UNREAD, b"")
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_command_without_an_output_works(closed):
+    """As after `>&-` or `2>&-` in a shell: Python has no such stream."""
+    program = "from cnnjax.runtime import command; exit(command.run(lambda: print('done')))"
+    shell = ["sh", "-c", f'exec "$0" -c "$1" {closed}>&-', sys.executable, program]
+    assert subprocess.run(shell, cwd=ROOT).returncode == 0
+
+
+def test_an_interrupted_command_keeps_its_exit_code_if_nobody_reads_its_errors():
+    """As after Ctrl-C in `command 2>&1 | tee log`, which ends tee, too."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    program = """
+from cnnjax.runtime import command, workdir
+def work():
+    raise workdir.Interrupted("stopped")
+exit(command.run(work))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=write_end)
+    os.close(write_end)
+    assert done.returncode == command.RESUMABLE
+
+
+def test_names_that_an_encoding_lacks_are_printed():
+    names = [os.fsdecode(b"caf\xe9.jpg"), "café ± 猫"]
+    print_names = f"[print(name) for name in {names!a}]"
+    program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"caf\xe9.jpg\n" + rb"caf\xe9 \xb1 \u732b" + b"\n"
+
+
 def test_names_that_are_not_utf8_are_printed_as_they_are():
     names = [os.fsdecode(b"caf\xe9.jpg"), "café.jpg"]
     print_names = f"[print(name) for name in {names!a}]"

@@ -69,6 +69,10 @@ def test_a_record_as_torchvision_publishes_it():
     assert weights.find("mobilenet_v2").hub is None
     assert weights.of_file("~/x/googlenet-1378be20.pth") == weights.find("googlenet")
     assert weights.of_file("googlenet.pth") is None
+    # The Hugging Face cache has files of one name in folders named after the weights.
+    in_cache = "hub/models--timm--inception_v3.tv_in1k/snapshots/0f/model.safetensors"
+    assert weights.of_file(in_cache) == inception
+    assert weights.of_file("hub/model.safetensors") is None
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_a_server_that_always_cuts_off_at_the_same_place_is_an_error(server, tmp
 
 def test_a_file_of_another_hash_is_not_kept(server, tmp_path):
     url, _ = server
-    with pytest.raises(ValueError, match=f"SHA-256 begins with {SHA256}, .* with 00000000"):
+    with pytest.raises(OSError, match=f"SHA-256 begins with {SHA256}, .* with 00000000"):
         download.download(url, tmp_path / "w.pth", "00000000")
     assert list(tmp_path.iterdir()) == []
 
@@ -458,6 +462,17 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
     model = create_model("googlenet", num_classes=10)
     with pytest.raises(ValueError, match="need model_fields.transform_input=True"):
         transfer.load_initial_weights(path, model)
+
+
+@pytest.mark.parametrize("was_transformed", [True, False])
+def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transformed, tmp_path):
+    finished_run(tmp_path / "run")
+    config = {"model_fields": {"transform_input": True} if was_transformed else {}}
+    workdir.write_json(tmp_path / "run" / "config.json", config)
+    model = create_model("googlenet", num_classes=10, transform_input=not was_transformed)
+    message = f"need model_fields.transform_input={was_transformed}"
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(tmp_path / "run", model)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+import safetensors.flax
 import safetensors.numpy
 
 from cnnjax import weights
@@ -62,6 +63,14 @@ def test_what_does_not_fit_is_listed_whole(resnet, saved, tmp_path):
         "of another shape: conv1.weight is (64, 3, 5, 5)",
     ):
         assert line in str(error.value)
+
+
+def test_safetensors_may_hold_bfloat16(tmp_path):
+    values = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+    safetensors.flax.save_file({"fc.weight": values}, tmp_path / "w.safetensors")
+    (read,) = weights.read(tmp_path / "w.safetensors").values()
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read, values)
 
 
 def test_missing_names_modules_known_to_be_absent(resnet, saved, tmp_path):

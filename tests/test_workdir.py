@@ -48,6 +48,11 @@ def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch)
     assert path.read_bytes()[:3] != b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
+    workdir.write(tmp_path / "table.md", os.fsdecode(b"caf\xe9.jpg"))
+    assert (tmp_path / "table.md").read_bytes() == rb"caf\udce9.jpg"
+
+
 def test_a_figure_is_cropped_to_what_it_shows(tmp_path):
     figure = matplotlib.figure.Figure((4, 3))
     figure.text(0.5, 0.5, "A title\nof $n=3$ seeds")

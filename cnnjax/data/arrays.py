@@ -253,7 +253,9 @@ def _download(file: File, folder: pathlib.Path) -> pathlib.Path:
       ValueError: if it could not be downloaded from any address; no folder is left behind then.
     """
     pooch.get_logger().setLevel(logging.ERROR)
-    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr is not None and sys.stderr.isatty(), timeout=30
+    )
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     known_hash = f"md5:{file.md5}"
     failures = []

@@ -101,13 +101,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cache_dir() -> pathlib.Path:
+def _cache_dir() -> pathlib.Path | None:
     """Returns the compilation cache's folder: one per jaxlib, processor and core count.
+
+    It is None for a user without a home folder.
 
     Code compiled for one processor does not run on another (jax issue 38445), and code compiled for
     one core uses one core everywhere. jax's own cache key contains neither.
     """
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError:
+        return None
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         host = "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
@@ -148,8 +153,9 @@ def start() -> None:
 
     reach_devices()
     # The user's JAX_COMPILATION_CACHE_DIR takes precedence.
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax adds its options when it is imported
-        jax.config.update("jax_compilation_cache_dir", str(_cache_dir()))
+    has_cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # jax adds its options when it is imported
+    if not has_cache and (folder := _cache_dir()):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     check_numerics()
 
 

@@ -1,6 +1,7 @@
 """The common part of all commands: one-line errors, exit codes, shared options."""
 
 import argparse
+import codecs
 import io
 import logging
 import os
@@ -18,6 +19,9 @@ RESUMABLE = 75
 UNREAD = 141
 
 _STANDARD_OUTPUT = 1
+_STANDARD_ERROR = 2
+# Python's handlers of characters that an encoding lacks; the second is that of the C locale.
+_LOSES_NAMES = ("strict", "surrogateescape")
 
 
 def path(text: str) -> pathlib.Path:
@@ -125,15 +129,42 @@ def _is_output_closed() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
-def _print_every_name() -> None:
-    """Makes standard output write file names that are not UTF-8 as their bytes.
+def _lose(stream: int) -> None:
+    """Sends what is left of an output without a reader into the null device.
 
-    Python does the same in the C locale. A program that reads the output from a pipe gets the true
-    name. Standard error needs no change: it prints such bytes with backslashes.
+    Python flushes its buffers when it ends, which cannot fail there.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def _complain(message: object) -> None:
+    """Prints to standard error, unless that is closed or nobody reads it."""
+    if sys.stderr is None:
+        return
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _lose(_STANDARD_ERROR)
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Writes what an encoding lacks: bytes of file names as they are, characters as \\x or \\u."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+def _print_every_name() -> None:
+    """Makes standard output write names that its encoding lacks, as of files and classes.
+
+    The bytes of a file name that is not UTF-8 are written as they are, so a program that reads the
+    output from a pipe gets the true name. Standard error prints all such names with backslashes.
     """
     # Notebooks and tests replace standard output by other objects.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _LOSES_NAMES:
+        codecs.register_error("cnnjax", _escape)
+        sys.stdout.reconfigure(errors="cnnjax")
 
 
 def run(work: Callable[[], None]) -> int:
@@ -153,32 +184,31 @@ def run(work: Callable[[], None]) -> int:
     try:
         with signals.catch_stop_signals(_interrupt):
             work()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except workdir.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        _complain(stop)
         return RESUMABLE
     except KeyboardInterrupt:
-        print("interrupted: what was finished is whole, nothing else was written", file=sys.stderr)
+        _complain("interrupted: what was finished is whole, nothing else was written")
         return 130
     except ModuleNotFoundError as error:
         # An installation without extras lacks packages that some commands import.
         if "--debug" in sys.argv or (error.name or "").startswith("cnnjax"):
             raise
-        print(
+        _complain(
             f"error: {error.name} is not installed; in a checkout of cnnjax, pip install '.[all]' "
-            "installs what all commands import",
-            file=sys.stderr,
+            "installs what all commands import"
         )
         return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            # Python flushes its buffer when it ends. Into the null device, this cannot fail.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), _STANDARD_OUTPUT)
+            _lose(_STANDARD_OUTPUT)
             return UNREAD
         if "--debug" in sys.argv:
             raise
         # XLA's messages have many lines.
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"error: {first}", file=sys.stderr)
+        _complain(f"error: {first}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0

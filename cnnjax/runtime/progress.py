@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 15
 @contextlib.contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Shows progress; yields a function to call with the number of new units."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         with tqdm.tqdm(total=total, unit=f" {unit}") as bar:
             yield bar.update
         return

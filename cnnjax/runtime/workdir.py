@@ -105,8 +105,11 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     """
     if not backend.writes():
         return
+    if isinstance(content, str):
+        # A file's name may hold bytes that are not UTF-8.
+        content = content.encode("utf-8", "backslashreplace")
     with naming(path), replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content)
 
 
 @contextlib.contextmanager

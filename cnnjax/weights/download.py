@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from cnnjax.runtime.paths import expand_user
+from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import records
 
@@ -51,9 +51,9 @@ def fetch(name: str, tag: str = records.V1) -> str:
       name: the network, such as "resnet50".
       tag: "imagenet1k_v1", what `pretrained=True` means in torchvision, or "imagenet1k_v2".
 
-    Raises `ValueError` if there are no such weights or the download is not the published file, and
-    `RuntimeError`, which says where to put which file, if they cannot be obtained. Reading a file
-    with a published name checks its hash (`read`).
+    Raises `ValueError` if there are no such weights, and `RuntimeError`, which says where to put
+    which file, if they cannot be obtained. Reading a file with a published name checks its hash
+    (`read`).
     """
     record = records.find(name, tag)
     cached = checkpoints_folder() / record.file
@@ -162,14 +162,13 @@ def _ask(urls: list[str], seconds: float) -> tuple[dict[str, str], list[str]]:
 # ------------------------------------------------------------------ torchvision's server
 
 
-def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
-    """Downloads a file whose SHA-256 begins with `sha256`, or resumes its download.
+def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
+    """Downloads a file whose SHA-256 begins with `prefix`, or resumes its download.
 
     What has arrived is kept beside the file as FILE.partial, for this call and for later ones. One
     of several processes downloads, and the others wait for it.
 
-    Raises `OSError` if the server cannot be reached or stops answering, and `ValueError` if the
-    file is not the expected one.
+    Raises `OSError` if the server cannot be reached, stops answering or sends another file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -186,11 +185,13 @@ def download(url: str, path: pathlib.Path, sha256: str) -> pathlib.Path:
             reached = stream.tell()
             _LOG.info("cut off after %.1f MB; resuming", reached / 1e6)
         stream.flush()
-        try:
-            records.check_sha256(partial, sha256)
-        except ValueError:
+        found = sha256(partial)
+        if not found.startswith(prefix):
             partial.unlink()
-            raise
+            raise OSError(
+                f"{url} is another file: its SHA-256 begins with {found[: len(prefix)]}, the "
+                f"published file's with {prefix}"
+            )
         partial.replace(path)
     return path
 

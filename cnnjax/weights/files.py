@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 import safetensors
+import safetensors.flax
 import safetensors.numpy
 
 from cnnjax.runtime import workdir
@@ -72,8 +73,12 @@ def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        return safetensors.numpy.load_file(path)
-    # AttributeError: number formats that NumPy lacks.
+        try:
+            return safetensors.numpy.load_file(path)
+        except AttributeError:
+            # NumPy lacks bfloat16, which JAX has.
+            tensors = safetensors.flax.load_file(path)
+            return {name: np.asarray(tensor) for name, tensor in tensors.items()}
     except (safetensors.SafetensorError, KeyError, AttributeError) as error:
         raise ValueError(str(error)) from error
 
@@ -98,7 +103,9 @@ def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
             f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "
             "torchvision's names"
         )
-    if record := records.of_file(path):
+    record = records.of_file(path)
+    # The Hugging Face hub has the same numbers in files of another format.
+    if record and path.suffix in _PTH_SUFFIXES:
         records.check_sha256(path, record.sha256)
     is_pth = pth.is_pth(path)
     try:

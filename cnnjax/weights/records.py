@@ -176,9 +176,16 @@ def find(network: str, tag: str = V1) -> Record:
 
 
 def of_file(path: str | os.PathLike) -> Record | None:
-    """Returns the record of the file of this name; None if there is none."""
-    name = pathlib.Path(path).name
-    return next((record for record in list_weights() if record.file == name), None)
+    """Returns the record of a published file; None for any other file.
+
+    It is recognized by torchvision's name, or by its folder in the Hugging Face cache.
+    """
+    path = pathlib.Path(path)
+    for record in list_weights():
+        hub_folder = f"models--{record.hub.replace('/', '--')}" if record.hub else None
+        if record.file == path.name or hub_folder in path.parts:
+            return record
+    return None
 
 
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
@@ -194,7 +201,7 @@ def check_sha256(path: pathlib.Path, prefix: str) -> None:
 def fields_for(network: str, source: str | os.PathLike) -> dict[str, bool]:
     """Returns the fields that a network needs for weights from `source`.
 
-    `source` is "imagenet" or a file; a file is recognized by torchvision's published name.
+    `source` is "imagenet" or a file, which is recognized as in `of_file`.
     """
     record = find(network) if source == "imagenet" else of_file(source)
     return record.fields if record and record.network == network else {}
