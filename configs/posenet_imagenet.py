@@ -26,7 +26,7 @@ photograph crops and one black image each, 2 CPU cores, 21 November 2026.
 | replicate | .28 (.08) | 0 |
 | circular | .53 (.26) | 0 |
 
-Other photographs give other figures: docs/position.md.
+Other photographs give other figures: docs/position_results.md.
 """
 
 import ml_collections

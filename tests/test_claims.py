@@ -180,8 +180,8 @@ def test_report_and_figures(workdir, findings):
 @pytest.mark.slow
 def test_measured_values_are_those_of_the_pages():
     """measured.json repeats numbers of the documentation; both must agree."""
-    pages = (ROOT / "README.md", ROOT / "docs" / "lectures.md", ROOT / "docs" / "position.md")
-    text = "".join(path.read_text() for path in pages)
+    pages = ("README.md", "docs/lectures.md", "docs/position_results.md")
+    text = "".join((ROOT / page).read_text() for page in pages)
     for name, value in trained.measured()["values"].items():
         assert value["command"] in trained.measured()["commands"], name
         if value["std"] is None:
