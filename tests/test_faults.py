@@ -756,7 +756,7 @@ report.write = write
     )
     assert (
         code == also == 130
-        and "SIGTERM: saving after this step; Ctrl-C to stop at once" in errors
+        and "SIGTERM: saving after this step or validation; Ctrl-C to stop at once" in errors
         and other == 143
     )
     assert time.monotonic() - began < 30

@@ -257,7 +257,7 @@ def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     # The move comes with a damaged image, which is passed over from now on.
     config.update(seed=0, skip_damaged=True)
     adopt.complete_record(config, run)
-    assert adopt.goes_on_skipping(config, run)
+    assert adopt.is_equivalent(config, run)
     (run / "config.json").write_text(before)
     config.skip_damaged = False
     adopt.complete_record(config, run)
