@@ -831,6 +831,7 @@ data.Streamed.advance = killed
     assert (
         code == 1
         and "error: one of workers=1 processes that decode images was killed" in errors
+        and "goes on from the last checkpoint, also with --config.workers=0" in errors
         and "Traceback" not in errors
     ), errors
     assert time.monotonic() - began < 120 and not left_over(tmp_path)

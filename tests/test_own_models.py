@@ -152,6 +152,8 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     folder = tmp_path / "run"
     run("cnnjax.main", "--config", "configs/posenet.py", *given, "--workdir", folder)
     (cell,) = (folder / "cells").glob("own.py:of_colors-*-zeros-0.npz")
+    (network,) = json.loads((folder / "inputs.json").read_text())["networks"]
+    assert network == f"{path}:of_colors"
     (picture,) = folder.glob("maps_own.py:of_colors-*_natural.png")
     assert f"![{picture.name}]({picture.name})" in (folder / "report.md").read_text()
 
