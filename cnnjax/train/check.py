@@ -141,9 +141,7 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
 
 
-def _check_initial_weights(
-    config: ml_collections.ConfigDict, folder: pathlib.Path | None
-) -> None:
+def _check_initial_weights(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
     """Checks that there are initial weights, unless a run in the folder has started from them."""
     if not config.initial_weights:
         return
