@@ -52,7 +52,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     job = job_of(config)
     backend.reach_devices()
-    job.check(config)
+    job.check(config, folder)
     backend.start()
 
     is_new = False

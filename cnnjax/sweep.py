@@ -19,6 +19,7 @@ reason. If no run can be run at all, the exit code is 2, and no table is written
 
 import argparse
 import dataclasses
+import functools
 import logging
 import pathlib
 import sys
@@ -32,6 +33,12 @@ from cnnjax.runtime import backend, command, configuration, jobs, source, workdi
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
+# What results record of the files that a run read, and the keys that name these files.
+_FILES = {
+    "data": ("dataset", "data_dir", "n_validation"),
+    "initial_weights_sha256": ("initial_weights",),
+    "network_sha256": ("model",),
+}
 # Seconds between two attempts to run the cells that other processes are running. The first pause
 # doubles up to the longest.
 _FIRST_PAUSE = 0.25
@@ -126,10 +133,11 @@ def check(cells: list[Cell]) -> None:
     table would otherwise mix both.
     """
     for cell in cells:
-        single.job_of(cell.config).check(cell.config)
+        single.job_of(cell.config).check(cell.config, cell.folder)
         check_record(cell)
         if cell.is_done:
             workdir.check_seal(cell.folder)
+    check_files(cells)
 
 
 def check_record(cell: Cell) -> None:
@@ -145,8 +153,8 @@ def check_record(cell: Cell) -> None:
         return
     job = single.job_of(cell.config)
     job.complete_record(cell.config, cell.folder)
-    # `skip_damaged` changes nothing in a run that no damaged image has ended.
-    if not job.goes_on_skipping(cell.config, cell.folder):
+    # Keys such as `workers` may differ, as they change no result.
+    if not job.is_equivalent(cell.config, cell.folder):
         workdir.check_config(cell.folder, cell.config.to_dict())
     cell.is_checked = is_done
 
@@ -243,6 +251,43 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
 # ------------------------------------------------------------------ the table
 
 
+def check_files(cells: list[Cell]) -> None:
+    """Checks that finished runs of the same files have read the same contents.
+
+    Another network is only warned of, since an edit of its file may change nothing. Results of
+    earlier versions do not tell what was read, and are accepted.
+
+    Raises:
+        ValueError: if two runs have read other images or initial weights.
+    """
+    first: dict[tuple, tuple[Cell, object]] = {}
+    for cell in cells:
+        results = workdir.read_json(cell.results) if cell.results.exists() else {}
+        for name, keys in _FILES.items():
+            if results.get(name) is None:
+                continue
+            files = (name, *(cell.config[key] for key in keys))
+            other, contents = first.setdefault(files, (cell, results[name]))
+            if results[name] == contents:
+                continue
+            difference = (
+                f"{other.name} and {cell.name} were trained with different contents of "
+                f"{keys[0]}={cell.config[keys[0]]!r}"
+            )
+            if name != "network_sha256":
+                raise ValueError(
+                    f"{difference}; remove the folders of runs with the contents that are not "
+                    "wanted, or choose another --workdir"
+                )
+            _warn_once(f"{difference}; their networks may differ")
+
+
+# Cached, since a table is written after every run.
+@functools.cache
+def _warn_once(message: str) -> None:
+    _LOG.warning("%s", message)
+
+
 def summarize(values: list[float]) -> dict:
     """Computes mean, sample standard deviation, n and half-width of the 95 % interval.
 
@@ -284,8 +329,9 @@ def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
             else:
                 row["unfinished"].append(cell.name)
         for metric in _METRICS:
-            if finals and metric in finals[0]:
-                row[metric] = summarize([final[metric] for final in finals])
+            values = [final[metric] for final in finals if metric in final]
+            if values and len(values) == len(finals):
+                row[metric] = summarize(values)
         rows.append(row)
     return rows
 
@@ -301,12 +347,14 @@ def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]
     Raises:
         workdir.OtherConfiguration: if another process has finished a cell with another
             configuration, whose results the table would mix with those of this one.
+        ValueError: as `check_files`.
     """
     from cnnjax.runtime import tables
 
     for cell in cells:
         if cell.is_done:
             check_record(cell)
+    check_files(cells)
 
     rows = summarize_cells(cells, refused)
     workdir.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})

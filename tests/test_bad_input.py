@@ -361,6 +361,11 @@ CASES = [
         (*TRAIN, "--config.schedule.name=plateau"),
         "schedule.name='plateau' watches the validation error: n_validation=0",
     ),
+    (
+        (*CLASSES, "--config.early_stopping=2"),
+        "early_stopping=2 watches the validation error: val is the test set, as there is no "
+        "labeled split named test; add one, or hold out images with n_validation=N",
+    ),
     ((*TRAIN, "--config.n_validation=1437"), "n_validation=1437 is not between 1 and 1427"),
     # Data.
     ((*TRAIN, "--config.dataset=cifar11"), "dataset='cifar11' is not one of digits, mnist"),

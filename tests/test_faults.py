@@ -756,7 +756,7 @@ report.write = write
     )
     assert (
         code == also == 130
-        and "SIGTERM: saving after this step; Ctrl-C to stop at once" in errors
+        and "SIGTERM: saving after this step or validation; Ctrl-C to stop at once" in errors
         and other == 143
     )
     assert time.monotonic() - began < 30
@@ -831,6 +831,7 @@ data.Streamed.advance = killed
     assert (
         code == 1
         and "error: one of workers=1 processes that decode images was killed" in errors
+        and "goes on from the last checkpoint, also with --config.workers=0" in errors
         and "Traceback" not in errors
     ), errors
     assert time.monotonic() - began < 120 and not left_over(tmp_path)

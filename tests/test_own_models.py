@@ -152,6 +152,8 @@ def test_the_study_reads_a_network_by_its_file(own, tmp_path):
     folder = tmp_path / "run"
     run("cnnjax.main", "--config", "configs/posenet.py", *given, "--workdir", folder)
     (cell,) = (folder / "cells").glob("own.py:of_colors-*-zeros-0.npz")
+    (network,) = json.loads((folder / "inputs.json").read_text())["networks"]
+    assert network == f"{path}:of_colors"
     (picture,) = folder.glob("maps_own.py:of_colors-*_natural.png")
     assert f"![{picture.name}]({picture.name})" in (folder / "report.md").read_text()
 
@@ -257,7 +259,7 @@ def test_a_moved_project_finds_its_network(own, tmp_path, monkeypatch):
     # The move comes with a damaged image, which is passed over from now on.
     config.update(seed=0, skip_damaged=True)
     adopt.complete_record(config, run)
-    assert adopt.goes_on_skipping(config, run)
+    assert adopt.is_equivalent(config, run)
     (run / "config.json").write_text(before)
     config.skip_damaged = False
     adopt.complete_record(config, run)

@@ -816,6 +816,30 @@ def test_a_study_goes_on_with_the_weights_that_it_was_begun_with(gray_config, tm
         study.complete_record(gray_config, folder)
 
 
+def test_a_study_that_goes_on_with_an_edited_network_says_so(gray_config, tmp_path, caplog):
+    """Earlier versions recorded no digests of networks."""
+    caplog.set_level("WARNING", "cnnjax")
+    file = tmp_path / "own.py"
+    file.write_text("# before")
+    gray_config.encoders = (f"{file}:Own", "lenet")
+    folder = tmp_path / "work"
+    begin(gray_config, folder)
+    inputs = study.digest_inputs(gray_config)
+    networks = study.digest_networks(gray_config)
+    assert networks.keys() == {f"{file}:Own"}
+    workdir.write_json(folder / "inputs.json", inputs | {"networks": networks})
+    study.complete_record(gray_config, folder)
+    assert not caplog.messages
+    file.write_text("# after")
+    study.complete_record(gray_config, folder)
+    (message,) = caplog.messages
+    assert message.startswith(f"{file} has changed since the study was begun; its points may mix")
+    caplog.clear()
+    workdir.write_json(folder / "inputs.json", inputs)
+    study.complete_record(gray_config, folder)
+    assert not caplog.messages
+
+
 def test_a_study_of_the_first_photographs_does_not_go_on_with_others(gray_config, tmp_path):
     """Earlier versions took the first photographs of each part."""
     gray_config.n_train = 4

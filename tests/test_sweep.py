@@ -1,5 +1,6 @@
 """Sweeps: every cell once, resumed after a kill, one table."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,8 +20,9 @@ import quick
 import scipy.stats
 
 from cnnjax import sweep
+from cnnjax.data import arrays
 from cnnjax.runtime import jobs, workdir
-from cnnjax.train import loop
+from cnnjax.train import defaults, loop
 
 pytestmark = pytest.mark.slow
 
@@ -231,7 +233,7 @@ def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
 
 
 def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
-    """It is the one key that an unfinished run adopts."""
+    """Like `workers` and what is said of checkpoints, it changes no result so far."""
 
     def find_damage(config, folder):
         (folder / "metrics.jsonl").touch()
@@ -257,6 +259,92 @@ def test_a_sweep_with_finished_cells_goes_on_with_skip_damaged(run_sweep, tmp_pa
     assert row["test_error"]["n"] == 4 and row["failed"] == []
     # Images may have been passed over since.
     assert run_sweep() == 2
+
+
+def test_a_sweep_goes_on_with_other_workers(run_sweep, tmp_path):
+    """So do finished and started runs: the number changes no result."""
+
+    def stop(config, folder):
+        if config.seed == 1:
+            (folder / "metrics.jsonl").touch()
+            raise workdir.Interrupted("stopped by SIGTERM")
+
+    assert run_sweep(stop) == 75
+    assert run_sweep(lambda config, folder: None, "--config.workers=0") == 0
+    for seed, workers in ((0, 2), (1, 0)):
+        record = (tmp_path / "runs" / f"seed={seed}" / "config.json").read_text()
+        assert json.loads(record)["workers"] == workers
+
+
+@pytest.mark.usefixtures("standard_promotion", "without_figures")
+def test_runs_on_different_images_are_not_averaged(tmp_path, capfd):
+    """The images are overwritten after the first run, and a second one is trained on others."""
+    digits = arrays.load("digits[:200]")
+    images, labels = digits.train
+    turned = dataclasses.replace(digits, train=arrays.Split(images[:, ::-1], labels))
+    file = tmp_path / "own.npz"
+    options = {"dataset": file, "model": "mlp1", "epochs": 1, "batch_size": 100, "parallel": "jit"}
+
+    def run(count: int) -> int:
+        folder = tmp_path / str(count)
+        folder.mkdir(exist_ok=True)
+        body = f"def sweep():\n    return [{{'seed': seed}} for seed in range({count})]"
+        given = ["--config", write_config(folder, body), "--workdir", str(tmp_path / "runs")]
+        return sweep.main([*given, *(f"--config.{key}={value}" for key, value in options.items())])
+
+    arrays.save(digits, file)
+    assert run(1) == 0
+    arrays.save(turned, file)
+    message = "error: seed=0 and seed=1 were trained with different contents of dataset="
+    # The second time, before any run is started.
+    for is_started in (True, False):
+        capfd.readouterr()
+        assert run(2) == 2
+        told = capfd.readouterr().err
+        assert told.splitlines()[-1].startswith(message)
+        assert ("running in" in told) == is_started
+    (row,) = read_rows(tmp_path / "runs")
+    assert row["test_error"]["n"] == 1
+
+
+def finished_cells(folder: pathlib.Path, *results: dict) -> list[sweep.Cell]:
+    """Writes results of seeds 0, 1, ..."""
+    cells = []
+    for seed, content in enumerate(results):
+        cell = sweep.Cell({"seed": seed}, defaults.get_config(), folder / f"seed={seed}")
+        cell.folder.mkdir()
+        workdir.write_json(cell.results, content)
+        cells.append(cell)
+    return cells
+
+
+def test_other_initial_weights_are_refused_and_other_networks_warned_of(tmp_path, caplog):
+    """Results of earlier versions, here those of seed 1, do not have what is compared."""
+    caplog.set_level("WARNING", "cnnjax")
+    one = {"network_sha256": "n1", "initial_weights_sha256": "w1"}
+    cells = finished_cells(
+        tmp_path, one, {}, one | {"network_sha256": "n2"}, one | {"initial_weights_sha256": "w2"}
+    )
+    for _ in range(2):
+        sweep.check_files(cells[:3])
+    (message,) = caplog.messages
+    assert message.startswith("seed=0 and seed=2 were trained with different contents of model=")
+    with pytest.raises(ValueError, match="^seed=0 and seed=3 .* contents of initial_weights="):
+        sweep.check_files(cells)
+    # Cells may start from different weights on purpose.
+    cells[3].config.initial_weights = "other.safetensors"
+    sweep.check_files(cells)
+
+
+def test_errors_that_only_some_cells_have_are_not_averaged(tmp_path):
+    cells = finished_cells(
+        tmp_path,
+        {"final": {"test_error": 0.25, "validation_error": 0.5}},
+        {"final": {"test_error": 0.75}},
+    )
+    for order in (cells, cells[::-1]):
+        (row,) = sweep.summarize_cells(order, {})
+        assert row["test_error"]["mean"] == 0.5 and "validation_error" not in row
 
 
 def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):

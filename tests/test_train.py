@@ -33,7 +33,7 @@ from cnnjax.runtime import workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
-from cnnjax.train.adopt import complete_record, extend
+from cnnjax.train.adopt import complete_record, extend, is_equivalent
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
@@ -765,7 +765,8 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        run=types.SimpleNamespace(data=data, config=defaults.get_config(), network_sha256=None),
+        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        origin={},
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),
         final={"epoch": epoch},
@@ -885,6 +886,45 @@ def test_of_several_processes_one_that_fails_says_why(error, is_lost, monkeypatc
     assert ("another is gone" in str(raised.value)) == is_lost
 
 
+def test_of_several_processes_all_decide_by_the_scores_of_the_first(monkeypatch):
+    """This process is the second one, and has computed another error."""
+    first = np.array([0.1, 1 / 3])
+    gather = lambda own: np.stack([first.view(np.int32), own])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax.experimental.multihost_utils, "process_allgather", gather)
+    scored = types.SimpleNamespace(scores={"loss": 0.1, "error": 0.25})
+    current = types.SimpleNamespace(
+        parallel=types.SimpleNamespace(fetch=lambda tree: tree, of_first=Parallel.of_first),
+        steps_per_epoch=1,
+        rates=[0.1],
+        data=types.SimpleNamespace(damaged=None),
+        score=lambda state, split: scored,
+    )
+    state = types.SimpleNamespace(totals={"loss": 1.0, "errors": 1.0, "count": 2.0})
+    entry = loop._evaluate_epoch(current, state, 1, 1.0)
+    assert (entry["validation_loss"], entry["validation_error"]) == tuple(first)
+
+
+def test_of_several_processes_one_that_trains_something_else_is_named():
+    def check(gather, origin, **changes):
+        config = defaults.get_config()
+        config.update(changes)
+        parallel = types.SimpleNamespace(gather=gather)
+        loop._check_processes(types.SimpleNamespace(config=config, parallel=parallel), origin)
+
+    def number(origin, **changes) -> int:
+        """Returns what a process tells the others."""
+        told = []
+        check(lambda own: told.append(own) or told, origin, **changes)
+        return told[0]
+
+    same = number({"data": "a"})
+    assert same == number({"data": "a"}, workers=0, data_dir="/scratch") < 2**31
+    assert len({same, number({"data": "b"}), number({"data": "a"}, seed=1)}) == 3
+    with pytest.raises(ValueError, match="^process 2 of 3 has another configuration, images,"):
+        check(lambda own: [own, own, own + 1], {})
+
+
 @pytest.mark.slow
 def test_other_images_are_not_gone_on_with(tmp_path):
     digits = arrays.load("digits[:200]")
@@ -955,6 +995,22 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
     extend(config, folder)
     with pytest.raises(ValueError, match="skip_damaged=True there, False now"):
         workdir.check_config(folder, config.to_dict())
+
+
+def test_a_run_goes_on_with_keys_that_change_no_result(tmp_path):
+    config = defaults.get_config()
+    folder = workdir.prepare(tmp_path / "run", config.to_dict())
+    (folder / "metrics.jsonl").touch()
+    config.update(workers=0, checkpoint_every_steps=7, keep_checkpoints=1)
+    assert is_equivalent(config, folder)
+    extend(config, folder)
+    workdir.check_config(folder, config.to_dict())
+    # Beside a key that no run adopts, they stay as they are.
+    record = (folder / "config.json").read_bytes()
+    config.update(workers=3, seed=1)
+    assert not is_equivalent(config, folder)
+    extend(config, folder)
+    assert (folder / "config.json").read_bytes() == record
 
 
 @pytest.mark.slow

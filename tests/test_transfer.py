@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
 from cnnjax.nn import BatchNorm
 from cnnjax.runtime import workdir
+from cnnjax.runtime.paths import sha256
 from cnnjax.train import check, defaults, loop, step
 from cnnjax.train.data import moments_of
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
@@ -407,15 +409,19 @@ def test_the_linear_probe_refuses_examples_in_the_order_of_their_classes():
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch):
-    """Frozen parts do not change, and a resumed run ends with the same weights."""
+def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch, caplog):
+    """Frozen parts do not change, and a resumed run ends with the same weights.
+
+    Once it has a checkpoint, the run that it started from may be gone.
+    """
+    caplog.set_level("INFO", "cnnjax")
     monkeypatch.setitem(base._REGISTRY, "tiny", Tiny)
 
     def run(name, **settings):
         config = changed_config(
             model="tiny", batch_size=700, parallel="jit", checkpoint_every_steps=2, **settings
         )
-        loop.check(config)
+        loop.check(config, tmp_path / name)
         folder = workdir.prepare(tmp_path / name, config.to_dict())
         loop.train(config, folder)
         model = Tiny(num_classes=10, input_shape=(8, 8, 1))
@@ -435,8 +441,20 @@ def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch)
     for name in ("results.json", transfer.WEIGHTS):
         (tmp_path / "second" / name).unlink()
     shutil.rmtree(tmp_path / "second" / "checkpoints" / "4")
+    digest = sha256(tmp_path / "first" / transfer.WEIGHTS)
+    shutil.rmtree(tmp_path / "first")
     again = run("second", **settings)
     assert not changed(second, again)
+    results = workdir.read_json(tmp_path / "second" / "results.json")
+    assert results["initial_weights_sha256"] == digest
+    (start,) = [message for message in caplog.messages if message.startswith("starting from")]
+    assert re.fullmatch(r"starting from .*/first: [\d,]+ of [\d,]+ parameters", start)
+    # A finished run is only reported, and needs no checkpoint either.
+    shutil.rmtree(tmp_path / "second" / "checkpoints")
+    config = changed_config(model="tiny", **settings)
+    loop.check(config, tmp_path / "second")
+    with pytest.raises(ValueError, match="is neither a safetensors or .pth file nor"):
+        loop.check(config, tmp_path / "third")
 
 
 def changed_config(**settings):

@@ -21,6 +21,7 @@ from cnnjax.nn import check_fill, check_sampling
 from cnnjax.nn.geometry import check_map
 from cnnjax.runtime import source
 from cnnjax.runtime.configuration import is_number, is_whole, to_tuples
+from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.types import AnyArray
 
 # By the name of a stage, a function of its map; the network goes on with the result.
@@ -253,6 +254,12 @@ def name_with_file(name: str) -> str:
     if place.endswith(".py"):
         return f"{os.path.abspath(os.path.expanduser(place))}:{attribute}"
     return name
+
+
+def digest_network(name: str) -> str | None:
+    """Hashes the file of a user's network FILE.py:NAME; returns None for other networks."""
+    file, _, _ = name.rpartition(":")
+    return sha256(expand_user(file)) if file.endswith(".py") else None
 
 
 def create_model(name: str, **fields) -> Network:

@@ -8,6 +8,7 @@ to features, readouts, maps and scores.
 import dataclasses
 import functools
 import itertools
+import logging
 import pathlib
 import time
 
@@ -20,6 +21,7 @@ from jaxtyping import Float, UInt8
 from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
+from cnnjax.models.base import digest_network
 from cnnjax.nn import check_fill, resize
 from cnnjax.position import defaults, report, results
 from cnnjax.position.encoder import (
@@ -40,11 +42,12 @@ from cnnjax.runtime import configuration, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
+_LOG = logging.getLogger("cnnjax")
 DATA = ("natural", "black", "white", "noise")
 # Keys of a configuration that are tuples of names.
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 RINGS = 7  # of the profile by the distance to the border
-# The file of a work directory with the digests of photographs and weights.
+# The file of a work directory with the digests of photographs, weights and networks' files.
 _INPUTS = "inputs.json"
 # Features without an encoder, and their stages: the image itself, with the paper's name, and the
 # image with its pixels' coordinates, from which a linear readout can find the most.
@@ -101,8 +104,10 @@ DECISIONS = (
 # ------------------------------------------------------------------ the configuration, checked
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
     """Checks a configuration before anything is computed.
+
+    `folder` is the work directory, which training looks into and a study does not.
 
     Raises:
       ValueError: with the key, its value and what is accepted.
@@ -289,6 +294,7 @@ def _check_inputs(
             is_path = bool(recorded.get(key)) and bool(config[key])
             if is_path and before.get(key) == now:
                 moved[key] = config[key]
+        _warn_of_edits(config, before.get("networks", {}))
         return moved
     # Earlier versions recorded no digests, and took the first photographs of each part.
     is_unfinished = not (folder / "results.json").exists()
@@ -298,6 +304,25 @@ def _check_inputs(
             f"photographs={config.photographs!r} at random; choose another --workdir"
         )
     return moved
+
+
+def _warn_of_edits(config: ml_collections.ConfigDict, recorded: dict[str, str]) -> None:
+    """Logs a warning for each encoder whose file has changed since its digest was recorded.
+
+    Earlier versions recorded none.
+    """
+    for name, now in digest_networks(config).items():
+        if recorded.get(name, now) != now:
+            _LOG.warning(
+                "%s has changed since the study was begun; its points may mix two networks",
+                name.rpartition(":")[0],
+            )
+
+
+def digest_networks(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Hashes the files of the encoders that are networks of the user's own, by name."""
+    digests = {name: digest_network(name) for name in config.encoders}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -428,7 +453,8 @@ def _measure_missing(
                     memory=memory,
                 )
                 if not (folder / _INPUTS).exists():
-                    workdir.write_json(folder / _INPUTS, digest_inputs(config))
+                    inputs = digest_inputs(config) | {"networks": digest_networks(config)}
+                    workdir.write_json(folder / _INPUTS, inputs)
                 path.parent.mkdir(exist_ok=True)
                 results.save(path, measurement)
             measurements.append(results.load(path, point, config.targets, config.data))

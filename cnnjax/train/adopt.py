@@ -18,8 +18,11 @@ from cnnjax.train.schedules import learning_rates
 
 _LOG = logging.getLogger("cnnjax")
 EXTENDED = "extended.json"
+# Keys that change nothing in the steps that a run has taken. `skip_damaged` may only be turned on,
+# since a damaged image would have ended the run before.
+_EQUIVALENT = {"checkpoint_every_steps", "keep_checkpoints", "skip_damaged", "workers"}
 # The keys that a run may adopt after it has begun.
-_ADOPTED = {"data_dir", "epochs", "skip_damaged"}
+_ADOPTED = {"data_dir", "epochs"} | _EQUIVALENT
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -79,6 +82,8 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       extended.json then records the earlier results.
     - A run continues with another `data_dir` if it holds the same images.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
+    - A run continues with other `workers`, `checkpoint_every_steps` and `keep_checkpoints`, which
+      change no result.
 
     All other differences stay in the record, and are refused later.
 
@@ -94,11 +99,9 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if recorded is None:
         return
     recorded = _take_data_dir(folder, recorded, config)
+    recorded = _take_equivalent(folder, recorded, config)
     if _is_longer(recorded, config) and _was_finished(folder):
         _extend(folder, recorded, config)
-    if goes_on_skipping(config, folder):
-        workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
-        _LOG.info("%s goes on with skip_damaged=True", folder)
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
@@ -132,15 +135,32 @@ def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -
         return checkpoints.record(steps[-1]).get("data", {}) if steps else {}
 
 
-def goes_on_skipping(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
-    """Tells whether a run differs only in that damaged images are passed over now.
+def _take_equivalent(
+    folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict
+) -> dict:
+    """Returns a run's record with the present values of the keys that change no result.
 
-    No image was damaged so far, or the run would have ended: the setting changes nothing.
+    The record stays as it is if the configurations differ in keys that no run adopts.
     """
+    differences = _differences(recorded, config)
+    keys = sorted(differences & _equivalent_keys(config))
+    if not keys or not differences <= _ADOPTED:
+        return recorded
+    present = {key: config[key] for key in keys}
+    workdir.write_json(folder / "config.json", recorded | present)
+    settings = ", ".join(f"{key}={value}" for key, value in present.items())
+    _LOG.info("%s goes on with %s", folder, settings)
+    return recorded | present
+
+
+def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
+    """Tells whether a run differs only in keys that change nothing in the steps it has taken."""
     recorded = workdir.read_record(folder, "train")
-    if recorded is None:
-        return False
-    return _differences(recorded, config) == {"skip_damaged"} and config.skip_damaged
+    return recorded is not None and _differences(recorded, config) <= _equivalent_keys(config)
+
+
+def _equivalent_keys(config: ml_collections.ConfigDict) -> set[str]:
+    return _EQUIVALENT if config.skip_damaged else _EQUIVALENT - {"skip_damaged"}
 
 
 def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
@@ -206,5 +226,5 @@ def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> 
                 f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
                 "could go on; train in another folder"
             )
-        _, _, record = checkpoints.restore_step(steps[-1], current.initial_state())
+        _, _, record = checkpoints.restore_step(steps[-1], current.state_shapes())
     current.check_data(record.get("data", {}))

@@ -1,5 +1,7 @@
 """Checks of a training configuration that need no computation."""
 
+import pathlib
+
 import ml_collections
 
 from cnnjax import transfer, weights
@@ -7,6 +9,7 @@ from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults, step
+from cnnjax.train.checkpoints import was_completed
 from cnnjax.train.data import has_validation, is_streamed
 from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import WAYS
@@ -40,8 +43,12 @@ _CHOICES = {
 _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
     """Checks a configuration before anything is computed.
+
+    Args:
+      config: the configuration.
+      folder: the work directory, which may not exist yet; None for a run without one.
 
     Raises:
       ValueError: with the key, its value and what is accepted.
@@ -53,6 +60,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     learning_rates(config.schedule, 1, config.epochs)
     _check_validation(config)
     _check_model(config)
+    _check_initial_weights(config, folder)
     _check_loss(config)
     if is_streamed(config):
         stream.check_resize(config.resize, config.image_size)
@@ -86,9 +94,14 @@ def _check_validation(config: ml_collections.ConfigDict) -> None:
     cause = f"early_stopping={config.early_stopping}"
     if config.schedule.name == "plateau":
         cause = "schedule.name='plateau'"
-    raise ValueError(
-        f"{cause} watches the validation error: n_validation=0 is not a positive number"
-    )
+    problem = "n_validation=0 is not a positive number"
+    if is_streamed(config):
+        test = stream.find_splits(config.dataset, config.data_dir)["test"]
+        problem = "there is no labeled split named val; add one"
+        if test != "test":
+            problem = f"{test} is the test set, as there is no labeled split named test; add one"
+        problem += ", or hold out images with n_validation=N"
+    raise ValueError(f"{cause} watches the validation error: {problem}")
 
 
 def _check_model(config: ml_collections.ConfigDict) -> None:
@@ -105,9 +118,7 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
 def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     """Checks the parts with initial weights, with rates of their own, and frozen."""
     configuration.check_names(config, ("initial_parts", "freeze"))
-    if config.initial_weights:
-        transfer.weights_file(config.initial_weights)
-    elif config.initial_parts:
+    if config.initial_parts and not config.initial_weights:
         raise ValueError(
             f"initial_parts={config.initial_parts} needs initial_weights, a file or a run that "
             "they are taken from"
@@ -128,6 +139,17 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
     trained, _ = transfer.split(weights.variable_shapes(model)["params"], frozen)
     if not trained:
         raise ValueError(f"freeze={config.freeze} leaves no parameter to train")
+
+
+def _check_initial_weights(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
+    """Checks that there are initial weights, unless a run in the folder has started from them."""
+    if not config.initial_weights:
+        return
+    if folder is not None:
+        is_finished = (folder / "results.json").exists()
+        if is_finished or was_completed(folder / "checkpoints"):
+            return
+    transfer.weights_file(config.initial_weights)
 
 
 def _is_rate(pair) -> bool:

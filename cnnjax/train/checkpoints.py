@@ -52,6 +52,11 @@ def _damage(folder: pathlib.Path) -> str | None:
     return None
 
 
+def was_completed(folder: pathlib.Path) -> bool:
+    """Tells whether a folder has a checkpoint that was written to its end, damaged now or not."""
+    return any(folder.glob(f"*/{_MANIFEST}"))
+
+
 def _leaves(state) -> dict:
     """Lists a state's arrays by path."""
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -281,7 +286,7 @@ class Checkpoints:
                 folder.rename(self.folder / f"damaged-{step}-{time.time_ns()}")
             backend.wait_for_others("a damaged checkpoint is put aside")
             self._manager.reload()
-        if any(self.folder.glob(f"*/{_MANIFEST}")):
+        if was_completed(self.folder):
             raise ValueError(
                 f"every checkpoint in {self.folder} is damaged; remove the folder to start from "
                 "the beginning"

@@ -18,7 +18,7 @@ import numpy as np
 
 from cnnjax.runtime import backend, signals, workdir
 from cnnjax.train import adopt, report, results, step
-from cnnjax.train.adopt import complete_record, goes_on_skipping
+from cnnjax.train.adopt import complete_record, is_equivalent
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
@@ -26,7 +26,7 @@ from cnnjax.train.run import Run, build_run, warn_if_edited
 from cnnjax.train.schedules import Plateau
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
-__all__ = ["check", "complete_record", "extend", "goes_on_skipping", "report", "run"]
+__all__ = ["check", "complete_record", "extend", "is_equivalent", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
 
@@ -71,15 +71,16 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints,
     ):
         # ---------------------------------------------------------- state: new, or the last saved
-        state = current.initial_state()
+        like = current.state_shapes()
         epoch_seconds = 0.0
         # Of the starts before this one, up to the checkpoint.
         earlier_seconds = 0.0
         steps_done = 0
-        if restored := checkpoints.restore(state):
+        if restored := checkpoints.restore(like):
             steps_done, state, record = restored
             current.check_data(record.get("data", {}))
             warn_if_edited(config.model, record.get("network_sha256"))
+            initial_sha256 = record.get("initial_weights_sha256")
             _LOG.info("going on from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
@@ -90,7 +91,16 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             epoch_seconds = record.get("epoch_seconds", 0.0)
             # Checkpoints of earlier versions have the seconds of whole epochs only.
             earlier_seconds = record.get("run_seconds", record["seconds"])
-        like = jax.eval_shape(lambda: state)
+        else:
+            state = current.initial_state()
+            initial_sha256 = current.digest_initial_weights()
+        # What the weights come from besides the configuration, for checkpoints and results.
+        origin = {
+            "data": current.data_record(),
+            "network_sha256": current.network_sha256,
+            "initial_weights_sha256": initial_sha256,
+        }
+        _check_processes(current, origin)
         state = parallel.replicate(state)
         scale = 1.0
         rates = parallel.replicate(current.rates)
@@ -142,9 +152,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "seconds": history.seconds,
                     "epoch_seconds": time.monotonic() - epoch_began,
                     "run_seconds": earlier_seconds + time.monotonic() - began,
-                    "data": current.data_record(),
                     "damaged": _sum_damaged(current),
-                    "network_sha256": current.network_sha256,
+                    **origin,
                 }
                 checkpoints.save(steps_done, parallel.fetch(state), record, smallest_error)
             if stop_signal:
@@ -182,6 +191,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     results.write_results(
         folder,
         run=current,
+        origin=origin,
         state=state,
         history=history,
         final=final,
@@ -189,6 +199,28 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         tested=tested,
         seconds=earlier_seconds + time.monotonic() - began,
     )
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def _check_processes(current: Run, origin: dict) -> None:
+    """Checks that all processes that compute together train the same.
+
+    Raises:
+      ValueError: if their configuration, images, network or initial weights differ.
+    """
+    # These two change nothing in what is trained.
+    config = current.config.to_dict() | {"data_dir": "", "workers": 0}
+    digest = workdir.digest({"config": config, **origin})
+    # 28 bits, which fit into an int32.
+    digests = current.parallel.gather(int(digest[:7], 16))
+    for process, other in enumerate(digests):
+        if other != digests[0]:
+            raise ValueError(
+                f"process {process} of {len(digests)} has another configuration, images, network "
+                "or initial weights than process 0; start all with the same command and files"
+            )
 
 
 # ------------------------------------------------------------------ parts of an epoch
@@ -210,7 +242,8 @@ def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: flo
         current.data.damaged = 0
     validated = current.score(state, "validation")
     if validated:
-        entry |= {f"validation_{name}": value for name, value in validated.scores.items()}
+        values = current.parallel.of_first(list(validated.scores.values()))
+        entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
     return entry
 
 
@@ -297,7 +330,7 @@ def _collect_signals() -> Iterator[list[int]]:
     def on_first(number: int) -> None:
         received.append(number)
         name = signal.Signals(number).name
-        _LOG.info("%s: saving after this step; Ctrl-C to stop at once", name)
+        _LOG.info("%s: saving after this step or validation; Ctrl-C to stop at once", name)
 
     # Nothing is raised in the middle of a step: the loop looks at the list between calls.
     with signals.catch_stop_signals(lambda number, frame: None, on_first):
@@ -349,6 +382,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
         if "Worker process was terminated" in first:
             raise RuntimeError(
                 f"one of workers={config.workers} processes that decode images was killed, as "
-                "systems do when memory runs out; the same command goes on from the last checkpoint"
+                "systems do when memory or /dev/shm runs out; the same command goes on from the "
+                "last checkpoint, also with --config.workers=0"
             ) from error
         raise

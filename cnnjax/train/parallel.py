@@ -30,6 +30,15 @@ def _automatic_way() -> str:
     return "pmap" if hasattr(jax, "pmap") else "shard_map"
 
 
+def _gather_arrays(array: np.ndarray | np.integer) -> np.ndarray:
+    """Collects one array from each process, on every process, along a new first axis."""
+    try:
+        return multihost_utils.process_allgather(array)
+    except ValueError as error:
+        # jaxlib's error for a peer that is gone.
+        raise RuntimeError(str(error)) from error
+
+
 class Parallel:
     """Places values on the devices and compiles functions of them, in one of `WAYS`.
 
@@ -85,11 +94,23 @@ class Parallel:
         """
         if jax.process_count() == 1:
             return [number]
-        try:
-            return multihost_utils.process_allgather(np.int32(number)).ravel().tolist()
-        except ValueError as error:
-            # jaxlib's error for a peer that is gone.
-            raise RuntimeError(str(error)) from error
+        return _gather_arrays(np.int32(number)).ravel().tolist()
+
+    @staticmethod
+    def of_first(numbers: list[float]) -> list[float]:
+        """Returns the numbers of the first process, on every process.
+
+        Every process computes the scores by itself, and their last bits may differ. What depends on
+        scores must be decided from these, so that all processes decide the same.
+
+        Raises:
+          RuntimeError: if another process is gone.
+        """
+        if jax.process_count() == 1:
+            return numbers
+        # As pairs of int32, since jax would round float64 to float32.
+        bits = np.array(numbers, np.float64).view(np.int32)
+        return _gather_arrays(bits)[0].view(np.float64).tolist()
 
     def replicate(self, tree):
         """Places host or device arrays on every device."""

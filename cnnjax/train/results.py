@@ -187,6 +187,7 @@ def write_results(
     folder: pathlib.Path,
     *,
     run: Run,
+    origin: dict,
     state: step.State,
     history: History,
     final: dict,
@@ -194,7 +195,11 @@ def write_results(
     tested: Scored,
     seconds: float,
 ) -> None:
-    """Writes results.json, the last of the results: with it, the run is finished."""
+    """Writes results.json, the last of the results: with it, the run is finished.
+
+    `origin` is what the weights come from besides the configuration: images, network, and initial
+    weights.
+    """
     results = {
         "kind": "train",
         "final": final,
@@ -205,7 +210,7 @@ def write_results(
         "mean": run.data.moments[0].tolist(),
         "std": run.data.moments[1].tolist(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "network_sha256": run.network_sha256,
+        **origin,
     }
     if (folder / EXTENDED).exists():
         # If an extension was interrupted at its start and given up, its last entry is this run.

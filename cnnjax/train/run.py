@@ -17,6 +17,7 @@ import PIL.ImageOps
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, photographs, splits, stream
 from cnnjax.models import Network, create_model
+from cnnjax.models.base import digest_network
 from cnnjax.runtime import workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved, sha256
@@ -52,12 +53,6 @@ def build_model(
         axis_name=axis_name,
         **config.model_fields,
     )
-
-
-def digest_network(model: str) -> str | None:
-    """Hashes the file of a user's network FILE.py:NAME; returns None for other networks."""
-    file, _, _ = model.rpartition(":")
-    return sha256(expand_user(file)) if file.endswith(".py") else None
 
 
 def warn_if_edited(model: str, recorded: str | None) -> None:
@@ -179,7 +174,23 @@ class Run:
             pretrained = transfer.load_initial_weights(
                 self.config.initial_weights, self.model, self.config.initial_parts
             )
+            _LOG.info(
+                "starting from %s: %s of %s parameters",
+                self.config.initial_weights,
+                _count_parameters(pretrained),
+                _count_parameters(weights.variable_shapes(self.model)),
+            )
         return step.init(self.recipe, self.data.image_shape, self.numbers, pretrained)
+
+    def state_shapes(self) -> step.State:
+        """Returns the shapes and types of the state, without computing it."""
+        return jax.eval_shape(lambda: step.init(self.recipe, self.data.image_shape, self.numbers))
+
+    def digest_initial_weights(self) -> str | None:
+        """Hashes the file of `initial_weights`; returns None if there is none."""
+        if not self.config.initial_weights:
+            return None
+        return sha256(transfer.weights_file(self.config.initial_weights))
 
     def score(self, state: step.State, split: str, views: int = 1) -> Scored | None:
         """Scores a replicated state on a split, in evaluation mode.
@@ -259,6 +270,11 @@ def build_run(config: ml_collections.ConfigDict) -> Run:
         steps_per_epoch=steps_per_epoch,
         network_sha256=digest_network(config.model),
     )
+
+
+def _count_parameters(variables: dict) -> str:
+    """Counts the parameters among variables: "11,689,512"."""
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))):,}"
 
 
 def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
