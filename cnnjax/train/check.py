@@ -6,11 +6,10 @@ from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, stream
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
-from cnnjax.train import defaults, step
+from cnnjax.train import defaults, schedules, step
 from cnnjax.train.data import has_validation, is_streamed
-from cnnjax.train.optimizers import optimizer
+from cnnjax.train.optimizers import OPTIMIZERS
 from cnnjax.train.parallel import WAYS
-from cnnjax.train.schedules import learning_rates
 
 # The smallest value of keys that are numbers.
 _LEAST = {
@@ -30,6 +29,7 @@ _LEAST = {
 _SHARES = ("label_smoothing", "ema_decay", "momentum")
 _CHOICES = {
     "loss": step.LOSSES,
+    "optimizer": tuple(OPTIMIZERS),
     "dtype": ("float32", "bfloat16"),
     "test_views": (1, 2, 10),
     "parallel": WAYS,
@@ -49,8 +49,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     configuration.check_keys(config, defaults.get_config(), "cnnjax.train.defaults")
     configuration.check_seed(config)
     _check_values(config)
-    optimizer(config.optimizer, 0.0)
-    learning_rates(config.schedule, 1, config.epochs)
+    schedules.settings(config.schedule)
     _check_validation(config)
     _check_model(config)
     _check_loss(config)
