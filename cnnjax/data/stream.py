@@ -453,15 +453,20 @@ def resized_crop(
     )
 
 
+def shorter_side(size: int, resize: int) -> int:
+    """Returns the shorter side before a crop: `resize`, or for 0 the customary 256/224 of `size`."""
+    return resize or round(size * 256 / 224)
+
+
 def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
     """Resizes an image and crops its center, for evaluation.
 
     Args:
       image: any image.
       size: the crop's side in pixels.
-      resize: the image's shorter side before the crop; 0 for the customary 256/224 of `size`.
+      resize: as in `shorter_side`.
     """
-    return resized_crop(image, size, resize or round(size * 256 / 224), None)
+    return resized_crop(image, size, shorter_side(size, resize), None)
 
 
 # ------------------------------------------------------------------ batches

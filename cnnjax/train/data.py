@@ -336,7 +336,7 @@ class Streamed:
         resize = self._config.resize
         if views == 10:
             # The corners are those of the square around the center, at the scale of one view.
-            resize = resize or round(size * 256 / 224)
+            resize = stream.shorter_side(size, resize)
             size = resize
         return self._read(split, size, resize, train=False)
 

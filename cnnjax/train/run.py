@@ -452,7 +452,7 @@ def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
     shorter = min(image_shape[:2])
     if not is_streamed(config):
         return shorter
-    return config.resize or round(shorter * 256 / 224)
+    return stream.shorter_side(shorter, config.resize)
 
 
 def _image_settings(
