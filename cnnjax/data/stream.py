@@ -454,7 +454,7 @@ def resized_crop(
 
 
 def shorter_side(size: int, resize: int) -> int:
-    """Returns the shorter side before a crop: `resize`, or for 0 the customary 256/224 of `size`."""
+    """Returns `resize`, or for 0 the customary 256/224 of a crop's side."""
     return resize or round(size * 256 / 224)
 
 
