@@ -249,11 +249,11 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
     # As JSON holds it: tuples become lists.
     current = json.loads(json.dumps(config))
     try:
-        recorded = json.loads((folder / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        recorded = read_json(folder / "config.json")
+    except ValueError as error:
         raise ValueError(
-            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if "
-            "the run is of this very configuration, or choose another --workdir"
+            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error.__cause__}); "
+            "remove it if the run is of this very configuration, or choose another --workdir"
         ) from error
     if isinstance(recorded, dict):
         # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
@@ -275,7 +275,9 @@ def has_started(folder: pathlib.Path) -> bool:
 
     Empty folders do not count: a refused run may leave that of its checkpoints.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
+    if not folder.is_dir():
+        return False
+    for path in folder.iterdir():
         is_empty_folder = path.is_dir() and not any(path.iterdir())
         if path.name not in (*_RECORD, _CLAIM) and not _is_aside(path.name) and not is_empty_folder:
             return True
@@ -297,7 +299,7 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     A damaged record counts as none: `check_config` reports it.
     """
     try:
-        recorded = json.loads((folder / "config.json").read_text())
+        recorded = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     if isinstance(recorded, dict) and recorded.get("kind") == kind:
