@@ -26,7 +26,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
-from test_data import SMALL, archive, as_published, binary, idx, python
+from test_data import BINARY, SMALL, archive, as_published, binary, idx, python
 
 from cnnjax import weights
 from cnnjax.data import arrays, photographs, stream
@@ -205,9 +205,9 @@ def gzipped(folder):
 
 
 def archives(folder):
-    path = folder / SMALL.archives[0].name
+    path = folder / BINARY.archive.name
     batches = {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)}
-    archive(path, SMALL.binary, batches | {"test_batch.bin": binary(15, 20)})
+    archive(path, BINARY.folder, batches | {"test_batch.bin": binary(15, 20)})
     content = path.read_bytes()
     source = as_published(SMALL, path)
 
@@ -483,16 +483,16 @@ def test_bombs_are_not_opened(tmp_path):
     (tmp_path / "mnist").mkdir()
     for file in source.files:
         (tmp_path / "mnist" / file.name).write_bytes(bomb)
-    climbing = tmp_path / SMALL.archives[0].name
+    climbing = tmp_path / BINARY.archive.name
     with tarfile.open(climbing, "w:gz") as file:
-        for name in ("../out", "/out", f"{SMALL.binary}/../../out"):
+        for name in ("../out", "/out", f"{BINARY.folder}/../../out"):
             file.addfile(tarfile.TarInfo(name))
     watch = Watch(60)
     watch(lambda: source.read(tmp_path))
     watch(lambda: SMALL.read(tmp_path))
     climbing.write_bytes(bomb)
     watch(lambda: SMALL.read(tmp_path))
-    long = tmp_path / SMALL.binary / "data_batch_1.bin"
+    long = tmp_path / BINARY.folder / "data_batch_1.bin"
     long.parent.mkdir()
     for name in (
         "data_batch_1",

@@ -17,7 +17,7 @@ import pickle
 import re
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -302,10 +302,13 @@ def _read_start(path: pathlib.Path, limit: int) -> bytes:
 
 
 class Source(Protocol):
-    """A data set in its original files."""
+    """A data set in its original files, and the loss that its labels are for."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def loss(self) -> str: ...
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, ...]:
         """Reads the training and test splits, and the validation split if there is one."""
@@ -321,14 +324,15 @@ class Idx:
       files: images and labels for training, then for the test.
       classes: the classes' names.
       counts: the number of training and test images.
-      shape: height, width and channels of an image.
+      size: height and width of an image.
     """
 
     folders: tuple[str, ...]
     files: tuple[File, ...]
     classes: tuple[str, ...]
     counts: tuple[int, int] = (60_000, 10_000)
-    shape: tuple[int, int, int] = (28, 28, 1)
+    size: tuple[int, int] = (28, 28)
+    loss = "cross_entropy"
 
     def _find(self, data_dir: pathlib.Path, file: File) -> pathlib.Path:
         plain = file.name.removesuffix(".gz")
@@ -353,11 +357,27 @@ class Idx:
         parts = []
         for number, count in enumerate(self.counts):
             image_file, label_file = self.files[2 * number : 2 * number + 2]
-            images = self._array(data_dir, image_file, (count, *self.shape[:2]))
+            images = self._array(data_dir, image_file, (count, *self.size))
             labels = self._array(data_dir, label_file, (count,))
             parts.append(Split(images[..., None], labels.astype(np.int32)))
         train, test = parts
         return train, test
+
+
+class CifarLayout(NamedTuple):
+    """One of the layouts in which CIFAR's batches are published.
+
+    Attributes:
+      folder: the folder's name, also within the archive.
+      suffix: the ending of the batches' names.
+      archive: the published archive.
+      read: reads a batch from its bytes, its name for errors, and its number of images.
+    """
+
+    folder: str
+    suffix: str
+    archive: File
+    read: Callable[[bytes, str, int], Split]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,48 +385,36 @@ class Cifar:
     """A data set in the layouts of CIFAR, in a folder or in the published archive.
 
     Attributes:
-      binary: the folder's name in the binary layout, also within the archive.
-      python: the folder's name in the Python layout.
-      archives: the archive of the binary layout, which is downloaded if there is none, and that of
-        the Python layout.
-      train: the training batches' names, without ".bin".
+      layouts: the binary layout, which is downloaded if there is none, and the Python layout.
+      train: the training batches' names, without a suffix.
       test: the test batch's name.
       classes: the classes' names.
-      label_bytes: as in `read_cifar_binary`.
-      key: as in `read_cifar_pickle`.
       counts: the number of training and test images.
     """
 
-    binary: str
-    python: str
-    archives: tuple[File, ...]
+    layouts: tuple[CifarLayout, CifarLayout]
     train: tuple[str, ...]
     test: str
     classes: tuple[str, ...]
-    label_bytes: int = 1
-    key: bytes = b"labels"
     counts: tuple[int, int] = (50_000, 10_000)
+    loss = "cross_entropy"
 
-    def _file_names(self, is_binary: bool) -> list[str]:
+    def _file_names(self, layout: CifarLayout) -> list[str]:
         """Lists the files of the training batches, and last that of the test batch."""
-        suffix = ".bin" if is_binary else ""
-        return [f"{name}{suffix}" for name in (*self.train, self.test)]
+        return [f"{name}{layout.suffix}" for name in (*self.train, self.test)]
 
-    def _find_folder(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path] | None:
-        """Finds the folder of the batches.
-
-        Returns:
-          Whether their layout is the binary one, and the folder; None if there is none.
+    def _find_folder(self, data_dir: pathlib.Path) -> tuple[CifarLayout, pathlib.Path] | None:
+        """Finds the batches' layout and folder; returns None if there are none.
 
         Raises:
           ValueError: if some of the batches are missing.
         """
-        for is_binary, folder in ((True, self.binary), (False, self.python)):
-            names = self._file_names(is_binary)
-            for place in (data_dir / folder, data_dir):
+        for layout in self.layouts:
+            names = self._file_names(layout)
+            for place in (data_dir / layout.folder, data_dir):
                 missing = [name for name in names if not (place / name).is_file()]
                 if not missing:
-                    return is_binary, place
+                    return layout, place
                 if len(missing) < len(names):
                     raise ValueError(
                         f"{place} lacks {', '.join(missing)}; it has other batches of the same "
@@ -414,33 +422,28 @@ class Cifar:
                     )
         return None
 
-    def _find_archive(self, data_dir: pathlib.Path) -> tuple[bool, pathlib.Path]:
-        """Finds an archive, or downloads the one of the binary layout.
-
-        Returns:
-          Whether its layout is the binary one, and its path.
-        """
-        binary, python = self.archives
-        # The Python layout is read only if its archive is the only one.
-        is_binary = (data_dir / binary.name).is_file() or not (data_dir / python.name).is_file()
-        file = binary if is_binary else python
-        path = data_dir / file.name
-        if not path.is_file():
-            path = _download(file, data_dir)
+    def _find_archive(self, data_dir: pathlib.Path) -> tuple[CifarLayout, pathlib.Path]:
+        """Finds an archive and its layout, or downloads the one of the binary layout."""
+        for layout in self.layouts:
+            path = data_dir / layout.archive.name
+            if path.is_file():
+                break
+        else:
+            layout, _ = self.layouts
+            path = _download(layout.archive, data_dir)
         # An archive with this hash holds all batches.
-        _check_hash(path, file)
-        return is_binary, path
+        _check_hash(path, layout.archive)
+        return layout, path
 
-    def _contents(self, is_binary: bool, place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    def _contents(self, layout: CifarLayout, place: pathlib.Path) -> Iterator[tuple[str, bytes]]:
         """Yields the names and contents of the files in a folder or an archive, in any order."""
-        names = self._file_names(is_binary)
+        names = self._file_names(layout)
         if place.is_dir():
             for name in names:
                 # A pickle may be longer than its arrays.
                 yield name, _read_start(place / name, 2 * 3074 * max(self.counts))
             return
-        folder = self.binary if is_binary else self.python
-        paths = {f"{folder}/{name}": name for name in names}
+        paths = {f"{layout.folder}/{name}": name for name in names}
         # The archive is read as a stream. To go back, it would be decompressed from its start.
         with tarfile.open(place, "r|gz") as archive:
             for member in archive:
@@ -448,19 +451,14 @@ class Cifar:
                 if file is not None:
                     yield paths[member.name], file.read()
 
-    def _batch(self, is_binary: bool, data: bytes, description: str, count: int) -> Split:
-        if is_binary:
-            return read_cifar_binary(data, description, count, self.label_bytes)
-        return read_cifar_pickle(data, description, count, self.key)
-
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
-        is_binary, place = self._find_folder(data_dir) or self._find_archive(data_dir)
-        *train_names, test_name = self._file_names(is_binary)
+        layout, place = self._find_folder(data_dir) or self._find_archive(data_dir)
+        *train_names, test_name = self._file_names(layout)
         counts = dict.fromkeys(train_names, self.counts[0] // len(train_names))
         counts[test_name] = self.counts[1]
         batches = {}
-        for name, data in self._contents(is_binary, place):
-            batches[name] = self._batch(is_binary, data, f"{place}/{name}", counts[name])
+        for name, data in self._contents(layout, place):
+            batches[name] = layout.read(data, f"{place}/{name}", counts[name])
         train = Split(
             np.concatenate([batches[name].images for name in train_names]),
             np.concatenate([batches[name].labels for name in train_names]),
@@ -475,6 +473,7 @@ class Digits:
     """
 
     classes = DIGITS
+    loss = "cross_entropy"
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         # The file of `sklearn.datasets.load_digits`.
@@ -571,6 +570,7 @@ class Npz:
     """A data set in one file that `save` wrote."""
 
     path: pathlib.Path
+    loss = "cross_entropy"
 
     @functools.cached_property
     def _members(self) -> dict[str, np.ndarray]:
@@ -636,26 +636,25 @@ def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {path.stem: path for path in list_folder(folder).images}
 
 
+_IDX_NAMES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
 def _idx_files(urls: tuple[str, ...], hashes: tuple[str, ...]) -> tuple[File, ...]:
-    names = [
-        f"{part}-{kind}-ubyte.gz"
-        for part in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
-    ]
     files = []
-    for name, md5 in zip(names, hashes):
+    for name, md5 in zip(_IDX_NAMES, hashes):
         addresses = tuple(url + name for url in urls)
         files.append(File(name, addresses, md5))
     return tuple(files)
 
 
-def _cifar_files(number: int, binary_md5: str, python_md5: str) -> tuple[File, ...]:
-    """Lists CIFAR's archives; www.cs.toronto.edu/~kriz/cifar.html prints their hashes."""
-    names = [f"cifar-{number}-{layout}.tar.gz" for layout in ("binary", "python")]
-    return tuple(
-        File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5)
-        for name, md5 in zip(names, (binary_md5, python_md5))
-    )
+def _cifar_file(name: str, md5: str) -> File:
+    """Describes an archive of CIFAR; www.cs.toronto.edu/~kriz/cifar.html prints the hashes."""
+    return File(name, (f"https://www.cs.toronto.edu/~kriz/{name}",), md5)
 
 
 _CIFAR100 = """
@@ -714,10 +713,19 @@ DATASETS: dict[str, Source] = {
         ),
     ),
     "cifar10": Cifar(
-        binary="cifar-10-batches-bin",
-        python="cifar-10-batches-py",
-        archives=_cifar_files(
-            10, "c32a1d4ab5d03f1284b67883e8d87530", "c58f30108f718f92721af3b95e74349a"
+        layouts=(
+            CifarLayout(
+                folder="cifar-10-batches-bin",
+                suffix=".bin",
+                archive=_cifar_file("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+                read=read_cifar_binary,
+            ),
+            CifarLayout(
+                folder="cifar-10-batches-py",
+                suffix="",
+                archive=_cifar_file("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+                read=read_cifar_pickle,
+            ),
         ),
         train=tuple(f"data_batch_{number}" for number in range(1, 6)),
         test="test_batch",
@@ -735,16 +743,23 @@ DATASETS: dict[str, Source] = {
         ),
     ),
     "cifar100": Cifar(
-        binary="cifar-100-binary",
-        python="cifar-100-python",
-        archives=_cifar_files(
-            100, "03b5dce01913d631647c71ecec9e9cb8", "eb9058c3a382ffc7106e4002c42a8d85"
+        layouts=(
+            CifarLayout(
+                folder="cifar-100-binary",
+                suffix=".bin",
+                archive=_cifar_file("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+                read=functools.partial(read_cifar_binary, label_bytes=2),
+            ),
+            CifarLayout(
+                folder="cifar-100-python",
+                suffix="",
+                archive=_cifar_file("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+                read=functools.partial(read_cifar_pickle, key=b"fine_labels"),
+            ),
         ),
         train=("train",),
         test="test",
         classes=tuple(_CIFAR100.split()),
-        label_bytes=2,
-        key=b"fine_labels",
     ),
     "camvid": CamVid("pixelwise"),
     "camvid_scenes": CamVid("sigmoid"),
@@ -787,14 +802,9 @@ def _find_source(name: str) -> Source:
     return DATASETS[base]
 
 
-def _source_loss(source: Source | None) -> str:
-    return getattr(source, "loss", "cross_entropy")
-
-
 def loss_of(name: str) -> str:
     """Returns the loss that a data set's labels are for."""
-    base, _ = _parse(name)
-    return _source_loss(DATASETS.get(base))
+    return _find_source(name).loss
 
 
 def _check_parts(parts: dict[str, Split], count: int, loss: str, place: str) -> None:
@@ -857,7 +867,7 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     if validation is not None:
         parts["validation"] = validation
     place = f"{name} in data_dir={data_dir!r}"
-    _check_parts(parts, len(source.classes), _source_loss(source), place)
+    _check_parts(parts, len(source.classes), source.loss, place)
     if isinstance(source, Npz):
         # A file that `save` did not write may hold integers of any type.
         train = Split(train.images, train.labels.astype(np.int32))

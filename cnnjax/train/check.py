@@ -141,7 +141,6 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
     """Checks that the loss fits the labels of the data set."""
     fitting = "cross_entropy"
     if not is_streamed(config):
-        arrays.check_name(config.dataset)
         fitting = arrays.loss_of(config.dataset)
     if config.loss != fitting:
         raise ValueError(
