@@ -202,7 +202,7 @@ def test_a_file_that_was_edited_after_the_run_is_reported(own, tmp_path, caplog)
     assert not caplog.messages
     open_run(run)
     (message,) = caplog.messages
-    assert message.startswith(f"{path} is not as it was when the run was trained")
+    assert message.startswith(f"{path} has changed since the run was trained")
     caplog.clear()
     workdir.write_json(run / "results.json", results)
     open_run(run)
@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, capfd):
     path.write_text(path.read_text() + "# edited\n")
     assert "is not as it was" not in capfd.readouterr().err
     assert main.main(arguments) == 0
-    assert f"{path} is not as it was when the run was trained" in capfd.readouterr().err
+    assert f"{path} has changed since the run was trained" in capfd.readouterr().err
     second = json.loads((run / "results.json").read_text())["network_sha256"]
     assert first != second == digest_network(f"{path}:Own")
 

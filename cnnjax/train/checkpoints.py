@@ -260,8 +260,8 @@ class Checkpoints:
           The step, the state (host arrays) and the record; None if there is no checkpoint.
 
         Raises:
-          ValueError: if all are damaged of which any was whole once, or if the state is of another
-            structure.
+          ValueError: if checkpoints were completed but all are damaged, or if the state is of
+            another structure.
         """
         self._finish()
         steps = sorted(self._manager.all_steps(), reverse=True)

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("cnnjax")
 
 
 def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Does what `adopt.extend` does, which may compute, and raises what `run` raises."""
+    """Adopts a changed configuration; failures are explained as in `run`."""
     with _explain_failures(config, folder):
         adopt.extend(config, folder)
 

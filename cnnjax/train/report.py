@@ -164,8 +164,15 @@ def _scenes_figure(test: dict):
 
 
 def _describe_test(results: dict) -> str:
-    """Says how often the test set was used; empty for an extended run, which used it before."""
-    return "" if "extended_from" in results else " The test set was used once, at the end."
+    """Says how often the test set was used: of an extended run, at the end of each part."""
+    if "extended_from" not in results:
+        return " The test set was used once, at the end."
+    sentences = [
+        f" The run was extended after {final['epoch']} epochs, when its test error was "
+        f"{100 * final['test_error']:.2f} %."
+        for final in results["extended_from"]
+    ]
+    return "".join(sentences)
 
 
 def _describe_weights(results: dict) -> str:
@@ -173,13 +180,7 @@ def _describe_weights(results: dict) -> str:
     if "weights" not in results:
         return ""
     chosen = results["weights"]
-    text = f" The scores are of the weights of epoch {chosen['epoch']} ({chosen['chosen_by']})."
-    for final in results.get("extended_from", []):
-        text += (
-            f" The run was extended after {final['epoch']} epochs, when its test error was "
-            f"{100 * final['test_error']:.2f} %."
-        )
-    return text
+    return f" The scores are of the weights of epoch {chosen['epoch']} ({chosen['chosen_by']})."
 
 
 def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[str]:

@@ -69,7 +69,7 @@ def warn_if_edited(model: str, recorded: str | None) -> None:
     """
     if recorded is not None and recorded != digest_network(model):
         _LOG.warning(
-            "%s is not as it was when the run was trained: its network may be another one now",
+            "%s has changed since the run was trained; its network may differ",
             model.rpartition(":")[0],
         )
 
@@ -150,7 +150,7 @@ class Run:
     def data_record(self) -> dict[str, Any]:
         """Describes what a run's steps and labels depend on in the data, as JSON."""
         return {
-            "classes": [splits.class_name(str(name)) for name in self.data.classes],
+            "classes": [splits.class_name(name) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
             "digest": self.data.digest,
@@ -395,7 +395,9 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """
     recorded = read_recorded(folder)
     if recorded is None:
-        raise ValueError(f"{folder} is not a training run: its config.json is not one's")
+        raise ValueError(
+            f"{folder} is not a training run: its config.json is missing or of another kind"
+        )
     return complete(recorded)
 
 
