@@ -348,6 +348,8 @@ def test_place_is_exact_in_float64():
 def test_scores_are_their_definitions(standard_promotion):
     counts = evaluate.confusion(np.array([[0, 0, 1, 2]]), np.array([[0, 1, 1, 255]]), 4)
     assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
+    # As the class of an image, 255 counts.
+    assert evaluate.confusion(np.array([1]), np.array([255]), 256)[255, 1] == 1
     assert evaluate.intersection_over_union(counts) == [1 / 2, 1 / 2, None, None]
     outputs, labels = (
         np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]),

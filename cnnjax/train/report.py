@@ -11,6 +11,7 @@ from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
 from cnnjax.runtime import report, tables, workdir
+from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed
 
 # The colors of CamVid's classes in SegNet's tutorial (Badrinarayanan et al. 2015). Further classes
@@ -84,13 +85,7 @@ def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
     """Draws the confusion matrix of the test set: rows are labels, columns predictions."""
-    is_mask = labels.ndim > 1
-    if is_mask:
-        counted = labels != IGNORED
-        labels = labels[counted]
-        predicted = predicted[counted]
-    pairs = labels.astype(np.int64) * len(classes) + predicted
-    counts = np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    counts = evaluate.confusion(predicted, labels, len(classes))
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
