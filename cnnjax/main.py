@@ -26,7 +26,8 @@ _LOG = logging.getLogger("cnnjax")
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """Returns the module that does what the configuration's `kind` says.
 
-    It has `check`, `complete_record`, `run` and `report.write`.
+    It has `check`, `adopt`, `run` and `report.write`. That of training, which sweeps repeat, also
+    has `complete_record` and `goes_on_skipping`.
 
     Raises `ValueError` if there is no job of that kind.
     """
@@ -57,11 +58,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     is_new = False
 
     def adopt(config, folder):
-        with backend.writer_last("the record is read"):
-            job.complete_record(config, folder)
-        backend.wait_for_others("the record is complete")
-        if config.kind == "train":
-            job.extend(config, folder)
+        job.adopt(config, folder)
         backend.wait_for_others("the record is adopted")
 
     def begin(config, folder):

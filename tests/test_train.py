@@ -33,7 +33,7 @@ from cnnjax.runtime import workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
-from cnnjax.train.adopt import complete_record, extend
+from cnnjax.train.adopt import adopt_changes, complete_record
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
@@ -688,10 +688,10 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     checkpoints = folder / "checkpoints"
     checkpoints.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="epochs=4: there is no .*/checkpoints/.*2 epochs"):
-        extend(config, folder)
+        adopt_changes(config, folder)
     assert json.loads((folder / "results.json").read_text())["final"] == shorter["final"]
     (folder / "elsewhere").rename(checkpoints)
-    extend(config, folder)
+    adopt_changes(config, folder)
     # The seal no longer covers files that will change.
     workdir.check_seal(folder)
     results = train_here(folder, epochs=4)
@@ -702,7 +702,7 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
     workdir.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
-    extend(config, folder)
+    adopt_changes(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
         workdir.prepare(folder, config.to_dict())
 
@@ -723,7 +723,7 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     def refuse(message):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match=message):
-            extend(config, folder)
+            adopt_changes(config, folder)
         after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert after == before
         assert open_run(folder).config.epochs == 1
@@ -748,7 +748,7 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
         patch.setattr(Parallel, "size", 3, raising=False)
         patch.setattr(Parallel, "__init__", lambda self, way: None)
         refuse("batch_size=20 is not a multiple of 3 device")
-    extend(config, folder)
+    adopt_changes(config, folder)
     assert read_config(folder).epochs == 2
     # As if that had been interrupted before its last file: the old command restores the results.
     config.epochs = 1
@@ -850,7 +850,7 @@ def test_a_failure_while_an_extension_is_checked_is_explained(
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     config.epochs += 1
     with pytest.raises(explained, match=message):
-        loop.extend(config, tmp_path)
+        loop.adopt(config, tmp_path)
 
 
 def test_a_data_set_that_does_not_fit_is_named(tmp_path):
@@ -918,10 +918,10 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     config = read_config(folder)
     # scikit-learn's digits are the same whatever the folder is.
     config.data_dir = "/elsewhere"
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     config.update(data_dir="/somewhere", epochs=2)
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     assert not (folder / "results.json").exists()
 
@@ -930,11 +930,11 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training_data, "_digest_arrays", lambda *parts: "other")
         with pytest.raises(ValueError, match="digest=[0-9a-f]{8} then, other now"):
-            extend(config, folder)
+            adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
     # Checkpoints of earlier versions count the images only, which is too little to tell them apart.
     monkeypatch.setattr(Checkpoints, "record", lambda self, step: {"data": {"n_train": 1337}})
-    extend(config, folder)
+    adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
 
 
@@ -948,11 +948,11 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
     config.skip_damaged = True
     with pytest.raises(ValueError, match="skip_damaged=False there, True now"):
         workdir.check_config(folder, config.to_dict())
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     # Switching it off is refused, since images may already have been skipped.
     config.skip_damaged = False
-    extend(config, folder)
+    adopt_changes(config, folder)
     with pytest.raises(ValueError, match="skip_damaged=True there, False now"):
         workdir.check_config(folder, config.to_dict())
 

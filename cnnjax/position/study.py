@@ -36,7 +36,7 @@ from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import configuration, workdir
+from cnnjax.runtime import backend, configuration, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
@@ -244,6 +244,12 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
                 )
     # In the order of the network, not of the configuration.
     return tuple(stage for stage in names if stage in config.stages)
+
+
+def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Completes a study's record; of several processes, the one that writes does so last."""
+    with backend.writer_last("the record is read"):
+        complete_record(config, folder)
 
 
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:

@@ -71,7 +71,7 @@ def _is_incomplete(name: object, model: str) -> bool:
     return not is_builtin and model.endswith((f".py:{name}", f"/{name}"))
 
 
-def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
@@ -95,7 +95,7 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         return
     recorded = _take_data_dir(folder, recorded, config)
     if _is_longer(recorded, config) and _was_finished(folder):
-        _extend(folder, recorded, config)
+        _add_epochs(folder, recorded, config)
     if goes_on_skipping(config, folder):
         workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
         _LOG.info("%s goes on with skip_damaged=True", folder)
@@ -165,7 +165,7 @@ def _was_finished(folder: pathlib.Path) -> bool:
     return (folder / "results.json").exists() or (folder / EXTENDED).exists()
 
 
-def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
+def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
     """Turns a finished run into an unfinished one of more epochs.
 
     If this is interrupted between two files, the next call completes it.

@@ -17,8 +17,8 @@ import ml_collections
 import numpy as np
 
 from cnnjax.runtime import backend, signals, workdir
-from cnnjax.train import adopt, report, results, step
-from cnnjax.train.adopt import complete_record, goes_on_skipping
+from cnnjax.train import report, results, step
+from cnnjax.train.adopt import adopt_changes, complete_record, goes_on_skipping
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
@@ -26,15 +26,18 @@ from cnnjax.train.run import Run, build_run, warn_if_edited
 from cnnjax.train.schedules import Plateau
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
-__all__ = ["check", "complete_record", "extend", "goes_on_skipping", "report", "run"]
+__all__ = ["adopt", "check", "complete_record", "goes_on_skipping", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
 
 
-def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a changed configuration; failures are explained as in `run`."""
+    with backend.writer_last("the record is read"):
+        complete_record(config, folder)
+    backend.wait_for_others("the record is complete")
     with _explain_failures(config, folder):
-        adopt.extend(config, folder)
+        adopt_changes(config, folder)
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
