@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from cnnjax.runtime import backend, command, configuration, workdir
+from cnnjax.runtime import backend, command, configuration, files, workdir
 
 _LOG = logging.getLogger("cnnjax")
 
@@ -174,12 +174,12 @@ def _default_workdir(
         return folder
     keys = config.to_dict()
     # Earlier versions also hashed the folder of a user's network.
-    earlier = folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
+    earlier = folder.with_name(f"{folder.name}-{files.digest(keys)}")
     model = str(keys.get("model"))
     if earlier.is_dir() or not os.path.isabs(model):
         return earlier
     keys["model"] = os.path.basename(model)
-    return folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
+    return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
 
 def run_command(

@@ -24,7 +24,7 @@ import cnnjax
 import configs.lenet_digits
 from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.train import run as train
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import __main__ as listing
@@ -548,14 +548,14 @@ def finished_run(
     variables = {"batch_stats": {}, **numbered(model)}
     folder.mkdir()
     weights.save_torchvision(variables, folder / transfer.WEIGHTS)
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     results = {
         "classes": [f"digit {number}" for number in range(10)],
         "image_shape": list(image_shape),
         "mean": [0.25] * image_shape[2],
         "std": [0.5] * image_shape[2],
     }
-    workdir.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     return model, variables
 
 

@@ -29,7 +29,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
@@ -700,7 +700,7 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     # The seconds are those of both starts.
     assert shorter["seconds"] * 1.5 < longer["seconds"] <= results["seconds"]
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
     adopt_changes(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
@@ -752,14 +752,14 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     assert read_config(folder).epochs == 2
     # As if that had been interrupted before its last file: the old command restores the results.
     config.epochs = 1
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     assert "extended_from" not in train_here(folder, **options)
 
 
 @pytest.mark.parametrize("epoch, kept", [(6, [2, 4]), (4, [2]), (2, None)])
 def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     """A run was extended from 2 epochs to 4 and, before a step of it was taken, to more."""
-    workdir.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
+    files.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
     data = types.SimpleNamespace(
         classes=("a", "b"), image_shape=(1, 1, 1), moments=MOMENTS, n_train=1, n_validation=0
     )
@@ -803,9 +803,9 @@ def test_another_process_does_not_change_the_configuration_of_a_run_under_way(fi
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     config = read_config(folder)
-    with workdir.claim(folder):
+    with claims.claim(folder):
         config.epochs += 1
-        with pytest.raises(workdir.Claimed):
+        with pytest.raises(claims.Claimed):
             cnnjax.main.run(config, folder)
     assert read_config(folder).epochs == config.epochs - 1
     assert (folder / "results.json").exists()
@@ -845,8 +845,8 @@ def test_a_failure_while_an_extension_is_checked_is_explained(
 
     monkeypatch.setattr(adopt, "build_run", fail)
     config = defaults.get_config()
-    workdir.write_json(tmp_path / "config.json", config.to_dict())
-    workdir.write_json(tmp_path / "results.json", {"history": [{"step": 1}]})
+    files.write_json(tmp_path / "config.json", config.to_dict())
+    files.write_json(tmp_path / "results.json", {"history": [{"step": 1}]})
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     config.epochs += 1
     with pytest.raises(explained, match=message):

@@ -27,7 +27,7 @@ import requests
 from cnnjax.data import splits
 from cnnjax.data.photographs import list_folder, opened, read_image
 from cnnjax.data.splits import IGNORED
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.runtime.paths import package_folder
 
 DIGITS = tuple("0123456789")
@@ -626,7 +626,7 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
         "test_labels": data.test.labels.astype(np.int32),
         "classes": np.array(data.classes),
     }
-    workdir.write_arrays(path, members, compress=False)
+    files.write_arrays(path, members, compress=False)
 
 
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.runtime.paths import package_folder
 
 _LOG = logging.getLogger("cnnjax")
@@ -374,7 +374,7 @@ def digest(folder: str | os.PathLike = "") -> str:
     for path in paths:
         name = str(path.relative_to(folder)) if folder else path.name
         sizes[name] = path.stat().st_size
-    return f"{len(paths)} file(s), digest {workdir.digest(sizes)}"
+    return f"{len(paths)} file(s), digest {files.digest(sizes)}"
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:

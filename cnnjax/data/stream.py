@@ -34,7 +34,7 @@ from cnnjax.data.photographs import (
     open_rgb,
     resized_window,
 )
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 
 _LOG = logging.getLogger("cnnjax")
 # Names of the validation split. ImageNet's labeled test split has such a name, too.
@@ -116,7 +116,7 @@ class Folder:
         names = [
             f"{self.classes[label]}/{splits.class_name(path.name)}" for path, label in self.files
         ]
-        return workdir.digest({"files": names})
+        return files.digest({"files": names})
 
 
 def _check_names(folders: list[pathlib.Path]) -> None:
@@ -245,7 +245,7 @@ class Tfds:
 
     def digest(self) -> str:
         """Describes the records by the data set's configuration and version, and the split."""
-        return workdir.digest({"name": self._full_name, "split": self._split})
+        return files.digest({"name": self._full_name, "split": self._split})
 
 
 class Part:

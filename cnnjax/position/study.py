@@ -36,7 +36,7 @@ from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import backend, configuration, workdir
+from cnnjax.runtime import backend, configuration, files, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
@@ -270,7 +270,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     moved = _check_inputs(config, folder, recorded)
     completed = defaults.BEFORE | recorded | moved
     if completed != recorded:
-        workdir.write_json(folder / "config.json", completed)
+        files.write_json(folder / "config.json", completed)
 
 
 def _check_inputs(
@@ -284,7 +284,7 @@ def _check_inputs(
     moved = {}
     path = folder / _INPUTS
     if path.exists():
-        before = workdir.read_json(path)
+        before = files.read_json(path)
         for key, now in digest_inputs(config).items():
             if recorded.get(key) == config[key] and before.get(key, now) != now:
                 raise ValueError(
@@ -371,7 +371,7 @@ def _write_results(
         photographs=count_photographs(config),
         seconds=round(sum(measurement.seconds for measurement in measurements), 1),
     )
-    workdir.write_json(folder / "results.json", dataclasses.asdict(summary))
+    files.write_json(folder / "results.json", dataclasses.asdict(summary))
     report.write(folder)
 
 
@@ -434,7 +434,7 @@ def _measure_missing(
                     memory=memory,
                 )
                 if not (folder / _INPUTS).exists():
-                    workdir.write_json(folder / _INPUTS, digest_inputs(config))
+                    files.write_json(folder / _INPUTS, digest_inputs(config))
                 path.parent.mkdir(exist_ok=True)
                 results.save(path, measurement)
             measurements.append(results.load(path, point, config.targets, config.data))

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
-from cnnjax.runtime import backend, workdir
+from cnnjax.runtime import backend, files, workdir
 from cnnjax.train import defaults
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import build_run, find_network
@@ -51,7 +51,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     if _differences(completed, config) <= _ADOPTED | {"model"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-        workdir.write_json(folder / "config.json", completed)
+        files.write_json(folder / "config.json", completed)
 
 
 def _is_same_network(name: object, other: object) -> bool:
@@ -97,7 +97,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     if _is_longer(recorded, config) and _was_finished(folder):
         _add_epochs(folder, recorded, config)
     if goes_on_skipping(config, folder):
-        workdir.write_json(folder / "config.json", recorded | {"skip_damaged": True})
+        files.write_json(folder / "config.json", recorded | {"skip_damaged": True})
         _LOG.info("%s goes on with skip_damaged=True", folder)
 
 
@@ -118,7 +118,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
         return recorded
     build_run(config).check_data(images)
     moved = recorded | {"data_dir": config.data_dir}
-    workdir.write_json(folder / "config.json", moved)
+    files.write_json(folder / "config.json", moved)
     _LOG.info("%s goes on with data_dir=%r, whose images agree", folder, config.data_dir)
     return moved
 
@@ -176,7 +176,7 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
     path = folder / "results.json"
     if path.exists():
         workdir.check_seal(folder)
-        results = workdir.read_json(path)
+        results = files.read_json(path)
         last = folder / "checkpoints" / str(results["history"][-1]["step"])
         if not last.is_dir():
             raise ValueError(
@@ -189,9 +189,9 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
         earlier = [*results.get("extended_from", []), results["final"]]
         # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
-        workdir.write_json(folder / EXTENDED, earlier)
+        files.write_json(folder / EXTENDED, earlier)
         path.unlink()
-    workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
+    files.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)
 
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.data import arrays, augment, stream
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
@@ -263,7 +263,7 @@ class Streamed:
         self.n_train = len(self._sources["train"])
         self.n_validation = len(self._sources.get("validation", ()))
         uses = [use for use in ("train", "validation") if use in self._sources]
-        self.digest = workdir.digest({use: self._sources[use].digest() for use in uses})
+        self.digest = files.digest({use: self._sources[use].digest() for use in uses})
         self.moments = moments_of(config, *augment.IMAGENET)
         self._placed_moments = parallel.replicate(self.moments)
         self._batches: Iterator | None = None

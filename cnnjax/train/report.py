@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
-from cnnjax.runtime import report, tables, workdir
+from cnnjax.runtime import files, report, tables
 from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed
 
@@ -79,7 +79,7 @@ def _curves_figure(history: list[dict]):
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
     """Draws the curves of a run, finished or not, as curves.png."""
     figure = _curves_figure(history)
-    workdir.write_figure(folder / "curves.png", figure)
+    files.write_figure(folder / "curves.png", figure)
     plt.close(figure)
 
 
@@ -193,7 +193,7 @@ def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[st
     elif config["loss"] == "cross_entropy":
         figures["mistakes.png"] = _mistakes_figure(test, results["classes"])
     for name, figure in figures.items():
-        workdir.write_figure(folder / name, figure)
+        files.write_figure(folder / name, figure)
         plt.close(figure)
     return ["curves.png", *figures]
 
@@ -270,4 +270,4 @@ def write(folder: pathlib.Path) -> None:
     run = report.read(folder, kind="train")
     figures = _write_figures(folder, run.config, run.results)
     body = _body(run.config, run.results, figures)
-    workdir.write(folder / "report.md", body + report.footer(run))
+    files.write(folder / "report.md", body + report.footer(run))

@@ -17,7 +17,7 @@ import PIL.ImageOps
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, photographs, splits, stream
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved, sha256
 from cnnjax.train import defaults, evaluate, step
@@ -369,7 +369,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
             f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
         )
     config = read_config(folder)
-    results = workdir.read_json(folder / "results.json")
+    results = files.read_json(folder / "results.json")
     workdir.check_seal(folder)
     image_settings = _image_settings(folder, config, results)
     image_shape = image_settings["image_shape"]
@@ -407,7 +407,7 @@ def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
     The model is that of `find_network`.
     """
     path = folder / "config.json"
-    recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
+    recorded = files.read_json(path, object_hook=_with_tuples) if path.is_file() else None
     if isinstance(recorded, dict) and recorded.get("kind") == "train":
         return find_network(recorded, folder)
     return None
