@@ -10,7 +10,8 @@ from cnnjax.data import stream
 def main(arguments: list[str]) -> int:
     """Prints the worker's number and waits."""
     source = stream.Folder(arguments[0])
-    images = stream.batches(source, 4, 0, 16, resize=20, train=True, steps=range(1000), workers=1)
+    batches = stream.TrainingBatches(source, 4, range(1000), seed=0, size=16, resize=20)
+    images = stream.iterate(batches, workers=1)
     next(images)
     (worker,) = multiprocessing.active_children()
     print(worker.pid, file=sys.stderr)

@@ -9,7 +9,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -564,9 +563,11 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
     path.write_bytes(png(width, height, content, chunk(b"IEND", b"")))
     source = stream.Folder(tmp_path)
     watch = Watch(100)
-    for resize, train in itertools.product((256, 0), (True, False)):
-        batches = stream.batches(source, 1, 0, 224, resize=resize, train=train, steps=range(3))
-        for images, _ in watch(list, batches):
+    crops = [{"size": 224, "resize": resize} for resize in (256, 0)]
+    trained = [stream.TrainingBatches(source, 1, range(3), seed=0, **crop) for crop in crops]
+    evaluated = [stream.EvaluationBatches(source, 1, **crop) for crop in crops]
+    for batches in trained + evaluated:
+        for images, _ in watch(list, stream.iterate(batches)):
             assert images.shape == (1, 224, 224, 3) and not images.any()
     pixels = watch(preprocessing.resize_and_crop, source[0][0], weights.records.find("resnet18"))
     assert pixels.shape == (224, 224, 3) and not pixels.any()

@@ -50,9 +50,16 @@ def write(root: pathlib.Path, **classes: list[np.ndarray]) -> pathlib.Path:
 
 
 def read(
-    source, *, size=16, resize=20, batch=4, seed=0, train=True, **options
+    source, *, steps=None, size=16, resize=20, batch=4, seed=0, workers=0, **options
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    return list(stream.batches(source, batch, seed, size, resize=resize, train=train, **options))
+    """Returns the batches of training steps; without steps, those of an evaluation."""
+    if steps is None:
+        batches = stream.EvaluationBatches(source, batch, size, resize)
+    else:
+        batches = stream.TrainingBatches(
+            source, batch, steps=steps, seed=seed, size=size, resize=resize, **options
+        )
+    return list(stream.iterate(batches, workers))
 
 
 def numbers(found) -> list[list[int]]:
@@ -511,7 +518,7 @@ for split in ("train", "test"):
         image, label = source[index]
         found[split].append([np.asarray(image).tolist(), label])
     found["classes"] = source.classes
-    batches = stream.batches(source, 4, 0, 8, resize=8, train=False)
+    batches = stream.iterate(stream.EvaluationBatches(source, 4, 8, 8))
     found[split + " labels"] = np.concatenate([labels for _, labels in batches]).tolist()
 found["tensorflow"] = "tensorflow" in sys.modules
 print(json.dumps(found))
@@ -643,7 +650,7 @@ def test_labels_that_are_no_class_are_refused(imagenets_way):
     assert stream.find_splits(DATASET, str(copy)) == uses
     source = stream.open_splits(DATASET, str(copy))["test"]
     where = f"dataset='{DATASET}', split 'test' has the label"
-    for options in ({"train": False}, {"steps": range(1), "batch": 6, "skip_damaged": True}):
+    for options in ({}, {"steps": range(1), "batch": 6, "skip_damaged": True}):
         with pytest.raises(ValueError, match=f"^record (4|5) of {where}"):
             read(source, size=8, resize=8, **options)
     with pytest.raises(ValueError, match=f"^{where} 3; expected 0 to 2$"):
@@ -728,10 +735,9 @@ def test_processes_share_every_batch(folder, resize):
 
 
 def test_evaluation_goes_through_everything_once_in_order(folder):
-    batches = read(folder, train=False)
+    batches = read(folder)
     assert numbers(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), LABELS)
-    assert_same(read(folder, train=False, seed=5), batches)
 
 
 @pytest.mark.parametrize(
@@ -794,10 +800,9 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
 @pytest.mark.slow
 def test_what_is_never_passed_over(harmed, tmp_path):
     """Evaluated images, unreadable files, and a folder of only damaged images."""
-    for options in ({"train": False}, {"train": False, "skip_damaged": True}):
-        with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
-            read(harmed, **options)
-        assert "skip_damaged" not in str(evaluated.value)
+    with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
+        read(harmed)
+    assert "skip_damaged" not in str(evaluated.value)
     with pytest.raises(ValueError, match="png is not a readable image: .*; skip_damaged=True"):
         read(harmed, steps=range(6))
     shutil.copytree(harmed.files[0][0].parents[1], tmp_path / "images")
@@ -827,7 +832,7 @@ def test_evaluation_sees_the_center(tmp_path):
     wide = ramp(24, 16, x=10, y=10)
     source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
     for resize in (0, 16):
-        ((images, _),) = read(source, size=14, resize=resize, train=False)
+        ((images, _),) = read(source, size=14, resize=resize)
         np.testing.assert_array_equal(images[0], wide[1:15, 5:19])
         np.testing.assert_array_equal(images[1], wide.transpose(1, 0, 2)[5:19, 1:15])
         np.testing.assert_array_equal(
@@ -857,7 +862,7 @@ def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
 def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
     """The ramps show the center of each output pixel in the image's own coordinates."""
     source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
-    ((images, _),) = read(source, size=16, resize=resize, train=False)
+    ((images, _),) = read(source, size=16, resize=resize)
     scale = min(width, height) / resize
     for channel, length in ((0, width), (1, height)):
         inner = np.arange(16) + (round(length / scale) - 16) // 2
@@ -1003,9 +1008,9 @@ import multiprocessing, os, signal, sys, time
 from cnnjax.data import stream
 if __name__ == "__main__":
     source = stream.Folder(sys.argv[1])
-    training = {"resize": 0, "train": True, "steps": range(1000), "workers": 1}
-    one = stream.batches(source, 36, 0, 224, **training)
-    two = stream.batches(source, 36, 1, 224, **training)
+    crops = {"size": 224, "resize": 0}
+    one = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=0, **crops), 1)
+    two = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=1, **crops), 1)
     next(one), next(two)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -1016,7 +1021,7 @@ if __name__ == "__main__":
     for _ in range(10):
         next(one), next(two)
     assert all(worker.is_alive() for worker in workers)
-    evaluation = stream.batches(source, 10, 0, 16, resize=20, train=False, workers=1)
+    evaluation = stream.iterate(stream.EvaluationBatches(source, 10, 16, 20), 1)
     assert len(list(evaluation)) == 4
     assert set(multiprocessing.active_children()) == set(workers)
     # After a second, the workers' queues are full.
@@ -1168,8 +1173,8 @@ def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
         "from cnnjax.data import stream\n"
         "if __name__ == '__main__':\n"
         "    source = stream.Folder(sys.argv[1])\n"
-        "    options = {'resize': 0, 'train': True, 'steps': range(8), 'workers': 2}\n"
-        "    for images, _ in stream.batches(source, 36, 0, 224, **options):\n"
+        "    batches = stream.TrainingBatches(source, 36, range(8), seed=0, size=224, resize=0)\n"
+        "    for images, _ in stream.iterate(batches, workers=2):\n"
         "        print(images.shape)\n"
     )
     done = subprocess.run(

@@ -92,16 +92,15 @@ def _loader(crops: _Crops, workers: int) -> Iterator:
 
 def _stream(source: stream.Folder, workers: int, train: bool) -> Iterator:
     """Makes cnnjax's stream of the same crops."""
-    return stream.batches(
-        stream.Part(source, np.arange(10**6) % len(source)),
-        _BATCH,
-        0,
-        SIZE,
-        resize=0 if train else _RESIZE,
-        train=train,
-        steps=range(10**4),
-        workers=workers,
-    )
+    part = stream.Part(source, np.arange(10**6) % len(source))
+    batches: stream.TrainingBatches | stream.EvaluationBatches
+    if train:
+        batches = stream.TrainingBatches(
+            source=part, batch_size=_BATCH, steps=range(10**4), seed=0, size=SIZE, resize=0
+        )
+    else:
+        batches = stream.EvaluationBatches(part, _BATCH, SIZE, _RESIZE)
+    return stream.iterate(batches, workers)
 
 
 def _ways(

@@ -478,8 +478,28 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainingBatches:
-    """A sequence of training batches, from which each of grain's workers takes some."""
+class TrainingBatches:
+    """The batches of training steps.
+
+    Every epoch has its own order and drops the remainder. A batch is uint8 [batch, size, size, 3]
+    and int32 [batch], of which each process gets its own part.
+
+    Attributes:
+      source: the images.
+      batch_size: the number of images in a batch, over all processes.
+      steps: the steps.
+      seed: of the order and the crops.
+      size: the side of the square crops, in pixels.
+      resize: the image's shorter side before the crop; 0 for crops of random area and aspect.
+      process_index: the number of this process.
+      process_count: the number of processes that share each batch.
+      skip_damaged: whether an image that cannot be decoded is replaced by the next undamaged one of
+        the epoch's order, with the same random numbers for the crop. Batches then have a third
+        array, int32 [batch]: for each place the number of the damaged image, or -1.
+
+    Raises:
+      ValueError: if the processes do not divide the batch, or `resize` is below the crop's size.
+    """
 
     source: Source
     batch_size: int
@@ -487,9 +507,16 @@ class _TrainingBatches:
     seed: int
     size: int
     resize: int
-    process_index: int
-    process_count: int
-    skip_damaged: bool
+    process_index: int = 0
+    process_count: int = 1
+    skip_damaged: bool = False
+
+    def __post_init__(self):
+        if self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of {self.process_count} processes"
+            )
+        check_resize(self.resize, self.size)
 
     def __len__(self):
         return len(self.steps)
@@ -546,8 +573,15 @@ class _TrainingBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvaluationBatches:
-    """A sequence of batches of all images in order; the last one may be shorter."""
+class EvaluationBatches:
+    """All images in order, in batches of the same form; the last one may be shorter.
+
+    Attributes:
+      source: the images.
+      batch_size: the number of images in a batch.
+      size: the side of the square crops, in pixels.
+      resize: as in `shorter_side`.
+    """
 
     source: Source
     batch_size: int
@@ -574,80 +608,23 @@ def check_resize(resize: int, image_size: int) -> None:
         raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
 
 
-def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    image_size: int,
-    *,
-    resize: int,
-    train: bool,
-    steps: range | None = None,
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    skip_damaged: bool = False,
+def iterate(
+    batches: TrainingBatches | EvaluationBatches, workers: int = 0
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Streams batches of images and labels.
-
-    In training every epoch has its own order and drops the remainder, and each process gets its
-    own part of each batch. An evaluation goes through the source once, in order, and its last
-    batch may be shorter.
-
-    Args:
-      source: the images.
-      batch_size: the number of images in a batch, over all processes.
-      seed: of the order and the crops.
-      image_size: the side of the square crops, in pixels.
-      resize: the image's shorter side before the crop, at random places in training and at the
-        center in an evaluation; 0 for crops of random area and aspect in training.
-      train: whether the batches are for training.
-      steps: the training steps to stream the batches of.
-      workers: the number of processes that decode; 0 decodes in this process.
-      process_index: the number of this process.
-      process_count: the number of processes that share each training batch.
-      skip_damaged: whether, in training, an image that cannot be decoded is replaced by the next
-        undamaged one of the epoch's order, with the same random numbers for the crop.
-
-    Returns:
-      An iterator of (uint8 [batch, image_size, image_size, 3], int32 [batch]); in training with
-      `skip_damaged` there is a third array, int32 [batch]: for each place the number of the
-      damaged image, or -1.
+    """Streams batches, decoded by worker processes, or by this process if there are none.
 
     Raises:
-      ValueError: if the processes do not divide the batch, or `resize` is below the crop's size;
-        from the iterator, for an image that cannot be read, or decoded.
+      ValueError: from the iterator, for an image that cannot be read, or decoded.
     """
-    if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
-    check_resize(resize, image_size)
-    sequence: _TrainingBatches | _EvaluationBatches
-    if train:
-        assert steps is not None
-        sequence = _TrainingBatches(
-            source=source,
-            batch_size=batch_size,
-            steps=steps,
-            seed=seed,
-            size=image_size,
-            resize=resize,
-            process_index=process_index,
-            process_count=process_count,
-            skip_damaged=skip_damaged,
-        )
-    else:
-        sequence = _EvaluationBatches(
-            source=source, batch_size=batch_size, size=image_size, resize=resize
-        )
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = grain.MapDataset.source(sequence).to_iter_dataset(options)
+    stream = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         # grain asks for absl's flags, which a program without any never parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
         stream = stream.mp_prefetch(processes, _start_worker)
-    iterator = _iterate_and_close(iter(stream), len(sequence), has_workers=workers > 0)
+    iterator = _iterate_and_close(iter(stream), len(batches), has_workers=workers > 0)
     _open_iterators.add(iterator)
     return iterator
 

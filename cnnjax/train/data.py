@@ -270,42 +270,26 @@ class Streamed:
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()
 
-    def _read(
-        self, split: str, image_size: int, resize: int, *, train: bool, **options
-    ) -> Iterator:
-        source = self._sources[split]
-        workers = self._config.workers
-        # Every evaluation starts its worker processes anew, which takes longer than a few images.
-        if not train and len(source) < stream.FEW_IMAGES:
-            workers = 0
-        return stream.batches(
-            source,
-            self._config.batch_size,
-            self._config.seed,
-            image_size,
-            resize=resize,
-            train=train,
-            workers=workers,
-            **options,
-        )
-
-    def _training_batches(self, first: int) -> Iterator:
-        """Reads the batches of all steps from `first` to the end of the run."""
-        total = self._config.epochs * (self.n_train // self._config.batch_size)
-        return self._read(
-            "train",
-            self._config.image_size,
-            self._config.resize,
-            train=True,
+    def _training_batches(self, first: int) -> stream.TrainingBatches:
+        """Returns the batches of all steps from `first` to the end of the run."""
+        config = self._config
+        total = config.epochs * (self.n_train // config.batch_size)
+        return stream.TrainingBatches(
+            source=self._sources["train"],
+            batch_size=config.batch_size,
             steps=range(first, total),
+            seed=config.seed,
+            size=config.image_size,
+            resize=config.resize,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            skip_damaged=self._config.skip_damaged,
+            skip_damaged=config.skip_damaged,
         )
 
     def advance(self, *, recipe, numbers, rates, state, steps):
         if self._batches is None:
-            self._batches = self._training_batches(steps.start)
+            batches = self._training_batches(steps.start)
+            self._batches = stream.iterate(batches, self._config.workers)
         images, labels, *damaged = next(self._batches)
         if damaged:
             self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
@@ -338,7 +322,11 @@ class Streamed:
             # The corners are those of the square around the center, at the scale of one view.
             resize = stream.shorter_side(size, resize)
             size = resize
-        return self._read(split, size, resize, train=False)
+        source = self._sources[split]
+        # Every evaluation starts its worker processes anew, which takes longer than a few images.
+        workers = 0 if len(source) < stream.FEW_IMAGES else self._config.workers
+        batches = stream.EvaluationBatches(source, self._config.batch_size, size, resize)
+        return stream.iterate(batches, workers)
 
     def test_images(self, numbers):
         source = self._sources["test"]
