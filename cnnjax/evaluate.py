@@ -79,10 +79,10 @@ def list_classes(
 
     Raises `ValueError` if there are no photographs, or if a folder is not named after a class.
     """
-    from cnnjax.data import stream
+    from cnnjax.data import folders
 
     classes = [splits.class_name(name) for name in classes]
-    source = stream.Folder(folder)
+    source = folders.Folder(folder)
     if source.passed_over:
         _LOG.info("%s: %s", folder, source.passed_over)
     names = source.classes

@@ -29,6 +29,7 @@ from test_data import BINARY, SMALL, archive, as_published, binary, idx, python
 
 from cnnjax import weights
 from cnnjax.data import arrays, photographs, stream
+from cnnjax.data.folders import Folder
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import checkpoints
@@ -313,7 +314,7 @@ def folders(folder):
     (folder / "train" / "cat").mkdir(parents=True)
     path = folder / "train" / "cat" / "x.png"
     path.touch()
-    source = stream.Folder(folder / "train")
+    source = Folder(folder / "train")
 
     def place(content):
         path.write_bytes(content)
@@ -547,7 +548,7 @@ def test_images_that_attack(content, tmp_path):
     watch = Watch(200)
     for reader in (photographs.read_image, arrays.CamVid("pixelwise")._mask):
         watch(lambda: reader(path))  # noqa: B023 - called at once
-    watch(lambda: stream.Folder(tmp_path)[0])
+    watch(lambda: Folder(tmp_path)[0])
     watch.end()
     assert watch.refused == 3
 
@@ -561,7 +562,7 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
     path = tmp_path / "cat" / "x.png"
     path.parent.mkdir()
     path.write_bytes(png(width, height, content, chunk(b"IEND", b"")))
-    source = stream.Folder(tmp_path)
+    source = Folder(tmp_path)
     watch = Watch(100)
     crops = [{"size": 224, "resize": resize} for resize in (256, 0)]
     trained = [stream.TrainingBatches(source, 1, range(3), seed=0, **crop) for crop in crops]

@@ -3,7 +3,7 @@
 import ml_collections
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, stream
+from cnnjax.data import arrays, augment, crops
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults, schedules, step
@@ -54,7 +54,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_model(config)
     _check_loss(config)
     if is_streamed(config):
-        stream.check_resize(config.resize, config.image_size)
+        crops.check_resize(config.resize, config.image_size)
     _check_views(config)
 
 

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.data import arrays, augment, stream
+from cnnjax.data import arrays, augment, crops, folders, photographs, stream
 from cnnjax.runtime import files
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
@@ -114,7 +114,7 @@ def has_validation(config: ml_collections.ConfigDict) -> bool:
         return True
     if not is_streamed(config):
         return False
-    return "validation" in stream.find_splits(config.dataset, config.data_dir)
+    return "validation" in folders.find_splits(config.dataset, config.data_dir)
 
 
 def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> TrainingData:
@@ -257,7 +257,7 @@ class Streamed:
     def __init__(self, config: ml_collections.ConfigDict, parallel: Parallel):
         self._config = config
         self._parallel = parallel
-        self._sources = stream.open_splits(config.dataset, config.data_dir, config.n_validation)
+        self._sources = folders.open_splits(config.dataset, config.data_dir, config.n_validation)
         self.classes = self._sources["train"].classes
         self.image_shape = (config.image_size, config.image_size, 3)
         self.n_train = len(self._sources["train"])
@@ -310,7 +310,7 @@ class Streamed:
             # Decoded once more, for the error that has its name.
             try:
                 self._sources["train"][number]
-            except stream.Damaged as error:
+            except photographs.Damaged as error:
                 _LOG.warning("passed over: %s", error)
 
     def evaluation(self, split, views=1):
@@ -320,7 +320,7 @@ class Streamed:
         resize = self._config.resize
         if views == 10:
             # The corners are those of the square around the center, at the scale of one view.
-            resize = stream.shorter_side(size, resize)
+            resize = crops.shorter_side(size, resize)
             size = resize
         source = self._sources[split]
         # Every evaluation starts its worker processes anew, which takes longer than a few images.
@@ -332,5 +332,5 @@ class Streamed:
         source = self._sources["test"]
         size = self._config.image_size
         images = [source[int(number)][0] for number in numbers]
-        crops = [stream.center(image, size, self._config.resize) for image in images]
-        return np.stack([np.asarray(crop) for crop in crops])
+        centers = [crops.center(image, size, self._config.resize) for image in images]
+        return np.stack([np.asarray(center) for center in centers])

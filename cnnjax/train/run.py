@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, photographs, splits, stream
+from cnnjax.data import arrays, augment, crops, photographs, splits
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import files, workdir
 from cnnjax.runtime.configuration import to_tuples
@@ -333,7 +333,7 @@ class TrainedRun:
         height, width = (times * side for side in self.image_shape[:2])
         image = photographs.open_rgb(file)
         if height == width:
-            image = stream.center(image, height, times * self.resize)
+            image = crops.center(image, height, times * self.resize)
         else:
             # Streamed images are square, so the run was on a data set in memory, whose images are
             # not cropped: the photograph keeps as much as its shape allows.
@@ -454,7 +454,7 @@ def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
     shorter = min(image_shape[:2])
     if not is_streamed(config):
         return shorter
-    return stream.shorter_side(shorter, config.resize)
+    return crops.shorter_side(shorter, config.resize)
 
 
 def _image_settings(
