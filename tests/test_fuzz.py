@@ -28,7 +28,8 @@ import safetensors.numpy
 from test_data import BINARY, SMALL, archive, as_published, binary, idx, python
 
 from cnnjax import weights
-from cnnjax.data import arrays, photographs, stream
+from cnnjax.data import photographs, published, sources, stream
+from cnnjax.data.cifar_pickle import read_cifar_pickle
 from cnnjax.data.folders import Folder
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
@@ -187,19 +188,19 @@ def idx_files(folder):
     values = np.arange(5 * 4 * 3).reshape(5, 4, 3).astype(np.uint8)
 
     def check(content):
-        assert arrays.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
+        assert published.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
 
     return [idx(values)], lambda mutant: lambda: check(mutant), 50
 
 
 def gzipped(folder):
     content = gzip.compress(idx(np.zeros((5, 4, 3), np.uint8)))
-    file = arrays.File("x.gz", (), hashlib.md5(content).hexdigest())
+    file = published.File("x.gz", (), hashlib.md5(content).hexdigest())
     path = folder / "x.gz"
 
     def place(mutant):
         path.write_bytes(mutant)
-        return lambda: arrays.read_idx(arrays._read(path, file, 76), "x", (5, 4, 3))
+        return lambda: published.read_idx(published.read(path, file, 76), "x", (5, 4, 3))
 
     return [content], place, 50
 
@@ -220,7 +221,7 @@ def archives(folder):
 
 def cifar_binary(folder):
     def check(content):
-        found = arrays.read_cifar_binary(content, "x", 3)
+        found = published.read_cifar_binary(content, "x", 3)
         assert found.images.shape == (3, 32, 32, 3) and found.labels.shape == (3,)
 
     return [binary(0, 3)], lambda mutant: lambda: check(mutant), 50
@@ -228,7 +229,7 @@ def cifar_binary(folder):
 
 def cifar_pickle(folder):
     def check(content):
-        found = arrays.read_cifar_pickle(content, "x", 3)
+        found = read_cifar_pickle(content, "x", 3)
         assert found.images.shape == (3, 32, 32, 3) and found.images.dtype == np.uint8
         assert found.labels.shape == (3,)
 
@@ -279,7 +280,7 @@ def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
 
 def camvid_masks(folder):
     mask = np.arange(24 * 32).reshape(24, 32).astype(np.uint8) % 12
-    source = arrays.CamVid("pixelwise", size=(24, 32))
+    source = sources.CamVid("pixelwise", size=(24, 32))
     path = folder / "mask.png"
 
     def place(content):
@@ -470,7 +471,7 @@ _NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
 )
 def test_pickles_that_attack(content):
     watch = Watch(100)
-    watch(lambda: arrays.read_cifar_pickle(content, "x", 1))
+    watch(lambda: read_cifar_pickle(content, "x", 1))
     watch.end()
     assert watch.refused == 1
 
@@ -479,7 +480,7 @@ def test_pickles_that_attack(content):
 def test_bombs_are_not_opened(tmp_path):
     """Compression bombs, paths outside the folder, and an oversized batch are refused."""
     bomb = gzip.compress(bytes(2**20), 9) * 1000
-    source = dataclasses.replace(arrays.DATASETS["mnist"], folders=("mnist",))
+    source = dataclasses.replace(sources.DATASETS["mnist"], folders=("mnist",))
     (tmp_path / "mnist").mkdir()
     for file in source.files:
         (tmp_path / "mnist" / file.name).write_bytes(bomb)
@@ -546,7 +547,7 @@ def test_images_that_attack(content, tmp_path):
     path.parent.mkdir()
     path.write_bytes(content)
     watch = Watch(200)
-    for reader in (photographs.read_image, arrays.CamVid("pixelwise")._mask):
+    for reader in (photographs.read_image, sources.CamVid("pixelwise")._mask):
         watch(lambda: reader(path))  # noqa: B023 - called at once
     watch(lambda: Folder(tmp_path)[0])
     watch.end()

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays, augment, sources
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.runtime import workdir
@@ -74,7 +74,7 @@ def scenes(tmp_path, monkeypatch):
                 PIL.Image.fromarray(content.astype(np.uint8)).save(place / f"{number:03}.{suffix}")
     for name in ("camvid", "camvid_scenes"):
         monkeypatch.setitem(
-            arrays.DATASETS, name, arrays.CamVid(arrays.loss_of(name), SIZE, counts)
+            sources.DATASETS, name, sources.CamVid(arrays.loss_of(name), SIZE, counts)
         )
     return tmp_path / "data"
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.combine.methods import OF_ONE_RUN, SELECTING
-from cnnjax.data import arrays, splits
+from cnnjax.data import arrays, sources, splits
 from cnnjax.runtime import files
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
@@ -115,7 +115,7 @@ def check_runs(configs: Configs, method: str) -> None:
     if not arrays.is_known(reference["dataset"]):
         raise ValueError(
             f"{first} has dataset={reference['dataset']!r}, which is streamed; it must be one of "
-            f"{', '.join(arrays.DATASETS)}"
+            f"{', '.join(sources.DATASETS)}"
         )
     if method in SELECTING and not reference["n_validation"]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Classes, their names and labels, and the choice of held-out images.
+"""Splits of a data set: images, labels, names of classes, and the choice of held-out images.
 
 The rules are the same for data sets in memory and for streamed ones.
 """
@@ -6,6 +6,7 @@ The rules are the same for data sets in memory and for streamed ones.
 import collections
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,19 @@ import numpy as np
 IGNORED = 255
 # The number of classes that a message names.
 _NAMED = 10
+
+
+class Split(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 [n, height, width, channels].
+      labels: int32 [n]; for several classes per image, int32 [n, classes] of 0 and 1; for masks,
+        uint8 [n, height, width] with 255 for pixels of no class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
 
 
 def class_name(name: str | int) -> str:
