@@ -1,6 +1,7 @@
 """CIFAR's pickles, read by an unpickler that runs nothing and builds nothing but arrays.
 
-It subclasses the unpickler in Python of the standard library, which is private.
+It subclasses the standard library's unpickler in Python, which is private: files of a few bytes can
+make the public one, in C, reserve gigabytes.
 """
 
 import io
