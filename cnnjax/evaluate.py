@@ -30,13 +30,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from cnnjax import classifier
+from cnnjax.data import splits
 from cnnjax.runtime import backend, command
 from cnnjax.runtime.progress import progress
 from cnnjax.weights import records
 
 _LOG = logging.getLogger("cnnjax")
 _NUMBERED = re.compile(r"(\d{1,4})_.*", re.DOTALL)
-_NAMED = 10  # classes in an error
 
 
 # ------------------------------------------------------------------ labels
@@ -74,25 +74,25 @@ def list_classes(
     Args:
       folder: the folder of class folders.
       classes: the names of the classes.
-      ordered: whether folders of which none is named after a class, one for each class, are in the
-        classes' order.
+      ordered: whether folders are in the classes' order if none is named after a class and there
+        is one per class.
 
     Raises `ValueError` if there are no photographs, or if a folder is not named after a class.
     """
-    from cnnjax.data import splits, stream
+    from cnnjax.data import folders
 
     classes = [splits.class_name(name) for name in classes]
-    source = stream.Folder(folder)
+    source = folders.Folder(folder)
     if source.passed_over:
         _LOG.info("%s: %s", folder, source.passed_over)
     names = source.classes
     is_named = any(name in classes or name.isdecimal() for name in names)
     if ordered and len(names) == len(classes) and not is_named:
-        of_folder = [*range(len(names))]
+        labels_by_folder = [*range(len(names))]
     else:
-        of_folder = [_label(name, classes) for name in names]
+        labels_by_folder = [_label(name, classes) for name in names]
     files = [path for path, _ in source.files]
-    return files, np.array([of_folder[number] for _, number in source.files], np.int32)
+    return files, np.array([labels_by_folder[number] for _, number in source.files], np.int32)
 
 
 def _label(name: str, classes: Sequence[str]) -> int:
@@ -107,8 +107,7 @@ def _label(name: str, classes: Sequence[str]) -> int:
         if classes.count(name) > 1:
             raise ValueError(f"data_dir: {name!r} is the name of several classes")
         return classes.index(name)
-    more = ", ..." if len(classes) > _NAMED else ""
-    named = f"the name of a class ({', '.join(classes[:_NAMED])}{more})"
+    named = f"the name of a class ({splits.name_some(classes)})"
     if any(known.isdecimal() for known in classes):
         raise ValueError(f"data_dir: the folder {name!r} is not {named}")
     if name.isdecimal() and int(name) < len(classes):

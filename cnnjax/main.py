@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from cnnjax.runtime import backend, command, configuration, workdir
+from cnnjax.runtime import backend, command, configuration, files, workdir
 
 _LOG = logging.getLogger("cnnjax")
 
@@ -27,7 +27,8 @@ _LOG = logging.getLogger("cnnjax")
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """Returns the module that does what the configuration's `kind` says.
 
-    It has `check`, `complete_record`, `run` and `report.write`.
+    It has `check`, `adopt`, `run` and `report.write`. That of training, which sweeps repeat, also
+    has `complete_record` and `is_equivalent`.
 
     Raises `ValueError` if there is no job of that kind.
     """
@@ -58,11 +59,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     is_new = False
 
     def adopt(config, folder):
-        with backend.writer_last("the record is read"):
-            job.complete_record(config, folder)
-        backend.wait_for_others("the record is complete")
-        if config.kind == "train":
-            job.extend(config, folder)
+        job.adopt(config, folder)
         backend.wait_for_others("the record is adopted")
 
     def begin(config, folder):
@@ -178,12 +175,12 @@ def _default_workdir(
         return folder
     keys = config.to_dict()
     # Earlier versions also hashed the folder of a user's network.
-    earlier = folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
+    earlier = folder.with_name(f"{folder.name}-{files.digest(keys)}")
     model = str(keys.get("model"))
     if earlier.is_dir() or not os.path.isabs(model):
         return earlier
     keys["model"] = os.path.basename(model)
-    return folder.with_name(f"{folder.name}-{workdir.digest(keys)}")
+    return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
 
 def run_command(

@@ -108,7 +108,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax.data import photographs
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import backend, command, files, tables, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
@@ -205,7 +205,7 @@ class Study:
         settings = self._settings(options, missing)
         with workdir.prepared(options.workdir, settings, bool(missing)) as folder:
             if self.environment and not missing:
-                record = workdir.read_json(folder / "config.json")
+                record = files.read_json(folder / "config.json")
                 options.environment = record.get("environment", options.environment)
             try:
                 results = self._measure_missing(dict(zip(points, paths)), options)
@@ -226,7 +226,7 @@ class Study:
         results = []
         with progress(len(paths), "points") as advance:
             for point, path in paths.items():
-                results.append(workdir.read_or_compute(path, self._result, point, options, *shared))
+                results.append(files.read_or_compute(path, self._result, point, options, *shared))
                 advance(1)
         return results
 
@@ -270,12 +270,12 @@ class Study:
         return point._asdict() | self.measure(point, options, *shared)
 
     def _write(self, folder: pathlib.Path, results: list[dict], report: Report) -> None:
-        workdir.write_json(folder / self.results, results)
+        files.write_json(folder / self.results, results)
         for name, figure in report.figures.items():
-            workdir.write_figure(folder / name, figure)
+            files.write_figure(folder / name, figure)
         environments = describe_environments(workdir.read_environments(folder))
         text = f"{report.text.rstrip()}\n{environments}"
-        workdir.write(folder / "report.md", text)
+        files.write(folder / "report.md", text)
         print(text)
 
 
@@ -300,7 +300,7 @@ def take_places(
         return
     places = {name: config[name] for name in keys}
     if recorded | places != recorded:
-        workdir.write_json(folder / "config.json", recorded | places)
+        files.write_json(folder / "config.json", recorded | places)
 
 
 def _digest_contents(settings: dict) -> dict[str, str]:
@@ -413,7 +413,7 @@ def label(point: NamedTuple) -> str:
         if isinstance(value, float):
             text = _number_label(float(value))
         else:
-            text = workdir.file_label(str(value))
+            text = files.file_label(str(value))
         parts.append(f"{name}={text}")
     return ",".join(parts)
 

@@ -29,7 +29,7 @@ from collections import defaultdict
 import ml_collections
 
 from cnnjax import main as single
-from cnnjax.runtime import backend, command, configuration, jobs, source, workdir
+from cnnjax.runtime import backend, claims, command, configuration, files, jobs, source, workdir
 
 _LOG = logging.getLogger("cnnjax")
 _METRICS = ("train_error", "validation_error", "test_error")
@@ -192,7 +192,7 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
                 _LOG.info("cell %d of %d: %s", numbers[cell.name], len(cells), cell.name)
             try:
                 run_cell(cell)
-            except workdir.Claimed as error:
+            except claims.Claimed as error:
                 claimed.append(cell)
                 if is_first_round:
                     _LOG.info("cell %s is left out: %s", cell.name, error)
@@ -218,13 +218,13 @@ def run_cell(cell: Cell) -> None:
     """Runs one cell; if it fails, records the reason.
 
     Raises:
-        workdir.Claimed: if another process is running it.
+        claims.Claimed: if another process is running it.
     """
     try:
         single.run(cell.config, cell.folder)
     except (ArithmeticError, MemoryError) as error:
         _LOG.warning("cell %s failed: %s", cell.name, error)
-        workdir.write_json(cell.failure, {"error": str(error)})
+        files.write_json(cell.failure, {"error": str(error)})
     else:
         cell.failure.unlink(missing_ok=True)
 
@@ -262,12 +262,12 @@ def check_files(cells: list[Cell]) -> None:
     """
     first: dict[tuple, tuple[Cell, object]] = {}
     for cell in cells:
-        results = workdir.read_json(cell.results) if cell.results.exists() else {}
+        results = files.read_json(cell.results) if cell.results.exists() else {}
         for name, keys in _FILES.items():
             if results.get(name) is None:
                 continue
-            files = (name, *(cell.config[key] for key in keys))
-            other, contents = first.setdefault(files, (cell, results[name]))
+            named = (name, *(cell.config[key] for key in keys))
+            other, contents = first.setdefault(named, (cell, results[name]))
             if results[name] == contents:
                 continue
             difference = (
@@ -322,9 +322,9 @@ def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
             if cell.name in refused and not cell.is_done:
                 row["failed"].append(f"{cell.name}: {refused[cell.name]}")
             elif cell.results.exists():
-                finals.append(workdir.read_json(cell.results)["final"])
+                finals.append(files.read_json(cell.results)["final"])
             elif cell.has_failed:
-                reason = workdir.read_json(cell.failure)["error"]
+                reason = files.read_json(cell.failure)["error"]
                 row["failed"].append(f"{cell.name}: {reason}")
             else:
                 row["unfinished"].append(cell.name)
@@ -357,7 +357,7 @@ def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]
     check_files(cells)
 
     rows = summarize_cells(cells, refused)
-    workdir.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
+    files.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
     header = ["cell", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
     lines = []
@@ -373,7 +373,7 @@ def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]
         "Final errors in percent: mean ± half-width of its 95 % interval "
         "(sample standard deviation), n.\n\n"
     )
-    workdir.write(folder / "sweep.md", text + tables.table(header, lines) + notes)
+    files.write(folder / "sweep.md", text + tables.table(header, lines) + notes)
 
 
 def _format(summary: dict | None) -> str:

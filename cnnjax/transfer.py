@@ -21,7 +21,7 @@ from jaxtyping import Float, Integer
 from cnnjax import ridge, weights
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import expand_user
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
@@ -290,7 +290,7 @@ def _check_fields(file: pathlib.Path, model: Network) -> None:
         )
     config = file.with_name("config.json")
     if file.name == WEIGHTS and config.is_file():
-        fields = workdir.read_json(config).get("model_fields", {})
+        fields = files.read_json(config).get("model_fields", {})
         was_transformed = fields.get("transform_input", False)
         if was_transformed != is_transformed:
             raise ValueError(

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import combine, study
-from cnnjax.runtime import tables, workdir
+from cnnjax.runtime import files, tables, workdir
 from cnnjax.train import defaults, loop
 
 # The published images are in random order, so the first ones are a fair sample.
@@ -187,7 +187,7 @@ def combined(group: str, method: str, options, repetition: int) -> dict:
     if not (place / "results.json").exists():
         train(group, options, repetition)
         combine.run([str(folder / group / "*")], method, place)
-    return workdir.read_json(place / "results.json")
+    return files.read_json(place / "results.json")
 
 
 def single_accuracy(group: str, options, repetition: int) -> float:

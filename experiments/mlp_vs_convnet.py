@@ -20,7 +20,7 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnnjax.runtime import command, tables, workdir
+from cnnjax.runtime import command, files, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test errors in percent, as the lecture prints them (NUS CS5242, lecture 8). The
@@ -57,7 +57,7 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
 
 def read_all(folder: pathlib.Path, name: str) -> list[dict]:
     """Returns the contents of the files with one name in the runs of a sweep."""
-    return [workdir.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
+    return [files.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
 
 
 def read_failures(folder: pathlib.Path) -> list[str]:
@@ -65,7 +65,7 @@ def read_failures(folder: pathlib.Path) -> list[str]:
     table = folder / "sweep.json"
     if not table.exists():
         return []
-    return [reason for row in workdir.read_json(table)["rows"] for reason in row["failed"]]
+    return [reason for row in files.read_json(table)["rows"] for reason in row["failed"]]
 
 
 def compare(folder: pathlib.Path) -> list[dict]:
@@ -187,9 +187,9 @@ end.
 {table}{failures}
 ![Training errors](curves.png)
 """
-    workdir.write_json(folder / "comparison.json", rows)
-    workdir.write_figure(folder / "curves.png", draw(rows))
-    workdir.write(folder / "report.md", text)
+    files.write_json(folder / "comparison.json", rows)
+    files.write_figure(folder / "curves.png", draw(rows))
+    files.write(folder / "report.md", text)
     print(table)
 
 

@@ -33,7 +33,7 @@ import ml_collections
 
 from cnnjax.data import photographs
 from cnnjax.position import study as position_study
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import backend, command, files, tables, workdir
 from cnnjax.study import select, unique
 from configs import posenet
 
@@ -381,7 +381,7 @@ def study_name(
     # Earlier versions took the first photographs of each part; their studies are measured again.
     if position_study.draws(config):
         settings["photographs_drawn"] = "at random"
-    return workdir.digest(settings)
+    return files.digest(settings)
 
 
 def find_folder(parent: pathlib.Path, name: str, config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -411,7 +411,7 @@ def check_page(
     if not path.exists():
         return
     # Records of earlier versions do not name their settings.
-    earlier = {record.get("settings") for record in workdir.read_json(path)} - {None}
+    earlier = {record.get("settings") for record in files.read_json(path)} - {None}
     by_paths = [study_name(config, any_seeds=True) for config in configs]
     if not earlier <= {*settings, *by_paths}:
         raise ValueError(
@@ -510,8 +510,8 @@ The studies behind the rows have these keys of configs/posenet.py:
 
 {describe_settings(configs)}
 """
-    workdir.write_json(folder / f"{name}.json", records)
-    workdir.write(folder / f"{name}.md", text)
+    files.write_json(folder / f"{name}.json", records)
+    files.write(folder / f"{name}.md", text)
     print(table)
 
 
@@ -527,7 +527,7 @@ def measure(options: argparse.Namespace) -> None:
         check_settings(name, options)
         table_configs[name] = [configure(row, options) for row in TABLES[name]]
         for config in table_configs[name]:
-            distinct[workdir.digest(config.to_dict())] = config
+            distinct[files.digest(config.to_dict())] = config
     for config in distinct.values():
         position_study.check(config)
     studies = {}

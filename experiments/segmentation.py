@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cnnjax import study, weights
-from cnnjax.data import arrays
+from cnnjax.data import arrays, sources
 from cnnjax.models import create_model, fcn
 from cnnjax.nn import FILLS
 from cnnjax.position import metrics
@@ -148,7 +148,7 @@ def score(predicted: np.ndarray, labels: np.ndarray, inside: np.ndarray) -> dict
     `predicted` and `labels` are [n, height, width]; `inside` [height, width] is the part of the
     image that is scored separately.
     """
-    count = len(arrays.CamVid.classes)
+    count = len(sources.CamVid.classes)
     rings = ring_of(*labels.shape[1:])
 
     def iou(pixels):
@@ -168,7 +168,7 @@ def score(predicted: np.ndarray, labels: np.ndarray, inside: np.ndarray) -> dict
 
 def prior(split: arrays.Split) -> np.ndarray:
     """Returns the most frequent class of each pixel: the best guess from position alone."""
-    counts = [(split.labels == number).sum(0) for number in range(len(arrays.CamVid.classes))]
+    counts = [(split.labels == number).sum(0) for number in range(len(sources.CamVid.classes))]
     return np.argmax(counts, 0).astype(np.uint8)
 
 
@@ -235,7 +235,7 @@ def tabulate_classes(groups: dict[str, list[dict]]) -> str:
     for name, results in groups.items():
         by_class = zip(*(result["by_class"] for result in results))
         lines.append([name, *map(percent, by_class)])
-    return tables.table(["padding", *arrays.CamVid.classes], lines)
+    return tables.table(["padding", *sources.CamVid.classes], lines)
 
 
 def draw_rings(groups: dict[str, list[dict]]) -> Figure:
@@ -270,9 +270,9 @@ def draw_scenes(options, test: arrays.Split) -> Figure:
         for axis, scene in zip(line, scenes):
             axis.imshow(scene)
             axis.set(xticks=[], yticks=[])
-    colors = pictures.paint(np.arange(len(arrays.CamVid.classes))) / 255
+    colors = pictures.paint(np.arange(len(sources.CamVid.classes))) / 255
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
-    figure.legend(handles, arrays.CamVid.classes, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles, sources.CamVid.classes, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 

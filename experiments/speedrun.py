@@ -32,7 +32,7 @@ from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
 from cnnjax.models import Network, create_model
 from cnnjax.models.speedrun import whitening_filters
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import backend, command, files, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
 from cnnjax.train.step import epoch_order, loss_and_errors
@@ -306,7 +306,7 @@ def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> li
     try:
         with progress(runs, "runs") as advance:
             for path in run_files(folder, runs):
-                rows.append(workdir.read_or_compute(path, program.run, int(path.stem)))
+                rows.append(files.read_or_compute(path, program.run, int(path.stem)))
                 advance(1)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
@@ -424,9 +424,9 @@ deviation over seeds; seconds: the median of whole runs, test included, compilat
 ![Losses and accuracies](speedrun.png)
 {describe_environments(workdir.read_environments(folder))}"""
     results = statistics | {"device": device, "target": TARGET, "runs": rows}
-    workdir.write_json(folder / "speedrun.json", results)
-    workdir.write_figure(folder / "speedrun.png", draw(config, rows))
-    workdir.write(folder / "report.md", text)
+    files.write_json(folder / "speedrun.json", results)
+    files.write_figure(folder / "speedrun.png", draw(config, rows))
+    files.write(folder / "report.md", text)
     return table
 
 

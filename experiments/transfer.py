@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from cnnjax import study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
-from cnnjax.runtime import command, tables, workdir
+from cnnjax.runtime import command, files, tables, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.parallel import Parallel
@@ -183,7 +183,7 @@ def check_digest(options, network: str, digest: str) -> None:
     run without it.
     """
     for path in (options.workdir / "points").glob(f"study=labels,network={network},*.json"):
-        recorded = workdir.read_json(path).get("weights_sha256", digest)
+        recorded = files.read_json(path).get("weights_sha256", digest)
         if recorded != digest:
             raise ValueError(
                 f"weights={str(options.weights)!r} has other weights of {network} than {path} was "

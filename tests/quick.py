@@ -21,10 +21,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.extend.random import define_prng_impl
 
 from cnnjax import weights
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 
 # As users have it.
-write_figure = workdir.write_figure
+write_figure = files.write_figure
 
 # What takes most of a compilation: LLVM's optimization, dividing a small program among threads, and
 # MLIR's emitters of fused loops. Each with the tests' value and XLA's own.
@@ -156,13 +156,13 @@ def draw_once(change: Callable = setattr) -> None:
 
     To crop them, matplotlib draws them twice. test_workdir.py tests `write_figure` itself.
     """
-    change(workdir, "write_figure", _write_uncropped)
+    change(files, "write_figure", _write_uncropped)
 
 
 def _write_uncropped(path: pathlib.Path, figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    workdir.write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue())
 
 
 def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:

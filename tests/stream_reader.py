@@ -4,13 +4,14 @@ import multiprocessing
 import signal
 import sys
 
-from cnnjax.data import stream
+from cnnjax.data import folders, stream
 
 
 def main(arguments: list[str]) -> int:
     """Prints the worker's number and waits."""
-    source = stream.Folder(arguments[0])
-    images = stream.batches(source, 4, 0, 16, resize=20, train=True, steps=range(1000), workers=1)
+    source = folders.Folder(arguments[0])
+    batches = stream.TrainingBatches(source, 4, range(1000), seed=0, size=16, resize=20)
+    images = stream.iterate(batches, workers=1)
     next(images)
     (worker,) = multiprocessing.active_children()
     print(worker.pid, file=sys.stderr)

@@ -126,7 +126,7 @@ print(jax.config.jax_compilation_cache_dir == str(backend._cache_dir()))
 
 @pytest.mark.parametrize("index, level", [(0, logging.INFO), (1, logging.WARNING)])
 def test_of_several_processes_one_logs(monkeypatch, index, level):
-    monkeypatch.setattr(backend, "_JOINED", [])
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: None)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     log = logging.getLogger("cnnjax")

@@ -17,7 +17,7 @@ from cnnjax.combine.methods import ENSEMBLES
 from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
@@ -295,7 +295,7 @@ def sweep_folder(tmp_path):
     folder = tmp_path / "sweep"
     for name in ("dataset=cifar10[:12000],seed=0", "dataset=cifar10[:12000],seed=1", "seed=2"):
         (folder / name).mkdir(parents=True)
-        workdir.write_json(folder / name / "config.json", {"kind": "train", "name": name})
+        files.write_json(folder / name / "config.json", {"kind": "train", "name": name})
     (folder / "jobs").mkdir()
     (folder / "sweep.json").write_text("{}")
     return folder
@@ -373,7 +373,7 @@ def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         configs[tmp_path / name] = config.to_dict()
-    workdir.write_json(tmp_path / "a" / "results.json", recorded)
+    files.write_json(tmp_path / "a" / "results.json", recorded)
     refused = f"^the images of dataset='digits', data_dir='' have changed since {tmp_path / 'b'} "
     for changes, message in (
         ({"classes": list("1023456789")}, "the classes are in another order"),
@@ -381,14 +381,14 @@ def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):
         ({"image_shape": [8, 9, 1]}, r"image_shape=\[8, 9, 1\] then, \[8, 8, 1\] now"),
         ({"n_train": 1000}, "n_train=1000 then, 1237 now"),
     ):
-        workdir.write_json(tmp_path / "b" / "results.json", recorded | changes)
+        files.write_json(tmp_path / "b" / "results.json", recorded | changes)
         with pytest.raises(ValueError, match=rf"{refused}was trained \({message}\); bring them"):
             runs.check_data(configs, digits, config)
     # The run held out fewer images.
     configs[tmp_path / "b"]["n_validation"] = 100
-    workdir.write_json(tmp_path / "b" / "results.json", recorded | {"n_train": 1337})
+    files.write_json(tmp_path / "b" / "results.json", recorded | {"n_train": 1337})
     runs.check_data(configs, digits, config)
-    workdir.write_json(tmp_path / "b" / "results.json", {"classes": recorded["classes"]})
+    files.write_json(tmp_path / "b" / "results.json", {"classes": recorded["classes"]})
     runs.check_data(configs, digits, config)
 
 
@@ -441,7 +441,7 @@ def test_another_batch_norm_is_not_averaged(method, tmp_path):
         folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
         weights.save_torchvision(some(OtherNorm(), seed), folder / "weights.safetensors")
         classes = list("0123456789")
-        workdir.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
+        files.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
     with pytest.raises(ValueError, match=f"^method='{method}' needs .* keep statistics: norm$"):
         combine.run([str(tmp_path / "run*")], method, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -712,7 +712,7 @@ def test_a_soup_with_batch_norm_gets_statistics_of_its_own(tmp_path, monkeypatch
         folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
         weights.save_torchvision(variables, folder / "weights.safetensors")
         classes = list("0123456789")
-        workdir.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
+        files.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
     train = arrays.load("digits", n_validation=200).train
     images = train.images[np.random.default_rng(0).permutation(len(train.images))]
     for method in ("uniform", "learned", "best"):
@@ -767,7 +767,7 @@ def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
         config = defaults.get_config()
         config.update_from_flattened_dict({"n_validation": 200, **changes})
         workdir.prepare(tmp_path / name, config.to_dict())
-        workdir.write_json(tmp_path / name / "results.json", {"final": {"step": 1}})
+        files.write_json(tmp_path / name / "results.json", {"final": {"step": 1}})
         return tmp_path / name
 
     first, rest = fake("a"), ("--workdir", tmp_path / "out")

@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 import sklearn.datasets
 
-from cnnjax.data import arrays, splits
+from cnnjax.data import arrays, published, sources, splits
+from cnnjax.data.cifar_pickle import read_cifar_pickle
 
 
 def test_cifar10_is_the_published_one(data_dir):
@@ -61,8 +62,9 @@ RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
 LABELS = RANDOM.permutation(np.arange(20) % 10).astype(np.int32)
 ROWS = IMAGES.transpose(0, 3, 1, 2).reshape(20, 3072)
-SMALL = dataclasses.replace(arrays.DATASETS["cifar10"], counts=(15, 5))
-FINE = dataclasses.replace(arrays.DATASETS["cifar100"], counts=(15, 5))
+SMALL = dataclasses.replace(sources.DATASETS["cifar10"], counts=(15, 5))
+BINARY = SMALL.layouts[0]
+FINE = dataclasses.replace(sources.DATASETS["cifar100"], counts=(15, 5))
 
 
 def binary(first, last, coarse=False):
@@ -109,10 +111,12 @@ def archive(path, folder, files):
 def as_published(source, path):
     """Returns the source with the archive's own hash as the published one."""
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    archives = []
-    for file in source.archives:
-        archives.append(file._replace(md5=md5) if file.name == path.name else file)
-    return dataclasses.replace(source, archives=tuple(archives))
+    layouts = []
+    for layout in source.layouts:
+        if layout.archive.name == path.name:
+            layout = layout._replace(archive=layout.archive._replace(md5=md5))
+        layouts.append(layout)
+    return dataclasses.replace(source, layouts=tuple(layouts))
 
 
 def assert_ours(found):
@@ -125,21 +129,21 @@ def assert_ours(found):
 @pytest.mark.parametrize("source, make", [(SMALL, batches), (FINE, fine_batches)])
 @pytest.mark.parametrize("place", ["folder", "itself", "archive"])
 def test_cifars_layouts(tmp_path, source, make, is_binary, place):
-    folder = source.binary if is_binary else source.python
+    layout = source.layouts[0 if is_binary else 1]
     if place == "archive":
-        path = tmp_path / source.archives[0 if is_binary else 1].name
-        archive(path, folder, make(is_binary))
+        path = tmp_path / layout.archive.name
+        archive(path, layout.folder, make(is_binary))
         source = as_published(source, path)
     else:
-        parent = tmp_path / folder if place == "folder" else tmp_path
+        parent = tmp_path / layout.folder if place == "folder" else tmp_path
         write(parent, make(is_binary))
     assert_ours(source.read(tmp_path))
 
 
 def test_an_archive_is_decompressed_once(tmp_path, monkeypatch):
     """Its files may come in any order; as a stream, it cannot be gone back in."""
-    path = tmp_path / SMALL.archives[0].name
-    archive(path, SMALL.binary, dict(reversed(batches(True).items())))
+    path = tmp_path / BINARY.archive.name
+    archive(path, BINARY.folder, dict(reversed(batches(True).items())))
     modes = []
     open_archive = tarfile.open
 
@@ -167,11 +171,11 @@ def small_idx(url="http://localhost:1/"):
         files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(IMAGES[where, ..., 0]))
         files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx(LABELS[where].astype(np.uint8)))
     entries = tuple(
-        arrays.File(name, (url + name,), hashlib.md5(content).hexdigest())
+        published.File(name, (url + name,), hashlib.md5(content).hexdigest())
         for name, content in files.items()
     )
-    mnist = arrays.DATASETS["mnist"]
-    source = dataclasses.replace(mnist, files=entries, counts=(15, 5), shape=(32, 32, 1))
+    mnist = sources.DATASETS["mnist"]
+    source = dataclasses.replace(mnist, files=entries, counts=(15, 5), size=(32, 32))
     return source, files
 
 
@@ -200,14 +204,14 @@ def test_a_pickle_runs_nothing(tmp_path):
             ValueError,
             match="not a CIFAR batch in the Python layout: UnpicklingError: it asks for .*system",
         ) as caught:
-            arrays.read_cifar_pickle(pickle.dumps(content, protocol=2), "batch", 1)
+            read_cifar_pickle(pickle.dumps(content, protocol=2), "batch", 1)
         assert "\n" not in str(caught.value)
     assert not marker.exists()
 
 
 def test_damage_is_named(tmp_path):
-    write(tmp_path / SMALL.binary, batches(True))
-    path = tmp_path / SMALL.binary / "data_batch_3.bin"
+    write(tmp_path / BINARY.folder, batches(True))
+    path = tmp_path / BINARY.folder / "data_batch_3.bin"
     whole = path.read_bytes()
     for content, message in (
         (whole[:-1], r"data_batch_3\.bin holds 9,218 bytes of data where \[3, 3073\] are 9,219"),
@@ -224,8 +228,8 @@ def test_damage_is_named(tmp_path):
 def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
     files = batches(True)
     files["data_batch_2.bin"] = bytes([10]) + files["data_batch_2.bin"][1:]
-    write(tmp_path / SMALL.binary, files)
-    monkeypatch.setitem(arrays.DATASETS, "cifar10", SMALL)
+    write(tmp_path / BINARY.folder, files)
+    monkeypatch.setitem(sources.DATASETS, "cifar10", SMALL)
     with pytest.raises(
         ValueError,
         match="the training set of cifar10 in data_dir=.* has the label 10; expected 0 to 9",
@@ -258,7 +262,7 @@ class Own:
     ],
 )
 def test_labels_of_any_kind_are_checked(monkeypatch, loss, labels, wrong):
-    monkeypatch.setitem(arrays.DATASETS, "own", Own(loss, labels))
+    monkeypatch.setitem(sources.DATASETS, "own", Own(loss, labels))
     with pytest.raises(
         ValueError,
         match=f"^the test set of own in data_dir='x' has the label {wrong}; expected 0 to 1$",
@@ -384,7 +388,7 @@ def test_what_cannot_be_trained_on_is_neither_saved_nor_loaded(
 
 def test_a_mask_in_jpeg_is_refused(tmp_path):
     """JPEG compression changes pixel values, which are a mask's labels."""
-    source = arrays.CamVid("pixelwise", size=(8, 8))
+    source = sources.CamVid("pixelwise", size=(8, 8))
     mask = PIL.Image.new("L", (8, 8), 3)
     mask.save(tmp_path / "mask.png")
     assert (source._mask(tmp_path / "mask.png") == 3).all()
@@ -401,13 +405,13 @@ def test_a_damaged_gzip_and_a_wrong_header_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"{name} has the MD5 hash .*, and the published file has"):
         source.read(tmp_path)
     with pytest.raises(ValueError, match="x begins with .*; the IDX header of unsigned bytes"):
-        arrays.read_idx(idx(IMAGES[:15, ..., 0]), "x", (14, 32, 32))
+        published.read_idx(idx(IMAGES[:15, ..., 0]), "x", (14, 32, 32))
 
 
 def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
-    path = tmp_path / SMALL.archives[0].name
+    path = tmp_path / BINARY.archive.name
     with tarfile.open(path, "w:gz") as file:
-        member = tarfile.TarInfo(f"{SMALL.binary}/data_batch_1.bin")
+        member = tarfile.TarInfo(f"{BINARY.folder}/data_batch_1.bin")
         member.type = tarfile.SYMTYPE
         member.linkname = "/etc/passwd"
         file.addfile(member)

@@ -23,7 +23,7 @@ import quick
 
 from cnnjax import combine, main
 from cnnjax.models import create_model
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims, workdir
 from cnnjax.train import step
 from cnnjax.train.checkpoints import Checkpoints, _leaves
 
@@ -49,7 +49,7 @@ for number in (signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_DFL)
 import deep_calls, imported, quick
 from cnnjax import combine, main, sweep
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.train import data, loop, report, results
 from cnnjax.train import evaluate, step
 quick.without_figures()
@@ -267,7 +267,7 @@ def full(owner, name, when=lambda *arguments: True):
         return whole(*arguments, **options)
     setattr(owner, name, filled)
 def full_at(file):
-    full(workdir, "write", lambda path, content: path.name == file)
+    full(files, "write", lambda path, content: path.name == file)
 """
 NO_SPACE = "No space left on device"
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
     """Fills the disk at each place where one run writes; the run goes on each time."""
     folder, outside = disk / "run", machine.seen(disk) / "run"
     for where, message, reached in (
-        ('full(workdir, "claim")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
+        ('full(claims, "claim")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
         ('full(workdir, "prepare")', f"workdir='{folder}' cannot be written to: {NO_SPACE}", None),
         ('full_at("environment.json")', f"{NO_SPACE}: '{folder}/environment.json'", None),
         (
@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
         ),
         ('full_at("test.npz")', f"{NO_SPACE}: '{folder}/test.npz'", STEPS),
         ('full_at("results.json")', f"{NO_SPACE}: '{folder}/results.json'", STEPS),
-        ('full(workdir, "write_figure")', f"{NO_SPACE}: '{folder}/curves.png'", STEPS),
+        ('full(files, "write_figure")', f"{NO_SPACE}: '{folder}/curves.png'", STEPS),
         ('full_at("report.md")', f"{NO_SPACE}: '{folder}/report.md'", "finished"),
     ):
         code, errors = machine.train(folder, FULL.format(disk) + where)
@@ -332,12 +332,12 @@ def test_a_disk_that_can_only_be_read(machine, finished, disk):
     )
     turns = f"""
 import subprocess
-write = workdir.write
+write = files.write
 def turned(path, content):
     if path.name == "results.json":
         subprocess.run(["mount", "-o", "remount,ro", "{disk}"], check=True)
     write(path, content)
-workdir.write = turned
+files.write = turned
 """
     code, errors = machine.train(folder, turns)
     assert (
@@ -538,12 +538,12 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
     for content in (b"", b"\xff", b"{}", b"[]"):
         (tmp_path / "run.claim").write_bytes(content)
         with (
-            pytest.raises(workdir.Claimed, match="in use by process unknown on a machine"),
-            workdir.claim(tmp_path),
+            pytest.raises(claims.Claimed, match="in use by process unknown on a machine"),
+            claims.claim(tmp_path),
         ):
             pass
     os.utime(tmp_path / "run.claim", (time.time() - 130,) * 2)
-    with workdir.claim(tmp_path):
+    with claims.claim(tmp_path):
         assert json.loads((tmp_path / "run.claim").read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
@@ -563,7 +563,7 @@ def test_a_combination_in_anothers_place_is_refused(finished, tmp_path, capsys):
 
 def test_a_combination_in_a_place_that_is_in_use_is_refused(finished, tmp_path, capsys):
     folder = tmp_path / "combined"
-    with workdir.claim(folder):
+    with claims.claim(folder):
         code = combine.main(
             ["--runs", str(finished), "--method", "polyak", "--workdir", str(folder)]
         )
@@ -629,11 +629,11 @@ def test_a_clock_that_was_set_back(stopped, finished, run_here, tmp_path, monkey
         patch.setattr(time, "time_ns", lambda: nanoseconds() - 86400 * 10**9)
         assert run_here(configuration(stopped), folder) is None
     assert record(folder) == record(finished)
-    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
-    with workdir.claim(tmp_path):
+    monkeypatch.setattr(claims, "_RENEWAL_SECONDS", 0.05)
+    with claims.claim(tmp_path):
         os.utime(tmp_path / "run.claim", (seconds() + 3600,) * 2)
-        with pytest.raises(workdir.Claimed):
-            workdir.claim(tmp_path).__enter__()
+        with pytest.raises(claims.Claimed):
+            claims.claim(tmp_path).__enter__()
         time.sleep(0.3)
         # The claim is renewed with the new clock's time.
         assert abs((tmp_path / "run.claim").stat().st_mtime - seconds()) < 60
@@ -682,12 +682,12 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
             "from step 30 of 30",
         ),
         (
-            'at(workdir, "write_figure", signal.SIGINT)',
+            'at(files, "write_figure", signal.SIGINT)',
             "stopped; the same command goes on",
             "from step 30 of 30",
         ),
         (
-            'at(workdir, "write_figure", signal.SIGTERM)',
+            'at(files, "write_figure", signal.SIGTERM)',
             "interrupted: what was finished is whole",
             "holds the finished run",
         ),

@@ -9,7 +9,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -26,10 +25,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
-from test_data import SMALL, archive, as_published, binary, idx, python
+from test_data import BINARY, SMALL, archive, as_published, binary, idx, python
 
 from cnnjax import weights
-from cnnjax.data import arrays, photographs, stream
+from cnnjax.data import photographs, published, sources, stream
+from cnnjax.data.cifar_pickle import read_cifar_pickle
+from cnnjax.data.folders import Folder
 from cnnjax.models import create_model
 from cnnjax.runtime import workdir
 from cnnjax.train import checkpoints
@@ -187,27 +188,27 @@ def idx_files(folder):
     values = np.arange(5 * 4 * 3).reshape(5, 4, 3).astype(np.uint8)
 
     def check(content):
-        assert arrays.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
+        assert published.read_idx(content, "x", (5, 4, 3)).shape == (5, 4, 3)
 
     return [idx(values)], lambda mutant: lambda: check(mutant), 50
 
 
 def gzipped(folder):
     content = gzip.compress(idx(np.zeros((5, 4, 3), np.uint8)))
-    file = arrays.File("x.gz", (), hashlib.md5(content).hexdigest())
+    file = published.File("x.gz", (), hashlib.md5(content).hexdigest())
     path = folder / "x.gz"
 
     def place(mutant):
         path.write_bytes(mutant)
-        return lambda: arrays.read_idx(arrays._read(path, file, 76), "x", (5, 4, 3))
+        return lambda: published.read_idx(published.read(path, file, 76), "x", (5, 4, 3))
 
     return [content], place, 50
 
 
 def archives(folder):
-    path = folder / SMALL.archives[0].name
+    path = folder / BINARY.archive.name
     batches = {f"data_batch_{number}.bin": binary(0, 3) for number in range(1, 6)}
-    archive(path, SMALL.binary, batches | {"test_batch.bin": binary(15, 20)})
+    archive(path, BINARY.folder, batches | {"test_batch.bin": binary(15, 20)})
     content = path.read_bytes()
     source = as_published(SMALL, path)
 
@@ -220,7 +221,7 @@ def archives(folder):
 
 def cifar_binary(folder):
     def check(content):
-        found = arrays.read_cifar_binary(content, "x", 3)
+        found = published.read_cifar_binary(content, "x", 3)
         assert found.images.shape == (3, 32, 32, 3) and found.labels.shape == (3,)
 
     return [binary(0, 3)], lambda mutant: lambda: check(mutant), 50
@@ -228,7 +229,7 @@ def cifar_binary(folder):
 
 def cifar_pickle(folder):
     def check(content):
-        found = arrays.read_cifar_pickle(content, "x", 3)
+        found = read_cifar_pickle(content, "x", 3)
         assert found.images.shape == (3, 32, 32, 3) and found.images.dtype == np.uint8
         assert found.labels.shape == (3,)
 
@@ -279,7 +280,7 @@ def pictures(data_dir: pathlib.Path | None) -> list[bytes]:
 
 def camvid_masks(folder):
     mask = np.arange(24 * 32).reshape(24, 32).astype(np.uint8) % 12
-    source = arrays.CamVid("pixelwise", size=(24, 32))
+    source = sources.CamVid("pixelwise", size=(24, 32))
     path = folder / "mask.png"
 
     def place(content):
@@ -314,7 +315,7 @@ def folders(folder):
     (folder / "train" / "cat").mkdir(parents=True)
     path = folder / "train" / "cat" / "x.png"
     path.touch()
-    source = stream.Folder(folder / "train")
+    source = Folder(folder / "train")
 
     def place(content):
         path.write_bytes(content)
@@ -470,7 +471,7 @@ _NESTED = b"K\x01q\x00" + b"(h\x00h\x00h\x00%bq\x00" * 40
 )
 def test_pickles_that_attack(content):
     watch = Watch(100)
-    watch(lambda: arrays.read_cifar_pickle(content, "x", 1))
+    watch(lambda: read_cifar_pickle(content, "x", 1))
     watch.end()
     assert watch.refused == 1
 
@@ -479,20 +480,20 @@ def test_pickles_that_attack(content):
 def test_bombs_are_not_opened(tmp_path):
     """Compression bombs, paths outside the folder, and an oversized batch are refused."""
     bomb = gzip.compress(bytes(2**20), 9) * 1000
-    source = dataclasses.replace(arrays.DATASETS["mnist"], folders=("mnist",))
+    source = dataclasses.replace(sources.DATASETS["mnist"], folders=("mnist",))
     (tmp_path / "mnist").mkdir()
     for file in source.files:
         (tmp_path / "mnist" / file.name).write_bytes(bomb)
-    climbing = tmp_path / SMALL.archives[0].name
+    climbing = tmp_path / BINARY.archive.name
     with tarfile.open(climbing, "w:gz") as file:
-        for name in ("../out", "/out", f"{SMALL.binary}/../../out"):
+        for name in ("../out", "/out", f"{BINARY.folder}/../../out"):
             file.addfile(tarfile.TarInfo(name))
     watch = Watch(60)
     watch(lambda: source.read(tmp_path))
     watch(lambda: SMALL.read(tmp_path))
     climbing.write_bytes(bomb)
     watch(lambda: SMALL.read(tmp_path))
-    long = tmp_path / SMALL.binary / "data_batch_1.bin"
+    long = tmp_path / BINARY.folder / "data_batch_1.bin"
     long.parent.mkdir()
     for name in (
         "data_batch_1",
@@ -546,9 +547,9 @@ def test_images_that_attack(content, tmp_path):
     path.parent.mkdir()
     path.write_bytes(content)
     watch = Watch(200)
-    for reader in (photographs.read_image, arrays.CamVid("pixelwise")._mask):
+    for reader in (photographs.read_image, sources.CamVid("pixelwise")._mask):
         watch(lambda: reader(path))  # noqa: B023 - called at once
-    watch(lambda: stream.Folder(tmp_path)[0])
+    watch(lambda: Folder(tmp_path)[0])
     watch.end()
     assert watch.refused == 3
 
@@ -562,11 +563,13 @@ def test_a_strip_is_cropped_in_bounded_memory(width, height, tmp_path):
     path = tmp_path / "cat" / "x.png"
     path.parent.mkdir()
     path.write_bytes(png(width, height, content, chunk(b"IEND", b"")))
-    source = stream.Folder(tmp_path)
+    source = Folder(tmp_path)
     watch = Watch(100)
-    for resize, train in itertools.product((256, 0), (True, False)):
-        batches = stream.batches(source, 1, 0, 224, resize=resize, train=train, steps=range(3))
-        for images, _ in watch(list, batches):
+    crops = [{"size": 224, "resize": resize} for resize in (256, 0)]
+    trained = [stream.TrainingBatches(source, 1, range(3), seed=0, **crop) for crop in crops]
+    evaluated = [stream.EvaluationBatches(source, 1, **crop) for crop in crops]
+    for batches in trained + evaluated:
+        for images, _ in watch(list, stream.iterate(batches)):
             assert images.shape == (1, 224, 224, 3) and not images.any()
     pixels = watch(preprocessing.resize_and_crop, source[0][0], weights.records.find("resnet18"))
     assert pixels.shape == (224, 224, 3) and not pixels.any()

@@ -17,7 +17,7 @@ import quick
 
 from cnnjax import evaluate, main, predict, visualize
 from cnnjax.models import base, create_model
-from cnnjax.runtime import source, workdir
+from cnnjax.runtime import files, source, workdir
 from cnnjax.train import adopt, defaults
 from cnnjax.train.run import digest_network, open_run, read_config
 from cnnjax.weights import save_torchvision
@@ -193,8 +193,8 @@ def test_a_file_that_was_edited_after_the_run_is_reported(own, tmp_path, caplog)
     run.mkdir()
     results = {"classes": ["a", "b"], "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5]}
     recorded = results | {"network_sha256": digest_network(model)}
-    workdir.write_json(run / "config.json", {"kind": "train", "model": model, "model_fields": {}})
-    workdir.write_json(run / "results.json", recorded)
+    files.write_json(run / "config.json", {"kind": "train", "model": model, "model_fields": {}})
+    files.write_json(run / "results.json", recorded)
     save_torchvision(
         quick.variables(create_model(model, num_classes=2)), run / "weights.safetensors"
     )
@@ -204,9 +204,9 @@ def test_a_file_that_was_edited_after_the_run_is_reported(own, tmp_path, caplog)
     assert not caplog.messages
     open_run(run)
     (message,) = caplog.messages
-    assert message.startswith(f"{path} is not as it was when the run was trained")
+    assert message.startswith(f"{path} has changed since the run was trained")
     caplog.clear()
-    workdir.write_json(run / "results.json", results)
+    files.write_json(run / "results.json", results)
     open_run(run)
     assert not caplog.messages
     assert digest_network("lenet") is None and digest_network("nets.own:Own") is None
@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, capfd):
     path.write_text(path.read_text() + "# edited\n")
     assert "is not as it was" not in capfd.readouterr().err
     assert main.main(arguments) == 0
-    assert f"{path} is not as it was when the run was trained" in capfd.readouterr().err
+    assert f"{path} has changed since the run was trained" in capfd.readouterr().err
     second = json.loads((run / "results.json").read_text())["network_sha256"]
     assert first != second == digest_network(f"{path}:Own")
 
@@ -339,7 +339,7 @@ def test_the_default_folder_does_not_depend_on_where_a_network_is(tmp_path, monk
     def default_folder(model):
         arguments = ["--config", "configs/lenet_digits.py", f"--config.model={model}"]
         options, config = main.parse(parser, arguments)
-        return options.workdir, f"lenet_digits-{workdir.digest(config.to_dict())}"
+        return options.workdir, f"lenet_digits-{files.digest(config.to_dict())}"
 
     folder, earlier = default_folder(tmp_path / "old" / "own.py:Own")
     assert folder == default_folder(tmp_path / "new" / "own.py:Own")[0]

@@ -28,7 +28,7 @@ from cnnjax.position.encoder import encode, image_features, reachable_stages
 from cnnjax.position.metrics import METRICS, by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import command, workdir
+from cnnjax.runtime import command, files, workdir
 from configs import posenet
 from experiments import position_tables
 
@@ -366,7 +366,7 @@ def small_config() -> Iterator[ml_collections.ConfigDict]:
 @pytest.fixture
 def without_figure_files(monkeypatch):
     """For studies whose figures nobody looks at."""
-    monkeypatch.setattr(workdir, "write_figure", lambda path, figure: None)
+    monkeypatch.setattr(files, "write_figure", lambda path, figure: None)
 
 
 @pytest.fixture(scope="module")
@@ -784,7 +784,7 @@ def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config
     begin(gray_config, folder, "posenet-none-0.npz")
     # Earlier versions recorded no digests.
     study.complete_record(gray_config, folder)
-    workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
+    files.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
     study.complete_record(gray_config, folder)
     # The folder may be moved.
     (tmp_path / "grays").rename(tmp_path / "moved grays")
@@ -808,7 +808,7 @@ def test_a_study_goes_on_with_the_weights_that_it_was_begun_with(gray_config, tm
     gray_config.weights = str(file)
     folder = tmp_path / "work"
     begin(gray_config, folder)
-    workdir.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
+    files.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
     study.complete_record(gray_config, folder)
     # Of the same size.
     file.write_bytes(b"same")
@@ -827,7 +827,7 @@ def test_a_study_that_goes_on_with_an_edited_network_says_so(gray_config, tmp_pa
     inputs = study.digest_inputs(gray_config)
     networks = study.digest_networks(gray_config)
     assert networks.keys() == {f"{file}:Own"}
-    workdir.write_json(folder / "inputs.json", inputs | {"networks": networks})
+    files.write_json(folder / "inputs.json", inputs | {"networks": networks})
     study.complete_record(gray_config, folder)
     assert not caplog.messages
     file.write_text("# after")
@@ -835,7 +835,7 @@ def test_a_study_that_goes_on_with_an_edited_network_says_so(gray_config, tmp_pa
     (message,) = caplog.messages
     assert message.startswith(f"{file} has changed since the study was begun; its points may mix")
     caplog.clear()
-    workdir.write_json(folder / "inputs.json", inputs)
+    files.write_json(folder / "inputs.json", inputs)
     study.complete_record(gray_config, folder)
     assert not caplog.messages
 
@@ -1144,9 +1144,9 @@ def test_bad_input_of_tables_is_refused_before_the_first_study(tmp_path, capsys,
 
 def test_tables_keep_studies_of_drawn_photographs_apart(gray_config):
     """Earlier versions took the first photographs of each part."""
-    assert position_tables.study_name(gray_config) == workdir.digest(gray_config.to_dict())
+    assert position_tables.study_name(gray_config) == files.digest(gray_config.to_dict())
     gray_config.n_train = 4
-    assert position_tables.study_name(gray_config) != workdir.digest(gray_config.to_dict())
+    assert position_tables.study_name(gray_config) != files.digest(gray_config.to_dict())
 
 
 def test_tables_name_studies_by_the_contents_of_their_files(gray_config, tmp_path):
@@ -1186,9 +1186,9 @@ def test_tables_of_earlier_versions_are_named_by_paths_and_still_count(gray_conf
     settings = [position_tables.study_name(gray_config, contents, any_seeds=True)]
     check = functools.partial(position_tables.check_page, "main", tmp_path, [gray_config], settings)
     for recorded in (position_tables.study_name(gray_config, any_seeds=True), *settings):
-        workdir.write_json(tmp_path / "main.json", [{"settings": recorded}])
+        files.write_json(tmp_path / "main.json", [{"settings": recorded}])
         check()
-    workdir.write_json(tmp_path / "main.json", [{"settings": "others"}])
+    files.write_json(tmp_path / "main.json", [{"settings": "others"}])
     with pytest.raises(ValueError, match="has main.md with other settings"):
         check()
 

@@ -24,7 +24,7 @@ import cnnjax
 import configs.lenet_digits
 from cnnjax import classifier, evaluate, predict, transfer, weights
 from cnnjax.models import create_model
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.train import run as train
 from cnnjax.train.parallel import Parallel
 from cnnjax.weights import __main__ as listing
@@ -468,7 +468,7 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
 def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transformed, tmp_path):
     finished_run(tmp_path / "run")
     config = {"model_fields": {"transform_input": True} if was_transformed else {}}
-    workdir.write_json(tmp_path / "run" / "config.json", config)
+    files.write_json(tmp_path / "run" / "config.json", config)
     model = create_model("googlenet", num_classes=10, transform_input=not was_transformed)
     message = f"need model_fields.transform_input={was_transformed}"
     with pytest.raises(ValueError, match=message):
@@ -563,14 +563,14 @@ def finished_run(
     variables = {"batch_stats": {}, **numbered(model)}
     folder.mkdir()
     weights.save_torchvision(variables, folder / transfer.WEIGHTS)
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     results = {
         "classes": [f"digit {number}" for number in range(10)],
         "image_shape": list(image_shape),
         "mean": [0.25] * image_shape[2],
         "std": [0.5] * image_shape[2],
     }
-    workdir.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     return model, variables
 
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays, augment, sources
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.runtime import workdir
@@ -74,7 +74,7 @@ def scenes(tmp_path, monkeypatch):
                 PIL.Image.fromarray(content.astype(np.uint8)).save(place / f"{number:03}.{suffix}")
     for name in ("camvid", "camvid_scenes"):
         monkeypatch.setitem(
-            arrays.DATASETS, name, arrays.CamVid(arrays.loss_of(name), SIZE, counts)
+            sources.DATASETS, name, sources.CamVid(arrays.loss_of(name), SIZE, counts)
         )
     return tmp_path / "data"
 
@@ -348,6 +348,8 @@ def test_place_is_exact_in_float64():
 def test_scores_are_their_definitions(standard_promotion):
     counts = evaluate.confusion(np.array([[0, 0, 1, 2]]), np.array([[0, 1, 1, 255]]), 4)
     assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0] * 4, [0] * 4]
+    # As the class of an image, 255 counts.
+    assert evaluate.confusion(np.array([1]), np.array([255]), 256)[255, 1] == 1
     assert evaluate.intersection_over_union(counts) == [1 / 2, 1 / 2, None, None]
     outputs, labels = (
         np.array([[4.0, 0, 1], [3, 0, 1], [2, 0, 1], [1, 0, 1]]),

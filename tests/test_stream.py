@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cnnjax.benchmark import decoding, jax_side
-from cnnjax.data import photographs, splits, stream
+from cnnjax.data import crops, folders, photographs, splits, stream
 from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
 from configs import lenet_digits
@@ -50,9 +50,16 @@ def write(root: pathlib.Path, **classes: list[np.ndarray]) -> pathlib.Path:
 
 
 def read(
-    source, *, size=16, resize=20, batch=4, seed=0, train=True, **options
+    source, *, steps=None, size=16, resize=20, batch=4, seed=0, workers=0, **options
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    return list(stream.batches(source, batch, seed, size, resize=resize, train=train, **options))
+    """Returns the batches of training steps; without steps, those of an evaluation."""
+    if steps is None:
+        batches = stream.EvaluationBatches(source, batch, size, resize)
+    else:
+        batches = stream.TrainingBatches(
+            source, batch, steps=steps, seed=seed, size=size, resize=resize, **options
+        )
+    return list(stream.iterate(batches, workers))
 
 
 def numbers(found) -> list[list[int]]:
@@ -81,7 +88,7 @@ def folder(tmp_path_factory):
         width, height = (24, 20) if number % 2 else (20, 24)
         images.append(ramp(width, height, number, x=10, y=10))
     root = tmp_path_factory.mktemp("images")
-    return stream.Folder(write(root, ant=images[:3], bee=images[3:8], cat=images[8:]))
+    return folders.Folder(write(root, ant=images[:3], bee=images[3:8], cat=images[8:]))
 
 
 LABELS = np.repeat(np.int32([0, 1, 2]), [3, 5, 6])
@@ -97,7 +104,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
         path.parent.mkdir(exist_ok=True)
         kind = "JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG"
         PIL.Image.new("L", (8, 9), color).save(path, format=kind)
-    source = stream.Folder(tmp_path)
+    source = folders.Folder(tmp_path)
     assert source.classes == ("a", "b") and len(source) == 4
     assert [source[index][1] for index in range(4)] == [0, 0, 1, 1]
     assert source.labels().tolist() == [0, 0, 1, 1]
@@ -113,13 +120,13 @@ def test_a_folders_digest_is_that_of_its_names(tmp_path):
     images.mkdir(parents=True)
     for name in ("a.png", "b.png"):
         (images / name).touch()
-    source = stream.Folder(tmp_path / "one")
+    source = folders.Folder(tmp_path / "one")
     digest = source.digest()
-    assert [part.digest() for part in stream.hold_out(source, 1)] == [digest] * 2
+    assert [part.digest() for part in folders.hold_out(source, 1)] == [digest] * 2
     moved = (tmp_path / "one").rename(tmp_path / "two")
-    assert stream.Folder(moved).digest() == digest
+    assert folders.Folder(moved).digest() == digest
     (moved / "ant" / "a.png").rename(moved / "ant" / "c.png")
-    assert stream.Folder(moved).digest() != digest
+    assert folders.Folder(moved).digest() != digest
 
 
 def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
@@ -141,7 +148,7 @@ def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
     PIL.Image.new("RGB", (8, 9), (0, 200, 0)).save(tmp_path / "elsewhere" / "one.png")
     (path.parent / "link.png").symlink_to(tmp_path / "elsewhere" / "one.png")
     (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
-    source = stream.Folder(tmp_path / "images")
+    source = folders.Folder(tmp_path / "images")
     assert source.classes == ("Grüne Äpfel", "linked") and source.passed_over == ""
     assert source.labels().tolist() == [0] * (count + 1) + [1]
     # A folder of photographs has subfolders, but links to folders are not followed.
@@ -156,7 +163,7 @@ def test_every_kind_of_file_is_read_by_every_reader(tmp_path):
 
 def test_what_a_folder_passes_over_is_counted(tmp_path):
     write(tmp_path, cat=[ramp(8, 8)], dog=[ramp(8, 8)] * 2)
-    assert stream.Folder(tmp_path).passed_over == ""
+    assert folders.Folder(tmp_path).passed_over == ""
     for name in (
         "cat/a.gif",
         "cat/b.GIF",
@@ -171,7 +178,7 @@ def test_what_a_folder_passes_over_is_counted(tmp_path):
     for folder in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", ".git", "cat/more", "dog/more"):
         (tmp_path / folder).mkdir()
     shutil.copy(tmp_path / "cat" / "000.png", tmp_path / ".ipynb_checkpoints")
-    source = stream.Folder(tmp_path)
+    source = folders.Folder(tmp_path)
     assert source.classes == ("cat", "dog") and source.labels().tolist() == [0, 1, 1]
     assert source.passed_over == (
         "7 files passed over: 3 .gif, 1 outside a class folder, 1 hidden, "
@@ -220,30 +227,30 @@ def test_a_folders_mistakes_are_named(tmp_path):
     ):
         root = tmp_path / name
         with pytest.raises(ValueError, match=f"^{root} {message}; {expected.format(root)}$"):
-            stream.Folder(root)
+            folders.Folder(root)
     write(tmp_path / "part", cat=[ramp(8, 8)], dog=[])
     dog = (
         f"the class folder {tmp_path}/part/dog has no images; {expected.format(tmp_path / 'part')}"
     )
     with pytest.raises(ValueError, match=rf"^{dog} \(it is empty\)$"):
-        stream.Folder(tmp_path / "part")
+        folders.Folder(tmp_path / "part")
     for name in ("a.gif", "b.gif", "c.mp4"):
         (tmp_path / "part" / "dog" / name).touch()
     with pytest.raises(ValueError, match=rf"^{dog} \(3 files passed over: 2 .gif, 1 .mp4\)$"):
-        stream.Folder(tmp_path / "part")
+        folders.Folder(tmp_path / "part")
 
 
 def test_a_class_whose_name_no_report_could_hold_is_refused(tmp_path):
     write(tmp_path, cat=[ramp(8, 8)])
     (tmp_path / "cat").rename(tmp_path / os.fsdecode(b"caf\xe9"))
     with pytest.raises(ValueError, match=r"/caf\\udce9' has a name that is not UTF-8; rename it$"):
-        stream.Folder(tmp_path)
+        folders.Folder(tmp_path)
     # Unlike the name of a class, that of a file need not be UTF-8.
     write(tmp_path / "other", cat=[ramp(8, 8)])
     (tmp_path / "other" / "cat" / "000.png").rename(
         tmp_path / "other" / "cat" / os.fsdecode(b"\xe9.png")
     )
-    assert stream.Folder(tmp_path / "other")[0][0].size == (8, 8)
+    assert folders.Folder(tmp_path / "other")[0][0].size == (8, 8)
 
 
 def test_class_names_in_two_unicode_forms_are_one_name(tmp_path):
@@ -252,7 +259,7 @@ def test_class_names_in_two_unicode_forms_are_one_name(tmp_path):
     image = [ramp(8, 8)]
     write(tmp_path / "data" / "train", **{decomposed: image, "Birnen": image})
     write(tmp_path / "data" / "val", **{composed: image, "Birnen": image})
-    sources = stream.open_splits("folder", str(tmp_path / "data"))
+    sources = folders.open_splits("folder", str(tmp_path / "data"))
     # In the order of the training folders: a run that was begun on them can go on.
     assert sources["train"].classes == sources["test"].classes == (composed, "Birnen")
     for source in sources.values():
@@ -262,7 +269,7 @@ def test_class_names_in_two_unicode_forms_are_one_name(tmp_path):
     with pytest.raises(
         ValueError, match=r"'A\\u0308pfel' and '\\xc4pfel' .* are the same name, 'Ä"
     ):
-        stream.Folder(tmp_path / "data" / "train")
+        folders.Folder(tmp_path / "data" / "train")
 
 
 def test_pixels_of_every_kind_become_rgb(tmp_path):
@@ -280,7 +287,7 @@ def test_pixels_of_every_kind_become_rgb(tmp_path):
     PIL.Image.new("RGBA", (12, 8), (*color, 0)).save(
         tmp_path / "a" / "alpha.webp", exact=True, lossless=True
     )
-    source = stream.Folder(tmp_path)
+    source = folders.Folder(tmp_path)
     assert len(source) == 6
     for index in range(6):
         pixels = np.asarray(source[index][0])
@@ -311,9 +318,9 @@ def test_the_splits_of_a_folder(tmp_path, caplog, names, uses):
     counts = {"train": 2, "test": 4}
     for name in names:
         write(tmp_path / name, a=[ramp(8, 8)] * counts.get(name, 3), b=[ramp(8, 8)])
-    assert stream.find_splits("folder", str(tmp_path)) == uses
+    assert folders.find_splits("folder", str(tmp_path)) == uses
     with caplog.at_level("INFO", "cnnjax"):
-        sources = stream.open_splits("folder", str(tmp_path))
+        sources = folders.open_splits("folder", str(tmp_path))
     assert sources.keys() == uses.keys()
     lines = []
     for use, name in uses.items():
@@ -329,46 +336,46 @@ def test_a_test_folder_without_classes_is_not_the_test_set(tmp_path, caplog):
     for name in ("train", "val"):
         write(tmp_path / name, a=[ramp(8, 8)], b=[ramp(8, 8)])
     shutil.copytree(tmp_path / "train" / "a", tmp_path / "test")
-    assert stream.find_splits("folder", str(tmp_path)) == {"train": "train", "test": "val"}
+    assert folders.find_splits("folder", str(tmp_path)) == {"train": "train", "test": "val"}
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(
         ValueError,
         match=f"^data_dir='{tmp_path}' has no folder test or val or .*; its test has no labels$",
     ):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
 
 
 def test_splits_that_do_not_fit_are_refused(tmp_path):
     where = re.escape(f"data_dir='{tmp_path}'")
     with pytest.raises(ValueError, match=f"^{where} has no folder train of images by class$"):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
     write(tmp_path / "train", a=[ramp(8, 8)] * 3, b=[ramp(8, 8)])
     with pytest.raises(
         ValueError,
         match=f"^{where} has no folder test or val or validation or valid of images by class$",
     ):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match=f"^{tmp_path}/val has no images; expected"):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
     write(tmp_path / "val", a=[ramp(8, 8)])
     with pytest.raises(
         ValueError,
         match=rf"^{where}: the test split has other classes than the training split "
         r"\(missing classes: b; additional: none\); expected the same$",
     ):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
     write(tmp_path / "val", b=[ramp(8, 8)])
     shutil.copytree(tmp_path / "val", tmp_path / "test")
     with pytest.raises(
         ValueError,
         match=f"^n_validation=1 is not 0 or 2, the validation images that {where} has of its own$",
     ):
-        stream.open_splits("folder", str(tmp_path), 1)
-    assert len(stream.open_splits("folder", str(tmp_path), 2)["validation"]) == 2
+        folders.open_splits("folder", str(tmp_path), 1)
+    assert len(folders.open_splits("folder", str(tmp_path), 2)["validation"]) == 2
     shutil.copytree(tmp_path / "val", tmp_path / "valid")
     with pytest.raises(ValueError, match=f"^{where} has val and valid; expected one of them$"):
-        stream.open_splits("folder", str(tmp_path))
+        folders.open_splits("folder", str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -380,7 +387,7 @@ def test_damaged_images_are_named(tmp_path, suffix):
     path = tmp_path / "a" / f"x.{suffix}"
     path.parent.mkdir()
     path.write_bytes(whole)
-    source = stream.Folder(tmp_path)
+    source = folders.Folder(tmp_path)
     generator = np.random.default_rng(1)
     refused = 0
     for cut in (0, 1, len(whole) // 2, len(whole) - 30):
@@ -404,7 +411,7 @@ def test_pixels_that_eight_bits_cannot_hold_are_refused(tmp_path):
     write(tmp_path, a=[np.full((8, 8), 1000, np.uint16)])
     reason = r"pixels of more than 8 bits \(Pillow's mode I;16\); expected 8"
     readers = (
-        lambda: stream.Folder(tmp_path)[0],
+        lambda: folders.Folder(tmp_path)[0],
         lambda: photographs.read_image(tmp_path / "a" / "000.png"),
     )
     for reader in readers:
@@ -453,7 +460,7 @@ def test_importing_photographs_leaves_the_users_warnings_alone():
 
 def test_images_held_out_of_a_source(folder):
     """Held-out images are balanced over classes, and the same as for data in memory."""
-    rest, held = stream.hold_out(folder, 5)
+    rest, held = folders.hold_out(folder, 5)
     assert len(rest) == 9 and len(held) == 5 and rest.classes == held.classes == folder.classes
     parts = []
     for part in (rest, held):
@@ -464,18 +471,18 @@ def test_images_held_out_of_a_source(folder):
     assert [held[index][1] for index in range(5)] == LABELS[parts[1]].tolist()
     assert sorted(np.bincount(LABELS[parts[1]])) == [1, 2, 2]
     assert np.flatnonzero(splits.hold_out(LABELS, 5)).tolist() == parts[1]
-    again = stream.hold_out(folder, 5)[1]
+    again = folders.hold_out(folder, 5)[1]
     assert [np.asarray(again[index][0])[0, 0, 2] for index in range(5)] == parts[1]
     for count in (0, 12):
         with pytest.raises(ValueError, match=f"n_validation={count} is not between 1 and 11"):
-            stream.hold_out(folder, count)
+            folders.hold_out(folder, count)
 
 
 def test_held_out_images_are_told(tmp_path, caplog):
     write(tmp_path / "train", a=[ramp(8, 8)] * 3, b=[ramp(8, 8)])
     write(tmp_path / "val", a=[ramp(8, 8)], b=[ramp(8, 8)])
     with caplog.at_level("INFO", "cnnjax"):
-        sources = stream.open_splits("folder", str(tmp_path), 2)
+        sources = folders.open_splits("folder", str(tmp_path), 2)
     assert {use: len(source) for use, source in sources.items()} == {
         "train": 2,
         "test": 2,
@@ -500,18 +507,18 @@ def prepared(tmp_path_factory):
 READ_TFDS = """
 import json, sys
 import numpy as np
-from cnnjax.data import stream
+from cnnjax.data import folders, stream
 found = {"tensorflow": False}
-held_out = stream.open_splits("tfds:NAME", sys.argv[1], 6)["validation"]
+held_out = folders.open_splits("tfds:NAME", sys.argv[1], 6)["validation"]
 found["held out"] = [held_out[index][1] for index in range(6)]
 for split in ("train", "test"):
-    source = stream.Tfds("NAME", sys.argv[1], split)
+    source = folders.Tfds("NAME", sys.argv[1], split)
     found[split] = []
     for index in range(len(source)):
         image, label = source[index]
         found[split].append([np.asarray(image).tolist(), label])
     found["classes"] = source.classes
-    batches = stream.batches(source, 4, 0, 8, resize=8, train=False)
+    batches = stream.iterate(stream.EvaluationBatches(source, 4, 8, 8))
     found[split + " labels"] = np.concatenate([labels for _, labels in batches]).tolist()
 found["tensorflow"] = "tensorflow" in sys.modules
 print(json.dumps(found))
@@ -566,7 +573,7 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
 def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, split, reason):
     where = str(prepared / folder)
     with pytest.raises(ValueError) as caught:
-        stream.Tfds(name, where, split)
+        folders.Tfds(name, where, split)
     message = str(caught.value)
     assert message.startswith(
         f"dataset='tfds:{name}' has no split '{split}' in data_dir='{where}' that can be read "
@@ -615,11 +622,11 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
     """ImageNet's labeled split is called validation; its test split has labels of -1."""
     copy, _, add_test = imagenets_way
     uses = {"train": "train", "test": "validation"}
-    assert stream.find_splits(DATASET, str(copy)) == uses
+    assert folders.find_splits(DATASET, str(copy)) == uses
     add_test([-1] * 6)
-    assert stream.find_splits(DATASET, str(copy)) == uses
+    assert folders.find_splits(DATASET, str(copy)) == uses
     with caplog.at_level("INFO", "cnnjax"):
-        sources = stream.open_splits(DATASET, str(copy))
+        sources = folders.open_splits(DATASET, str(copy))
     assert sources["train"].digest() != sources["test"].digest()
     assert told(caplog) == [
         f"train: 18 images, 3 classes in dataset='{DATASET}', split 'train'",
@@ -632,7 +639,7 @@ def test_the_labeled_split_is_the_test_set(imagenets_way, caplog):
         ValueError,
         match=f"^record 0 of dataset='{DATASET}', split 'test' has the label -1; expected",
     ):
-        stream.Tfds(make_tfds.NAME, str(copy), "test")[0]
+        folders.Tfds(make_tfds.NAME, str(copy), "test")[0]
 
 
 def test_labels_that_are_no_class_are_refused(imagenets_way):
@@ -640,10 +647,10 @@ def test_labels_that_are_no_class_are_refused(imagenets_way):
     copy, _, add_test = imagenets_way
     add_test([0, 1, 2, 0, 3, -1])
     uses = {"train": "train", "validation": "validation", "test": "test"}
-    assert stream.find_splits(DATASET, str(copy)) == uses
-    source = stream.open_splits(DATASET, str(copy))["test"]
+    assert folders.find_splits(DATASET, str(copy)) == uses
+    source = folders.open_splits(DATASET, str(copy))["test"]
     where = f"dataset='{DATASET}', split 'test' has the label"
-    for options in ({"train": False}, {"steps": range(1), "batch": 6, "skip_damaged": True}):
+    for options in ({}, {"steps": range(1), "batch": 6, "skip_damaged": True}):
         with pytest.raises(ValueError, match=f"^record (4|5) of {where}"):
             read(source, size=8, resize=8, **options)
     with pytest.raises(ValueError, match=f"^{where} 3; expected 0 to 2$"):
@@ -656,14 +663,14 @@ def test_a_data_set_without_a_test_split_says_so(imagenets_way):
     info.write_text(json.dumps(entry | {"splits": entry["splits"][:1]}))
     where = f"dataset='{DATASET}' in data_dir='{copy}'"
     with pytest.raises(ValueError, match=f"^{where} has no split test or val or validation or"):
-        stream.open_splits(DATASET, str(copy))
+        folders.open_splits(DATASET, str(copy))
     unsupervised = {key: value for key, value in entry.items() if key != "supervisedKeys"}
     info.write_text(json.dumps(unsupervised))
     with pytest.raises(
         ValueError,
         match=f"^dataset='{DATASET}' is not of labeled images: its supervised keys are None$",
     ):
-        stream.open_splits(DATASET, str(copy))
+        folders.open_splits(DATASET, str(copy))
 
 
 @pytest.mark.parametrize("pixels", ["uint16", "float32"])
@@ -677,7 +684,7 @@ def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
     features.write_text(changed)
     message = f"^dataset='{DATASET}' has images of {pixels}; expected uint8$"
     with pytest.raises(ValueError, match=message):
-        stream.open_splits(DATASET, str(copy))
+        folders.open_splits(DATASET, str(copy))
 
 
 # ------------------------------------------------------------------ which images, in which order
@@ -696,7 +703,7 @@ def test_a_stream_that_starts_later_goes_on_as_the_uninterrupted_one(folder, res
 
 @pytest.mark.slow
 def test_workers_change_nothing(prepared):
-    source = stream.Tfds(make_tfds.NAME, str(prepared), "train")
+    source = folders.Tfds(make_tfds.NAME, str(prepared), "train")
     want = read(source, size=8, resize=0, steps=range(9))
     assert_same(read(source, size=8, resize=0, steps=range(2, 9), workers=2), want[2:])
 
@@ -728,10 +735,9 @@ def test_processes_share_every_batch(folder, resize):
 
 
 def test_evaluation_goes_through_everything_once_in_order(folder):
-    batches = read(folder, train=False)
+    batches = read(folder)
     assert numbers(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), LABELS)
-    assert_same(read(folder, train=False, seed=5), batches)
 
 
 @pytest.mark.parametrize(
@@ -756,7 +762,7 @@ def harmed(folder, tmp_path_factory):
     """Copies `folder` with four of its files cut in half; returns a source."""
     root = tmp_path_factory.mktemp("harmed") / "images"
     shutil.copytree(folder.files[0][0].parents[1], root)
-    source = stream.Folder(root)
+    source = folders.Folder(root)
     for number in DAMAGED:
         path = source.files[number][0]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -794,20 +800,19 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
 @pytest.mark.slow
 def test_what_is_never_passed_over(harmed, tmp_path):
     """Evaluated images, unreadable files, and a folder of only damaged images."""
-    for options in ({"train": False}, {"train": False, "skip_damaged": True}):
-        with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
-            read(harmed, **options)
-        assert "skip_damaged" not in str(evaluated.value)
+    with pytest.raises(ValueError, match="png is not a readable image: ") as evaluated:
+        read(harmed)
+    assert "skip_damaged" not in str(evaluated.value)
     with pytest.raises(ValueError, match="png is not a readable image: .*; skip_damaged=True"):
         read(harmed, steps=range(6))
     shutil.copytree(harmed.files[0][0].parents[1], tmp_path / "images")
-    source = stream.Folder(tmp_path / "images")
+    source = folders.Folder(tmp_path / "images")
     source.files[0][0].unlink()
     with pytest.raises(ValueError, match="000.png cannot be read: .*No such file"):
         read(source, steps=range(6), skip_damaged=True)
     source.files[0][0].symlink_to(source.files[0][0])
     with pytest.raises(ValueError, match="000.png cannot be read: .*symbolic links"):
-        read(stream.Folder(tmp_path / "images"), steps=range(6), skip_damaged=True)
+        read(folders.Folder(tmp_path / "images"), steps=range(6), skip_damaged=True)
     source.files[0][0].unlink()
     for path, _ in source.files:
         path.write_bytes(b"no image")
@@ -825,13 +830,13 @@ def test_what_is_never_passed_over(harmed, tmp_path):
 def test_evaluation_sees_the_center(tmp_path):
     """The crop is the unscaled center of 24x16 pixels, as 14 * 256 / 224 is 16."""
     wide = ramp(24, 16, x=10, y=10)
-    source = stream.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
+    source = folders.Folder(write(tmp_path, a=[wide, wide.transpose(1, 0, 2)]))
     for resize in (0, 16):
-        ((images, _),) = read(source, size=14, resize=resize, train=False)
+        ((images, _),) = read(source, size=14, resize=resize)
         np.testing.assert_array_equal(images[0], wide[1:15, 5:19])
         np.testing.assert_array_equal(images[1], wide.transpose(1, 0, 2)[5:19, 1:15])
         np.testing.assert_array_equal(
-            np.asarray(stream.center(source[0][0], 14, resize)), wide[1:15, 5:19]
+            np.asarray(crops.center(source[0][0], 14, resize)), wide[1:15, 5:19]
         )
 
 
@@ -856,8 +861,8 @@ def test_ten_views_are_of_the_scale_of_one(tmp_path, resize):
 @pytest.mark.parametrize("width, height, resize", [(48, 40, 20), (12, 10, 20), (36, 64, 18)])
 def test_the_center_of_a_resized_image(tmp_path, width, height, resize):
     """The ramps show the center of each output pixel in the image's own coordinates."""
-    source = stream.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
-    ((images, _),) = read(source, size=16, resize=resize, train=False)
+    source = folders.Folder(write(tmp_path, a=[ramp(width, height, x=3, y=3)]))
+    ((images, _),) = read(source, size=16, resize=resize)
     scale = min(width, height) / resize
     for channel, length in ((0, width), (1, height)):
         inner = np.arange(16) + (round(length / scale) - 16) // 2
@@ -880,7 +885,7 @@ def test_a_strips_crop_is_that_of_the_whole(width, height):
     at_random = np.random.default_rng(1).integers(0, room + 1).tolist()
     for generator, (left, top) in ((None, center), (np.random.default_rng(1), at_random)):
         want = np.asarray(whole.crop((left, top, left + 500, top + 500))).astype(int)
-        crop = np.asarray(stream.resized_crop(image, 500, 512, generator))
+        crop = np.asarray(crops.resized_crop(image, 500, 512, generator))
         assert abs(crop - want).max() <= 1
 
 
@@ -914,7 +919,7 @@ def measured(image: np.ndarray) -> tuple[float, ...]:
 
 
 def test_area_crops_are_of_the_published_areas_and_aspects(tmp_path):
-    source = stream.Folder(write(tmp_path, a=[ramp(250, 170)]))
+    source = folders.Folder(write(tmp_path, a=[ramp(250, 170)]))
     batches = read(source, size=48, resize=0, batch=1, steps=range(1500))
     left, top, w, h = np.array([measured(images[0]) for images, _ in batches]).T
     area = w * h / (250 * 170)
@@ -945,7 +950,7 @@ def test_an_area_crop_that_cannot_fit_is_the_center(tmp_path):
 
     The largest crop at a ratio of 4/3 has 13x10 pixels.
     """
-    source = stream.Folder(write(tmp_path, a=[ramp(200, 10)], b=[ramp(10, 200)]))
+    source = folders.Folder(write(tmp_path, a=[ramp(200, 10)], b=[ramp(10, 200)]))
     for images, labels in read(source, size=48, resize=0, batch=2, steps=range(3)):
         for image, label in zip(images, labels):
             want = (93, 0, 13, 10) if label == 0 else (0, 93, 10, 13)
@@ -1000,12 +1005,12 @@ def test_the_benchmarks_files_are_of_imagenets_size(tmp_path, monkeypatch):
 
 WORKERS = """
 import multiprocessing, os, signal, sys, time
-from cnnjax.data import stream
+from cnnjax.data import folders, stream
 if __name__ == "__main__":
-    source = stream.Folder(sys.argv[1])
-    training = {"resize": 0, "train": True, "steps": range(1000), "workers": 1}
-    one = stream.batches(source, 36, 0, 224, **training)
-    two = stream.batches(source, 36, 1, 224, **training)
+    source = folders.Folder(sys.argv[1])
+    options = {"size": 224, "resize": 0}
+    one = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=0, **options), 1)
+    two = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=1, **options), 1)
     next(one), next(two)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -1016,7 +1021,7 @@ if __name__ == "__main__":
     for _ in range(10):
         next(one), next(two)
     assert all(worker.is_alive() for worker in workers)
-    evaluation = stream.batches(source, 10, 0, 16, resize=20, train=False, workers=1)
+    evaluation = stream.iterate(stream.EvaluationBatches(source, 10, 16, 20), 1)
     assert len(list(evaluation)) == 4
     assert set(multiprocessing.active_children()) == set(workers)
     # After a second, the workers' queues are full.
@@ -1165,11 +1170,11 @@ def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
-        "from cnnjax.data import stream\n"
+        "from cnnjax.data import folders, stream\n"
         "if __name__ == '__main__':\n"
-        "    source = stream.Folder(sys.argv[1])\n"
-        "    options = {'resize': 0, 'train': True, 'steps': range(8), 'workers': 2}\n"
-        "    for images, _ in stream.batches(source, 36, 0, 224, **options):\n"
+        "    source = folders.Folder(sys.argv[1])\n"
+        "    batches = stream.TrainingBatches(source, 36, range(8), seed=0, size=224, resize=0)\n"
+        "    for images, _ in stream.iterate(batches, workers=2):\n"
         "        print(images.shape)\n"
     )
     done = subprocess.run(

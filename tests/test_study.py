@@ -13,7 +13,7 @@ import pytest
 from quick import exit_code
 
 from cnnjax import study
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.train import defaults
 from experiments import sampling
 
@@ -118,7 +118,7 @@ def test_a_call_stopped_at_its_report_goes_on_from_its_points(example, tmp_path)
 
 
 def test_a_second_process_is_refused(example, tmp_path, capsys):
-    with workdir.claim(tmp_path):
+    with claims.claim(tmp_path):
         assert example.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -293,7 +293,7 @@ def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
     results = {"final": 1}
 
     def train(config, folder):
-        workdir.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
 
     workdir.run_once(train, trained, folder, study.take_places)
     trained.update(initial_weights="/new/run/start", data_dir="/new/data")

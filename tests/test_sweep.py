@@ -21,7 +21,7 @@ import scipy.stats
 
 from cnnjax import sweep
 from cnnjax.data import arrays
-from cnnjax.runtime import jobs, workdir
+from cnnjax.runtime import files, jobs, workdir
 from cnnjax.train import defaults, loop
 
 pytestmark = pytest.mark.slow
@@ -132,8 +132,8 @@ def run_sweep(tmp_path, monkeypatch):
     def run(train=lambda config, folder: None, *changes: str) -> int:
         def write_results(config, folder):
             train(config, folder)
-            workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
-            workdir.write(folder / "report.md", "")
+            files.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+            files.write(folder / "report.md", "")
 
         monkeypatch.setattr(loop, "run", write_results)
         return sweep.main(["--config", config, "--workdir", str(tmp_path / "runs"), *changes])
@@ -223,8 +223,8 @@ def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
     def train(config, folder):
         if config.seed == 0:
             workdir.prepare(other, config.to_dict() | {"seed": 1, "momentum": 0.5})
-            workdir.write_json(other / "results.json", {"final": {"test_error": 0.75}})
-            workdir.write(other / "report.md", "")
+            files.write_json(other / "results.json", {"final": {"test_error": 0.75}})
+            files.write(other / "report.md", "")
 
     assert run_sweep(train) == 2
     message = "another configuration (momentum=0.5 there, 0.9 now); choose another --workdir"
@@ -313,7 +313,7 @@ def finished_cells(folder: pathlib.Path, *results: dict) -> list[sweep.Cell]:
     for seed, content in enumerate(results):
         cell = sweep.Cell({"seed": seed}, defaults.get_config(), folder / f"seed={seed}")
         cell.folder.mkdir()
-        workdir.write_json(cell.results, content)
+        files.write_json(cell.results, content)
         cells.append(cell)
     return cells
 
@@ -350,8 +350,8 @@ def test_errors_that_only_some_cells_have_are_not_averaged(tmp_path):
 def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
     def refuse_and_finish(config, folder):
         if config.seed == 1:
-            workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
-            workdir.write(folder / "report.md", "")
+            files.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
+            files.write(folder / "report.md", "")
             raise ValueError("its data are not here")
 
     assert run_sweep(refuse_and_finish) == 0

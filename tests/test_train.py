@@ -29,11 +29,11 @@ from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
-from cnnjax.train.adopt import complete_record, extend, is_equivalent
+from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import Run, open_run, read_config
@@ -688,10 +688,10 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     checkpoints = folder / "checkpoints"
     checkpoints.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="epochs=4: there is no .*/checkpoints/.*2 epochs"):
-        extend(config, folder)
+        adopt_changes(config, folder)
     assert json.loads((folder / "results.json").read_text())["final"] == shorter["final"]
     (folder / "elsewhere").rename(checkpoints)
-    extend(config, folder)
+    adopt_changes(config, folder)
     # The seal no longer covers files that will change.
     workdir.check_seal(folder)
     results = train_here(folder, epochs=4)
@@ -700,9 +700,9 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     # The seconds are those of both starts.
     assert shorter["seconds"] * 1.5 < longer["seconds"] <= results["seconds"]
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
-    extend(config, folder)
+    adopt_changes(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
         workdir.prepare(folder, config.to_dict())
 
@@ -723,7 +723,7 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     def refuse(message):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match=message):
-            extend(config, folder)
+            adopt_changes(config, folder)
         after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert after == before
         assert open_run(folder).config.epochs == 1
@@ -748,18 +748,18 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
         patch.setattr(Parallel, "size", 3, raising=False)
         patch.setattr(Parallel, "__init__", lambda self, way: None)
         refuse("batch_size=20 is not a multiple of 3 device")
-    extend(config, folder)
+    adopt_changes(config, folder)
     assert read_config(folder).epochs == 2
     # As if that had been interrupted before its last file: the old command restores the results.
     config.epochs = 1
-    workdir.write_json(folder / "config.json", config.to_dict())
+    files.write_json(folder / "config.json", config.to_dict())
     assert "extended_from" not in train_here(folder, **options)
 
 
 @pytest.mark.parametrize("epoch, kept", [(6, [2, 4]), (4, [2]), (2, None)])
 def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     """A run was extended from 2 epochs to 4 and, before a step of it was taken, to more."""
-    workdir.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
+    files.write_json(tmp_path / "extended.json", [{"epoch": 2}, {"epoch": 4}])
     data = types.SimpleNamespace(
         classes=("a", "b"), image_shape=(1, 1, 1), moments=MOMENTS, n_train=1, n_validation=0
     )
@@ -804,9 +804,9 @@ def test_another_process_does_not_change_the_configuration_of_a_run_under_way(fi
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     config = read_config(folder)
-    with workdir.claim(folder):
+    with claims.claim(folder):
         config.epochs += 1
-        with pytest.raises(workdir.Claimed):
+        with pytest.raises(claims.Claimed):
             cnnjax.main.run(config, folder)
     assert read_config(folder).epochs == config.epochs - 1
     assert (folder / "results.json").exists()
@@ -846,12 +846,12 @@ def test_a_failure_while_an_extension_is_checked_is_explained(
 
     monkeypatch.setattr(adopt, "build_run", fail)
     config = defaults.get_config()
-    workdir.write_json(tmp_path / "config.json", config.to_dict())
-    workdir.write_json(tmp_path / "results.json", {"history": [{"step": 1}]})
+    files.write_json(tmp_path / "config.json", config.to_dict())
+    files.write_json(tmp_path / "results.json", {"history": [{"step": 1}]})
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     config.epochs += 1
     with pytest.raises(explained, match=message):
-        loop.extend(config, tmp_path)
+        loop.adopt(config, tmp_path)
 
 
 def test_a_data_set_that_does_not_fit_is_named(tmp_path):
@@ -958,10 +958,10 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     config = read_config(folder)
     # scikit-learn's digits are the same whatever the folder is.
     config.data_dir = "/elsewhere"
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     config.update(data_dir="/somewhere", epochs=2)
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     assert not (folder / "results.json").exists()
 
@@ -970,11 +970,11 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training_data, "_digest_arrays", lambda *parts: "other")
         with pytest.raises(ValueError, match="digest=[0-9a-f]{8} then, other now"):
-            extend(config, folder)
+            adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
     # Checkpoints of earlier versions count the images only, which is too little to tell them apart.
     monkeypatch.setattr(Checkpoints, "record", lambda self, step: {"data": {"n_train": 1337}})
-    extend(config, folder)
+    adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
 
 
@@ -988,11 +988,11 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
     config.skip_damaged = True
     with pytest.raises(ValueError, match="skip_damaged=False there, True now"):
         workdir.check_config(folder, config.to_dict())
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     # Switching it off is refused, since images may already have been skipped.
     config.skip_damaged = False
-    extend(config, folder)
+    adopt_changes(config, folder)
     with pytest.raises(ValueError, match="skip_damaged=True there, False now"):
         workdir.check_config(folder, config.to_dict())
 
@@ -1003,13 +1003,13 @@ def test_a_run_goes_on_with_keys_that_change_no_result(tmp_path):
     (folder / "metrics.jsonl").touch()
     config.update(workers=0, checkpoint_every_steps=7, keep_checkpoints=1)
     assert is_equivalent(config, folder)
-    extend(config, folder)
+    adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())
     # Beside a key that no run adopts, they stay as they are.
     record = (folder / "config.json").read_bytes()
     config.update(workers=3, seed=1)
     assert not is_equivalent(config, folder)
-    extend(config, folder)
+    adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == record
 
 

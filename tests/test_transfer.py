@@ -20,7 +20,7 @@ from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment
 from cnnjax.models import base, create_model
 from cnnjax.nn import BatchNorm
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import check, defaults, loop, step
 from cnnjax.train.data import moments_of
@@ -445,7 +445,7 @@ def test_a_run_starts_from_another_and_goes_on_to_the_bit(tmp_path, monkeypatch,
     shutil.rmtree(tmp_path / "first")
     again = run("second", **settings)
     assert not changed(second, again)
-    results = workdir.read_json(tmp_path / "second" / "results.json")
+    results = files.read_json(tmp_path / "second" / "results.json")
     assert results["initial_weights_sha256"] == digest
     (start,) = [message for message in caplog.messages if message.startswith("starting from")]
     assert re.fullmatch(r"starting from .*/first: [\d,]+ of [\d,]+ parameters", start)

@@ -21,7 +21,7 @@ from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.train.run import open_run
 from cnnjax.visualize import __main__ as options
 from cnnjax.visualize import commands, figures, stages, subject
@@ -778,8 +778,8 @@ def run(tmp_path_factory):
         "mean": [0.25],
         "std": [0.5],
     }
-    workdir.write_json(folder / "config.json", config)
-    workdir.write_json(folder / "results.json", results)
+    files.write_json(folder / "config.json", config)
+    files.write_json(folder / "results.json", results)
     save_torchvision(quick.variables(model), folder / "weights.safetensors")
     workdir.seal(folder)
     return folder
@@ -815,7 +815,7 @@ def change_run(folder, copy, **config):
     shutil.copytree(folder, copy)
     workdir.unseal(copy)
     record = json.loads((copy / "config.json").read_text())
-    workdir.write_json(copy / "config.json", record | config)
+    files.write_json(copy / "config.json", record | config)
     return copy
 
 
@@ -972,8 +972,8 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(folder, tmp_path, ca
     run = tmp_path / "run"
     run.mkdir()
     facts = {"classes": ["a", "b", "c"], "image_shape": [8, 8, 4], "mean": [0] * 4, "std": [1] * 4}
-    workdir.write_json(run / "config.json", {"kind": "train", "model": "lenet"})
-    workdir.write_json(run / "results.json", facts)
+    files.write_json(run / "config.json", {"kind": "train", "model": "lenet"})
+    files.write_json(run / "results.json", facts)
     save_torchvision(quick.variables(model), run / "weights.safetensors")
     options = ["--photographs", str(folder), "--workdir", str(tmp_path / "work")]
     code, message = refused(["activations", "--run", str(run), *options], capsys)

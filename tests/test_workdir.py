@@ -18,15 +18,15 @@ import pytest
 import quick
 
 from cnnjax.position import report
+from cnnjax.runtime import claims, files, workdir
 from cnnjax.runtime import report as footers
-from cnnjax.runtime import workdir
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: workdir.write(path, "new"),
-        lambda path: workdir.write_json(path, {"a": 1}),
+        lambda path: files.write(path, "new"),
+        lambda path: files.write_json(path, {"a": 1}),
         lambda path: quick.write_figure(path, matplotlib.figure.Figure((1, 1))),
     ],
 )
@@ -49,7 +49,7 @@ def test_a_file_appears_whole_or_not_at_all(write, error, tmp_path, monkeypatch)
 
 
 def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
-    workdir.write(tmp_path / "table.md", os.fsdecode(b"caf\xe9.jpg"))
+    files.write(tmp_path / "table.md", os.fsdecode(b"caf\xe9.jpg"))
     assert (tmp_path / "table.md").read_bytes() == rb"caf\udce9.jpg"
 
 
@@ -65,7 +65,7 @@ def test_a_figure_is_cropped_to_what_it_shows(tmp_path):
 
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(FloatingPointError, match="a.json: a number is not finite"):
-        workdir.write_json(tmp_path / "a.json", {"spc": float("nan")})
+        files.write_json(tmp_path / "a.json", {"spc": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_a_report_needs_results(tmp_path):
 
 
 def finish(config, folder):
-    workdir.write_json(folder / "results.json", {})
+    files.write_json(folder / "results.json", {})
 
 
 def test_only_what_runs_write_is_sealed(tmp_path):
@@ -207,7 +207,7 @@ def test_a_refused_start_leaves_the_record_of_those_before(tmp_path, monkeypatch
     monkeypatch.setattr(workdir, "_git_revision", lambda: "a later one")
 
     def adopt(config, folder):
-        workdir.write_json(folder / "config.json", config.to_dict() | {"data_dir": "elsewhere"})
+        files.write_json(folder / "config.json", config.to_dict() | {"data_dir": "elsewhere"})
 
     def refuse(config, folder):
         raise FileNotFoundError("data_dir='absent' does not exist")
@@ -219,7 +219,7 @@ def test_a_refused_start_leaves_the_record_of_those_before(tmp_path, monkeypatch
     assert all((tmp_path / name).read_bytes() == content for name, content in record.items())
 
     def measure(config, folder):
-        workdir.write(folder / "metrics.jsonl", "one more epoch")
+        files.write(folder / "metrics.jsonl", "one more epoch")
         raise ValueError("a.jpg is not a readable image")
 
     # What has measured is recorded, whatever ends it.
@@ -298,21 +298,21 @@ def test_one_process_at_a_time(left, tmp_path):
     """A second process is refused; of six at once, one gets in. No claim file remains."""
     code = """
 import pathlib, sys
-from cnnjax.runtime import workdir
+from cnnjax.runtime import claims
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    with workdir.claim(pathlib.Path(sys.argv[1])):
+    with claims.claim(pathlib.Path(sys.argv[1])):
         print("in", flush=True)
         sys.stdin.readline()
-except workdir.Claimed as error:
+except claims.Claimed as error:
     print(error, flush=True)
 """
     with (
-        workdir.claim(tmp_path),
-        pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "),
+        claims.claim(tmp_path),
+        pytest.raises(claims.Claimed, match=f"in use by process {os.getpid()} on "),
     ):
-        workdir.claim(tmp_path).__enter__()
+        claims.claim(tmp_path).__enter__()
     if left:
         (tmp_path / "run.claim").write_text(json.dumps(left))
     processes = [
@@ -351,7 +351,7 @@ except workdir.Claimed as error:
         # An earlier version's: another process may have the number by now.
         (HERE, 130, True),
         # A process that is suspended by Ctrl-Z does not renew its claim.
-        (HERE | {"started": workdir._started_at(os.getpid())}, 130, False),
+        (HERE | {"started": claims._started_at(os.getpid())}, 130, False),
         (HERE | {"started": 1}, 0, True),
         ({"host": "elsewhere", "process": 1}, 100, False),
         ({"host": "elsewhere", "process": 1}, 130, True),
@@ -364,11 +364,11 @@ def test_what_its_holder_left_is_void(held, idle, void, tmp_path):
     path.write_text(json.dumps(held))
     os.utime(path, (time.time() - idle,) * 2)
     if void:
-        with workdir.claim(tmp_path):
+        with claims.claim(tmp_path):
             assert json.loads(path.read_text())["process"] == os.getpid()
         assert not list(tmp_path.iterdir())
     else:
-        with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
+        with pytest.raises(claims.Claimed), claims.claim(tmp_path):
             pass
         assert [file.name for file in tmp_path.iterdir()] == ["run.claim"]
 
@@ -378,7 +378,7 @@ def test_a_process_that_proc_hides_keeps_its_claim(hidden, tmp_path, monkeypatch
     """With hidepid=1 or hidepid=2, /proc shows no processes of other users."""
     path = tmp_path / "run.claim"
     parent = {"host": platform.node(), "process": os.getppid()}
-    path.write_text(json.dumps(parent | {"started": workdir._started_at(os.getppid())}))
+    path.write_text(json.dumps(parent | {"started": claims._started_at(os.getppid())}))
     read_bytes = pathlib.Path.read_bytes
 
     def read(path):
@@ -387,7 +387,7 @@ def test_a_process_that_proc_hides_keeps_its_claim(hidden, tmp_path, monkeypatch
         return read_bytes(path)
 
     monkeypatch.setattr(pathlib.Path, "read_bytes", read)
-    with pytest.raises(workdir.Claimed), workdir.claim(tmp_path):
+    with pytest.raises(claims.Claimed), claims.claim(tmp_path):
         pass
 
 
@@ -398,12 +398,12 @@ def test_the_proc_of_another_namespace_tells_nothing(tmp_path, monkeypatch):
     readlink = os.readlink
     links = lambda path: "1" if path == "/proc/self" else readlink(path)
     monkeypatch.setattr(os, "readlink", links)
-    with pytest.raises(workdir.Claimed) as refusal, workdir.claim(tmp_path):
+    with pytest.raises(claims.Claimed) as refusal, claims.claim(tmp_path):
         pass
     # The number may be another process's by now, so nobody is told to end it.
     assert "kill" not in str(refusal.value)
     os.utime(path, (time.time() - 130,) * 2)
-    with workdir.claim(tmp_path):
+    with claims.claim(tmp_path):
         assert json.loads(path.read_text())["started"] is None
 
 
@@ -412,22 +412,22 @@ def test_only_a_process_of_this_machine_is_to_be_ended(tmp_path):
         f"if it is suspended, continue it with fg; if it hangs, end it with kill -9 {os.getpid()}"
     )
     with (
-        workdir.claim(tmp_path),
-        pytest.raises(workdir.Claimed, match=hint),
+        claims.claim(tmp_path),
+        pytest.raises(claims.Claimed, match=hint),
     ):
-        workdir.claim(tmp_path).__enter__()
+        claims.claim(tmp_path).__enter__()
     (tmp_path / "run.claim").write_text(json.dumps({"host": "elsewhere", "process": 1}))
-    with pytest.raises(workdir.Claimed, match="1 on elsewhere; wait for it, or choose another"):
-        workdir.claim(tmp_path).__enter__()
+    with pytest.raises(claims.Claimed, match="1 on elsewhere; wait for it, or choose another"):
+        claims.claim(tmp_path).__enter__()
 
 
 def test_a_claim_that_replaced_a_void_one_stays(tmp_path):
     """Two processes may find a claim void; one must not remove the other's new claim."""
     path = tmp_path / "run.claim"
     path.write_text("another's")
-    workdir._remove_stale(path, b"void", tmp_path / ".mine.claim")
+    claims._remove_stale(path, b"void", tmp_path / ".mine.claim")
     assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
-    workdir._remove_stale(path, b"another's", tmp_path / ".mine.claim")
+    claims._remove_stale(path, b"another's", tmp_path / ".mine.claim")
     assert not list(tmp_path.iterdir())
 
 
@@ -438,12 +438,12 @@ def test_claims_where_a_file_has_one_name(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(claims, "_RENEWAL_SECONDS", 0.05)
     path = tmp_path / "run.claim"
     path.write_text(json.dumps(GONE))
-    with workdir.claim(tmp_path):
-        with pytest.raises(workdir.Claimed, match=f"in use by process {os.getpid()} on "):
-            workdir.claim(tmp_path).__enter__()
+    with claims.claim(tmp_path):
+        with pytest.raises(claims.Claimed, match=f"in use by process {os.getpid()} on "):
+            claims.claim(tmp_path).__enter__()
         os.utime(path, (0, 0))
         time.sleep(0.5)
         assert time.time() - path.stat().st_mtime < 60
@@ -477,9 +477,9 @@ def test_what_a_killed_process_leaves_before_it_starts_binds_no_run(tmp_path):
 
 
 def test_a_claim_is_renewed_and_anothers_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "_RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(claims, "_RENEWAL_SECONDS", 0.05)
     path = tmp_path / "run.claim"
-    with workdir.claim(tmp_path):
+    with claims.claim(tmp_path):
         os.utime(path, (0, 0))
         time.sleep(0.5)
         assert time.time() - path.stat().st_mtime < 60

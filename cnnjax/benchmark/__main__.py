@@ -44,7 +44,7 @@ from cnnjax.benchmark.cases import (
     SPECIFICATIONS,
 )
 from cnnjax.data import photographs
-from cnnjax.runtime import backend, command, tables, workdir
+from cnnjax.runtime import backend, command, files, tables
 
 WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
 # Options that only these benchmarks use.
@@ -390,8 +390,8 @@ def _work(options, folder: pathlib.Path) -> None:
         first = ", ".join(device["devices"][:1])
         title = f"# Benchmark: {options.what}\n\n{first}, {device['cpus']} CPU cores. "
         record = {"what": options.what, "environment": device, "results": results}
-        workdir.write(folder / "report.md", title + text)
-        workdir.write_json(folder / "benchmark.json", record)
+        files.write(folder / "report.md", title + text)
+        files.write_json(folder / "benchmark.json", record)
 
     if options.what in SIDES:
         compare_sides(options.what, options.rounds, options.only, sides, save)

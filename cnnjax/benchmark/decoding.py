@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import PIL.Image
 
-from cnnjax.data import photographs, stream
+from cnnjax.data import folders, photographs, stream
+from cnnjax.data.crops import area_crop, center
 
 SIZE = 224
 _RESIZE = 256
@@ -28,7 +29,7 @@ _SECONDS = 4.0  # a burst
 _STEP_BATCH = {"cpu": 8}  # images; elsewhere 256
 
 
-def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> stream.Folder:
+def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> folders.Folder:
     """Writes photographs as JPEGs of ImageNet's usual size.
 
     Returns the folder of `_COUNT` files, made from the photographs in turn.
@@ -44,13 +45,13 @@ def write_folder(paths: list[pathlib.Path], root: pathlib.Path) -> stream.Folder
         scale = (MEAN_PIXELS / (image.width * image.height)) ** 0.5
         size = [round(n * scale) for n in image.size]
         image.resize(size, PIL.Image.Resampling.LANCZOS).save(path, quality=_QUALITY)
-    return stream.Folder(root)
+    return folders.Folder(root)
 
 
 class _Crops:
     """A data set of crops, as a stream makes them from each image."""
 
-    def __init__(self, source: stream.Folder, train: bool):
+    def __init__(self, source: folders.Folder, train: bool):
         self.source = source
         self.train = train
 
@@ -60,9 +61,9 @@ class _Crops:
     def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
         image, label = self.source[number]
         if self.train:
-            image = stream.area_crop(image, SIZE, np.random.default_rng())
+            image = area_crop(image, SIZE, np.random.default_rng())
         else:
-            image = stream.center(image, SIZE, _RESIZE)
+            image = center(image, SIZE, _RESIZE)
         return np.array(image), label  # PyTorch wants an array that it may write to
 
 
@@ -90,22 +91,21 @@ def _loader(crops: _Crops, workers: int) -> Iterator:
     )
 
 
-def _stream(source: stream.Folder, workers: int, train: bool) -> Iterator:
+def _stream(source: folders.Folder, workers: int, train: bool) -> Iterator:
     """Makes cnnjax's stream of the same crops."""
-    return stream.batches(
-        stream.Part(source, np.arange(10**6) % len(source)),
-        _BATCH,
-        0,
-        SIZE,
-        resize=0 if train else _RESIZE,
-        train=train,
-        steps=range(10**4),
-        workers=workers,
-    )
+    part = folders.Part(source, np.arange(10**6) % len(source))
+    batches: stream.TrainingBatches | stream.EvaluationBatches
+    if train:
+        batches = stream.TrainingBatches(
+            source=part, batch_size=_BATCH, steps=range(10**4), seed=0, size=SIZE, resize=0
+        )
+    else:
+        batches = stream.EvaluationBatches(part, _BATCH, SIZE, _RESIZE)
+    return stream.iterate(batches, workers)
 
 
 def _ways(
-    source: stream.Folder, workers: tuple[int, ...], train: bool
+    source: folders.Folder, workers: tuple[int, ...], train: bool
 ) -> dict[tuple[str, int], Callable[[], float]]:
     """Returns functions that measure images per second, by (name, worker processes)."""
     crops = _Crops(source, train)

@@ -28,7 +28,7 @@ from cnnjax.combine.runs import (
     share_validation,
 )
 from cnnjax.data import arrays, augment
-from cnnjax.runtime import tables, workdir
+from cnnjax.runtime import files, tables, workdir
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import build_model, complete
@@ -101,8 +101,8 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
         }
         if choice.average:
             weights.save_torchvision(choice.average.variables, folder / transfer.WEIGHTS)
-        workdir.write_json(folder / "results.json", results)
-        workdir.write(folder / "report.md", _report(results))
+        files.write_json(folder / "results.json", results)
+        files.write(folder / "report.md", _report(results))
         _LOG.info(
             "%s: test error %.2f %%, of the runs alone %.2f %%: see %s",
             method,

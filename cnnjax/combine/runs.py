@@ -13,8 +13,8 @@ import ml_collections
 import numpy as np
 
 from cnnjax.combine.methods import OF_ONE_RUN, SELECTING
-from cnnjax.data import arrays, splits
-from cnnjax.runtime import workdir
+from cnnjax.data import arrays, sources, splits
+from cnnjax.runtime import files
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, read_recorded
@@ -115,7 +115,7 @@ def check_runs(configs: Configs, method: str) -> None:
     if not arrays.is_known(reference["dataset"]):
         raise ValueError(
             f"{first} has dataset={reference['dataset']!r}, which is streamed; it must be one of "
-            f"{', '.join(arrays.DATASETS)}"
+            f"{', '.join(sources.DATASETS)}"
         )
     if method in SELECTING and not reference["n_validation"]:
         raise ValueError(
@@ -172,7 +172,7 @@ def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.Co
         "n_train": len(data.train.labels),
     }
     for folder, config in configs.items():
-        results = workdir.read_json(folder / "results.json")
+        results = files.read_json(folder / "results.json")
         # Runs of earlier versions recorded less.
         then = {name: results[name] for name in now if name in results}
         if config["n_validation"] != loaded.n_validation:
@@ -216,7 +216,7 @@ def _read_checkpoints(
     recipe = build_recipe(config, trained.model)
     numbers = build_numbers(config)
     like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))
-    results = workdir.read_json(folder / "results.json")
+    results = files.read_json(folder / "results.json")
     last = results["final"]["step"]
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         steps = checkpoints.steps()

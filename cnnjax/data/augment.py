@@ -37,13 +37,20 @@ def normalize(
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _crop(key, image, padding, fill, value=0):
-    """Shifts an image [height, width, channels] at random over a border."""
-    border = ((padding, padding), (padding, padding), (0, 0))
-    options = {"constant_values": value} if fill == "zeros" else {}
-    padded = jnp.pad(image, border, mode=FILLS[fill], **options)
-    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-    return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+def _move(keys, image, *, flip, crop, fill, value=0):
+    """Mirrors an image [height, width, channels] by the first key, and shifts it by the second.
+
+    Pixels that come in over a border of "zeros" are `value`.
+    """
+    if flip:
+        image = jnp.where(jax.random.bernoulli(keys[0]), image[:, ::-1], image)
+    if crop:
+        border = ((crop, crop), (crop, crop), (0, 0))
+        options = {"constant_values": value} if fill == "zeros" else {}
+        padded = jnp.pad(image, border, mode=FILLS[fill], **options)
+        top, left = jax.random.randint(keys[1], (2,), 0, 2 * crop + 1)
+        image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
+    return image
 
 
 def _cutout(key, image, size):
@@ -87,11 +94,7 @@ def augment(
 
     def one(key, image):
         keys = jax.random.split(key, 4)
-        if flip:
-            image = jnp.where(jax.random.bernoulli(keys[0]), image[:, ::-1], image)
-        if crop:
-            image = _crop(keys[1], image, crop, fill)
-        image = image.astype(jnp.float32)
+        image = _move(keys, image, flip=flip, crop=crop, fill=fill).astype(jnp.float32)
         if colour:
             amounts = colour * jax.random.normal(keys[2], (3,)) * jnp.asarray(_EIGENVALUES)
             image = jnp.clip(image + 255 * jnp.asarray(_EIGENVECTORS) @ amounts, 0, 255)
@@ -125,11 +128,8 @@ def augment_masks(
 
     def one(key, mask):
         keys = jax.random.split(key, 4)
-        if flip:
-            mask = jnp.where(jax.random.bernoulli(keys[0]), mask[:, ::-1], mask)
-        if crop:
-            mask = _crop(keys[1], mask[:, :, None], crop, fill, value=IGNORED)[:, :, 0]
-        return mask
+        moved = _move(keys, mask[..., None], flip=flip, crop=crop, fill=fill, value=IGNORED)
+        return moved[..., 0]
 
     return jax.vmap(one)(keys, masks)
 

@@ -15,13 +15,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.runtime.paths import package_folder
 
 _LOG = logging.getLogger("cnnjax")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# The most pixels that an image is resized to as a whole: 67 MB in Pillow.
-_MOST_RESIZED = 2**24
 # The suffixes of image files, in either case, for every reader of folders.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Photographs inside the scikit-image and scikit-learn wheels, which need no download. The last
@@ -278,37 +276,6 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     return np.asarray(open_rgb(path))
 
 
-def resized_window(
-    image: PIL.Image.Image,
-    size: tuple[int, int],
-    place: tuple[int, int],
-    window: int,
-    filter: PIL.Image.Resampling,
-) -> PIL.Image.Image:
-    """Resizes an image and cuts a square window out of it, in bounded memory.
-
-    Args:
-      image: any image.
-      size: width and height of the resized image.
-      place: left and top of the window in the resized image.
-      window: the window's side in pixels.
-      filter: Pillow's filter for resizing.
-    """
-    width, height = size
-    left, top = place
-    if width * height <= _MOST_RESIZED:
-        resized = image.resize(size, filter)
-        return resized.crop((left, top, left + window, top + window))
-    # A strip of 20,000 x 1 pixels would become 5,120,000 x 256, so only the window is resized. This
-    # is not done for all images, since Pillow keeps the box in single precision: some pixels differ
-    # by one level from those of the whole resized image.
-    across = image.width / width
-    down = image.height / height
-    right = min((left + window) * across, image.width)
-    bottom = min((top + window) * down, image.height)
-    return image.resize((window, window), filter, box=(left * across, top * down, right, bottom))
-
-
 def split(
     paths: list[pathlib.Path], shares: tuple[int, ...], seed: int
 ) -> list[list[pathlib.Path]]:
@@ -374,7 +341,7 @@ def digest(folder: str | os.PathLike = "") -> str:
     for path in paths:
         name = str(path.relative_to(folder)) if folder else path.name
         sizes[name] = path.stat().st_size
-    return f"{len(paths)} file(s), digest {workdir.digest(sizes)}"
+    return f"{len(paths)} file(s), digest {files.digest(sizes)}"
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:

@@ -1,10 +1,12 @@
-"""Classes, their names and labels, and the choice of held-out images.
+"""Splits of a data set: images, labels, names of classes, and the choice of held-out images.
 
 The rules are the same for data sets in memory and for streamed ones.
 """
 
+import collections
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +14,19 @@ import numpy as np
 IGNORED = 255
 # The number of classes that a message names.
 _NAMED = 10
+
+
+class Split(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 [n, height, width, channels].
+      labels: int32 [n]; for several classes per image, int32 [n, classes] of 0 and 1; for masks,
+        uint8 [n, height, width] with 255 for pixels of no class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
 
 
 def class_name(name: str | int) -> str:
@@ -33,10 +48,10 @@ def describe_classes(expected: Sequence[str], found: Sequence[str]) -> str:
     additional = sorted(set(found) - set(expected))
     if not missing and not additional:
         return "the classes are in another order"
-    return f"missing classes: {_name_some(missing)}; additional: {_name_some(additional)}"
+    return f"missing classes: {name_some(missing)}; additional: {name_some(additional)}"
 
 
-def _name_some(classes: list[str]) -> str:
+def name_some(classes: Sequence[str]) -> str:
     """Lists the first classes by name, and counts the others."""
     named = ", ".join(classes[:_NAMED]) or "none"
     others = len(classes) - _NAMED
@@ -107,15 +122,17 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
             f"{len(labels)} training images, one of each of the {len(classes)} classes is kept"
         )
     generator = np.random.default_rng(0)
-    order = generator.permutation(len(classes))
-    # The classes take turns until `count` images are chosen. Turn t of a class is sorted first by
-    # t and then by the class's rank in the order; a class has one turn less than images.
-    turns = np.concatenate([np.arange(sizes[label] - 1) for label in order])
-    ranks = np.repeat(np.arange(len(order)), sizes[order] - 1)
-    chosen = np.lexsort((ranks, turns))[:count]
-    shares = np.bincount(ranks[chosen], minlength=len(order))
+    order = generator.permutation(len(classes)).tolist()
+    shares = [0] * len(classes)
+    # The classes take turns, one image each, until `count` images are chosen; each keeps its last.
+    turns = collections.deque(number for number in order if sizes[number] > 1)
+    for _ in range(count):
+        number = turns.popleft()
+        shares[number] += 1
+        if shares[number] < sizes[number] - 1:
+            turns.append(number)
     mask = np.zeros(len(labels), bool)
-    for label, share in zip(classes[order], shares):
-        members = np.flatnonzero(labels == label)
-        mask[generator.permutation(members)[:share]] = True
+    for number in order:
+        members = np.flatnonzero(labels == classes[number])
+        mask[generator.permutation(members)[: shares[number]]] = True
     return mask

@@ -1,4 +1,4 @@
-"""Folders of images and prepared tensorflow-datasets, streamed by grain.
+"""Batches of labeled images, decoded by grain while the devices compute.
 
 A batch depends on (seed, step) alone, whatever the number of workers. So a stream that starts at a
 step continues an interrupted one exactly, with the same images, order and crops.
@@ -8,463 +8,25 @@ import atexit
 import dataclasses
 import functools
 import gc
-import logging
 import math
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.shared_memory import SharedMemory
 
-import grain
 import numpy as np
 import PIL.Image
-from absl import flags
 
-from cnnjax.data import splits
-from cnnjax.data.photographs import (
-    SUFFIXES,
-    Damaged,
-    describe_passed_over,
-    list_folder,
-    open_rgb,
-    resized_window,
-)
-from cnnjax.runtime import workdir
+from cnnjax.data.crops import area_crop, center, check_resize, resized_crop
+from cnnjax.data.folders import Source
+from cnnjax.data.photographs import Damaged
 
-_LOG = logging.getLogger("cnnjax")
-# Names of the validation split. ImageNet's labeled test split has such a name, too.
-_VALIDATION = ("val", "validation", "valid")
 # The number of images that one process decodes while worker processes would still be starting.
 FEW_IMAGES = 500
-
-# ------------------------------------------------------------------ sources: image number -> image
-
-
-class Folder:
-    """Images under ROOT/CLASS/ in the order of their names.
-
-    The classes are the names of the folders that are not hidden (`splits.class_name`). Other files,
-    images outside a class folder and folders inside one are passed over.
-
-    Args:
-      root: the folder.
-      order: classes whose folders come first, in this order; the others follow by name.
-
-    Attributes:
-      place: the folder, for messages.
-      classes: the classes' names.
-      files: the path and the label of every image.
-      passed_over: what was passed over, in words.
-
-    Raises:
-      ValueError: if it is not a folder, has no class folders, a class has no images, or two
-        classes have one name.
-    """
-
-    def __init__(self, root: str | os.PathLike, order: Sequence[str] = ()):
-        root = pathlib.Path(root)
-        expected = f"expected {root}/CLASS/IMAGE with {', '.join(SUFFIXES)}"
-        if not root.is_dir():
-            raise ValueError(f"{root} is not a folder; {expected}")
-        top = list_folder(root)
-        if not top.folders:
-            reason = "no images"
-            if top.images:
-                reason = f"no class folders, and images outside one ({len(top.images):,})"
-            raise ValueError(f"{root} has {reason}; {expected}")
-        self.place = str(root)
-        places = {name: place for place, name in enumerate(order)}
-        place_of = lambda folder: places.get(splits.class_name(folder.name), len(places))
-        folders = sorted(top.folders, key=place_of)
-        self.classes = tuple(splits.class_name(folder.name) for folder in folders)
-        _check_names(folders)
-        self.files: list[tuple[pathlib.Path, int]] = []
-        # Counts of what is passed over, by its kind.
-        others = top.others
-        if top.images:
-            others["outside a class folder"] = len(top.images)
-        nested: list[pathlib.Path] = []
-        for label, folder in enumerate(folders):
-            listing = list_folder(folder)
-            if not listing.images:
-                passed_over = describe_passed_over(root, listing.others, listing.folders)
-                reason = passed_over or "it is empty"
-                raise ValueError(f"the class folder {folder} has no images; {expected} ({reason})")
-            self.files += [(path, label) for path in listing.images]
-            others += listing.others
-            nested += listing.folders
-        self.passed_over = describe_passed_over(root, others, nested)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        path, label = self.files[index]
-        return open_rgb(path), label
-
-    def labels(self) -> np.ndarray:
-        """Returns the labels of all images, int32 [n]."""
-        return np.array([label for _, label in self.files], np.int32)
-
-    def digest(self) -> str:
-        """Describes the images by their classes and names, in order, wherever the folder is."""
-        names = [
-            f"{self.classes[label]}/{splits.class_name(path.name)}" for path, label in self.files
-        ]
-        return workdir.digest({"files": names})
-
-
-def _check_names(folders: list[pathlib.Path]) -> None:
-    """Checks the names of class folders.
-
-    Raises:
-      ValueError: if one is not UTF-8, as reports are, or if two differ in their Unicode form only.
-    """
-    for folder in folders:
-        try:
-            folder.name.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the class folder {str(folder)!r} has a name that is not UTF-8; rename it"
-            ) from error
-    named: dict[str, pathlib.Path] = {}
-    for folder in folders:
-        name = splits.class_name(folder.name)
-        other = named.setdefault(name, folder)
-        if other != folder:
-            raise ValueError(
-                f"the class folders {ascii(other.name)} and {ascii(folder.name)} of "
-                f"{folder.parent} are the same name, {name!r}, in two Unicode forms; put their "
-                "images into one"
-            )
-
-
-class Tfds:
-    """A split of a data set that tensorflow-datasets prepared for random access.
-
-    TensorFlow is not needed to read it.
-
-    Raises:
-      ValueError: if the data set is unknown, not prepared, or not of labeled images of 8 bits.
-    """
-
-    passed_over = ""
-
-    def __init__(self, name: str, data_dir: str, split: str):
-        import tensorflow_datasets as tfds
-
-        self.place = f"dataset='tfds:{name}', split {split!r}"
-        self._name = name
-        self._data_dir = data_dir or None
-        self._split = split
-        try:
-            builder = tfds.builder(name, data_dir=self._data_dir)
-            self._records = builder.as_data_source(split=split)
-        except Exception as error:
-            # It raises many kinds of errors, one of them if TensorFlow is not installed.
-            reason = str(error).strip().partition("\n")[0][:200]
-            where = f" --data_dir={data_dir}" if data_dir else ""
-            raise ValueError(
-                f"dataset='tfds:{name}' has no split {split!r} in data_dir={data_dir!r} that can "
-                f"be read ({type(error).__name__}: {reason}); prepare it, where TensorFlow is "
-                f"installed, with: tfds build {name} --file_format=array_record{where}"
-            ) from error
-        keys = builder.info.supervised_keys
-        features = builder.info.features
-        is_image = keys and isinstance(features[keys[0]], tfds.features.Image)
-        if not is_image or not hasattr(features[keys[1]], "names"):
-            raise ValueError(
-                f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
-            )
-        pixels = features[keys[0]].np_dtype
-        if pixels != np.uint8:
-            # Pillow would clip 16 bits to 255.
-            raise ValueError(f"dataset='tfds:{name}' has images of {pixels}; expected uint8")
-        self._image, self._label = keys[:2]
-        self.classes = tuple(features[self._label].names)
-        self.splits = tuple(builder.info.splits)
-        self._full_name = builder.info.full_name
-
-    def __len__(self):
-        return len(self._records)
-
-    def _read_record(self, records, index: int):
-        try:
-            return records[index]
-        except Exception as error:
-            # It comes from array_record, from the example's decoder, or from the image's.
-            reason = " ".join(str(error).split())[:200]
-            raise Damaged(f"record {index} of {self.place} cannot be decoded: {reason}") from error
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        record = self._read_record(self._records, index)
-        pixels = record[self._image]
-        label = int(record[self._label])
-        splits.check_labels(np.array([label]), len(self.classes), f"record {index} of {self.place}")
-        if pixels.shape[-1] == 1:
-            pixels = pixels[..., 0]
-        return PIL.Image.fromarray(pixels).convert("RGB"), label
-
-    def _open_undecoded(self):
-        """Opens the records with their images as encoded bytes, which saves decoding them."""
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder(self._name, data_dir=self._data_dir)
-        decoders = {self._image: tfds.decode.SkipDecoding()}
-        return builder.as_data_source(split=self._split, decoders=decoders)
-
-    def labels(self) -> np.ndarray:
-        """Reads the labels of all images, int32 [n].
-
-        This reads the whole files of the split.
-
-        Raises:
-          ValueError: for a label that belongs to no class.
-        """
-        records = self._open_undecoded()
-        numbers = range(len(self))
-        labels = [int(self._read_record(records, index)[self._label]) for index in numbers]
-        splits.check_labels(np.array(labels), len(self.classes), self.place)
-        return np.array(labels, np.int32)
-
-    def is_labeled(self) -> bool:
-        """Tells whether the first image has a label; in a withheld test set it is -1."""
-        if not len(self):
-            return False
-        try:
-            record = self._read_record(self._open_undecoded(), 0)
-        except Damaged:
-            # Whatever reads the image later reports it, or passes it over.
-            return True
-        return int(record[self._label]) >= 0
-
-    def digest(self) -> str:
-        """Describes the records by the data set's configuration and version, and the split."""
-        return workdir.digest({"name": self._full_name, "split": self._split})
-
-
-class Part:
-    """Some of a source's images, by their numbers in it."""
-
-    def __init__(self, source: "Source", numbers: np.ndarray):
-        self.classes: tuple[str, ...] = source.classes
-        self._source = source
-        self._numbers = numbers
-
-    def __len__(self):
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        return self._source[int(self._numbers[index])]
-
-    def digest(self) -> str:
-        """Describes the whole source; the part's size decides which images it has."""
-        return self._source.digest()
-
-
-Source = Folder | Tfds | Part
-
-
-def hold_out(source: Folder | Tfds, count: int) -> tuple[Part, Part]:
-    """Divides a source into (the rest, `count` images) by `splits.hold_out`."""
-    mask = splits.hold_out(source.labels(), count)
-    return Part(source, np.flatnonzero(~mask)), Part(source, np.flatnonzero(mask))
-
-
-# ------------------------------------------------------------------ splits: name -> use
-
-
-def _known_splits(dataset: str, data_dir: str) -> dict[str, bool]:
-    """Finds the splits that are known by name, and whether they have labels."""
-    known = ("train", *_VALIDATION, "test")
-    if dataset == "folder":
-        root = pathlib.Path(data_dir)
-        is_labeled = {split: True for split in known if (root / split).is_dir()}
-        if "test" in is_labeled:
-            # The images of a withheld test set lie in its folder itself, not in class folders.
-            is_labeled["test"] = bool(list_folder(root / "test").folders)
-        return is_labeled
-    name = dataset.removeprefix("tfds:")
-    present = Tfds(name, data_dir, "train").splits
-    return {split: Tfds(name, data_dir, split).is_labeled() for split in known if split in present}
-
-
-def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
-    """Finds which split of a data set is for training, validation and the test.
-
-    A split called val, validation or valid is for validation if there is a labeled test split.
-    Otherwise it is for the test, as in ImageNet.
-
-    Args:
-      dataset: "folder" (`data_dir`/SPLIT/CLASS/IMAGE) or "tfds:NAME".
-      data_dir: the folder of the images, or of what tensorflow-datasets prepared.
-
-    Returns:
-      The splits' names by use: "train", "test" and, if there is one, "validation".
-
-    Raises:
-      ValueError: if there is no training split, none for the test, or two for validation.
-    """
-    place = f"data_dir={data_dir!r}"
-    kind = "folder"
-    if dataset != "folder":
-        place = f"dataset={dataset!r} in {place}"
-        kind = "split"
-    is_labeled = _known_splits(dataset, data_dir)
-    names = [name for name in is_labeled if is_labeled[name]]
-    validation = [name for name in names if name in _VALIDATION]
-    if "train" not in names:
-        hint = "" if data_dir else "; name the folder that holds train with --config.data_dir"
-        raise ValueError(f"{place} has no {kind} train of images by class{hint}")
-    if len(validation) > 1:
-        raise ValueError(f"{place} has {' and '.join(validation)}; expected one of them")
-    if "test" in names and validation:
-        return {"train": "train", "validation": validation[0], "test": "test"}
-    if "test" in names:
-        return {"train": "train", "test": "test"}
-    if validation:
-        return {"train": "train", "test": validation[0]}
-    expected = " or ".join(("test", *_VALIDATION))
-    unlabeled = [f"; its {name} has no labels" for name in is_labeled if not is_labeled[name]]
-    raise ValueError(f"{place} has no {kind} {expected} of images by class{''.join(unlabeled)}")
-
-
-def _describe(source: Folder | Tfds) -> str:
-    noun = "class" if len(source.classes) == 1 else "classes"
-    counts = f"{len(source):,} images, {len(source.classes)} {noun} in {source.place}"
-    if source.passed_over:
-        return f"{counts}; {source.passed_over}"
-    return counts
-
-
-def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
-    """Opens the splits of a data set and logs the number of images and classes.
-
-    Args:
-      dataset: as in `find_splits`.
-      data_dir: as in `find_splits`.
-      n_validation: training images to hold out for validation; 0, or all of them, where there is
-        a validation split.
-
-    Returns:
-      The sources by use: "train", "test" and, if there is one, "validation".
-
-    Raises:
-      ValueError: as `find_splits` and `hold_out`; if a split has no images or other classes than
-        the training split.
-    """
-    names = find_splits(dataset, data_dir)
-    sources: dict[str, Folder | Tfds] = {}
-    for use, name in names.items():
-        if dataset == "folder":
-            # Two Unicode forms of a name sort differently, and a label is a class's place.
-            order = sources["train"].classes if "train" in sources else ()
-            sources[use] = Folder(pathlib.Path(data_dir) / name, order)
-        else:
-            sources[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
-
-    # A label means the same class in every split.
-    classes = sources["train"].classes
-    for use, source in sources.items():
-        _LOG.info("%s: %s", use, _describe(source))
-        if change := splits.describe_classes(classes, source.classes):
-            raise ValueError(
-                f"data_dir={data_dir!r}: the {use} split has other classes than the training "
-                f"split ({change}); expected the same"
-            )
-    if names["test"] != "test":
-        _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
-
-    # Training images are held out only where the data set has no validation split.
-    if not n_validation:
-        return {**sources}
-    if "validation" in sources:
-        count = len(sources["validation"])
-        if n_validation != count:
-            raise ValueError(
-                f"n_validation={n_validation} is not 0 or {count}, the validation images that "
-                f"data_dir={data_dir!r} has of its own"
-            )
-        return {**sources}
-    rest, held_out = hold_out(sources["train"], n_validation)
-    _LOG.info("validation: %s of the training images", f"{n_validation:,}")
-    return {**sources, "train": rest, "validation": held_out}
-
-
-# ------------------------------------------------------------------ crops
-
-
-def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator) -> PIL.Image.Image:
-    """Crops 8 to 100 % of the area at an aspect of 3/4 to 4/3, resized to a square.
-
-    Szegedy et al. 2014; torchvision's RandomResizedCrop.
-    """
-    # As in torchvision: if none of ten random crops fits into the image, take the largest centered
-    # one whose aspect is allowed.
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * generator.uniform(0.08, 1.0)
-        aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w = round(float(np.sqrt(area * aspect)))
-        h = round(float(np.sqrt(area / aspect)))
-        if 0 < w <= width and 0 < h <= height:
-            left = int(generator.integers(0, width - w + 1))
-            top = int(generator.integers(0, height - h + 1))
-            break
-    else:
-        w = min(width, round(height * 4 / 3))
-        h = min(height, round(width * 4 / 3))
-        left = (width - w) // 2
-        top = (height - h) // 2
-    return image.resize(
-        (size, size), PIL.Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
-    )
-
-
-def resized_crop(
-    image: PIL.Image.Image, size: int, shorter: int, generator: np.random.Generator | None
-) -> PIL.Image.Image:
-    """Resizes an image's shorter side to `shorter` and crops a square.
-
-    Args:
-      image: any image.
-      size: the crop's side in pixels.
-      shorter: the image's shorter side before the crop.
-      generator: draws the place of the crop; None for the center.
-    """
-    scale = shorter / min(image.size)
-    width, height = (max(size, round(n * scale)) for n in image.size)
-    if generator is None:
-        left = (width - size) // 2
-        top = (height - size) // 2
-    else:
-        left, top = generator.integers(0, (width - size + 1, height - size + 1)).tolist()
-    return resized_window(
-        image,
-        size=(width, height),
-        place=(left, top),
-        window=size,
-        filter=PIL.Image.Resampling.BILINEAR,
-    )
-
-
-def center(image: PIL.Image.Image, size: int, resize: int) -> PIL.Image.Image:
-    """Resizes an image and crops its center, for evaluation.
-
-    Args:
-      image: any image.
-      size: the crop's side in pixels.
-      resize: the image's shorter side before the crop; 0 for the customary 256/224 of `size`.
-    """
-    return resized_crop(image, size, resize or round(size * 256 / 224), None)
-
-
-# ------------------------------------------------------------------ batches
 
 
 @functools.lru_cache(maxsize=2)
@@ -473,8 +35,28 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainingBatches:
-    """A sequence of training batches, from which each of grain's workers takes some."""
+class TrainingBatches:
+    """The batches of training steps.
+
+    Every epoch has its own order and drops the remainder. A batch is uint8 [batch, size, size, 3]
+    and int32 [batch], of which each process gets its own part.
+
+    Attributes:
+      source: the images.
+      batch_size: the number of images in a batch, over all processes.
+      steps: the steps.
+      seed: of the order and the crops.
+      size: the side of the square crops, in pixels.
+      resize: the image's shorter side before the crop; 0 for crops of random area and aspect.
+      process_index: the number of this process.
+      process_count: the number of processes that share each batch.
+      skip_damaged: whether an image that cannot be decoded is replaced by the next undamaged one of
+        the epoch's order, with the same random numbers for the crop. Batches then have a third
+        array, int32 [batch]: for each place the number of the damaged image, or -1.
+
+    Raises:
+      ValueError: if the processes do not divide the batch, or `resize` is below the crop's size.
+    """
 
     source: Source
     batch_size: int
@@ -482,9 +64,16 @@ class _TrainingBatches:
     seed: int
     size: int
     resize: int
-    process_index: int
-    process_count: int
-    skip_damaged: bool
+    process_index: int = 0
+    process_count: int = 1
+    skip_damaged: bool = False
+
+    def __post_init__(self):
+        if self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of {self.process_count} processes"
+            )
+        check_resize(self.resize, self.size)
 
     def __len__(self):
         return len(self.steps)
@@ -541,8 +130,15 @@ class _TrainingBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvaluationBatches:
-    """A sequence of batches of all images in order; the last one may be shorter."""
+class EvaluationBatches:
+    """All images in order, in batches of the same form; the last one may be shorter.
+
+    Attributes:
+      source: the images.
+      batch_size: the number of images in a batch.
+      size: the side of the square crops, in pixels.
+      resize: as in `shorter_side`.
+    """
 
     source: Source
     batch_size: int
@@ -563,86 +159,27 @@ class _EvaluationBatches:
         return np.stack(images), np.asarray(labels, np.int32)
 
 
-def check_resize(resize: int, image_size: int) -> None:
-    """Raises `ValueError` if images would be resized to less than the crop."""
-    if resize and resize < image_size:
-        raise ValueError(f"resize={resize} is not 0 or at least image_size={image_size}")
-
-
-def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    image_size: int,
-    *,
-    resize: int,
-    train: bool,
-    steps: range | None = None,
-    workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    skip_damaged: bool = False,
+def iterate(
+    batches: TrainingBatches | EvaluationBatches, workers: int = 0
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Streams batches of images and labels.
-
-    In training every epoch has its own order and drops the remainder, and each process gets its
-    own part of each batch. An evaluation goes through the source once, in order, and its last
-    batch may be shorter.
-
-    Args:
-      source: the images.
-      batch_size: the number of images in a batch, over all processes.
-      seed: of the order and the crops.
-      image_size: the side of the square crops, in pixels.
-      resize: the image's shorter side before the crop, at random places in training and at the
-        center in an evaluation; 0 for crops of random area and aspect in training.
-      train: whether the batches are for training.
-      steps: the training steps to stream the batches of.
-      workers: the number of processes that decode; 0 decodes in this process.
-      process_index: the number of this process.
-      process_count: the number of processes that share each training batch.
-      skip_damaged: whether, in training, an image that cannot be decoded is replaced by the next
-        undamaged one of the epoch's order, with the same random numbers for the crop.
-
-    Returns:
-      An iterator of (uint8 [batch, image_size, image_size, 3], int32 [batch]); in training with
-      `skip_damaged` there is a third array, int32 [batch]: for each place the number of the
-      damaged image, or -1.
+    """Streams batches, decoded by worker processes, or by this process if there are none.
 
     Raises:
-      ValueError: if the processes do not divide the batch, or `resize` is below the crop's size;
-        from the iterator, for an image that cannot be read, or decoded.
+      ValueError: from the iterator, for an image that cannot be read, or decoded.
     """
-    if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes")
-    check_resize(resize, image_size)
-    sequence: _TrainingBatches | _EvaluationBatches
-    if train:
-        assert steps is not None
-        sequence = _TrainingBatches(
-            source=source,
-            batch_size=batch_size,
-            steps=steps,
-            seed=seed,
-            size=image_size,
-            resize=resize,
-            process_index=process_index,
-            process_count=process_count,
-            skip_damaged=skip_damaged,
-        )
-    else:
-        sequence = _EvaluationBatches(
-            source=source, batch_size=batch_size, size=image_size, resize=resize
-        )
+    # Imported when needed: whatever only opens a run does without it.
+    import grain
+    from absl import flags
+
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    stream = grain.MapDataset.source(sequence).to_iter_dataset(options)
+    stream = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         # grain asks for absl's flags, which a program without any never parses.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers)
         stream = stream.mp_prefetch(processes, _start_worker)
-    iterator = _iterate_and_close(iter(stream), len(sequence), has_workers=workers > 0)
+    iterator = _iterate_and_close(iter(stream), len(batches), has_workers=workers > 0)
     _open_iterators.add(iterator)
     return iterator
 

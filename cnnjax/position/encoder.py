@@ -18,7 +18,7 @@ from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
 from cnnjax.nn.parameters import ParameterShapeError
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
 
@@ -275,7 +275,7 @@ def encode_once(
         ends = np.cumsum([shapes[stage][3] for stage in missing])[:-1]
         folder.mkdir(parents=True, exist_ok=True)
         for stage, part in zip(missing, np.split(features, ends, axis=3)):
-            workdir.write_arrays(paths[stage], {"features": part}, compress=False)
+            files.write_arrays(paths[stage], {"features": part}, compress=False)
     return np.concatenate([_read_features(path) for path in paths.values()], -1)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from cnnjax.nn import FILLS
 from cnnjax.position.results import MapsFile, Results, Row
-from cnnjax.runtime import report, tables, workdir
+from cnnjax.runtime import files, report, tables
 
 # Colors of the targets' bars: Okabe and Ito's palette, which color-blind readers can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -30,11 +30,11 @@ def write(folder: pathlib.Path) -> None:
 
     figures = {"spc_by_padding.png": _draw_scores(results), "rings.png": _draw_rings(results)}
     for encoder in _values(results.rows, "encoder"):
-        name = workdir.file_label(encoder)
+        name = files.file_label(encoder)
         for kind in _values(results.rows, "data"):
             figures[f"maps_{name}_{kind}.png"] = _draw_maps(results, maps, encoder, kind)
     for name, figure in figures.items():
-        workdir.write_figure(folder / name, figure)
+        files.write_figure(folder / name, figure)
         plt.close(figure)
 
     sections = [
@@ -47,7 +47,7 @@ def write(folder: pathlib.Path) -> None:
         "## Figures\n",
         "\n\n".join(f"![{name}]({name})" for name in figures) + "\n",
     ]
-    workdir.write(folder / "report.md", "\n".join(sections) + report.footer(run))
+    files.write(folder / "report.md", "\n".join(sections) + report.footer(run))
 
 
 def _values(records: Iterable, field: str) -> list:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cnnjax.position.metrics import METRICS, RING_METRICS
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 
 READOUTS = ("exact", "sgd")
 
@@ -37,7 +37,7 @@ class Point:
     @property
     def file(self) -> str:
         """Returns the name of the measurement's file."""
-        return f"{workdir.file_label(self.encoder)}-{self.padding}-{self.seed}.npz"
+        return f"{files.file_label(self.encoder)}-{self.padding}-{self.seed}.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def save(path: pathlib.Path, measurement: Measurement) -> None:
             arrays[_key("rings", rings.target, rings.data, metric)] = getattr(rings, metric)
     for maps in measurement.maps:
         arrays[_key("maps", maps.readout, maps.data)] = maps.values
-    workdir.write_arrays(path, arrays)
+    files.write_arrays(path, arrays)
 
 
 def load(
@@ -322,7 +322,7 @@ def save_maps(
         for maps in measurement.maps:
             key = _key(point.encoder, point.padding, maps.readout, maps.data)
             arrays[key] = maps.values
-    workdir.write_arrays(path, arrays)
+    files.write_arrays(path, arrays)
 
 
 class MapsFile:

@@ -38,7 +38,7 @@ from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import configuration, workdir
+from cnnjax.runtime import backend, configuration, files, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
@@ -251,6 +251,12 @@ def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, .
     return tuple(stage for stage in names if stage in config.stages)
 
 
+def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Completes a study's record; of several processes, the one that writes does so last."""
+    with backend.writer_last("the record is read"):
+        complete_record(config, folder)
+
+
 def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adds keys introduced after a study to its record, and checks its files' digests.
 
@@ -269,7 +275,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     moved = _check_inputs(config, folder, recorded)
     completed = defaults.BEFORE | recorded | moved
     if completed != recorded:
-        workdir.write_json(folder / "config.json", completed)
+        files.write_json(folder / "config.json", completed)
 
 
 def _check_inputs(
@@ -283,7 +289,7 @@ def _check_inputs(
     moved = {}
     path = folder / _INPUTS
     if path.exists():
-        before = workdir.read_json(path)
+        before = files.read_json(path)
         for key, now in digest_inputs(config).items():
             if recorded.get(key) == config[key] and before.get(key, now) != now:
                 raise ValueError(
@@ -390,7 +396,7 @@ def _write_results(
         photographs=count_photographs(config),
         seconds=round(sum(measurement.seconds for measurement in measurements), 1),
     )
-    workdir.write_json(folder / "results.json", dataclasses.asdict(summary))
+    files.write_json(folder / "results.json", dataclasses.asdict(summary))
     report.write(folder)
 
 
@@ -454,7 +460,7 @@ def _measure_missing(
                 )
                 if not (folder / _INPUTS).exists():
                     inputs = digest_inputs(config) | {"networks": digest_networks(config)}
-                    workdir.write_json(folder / _INPUTS, inputs)
+                    files.write_json(folder / _INPUTS, inputs)
                 path.parent.mkdir(exist_ok=True)
                 results.save(path, measurement)
             measurements.append(results.load(path, point, config.targets, config.data))

@@ -160,8 +160,6 @@ def start() -> None:
 
 
 _DISTRIBUTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<count>\d+),(?P<index>\d+)")
-# Not empty if this process is one of several that compute together.
-_JOINED: list[bool] = []
 
 
 def join(how: str) -> None:
@@ -195,7 +193,6 @@ def join(how: str) -> None:
             f"distributed={how!r}: the processes could not be joined: "
             f"{' '.join(str(error).split())}"
         ) from error
-    _JOINED.append(True)
     if jax.process_index():
         # One process logs; the others only warn.
         logging.getLogger("cnnjax").setLevel(logging.WARNING)
@@ -203,7 +200,9 @@ def join(how: str) -> None:
 
 def is_joined() -> bool:
     """Tells whether this process is one of several that compute together."""
-    return bool(_JOINED)
+    # Not imported here, which --help would wait for: without jax, nothing has been joined.
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def writes() -> bool:

@@ -258,8 +258,8 @@ def _is_json(value: Any) -> bool:
 def _has_type_of(value: Any, default: Any) -> bool:
     if default is None:
         return True
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, bool) != isinstance(value, bool):
+        return False
     if isinstance(default, int):
         return isinstance(value, numbers.Integral)
     if isinstance(default, float):

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files
 
 
 class Finished(NamedTuple):
@@ -32,7 +32,7 @@ def read(folder: pathlib.Path, kind: str) -> Finished:
             f"workdir={str(folder)!r} has no {', '.join(missing)}: there is no finished run to "
             "report on"
         )
-    run = Finished(*(workdir.read_json(folder / f"{name}.json") for name in names))
+    run = Finished(*(files.read_json(folder / f"{name}.json") for name in names))
     if run.results.get("kind") != kind:
         raise ValueError(
             f"kind={run.results.get('kind')!r} of {folder / 'results.json'} is not {kind!r}"

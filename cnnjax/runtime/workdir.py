@@ -4,7 +4,7 @@ A directory passes through these states, each with files that the states before 
 
     state      files                                  written by
     ---------  -------------------------------------  --------------------------------------
-    claimed    run.claim                              `claim`, which removes it at its end
+    claimed    run.claim                              `claims.claim`, until its end
     recorded   config.json, then environment.json     `prepare`
     started    metrics.jsonl, checkpoints/, ...       the run
     finished   results.json, after all other results  the run
@@ -22,25 +22,17 @@ directory belong to the user and do not start a run; a seal covers the run's own
 """
 
 import contextlib
-import errno
 import functools
-import hashlib
-import io
 import json
 import os
 import pathlib
-import platform
 import subprocess
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, claims, files
 from cnnjax.runtime.paths import sha256
 
 _MANIFEST = "manifest.json"
-_CLAIM = "run.claim"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
@@ -63,15 +55,6 @@ _SEALED = frozenset(
 _REPORTED_KEYS = frozenset(
     ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
 )
-# Seconds between two renewals of a claim, and the age at which it is stale.
-_RENEWAL_SECONDS = 15.0
-_STALE_SECONDS = 120.0
-# Seconds within which all processes that found the same stale claim have removed it.
-_SETTLING_SECONDS = 0.2
-
-
-class Claimed(ValueError):
-    """Another process is using a work directory."""
 
 
 class OtherConfiguration(ValueError):
@@ -80,116 +63,6 @@ class OtherConfiguration(ValueError):
 
 class Interrupted(Exception):
     """A run was stopped and has saved its state: the same command continues it."""
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary name for a file, which becomes `path` when the context ends.
-
-    So the file is whole or absent: after an error it is removed.
-    """
-    # A name of its own for every call: several processes may write one file.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def write(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file that is whole or absent (`replacing`).
-
-    Of several processes that compute together, only the first one writes.
-    """
-    if not backend.writes():
-        return
-    if isinstance(content, str):
-        # A file's name may hold bytes that are not UTF-8.
-        content = content.encode("utf-8", "backslashreplace")
-    with naming(path), replacing(path) as partial:
-        partial.write_bytes(content)
-
-
-@contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-    """Adds a path to errors of the system; that of a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes a value as JSON.
-
-    Raises:
-        FloatingPointError: for a NaN or an infinity, since JSON has neither.
-    """
-    try:
-        text = json.dumps(value, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise FloatingPointError(
-            f"{path}: a number is not finite, so nothing is written ({error})"
-        ) from error
-    write(path, text + "\n")
-
-
-def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
-    """Writes named arrays as an npz file, which holds a checksum of each."""
-    # Imported when needed: every --help imports this module.
-    import numpy as np
-
-    buffer = io.BytesIO()
-    save = np.savez_compressed if compress else np.savez
-    save(buffer, allow_pickle=False, **arrays)
-    write(path, buffer.getvalue())
-
-
-def read_json(path: pathlib.Path, **options):
-    """Reads a JSON file.
-
-    Raises:
-        ValueError: with the file's name, if it is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes(), **options)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
-
-
-def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
-    """Reads a result from its JSON file, or computes it and writes the file."""
-    if not path.exists():
-        result = compute(*arguments)
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, result)
-    return read_json(path)
-
-
-def write_figure(path: pathlib.Path, figure) -> None:
-    """Writes a matplotlib figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    write(path, buffer.getvalue())
-
-
-def file_label(name: str) -> str:
-    """Turns a network's name into part of a file name: FILE.py:NAME loses its folders.
-
-    Eight characters of a digest tell it from networks of the same name in other folders.
-    """
-    if "/" not in name:
-        return name
-    return f"{name.rpartition('/')[2]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def digest(config: dict) -> str:
-    """Hashes a configuration into eight characters."""
-    text = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @functools.cache
@@ -252,11 +125,11 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
     # As JSON holds it: tuples become lists.
     current = json.loads(json.dumps(config))
     try:
-        recorded = json.loads((folder / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        recorded = files.read_json(folder / "config.json")
+    except ValueError as error:
         raise ValueError(
-            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error}); remove it if "
-            "the run is of this very configuration, or choose another --workdir"
+            f"workdir={str(folder)!r} holds a config.json that is not JSON ({error.__cause__}); "
+            "remove it if the run is of this very configuration, or choose another --workdir"
         ) from error
     if isinstance(recorded, dict):
         # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
@@ -278,9 +151,12 @@ def has_started(folder: pathlib.Path) -> bool:
 
     Empty folders do not count: a refused run may leave that of its checkpoints.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
+    if not folder.is_dir():
+        return False
+    for path in folder.iterdir():
+        is_record = path.name in (*_RECORD, claims.CLAIM)
         is_empty_folder = path.is_dir() and not any(path.iterdir())
-        if path.name not in (*_RECORD, _CLAIM) and not _is_aside(path.name) and not is_empty_folder:
+        if not (is_record or is_empty_folder or _is_aside(path.name)):
             return True
     return False
 
@@ -300,7 +176,7 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     A damaged record counts as none: `check_config` reports it.
     """
     try:
-        recorded = json.loads((folder / "config.json").read_text())
+        recorded = files.read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     if isinstance(recorded, dict) and recorded.get("kind") == kind:
@@ -330,13 +206,13 @@ def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> p
         if has_started(folder) and (folder / "config.json").exists():
             check_config(folder, config, computes)
         if computes or not (folder / "config.json").exists():
-            write_json(folder / "config.json", config)
+            files.write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(
             f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
         ) from error
     if computes:
-        write_json(folder / "environment.json", _environment(folder, config))
+        files.write_json(folder / "environment.json", _environment(folder, config))
     return folder
 
 
@@ -364,7 +240,7 @@ def read_environments(folder: pathlib.Path) -> list[dict]:
     Damaged records, and those that lack what reports print, are left out.
     """
     try:
-        last = read_json(folder / "environment.json")
+        last = files.read_json(folder / "environment.json")
         earlier = last.pop("earlier", [])
         recorded = [*earlier, last]
     except (OSError, ValueError, AttributeError, TypeError):
@@ -392,7 +268,7 @@ def _hash_results(folder: pathlib.Path) -> dict[str, str]:
 def seal(folder: pathlib.Path) -> None:
     """Records the hashes of a finished run's files in manifest.json."""
     if backend.writes():
-        write_json(folder / _MANIFEST, _hash_results(folder))
+        files.write_json(folder / _MANIFEST, _hash_results(folder))
 
 
 def unseal(folder: pathlib.Path) -> None:
@@ -413,7 +289,7 @@ def check_seal(folder: pathlib.Path) -> None:
     if not path.exists():
         return
     try:
-        recorded = dict(read_json(path))
+        recorded = dict(files.read_json(path))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged: remove it to take the files beside it as they are"
@@ -445,11 +321,11 @@ def run_once(
         the others an empty dict.
 
     Raises:
-        ValueError: as `prepare` and `claim`. A run that is refused leaves no folder.
+        ValueError: as `prepare` and `claims.claim`. A run that is refused leaves no folder.
     """
     folder = pathlib.Path(folder)
     # Claimed before config.json is written, which must not change under a run of another process.
-    with _removed_if_empty(folder), claim(folder):
+    with _removed_if_empty(folder), claims.claim(folder):
         with _undone_if_refused(folder):
             if adopt:
                 adopt(config, folder)
@@ -463,7 +339,7 @@ def run_once(
         # A seal is not renewed: what has changed since must be noticed.
         if not (folder / _MANIFEST).exists():
             seal(folder)
-        return read_json(folder / "results.json") if backend.writes() else {}
+        return files.read_json(folder / "results.json") if backend.writes() else {}
 
 
 @contextlib.contextmanager
@@ -475,11 +351,11 @@ def prepared(
     The arguments are those of `prepare`.
 
     Raises:
-        ValueError: as `claim` and `prepare`. Work that is refused before it writes leaves no
+        ValueError: as `claims.claim` and `prepare`. Work that is refused before it writes leaves no
             folder.
     """
     folder = pathlib.Path(folder)
-    with _removed_if_empty(folder), claim(folder), _undone_if_refused(folder):
+    with _removed_if_empty(folder), claims.claim(folder), _undone_if_refused(folder):
         prepare(folder, config, computes)
         yield folder
 
@@ -529,7 +405,7 @@ def _list_times(folder: pathlib.Path) -> dict[str, int]:
     times = {}
     for root, _, names in os.walk(folder):
         for name in names:
-            is_record = name in (*_RECORD, _MANIFEST, _CLAIM)
+            is_record = name in (*_RECORD, _MANIFEST, claims.CLAIM)
             if not is_record and not _is_aside(name):
                 path = os.path.join(root, name)
                 # Another process may remove its temporary file meanwhile.
@@ -543,244 +419,4 @@ def _restore(path: pathlib.Path, content: bytes | None) -> None:
     if content is None:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.read_bytes() != content:
-        write(path, content)
-
-
-# ------------------------------------------------------------------ one process at a time
-#
-# A claim is a lock file, run.claim, that names the host, the process and an id of its own. To claim
-# a directory, a process
-#
-# 1. writes its claim as .ID.claim (`own_claim` below);
-# 2. makes run.claim a hard link to it, which fails if there is a run.claim already;
-# 3. if there is one that is stale, renames it to .ID.void, deletes it, and repeats step 2. A claim
-#    is stale if its process is gone from this machine or, where that cannot be seen, has not
-#    renewed it for two minutes. A suspended process (Ctrl-Z) of this machine keeps its claim;
-# 4. renews run.claim while it works: a thread sets the file's time;
-# 5. removes run.claim and .ID.claim.
-#
-# Two processes may find the same stale claim, and the slower one may remove the claim that the
-# faster one has just made. So a process that has removed a stale claim waits a moment after step 2
-# and then looks whether run.claim is still its own.
-
-
-def _pid_namespace() -> str | None:
-    """Returns the namespace of process numbers, of which each container has its own."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _boot_id() -> str | None:
-    """Returns the id of this start of the system, which tells machines of one host name apart."""
-    try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-
-
-def _started_at(process: int) -> int | None:
-    """Returns when a process of this machine began, in ticks of its clock; None if it has ended.
-
-    Raises `OSError` if that cannot be seen.
-    """
-    try:
-        # This asks the system itself. /proc may hide the processes of other users (hidepid).
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        # It is another user's, and running.
-        pass
-    content = pathlib.Path(f"/proc/{process}/stat").read_bytes()
-    # The fields after the name, which is in brackets and may hold spaces and brackets.
-    state, *fields = content.rpartition(b")")[2].split()
-    # A zombie has ended, and waits for its parent to notice.
-    return None if state in (b"Z", b"X") else int(fields[18])
-
-
-def _own_start() -> int | None:
-    """Returns when this process began; None if /proc does not tell."""
-    try:
-        # /proc may be that of another namespace (unshare --pid), with other numbers.
-        if os.readlink("/proc/self") == str(os.getpid()):
-            return _started_at(os.getpid())
-    except OSError:
-        # Some systems have no /proc.
-        pass
-    return None
-
-
-def _is_running(holder: dict) -> bool | None:
-    """Tells whether the process that a claim names is running; None if that cannot be seen."""
-    # Claims of earlier versions name neither their namespace nor the start of their system.
-    here = {"host": platform.node(), "namespace": _pid_namespace(), "boot": _boot_id()}
-    is_here = all(holder.get(name, value) == value for name, value in here.items())
-    if not is_here or _own_start() is None:
-        return None
-    try:
-        started = _started_at(holder["process"])
-    except OSError:
-        return None
-    if started is None:
-        return False
-    # Claims of earlier versions do not say when their process began. Another process may have its
-    # number by now.
-    if holder.get("started") is None:
-        return None
-    return started == holder["started"]
-
-
-def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> str | None:
-    """Names the process that holds a claim, for an error; None if the claim is stale.
-
-    Args:
-        path: run.claim.
-        content: what was read from it.
-        own_claim: the claim of this process, whose time is set to now.
-    """
-    try:
-        # Both times are the file system's, whatever this machine's clock says.
-        os.utime(own_claim)
-        age = own_claim.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    try:
-        holder = json.loads(content)
-        description = f"process {holder['process']} on {holder['host']}"
-        is_running = _is_running(holder)
-        # Only a process that is known to be the holder is safe to end.
-        if is_running:
-            description += (
-                " (if it is suspended, continue it with fg; if it hangs, end it with "
-                f"kill -9 {holder['process']})"
-            )
-    # A damaged claim is not renewed, and so it is stale before long.
-    except (ValueError, KeyError, TypeError, OverflowError):
-        description = "process unknown on a machine"
-        is_running = None
-    if is_running is None:
-        is_running = age <= _STALE_SECONDS
-    return description if is_running else None
-
-
-def _link(own_claim: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a claim the name `path`. Raises `FileExistsError` if there is such a file."""
-    try:
-        # Of several processes, only one can create the link.
-        os.link(own_claim, path)
-    except OSError as error:
-        # File systems such as exFAT have no hard links; there the claim is copied.
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        with path.open("xb") as file:
-            file.write(own_claim.read_bytes())
-
-
-def _remove_stale(path: pathlib.Path, content: bytes, own_claim: pathlib.Path) -> None:
-    """Removes a stale claim, unless another process has replaced it since it was read."""
-    removed = own_claim.with_suffix(".void")
-    # Of several processes, only one can rename it.
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(removed)
-        if removed.read_bytes() != content:
-            # It is another's valid claim, which is put back.
-            with contextlib.suppress(FileExistsError):
-                _link(removed, path)
-        removed.unlink()
-
-
-def _acquire(path: pathlib.Path, own_claim: pathlib.Path) -> None:
-    """Claims the directory. Raises `Claimed` if another process holds it."""
-    has_met_stale = False
-    while True:
-        try:
-            _link(own_claim, path)
-            # A process that met the same stale claim may be removing ours in its place.
-            if has_met_stale:
-                time.sleep(_SETTLING_SECONDS)
-            if _is_own(path, own_claim):
-                return
-        except FileExistsError:
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                continue
-            if holder := _describe_holder(path, content, own_claim):
-                raise Claimed(
-                    f"workdir={str(path.parent)!r} is in use by {holder}; wait for it, or choose "
-                    "another --workdir"
-                ) from None
-            has_met_stale = True
-            _remove_stale(path, content, own_claim)
-
-
-def _is_own(path: pathlib.Path, own_claim: pathlib.Path) -> bool:
-    """Tells whether run.claim is the claim of this process, which has an id of its own."""
-    try:
-        return path.read_bytes() == own_claim.read_bytes()
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
-    """Renews a claim now and then, from a thread, while the context lasts."""
-    done = threading.Event()
-
-    def renew():
-        while not done.wait(_RENEWAL_SECONDS):
-            with contextlib.suppress(OSError):
-                if _is_own(path, own_claim):
-                    os.utime(path)
-
-    threading.Thread(target=renew, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-@contextlib.contextmanager
-def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a work directory, which is created, while the context lasts.
-
-    Raises:
-        Claimed: if another process is using the directory.
-        ValueError: if the directory cannot be written to.
-    """
-    if not backend.writes():
-        yield
-        return
-    path = folder / _CLAIM
-    own_claim = folder / f".{uuid.uuid4().hex}.claim"
-    holder = {
-        "host": platform.node(),
-        "process": os.getpid(),
-        "namespace": _pid_namespace(),
-        "boot": _boot_id(),
-        "started": _own_start(),
-        # Tells this claim from an earlier one of the same process.
-        "id": own_claim.stem,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write(own_claim, json.dumps(holder))
-    except OSError as error:
-        raise ValueError(
-            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
-        ) from error
-    try:
-        _acquire(path, own_claim)
-        try:
-            with _renewed(path, own_claim):
-                yield
-        finally:
-            # On a disk that can no longer be written to, the failure itself is reported.
-            with contextlib.suppress(OSError):
-                if _is_own(path, own_claim):
-                    path.unlink()
-    finally:
-        with contextlib.suppress(OSError):
-            own_claim.unlink()
+        files.write(path, content)

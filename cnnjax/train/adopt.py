@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
-from cnnjax.runtime import backend, workdir
+from cnnjax.runtime import backend, files, workdir
 from cnnjax.train import defaults
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import build_run, find_network
@@ -54,7 +54,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     if _differences(completed, config) <= _ADOPTED | {"model"}:
         if missing:
             _LOG.info("%s was begun without %s: as before", folder, ", ".join(missing))
-        workdir.write_json(folder / "config.json", completed)
+        files.write_json(folder / "config.json", completed)
 
 
 def _is_same_network(name: object, other: object) -> bool:
@@ -74,7 +74,7 @@ def _is_incomplete(name: object, model: str) -> bool:
     return not is_builtin and model.endswith((f".py:{name}", f"/{name}"))
 
 
-def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adopts a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
@@ -101,7 +101,7 @@ def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     recorded = _take_data_dir(folder, recorded, config)
     recorded = _take_equivalent(folder, recorded, config)
     if _is_longer(recorded, config) and _was_finished(folder):
-        _extend(folder, recorded, config)
+        _add_epochs(folder, recorded, config)
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
@@ -121,7 +121,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
         return recorded
     build_run(config).check_data(images)
     moved = recorded | {"data_dir": config.data_dir}
-    workdir.write_json(folder / "config.json", moved)
+    files.write_json(folder / "config.json", moved)
     _LOG.info("%s goes on with data_dir=%r, whose images agree", folder, config.data_dir)
     return moved
 
@@ -147,7 +147,7 @@ def _take_equivalent(
     if not keys or not differences <= _ADOPTED:
         return recorded
     present = {key: config[key] for key in keys}
-    workdir.write_json(folder / "config.json", recorded | present)
+    files.write_json(folder / "config.json", recorded | present)
     settings = ", ".join(f"{key}={value}" for key, value in present.items())
     _LOG.info("%s goes on with %s", folder, settings)
     return recorded | present
@@ -185,7 +185,7 @@ def _was_finished(folder: pathlib.Path) -> bool:
     return (folder / "results.json").exists() or (folder / EXTENDED).exists()
 
 
-def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
+def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> None:
     """Turns a finished run into an unfinished one of more epochs.
 
     If this is interrupted between two files, the next call completes it.
@@ -196,7 +196,7 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
     path = folder / "results.json"
     if path.exists():
         workdir.check_seal(folder)
-        results = workdir.read_json(path)
+        results = files.read_json(path)
         last = folder / "checkpoints" / str(results["history"][-1]["step"])
         if not last.is_dir():
             raise ValueError(
@@ -209,9 +209,9 @@ def _extend(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigD
         earlier = [*results.get("extended_from", []), results["final"]]
         # First of all, since the hashes include extended.json, which changes next.
         workdir.unseal(folder)
-        workdir.write_json(folder / EXTENDED, earlier)
+        files.write_json(folder / EXTENDED, earlier)
         path.unlink()
-    workdir.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
+    files.write_json(folder / "config.json", recorded | {"epochs": config.epochs})
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)
 
 

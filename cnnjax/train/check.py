@@ -5,15 +5,14 @@ import pathlib
 import ml_collections
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, stream
+from cnnjax.data import arrays, augment, crops, folders
 from cnnjax.models import Network, create_model
 from cnnjax.runtime import configuration
-from cnnjax.train import defaults, step
+from cnnjax.train import defaults, schedules, step
 from cnnjax.train.checkpoints import was_completed
 from cnnjax.train.data import has_validation, is_streamed
-from cnnjax.train.optimizers import optimizer
+from cnnjax.train.optimizers import OPTIMIZERS
 from cnnjax.train.parallel import WAYS
-from cnnjax.train.schedules import learning_rates
 
 # The smallest value of keys that are numbers.
 _LEAST = {
@@ -33,6 +32,7 @@ _LEAST = {
 _SHARES = ("label_smoothing", "ema_decay", "momentum")
 _CHOICES = {
     "loss": step.LOSSES,
+    "optimizer": tuple(OPTIMIZERS),
     "dtype": ("float32", "bfloat16"),
     "test_views": (1, 2, 10),
     "parallel": WAYS,
@@ -56,14 +56,13 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None)
     configuration.check_keys(config, defaults.get_config(), "cnnjax.train.defaults")
     configuration.check_seed(config)
     _check_values(config)
-    optimizer(config.optimizer, 0.0)
-    learning_rates(config.schedule, 1, config.epochs)
+    schedules.settings(config.schedule)
     _check_validation(config)
     _check_model(config)
     _check_initial_weights(config, folder)
     _check_loss(config)
     if is_streamed(config):
-        stream.check_resize(config.resize, config.image_size)
+        crops.check_resize(config.resize, config.image_size)
     _check_views(config)
 
 
@@ -96,7 +95,7 @@ def _check_validation(config: ml_collections.ConfigDict) -> None:
         cause = "schedule.name='plateau'"
     problem = "n_validation=0 is not a positive number"
     if is_streamed(config):
-        test = stream.find_splits(config.dataset, config.data_dir)["test"]
+        test = folders.find_splits(config.dataset, config.data_dir)["test"]
         problem = "there is no labeled split named val; add one"
         if test != "test":
             problem = f"{test} is the test set, as there is no labeled split named test; add one"
@@ -164,7 +163,6 @@ def _check_loss(config: ml_collections.ConfigDict) -> None:
     """Checks that the loss fits the labels of the data set."""
     fitting = "cross_entropy"
     if not is_streamed(config):
-        arrays.check_name(config.dataset)
         fitting = arrays.loss_of(config.dataset)
     if config.loss != fitting:
         raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from cnnjax.runtime import backend, workdir
+from cnnjax.runtime import backend, files
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import tensorstore_noise
 
@@ -37,7 +37,7 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 def _damage(folder: pathlib.Path) -> str | None:
     """Says what is wrong with a checkpoint's files; None if nothing is."""
     try:
-        recorded = workdir.read_json(folder / _MANIFEST)
+        recorded = files.read_json(folder / _MANIFEST)
     except FileNotFoundError:
         return f"it has no {_MANIFEST}, so it was not written to its end"
     except (OSError, ValueError) as error:
@@ -166,7 +166,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 folder = self._path(step)
-                workdir.write_json(folder / _MANIFEST, _hashes(folder))
+                files.write_json(folder / _MANIFEST, _hashes(folder))
         except Exception as error:
             # Raised by the next call of `_finish`.
             self._failure = error
@@ -265,8 +265,8 @@ class Checkpoints:
           The step, the state (host arrays) and the record; None if there is no checkpoint.
 
         Raises:
-          ValueError: if all are damaged of which any was whole once, or if the state is of another
-            structure.
+          ValueError: if checkpoints were completed but all are damaged, or if the state is of
+            another structure.
         """
         self._finish()
         steps = sorted(self._manager.all_steps(), reverse=True)

@@ -13,8 +13,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.data import arrays, augment, stream
-from cnnjax.runtime import workdir
+from cnnjax.data import arrays, augment, crops, folders, photographs, stream
+from cnnjax.runtime import files
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
@@ -114,7 +114,7 @@ def has_validation(config: ml_collections.ConfigDict) -> bool:
         return True
     if not is_streamed(config):
         return False
-    return "validation" in stream.find_splits(config.dataset, config.data_dir)
+    return "validation" in folders.find_splits(config.dataset, config.data_dir)
 
 
 def open_data(config: ml_collections.ConfigDict, parallel: Parallel) -> TrainingData:
@@ -257,55 +257,39 @@ class Streamed:
     def __init__(self, config: ml_collections.ConfigDict, parallel: Parallel):
         self._config = config
         self._parallel = parallel
-        self._sources = stream.open_splits(config.dataset, config.data_dir, config.n_validation)
+        self._sources = folders.open_splits(config.dataset, config.data_dir, config.n_validation)
         self.classes = self._sources["train"].classes
         self.image_shape = (config.image_size, config.image_size, 3)
         self.n_train = len(self._sources["train"])
         self.n_validation = len(self._sources.get("validation", ()))
         uses = [use for use in ("train", "validation") if use in self._sources]
-        self.digest = workdir.digest({use: self._sources[use].digest() for use in uses})
+        self.digest = files.digest({use: self._sources[use].digest() for use in uses})
         self.moments = moments_of(config, *augment.IMAGENET)
         self._placed_moments = parallel.replicate(self.moments)
         self._batches: Iterator | None = None
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()
 
-    def _read(
-        self, split: str, image_size: int, resize: int, *, train: bool, **options
-    ) -> Iterator:
-        source = self._sources[split]
-        workers = self._config.workers
-        # Every evaluation starts its worker processes anew, which takes longer than a few images.
-        if not train and len(source) < stream.FEW_IMAGES:
-            workers = 0
-        return stream.batches(
-            source,
-            self._config.batch_size,
-            self._config.seed,
-            image_size,
-            resize=resize,
-            train=train,
-            workers=workers,
-            **options,
-        )
-
-    def _training_batches(self, first: int) -> Iterator:
-        """Reads the batches of all steps from `first` to the end of the run."""
-        total = self._config.epochs * (self.n_train // self._config.batch_size)
-        return self._read(
-            "train",
-            self._config.image_size,
-            self._config.resize,
-            train=True,
+    def _training_batches(self, first: int) -> stream.TrainingBatches:
+        """Returns the batches of all steps from `first` to the end of the run."""
+        config = self._config
+        total = config.epochs * (self.n_train // config.batch_size)
+        return stream.TrainingBatches(
+            source=self._sources["train"],
+            batch_size=config.batch_size,
             steps=range(first, total),
+            seed=config.seed,
+            size=config.image_size,
+            resize=config.resize,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            skip_damaged=self._config.skip_damaged,
+            skip_damaged=config.skip_damaged,
         )
 
     def advance(self, *, recipe, numbers, rates, state, steps):
         if self._batches is None:
-            self._batches = self._training_batches(steps.start)
+            batches = self._training_batches(steps.start)
+            self._batches = stream.iterate(batches, self._config.workers)
         images, labels, *damaged = next(self._batches)
         if damaged:
             self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
@@ -326,7 +310,7 @@ class Streamed:
             # Decoded once more, for the error that has its name.
             try:
                 self._sources["train"][number]
-            except stream.Damaged as error:
+            except photographs.Damaged as error:
                 _LOG.warning("passed over: %s", error)
 
     def evaluation(self, split, views=1):
@@ -336,13 +320,17 @@ class Streamed:
         resize = self._config.resize
         if views == 10:
             # The corners are those of the square around the center, at the scale of one view.
-            resize = resize or round(size * 256 / 224)
+            resize = crops.shorter_side(size, resize)
             size = resize
-        return self._read(split, size, resize, train=False)
+        source = self._sources[split]
+        # Every evaluation starts its worker processes anew, which takes longer than a few images.
+        workers = 0 if len(source) < stream.FEW_IMAGES else self._config.workers
+        batches = stream.EvaluationBatches(source, self._config.batch_size, size, resize)
+        return stream.iterate(batches, workers)
 
     def test_images(self, numbers):
         source = self._sources["test"]
         size = self._config.image_size
         images = [source[int(number)][0] for number in numbers]
-        crops = [stream.center(image, size, self._config.resize) for image in images]
-        return np.stack([np.asarray(crop) for crop in crops])
+        centers = [crops.center(image, size, self._config.resize) for image in images]
+        return np.stack([np.asarray(center) for center in centers])

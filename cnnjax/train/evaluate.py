@@ -179,12 +179,15 @@ def class_probabilities(
 def confusion(
     predicted: Integer[np.ndarray, "*pixels"], labels: Integer[np.ndarray, "*pixels"], classes: int
 ) -> Int[np.ndarray, "{classes} {classes}"]:
-    """Counts the pixels of each class (row) that are predicted as each class (column).
+    """Counts the images or pixels of each class (row) that are predicted as each class (column).
 
-    Pixels whose label is 255 are left out.
+    Pixels of masks whose label is 255 are left out.
     """
-    counted = labels != IGNORED
-    pairs = labels[counted].astype(np.int64) * classes + predicted[counted]
+    if labels.ndim > 1:
+        counted = labels != IGNORED
+        labels = labels[counted]
+        predicted = predicted[counted]
+    pairs = labels.astype(np.int64) * classes + predicted
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 

@@ -16,9 +16,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.runtime import backend, signals, workdir
-from cnnjax.train import adopt, report, results, step
-from cnnjax.train.adopt import complete_record, is_equivalent
+from cnnjax.runtime import backend, files, signals, workdir
+from cnnjax.train import report, results, step
+from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
@@ -26,15 +26,18 @@ from cnnjax.train.run import Run, build_run, warn_if_edited
 from cnnjax.train.schedules import Plateau
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
-__all__ = ["check", "complete_record", "extend", "is_equivalent", "report", "run"]
+__all__ = ["adopt", "check", "complete_record", "is_equivalent", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
 
 
-def extend(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Does what `adopt.extend` does, which may compute, and raises what `run` raises."""
+def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Adopts a changed configuration; failures are explained as in `run`."""
+    with backend.writer_last("the record is read"):
+        complete_record(config, folder)
+    backend.wait_for_others("the record is complete")
     with _explain_failures(config, folder):
-        adopt.extend(config, folder)
+        adopt_changes(config, folder)
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -212,7 +215,7 @@ def _check_processes(current: Run, origin: dict) -> None:
     """
     # These two change nothing in what is trained.
     config = current.config.to_dict() | {"data_dir": "", "workers": 0}
-    digest = workdir.digest({"config": config, **origin})
+    digest = files.digest({"config": config, **origin})
     # 28 bits, which fit into an int32.
     digests = current.parallel.gather(int(digest[:7], 16))
     for process, other in enumerate(digests):

@@ -3,6 +3,9 @@
 They are built inside jit. Every number may be traced, so changing one compiles nothing.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import optax
 
@@ -32,10 +35,6 @@ def _sgd(rate, momentum, decay, mask, nesterov=False):
     )
 
 
-def _nesterov(rate, momentum, decay, mask):
-    return _sgd(rate, momentum, decay, mask, nesterov=True)
-
-
 def _adam(rate, momentum, decay, mask):
     return optax.chain(
         optax.add_decayed_weights(decay, mask),
@@ -60,9 +59,9 @@ def _muon(rate, momentum, decay, mask):
     )
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": _sgd,
-    "nesterov": _nesterov,
+    "nesterov": functools.partial(_sgd, nesterov=True),
     "adam": _adam,
     "adamw": _adamw,
     "muon": _muon,

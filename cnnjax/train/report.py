@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
-from cnnjax.runtime import report, tables, workdir
+from cnnjax.runtime import files, report, tables
+from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed
 
 # The colors of CamVid's classes in SegNet's tutorial (Badrinarayanan et al. 2015). Further classes
@@ -78,19 +79,13 @@ def _curves_figure(history: list[dict]):
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
     """Draws the curves of a run, finished or not, as curves.png."""
     figure = _curves_figure(history)
-    workdir.write_figure(folder / "curves.png", figure)
+    files.write_figure(folder / "curves.png", figure)
     plt.close(figure)
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
     """Draws the confusion matrix of the test set: rows are labels, columns predictions."""
-    is_mask = labels.ndim > 1
-    if is_mask:
-        counted = labels != IGNORED
-        labels = labels[counted]
-        predicted = predicted[counted]
-    pairs = labels.astype(np.int64) * len(classes) + predicted
-    counts = np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    counts = evaluate.confusion(predicted, labels, len(classes))
     figure, axis = plt.subplots(figsize=(5.5, 5.5))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -164,8 +159,15 @@ def _scenes_figure(test: dict):
 
 
 def _describe_test(results: dict) -> str:
-    """Says how often the test set was used; empty for an extended run, which used it before."""
-    return "" if "extended_from" in results else " The test set was used once, at the end."
+    """Says how often the test set was used: of an extended run, at the end of each part."""
+    if "extended_from" not in results:
+        return " The test set was used once, at the end."
+    sentences = [
+        f" The run was extended after {final['epoch']} epochs, when its test error was "
+        f"{100 * final['test_error']:.2f} %."
+        for final in results["extended_from"]
+    ]
+    return "".join(sentences)
 
 
 def _describe_weights(results: dict) -> str:
@@ -173,13 +175,7 @@ def _describe_weights(results: dict) -> str:
     if "weights" not in results:
         return ""
     chosen = results["weights"]
-    text = f" The scores are of the weights of epoch {chosen['epoch']} ({chosen['chosen_by']})."
-    for final in results.get("extended_from", []):
-        text += (
-            f" The run was extended after {final['epoch']} epochs, when its test error was "
-            f"{100 * final['test_error']:.2f} %."
-        )
-    return text
+    return f" The scores are of the weights of epoch {chosen['epoch']} ({chosen['chosen_by']})."
 
 
 def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[str]:
@@ -197,7 +193,7 @@ def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[st
     elif config["loss"] == "cross_entropy":
         figures["mistakes.png"] = _mistakes_figure(test, results["classes"])
     for name, figure in figures.items():
-        workdir.write_figure(folder / name, figure)
+        files.write_figure(folder / name, figure)
         plt.close(figure)
     return ["curves.png", *figures]
 
@@ -274,4 +270,4 @@ def write(folder: pathlib.Path) -> None:
     run = report.read(folder, kind="train")
     figures = _write_figures(folder, run.config, run.results)
     body = _body(run.config, run.results, figures)
-    workdir.write(folder / "report.md", body + report.footer(run))
+    files.write(folder / "report.md", body + report.footer(run))

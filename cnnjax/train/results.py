@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from cnnjax import transfer, weights
 from cnnjax.data import augment
-from cnnjax.runtime import backend, workdir
+from cnnjax.runtime import backend, files
 from cnnjax.train import evaluate, report, step
 from cnnjax.train.adopt import EXTENDED
 from cnnjax.train.run import Run, Scored
@@ -72,7 +72,7 @@ class History:
 
     def _write_metrics(self) -> None:
         lines = [json.dumps(entry) + "\n" for entry in self.entries]
-        workdir.write(self._folder / "metrics.jsonl", "".join(lines))
+        files.write(self._folder / "metrics.jsonl", "".join(lines))
 
     def best(self) -> dict | None:
         """Finds the first epoch of the smallest validation error; None without validation."""
@@ -88,7 +88,7 @@ def write_events(folder: pathlib.Path, entries: list[dict]) -> None:
     """Writes all epochs so far as TensorBoard events, and removes older files of events."""
     if not backend.writes():
         return
-    with workdir.naming(folder):
+    with files.naming(folder):
         folder.mkdir(exist_ok=True)
         for old_file in folder.glob("events.*"):
             old_file.unlink()
@@ -111,7 +111,7 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
                 scalar = summary.scalar(name, value)
                 event = event_pb2.Event(wall_time=time.time(), step=entry["step"], summary=scalar)
                 records.append(_record(event))
-    with workdir.naming(folder), (folder / _EVENTS).open("ab") as file:
+    with files.naming(folder), (folder / _EVENTS).open("ab") as file:
         file.write(b"".join(records))
 
 
@@ -180,7 +180,7 @@ def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
         arrays["images"] = np.zeros((0, 1, 1, 1), np.uint8)
         if len(arrays["shown"]):
             arrays["images"] = run.data.test_images(arrays["shown"])
-    workdir.write_arrays(folder / "test.npz", arrays)
+    files.write_arrays(folder / "test.npz", arrays)
 
 
 def write_results(
@@ -214,7 +214,7 @@ def write_results(
     }
     if (folder / EXTENDED).exists():
         # If an extension was interrupted at its start and given up, its last entry is this run.
-        recorded = workdir.read_json(folder / EXTENDED)
+        recorded = files.read_json(folder / EXTENDED)
         if earlier := [scores for scores in recorded if scores["epoch"] < final["epoch"]]:
             results["extended_from"] = earlier
     loss = run.config.loss
@@ -227,4 +227,4 @@ def write_results(
         "training_seconds": round(history.seconds, 1),
         "seconds": round(seconds, 1),
     }
-    workdir.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)

@@ -15,10 +15,10 @@ import PIL.Image
 import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, photographs, splits, stream
+from cnnjax.data import arrays, augment, crops, photographs, splits
 from cnnjax.models import Network, create_model
 from cnnjax.models.base import digest_network
-from cnnjax.runtime import workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved, sha256
 from cnnjax.train import defaults, evaluate, step
@@ -64,7 +64,7 @@ def warn_if_edited(model: str, recorded: str | None) -> None:
     """
     if recorded is not None and recorded != digest_network(model):
         _LOG.warning(
-            "%s is not as it was when the run was trained: its network may be another one now",
+            "%s has changed since the run was trained; its network may differ",
             model.rpartition(":")[0],
         )
 
@@ -145,7 +145,7 @@ class Run:
     def data_record(self) -> dict[str, Any]:
         """Describes what a run's steps and labels depend on in the data, as JSON."""
         return {
-            "classes": [splits.class_name(str(name)) for name in self.data.classes],
+            "classes": [splits.class_name(name) for name in self.data.classes],
             "n_train": self.data.n_train,
             "n_validation": self.data.n_validation,
             "digest": self.data.digest,
@@ -349,7 +349,7 @@ class TrainedRun:
         height, width = (times * side for side in self.image_shape[:2])
         image = photographs.open_rgb(file)
         if height == width:
-            image = stream.center(image, height, times * self.resize)
+            image = crops.center(image, height, times * self.resize)
         else:
             # Streamed images are square, so the run was on a data set in memory, whose images are
             # not cropped: the photograph keeps as much as its shape allows.
@@ -385,7 +385,7 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
             f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
         )
     config = read_config(folder)
-    results = workdir.read_json(folder / "results.json")
+    results = files.read_json(folder / "results.json")
     workdir.check_seal(folder)
     image_settings = _image_settings(folder, config, results)
     image_shape = image_settings["image_shape"]
@@ -411,7 +411,9 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """
     recorded = read_recorded(folder)
     if recorded is None:
-        raise ValueError(f"{folder} is not a training run: its config.json is not one's")
+        raise ValueError(
+            f"{folder} is not a training run: its config.json is missing or of another kind"
+        )
     return complete(recorded)
 
 
@@ -421,7 +423,7 @@ def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
     The model is that of `find_network`.
     """
     path = folder / "config.json"
-    recorded = workdir.read_json(path, object_hook=_with_tuples) if path.is_file() else None
+    recorded = files.read_json(path, object_hook=_with_tuples) if path.is_file() else None
     if isinstance(recorded, dict) and recorded.get("kind") == "train":
         return find_network(recorded, folder)
     return None
@@ -468,7 +470,7 @@ def _resize(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int]
     shorter = min(image_shape[:2])
     if not is_streamed(config):
         return shorter
-    return config.resize or round(shorter * 256 / 224)
+    return crops.shorter_side(shorter, config.resize)
 
 
 def _image_settings(

@@ -67,6 +67,10 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
 
+    def frozen_paths(self) -> frozenset[transfer.Path]:
+        """Returns the paths of the frozen parts' variables."""
+        return transfer.select(self.model, self.freeze)
+
 
 @flax.struct.dataclass
 class Numbers:
@@ -190,7 +194,7 @@ def init(
     initial = recipe.model.init(jax.random.key(numbers.seed), image)
     variables = transfer.merge(initial, pretrained or {})
     params = variables["params"]
-    trained, _ = transfer.split(params, transfer.select(recipe.model, recipe.freeze))
+    trained, _ = _split_frozen(recipe, params)
     return State(
         step=jnp.int32(0),
         params=params,
@@ -345,7 +349,7 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
 
 def _split_frozen(recipe: Recipe, params: dict) -> tuple[dict, dict]:
     """Splits parameters into those that are trained and those that are frozen."""
-    return transfer.split(params, transfer.select(recipe.model, recipe.freeze))
+    return transfer.split(params, recipe.frozen_paths())
 
 
 def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, keys) -> _Gradients:
@@ -372,8 +376,7 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
             "params": transfer.merge(trained, frozen),
             "batch_stats": state.batch_stats,
         }
-        frozen_paths = transfer.select(recipe.model, recipe.freeze)
-        with nn.intercept_methods(transfer.in_evaluation_mode(frozen_paths)):
+        with nn.intercept_methods(transfer.in_evaluation_mode(recipe.frozen_paths())):
             logits, updated = recipe.model.apply(
                 variables,
                 images,
@@ -403,8 +406,7 @@ def _reduce(
     loss, errors, count = jax.lax.psum(sums, axis_name)
     # The mean of equal numbers may differ from them in its last bit. Frozen statistics must not
     # change, so they are put back.
-    frozen_paths = transfer.select(recipe.model, recipe.freeze)
-    _, frozen = transfer.split(state.batch_stats, frozen_paths, "batch_stats")
+    _, frozen = transfer.split(state.batch_stats, recipe.frozen_paths(), "batch_stats")
     batch_stats = transfer.merge(batch_stats, frozen)
     return _Gradients(grads=grads, batch_stats=batch_stats, loss=loss, errors=errors), count
 

@@ -244,7 +244,7 @@ def _share(text):
 
 def _work(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    from cnnjax.runtime import backend, workdir
+    from cnnjax.runtime import backend, files, workdir
     from cnnjax.visualize.subject import Subject
 
     backend.start()
@@ -253,10 +253,10 @@ def _work(options: argparse.Namespace) -> None:
         _set_square(options, subject.model.input_shape)
     with workdir.prepared(options.workdir, _record(options)) as folder:
         figure, numbers = _look(subject)
-        workdir.write_figure(folder / f"{options.command}.png", figure)
+        files.write_figure(folder / f"{options.command}.png", figure)
         seconds = round(time.monotonic() - started, 1)
         results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
-        workdir.write_json(folder / "results.json", results)
+        files.write_json(folder / "results.json", results)
     print(f"see {folder / options.command}.png")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 
 from cnnjax.data import photographs
+from cnnjax.data.crops import resized_window
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights.records import Record
 
@@ -27,7 +28,7 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
     # To the nearest pixel, and halves to the even one.
     left = round((size[0] - record.crop) / 2)
     top = round((size[1] - record.crop) / 2)
-    window = photographs.resized_window(
+    window = resized_window(
         image,
         size=size,
         place=(left, top),

@@ -13,7 +13,7 @@ import numpy as np
 
 from cnnjax.data import photographs
 from cnnjax.nn import FILLS
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, files, workdir
 from experiments.basics import figures, numbers, report
 
 
@@ -34,9 +34,9 @@ def run(folder, photograph: str, path, example: tuple, fills=FILLS, cases=number
     gray = photographs.read_image(path).astype(np.float32).mean(2)
     computed = numbers.compute(gray, example, fills, cases)
     for name, figure in make_figures(computed, gray, example, fills).items():
-        workdir.write_figure(folder / name, figure)
-    workdir.write_json(folder / "basics.json", computed)
-    workdir.write(folder / "report.md", report.render(computed, photograph))
+        files.write_figure(folder / name, figure)
+    files.write_json(folder / "basics.json", computed)
+    files.write(folder / "report.md", report.render(computed, photograph))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ trained.
 import dataclasses
 import sys
 
-from cnnjax.runtime import backend, command, workdir
+from cnnjax.runtime import backend, command, files
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         findings = find(claim for section in SECTIONS for claim in section.claims)
         folder.mkdir(parents=True, exist_ok=True)
         records = [dataclasses.asdict(finding) for finding in findings]
-        workdir.write_json(folder / "claims.json", records)
+        files.write_json(folder / "claims.json", records)
         for name, draw in figures.FIGURES.items():
-            workdir.write_figure(folder / name, draw())
-        workdir.write(folder / "report.md", report.render(SECTIONS, findings))
+            files.write_figure(folder / name, draw())
+        files.write(folder / "report.md", report.render(SECTIONS, findings))
         print(f"{report.summary(findings)}\n{len(findings)} claims: see {folder / 'report.md'}")
 
     return command.run(work)

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.signal
 
 from cnnjax import summary
-from cnnjax.data import arrays
+from cnnjax.data import sources
 from cnnjax.models import create_model
 from cnnjax.models.mlp import MLP
 from cnnjax.nn import Conv, Dense, avg_pool, conv, local_response_norm, max_pool
@@ -212,7 +212,7 @@ def mnist_pixels() -> Verdict:
 
 @OPERATIONS.claim("A46.1", "NUS", "MNIST: 10 classes, 50,000 training and 10,000 test images")
 def mnist_counts() -> Verdict:
-    train, test = arrays.DATASETS["mnist"].counts
+    train, test = sources.DATASETS["mnist"].counts
     return judge(
         (train, test) == (50_000, 10_000),
         {"training": train, "test": test},
@@ -224,7 +224,7 @@ def mnist_counts() -> Verdict:
     "A46.2", "NUS WPI", "CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 3x32x32"
 )
 def cifar_counts() -> Verdict:
-    train, test = arrays.DATASETS["cifar10"].counts
+    train, test = sources.DATASETS["cifar10"].counts
     shape = create_model("convnet").input_shape
     holds = (train, test) == (50_000, 10_000) and shape == (32, 32, 3)
     return judge(holds, {"training": train, "test": test, "image": shape})

@@ -1,0 +1,121 @@
+"""Files that are whole or absent, in the formats of a work directory."""
+
+import contextlib
+import hashlib
+import io
+import json
+import pathlib
+import uuid
+from collections.abc import Callable, Iterator
+
+from cnnjax.runtime import backend
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary name for a file, which becomes `path` when the context ends.
+
+    So the file is whole or absent: after an error it is removed.
+    """
+    # A name of its own for every call: several processes may write one file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file that is whole or absent (`replacing`).
+
+    Of several processes that compute together, only the first one writes.
+    """
+    if not backend.writes():
+        return
+    if isinstance(content, str):
+        # A file's name may hold bytes that are not UTF-8.
+        content = content.encode("utf-8", "backslashreplace")
+    with naming(path), replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Adds a path to errors of the system; that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes a value as JSON.
+
+    Raises:
+        FloatingPointError: for a NaN or an infinity, since JSON has neither.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise FloatingPointError(
+            f"{path}: a number is not finite, so nothing is written ({error})"
+        ) from error
+    write(path, text + "\n")
+
+
+def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> None:
+    """Writes named arrays as an npz file, which holds a checksum of each."""
+    # Imported when needed: every --help imports this module.
+    import numpy as np
+
+    buffer = io.BytesIO()
+    save = np.savez_compressed if compress else np.savez
+    save(buffer, allow_pickle=False, **arrays)
+    write(path, buffer.getvalue())
+
+
+def read_json(path: pathlib.Path, **options):
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: with the file's name, if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes(), **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:200]})") from error
+
+
+def read_or_compute(path: pathlib.Path, compute: Callable, *arguments):
+    """Reads a result from its JSON file, or computes it and writes the file."""
+    if not path.exists():
+        result = compute(*arguments)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, result)
+    return read_json(path)
+
+
+def write_figure(path: pathlib.Path, figure) -> None:
+    """Writes a matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    write(path, buffer.getvalue())
+
+
+def file_label(name: str) -> str:
+    """Turns a network's name into part of a file name: FILE.py:NAME loses its folders.
+
+    Eight characters of a digest tell it from networks of the same name in other folders.
+    """
+    if "/" not in name:
+        return name
+    return f"{name.rpartition('/')[2]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def digest(config: dict) -> str:
+    """Hashes a configuration into eight characters."""
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
