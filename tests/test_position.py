@@ -173,10 +173,10 @@ def test_readouts_of_float16_features_are_those_of_float32():
     train, held_out = (300 * rng.standard_normal((2, 4, 9, 9, 3))).astype(np.float16)
     goals = target("H", 9)[None]
     wide = train.astype(np.float32)
-    exact = fit_exact(train, held_out, goals)(train)
+    exact = fit_exact(train, held_out, goals)(wide)
     expected = fit_exact(wide, held_out.astype(np.float32), goals)(wide)
     np.testing.assert_allclose(exact, expected, atol=1e-5)
-    sgd = fit_sgd(train, goals, steps=3)(train)
+    sgd = fit_sgd(train, goals, steps=3)(wide)
     np.testing.assert_allclose(sgd, fit_sgd(wide, goals, steps=3)(wide), atol=1e-5)
 
 

@@ -422,7 +422,7 @@ def test_a_dense_layer_on_a_map_keeps_its_field():
 @pytest.mark.parametrize(
     "middle, message",
     [
-        (lambda: nn.GroupNorm(2, name="norm"), "a window of 3x3 on a map that sees the whole image"),
+        (lambda: nn.GroupNorm(2, name="norm"), "a window of 3x3 on a map that sees the whole"),
         (lambda: Conv(4, 3, dilation=2, name="dilated"), "a window of dilation 2; expected 1"),
     ],
 )

@@ -47,8 +47,8 @@ _BN_EPS = 1e-5
 
 @jax.jit
 def _fit_scaler(features):
-    # Features take the type of their scaler. In float16, sums over positions would overflow.
-    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    # Features are cast to the type of their scaler. In float16, sums over positions would overflow.
+    dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
     return ridge.fit_scaler(features.astype(dtype))
 
 
@@ -203,7 +203,7 @@ def fit_exact(
 
 @jax.jit
 def _standardize(scaler, features):
-    return scaler(features)
+    return scaler(features.astype(scaler.mean.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "align_corners"))
