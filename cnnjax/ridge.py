@@ -17,7 +17,7 @@ from cnnjax.runtime.types import AnyArray
 class Scaler(NamedTuple):
     """Standardizes features [..., features].
 
-    Features without variance in training become 0.
+    Features that `fit_scaler` takes for constant become 0.
     """
 
     mean: Float[AnyArray, " features"]
@@ -30,12 +30,16 @@ class Scaler(NamedTuple):
 
 
 def fit_scaler(features: Float[AnyArray, "*positions features"]) -> Scaler:
-    """Fits a scaler to training features, with NumPy or inside `jax.jit`."""
+    """Fits a scaler to training features, with NumPy or inside `jax.jit`.
+
+    A feature whose standard deviation is below 1e-6 of the largest counts as constant. In features
+    of float32, the deviation of a constant is rounding noise of that size, which dividing by it
+    would amplify. So features of very different units need to be brought to one unit first.
+    """
     xp = features.__array_namespace__()
     axes = tuple(range(features.ndim - 1))
     mean = features.mean(axes)
     std = features.std(axes)
-    # A constant feature's deviation is rounding error; dividing by it would blow the error up.
     varies = std > 1e-6 * std.max()
     return Scaler(mean, xp.where(varies, 1 / xp.where(varies, std, 1), 0))
 

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Integer
 
 from cnnjax import ridge, weights
+from cnnjax.data import splits
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.runtime import files, workdir
@@ -317,12 +318,15 @@ def linear_probe(
       The test accuracy and the strength.
 
     Raises:
-      ValueError: for fewer than 5 training features, if they are in the order of their classes, or
-        if the last fifth has a class that the others lack.
+      ValueError: for fewer than 5 training features, for negative labels, if the examples are in
+        the order of their classes, or if the last fifth has a class that the others lack.
     """
     n_fitted = len(train) * 4 // 5
     if n_fitted < 4:
         raise ValueError(f"train has {len(train)} examples; expected at least 5")
+    n_labels = int(max(labels.max(), test_labels.max(initial=0))) + 1
+    splits.check_labels(labels, n_labels, "train")
+    splits.check_labels(test_labels, n_labels, "test")
     unseen = set(labels[n_fitted:].tolist()) - set(labels[:n_fitted].tolist())
     if unseen:
         raise ValueError(

@@ -102,3 +102,22 @@ def test_views_are_corners_the_center_and_their_mirror_images():
     }
     for count, views in expected.items():
         np.testing.assert_array_equal(augmentation.views(jax.device_put(x), count, (4, 4)), views)
+
+
+def test_wrong_views_are_named():
+    x = jax.numpy.zeros((2, 6, 7, 3))
+    with pytest.raises(ValueError, match="count=5 is not one of 1, 2, 10"):
+        augmentation.views(x, 5, (4, 4))
+    for size in ((7, 4), (4, 8)):
+        with pytest.raises(ValueError, match="are larger than the images, 6x7"):
+            augmentation.views(x, 2, size)
+
+
+def test_an_unknown_fill_is_named():
+    keys = jax.random.split(jax.random.key(0), 1)
+    for call, images in (
+        (augmentation.augment, distinct(5, 6)[None]),
+        (augmentation.augment_masks, distinct(5, 6)[None, :, :, 0]),
+    ):
+        with pytest.raises(ValueError, match="fill='replicate' is not one of zeros, reflect"):
+            call(keys, images, crop=4, fill="replicate")

@@ -322,6 +322,13 @@ def test_a_saved_data_set_is_read_as_it_was(tmp_path):
     assert arrays.loss_of(str(file)) == "cross_entropy"
 
 
+def test_a_saved_data_set_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arrays.save(arrays.load("digits[:20]"), "~/own.npz")
+    assert (tmp_path / "own.npz").is_file()
+    assert len(arrays.load("~/own.npz[:10]").train.labels) == 10
+
+
 def test_a_file_that_is_no_saved_data_set_is_named(tmp_path, monkeypatch):
     good = arrays.load("digits[:10]")
     file = tmp_path / "own.npz"

@@ -934,6 +934,7 @@ def calls_with(x):
         lambda: cnn.sample(x, 2, sampling="blur"),
         lambda: cnn.pad(x, (1, 1), "mean"),
         lambda: cnn.conv(x, jnp.ones((3, 3, x.shape[-1], 4))),
+        lambda: cnn.Conv(4, 3).init(jax.random.key(0), x),
     ]
 
 
@@ -942,7 +943,14 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
     # Users' programs run without the checks of types that the tests turn on.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     x = jnp.full((1, 4, 4, 2), 200).astype(dtype)
-    for call in (*calls_with(x), lambda: cnn.local_response_norm(x)):
+    key = jax.random.key(0)
+    calls = [
+        *calls_with(x),
+        lambda: cnn.local_response_norm(x),
+        lambda: cnn.Dense(4).init(key, x),
+        lambda: cnn.BatchNorm().init(key, x),
+    ]
+    for call in calls:
         with pytest.raises(ValueError, match=f"x of dtype {dtype} is not of floating point"):
             call()
 

@@ -167,6 +167,24 @@ def test_exact_readout_of_nothing_is_a_constant():
         fit_exact(noise(2), noise(2), target("H", 9)[None], size=10)
 
 
+def test_readouts_of_float16_features_are_those_of_float32():
+    """In float16, sums over positions overflow."""
+    rng = np.random.default_rng(0)
+    train, held_out = (300 * rng.standard_normal((2, 4, 9, 9, 3))).astype(np.float16)
+    goals = target("H", 9)[None]
+    wide = train.astype(np.float32)
+    exact = fit_exact(train, held_out, goals)(wide)
+    expected = fit_exact(wide, held_out.astype(np.float32), goals)(wide)
+    np.testing.assert_allclose(exact, expected, atol=1e-5)
+    sgd = fit_sgd(train, goals, steps=3)(wide)
+    np.testing.assert_allclose(sgd, fit_sgd(wide, goals, steps=3)(wide), atol=1e-5)
+
+
+def test_sgd_readouts_of_features_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="train has features of 4x6; expected square ones"):
+        fit_sgd(np.zeros((2, 4, 6, 3), np.float32), target("H", 9)[None])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_small_grid_loss_is_the_error_at_full_size(align_corners):
@@ -284,6 +302,10 @@ def test_encoding_is_the_stages_resized_and_joined():
     resized = [cnn.resize(stages[stage], 28) for stage in ("block1", "block3")]
     np.testing.assert_allclose(features[8:], np.concatenate(resized, axis=3), atol=1e-4)
     assert image_features(images).shape == (9, 28, 28, 3)
+    message = "stage='block3' is not a stage of this network up to 'block1'"
+    for is_registered in (False, True):
+        with pytest.raises(ValueError, match=message):
+            encode(model, variables, images, ["block3", "block1"], is_registered=is_registered)
 
 
 def test_images_of_a_later_call_have_noise_of_their_own():
@@ -928,6 +950,10 @@ def test_rings_divide_a_map_by_the_distance_to_its_border():
     np.testing.assert_allclose(result["spc"], [[1, -1, 1]], atol=1e-6)
     assert result["mae"][0, 0] == result["mae"][0, 2] == 0
     assert result["mae"][0, 1] > 0
+    for size, count in ((4, 3), (5, 4), (4, 0)):
+        with pytest.raises(ValueError, match=f"count={count} is not between 1 and"):
+            rings(size, count)
+    assert set(rings(5, 3).ravel()) == {0, 1, 2}
 
 
 def test_controls_of_the_study(small_config):

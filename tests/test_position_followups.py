@@ -18,7 +18,7 @@ from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
 from cnnjax.position import patterns
-from cnnjax.position.encoder import normalize, stage_shapes
+from cnnjax.position.encoder import normalize, registered, stage_shapes
 from experiments import position_patterns, position_quadrant
 
 
@@ -273,6 +273,28 @@ def test_sizes_that_are_read_evenly():
 def test_windows_side_by_side_form_no_chain():
     with pytest.raises(ValueError, match="model=Beside has windows side by side, b and a"):
         patterns.windows(Beside())
+
+
+def test_stages_out_of_order_are_named(tiny):
+    model = tiny()
+    message = "stage='layer3' is not a stage of this network up to 'layer2'"
+    with pytest.raises(ValueError, match=message):
+        patterns.features(model, variables_of(model), images(32), ["layer3", "layer2"])
+
+
+def test_unequal_strides_are_refused():
+    class Wide(base.Network):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "wide", Conv(4, 3, (1, 2), padding=1, name="a")(x)
+            yield "logits", x.mean((1, 2))
+
+    model = Wide(input_shape=(16, 16, 3))
+    message = "stage='wide' has a stride of 1 down and 2 to the right; expected equal ones"
+    with pytest.raises(ValueError, match=message):
+        patterns.margin(model, "wide", 16)
+    with pytest.raises(ValueError, match="stage='wide' has a receptive field that differs"):
+        registered(model, ("wide",), [16])
 
 
 class Beside(base.Network):

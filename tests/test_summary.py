@@ -21,7 +21,7 @@ from cnnjax.models import (
     mobilenet,
 )
 from cnnjax.models.small import SmallResNet
-from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, lowering, max_pool, resize
+from cnnjax.nn import FILLS, Conv, Dense, conv, global_avg_pool, lowering, max_pool, resize
 from cnnjax.weights import variable_shapes
 
 # GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
@@ -360,6 +360,82 @@ def test_the_field_of_a_rearranged_map_is_not_followed(rearrange):
         windows(Rearranged())
     rows = {layer.name: layer for layer in summary.layers(Rearranged())}
     assert rows["conv"].receptive_field is rows["conv"].stride is None
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        pytest.param(lambda f, x: jax.lax.fori_loop(0, 3, lambda _, x: f(x), x), id="scan"),
+        pytest.param(lambda f, x: jax.lax.while_loop(lambda x: x.sum() < 9, f, x), id="while"),
+        pytest.param(lambda f, x: jax.lax.cond(x.sum() < 9, f, lambda x: x, x), id="cond"),
+    ],
+)
+def test_the_field_behind_a_loop_or_a_branch_is_not_followed(loop):
+    class Looped(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "conv", Conv(3, 3, padding=1, name="conv")(x)
+            kernel = jnp.ones((3, 3, 3, 3))
+            x = yield "looped", loop(functools.partial(conv, kernel=kernel, padding=1), x)
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    assert receptive_field(Looped(), "conv").size() == (3, 3)
+    with pytest.raises(ValueError, match="stage='looped' is computed in a loop or a branch"):
+        receptive_field(Looped(), "looped")
+    with pytest.raises(ValueError, match="model=Looped passes maps to a .* of jax"):
+        windows(Looped())
+    assert [layer.macs for layer in summary.layers(Looped())] == [0, 8 * 8 * 9 * 9, 3 * 2]
+
+
+def test_layers_in_a_loop_are_refused():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return Conv(3, 3, padding=1, name="conv")(x), None
+
+    class Scanned(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            blocks = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=4)
+            x, _ = blocks(name="blocks")(x, None)
+            x = yield "blocks", x
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    with pytest.raises(ValueError, match="model=Scanned runs blocks.conv in a scan of jax"):
+        summary.layers(Scanned())
+
+
+def test_a_dense_layer_on_a_map_keeps_its_field():
+    class Mixed(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = Conv(4, 3, 2, padding=1, name="conv")(x)
+            x = yield "mix", Dense(5, name="own")(nn.Dense(6, name="flax")(x))
+            x = yield "rows", jnp.einsum("nhwc,hk->nwck", x, jnp.ones((4, 4)))
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    assert receptive_field(Mixed(), "mix") == receptive_field(Upsampled(), "conv")
+    with pytest.raises(ValueError, match="stage='rows' sees the whole image"):
+        receptive_field(Mixed(), "rows")
+
+
+@pytest.mark.parametrize(
+    "middle, message",
+    [
+        (lambda: nn.GroupNorm(2, name="norm"), "a window of 3x3 on a map that sees the whole"),
+        (lambda: Conv(4, 3, dilation=2, name="dilated"), "a window of dilation 2; expected 1"),
+    ],
+)
+def test_windows_that_cannot_be_followed_are_refused(middle, message):
+    class Refused(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = Conv(4, 3, 2, padding=2, name="first")(x)
+            x = Conv(4, 3, 2, padding=1, name="last")(middle()(x))
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    with pytest.raises(ValueError, match=f"model=Refused has {message}"):
+        windows(Refused())
 
 
 def test_borders_and_shuffled_channels_do_not_change_a_field():

@@ -308,6 +308,12 @@ def test_losses_are_their_formulas():
     np.testing.assert_allclose(errors, ((probability > 0.5) != many).mean(-1), rtol=1e-6)
 
 
+def test_an_unknown_loss_is_named():
+    message = "loss='mse' is not one of cross_entropy, sigmoid, pixelwise"
+    with pytest.raises(ValueError, match=message):
+        step.loss_and_errors("mse", np.zeros((4, 5), np.float32), np.zeros(4, np.int32))
+
+
 @pytest.mark.slow
 def test_mixup_mixes_images_and_losses():
     """An image is mixed with its opposite in the batch.

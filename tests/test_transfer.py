@@ -405,6 +405,17 @@ def test_the_linear_probe_refuses_examples_in_the_order_of_their_classes():
         transfer.linear_probe(x[:4], labels[:4], x, labels)
 
 
+def test_the_linear_probe_refuses_negative_labels():
+    """-1 would index the last class."""
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    labels = np.arange(20) % 3
+    wrong = np.where(labels == 2, -1, labels)
+    with pytest.raises(ValueError, match="^train has the label -1; expected 0 to 2"):
+        transfer.linear_probe(x, wrong, x, labels)
+    with pytest.raises(ValueError, match="^test has the label -1; expected 0 to 2"):
+        transfer.linear_probe(x, labels, x, wrong)
+
+
 # ------------------------------------------------------------------ whole runs
 
 

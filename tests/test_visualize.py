@@ -221,9 +221,26 @@ def test_a_rule_about_relus_needs_relus():
     for _ in range(2):
         with pytest.raises(
             ValueError,
-            match="rule='guided' is about ReLUs, and this network has none up to stage 'c3'",
+            match="rule='guided' is about cnnjax.nn.relu, and this network has none up to stage "
+            "'c3'",
         ):
             visualize.saliency(model, variables, image, "c3", 0, "guided")
+
+
+def test_rules_refuse_networks_that_also_call_the_relu_of_jax():
+    class Mixed(Chain):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield "own", relu(Conv(3, 1, name="first")(x))
+            x = yield "both", nn.relu(Conv(1, 1, name="second")(x))
+            yield "logits", global_avg_pool(x)
+
+    model = Mixed()
+    variables, image = quick.variables(model), jnp.ones((1, 2, 2, 1))
+    assert visualize.saliency(model, variables, image, "own", 0, "guided").shape == image.shape
+    message = "up to stage 'both' this network also calls jax.nn.relu"
+    with pytest.raises(ValueError, match=message):
+        visualize.saliency(model, variables, image, "both", 0, "guided")
 
 
 def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
@@ -326,6 +343,13 @@ def test_effective_field_of_equal_weights_is_the_trinomial_that_tends_to_a_gauss
         visualize.effective_size(field) == pytest.approx(gaussian, rel=0.05)
         and visualize.effective_size(field) < 21
     )
+
+
+def test_the_effective_size_does_not_depend_on_the_scale_of_the_field():
+    # The last pixel has 4 % of the largest.
+    field = np.array([[1.0, 0.5], [0.05, 0.04]])
+    assert visualize.effective_size(field) == visualize.effective_size(10 * field) == 3**0.5
+    assert visualize.effective_size(0 * field) == 0
 
 
 @pytest.mark.slow

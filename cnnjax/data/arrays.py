@@ -11,6 +11,7 @@ from cnnjax.data import splits
 from cnnjax.data.sources import DATASETS, Npz, Source
 from cnnjax.data.splits import Split
 from cnnjax.runtime import files
+from cnnjax.runtime.paths import expand_user
 
 # A slice as tensorflow-datasets writes it: "cifar10[:12000]".
 _SLICE = re.compile(r"(?P<name>.+)\[:(?P<count>[1-9][0-9]*)\]")
@@ -32,12 +33,12 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
     Args:
       data: the data set. Its validation images are not written: `load` holds some out. Labels may
         be integers of any type.
-      path: the file, whose name ends in ".npz".
+      path: the file, whose name ends in ".npz"; `~` is expanded.
 
     Raises:
       ValueError: for a file of another name, and for a data set that `load` would refuse.
     """
-    path = pathlib.Path(path)
+    path = expand_user(path)
     if path.suffix != ".npz":
         raise ValueError(f"path={str(path)!r} does not end in .npz")
     parts = {"training": data.train, "test": data.test}
@@ -80,7 +81,7 @@ def _find_source(name: str) -> Source:
     check_name(name)
     base, _ = _parse(name)
     if base.endswith(".npz"):
-        return Npz(pathlib.Path(base))
+        return Npz(expand_user(base))
     return DATASETS[base]
 
 
@@ -131,8 +132,8 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
 
     Args:
       name: one of `DATASETS`, or a file that `save` wrote. A number of training images may follow:
-        "cifar10[:12000]" has the first 12,000, and the whole test set.
-      data_dir: the folder of the files; empty for "data".
+        "cifar10[:12000]" has the first 12,000, and the whole test set. `~` is expanded.
+      data_dir: the folder of the files; empty for "data"; `~` is expanded.
       n_validation: the number of training images to hold out, balanced over the classes. For a data
         set with a validation split it is the size of this split, or 0 to leave the split out.
 
@@ -143,7 +144,7 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
         belong to no class.
     """
     source = _find_source(name)
-    train, test, *rest = source.read(pathlib.Path(data_dir or "data"))
+    train, test, *rest = source.read(expand_user(data_dir or "data"))
     validation = rest[0] if rest else None
     parts = {"training": train, "test": test}
     if validation is not None:

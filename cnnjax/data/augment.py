@@ -18,6 +18,7 @@ _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
+_VIEWS = (1, 2, 10)
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
 IMAGENET = np.array(imagenet.MEAN, np.float32), np.array(imagenet.STD, np.float32)
 
@@ -51,6 +52,11 @@ def _move(keys, image, *, flip, crop, fill, value=0):
         top, left = jax.random.randint(keys[1], (2,), 0, 2 * crop + 1)
         image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
     return image
+
+
+def _check_fill(fill):
+    if fill not in FILLS:
+        raise ValueError(f"fill={fill!r} is not one of {', '.join(FILLS)}")
 
 
 def _cutout(key, image, size):
@@ -90,7 +96,11 @@ def augment(
       cutout: the side of the square that is blackened, in pixels; 0 for none.
       colour: the standard deviation of the normal numbers that multiply ImageNet's principal
         components of color before they are added (0.1 in Krizhevsky et al. 2012); 0 for none.
+
+    Raises:
+      ValueError: for another fill.
     """
+    _check_fill(fill)
 
     def one(key, image):
         keys = jax.random.split(key, 4)
@@ -124,7 +134,11 @@ def augment_masks(
       flip: as in `augment`.
       crop: as in `augment`.
       fill: as in `augment`.
+
+    Raises:
+      ValueError: for another fill.
     """
+    _check_fill(fill)
 
     def one(key, mask):
         keys = jax.random.split(key, 4)
@@ -144,8 +158,18 @@ def views(
       count: 1 for the center, 2 for the center and its mirror image, 10 for the corners, the center
         and their mirror images (Krizhevsky et al. 2012, section 4.1).
       size: the views' height and width in pixels.
+
+    Raises:
+      ValueError: for another count, or for views larger than the images.
     """
     height, width = size
+    if count not in _VIEWS:
+        raise ValueError(f"count={count!r} is not one of {', '.join(map(str, _VIEWS))}")
+    if height > images.shape[1] or width > images.shape[2]:
+        raise ValueError(
+            f"views of {height}x{width} are larger than the images, "
+            f"{images.shape[1]}x{images.shape[2]}"
+        )
     bottom = images.shape[1] - height
     right = images.shape[2] - width
     places = [(bottom // 2, right // 2)]

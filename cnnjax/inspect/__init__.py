@@ -7,12 +7,12 @@ operations. Nothing here knows a particular network.
 from cnnjax.inspect.fields import (
     Field,
     Unlocated,
+    check_stages,
     located,
     receptive_field,
     receptive_fields,
 )
 from cnnjax.inspect.layers import Layer, layers, totals
-from cnnjax.inspect.trace import count_named
 from cnnjax.inspect.windows import Window, windows
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Layer",
     "Unlocated",
     "Window",
-    "count_named",
+    "check_stages",
     "layers",
     "located",
     "receptive_field",

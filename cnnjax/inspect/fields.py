@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 
-from cnnjax.inspect.trace import apply, follow, trace, with_local_fill
+from cnnjax.inspect.trace import LOOPS, apply, follow, trace, with_local_fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Unlocated:
 WHOLE_IMAGE = Unlocated("sees the whole image, as behind GroupNorm or squeeze-and-excitation")
 UPSAMPLED = Unlocated("is upsampled by a transposed convolution, whose field is not followed")
 REARRANGED = Unlocated("is resized or rearranged, and its field is not followed")
+IN_LOOP = Unlocated("is computed in a loop or a branch of jax, whose field is not followed")
 
 
 def located(field: Field | Unlocated, stage: str) -> Field:
@@ -100,8 +101,12 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
         # Leave out what the choice depends on: adaptive sampling chooses by the whole map.
         fields = [None, *fields[1:]]
     together = union(fields)
+    if together is None:
+        return None
+    if operation in LOOPS:
+        return IN_LOOP
     # An empty array, as `jnp.pad` makes them for borders of no rows, sees nothing.
-    if together is None or 0 in equation.outvars[0].aval.shape[1:3]:
+    if 0 in equation.outvars[0].aval.shape[1:3]:
         return None
     # Without height and width there is no position.
     if equation.outvars[0].aval.ndim == 2:
@@ -111,7 +116,7 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
     if isinstance(together, Unlocated):
         return together
     # Adaptive pooling is a matrix product.
-    if operation == "dot_general":
+    if operation == "dot_general" and not _is_pointwise(equation, fields):
         return WHOLE_IMAGE
     field = fields[0]
     if isinstance(field, Field):
@@ -127,6 +132,15 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
         # A constant, convolved with a kernel that is computed from the image.
         return WHOLE_IMAGE
     return REARRANGED if _rearranges(equation, fields) else together
+
+
+def _is_pointwise(product, fields: list[Field | Unlocated | None]) -> bool:
+    """Tells whether a matrix product is a dense layer at each position of a map."""
+    image_map, weights = fields
+    contracted, batch = product.params["dimension_numbers"]
+    channels = product.invars[0].aval.ndim - 1
+    is_dense = tuple(contracted[0]) == (channels,) and not any(map(len, batch))
+    return is_dense and isinstance(image_map, Field) and weights is None
 
 
 def _rearranges(equation, fields: list[Field | Unlocated | None]) -> bool:
@@ -195,6 +209,16 @@ def _seen_by_concatenation(
     return field.shifted((before, 0) if axis == 1 else (0, before))
 
 
+def check_stages(maps: Collection[str], stages: Sequence[str]) -> None:
+    """Raises `ValueError` if a stage has no map among those up to the last stage."""
+    for stage in stages:
+        if stage not in maps:
+            raise ValueError(
+                f"stage={stage!r} is not a stage of this network up to {stages[-1]!r}; "
+                f"those are {', '.join(maps) or 'none'}"
+            )
+
+
 def receptive_fields(
     model, stages: Sequence[str], shape: Sequence[int] | None = None
 ) -> tuple[tuple[Field | Unlocated, tuple[int, ...]], ...]:
@@ -226,12 +250,7 @@ def _receptive_fields(model, stages, shape):
 
     def maps(variables, image):
         found = apply(model, variables, image, **until)
-        for stage in stages:
-            if stage not in found:
-                raise ValueError(
-                    f"stage={stage!r} is not a stage of this network up to {stages[-1]!r}; "
-                    f"those are {', '.join(found) or 'none'}"
-                )
+        check_stages(found, stages)
         return [found[stage] for stage in stages]
 
     variables = jax.eval_shape(initialize, jax.random.key(0), image)

@@ -9,9 +9,11 @@ import jax
 
 from cnnjax.inspect.fields import Field, seen
 from cnnjax.inspect.trace import (
+    LOOPS,
     apply,
     follow,
     is_max_pool,
+    operations,
     own_parameters,
     trace,
     with_local_fill,
@@ -55,7 +57,8 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
       input_shape: height, width and channels of an image; the publication's unless given.
       batch: number of images.
 
-    Raises `ValueError` if the network has no output for such an image.
+    Raises `ValueError` if the network has no output for such an image, or runs layers in a loop or
+    branch of jax, such as `flax.linen.scan`, where they cannot be counted.
     """
     model = with_local_fill(model)
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
@@ -82,6 +85,8 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     def visit(equation, fields):
         nonlocal convolution
         field = seen(equation, fields)
+        if equation.primitive.name in LOOPS:
+            _check_has_no_layer(model, equation, reported)
         if equation.primitive.name == "conv_general_dilated":
             convolution = equation
         output = equation.outvars[0].aval
@@ -100,6 +105,18 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     constants = [None] * (len(program.invars) - 1)
     follow(program, [*constants, Field()], visit)
     return rows + _in_training_only(variables["params"], reported)
+
+
+def _check_has_no_layer(model, loop, reported):
+    """Raises `ValueError` if a layer or a max-pool runs in a loop or a branch."""
+    for equation in operations([loop]):
+        is_layer = equation.primitive.name == "name" and equation.params["name"] in reported
+        if is_layer or is_max_pool(equation):
+            layer = equation.params["name"] if is_layer else "a max-pool"
+            raise ValueError(
+                f"model={type(model).__name__} runs {layer} in a {loop.primitive.name} of jax, "
+                "where layers cannot be counted; expected a Python loop"
+            )
 
 
 def _positions(output, convolution) -> int:

@@ -1,14 +1,19 @@
 """Tracing on shapes, and facts about values followed through the operations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
 
 from cnnjax.nn import lowering
 
+# Operations whose program runs several times, or perhaps not at all.
+LOOPS = ("scan", "while", "cond")
+# Operations whose program combines two values.
+_REDUCTIONS = ("reduce", "reduce_window")
 # Fills that depend on the whole map. Each has the grid of "zeros".
 _WHOLE_MAP_FILLS = ("mean", "random", "interpolate")
 
@@ -72,10 +77,13 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 
 
 def inner_program(equation):
-    """Returns the program inside an operation, or None.
+    """Returns the program that an operation runs once on its operands, or None.
 
-    Compiled functions and custom gradients have one.
+    Compiled functions and custom gradients have one. Loops and branches do not: what they compute
+    is not followed.
     """
+    if equation.primitive.name in (*LOOPS, *_REDUCTIONS):
+        return None
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     return getattr(inner, "jaxpr", inner)
 
@@ -107,6 +115,14 @@ def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list
     return [fact(variable) for variable in program.outvars]
 
 
+def operations(equations: Sequence) -> Iterator:
+    """Yields operations, and those of all programs inside them."""
+    for equation in equations:
+        yield equation
+        for program in jaxprs_in_params(equation.params):
+            yield from operations(program.eqns)
+
+
 def is_pool(equation) -> bool:
     """Tells whether an operation is a pool."""
     return equation.primitive.name.startswith("reduce_window")
@@ -115,19 +131,3 @@ def is_pool(equation) -> bool:
 def is_max_pool(equation) -> bool:
     """Tells whether an operation is a max-pool."""
     return equation.primitive.name == "reduce_window_max"
-
-
-def count_named(name: str, function: Callable, *arguments) -> int:
-    """Counts the values of a function that `checkpoint_name` gave this name."""
-
-    def count(program):
-        total = 0
-        for equation in program.eqns:
-            inner = inner_program(equation)
-            if inner is not None:
-                total += count(inner)
-            elif equation.primitive.name == "name":
-                total += equation.params["name"] == name
-        return total
-
-    return count(trace(function, *arguments))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from cnnjax.inspect.fields import REARRANGED, UPSAMPLED, Field, Unlocated, seen
-from cnnjax.inspect.trace import apply, follow, is_pool, trace, with_local_fill
+from cnnjax.inspect.fields import REARRANGED, UPSAMPLED, WHOLE_IMAGE, Field, Unlocated, seen
+from cnnjax.inspect.trace import LOOPS, apply, follow, is_pool, trace, with_local_fill
 from cnnjax.nn import output_size
 
 
@@ -40,8 +40,8 @@ def windows(model) -> tuple[Window, ...]:
     Only windows of more than one position count. Skips, which have fewer windows, are left out. A
     convolution has its layer's name; pools are counted: pool1, pool2, ...
 
-    Raises `ValueError` if the network has different windows side by side, one that is not square or
-    has unequal padding, or one behind a map that is upsampled or rearranged.
+    Raises `ValueError` if the network has different windows side by side, one that is dilated, not
+    square or padded unequally, one behind a map whose field is not known, or maps in a loop.
     """
     name = type(model).__name__
     model = with_local_fill(model)
@@ -53,6 +53,7 @@ def windows(model) -> tuple[Window, ...]:
         field = seen(equation, [None if way is None else way.field for way in ways])
         if field is None:
             return None
+        _check_is_followed(name, equation, ways)
         way = _joined(name, [way for way in ways if way is not None])
         way = dataclasses.replace(way, field=field)
         if is_pool(equation):
@@ -66,6 +67,35 @@ def windows(model) -> tuple[Window, ...]:
     constants = [None] * (len(program.invars) - 1)
     (way,) = follow(program, [*constants, start], visit)
     return way.windows
+
+
+def _check_is_followed(network, equation, ways):
+    """Raises `ValueError` for an operation whose windows cannot be read from fields."""
+    operation = equation.primitive.name
+    inputs = [operand for way, operand in zip(ways, equation.invars) if way is not None]
+    if operation in LOOPS and any(operand.aval.ndim > 3 for operand in inputs):
+        raise ValueError(
+            f"model={network} passes maps to a {operation} of jax, whose windows are not followed"
+        )
+    if operation == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape[:2]
+        strides = equation.params["window_strides"]
+        dilations = equation.params["rhs_dilation"]
+    elif is_pool(equation):
+        kernel = equation.params["window_dimensions"][1:3]
+        strides = equation.params["window_strides"][1:3]
+        dilations = equation.params["window_dilation"][1:3]
+    else:
+        return
+    if max(dilations) > 1:
+        raise ValueError(f"model={network} has a window of dilation {max(dilations)}; expected 1")
+    # A layer behind a map that is upsampled or rearranged is named in `_extended`.
+    is_window = max(*kernel, *strides) > 1
+    if is_window and ways[0] is not None and ways[0].field == WHOLE_IMAGE:
+        raise ValueError(
+            f"model={network} has a window of {kernel[0]}x{kernel[1]} on a map that "
+            f"{WHOLE_IMAGE.reason}"
+        )
 
 
 def _joined(network, ways):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from cnnjax.nn.cpu import grouped as cpu
 from cnnjax.nn.cpu.conv import keep_padding_apart
-from cnnjax.nn.geometry import Both, Window, check_map, pair
+from cnnjax.nn.geometry import Both, Window, check_floating, check_map, pair
 from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import check_fill, pad
 from cnnjax.nn.parameters import parameter
@@ -175,6 +175,7 @@ class Conv(nn.Module):
     def __call__(
         self, x: Float[AnyArray, "batch height width in"]
     ) -> Float[Array, "batch height_out width_out {self.features}"]:
+        check_map(x)
         _check_positive("features", self.features)
         _check_positive("groups", self.groups)
         if x.shape[-1] % self.groups or self.features % self.groups:
@@ -215,7 +216,8 @@ class Dense(nn.Module):
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
 
-    Raises `ValueError` if `features` is below 1 or there are no inputs.
+    Raises `ValueError` if `features` is below 1, there are no inputs, or they are not of floating
+    point.
     """
 
     features: int
@@ -226,6 +228,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch {self.features}"]:
+        check_floating(x)
         _check_positive("features", self.features)
         shape = (x.shape[-1], self.features)
         default = uniform_fan_in(x.shape[-1])

@@ -25,7 +25,8 @@ class BatchNorm(nn.Module):
       axis_name: device axis; statistics are taken over the whole batch of its devices.
       dtype: type of the output. Parameters and running statistics are float32.
 
-    Raises `ValueError` if it is trained on a single value per channel, which has no variance.
+    Raises `ValueError` if it is trained on a single value per channel, which has no variance, or
+    if its input is not of floating point.
     """
 
     momentum: float = 0.1
@@ -37,6 +38,7 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[AnyArray, "*batch channels"], train: bool = False
     ) -> Float[AnyArray, "*batch channels"]:
+        check_floating(x)
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)

@@ -209,6 +209,9 @@ def adaptive_avg_pool(
 ) -> Float[AnyArray, "batch height_out width_out channels"]:
     """Averages into a grid of `size` bins, whatever the map's size, as PyTorch does.
 
+    Bins are a matrix product with the whole map, so that one infinite value or NaN of a channel
+    makes all its bins NaN; in PyTorch, only those that cover it.
+
     Raises `ValueError` if `x` is not a batch of maps of floating point.
     """
     check_map(x)

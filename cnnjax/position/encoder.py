@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax.data import augment
-from cnnjax.inspect import receptive_field
+from cnnjax.inspect import check_stages, receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
 from cnnjax.nn.parameters import ParameterShapeError
@@ -165,11 +165,18 @@ def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> lis
       stages: names of stages.
       sides: positions along a side of each stage's map.
 
-    Returns the 28 places of each stage, in its own positions.
+    Returns the 28 places of each stage, in its own positions. Raises `ValueError` if a stage's
+    field down differs from that to the right.
     """
     centers = []
     for stage, side in zip(stages, sides):
         field = receptive_field(model, stage)
+        down, right = zip(field.step, field.low, field.high)
+        if down != right:
+            raise ValueError(
+                f"stage={stage!r} has a receptive field that differs down and to the right, of "
+                f"size {field.size()} and stride {field.step}; expected equal ones"
+            )
         middle = (field.low[1] + field.high[1]) / 2
         centers.append(middle + field.step[1] * np.arange(side))
     first = max(of_stage[0] for of_stage in centers)
@@ -193,6 +200,7 @@ def _joined_stages(model, variables, images, stages, pixels, key, samplers=None)
         last=stages[-1],
         rngs={"padding": key},
     )
+    check_stages(maps, stages)
     resized = []
     for number, stage in enumerate(stages):
         features = maps[stage].astype(jnp.float32)
@@ -227,11 +235,14 @@ def encode(
         corners; for 'none' and for fills that keep every position where it is.
       first: the number of the first image, if images are encoded in several calls; the noise of
         padding='random' depends on it.
+
+    Raises `ValueError` if a stage is unknown or comes after the last one.
     """
     stages = tuple(stages)
     samplers = None
     if is_registered:
         shapes = stage_shapes(model, images.shape[1], stages[-1])
+        check_stages(shapes, stages)
         sides = [shapes[stage][1] for stage in stages]
         places = registered(model, stages, sides)
         samplers = [interpolation(*line) for line in zip(places, sides)]

@@ -68,14 +68,25 @@ def border_distance(height: int, width: int) -> Int[np.ndarray, "{height} {width
 
 
 def rings(size: int, count: int) -> Int[np.ndarray, "{size} {size}"]:
-    """Divides a square map into `count` rings of equal width, from the border inwards."""
+    """Divides a square map into `count` rings of equal width, from the border inwards.
+
+    Raises `ValueError` if a ring would have no position.
+    """
+    most = -(-size // 2)
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"count={count} is not between 1 and {most}, the most rings of a {size}x{size} map"
+        )
     return np.minimum(border_distance(size, size) * 2 * count // size, count - 1)
 
 
 def by_ring(
     prediction: Float[np.ndarray, "n size size"], target: Float[np.ndarray, "size size"], count: int
 ) -> dict[str, Float[np.ndarray, "n {count}"]]:
-    """Scores each ring of square maps by itself: `spc` and `mae`."""
+    """Scores each ring of square maps by itself: `spc` and `mae`.
+
+    Raises `ValueError` as `rings`.
+    """
     where = rings(len(target), count)
     by_number = []
     for number in range(count):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnnjax.inspect import Window, receptive_field, windows
+from cnnjax.inspect import Window, check_stages, receptive_field, windows
 from cnnjax.models import Network
 from cnnjax.nn import check_fill, conv, output_size
 from cnnjax.position.encoder import in_batches, normalize, stage_shapes
@@ -63,16 +63,29 @@ def margin(model: Network, stage: str, size: int) -> int:
       stage: name of the stage.
       size: side of the crop in pixels.
 
-    Returns pixels. Raises `ValueError` if there is no such stage.
+    Returns pixels. Raises `ValueError` if there is no such stage, or if its stride down differs
+    from that to the right.
     """
+    step = _stride(model, stage)
     field = receptive_field(model, stage)
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
     before = [-low for low in field.low]
-    after = [
-        step * (n - 1) + high - (size - 1)
-        for step, n, high in zip(field.step, positions, field.high)
-    ]
-    return -(-max(before + after) // field.step[0]) * field.step[0]
+    after = [step * (n - 1) + high - (size - 1) for n, high in zip(positions, field.high)]
+    return -(-max(before + after) // step) * step
+
+
+def _stride(model: Network, stage: str) -> int:
+    """Returns the stride of a stage in pixels.
+
+    Raises `ValueError` if that down differs from that to the right.
+    """
+    down, right = receptive_field(model, stage).step
+    if down != right:
+        raise ValueError(
+            f"stage={stage!r} has a stride of {down} down and {right} to the right; "
+            "expected equal ones"
+        )
+    return down
 
 
 def common_margin(model: Network, stages: Sequence[str], size: int) -> int:
@@ -85,10 +98,10 @@ def common_margin(model: Network, stages: Sequence[str], size: int) -> int:
       stages: names of stages, the deepest last.
       size: side of the crop in pixels.
 
-    Returns pixels. Raises `ValueError` if there is no such stage.
+    Returns pixels. Raises `ValueError` as `margin`.
     """
     widest = max(margin(model, stage, size) for stage in stages)
-    step = receptive_field(model, stages[-1]).step[0]
+    step = _stride(model, stages[-1])
     return -(-widest // step) * step
 
 
@@ -97,6 +110,7 @@ def _stages(model, variables, images, stages, key):
     maps = model.apply(
         variables, normalize(images), method="stages", last=stages[-1], rngs={"padding": key}
     )
+    check_stages(maps, stages)
     return [maps[stage] for stage in stages]
 
 
@@ -138,7 +152,7 @@ def features_inside(
     have = (context.shape[1] - size) // 2
     for stage in stages:
         least = margin(model, stage, size)
-        step = receptive_field(model, stage).step[0]
+        step = _stride(model, stage)
         if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
             raise ValueError(
                 f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} "
@@ -150,7 +164,7 @@ def features_inside(
     maps = features(model.clone(padding="zeros"), variables, context, stages)
     cut = {}
     for stage, y in maps.items():
-        start = have // receptive_field(model, stage).step[0]
+        start = have // _stride(model, stage)
         height, width = shapes[stage][1:3]
         cut[stage] = y[:, start : start + height, start : start + width]
     return cut

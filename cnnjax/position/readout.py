@@ -44,7 +44,12 @@ _BATCH = 32
 _BN_MOMENTUM = 0.1
 _BN_EPS = 1e-5
 
-_fit_scaler = jax.jit(ridge.fit_scaler)
+
+@jax.jit
+def _fit_scaler(features):
+    # Features are cast to the type of their scaler. In float16, sums over positions would overflow.
+    dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+    return ridge.fit_scaler(features.astype(dtype))
 
 
 def _check_kernel(features: Float[AnyArray, "n height width channels"], size: int, layers: int):
@@ -198,7 +203,7 @@ def fit_exact(
 
 @jax.jit
 def _standardize(scaler, features):
-    return scaler(features)
+    return scaler(features.astype(scaler.mean.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "align_corners"))
@@ -429,9 +434,12 @@ def fit_sgd(
         subtracted, which changes nothing, as BatchNorm follows.
       align_corners: whether the corners of the predictions lie on the targets'.
 
-    Raises `ValueError` if the kernels are larger than the map.
+    Raises `ValueError` if the kernels are larger than the map or the map is not square.
     """
     _check_kernel(train, size, layers=len(hidden) + 1)
+    height, width = train.shape[1:3]
+    if height != width:
+        raise ValueError(f"train has features of {height}x{width}; expected square ones")
     train = jnp.asarray(train)
     scaler = _fit_scaler(train)
     if not standardize:

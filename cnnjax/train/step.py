@@ -225,7 +225,12 @@ def loss_and_errors(
       labels: classes [batch], 0 and 1 [batch, classes] for "sigmoid", or masks
         [batch, height, width].
       smoothing: the share of the probability that is spread over all classes, as in PyTorch.
+
+    Raises:
+      ValueError: for another kind.
     """
+    if kind not in LOSSES:
+        raise ValueError(f"loss={kind!r} is not one of {', '.join(LOSSES)}")
     if kind == "sigmoid":
         targets = labels.astype(jnp.float32) * (1 - smoothing) + smoothing / 2
         losses = optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)

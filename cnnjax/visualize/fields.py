@@ -82,4 +82,4 @@ def effective_size(field: Float[np.ndarray, "height width"]) -> float:
 
     The field has the pixels above 4.55 % of its largest value.
     """
-    return float(np.sqrt((field > _IN_FIELD).sum()))
+    return float(np.sqrt((field > _IN_FIELD * field.max()).sum()))

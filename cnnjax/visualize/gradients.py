@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cnnjax import inspect, weights
+from cnnjax import weights
+from cnnjax.inspect.trace import operations, trace
 from cnnjax.models import Network
 from cnnjax.nn import relu_rule
 from cnnjax.nn.activation import RELU
@@ -41,17 +42,14 @@ def saliency(
       channel: one for all images, or one for each.
       rule: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
 
-    Raises `ValueError` if the stage, a channel or the rule is unknown, or if the rule is about
-    ReLUs and there are none.
+    Raises `ValueError` if the stage, a channel or the rule is unknown. Rules other than "gradient"
+    need `cnnjax.nn.relu`; they are refused if the network has none, or also calls `jax.nn.relu`.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
     check_stage(model, stage, channel)
-    if rule != "gradient" and not count_relus(model, stage):
-        raise ValueError(
-            f"rule={rule!r} is about ReLUs, and this network has none up to stage {stage!r}; "
-            "use rule='gradient'"
-        )
+    if rule != "gradient":
+        _check_relus(model, stage, rule)
     channels = jnp.broadcast_to(jnp.asarray(channel), len(images))
     return _signals(model, variables, images, channels, stage=stage, rule=rule)
 
@@ -69,12 +67,40 @@ def _signals(model, variables, images, channels, *, stage, rule):
         return jax.grad(strongest)(images)
 
 
-@functools.cache
+def _check_relus(model, stage, rule):
+    """Raises `ValueError` if there is no ReLU that follows a rule, or one that does not."""
+    own, others = _relus(model, stage)
+    if not own:
+        raise ValueError(
+            f"rule={rule!r} is about cnnjax.nn.relu, and this network has none up to stage "
+            f"{stage!r}; use rule='gradient'"
+        )
+    if others:
+        raise ValueError(
+            f"rule={rule!r} is about cnnjax.nn.relu, and up to stage {stage!r} this network also "
+            "calls jax.nn.relu; call cnnjax.nn.relu there, or use rule='gradient'"
+        )
+
+
 def count_relus(model: Network, stage: str) -> int:
-    """Counts the ReLUs of a network up to a stage."""
+    """Counts the calls of `cnnjax.nn.relu` in a network up to a stage."""
+    own, _ = _relus(model, stage)
+    return own
+
+
+@functools.cache
+def _relus(model, stage) -> tuple[int, int]:
+    """Counts the calls of `cnnjax.nn.relu`, and those of `jax.nn.relu`, up to a stage."""
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     maps = lambda variables, image: stage_maps(model, variables, image, stage)
     # Under a rule, ReLUs carry their name through the trace.
     with relu_rule("guided"):
-        return inspect.count_named(RELU, maps, weights.variable_shapes(model), image)
+        program = trace(maps, weights.variable_shapes(model), image)
+    named = [
+        operation.primitive.name
+        for operation in operations(program.eqns)
+        if operation.params.get("name") == RELU
+    ]
+    # That of jax is a compiled function of the same name.
+    return named.count("name"), named.count("jit")
