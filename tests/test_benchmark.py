@@ -362,7 +362,8 @@ def test_whitened_patches_are_uncorrelated():
     images = jax.random.normal(jax.random.key(0), (40, 9, 9, 3))
     # Cumulative sums correlate neighboring pixels.
     images = images.cumsum(1).cumsum(2)
-    filters = whitening_filters(images)
+    with jax.numpy_rank_promotion("raise"):
+        filters = whitening_filters(images)
     assert filters.shape == (2, 2, 3, 24)
     assert jnp.array_equal(filters[..., :12], -filters[..., 12:])
     whitened = native_conv(images, filters[..., :12], "VALID")

@@ -726,6 +726,18 @@ def test_a_network_checks_its_fields_however_it_is_made():
         LeNet5(num_classes="10")
 
 
+@pytest.mark.parametrize("name, stage", [("googlenet", "conv1"), ("inception_v3", "Conv2d_2b_3x3")])
+def test_only_images_of_three_channels_are_converted(name, stage):
+    """Gray ones would be broadcast to three channels."""
+    model = create_model(name, transform_input=True)
+    initialize = functools.partial(model.init, method="stages", last=stage)
+    key = jax.random.key(0)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(initialize, key, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    with pytest.raises(ValueError, match=r"shape \(1, 32, 32, 1\) does not have the 3 channels"):
+        jax.eval_shape(initialize, key, jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32))
+
+
 def test_images_that_do_not_fit_are_refused(monkeypatch):
     # Users' programs run without the checks of types that the tests turn on.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

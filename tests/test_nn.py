@@ -1,6 +1,7 @@
 """Convolution, pooling and padding: algebra and comparison with the native operations."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from quick import normal
 from cnnjax import nn as cnn
 from cnnjax.models.densenet import DenseLayer
 from cnnjax.nn.cpu.barrier import materialize
-from cnnjax.nn.cpu.conv import kernel_gradient, packed_outputs
+from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sum
 from cnnjax.nn.geometry import Window, pair
 from cnnjax.nn.padding import center
@@ -194,6 +195,12 @@ def test_windows_larger_than_the_map(size, kernel_size, stride, fill):
         ((3, 1), (3, 2), (0, 2), (1, 1)),
         ((4, 3), (2, 3), (3, 4), (1, 1)),
         ((3, 3), (2, 1), (2, 1), (1, 2)),
+        # More planes than an input gradient has convolutions for.
+        ((7, 6), (5, 4), (3, 2), (1, 1)),
+        ((3, 4), (6, 3), (0, 3), (1, 1)),
+        ((1, 1), (5, 5), (4, 3), (1, 1)),
+        # Rows that are too wide for a matrix product.
+        ((1, 9), (1, 2), (0, 4), (1, 1)),
     ],
 )
 def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, padding, dilation):
@@ -201,6 +208,38 @@ def test_gradients_where_height_and_width_are_not_alike(kernel_size, stride, pad
     ours = functools.partial(cnn.conv, stride=stride, padding=padding, dilation=dilation)
     theirs = functools.partial(native_conv, stride=stride, padding=padding, dilation=dilation)
     assert_native(ours, theirs, x, kernel)
+
+
+def operations_of(function, *shapes):
+    """Lists the operations of a function of float32 arrays."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return list(quick.equations(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def largest_size(operations):
+    return max(output.aval.size for operation in operations for output in operation.outvars)
+
+
+def test_the_input_gradient_of_patches_is_one_convolution():
+    x_shape = (8, 224, 224, 3)
+    operations = operations_of(
+        lambda kernel, dy: input_gradient(x_shape, kernel, Window((16, 16)), dy),
+        (16, 16, 3, 768),
+        (8, 14, 14, 768),
+    )
+    names = [operation.primitive.name for operation in operations]
+    assert names.count("conv_general_dilated") == 1
+    assert largest_size(operations) <= math.prod(x_shape)
+
+
+@pytest.mark.parametrize("width", [3, 51])
+def test_kernel_gradients_take_little_more_memory_than_the_map(width):
+    x_shape = (32, 1, 16000, 64)
+    dy_shape = (32, 1, (16000 - width) // 2 + 1, 64)
+    operations = operations_of(
+        lambda x, dy: kernel_gradient(x, (1, width, 64, 64), Window((1, 2)), dy), x_shape, dy_shape
+    )
+    assert largest_size(operations) <= 4 * math.prod(x_shape)
 
 
 @pytest.mark.parametrize(
@@ -615,6 +654,14 @@ def test_adaptive_pool_averages_pytorchs_bins():
     assert widened.shape == (2, 7, 7, 3)
 
 
+def test_adaptive_pools_average_in_full_precision():
+    """By default, accelerators take the product in TF32 or bfloat16."""
+    operations = operations_of(lambda x: cnn.adaptive_avg_pool(x, 3), (2, 10, 7, 3))
+    products = [o for o in operations if o.primitive.name == "dot_general"]
+    assert products
+    assert {o.params["precision"] for o in products} == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 def test_flatten_has_pytorchs_order():
     x = np.arange(24.0, dtype=np.float32).reshape(1, 2, 3, 4)
     assert list(cnn.flatten(x)[0, :7]) == [0, 4, 8, 12, 16, 20, 1]
@@ -1021,3 +1068,16 @@ def test_max_pool_is_differentiable_in_bfloat16(window, stride, count):
     assert grad.dtype == jnp.bfloat16
     # The counts of windows are small enough to be exact.
     assert float(grad.astype(jnp.float32).sum()) == count
+
+
+@pytest.mark.parametrize("pool", [cnn.max_pool, cnn.avg_pool])
+def test_a_large_window_has_few_operations(pool):
+    """A slice for each of its values would take too long to compile."""
+    passes = functools.partial(value_and_gradients, functools.partial(pool, window=32, stride=2))
+    x = normal(0, 1, 36, 33, 2)
+    compiled = jax.jit(passes)
+    with cnn.lowering("reference"):
+        expected = compiled(x)
+    with cnn.lowering("cpu"):
+        assert len(operations_of(passes, x.shape)) <= 100
+        assert_alike(compiled(x), expected)

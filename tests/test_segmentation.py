@@ -169,6 +169,14 @@ def test_place_is_exact_on_planes_and_takes_the_nearest_beyond():
     np.testing.assert_allclose(fcn.place(plane(*known), known, to), nearest, atol=1e-4)
 
 
+def test_place_interpolates_in_full_precision():
+    """By default, accelerators take the product in TF32 or bfloat16."""
+    lines = (np.arange(3.0), np.arange(4.0))
+    program = jax.make_jaxpr(lambda x: fcn.place(x, lines, lines))(jnp.zeros((1, 3, 4, 2)))
+    products = [e for e in quick.equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert [e.params["precision"] for e in products] == [(jax.lax.Precision.HIGHEST,) * 2] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["zeros", "none", "reflect", "circular"])
 def test_grids_are_the_centers_of_what_the_positions_see(padding, small):

@@ -13,6 +13,7 @@ import socket
 import time
 import types
 import unicodedata
+from typing import ClassVar
 
 import flax.linen as nn
 import forked
@@ -27,6 +28,7 @@ import safetensors.numpy
 import cnnjax.main
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
+from cnnjax.models.googlenet import sow_logits
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
 from cnnjax.runtime import claims, files, workdir
@@ -227,6 +229,46 @@ def test_a_step_is_plain_gradient_descent():
         and after.totals["count"] == 16
         and after.step == 1
     )
+
+
+class Headed(Network):
+    """Two linear classifiers of the mean color, of which one is auxiliary."""
+
+    auxiliary_weight: ClassVar[float] = 0.7
+
+    input_shape: tuple[int, int, int] = (8, 8, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        color = global_avg_pool(x)
+        sow_logits(self, Dense(self.num_classes, name="aux")(color))
+        yield "logits", Dense(self.num_classes, name="fc")(color)
+
+
+def test_auxiliary_losses_have_the_weight_of_the_networks_class():
+    images, labels = some_data(16)
+    recipe = step.Recipe(Headed(num_classes=5))
+    before, after = one_step(recipe, step.Numbers(seed=1, momentum=0.0), images, labels)
+    x = (images / np.float32(255) - 0.5) / 0.25
+
+    def loss(params):
+        logits, sown = recipe.model.apply({"params": params}, x, train=True, mutable=["auxiliary"])
+        (auxiliary_logits,) = jax.tree.leaves(sown)
+        losses, auxiliary_losses = (
+            optax.softmax_cross_entropy_with_integer_labels(head, labels)
+            for head in (logits, auxiliary_logits)
+        )
+        return losses.mean() + 0.7 * auxiliary_losses.mean()
+
+    gradient = jax.jit(jax.grad(loss))(before.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before.params, gradient)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, after.params, expected)
+
+
+def test_the_weights_of_the_published_auxiliary_losses():
+    names = ("googlenet", "googlenet_2014", "inception_v3")
+    assert [create_model(name).auxiliary_weight for name in names] == [0.3, 0.3, 0.4]
 
 
 @pytest.mark.slow

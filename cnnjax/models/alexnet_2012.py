@@ -25,9 +25,9 @@ _SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
 class AlexNet2012(Network):
     """AlexNet, and with other fields ZFNet.
 
-    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16 on an
-    image of 227x227. Pools overlap (3x3, stride 2) and come before LRN, as in the lectures and in
-    Caffe (the publication normalizes first).
+    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16 (ZFNet:
+    2, 8 and 16). Pools overlap (3x3, stride 2) and come before LRN, as in the lectures and in
+    Caffe's CaffeNet (the publication normalizes first).
 
     Attributes:
       convolutions: (filters, kernel, stride, padding) of each convolution.

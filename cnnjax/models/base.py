@@ -55,6 +55,8 @@ class Network(nn.Module):
 
     # Names of further fields that hold sizes.
     _sizes: ClassVar[tuple[str, ...]] = ()
+    # The weight of auxiliary classifiers' losses in training: Szegedy et al. 2014, section 5.
+    auxiliary_weight: ClassVar[float] = 0.3
 
     num_classes: int = 1000
     padding: str = "zeros"

@@ -99,7 +99,9 @@ def place(
     Interpolation is bilinear; beyond the map, the nearest position on its edge counts.
     """
     rows, columns = (jnp.asarray(_bilinear(*axis), x.dtype) for axis in zip(to, known))
-    return jnp.einsum("bw,nawc->nabc", columns, jnp.einsum("ah,nhwc->nawc", rows, x))
+    # An accelerator would interpolate in TF32 or bfloat16 by default, which have three digits.
+    lines = jnp.einsum("ah,nhwc->nawc", rows, x, precision="highest")
+    return jnp.einsum("bw,nawc->nabc", columns, lines, precision="highest")
 
 
 class FCN(Network):

@@ -149,13 +149,18 @@ def normalize_by_half(x):
     """Converts normalization by ImageNet's moments to normalization by 0.5 and 0.5.
 
     Google's GoogLeNet and Inception v3 were trained on the latter (torchvision's
-    `transform_input`).
+    `transform_input`). Raises `ValueError` if `x` does not have three channels.
     """
+    if x.shape[-1] != 3:
+        raise ValueError(
+            f"an input of shape {x.shape} does not have the 3 channels that transform_input=True "
+            "converts"
+        )
     mean = np.array(imagenet.MEAN, np.float32)
     std = np.array(imagenet.STD, np.float32)
     scale = jnp.asarray(std / 0.5, x.dtype)
     shift = jnp.asarray((mean - 0.5) / 0.5, x.dtype)
-    return x * scale + shift
+    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(shift, x.shape)
 
 
 class GoogLeNet(Network):

@@ -4,6 +4,7 @@ Source: Szegedy et al. 2015 (arXiv 1512.00567), table 1 and figures 5 to 7.
 """
 
 import functools
+from typing import ClassVar
 
 import flax.linen as nn
 from jax.typing import DTypeLike
@@ -192,10 +193,12 @@ class InceptionV3(Network):
 
     The stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e` and `Mixed_7c` have strides
     2, 4, 8, 16 and 32. In training the auxiliary classifier leaves {"AuxLogits": {"logits": ...}}
-    in the collection "auxiliary"; by convention its loss is added with a weight of 0.4, and it
-    needs images of at least 299 pixels. With `aux_logits=False` there is neither the classifier nor
-    its parameters.
+    in the collection "auxiliary"; by convention its loss is added with a weight of 0.4
+    (`auxiliary_weight`), and it needs images of at least 299 pixels. With `aux_logits=False` there
+    is neither the classifier nor its parameters.
     """
+
+    auxiliary_weight: ClassVar[float] = 0.4
 
     input_shape: tuple[int, int, int] = (299, 299, 3)
     dropout: float = 0.5

@@ -32,7 +32,8 @@ def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
     values, vectors = jnp.linalg.eigh(
         jnp.matmul(patches.T, patches, precision="highest") / len(patches)
     )
-    filters = (vectors / jnp.sqrt(values + _EPS)).reshape(2, 2, channels, 4 * channels)
+    scales = jnp.broadcast_to(jnp.sqrt(values + _EPS), vectors.shape)
+    filters = (vectors / scales).reshape(2, 2, channels, 4 * channels)
     return jnp.concatenate([filters, -filters], 3)
 
 

@@ -1,6 +1,7 @@
 """Pooling with PyTorch's semantics and the model's padding policy at the border."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ from cnnjax.nn.lowering import fast_on_cpu
 from cnnjax.nn.padding import ZERO_FILLS, border_widths, check_fill, pad
 from cnnjax.nn.sampling import FILTERS, check_sampling, sample
 from cnnjax.runtime.types import AnyArray
+
+# The forms for the CPU have an operation for each value of a window. In larger windows, they would
+# take too long to compile.
+_LARGEST_UNROLLED = 64
 
 
 def max_pool(
@@ -82,9 +87,13 @@ def _max_pool(x, size, stride, border, missing, fill):
         (columns[0], columns[1] + missing[1]),
         (0, 0),
     )
-    if fast_on_cpu():
+    if _is_unrolled(size):
         return cpu.max_windows(x, size, stride, widths)
     return _reduce_windows(x, -np.inf, lax.max, size, stride, widths)
+
+
+def _is_unrolled(size) -> bool:
+    return fast_on_cpu() and math.prod(size) <= _LARGEST_UNROLLED
 
 
 def _reduce_windows(x, start, operation, size, stride, widths="VALID"):
@@ -117,7 +126,7 @@ def avg_pool(
         return _sampled_mean(x, size, step, border, fill, sampling)
     fill = "partial" if fill == "random" else fill
     padded = _widened(pad(x, border, fill))
-    if fast_on_cpu():
+    if _is_unrolled(size):
         total = cpu.sum_windows(padded, size, step)
     else:
         total = _reduce_windows(padded, 0, lax.add, size, step)
@@ -222,7 +231,9 @@ def adaptive_avg_pool(
         return x.mean((1, 2), keepdims=True)
     wide = _widened(x)
     rows, columns = (jnp.asarray(_bins(n, m), wide.dtype) for n, m in zip(x.shape[1:3], size))
-    return jnp.einsum("ah,nhwc,bw->nabc", rows, wide, columns).astype(jnp.result_type(x))
+    # The default precision of an accelerator, TF32 or bfloat16, has three digits.
+    means = jnp.einsum("ah,nhwc,bw->nabc", rows, wide, columns, precision="highest")
+    return means.astype(jnp.result_type(x))
 
 
 def _bins(size: int, out: int) -> Float[np.ndarray, "{out} {size}"]:

@@ -208,7 +208,9 @@ def _joined_stages(model, variables, images, stages, pixels, key, samplers=None)
             resized.append(resize(features, FEATURE_SIZE))
         else:
             lines = samplers[number]
-            resized.append(jnp.einsum("iy,nyxc,jx->nijc", lines, features, lines))
+            resized.append(
+                jnp.einsum("iy,nyxc,jx->nijc", lines, features, lines, precision="highest")
+            )
     return jnp.concatenate(resized, -1)
 
 

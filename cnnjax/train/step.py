@@ -26,8 +26,6 @@ from cnnjax.train.optimizers import optimizer
 from cnnjax.train.parallel import Parallel
 
 LOSSES = ("cross_entropy", "sigmoid", "pixelwise")
-# The weight of the auxiliary heads' losses: Szegedy et al. 2014, section 5.
-_AUXILIARY = 0.3
 
 # The purposes of random numbers, each with a key of its own.
 _SHUFFLE = 0
@@ -393,7 +391,7 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
         auxiliary_logits = jax.tree.leaves(updated.get("auxiliary", {}))
         auxiliary_loss = sum(losses_of(head)[0].mean() for head in auxiliary_logits)
         sums = (losses.sum(), errors.sum())
-        loss = losses.mean() + _AUXILIARY * auxiliary_loss
+        loss = losses.mean() + recipe.model.auxiliary_weight * auxiliary_loss
         return loss, (updated.get("batch_stats", {}), *sums)
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
