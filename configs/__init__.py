@@ -1,1 +1,1 @@
-"""One file per experiment: `get_config()`, and a docstring with command, time and result."""
+"""One file per experiment: `get_config()`, and a docstring with command, and time and result if measured."""
