@@ -1,4 +1,4 @@
-"""Sweeps: every cell once, resumed after a kill, one table."""
+"""Sweeps: every run once, resumed after a kill, one table."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
 
 
 def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
-    """Six cells: two learning rates, of which one is far too large, and three seeds."""
+    """Six runs: two learning rates, of which one is far too large, and three seeds."""
     axes = "{'schedule.learning_rate': (0.1, 1e9), 'seed': range(3)}"
     config = write_config(tmp_path, f"def sweep():\n    return defaults.product({axes})")
     runs = tmp_path / "runs"
@@ -54,7 +54,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
         str(runs),
     ]
     process = forked.Popen(*arguments, flags=quick.FLAGS)
-    assert any("cell 2 of 6" in line for line in process.stderr)
+    assert any("run 2 of 6" in line for line in process.stderr)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -63,10 +63,10 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
 
     done = forked.run(*arguments, flags=quick.FLAGS)
     assert done.returncode == 1
-    assert "error: 3 of 6 cells failed: see " in done.stderr.splitlines()[-1]
+    assert "error: 3 of 6 runs failed: see " in done.stderr.splitlines()[-1]
     assert first.stat().st_mtime_ns == written
-    assert "cell 1 of 6" not in done.stderr
-    assert "cell 6 of 6" in done.stderr
+    assert "run 1 of 6" not in done.stderr
+    assert "run 6 of 6" in done.stderr
 
     good, bad = read_rows(runs)
     errors = []
@@ -88,7 +88,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
 
 
 def test_workers_share_a_sweep(tmp_path):
-    """Two jobs of the local launcher: every cell is run by one of them, once."""
+    """Two jobs of the local launcher: every run is done by one of them, once."""
     config = write_config(
         tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(3)]"
     )
@@ -113,12 +113,12 @@ def test_workers_share_a_sweep(tmp_path):
     assert row["test_error"]["n"] == 3
 
 
-# ------------------------------------------------------------------ cells without training
+# ------------------------------------------------------------------ runs without training
 
 
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch):
-    """Runs a sweep of four seeds whose cells only write results; returns its exit code.
+    """Runs a sweep of four seeds that only write results; returns its exit code.
 
     `train` is called with the configuration and the folder first; `changes` are options.
     """
@@ -142,7 +142,7 @@ def run_sweep(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error", [MemoryError("batch_size=128 does not fit"), FloatingPointError("not finite")]
 )
-def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tmp_path, capfd):
+def test_a_run_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tmp_path, capfd):
     def train(config, folder):
         if config.seed == 1:
             raise error
@@ -153,21 +153,22 @@ def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tm
     assert row["unfinished"] == []
     assert row["test_error"]["n"] == 3
     table = (tmp_path / "runs" / "sweep.md").read_text()
+    assert "| setting | test error | failed | unfinished |" in table
     assert "| default | 25.00 ± 0.00 (std 0.00), n=3 | 1 |  |" in table
     assert f"\nFailed, seed=1: {error}\n" in table
     told = capfd.readouterr().err
-    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    assert told.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     # The failure is a result: it is not tried again, and the exit code stays.
     assert run_sweep() == 1
 
 
-def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_path, capfd):
+def test_a_run_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_path, capfd):
     def refuse(config, folder):
         raise ValueError("batch_size=9999 is more than the 1437 training images")
 
     assert run_sweep(refuse) == 2
     told = capfd.readouterr().err.splitlines()
-    assert told[-1].startswith("error: no cell can be run; seed=0: batch_size=9999 is more than")
+    assert told[-1].startswith("error: no run can start; seed=0: batch_size=9999 is more than")
     assert not (tmp_path / "runs").exists()
 
     def refuse_one(config, folder):
@@ -179,16 +180,16 @@ def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_pa
     assert row["failed"] == ["seed=1: batch_size=9999 is more than the 1437 training images"]
     assert row["test_error"]["n"] == 3 and row["unfinished"] == []
     told = capfd.readouterr().err
-    assert "cell seed=1 cannot be run: batch_size=9999" in told
-    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    assert "run seed=1 cannot start: batch_size=9999" in told
+    assert told.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     # The next call, perhaps with other data, tries it again.
     assert run_sweep() == 0
 
 
-def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
+def test_a_sweep_with_a_started_run_of_another_configuration_is_refused(
     run_sweep, tmp_path, monkeypatch, capfd
 ):
-    """No cell is run, or the folder would hold cells of both configurations."""
+    """No run starts, or the folder would hold runs of both configurations."""
     ran = []
 
     def stop(config, folder):
@@ -202,9 +203,9 @@ def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
     assert run_sweep(train, "--config.momentum=0.5") == 2
     message = "another configuration (momentum=0.9 there, 0.5 now); choose another --workdir"
     assert message in capfd.readouterr().err.splitlines()[-1]
-    # Another process may begin a cell after the cells were checked.
+    # Another process may begin a run after the runs were checked.
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "check", lambda cells: None)
+        patch.setattr(sweep, "check", lambda runs: None)
         assert run_sweep(train, "--config.momentum=0.5") == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
     assert ran == []
@@ -212,7 +213,7 @@ def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
     assert ran == [0, 1, 2, 3]
 
 
-def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
+def test_runs_that_another_configuration_finishes_meanwhile_end_the_sweep(
     run_sweep, tmp_path, capfd
 ):
     """A second sweep was started at the same time, and no table mixes the results of both."""
@@ -230,7 +231,7 @@ def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
     assert not (tmp_path / "runs" / "sweep.json").exists()
 
 
-def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
+def test_a_started_run_goes_on_with_skip_damaged(run_sweep, tmp_path):
     """It is the one key that an unfinished run adopts."""
 
     def find_damage(config, folder):
@@ -243,8 +244,8 @@ def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
     assert record["skip_damaged"]
 
 
-def test_a_sweep_with_finished_cells_goes_on_with_skip_damaged(run_sweep, tmp_path):
-    """No image of a finished cell was damaged, or the error would have ended it."""
+def test_a_sweep_with_finished_runs_goes_on_with_skip_damaged(run_sweep, tmp_path):
+    """No image of a finished run was damaged, or the error would have ended it."""
 
     def find_damage(config, folder):
         if config.seed > 0:
@@ -259,7 +260,7 @@ def test_a_sweep_with_finished_cells_goes_on_with_skip_damaged(run_sweep, tmp_pa
     assert run_sweep() == 2
 
 
-def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
+def test_a_refused_run_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
     def refuse_and_finish(config, folder):
         if config.seed == 1:
             workdir.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
@@ -272,32 +273,32 @@ def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, 
     assert row["test_error"]["n"] == 4
 
 
-def test_a_cell_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
-    """A failed run may be run again by itself."""
+def test_a_run_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
+    """A failed run may be started again by itself."""
     assert run_sweep() == 0
     failure = tmp_path / "runs" / "seed=1" / "failure.json"
     failure.write_text('{"error": "not finite"}')
     assert run_sweep() == 0
     assert read_rows(tmp_path / "runs")[0]["failed"] == []
-    # When a cell is finished, the failure of an earlier call is no longer there.
+    # When a run is finished, the failure of an earlier call is no longer there.
     (failure.parent / "report.md").unlink()
     monkeypatch.setattr(sweep.single, "run", lambda config, folder: None)
     assert run_sweep() == 0
     assert not failure.exists()
 
 
-def test_a_cell_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
     assert run_sweep() == 0
     report = tmp_path / "runs" / "seed=2" / "report.md"
     report.unlink()
     taken_up = []
-    monkeypatch.setattr(sweep, "run_cell", lambda cell: taken_up.append(cell.name))
+    monkeypatch.setattr(sweep, "start_run", lambda run: taken_up.append(run.name))
     assert run_sweep() == 0
     assert taken_up == ["seed=2"]
 
 
-def test_a_cell_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
-    """A job on another machine holds a cell, and is cancelled while this one waits for it."""
+def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
+    """A job on another machine holds a run, and is cancelled while this one waits for it."""
     left = tmp_path / "runs" / "seed=2"
     left.mkdir(parents=True)
     claim = left / "run.claim"
@@ -351,7 +352,7 @@ def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(
     assert "\nUnfinished: seed=2\n" in (tmp_path / "runs" / "sweep.md").read_text()
 
 
-def test_a_sweep_that_is_stopped_in_its_first_cell_says_what_is_unfinished(run_sweep, tmp_path):
+def test_a_sweep_that_is_stopped_in_its_first_run_says_what_is_unfinished(run_sweep, tmp_path):
     def stop(config, folder):
         raise workdir.Interrupted("stopped by SIGTERM")
 
@@ -364,7 +365,7 @@ def test_a_sweep_that_is_stopped_in_its_first_cell_says_what_is_unfinished(run_s
     "body, message",
     [
         ("", "has no sweep(): define one"),
-        ("def sweep(): return []", "must list at least one cell"),
+        ("def sweep(): return []", "must list at least one run"),
         ("def sweep(): return [{'seed': 1}, {'seed': 1}]", "each once"),
         ("def sweep(): return [{'sede': 1}]", "sets {'sede': 1}, which does not fit"),
         ("def sweep(): return [{'sede': 1}]", "sede is not a key of the configuration; did you"),
