@@ -2,7 +2,8 @@
 
     python -m cnnjax.main --config configs/lenet_digits.py
 
-Measured: MEASURE % test error (n=1, 2 CPU cores without AVX-512, 30 November 2026; about MEASURE s).
+Measured: 0.00 % train and 4.44 % test error (n=1, 2 CPU cores without AVX-512, 30 November 2026),
+in about half a minute.
 """
 
 from cnnjax.train import defaults
