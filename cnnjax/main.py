@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     parser = build_parser("cnnjax.main", __doc__)
-    # No option of sweeps: of processes that compute together, each would take a cell of its own.
+    # No option of sweeps: of processes that compute together, each would take a run of its own.
     parser.add_argument(
         "--distributed",
         metavar="HOW",

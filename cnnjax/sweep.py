@@ -14,7 +14,7 @@ Writes sweep.json and sweep.md: for each setting, the mean, sample standard devi
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
 finite, if its batch does not fit into memory, or if it does not fit its data (a batch larger than
 the data set). The other runs go on all the same; the exit code is then 1, and the table has the
-reason. If no run can be run at all, the exit code is 2, and no table is written.
+reason. If no run can start, the exit code is 2, and no table is written.
 """
 
 import argparse
@@ -39,23 +39,23 @@ _FILES = {
     "initial_weights_sha256": ("initial_weights",),
     "network_sha256": ("model",),
 }
-# Seconds between two attempts to run the cells that other processes are running. The first pause
-# doubles up to the longest.
+# Seconds between two attempts to start the runs that other processes hold. The first pause doubles
+# up to the longest.
 _FIRST_PAUSE = 0.25
 _POLLING_SECONDS = 5.0
 
 
-# ------------------------------------------------------------------ cells
+# ------------------------------------------------------------------ runs
 
 
 @dataclasses.dataclass
-class Cell:
-    """One setting of a sweep, with its configuration and its work directory."""
+class Run:
+    """One run of a sweep: what it overrides, its configuration and its work directory."""
 
     overrides: dict
     config: ml_collections.ConfigDict
     folder: pathlib.Path
-    # Whether its run is finished and known to be of this configuration.
+    # Whether it is finished and known to be of this configuration.
     is_checked: bool = False
 
     @property
@@ -83,21 +83,21 @@ class Cell:
 
 
 def name_of(overrides: dict) -> str:
-    """Names a cell, and its folder, by its overrides: "seed=0,batch_size=64"."""
+    """Names a run, and its folder, by its overrides: "seed=0,batch_size=64"."""
     text = ",".join(f"{key}={value}" for key, value in overrides.items())
     return text.replace("/", "_").replace(" ", "") or "default"
 
 
-def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Cell]:
-    """Reads the cells that the `sweep()` of a configuration file lists.
+def read_runs(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Run]:
+    """Reads the runs that the `sweep()` of a configuration file lists.
 
     Args:
         path: the configuration file.
-        config: its configuration, which each cell changes.
+        config: its configuration, which each run changes.
         folder: the work directory of the sweep.
 
     Raises:
-        ValueError: if there is no `sweep()`, if it lists no cell or one cell twice, or if a cell
+        ValueError: if there is no `sweep()`, if it lists no run or one run twice, or if a run
             does not fit the configuration.
     """
     module = source.import_file(path)
@@ -111,102 +111,102 @@ def read_cells(path: str, config: ml_collections.ConfigDict, folder: pathlib.Pat
     names = {name_of(overrides) for overrides in settings}
     if not settings or len(names) < len(settings):
         raise ValueError(
-            f"sweep() of config={path!r} must list at least one cell, each once; it lists "
+            f"sweep() of config={path!r} must list at least one run, each once; it lists "
             f"{len(settings)}"
         )
-    cells = []
+    runs = []
     for overrides in settings:
         try:
-            cell_config = single.name_model_file(configuration.override(config, overrides))
+            run_config = single.name_model_file(configuration.override(config, overrides))
         except ValueError as error:
             raise ValueError(
                 f"sweep() sets {overrides}, which does not fit the configuration: {error}"
             ) from error
-        cells.append(Cell(overrides, cell_config, folder / name_of(overrides)))
-    return cells
+        runs.append(Run(overrides, run_config, folder / name_of(overrides)))
+    return runs
 
 
-def check(cells: list[Cell]) -> None:
-    """Raises `ValueError` if a cell cannot be run, or its folder holds another or a damaged run.
+def check(runs: list[Run]) -> None:
+    """Raises `ValueError` if a run cannot start, or its folder holds another or a damaged run.
 
-    All cells are checked before any is run. If only some cells are of another configuration, the
-    table would otherwise mix both.
+    All runs are checked before any starts. If only some are of another configuration, the table
+    would otherwise mix both.
     """
-    for cell in cells:
-        single.job_of(cell.config).check(cell.config, cell.folder)
-        check_record(cell)
-        if cell.is_done:
-            workdir.check_seal(cell.folder)
-    check_files(cells)
+    for run in runs:
+        single.job_of(run.config).check(run.config, run.folder)
+        check_record(run)
+        if run.is_done:
+            workdir.check_seal(run.folder)
+    check_files(runs)
 
 
-def check_record(cell: Cell) -> None:
-    """Checks that the run in a cell's folder, if there is one, is of the cell's configuration.
+def check_record(run: Run) -> None:
+    """Checks that a run's folder, if it has been started, is of the run's configuration.
 
     Raises:
         workdir.OtherConfiguration: if it is of another one.
         ValueError: if its config.json is not JSON.
     """
-    is_done = cell.is_done
-    is_recorded = (cell.folder / "config.json").exists()
-    if cell.is_checked or not (is_recorded and workdir.has_started(cell.folder)):
+    is_done = run.is_done
+    is_recorded = (run.folder / "config.json").exists()
+    if run.is_checked or not (is_recorded and workdir.has_started(run.folder)):
         return
-    job = single.job_of(cell.config)
-    job.complete_record(cell.config, cell.folder)
+    job = single.job_of(run.config)
+    job.complete_record(run.config, run.folder)
     # Keys such as `workers` may differ, as they change no result.
-    if not job.is_equivalent(cell.config, cell.folder):
-        workdir.check_config(cell.folder, cell.config.to_dict())
-    cell.is_checked = is_done
+    if not job.is_equivalent(run.config, run.folder):
+        workdir.check_config(run.folder, run.config.to_dict())
+    run.is_checked = is_done
 
 
-# ------------------------------------------------------------------ running them
+# ------------------------------------------------------------------ starting them
 
 
-def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) -> None:
-    """Runs every cell that is not done, and waits for those that other processes are running.
+def finish_runs(runs: list[Run], folder: pathlib.Path, refused: dict[str, str]) -> None:
+    """Starts every run that is not done, and waits for those that other processes hold.
 
-    If another process stops, its cell is run here. So all cells are done or refused when this
+    If another process stops, its run is taken over. So all runs are done or refused when this
     returns.
 
     Args:
-        cells: all cells of the sweep.
+        runs: all runs of the sweep.
         folder: the work directory of the sweep.
-        refused: receives the reason, by name, of each cell that cannot be run with its data or in
-            its folder. It is not recorded in the folder, so the next call tries the cell again.
+        refused: receives the reason, by name, of each run that cannot start with its data or in
+            its folder. It is not recorded in the folder, so the next call tries the run again.
 
     Raises:
-        workdir.OtherConfiguration: if another process has begun or finished a cell with another
+        workdir.OtherConfiguration: if another process has begun or finished a run with another
             configuration.
     """
-    numbers = {cell.name: number for number, cell in enumerate(cells, 1)}
-    pending = [cell for cell in cells if not cell.is_done]
-    # The first round runs what is free. Further rounds try the other cells again, without logging.
+    numbers = {run.name: number for number, run in enumerate(runs, 1)}
+    pending = [run for run in runs if not run.is_done]
+    # The first round takes what is free. Further rounds try the other runs again, without logging.
     is_first_round = True
     pause = min(_FIRST_PAUSE, _POLLING_SECONDS)
     while pending:
         claimed = []
-        for cell in pending:
-            if cell.is_done:
+        for run in pending:
+            if run.is_done:
                 continue
             if is_first_round:
-                _LOG.info("cell %d of %d: %s", numbers[cell.name], len(cells), cell.name)
+                _LOG.info("run %d of %d: %s", numbers[run.name], len(runs), run.name)
             try:
-                run_cell(cell)
+                start_run(run)
             except claims.Claimed as error:
-                claimed.append(cell)
+                claimed.append(run)
                 if is_first_round:
-                    _LOG.info("cell %s is left out: %s", cell.name, error)
+                    _LOG.info("run %s is left out: %s", run.name, error)
                 continue
             except workdir.OtherConfiguration:
                 raise
             except (ValueError, FileNotFoundError) as error:
-                _LOG.warning("cell %s cannot be run: %s", cell.name, error)
-                refused[cell.name] = str(error)
+                _LOG.warning("run %s cannot start: %s", run.name, error)
+                refused[run.name] = str(error)
                 continue
-            write_table(folder, cells, refused)
+            write_table(folder, runs, refused)
         if claimed and is_first_round:
-            write_table(folder, cells, refused)
-            _LOG.info("waiting for %d cells of other processes", len(claimed))
+            write_table(folder, runs, refused)
+            _LOG.info("waiting for %d runs of other processes", len(claimed))
         if claimed:
             time.sleep(pause)
             pause = min(2 * pause, _POLLING_SECONDS)
@@ -214,22 +214,22 @@ def run_cells(cells: list[Cell], folder: pathlib.Path, refused: dict[str, str]) 
         pending = claimed
 
 
-def run_cell(cell: Cell) -> None:
-    """Runs one cell; if it fails, records the reason.
+def start_run(run: Run) -> None:
+    """Starts or continues one run; if it fails, records the reason.
 
     Raises:
-        claims.Claimed: if another process is running it.
+        claims.Claimed: if another process holds it.
     """
     try:
-        single.run(cell.config, cell.folder)
+        single.run(run.config, run.folder)
     except (ArithmeticError, MemoryError) as error:
-        _LOG.warning("cell %s failed: %s", cell.name, error)
-        files.write_json(cell.failure, {"error": str(error)})
+        _LOG.warning("run %s failed: %s", run.name, error)
+        files.write_json(run.failure, {"error": str(error)})
     else:
-        cell.failure.unlink(missing_ok=True)
+        run.failure.unlink(missing_ok=True)
 
 
-def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
+def launch(options: argparse.Namespace, runs: list[Run]) -> None:
     """Starts jobs that each run this same command without its launcher."""
     words = [sys.executable, "-m", "cnnjax.sweep"]
     words += ["--config", options.config, "--workdir", str(options.workdir)]
@@ -242,8 +242,8 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
         count=options.jobs or 1,
         settings=options.slurm,
     )
-    # Written even if no job ever runs: it lists the unfinished cells.
-    write_table(options.workdir, cells, {})
+    # Written even if no job ever runs: it lists the unfinished runs.
+    write_table(options.workdir, runs, {})
     started = ", ".join(f"job {name}" for name in names)
     _LOG.info("started %s; their output is in %s", started, folder)
 
@@ -251,7 +251,7 @@ def launch(options: argparse.Namespace, cells: list[Cell]) -> None:
 # ------------------------------------------------------------------ the table
 
 
-def check_files(cells: list[Cell]) -> None:
+def check_files(runs: list[Run]) -> None:
     """Checks that finished runs of the same files have read the same contents.
 
     Another network is only warned of, since an edit of its file may change nothing. Results of
@@ -260,19 +260,19 @@ def check_files(cells: list[Cell]) -> None:
     Raises:
         ValueError: if two runs have read other images or initial weights.
     """
-    first: dict[tuple, tuple[Cell, object]] = {}
-    for cell in cells:
-        results = files.read_json(cell.results) if cell.results.exists() else {}
+    first: dict[tuple, tuple[Run, object]] = {}
+    for run in runs:
+        results = files.read_json(run.results) if run.results.exists() else {}
         for name, keys in _FILES.items():
             if results.get(name) is None:
                 continue
-            named = (name, *(cell.config[key] for key in keys))
-            other, contents = first.setdefault(named, (cell, results[name]))
+            named = (name, *(run.config[key] for key in keys))
+            other, contents = first.setdefault(named, (run, results[name]))
             if results[name] == contents:
                 continue
             difference = (
-                f"{other.name} and {cell.name} were trained with different contents of "
-                f"{keys[0]}={cell.config[keys[0]]!r}"
+                f"{other.name} and {run.name} were trained with different contents of "
+                f"{keys[0]}={run.config[keys[0]]!r}"
             )
             if name != "network_sha256":
                 raise ValueError(
@@ -307,27 +307,27 @@ def summarize(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": std, "n": n, "half_width": half_width}
 
 
-def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
-    """Summarizes all cells that differ in their seed only in one row."""
+def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
+    """Summarizes each setting in one row: all runs that differ in their seed only."""
     groups = defaultdict(list)
-    for cell in cells:
-        shared = {key: value for key, value in cell.overrides.items() if key != "seed"}
-        groups[name_of(shared)].append(cell)
+    for run in runs:
+        shared = {key: value for key, value in run.overrides.items() if key != "seed"}
+        groups[name_of(shared)].append(run)
     rows = []
     for name, members in groups.items():
         finals = []
         row: dict = {"cell": name, "failed": [], "unfinished": []}
-        for cell in members:
-            # A cell that was refused here may have been finished on another machine since.
-            if cell.name in refused and not cell.is_done:
-                row["failed"].append(f"{cell.name}: {refused[cell.name]}")
-            elif cell.results.exists():
-                finals.append(files.read_json(cell.results)["final"])
-            elif cell.has_failed:
-                reason = files.read_json(cell.failure)["error"]
-                row["failed"].append(f"{cell.name}: {reason}")
+        for run in members:
+            # A run that was refused here may have been finished on another machine since.
+            if run.name in refused and not run.is_done:
+                row["failed"].append(f"{run.name}: {refused[run.name]}")
+            elif run.results.exists():
+                finals.append(files.read_json(run.results)["final"])
+            elif run.has_failed:
+                reason = files.read_json(run.failure)["error"]
+                row["failed"].append(f"{run.name}: {reason}")
             else:
-                row["unfinished"].append(cell.name)
+                row["unfinished"].append(run.name)
         for metric in _METRICS:
             values = [final[metric] for final in finals if metric in final]
             if values and len(values) == len(finals):
@@ -336,30 +336,30 @@ def summarize_cells(cells: list[Cell], refused: dict[str, str]) -> list[dict]:
     return rows
 
 
-def write_table(folder: pathlib.Path, cells: list[Cell], refused: dict[str, str]) -> None:
-    """Writes sweep.json and sweep.md from the results that the cells' folders hold.
+def write_table(folder: pathlib.Path, runs: list[Run], refused: dict[str, str]) -> None:
+    """Writes sweep.json and sweep.md from the results that the runs' folders hold.
 
     Args:
         folder: the work directory of the sweep.
-        cells: its cells.
-        refused: the reason, by name, of each cell that was refused.
+        runs: its runs.
+        refused: the reason, by name, of each run that was refused.
 
     Raises:
-        workdir.OtherConfiguration: if another process has finished a cell with another
+        workdir.OtherConfiguration: if another process has finished a run with another
             configuration, whose results the table would mix with those of this one.
         ValueError: as `check_files`.
     """
     from cnnjax.runtime import tables
 
-    for cell in cells:
-        if cell.is_done:
-            check_record(cell)
-    check_files(cells)
+    for run in runs:
+        if run.is_done:
+            check_record(run)
+    check_files(runs)
 
-    rows = summarize_cells(cells, refused)
+    rows = summarize_settings(runs, refused)
     files.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
-    header = ["cell", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
+    header = ["setting", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
     lines = []
     notes = ""
     for row in rows:
@@ -390,7 +390,7 @@ def _format(summary: dict | None) -> str:
 
 
 def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
-    """Runs or launches the sweep of a configuration. Raises `RuntimeError` if a cell failed."""
+    """Runs or launches the sweep of a configuration. Raises `RuntimeError` if a run failed."""
     if config.get("kind") != "train":
         raise ValueError(
             f"kind={config.get('kind')!r} of the configuration is not 'train', the only kind that "
@@ -402,42 +402,42 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
                 f"{name}={getattr(options, name)} is for jobs, which --launcher=slurm or "
                 "--launcher=local starts"
             )
-    cells = read_cells(options.config, config, options.workdir)
-    _check_overrides(options, cells)
+    runs = read_runs(options.config, config, options.workdir)
+    _check_overrides(options, runs)
     backend.reach_devices()
-    check(cells)
+    check(runs)
     if options.launcher:
-        launch(options, cells)
+        launch(options, runs)
         return
     refused: dict[str, str] = {}
     try:
-        run_cells(cells, options.workdir, refused)
+        finish_runs(runs, options.workdir, refused)
     except workdir.Interrupted:
-        write_table(options.workdir, cells, refused)
+        write_table(options.workdir, runs, refused)
         raise
     except KeyboardInterrupt as stop:
-        write_table(options.workdir, cells, refused)
+        write_table(options.workdir, runs, refused)
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
-    for cell in cells:
+    for run in runs:
         # Another machine has finished it since.
-        if cell.is_done:
-            refused.pop(cell.name, None)
-    if len(refused) == len(cells):
-        first = cells[0].name
-        raise ValueError(f"no cell can be run; {first}: {refused[first]}")
-    write_table(options.workdir, cells, refused)
-    failed = [cell for cell in cells if cell.has_failed or cell.name in refused]
+        if run.is_done:
+            refused.pop(run.name, None)
+    if len(refused) == len(runs):
+        first = runs[0].name
+        raise ValueError(f"no run can start; {first}: {refused[first]}")
+    write_table(options.workdir, runs, refused)
+    failed = [run for run in runs if run.has_failed or run.name in refused]
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(cells)} cells failed: see {options.workdir / 'sweep.md'}"
+            f"{len(failed)} of {len(runs)} runs failed: see {options.workdir / 'sweep.md'}"
         )
     _LOG.info("finished: see %s", options.workdir / "sweep.md")
 
 
-def _check_overrides(options: argparse.Namespace, cells: list[Cell]) -> None:
-    """Raises `ValueError` for a key of the command line that a cell would silently replace."""
+def _check_overrides(options: argparse.Namespace, runs: list[Run]) -> None:
+    """Raises `ValueError` for a key of the command line that a run would silently replace."""
     for key in options.overrides:
-        if any(key in cell.overrides for cell in cells):
+        if any(key in run.overrides for run in runs):
             raise ValueError(
                 f"--config.{key} has no effect where sweep() of config={options.config!r} sets "
                 f"{key}; change it there"

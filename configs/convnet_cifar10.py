@@ -1,4 +1,4 @@
-"""The lecture's ConvNet on CIFAR-10.
+"""The NUS lecture's ConvNet on CIFAR-10.
 
 The learning rate 0.25 is halved at epochs 10, 14 and 18. The lecture prints 0 % train and 20 % test
 error.

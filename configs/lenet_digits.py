@@ -1,6 +1,9 @@
 """LeNet on scikit-learn's 8x8 digits, which need no download.
 
-python -m cnnjax.main --config configs/lenet_digits.py
+    python -m cnnjax.main --config configs/lenet_digits.py
+
+Measured: 0.00 % train and 4.44 % test error (n=1, 2 CPU cores without AVX-512, 30 November 2026),
+in about half a minute.
 """
 
 from cnnjax.train import defaults

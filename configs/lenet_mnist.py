@@ -1,4 +1,4 @@
-"""The lecture's LeNet on MNIST, with the lecture's settings.
+"""The NUS lecture's LeNet on MNIST, with its settings.
 
 The learning rate 0.25 is divided by 1.5 every 5 epochs. The lecture prints 0 % train and 0.78 %
 test error.

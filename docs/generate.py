@@ -3,13 +3,15 @@
     python docs/generate.py
 
 `configuration.md` lists every configuration key with its default and comment, read from the two
-files that define them. `commands.md` holds what each command prints for `--help`, and `networks.md`
-the registered networks. A test fails if a page is out of date.
+files that define them. `commands.md` holds what each command prints for `--help`, `networks.md` the
+registered networks, and `experiments.md` the commands of `experiments/`. A test fails if a page is
+out of date.
 """
 
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -117,7 +119,35 @@ def networks() -> str:
     )
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands, "networks.md": networks}
+def experiments() -> str:
+    """Tabulates the commands of experiments/, with the pages that name them."""
+    lines = []
+    for path in sorted((ROOT / "experiments").iterdir()):
+        # An experiment is a file or a package.
+        file = path / "__main__.py" if path.is_dir() else path
+        if file.suffix != ".py" or file.name == "__init__.py" or not file.exists():
+            continue
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+        title = docstring.partition("\n")[0]
+        links = []
+        for page in sorted((ROOT / "docs").glob("*.md")):
+            if re.search(rf"\bexperiments\.{path.stem}\b", page.read_text()):
+                links.append(f"[{page.stem}](../{page.name})")
+        lines.append(f"| `python -m experiments.{path.stem}` | {title} | {', '.join(links)} |")
+    return (
+        "# Experiments\n\n"
+        "Each command writes a report with tables and figures; `--help` explains it. The pages\n"
+        "have the results.\n\n"
+        "| command | question or task | pages |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
+    )
+
+
+PAGES = {
+    "configuration.md": configuration,
+    "commands.md": commands,
+    "networks.md": networks,
+    "experiments.md": experiments,
+}
 
 
 if __name__ == "__main__":

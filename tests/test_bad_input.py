@@ -131,7 +131,7 @@ CASES = [
     (("main", "--config=FILES/failing_model.py"), "line 7: ZeroDivisionError: "),
     ((*TRAIN, "--workdir="), "argument --workdir: '' is not a path"),
     ((*TRAIN, "--distributed="), "distributed='' is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"),
-    # Processes that compute together would train two cells as one run.
+    # Processes that compute together would train two runs as one.
     (
         ("sweep", "--config=configs/lenet_digits.py", "--distributed=auto"),
         "--distributed is not an option; there are --debug, --config, --workdir, --help, ",

@@ -52,7 +52,7 @@ def test_a_configuration_fits_the_engine(name, tmp_path):
         "checkpoint_every_steps",
     } <= set(config)
     if hasattr(module, "sweep"):
-        sweep.check(sweep.read_cells(str(file), config, tmp_path))
+        sweep.check(sweep.read_runs(str(file), config, tmp_path))
 
 
 def test_a_configuration_imports_no_other():
@@ -206,14 +206,14 @@ def test_the_comparison_has_the_failures_of_the_sweeps_table(tmp_path):
     """A run that failed may have been run again by itself; one may have been refused."""
     folder = tmp_path / "lenet_mnist"
     config = importlib.import_module("configs.lenet_mnist").get_config()
-    cells = [sweep.Cell({"seed": n}, config, folder / f"seed={n}") for n in range(3)]
+    swept = [sweep.Run({"seed": n}, config, folder / f"seed={n}") for n in range(3)]
     final = {"epoch": 1, "train_error": 0.5, "test_error": 0.5}
     run = {"parameters": 1, "training_seconds": 60, "final": final, "history": [final]}
-    for cell in cells[:2]:
-        cell.folder.mkdir(parents=True)
-        cell.failure.write_text('{"error": "the loss is not finite at step 3"}')
-    cells[0].results.write_text(json.dumps(run))
-    sweep.write_table(folder, cells, {"seed=2": "batch_size=100 is more than the 50 images"})
+    for failed in swept[:2]:
+        failed.folder.mkdir(parents=True)
+        failed.failure.write_text('{"error": "the loss is not finite at step 3"}')
+    swept[0].results.write_text(json.dumps(run))
+    sweep.write_table(folder, swept, {"seed=2": "batch_size=100 is more than the 50 images"})
     (row,) = mlp_vs_convnet.compare(tmp_path)
     assert row["n"] == 1 and row["failed"] == [
         "seed=1: the loss is not finite at step 3",

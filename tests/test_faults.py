@@ -571,10 +571,10 @@ def test_a_combination_in_a_place_that_is_in_use_is_refused(finished, tmp_path, 
     assert not (folder / "config.json").exists()
 
 
-def test_a_sweep_of_another_configuration_or_with_damaged_cells_is_refused(
+def test_a_sweep_of_another_configuration_or_with_damaged_runs_is_refused(
     machine, finished, tmp_path
 ):
-    """Finished cells are checked, too, before anything is computed."""
+    """Finished runs are checked, too, before anything is computed."""
     swept = tmp_path / "swept.py"
     swept.write_text(
         "from configs.lenet_digits import get_config\n\ndef sweep():\n    return [{'seed': 0}]\n"

@@ -1,4 +1,4 @@
-"""Sweeps: every cell once, resumed after a kill, one table."""
+"""Sweeps: every run once, resumed after a kill, one table."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
 
 
 def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
-    """Six cells: two learning rates, of which one is far too large, and three seeds."""
+    """Six runs: two learning rates, of which one is far too large, and three seeds."""
     axes = "{'schedule.learning_rate': (0.1, 1e9), 'seed': range(3)}"
     config = write_config(tmp_path, f"def sweep():\n    return defaults.product({axes})")
     runs = tmp_path / "runs"
@@ -56,7 +56,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
         str(runs),
     ]
     process = forked.Popen(*arguments, flags=quick.FLAGS)
-    assert any("cell 2 of 6" in line for line in process.stderr)
+    assert any("run 2 of 6" in line for line in process.stderr)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -65,10 +65,10 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
 
     done = forked.run(*arguments, flags=quick.FLAGS)
     assert done.returncode == 1
-    assert "error: 3 of 6 cells failed: see " in done.stderr.splitlines()[-1]
+    assert "error: 3 of 6 runs failed: see " in done.stderr.splitlines()[-1]
     assert first.stat().st_mtime_ns == written
-    assert "cell 1 of 6" not in done.stderr
-    assert "cell 6 of 6" in done.stderr
+    assert "run 1 of 6" not in done.stderr
+    assert "run 6 of 6" in done.stderr
 
     good, bad = read_rows(runs)
     errors = []
@@ -90,7 +90,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
 
 
 def test_workers_share_a_sweep(tmp_path):
-    """Two jobs of the local launcher: every cell is run by one of them, once."""
+    """Two jobs of the local launcher: every run is done by one of them, once."""
     config = write_config(
         tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(3)]"
     )
@@ -115,12 +115,12 @@ def test_workers_share_a_sweep(tmp_path):
     assert row["test_error"]["n"] == 3
 
 
-# ------------------------------------------------------------------ cells without training
+# ------------------------------------------------------------------ runs without training
 
 
 @pytest.fixture
 def run_sweep(tmp_path, monkeypatch):
-    """Runs a sweep of four seeds whose cells only write results; returns its exit code.
+    """Runs a sweep of four seeds that only write results; returns its exit code.
 
     `train` is called with the configuration and the folder first; `changes` are options.
     """
@@ -144,7 +144,7 @@ def run_sweep(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error", [MemoryError("batch_size=128 does not fit"), FloatingPointError("not finite")]
 )
-def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tmp_path, capfd):
+def test_a_run_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tmp_path, capfd):
     def train(config, folder):
         if config.seed == 1:
             raise error
@@ -155,21 +155,22 @@ def test_a_cell_that_fails_is_counted_and_the_sweep_goes_on(error, run_sweep, tm
     assert row["unfinished"] == []
     assert row["test_error"]["n"] == 3
     table = (tmp_path / "runs" / "sweep.md").read_text()
+    assert "| setting | test error | failed | unfinished |" in table
     assert "| default | 25.00 ± 0.00 (std 0.00), n=3 | 1 |  |" in table
     assert f"\nFailed, seed=1: {error}\n" in table
     told = capfd.readouterr().err
-    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    assert told.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     # The failure is a result: it is not tried again, and the exit code stays.
     assert run_sweep() == 1
 
 
-def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_path, capfd):
+def test_a_run_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_path, capfd):
     def refuse(config, folder):
         raise ValueError("batch_size=9999 is more than the 1437 training images")
 
     assert run_sweep(refuse) == 2
     told = capfd.readouterr().err.splitlines()
-    assert told[-1].startswith("error: no cell can be run; seed=0: batch_size=9999 is more than")
+    assert told[-1].startswith("error: no run can start; seed=0: batch_size=9999 is more than")
     assert not (tmp_path / "runs").exists()
 
     def refuse_one(config, folder):
@@ -181,16 +182,16 @@ def test_a_cell_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_pa
     assert row["failed"] == ["seed=1: batch_size=9999 is more than the 1437 training images"]
     assert row["test_error"]["n"] == 3 and row["unfinished"] == []
     told = capfd.readouterr().err
-    assert "cell seed=1 cannot be run: batch_size=9999" in told
-    assert told.splitlines()[-1].startswith("error: 1 of 4 cells failed")
+    assert "run seed=1 cannot start: batch_size=9999" in told
+    assert told.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     # The next call, perhaps with other data, tries it again.
     assert run_sweep() == 0
 
 
-def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
+def test_a_sweep_with_a_started_run_of_another_configuration_is_refused(
     run_sweep, tmp_path, monkeypatch, capfd
 ):
-    """No cell is run, or the folder would hold cells of both configurations."""
+    """No run starts, or the folder would hold runs of both configurations."""
     ran = []
 
     def stop(config, folder):
@@ -204,9 +205,9 @@ def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
     assert run_sweep(train, "--config.momentum=0.5") == 2
     message = "another configuration (momentum=0.9 there, 0.5 now); choose another --workdir"
     assert message in capfd.readouterr().err.splitlines()[-1]
-    # Another process may begin a cell after the cells were checked.
+    # Another process may begin a run after the runs were checked.
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "check", lambda cells: None)
+        patch.setattr(sweep, "check", lambda runs: None)
         assert run_sweep(train, "--config.momentum=0.5") == 2
     assert message in capfd.readouterr().err.splitlines()[-1]
     assert ran == []
@@ -214,7 +215,7 @@ def test_a_sweep_with_a_started_cell_of_another_configuration_is_refused(
     assert ran == [0, 1, 2, 3]
 
 
-def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
+def test_runs_that_another_configuration_finishes_meanwhile_end_the_sweep(
     run_sweep, tmp_path, capfd
 ):
     """A second sweep was started at the same time, and no table mixes the results of both."""
@@ -232,7 +233,7 @@ def test_cells_that_another_configuration_finishes_meanwhile_end_the_sweep(
     assert not (tmp_path / "runs" / "sweep.json").exists()
 
 
-def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
+def test_a_started_run_goes_on_with_skip_damaged(run_sweep, tmp_path):
     """Like `workers` and what is said of checkpoints, it changes no result so far."""
 
     def find_damage(config, folder):
@@ -245,8 +246,8 @@ def test_a_started_cell_goes_on_with_skip_damaged(run_sweep, tmp_path):
     assert record["skip_damaged"]
 
 
-def test_a_sweep_with_finished_cells_goes_on_with_skip_damaged(run_sweep, tmp_path):
-    """No image of a finished cell was damaged, or the error would have ended it."""
+def test_a_sweep_with_finished_runs_goes_on_with_skip_damaged(run_sweep, tmp_path):
+    """No image of a finished run was damaged, or the error would have ended it."""
 
     def find_damage(config, folder):
         if config.seed > 0:
@@ -307,47 +308,47 @@ def test_runs_on_different_images_are_not_averaged(tmp_path, capfd):
     assert row["test_error"]["n"] == 1
 
 
-def finished_cells(folder: pathlib.Path, *results: dict) -> list[sweep.Cell]:
+def finished_runs(folder: pathlib.Path, *results: dict) -> list[sweep.Run]:
     """Writes results of seeds 0, 1, ..."""
-    cells = []
+    runs = []
     for seed, content in enumerate(results):
-        cell = sweep.Cell({"seed": seed}, defaults.get_config(), folder / f"seed={seed}")
-        cell.folder.mkdir()
-        files.write_json(cell.results, content)
-        cells.append(cell)
-    return cells
+        run = sweep.Run({"seed": seed}, defaults.get_config(), folder / f"seed={seed}")
+        run.folder.mkdir()
+        files.write_json(run.results, content)
+        runs.append(run)
+    return runs
 
 
 def test_other_initial_weights_are_refused_and_other_networks_warned_of(tmp_path, caplog):
     """Results of earlier versions, here those of seed 1, do not have what is compared."""
     caplog.set_level("WARNING", "cnnjax")
     one = {"network_sha256": "n1", "initial_weights_sha256": "w1"}
-    cells = finished_cells(
+    runs = finished_runs(
         tmp_path, one, {}, one | {"network_sha256": "n2"}, one | {"initial_weights_sha256": "w2"}
     )
     for _ in range(2):
-        sweep.check_files(cells[:3])
+        sweep.check_files(runs[:3])
     (message,) = caplog.messages
     assert message.startswith("seed=0 and seed=2 were trained with different contents of model=")
     with pytest.raises(ValueError, match="^seed=0 and seed=3 .* contents of initial_weights="):
-        sweep.check_files(cells)
-    # Cells may start from different weights on purpose.
-    cells[3].config.initial_weights = "other.safetensors"
-    sweep.check_files(cells)
+        sweep.check_files(runs)
+    # Runs may start from different weights on purpose.
+    runs[3].config.initial_weights = "other.safetensors"
+    sweep.check_files(runs)
 
 
-def test_errors_that_only_some_cells_have_are_not_averaged(tmp_path):
-    cells = finished_cells(
+def test_errors_that_only_some_runs_have_are_not_averaged(tmp_path):
+    runs = finished_runs(
         tmp_path,
         {"final": {"test_error": 0.25, "validation_error": 0.5}},
         {"final": {"test_error": 0.75}},
     )
-    for order in (cells, cells[::-1]):
-        (row,) = sweep.summarize_cells(order, {})
+    for order in (runs, runs[::-1]):
+        (row,) = sweep.summarize_settings(order, {})
         assert row["test_error"]["mean"] == 0.5 and "validation_error" not in row
 
 
-def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
+def test_a_refused_run_that_another_machine_finishes_has_not_failed(run_sweep, tmp_path):
     def refuse_and_finish(config, folder):
         if config.seed == 1:
             files.write_json(folder / "results.json", {"final": {"test_error": 0.25}})
@@ -360,32 +361,32 @@ def test_a_refused_cell_that_another_machine_finishes_has_not_failed(run_sweep, 
     assert row["test_error"]["n"] == 4
 
 
-def test_a_cell_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
-    """A failed run may be run again by itself."""
+def test_a_run_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
+    """A failed run may be started again by itself."""
     assert run_sweep() == 0
     failure = tmp_path / "runs" / "seed=1" / "failure.json"
     failure.write_text('{"error": "not finite"}')
     assert run_sweep() == 0
     assert read_rows(tmp_path / "runs")[0]["failed"] == []
-    # When a cell is finished, the failure of an earlier call is no longer there.
+    # When a run is finished, the failure of an earlier call is no longer there.
     (failure.parent / "report.md").unlink()
     monkeypatch.setattr(sweep.single, "run", lambda config, folder: None)
     assert run_sweep() == 0
     assert not failure.exists()
 
 
-def test_a_cell_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):
     assert run_sweep() == 0
     report = tmp_path / "runs" / "seed=2" / "report.md"
     report.unlink()
     taken_up = []
-    monkeypatch.setattr(sweep, "run_cell", lambda cell: taken_up.append(cell.name))
+    monkeypatch.setattr(sweep, "start_run", lambda run: taken_up.append(run.name))
     assert run_sweep() == 0
     assert taken_up == ["seed=2"]
 
 
-def test_a_cell_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
-    """A job on another machine holds a cell, and is cancelled while this one waits for it."""
+def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
+    """A job on another machine holds a run, and is cancelled while this one waits for it."""
     left = tmp_path / "runs" / "seed=2"
     left.mkdir(parents=True)
     claim = left / "run.claim"
@@ -439,7 +440,7 @@ def test_a_sweep_that_is_stopped_while_it_waits_says_what_is_unfinished(
     assert "\nUnfinished: seed=2\n" in (tmp_path / "runs" / "sweep.md").read_text()
 
 
-def test_a_sweep_that_is_stopped_in_its_first_cell_says_what_is_unfinished(run_sweep, tmp_path):
+def test_a_sweep_that_is_stopped_in_its_first_run_says_what_is_unfinished(run_sweep, tmp_path):
     def stop(config, folder):
         raise workdir.Interrupted("stopped by SIGTERM")
 
@@ -452,7 +453,7 @@ def test_a_sweep_that_is_stopped_in_its_first_cell_says_what_is_unfinished(run_s
     "body, message",
     [
         ("", "has no sweep(): define one"),
-        ("def sweep(): return []", "must list at least one cell"),
+        ("def sweep(): return []", "must list at least one run"),
         ("def sweep(): return [{'seed': 1}, {'seed': 1}]", "each once"),
         ("def sweep(): return [{'sede': 1}]", "sets {'sede': 1}, which does not fit"),
         ("def sweep(): return [{'sede': 1}]", "sede is not a key of the configuration; did you"),

@@ -93,10 +93,10 @@ def test_old_runs_are_reopened_and_combined(runs):
     np.testing.assert_allclose(loaded["params"]["fc1"]["kernel"], averaged, atol=1e-7)
 
 
-def test_an_old_cell_of_a_sweep_is_finished(runs):
+def test_an_old_run_of_a_sweep_is_finished(runs):
     parser = main.build_parser("cnnjax.main", "")
     _, config = main.parse(parser, [*TRAIN, "--config.seed=0"])
-    sweep.check([sweep.Cell({"seed": 0}, config, runs / "finished0")])
+    sweep.check([sweep.Run({"seed": 0}, config, runs / "finished0")])
     # Another run's folder is still refused.
     with pytest.raises(ValueError, match="seed=1 there, 0 now"):
-        sweep.check([sweep.Cell({"seed": 0}, config, runs / "finished1")])
+        sweep.check([sweep.Run({"seed": 0}, config, runs / "finished1")])
