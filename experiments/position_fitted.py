@@ -153,7 +153,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
                 seed=point.seed,
                 hidden=(options.hidden,),
             )
-            readouts.append(scored("nonlinear", grid, most, nonlinear(test)[0]))
+            readouts.append(scored("nonlinear", grid, most, nonlinear(test)))
     return {
         "readouts": readouts,
         "photographs": cropped,

@@ -5,7 +5,7 @@ regression, which has one solution and no seed. `fit_sgd` trains as the authors'
 (github.com/SenJia/Position-Information), with BatchNorm and a sigmoid after the convolution, and
 optionally with hidden convolutions before it.
 
-Both treat all targets, and all ridge strengths or seeds, as columns of one kernel: a whole set of
+Both treat all targets, and `fit_exact` all ridge strengths, as columns of one kernel: a whole set of
 readouts is one program on the same features.
 """
 
@@ -152,7 +152,6 @@ def fit_exact(
     held_out: Float[AnyArray, "m height width channels"],
     targets: Float[AnyArray, "targets side side"],
     size: int = 1,
-    strengths: Sequence[float] = STRENGTHS,
     align_corners: bool = True,
 ) -> Exact:
     """Solves the ridge readout of every target.
@@ -162,10 +161,9 @@ def fit_exact(
 
     Args:
       train: features to fit to; they also set the scaler.
-      held_out: features whose squared error chooses each target's strength.
+      held_out: features whose squared error chooses each target's strength, of `STRENGTHS`.
       targets: the position maps.
       size: k of the k x k kernel.
-      strengths: the ridge strengths to choose from.
       align_corners: whether the targets' corners lie on the grid's.
 
     Raises `ValueError` if the kernel is larger than the map.
@@ -182,16 +180,16 @@ def fit_exact(
     with jax.default_matmul_precision("highest"):
         solve = _solve_pointwise if size == 1 else _solve_windows
         # One column for each strength and target, the strengths outermost.
-        kernel, residual = solve(train, goal, np.asarray(strengths), size)
+        kernel, residual = solve(train, goal, size)
         intercept, error = _intercept_and_error(train, held_out, kernel, goal)
 
-    best = np.asarray(error).reshape(len(strengths), len(targets)).argmin(0)
+    best = np.asarray(error).reshape(len(STRENGTHS), len(targets)).argmin(0)
     chosen = best * len(targets) + np.arange(len(targets))
     return Exact(
         scaler=scaler,
         kernel=kernel[..., chosen],
         intercept=intercept[chosen],
-        strength=np.asarray(strengths)[best],
+        strength=np.asarray(STRENGTHS)[best],
         residual=float(residual[chosen].max()),
     )
 
@@ -238,12 +236,12 @@ def _center(
     return jnp.broadcast_to(goal - goal.mean((0, 1)), (count, *goal.shape))
 
 
-def _solve_pointwise(features, goal, strengths, size):
+def _solve_pointwise(features, goal, size):
     """Solves a 1x1 readout by factoring its channels' Gram matrix (`cnnjax.ridge`)."""
     channels = features.shape[3]
     positions = len(features) * goal.shape[0] * goal.shape[1]
     products = np.asarray(_target_products(features, goal), np.float64) / positions
-    weights = ridge.solve(_factor_channels(features), products, strengths)
+    weights = ridge.solve(_factor_channels(features), products, STRENGTHS)
     kernel = weights.transpose(1, 0, 2).reshape(1, 1, channels, -1)
     return jnp.asarray(kernel, jnp.float32), np.zeros(kernel.shape[3])
 
@@ -254,7 +252,7 @@ def _target_products(features, goal):
     return _correlate(features, _center(goal, len(features)), size=1)[0, 0]
 
 
-def _solve_windows(features, goal, strengths, size):
+def _solve_windows(features, goal, size):
     """Solves a k x k readout by conjugate gradients.
 
     The Gram matrix of k^2 times as many features is too large to factor: 12,000 rows for a 3x3
@@ -263,8 +261,8 @@ def _solve_windows(features, goal, strengths, size):
     values, basis = _factor_channels(features)
     return _conjugate_gradients(
         features,
-        jnp.tile(goal, (1, 1, len(strengths))),
-        strengths=jnp.asarray(np.repeat(strengths, goal.shape[2]), jnp.float32),
+        jnp.tile(goal, (1, 1, len(STRENGTHS))),
+        strengths=jnp.asarray(np.repeat(STRENGTHS, goal.shape[2]), jnp.float32),
         values=jnp.asarray(values, jnp.float32),
         basis=jnp.asarray(basis, jnp.float32),
         size=size,
@@ -373,35 +371,29 @@ def _spatial_correlation(
 
 
 class Sgd(NamedTuple):
-    """Trained readouts of all seeds and targets, applied by calling it.
+    """Trained readouts of all targets, applied by calling it.
 
     Attributes:
       scaler: standardizes the features first.
       layers: each layer's `kernel` and BatchNorm's `scale` and `bias`, the outputs side by side.
       moments: each layer's running mean and variance.
-      seeds: number of initializations.
-      targets: number of targets.
     """
 
     scaler: ridge.Scaler
     layers: list[dict]
     moments: list[tuple]
-    seeds: int
-    targets: int
 
     def __call__(
         self, features: Float[AnyArray, "n height width channels"]
-    ) -> Float[np.ndarray, "seeds n targets rows columns"]:
+    ) -> Float[np.ndarray, "n targets rows columns"]:
         """Predicts maps, smaller by k - 1 for each layer."""
-        outputs = self.seeds * self.targets
-        maps = np.asarray(_read_sgd(self.scaler, self.layers, self.moments, features, outputs))
-        maps = maps.reshape(*maps.shape[:3], self.seeds, self.targets)
-        return maps.transpose(3, 0, 4, 1, 2)
+        maps = _read_sgd(self.scaler, self.layers, self.moments, features)
+        return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
-@functools.partial(jax.jit, static_argnames="outputs")
-def _read_sgd(scaler, layers, moments, features, outputs):
-    return _forward(layers, scaler(features), outputs, moments)[0]
+@jax.jit
+def _read_sgd(scaler, layers, moments, features):
+    return _forward(layers, scaler(features), moments)[0]
 
 
 def fit_sgd(
@@ -409,21 +401,19 @@ def fit_sgd(
     targets: Float[AnyArray, "targets side side"],
     size: int = 1,
     steps: int = 540,
-    seeds: int = 1,
     seed: int = 0,
     hidden: tuple[int, ...] = (),
     standardize: bool = True,
     align_corners: bool = True,
 ) -> Sgd:
-    """Trains the authors' readout of every target and initialization.
+    """Trains the authors' readout of every target.
 
     Args:
       train: features to fit to.
       targets: the position maps.
       size: k of the k x k kernels.
       steps: SGD steps on batches of 32 images, or of all images if there are fewer.
-      seeds: initializations to train side by side, all drawn from `seed`.
-      seed: of the initializations and the batches.
+      seed: of the initialization and the batches.
       hidden: channels of the layers before the last, each followed by BatchNorm and ReLU.
       standardize: whether each channel gets unit variance first. Without it only the mean is
         subtracted, which changes nothing, as BatchNorm follows.
@@ -442,16 +432,14 @@ def fit_sgd(
         jax.random.key(seed),
         size=size,
         steps=steps,
-        seeds=seeds,
         hidden=hidden,
         align_corners=align_corners,
     )
-    return Sgd(scaler=scaler, layers=layers, moments=moments, seeds=seeds, targets=len(targets))
+    return Sgd(scaler=scaler, layers=layers, moments=moments)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "steps", "seeds", "hidden", "align_corners"))
-def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners):
-    outputs = seeds * len(targets)
+@functools.partial(jax.jit, static_argnames=("size", "steps", "hidden", "align_corners"))
+def _train(features, targets, key, *, size, steps, hidden, align_corners):
     widths = (features.shape[3], *hidden, 1)
     side = features.shape[1] - (len(hidden) + 1) * (size - 1)
     batch_size = min(_BATCH, len(features))
@@ -459,8 +447,7 @@ def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners)
     error = full_size_error(targets, side, align_corners)
 
     def loss(layers, batch):
-        maps, moments = _forward(layers, batch, outputs)
-        maps = maps.reshape(*maps.shape[:3], seeds, len(targets))
+        maps, moments = _forward(layers, batch)
         # Every output has its own parameters, so the sum over outputs trains each by itself.
         return error(maps).sum(), moments
 
@@ -490,7 +477,7 @@ def _train(features, targets, key, *, size, steps, seeds, hidden, align_corners)
         running = jax.tree.map(average, running, moments)
         return (layers, state, running), None
 
-    layers = _initialize(init_key, size, widths, outputs)
+    layers = _initialize(init_key, size, widths, len(targets))
     running = [(jnp.zeros_like(layer["bias"]), jnp.ones_like(layer["bias"])) for layer in layers]
     start = (layers, optimizer.init(layers), running)
     (layers, _, running), _ = lax.scan(train_step, start, jnp.arange(steps))
@@ -517,11 +504,12 @@ def _initialize(key, size: int, widths: Sequence[int], outputs: int) -> list[dic
     return layers
 
 
-def _forward(layers, features, outputs, moments=None):
+def _forward(layers, features, moments=None):
     """Runs the layers of all outputs; returns maps in (0, 1) and the layers' moments.
 
     BatchNorm normalizes by `moments`, or by the batch's own if there are none.
     """
+    outputs = layers[-1]["kernel"].shape[3]  # one for each target
     x = features
     found = []
     for number, layer in enumerate(layers):
@@ -550,10 +538,9 @@ def full_size_error(
 ) -> Callable[[Array], Array]:
     """Returns a function that computes the full-size error from small maps.
 
-    The function takes maps [n, side, side, ..., targets] to their mean squared errors at the
-    targets' size, [..., targets]. The plain form upsamples the maps first, to 64 times as many
-    values in the default study. Upsampling is linear, U y U', so the same number comes from the
-    small grid: with K = U' U,
+    The function takes maps [n, side, side, targets] to their mean squared errors at the targets'
+    size. The plain form upsamples the maps first, to 64 times as many values in the default study.
+    Upsampling is linear, U y U', so the same number comes from the small grid: with K = U' U,
 
         |U y U' - t|^2 = <K y K, y> - 2 <y, U' t U> + |t|^2
     """
@@ -565,8 +552,7 @@ def full_size_error(
     square = jnp.square(targets).mean((1, 2))
 
     def error(maps):
-        smooth = jnp.einsum("ac,ncd...t,db->nab...t", overlap, maps, overlap)
-        pulled = pull.reshape(side, side, *(1,) * (maps.ndim - 4), -1)
-        return (maps * (smooth - 2 * pulled)).sum((1, 2)).mean(0) + square
+        smooth = jnp.einsum("ac,ncdt,db->nabt", overlap, maps, overlap)
+        return (maps * (smooth - 2 * pull)).sum((1, 2)).mean(0) + square
 
     return error

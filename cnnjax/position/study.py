@@ -12,7 +12,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -478,7 +477,7 @@ def measure(
 
     for (name, readout), kind in itertools.product(readouts.items(), config.data):
         # -> maps [n, targets, 28, 28], smaller for larger kernels -> [targets, n, size, size]
-        maps = predict(readout, features[kind])
+        maps = readout(features[kind])
         predictions = upsample(maps, targets.shape[1], config.align_corners)
         all_maps.append(Maps(name, kind, maps[0]))
         # -> scores [n] of each target
@@ -621,15 +620,6 @@ def train_readout(
         standardize=config.standardize,
         align_corners=config.align_corners,
     )
-
-
-def predict(
-    readout: Exact | Sgd, features: Float[np.ndarray, "n side side channels"]
-) -> Float[np.ndarray, "n targets rows columns"]:
-    """Reads the maps of all targets from features."""
-    maps = readout(jnp.asarray(features))
-    # The first axis of the SGD readout is that of initializations, of which the study trains one.
-    return maps.reshape(-1, *maps.shape[-3:])
 
 
 _resize = jax.jit(resize, static_argnames=("size", "align_corners"))
