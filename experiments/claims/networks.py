@@ -463,8 +463,8 @@ def vgg16_memory() -> Verdict:
         {**values, "total": total, "bytes": 4 * total, "with ReLUs kept apart": with_relus},
         as_read=millions(with_relus) == 24,
         note=f"the rows of the table sum to {total / 1e6:.1f} M values, {4 * total / 1e6:.0f} MB "
-        f"in float32, input included; {with_relus / 1e6:.1f} M if each ReLU's output is kept beside "
-        "its input",
+        f"in float32, input included; {with_relus / 1e6:.1f} M if each ReLU's output is kept "
+        "beside its input",
     )
 
 
