@@ -100,7 +100,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -458,3 +458,17 @@ def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
             yerr=[tables.bar(group) for group in groups],
             label=name,
         )
+
+
+def draw_curve(axis, x: Sequence, groups: Sequence[np.ndarray], **style) -> None:
+    """Draws a curve through the means of groups, with their sample standard deviations.
+
+    Args:
+      axis: matplotlib's axes.
+      x: the place of each group.
+      groups: the values of each group.
+      style: keywords of matplotlib's `errorbar`.
+    """
+    means = [group.mean() for group in groups]
+    bars = [tables.bar(group) for group in groups]
+    axis.errorbar(x, means, bars, capsize=2, **style)

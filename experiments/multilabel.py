@@ -28,7 +28,7 @@ import numpy as np
 import sklearn.linear_model
 from matplotlib.figure import Figure
 
-from cnnjax import study, transfer
+from cnnjax import ridge, study, transfer
 from cnnjax.data import arrays, augment
 from cnnjax.models import create_model
 from cnnjax.runtime import tables, workdir
@@ -156,16 +156,14 @@ def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) 
     """Fits each class to a bootstrap of the training features; returns test scores [n, classes]."""
     chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
     train, labels = train[chosen], labels[chosen]
-    mean, std = train.mean(0), train.std(0)
-    # A constant feature says nothing; the division removes it.
-    std = np.where(std > 1e-6 * std.max(), std, np.inf)
+    scaler = ridge.fit_scaler(train)
     scores = np.zeros((len(test), labels.shape[1]))
     for number, label in enumerate(labels.T):
         # If every scene of the sample shows a class, or none does, its score stays constant.
         if 0 < label.sum() < len(label):
             model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000)
-            model.fit((train - mean) / std, label)
-            scores[:, number] = model.decision_function((test - mean) / std)
+            model.fit(scaler(train), label)
+            scores[:, number] = model.decision_function(scaler(test))
     return scores
 
 
@@ -223,17 +221,10 @@ def draw(by_method: dict, prevalence: np.ndarray, names: list[str]) -> Figure:
     """Draws the average precision of each class, method by method, above the prevalence."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axis = figure.subplots()
-    width = 0.8 / len(by_method)
-    for number, (method, values) in enumerate(by_method.items()):
-        place = np.arange(len(names)) + (number - (len(by_method) - 1) / 2) * width
-        axis.bar(
-            place,
-            100 * values.mean(0),
-            width,
-            yerr=100 * tables.bar(values),
-            error_kw={"lw": 0.8},
-            label=f"{method} (n={len(values)})",
-        )
+    series = {}
+    for method, values in by_method.items():
+        series[f"{method} (n={len(values)})"] = list(100 * values.T)
+    study.draw_bars(axis, series)
     left, right = np.arange(len(names)) - 0.45, np.arange(len(names)) + 0.45
     axis.hlines(100 * prevalence, left, right, color="black", lw=1, label=BASELINE)
     axis.set_xticks(range(len(names)), names)

@@ -177,8 +177,7 @@ def draw_ablation(results: list[dict]) -> Figure:
         measured = study.select(results, network="gapnet", task=task)
         for order, text in _ORDERS.items():
             accuracies = 100 * study.values(measured, order)
-            bars = tables.bar(accuracies)
-            axis.errorbar(_REMOVED, accuracies.mean(0), bars, marker=".", capsize=2, label=text)
+            study.draw_curve(axis, _REMOVED, accuracies.T, marker=".", label=text)
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
         axis.set(
             title=f"GAPNet, {task}",

@@ -307,9 +307,7 @@ def draw(results: list[dict]) -> Figure:
             for count in counts:
                 rows = rows_of(results, point, readout="linear", grid="corners", count=count)
                 curve.append(study.values(rows, "median_r2"))
-            means = [values.mean() for values in curve]
-            bars = [tables.bar(values) for values in curve]
-            axis.errorbar(counts, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
+            study.draw_curve(axis, counts, curve, marker="o", ms=3, lw=1, label=padding)
         axis.axhline(0, color="black", lw=0.5)
         axis.set_xscale("log")
         axis.set_xticks(counts, counts)

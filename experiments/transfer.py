@@ -396,9 +396,7 @@ def spreads(columns: list[np.ndarray], sign: str = "") -> list[str]:
 
 def curve(axis, x, columns: list[np.ndarray], **style) -> None:
     """Draws means with sample standard deviations, and every seed as a point."""
-    means = [column.mean() for column in columns]
-    bars = [tables.bar(column) for column in columns]
-    axis.errorbar(x, means, bars, capsize=2, **style)
+    study.draw_curve(axis, x, columns, **style)
     for place, column in zip(x, columns):
         axis.plot([place] * len(column), column, ".", ms=3, color=style["color"], alpha=0.6)
 

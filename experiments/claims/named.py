@@ -6,7 +6,6 @@ from experiments.claims.ledger import Section, not_computed
 
 NAMED = Section("Named, not computed")
 
-
 # (id, lectures, statement, reason)
 STATEMENTS = (
     (
