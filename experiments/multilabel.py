@@ -29,11 +29,11 @@ import sklearn.linear_model
 from matplotlib.figure import Figure
 
 from cnnjax import ridge, study, transfer
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays
 from cnnjax.models import create_model
 from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, evaluate, loop
-from cnnjax.train.parallel import Parallel
+from cnnjax.train.small import pooled_features
 
 _BATCH = 16
 _STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
@@ -141,15 +141,14 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
 
     The weights come from `file`, or are random if `file` is None.
     """
-    model, parallel = create_model(name), Parallel("jit")
-    random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
-    trained = transfer.load_initial_weights(file, model) if file else {}
-    variables = parallel.replicate(transfer.merge(random, trained))
-    moments = parallel.replicate(augment.IMAGENET)
+    model = create_model(name)
+    if file:
+        variables = transfer.load_initial_weights(file, model)
+    else:
+        blank = jnp.zeros((1, *model.input_shape))
+        variables = jax.jit(model.init)(jax.random.key(seed), blank)
     *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
-    batches = evaluate.batches_of(images, _BATCH)
-    pooled = evaluate.pooled(last_stage)
-    return evaluate.predict(parallel, model, variables, moments, batches, _BATCH, pooled)
+    return pooled_features(model, variables, images, last_stage, _BATCH)
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
