@@ -989,8 +989,8 @@ def test_the_papers_tables(tmp_path, capsys, monkeypatch, standard_promotion, wi
     assert "has readout_padding.md with other settings; choose another --workdir" in error
     assert (tmp_path / "readout_padding.md").read_text() == page
     for setting, message in (
-        ("n_trian=3", "'n_trian' is not a key of configs/posenet.py"),
-        ("n_train=three", "'three' is not a value for n_train"),
+        ("n_trian=3", "n_trian is not a key of the configuration; did you mean n_train?"),
+        ("n_train=three", "n_train='three' is not of the type int"),
         ("kernel=31", "kernel=31 is not between 1 and"),
     ):
         capsys.readouterr()
@@ -1065,7 +1065,7 @@ def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
         ),
         ("stages", "encoders=('vgg16',)", "the rows of a table name their own encoders"),
         ("kernels", "hidden=8", "hidden=8: no row of table 'kernels' has hidden layers"),
-        ("main", "depth=None", "'None' is not a value for depth, which is 1"),
+        ("main", "depth=None", "depth=None is not of the type int"),
     ],
 )
 def test_a_setting_that_tells_rows_apart_is_refused(name, setting, message, tmp_path, capsys):
@@ -1159,9 +1159,10 @@ def test_tables_of_earlier_versions_are_named_by_paths_and_still_count(gray_conf
     (tmp_path / name).mkdir()
     assert find() == tmp_path / name
 
-    settings = [position_tables.study_name(gray_config, contents, any_seeds=True)]
-    check = functools.partial(position_tables.check_page, "main", tmp_path, [gray_config], settings)
-    for recorded in (position_tables.study_name(gray_config, any_seeds=True), *settings):
+    settings = position_tables.study_name(gray_config, contents, any_seeds=True)
+    plan = position_tables.Plan(None, gray_config, name, settings)
+    check = functools.partial(position_tables.check_page, "main", tmp_path, [plan])
+    for recorded in (position_tables.study_name(gray_config, any_seeds=True), settings):
         workdir.write_json(tmp_path / "main.json", [{"settings": recorded}])
         check()
     workdir.write_json(tmp_path / "main.json", [{"settings": "others"}])
