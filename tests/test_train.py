@@ -611,7 +611,7 @@ def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
 
 
 def test_the_axis_of_losses_has_plain_numbers():
-    # The import is here because it imports pyplot, which takes time.
+    # The import is here because it imports matplotlib, which takes time.
     from cnnjax.train import report
 
     history = []
@@ -622,7 +622,6 @@ def test_the_axis_of_losses_has_plain_numbers():
     figure.draw_without_rendering()
     labels = {label.get_text() for label in figure.axes[0].get_yticklabels(which="both")}
     assert {"0.6", "1", "2"} <= labels
-    report.plt.close(figure)
 
 
 @pytest.mark.slow
@@ -1036,7 +1035,6 @@ def test_class_names_are_no_formulas(tmp_path):
         ("mistakes", report._mistakes_figure(test, classes)),
     ):
         figure.savefig(tmp_path / f"{name}.png")
-        report.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -1059,7 +1057,6 @@ def test_mistakes_of_all_shapes_are_drawn(shape):
     # Only three channels are colors; one channel keeps its values.
     expected = image if shape[-1] == 3 else image.mean(-1)
     np.testing.assert_array_equal(picture.get_array(), expected)
-    report.plt.close(figure)
 
 
 @pytest.mark.slow
