@@ -262,6 +262,7 @@ STUDY = study.Study(
     results="multilabel.json",
     add_options=add_options,
     axes=("seeds",),
+    files=("weights",),
     load=load,
     points=points,
     measure=measure,

@@ -359,6 +359,7 @@ STUDY = study.Study(
     results="fitted.json",
     add_options=add_options,
     axes=("paddings", "encoders", "images", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

@@ -277,6 +277,7 @@ STUDY = study.Study(
     results="neurons.json",
     add_options=add_options,
     axes=("encoders", "paddings"),
+    files=("photographs", "trained"),
     load=load,
     points=points,
     measure=measure,

@@ -422,6 +422,7 @@ STUDY = study.Study(
     results="quadrant.json",
     add_options=add_options,
     axes=("paddings", "borders", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

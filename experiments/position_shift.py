@@ -313,6 +313,7 @@ STUDY = study.Study(
     results="shift.json",
     add_options=add_options,
     axes=("paddings", "encoders", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

@@ -311,6 +311,7 @@ STUDY = study.Study(
     results="segmentation.json",
     add_options=add_options,
     axes=("paddings", "seeds"),
+    files=("weights",),
     load=load,
     points=points,
     measure=measure,
