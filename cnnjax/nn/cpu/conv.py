@@ -234,9 +234,7 @@ def gradient_by_planes(
 # ------------------------------------------------------------------ gradient of the kernel
 
 
-def kernel_gradient(
-    x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArray
-) -> jax.Array:
+def kernel_gradient(x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArray) -> jax.Array:
     """Correlates the input with the output's gradient in the form fastest for a shape.
 
     Args:
