@@ -6,7 +6,7 @@ the report. The frame does what all studies share:
 - `--help` shows the script's docstring, and an error is one line.
 - Each point's result is a JSON file in `points/` of the work directory. After Ctrl-C, the same
   command measures what is missing.
-- The work directory belongs to one set of options, and to the photographs and weights that they
+- The work directory belongs to one set of options, and to the contents of the files that they
   name; a call with others is refused, and so is a second process.
 - The report is written from the results alone, and printed. The frame adds the environment that
   measured them.
@@ -100,7 +100,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -134,16 +134,6 @@ class Study:
 
     `load` and `points` raise `ValueError` for bad options. A refused call leaves no new folder.
 
-    The frame takes options of three names for files. Unless they are axes, the work directory is
-    bound to these files, to the names and sizes of photographs and to the contents of weights. The
-    files may be moved from call to call.
-
-    - `photographs`: a folder; empty for the photographs that packages carry (`add_photographs`).
-    - `weights`: a file of weights, a training run, or a list of pairs of a name and one of these.
-    - `trained`: by name, a file of weights and the modules that it lacks (`add_trained`).
-
-    Values of other types have no meaning to the frame.
-
     Attributes:
       description: the script's docstring.
       results: the name of the JSON file of all results.
@@ -156,6 +146,10 @@ class Study:
         fields and the measured ones.
       axes: names of the options that choose points. They may change from call to call in one work
         directory; all other options except `data_dir` may not.
+      files: names of the options that name files, to which the work directory is bound. The files
+        may be moved from call to call. `photographs` is a folder, of which names and sizes count
+        (`add_photographs`). The others name weights, of which the contents count: a file or a
+        training run, a list of pairs of a name and one of these, or names as in `add_trained`.
       load: `load(options)` checks the options and loads what all points share; optional. It runs
         after the work directory has been checked, and only if a point is missing.
       environment: `environment(options)` describes what else the results depend on, as JSON holds
@@ -174,6 +168,7 @@ class Study:
     measure: Callable[..., dict]
     report: Callable[[list[dict], Options], Report]
     axes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     load: Callable[[Options], Any] | None = None
     environment: Callable[[Options], dict] | None = None
     draws: Callable[[Any, Options], bool] | None = None
@@ -237,13 +232,49 @@ class Study:
         """
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
-        if contents := _digest_contents(settings):
+        if contents := _digest_contents(_list_files(settings, self.files)):
             settings["contents"] = contents
         settings = json.loads(json.dumps(settings, default=str))
         recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
-        _check_weights(settings, recorded, bool(missing))
-        settings |= _keep_paths(settings, recorded)
+        self._check_weights(settings, recorded, bool(missing))
+        settings |= self._keep_paths(settings, recorded)
         return settings | self._record_drawing(options, missing, recorded)
+
+    def _check_weights(self, settings: dict, recorded: dict, computes: bool) -> None:
+        """Raises `ValueError` if a file of weights is missing that the study was begun with.
+
+        A call that measures nothing does not need it.
+        """
+        contents = settings.get("contents", {})
+        earlier = recorded.get("contents") or {}
+        places = _list_files(recorded, self.files)
+        for name, file in _list_files(settings, self.files).items():
+            was_there = earlier.get(name, _ABSENT) != _ABSENT
+            is_named_anew = places.get(name) != file
+            if was_there and contents[name] == _ABSENT and (computes or is_named_anew):
+                raise ValueError(
+                    f"{name}={file!r} is neither a file of weights nor a finished training run"
+                )
+
+    def _keep_paths(self, settings: dict, recorded: dict) -> dict:
+        """Returns the recorded paths of files that are elsewhere now, with the same contents."""
+        earlier = recorded.get("contents") or {}
+        places = _list_files(recorded, self.files)
+        files = _list_files(settings, self.files)
+        for name, text in settings.get("contents", {}).items():
+            # The photographs of packages ("") have an order of their own.
+            if earlier.get(name) == text != _ABSENT and files[name] and places.get(name):
+                files[name] = places[name]
+        kept: dict[str, Any] = {}
+        for option in self.files:
+            value = settings[option]
+            if isinstance(value, dict):
+                kept[option] = {name: [files[name], *rest] for name, (_, *rest) in value.items()}
+            elif isinstance(value, list):
+                kept[option] = [[name, files[name]] for name, _ in value]
+            else:
+                kept[option] = files.get(option)
+        return kept
 
     def _record_drawing(
         self, options: Options, missing: list[NamedTuple], recorded: dict
@@ -303,88 +334,30 @@ def take_places(
         files.write_json(folder / "config.json", recorded | places)
 
 
-def _digest_contents(settings: dict) -> dict[str, str]:
-    """Returns digests of the photographs and of the files of weights that options name."""
-    contents = {}
-    # None where a study reads no photographs; "" for those that packages carry.
-    folder = settings.get("photographs")
-    if isinstance(folder, str | os.PathLike):
-        contents["photographs"] = photographs.digest(folder)
-    for name, file in _list_weights(settings).items():
-        contents[name] = _digest_weights(expand_user(file))
-    return contents
-
-
-def _list_weights(settings: dict) -> dict[str, str | os.PathLike]:
-    """Returns the files of weights, by name, that options name; "weights" for a single file."""
-    files = {}
-    if _is_trained(settings.get("trained")):
-        files = {name: file for name, (file, *_) in settings["trained"].items()}
-    weights: Any = settings.get("weights")
-    if _are_pairs(weights):
-        files |= dict(weights)
-    elif isinstance(weights, str | os.PathLike):
-        files["weights"] = weights
+def _list_files(settings: dict, options: tuple[str, ...]) -> dict[str, str | os.PathLike]:
+    """Returns the files that options name, by the option or by the names in its value."""
+    files: dict[str, str | os.PathLike] = {}
+    for option in options:
+        value = settings.get(option)
+        if isinstance(value, dict):
+            files |= {name: file for name, (file, *_) in value.items()}
+        elif isinstance(value, list):
+            files |= dict(value)
+        elif value is not None:
+            files[option] = value
     return files
 
 
-def _is_trained(value) -> bool:
-    """Tells whether an option has the form of `add_trained`."""
-    return isinstance(value, dict) and all(
-        isinstance(pair, list | tuple) for pair in value.values()
-    )
-
-
-def _are_pairs(value) -> bool:
-    """Tells whether an option is a list of pairs of a name and a file."""
-    if not isinstance(value, list):
-        return False
-    return all(
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(isinstance(part, str | os.PathLike) for part in pair)
-        for pair in value
-    )
-
-
-def _check_weights(settings: dict, recorded: dict, computes: bool) -> None:
-    """Raises `ValueError` if a file of weights is missing that the study was begun with.
-
-    A call that measures nothing does not need it.
-    """
-    contents = settings.get("contents", {})
-    earlier = recorded.get("contents") or {}
-    places = _list_weights(recorded)
-    for name, file in _list_weights(settings).items():
-        was_there = earlier.get(name, _ABSENT) != _ABSENT
-        is_named_anew = places.get(name) != file
-        if was_there and contents[name] == _ABSENT and (computes or is_named_anew):
-            raise ValueError(
-                f"{name}={file!r} is neither a file of weights nor a finished training run"
-            )
-
-
-def _keep_paths(settings: dict, recorded: dict) -> dict:
-    """Returns the recorded paths of files that are elsewhere now, with the same contents."""
-    contents = settings.get("contents", {})
-    earlier = recorded.get("contents") or {}
-    same = {name for name, text in contents.items() if earlier.get(name) == text != _ABSENT}
-    kept = {}
-    # Photographs of packages have an order of their own.
-    has_folder = settings.get("photographs") and recorded.get("photographs")
-    if "photographs" in same and has_folder:
-        kept["photographs"] = recorded["photographs"]
-    files = _list_weights(settings) | {
-        name: file for name, file in _list_weights(recorded).items() if name in same
-    }
-    if _are_pairs(settings.get("weights")):
-        kept["weights"] = [[name, files[name]] for name, _ in settings["weights"]]
-    elif "weights" in same and "weights" in recorded:
-        kept["weights"] = recorded["weights"]
-    if _is_trained(settings.get("trained")):
-        trained = settings["trained"].items()
-        kept["trained"] = {name: [files[name], *others] for name, (_, *others) in trained}
-    return kept
+def _digest_contents(files: dict[str, str | os.PathLike]) -> dict[str, str]:
+    """Returns digests of photographs and of files of weights."""
+    contents = {}
+    for name, file in files.items():
+        if name == "photographs":
+            # "" for those that packages carry.
+            contents[name] = photographs.digest(file)
+        else:
+            contents[name] = _digest_weights(expand_user(file))
+    return contents
 
 
 def _digest_weights(path: pathlib.Path) -> str:
@@ -458,3 +431,17 @@ def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
             yerr=[tables.bar(group) for group in groups],
             label=name,
         )
+
+
+def draw_curve(axis, x: Sequence, groups: Sequence[np.ndarray], **style) -> None:
+    """Draws a curve through the means of groups, with their sample standard deviations.
+
+    Args:
+      axis: matplotlib's axes.
+      x: the place of each group.
+      groups: the values of each group.
+      style: keywords of matplotlib's `errorbar`.
+    """
+    means = [group.mean() for group in groups]
+    bars = [tables.bar(group) for group in groups]
+    axis.errorbar(x, means, bars, capsize=2, **style)

@@ -33,9 +33,6 @@ Path = tuple[str, ...]  # of a variable in a network's tree
 
 # ------------------------------------------------------------------ parts of a network
 
-_shapes = functools.lru_cache(maxsize=64)(weights.variable_shapes)
-head = weights.head
-
 
 @functools.lru_cache(maxsize=64)
 def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
@@ -73,7 +70,7 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
 def _with_statistics(model: Network, selected: set[Path]) -> frozenset[Path]:
     """Adds the statistics of every BatchNorm whose parameters are all selected."""
     # A path is a collection, the names of modules, and the name of the array.
-    variables = flatten_dict(_shapes(model))
+    variables = flatten_dict(weights.variable_shapes(model))
     params = {path for path in variables if path[0] == "params"}
     layers = {path[1:-1] for path in selected}
     incomplete_layers = {path[1:-1] for path in params - selected}
@@ -106,7 +103,7 @@ def _select(model: Network, parts: tuple[str, ...], argument: str) -> frozenset[
         return frozenset()
     keys = {
         key: path
-        for key, path in weights.torchvision_keys(_shapes(model)).items()
+        for key, path in weights.torchvision_keys(weights.variable_shapes(model)).items()
         if path[0] == "params"
     }
     stages = stage_paths(model)
@@ -241,18 +238,18 @@ def load_initial_weights(
     """
     file = weights_file(path)
     _check_fields(file, model)
-    shapes = flatten_dict(_shapes(model))
-    keys = weights.torchvision_keys(_shapes(model))
+    shapes = flatten_dict(weights.variable_shapes(model))
+    keys = weights.torchvision_keys(weights.variable_shapes(model))
     if parts:
         selected = select(model, parts, "initial_parts")
     else:
-        selected = frozenset(shapes) - head(model)
+        selected = frozenset(shapes) - weights.head(model)
 
     # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
     # file: with the file's number of classes, and without the modules that the file lacks. The
     # first axis of a head's tensors has the length of the number of classes.
     tensors = weights.read(file, keys)
-    head_keys = sorted(key for key in keys if key in tensors and keys[key] in head(model))
+    head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
     classes = len(tensors[head_keys[0]]) if head_keys else model.num_classes
     file_modules = {name.split(".")[0] for name in tensors}
     missing_modules = {key.split(".")[0] for key in keys} - file_modules
@@ -266,7 +263,7 @@ def load_initial_weights(
         if variable not in loaded:
             problem = "absent"
         elif loaded[variable].shape != shapes[variable].shape:
-            is_head = variable in head(model)
+            is_head = variable in weights.head(model)
             problem = f"of {classes} classes" if is_head else "of another shape"
         else:
             continue

@@ -81,19 +81,9 @@ def compare(folder: pathlib.Path) -> list[dict]:
             row |= describe(runs)
         for split, claimed in zip(("train", "test"), printed):
             errors = [100 * run["final"][f"{split}_error"] for run in runs]
-            row[split] = {"claimed": claimed} | summarize(errors)
+            row[split] = {"claimed": claimed, "errors": errors}
         rows.append(row)
     return rows
-
-
-def summarize(errors: list[float]) -> dict:
-    """Returns mean and sample standard deviation; each is None if there are too few values."""
-    summary = {"mean": None, "std": None}
-    if errors:
-        summary["mean"] = float(np.mean(errors))
-    if len(errors) > 1:
-        summary["std"] = float(np.std(errors, ddof=1))
-    return summary
 
 
 def describe(runs: list[dict]) -> dict:
@@ -129,12 +119,9 @@ def show_claimed(error: dict) -> str:
 
 
 def show_measured(error: dict) -> str:
-    if error["mean"] is None:
+    if not error["errors"]:
         return ""
-    text = f"{error['mean']:.2f}"
-    if error["std"] is not None:
-        text += f" ± {error['std']:.2f}"
-    return text
+    return tables.spread(error["errors"], 2)
 
 
 def tabulate(rows: list[dict]) -> str:

@@ -28,12 +28,12 @@ import numpy as np
 import sklearn.linear_model
 from matplotlib.figure import Figure
 
-from cnnjax import study, transfer
-from cnnjax.data import arrays, augment
+from cnnjax import ridge, study, transfer
+from cnnjax.data import arrays
 from cnnjax.models import create_model
 from cnnjax.runtime import tables, workdir
 from cnnjax.train import defaults, evaluate, loop
-from cnnjax.train.parallel import Parallel
+from cnnjax.train.small import pooled_features
 
 _BATCH = 16
 _STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
@@ -141,31 +141,28 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
 
     The weights come from `file`, or are random if `file` is None.
     """
-    model, parallel = create_model(name), Parallel("jit")
-    random = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *model.input_shape)))
-    trained = transfer.load_initial_weights(file, model) if file else {}
-    variables = parallel.replicate(transfer.merge(random, trained))
-    moments = parallel.replicate(augment.IMAGENET)
+    model = create_model(name)
+    if file:
+        variables = transfer.load_initial_weights(file, model)
+    else:
+        blank = jnp.zeros((1, *model.input_shape))
+        variables = jax.jit(model.init)(jax.random.key(seed), blank)
     *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
-    batches = evaluate.batches_of(images, _BATCH)
-    pooled = evaluate.pooled(last_stage)
-    return evaluate.predict(parallel, model, variables, moments, batches, _BATCH, pooled)
+    return pooled_features(model, variables, images, last_stage, _BATCH)
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     """Fits each class to a bootstrap of the training features; returns test scores [n, classes]."""
     chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
     train, labels = train[chosen], labels[chosen]
-    mean, std = train.mean(0), train.std(0)
-    # A constant feature says nothing; the division removes it.
-    std = np.where(std > 1e-6 * std.max(), std, np.inf)
+    scaler = ridge.fit_scaler(train)
     scores = np.zeros((len(test), labels.shape[1]))
     for number, label in enumerate(labels.T):
         # If every scene of the sample shows a class, or none does, its score stays constant.
         if 0 < label.sum() < len(label):
             model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000)
-            model.fit((train - mean) / std, label)
-            scores[:, number] = model.decision_function((test - mean) / std)
+            model.fit(scaler(train), label)
+            scores[:, number] = model.decision_function(scaler(test))
     return scores
 
 
@@ -223,17 +220,10 @@ def draw(by_method: dict, prevalence: np.ndarray, names: list[str]) -> Figure:
     """Draws the average precision of each class, method by method, above the prevalence."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axis = figure.subplots()
-    width = 0.8 / len(by_method)
-    for number, (method, values) in enumerate(by_method.items()):
-        place = np.arange(len(names)) + (number - (len(by_method) - 1) / 2) * width
-        axis.bar(
-            place,
-            100 * values.mean(0),
-            width,
-            yerr=100 * tables.bar(values),
-            error_kw={"lw": 0.8},
-            label=f"{method} (n={len(values)})",
-        )
+    series = {}
+    for method, values in by_method.items():
+        series[f"{method} (n={len(values)})"] = list(100 * values.T)
+    study.draw_bars(axis, series)
     left, right = np.arange(len(names)) - 0.45, np.arange(len(names)) + 0.45
     axis.hlines(100 * prevalence, left, right, color="black", lw=1, label=BASELINE)
     axis.set_xticks(range(len(names)), names)
@@ -272,6 +262,7 @@ STUDY = study.Study(
     results="multilabel.json",
     add_options=add_options,
     axes=("seeds",),
+    files=("weights",),
     load=load,
     points=points,
     measure=measure,

@@ -15,23 +15,19 @@ comparison, as many random channels. Finished networks are not trained again. Wr
 channels.json and channels.png.
 """
 
-import functools
 import itertools
 import sys
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
-from cnnjax.data import arrays, augment
-from cnnjax.models import Network
+from cnnjax.data import arrays
 from cnnjax.models.small import SmallResNet
-from cnnjax.nn import global_avg_pool
 from cnnjax.position.canvas import GRID, TASKS, draw
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, classify, train_epochs
+from cnnjax.train.small import check_counts, classify, pooled_features, train_epochs
 from cnnjax.transfer import linear_probe
 
 NETWORKS = ("gapnet", "permutenet")
@@ -76,19 +72,6 @@ def points(options):
 # --- One network ----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _pooled(model, variables, images):
-    last = f"layer{len(model.widths)}"
-    x = augment.normalize(images, *augment.IMAGENET)
-    return global_avg_pool(model.apply(variables, x, method="stages", last=last)[last])
-
-
-def pooled(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
-    """Returns the last stage's global average of each uint8 image, [n, channels]."""
-    starts = range(0, len(images), 200)
-    return np.concatenate([_pooled(model, variables, images[at : at + 200]) for at in starts])
-
-
 def without(variables: dict, channels: np.ndarray) -> dict:
     """Returns GAPNet's variables with a head that does not read these channels of the last stage.
 
@@ -118,8 +101,9 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     def accuracy(variables):
         return float((classify(model, variables, test) == labels[task]).mean())
 
-    features = pooled(model, variables, train)
-    test_features = pooled(model, variables, test)
+    last_stage = f"layer{len(model.widths)}"
+    features = pooled_features(model, variables, train, last_stage)
+    test_features = pooled_features(model, variables, test, last_stage)
     result = {"accuracy": accuracy(variables)}
     for name in TASKS:
         probe = linear_probe(features, train_labels[name], test_features, labels[name])
@@ -128,7 +112,8 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
         return result
 
     # Channels that encode position change most from |f(x)| to |f(mirrored x)|.
-    change = np.abs(features - pooled(model, variables, train[:, :, ::-1])).mean(0)
+    mirrored_features = pooled_features(model, variables, train[:, :, ::-1], last_stage)
+    change = np.abs(features - mirrored_features).mean(0)
     ranked = np.argsort(-change)
     generators = [np.random.default_rng([seed, number]) for number in range(_DRAWS)]
     orders = [generator.permutation(len(ranked)) for generator in generators]
@@ -177,8 +162,7 @@ def draw_ablation(results: list[dict]) -> Figure:
         measured = study.select(results, network="gapnet", task=task)
         for order, text in _ORDERS.items():
             accuracies = 100 * study.values(measured, order)
-            bars = tables.bar(accuracies)
-            axis.errorbar(_REMOVED, accuracies.mean(0), bars, marker=".", capsize=2, label=text)
+            study.draw_curve(axis, _REMOVED, accuracies.T, marker=".", label=text)
         axis.axhline(100 / TASKS[task], color="black", lw=0.7)
         axis.set(
             title=f"GAPNet, {task}",

@@ -19,29 +19,19 @@ The last table shows how a border changes the output of one random convolution o
 points are not computed again. Writes report.md, fitted.json and fitted.png.
 """
 
-import functools
 import itertools
 import pathlib
 import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import photographs
 from cnnjax.nn import conv, relu
-from cnnjax.position.encoder import (
-    FEATURE_SIZE,
-    in_batches,
-    interpolation,
-    normalize,
-    random_encoder,
-    registered,
-    stage_shapes,
-)
+from cnnjax.position.encoder import FEATURE_SIZE, encode, normalize, random_encoder
 from cnnjax.position.metrics import scores
 from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import fit_exact, fit_sgd
@@ -49,7 +39,6 @@ from cnnjax.position.targets import target
 from cnnjax.runtime import command, tables
 
 _SIZE = 224
-_BATCH = 8
 _HELD_OUT = 32
 _TEST = 32
 ENCODERS = ("resnet18", "vgg11", "vgg16")
@@ -135,7 +124,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     parts: list[list[pathlib.Path]] = [[], [], []]
     if paths:
         parts = photographs.split(paths, sizes, point.seed)
-    features = encode(point, np.concatenate(draw_images(point, parts, sizes)))
+    features = encode_grids(point, np.concatenate(draw_images(point, parts, sizes)))
     cropped = [min(len(part), size) for part, size in zip(parts, sizes)]
     goal = target("H", FEATURE_SIZE)
     readouts = []
@@ -153,7 +142,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
                 seed=point.seed,
                 hidden=(options.hidden,),
             )
-            readouts.append(scored("nonlinear", grid, most, nonlinear(test)[0]))
+            readouts.append(scored("nonlinear", grid, most, nonlinear(test)))
     return {
         "readouts": readouts,
         "photographs": cropped,
@@ -209,51 +198,17 @@ def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:
     }
 
 
-# --- Two grids ------------------------------------------------------------------------------------
-
-
-def encode(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
+def encode_grids(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
     """Encodes images with random weights.
 
     Returns the joined stages [n, 28, 28, channels] by grid.
     """
     model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
-    shapes = stage_shapes(model, _SIZE, stages[-1])
-    sides = [shapes[stage][1] for stage in stages]
-    places = {
-        "corners": [np.linspace(0, side - 1, FEATURE_SIZE) for side in sides],
-        "registered": registered(model, stages, sides),
-    }
-    matrices = {}
-    for grid, of_stages in places.items():
-        matrices[grid] = [interpolation(*stage) for stage in zip(of_stages, sides)]
-
-    parts: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
-    for start, count, batch in in_batches(images, _BATCH):
-        key = jax.random.key(start)
-        joined = _joined(model, variables, batch, stages, matrices, key)
-        for grid in GRIDS:
-            parts[grid].append(np.asarray(joined[grid])[:count])
-    return {grid: np.concatenate(of_grid) for grid, of_grid in parts.items()}
-
-
-@functools.partial(jax.jit, static_argnames=("model", "stages"))
-def _joined(model, variables, images, stages, matrices, key):
-    maps = model.apply(
-        variables,
-        normalize(images),
-        method="stages",
-        last=stages[-1],
-        rngs={"padding": key},
-    )
-    joined = {}
-    for grid, of_stages in matrices.items():
-        sampled = [
-            jnp.einsum("iy,nyxc,jx->nijc", matrix, maps[stage], matrix)
-            for stage, matrix in zip(stages, of_stages)
-        ]
-        joined[grid] = jnp.concatenate(sampled, -1)
-    return joined
+    features = {}
+    for grid in GRIDS:
+        is_registered = grid == "registered"
+        features[grid] = encode(model, variables, images, stages, is_registered=is_registered)
+    return features
 
 
 # --- What a border does to noise ------------------------------------------------------------------
@@ -352,9 +307,7 @@ def draw(results: list[dict]) -> Figure:
             for count in counts:
                 rows = rows_of(results, point, readout="linear", grid="corners", count=count)
                 curve.append(study.values(rows, "median_r2"))
-            means = [values.mean() for values in curve]
-            bars = [tables.bar(values) for values in curve]
-            axis.errorbar(counts, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
+            study.draw_curve(axis, counts, curve, marker="o", ms=3, lw=1, label=padding)
         axis.axhline(0, color="black", lw=0.5)
         axis.set_xscale("log")
         axis.set_xticks(counts, counts)
@@ -406,6 +359,7 @@ STUDY = study.Study(
     results="fitted.json",
     add_options=add_options,
     axes=("paddings", "encoders", "images", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

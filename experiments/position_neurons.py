@@ -229,9 +229,7 @@ def draw(results: list[dict]) -> Figure:
             for padding in study.unique(records, "padding"):
                 measured = study.select(records, padding=padding)
                 curve = [factor * study.values(measured, name, stage=stage) for stage in stages]
-                means = [values.mean() for values in curve]
-                bars = [tables.bar(values) for values in curve]
-                axis.errorbar(stages, means, bars, marker="o", ms=3, lw=1, capsize=2, label=padding)
+                study.draw_curve(axis, stages, curve, marker="o", ms=3, lw=1, label=padding)
             axis.axhline(0, color="black", lw=0.5)
             axis.tick_params(axis="x", rotation=60, labelsize=7)
         axis_row[0].set_ylabel(heading)
@@ -279,6 +277,7 @@ STUDY = study.Study(
     results="neurons.json",
     add_options=add_options,
     axes=("encoders", "paddings"),
+    files=("photographs", "trained"),
     load=load,
     points=points,
     measure=measure,

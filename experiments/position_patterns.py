@@ -470,6 +470,7 @@ STUDY = study.Study(
     results="patterns.json",
     add_options=add_options,
     axes=("encoders", "paddings"),
+    files=("photographs", "trained"),
     load=load,
     points=points,
     measure=measure,

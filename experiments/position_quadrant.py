@@ -372,12 +372,11 @@ def draw_quadrants(results: list[dict]) -> Figure:
         for padding in study.unique(results, "padding"):
             measured = accuracies(results, padding, stage)
             if measured:
-                axis.errorbar(
+                study.draw_curve(
+                    axis,
                     [borders.index(border) for border in measured],
-                    [values.mean() for values in measured.values()],
-                    [tables.bar(values) for values in measured.values()],
+                    list(measured.values()),
                     marker=".",
-                    capsize=2,
                     color=f"C{FILLS.index(padding) % 10}",
                     label=padding,
                 )
@@ -423,6 +422,7 @@ STUDY = study.Study(
     results="quadrant.json",
     add_options=add_options,
     axes=("paddings", "borders", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

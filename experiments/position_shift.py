@@ -23,20 +23,20 @@ Finished encoders are not computed again. Writes report.md, shift.json and shift
 import itertools
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
 from cnnjax.data import photographs
-from cnnjax.models import Network
-from cnnjax.nn import FILLS, resize
+from cnnjax.nn import FILLS
 from cnnjax.position.encoder import encode, random_encoder
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
+from cnnjax.position.study import upsample
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
 
@@ -162,46 +162,42 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     images = []
     for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
         images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
-    encoder = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
-    readout = None
-    first = 0
+    groups = [test[start : start + _TOGETHER] for start in range(0, len(test), _TOGETHER)]
+    features = encode_all(point, images, groups)
+    train, held_out = itertools.islice(features, 2)
+    readout = fit_exact(train, held_out, target("H", _SIZE)[None])
     followed: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    for start in range(0, len(test), _TOGETHER):
-        group = test[start : start + _TOGETHER]
-        moved = [scenes(path) for path in group]
-        for kind in KINDS:
-            images += [scene[kind] for scene in moved]
-        features = encode_parts(encoder, images, first)
-        first += sum(map(len, images))
-        images = []
-        # The images to fit to are encoded with the first scenes.
-        if readout is None:
-            train, held_out, *features = features
-            readout = fit_exact(train, held_out, target("H", _SIZE)[None])
-        for (kind, path), maps in zip(itertools.product(KINDS, group), features):
-            followed[kind].append(follow(readout, kind, path, maps))
+    for group in groups:
+        for kind, path in itertools.product(KINDS, group):
+            followed[kind].append(follow(readout, kind, path, next(features)))
     return {"scenes": list(itertools.chain(*followed.values()))}
 
 
-def encode_parts(
-    encoder: tuple[Network, dict, tuple[str, ...]], images: list[np.ndarray], first: int
-) -> list[np.ndarray]:
-    """Encodes lists of images together, and returns the features of each.
+def encode_all(
+    point: Point, images: list[np.ndarray], groups: list[list[pathlib.Path]]
+) -> Iterator[np.ndarray]:
+    """Encodes images, then the scenes of photographs, group by group.
 
     Args:
-      encoder: as `random_encoder` returns it.
-      images: the lists, each uint8 [n, size, size, 3].
-      first: the number of the first image among all that are encoded.
+      point: the encoder, which has random weights.
+      images: lists of images, each uint8 [n, size, size, 3]; encoded with the first group.
+      groups: the photographs whose scenes are encoded together.
+
+    Yields the features of each list, then of each scene: group by group, kind by kind.
     """
-    model, variables, stages = encoder
-    features = encode(model, variables, np.concatenate(images), stages, first=first)
-    ends = np.cumsum([len(part) for part in images])
-    return np.split(features, ends[:-1])
-
-
-@jax.jit
-def upsample(maps: jax.Array) -> jax.Array:
-    return resize(maps, _SIZE)
+    model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
+    parts = list(images)
+    first = 0
+    for group in groups:
+        moved = [scenes(path) for path in group]
+        for kind in KINDS:
+            parts += [scene[kind] for scene in moved]
+        together = np.concatenate(parts)
+        features = encode(model, variables, together, stages, first=first)
+        ends = np.cumsum([len(part) for part in parts])
+        yield from np.split(features, ends[:-1])
+        first += len(together)
+        parts = []
 
 
 def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict:
@@ -209,7 +205,7 @@ def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict
 
     Returns the kind, the photograph, R2, both slopes, and the profile at every eighth column.
     """
-    maps = np.asarray(upsample(readout(features).transpose(0, 2, 3, 1)))[..., 0]
+    [maps] = upsample(readout(features), _SIZE, align_corners=True)
     frame, scene = slopes(maps, kind)
     return {
         "kind": kind,
@@ -317,6 +313,7 @@ STUDY = study.Study(
     results="shift.json",
     add_options=add_options,
     axes=("paddings", "encoders", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

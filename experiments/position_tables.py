@@ -20,7 +20,6 @@ NAME.json, and replaces them only if their settings were the same, the number of
 """
 
 import argparse
-import ast
 import collections
 import functools
 import itertools
@@ -33,7 +32,7 @@ import ml_collections
 
 from cnnjax.data import photographs
 from cnnjax.position import study as position_study
-from cnnjax.runtime import backend, command, files, tables, workdir
+from cnnjax.runtime import backend, command, configuration, files, tables, workdir
 from cnnjax.study import select, unique
 from configs import posenet
 
@@ -277,28 +276,9 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     if row.changes.get("weights") != "random" and name in options.trained:
         config.weights, config.missing = options.trained[name]
     for setting in options.set:
-        change(config, setting)
+        settings = configuration.parse_overrides(config, [f"--config.{setting}"])
+        config = configuration.override(config, settings)
     return config.lock()
-
-
-def change(config: ml_collections.ConfigDict, setting: str) -> None:
-    """Changes a configuration by a setting "KEY=VALUE"."""
-    key, _, text = setting.partition("=")
-    if key not in config:
-        raise ValueError(
-            f"--set {setting}: {key!r} is not a key of configs/posenet.py; it has "
-            f"{', '.join(sorted(config))}"
-        )
-    try:
-        value = text if isinstance(config[key], str) else ast.literal_eval(text)
-        # A `ConfigDict` takes None for a value of any type.
-        if value is None:
-            raise ValueError("no key is None")
-        config[key] = value
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(
-            f"--set {setting}: {text!r} is not a value for {key}, which is {config[key]!r}"
-        ) from error
 
 
 def check_settings(name: str, options: argparse.Namespace) -> None:
@@ -324,8 +304,7 @@ def check_settings(name: str, options: argparse.Namespace) -> None:
         # A row shows one encoder under one padding, so its study must have both.
         if key in ("encoders", "paddings"):
             raise ValueError(f"--set {setting}: the rows of a table name their own {key}")
-        # An unknown key has no values here; `change` refuses such keys.
-        values = list(dict.fromkeys(config.get(key) for config in configs))
+        values = list(dict.fromkeys(config[key] for config in configs))
         if len(values) > 1:
             raise ValueError(
                 f"--set {setting}: the rows of table {name!r} differ in {key}, which is "
@@ -393,26 +372,31 @@ def find_folder(parent: pathlib.Path, name: str, config: ml_collections.ConfigDi
     return folder
 
 
-def check_page(
-    name: str,
-    folder: pathlib.Path,
-    configs: list[ml_collections.ConfigDict],
-    settings: list[str],
-) -> None:
-    """Raises `ValueError` if the folder has a table's page of other settings.
+class Plan(NamedTuple):
+    """A row of a table, and the study that it shows.
 
-    Args:
-      name: the table's name.
-      folder: the work directory.
-      configs: the configurations of the table's rows.
-      settings: their names for any number of seeds (`study_name`).
+    Attributes:
+      row: the row.
+      config: the study's configuration.
+      study: the study's name.
+      settings: its name for any number of seeds.
     """
+
+    row: Row
+    config: ml_collections.ConfigDict
+    study: str
+    settings: str
+
+
+def check_page(name: str, folder: pathlib.Path, plans: list[Plan]) -> None:
+    """Raises `ValueError` if the folder has a table's page of other settings."""
     path = folder / f"{name}.json"
     if not path.exists():
         return
     # Records of earlier versions do not name their settings.
     earlier = {record.get("settings") for record in files.read_json(path)} - {None}
-    by_paths = [study_name(config, any_seeds=True) for config in configs]
+    settings = [plan.settings for plan in plans]
+    by_paths = [study_name(plan.config, any_seeds=True) for plan in plans]
     if not earlier <= {*settings, *by_paths}:
         raise ValueError(
             f"workdir={str(folder)!r} has {name}.md with other settings; choose another --workdir, "
@@ -515,51 +499,52 @@ The studies behind the rows have these keys of configs/posenet.py:
     print(table)
 
 
+def plan_tables(options: argparse.Namespace) -> dict[str, list[Plan]]:
+    """Plans the rows of each table, and checks all that can be checked before the first study."""
+    names = options.tables or list(TABLES)
+    check_trained(set(options.trained), names)
+    for name in names:
+        check_settings(name, options)
+    plans: dict[str, list[Plan]] = {}
+    checked = set()
+    # A file of weights may be large, so each is hashed once.
+    digest_files = functools.cache(position_study.digest_files)
+    for name in names:
+        plans[name] = []
+        for row in TABLES[name]:
+            config = configure(row, options)
+            # Rows share studies, even across tables.
+            digest = files.digest(config.to_dict())
+            if digest not in checked:
+                position_study.check(config)
+                checked.add(digest)
+            contents = digest_files(config.photographs, config.weights)
+            study = study_name(config, contents)
+            settings = study_name(config, contents, any_seeds=True)
+            plans[name].append(Plan(row, config, study, settings))
+        check_page(name, options.workdir, plans[name])
+    for plan in plans.get("photographs", ()):
+        check_photographs(plan.row, plan.config)
+    check_weights([plan.config for plan in itertools.chain(*plans.values())])
+    return plans
+
+
 def measure(options: argparse.Namespace) -> None:
     """Runs the studies of the tables, and writes each table as soon as it is complete."""
     backend.start()
-    names = options.tables or list(TABLES)
-    check_trained(set(options.trained), names)
-    table_configs = {}
-    # Rows share studies, even across tables.
-    distinct = {}
-    for name in names:
-        check_settings(name, options)
-        table_configs[name] = [configure(row, options) for row in TABLES[name]]
-        for config in table_configs[name]:
-            distinct[files.digest(config.to_dict())] = config
-    for config in distinct.values():
-        position_study.check(config)
-    studies = {}
-    table_studies = {}
-    table_settings = {}
-    # A file of weights may be large, so each is hashed once.
-    digest_files = functools.cache(position_study.digest_files)
-    for name, configs in table_configs.items():
-        contents = [digest_files(config.photographs, config.weights) for config in configs]
-        named = list(zip(configs, contents))
-        table_studies[name] = [study_name(*each) for each in named]
-        table_settings[name] = [study_name(*each, any_seeds=True) for each in named]
-        studies.update(zip(table_studies[name], configs))
-        check_page(name, options.workdir, configs, table_settings[name])
-    for row, config in zip(TABLES["photographs"], table_configs.get("photographs", ())):
-        check_photographs(row, config)
-    check_weights(list(studies.values()))
-
     run = functools.partial(position_study.run, memory=options.workdir / "features")
-
-    @functools.cache
-    def complete(study):
-        folder = find_folder(options.workdir, study, studies[study])
-        return workdir.run_once(run, studies[study], folder, position_study.complete_record)
-
-    for name, configs in table_configs.items():
+    results: dict[str, dict] = {}
+    for name, plans in plan_tables(options).items():
         records = []
-        rows = zip(TABLES[name], configs, table_studies[name], table_settings[name])
-        for row, config, study, settings in rows:
-            for record in compare(row, config, complete(study)):
+        for row, config, study, settings in plans:
+            if study not in results:
+                folder = find_folder(options.workdir, study, config)
+                results[study] = workdir.run_once(
+                    run, config, folder, position_study.complete_record
+                )
+            for record in compare(row, config, results[study]):
                 records.append(record | {"settings": settings})
-        write(name, options.workdir, records, configs)
+        write(name, options.workdir, records, [plan.config for plan in plans])
 
 
 def check_weights(configs: list[ml_collections.ConfigDict]) -> None:

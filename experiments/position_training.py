@@ -510,6 +510,7 @@ STUDY = study.Study(
     results="training.json",
     add_options=add_options,
     axes=("paddings", "seeds"),
+    files=("photographs",),
     load=load,
     points=points,
     measure=measure,

@@ -163,6 +163,7 @@ STUDY = study.Study(
     description=__doc__,
     results="probe.json",
     add_options=add_options,
+    files=("weights",),
     load=load,
     points=points,
     measure=measure,

@@ -249,8 +249,7 @@ def draw_rings(groups: dict[str, list[dict]]) -> Figure:
             axis.plot(distance, values[0], "k:", label="position alone")
             continue
         label = f"{name} (n={len(values)})"
-        bars = tables.bar(values)
-        axis.errorbar(distance, values.mean(0), bars, capsize=2, marker=".", label=label)
+        study.draw_curve(axis, distance, values.T, marker=".", label=label)
     axis.set(xlabel="distance to the border, pixels", ylabel="mean IoU of the ring, %")
     axis.set_ylim(0, None)
     axis.legend(fontsize=8)
@@ -312,6 +311,7 @@ STUDY = study.Study(
     results="segmentation.json",
     add_options=add_options,
     axes=("paddings", "seeds"),
+    files=("weights",),
     load=load,
     points=points,
     measure=measure,

@@ -34,14 +34,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study, transfer
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays
 from cnnjax.models import create_model
 from cnnjax.runtime import command, files, tables, workdir
 from cnnjax.runtime.paths import sha256
-from cnnjax.train import defaults, evaluate, loop
-from cnnjax.train.parallel import Parallel
-from cnnjax.train.small import check_counts
-from cnnjax.weights import variable_shapes
+from cnnjax.train import defaults, loop
+from cnnjax.train.small import check_counts, pooled_features
 
 STUDIES = ("labels", "halves")
 SHARES = (0.01, 0.1, 1.0)
@@ -300,22 +298,12 @@ def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
     Returns its test accuracy, and the strength of the ridge penalty that was chosen.
     """
     model = create_model(network, num_classes=10, input_shape=data.train.images.shape[1:])
-    parallel = Parallel("jit")
+    variables = transfer.load_initial_weights(file, model)
     *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
-    # The probe does not use the head.
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(model))
-    variables = parallel.replicate(
-        transfer.merge(zeros, transfer.load_initial_weights(file, model))
-    )
-    moments = parallel.replicate(augment.IMAGENET)
-    pooled = evaluate.pooled(last_stage)
-
-    def features(split):
-        batches = evaluate.batches_of(split.images, 100)
-        return evaluate.predict(parallel, model, variables, moments, batches, 100, pooled)
-
+    features = pooled_features(model, variables, data.train.images, last_stage)
+    test_features = pooled_features(model, variables, data.test.images, last_stage)
     accuracy, strength = transfer.linear_probe(
-        features(data.train), data.train.labels, features(data.test), data.test.labels
+        features, data.train.labels, test_features, data.test.labels
     )
     return {"accuracy": accuracy, "strength": strength}
 
@@ -396,9 +384,7 @@ def spreads(columns: list[np.ndarray], sign: str = "") -> list[str]:
 
 def curve(axis, x, columns: list[np.ndarray], **style) -> None:
     """Draws means with sample standard deviations, and every seed as a point."""
-    means = [column.mean() for column in columns]
-    bars = [tables.bar(column) for column in columns]
-    axis.errorbar(x, means, bars, capsize=2, **style)
+    study.draw_curve(axis, x, columns, **style)
     for place, column in zip(x, columns):
         axis.plot([place] * len(column), column, ".", ms=3, color=style["color"], alpha=0.6)
 

@@ -10,7 +10,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import contexts  # noqa: E402
-import matplotlib.pyplot  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402, F401
 import quick  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
 

@@ -16,6 +16,7 @@ from quick import normal
 
 from cnnjax import nn as cnn
 from cnnjax.models.densenet import DenseLayer
+from cnnjax.nn.cpu import conv as cpu_conv
 from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sum
@@ -267,17 +268,18 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
 @pytest.mark.parametrize(
     "kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)]
 )
-def test_kernel_gradients_of_large_maps_are_the_same(kernel_size, stride, dilation):
+def test_kernel_gradients_of_large_maps_are_the_same(monkeypatch, kernel_size, stride, dilation):
     """A transposition in two steps changes nothing, also under vmap and in a loop."""
     x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)
     window = Window((stride, stride), (1, 1), (dilation, dilation))
 
     def gradients(large):
         """Differentiates the sum of squares of the output."""
+        monkeypatch.setattr(cpu_conv, "LARGE", large)
 
         def gradient(x):
             y = cnn.conv(x, kernel, stride=stride, dilation=dilation, padding=1)
-            return kernel_gradient(x, kernel.shape, window, 2 * y, large)
+            return cpu_conv.kernel_gradient(x, kernel.shape, window, 2 * y)
 
         looped = jax.jit(lambda: jax.lax.map(gradient, x))()
         return jax.jit(gradient)(x[0]), jax.jit(jax.vmap(gradient))(x), looped

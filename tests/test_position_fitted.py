@@ -5,8 +5,6 @@ import functools
 import json
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,7 +12,7 @@ from quick import exit_code
 
 from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
-from cnnjax.nn import Conv, resize
+from cnnjax.nn import Conv
 from cnnjax.position import encoder
 from experiments import position_fitted
 from experiments.position_fitted import Point
@@ -35,29 +33,16 @@ class Averages(base.Network):
 
 def test_registered_stages_show_the_same_pixels(monkeypatch):
     monkeypatch.setitem(base._REGISTRY, "averages", Averages)
-    monkeypatch.setattr(position_fitted, "normalize", lambda images: images / 255)
+    monkeypatch.setattr(encoder, "normalize", lambda images, pixels: images / 255)
     # On a ramp from left to right, the average over a window is the pixel at its center.
     ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[:, None], (1, 224, 224, 3))
-    features_by_grid = position_fitted.encode(Point("averages", "none", "noise", 0), ramp)
+    features_by_grid = position_fitted.encode_grids(Point("averages", "none", "noise", 0), ramp)
     pixels = {grid: features[0, 0] * 255 for grid, features in features_by_grid.items()}
     np.testing.assert_allclose(pixels["registered"][:, 0], pixels["registered"][:, 1], atol=0.01)
     # Centers of the second stage: 5, 9, ..., 217, as it begins 4 pixels after the first.
     np.testing.assert_allclose(pixels["registered"][:, 1], np.linspace(5, 217, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 0], np.linspace(1, 221, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 1], np.linspace(5, 217, 28), atol=0.01)
-
-    # The position study's own encoder computes the same with its key `registered`.
-    model = Averages(padding="none")
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    encoded = encoder.encode(model, variables, ramp, ("a", "b"), "unit", is_registered=True)
-    np.testing.assert_allclose(encoded[0, 0] * 255, pixels["registered"], atol=0.01)
-
-
-def test_corners_are_the_study_s_resize():
-    x = np.random.default_rng(0).random((1, 11, 11, 2), np.float32)
-    matrix = position_fitted.interpolation(np.linspace(0, 10, 28), 11)
-    resized = jnp.einsum("iy,nyxc,jx->nijc", matrix, x, matrix)
-    np.testing.assert_allclose(resized, resize(x, 28), atol=1e-5)
 
 
 def test_fewer_images_than_photographs_are_nested_random_choices():
@@ -183,7 +168,9 @@ def test_noise_needs_no_photographs(tmp_path, monkeypatch):
     paths = position_fitted.load(options)
     assert paths == []
     monkeypatch.setattr(
-        position_fitted, "encode", lambda point, images: {"corners": images[:, :28, :28, :1] / 255}
+        position_fitted,
+        "encode_grids",
+        lambda point, images: {"corners": images[:, :28, :28, :1] / 255},
     )
     monkeypatch.setattr(position_fitted, "_SIZE", 28)
     monkeypatch.setattr(position_fitted, "border", lambda padding, seed: {})

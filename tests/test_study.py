@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import pathlib
 import re
 import textwrap
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from quick import exit_code
 
 from cnnjax import study
 from cnnjax.runtime import claims, files, workdir
+from cnnjax.runtime.command import Parser
 from cnnjax.train import defaults
 from experiments import sampling
 
@@ -154,7 +156,7 @@ def test_photographs_of_other_names_or_sizes_are_refused(example, tmp_path, caps
         example.add_options(parser)
         parser.add_photographs()
 
-    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+    changed = dataclasses.replace(example.STUDY, add_options=add_options, files=("photographs",))
     place = tmp_path / "run"
     command = ["--workdir", str(place), "--photographs", str(folder), "--seeds"]
     assert changed.main([*command, "1"]) == 0
@@ -185,7 +187,8 @@ def test_files_may_be_elsewhere_if_their_contents_are_the_same(example, tmp_path
         parser.add_argument("--weights")
         parser.add_trained()
 
-    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+    files = ("photographs", "weights", "trained")
+    changed = dataclasses.replace(example.STUDY, add_options=add_options, files=files)
 
     def run(folder, missing, seeds):
         command = ["--workdir", str(tmp_path / "run"), "--seeds", str(seeds)]
@@ -212,7 +215,8 @@ def test_a_file_of_weights_that_is_missing_later_is_named(example, tmp_path, cap
         parser.add_argument("--weights")
         parser.add_trained()
 
-    changed = dataclasses.replace(example.STUDY, add_options=add_options)
+    declared = ("weights", "trained")
+    changed = dataclasses.replace(example.STUDY, add_options=add_options, files=declared)
     file = tmp_path / "file"
     file.write_bytes(b"weights")
 
@@ -246,7 +250,9 @@ def test_photographs_that_are_drawn_do_not_join_the_first_ones(example, tmp_path
         parser.add_photographs()
 
     draws = lambda point, options: point.seed > 0
-    changed = dataclasses.replace(example.STUDY, add_options=add_options, draws=draws)
+    changed = dataclasses.replace(
+        example.STUDY, add_options=add_options, files=("photographs",), draws=draws
+    )
     command = ["--workdir", str(tmp_path), "--seeds"]
     assert changed.main([*command, "1"]) == 0
     record = read(tmp_path / "config.json")
@@ -269,20 +275,27 @@ def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
     run.mkdir()
     for path in (file, run / "weights.safetensors"):
         path.write_bytes(b"weights")
-    contents = study._digest_contents
+
+    def contents(settings):
+        return study._digest_contents(study._list_files(settings, tuple(settings)))
+
     (digest,) = contents({"weights": file}).values()
     assert contents({"weights": [("a", str(run)), ("b", "absent")]}) == {"a": digest, "b": "absent"}
     assert contents({"trained": {"a": (str(file), ("fc",))}}) == {"a": digest}
     file.write_bytes(b"WEIGHTS")
     assert contents({"weights": file}) != {"weights": digest}
-    assert contents({"weights": None, "photographs": None, "seeds": 3}) == {}
+    assert contents({"weights": None, "photographs": None}) == {}
 
 
-@pytest.mark.parametrize("value", [0.5, ["ab", "cd"], ["a", "b"], [0.5, 0.1], [], True])
-def test_options_that_name_no_files_may_have_any_name(value):
-    settings = {"weights": value, "trained": value, "seeds": 3}
-    assert study._digest_contents(settings) == {}
-    assert study._digest_contents({"photographs": 5}) == {}
+def test_studies_declare_the_options_that_name_files():
+    for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.py"):
+        if "study.Study(" in path.read_text():
+            frame = importlib.import_module(f"experiments.{path.stem}").STUDY
+            parser = Parser()
+            frame.add_options(parser)
+            names = {action.dest for action in parser._actions}
+            names &= {"photographs", "weights", "trained"}
+            assert names - set(frame.axes) == set(frame.files), path
 
 
 def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):

@@ -389,14 +389,13 @@ def test_mixup_mixes_images_and_losses():
 def test_a_network_that_draws_in_evaluation_is_evaluated():
     model = SmallResNet(5, widths=(4, 8), permute=True, input_shape=(16, 16, 3))
     variables, x = quick.variables(model), quick.normal(0, 2, 16, 16, 3)
-    for output, shape in ((evaluate.logits, (2, 5)), (evaluate.features("layer1"), (2, 8, 8, 4))):
-        one, again = (output(model, variables, x) for _ in range(2))
-        assert one.shape == shape and np.array_equal(one, again)
+    one, again = (evaluate.logits(model, variables, x) for _ in range(2))
+    assert one.shape == (2, 5) and np.array_equal(one, again)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "pmap", "shard_map"])
-def test_prediction_and_features_run_the_same_three_ways(way):
+def test_predictions_run_the_same_three_ways(way):
     # 37 is a multiple neither of the batch size nor of the number of devices.
     images, _ = some_data(37)
     model = Tiny(num_classes=5)
@@ -405,11 +404,9 @@ def test_prediction_and_features_run_the_same_three_ways(way):
     placed, moments = parallel.replicate(variables), parallel.replicate(MOMENTS)
     x = (images / np.float32(255) - 0.5) / 0.25
     logits = jax.jit(model.apply)
-    stages = jax.jit(functools.partial(model.apply, method="stages"))
     upright, mirrored = (nn.softmax(logits(variables, view)) for view in (x, x[:, :, ::-1]))
     for output, want in (
         (evaluate.logits, logits(variables, x)),
-        (evaluate.features("conv1"), stages(variables, x)["conv1"]),
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
         predicted = evaluate.predict(
@@ -662,7 +659,7 @@ def test_scores_that_are_not_finite_end_the_run(monkeypatch, tmp_path):
 
 
 def test_the_axis_of_losses_has_plain_numbers():
-    # The import is here because it imports pyplot, which takes time.
+    # The import is here because it imports matplotlib, which takes time.
     from cnnjax.train import report
 
     history = []
@@ -673,7 +670,6 @@ def test_the_axis_of_losses_has_plain_numbers():
     figure.draw_without_rendering()
     labels = {label.get_text() for label in figure.axes[0].get_yticklabels(which="both")}
     assert {"0.6", "1", "2"} <= labels
-    report.plt.close(figure)
 
 
 @pytest.mark.slow
@@ -1143,7 +1139,6 @@ def test_class_names_are_no_formulas(tmp_path):
         ("mistakes", report._mistakes_figure(test, classes)),
     ):
         figure.savefig(tmp_path / f"{name}.png")
-        report.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -1166,7 +1161,6 @@ def test_mistakes_of_all_shapes_are_drawn(shape):
     # Only three channels are colors; one channel keeps its values.
     expected = image if shape[-1] == 3 else image.mean(-1)
     np.testing.assert_array_equal(picture.get_array(), expected)
-    report.plt.close(figure)
 
 
 @pytest.mark.slow

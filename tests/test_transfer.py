@@ -155,7 +155,7 @@ GOOGLENET_HEADS = {
 )
 def test_the_head_is_what_depends_on_the_classes(name, expected):
     model = create_model(name)
-    assert names_of(model, transfer.head(model)) == expected
+    assert names_of(model, weights.head(model)) == expected
 
 
 # ------------------------------------------------------------------ the step
@@ -323,7 +323,7 @@ def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):
     model = create_model("lenet", num_classes=10, padding=padding)
     if state is None:
         loaded = set(flatten_dict(transfer.load_initial_weights(tmp_path / "w.pth", model)))
-        assert loaded == set(flatten_dict(shapes)) - transfer.head(model)
+        assert loaded == set(flatten_dict(shapes)) - weights.head(model)
     else:
         with pytest.raises(ValueError, match=state):
             transfer.load_initial_weights(tmp_path / "w.pth", model)
@@ -340,7 +340,7 @@ def test_imagenets_weights_without_their_classifier_are_taken(data_dir):
         file = next(folder.glob(f"{name}*.safetensors"))
         model = create_model(name, num_classes=10)
         loaded = set(flatten_dict(transfer.load_initial_weights(file, model)))
-        assert set(flatten_dict(weights.variable_shapes(model))) - loaded == transfer.head(model)
+        assert set(flatten_dict(weights.variable_shapes(model))) - loaded == weights.head(model)
     file = next(folder.glob("resnet18*.safetensors"))
     model = create_model("resnet18", num_classes=10)
     message = (

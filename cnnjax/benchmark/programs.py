@@ -98,14 +98,14 @@ def study(
 # ------------------------------------------------------------------ seeds
 
 
-def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict]:
-    """Measures one training step of many configurations, in four ways.
+def seeds(rounds: int, configurations: int) -> list[dict]:
+    """Measures one training step of many configurations of LeNet, in four ways.
 
     A configuration is a seed and a learning rate.
 
     Raises `RuntimeError` if the losses of two ways differ.
     """
-    take_step, states, numbers, rates = _configurations(network, configurations)
+    take_step, states, numbers, rates = _configurations(configurations)
     each = list(zip(states, numbers, rates))
     stacked = (_stack(states), _stack(numbers), rates)
     programs: dict[str, tuple[Callable, tuple]] = {
@@ -131,7 +131,7 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
     alone = times["one after the other"]
     return [
         {
-            "network": network,
+            "network": "lenet",
             "batch": _LENET_BATCH,
             "configurations": configurations,
             "way": name,
@@ -146,12 +146,12 @@ def seeds(rounds: int, configurations: int, network: str = "lenet") -> list[dict
     ]
 
 
-def _configurations(network: str, count: int):
+def _configurations(count: int):
     """Returns a training step, and states, numbers and learning rates for it.
 
     There are `count` of each.
     """
-    model = create_model(network)
+    model = create_model("lenet")
     recipe = step.Recipe(model)
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (_LENET_BATCH, *model.input_shape), np.uint8)

@@ -5,9 +5,6 @@ import re
 from collections.abc import Iterable
 
 import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -35,7 +32,6 @@ def write(folder: pathlib.Path) -> None:
             figures[f"maps_{name}_{kind}.png"] = _draw_maps(results, maps, encoder, kind)
     for name, figure in figures.items():
         files.write_figure(folder / name, figure)
-        plt.close(figure)
 
     sections = [
         "# Position read from frozen features\n",
@@ -200,14 +196,8 @@ def _draw_scores(results: Results) -> Figure:
     targets = _values(rows, "target")
     data = _values(rows, "data")
     height = max(1, len(encoders))
-    figure, axes = plt.subplots(
-        height,
-        len(data),
-        figsize=(3.6 * len(data), 2.6 * height),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(3.6 * len(data), 2.6 * height), layout="constrained")
+    axes = figure.subplots(height, len(data), sharey=True, squeeze=False)
     # A study without encoders has one line of panels, of the image alone.
     for axis_row, encoder in zip(axes, encoders or ["posenet"]):
         for axis, kind in zip(axis_row, data):
@@ -256,15 +246,9 @@ def _draw_rings(results: Results) -> Figure:
     """
     encoders = _values(results.rings, "encoder")
     data = _values(results.rings, "data")
-    figure, axes = plt.subplots(
-        len(encoders),
-        len(data),
-        figsize=(3 * len(data), 2.2 * len(encoders)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    colors = plt.get_cmap("tab20")
+    figure = Figure(figsize=(3 * len(data), 2.2 * len(encoders)))
+    axes = figure.subplots(len(encoders), len(data), sharex=True, sharey=True, squeeze=False)
+    colors = matplotlib.colormaps["tab20"]
     for axis_row, encoder in zip(axes, encoders):
         for axis, kind in zip(axis_row, data):
             for profile in _select(results.rings, encoder=encoder, data=kind):
@@ -291,7 +275,7 @@ def _draw_maps(results: Results, maps: MapsFile, encoder: str, kind: str) -> Fig
     settings.sort(key=lambda setting: (setting.readout, FILLS.index(setting.padding)))
     height = len(settings) + 1
     width = len(targets) + 1
-    figure = plt.figure(figsize=(1.25 * width, 1.3 * height))
+    figure = Figure(figsize=(1.25 * width, 1.3 * height))
     # One plot holds all images, in cells of size 1: a plot for each takes longer.
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()

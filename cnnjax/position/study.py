@@ -13,7 +13,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -22,233 +21,30 @@ from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.models.base import digest_network
-from cnnjax.nn import check_fill, resize
+from cnnjax.nn import resize
 from cnnjax.position import defaults, report, results
-from cnnjax.position.encoder import (
-    FEATURE_SIZE,
-    PIXELS,
-    draw_variables,
-    encode,
-    encode_once,
-    image_features,
-    reachable_stages,
-)
-from cnnjax.position.metrics import CONSTANT, by_ring, scores
-from cnnjax.position.patterns import ALIGNED
-from cnnjax.position.readout import STRENGTHS, Exact, Sgd, fit_exact, fit_sgd
+from cnnjax.position.check import DATA, RINGS, check, common_stages, readout_side
+from cnnjax.position.decisions import DECISIONS
+from cnnjax.position.encoder import draw_variables, encode, encode_once, image_features
+from cnnjax.position.metrics import by_ring, scores
+from cnnjax.position.readout import Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
-from cnnjax.position.targets import TARGETS, target
-from cnnjax.runtime import backend, configuration, files, workdir
+from cnnjax.position.targets import target
+from cnnjax.runtime import backend, files, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
+__all__ = ["adopt", "check", "complete_record", "report", "run"]
+
 _LOG = logging.getLogger("cnnjax")
-DATA = ("natural", "black", "white", "noise")
-# Keys of a configuration that are tuples of names.
-_NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
-RINGS = 7  # of the profile by the distance to the border
 # The file of a work directory with the digests of photographs, weights and networks' files.
 _INPUTS = "inputs.json"
 # Features without an encoder, and their stages: the image itself, with the paper's name, and the
 # image with its pixels' coordinates, from which a linear readout can find the most.
 CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 
-# What this study decides where the literature is silent, and where it departs from the authors'
-# code (github.com/SenJia/Position-Information). Every report prints it.
-DECISIONS = (
-    "Photographs are cropped to squares; the authors squash whole images.",
-    "Noise images are Gaussian with mean 127.5 and standard deviation 64 where `noise` is left as "
-    "it is, another one for each seed; the authors have one dark image with mean 25 and standard "
-    "deviation 24.",
-    "Inputs are RGB / 255 standardized by ImageNet's mean and standard deviation, with random "
-    "weights too: a black image then differs from the zeros of the padding. The authors' inputs "
-    "are pixels from 0 to 1, as here where `pixels` is 'unit'.",
-    "The stages are VGG's five blocks, each before its max-pool, as in the authors' code, and "
-    "ResNet's stem before its max-pool and its layers, of which the authors read the layers alone. "
-    "Where `stages` is empty, all paddings use the stages that every padding reaches at this image "
-    "size.",
-    f"Every stage is resized to {FEATURE_SIZE}x{FEATURE_SIZE} (bilinear, corners aligned), as in "
-    "the authors' code; where `registered`, all stages are sampled at the same pixels instead. The "
-    "channels of all stages are joined. Each channel is standardized over "
-    "the training images; the authors' features are raw, as here for the authors' readout where "
-    "`standardize` is False.",
-    "'none' pads nothing anywhere (residual skips are cropped to their branch). The readout itself "
-    "is padded only by `readout_padding`, with zeros, before the features are standardized.",
-    "The readout's `kernel` is 1 by default; the authors' is 3.",
-    "Readout 'sgd' is the authors' head: convolution, BatchNorm, sigmoid; SGD with learning rate "
-    "0.1 (a tenth after two thirds of the steps), momentum 0.9, weight decay 1e-4, mean squared "
-    "error at the image's size. A batch has 32 images, or all training images where there are "
-    "fewer (24 by default), for `sgd_steps` steps (540 by default); the authors' 15 epochs on "
-    "10,553 images are some 5,000 steps.",
-    "Where `depth` is above 1, readout 'sgd' has that many convolutions, each but the last "
-    "followed by BatchNorm and ReLU; 'exact' keeps one.",
-    "Readout 'exact' is the ridge solution on the readout's own grid. Each target's strength is "
-    f"chosen from {STRENGTHS[0]:g} to {STRENGTHS[-1]:g} on held-out photographs.",
-    "Predictions are upsampled to the image's size (bilinear, corners aligned; not aligned in the "
-    "authors' code, and here where `align_corners` is False) and scored there, image by image. "
-    "Where `shuffled`, targets are made, and predictions scored, on the readout's own grid; all "
-    "seeds share one permutation, which the first seed draws.",
-    "SPC is Spearman's rank correlation; a map whose range is under "
-    f"{CONSTANT:g} of the target's counts as constant and scores 0. SPC is blind to amplitude: "
-    "read it beside R2, the share of the target's variance explained (0 for a constant, negative "
-    "for worse).",
-    "Targets span 0 to 1, stripes included. In the paper's tables stripes span -1 to 1, so its "
-    "errors on HS and VS are twice as large.",
-    "Each seed draws its own division of the photographs (training, held-out and test are "
-    "disjoint), its own crops, its own random weights and its own start of the SGD readout. From a "
-    "part with more photographs than crops, it draws them at random. Mean and sample standard "
-    "deviation are over images and seeds together.",
-)
 
-
-# ------------------------------------------------------------------ the configuration, checked
-
-
-def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
-    """Checks a configuration before anything is computed.
-
-    `folder` is the work directory, which training looks into and a study does not.
-
-    Raises:
-      ValueError: with the key, its value and what is accepted.
-    """
-    configuration.check_keys(config, defaults.get_config(), "cnnjax.position.defaults")
-    configuration.check_seed(config)
-    _check_names(config)
-    _check_numbers(config)
-    _check_photographs(config)
-    if config.weights == "imagenet":
-        for name in config.encoders:
-            # Without a connection, this fails before anything is computed.
-            weights.fetch(name)
-    for name in config.encoders:
-        _common_stages(config, name)
-
-
-def _check_names(config: ml_collections.ConfigDict) -> None:
-    configuration.check_names(config, _NAMES)
-    for key, accepted in (("targets", TARGETS), ("data", DATA)):
-        for value in config[key]:
-            if value not in accepted:
-                raise ValueError(f"{key}={value!r} is not one of {', '.join(accepted)}")
-    for key in ("targets", "data", "paddings"):
-        if not config[key] or len(set(config[key])) < len(config[key]):
-            raise ValueError(f"{key}={tuple(config[key])} must name at least one, each once")
-    if len(set(config.encoders)) < len(config.encoders):
-        raise ValueError(f"encoders={tuple(config.encoders)} must name each once")
-    for fill in (*config.paddings, *config.sgd_paddings):
-        check_fill(fill)
-    unread = set(config.sgd_paddings) - set(config.paddings)
-    if unread and config.sgd_paddings != defaults.get_config().sgd_paddings:
-        raise ValueError(
-            f"sgd_paddings={tuple(config.sgd_paddings)} must be of paddings={config.paddings}"
-        )
-    for fill in config.paddings if config.registered else ():
-        if fill not in ("none", *ALIGNED):
-            raise ValueError(
-                f"padding={fill!r} moves positions, so that stages cannot be registered=True; "
-                f"expected none, {', '.join(ALIGNED)}"
-            )
-    if config.pixels not in PIXELS:
-        raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
-    for name in config.encoders:
-        create_model(name)
-    is_file = expand_user(config.weights).is_file()
-    if config.weights not in ("random", "imagenet") and not is_file:
-        raise ValueError(
-            f"weights={config.weights!r} is neither 'random', 'imagenet' nor a safetensors or .pth "
-            "file"
-        )
-    if config.missing and config.weights == "random":
-        raise ValueError(
-            f"missing={tuple(config.missing)} names modules that a file of weights lacks; with "
-            "weights='random' there is no file"
-        )
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-    for key in ("n_train", "n_held_out", "n_test", "n_noise", "seeds", "sgd_steps"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} is not a positive number")
-    last = config.seed + config.seeds - 1
-    if last > configuration.LARGEST_SEED:
-        raise ValueError(
-            f"seed={config.seed} and seeds={config.seeds} need seeds up to {last}; the largest "
-            f"is {configuration.LARGEST_SEED}"
-        )
-    if config.readout_padding < 0:
-        raise ValueError(f"readout_padding={config.readout_padding} is not a number of at least 0")
-    are_numbers = all(configuration.is_number(number) for number in config.noise)
-    if len(config.noise) != 2 or not are_numbers or min(config.noise) < 0:
-        raise ValueError(f"noise={tuple(config.noise)} is not a mean and a standard deviation")
-    if config.hidden < 0:
-        raise ValueError(
-            f"hidden={config.hidden} is not a number of channels, or 0 for as many as the "
-            "features have"
-        )
-    # Each ring of the targets' map has a position; shuffled targets have the readout's own grid.
-    least = 2 if config.shuffled else 2 * RINGS - 1
-    if config.image_size < least:
-        raise ValueError(
-            f"image_size={config.image_size} is not a number of pixels of at least {least}"
-        )
-    side = FEATURE_SIZE + 2 * config.readout_padding
-    if not 1 <= config.kernel <= side:
-        raise ValueError(
-            f"kernel={config.kernel} is not between 1 and {side}, the side of the features"
-        )
-    if config.shuffled and _readout_side(config) < 2 * RINGS:
-        raise ValueError(
-            f"kernel={config.kernel} leaves a grid of {_readout_side(config)} positions a side, on "
-            f"which targets are shuffled; expected at least {2 * RINGS}"
-        )
-    if config.depth < 1 or config.depth * (config.kernel - 1) >= side:
-        raise ValueError(
-            f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} "
-            f"convolutions, at least 1, that leave something of {side}x{side} features"
-        )
-    is_single = side - config.depth * (config.kernel - 1) == 1
-    if is_single and config.n_train == 1 and not config.mirrored:
-        raise ValueError(
-            f"n_train=1 and kernel={config.kernel} leave the SGD readout's BatchNorm a single "
-            "value; expected n_train of at least 2"
-        )
-
-
-def _readout_side(config: ml_collections.ConfigDict) -> int:
-    """Returns the side of the exact readout's maps."""
-    return FEATURE_SIZE + 2 * config.readout_padding - config.kernel + 1
-
-
-def _check_photographs(config: ml_collections.ConfigDict) -> None:
-    # This logs the files that are passed over.
-    paths = photographs.list_photographs(config.photographs)
-    divide_photographs(config, config.seed)
-    photographs.check_sizes(paths, config.image_size, f"image_size={config.image_size}")
-
-
-def _common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
-    """Returns the stages to read from an encoder, the same for all paddings."""
-    reachable = {}
-    for fill in config.paddings:
-        reachable[fill] = reachable_stages(create_model(name, padding=fill), config.image_size)
-    if not config.stages:
-        common = min(reachable.values(), key=len)
-        if not common:
-            raise ValueError(
-                f"image_size={config.image_size} leaves nothing of any stage of {name} under some "
-                "padding; take a larger one"
-            )
-        return tuple(common)
-    for fill, names in reachable.items():
-        for stage in config.stages:
-            if stage not in names:
-                raise ValueError(
-                    f"stages={stage!r} is not a stage that {name} reaches with padding={fill!r} at "
-                    f"image_size={config.image_size}; it reaches {', '.join(names) or 'none'}"
-                )
-    # In the order of the network, not of the configuration.
-    return tuple(stage for stage in names if stage in config.stages)
+# ------------------------------------------------------------------ the files of a study
 
 
 def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
@@ -405,7 +201,7 @@ def list_points(config: ml_collections.ConfigDict) -> list[Point]:
     controls = CONTROLS if config.coordinates else ("posenet",)
     subjects = [(name, "none", "none", CONTROLS[name]) for name in controls]
     for name in config.encoders:
-        stages = _common_stages(config, name)
+        stages = common_stages(config, name)
         subjects += [(name, config.weights, fill, stages) for fill in config.paddings]
     seeds = range(config.seed, config.seed + config.seeds)
     return [Point(*subject, seed) for seed in seeds for subject in subjects]
@@ -419,7 +215,7 @@ def check_weights(config: ml_collections.ConfigDict) -> None:
     """
     if config.weights != "random":
         for name in config.encoders:
-            last = _common_stages(config, name)[-1]
+            last = common_stages(config, name)[-1]
             load_variables(config, name, last, config.seed)
 
 
@@ -510,7 +306,7 @@ def measure(
 
     for (name, readout), kind in itertools.product(readouts.items(), config.data):
         # -> maps [n, targets, 28, 28], smaller for larger kernels -> [targets, n, size, size]
-        maps = predict(readout, features[kind])
+        maps = readout(features[kind])
         predictions = upsample(maps, targets.shape[1], config.align_corners)
         all_maps.append(Maps(name, kind, maps[0]))
         # -> scores [n] of each target
@@ -540,7 +336,7 @@ def draw_targets(config: ml_collections.ConfigDict) -> Float[np.ndarray, "target
     """
     if not config.shuffled:
         return np.stack([target(name, config.image_size) for name in config.targets])
-    size = _readout_side(config)
+    size = readout_side(config)
     targets = np.stack([target(name, size) for name in config.targets])
     order = np.random.default_rng(config.seed).permutation(size**2)
     return targets.reshape(-1, size**2)[:, order].reshape(targets.shape)
@@ -653,15 +449,6 @@ def train_readout(
         standardize=config.standardize,
         align_corners=config.align_corners,
     )
-
-
-def predict(
-    readout: Exact | Sgd, features: Float[np.ndarray, "n side side channels"]
-) -> Float[np.ndarray, "n targets rows columns"]:
-    """Reads the maps of all targets from features."""
-    maps = readout(jnp.asarray(features))
-    # The first axis of the SGD readout is that of initializations, of which the study trains one.
-    return maps.reshape(-1, *maps.shape[-3:])
 
 
 _resize = jax.jit(resize, static_argnames=("size", "align_corners"))

@@ -33,23 +33,6 @@ def logits(
 
 
 @functools.cache
-def features(stage: str) -> Callable:
-    """Returns a function of (model, variables, images) that computes one stage's activations."""
-
-    def compute(model, variables, images):
-        maps = apply(model, variables, images, method="stages", last=stage)
-        return maps[stage]
-
-    return compute
-
-
-@functools.cache
-def pooled(stage: str) -> Callable:
-    """Computes `features`, averaged over the positions of the map, for linear probes."""
-    return lambda model, variables, images: features(stage)(model, variables, images).mean((1, 2))
-
-
-@functools.cache
 def averaged(count: int) -> Callable:
     """Returns a function of (model, variables, images) that averages over views of each image.
 
@@ -108,7 +91,7 @@ def predict_batches(
       moments: the mean and standard deviation that images are normalized by, replicated.
       batches: uint8 images, at most `batch_size` in a batch.
       batch_size: a multiple of the devices of this process.
-      output: what to compute, such as `logits`, `features(stage)` or `averaged(views)`.
+      output: what to compute, such as `logits` or `averaged(views)`.
 
     Yields:
       The output of every batch, in order.

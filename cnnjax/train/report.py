@@ -2,11 +2,8 @@
 
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: figures go to files, with or without a screen
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.augment import IGNORED
@@ -53,9 +50,10 @@ class _PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _curves_figure(history: list[dict]):
+def _curves_figure(history: list[dict]) -> Figure:
     """Draws loss, error and learning rate by epoch."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3), gridspec_kw={"wspace": 0.45})
+    figure = Figure(figsize=(12, 3))
+    axes = figure.subplots(1, 3, gridspec_kw={"wspace": 0.45})
     epochs = [entry["epoch"] for entry in history]
     for axis, kind in zip(axes, ("loss", "error")):
         for name in (f"train_{kind}", f"validation_{kind}"):
@@ -78,15 +76,14 @@ def _curves_figure(history: list[dict]):
 
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
     """Draws the curves of a run, finished or not, as curves.png."""
-    figure = _curves_figure(history)
-    files.write_figure(folder / "curves.png", figure)
-    plt.close(figure)
+    files.write_figure(folder / "curves.png", _curves_figure(history))
 
 
-def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]):
+def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> Figure:
     """Draws the confusion matrix of the test set: rows are labels, columns predictions."""
     counts = evaluate.confusion(predicted, labels, len(classes))
-    figure, axis = plt.subplots(figsize=(5.5, 5.5))
+    figure = Figure(figsize=(5.5, 5.5))
+    axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.set_xlabel("predicted")
@@ -111,7 +108,7 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
     return figure
 
 
-def _mistakes_figure(test: dict, classes: list[str]):
+def _mistakes_figure(test: dict, classes: list[str]) -> Figure:
     """Draws the wrongly classified test images with the highest confidence."""
     columns = 9
     rows = max(1, -(-len(test["shown"]) // columns))
@@ -120,7 +117,7 @@ def _mistakes_figure(test: dict, classes: list[str]):
     cell_height = 1.6
     image_size = 1.1
     size = (cell_width * columns, cell_height * rows)
-    figure = plt.figure(figsize=size)
+    figure = Figure(figsize=size)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     for place, (index, image) in enumerate(zip(test["shown"], test["images"])):
@@ -141,12 +138,11 @@ def _mistakes_figure(test: dict, classes: list[str]):
     return figure
 
 
-def _scenes_figure(test: dict):
+def _scenes_figure(test: dict) -> Figure:
     """Draws the test images with most wrong pixels: image, mask, prediction."""
     shown = test["shown"]
-    figure, axes = plt.subplots(
-        3, len(shown), figsize=(2.2 * len(shown), 5.2), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2.2 * len(shown), 5.2), layout="constrained")
+    axes = figure.subplots(3, len(shown), squeeze=False)
     rows = (test["images"], paint(test["labels"][shown]), paint(test["predicted"][shown]))
     for row_axes, pictures in zip(axes, rows):
         for axis, picture in zip(row_axes, pictures):
@@ -194,7 +190,6 @@ def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[st
         figures["mistakes.png"] = _mistakes_figure(test, results["classes"])
     for name, figure in figures.items():
         files.write_figure(folder / name, figure)
-        plt.close(figure)
     return ["curves.png", *figures]
 
 

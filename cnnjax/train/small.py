@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from cnnjax.data import arrays, augment
+from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
+from cnnjax.nn import global_avg_pool
 from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 
@@ -63,6 +65,29 @@ def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
     for start in range(0, len(images), _TEST_BATCH):
         batch = images[start : start + _TEST_BATCH]
         parts.append(_classes(model, variables, batch, jax.random.key(start)))
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stage"))
+def _pooled(model, variables, images, stage):
+    x = augment.normalize(images, *augment.IMAGENET)
+    return global_avg_pool(apply(model, variables, x, method="stages", last=stage)[stage])
+
+
+def pooled_features(
+    model: Network,
+    variables: dict,
+    images: np.ndarray,
+    stage: str,
+    batch_size: int = _TEST_BATCH,
+) -> np.ndarray:
+    """Returns a stage's global average of each uint8 image, [n, channels].
+
+    The variables of later stages may be absent.
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        parts.append(_pooled(model, variables, images[start : start + batch_size], stage))
     return np.concatenate(parts)
 
 

@@ -34,11 +34,9 @@ def steps(numbers: dict) -> str:
         f"differ from `cnnjax.nn.conv` by {numbers['differs from conv']:g}. The sizes are UTSA's "
         "(7x7x3 with its padding, two 3x3x3 filters, stride 2), the numbers are drawn; the "
         "lecture's own are checked in the claims ledger (A40). Stride 2 takes every second value "
-        "of "
-        "stride 1 (they differ by "
+        "of stride 1 (they differ by "
         f"{numbers['differs from every second value of stride 1']:g}), which is not what NUS "
-        "prints "
-        "for its example (A5.2)."
+        "prints for its example (A5.2)."
     )
 
 
@@ -74,10 +72,8 @@ def pooling(numbers: dict) -> str:
     return (
         f"2x2 max-pooling turns the lecture's map into {numbers['A6']}: A6 "
         f"{holds(numbers['A6'] == POOLED.tolist())}. That pooling makes features invariant to "
-        "small "
-        f"shifts, as is often said, {holds(max(maximum, average) < 0.01)} of one small pool: "
-        "when a "
-        f"photograph moves by one pixel, its pixels change by {still:.2f} of their standard "
+        f"small shifts, as is often said, {holds(max(maximum, average) < 0.01)} of one small pool: "
+        f"when a photograph moves by one pixel, its pixels change by {still:.2f} of their standard "
         f"deviation, its 2x2 maxima by {maximum:.2f}, its 2x2 averages by {average:.2f}. Moved by "
         f"the whole stride, every map moves by one cell (greatest difference {whole:g}).\n\n"
         f"{tables.table(header, lines)}"

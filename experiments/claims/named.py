@@ -1,17 +1,10 @@
 """Statements that are not computed here, with the reason."""
 
-from experiments.claims.ledger import Section, Verdict, not_computed
+import functools
+
+from experiments.claims.ledger import Section, not_computed
 
 NAMED = Section("Named, not computed")
-
-
-def add(id: str, sources: str, statement: str, reason: str) -> None:
-    """Adds a statement with the reason why it is not computed."""
-
-    @NAMED.claim(id, sources, statement)
-    def named() -> Verdict:
-        return not_computed(reason)
-
 
 # (id, lectures, statement, reason)
 STATEMENTS = (
@@ -99,5 +92,5 @@ STATEMENTS = (
     ),
 )
 
-for _statement in STATEMENTS:
-    add(*_statement)
+for id, sources, statement, reason in STATEMENTS:
+    NAMED.claim(id, sources, statement)(functools.partial(not_computed, reason))

@@ -78,8 +78,7 @@ def lenet5_size() -> Verdict:
         size == 28 and round(count / 1e6, 1) == 0.6,
         {"input": size, "parameters": count, "the lecture's own LeNet": ours},
         note=f"LeNet-5 of 1998 takes {size}x{size} and has {count:,}; the lecture's own network "
-        "takes "
-        f"28x28 and has {ours / 1e6:.2f} M",
+        f"takes 28x28 and has {ours / 1e6:.2f} M",
     )
 
 
@@ -101,8 +100,7 @@ def lenet5_layers() -> Verdict:
         {"kernels": kernels},
         as_read=convolutions[:2] == ["c1", "c3"],
         note=f"5x5 and 2x2 hold; after the second pool LeNet-5 has {len(weight_layers) - 2} more "
-        "layers "
-        "(120, 84, and 10 units), where NUS draws two and UBC one",
+        "layers (120, 84, and 10 units), where NUS draws two and UBC one",
     )
 
 
@@ -180,8 +178,7 @@ def convnet_total() -> Verdict:
         {"one convolution": one, "two convolutions": two, "layers": depth},
         as_read=millions(two) == 30,
         note=f"{two / 1e6:.1f} M with two 512-channel convolutions, which makes 11 layers; the "
-        "ten layers "
-        f"that are drawn have {one / 1e6:.1f} M",
+        f"ten layers that are drawn have {one / 1e6:.1f} M",
     )
 
 
@@ -246,8 +243,7 @@ def keras_convnet() -> Verdict:
     "A14.1",
     "UBC UTSA",
     "AlexNet: 227x227x3, 55x55x96 (35 K parameters), 27x27x96, 27x27x256, 13x13x256, 13x13x384 "
-    "twice, "
-    "13x13x256, 6x6x256, 4096, 4096, 1000",
+    "twice, 13x13x256, 6x6x256, 4096, 4096, 1000",
 )
 def alexnet_shapes() -> Verdict:
     rows = layers("alexnet_2012")
@@ -272,8 +268,7 @@ def alexnet_pool() -> Verdict:
         sizes["11x11, stride 4"] == 27,
         sizes,
         note="the pool is 3x3 at stride 2, as the same lecture's summary says; 11x11 at stride 4 "
-        "would "
-        f"leave {sizes['11x11, stride 4']}x{sizes['11x11, stride 4']}",
+        f"would leave {sizes['11x11, stride 4']}x{sizes['11x11, stride 4']}",
     )
 
 
@@ -299,8 +294,7 @@ def alexnet_normalization() -> Verdict:
         {"greatest difference in convolution 2": difference},
         as_read=difference["pool, then LRN"] < 1e-4 < difference["LRN, then pool"],
         note="in the lectures' (and Caffe's) network; the publication (section 3.5) normalizes "
-        "before "
-        "it pools",
+        "before it pools",
     )
 
 
@@ -313,8 +307,7 @@ def alexnet_parameters() -> Verdict:
         {"one group": whole, "two groups": split, "torchvision's form": parameters("alexnet")},
         as_read=millions(whole) == 62,
         note="without groups; as published, with convolutions 2, 4, and 5 split over two GPUs, "
-        "it has "
-        f"{split / 1e6:.1f} M",
+        f"it has {split / 1e6:.1f} M",
     )
 
 
@@ -377,8 +370,7 @@ def zfnet() -> Verdict:
         {"zfnet": ours, "map of convolution 5, changed as printed": last},
         as_read=changed,
         note="with convolution 2 at stride 2 as well (Zeiler and Fergus 2013, figure 3): AlexNet "
-        "with only "
-        f"the printed changes has {last[0]}x{last[1]} maps at convolution 5, not 13x13",
+        f"with only the printed changes has {last[0]}x{last[1]} maps at convolution 5, not 13x13",
     )
 
 
@@ -471,8 +463,8 @@ def vgg16_memory() -> Verdict:
         {**values, "total": total, "bytes": 4 * total, "with ReLUs kept apart": with_relus},
         as_read=millions(with_relus) == 24,
         note=f"the rows of the table sum to {total / 1e6:.1f} M values, {4 * total / 1e6:.0f} MB "
-        "in float32, "
-        f"input included; {with_relus / 1e6:.1f} M if each ReLU's output is kept beside its input",
+        f"in float32, input included; {with_relus / 1e6:.1f} M if each ReLU's output is kept "
+        "beside its input",
     )
 
 
@@ -554,8 +546,7 @@ def configuration_tables() -> Verdict:
         not any(different.values()),
         {"convolutions by block": right, "columns that differ": different},
         note="the two differ: the first lacks one 3x3-128 in column B; the second, as its text "
-        "reads, "
-        f"is right only in column "
+        "reads, is right only in column "
         f"{', '.join(c for c in right if c not in different['second table'])}",
     )
 
@@ -664,8 +655,7 @@ def googlenet_linear() -> Verdict:
         {"linear layers without auxiliary heads": main, "with": full},
         as_read=main == 1,
         note="in the network that is used; each auxiliary head, used in training only, has a "
-        "hidden "
-        "layer of 1024 units",
+        "hidden layer of 1024 units",
     )
 
 
@@ -693,8 +683,7 @@ def googlenet_ratio() -> Verdict:
         {"without auxiliary heads": main, "with": full},
         as_read=round(full) == 12,
         note=f"{main:.1f} times without auxiliary heads, {full:.1f} times with them; 12 is the "
-        "ratio of "
-        "the printed 62 M and 5 M",
+        "ratio of the printed 62 M and 5 M",
     )
 
 

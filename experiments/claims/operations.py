@@ -650,9 +650,8 @@ def global_invariance() -> Verdict:
             "global maximum unchanged": bool(invariant),
         },
         note=f"of 2x2 max-pools, {shares[1]:.0%} of the outputs keep their value when the image "
-        "moves "
-        "by one pixel and almost none for larger shifts; only a maximum over the whole map is "
-        "invariant",
+        "moves by one pixel and almost none for larger shifts; only a maximum over the whole map "
+        "is invariant",
     )
 
 
@@ -668,8 +667,7 @@ def local_invariance() -> Verdict:
         {"mean change, pixels": change, "mean change, pooled": pooled_change},
         as_read=pooled_change < change,
         note=f"in part: a shift by one pixel changes the map by {change:.2f} of its deviation "
-        "and the "
-        f"2x2 max-pooled map by {pooled_change:.2f}",
+        f"and the 2x2 max-pooled map by {pooled_change:.2f}",
     )
 
 
@@ -739,8 +737,7 @@ def contrast() -> Verdict:
         },
         as_read=same < 1e-2,
         note="for local contrast normalization (mean and deviation of a window); AlexNet's layer "
-        "is "
-        f"local response normalization, where twice the contrast gives {float(ratio):.2f} times "
+        f"is local response normalization, where twice the contrast gives {float(ratio):.2f} times "
         "the response",
     )
 

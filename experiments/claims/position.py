@@ -89,8 +89,8 @@ def demo(image: np.ndarray, direction: str, fill: str) -> np.ndarray:
     "B1",
     "UBC",
     "Weight [0 0 0; 1 0 0; 0 0 0], bias 1, zero padding: after layer 1 the first column is 1, "
-    "after "
-    "layer 2 the first two are 1 2, after layer 7 every row is 1 2 3 4 5 6 7, whatever the image",
+    "after layer 2 the first two are 1 2, after layer 7 every row is 1 2 3 4 5 6 7, whatever the "
+    "image",
 )
 def counting() -> Verdict:
     holds = True
@@ -106,8 +106,7 @@ def counting() -> Verdict:
         {"first row of the lecture's image after layers": rows},
         as_read=holds,
         note="for images seven columns wide; in a wider one the first seven columns are counted "
-        "and "
-        "the others still hold the image",
+        "and the others still hold the image",
     )
 
 
@@ -149,6 +148,6 @@ def without_zeros() -> Verdict:
         fails and greatest["zeros"] == 0,
         {"least spread of a pixel over five images": least, "greatest": greatest},
         note="this network: with reflect, replicate, circular, or no padding every pixel still "
-        "depends "
-        "on the image; partial convolution pads with zeros too and counts, faster at other borders",
+        "depends on the image; partial convolution pads with zeros too and counts, faster at other "
+        "borders",
     )

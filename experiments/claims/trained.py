@@ -138,8 +138,7 @@ def segmentation() -> Verdict:
         evidence("miou_zeros", "miou_none", "miou_reflect"),
         as_read=certain and reflect > 0,
         note=f"the gain ({gain:.1f} points on CamVid); reflected borders give {reflect:.1f} of "
-        "them, so most of it "
-        "comes from maps that reach the border",
+        "them, so most of it comes from maps that reach the border",
     )
 
 
@@ -166,8 +165,7 @@ def lenet5_accuracy() -> Verdict:
         near,
         evidence("lenet_test"),
         note=f"{accuracy:.2f} % for the lecture's own LeNet, whose printed error of 0.78 % says "
-        "99.22 % too; "
-        "LeNet-5 itself was not trained here (the paper of 1998 gives 99.05 %)",
+        "99.22 % too; LeNet-5 itself was not trained here (the paper of 1998 gives 99.05 %)",
     )
 
 
@@ -181,8 +179,7 @@ def mlp1_result() -> Verdict:
         evidence("mlp1_train", "mlp1_test"),
         as_read=mean("mlp1_train") < 59 and mean("mlp1_test") < 65,
         note="as upper bounds; the lecture does not state the learning rate of its perceptrons, "
-        "and with ours "
-        "(configs/mlp1_cifar10.py) both errors are lower",
+        "and with ours (configs/mlp1_cifar10.py) both errors are lower",
     )
 
 
@@ -275,8 +272,7 @@ def redundancy() -> Verdict:
         evidence(*names),
         as_read=saves,
         note="up to the rate of training (0.5); when 90 % of the units are removed, networks "
-        "trained with "
-        "dropout lose more, and a readout that is fitted again hardly needs dropout",
+        "trained with dropout lose more, and a readout that is fitted again hardly needs dropout",
     )
 
 
@@ -315,8 +311,7 @@ def lower_layers() -> Verdict:
 def levels() -> Verdict:
     return not_computed(
         "a matter of looking: `python -m cnnjax.visualize levels` draws it; on SqueezeNet 1.1 "
-        "the strongest "
-        "patches show the progression, maximized images do not"
+        "the strongest patches show the progression, maximized images do not"
     )
 
 
@@ -373,8 +368,7 @@ def alexnet_recipe() -> Verdict:
 def imagenet_errors() -> Verdict:
     return not_computed(
         "needs ImageNet's validation set; these are errors of ensembles as submitted. UTSA also "
-        "prints "
-        "11.2 % for VGG without saying of what"
+        "prints 11.2 % for VGG without saying of what"
     )
 
 

@@ -265,9 +265,7 @@ def _gradient_by_pixel_shuffle(x_shape, kernel, window, dy):
 # ------------------------------------------------------------------ gradient of the kernel
 
 
-def kernel_gradient(
-    x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArray, large: int = LARGE
-) -> jax.Array:
+def kernel_gradient(x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArray) -> jax.Array:
     """Correlates the input with the output's gradient in the form fastest for a shape.
 
     Args:
@@ -275,7 +273,6 @@ def kernel_gradient(
       kernel_shape: the kernel's shape (kernel height, kernel width, in, out).
       window: how the kernel moves.
       dy: the output's gradient [batch, height', width', out].
-      large: the number of elements from which a map is transposed in two steps.
 
     Returns the kernel's gradient, of the shape `kernel_shape`.
     """
@@ -288,7 +285,7 @@ def kernel_gradient(
     patch = math.prod(kernel_shape[:3])
     if kernel_shape[2] <= _FEW_IN and patch <= kernel_shape[3]:
         return _kernel_gradient_by_im2col(x, kernel_shape, window, dy)
-    return _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large)
+    return _kernel_gradient_by_convolution(x, kernel_shape, window, dy)
 
 
 def _kernel_gradient_by_rows(x, kernel_shape, window, dy):
@@ -337,7 +334,7 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     return (patches @ dy.reshape(positions, kernel_shape[3])).reshape(kernel_shape)
 
 
-def _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large):
+def _kernel_gradient_by_convolution(x, kernel_shape, window, dy):
     """Convolves with batch and channels exchanged.
 
     The batch, over which the gradient sums, takes the place of channels. The plain form is the same
@@ -350,7 +347,7 @@ def _kernel_gradient_by_convolution(x, kernel_shape, window, dy, large):
         needed += window.dilation[axis] * (kernel_shape[axis] - 1)
         low = window.padding[axis]
         widths.append((low, needed - low - x.shape[axis + 1], 0))
-    if is_below(x.size, large):
+    if is_below(x.size, LARGE):
         x = _pad(x, widths, dy.shape[1:3]).transpose(3, 1, 2, 0)
     else:
         x = _pad(batch_last(x), widths, dy.shape[1:3])
