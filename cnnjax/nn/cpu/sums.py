@@ -18,7 +18,7 @@ from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.linear import add_given, linear_call, vary_alike
 from cnnjax.runtime.types import AnyArray
 
-_PARTS = 8  # parts of the batch, or of its rows, that are added elementwise
+_PARTS = 8  # parts of the batch that are added elementwise
 
 
 def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"]:
@@ -49,28 +49,30 @@ def _sum_columns(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     return sums.reshape(len(maps), width // shape[-1], shape[-1]).sum(1)
 
 
-def _count_parts(count) -> int:
-    """Counts the parts into which images, or their rows, are divided for summing.
+def _count_parts(batch) -> int:
+    """Counts the parts into which a batch is divided for summing.
 
     In `jax.export` the number of images is symbolic, and nothing is known about its divisors.
     """
-    return math.gcd(count, _PARTS) if isinstance(count, int) else 1
+    return math.gcd(batch, _PARTS) if isinstance(batch, int) else 1
 
 
 def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     """Sums each of several maps of one shape over all axes but the last.
 
-    The plain form is a `channel_sum` of each. One reduction of all maps over parts of the images'
-    rows reads the arrays they are products of only once; a single image has such parts, too.
+    The plain form is a `channel_sum` of each. One reduction of all maps over parts of the batch
+    reads the arrays they are products of only once.
     """
     if maps[0].ndim == 1:  # one position: nothing to sum
         return jnp.stack(maps)
-    shape = maps[0].shape
-    row_shape = shape[1:][-2:]
-    rows = math.prod(shape[: -len(row_shape)])
-    count = _count_parts(rows)
+    batch, *image = maps[0].shape
+    if _count_parts(batch) == 1 and len(image) == 3:
+        # The rows of one image, or of an odd number of images, take the place of the batch.
+        batch = batch * image[0]
+        maps = [x.reshape(batch, *image[1:]) for x in maps]
+    count = _count_parts(batch)
     if count > 1:
-        maps = [x.reshape(count, rows // count, *row_shape) for x in maps]
+        maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
         zeros = [np.zeros((), x.dtype) for x in maps]
         maps = lax.reduce(maps, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
     return _sum_columns(maps)
