@@ -19,7 +19,7 @@ from cnnjax.models.densenet import DenseLayer
 from cnnjax.nn.cpu import conv as cpu_conv
 from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
-from cnnjax.nn.cpu.sums import channel_sum
+from cnnjax.nn.cpu.sums import channel_sum, channel_sums
 from cnnjax.nn.geometry import Window, pair
 from cnnjax.nn.padding import center
 
@@ -422,6 +422,18 @@ def test_channel_sums(shape):
     one, both = jax.jit(lambda x, y: (channel_sum(x), channel_sum(x, y)))(x, y)
     np.testing.assert_allclose(one, wide.sum(axes), atol=1e-5)
     np.testing.assert_allclose(both, (wide * np.asarray(y)).sum(axes), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 3, 5), (5, 4, 3, 2)])
+def test_sums_of_an_odd_batch_are_one_reduction(shape):
+    """Its rows are divided into parts; as a matrix product, it would write each map first."""
+    sums = lambda x, y: channel_sums([x, x * y])
+    names = [operation.primitive.name for operation in operations_of(sums, shape, shape)]
+    assert names.count("reduce") == 1
+    x, y = normal(0, *shape), normal(1, *shape)
+    wide = np.asarray(x, np.float64)
+    expected = [wide.sum((0, 1, 2)), (wide * np.asarray(y)).sum((0, 1, 2))]
+    np.testing.assert_allclose(jax.jit(sums)(x, y), expected, atol=1e-5)
 
 
 def test_the_bias_of_a_single_vector_has_a_gradient():

@@ -65,7 +65,11 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     """
     if maps[0].ndim == 1:  # one position: nothing to sum
         return jnp.stack(maps)
-    batch = maps[0].shape[0]
+    batch, *image = maps[0].shape
+    if _count_parts(batch) == 1 and len(image) == 3:
+        # The rows of one image, or of an odd number of images, take the place of the batch.
+        batch = batch * image[0]
+        maps = [x.reshape(batch, *image[1:]) for x in maps]
     count = _count_parts(batch)
     if count > 1:
         maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
