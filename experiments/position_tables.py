@@ -532,9 +532,10 @@ def plan_tables(options: argparse.Namespace) -> dict[str, list[Plan]]:
 def measure(options: argparse.Namespace) -> None:
     """Runs the studies of the tables, and writes each table as soon as it is complete."""
     backend.start()
+    plans_by_table = plan_tables(options)
     run = functools.partial(position_study.run, memory=options.workdir / "features")
     results: dict[str, dict] = {}
-    for name, plans in plan_tables(options).items():
+    for name, plans in plans_by_table.items():
         records = []
         for row, config, study, settings in plans:
             if study not in results:

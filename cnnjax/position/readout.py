@@ -164,7 +164,7 @@ def _solve_pointwise(features, goal, size):
     channels = features.shape[3]
     positions = len(features) * goal.shape[0] * goal.shape[1]
     products = np.asarray(_target_products(features, goal), np.float64) / positions
-    weights = ridge.solve(_factor_channels(features), products, np.array(STRENGTHS))
+    weights = ridge.solve(_factor_channels(features), products, np.asarray(STRENGTHS))
     kernel = weights.transpose(1, 0, 2).reshape(1, 1, channels, -1)
     return jnp.asarray(kernel, jnp.float32), np.zeros(kernel.shape[3])
 
