@@ -21,6 +21,7 @@ from jaxtyping import Float, Integer
 from cnnjax import ridge, weights
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
 
@@ -45,7 +46,7 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     init = functools.partial(model.init_with_output, method="stages")
-    stages, _ = jax.eval_shape(init, jax.random.key(0), image)
+    stages, _ = eval_shape(init, jax.random.key(0), image)
     added: dict[str, frozenset[Path]] = {}
     seen: set[Path] = set()
 
@@ -65,7 +66,7 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
         network(image, replace={name: functools.partial(record_stage, name) for name in stages})
         record("logits")
 
-    jax.eval_shape(nn.init(run, model), jax.random.key(0), image)
+    eval_shape(nn.init(run, model), jax.random.key(0), image)
     return added
 
 
@@ -182,7 +183,7 @@ def check_statistics(model: Network, purpose: str) -> None:
 
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(init, jax.random.key(0), image)
+        variables = eval_shape(init, jax.random.key(0), image)
     with_statistics = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))}
     if others := sorted(".".join(path) for path in with_statistics - batch_norms):
         raise ValueError(
