@@ -187,6 +187,16 @@ def test_head_and_stages(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
+def test_shapes_are_those_of_the_initialization(name, monkeypatch):
+    """`eval_shape` leaves out the random numbers of parameters and the forms for the CPU."""
+    model = shallow(name, monkeypatch)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    initialize = functools.partial(model.init_with_output, jax.random.key(0))
+    assert eval_shape(initialize, image) == jax.eval_shape(initialize, image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_every_stage_is_taken_back(name, monkeypatch):
     """If all stages are replaced, each is computed from the one before as replaced."""
     model = shallow(name, monkeypatch)
