@@ -262,7 +262,6 @@ def _forward_flops(what: str, name: str, batch: int) -> float:
         return LAYERS[name].flops
     from cnnjax import summary
     from cnnjax.models import create_model
-    from cnnjax.nn.parameters import eval_shape
 
     table = summary.layers(create_model(name), batch=batch)
     return 2.0 * summary.totals(table)["macs"]
