@@ -18,7 +18,6 @@ import quick
 from cnnjax import weights
 from cnnjax.data import arrays
 from cnnjax.models import base, create_model
-from cnnjax.nn import lowering
 from experiments import probe
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "torchvision.npz")
@@ -237,9 +236,7 @@ def test_initialization_has_torchvisions_distributions(name):
     image = jnp.zeros((1, *model.input_shape))
     # Where there are most numbers to draw, LLVM's optimization takes less time than it saves.
     compile_init = quick.optimized if name in ("alexnet", "vgg11_bn") else jax.jit
-    # The forms for the CPU draw the same numbers and take longer to trace.
-    with lowering("reference"):
-        variables = compile_init(lambda key: model.init(key, image))(quick.key(0))
+    variables = compile_init(lambda key: model.init(key, image))(quick.key(0))
     flat = flax.traverse_util.flatten_dict(variables)
     paths = weights.torchvision_keys(shapes)
     keys = [key for key, _ in golden_keys(name) if "running_" not in key]
