@@ -22,6 +22,7 @@ from cnnjax import ridge, weights
 from cnnjax.data import splits
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import expand_user
 
@@ -43,7 +44,7 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     init = functools.partial(model.init_with_output, method="stages")
-    stages, _ = jax.eval_shape(init, jax.random.key(0), image)
+    stages, _ = eval_shape(init, jax.random.key(0), image)
     added: dict[str, frozenset[Path]] = {}
     seen: set[Path] = set()
 
@@ -63,7 +64,7 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
         network(image, replace={name: functools.partial(record_stage, name) for name in stages})
         record("logits")
 
-    jax.eval_shape(nn.init(run, model), jax.random.key(0), image)
+    eval_shape(nn.init(run, model), jax.random.key(0), image)
     return added
 
 
@@ -180,7 +181,7 @@ def check_statistics(model: Network, purpose: str) -> None:
 
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
     with nn.intercept_methods(record):
-        variables = jax.eval_shape(init, jax.random.key(0), image)
+        variables = eval_shape(init, jax.random.key(0), image)
     with_statistics = {path[:-1] for path in flatten_dict(variables.get("batch_stats", {}))}
     if others := sorted(".".join(path) for path in with_statistics - batch_norms):
         raise ValueError(

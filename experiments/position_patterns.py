@@ -37,6 +37,7 @@ from cnnjax.data import photographs
 from cnnjax.inspect import receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import output_size
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.position import patterns
 from cnnjax.position.encoder import draw_variables, stage_shapes
 from cnnjax.runtime import tables
@@ -197,7 +198,7 @@ def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[st
     while names:
         stages = functools.partial(model.apply, method="stages", last=names[-1])
         try:
-            return list(jax.eval_shape(stages, variables, image))
+            return list(eval_shape(stages, variables, image))
         except flax.errors.FlaxError:
             # The class of the error depends on what is missing.
             names.pop()

@@ -59,6 +59,7 @@ def _work(
     changes: dict,
     flags: str,
     config: dict,
+    figures: bool,
     cache: str,
     output: str,
     errors,
@@ -89,6 +90,8 @@ def _work(
     os.chdir(ROOT)
     sys.argv = [module, *arguments]
     quick.draw_once()
+    if not figures:
+        quick.without_figures()
     command = importlib.import_module(module)
     if hasattr(command, "__path__"):
         command = importlib.import_module(f"{module}.__main__")
@@ -111,6 +114,7 @@ class Popen:
         flags: added to XLA_FLAGS.
         changes: new values of the module's globals, by name.
         config: values of jax.config, by name.
+        figures: whether reports of training have their figures, for tests of these.
     """
 
     def __init__(
@@ -120,12 +124,13 @@ class Popen:
         flags: str = "",
         changes: Mapping = {},
         config: Mapping = {},
+        figures: bool = False,
     ):
         _start_server()
         self._output = tempfile.NamedTemporaryFile("r")
         read, write = _CONTEXT.Pipe(duplex=False)
         self.args = [module, *map(str, arguments)]
-        given = (self.args[1:], dict(changes), flags, dict(config))
+        given = (self.args[1:], dict(changes), flags, dict(config), figures)
         work = (module, *given, _cache(), self._output.name, write)
         self._process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         self._process.start()

@@ -21,6 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.extend.random import define_prng_impl
 
 from cnnjax import weights
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import files
 
 # As users have it.
@@ -100,7 +101,7 @@ def variables(model, image=None, *arguments, **options) -> dict:
     shapes = (
         weights.variable_shapes(model)
         if image is None
-        else jax.eval_shape(
+        else eval_shape(
             lambda image: model.init(jax.random.key(0), image, *arguments, **options), image
         )
     )

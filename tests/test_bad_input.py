@@ -555,7 +555,7 @@ def done(tmp_path_factory):
     cases, found = exchange / "cases.json", exchange / "found.json"
     cases.write_text(json.dumps(commands))
     found.touch()
-    process = forked.run("bad_input_driver", cases, found, flags=quick.FLAGS)
+    process = forked.run("bad_input_driver", cases, found, flags=quick.FLAGS, figures=True)
     outcomes = [json.loads(line) for line in found.read_text().splitlines()]
     crashed = commands[len(outcomes) :][:1]
     assert process.returncode == 0, f"{process.returncode} in {crashed}: {process.stderr}"

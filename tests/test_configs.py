@@ -147,6 +147,7 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
         "--workdir",
         tmp_path,
         flags=quick.FLAGS,
+        figures=True,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -10,6 +10,7 @@ from quick import normal
 from cnnjax.models import create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.models.lenet import CODES, CONNECTIONS
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.weights import torchvision_keys, variable_shapes
 
 # Numbers of parameters per module: published, or sums over published layers.
@@ -137,7 +138,7 @@ def test_parameters(name):
 def test_stages(name):
     model = create_model(name)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    stages = jax.eval_shape(
+    stages = eval_shape(
         lambda variables, x: model.apply(variables, x, method="stages"),
         variable_shapes(model),
         image,

@@ -31,6 +31,7 @@ from cnnjax.models import (
 from cnnjax.models.lenet import LeNet5
 from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import FILLS, BatchNorm, lowering
+from cnnjax.nn.parameters import eval_shape
 
 # Published numbers of parameters: torchvision's if it has the network.
 PARAMETERS = {
@@ -122,7 +123,7 @@ def _some(table, *blocks):
 
 
 # Tables with one block of each kind. Those of other networks repeat it with other numbers.
-_GOOGLENET_BLOCKS = ("inception3b", "inception4a", "inception4d", "inception5b")
+_GOOGLENET_BLOCKS = ("inception3b", "inception4a", "inception4d", "inception4e", "inception5b")
 _INCEPTION_BLOCKS = ("Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c")
 SHALLOW = {
     "googlenet": (googlenet, "TABLE", _some(googlenet.TABLE, *_GOOGLENET_BLOCKS)),
@@ -168,7 +169,7 @@ def test_head_and_stages(name):
     x = jax.ShapeDtypeStruct((2, *small.input_shape), jnp.float32)
     # One trace gives the stages, the logits and the variables.
     run = functools.partial(small.init_with_output, method="_run", train=False, last="logits")
-    stages, variables = jax.eval_shape(run, jax.random.key(0), x)
+    stages, variables = eval_shape(run, jax.random.key(0), x)
     whole = flat_shapes(weights.variable_shapes(create_model(name)))
     seven = flat_shapes(variables)
     assert whole.keys() == seven.keys()
@@ -186,12 +187,23 @@ def test_head_and_stages(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_every_stage_is_taken_back(name):
-    """If all stages are replaced, each is computed from the one before as replaced."""
-    model = create_model(name, **SMALL_FIELDS.get(name, {}))
+def test_shapes_are_those_of_the_initialization(name, monkeypatch):
+    """`eval_shape` leaves out the random numbers of parameters and the forms for the CPU."""
+    model = shallow(name, monkeypatch)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    variables = weights.variable_shapes(model)
-    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, image)
+    initialize = functools.partial(model.init_with_output, jax.random.key(0))
+    assert eval_shape(initialize, image) == jax.eval_shape(initialize, image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_stage_is_taken_back(name, monkeypatch):
+    """If all stages are replaced, each is computed from the one before as replaced."""
+    model = shallow(name, monkeypatch)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    # `weights.variable_shapes` would remember those of fewer blocks.
+    variables = eval_shape(model.init, jax.random.key(0), image)
+    maps = eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, image)
 
     def outputs(image, replacements, variables):
         computed = []
@@ -347,7 +359,7 @@ def count_zeros(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*KINDS} - {"fcn"}))
-def test_fills_reach_every_layer_and_bfloat16_every_stage(name):
+def test_fills_reach_every_layer_and_bfloat16_every_stage(name, monkeypatch):
     """Every network has logits under every fill, in float32; stages are bfloat16.
 
     Stages have the shapes of zero padding, except with the fills "none" and "full". Three networks
@@ -357,11 +369,11 @@ def test_fills_reach_every_layer_and_bfloat16_every_stage(name):
     fills = DEMANDING
     if name in ("densenet121", "resnet18", "squeezenet1_1"):
         fills = (*DEMANDING, *sorted({*FILLS} - {*DEMANDING}))
+    network = shallow(name, monkeypatch).clone(dtype=jnp.bfloat16)
     traced = functools.partial(jax.make_jaxpr, return_shape=True)
     stages = {}
     for fill in fills:
-        fields = {"num_classes": 7, "padding": fill, "dtype": jnp.bfloat16}
-        model = create_model(name, **fields, **SMALL_FIELDS.get(name, {}))
+        model = network.clone(padding=fill)
         # Without padding, DenseNet-201 needs an image of this size.
         size = 4000 if fill == "none" else model.input_shape[0]
         x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
@@ -525,7 +537,7 @@ def test_stages_have_their_names_sizes_and_channels(name, size, shapes):
     model = create_model(name)
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = weights.variable_shapes(model)
-    stages = jax.eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, x)
+    stages = eval_shape(lambda v, x: model.apply(v, x, method="stages"), variables, x)
     assert list(stages) == list(shapes)
     assert {stage: (y.shape[1], y.shape[3]) for stage, y in stages.items()} == shapes
 
@@ -535,7 +547,7 @@ def test_stages_up_to_one_are_computed_without_later_parameters():
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = quick.variables(model, x, method="stages", last="block3")
     assert len(variables["params"]) == 4
-    stages = jax.eval_shape(
+    stages = eval_shape(
         lambda v, x: model.apply(v, x, method="stages", last="block3"), variables, x
     )
     assert list(stages) == ["block1", "block2", "block3"]
@@ -557,7 +569,7 @@ def test_the_stages_of_a_vgg_by_layer():
     assert np.array_equal(layers["conv1_2"], blocks["block1"]) and np.array_equal(
         layers["conv2_2"], blocks["block2"]
     )
-    every = jax.eval_shape(
+    every = eval_shape(
         functools.partial(model.apply, method="stages"), weights.variable_shapes(model), image
     )
     assert [name for name in every if name.startswith("conv5")] == [
@@ -572,7 +584,7 @@ def test_the_stages_of_a_vgg_by_layer():
 def test_without_padding_maps_shrink_to_the_last_pixel(name, size):
     """ResNet-18 and -50 need at least 435 and 427 pixels; VGG-16 ends at 2x2 for 224."""
     model = create_model(name, padding="none")
-    shapes = lambda size: jax.eval_shape(
+    shapes = lambda size: eval_shape(
         lambda v, x: model.apply(v, x, method="stages"),
         weights.variable_shapes(model),
         jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32),

@@ -266,9 +266,8 @@ def outputs(model, shape):
     return sizes, jax.tree.map(lambda leaf: leaf.shape, variables), bool(strides - {1})
 
 
-def check_outputs(name, sizes, samplings):
+def check_outputs(name, model, sizes, samplings):
     for size in sizes:
-        model = create_model(name, num_classes=7, **test_models.SMALL_FIELDS.get(name, {}))
         shape = (2, size, size, model.input_shape[2])
         *published, has_strides = outputs(model, shape)
         assert has_strides == (not name.startswith("mlp"))
@@ -280,16 +279,17 @@ def check_outputs(name, sizes, samplings):
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "lenet5", "mlp1"])
 def test_shapes_and_parameters_are_those_of_the_stride(name):
     size = create_model(name).input_shape[0]
-    check_outputs(name, (size,), ("blur", "aps"))
+    model = create_model(name, num_classes=7, **test_models.SMALL_FIELDS.get(name, {}))
+    check_outputs(name, model, (size,), ("blur", "aps"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", test_models.KINDS)
-def test_shapes_and_parameters_of_every_kind_of_network(name):
+def test_shapes_and_parameters_of_every_kind_of_network(name, monkeypatch):
     size = create_model(name).input_shape[0]
     # Networks that flatten their last map have one size.
     sizes = (size,) if name in test_lectures.TOTALS else (size + 21,)
-    check_outputs(name, sizes, ("aps",))
+    check_outputs(name, test_models.shallow(name, monkeypatch), sizes, ("aps",))
 
 
 def test_parameters_of_blocks_of_one_width_depend_on_no_policy_and_no_size():

@@ -19,6 +19,7 @@ from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, sources
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train import run as training_run
@@ -292,7 +293,7 @@ def test_an_encoder_has_no_auxiliary_classifiers(encoder):
     model = create_model("fcn", num_classes=2, encoder=encoder, scored=(last,), input_shape=shape)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     init = functools.partial(model.init_with_output, train=True)
-    scores, variables = jax.eval_shape(init, jax.random.key(0), image)
+    scores, variables = eval_shape(init, jax.random.key(0), image)
     assert scores.shape == (1, 96, 96, 2)
     assert not [name for name in variables["params"] if name.lower().startswith("aux")]
 

@@ -22,6 +22,7 @@ from cnnjax.models import (
 )
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import FILLS, Conv, Dense, conv, global_avg_pool, lowering, max_pool, resize
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.weights import variable_shapes
 
 # GFLOPS in torchvision's documentation of its weights: 1e9 multiply-adds in evaluation mode.
@@ -169,7 +170,7 @@ def test_a_receptive_field_is_the_least_unpadded_image_with_an_output(name):
 
     def stages(size):
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        return jax.eval_shape(
+        return eval_shape(
             lambda variables, x: model.apply(variables, x, method="stages"), variables, image
         )
 

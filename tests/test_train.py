@@ -458,8 +458,8 @@ SMALL = [
 ]
 
 
-def command(*arguments):
-    return forked.run(*SMALL, *arguments)
+def command(*arguments, **options):
+    return forked.run(*SMALL, *arguments, **options)
 
 
 def parameters(folder: pathlib.Path) -> dict[str, str]:
@@ -480,7 +480,7 @@ def parameters(folder: pathlib.Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = command("--workdir", folder)
+    done = command("--workdir", folder, figures=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -1079,7 +1079,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     folder = tmp_path / "killed"
     kills = 0
     while kills < int(os.environ.get("CNNJAX_KILLS", 3)):
-        process = forked.Popen(*SMALL, "--workdir", folder)
+        process = forked.Popen(*SMALL, "--workdir", folder, figures=True)
         assert any("running in" in line for line in process.stderr)
         time.sleep(generator.uniform(0.1, 2.5))
         process.send_signal(signal.SIGKILL)
@@ -1090,7 +1090,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
             assert parameters(folder) == parameters(finished)
             shutil.rmtree(folder)
     # One more kill, at the first checkpoint, so that the last start has one to go on from.
-    process = forked.Popen(*SMALL, "--workdir", folder)
+    process = forked.Popen(*SMALL, "--workdir", folder, figures=True)
     while not list(folder.glob("checkpoints/*/manifest.json")):
         assert process.poll() is None
         time.sleep(0.01)

@@ -117,10 +117,11 @@ def _check_logits(name: str) -> None:
     import jax
 
     from cnnjax.models import create_model
+    from cnnjax.nn.parameters import eval_shape
 
     model = create_model(name)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), "float32")
-    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    logits, _ = eval_shape(model.init_with_output, jax.random.key(0), image)
     if logits.shape != (1, model.num_classes):
         raise ValueError(
             f"only={name!r} has outputs of shape {logits.shape[1:]}; expected a network with a "

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import jax
 
 from cnnjax.inspect.trace import LOOPS, apply, follow, trace, with_local_fill
+from cnnjax.nn.parameters import eval_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _receptive_fields(model, stages, shape):
         check_stages(found, stages)
         return [found[stage] for stage in stages]
 
-    variables = jax.eval_shape(initialize, jax.random.key(0), image)
+    variables = eval_shape(initialize, jax.random.key(0), image)
     program = trace(maps, variables, image)
     constants = [None] * (len(program.invars) - 1)
     fields = follow(program, [*constants, Field()], seen)

@@ -18,6 +18,7 @@ from cnnjax.inspect.trace import (
     trace,
     with_local_fill,
 )
+from cnnjax.nn.parameters import eval_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     """
     model = with_local_fill(model)
     images = jax.ShapeDtypeStruct((batch, *(input_shape or model.input_shape)), model.dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = eval_shape(model.init, jax.random.key(0), images)
     reported: dict[str, Layer] = {}
     kernels: dict[str, int] = {}
 

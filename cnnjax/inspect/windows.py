@@ -9,6 +9,7 @@ import jax
 from cnnjax.inspect.fields import REARRANGED, UPSAMPLED, WHOLE_IMAGE, Field, Unlocated, seen
 from cnnjax.inspect.trace import LOOPS, apply, follow, is_pool, trace, with_local_fill
 from cnnjax.nn import output_size
+from cnnjax.nn.parameters import eval_shape
 
 
 class Window(NamedTuple):
@@ -46,7 +47,7 @@ def windows(model) -> tuple[Window, ...]:
     name = type(model).__name__
     model = with_local_fill(model)
     image = jax.ShapeDtypeStruct((1, *model.input_shape), "float32")
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    variables = eval_shape(model.init, jax.random.key(0), image)
     program = trace(functools.partial(apply, model), variables, image)
 
     def visit(equation, ways):

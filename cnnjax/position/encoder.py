@@ -17,7 +17,7 @@ from cnnjax.data import augment
 from cnnjax.inspect import check_stages, receptive_field
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
-from cnnjax.nn.parameters import ParameterShapeError
+from cnnjax.nn.parameters import ParameterShapeError, eval_shape
 from cnnjax.runtime import files
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
@@ -69,7 +69,7 @@ def _stage_shapes(model, size, last):
 
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
-        maps = jax.eval_shape(stages, variable_shapes(model), image)
+        maps = eval_shape(stages, variable_shapes(model), image)
     # Flax's own layers raise Flax's error.
     except (ParameterShapeError, flax.errors.ScopeParamShapeError) as error:
         accepted = "x".join(map(str, model.input_shape))
@@ -304,7 +304,7 @@ def _stage_digest(model, variables, images, stage: str, pixels: str) -> str:
         return model.init(key, normalize(images, pixels), method="stages", last=stage)
 
     # Only the weights up to this stage: weights of later layers do not change it.
-    used = sorted(flatten_dict(jax.eval_shape(initialize, batch)))
+    used = sorted(flatten_dict(eval_shape(initialize, batch)))
     everything = flatten_dict(variables)
     leaves = {path: everything[path] for path in used}
 

@@ -18,6 +18,7 @@ from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, crops, photographs, splits
 from cnnjax.models import Network, create_model
 from cnnjax.models.base import digest_network
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import files, workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved, sha256
@@ -277,11 +278,18 @@ def _count_parameters(variables: dict) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))):,}"
 
 
-def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
-    """Checks that the output fits the loss, and that a file can hold the weights."""
+# Cached: most runs of a sweep have the same network, and each call traces it.
+@functools.lru_cache(maxsize=16)
+def _output_and_variables(model: Network) -> tuple:
+    """Returns the shapes of the output for one image and of the variables."""
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     init = model.clone(padding="zeros").init_with_output
-    output, variables = jax.eval_shape(init, jax.random.key(0), image)
+    return eval_shape(init, jax.random.key(0), image)
+
+
+def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
+    """Checks that the output fits the loss, and that a file can hold the weights."""
+    output, variables = _output_and_variables(model)
     try:
         weights.torchvision_keys(variables)
     except ValueError as error:

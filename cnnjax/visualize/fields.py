@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from cnnjax import weights
 from cnnjax.models import Network
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.types import AnyArray
 from cnnjax.visualize.stages import check_stage, receptive_field, stage_maps
 
@@ -37,7 +38,7 @@ def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...],
     if size[0] <= height and size[1] <= width:
         return size, unit, tuple(slice(start, end + 1) for start, end in zip(first, last))
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    maps = jax.eval_shape(
+    maps = eval_shape(
         lambda variables, image: stage_maps(model, variables, image, stage),
         weights.variable_shapes(model),
         image,

@@ -12,6 +12,7 @@ from cnnjax import inspect, weights
 from cnnjax.data import augment
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.types import AnyArray
 
 # Mean and standard deviation of each color, in units of 0 to 1.
@@ -24,7 +25,7 @@ def stage_channels(model: Network) -> dict[str, int]:
     # The fill changes neither names nor channels, and this one needs no large image.
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    shapes = jax.eval_shape(
+    shapes = eval_shape(
         lambda variables, image: apply(model, variables, image, method="stages"),
         weights.variable_shapes(model),
         image,

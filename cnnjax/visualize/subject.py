@@ -1,6 +1,7 @@
 """The subject of a command: a network, its variables and stages, and photographs."""
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -138,10 +139,15 @@ def _with_every_layer(model, name):
     return model.clone(every_layer=True)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _draw(model):
+    """Draws the variables of a network."""
+    image = jnp.zeros((1, *model.input_shape))
+    return model.init(jax.random.key(0), image)
+
+
 def _variables(model, options):
     if options.weights == "random":
-        image = jnp.zeros((1, *model.input_shape))
-        initialize = jax.jit(model.clone(padding="zeros").init)
-        return initialize(jax.random.key(0), image)
+        return _draw(model.clone(padding="zeros"))
     file = weights.fetch(options.model) if options.weights == "imagenet" else options.weights
     return weights.load_torchvision(file, model, options.missing)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from cnnjax.models import Network
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import files
 
@@ -102,7 +103,7 @@ def variable_shapes(model: Network) -> dict:
 @functools.lru_cache(maxsize=64)
 def _variable_shapes(model: Network) -> dict:
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
-    trace = lambda: jax.eval_shape(model.init, jax.random.key(0), image)
+    trace = lambda: eval_shape(model.init, jax.random.key(0), image)
     if model.padding == "zeros":
         return trace()
     if model.padding in ("none", "full"):
@@ -117,9 +118,11 @@ def head(model: Network) -> frozenset[Path]:
 
     Auxiliary classifiers are among them.
     """
-    one = flax.traverse_util.flatten_dict(variable_shapes(model.clone(num_classes=1)))
-    two = flax.traverse_util.flatten_dict(variable_shapes(model.clone(num_classes=2)))
-    return frozenset(path for path in one if one[path].shape != two[path].shape)
+    # Any other number of classes; the shapes of the model's own are needed elsewhere, too.
+    other = model.clone(num_classes=1 if model.num_classes > 1 else 2)
+    shapes = flax.traverse_util.flatten_dict(variable_shapes(model))
+    others = flax.traverse_util.flatten_dict(variable_shapes(other))
+    return frozenset(path for path in shapes if shapes[path].shape != others[path].shape)
 
 
 def _check_missing(missing: Sequence[str], keys: dict[str, Path]) -> None:

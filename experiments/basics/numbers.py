@@ -14,6 +14,7 @@ from cnnjax import summary
 from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
+from cnnjax.nn.parameters import eval_shape
 
 
 def plane(image) -> jnp.ndarray:
@@ -162,7 +163,7 @@ def growth() -> list[dict]:
         if layer.kind != "Conv":
             continue
         image = jax.ShapeDtypeStruct(before.output, jnp.float32)
-        unfolded = jax.eval_shape(lambda x: unfold(x, (3, 3), 1, 1), image)
+        unfolded = eval_shape(lambda x: unfold(x, (3, 3), 1, 1), image)
         size = int(np.prod(before.output))
         result.append({"shape": before.output[1:], "input": size, "unfolded": unfolded.size})
     return result
@@ -333,7 +334,7 @@ def computed_size(n: int, p: int, k: int, s: int) -> int:
     kernel = jnp.zeros((k, k, 1, 1))
     image = jax.ShapeDtypeStruct((1, n, n, 1), jnp.float32)
     try:
-        return jax.eval_shape(lambda x: conv(x, kernel, stride=s, padding=p), image).shape[1]
+        return eval_shape(lambda x: conv(x, kernel, stride=s, padding=p), image).shape[1]
     except ValueError:
         return 0
 

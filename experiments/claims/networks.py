@@ -10,6 +10,7 @@ from cnnjax import summary
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.nn import Conv, conv, local_response_norm, max_pool
+from cnnjax.nn.parameters import eval_shape
 from cnnjax.weights import variable_shapes
 from experiments.claims.ledger import Section, Verdict, judge
 from experiments.claims.operations import layers, module_shape, pooled_size
@@ -802,7 +803,7 @@ def accepts(model: Network, variables: dict, size: int) -> bool:
     """Returns whether the network accepts images of `size` x `size` pixels."""
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
-        return jax.eval_shape(model.apply, variables, image).shape == (1, 1000)
+        return eval_shape(model.apply, variables, image).shape == (1, 1000)
     except Exception:
         # Flax and lax raise errors of several types for a wrong size.
         return False

@@ -15,6 +15,7 @@ from cnnjax.data import sources
 from cnnjax.models import create_model
 from cnnjax.models.mlp import MLP
 from cnnjax.nn import Conv, Dense, avg_pool, conv, local_response_norm, max_pool
+from cnnjax.nn.parameters import eval_shape
 from experiments.claims.ledger import Section, Verdict, judge, not_computed
 
 OPERATIONS = Section("Operations: sizes, padding, pooling, worked examples")
@@ -31,13 +32,13 @@ def layers(name: str, **fields) -> tuple[summary.Layer, ...]:
 
 def output_shape(function, *shape: int) -> tuple[int, ...]:
     """Returns the output shape of a function for an array of `shape`."""
-    return jax.eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+    return eval_shape(function, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
 def parameter_count(module: nn.Module, *shape: int) -> int:
     """Returns the number of parameters of a module for inputs of `shape`."""
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    variables = eval_shape(module.init, jax.random.key(0), image)
     return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
@@ -126,7 +127,7 @@ def sizes_kept() -> Verdict:
 
 @OPERATIONS.claim("A27", "Inha", "A fully connected layer reads a 32x32x3 image as 3072 values")
 def flattened_image() -> Verdict:
-    kernel = jax.eval_shape(
+    kernel = eval_shape(
         Dense(1).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32 * 32 * 3), jnp.float32)
     )["params"]["kernel"]
     return judge(kernel.shape[0] == 3072, {"inputs": kernel.shape[0]})
@@ -541,7 +542,7 @@ def several_maps() -> Verdict:
 def filters_of_one_channel() -> Verdict:
     layer = Conv(4, 3, padding=1, use_bias=False)
     image = jax.ShapeDtypeStruct((1, 128, 128, 1), jnp.float32)
-    kernel = jax.eval_shape(layer.init, jax.random.key(0), image)["params"]["kernel"]
+    kernel = eval_shape(layer.init, jax.random.key(0), image)["params"]["kernel"]
     rows, columns, inputs, filters = kernel.shape
     ours = (filters, inputs, rows, columns)
     shape = module_shape(layer, 1, 128, 128, 1)

@@ -39,7 +39,8 @@ def parameter(key: str, shape: tuple[int, ...]) -> np.ndarray:
         return (
             1 + 0.2 * u if key.endswith("weight") else 0.1 * u
         )  # BatchNorm's scale; any bias or running mean
-    return u * np.float32(np.sqrt(6 / np.prod(shape[1:])))
+    u *= np.float32(np.sqrt(6 / np.prod(shape[1:])))
+    return u
 
 
 def images(batch: int, size: int, key: str = "input") -> np.ndarray:
