@@ -20,7 +20,7 @@ class ParameterShapeError(ValueError):
 
 
 def eval_shape(function: Callable, *arguments) -> Any:
-    """Returns the shapes of a function's outputs, as `jax.eval_shape` does, in half of the time.
+    """Returns the shapes of a function's outputs, as `jax.eval_shape` does, in less time.
 
     The function is traced as plain lax calls and without the layers' initializers: their forms for
     the CPU and their random numbers change no shape, and are most of what there is to trace.
