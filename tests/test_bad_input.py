@@ -175,6 +175,7 @@ CASES = [
         (*TRAIN, "--config.padding=reflect"),
         "padding is not a key of the configuration; did you mean model_fields.padding?",
     ),
+    ((*STUDY, "--config.model_fields.x=1"), "model_fields.x is not a key of the configuration"),
     (
         (*STUDY, "--config.kind=dance"),
         "kind='dance' of the configuration is not one of position, train",
