@@ -10,7 +10,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cnnjax.train.optimizers import OPTIMIZERS, optimizer
@@ -116,13 +115,6 @@ def test_schedules():
     np.testing.assert_array_equal(
         learning_rates({"name": "plateau", "learning_rate": 0.5}, 2, 2), [0.5] * 4
     )
-    # These are made without optax, and equal to its own.
-    parts = [optax.linear_schedule(0.0, 0.1, 1), optax.constant_schedule(0.1)]
-    expected = optax.join_schedules(parts, [0])(np.arange(4, dtype=np.float32))
-    for name in ("constant", "plateau"):
-        rates = learning_rates({"name": name, "learning_rate": 0.1}, 2, 2)
-        np.testing.assert_array_equal(rates, expected)
-        assert rates.dtype == np.float32
 
 
 def test_fractions_of_epochs_are_rounded_to_steps():

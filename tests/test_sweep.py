@@ -234,7 +234,7 @@ def test_runs_that_another_configuration_finishes_meanwhile_end_the_sweep(
 
 
 def test_a_started_run_goes_on_with_skip_damaged(run_sweep, tmp_path):
-    """Like `workers` and what is said of checkpoints, it changes no result so far."""
+    """Like `workers`, it changes no result so far."""
 
     def find_damage(config, folder):
         (folder / "metrics.jsonl").touch()

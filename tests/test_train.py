@@ -637,6 +637,8 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
 
 
 @pytest.mark.slow
+# The rate is infinite in float32, of which NumPy warns unless jax has cached the number.
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
     """The only step has a finite loss but breaks the parameters."""
     with pytest.raises(FloatingPointError, match="a parameter is not finite after step 1 "):
@@ -1041,11 +1043,11 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
         workdir.check_config(folder, config.to_dict())
 
 
-def test_a_run_goes_on_with_keys_that_change_no_result(tmp_path):
+def test_a_run_goes_on_with_other_workers(tmp_path):
     config = defaults.get_config()
     folder = workdir.prepare(tmp_path / "run", config.to_dict())
     (folder / "metrics.jsonl").touch()
-    config.update(workers=0, checkpoint_every_steps=7, keep_checkpoints=1)
+    config.workers = 0
     assert is_equivalent(config, folder)
     adopt_changes(config, folder)
     workdir.check_config(folder, config.to_dict())

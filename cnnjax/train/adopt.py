@@ -20,7 +20,7 @@ _LOG = logging.getLogger("cnnjax")
 EXTENDED = "extended.json"
 # Keys that change nothing in the steps that a run has taken. `skip_damaged` may only be turned on,
 # since a damaged image would have ended the run before.
-_EQUIVALENT = {"checkpoint_every_steps", "keep_checkpoints", "skip_damaged", "workers"}
+_EQUIVALENT = {"skip_damaged", "workers"}
 # The keys that a run may adopt after it has begun.
 _ADOPTED = {"data_dir", "epochs"} | _EQUIVALENT
 
@@ -82,8 +82,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
       extended.json then records the earlier results.
     - A run continues with another `data_dir` if it holds the same images.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
-    - A run continues with other `workers`, `checkpoint_every_steps` and `keep_checkpoints`, which
-      change no result.
+    - A run continues with other `workers`, which change no result.
 
     All other differences stay in the record, and are refused later.
 

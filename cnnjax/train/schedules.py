@@ -109,9 +109,6 @@ def learning_rates(
     rate = complete["learning_rate"]
     warmup = round(complete["warmup_epochs"] * steps_per_epoch)
     name = schedule["name"]
-    if name in ("constant", "plateau") and not warmup:
-        # The same as below; optax would compile several small programs.
-        return np.full(total, rate, np.float32)
     if name == "step":
         changes = complete["epochs"] or np.arange(complete["every"], epochs, complete["every"])
         factors: dict[int, float] = {}
