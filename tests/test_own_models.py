@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_an_edited_file_and_says_so(own, tmp_path, capfd):
     # As if it had been killed after its last checkpoint.
     (run / "results.json").unlink()
     path.write_text(path.read_text() + "# edited\n")
-    assert "is not as it was" not in capfd.readouterr().err
+    assert "has changed since the run was trained" not in capfd.readouterr().err
     assert main.main(arguments) == 0
     assert f"{path} has changed since the run was trained" in capfd.readouterr().err
     second = json.loads((run / "results.json").read_text())["network_sha256"]

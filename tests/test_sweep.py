@@ -322,6 +322,7 @@ def finished_runs(folder: pathlib.Path, *results: dict) -> list[sweep.Run]:
 def test_other_initial_weights_are_refused_and_other_networks_warned_of(tmp_path, caplog):
     """Results of earlier versions, here those of seed 1, do not have what is compared."""
     caplog.set_level("WARNING", "cnnjax")
+    sweep._warn_once.cache_clear()
     one = {"network_sha256": "n1", "initial_weights_sha256": "w1"}
     runs = finished_runs(
         tmp_path, one, {}, one | {"network_sha256": "n2"}, one | {"initial_weights_sha256": "w2"}
