@@ -260,20 +260,21 @@ class Study:
         """Returns the recorded paths of files that are elsewhere now, with the same contents."""
         earlier = recorded.get("contents") or {}
         places = _list_files(recorded, self.files)
-        files = _list_files(settings, self.files)
+        paths = _list_files(settings, self.files)
         for name, text in settings.get("contents", {}).items():
             # The photographs of packages ("") have an order of their own.
-            if earlier.get(name) == text != _ABSENT and files[name] and places.get(name):
-                files[name] = places[name]
+            if earlier.get(name) == text != _ABSENT and paths[name] and places.get(name):
+                paths[name] = places[name]
         kept: dict[str, Any] = {}
-        for option in self.files:
+        # Options that are axes are in the points, not in the settings.
+        for option in set(self.files) & set(settings):
             value = settings[option]
             if isinstance(value, dict):
-                kept[option] = {name: [files[name], *rest] for name, (_, *rest) in value.items()}
+                kept[option] = {name: [paths[name], *rest] for name, (_, *rest) in value.items()}
             elif isinstance(value, list):
-                kept[option] = [[name, files[name]] for name, _ in value]
+                kept[option] = [[name, paths[name]] for name, _ in value]
             else:
-                kept[option] = files.get(option)
+                kept[option] = paths.get(option)
         return kept
 
     def _record_drawing(
@@ -336,22 +337,22 @@ def take_places(
 
 def _list_files(settings: dict, options: tuple[str, ...]) -> dict[str, str | os.PathLike]:
     """Returns the files that options name, by the option or by the names in its value."""
-    files: dict[str, str | os.PathLike] = {}
+    paths: dict[str, str | os.PathLike] = {}
     for option in options:
         value = settings.get(option)
         if isinstance(value, dict):
-            files |= {name: file for name, (file, *_) in value.items()}
+            paths |= {name: file for name, (file, *_) in value.items()}
         elif isinstance(value, list):
-            files |= dict(value)
+            paths |= dict(value)
         elif value is not None:
-            files[option] = value
-    return files
+            paths[option] = value
+    return paths
 
 
-def _digest_contents(files: dict[str, str | os.PathLike]) -> dict[str, str]:
+def _digest_contents(paths: dict[str, str | os.PathLike]) -> dict[str, str]:
     """Returns digests of photographs and of files of weights."""
     contents = {}
-    for name, file in files.items():
+    for name, file in paths.items():
         if name == "photographs":
             # "" for those that packages carry.
             contents[name] = photographs.digest(file)

@@ -18,8 +18,8 @@ reason. If no run can start, the exit code is 2, and no table is written.
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import logging
 import pathlib
 import sys
@@ -57,6 +57,8 @@ class Run:
     folder: pathlib.Path
     # Whether it is finished and known to be of this configuration.
     is_checked: bool = False
+    # Whether the log says that its network's file has another content than that of another run.
+    is_warned_of: bool = False
 
     @property
     def name(self) -> str:
@@ -177,6 +179,7 @@ def finish_runs(runs: list[Run], folder: pathlib.Path, refused: dict[str, str]) 
     Raises:
         workdir.OtherConfiguration: if another process has begun or finished a run with another
             configuration.
+        ValueError: as `check_files`.
     """
     numbers = {run.name: number for number, run in enumerate(runs, 1)}
     pending = [run for run in runs if not run.is_done]
@@ -272,20 +275,17 @@ def check_files(runs: list[Run]) -> None:
                 continue
             difference = (
                 f"{other.name} and {run.name} were trained with different contents of "
-                f"{keys[0]}={run.config[keys[0]]!r}"
+                + ", ".join(f"{key}={run.config[key]!r}" for key in keys)
             )
             if name != "network_sha256":
                 raise ValueError(
                     f"{difference}; remove the folders of runs with the contents that are not "
                     "wanted, or choose another --workdir"
                 )
-            _warn_once(f"{difference}; their networks may differ")
-
-
-# Cached, since a table is written after every run.
-@functools.cache
-def _warn_once(message: str) -> None:
-    _LOG.warning("%s", message)
+            # A table is written after every run.
+            if not run.is_warned_of:
+                _LOG.warning("%s; their networks may differ", difference)
+                run.is_warned_of = True
 
 
 def summarize(values: list[float]) -> dict:
@@ -316,6 +316,7 @@ def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
     rows = []
     for name, members in groups.items():
         finals = []
+        # "cell" is what earlier versions call a setting, for those who read sweep.json.
         row: dict = {"cell": name, "failed": [], "unfinished": []}
         for run in members:
             # A run that was refused here may have been finished on another machine since.
@@ -412,11 +413,12 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
     refused: dict[str, str] = {}
     try:
         finish_runs(runs, options.workdir, refused)
-    except workdir.Interrupted:
-        write_table(options.workdir, runs, refused)
-        raise
-    except KeyboardInterrupt as stop:
-        write_table(options.workdir, runs, refused)
+    except (workdir.Interrupted, KeyboardInterrupt) as stop:
+        # A refusal of the table must not hide that the sweep was stopped; the next call repeats it.
+        with contextlib.suppress(ValueError):
+            write_table(options.workdir, runs, refused)
+        if isinstance(stop, workdir.Interrupted):
+            raise
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
     for run in runs:
         # Another machine has finished it since.

@@ -20,10 +20,10 @@ from jaxtyping import Float, Integer
 
 from cnnjax import ridge, weights
 from cnnjax.data import splits
-from cnnjax.models import Network
+from cnnjax.models import Network, list_models
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.parameters import eval_shape
-from cnnjax.runtime import files, workdir
+from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
@@ -287,14 +287,15 @@ def _check_fields(file: pathlib.Path, model: Network) -> None:
             f"initial_weights={str(file)!r} are {record.network}'s ImageNet weights, which need "
             "model_fields.transform_input=True"
         )
-    config = file.with_name("config.json")
-    if file.name == WEIGHTS and config.is_file():
-        fields = files.read_json(config).get("model_fields", {})
-        was_transformed = fields.get("transform_input", False)
-        if was_transformed != is_transformed:
-            raise ValueError(
-                f"initial_weights={str(file)!r} need model_fields.transform_input={was_transformed}"
-            )
+    recorded = workdir.read_record(file.parent, "train") if file.name == WEIGHTS else None
+    # A network of the user's own may set the field by itself, and its file may have been moved.
+    if recorded is None or recorded["model"] not in list_models():
+        return
+    was_transformed = recorded["model_fields"].get("transform_input", False)
+    if was_transformed != is_transformed:
+        raise ValueError(
+            f"initial_weights={str(file)!r} need model_fields.transform_input={was_transformed}"
+        )
 
 
 # ------------------------------------------------------------------ frozen features

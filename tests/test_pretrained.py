@@ -467,7 +467,8 @@ def test_published_weights_are_not_taken_by_a_network_without_the_conversion(tmp
 @pytest.mark.parametrize("was_transformed", [True, False])
 def test_a_runs_weights_are_not_taken_by_a_network_of_another_input(was_transformed, tmp_path):
     finished_run(tmp_path / "run")
-    config = {"model_fields": {"transform_input": True} if was_transformed else {}}
+    fields = {"transform_input": True} if was_transformed else {}
+    config = {"kind": "train", "model": "googlenet", "model_fields": fields}
     files.write_json(tmp_path / "run" / "config.json", config)
     model = create_model("googlenet", num_classes=10, transform_input=not was_transformed)
     message = f"need model_fields.transform_input={was_transformed}"

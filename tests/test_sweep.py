@@ -262,6 +262,17 @@ def test_a_sweep_with_finished_runs_goes_on_with_skip_damaged(run_sweep, tmp_pat
     assert run_sweep() == 2
 
 
+def test_a_table_that_is_refused_does_not_hide_that_the_sweep_was_stopped(run_sweep, monkeypatch):
+    def refuse(*given):
+        raise ValueError("other images")
+
+    def stop(config, folder):
+        raise workdir.Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(sweep, "write_table", refuse)
+    assert run_sweep(stop) == 75
+
+
 def test_a_sweep_goes_on_with_other_workers(run_sweep, tmp_path):
     """So do finished and started runs: the number changes no result."""
 
@@ -322,7 +333,6 @@ def finished_runs(folder: pathlib.Path, *results: dict) -> list[sweep.Run]:
 def test_other_initial_weights_are_refused_and_other_networks_warned_of(tmp_path, caplog):
     """Results of earlier versions, here those of seed 1, do not have what is compared."""
     caplog.set_level("WARNING", "cnnjax")
-    sweep._warn_once.cache_clear()
     one = {"network_sha256": "n1", "initial_weights_sha256": "w1"}
     runs = finished_runs(
         tmp_path, one, {}, one | {"network_sha256": "n2"}, one | {"initial_weights_sha256": "w2"}

@@ -1057,6 +1057,10 @@ def test_a_run_goes_on_with_other_workers(tmp_path):
     assert not is_equivalent(config, folder)
     adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == record
+    # Nor do keys change whose run is refused for another one that a run may adopt.
+    config.update(seed=0, epochs=config.epochs + 1)
+    adopt_changes(config, folder)
+    assert (folder / "config.json").read_bytes() == record
 
 
 @pytest.mark.slow

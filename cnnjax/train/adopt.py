@@ -98,9 +98,13 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     if recorded is None:
         return
     recorded = _take_data_dir(folder, recorded, config)
-    recorded = _take_equivalent(folder, recorded, config)
-    if _is_longer(recorded, config) and _was_finished(folder):
-        _add_epochs(folder, recorded, config)
+    taken = recorded | {key: config[key] for key in _equivalent_keys(config)}
+    if _is_longer(taken, config) and _was_finished(folder):
+        _add_epochs(folder, taken, config)
+    elif taken != recorded and not _differences(taken, config):
+        files.write_json(folder / "config.json", taken)
+        changed = sorted(key for key in taken if taken[key] != recorded.get(key))
+        _LOG.info("%s has %s now", folder, ", ".join(f"{key}={taken[key]}" for key in changed))
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
@@ -132,24 +136,6 @@ def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         steps = checkpoints.steps()
         return checkpoints.record(steps[-1]).get("data", {}) if steps else {}
-
-
-def _take_equivalent(
-    folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict
-) -> dict:
-    """Returns a run's record with the present values of the keys that change no result.
-
-    The record stays as it is if the configurations differ in keys that no run adopts.
-    """
-    differences = _differences(recorded, config)
-    keys = sorted(differences & _equivalent_keys(config))
-    if not keys or not differences <= _ADOPTED:
-        return recorded
-    present = {key: config[key] for key in keys}
-    files.write_json(folder / "config.json", recorded | present)
-    settings = ", ".join(f"{key}={value}" for key, value in present.items())
-    _LOG.info("%s goes on with %s", folder, settings)
-    return recorded | present
 
 
 def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
