@@ -31,7 +31,13 @@ from matplotlib.figure import Figure
 from cnnjax import study
 from cnnjax.data import photographs
 from cnnjax.nn import conv, relu
-from cnnjax.position.encoder import FEATURE_SIZE, encode, normalize, random_encoder
+from cnnjax.position.encoder import (
+    FEATURE_SIZE,
+    GRIDS,
+    encode_on_grids,
+    normalize,
+    random_encoder,
+)
 from cnnjax.position.metrics import scores
 from cnnjax.position.patterns import ALIGNED
 from cnnjax.position.readout import fit_exact, fit_sgd
@@ -43,7 +49,6 @@ _HELD_OUT = 32
 _TEST = 32
 ENCODERS = ("resnet18", "vgg11", "vgg16")
 IMAGES = ("photographs", "shuffled", "noise")
-GRIDS = ("corners", "registered")
 # No padding, and the fills that keep every position where it is, as registered stages need.
 PADDINGS = ("none", *ALIGNED)
 
@@ -204,11 +209,7 @@ def encode_grids(point: Point, images: np.ndarray) -> dict[str, np.ndarray]:
     Returns the joined stages [n, 28, 28, channels] by grid.
     """
     model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
-    features = {}
-    for grid in GRIDS:
-        is_registered = grid == "registered"
-        features[grid] = encode(model, variables, images, stages, is_registered=is_registered)
-    return features
+    return encode_on_grids(model, variables, images, stages, GRIDS)
 
 
 # --- What a border does to noise ------------------------------------------------------------------

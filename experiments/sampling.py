@@ -36,8 +36,7 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, classify, train_epochs
-from experiments.transfer import choose, resize
+from cnnjax.train.small import check_counts, choose, classify, resize, train_epochs
 
 # The side of a window over that of its image.
 _SHARE = 24 / 32

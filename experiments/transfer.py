@@ -29,7 +29,6 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -39,7 +38,7 @@ from cnnjax.models import create_model
 from cnnjax.runtime import command, files, tables, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, loop
-from cnnjax.train.small import check_counts, pooled_features
+from cnnjax.train.small import check_counts, choose, pooled_features, resize
 
 STUDIES = ("labels", "halves")
 SHARES = (0.01, 0.1, 1.0)
@@ -204,23 +203,6 @@ def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
     return order[np.argsort(rank[order], kind="stable")]
-
-
-def resize(split: arrays.Split, size: int) -> arrays.Split:
-    """Returns images of `size` pixels a side, uint8, bilinear."""
-
-    @jax.jit
-    def resized(images):
-        shape = (len(images), size, size, 3)
-        enlarged = jax.image.resize(images.astype(np.float32), shape, "bilinear")
-        return enlarged.round().astype(np.uint8)
-
-    parts = [np.asarray(resized(part)) for part in np.array_split(split.images, 10)]
-    return arrays.Split(np.concatenate(parts), split.labels)
-
-
-def choose(split: arrays.Split, numbers) -> arrays.Split:
-    return arrays.Split(split.images[numbers], split.labels[numbers])
 
 
 def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:

@@ -24,7 +24,9 @@ _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_p
 def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
     """Checks a configuration before anything is computed.
 
-    `folder` is the work directory, which training looks into and a study does not.
+    Args:
+      config: the configuration.
+      folder: the work directory, which `cnnjax.main` gives to every job; not used here.
 
     Raises:
       ValueError: with the key, its value and what is accepted.

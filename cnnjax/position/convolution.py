@@ -1,4 +1,4 @@
-"""The convolution of readouts of position: unpadded, over standardized features."""
+"""The scaler of features and the unpadded convolution that both readouts of position share."""
 
 import functools
 import operator
@@ -13,13 +13,14 @@ from cnnjax.runtime.types import AnyArray
 
 @jax.jit
 def fit_scaler(features: Float[AnyArray, "n height width channels"]) -> ridge.Scaler:
-    # Features are cast to the type of their scaler. In float16, sums over positions would overflow.
+    """Fits a scaler in float32 or more: in float16, sums over positions would overflow."""
     dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
     return ridge.fit_scaler(features.astype(dtype))
 
 
 @jax.jit
 def apply_scaler(scaler: ridge.Scaler, features: Float[AnyArray, "n height width channels"]):
+    """Standardizes features, in the type of their scaler."""
     return scaler(features.astype(scaler.mean.dtype))
 
 

@@ -24,6 +24,8 @@ from cnnjax.weights import variable_shapes
 
 FEATURE_SIZE = 28  # Islam et al. 2020, section 3.2: every stage is resized to 28x28
 _BATCH = 8
+# Where stages are sampled: with aligned corners, as the authors do, or all at the same pixels.
+GRIDS = ("corners", "registered")
 # The mean and standard deviation by which `normalize` standardizes pixels from 0 to 1.
 _MOMENTS = {"imagenet": augment.IMAGENET, "unit": (np.zeros(3, np.float32), np.ones(3, np.float32))}
 PIXELS = tuple(_MOMENTS)
@@ -192,7 +194,11 @@ def interpolation(places: np.ndarray, side: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
-def _joined_stages(model, variables, images, stages, pixels, key, samplers=None):
+def _joined_stages(model, variables, images, stages, pixels, key, grids=(None,)):
+    """Runs the encoder, and joins its stages on each grid.
+
+    A grid is a matrix of interpolation for each stage, or None for aligned corners.
+    """
     maps = model.apply(
         variables,
         normalize(images, pixels),
@@ -201,9 +207,13 @@ def _joined_stages(model, variables, images, stages, pixels, key, samplers=None)
         rngs={"padding": key},
     )
     check_stages(maps, stages)
+    return [_join([maps[stage] for stage in stages], samplers) for samplers in grids]
+
+
+def _join(maps, samplers):
     resized = []
-    for number, stage in enumerate(stages):
-        features = maps[stage].astype(jnp.float32)
+    for number, features in enumerate(maps):
+        features = features.astype(jnp.float32)
         if samplers is None:
             resized.append(resize(features, FEATURE_SIZE))
         else:
@@ -240,25 +250,46 @@ def encode(
 
     Raises `ValueError` if a stage is unknown or comes after the last one.
     """
+    grid = "registered" if is_registered else "corners"
+    return encode_on_grids(model, variables, images, stages, (grid,), pixels, first)[grid]
+
+
+def encode_on_grids(
+    model: Network,
+    variables: dict,
+    images: UInt8[np.ndarray, "n height width 3"],
+    stages: Sequence[str],
+    grids: Sequence[str],
+    pixels: str = "imagenet",
+    first: int = 0,
+) -> dict[str, Float[np.ndarray, "n 28 28 channels"]]:
+    """Encodes like `encode`, on each of several `GRIDS`, in one run of the encoder."""
     stages = tuple(stages)
-    samplers = None
-    if is_registered:
-        shapes = stage_shapes(model, images.shape[1], stages[-1])
-        check_stages(shapes, stages)
-        sides = [shapes[stage][1] for stage in stages]
-        places = registered(model, stages, sides)
-        samplers = [interpolation(*line) for line in zip(places, sides)]
-    features = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
+    samplers = [_samplers(model, images.shape[1], stages, grid) for grid in grids]
+    features: dict[str, np.ndarray] = {}
+    for grid in grids:
+        features[grid] = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(first + start)
         encoded = _joined_stages(model, variables, batch, stages, pixels, key, samplers)
-        encoded = np.asarray(encoded)
-        if start == 0:
-            # Now the number of channels is known. The array is allocated once, since the features
-            # of a study may take gigabytes.
-            features = np.empty((len(images), *encoded.shape[1:]), np.float32)
-        features[start : start + count] = encoded[:count]
+        for grid, part in zip(grids, encoded):
+            if start == 0:
+                # Now the number of channels is known. The array is allocated once, since the
+                # features of a study may take gigabytes.
+                features[grid] = np.empty((len(images), *part.shape[1:]), np.float32)
+            features[grid][start : start + count] = np.asarray(part)[:count]
     return features
+
+
+def _samplers(model, size, stages, grid):
+    """Returns a matrix of interpolation for each stage; None for aligned corners."""
+    if grid == "corners":
+        return None
+    shapes = stage_shapes(model, size, stages[-1])
+    check_stages(shapes, stages)
+    sides = [shapes[stage][1] for stage in stages]
+    places = registered(model, stages, sides)
+    return [interpolation(*line) for line in zip(places, sides)]
 
 
 # ------------------------------------------------------------------ encoding with an on-disk cache

@@ -72,7 +72,7 @@ class Exact(NamedTuple):
 
 @jax.jit
 def _read_exact(scaler, features, kernel, intercept):
-    return convolve(scaler(features), kernel) + intercept
+    return convolve(apply_scaler(scaler, features), kernel) + intercept
 
 
 def fit_exact(

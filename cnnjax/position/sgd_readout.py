@@ -49,7 +49,7 @@ class Sgd(NamedTuple):
 
 @jax.jit
 def _read_sgd(scaler, layers, moments, features):
-    return _forward(layers, scaler(features), moments)[0]
+    return _forward(layers, apply_scaler(scaler, features), moments)[0]
 
 
 def fit_sgd(

@@ -85,10 +85,29 @@ def pooled_features(
 
     The variables of later stages may be absent.
     """
+    variables = jax.device_put(variables)
     parts = []
     for start in range(0, len(images), batch_size):
         parts.append(_pooled(model, variables, images[start : start + batch_size], stage))
     return np.concatenate(parts)
+
+
+def resize(split: arrays.Split, size: int) -> arrays.Split:
+    """Returns images of `size` pixels a side, uint8, bilinear."""
+
+    @jax.jit
+    def resized(images):
+        shape = (len(images), size, size, 3)
+        enlarged = jax.image.resize(images.astype(np.float32), shape, "bilinear")
+        return enlarged.round().astype(np.uint8)
+
+    parts = [np.asarray(resized(part)) for part in np.array_split(split.images, 10)]
+    return arrays.Split(np.concatenate(parts), split.labels)
+
+
+def choose(split: arrays.Split, numbers) -> arrays.Split:
+    """Returns some images, by a slice, a mask or their numbers."""
+    return arrays.Split(split.images[numbers], split.labels[numbers])
 
 
 def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
