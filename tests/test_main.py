@@ -130,29 +130,25 @@ exit(command.run(work))
     assert done.returncode == command.RESUMABLE
 
 
-def test_names_that_an_encoding_lacks_are_printed():
-    names = [os.fsdecode(b"caf\xe9.jpg"), "café ± 猫"]
+@pytest.mark.parametrize(
+    "encoding, printed",
+    [
+        # A UTF-8 locale is strict, while the C locale accepts every name.
+        ("utf-8:strict", [b"caf\xe9.jpg", "café ± 猫".encode(), "é".encode() + b"\xff"]),
+        ("ascii", [b"caf\xe9.jpg", rb"caf\xe9 \xb1 \u732b", rb"\xe9" + b"\xff"]),
+    ],
+)
+def test_names_that_an_encoding_lacks_are_printed(encoding, printed):
+    """Bytes that are not UTF-8 are printed as they are, also after another such character."""
+    names = [os.fsdecode(b"caf\xe9.jpg"), "café ± 猫", os.fsdecode("é".encode() + b"\xff")]
     print_names = f"[print(name) for name in {names!a}]"
     program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"caf\xe9.jpg\n" + rb"caf\xe9 \xb1 \u732b" + b"\n"
-
-
-def test_names_that_are_not_utf8_are_printed_as_they_are():
-    names = [os.fsdecode(b"caf\xe9.jpg"), "café.jpg"]
-    print_names = f"[print(name) for name in {names!a}]"
-    program = f"from cnnjax.runtime import command; exit(command.run(lambda: {print_names}))"
-    # A UTF-8 locale is strict, while the C locale accepts every name.
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"caf\xe9.jpg\n" + "café.jpg\n".encode()
+    assert done.stdout.splitlines() == printed
 
 
 def test_a_pipe_to_a_dead_process_is_an_error(capsys):

@@ -21,7 +21,7 @@ UNREAD = 141
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
 # Python's handlers of characters that an encoding lacks; the second is that of the C locale.
-_LOSES_NAMES = ("strict", "surrogateescape")
+_LOSSY_HANDLERS = ("strict", "surrogateescape")
 
 
 def path(text: str) -> pathlib.Path:
@@ -129,26 +129,30 @@ def _is_output_closed() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
-def _lose(stream: int) -> None:
+def _discard(stream: int) -> None:
     """Sends what is left of an output without a reader into the null device.
 
     Python flushes its buffers when it ends, which cannot fail there.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), stream)
 
 
-def _complain(message: object) -> None:
+def _print_error(message: object) -> None:
     """Prints to standard error, unless that is closed or nobody reads it."""
     if sys.stderr is None:
         return
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
-        _lose(_STANDARD_ERROR)
+        _discard(_STANDARD_ERROR)
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     """Writes what an encoding lacks: bytes of file names as they are, characters as \\x or \\u."""
+    # One character at a time: a byte of a name may follow a character that has no byte.
+    if isinstance(error, UnicodeEncodeError):
+        error.end = error.start + 1
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -162,7 +166,7 @@ def _print_every_name() -> None:
     output from a pipe gets the true name. Standard error prints all such names with backslashes.
     """
     # Notebooks and tests replace standard output by other objects.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _LOSES_NAMES:
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _LOSSY_HANDLERS:
         codecs.register_error("cnnjax", _escape)
         sys.stdout.reconfigure(errors="cnnjax")
 
@@ -187,28 +191,28 @@ def run(work: Callable[[], None]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except workdir.Interrupted as stop:
-        _complain(stop)
+        _print_error(stop)
         return RESUMABLE
     except KeyboardInterrupt:
-        _complain("interrupted: what was finished is whole, nothing else was written")
+        _print_error("interrupted: what was finished is whole, nothing else was written")
         return 130
     except ModuleNotFoundError as error:
         # An installation without extras lacks packages that some commands import.
         if "--debug" in sys.argv or (error.name or "").startswith("cnnjax"):
             raise
-        _complain(
+        _print_error(
             f"error: {error.name} is not installed; in a checkout of cnnjax, pip install '.[all]' "
             "installs what all commands import"
         )
         return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            _lose(_STANDARD_OUTPUT)
+            _discard(_STANDARD_OUTPUT)
             return UNREAD
         if "--debug" in sys.argv:
             raise
         # XLA's messages have many lines.
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        _complain(f"error: {first}")
+        _print_error(f"error: {first}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0

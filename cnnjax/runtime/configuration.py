@@ -89,7 +89,7 @@ def override(
     changed = copy.deepcopy(config)
     known = flatten(config)
     for key, value in changes.items():
-        _check_key(key, config)
+        _check_key(key, known, _OPEN_SECTION in config)
         _check_type(key, value, known)
         try:
             changed.update_from_flattened_dict({key: to_tuples(value)})
@@ -128,7 +128,7 @@ def check_keys(
     """
     known = flatten(defaults)
     for key, value in flatten(config).items():
-        _check_key(key, defaults)
+        _check_key(key, known, _OPEN_SECTION in defaults)
         _check_type(key, value, known)
     if missing := [key for key in defaults if key not in config]:
         raise ValueError(
@@ -224,11 +224,8 @@ def _is_open(key: str) -> bool:
     return section == _OPEN_SECTION and field.isidentifier()
 
 
-def _check_key(key: str, config: ml_collections.ConfigDict) -> None:
-    """Raises `ValueError` for a key that neither the configuration nor its open section has."""
-    known = flatten(config)
-    is_open = _is_open(key) and _OPEN_SECTION in config
-    if key not in known and not is_open:
+def _check_key(key: str, known: Mapping[str, Any], has_open_section: bool) -> None:
+    if key not in known and not (has_open_section and _is_open(key)):
         raise ValueError(_describe_unknown(key, known))
 
 

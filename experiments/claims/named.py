@@ -92,5 +92,5 @@ STATEMENTS = (
     ),
 )
 
-for id, sources, statement, reason in STATEMENTS:
-    NAMED.claim(id, sources, statement)(functools.partial(not_computed, reason))
+for _id, _sources, _statement, _reason in STATEMENTS:
+    NAMED.claim(_id, _sources, _statement)(functools.partial(not_computed, _reason))
