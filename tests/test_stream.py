@@ -54,6 +54,8 @@ def read(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the batches of training steps; without steps, those of an evaluation."""
     if steps is None:
+        # An evaluation has neither an order to draw nor images to leave out.
+        assert not seed and not options
         batches = stream.EvaluationBatches(source, batch, size, resize)
     else:
         batches = stream.TrainingBatches(

@@ -288,6 +288,7 @@ def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
 
 
 def test_studies_declare_the_options_that_name_files():
+    declared = []
     for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.py"):
         if "study.Study(" in path.read_text():
             frame = importlib.import_module(f"experiments.{path.stem}").STUDY
@@ -296,6 +297,8 @@ def test_studies_declare_the_options_that_name_files():
             names = {action.dest for action in parser._actions}
             names &= {"photographs", "weights", "trained"}
             assert names - set(frame.axes) == set(frame.files), path
+            declared += frame.files
+    assert {"photographs", "weights", "trained"} == set(declared)
 
 
 def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
