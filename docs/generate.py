@@ -136,8 +136,8 @@ def experiments() -> str:
         lines.append(f"| `python -m experiments.{path.stem}` | {title} | {', '.join(links)} |")
     return (
         "# Experiments\n\n"
-        "Each command writes a report with tables and figures; `--help` explains it. The pages\n"
-        "have the results.\n\n"
+        "Each command writes a report; `--help` explains it. The last column names the pages that\n"
+        "use the command.\n\n"
         "| command | question or task | pages |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
     )
 
