@@ -213,9 +213,7 @@ def _check_processes(current: Run, origin: dict) -> None:
     Raises:
       ValueError: if their configuration, images, network or initial weights differ.
     """
-    # These two change nothing in what is trained.
-    config = current.config.to_dict() | {"data_dir": "", "workers": 0}
-    digest = files.digest({"config": config, **origin})
+    digest = files.digest({"config": current.config.to_dict(), **origin})
     # 28 bits, which fit into an int32.
     digests = current.parallel.gather(int(digest[:7], 16))
     for process, other in enumerate(digests):
