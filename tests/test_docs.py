@@ -111,3 +111,10 @@ def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
+    text = (ROOT / "docs" / "position_methods.md").read_text()
+    (block,) = re.findall(r"```python\n(from scipy.*?)```", text, re.DOTALL)
+    exec(block, {})
+    assert f"zeros: {capsys.readouterr().out.strip()}." in block
