@@ -1015,7 +1015,7 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     config.data_dir = "/nowhere"
     before = (folder / "config.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(training_data, "_digest_arrays", lambda *parts: "other")
+        patch.setattr(training_data, "digest_arrays", lambda *parts: "other")
         with pytest.raises(ValueError, match="digest=[0-9a-f]{8} then, other now"):
             adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
