@@ -339,6 +339,16 @@ def test_every_convolution_of_a_block_is_built(name):
     assert convolutions == ["conv1a", "conv2a", "conv2b", "conv2c", "conv2d", "conv2e"]
 
 
+def test_the_first_block_of_the_scene_network_has_stride_2_whatever_its_length():
+    model = create_model("scene_net", blocks=((2, 2, 2), (2, 2), (2,)), input_shape=(16, 16, 3))
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    for sampling in ("stride", "blur"):
+        run = functools.partial(model.clone(sampling=sampling).apply, method="stages")
+        stages = eval_shape(run, variable_shapes(model), image)
+        sizes = {name: y.shape[1] for name, y in stages.items() if name != "logits"}
+        assert sizes == {"block1": 8, "block2": 4, "block3": 2}
+
+
 def test_place_is_exact_in_float64():
     known = (np.arange(4.0), np.arange(4.0))
     to = (np.array([0.1]), np.array([0.7]))
