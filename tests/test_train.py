@@ -38,7 +38,7 @@ from cnnjax.train import results as training_results
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import Run, open_run, read_config
+from cnnjax.train.run import Run, build_run, open_run, read_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -567,6 +567,15 @@ def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
         open_run(tmp_path)
 
 
+@pytest.mark.parametrize("model, padding", [("alexnet", "zeros"), ("lenet", "none")])
+def test_images_that_are_too_small_are_named_with_the_network(model, padding):
+    config = defaults.get_config()
+    config.update({"model": model, "model_fields": {"padding": padding}, "parallel": "jit"})
+    message = f"^model='{model}' on images of 8x8x1: a .* padding='{padding}' has no output on a "
+    with pytest.raises(ValueError, match=message):
+        build_run(config).state_shapes()
+
+
 # Small enough for this process: three epochs of a linear network on digits.
 QUICK = {
     "model": "mlp1",
@@ -966,7 +975,11 @@ def test_of_several_processes_one_that_trains_something_else_is_named():
 
     same = number({"data": "a"})
     assert same == number({"data": "a"}) < 2**31
-    others = [number({"data": "b"}), number({"data": "a"}, seed=1), number({"data": "a"}, workers=7)]
+    others = [
+        number({"data": "b"}),
+        number({"data": "a"}, seed=1),
+        number({"data": "a"}, workers=7),
+    ]
     assert len({same, *others}) == 4
     with pytest.raises(ValueError, match="^process 2 of 3 has another configuration, images,"):
         check(lambda own: [own, own, own + 1], {})

@@ -1,10 +1,12 @@
 """A training run: built from its configuration, and reopened from its work directory."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -185,7 +187,10 @@ class Run:
 
     def state_shapes(self) -> step.State:
         """Returns the shapes and types of the state, without computing it."""
-        return jax.eval_shape(lambda: step.init(self.recipe, self.data.image_shape, self.numbers))
+        init = functools.partial(step.init, self.recipe, self.data.image_shape, self.numbers)
+        # `build_run` has traced the network under zeros. Under other fills, maps may be too small.
+        with _name_network(self.config.model, self.model):
+            return jax.eval_shape(init)
 
     def digest_initial_weights(self) -> str | None:
         """Hashes the file of `initial_weights`; returns None if there is none."""
@@ -278,6 +283,16 @@ def _count_parameters(variables: dict) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))):,}"
 
 
+@contextlib.contextmanager
+def _name_network(name: str, model: Network) -> Iterator[None]:
+    """Names the network and its image size in a `ValueError` of its layers."""
+    try:
+        yield
+    except ValueError as error:
+        size = "x".join(map(str, model.input_shape))
+        raise ValueError(f"model={name!r} on images of {size}: {error}") from error
+
+
 # Cached: most runs of a sweep have the same network, and each call traces it.
 @functools.lru_cache(maxsize=16)
 def _output_and_variables(model: Network) -> tuple:
@@ -289,7 +304,8 @@ def _output_and_variables(model: Network) -> tuple:
 
 def _check_network(config: ml_collections.ConfigDict, model: Network) -> None:
     """Checks that the output fits the loss, and that a file can hold the weights."""
-    output, variables = _output_and_variables(model)
+    with _name_network(config.model, model):
+        output, variables = _output_and_variables(model)
     try:
         weights.torchvision_keys(variables)
     except ValueError as error:
