@@ -21,7 +21,8 @@ from cnnjax.runtime import files, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import build_run, read_config
+from cnnjax.train.run import read_config
+from cnnjax.train.training import build_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]

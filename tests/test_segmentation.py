@@ -21,10 +21,9 @@ from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
-from cnnjax.train import defaults, evaluate, loop
-from cnnjax.train import run as training_run
+from cnnjax.train import defaults, evaluate, loop, training
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import build_run
+from cnnjax.train.training import build_run
 from cnnjax.weights import variable_shapes
 from experiments import multilabel, segmentation
 
@@ -487,7 +486,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
     )
     for name, value in (("_RING", 4), ("_SHOWN", (1, 5))):
         monkeypatch.setattr(segmentation, name, value)
-    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training, "Parallel", lambda way: Parallel("jit"))
     arguments = [
         "--workdir",
         str(tmp_path),
@@ -524,7 +523,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
 
 @pytest.mark.slow
 def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
-    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
     file = tmp_path / "weights.safetensors"
     weights.save_torchvision(

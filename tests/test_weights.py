@@ -17,7 +17,7 @@ from cnnjax import weights
 from cnnjax.models import Network, create_model, vgg
 from cnnjax.nn import Dense
 from cnnjax.train import defaults
-from cnnjax.train.run import build_run
+from cnnjax.train.training import build_run
 
 
 @pytest.fixture(scope="module")
