@@ -221,8 +221,8 @@ def load_initial_weights(
 ) -> dict:
     """Loads parts of a network from a weights file or a training run.
 
-    The file may be of another number of classes, and may lack modules that are not loaded. It must
-    hold nothing that the model lacks.
+    The file may be of another number of classes, and may lack parameters that are not loaded. It
+    must hold nothing that the model lacks.
 
     Args:
       path: as in `weights_file`.
@@ -247,15 +247,17 @@ def load_initial_weights(
         selected = frozenset(shapes) - weights.head(model)
 
     # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
-    # file: with the file's number of classes, and without the modules that the file lacks. The
+    # file: with the file's number of classes, and without the parameters that the file lacks. The
     # first axis of a head's tensors has the length of the number of classes.
     tensors = weights.read(file, keys)
     head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
-    classes = len(tensors[head_keys[0]]) if head_keys else model.num_classes
-    file_modules = {name.split(".")[0] for name in tensors}
-    missing_modules = {key.split(".")[0] for key in keys} - file_modules
+    classes = model.num_classes
+    if head_keys:
+        # A scalar has no axis, and `load_torchvision` says so.
+        (classes,) = tensors[head_keys[0]].shape[:1] or (classes,)
+    absent = sorted(key for key in keys if key not in tensors)
     file_model = model.clone(num_classes=classes)
-    loaded = flatten_dict(weights.load_torchvision(file, file_model, sorted(missing_modules)))
+    loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
 
     # What is selected must be there, in the shapes of the model itself.
     for key, variable in sorted(keys.items()):

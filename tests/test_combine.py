@@ -22,7 +22,8 @@ from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.data import digest_arrays
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import build_run, read_config
+from cnnjax.train.run import read_config
+from cnnjax.train.training import build_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -287,6 +288,59 @@ def test_statistics_need_one_batch_of_images():
         estimate(parallel, model, some(model, 0), moments, images, 16)
 
 
+@pytest.fixture
+def networks_of_a_frozen_norm():
+    """Two networks with equal statistics in the first BatchNorm, which was frozen."""
+    config = defaults.get_config()
+    config.update({"model": f"{__name__}:Tiny", "parallel": "jit", "batch_size": 16})
+    config.freeze = ("bn1.*",)
+    moments = (np.full(1, 0.4, np.float32), np.full(1, 0.2, np.float32))
+    members = [combination.Member(str(seed), some(Tiny(), seed), moments) for seed in (0, 1)]
+    for collection in ("params", "batch_stats"):
+        first, second = (member.variables[collection] for member in members)
+        second["bn1"] = first["bn1"]
+    some_split = arrays.Split(some_images(37), np.arange(37, dtype=np.int32) % 10)
+    data = arrays.Dataset(some_split, some_split, some_split, tuple("0123456789"))
+    return combination.Networks(config, members, data)
+
+
+def test_an_average_keeps_the_statistics_of_frozen_norms(networks_of_a_frozen_norm):
+    before = networks_of_a_frozen_norm.members[0].variables["batch_stats"]
+    after = networks_of_a_frozen_norm.average([0, 1]).variables["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, after["bn1"], before["bn1"])
+    # The second BatchNorm sees what the frozen one puts out.
+    variables = networks_of_a_frozen_norm.average([0, 1]).variables
+    images = networks_of_a_frozen_norm.data.train.images
+    order = np.random.default_rng(0).permutation(37)[:32]
+    normalized = (images[order] / np.float32(255) - 0.4) / 0.2
+    _, intermediates = Tiny().apply(
+        variables, normalized, capture_intermediates=True, mutable=["intermediates"]
+    )
+    (inputs,) = intermediates["intermediates"]["conv2"]["__call__"]
+    np.testing.assert_allclose(after["bn2"]["mean"], inputs.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(after["bn2"]["var"], inputs.var((0, 1, 2), ddof=1), rtol=1e-4)
+
+
+def test_coefficients_are_learned_with_frozen_norms(networks_of_a_frozen_norm, monkeypatch):
+    """If all are frozen, the loss is that of the network in evaluation mode."""
+    networks = networks_of_a_frozen_norm
+    losses = []
+
+    def learn(loss, trees, batches, by_layer):
+        batch = next(iter(batches))
+        losses.append(float(loss(trees[0], batch)))
+        logits = networks.logits(networks.members[0], batch[0], evaluate.logits)
+        log_probabilities = jax.nn.log_softmax(logits)
+        losses.append(-float(np.mean(log_probabilities[np.arange(len(logits)), batch[1]])))
+
+    monkeypatch.setattr(combination, "learned", learn)
+    networks.learn(by_layer=False)
+    networks.frozen = transfer.select(networks.model, ("bn*",))
+    networks.learn(by_layer=False)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[3], rel=1e-5)
+
+
 # ------------------------------------------------------------------ which runs
 
 
@@ -361,6 +415,18 @@ def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
     for name, kind in (("a", "cross_entropy"), ("b", loss)):
         configs[tmp_path / name] = defaults.get_config().to_dict() | {"loss": kind}
     with pytest.raises(ValueError, match=f"^{tmp_path / 'b'} has loss='{loss}'; runs that are"):
+        runs.check_runs(configs, "uniform")
+
+
+def test_averages_are_of_runs_that_froze_the_same(tmp_path):
+    configs = {}
+    for name, freeze in (("a", ()), ("b", ("conv1",))):
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / "results.json", {})
+        configs[tmp_path / name] = defaults.get_config().to_dict() | {"freeze": freeze}
+    runs.check_runs(configs, "ensemble")
+    message = r"cannot be combined: freeze=\(\) and freeze=\('conv1',\); method='uniform' keeps"
+    with pytest.raises(ValueError, match=message):
         runs.check_runs(configs, "uniform")
 
 

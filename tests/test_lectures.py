@@ -238,6 +238,17 @@ def test_lenet5_equals_numpy():
     assert sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(linear)["params"])) == 60_850
 
 
+@pytest.mark.parametrize(
+    "padding, sizes", [("zeros", (28, 10, 1)), ("none", (28, 10, 1)), ("full", (36, 22, 15))]
+)
+def test_full_padding_pads_every_convolution_of_lenet5(padding, sizes):
+    model = create_model("lenet5", padding=padding)
+    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    shapes = variable_shapes(model)
+    stages = eval_shape(lambda v, x: model.apply(v, x, method="stages", last="c5"), shapes, image)
+    assert tuple(y.shape[1] for y in stages.values()) == sizes
+
+
 def test_lenet5s_codes_are_ten_different_digits():
     assert CODES.shape == (10, 84) and set(np.unique(CODES)) == {-1, 1}
     assert min(np.sum(CODES[i] != CODES[j]) for i in range(10) for j in range(i)) >= 5

@@ -719,6 +719,12 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name):
         ("lenet", {"dtype": "flaot32"}, "dtype='flaot32' is not a type of floating point"),
         ("shufflenet_v2_x0_5", {"widths": (48, 97, 192)}, "widths=(48, 97, 192) are not all even"),
         ("resnet18", {"block": "basic"}, "block='basic' is not of the type Callable"),
+        (
+            "alexnet_2012",
+            {"convolutions": (96,)},
+            "convolutions=(96,) is not of the type tuple[tup",
+        ),
+        ("zfnet", {"convolutions": [[96, 7, 2]]}, "convolutions=((96, 7, 2),) is not of the type"),
         ("vgg11", {"blocks": ((64, "lrn"),)}, "blocks has (64, 'lrn'), which is not a tuple of"),
         ("vgg11", {"blocks": (64, 64)}, "blocks has 64, which is not a tuple of layers"),
         ("vgg11", {"blocks": ((64, (64, 0)),)}, "blocks has (64, (64, 0)), which is not a tuple"),

@@ -190,6 +190,28 @@ def test_filtered_means_count_what_is_inside():
         np.testing.assert_allclose(means, np.full((1, 4, 4, 2), 3.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("fill", ["partial", "random"])
+def test_a_filter_that_reaches_no_pixel_gives_zero(fill):
+    # The filter of the first window covers positions -3 to -1.
+    means = avg_pool(jnp.ones((1, 8, 8, 1)), 4, 2, 2, fill=fill, sampling="blur")
+    expected = np.pad(np.ones((4, 4), np.float32), ((1, 0), (1, 0)))
+    np.testing.assert_allclose(means[0, :, :, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fill", ["zeros", "partial", "reflect", "circular"])
+def test_a_filter_is_centered_on_its_window(fill):
+    """Windows of 2p + 1 values with padding p are centered on every s-th position of the map.
+
+    So is the filter, and an axis of stride 1 stays as it is.
+    """
+    x = normal(0, 1, 8, 9, 2)
+    for sampling in ("blur", "blur5"):
+        policy = {"fill": fill, "sampling": sampling}
+        for window, stride, padding in ((3, 2, 1), (5, 2, 2), (3, (2, 1), 1), ((3, 1), 2, (1, 0))):
+            means = avg_pool(x, window, stride, padding, **policy)
+            np.testing.assert_array_equal(means, sample(x, stride, **policy))
+
+
 def test_wrong_words_and_small_maps():
     words = "sampling='mirror' is not one of stride, blur, blur5, aps"
     x = normal(0, 1, 4, 4, 1)

@@ -21,10 +21,9 @@ from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
-from cnnjax.train import defaults, evaluate, loop
-from cnnjax.train import run as training_run
+from cnnjax.train import defaults, evaluate, loop, training
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import build_run
+from cnnjax.train.training import build_run
 from cnnjax.weights import variable_shapes
 from experiments import multilabel, segmentation
 
@@ -339,6 +338,16 @@ def test_every_convolution_of_a_block_is_built(name):
     assert convolutions == ["conv1a", "conv2a", "conv2b", "conv2c", "conv2d", "conv2e"]
 
 
+def test_the_first_block_of_the_scene_network_has_stride_2_whatever_its_length():
+    model = create_model("scene_net", blocks=((2, 2, 2), (2, 2), (2,)), input_shape=(16, 16, 3))
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    for sampling in ("stride", "blur"):
+        run = functools.partial(model.clone(sampling=sampling).apply, method="stages")
+        stages = eval_shape(run, variable_shapes(model), image)
+        sizes = {name: y.shape[1] for name, y in stages.items() if name != "logits"}
+        assert sizes == {"block1": 8, "block2": 4, "block3": 2}
+
+
 def test_place_is_exact_in_float64():
     known = (np.arange(4.0), np.arange(4.0))
     to = (np.array([0.1]), np.array([0.7]))
@@ -477,7 +486,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
     )
     for name, value in (("_RING", 4), ("_SHOWN", (1, 5))):
         monkeypatch.setattr(segmentation, name, value)
-    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training, "Parallel", lambda way: Parallel("jit"))
     arguments = [
         "--workdir",
         str(tmp_path),
@@ -514,7 +523,7 @@ def test_the_segmentation_experiment(scenes, small, tmp_path, monkeypatch, stand
 
 @pytest.mark.slow
 def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standard_promotion):
-    monkeypatch.setattr(training_run, "Parallel", lambda way: Parallel("jit"))
+    monkeypatch.setattr(training, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
     file = tmp_path / "weights.safetensors"
     weights.save_torchvision(

@@ -38,7 +38,8 @@ from cnnjax.train import results as training_results
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import Run, open_run, read_config
+from cnnjax.train.run import open_run, read_config
+from cnnjax.train.training import Training, build_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -567,6 +568,15 @@ def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
         open_run(tmp_path)
 
 
+@pytest.mark.parametrize("model, padding", [("alexnet", "zeros"), ("lenet", "none")])
+def test_images_that_are_too_small_are_named_with_the_network(model, padding):
+    config = defaults.get_config()
+    config.update({"model": model, "model_fields": {"padding": padding}, "parallel": "jit"})
+    message = f"^model='{model}' on images of 8x8x1: a .* padding='{padding}' has no output on a "
+    with pytest.raises(ValueError, match=message):
+        build_run(config).state_shapes()
+
+
 # Small enough for this process: three epochs of a linear network on digits.
 QUICK = {
     "model": "mlp1",
@@ -589,7 +599,7 @@ def train_here(folder: pathlib.Path, **changes) -> dict:
 @pytest.fixture
 def worse_after_first_epoch(monkeypatch):
     """Makes validation errors rise from the first epoch on, whatever is learned."""
-    score = Run.score
+    score = Training.score
     errors = itertools.count(1)
 
     def rising(self, state, split, views=1):
@@ -598,7 +608,7 @@ def worse_after_first_epoch(monkeypatch):
             scored.scores["error"] = next(errors) / 100
         return scored
 
-    monkeypatch.setattr(Run, "score", rising)
+    monkeypatch.setattr(Training, "score", rising)
 
 
 @pytest.mark.slow
@@ -811,7 +821,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        run=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        current=types.SimpleNamespace(data=data, config=defaults.get_config()),
         origin={},
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),
@@ -863,11 +873,11 @@ def test_class_names_are_compared_in_one_unicode_form():
     forms = {form: unicodedata.normalize(form, "kälber") for form in ("NFC", "NFD")}
     assert forms["NFC"] != forms["NFD"]
     for name in forms.values():
-        fields = dict.fromkeys(field.name for field in dataclasses.fields(Run))
+        fields = dict.fromkeys(field.name for field in dataclasses.fields(Training))
         data = types.SimpleNamespace(
             classes=(name, "null"), n_train=9, n_validation=0, digest="0a1b2c3d"
         )
-        run = Run(**fields | {"config": defaults.get_config(), "data": data})
+        run = Training(**fields | {"config": defaults.get_config(), "data": data})
         for saved in forms.values():
             run.check_data(run.data_record() | {"classes": [saved, "null"]})
         with pytest.raises(ValueError, match="missing classes: eins; additional: kälber"):

@@ -312,6 +312,41 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
         transfer.load_initial_weights(file, create_model("lenet"))
 
 
+class TwoDense(base.Network):
+    """A network whose classifier has two layers, like AlexNet's and VGG's."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        x = yield "features", x
+        x = nn.Dense(4, name="classifier.0")(x.mean((1, 2)))
+        yield "logits", nn.Dense(self.num_classes, name="classifier.2")(x)
+
+
+def test_a_file_may_lack_a_part_of_a_module_that_is_not_loaded(tmp_path):
+    model = TwoDense(num_classes=3)
+    file = tmp_path / "w.safetensors"
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    trunk = {"classifier.0": params["classifier.0"]}
+    weights.save_torchvision({"params": trunk}, file)
+    loaded = transfer.load_initial_weights(file, model)
+    assert loaded["params"].keys() == trunk.keys()
+    message = "classifier.2.bias is absent there; name what is to be taken in initial_parts"
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(file, model, ("*",))
+
+
+def test_a_scalar_in_place_of_the_heads_bias_is_named(tmp_path):
+    params = TwoDense(num_classes=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    params["classifier.2"]["bias"] = np.float32(0)
+    weights.save_torchvision({"params": params}, tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match=r"classifier.2.bias is \(\) in the file and \(3,\) in the"
+    ):
+        transfer.load_initial_weights(tmp_path / "w.safetensors", TwoDense(num_classes=3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padding, state", [("none", None), ("zeros", "of another shape")])
 def test_a_file_saved_without_padding_gives_what_fits(padding, state, tmp_path):

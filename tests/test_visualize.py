@@ -999,10 +999,13 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(folder, tmp_path, ca
     files.write_json(run / "config.json", {"kind": "train", "model": "lenet"})
     files.write_json(run / "results.json", facts)
     save_torchvision(quick.variables(model), run / "weights.safetensors")
-    options = ["--photographs", str(folder), "--workdir", str(tmp_path / "work")]
-    code, message = refused(["activations", "--run", str(run), *options], capsys)
-    assert code == 2
-    assert message == "error: lenet takes images of 4 channels; photographs have 3, or 1 in gray\n"
+    options = ["--run", str(run), "--workdir", str(tmp_path / "work")]
+    # Filters and maximized images are shown like photographs.
+    for command in (["filters"], ["maximise"], ["activations", "--photographs", str(folder)]):
+        code, message = refused([*command, *options], capsys)
+        assert code == 2
+        expected = "lenet takes images of 4 channels; photographs have 3, or 1 in gray"
+        assert message == f"error: {expected}\n"
 
 
 def test_a_refused_command_leaves_no_folder(folder, tmp_path, capsys):

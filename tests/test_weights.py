@@ -17,7 +17,7 @@ from cnnjax import weights
 from cnnjax.models import Network, create_model, vgg
 from cnnjax.nn import Dense
 from cnnjax.train import defaults
-from cnnjax.train.run import build_run
+from cnnjax.train.training import build_run
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +447,8 @@ def test_the_advice_leads_to_weights_that_load(tmp_path):
 
     part = {key: value for key, value in tensors.items() if key != "f6.bias"}
     assert "the file holds only parts of f6)" in refusal(part)
+    loaded = weights.load_torchvision(path, model, missing=("f6.bias",))
+    assert list(loaded["params"]["f6"]) == ["kernel"] and len(loaded["params"]) == 7
     other = tensors | {"c1.weight": np.zeros((6, 1, 3, 3), np.float32)}
     assert "the file is of another network or other fields)" in refusal(other)
 

@@ -137,6 +137,8 @@ class Networks:
         shape = self.data.train.images.shape[1:]
         axis_name = self.parallel.axis_name if config.sync_batch_norm else None
         self.model = build_model(config, len(self.data.classes), shape, axis_name)
+        # `check_runs` refuses averages of runs that differ in this.
+        self.frozen = transfer.select(self.model, tuple(config.freeze), "freeze")
         trees = [(member.variables, member.moments) for member in members]
         variables, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
         # These axes make normalization turn images [batch, ...] into [members, batch, ...].
@@ -183,6 +185,7 @@ class Networks:
             moments=moments,
             images=images[order],
             batch_size=self.batch_size,
+            frozen=self.frozen,
         )
         return Member("average", variables | {"batch_stats": statistics}, moments)
 
@@ -228,8 +231,10 @@ class Networks:
         variables = self.members[0].variables
         moments = self.members[0].moments
         # The average changes with every step, and its statistics are not known: BatchNorm uses
-        # those of the batch.
-        apply = logits_in_training_mode if variables["batch_stats"] else evaluate.logits
+        # those of the batch, unless it is frozen.
+        apply = evaluate.logits
+        if variables["batch_stats"]:
+            apply = functools.partial(logits_in_training_mode, frozen=self.frozen)
 
         def loss(params, batch):
             images, labels = batch

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnnjax import transfer
 from cnnjax.models import Network
 from cnnjax.nn import BatchNorm
 from cnnjax.nn.sums import channel_sum, squared_deviation
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
+from cnnjax.transfer import Path
 
 
 @functools.cache
@@ -40,39 +42,61 @@ def member_logits(output: Callable) -> Callable:
     return all_outputs
 
 
-def logits_in_training_mode(model: Network, variables, images) -> jnp.ndarray:
-    """Computes logits with the batch's statistics; dropout is the same for every batch."""
+def logits_in_training_mode(
+    model: Network, variables, images, frozen: frozenset[Path] = frozenset()
+) -> jnp.ndarray:
+    """Computes logits with the batch's statistics; dropout is the same for every batch.
+
+    A BatchNorm whose statistics are in `frozen` uses them instead.
+    """
     rngs = {"dropout": jax.random.key(0), "padding": jax.random.key(0)}
-    logits, _ = model.apply(
-        variables, images, train=True, mutable=["batch_stats", "auxiliary"], rngs=rngs
-    )
+    with nn.intercept_methods(transfer.in_evaluation_mode(frozen)):
+        logits, _ = model.apply(
+            variables, images, train=True, mutable=["batch_stats", "auxiliary"], rngs=rngs
+        )
     return logits
 
 
-def _input_moments(model: Network, variables, images) -> dict:
-    """Computes the moments of every BatchNorm's input in training mode.
+# Cached: `evaluate.compiled` keeps a program by its function.
+@functools.cache
+def _input_moments(frozen: frozenset[Path]) -> Callable:
+    """Returns a function that computes the moments of every BatchNorm's input in training mode.
+
+    Args:
+      frozen: as in `logits_in_training_mode`.
 
     Returns:
-      By the module's path, its mean and variance [1, channels] and the number of values [1].
+      A function of the model, variables and images. It returns, by the module's path, the mean and
+      variance [1, channels] and the number of values [1].
     """
-    moments = {}
 
-    def record(call, arguments, options, context):
-        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
-            x = arguments[0].astype(jnp.float32)
-            count = x.size // x.shape[-1]
-            mean = channel_sum(x) / count
-            variance = squared_deviation(x, mean) / count
-            moments[context.module.path] = (mean[None], variance[None], jnp.full(1, count))
-        return call(*arguments, **options)
+    def input_moments(model, variables, images):
+        moments = {}
 
-    with nn.intercept_methods(record):
-        logits_in_training_mode(model, variables, images)
-    return moments
+        def record(call, arguments, options, context):
+            if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+                x = arguments[0].astype(jnp.float32)
+                count = x.size // x.shape[-1]
+                mean = channel_sum(x) / count
+                variance = squared_deviation(x, mean) / count
+                moments[context.module.path] = (mean[None], variance[None], jnp.full(1, count))
+            return call(*arguments, **options)
+
+        with nn.intercept_methods(record):
+            logits_in_training_mode(model, variables, images, frozen)
+        return moments
+
+    return input_moments
 
 
 def reestimate_statistics(
-    parallel: Parallel, model: Network, variables, moments, images: np.ndarray, batch_size: int
+    parallel: Parallel,
+    model: Network,
+    variables,
+    moments,
+    images: np.ndarray,
+    batch_size: int,
+    frozen: frozenset[Path] = frozenset(),
 ) -> dict:
     """Computes the BatchNorm statistics that averaged parameters need.
 
@@ -87,6 +111,8 @@ def reestimate_statistics(
       moments: the mean and deviation that images are normalized by, host arrays.
       images: training images in random order, uint8 [n, height, width, channels].
       batch_size: the number of images of a batch.
+      frozen: the paths of frozen variables (`transfer.select`). As in training, a frozen BatchNorm
+        normalizes by its statistics, which are returned unchanged.
 
     Returns:
       The collection `batch_stats`; {} if the network has none.
@@ -94,13 +120,15 @@ def reestimate_statistics(
     Raises:
       ValueError: if there are not enough images for one batch.
     """
-    if not variables.get("batch_stats"):
-        return {}
+    batch_stats = variables.get("batch_stats", {})
+    outdated, frozen_statistics = transfer.split(batch_stats, frozen, "batch_stats")
+    if not outdated:
+        return batch_stats
     if not 1 <= batch_size <= len(images):
         raise ValueError(
             f"batch_size={batch_size} is not from 1 to {len(images)}, the number of images"
         )
-    compute = evaluate.compiled(parallel, model, _input_moments)
+    compute = evaluate.compiled(parallel, model, _input_moments(frozen))
     replicated = parallel.replicate((variables, moments))
     in_full_batches = images[: len(images) // batch_size * batch_size]
     batch_moments = []
@@ -117,4 +145,4 @@ def reestimate_statistics(
         variance = (variances + np.square(means - mean)).mean(0) * total / (total - 1)
         statistics[(*path, "mean")] = mean.astype(np.float32)
         statistics[(*path, "var")] = variance.astype(np.float32)
-    return flax.traverse_util.unflatten_dict(statistics)
+    return transfer.merge(flax.traverse_util.unflatten_dict(statistics), frozen_statistics)

@@ -39,7 +39,7 @@ class AlexNet2012(Network):
     """
 
     input_shape: tuple[int, int, int] = (227, 227, 3)
-    convolutions: tuple = _ALEXNET
+    convolutions: tuple[tuple[int, int, int, int], ...] = _ALEXNET
     pool_padding: tuple[int, int, int] = (0, 0, 0)
     biased: tuple[int, ...] = _BIASED
     groups: int = 1

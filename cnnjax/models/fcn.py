@@ -32,10 +32,11 @@ class SceneNet(Network):
     def walk(self, x, train):
         policy = {"fill": self.padding, "sampling": self.sampling}
         for number, block in enumerate(self.blocks, 1):
-            stride = 2 if number == 1 else 1
             x = x if number == 1 else max_pool(x, 2, **policy)
             for index, features in enumerate(block):
                 letter = string.ascii_lowercase[index]
+                # The first convolution halves the map, as the pools do before the other blocks.
+                stride = 2 if (number, index) == (1, 0) else 1
                 x = Conv(
                     features,
                     3,

@@ -87,6 +87,7 @@ class TableConv(nn.Module):
     `kernel` [5, 5, connections] has one plane for each connection.
     """
 
+    fill: str
     dtype: DTypeLike
 
     @nn.compact
@@ -100,14 +101,16 @@ class TableConv(nn.Module):
             .at[:, :, sources, targets]
             .set(planes)
         )
-        return add_bias(conv(x, kernel.astype(self.dtype)), bias.astype(self.dtype))
+        y = conv(x, kernel.astype(self.dtype), fill=self.fill)
+        return add_bias(y, bias.astype(self.dtype))
 
 
 class LeNet5(Network):
     """The network of 1998, figure 2: 60,000 trainable parameters.
 
-    The stages are `c1`, `c3` and `c5`, before each subsampling. Convolutions are not padded, so
-    `padding` only fills the border of a `sampling`'s filter.
+    The stages are `c1`, `c3` and `c5`, before each subsampling. As published, convolutions are not
+    padded. `padding` fills the border of a `sampling`'s filter; 'full' also pads every convolution
+    by 4.
 
     Attributes:
       output: "rbf", the published units, whose logit is minus the squared distance of F6 to the
@@ -146,7 +149,7 @@ class LeNet5(Network):
         )
         x = yield "c1", x
         x = squash(subsample(name="s2")(x))
-        x = squash(TableConv(self.dtype, name="c3")(x))
+        x = squash(TableConv(self.padding, self.dtype, name="c3")(x))
         x = yield "c3", x
         x = squash(subsample(name="s4")(x))
         x = squash(

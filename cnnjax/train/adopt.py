@@ -13,8 +13,9 @@ from cnnjax.models.base import name_with_file
 from cnnjax.runtime import backend, files, workdir
 from cnnjax.train import defaults
 from cnnjax.train.checkpoints import Checkpoints
-from cnnjax.train.run import build_run, find_network
+from cnnjax.train.run import find_network
 from cnnjax.train.schedules import learning_rates
+from cnnjax.train.training import build_run
 
 _LOG = logging.getLogger("cnnjax")
 EXTENDED = "extended.json"

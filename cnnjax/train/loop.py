@@ -22,8 +22,9 @@ from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
-from cnnjax.train.run import Run, build_run, warn_if_edited
+from cnnjax.train.run import warn_if_edited
 from cnnjax.train.schedules import Plateau
+from cnnjax.train.training import Training, build_run
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
 __all__ = ["adopt", "check", "complete_record", "is_equivalent", "report", "run"]
@@ -193,7 +194,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     results.write_predictions(folder, current, tested)
     results.write_results(
         folder,
-        run=current,
+        current=current,
         origin=origin,
         state=state,
         history=history,
@@ -207,7 +208,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 # ------------------------------------------------------------------ several processes
 
 
-def _check_processes(current: Run, origin: dict) -> None:
+def _check_processes(current: Training, origin: dict) -> None:
     """Checks that all processes that compute together train the same.
 
     Raises:
@@ -227,7 +228,7 @@ def _check_processes(current: Run, origin: dict) -> None:
 # ------------------------------------------------------------------ parts of an epoch
 
 
-def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: float) -> dict:
+def _evaluate_epoch(current: Training, state: step.State, steps_done: int, scale: float) -> dict:
     """Builds the record of an epoch: means while training, and validation scores."""
     sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
     entry = {
@@ -248,14 +249,14 @@ def _evaluate_epoch(current: Run, state: step.State, steps_done: int, scale: flo
     return entry
 
 
-def _sum_damaged(current: Run) -> int | None:
+def _sum_damaged(current: Training) -> int | None:
     """Counts the epoch's damaged images of all processes; None if none are passed over."""
     if current.data.damaged is None:
         return None
     return sum(current.parallel.gather(current.data.damaged))
 
 
-def _log_epoch(current: Run, history: results.History, seconds: float) -> None:
+def _log_epoch(current: Training, history: results.History, seconds: float) -> None:
     entry = history.entries[-1]
     remaining_epochs = current.config.epochs - entry["epoch"]
     remaining_seconds = history.seconds / entry["epoch"] * remaining_epochs
@@ -303,7 +304,7 @@ def choose_weights(
 
 
 def _check_finite(
-    current: Run, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
+    current: Training, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
 ) -> None:
     """Raises `FloatingPointError` for a loss or a parameter that is not finite."""
     bad_step = int(current.parallel.fetch(state.bad_step))

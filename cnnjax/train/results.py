@@ -19,7 +19,7 @@ from cnnjax.data import augment
 from cnnjax.runtime import backend, files
 from cnnjax.train import evaluate, report, step
 from cnnjax.train.adopt import EXTENDED
-from cnnjax.train.run import Run, Scored
+from cnnjax.train.training import Scored, Training
 
 _LOG = logging.getLogger("cnnjax")
 # The number of images, and of images with masks, that the report shows.
@@ -154,7 +154,7 @@ def write_weights(folder: pathlib.Path, state: step.State) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
+def write_predictions(folder: pathlib.Path, current: Training, tested: Scored) -> None:
     """Writes the predictions on the test set, and the worst mistakes, as test.npz.
 
     The worst mistakes are the most confident ones; for masks, those with most wrong pixels. For
@@ -163,9 +163,9 @@ def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
     outputs = tested.outputs
     labels = tested.labels
     arrays: dict[str, Any] = {"labels": labels}
-    if run.config.loss == "sigmoid":
+    if current.config.loss == "sigmoid":
         arrays["outputs"] = outputs
-    elif run.config.loss == "pixelwise":
+    elif current.config.loss == "pixelwise":
         predicted = outputs.argmax(-1).astype(np.uint8)
         wrong_share = ((predicted != labels) & (labels != augment.IGNORED)).mean((1, 2))
         arrays |= {"predicted": predicted, "shown": np.argsort(-wrong_share)[:_SCENES]}
@@ -179,14 +179,14 @@ def write_predictions(folder: pathlib.Path, run: Run, tested: Scored) -> None:
     if "shown" in arrays:
         arrays["images"] = np.zeros((0, 1, 1, 1), np.uint8)
         if len(arrays["shown"]):
-            arrays["images"] = run.data.test_images(arrays["shown"])
+            arrays["images"] = current.data.test_images(arrays["shown"])
     files.write_arrays(folder / "test.npz", arrays)
 
 
 def write_results(
     folder: pathlib.Path,
     *,
-    run: Run,
+    current: Training,
     origin: dict,
     state: step.State,
     history: History,
@@ -205,10 +205,10 @@ def write_results(
         "final": final,
         "weights": chosen,
         "history": history.entries,
-        "classes": list(run.data.classes),
-        "image_shape": list(run.data.image_shape),
-        "mean": run.data.moments[0].tolist(),
-        "std": run.data.moments[1].tolist(),
+        "classes": list(current.data.classes),
+        "image_shape": list(current.data.image_shape),
+        "mean": current.data.moments[0].tolist(),
+        "std": current.data.moments[1].tolist(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         **origin,
     }
@@ -217,12 +217,12 @@ def write_results(
         recorded = files.read_json(folder / EXTENDED)
         if earlier := [scores for scores in recorded if scores["epoch"] < final["epoch"]]:
             results["extended_from"] = earlier
-    loss = run.config.loss
+    loss = current.config.loss
     if loss != "cross_entropy":
         results["by_class"] = evaluate.by_class(loss, tested.outputs, tested.labels)
     results |= {
-        "n_train": run.data.n_train,
-        "n_validation": run.data.n_validation,
+        "n_train": current.data.n_train,
+        "n_validation": current.data.n_validation,
         "n_test": len(tested.labels),
         "training_seconds": round(history.seconds, 1),
         "seconds": round(seconds, 1),

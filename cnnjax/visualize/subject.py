@@ -43,14 +43,14 @@ class Subject:
             self.multi_label = self.model.num_classes == 1
         else:
             self._open_run(options.run)
+        # Filters and maximized images are shown like photographs, in gray or in color.
+        photographs.check_channels(self.model.input_shape[2], f"{self.name} takes images")
         self.stages = options.stages or list(stage_channels(self.model))
         if not self.stages and options.command != "filters":
             raise ValueError(f"model={self.name!r} has no stages, and so no maps to look at")
         for stage in self.stages:
             check_stage(self.model, stage, options.channels or ())
         if options.images is not None:
-            channels = self.model.input_shape[2]
-            photographs.check_channels(channels, f"{self.name} takes images")
             found = photographs.list_photographs(options.photographs)
             self.paths = spread(found, options.images or len(found))
         if options.run is None:

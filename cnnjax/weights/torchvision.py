@@ -127,7 +127,7 @@ def head(model: Network) -> frozenset[Path]:
 
 def _check_missing(missing: Sequence[str], keys: dict[str, Path]) -> None:
     modules = {key.split(".")[0] for key in keys}
-    if unknown := set(missing) - modules:
+    if unknown := set(missing) - modules - set(keys):
         raise ValueError(
             f"missing={sorted(unknown)} are not modules of this model; "
             f"its modules are {', '.join(sorted(modules))}"
@@ -250,8 +250,8 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
     Args:
       path: the file; `~` is expanded. See `read` for the names that are understood.
       model: the network.
-      missing: top-level modules, such as ("layer4", "fc"), that the file is known not to hold; the
-        result lacks them.
+      missing: top-level modules, such as ("layer4", "fc"), and complete names of tensors, such as
+        "classifier.6.bias", that the file is known not to hold; the result lacks them.
 
     Returns {"params": ..., "batch_stats": ...}, float32 host arrays.
 
@@ -303,7 +303,7 @@ def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
     flat = flax.traverse_util.flatten_dict(shapes)
     wanted = {}
     for key, path in torchvision_keys(shapes).items():
-        if key.split(".")[0] not in missing:
+        if key not in missing and key.split(".")[0] not in missing:
             wanted[key] = _torchvision_shape(path, flat[path].shape)
     return wanted
 
