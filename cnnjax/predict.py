@@ -36,11 +36,16 @@ def probabilities(
 
 
 def _list_images(paths: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Lists files, and the images in folders."""
+    """Lists files, and the images in folders.
+
+    Raises `ValueError` for a path that does not exist, such as an address on the web.
+    """
     from cnnjax.data.photographs import list_photographs
 
     found = []
     for path in paths:
+        if not path.exists():
+            raise ValueError(f"{str(path)!r} is neither an image file nor a folder of them")
         found += list_photographs(path) if path.is_dir() else [path]
     return found
 

@@ -117,7 +117,7 @@ from cnnjax.transfer import WEIGHTS
 Options = argparse.Namespace
 # Options that do not change any number.
 _PLACES = ("workdir", "data_dir", "debug")
-# The digest of a file of weights that does not exist.
+# The digest of a file of weights, or of a folder of photographs, that does not exist.
 _ABSENT = "absent"
 
 
@@ -232,10 +232,13 @@ class Study:
         """
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
-        if contents := _digest_contents(_list_files(settings, self.files)):
-            settings["contents"] = contents
         settings = json.loads(json.dumps(settings, default=str))
         recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
+        paths = _list_files(settings, self.files)
+        # A call that measures nothing needs no photographs, if it names those of the record.
+        is_needed = bool(missing) or recorded.get("photographs") != paths.get("photographs")
+        if contents := _digest_contents(paths, is_needed):
+            settings["contents"] = contents
         self._check_weights(settings, recorded, bool(missing))
         settings |= self._keep_paths(settings, recorded)
         return settings | self._record_drawing(options, missing, recorded)
@@ -349,16 +352,30 @@ def _list_files(settings: dict, options: tuple[str, ...]) -> dict[str, str | os.
     return paths
 
 
-def _digest_contents(paths: dict[str, str | os.PathLike]) -> dict[str, str]:
-    """Returns digests of photographs and of files of weights."""
+def _digest_contents(
+    paths: dict[str, str | os.PathLike], needs_photographs: bool
+) -> dict[str, str]:
+    """Returns digests of photographs and of files of weights.
+
+    Raises `ValueError` if there are no photographs although they are needed.
+    """
     contents = {}
     for name, file in paths.items():
         if name == "photographs":
-            # "" for those that packages carry.
-            contents[name] = photographs.digest(file)
+            contents[name] = _digest_photographs(file, needs_photographs)
         else:
             contents[name] = _digest_weights(expand_user(file))
     return contents
+
+
+def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
+    """Describes a folder of photographs by its digest; "" is for those that packages carry."""
+    try:
+        return photographs.digest(folder)
+    except ValueError:
+        if is_needed:
+            raise
+        return _ABSENT
 
 
 def _digest_weights(path: pathlib.Path) -> str:

@@ -11,7 +11,8 @@ configuration follows that code in these settings:
 - dark noise images.
 
 These differences remain. Weights are random; the authors use ImageNet weights
-(`--config.weights=imagenet`). Photographs are cropped to squares; the authors squash whole images.
+(`--config.weights=imagenet`). Photographs are other ones, cropped to squares; the authors squash
+whole images. Position maps are formulas fitted to the authors' image files.
 
 To read the authors' stages of a ResNet, use `--config.encoders="('resnet18',)"
 --config.stages="('layer1','layer2','layer3','layer4')"

@@ -15,8 +15,9 @@ a file instead:
 
 Measured with the second command, with a file that ends at layer3
 (`--config.missing="('layer4','fc')" --config.stages="('stem','layer1','layer2','layer3')"`) and the
-100 photographs of BSDS500's validation set: SPC (R2) of H with the exact readout, 3 seeds with 32
-photograph crops and one black image each, 2 CPU cores, 21 November 2026.
+100 photographs of BSDS500's validation set: SPC (R2) of H with the exact readout, means over 3
+seeds with 32 photograph crops and one black image each (the spread was not recorded), 2 CPU cores,
+21 November 2026.
 
 | padding | photographs | black |
 | --- | --- | --- |

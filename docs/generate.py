@@ -1,19 +1,22 @@
 """Writes the pages of docs/reference/ that are made from the code.
 
-    python docs/generate.py
+    PYTHONPATH=. python docs/generate.py
 
 `configuration.md` lists every configuration key with its default and comment, read from the two
 files that define them. `commands.md` holds what each command prints for `--help`, `networks.md` the
-registered networks, and `experiments.md` the commands of `experiments/`. A test fails if a page is
-out of date.
+registered networks, and `experiments.md` the commands of `experiments/` and their options. A test
+fails if a page is out of date.
 """
 
 import ast
+import contextlib
+import importlib
+import importlib.util
+import io
 import os
 import pathlib
 import re
-import subprocess
-import sys
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -77,15 +80,31 @@ def configuration() -> str:
     return "\n".join(sections)
 
 
+def help_of(module: str, *words: str) -> str:
+    """Returns what `python -m MODULE WORDS --help` prints."""
+    # The command of a package is its __main__.
+    if importlib.util.find_spec(module).submodule_search_locations:
+        module = f"{module}.__main__"
+    printed = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="100"), contextlib.redirect_stdout(printed):
+        # argparse ends the process after its help.
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(module).main([*words, "--help"])
+    return printed.getvalue().strip()
+
+
 def commands() -> str:
+    """Shows the help of every command and of every subcommand."""
+    from cnnjax.visualize.commands import COMMANDS as VISUALIZE
+
     sections = ["# Commands\n\nWhat each command prints for `--help`.\n"]
-    environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
     for name in COMMANDS:
-        command = [sys.executable, "-m", f"cnnjax.{name}", "--help"]
-        told = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        sections.append(f"## python -m cnnjax.{name}\n\n```text\n{told.strip()}\n```\n")
+        text = help_of(f"cnnjax.{name}")
+        sections.append(f"## python -m cnnjax.{name}\n\n```text\n{text}\n```\n")
+        for subcommand in VISUALIZE if name == "visualize" else ():
+            title = f"### python -m cnnjax.{name} {subcommand}"
+            text = help_of(f"cnnjax.{name}", subcommand)
+            sections.append(f"{title}\n\n```text\n{text}\n```\n")
     return "\n".join(sections)
 
 
@@ -120,8 +139,9 @@ def networks() -> str:
 
 
 def experiments() -> str:
-    """Tabulates the commands of experiments/, with the pages that name them."""
+    """Tabulates the commands of experiments/ with the pages that name them; lists their options."""
     lines = []
+    sections = []
     for path in sorted((ROOT / "experiments").iterdir()):
         # An experiment is a file or a package.
         file = path / "__main__.py" if path.is_dir() else path
@@ -133,12 +153,18 @@ def experiments() -> str:
         for page in sorted((ROOT / "docs").glob("*.md")):
             if re.search(rf"\bexperiments\.{path.stem}\b", page.read_text()):
                 links.append(f"[{page.stem}](../{page.name})")
-        lines.append(f"| `python -m experiments.{path.stem}` | {title} | {', '.join(links)} |")
+        command = f"python -m experiments.{path.stem}"
+        lines.append(f"| `{command}` | {title} | {', '.join(links)} |")
+        # The usage and the docstring come first.
+        arguments = r"^(positional arguments|options):$.*"
+        text = re.search(arguments, help_of(f"experiments.{path.stem}"), re.DOTALL | re.MULTILINE)
+        sections.append(f"## {command}\n\n```text\n{text[0]}\n```\n")
     return (
         "# Experiments\n\n"
         "Each command writes a report; `--help` explains it. The last column names the pages that\n"
-        "use the command.\n\n"
-        "| command | question or task | pages |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
+        "use the command. The options of each command stand below the table.\n\n"
+        "| command | question or task | pages |\n| --- | --- | --- |\n"
+        + "\n".join([*lines, "", *sections])
     )
 
 

@@ -2,12 +2,12 @@
 
     python -m experiments.dropout --data_dir data --workdir runs/dropout [--seeds 3] [--epochs 5]
 
-Two lectures (UTSA EE 6973; UBC CPSC 532S) say that dropout "forces the network to have a redundant
-representation". To test this, three-layer perceptrons learn MNIST with and without dropout of 0.5.
-Then a growing share of the units of a hidden layer is removed at random, `removals` times, and each
-network is tested in two ways: as it is, and with its readout (the last layer) refitted to the
-remaining units by ridge regression on 10,000 training images. The second test shows what the units
-contain, whatever the original readout expects of them. Nothing is rescaled for the removed units.
+The UTSA lecture (EE 6973) says that dropout forces a network to have a redundant representation. To
+test this, three-layer perceptrons learn MNIST with and without dropout of 0.5. Then a growing share
+of the units of a hidden layer is removed at random, `removals` times, and each network is tested in
+two ways: as it is, and with its readout (the last layer) refitted to the remaining units by ridge
+regression on 10,000 training images. The second test shows what the units contain, whatever the
+original readout expects of them. Nothing is rescaled for the removed units.
 
 The same command continues an interrupted call. Writes report.md, dropout.json and dropout.png.
 """

@@ -68,6 +68,15 @@ def pytest_itemcollected(item):
     item.obj = functools.wraps(item.obj)(functools.partial(deep_calls.call, item.obj))
 
 
+def pytest_runtest_setup(item):
+    """Skips tests of real data sets where there are none.
+
+    Skipped here and not in the fixture, all of them are one line of pytest's summary.
+    """
+    if "data_dir" in item.fixturenames and "CNNJAX_DATA" not in os.environ:
+        pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
+
+
 def pytest_collection_modifyitems(items):
     """Puts long tests first, so that no worker is left with one at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -119,10 +128,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
-    """Real data sets laid out under $CNNJAX_DATA; tests that need them are skipped where it is not
-    set."""
-    if "CNNJAX_DATA" not in os.environ:
-        pytest.skip("CNNJAX_DATA is not set: this test needs the real data sets")
+    """Real data sets laid out under $CNNJAX_DATA."""
     return pathlib.Path(os.environ["CNNJAX_DATA"])
 
 

@@ -8,6 +8,7 @@ import forked
 import numpy as np
 import pytest
 import quick
+import scipy.stats
 from PIL import Image
 
 from experiments.claims import ledger, networks, operations, position, report, trained
@@ -133,6 +134,16 @@ def test_the_worked_examples_by_hand():
     assert right["3x3, stride 2"][0, 1] == 1 * 3 + 1 * 0 + 1 * 0 + 2 * 2
     under = operations.IMAGE[:3, :3] * operations.LARGER_FILTER[2:, 2:]
     assert right["5x5, padded"][0, 0] == under.sum() == 12
+
+
+def test_reflections_gain_has_its_interval():
+    # Samples with the means and deviations of measured.json, each of three networks.
+    reflect = 38.7 + 0.2 * np.array([-1, 0, 1])
+    none = 36.7 + 0.6 * np.array([-1, 0, 1])
+    low, high = scipy.stats.ttest_ind(reflect, none, equal_var=False).confidence_interval()
+    half = trained.difference_interval("miou_reflect", "miou_none")
+    assert half == pytest.approx((high - low) / 2)
+    assert trained.segmentation().note.endswith("reflected borders give 2.0 ± 1.3 of them")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
 from cnnjax.runtime import files, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.data import digest_arrays
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import build_run, read_config
 
@@ -368,7 +369,12 @@ def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):
     digits = arrays.load("digits", n_validation=200)
     config = defaults.get_config()
     config.n_validation = 200
-    recorded = {"classes": list("0123456789"), "image_shape": [8, 8, 1], "n_train": 1237}
+    recorded = {
+        "classes": list("0123456789"),
+        "image_shape": [8, 8, 1],
+        "n_train": 1237,
+        "data": {"digest": digest_arrays(digits.train, digits.validation)},
+    }
     configs = {}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -380,13 +386,16 @@ def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):
         ({"classes": list("x123456789")}, "missing classes: x; additional: 0"),
         ({"image_shape": [8, 9, 1]}, r"image_shape=\[8, 9, 1\] then, \[8, 8, 1\] now"),
         ({"n_train": 1000}, "n_train=1000 then, 1237 now"),
+        # As many images of the same classes, but others.
+        ({"data": {"digest": "01234567"}}, "digest=01234567 then, [0-9a-f]{8} now"),
     ):
         files.write_json(tmp_path / "b" / "results.json", recorded | changes)
         with pytest.raises(ValueError, match=rf"{refused}was trained \({message}\); bring them"):
             runs.check_data(configs, digits, config)
     # The run held out fewer images.
     configs[tmp_path / "b"]["n_validation"] = 100
-    files.write_json(tmp_path / "b" / "results.json", recorded | {"n_train": 1337})
+    held_out = {"n_train": 1337, "data": {"digest": "01234567"}}
+    files.write_json(tmp_path / "b" / "results.json", recorded | held_out)
     runs.check_data(configs, digits, config)
     files.write_json(tmp_path / "b" / "results.json", {"classes": recorded["classes"]})
     runs.check_data(configs, digits, config)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import pathlib
+import re
 import signal
 import types
 
@@ -13,7 +14,7 @@ import PIL.Image
 import pytest
 import quick
 
-from cnnjax import sweep
+from cnnjax import main, sweep
 from cnnjax.runtime import configuration
 from cnnjax.train import defaults, loop
 from cnnjax.train.data import Streamed
@@ -105,6 +106,57 @@ def test_a_value_that_the_record_cannot_hold_is_refused(tmp_path):
     config.freeze = ({"conv1"},)
     with pytest.raises(ValueError, match="freeze=.* is not a string, a number, or a tuple of"):
         loop.check(config)
+
+
+LOCKED = """
+import ml_collections
+from cnnjax.train import defaults
+
+def get_config():
+    config = defaults.get_config()
+    return LOCKED
+"""
+
+
+@pytest.mark.parametrize("locked", ["config.lock()", "ml_collections.FrozenConfigDict(config)"])
+def test_a_locked_configuration_can_be_changed(locked, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(LOCKED.replace("LOCKED", locked))
+    config = configuration.load(str(file))
+    changes = {"model_fields.width": 3, "schedule.learning_rate": 0.5, "epochs": 4}
+    changed = configuration.override(config, changes)
+    assert changed.model_fields.width == 3 and changed.schedule.learning_rate == 0.5
+    assert changed.epochs == 4 and changed.rates == config.rates == ()
+
+
+@pytest.mark.parametrize(
+    "line, key",
+    [
+        ("config.data_dir = ml_collections.config_dict.required_placeholder(str)", "data_dir"),
+        (
+            "config.augment.add = ml_collections.config_dict.required_placeholder(int)",
+            "augment.add",
+        ),
+    ],
+)
+def test_a_required_placeholder_is_named(line, key, tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text(LOCKED.replace("return LOCKED", f"{line}\n    return config"))
+    message = f"config='{file}': {key} is a required placeholder; give it a value in get_config()"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        configuration.load(str(file))
+    assert main.main(["--config", str(file), "--help"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_text_that_is_no_literal_stays_text():
+    """`ast.literal_eval` raises several kinds of errors for it."""
+    config = defaults.get_config()
+    for text in ("conv1", "a b", "{['conv1']}", "(" * 300, "-" * 3_000 + "1"):
+        (value,) = configuration.parse_overrides(config, [f"--config.freeze={text}"]).values()
+        assert value == (text,)
+    parsed = configuration.parse_overrides(config, ["--config.schedule.learning_rate=inf"])
+    assert parsed == {"schedule.learning_rate": np.inf}
 
 
 @pytest.fixture(scope="module")

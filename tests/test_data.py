@@ -393,6 +393,41 @@ def test_what_cannot_be_trained_on_is_neither_saved_nor_loaded(
         arrays.save(good, tmp_path / "own.np")
 
 
+@pytest.mark.parametrize(
+    "classes, value",
+    [
+        (np.array([b"cat", b"dog"]), r"\[b'cat', b'dog'\]"),
+        # Its letters would be three classes.
+        ("cat", "'cat'"),
+        (10, "10"),
+        ([["cat"], ["dog"]], r"\[\['cat'\], \['dog'\]\]"),
+        # JSON has no NaN.
+        ([0.0, np.nan], r"\[0.0, nan\]"),
+    ],
+)
+def test_classes_are_a_list_of_text_or_numbers(classes, value, tmp_path):
+    """Otherwise a run could not be recorded after its training."""
+    file = tmp_path / "own.npz"
+    message = f" has classes={value}; expected a one-dimensional array of text or finite numbers$"
+    good = arrays.load("digits[:10]")
+    with pytest.raises(ValueError, match=f"^{file}{message}"):
+        arrays.save(dataclasses.replace(good, classes=classes), file)
+    assert not file.exists()
+    arrays.save(good, file)
+    with np.load(file) as members:
+        np.savez(file, **{**members, "classes": classes})
+    with pytest.raises(ValueError, match=f"^dataset='{file}'{message}"):
+        arrays.load(str(file))
+
+
+def test_classes_may_be_numbers(tmp_path):
+    file = tmp_path / "own.npz"
+    good = arrays.load("digits[:10]")
+    for classes in (tuple(range(10)), tuple(np.arange(10) / 2)):
+        arrays.save(dataclasses.replace(good, classes=classes), file)
+        assert arrays.load(str(file)).classes == classes
+
+
 def test_a_mask_in_jpeg_is_refused(tmp_path):
     """JPEG compression changes pixel values, which are a mask's labels."""
     source = sources.CamVid("pixelwise", size=(8, 8))

@@ -1,18 +1,23 @@
 """Every command in a ```sh block of a page in docs/ is run, with less to compute.
 
-So is the Python in a ```py block, which opens what the commands have left.
+So is the Python in a ```py block, which opens what the commands have left. All other commands on
+the pages are parsed only.
 """
 
 import importlib
+import os
 import pathlib
 import re
 import shlex
+from collections.abc import Iterator
 
 import pytest
 import quick
 
+from cnnjax import main as single
 from cnnjax import sweep
-from cnnjax.runtime import jobs
+from cnnjax.runtime import command, jobs
+from experiments import mlp_vs_convnet
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -65,6 +70,14 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
 
 
+def find_main(module: str):
+    """Returns what `python -m MODULE` calls."""
+    found = importlib.import_module(module)
+    if hasattr(found, "__path__"):
+        found = importlib.import_module(f"{module}.__main__")
+    return found.main
+
+
 def run_a_job(words: list[str], *, folder: pathlib.Path, count: int, **settings) -> list[str]:
     """Runs the command that jobs would run here and once; the jobs are tested in test_sweep.py."""
     folder.mkdir(parents=True)
@@ -97,17 +110,77 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
         if words[0] == "cnnjax.sweep":
             words[words.index("configs/lenet_digits.py")] = str(swept)
-        module = importlib.import_module(words[0])
-        if hasattr(module, "__path__"):
-            module = importlib.import_module(f"{words[0]}.__main__")
-        code = quick.exit_code(module.main, words[1:])
+        code = quick.exit_code(find_main(words[0]), words[1:])
         assert code == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
     for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(block.replace("runs/", f"{tmp_path}/"), {})
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 
 
+def commands_in_code(page: str) -> Iterator[list[str]]:
+    """Yields the words after `python -m` of each command on a page, in blocks and in sentences."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    sentences = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    in_sentences = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", sentences)]
+    in_blocks = [line for line in text.splitlines() if "`" not in line]
+    variables: dict[str, list[str]] = {}
+    for line in in_blocks + in_sentences:
+        if assignment := re.fullmatch(r' *(\w+)="(.*)"', line):
+            variables[f"${assignment[1]}"] = assignment[2].split()
+        _, _, arguments = line.partition("python -m ")
+        if not arguments.startswith(("cnnjax.", "experiments.")):
+            continue
+        # The whole command may stand in quotes.
+        if arguments.count('"') % 2:
+            arguments = arguments.removesuffix('"')
+        words = []
+        for word in shlex.split(arguments, comments=True):
+            words += variables.get(word, [word])
+        yield words
+
+
+WITH_COMMANDS = [
+    page
+    for page in ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+    if any(commands_in_code(page))
+]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd):
+    """Nothing is run: what comes after the parser is left out."""
+    monkeypatch.chdir(ROOT)
+    # The benchmark sets variables of its environment.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(command, "run", lambda work: 0)
+
+    def parse(parser, arguments, work):
+        single.parse(parser, arguments)
+        return 0
+
+    def parse_sweep(name, folder, arguments):
+        words = ["--config", f"configs/{name}.py", "--workdir", str(folder)]
+        return sweep.main([*words, *arguments])
+
+    monkeypatch.setattr(single, "run_command", parse)
+    # In its own process otherwise.
+    monkeypatch.setattr(mlp_vs_convnet, "run_sweep", parse_sweep)
+    for module, *words in commands_in_code(page):
+        main = find_main(module)
+        # Within a sentence, a name alone stands for the command.
+        if words and "--help" not in words:
+            code = quick.exit_code(main, words)
+            assert code == 0, f"{shlex.join([module, *words])}\n{capfd.readouterr().err}"
+
+
 def test_links_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
+    text = (ROOT / "docs" / "position_methods.md").read_text()
+    (block,) = re.findall(r"```python\n(from scipy.*?)```", text, re.DOTALL)
+    exec(block, {})
+    assert f"zeros: {capsys.readouterr().out.strip()}." in block

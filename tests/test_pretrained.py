@@ -710,8 +710,14 @@ def test_names_that_begin_with_a_tilde_and_are_not_there(
 def test_predict_reads_no_weights_before_it_knows_the_files(tmp_path, capsys):
     (tmp_path / "b.jpg").write_text("no image")
     PIL.Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    for name, message in (("none.jpg", "No such file"), ("b.jpg", "is not a readable image")):
-        files = [str(tmp_path / "a.png"), str(tmp_path / name)]
+    absent = "is neither an image file nor a folder of them"
+    for name, message in (
+        (tmp_path / "none.jpg", f"none.jpg' {absent}"),
+        (tmp_path / "*.png", f"*.png' {absent}"),
+        ("https://x.org/a.png", f"x.org/a.png' {absent}"),
+        (tmp_path / "b.jpg", "is not a readable image"),
+    ):
+        files = [str(tmp_path / "a.png"), str(name)]
         assert exit_code(predict.main, ["squeezenet1_1", *files, "--weights", "none"]) == 2
         captured = capsys.readouterr()
         assert message in captured.err and not captured.out

@@ -1,9 +1,16 @@
 """The reference pages, which are generated from the code, are up to date."""
 
+import ast
 import importlib.util
+import inspect
 import pathlib
+import pkgutil
+import re
+import textwrap
 
 import pytest
+
+from cnnjax.visualize.commands import COMMANDS as VISUALIZE
 
 FOLDER = pathlib.Path(__file__).parents[1] / "docs"
 SPEC = importlib.util.spec_from_file_location("generate", FOLDER / "generate.py")
@@ -13,7 +20,7 @@ SPEC.loader.exec_module(generate)
 
 @pytest.mark.parametrize("page", generate.PAGES)
 def test_the_page_is_what_the_code_says(page):
-    """Run `python docs/generate.py` after a change of keys or options."""
+    """Run `PYTHONPATH=. python docs/generate.py` after a change of keys or options."""
     assert (FOLDER / "reference" / page).read_text() == generate.PAGES[page]()
 
 
@@ -21,3 +28,41 @@ def test_every_key_is_explained():
     for path in generate.KEYS.values():
         for name, _, comment in generate.keys(generate.ROOT / path):
             assert comment, f"{path}: config.{name} has no comment"
+
+
+def test_subcommands_and_experiments_list_their_options():
+    text = (FOLDER / "reference" / "commands.md").read_text()
+    for name in VISUALIZE:
+        _, section = text.split(f"\n### python -m cnnjax.visualize {name}\n")
+        assert "\noptions:\n" in section.partition("\n#")[0]
+    text = (FOLDER / "reference" / "experiments.md").read_text()
+    for name in re.findall(r"\| `python -m (experiments\.\w+)`", text):
+        _, section = text.split(f"\n## python -m {name}\n")
+        assert "  --workdir " in section.partition("\n#")[0]
+
+
+def names_for_users() -> set[str]:
+    """Returns the names of the package that pages use in code, except commands."""
+    names = set()
+    for page in (FOLDER.parent / "README.md", *FOLDER.glob("*.md")):
+        text = page.read_text()
+        names |= set(re.findall(r"`(?:with )?(cnnjax(?:\.\w+)+)", text))
+        for block in re.findall(r"```py(?:thon)?\n(.*?)```", text, re.DOTALL):
+            for node in ast.walk(ast.parse(textwrap.dedent(block))):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("cnnjax"):
+                    names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names - {f"cnnjax.{command}" for command in generate.COMMANDS}
+
+
+@pytest.mark.parametrize("name", sorted(names_for_users()))
+def test_a_name_that_pages_use_is_on_a_reference_page(name):
+    listed = set()
+    for page in (FOLDER / "reference").glob("*.md"):
+        listed |= set(re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE))
+    value = pkgutil.resolve_name(name)
+    # A function or a class is on the page of the module or the package that defines it.
+    module = value.__name__ if inspect.ismodule(value) else value.__module__
+    parts = module.split(".")
+    packages = {".".join(parts[:count]) for count in range(2, len(parts) + 1)}
+    # The modules of a package may be listed instead of the package.
+    assert listed & packages or any(entry.startswith(f"{module}.") for entry in listed)

@@ -180,6 +180,37 @@ def test_photographs_of_other_names_or_sizes_are_refused(example, tmp_path, caps
     assert changed.main([*command, "4"]) == 2
 
 
+def test_a_report_alone_needs_no_photographs(example, tmp_path, capsys):
+    def add_options(parser):
+        example.add_options(parser)
+        parser.add_photographs()
+
+    changed = dataclasses.replace(example.STUDY, add_options=add_options, files=("photographs",))
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"some pixels")
+    place = tmp_path / "run"
+
+    def run(seeds, photographs=folder):
+        command = ["--workdir", str(place), "--seeds", str(seeds)]
+        return changed.main([*command, "--photographs", str(photographs)])
+
+    assert run(1) == 0
+    record = (place / "config.json").read_bytes()
+    (folder / "a.png").unlink()
+    for _ in range(2):
+        (place / "report.md").unlink()
+        assert run(1) == 0 and (place / "report.md").exists()
+        assert (place / "config.json").read_bytes() == record
+        if folder.exists():
+            folder.rmdir()
+    capsys.readouterr()
+    for seeds, photographs in ((2, folder), (1, tmp_path / "mistyped")):
+        assert run(seeds, photographs) == 2
+        message = f"error: photographs={str(photographs)!r} is not a folder\n"
+        assert capsys.readouterr().err == message
+
+
 def test_files_may_be_elsewhere_if_their_contents_are_the_same(example, tmp_path, capsys):
     def add_options(parser):
         example.add_options(parser)
@@ -277,7 +308,8 @@ def test_files_of_weights_are_told_apart_by_their_bytes(tmp_path):
         path.write_bytes(b"weights")
 
     def contents(settings):
-        return study._digest_contents(study._list_files(settings, tuple(settings)))
+        paths = study._list_files(settings, tuple(settings))
+        return study._digest_contents(paths, needs_photographs=True)
 
     (digest,) = contents({"weights": file}).values()
     assert contents({"weights": [("a", str(run)), ("b", "absent")]}) == {"a": digest, "b": "absent"}

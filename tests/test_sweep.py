@@ -588,6 +588,7 @@ def test_a_value_that_submitit_does_not_take_is_named(setting, message, tmp_path
         ("slurm_partition=gpu", "gpu"),
         ("slurm_time=1-12:00:00", "1-12:00:00"),
         ("slurm_comment=a=b", "a=b"),
+        ("slurm_comment={['a']}", "{['a']}"),
     ],
 )
 def test_settings_are_literals_or_text(setting, value):

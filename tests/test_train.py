@@ -966,8 +966,8 @@ def test_of_several_processes_one_that_trains_something_else_is_named():
 
     same = number({"data": "a"})
     assert same == number({"data": "a"}) < 2**31
-    others = [number({"data": "b"}), number({"data": "a"}, seed=1), number({"data": "a"}, workers=7)]
-    assert len({same, *others}) == 4
+    assert len({same, number({"data": "b"}), number({"data": "a"}, seed=1)}) == 3
+    assert same != number({"data": "a"}, workers=7)
     with pytest.raises(ValueError, match="^process 2 of 3 has another configuration, images,"):
         check(lambda own: [own, own, own + 1], {})
 
@@ -1015,7 +1015,7 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     config.data_dir = "/nowhere"
     before = (folder / "config.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(training_data, "_digest_arrays", lambda *parts: "other")
+        patch.setattr(training_data, "digest_arrays", lambda *parts: "other")
         with pytest.raises(ValueError, match="digest=[0-9a-f]{8} then, other now"):
             adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before

@@ -170,6 +170,20 @@ def test_only_what_runs_write_is_sealed(tmp_path):
         workdir.run_once(finish, config, tmp_path)
 
 
+def test_results_that_no_run_wrote_are_refused(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text("{}")
+    config = ml_collections.ConfigDict({"kind": "train"})
+    message = f"^workdir='{tmp_path}' holds a results.json that no run wrote; choose another"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            workdir.run_once(pytest.fail, config, tmp_path, adopt=pytest.fail)
+        assert list(tmp_path.iterdir()) == [file]
+    # The user removed a damaged config.json, as `check_config` advises.
+    (tmp_path / "environment.json").write_text("{}")
+    assert workdir.run_once(pytest.fail, config, tmp_path) == {}
+
+
 @pytest.mark.parametrize("name", ["log.txt", ".DS_Store", "seed=0/config.json"])
 def test_a_refused_run_leaves_a_folder_as_it_was(name, tmp_path):
     """So the corrected command, which has another configuration, is not refused."""

@@ -17,6 +17,7 @@ from cnnjax.data import arrays, sources, splits
 from cnnjax.runtime import files
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
+from cnnjax.train.data import digest_arrays
 from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, read_recorded
 
 Configs = dict[pathlib.Path, dict]
@@ -170,14 +171,17 @@ def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.Co
         "classes": data.classes,
         "image_shape": list(data.train.images.shape[1:]),
         "n_train": len(data.train.labels),
+        "digest": digest_arrays(data.train, data.validation),
     }
     for folder, config in configs.items():
         results = files.read_json(folder / "results.json")
+        recorded = results.get("data", {}) | results
         # Runs of earlier versions recorded less.
-        then = {name: results[name] for name in now if name in results}
+        then = {name: recorded[name] for name in now if name in recorded}
         if config["n_validation"] != loaded.n_validation:
             # Others of its images were held out.
             then.pop("n_train", None)
+            then.pop("digest", None)
         if change := splits.describe_change(then, now):
             raise ValueError(
                 f"the images of dataset={loaded.dataset!r}, data_dir={loaded.data_dir!r} have "

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from cnnjax.data import splits
-from cnnjax.data.sources import DATASETS, Npz, Source
+from cnnjax.data.sources import DATASETS, Npz, Source, check_classes
 from cnnjax.data.splits import Split
 from cnnjax.runtime import files
 from cnnjax.runtime.paths import expand_user
@@ -40,14 +40,16 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
     path = expand_user(path)
     if path.suffix != ".npz":
         raise ValueError(f"path={str(path)!r} does not end in .npz")
+    classes = np.array(data.classes)
+    check_classes(classes, str(path))
     parts = {"training": data.train, "test": data.test}
-    _check_parts(parts, len(data.classes), "cross_entropy", str(path))
+    _check_parts(parts, len(classes), "cross_entropy", str(path))
     members = {
         "train_images": data.train.images,
         "train_labels": data.train.labels.astype(np.int32),
         "test_images": data.test.images,
         "test_labels": data.test.labels.astype(np.int32),
-        "classes": np.array(data.classes),
+        "classes": classes,
     }
     files.write_arrays(path, members, compress=False)
 
@@ -139,8 +141,8 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     Raises:
       ValueError: for an unknown name, for more training images than there are, for files that are
         absent and cannot be downloaded, for files other than the published ones, for splits
-        without images or with images of other shapes than the training set's, and for labels that
-        belong to no class.
+        without images or with images of other shapes than the training set's, for labels that
+        belong to no class, and for classes that are neither text nor numbers.
     """
     source = _find_source(name)
     train, test, *rest = source.read(expand_user(data_dir or "data"))

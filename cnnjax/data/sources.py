@@ -317,7 +317,9 @@ class Npz:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self._members["classes"].tolist())
+        names = self._members["classes"]
+        check_classes(names, f"dataset={str(self.path)!r}")
+        return tuple(names.tolist())
 
     def read(self, data_dir: pathlib.Path) -> tuple[Split, Split]:
         members = self._members
@@ -325,6 +327,32 @@ class Npz:
             Split(members["train_images"], members["train_labels"]),
             Split(members["test_images"], members["test_labels"]),
         )
+
+
+def check_classes(names: np.ndarray, subject: str) -> None:
+    """Checks that the names of classes can be recorded as JSON.
+
+    Args:
+      names: the names.
+      subject: how the error begins.
+
+    Raises:
+      ValueError: unless they are a list of text or finite numbers.
+    """
+    values = names.tolist()
+    is_list = names.ndim == 1
+    if not (is_list and all(_is_class_name(value) for value in values)):
+        raise ValueError(
+            f"{subject} has classes={repr(values)[:100]}; expected a one-dimensional array of "
+            "text or finite numbers"
+        )
+
+
+def _is_class_name(value: object) -> bool:
+    """Tells whether a value is text or a finite number."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (str, int))
 
 
 def _by_stem(folder: pathlib.Path) -> dict[str, pathlib.Path]:

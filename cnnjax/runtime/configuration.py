@@ -1,6 +1,7 @@
 """Configurations: read from a file, changed key by key, and checked for keys that do not exist."""
 
 import ast
+import contextlib
 import copy
 import difflib
 import json
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections.config_dict import RequiredValueError
 
 from cnnjax.runtime import source
 
@@ -24,7 +26,8 @@ def load(path: str) -> ml_collections.ConfigDict:
     """Reads a configuration file.
 
     Raises:
-        ValueError: if the file cannot be run or has no `get_config()`.
+        ValueError: if the file cannot be run, has no `get_config()`, or leaves a key without a
+            value.
     """
     module = source.import_file(path)
     if not hasattr(module, "get_config"):
@@ -38,16 +41,33 @@ def load(path: str) -> ml_collections.ConfigDict:
         raise ValueError(
             f"get_config() of config={path!r} returns {type(config).__name__}, not a ConfigDict"
         )
+    _check_values(config, f"config={path!r}: ")
     return expand_paths(_with_plain_values(config))
+
+
+def _check_values(config: ml_collections.ConfigDict, subject: str) -> None:
+    """Raises `ValueError`, which begins with `subject`, for an empty required placeholder."""
+    for key in config:
+        try:
+            value = config[key]
+        except RequiredValueError as error:
+            raise ValueError(
+                f"{subject}{key} is a required placeholder; give it a value in get_config()"
+            ) from error
+        if isinstance(value, ml_collections.ConfigDict):
+            _check_values(value, f"{subject}{key}.")
 
 
 def _with_plain_values(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Copies a configuration, with numbers in place of NumPy's scalars.
 
+    The copy of a locked or a frozen configuration can be changed.
+
     Raises:
         ValueError: for a value that the record cannot hold.
     """
-    plain = copy.deepcopy(config)
+    plain = copy.deepcopy(ml_collections.ConfigDict(config))
+    plain.unlock()
     # A NumPy scalar has another type than the number that replaces it.
     with plain.ignore_type():
         for key, value in flatten(config).items():
@@ -208,14 +228,25 @@ def _parse_value(text: str, current: Any) -> Any:
         return text.lower() == "true"
     if isinstance(current, bool) and text in ("0", "1"):
         return text == "1"
-    try:
+    value: Any = text
+    if isinstance(current, float):
         # `float` accepts "inf", too, which is no literal of Python.
-        value = float(text) if isinstance(current, float) else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+        with contextlib.suppress(ValueError):
+            value = float(text)
+    else:
+        value = parse_literal(text)
     if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
         return (value,)
     return value
+
+
+def parse_literal(text: str) -> Any:
+    """Parses a literal of Python; other text is returned as it is."""
+    try:
+        return ast.literal_eval(text)
+    # `TypeError` is of sets such as {[1]}. The last two are of literals that are nested too deeply.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _is_open(key: str) -> bool:

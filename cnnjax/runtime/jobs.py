@@ -1,12 +1,13 @@
 """Hand a command to jobs of Slurm, or of this machine, by submitit."""
 
-import ast
 import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 from typing import Any
+
+from cnnjax.runtime.configuration import parse_literal
 
 # In effect unlimited: a run continues from its checkpoint, so a long one just takes more jobs.
 _MOST_REQUEUES = 10_000
@@ -86,7 +87,4 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not (key and equals):
         raise ValueError(f"slurm={setting!r} is not KEY=VALUE, such as timeout_min=60")
-    try:
-        return key, ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return key, text
+    return key, parse_literal(text)

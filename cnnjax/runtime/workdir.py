@@ -321,11 +321,13 @@ def run_once(
         the others an empty dict.
 
     Raises:
-        ValueError: as `prepare` and `claims.claim`. A run that is refused leaves no folder.
+        ValueError: as `prepare` and `claims.claim`, and for a results.json that no run wrote. A run
+            that is refused leaves no folder.
     """
     folder = pathlib.Path(folder)
     # Claimed before config.json is written, which must not change under a run of another process.
     with _removed_if_empty(folder), claims.claim(folder):
+        _check_results(folder)
         with _undone_if_refused(folder):
             if adopt:
                 adopt(config, folder)
@@ -340,6 +342,20 @@ def run_once(
         if not (folder / _MANIFEST).exists():
             seal(folder)
         return files.read_json(folder / "results.json") if backend.writes() else {}
+
+
+def _check_results(folder: pathlib.Path) -> None:
+    """Raises `ValueError` if a work directory holds a results.json that no run wrote.
+
+    A run records its configuration and environment before it has results. The user may have removed
+    a damaged record of the configuration.
+    """
+    is_recorded = any((folder / name).exists() for name in _RECORD)
+    if (folder / "results.json").exists() and not is_recorded:
+        raise ValueError(
+            f"workdir={str(folder)!r} holds a results.json that no run wrote; choose another "
+            "--workdir"
+        )
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
         )
 
 
-def _digest_arrays(*parts: arrays.Split | None) -> str:
+def digest_arrays(*parts: arrays.Split | None) -> str:
     """Hashes the images and labels of splits into eight characters; None is an absent split."""
     digest = hashlib.sha256()
     for part in parts:
@@ -198,7 +198,7 @@ class Resident:
         _check_colour(config, self.image_shape[-1])
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
-        self.digest = _digest_arrays(train, validation)
+        self.digest = digest_arrays(train, validation)
         self.moments = moments_of(config, *arrays.normalization(train.images))
         self._placed_moments = parallel.replicate(self.moments)
         # A device may report only later that it has no room.
