@@ -1,7 +1,8 @@
 """Benchmark cnnjax against stock Flax layers, PyTorch and oneDNN, all in the same run.
 
     python -m cnnjax.benchmark {cpu,gpu,layers,compile,study,seeds,input} [--workdir FOLDER]
-        [--rounds 9] [--only NAME ...] [--sides SIDE ...] [--configurations 64] [--photographs FOLDER]
+        [--rounds 9] [--only NAME ...] [--sides SIDE ...] [--configurations 64]
+        [--photographs FOLDER]
 
 cpu     forward pass, training step (one call) and training (many steps in one call, where the
         side can: cnnjax) of five networks: cnnjax, the same networks on jax's own operations and
@@ -20,13 +21,13 @@ input   images per second that streams decode from JPEGs of 500 x 375, with seve
         worker processes, against Pillow in a loop, PyTorch's DataLoader (where it is installed) and
         ResNet-50's training step on this device
 
-Each side of the first four is a process of its own, since the flags of a process cannot be
-changed; the processes take turns, so that changes in the machine's speed affect all sides alike.
-`--sides` chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and
-`layers` have one more side, which is measured only if it is named: oneDNN, which is cnnjax with the
-convolutions of that library. The environment variable ONEDNN_LIBRARY names the library's file
-(libdnnl.so.3). Under `cpu` and `compile`, `--only` takes every network; those that are not measured by default
-get batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
+Each side of the first four is a process of its own, since the flags of a process cannot be changed;
+the processes take turns, so that changes in the machine's speed affect all sides alike. `--sides`
+chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and `layers` have
+one more side, which is measured only if it is named: oneDNN, which is cnnjax with the convolutions
+of that library. The environment variable ONEDNN_LIBRARY names the library's file (libdnnl.so.3).
+Under `cpu` and `compile`, `--only` takes every network; those that are not measured by default get
+batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
 `--photographs`. Writes report.md and benchmark.json.
 """
 
