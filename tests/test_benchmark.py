@@ -170,6 +170,39 @@ def test_two_processes_take_turns_and_agree(monkeypatch):
         assert ours["utilisation"] == pytest.approx(ours["gflop_per_s"] / ours["peak_gflop_per_s"])
 
 
+@pytest.mark.slow
+def test_compilation_is_of_the_training_step_and_starts_anew(monkeypatch):
+    """Each run traces the network again, and compiles what a training step of `network` is."""
+    traces = []
+    monkeypatch.setitem(base._REGISTRY, "lenet", Tiny)
+    make_step = jax_side._make_step
+
+    def traced(model, optimizer):
+        step = make_step(model, optimizer)
+
+        def counted(params, stats, momentum, images, labels, key):
+            traces.append((images.shape, labels.shape))
+            return step(params, stats, momentum, images, labels, key)
+
+        return counted
+
+    monkeypatch.setattr(jax_side, "_make_step", traced)
+    passes, facts = jax_side.compilation("lenet", 4)
+    passes["compile"](2)
+    assert traces == 2 * [((4, *Tiny().input_shape), (4,))]
+    assert facts == {"parameters": jax_side.network("lenet", 4, "float32")[1]["parameters"]}
+
+
+def test_compilation_is_reported_with_its_ratio(tmp_path, monkeypatch, capsys):
+    seconds = {("cnnjax", "compile"): [3000.0, 5000.0], ("stock", "compile"): [2000.0, 2000.0]}
+    monkeypatch.setattr(turns, "measure", lambda *arguments: ({}, seconds))
+    arguments = ["compile", "--rounds", "2", "--only", "vgg11", "--workdir", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    assert "| vgg11 | 8 | 4.0 | 2.0 | 2.00 |" in capsys.readouterr().out
+    recorded = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert recorded[0]["seconds"] == {"cnnjax": 4.0, "stock": 2.0}
+
+
 def test_sides_that_differ_or_fail_are_refused(capfd):
     message = "the nobody side of lenet.conv1 stopped with exit code 1"
     with pytest.raises(RuntimeError, match=message):

@@ -1,7 +1,8 @@
 """Benchmark cnnjax against stock Flax layers, PyTorch and oneDNN, all in the same run.
 
-    python -m cnnjax.benchmark {cpu,gpu,layers,study,seeds,input} [--workdir FOLDER] [--rounds 9]
-        [--only NAME ...] [--sides SIDE ...] [--configurations 64] [--photographs FOLDER]
+    python -m cnnjax.benchmark {cpu,gpu,layers,compile,study,seeds,input} [--workdir FOLDER]
+        [--rounds 9] [--only NAME ...] [--sides SIDE ...] [--configurations 64]
+        [--photographs FOLDER]
 
 cpu     forward pass, training step (one call) and training (many steps in one call, where the
         side can: cnnjax) of five networks: cnnjax, the same networks on jax's own operations and
@@ -11,6 +12,8 @@ gpu     the same of large networks in bfloat16: cnnjax, PyTorch with autocast, e
         torch.compile
 layers  forward, input gradient and kernel gradient of the convolutions that networks are made of:
         cnnjax, stock, PyTorch, on the CPU
+compile seconds that tracing and compiling the training step of a network takes: cnnjax, stock, on
+        the CPU
 study   all readouts on features that are computed once, against one readout at a time with the
         encoder in every step
 seeds   many seeds and learning rates of LeNet in one program, against one after the other
@@ -18,13 +21,13 @@ input   images per second that streams decode from JPEGs of 500 x 375, with seve
         worker processes, against Pillow in a loop, PyTorch's DataLoader (where it is installed) and
         ResNet-50's training step on this device
 
-Each side of the first three is a process of its own, since the flags of a process cannot be
-changed; the processes take turns, so that changes in the machine's speed affect all sides alike.
-`--sides` chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and
-`layers` have one more side, which is measured only if it is named: oneDNN, which is cnnjax with the
-convolutions of that library. The environment variable ONEDNN_LIBRARY names the library's file
-(libdnnl.so.3). Under `cpu`, `--only` takes every network; those that are not measured by default
-get batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
+Each side of the first four is a process of its own, since the flags of a process cannot be changed;
+the processes take turns, so that changes in the machine's speed affect all sides alike. `--sides`
+chooses the sides. `torch` and `torch.compile` need PyTorch and torchvision. `cpu` and `layers` have
+one more side, which is measured only if it is named: oneDNN, which is cnnjax with the convolutions
+of that library. The environment variable ONEDNN_LIBRARY names the library's file (libdnnl.so.3).
+Under `cpu` and `compile`, `--only` takes every network; those that are not measured by default get
+batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
 `--photographs`. Writes report.md and benchmark.json.
 """
 
@@ -32,6 +35,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import statistics
 import sys
 
 from cnnjax.benchmark.cases import (
@@ -46,7 +50,7 @@ from cnnjax.benchmark.cases import (
 from cnnjax.data import photographs
 from cnnjax.runtime import backend, command, files, tables
 
-WHAT = ("cpu", "gpu", "layers", "study", "seeds", "input")
+WHAT = ("cpu", "gpu", "layers", "compile", "study", "seeds", "input")
 # Options that only these benchmarks use.
 _USED_BY = {"configurations": ("seeds",), "photographs": ("study", "input")}
 _CONFIGURATIONS = 64
@@ -74,7 +78,7 @@ def check(what: str, only: list[str], sides: list[str]) -> None:
         raise ValueError(
             f"sides={sides}: cnnjax comes first, and others are compared with it, each named once"
         )
-    if what == "cpu":
+    if what in ("cpu", "compile"):
         for name in only:
             _check_logits(name)
     if "oneDNN" in sides:
@@ -105,7 +109,7 @@ def _choices(what: str) -> tuple[str, ...]:
     """
     if what == "layers":
         return tuple(LAYERS)
-    if what == "cpu":
+    if what in ("cpu", "compile"):
         from cnnjax.models import list_models
 
         return tuple(dict.fromkeys((*NETWORKS["cpu"], *list_models())))
@@ -289,6 +293,41 @@ def _explain(what: str, rounds: int, rows: list[dict]) -> str:
     return text
 
 
+def compare_compilation(rounds: int, only: list[str], sides: list[str], save) -> None:
+    """Measures how long networks take to compile, and saves the table after each."""
+    from cnnjax.benchmark import turns
+
+    ours, *others = sides
+    headings = [
+        "network",
+        "batch",
+        *(f"{side}, s" for side in sides),
+        *(f"{ours} / {side}" for side in others),
+    ]
+    rows: list[dict] = []
+    lines = []
+    for name in only or NETWORKS["cpu"]:
+        batch = NETWORKS["cpu"].get(name, BATCH)
+        _, times = turns.measure("compile", sides, name, batch, rounds)
+        seconds = {side: statistics.median(times[side, "compile"]) / 1e3 for side in sides}
+        ratios = {side: seconds[ours] / seconds[side] for side in others}
+        rows.append({"name": name, "batch": batch, "seconds": seconds, "rounds": rounds})
+        lines.append(
+            [
+                name,
+                str(batch),
+                *(f"{value:.1f}" for value in seconds.values()),
+                *(f"{value:.2f}" for value in ratios.values()),
+            ]
+        )
+        save(
+            f"Seconds to trace and compile a training step, without a cache; median of {rounds} "
+            f"rounds, jaxlib {importlib.metadata.version('jaxlib')}.\n\n"
+            f"{tables.table(headings, lines)}",
+            rows,
+        )
+
+
 def run_study(rounds: int, folder: str, save) -> None:
     """Measures all readouts of the position study together against one at a time."""
     from cnnjax.benchmark import programs
@@ -394,7 +433,9 @@ def _work(options, folder: pathlib.Path) -> None:
         files.write(folder / "report.md", title + text)
         files.write_json(folder / "benchmark.json", record)
 
-    if options.what in SIDES:
+    if options.what == "compile":
+        compare_compilation(options.rounds, options.only, sides, save)
+    elif options.what in SIDES:
         compare_sides(options.what, options.rounds, options.only, sides, save)
     elif options.what == "study":
         run_study(options.rounds, options.photographs, save)
@@ -437,7 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_photographs()
     options = parser.parse_args(arguments)
-    if options.what in ("cpu", "layers"):
+    if options.what in ("cpu", "layers", "compile"):
         os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share the device
     folder = options.workdir or pathlib.Path("runs") / f"benchmark_{options.what}"

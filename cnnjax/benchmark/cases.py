@@ -86,6 +86,7 @@ SIDES = {
     "cpu": ("cnnjax", "stock", "torch", "torch.compile"),
     "gpu": ("cnnjax", "torch", "torch.compile"),
     "layers": ("cnnjax", "stock", "torch"),
+    "compile": ("cnnjax", "stock"),
 }
 # Measured only if named: cnnjax with oneDNN's convolutions.
 MORE_SIDES = {"cpu": ("oneDNN",), "layers": ("oneDNN",)}
@@ -96,6 +97,7 @@ PASSES = {
     "cpu": _NETWORK_PASSES,
     "gpu": _NETWORK_PASSES,
     "layers": ("forward", "input gradient", "kernel gradient"),
+    "compile": ("compile",),
 }
 # Side of the square matrices whose product shows the machine's peak.
 PRODUCT = {"cpu": 2048, "gpu": 8192, "layers": 2048}

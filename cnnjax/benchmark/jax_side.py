@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cnnjax import weights
 from cnnjax.benchmark import cases, onednn
 from cnnjax.models import create_model
 from cnnjax.nn import conv, lowering
@@ -98,6 +99,31 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return passes, {"parameters": count, "compile_s": round(seconds, 2)}
+
+
+def compilation(name: str, batch: int) -> tuple[dict, dict]:
+    """Prepares the compilation of a network's training step.
+
+    Returns a function of a number of runs, as "compile", and facts of the network.
+    """
+    model = create_model(name)
+    optimizer = optax.sgd(cases.RATE, momentum=cases.MOMENTUM)
+    images = jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    variables = weights.variable_shapes(model)
+    params = variables["params"]
+    momentum = jax.eval_shape(optimizer.init, params)
+    state = [params, variables.get("batch_stats", {}), momentum]
+
+    def run(n):
+        for _ in range(n):
+            # As in a new process, nothing has been traced.
+            jax.clear_caches()
+            step = jax.jit(_make_step(model, optimizer), donate_argnums=(0, 1, 2))
+            step.lower(*state, images, labels, jax.random.key(1)).compile()
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"compile": run}, {"parameters": count}
 
 
 def _random_batches(batch: int, shape: tuple, classes: int) -> tuple[jax.Array, jax.Array]:

@@ -142,15 +142,23 @@ def _work(side: str, what: str, name: str, batch: int, burst: float) -> None:
     before = _resident("VmRSS")
     if what == "layers":
         passes, facts = layer_passes(side, cases.LAYERS[name])
+    elif what == "compile":
+        from cnnjax.benchmark import jax_side
+
+        passes, facts = jax_side.compilation(name, batch)
     else:
         passes, facts = _network_passes(side, what, name, batch)
         passes["step"](1)
         memory = _peak_memory(side, what, passes["step"], before)
         facts["memory_mb"] = None if memory is None else round(memory)
-    passes["product"] = _product(side, what)
+    if what in cases.PRODUCT:
+        passes["product"] = _product(side, what)
     counts = {}
     for key, run in passes.items():
-        counts[key] = _burst_count(run, TRAINING_BURST if key == "training" else burst)
+        if key == "compile":
+            counts[key] = 1
+        else:
+            counts[key] = _burst_count(run, TRAINING_BURST if key == "training" else burst)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         key = line.strip()

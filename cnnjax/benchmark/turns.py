@@ -61,8 +61,9 @@ def measure(
     try:
         facts = {side: worker.answer() for side, worker in workers.items()}
         _check_agreement(name, facts)
+        keys = (*PASSES[what], "product") if what in PRODUCT else PASSES[what]
         times: dict[tuple[str, str], list[float]] = {
-            (side, key): [] for side in sides for key in (*PASSES[what], "product")
+            (side, key): [] for side in sides for key in keys
         }
         for _ in range(rounds):
             for side, key in times:
