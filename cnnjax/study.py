@@ -103,6 +103,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import matplotlib.style
 import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
@@ -204,7 +205,10 @@ class Study:
                 options.environment = record.get("environment", options.environment)
             try:
                 results = self._measure_missing(dict(zip(points, paths)), options)
-                self._write(folder, results, self.report(results, options))
+                # Colors that color-blind readers can tell apart.
+                with matplotlib.style.context("petroff10"):
+                    report = self.report(results, options)
+                self._write(folder, results, report)
             except KeyboardInterrupt as stop:
                 raise workdir.Interrupted(
                     "stopped; the same command goes on after the last finished point"

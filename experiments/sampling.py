@@ -240,8 +240,7 @@ def draw(results: list[dict]) -> Figure:
             axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
             axis.set_title(f"{network}: {heading}", fontsize=9)
             if factor == 100:
-                lowest = min(values.min() for groups in series.values() for values in groups)
-                axis.set_ylim(max(0, lowest - 10), 102)
+                axis.set_ylim(0, 102)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

@@ -9,6 +9,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import pytest
 from quick import exit_code
@@ -49,6 +50,21 @@ def test_the_example_writes_a_table_and_a_figure(example, tmp_path, capsys):
     assert f"| zeros | {np.mean(errors):.3f} ± {np.std(errors, ddof=1):.3f} | 2 |" in text
     assert text in capsys.readouterr().out
     assert (tmp_path / "blur.png").stat().st_size > 1000
+
+
+def test_colors_of_figures_can_be_told_apart(example, tmp_path):
+    """The colors are those of Petroff (arXiv 2107.02270), and matplotlib's own return."""
+    cycles = []
+
+    def report(results, options):
+        cycles.append(matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])
+        return example.report(results, options)
+
+    before = matplotlib.rcParams["axes.prop_cycle"]
+    again = dataclasses.replace(example.STUDY, report=report)
+    assert again.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 0
+    assert cycles[0][:3] == ["#3f90da", "#ffa90e", "#bd1f01"]
+    assert matplotlib.rcParams["axes.prop_cycle"] == before
 
 
 def test_a_later_call_measures_only_new_points(example, tmp_path):
