@@ -410,7 +410,13 @@ def test_predictions_run_the_same_three_ways(way):
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
         predicted = evaluate.predict(
-            parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
+            parallel,
+            model,
+            placed,
+            moments,
+            batches=evaluate.batches_of(images, 16),
+            batch_size=16,
+            output=output,
         )
         np.testing.assert_allclose(predicted, want, atol=1e-5)
 
@@ -966,7 +972,11 @@ def test_of_several_processes_one_that_trains_something_else_is_named():
 
     same = number({"data": "a"})
     assert same == number({"data": "a"}) < 2**31
-    others = [number({"data": "b"}), number({"data": "a"}, seed=1), number({"data": "a"}, workers=7)]
+    others = [
+        number({"data": "b"}),
+        number({"data": "a"}, seed=1),
+        number({"data": "a"}, workers=7),
+    ]
     assert len({same, *others}) == 4
     with pytest.raises(ValueError, match="^process 2 of 3 has another configuration, images,"):
         check(lambda own: [own, own, own + 1], {})
