@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cnnjax.runtime import backend, command
+from cnnjax.runtime import backend, command, imagenet
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import records
 
@@ -71,7 +71,7 @@ def published(
         classes=records.imagenet_classes(),
         multi_label=False,
         read=lambda file: resize_and_crop(open_rgb(file), resized),
-        moments=(np.asarray(record.mean, np.float32), np.asarray(record.std, np.float32)),
+        moments=(np.asarray(imagenet.MEAN, np.float32), np.asarray(imagenet.STD, np.float32)),
         load=lambda: load_pretrained(name, tag=record.tag, path=path),
     )
 
@@ -144,8 +144,8 @@ def logits(
         model,
         parallel.replicate(variables),
         parallel.replicate(classifier.moments),
-        _batches(classifier, files, batch_size),
-        batch_size,
+        batches=_batches(classifier, files, batch_size),
+        batch_size=batch_size,
     )
 
 

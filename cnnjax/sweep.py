@@ -293,18 +293,18 @@ def summarize(values: list[float]) -> dict:
 
     For a single value `std` and `half_width` are None.
     """
-    # Imported when needed: --help does not wait for scipy.
+    # Imported when needed: --help does not wait for NumPy.
     import numpy as np
 
     from cnnjax.runtime import tables
 
     n = len(values)
-    std = None
-    half_width = None
-    if n > 1:
-        std = float(np.std(values, ddof=1))
-        half_width = tables.half_width(values)
-    return {"mean": float(np.mean(values)), "std": std, "n": n, "half_width": half_width}
+    return {
+        "mean": float(np.mean(values)),
+        "std": tables.deviation(values),
+        "n": n,
+        "half_width": tables.half_width(values) if n > 1 else None,
+    }
 
 
 def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
@@ -350,6 +350,7 @@ def write_table(folder: pathlib.Path, runs: list[Run], refused: dict[str, str]) 
             configuration, whose results the table would mix with those of this one.
         ValueError: as `check_files`.
     """
+    # Imported when needed: --help does not wait for NumPy.
     from cnnjax.runtime import tables
 
     for run in runs:

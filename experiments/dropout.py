@@ -176,12 +176,13 @@ def measure(point: Point, options) -> dict:
     test = augment.normalize(jnp.asarray(data.test.images), *moments)
 
     result = {"train_error": final["train_error"], "test_error": final["test_error"]}
-    kept = {}
+    layer_masks = {}
     for layer in ("fc1", "fc2"):
         units = len(params[layer]["bias"])
-        kept[layer] = [masks(units, options.removals, share, point.seed) for share in SHARES]
+        layer_masks[layer] = [masks(units, options.removals, share, point.seed) for share in SHARES]
         measured = [
-            accuracies(model, layer, params, mask, test, data.test.labels) for mask in kept[layer]
+            accuracies(model, layer, params, mask, test, data.test.labels)
+            for mask in layer_masks[layer]
         ]
         result[layer] = np.stack(measured).tolist()
     again = refitted(
@@ -189,7 +190,7 @@ def measure(point: Point, options) -> dict:
         data.train.labels[:_FITTED],
         np.asarray(second_layer(model, params, test)),
         data.test.labels,
-        np.concatenate(kept["fc2"]),
+        np.concatenate(layer_masks["fc2"]),
     )
     return result | {"refitted": np.reshape(again, (len(SHARES), options.removals)).tolist()}
 

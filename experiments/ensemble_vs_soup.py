@@ -320,7 +320,7 @@ def accuracy_sentences(results: list[dict], options) -> list[str]:
     over_best = greedy - accuracy("fine-tuned", "best")
     over_soup = accuracy("fine-tuned", "ensemble") - greedy
     strangers = accuracy("independent", "uniform")
-    kept = study.values(results, "ingredients", group="independent", method="greedy").mean()
+    ingredients = study.values(results, "ingredients", group="independent", method="greedy").mean()
     return [
         f"D8, accuracy: the greedy soup has {tables.spread(over_best, 2)} points over the best on "
         f"validation: that it is better {tables.judge(over_best)}. The ensemble has "
@@ -328,7 +328,7 @@ def accuracy_sentences(results: list[dict], options) -> list[str]:
         f"{tables.judge(over_soup)}.",
         "Soups need a common start: the average of independent networks has "
         f"{tables.spread(strangers, 2)} % of the test set right (one of ten classes by chance: "
-        f"10 %), and the greedy soup keeps {kept:.1f} of {options.members // 2} of them.",
+        f"10 %), and the greedy soup keeps {ingredients:.1f} of {options.members // 2} of them.",
     ]
 
 

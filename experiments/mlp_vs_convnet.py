@@ -55,11 +55,6 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
 # --- Results --------------------------------------------------------------------------------------
 
 
-def read_all(folder: pathlib.Path, name: str) -> list[dict]:
-    """Returns the contents of the files with one name in the runs of a sweep."""
-    return [files.read_json(path) for path in sorted(folder.glob(f"*/{name}"))]
-
-
 def read_failures(folder: pathlib.Path) -> list[str]:
     """Returns the reasons for which runs of a sweep failed, or were refused, from its table."""
     table = folder / "sweep.json"
@@ -72,7 +67,8 @@ def compare(folder: pathlib.Path) -> list[dict]:
     """Returns a row for each network with a finished or failed run; errors in percent."""
     rows = []
     for name, printed in CLAIMS.items():
-        runs = read_all(folder / name, "results.json")
+        paths = sorted((folder / name).glob("*/results.json"))
+        runs = [files.read_json(path) for path in paths]
         failed = read_failures(folder / name)
         if not runs and not failed:
             continue

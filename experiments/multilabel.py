@@ -147,8 +147,7 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
     else:
         blank = jnp.zeros((1, *model.input_shape))
         variables = jax.jit(model.init)(jax.random.key(seed), blank)
-    *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
-    return pooled_features(model, variables, images, last_stage, _BATCH)
+    return pooled_features(model, variables, images, _BATCH)
 
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:

@@ -77,8 +77,7 @@ def points(options):
 
 def load(options) -> arrays.Split:
     """Returns the batch."""
-    train = arrays.load("cifar10", options.data_dir).train
-    return arrays.Split(train.images[:_COUNT], train.labels[:_COUNT])
+    return arrays.load("cifar10", options.data_dir).train.take(slice(_COUNT))
 
 
 def without_dropout(name: str) -> Network:

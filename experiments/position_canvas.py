@@ -22,7 +22,7 @@ from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import FILLS
 from cnnjax.position.canvas import CANVASES, GRID, TASKS, draw
 from cnnjax.runtime import command, tables
-from cnnjax.train.small import check_counts, classify, train_epochs
+from cnnjax.train.small import classify, train_epochs
 
 # The cells are 32 px apart, a multiple of the stride of 16.
 LAYERS = ((8, 2), (16, 2), (32, 2), (64, 2))
@@ -59,7 +59,7 @@ def add_options(parser):
 
 def load(options) -> arrays.Dataset:
     data = arrays.load("cifar10", options.data_dir)
-    check_counts(data, max(options.train), options.test)
+    arrays.check_counts(data, max(options.train), options.test)
     return data
 
 

@@ -27,7 +27,7 @@ from cnnjax.data import arrays
 from cnnjax.models.small import SmallResNet
 from cnnjax.position.canvas import GRID, TASKS, draw
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, classify, pooled_features, train_epochs
+from cnnjax.train.small import classify, pooled_features, train_epochs
 from cnnjax.transfer import linear_probe
 
 NETWORKS = ("gapnet", "permutenet")
@@ -61,7 +61,7 @@ def add_options(parser):
 
 def load(options) -> arrays.Dataset:
     data = arrays.load("cifar10", options.data_dir)
-    check_counts(data, options.train, options.test)
+    arrays.check_counts(data, options.train, options.test)
     return data
 
 
@@ -101,9 +101,8 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     def accuracy(variables):
         return float((classify(model, variables, test) == labels[task]).mean())
 
-    last_stage = f"layer{len(model.widths)}"
-    features = pooled_features(model, variables, train, last_stage)
-    test_features = pooled_features(model, variables, test, last_stage)
+    features = pooled_features(model, variables, train)
+    test_features = pooled_features(model, variables, test)
     result = {"accuracy": accuracy(variables)}
     for name in TASKS:
         probe = linear_probe(features, train_labels[name], test_features, labels[name])
@@ -112,7 +111,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
         return result
 
     # Channels that encode position change most from |f(x)| to |f(mirrored x)|.
-    mirrored_features = pooled_features(model, variables, train[:, :, ::-1], last_stage)
+    mirrored_features = pooled_features(model, variables, train[:, :, ::-1])
     change = np.abs(features - mirrored_features).mean(0)
     ranked = np.argsort(-change)
     generators = [np.random.default_rng([seed, number]) for number in range(_DRAWS)]

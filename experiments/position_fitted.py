@@ -192,14 +192,14 @@ def shuffled(images: np.ndarray, seed: int) -> np.ndarray:
 
 def scored(readout: str, grid: str, count: int, maps: np.ndarray) -> dict:
     """Scores predictions [n, 1, 28, 28] of H on the readout's own grid."""
-    found = scores(maps[:, 0], target("H", FEATURE_SIZE))
+    metrics = scores(maps[:, 0], target("H", FEATURE_SIZE))
     return {
         "readout": readout,
         "grid": grid,
         "count": count,
-        "r2": float(found["r2"].mean()),
-        "median_r2": float(np.median(found["r2"])),
-        "spc": float(found["spc"].mean()),
+        "r2": float(metrics["r2"].mean()),
+        "median_r2": float(np.median(metrics["r2"])),
+        "spc": float(metrics["spc"].mean()),
     }
 
 
@@ -283,11 +283,12 @@ def tabulate_borders(results: list[dict]) -> str:
     lines = []
     for padding in study.unique(results, "padding"):
         by_seed = {row["seed"]: row["border"] for row in study.select(results, padding=padding)}
-        found = list(by_seed.values())
+        borders = list(by_seed.values())
         cells = [
-            tables.spread(study.values(found, name), 3) for name in ("variance", "before", "after")
+            tables.spread(study.values(borders, name), 3)
+            for name in ("variance", "before", "after")
         ]
-        lines.append([padding, *cells, str(len(found))])
+        lines.append([padding, *cells, str(len(borders))])
     header = ["padding", "change of variance", "of mean before ReLU", "after ReLU", "n"]
     return tables.table(header, lines)
 

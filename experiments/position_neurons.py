@@ -36,10 +36,19 @@ from cnnjax.position import patterns
 from cnnjax.position.encoder import FEATURE_SIZE
 from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
+from cnnjax.position.subjects import (
+    Shared,
+    Trace,
+    check_fills,
+    flatten,
+    list_large,
+    list_subjects,
+    load_subjects,
+    look_inside,
+    subjects_of,
+)
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
-from experiments import position_patterns
-from experiments.position_patterns import Shared, Trace, flatten, look_inside, subjects_of
 
 INSIDE = "inside"
 # The accepted rate of false positives: channels called padding-aware without a border.
@@ -74,24 +83,23 @@ def add_options(parser):
 
 def load(options) -> Shared:
     """Loads the encoders, and draws each seed's photographs in random order."""
-    paths = position_patterns.list_large(options)
+    paths = list_large(options)
     if len(paths) < _LEAST:
         raise ValueError(f"photographs: expected at least {_LEAST}, found {len(paths)}")
     drawn = []
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(paths))
         drawn.append(tuple(paths[number] for number in order[: options.images]))
-    subjects = position_patterns.load_subjects(options)
+    subjects = load_subjects(options)
     padded = [padding for padding in options.paddings if padding != INSIDE]
-    position_patterns.check_fills(subjects, padded)
+    check_fills(subjects, padded)
     return Shared(subjects, drawn)
 
 
 def points(options):
-    subjects = position_patterns.list_subjects(options)
     # The paddings of a seed follow each other, because they share the features inside the
     # photographs.
-    for (name, origin), seed in itertools.product(subjects, range(options.seeds)):
+    for (name, origin), seed in itertools.product(list_subjects(options), range(options.seeds)):
         for padding in options.paddings:
             yield Trace("neurons", name, origin, padding, seed)
 

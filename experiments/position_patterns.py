@@ -19,27 +19,33 @@ same distance on both sides, and a map of how often each pixel is read. Finished
 measured again. Writes report.md, patterns.json, patterns.png, distances.png and reads.png.
 """
 
-import functools
 import itertools
 import pathlib
 import sys
 from typing import NamedTuple
 
-import flax.errors
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 from matplotlib.figure import Figure
 
-from cnnjax import study, weights
+from cnnjax import study
 from cnnjax.data import photographs
-from cnnjax.inspect import receptive_field
-from cnnjax.models import Network, create_model
+from cnnjax.inspect import Window, receptive_field, windows
+from cnnjax.models import create_model
 from cnnjax.nn import output_size
-from cnnjax.nn.parameters import eval_shape
 from cnnjax.position import patterns
-from cnnjax.position.encoder import draw_variables, stage_shapes
+from cnnjax.position.subjects import (
+    Shared,
+    Subject,
+    Trace,
+    check_fills,
+    flatten,
+    list_large,
+    list_subjects,
+    load_subjects,
+    look_inside,
+    subjects_of,
+)
 from cnnjax.runtime import tables
 
 PADDINGS = ("zeros", "partial", "reflect", "replicate", "circular")
@@ -57,16 +63,6 @@ _DRAWN_DISTANCES = 7
 
 
 # --- Options and points ---------------------------------------------------------------------------
-
-
-class Trace(NamedTuple):
-    """One encoder, whose `weights` are "random" or "trained"."""
-
-    part: str
-    encoder: str
-    weights: str
-    padding: str
-    seed: int
 
 
 class Windows(NamedTuple):
@@ -92,15 +88,6 @@ def add_options(parser):
     parser.add_count("seeds", 3, "of random weights and photographs")
 
 
-def list_subjects(options) -> list[tuple[str, str]]:
-    """Lists the encoders and the origins of their weights; raises `ValueError` if none."""
-    subjects = [(name, "random") for name in options.encoders]
-    subjects += [(name, "trained") for name in options.trained]
-    if not subjects:
-        raise ValueError("encoders= and trained= are empty: there is no network to look at")
-    return subjects
-
-
 def draws(point: Trace | Windows, options) -> bool:
     """Tells whether a point's seed has more photographs than it needs, and draws from them."""
     if isinstance(point, Windows):
@@ -118,13 +105,6 @@ def points(options):
         yield Trace("patterns", name, origin, padding, seed)
     for name in READ_BY:
         yield Windows("reads", name)
-
-
-class Shared(NamedTuple):
-    """The encoders, by name and origin of weights, and each seed's photographs."""
-
-    subjects: dict[tuple[str, str], "Subject"]
-    paths: list[tuple[pathlib.Path, ...]]
 
 
 def load(options) -> Shared:
@@ -148,31 +128,6 @@ def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
     return chosen
 
 
-def list_large(options) -> list[pathlib.Path]:
-    """Lists the photographs; raises `ValueError` if one is smaller than the crop."""
-    paths = photographs.list_photographs(options.photographs)
-    photographs.check_sizes(paths, options.size, f"size={options.size}")
-    return paths
-
-
-def load_subjects(options) -> dict[tuple[str, str], "Subject"]:
-    """Loads the encoders, by name and origin of weights."""
-    subjects = {}
-    for name in options.encoders:
-        # With random weights, the same stages as with the file, for comparison.
-        _, missing = options.trained.get(name, (None, ()))
-        subjects[name, "random"] = Subject(name, options.size, None, missing)
-    for name, (file, missing) in options.trained.items():
-        subjects[name, "trained"] = Subject(name, options.size, file, missing)
-    return subjects
-
-
-def check_fills(subjects: dict[tuple[str, str], "Subject"], paddings: list[str]) -> None:
-    """Raises `ValueError` if a padding does not fit an encoder's maps."""
-    for subject, padding in itertools.product(subjects.values(), paddings):
-        stage_shapes(subject.model.clone(padding=padding), subject.size, subject.stages[-1])
-
-
 def measure(point: Trace | Windows, options, shared: Shared) -> dict:
     if isinstance(point, Windows):
         return count_reads(point.network)
@@ -182,71 +137,6 @@ def measure(point: Trace | Windows, options, shared: Shared) -> dict:
 
 
 # --- Patterns -------------------------------------------------------------------------------------
-
-
-def known_stages(model: Network, size: int, missing: tuple[str, ...]) -> list[str]:
-    """Lists the stages that need none of the missing modules.
-
-    Raises `ValueError` if there are none.
-    """
-    variables = {}
-    for kind, modules in weights.variable_shapes(model).items():
-        names = [name for name in modules if name.split(".")[0] not in missing]
-        variables[kind] = {name: modules[name] for name in names}
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    names = list(stage_shapes(model, size))
-    while names:
-        stages = functools.partial(model.apply, method="stages", last=names[-1])
-        try:
-            return list(eval_shape(stages, variables, image))
-        except flax.errors.FlaxError:
-            # The class of the error depends on what is missing.
-            names.pop()
-    raise ValueError(f"no stage of the network can do without its modules {', '.join(missing)}")
-
-
-class Subject:
-    """One network with one origin of its weights: random if `file` is None."""
-
-    def __init__(self, name: str, size: int, file: str | None, missing: tuple[str, ...]):
-        self.size = size
-        self.model = create_model(name)
-        self.stages = known_stages(self.model, size, missing)
-        self.margin = patterns.common_margin(self.model, self.stages, size)
-        self.loaded = None
-        if file is not None:
-            self.loaded = weights.load_torchvision(file, self.model, missing)
-
-    def variables(self, seed: int) -> dict:
-        """Returns the file's variables, or random ones."""
-        if self.loaded is not None:
-            return self.loaded
-        size = self.model.input_shape[0]
-        return draw_variables(self.model, size, self.stages[-1], jax.random.key(seed))
-
-
-class Inside(NamedTuple):
-    """The crops and features that all paddings of one seed share.
-
-    `crop` is uint8 [n, size, size, 3]; `features` are its stages inside the photographs.
-    """
-
-    variables: dict
-    crop: np.ndarray
-    features: dict[str, np.ndarray]
-
-
-# The points of one subject and seed follow each other, so one cached result is enough.
-@functools.lru_cache(maxsize=1)
-def look_inside(subject: Subject, seed: int, paths: tuple[pathlib.Path, ...]) -> Inside:
-    """Computes the features of crops that see the photographs around them."""
-    context = photographs.fit_squares(paths, subject.size + 2 * subject.margin)
-    middle = slice(subject.margin, -subject.margin)
-    variables = subject.variables(seed)
-    inside = patterns.features_inside(
-        subject.model, variables, context, subject.size, subject.stages
-    )
-    return Inside(variables, context[:, middle, middle], inside)
 
 
 def traces(
@@ -275,7 +165,7 @@ def traces(
 # --- Reads ----------------------------------------------------------------------------------------
 
 
-def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Window, ...]:
+def unpadded(chain: tuple[Window, ...], size: int) -> tuple[Window, ...]:
     """Returns the first windows of a chain, until nothing is left without padding."""
     for number, window in enumerate(chain):
         size = output_size(size, window.kernel, window.stride, 0)
@@ -284,7 +174,7 @@ def unpadded(chain: tuple[patterns.Window, ...], size: int) -> tuple[patterns.Wi
     return chain
 
 
-def reads(chain: tuple[patterns.Window, ...], size: int, fill: str) -> np.ndarray:
+def reads(chain: tuple[Window, ...], size: int, fill: str) -> np.ndarray:
     """Counts how often each pixel is read, [size, size]; without padding, until nothing is left."""
     if fill == "none":
         chain = unpadded(chain, size)
@@ -293,7 +183,7 @@ def reads(chain: tuple[patterns.Window, ...], size: int, fill: str) -> np.ndarra
 
 def count_reads(network: str) -> dict:
     """Counts a network's unread rows by image size, and measures asymmetry by size and fill."""
-    chain = patterns.windows(create_model(network))
+    chain = windows(create_model(network))
     asymmetry = {}
     for size in SHOWN:
         by_fill = {fill: patterns.asymmetry(reads(chain, size, fill)) for fill in _READ_FILLS}
@@ -305,20 +195,6 @@ def count_reads(network: str) -> dict:
 
 
 # --- Report ---------------------------------------------------------------------------------------
-
-
-def flatten(results: list[dict]) -> list[dict]:
-    """Returns one record for each stage of each encoder."""
-    records = []
-    for result in results:
-        point = {name: result[name] for name in Trace._fields}
-        records += [point | stage for stage in result["stages"]]
-    return records
-
-
-def subjects_of(results: list[dict]) -> list[tuple[str, str]]:
-    """Returns the pairs of encoder and weights, in order."""
-    return list(dict.fromkeys((result["encoder"], result["weights"]) for result in results))
 
 
 def tabulate_patterns(results: list[dict]) -> str:
@@ -415,7 +291,7 @@ def tabulate_asymmetry(results: list[dict]) -> str:
 
 def draw_reads(network: str) -> Figure:
     """Draws how often a network reads each pixel: a row for each size, a panel for each fill."""
-    chain = patterns.windows(create_model(network))
+    chain = windows(create_model(network))
     figure = Figure(figsize=(2 * len(_READ_FILLS) + 0.5, 4.4), layout="constrained")
     axes = figure.subplots(len(SHOWN), len(_READ_FILLS))
     for axis_row, size in zip(axes, SHOWN):

@@ -30,7 +30,7 @@ from cnnjax.models.fcn import SceneNet
 from cnnjax.nn import FILLS, SAMPLINGS
 from cnnjax.position.encoder import stage_shapes
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, classify, train_epochs
+from cnnjax.train.small import classify, train_epochs
 
 # Pixels: the sides of a digit and of the canvas, the steps between places, the network's stride.
 _DIGIT = 12
@@ -73,7 +73,7 @@ def add_options(parser):
 def load(options) -> arrays.Dataset:
     """Loads MNIST, and checks that every network has an output."""
     data = arrays.load("mnist", options.data_dir)
-    check_counts(data, options.train, options.test)
+    arrays.check_counts(data, options.train, options.test)
     for model in {build(point) for point in points(options)}:
         stage_shapes(model, _CANVAS)
     return data
@@ -129,8 +129,8 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     model = build(point)
     generator = np.random.default_rng(point.seed)
     chosen = generator.permutation(len(data.train.labels))[: options.train]
-    canvases = lay(reduce(data.train.images[chosen]), *TRAINED[point.place])
-    train = arrays.Split(canvases, data.train.labels[chosen])
+    images, labels = data.train.take(chosen)
+    train = arrays.Split(lay(reduce(images), *TRAINED[point.place]), labels)
     *_, variables = train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
     digits = reduce(data.test.images[: options.test])
     accuracies = accuracy_map(model, variables, digits, data.test.labels[: options.test])

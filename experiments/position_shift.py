@@ -147,11 +147,11 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
     rows = maps.mean(1)
     place = np.broadcast_to(np.arange(_SIZE), rows.shape)
     scene = place + np.reshape(_SHIFTS, (-1, 1))
-    taken = np.ones(rows.shape, bool)
+    mask = np.ones(rows.shape, bool)
     if kind == "object":
-        taken = (scene >= _SIZE - _OBJECT) & (scene < _SIZE)
-    columns = [place[taken] / (_SIZE - 1), scene[taken] / (_SIZE - 1), np.ones(taken.sum())]
-    values = rows[taken].astype(np.float64)
+        mask = (scene >= _SIZE - _OBJECT) & (scene < _SIZE)
+    columns = [place[mask] / (_SIZE - 1), scene[mask] / (_SIZE - 1), np.ones(mask.sum())]
+    values = rows[mask].astype(np.float64)
     (frame, content, _), *_ = np.linalg.lstsq(np.stack(columns, 1), values, rcond=None)
     return float(frame), float(content)
 

@@ -32,13 +32,13 @@ import ml_collections
 
 from cnnjax.data import photographs
 from cnnjax.position import study as position_study
+from cnnjax.position.check import DATA
+from cnnjax.position.targets import TARGETS
 from cnnjax.runtime import backend, command, configuration, files, tables, workdir
 from cnnjax.study import select, unique
 from configs import posenet
 
 READOUTS = ("sgd", "exact")
-_TARGETS = ("H", "V", "G", "HS", "VS")
-_DATA = ("natural", "black", "white", "noise")
 
 # SPC (Spearman's rank correlation) and MAE (mean absolute error), as printed in the paper.
 
@@ -140,7 +140,7 @@ def main_rows() -> Iterator[Row]:
         ("VGG-16", changes(), _VGG16, "vgg16", "zeros"),
         ("ResNet-152", changes(("resnet152",)), _RESNET152, "resnet152", "zeros"),
     ):
-        yield Row(label, changed, published(text, _TARGETS, _DATA), encoder, padding)
+        yield Row(label, changed, published(text, TARGETS, DATA), encoder, padding)
 
 
 def photograph_row(
@@ -197,7 +197,7 @@ def encoder_padding_rows() -> Iterator[Row]:
 
 def control_rows() -> Iterator[Row]:
     data = ("natural", "black")
-    changed = changes((), coordinates=True, targets=_TARGETS, data=data, kernel=1)
+    changed = changes((), coordinates=True, targets=TARGETS, data=data, kernel=1)
     yield Row("image and coordinates", changed, {}, "coordinates", "none")
     paddings = ("zeros", "none")
     for label, keys in (
@@ -501,7 +501,7 @@ The studies behind the rows have these keys of configs/posenet.py:
 
 def plan_tables(options: argparse.Namespace) -> dict[str, list[Plan]]:
     """Plans the rows of each table, and checks all that can be checked before the first study."""
-    names = options.tables or list(TABLES)
+    names = options.tables if options.tables else list(TABLES)
     check_trained(set(options.trained), names)
     for name in names:
         check_settings(name, options)

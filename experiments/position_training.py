@@ -41,7 +41,7 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, classify, train_epochs
+from cnnjax.train.small import classify, train_epochs
 
 # Pixels: the side of a window, and its shift.
 _SIZE = 24
@@ -108,7 +108,7 @@ class Shared(NamedTuple):
 def load(options) -> Shared:
     """Loads CIFAR-10, and checks that every network has an output."""
     data = arrays.load("cifar10", options.data_dir)
-    check_counts(data, options.train, options.test)
+    arrays.check_counts(data, options.train, options.test)
     for padding in options.paddings:
         build(padding, options)
     paths = []
@@ -142,7 +142,7 @@ def build(padding: str, options) -> Network:
     return model
 
 
-def windows(images: np.ndarray, enlarge: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def windows(images: np.ndarray, enlarge: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts windows of 24x24 px out of images of 32x32.
 
     Returns the middle windows [n, 24, 24, 3], and windows shifted by 4 px in both directions,
@@ -241,8 +241,9 @@ def measure(point: Point, options, shared: Shared) -> dict:
     model = build(point.padding, options)
     generator = np.random.default_rng(point.seed)
     chosen = generator.permutation(len(data.train.labels))[: options.train]
-    images, _ = windows(data.train.images[chosen], options.enlarge)
-    train = arrays.Split(images, data.train.labels[chosen])
+    whole, labels = data.train.take(chosen)
+    images, _ = windows(whole, options.enlarge)
+    train = arrays.Split(images, labels)
     # The same generator again, so that the probed images depend only on the seed.
     generator = np.random.default_rng(point.seed)
     probed = middle[generator.permutation(len(middle))[: sum(_PROBE)]]

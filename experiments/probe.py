@@ -81,8 +81,8 @@ def load(options) -> Shared:
             f"fit: CIFAR-10 has {n_train} training and {n_test} test images"
         )
     order = np.random.default_rng(0).permutation(n_train)[:count]
-    train = arrays.Split(data.train.images[order], data.train.labels[order])
-    test = arrays.Split(data.test.images[: options.test], data.test.labels[: options.test])
+    train = data.train.take(order)
+    test = data.test.take(slice(options.test))
 
     @functools.cache
     def features(name):
@@ -127,8 +127,15 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
                 yield batch
                 advance(len(batch))
 
-        output = on_resized(size)
-        return evaluate.predict(parallel, model, variables, moments, batches(), _BATCH, output)
+        return evaluate.predict(
+            parallel,
+            model,
+            variables,
+            moments,
+            batches=batches(),
+            batch_size=_BATCH,
+            output=on_resized(size),
+        )
 
 
 def measure(point: Point, options, shared: Shared) -> dict:

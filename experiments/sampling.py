@@ -36,7 +36,7 @@ from cnnjax.position.metrics import scores
 from cnnjax.position.readout import fit_exact
 from cnnjax.position.targets import target
 from cnnjax.runtime import tables
-from cnnjax.train.small import check_counts, choose, classify, resize, train_epochs
+from cnnjax.train.small import classify, resize, train_epochs
 
 # The side of a window over that of its image.
 _SHARE = 24 / 32
@@ -85,7 +85,7 @@ def add_options(parser):
 def load(options) -> arrays.Dataset:
     """Loads CIFAR-10, and checks that every network has an output."""
     data = arrays.load("cifar10", options.data_dir)
-    check_counts(data, options.train, options.test)
+    arrays.check_counts(data, options.train, options.test)
     for point in points(options):
         model = build(point)
         stage_shapes(model, window(model))
@@ -163,10 +163,10 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     size = window(model)
     generator = np.random.default_rng(point.seed)
     chosen = generator.permutation(len(data.train.labels))[: options.train]
-    train = enlarge(choose(data.train, chosen), size)
+    train = enlarge(data.train.take(chosen), size)
     train = arrays.Split(middle(train.images, size), train.labels)
-    test = enlarge(choose(data.test, slice(options.test)), size)
-    probed = enlarge(choose(data.test, slice(-sum(_PROBE), None)), size)
+    test = enlarge(data.test.take(slice(options.test)), size)
+    probed = enlarge(data.test.take(slice(-sum(_PROBE), None)), size)
     probed = middle(probed.images, size)
     for epoch, variables in enumerate(
         train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)

@@ -32,7 +32,7 @@ from cnnjax.data import arrays
 from cnnjax.data.augment import augment, normalize
 from cnnjax.models import Network, create_model
 from cnnjax.models.speedrun import whitening_filters
-from cnnjax.runtime import backend, command, files, tables, workdir
+from cnnjax.runtime import backend, command, configuration, files, tables, workdir
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
 from cnnjax.train.step import epoch_order, loss_and_errors
@@ -254,8 +254,7 @@ def check(config) -> None:
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key}={config[key]} is not between 0 and 1, 1 excluded")
     for key in ("weight_decay", "crop"):
-        if config[key] < 0:
-            raise ValueError(f"{key}={config[key]} is not a number of at least 0")
+        configuration.check_least(key, config[key], 0)
     if not config.batch_size <= config.n_train <= 50_000 or config.n_test > 10_000:
         raise ValueError(
             f"n_train={config.n_train} and n_test={config.n_test} do not fit: CIFAR-10 has 50,000 "

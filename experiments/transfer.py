@@ -38,7 +38,7 @@ from cnnjax.models import create_model
 from cnnjax.runtime import command, files, tables, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import defaults, loop
-from cnnjax.train.small import check_counts, choose, pooled_features, resize
+from cnnjax.train.small import pooled_features, resize
 
 STUDIES = ("labels", "halves")
 SHARES = (0.01, 0.1, 1.0)
@@ -155,22 +155,22 @@ def load(options) -> Shared:
         digests[network] = sha256(file)
         check_digest(options, network, digests[network])
     data = arrays.load("cifar10", options.data_dir)
-    check_counts(data, options.images, options.test)
+    arrays.check_counts(data, options.images, options.test)
     return Shared(data, files, digests)
 
 
 def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
     """Returns the one file of a network's weights in a folder."""
-    found = []
+    paths = []
     for file in sorted(folder.glob(f"{network}*")) if folder else ():
         if file.suffix in (".safetensors", ".pth", ".pt"):
-            found.append(file)
-    if len(found) != 1:
+            paths.append(file)
+    if len(paths) != 1:
         raise ValueError(
             f"weights={str(folder)!r} is not a folder with one file {network}*.safetensors or "
-            f".pth; it has {len(found)}"
+            f".pth; it has {len(paths)}"
         )
-    return found[0]
+    return paths[0]
 
 
 def check_digest(options, network: str, digest: str) -> None:
@@ -208,14 +208,14 @@ def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
 def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:
     """Returns the images for few labels; the first ones are balanced over the classes."""
     chosen = balanced(data.train.labels, seed)[: options.images]
-    train = resize(choose(data.train, chosen), options.size)
-    test = resize(choose(data.test, slice(options.test)), options.size)
+    train = resize(data.train.take(chosen), options.size)
+    test = resize(data.test.take(slice(options.test)), options.size)
     return arrays.Dataset(train, None, test, data.classes)
 
 
 def restrict(split: arrays.Split, classes: np.ndarray) -> arrays.Split:
     """Returns the images of some classes, relabeled by the order of these classes."""
-    images, labels = choose(split, np.isin(split.labels, classes))
+    images, labels = split.take(np.isin(split.labels, classes))
     return arrays.Split(images, np.searchsorted(classes, labels).astype(np.int32))
 
 
@@ -228,7 +228,8 @@ def divide(data: arrays.Dataset, seed: int, count: int) -> dict[str, arrays.Data
         train = restrict(data.train, classes)
         few = balanced(train.labels, seed)[:count]
         names = tuple(data.classes[label] for label in classes)
-        halves[half] = arrays.Dataset(choose(train, few), None, restrict(data.test, classes), names)
+        test = restrict(data.test, classes)
+        halves[half] = arrays.Dataset(train.take(few), None, test, names)
     return halves
 
 
@@ -281,9 +282,8 @@ def probe(network: str, file: pathlib.Path, data: arrays.Dataset) -> dict:
     """
     model = create_model(network, num_classes=10, input_shape=data.train.images.shape[1:])
     variables = transfer.load_initial_weights(file, model)
-    *_, last_stage, _ = transfer.stage_paths(model)  # "logits" is after the last stage
-    features = pooled_features(model, variables, data.train.images, last_stage)
-    test_features = pooled_features(model, variables, data.test.images, last_stage)
+    features = pooled_features(model, variables, data.train.images)
+    test_features = pooled_features(model, variables, data.test.images)
     accuracy, strength = transfer.linear_probe(
         features, data.train.labels, test_features, data.test.labels
     )

@@ -18,6 +18,7 @@ from cnnjax.nn import FILLS, avg_pool, conv, max_pool
 from cnnjax.runtime import workdir
 from experiments.basics import __main__ as basics
 from experiments.basics import numbers, report
+from experiments.claims.operations import MAP, one_channel, plane
 
 FIGURES = ["im2col.png", "pooling.png", "shift.png", "sizes.png", "sobel.png", "steps.png"]
 ROWS, COLUMNS = np.mgrid[:16, :16]
@@ -151,11 +152,9 @@ def test_growth_counts_what_every_product_reads():
 @pytest.mark.parametrize("function, reduce", [(max_pool, np.max), (avg_pool, np.mean)])
 @pytest.mark.parametrize("window, stride", [(2, 2), (3, 3), (2, 1), (3, 2)])
 def test_pooling_is_numpys(function, reduce, window, stride):
-    windows = np.lib.stride_tricks.sliding_window_view(numbers.MAP, (window, window))[
-        ::stride, ::stride
-    ]
+    windows = np.lib.stride_tricks.sliding_window_view(MAP, (window, window))[::stride, ::stride]
     np.testing.assert_allclose(
-        function(numbers.plane(numbers.MAP), window, stride)[0, :, :, 0],
+        plane(function(one_channel(MAP), window, stride)),
         reduce(windows, (2, 3)),
         rtol=1e-6,
     )

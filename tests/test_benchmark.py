@@ -12,6 +12,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -493,6 +494,16 @@ def test_runs_are_summarized_by_a_t_test():
 )
 def test_the_speedrun_tests_in_equal_batches(n_test, most, size):
     assert speedrun._test_batch(n_test, most) == size
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "crop"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_the_speedrun_refuses_what_is_no_amount(key, value):
+    config = speedrun.speedrun_cifar10.get_config()
+    # The configuration's own key accepts values of its type only.
+    changed = ml_collections.ConfigDict(config.to_dict() | {key: value})
+    with pytest.raises(ValueError, match=f"^{key}={value} is not a "):
+        speedrun.check(changed)
 
 
 def test_speedruns_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):

@@ -105,7 +105,7 @@ def test_what_was_saved_may_be_changed_at_once(tmp_path):
             checkpoints.save(step, {"x": x}, record)
             record["history"].append({"step": step})
         for step in checkpoints.steps():
-            _, state, restored_record = checkpoints.restore_step(step, {"x": x})
+            state, restored_record = checkpoints.restore_step(step, {"x": x})
             assert (state["x"] == step).all() and restored_record == {
                 "history": [{"step": number} for number in range(1, step)]
             }

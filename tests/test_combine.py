@@ -200,8 +200,8 @@ def test_one_program_of_many_networks_is_each_of_them(way):
                 parallel,
                 model,
                 *parallel.replicate((variables, own_moments)),
-                evaluate.batches_of(images, 16),
-                16,
+                batches=evaluate.batches_of(images, 16),
+                batch_size=16,
             )
             for variables, own_moments in zip(networks, moments)
         ],
@@ -213,9 +213,9 @@ def test_one_program_of_many_networks_is_each_of_them(way):
         parallel,
         model,
         *placed,
-        evaluate.batches_of(images, 16),
-        16,
-        combine.member_logits(evaluate.logits),
+        batches=evaluate.batches_of(images, 16),
+        batch_size=16,
+        output=combine.member_logits(evaluate.logits),
     )
     assert together.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
     np.testing.assert_allclose(together, want, rtol=1e-6, atol=1e-6)
@@ -579,7 +579,7 @@ def checkpoints_of(folder: pathlib.Path) -> tuple[list[int], list]:
     like = run.initial_state()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.steps(), [
-            checkpoints.restore_step(at, like)[1] for at in checkpoints.steps()
+            checkpoints.restore_step(at, like)[0] for at in checkpoints.steps()
         ]
 
 

@@ -270,6 +270,17 @@ def test_labels_of_any_kind_are_checked(monkeypatch, loss, labels, wrong):
         arrays.load("own", "x")
 
 
+@pytest.mark.parametrize(
+    "numbers", [slice(2), np.array([3, 0]), np.array([True, False, False, True])]
+)
+def test_a_split_takes_images_with_their_labels(numbers):
+    images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+    part = arrays.Split(images, 10 * np.arange(4)).take(numbers)
+    assert isinstance(part, arrays.Split)
+    assert part.images.ravel().tolist() == np.arange(4)[numbers].tolist()
+    assert part.labels.tolist() == (10 * np.arange(4))[numbers].tolist()
+
+
 def test_how_classes_differ_is_told_in_few_words():
     many = [f"class{number:04}" for number in range(2000)]
     assert splits.describe_classes(many, tuple(many)) == ""

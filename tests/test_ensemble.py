@@ -160,6 +160,8 @@ def test_intervals_and_judgments():
     values = [1.0, 2.0, 4.0]
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
     assert tables.half_width(values) == pytest.approx((high - low) / 2)
+    assert tables.deviation(values) == pytest.approx(np.sqrt(7 / 3))
+    assert tables.deviation([1.0]) is None and tables.deviation(np.array([])) is None
     assert tables.judge([1.0, 1.1, 1.2]) == "holds"
     assert tables.judge([-1.0, -1.1, -1.2]) == "does not hold"
     assert tables.judge([-1.0, 1.0, 2.0]) == "is not decided by n=3"

@@ -412,7 +412,7 @@ def test_a_flipped_bit_in_a_checkpoint(stopped, tmp_path):
     generator = random.Random(0)
     with Checkpoints(stopped / "checkpoints") as checkpoints:
         steps = checkpoints.steps()
-        whole = {at: contents(checkpoints.restore_step(at, like())) for at in steps}
+        whole = {at: contents((at, *checkpoints.restore_step(at, like()))) for at in steps}
     assert steps == [8, 10]
     for harmed, other in (steps, steps[::-1]):
         paths = sorted((stopped / "checkpoints" / str(harmed)).rglob("*"))

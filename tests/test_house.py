@@ -95,6 +95,20 @@ def test_nothing_imports_another_framework():
                 assert "torch" not in roots or is_comparison, path
 
 
+def test_no_study_imports_the_script_of_another():
+    """What studies share is in the package. `basics` and `claims` are packages, not scripts."""
+    folder = ROOT / "experiments"
+    scripts = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for path in folder.rglob("*.py"):
+        for node in import_statements(path):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            for name in names:
+                root, *inner = name.split(".")
+                assert root != "experiments" or inner[0] not in scripts, path
+
+
 def keywords_of_lists(path: pathlib.Path) -> Iterator[dict[str, ast.expr]]:
     """Yields the keywords of each option --NAME in a file that takes a list of any length."""
     for node in ast.walk(ast.parse(path.read_text())):

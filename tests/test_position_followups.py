@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from quick import exit_code
 
+from cnnjax import weights
 from cnnjax.data import photographs
-from cnnjax.inspect import receptive_fields
+from cnnjax.inspect import Window, receptive_fields, windows
 from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
@@ -183,9 +184,9 @@ def matrix(window, n, fill):
 )
 def test_reads_are_counted_right(fill):
     chain = (
-        patterns.Window("a", 5, 2, 2),
-        patterns.Window("b", 3, 1, 1),
-        patterns.Window("c", 3, 2, 1),
+        Window("a", 5, 2, 2),
+        Window("b", 3, 1, 1),
+        Window("c", 3, 2, 1),
     )
     for size in (21, 22):
         n = size
@@ -216,7 +217,7 @@ def test_reads_are_counted_right(fill):
 )
 def test_windows_are_those_of_the_networks(name, stages):
     model = create_model(name)
-    chain = patterns.windows(model)
+    chain = windows(model)
     shapes = stage_shapes(model, 90, list(stages)[-1])
     for stage, count in stages.items():
         step, low, high, n = 1, 0, 0, 90
@@ -240,7 +241,7 @@ def test_windows_are_those_of_the_networks(name, stages):
 def test_sizes_that_are_read_evenly():
     even = {}
     for name in ("resnet18", "resnet50", "mobilenet_v2", "vgg16"):
-        chain = patterns.windows(create_model(name))
+        chain = windows(create_model(name))
         unread = {size: patterns.unread(chain, size) for size in range(193, 257)}
         even[name] = [size for size in unread if not any(unread[size].values())]
     assert even == {
@@ -250,12 +251,12 @@ def test_sizes_that_are_read_evenly():
         "vgg16": [224, 256],
     }
     # Alsallakh et al. 2021: 224 is uneven at every down-sampling layer.
-    chain = patterns.windows(create_model("resnet18"))
+    chain = windows(create_model("resnet18"))
     assert list(patterns.unread(chain, 224).values()) == [1] * 5
     assert isinstance(create_model("mobilenet_v2"), MobileNetV2)
     with pytest.raises(ValueError, match="size=1 is too small: nothing is left of it after pool1"):
-        patterns.unread(patterns.windows(create_model("vgg16")), 1)
-    alexnet = patterns.windows(create_model("alexnet"))
+        patterns.unread(windows(create_model("vgg16")), 1)
+    alexnet = windows(create_model("alexnet"))
     assert [window[1:] for window in alexnet] == [
         (11, 4, 2, False),
         (3, 2, 0, True),
@@ -267,12 +268,12 @@ def test_sizes_that_are_read_evenly():
         (3, 2, 0, True),
     ]
     with pytest.raises(ValueError, match="model=GoogLeNet2014 has a window, pool1, with unequal"):
-        patterns.windows(create_model("googlenet_2014"))
+        windows(create_model("googlenet_2014"))
 
 
 def test_windows_side_by_side_form_no_chain():
     with pytest.raises(ValueError, match="model=Beside has windows side by side, b and a"):
-        patterns.windows(Beside())
+        windows(Beside())
 
 
 def test_stages_out_of_order_are_named(tiny):
@@ -487,7 +488,7 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
     model = tiny()
     held = variables_of(model)
     held["params"].pop("c")
-    position_patterns.weights.save_torchvision(held, file)
+    weights.save_torchvision(held, file)
     command = [
         "--workdir",
         str(tmp_path / "run"),

@@ -15,12 +15,13 @@ import PIL.Image
 import pytest
 import quick
 
-from cnnjax.data import arrays
+from cnnjax.data import arrays, augment
 from cnnjax.models import base
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import global_avg_pool
 from cnnjax.nn.conv import conv
 from cnnjax.position import canvas as canvases
+from cnnjax.train.small import pooled_features
 from experiments import position_canvas, position_channels, position_shift, position_training
 
 
@@ -134,6 +135,17 @@ def test_a_blind_head_is_a_channel_set_to_zero():
     )
     logits = jax.jit(model.apply)(position_channels.without(variables, gone), x)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_features_are_the_pooled_last_stage():
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8))
+    variables = _init(model)
+    x = augment.normalize(images, *augment.IMAGENET)
+    stages = jax.jit(lambda v: model.apply(v, x, method="stages", last="layer2"))(variables)
+    variables["params"].pop("head")
+    pooled = pooled_features(model, variables, images, batch_size=2)
+    np.testing.assert_allclose(pooled, global_avg_pool(stages["layer2"]), atol=1e-5)
 
 
 # ------------------------------------------------------------------ moved content
@@ -266,7 +278,7 @@ def test_every_encoder_is_reported(tmp_path, monkeypatch):
 def test_shifted_windows_show_what_lies_beside_the_middle():
     rows, columns = np.mgrid[:32, :32]
     image = np.stack([rows, columns, 0 * rows], -1)[None].astype(np.uint8)
-    middle, shifted = position_training.windows(image)
+    middle, shifted = position_training.windows(image, 1)
     assert middle.shape == (1, 24, 24, 3) and middle[0, 0, 0].tolist() == [4, 4, 0]
     assert shifted[:, 0, 0, 0, :2].tolist() == [[0, 0], [0, 8], [8, 0], [8, 8]]
     for small, large in zip((middle, shifted), position_training.windows(image, 2)):

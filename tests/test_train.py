@@ -411,7 +411,13 @@ def test_predictions_run_the_same_three_ways(way):
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
         predicted = evaluate.predict(
-            parallel, model, placed, moments, evaluate.batches_of(images, 16), 16, output
+            parallel,
+            model,
+            placed,
+            moments,
+            batches=evaluate.batches_of(images, 16),
+            batch_size=16,
+            output=output,
         )
         np.testing.assert_allclose(predicted, want, atol=1e-5)
 

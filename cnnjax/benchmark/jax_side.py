@@ -23,14 +23,6 @@ from cnnjax.nn import conv, lowering
 _BATCHES = 2
 
 
-def form(side: str) -> str:
-    """Returns the form of operations of a side.
-
-    Stock jax uses plain lax calls and the gradients that jax derives from them.
-    """
-    return "reference" if side == "stock" else "auto"
-
-
 def repeat(function: Callable, *arguments) -> Callable[[int], object]:
     """Makes a function of n that calls n times and waits for the last result.
 
@@ -208,4 +200,5 @@ def traced(side: str):
     """Returns the context in which a side's programs are traced."""
     if side == "oneDNN":
         return onednn.replaced()
-    return lowering(form(side))
+    # Stock jax uses plain lax calls and the gradients that jax derives from them.
+    return lowering("reference" if side == "stock" else "auto")

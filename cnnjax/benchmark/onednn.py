@@ -311,7 +311,8 @@ def _handle(frame):
     """Answers a call of a compiled program."""
     frame = frame.contents
     if frame.extension:  # XLA asks once which version of the interface this is for.
-        asked, own = frame.extension.contents.metadata.contents.version, frame.api.contents.version
+        asked = frame.extension.contents.metadata.contents.version
+        own = frame.api.contents.version
         asked.major, asked.minor = own.major, own.minor
         return None
     try:

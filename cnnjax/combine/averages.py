@@ -9,6 +9,9 @@ import numpy as np
 import optax
 import scipy.special
 
+# The learning rate of `learned`, as in the code of Wortsman et al. 2022, appendix I.
+_RATE = 0.05
+
 
 def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
     """Computes a weighted sum of trees of arrays, in float64.
@@ -56,20 +59,18 @@ def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) 
 
 
 def learned(
-    loss: Callable, trees: Sequence, batches: Iterable, by_layer: bool = False, rate: float = 0.05
+    loss: Callable, trees: Sequence, batches: Iterable, by_layer: bool = False
 ) -> dict[str, list[float]]:
     """Learns the weights of an average by Adam, one step for each batch.
 
-    The weights are a softmax: they are positive and their sum is 1. The learning rate is that of
-    the code of Wortsman et al. 2022, appendix I. Their temperature, learned beside the weights,
-    changes no prediction and is left out.
+    The weights are a softmax: they are positive and their sum is 1. The temperature of Wortsman et
+    al. 2022, learned beside the weights, changes no prediction and is left out.
 
     Args:
       loss: a function of (tree, batch).
       trees: the trees to average.
       batches: the batches, one for each step.
       by_layer: whether each layer has weights of its own.
-      rate: the learning rate.
 
     Returns:
       By layer name, the weight of each tree.
@@ -78,7 +79,7 @@ def learned(
     layers = sorted({_layer(path) for path, _ in paths})
     # The row of each layer in the scores, [rows, trees].
     row = {layer: number if by_layer else 0 for number, layer in enumerate(layers)}
-    optimizer = optax.adam(rate)
+    optimizer = optax.adam(_RATE)
 
     def mix(scores, stacked):
         weights = jax.nn.softmax(scores)

@@ -340,18 +340,10 @@ def _summarize(members: Sequence[Member], validation: Scores, test: Scores) -> d
         "validation": validation.combined,
         "test": test.combined,
         "individual": individual,
-        "mean_error": {split: _mean(values) for split, values in errors.items()},
-        "std_error": {split: _deviation(values) for split, values in errors.items()},
+        "mean_error": {split: evaluate.mean_of_known(values) for split, values in errors.items()},
+        "std_error": {split: tables.deviation(values) for split, values in errors.items()},
         "best": best,
     }
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _deviation(values: list[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _report(results: dict) -> str:

@@ -242,7 +242,7 @@ def _read_checkpoints(
                 f"{folder} kept one checkpoint, and method={method!r} takes at least two: train "
                 "with --config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
             )
-        return steps, [checkpoints.restore_step(at, like)[1] for at in steps]
+        return steps, [checkpoints.restore_step(at, like)[0] for at in steps]
 
 
 def select_ends_of_cycles(

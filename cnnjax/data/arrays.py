@@ -167,9 +167,7 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
     if validation is not None:
         return Dataset(train, validation, test, source.classes)
     mask = splits.hold_out(train.labels, n_validation)
-    held_out = Split(train.images[mask], train.labels[mask])
-    remaining = Split(train.images[~mask], train.labels[~mask])
-    return Dataset(remaining, held_out, test, source.classes)
+    return Dataset(train.take(~mask), train.take(mask), test, source.classes)
 
 
 def _slice(train: Split, name: str) -> Split:
@@ -179,7 +177,16 @@ def _slice(train: Split, name: str) -> Split:
         return train
     if count > len(train.images):
         raise ValueError(f"dataset={name!r}: {base} has {len(train.images)} training images")
-    return Split(train.images[:count], train.labels[:count])
+    return train.take(slice(count))
+
+
+def check_counts(data: Dataset, train: int, test: int) -> None:
+    """Raises `ValueError` if more images are asked for than there are."""
+    for name, count, split in (("train", train, data.train), ("test", test, data.test)):
+        if count > len(split.labels):
+            raise ValueError(
+                f"{name}={count} is more than the {len(split.labels)} images of that part"
+            )
 
 
 def normalization(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -408,7 +408,7 @@ def fit(path: pathlib.Path, height: int, width: int) -> np.ndarray:
     return np.asarray(PIL.ImageOps.fit(open_rgb(path), size, PIL.Image.Resampling.BICUBIC))
 
 
-def fit_squares(paths: list[pathlib.Path], side: int) -> np.ndarray:
+def fit_squares(paths: Sequence[pathlib.Path], side: int) -> np.ndarray:
     """Scales photographs, up if need be, and cuts their middles to squares.
 
     Args:

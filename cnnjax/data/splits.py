@@ -28,6 +28,10 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    def take(self, numbers: slice | np.ndarray) -> "Split":
+        """Returns some images and their labels, by a slice, a mask, or their numbers."""
+        return Split(self.images[numbers], self.labels[numbers])
+
 
 def class_name(name: str | int) -> str:
     """Returns a class's name in one Unicode form, by which it is compared.
@@ -38,14 +42,14 @@ def class_name(name: str | int) -> str:
     return unicodedata.normalize("NFC", str(name))
 
 
-def describe_classes(expected: Sequence[str], found: Sequence[str]) -> str:
+def describe_classes(expected: Sequence[str], actual: Sequence[str]) -> str:
     """Describes how classes differ from those expected; returns "" if they do not."""
     expected = [class_name(name) for name in expected]
-    found = [class_name(name) for name in found]
-    if found == expected:
+    actual = [class_name(name) for name in actual]
+    if actual == expected:
         return ""
-    missing = sorted(set(expected) - set(found))
-    additional = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(actual))
+    additional = sorted(set(actual) - set(expected))
     if not missing and not additional:
         return "the classes are in another order"
     return f"missing classes: {name_some(missing)}; additional: {name_some(additional)}"

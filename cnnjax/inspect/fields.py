@@ -250,9 +250,9 @@ def _receptive_fields(model, stages, shape):
         return model.init(key, image, **until)
 
     def maps(variables, image):
-        found = apply(model, variables, image, **until)
-        check_stages(found, stages)
-        return [found[stage] for stage in stages]
+        by_stage = apply(model, variables, image, **until)
+        check_stages(by_stage, stages)
+        return [by_stage[stage] for stage in stages]
 
     variables = eval_shape(initialize, jax.random.key(0), image)
     program = trace(maps, variables, image)

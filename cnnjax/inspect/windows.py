@@ -132,7 +132,7 @@ def _extended(network, way, name, is_pool, equation):
     if isinstance(after, Unlocated) or after == before:
         return way
     size = equation.outvars[0].aval.shape[1:3]
-    found = []
+    by_axis = []
     for axis in (0, 1):
         step = before.step[axis]
         widened = after.size()[axis] - before.size()[axis]
@@ -143,9 +143,9 @@ def _extended(network, way, name, is_pool, equation):
             padding=(before.low[axis] - after.low[axis]) // step,
             pool=is_pool,
         )
-        found.append(window)
+        by_axis.append(window)
         if output_size(way.size_behind[axis], *window[1:4]) != size[axis]:
             raise ValueError(f"model={network} has a window, {name}, with unequal padding")
-    if found[0] != found[1]:
+    if by_axis[0] != by_axis[1]:
         raise ValueError(f"model={network} has a window, {name}, that is not square")
-    return _Way(after, (*way.windows, found[0]), after, size)
+    return _Way(after, (*way.windows, by_axis[0]), after, size)

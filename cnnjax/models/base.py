@@ -206,7 +206,9 @@ def register(name: str, build: Callable[..., Network]) -> None:
     """
     if ":" in name:
         raise ValueError(f"model {name!r} has a colon, which stands between a file and a name")
-    file = source.running_file() or _users_file(build)
+    file = source.running_file()
+    if file is None:
+        file = _users_file(build)
     if name in _REGISTRY and (file is None or _FILES.get(name) != file):
         raise ValueError(f"model {name!r} is registered twice")
     _REGISTRY[name] = build

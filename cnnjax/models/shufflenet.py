@@ -28,13 +28,13 @@ _conv = functools.partial(Conv, use_bias=False)
 DEPTHS = (4, 8, 4)
 
 
-def channel_shuffle(x: jnp.ndarray, groups: int = 2) -> jnp.ndarray:
-    """Interleaves the channels of `groups` equal parts.
+def channel_shuffle(x: jnp.ndarray) -> jnp.ndarray:
+    """Interleaves the channels of the two halves.
 
-    The halves of the next unit then mix the parts of this one.
+    The halves of the next unit then mix those of this one.
     """
     *shape, channels = x.shape
-    return x.reshape(*shape, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
+    return x.reshape(*shape, 2, channels // 2).swapaxes(-1, -2).reshape(x.shape)
 
 
 class Unit(nn.Module):

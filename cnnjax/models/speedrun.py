@@ -40,13 +40,13 @@ def whitening_filters(images: jnp.ndarray) -> jnp.ndarray:
 def _partly_identity(key, shape, dtype=jnp.float32):
     """Initializes as PyTorch, but the first filters copy one input channel each."""
     kernel = uniform_fan_in(shape[0] * shape[1] * shape[2])(key, shape, dtype)
-    kept = min(shape[2:])
+    count = min(shape[2:])
     identity = (
-        jnp.zeros((*shape[:3], kept), dtype)
-        .at[shape[0] // 2, shape[1] // 2, jnp.arange(kept), jnp.arange(kept)]
+        jnp.zeros((*shape[:3], count), dtype)
+        .at[shape[0] // 2, shape[1] // 2, jnp.arange(count), jnp.arange(count)]
         .set(1)
     )
-    return kernel.at[..., :kept].set(identity)
+    return kernel.at[..., :count].set(identity)
 
 
 def _unit_variance(key, shape, dtype=jnp.float32):

@@ -1,4 +1,4 @@
-"""Checks of a position study's configuration that need no computation."""
+"""Checks of a position study's configuration, before anything is computed."""
 
 import pathlib
 
@@ -22,7 +22,7 @@ _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_p
 
 
 def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None) -> None:
-    """Checks a configuration before anything is computed.
+    """Checks a configuration before anything is computed; may download ImageNet's weights.
 
     Args:
       config: the configuration.
@@ -30,6 +30,7 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None)
 
     Raises:
       ValueError: with the key, its value and what is accepted.
+      RuntimeError: if ImageNet's weights are not on this machine and cannot be downloaded.
     """
     configuration.check_keys(config, defaults.get_config(), "cnnjax.position.defaults")
     configuration.check_seed(config)

@@ -251,7 +251,10 @@ def encode(
     Raises `ValueError` if a stage is unknown or comes after the last one.
     """
     grid = "registered" if is_registered else "corners"
-    return encode_on_grids(model, variables, images, stages, (grid,), pixels, first)[grid]
+    features = encode_on_grids(
+        model, variables, images, stages, grids=(grid,), pixels=pixels, first=first
+    )
+    return features[grid]
 
 
 def encode_on_grids(
@@ -271,7 +274,9 @@ def encode_on_grids(
         features[grid] = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(first + start)
-        encoded = _joined_stages(model, variables, batch, stages, pixels, key, samplers)
+        encoded = _joined_stages(
+            model, variables, batch, stages, pixels=pixels, key=key, grids=samplers
+        )
         for grid, part in zip(grids, encoded):
             if start == 0:
                 # Now the number of channels is known. The array is allocated once, since the

@@ -16,26 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnnjax.inspect import Window, check_stages, receptive_field, windows
+from cnnjax.inspect import Window, check_stages, receptive_field
 from cnnjax.models import Network
 from cnnjax.nn import check_fill, conv, output_size
 from cnnjax.position.encoder import in_batches, normalize, stage_shapes
 from cnnjax.position.metrics import border_distance
-
-__all__ = [
-    "ALIGNED",
-    "Strength",
-    "Window",
-    "asymmetry",
-    "common_margin",
-    "features",
-    "features_inside",
-    "margin",
-    "reads",
-    "strength",
-    "unread",
-    "windows",
-]
 
 # The fills that keep every position in place; under the others maps shrink, grow, or are stretched
 # or shifted.

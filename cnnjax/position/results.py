@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cnnjax.position.metrics import METRICS, RING_METRICS
-from cnnjax.runtime import files
+from cnnjax.runtime import files, tables
 
 READOUTS = ("exact", "sgd")
 
@@ -245,7 +245,7 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
             for metric in METRICS:
                 values = np.concatenate([getattr(scores, metric) for scores in seeds])
                 columns[metric] = float(values.mean())
-                columns[f"{metric}_std"] = float(values.std(ddof=1)) if len(values) > 1 else None
+                columns[f"{metric}_std"] = tables.deviation(values)
             rows.append(
                 Row(
                     encoder=point.encoder,

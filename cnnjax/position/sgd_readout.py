@@ -170,7 +170,7 @@ def _forward(layers, features, moments=None):
     """
     outputs = layers[-1]["kernel"].shape[3]  # one for each target
     x = features
-    found = []
+    batch_moments = []
     for number, layer in enumerate(layers):
         if number == 0:
             # All outputs read the same features; after this layer, each has its own channels.
@@ -185,11 +185,11 @@ def _forward(layers, features, moments=None):
             # As in PyTorch, the batch is normalized by the biased variance, and the running average
             # takes the unbiased one.
             count = x.size // x.shape[3]
-            found.append((mean, var * (count / (count - 1))))
+            batch_moments.append((mean, var * (count / (count - 1))))
         x = (x - mean) / jnp.sqrt(var + _BN_EPS) * layer["scale"] + layer["bias"]
         is_last = number == len(layers) - 1
         x = jax.nn.sigmoid(x) if is_last else jax.nn.relu(x)
-    return x, found
+    return x, batch_moments
 
 
 def full_size_error(

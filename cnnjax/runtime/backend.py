@@ -153,7 +153,8 @@ def start() -> None:
 
     reach_devices()
     # The user's JAX_COMPILATION_CACHE_DIR takes precedence.
-    has_cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # jax adds its options when it is imported
+    # jax adds its options when it is imported, so mypy does not know them.
+    has_cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not has_cache and (folder := _cache_dir()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     check_numerics()
@@ -284,5 +285,6 @@ def describe() -> dict:
         "devices": [device.device_kind for device in jax.devices()],
         "cpus": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]  # jax adds its options when it is imported
+        # As above, mypy does not know the option.
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     }

@@ -7,6 +7,7 @@ import json
 import pathlib
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from cnnjax.runtime import backend
 
@@ -115,7 +116,7 @@ def file_label(name: str) -> str:
     return f"{name.rpartition('/')[2]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def digest(config: dict) -> str:
-    """Hashes a configuration into eight characters."""
-    text = json.dumps(config, sort_keys=True)
+def digest(value: Any) -> str:
+    """Hashes what JSON holds into eight characters."""
+    text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -20,8 +20,15 @@ def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     """
     text = f"{np.mean(values):{sign}.{digits}f}"
     if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+        text += f" ± {deviation(values):.{digits}f}"
     return text
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float | None:
+    """Computes the sample standard deviation; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1))
 
 
 def bar(values) -> np.ndarray:

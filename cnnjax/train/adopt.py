@@ -99,13 +99,13 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     if recorded is None:
         return
     recorded = _take_data_dir(folder, recorded, config)
-    taken = recorded | {key: config[key] for key in _equivalent_keys(config)}
-    if _is_longer(taken, config) and _was_finished(folder):
-        _add_epochs(folder, taken, config)
-    elif taken != recorded and not _differences(taken, config):
-        files.write_json(folder / "config.json", taken)
-        changed = sorted(key for key in taken if taken[key] != recorded.get(key))
-        _LOG.info("%s has %s now", folder, ", ".join(f"{key}={taken[key]}" for key in changed))
+    adopted = recorded | {key: config[key] for key in _equivalent_keys(config)}
+    if _is_longer(adopted, config) and _was_finished(folder):
+        _add_epochs(folder, adopted, config)
+    elif adopted != recorded and not _differences(adopted, config):
+        files.write_json(folder / "config.json", adopted)
+        changed = sorted(key for key in adopted if adopted[key] != recorded.get(key))
+        _LOG.info("%s has %s now", folder, ", ".join(f"{key}={adopted[key]}" for key in changed))
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
@@ -115,7 +115,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     which images they were, as in runs of earlier versions.
 
     Raises:
-        ValueError: if these are other images.
+      ValueError: if these are other images.
     """
     differences = _differences(recorded, config)
     if "data_dir" not in differences or not differences <= _ADOPTED:
@@ -177,7 +177,7 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
     If this is interrupted between two files, the next call completes it.
 
     Raises:
-        ValueError: if the run cannot go on; nothing is changed then.
+      ValueError: if the run cannot go on; nothing is changed then.
     """
     path = folder / "results.json"
     if path.exists():
@@ -212,5 +212,5 @@ def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> 
                 f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
                 "could go on; train in another folder"
             )
-        _, _, record = checkpoints.restore_step(steps[-1], current.state_shapes())
+        _, record = checkpoints.restore_step(steps[-1], current.state_shapes())
     current.check_data(record.get("data", {}))

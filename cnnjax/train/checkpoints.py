@@ -230,7 +230,7 @@ class Checkpoints:
           like: a tree of the state's structure, shapes and dtypes.
 
         Returns:
-          The step, the state (host arrays) and the record.
+          The state (host arrays) and the record.
 
         Raises:
           ValueError: if the checkpoint's state is not like `like`.
@@ -250,7 +250,7 @@ class Checkpoints:
         leaves = self._manager.restore(step, args=contents)["state"]
         structure = jax.tree.structure(like)
         state = jax.tree.unflatten(structure, [leaves[name] for name in expected])
-        return step, state, header["record"]
+        return state, header["record"]
 
     def restore(self, like):
         """Reads the newest checkpoint that is not damaged.
@@ -274,7 +274,7 @@ class Checkpoints:
             folder = self._path(step)
             damage = _damage(folder)
             if damage is None:
-                return self.restore_step(step, like)
+                return step, *self.restore_step(step, like)
             _LOG.warning(
                 "checkpoint %s is damaged: %s; it is put aside, and the one before is used",
                 folder,
@@ -310,4 +310,4 @@ class Checkpoints:
         best = self._best.choose(self.steps())
         if best is None:
             raise ValueError(f"no checkpoint in {self.folder} has a metric")
-        return self.restore_step(best, like)
+        return best, *self.restore_step(best, like)

@@ -78,6 +78,7 @@ def predict_batches(
     model: Network,
     variables,
     moments,
+    *,
     batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
     batch_size: int,
     output: Callable = logits,
@@ -130,6 +131,7 @@ def predict(
     model: Network,
     variables,
     moments,
+    *,
     batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
     batch_size: int,
     output: Callable = logits,
@@ -139,7 +141,15 @@ def predict(
     Returns:
       The output of every image, in order.
     """
-    outputs = predict_batches(parallel, model, variables, moments, batches, batch_size, output)
+    outputs = predict_batches(
+        parallel,
+        model,
+        variables,
+        moments,
+        batches=batches,
+        batch_size=batch_size,
+        output=output,
+    )
     return np.concatenate([*outputs])
 
 

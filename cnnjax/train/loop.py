@@ -152,7 +152,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             if is_due or is_last or stop_signal:
                 record = {
                     "history": history.entries,
-                    "plateau": plateau and plateau.state(),
+                    "plateau": plateau.state() if plateau else None,
                     "seconds": history.seconds,
                     "epoch_seconds": time.monotonic() - epoch_began,
                     "run_seconds": earlier_seconds + time.monotonic() - began,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from cnnjax import transfer
 from cnnjax.data import arrays, augment
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
@@ -14,6 +15,8 @@ from cnnjax.train import step
 from cnnjax.train.parallel import Parallel
 
 _TEST_BATCH = 200
+# The learning rate of the first step.
+_RATE = 2e-3
 
 
 def train_epochs(
@@ -22,8 +25,7 @@ def train_epochs(
     epochs: int,
     seed: int,
     *,
-    batch_size: int = 100,
-    learning_rate: float = 2e-3,
+    batch_size: int,
     momentum: float = 0.9,
 ) -> Iterator[dict]:
     """Trains with Adam, at a rate that falls linearly to 0.
@@ -37,7 +39,7 @@ def train_epochs(
     numbers = step.Numbers(seed=seed, momentum=momentum)
     steps = len(data.labels) // batch_size
     take_steps = step.resident_steps(Parallel("jit"), recipe, batch_size)
-    rates = np.linspace(learning_rate, 0, epochs * steps, dtype=np.float32)
+    rates = np.linspace(_RATE, 0, epochs * steps, dtype=np.float32)
     constants = step.Constants(moments=augment.IMAGENET, rates=rates)
     state = step.init(recipe, data.images.shape[1:], numbers)
     resident = jax.device_put(tuple(data))
@@ -78,17 +80,19 @@ def pooled_features(
     model: Network,
     variables: dict,
     images: np.ndarray,
-    stage: str,
     batch_size: int = _TEST_BATCH,
 ) -> np.ndarray:
-    """Returns a stage's global average of each uint8 image, [n, channels].
+    """Returns the last stage's global average of each uint8 image, [n, channels].
 
-    The variables of later stages may be absent.
+    The variables of the head may be absent.
     """
+    # "logits" is after the last stage.
+    *_, last_stage, _ = transfer.stage_paths(model)
     variables = jax.device_put(variables)
     parts = []
     for start in range(0, len(images), batch_size):
-        parts.append(_pooled(model, variables, images[start : start + batch_size], stage))
+        batch = images[start : start + batch_size]
+        parts.append(_pooled(model, variables, batch, last_stage))
     return np.concatenate(parts)
 
 
@@ -103,17 +107,3 @@ def resize(split: arrays.Split, size: int) -> arrays.Split:
 
     parts = [np.asarray(resized(part)) for part in np.array_split(split.images, 10)]
     return arrays.Split(np.concatenate(parts), split.labels)
-
-
-def choose(split: arrays.Split, numbers) -> arrays.Split:
-    """Returns some images, by a slice, a mask or their numbers."""
-    return arrays.Split(split.images[numbers], split.labels[numbers])
-
-
-def check_counts(data: arrays.Dataset, train: int, test: int) -> None:
-    """Raises `ValueError` if more images are asked for than there are."""
-    for name, count, split in (("train", train, data.train), ("test", test, data.test)):
-        if count > len(split.labels):
-            raise ValueError(
-                f"{name}={count} is more than the {len(split.labels)} images of that part"
-            )

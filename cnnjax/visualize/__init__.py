@@ -15,7 +15,6 @@ __getattr__, __dir__ = lazy.attributes(
     {
         "RULES": "gradients",
         "activations": "stages",
-        "count_relus": "gradients",
         "effective_receptive_field": "fields",
         "effective_size": "fields",
         "equivariance_error": "borders",

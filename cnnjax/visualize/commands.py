@@ -127,10 +127,10 @@ def _strongest(subject, stage, channels, count):
 
     Each comes with the place of its strongest unit.
     """
-    found = []
+    strongest = []
     for batch in subject.batches():
-        found.append(peaks(subject.model, subject.variables, subject.input(batch), stage))
-    values, places = (np.concatenate(parts) for parts in zip(*found))
+        strongest.append(peaks(subject.model, subject.variables, subject.input(batch), stage))
+    values, places = (np.concatenate(parts) for parts in zip(*strongest))
     best = np.argsort(-values, axis=0, kind="stable")[:count]
     rows = []
     for channel in channels:
@@ -328,7 +328,9 @@ def levels(subject: Subject):
 
     They are three stages and what excites their channels.
     """
-    stages = subject.options.stages or spread(subject.stages, 3)
+    stages = subject.options.stages
+    if not stages:
+        stages = spread(subject.stages, 3)
     if len(stages) > 3:
         raise ValueError(f"stages={', '.join(stages)} are more than three: low, mid and high level")
     names = {1: ("one",), 2: ("low", "high"), 3: ("low", "mid", "high")}[len(stages)]

@@ -82,12 +82,6 @@ def _check_relus(model, stage, rule):
         )
 
 
-def count_relus(model: Network, stage: str) -> int:
-    """Counts the calls of `cnnjax.nn.relu` in a network up to a stage."""
-    own, _ = _relus(model, stage)
-    return own
-
-
 @functools.cache
 def _relus(model, stage) -> tuple[int, int]:
     """Counts the calls of `cnnjax.nn.relu`, and those of `jax.nn.relu`, up to a stage."""

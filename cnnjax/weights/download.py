@@ -31,7 +31,7 @@ from cnnjax.weights import records
 
 _LOG = logging.getLogger("cnnjax")
 _HUB_FILE = "model.safetensors"
-# How long servers are waited for: in a first round, in a second one, and during a download.
+# How long servers are waited for in a first round; then in a second one and during a download.
 _PROBE_SECONDS = 2.0
 _STALLED_SECONDS = 30.0
 _CHUNK = 1 << 20  # bytes, 1 MiB
@@ -59,8 +59,8 @@ def fetch(name: str, tag: str = records.V1) -> str:
     cached = checkpoints_folder() / record.file
     if cached.is_file():
         return str(cached)
-    if record.hub and (found := _in_hub_cache(record.hub)):
-        return found
+    if record.hub and (path := _in_hub_cache(record.hub)):
+        return path
     servers: dict[str, Callable[[], str | pathlib.Path]] = {}
     if record.hub and (endpoint := _hub_endpoint()):
         servers[endpoint] = functools.partial(_from_hub, record.hub)
@@ -101,8 +101,8 @@ def _first_line(error: BaseException) -> str:
 def _in_hub_cache(repository: str) -> str | None:
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(repository, _HUB_FILE)
-    return found if isinstance(found, str) else None
+    path = huggingface_hub.try_to_load_from_cache(repository, _HUB_FILE)
+    return path if isinstance(path, str) else None
 
 
 def _hub_endpoint() -> str | None:
@@ -185,11 +185,11 @@ def download(url: str, path: pathlib.Path, prefix: str) -> pathlib.Path:
             reached = stream.tell()
             _LOG.info("cut off after %.1f MB; resuming", reached / 1e6)
         stream.flush()
-        found = sha256(partial)
-        if not found.startswith(prefix):
+        digest = sha256(partial)
+        if not digest.startswith(prefix):
             partial.unlink()
             raise OSError(
-                f"{url} is another file: its SHA-256 begins with {found[: len(prefix)]}, the "
+                f"{url} is another file: its SHA-256 begins with {digest[: len(prefix)]}, the "
                 f"published file's with {prefix}"
             )
         partial.replace(path)

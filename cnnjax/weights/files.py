@@ -40,8 +40,8 @@ class StateDict(dict[str, np.ndarray]):
     def without(self, modules: Iterable[str]) -> "StateDict":
         """Returns the tensors that are not in the named top-level modules."""
         modules = set(modules)
-        kept = {key: value for key, value in self.items() if key.split(".")[0] not in modules}
-        return StateDict(kept, self.names)
+        tensors = {key: value for key, value in self.items() if key.split(".")[0] not in modules}
+        return StateDict(tensors, self.names)
 
 
 def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str]:

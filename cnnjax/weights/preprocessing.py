@@ -11,6 +11,7 @@ import PIL.Image
 
 from cnnjax.data import photographs
 from cnnjax.data.crops import resized_window
+from cnnjax.runtime import imagenet
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights.records import Record
 
@@ -33,7 +34,7 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
         size=size,
         place=(left, top),
         window=record.crop,
-        filter=PIL.Image.Resampling[record.interpolation.upper()],
+        filter=PIL.Image.Resampling.BILINEAR,
     )
     return np.asarray(window)
 
@@ -56,6 +57,6 @@ def preprocess(image: PIL.Image.Image | str | os.PathLike, record: Record) -> np
             "PIL.Image.fromarray makes one of a uint8 array [height, width, 3]"
         )
     pixels = resize_and_crop(image, record)
-    mean = np.asarray(record.mean, np.float32)
-    std = np.asarray(record.std, np.float32)
+    mean = np.asarray(imagenet.MEAN, np.float32)
+    std = np.asarray(imagenet.STD, np.float32)
     return (pixels / np.float32(255) - mean) / std

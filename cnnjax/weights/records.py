@@ -6,7 +6,6 @@ import functools
 import os
 import pathlib
 
-from cnnjax.runtime import imagenet
 from cnnjax.runtime.paths import sha256
 
 V1 = "imagenet1k_v1"
@@ -25,9 +24,6 @@ class Record:
       top5: top-5 accuracy, likewise.
       resize: pixels of the shorter side.
       crop: pixels of the square cut from the center.
-      interpolation: name of Pillow's filter for resizing.
-      mean: per channel, of pixels between 0 and 1.
-      std: likewise.
       hub: repository on the Hugging Face hub with the same numbers, if there is one.
       transform_input: whether the network was trained on pixels normalized by 0.5 and 0.5, so that
         it converts its input (a field of GoogLeNet and Inception v3).
@@ -40,9 +36,6 @@ class Record:
     top5: float
     resize: int = 256
     crop: int = 224
-    interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = imagenet.MEAN
-    std: tuple[float, float, float] = imagenet.STD
     hub: str | None = None
     transform_input: bool = False
 
@@ -152,12 +145,12 @@ def _record(network: str, tag: str) -> Record:
 
 def list_weights() -> list[Record]:
     """Returns all weights, by network and tag."""
-    found = []
+    weights = []
     for network in _V1:
-        found.append(_record(network, V1))
+        weights.append(_record(network, V1))
         if network in _V2:
-            found.append(_record(network, V2))
-    return found
+            weights.append(_record(network, V2))
+    return weights
 
 
 def find(network: str, tag: str = V1) -> Record:
@@ -190,10 +183,10 @@ def of_file(path: str | os.PathLike) -> Record | None:
 
 def check_sha256(path: pathlib.Path, prefix: str) -> None:
     """Raises `ValueError` if the file's SHA-256 does not begin with `prefix`."""
-    found = sha256(path)
-    if not found.startswith(prefix):
+    digest = sha256(path)
+    if not digest.startswith(prefix):
         raise ValueError(
-            f"{path} is damaged or another file: its SHA-256 begins with {found[: len(prefix)]}, "
+            f"{path} is damaged or another file: its SHA-256 begins with {digest[: len(prefix)]}, "
             f"the published file's with {prefix}; remove or rename it"
         )
 

@@ -9,9 +9,8 @@ from matplotlib.patches import Rectangle
 
 from cnnjax.nn import FILLS, output_size
 from experiments.basics import numbers
-
-# Megabytes of one float32 value.
-_MB = 4e-6
+from experiments.claims.operations import MAP, one_channel, plane
+from experiments.claims.position import SIZE
 
 
 def cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
@@ -146,7 +145,7 @@ def draw_growth(axis) -> None:
     layers = numbers.growth()
     places = np.arange(len(layers))
     for shift, kind in ((-0.2, "input"), (0.2, "unfolded")):
-        megabytes = [_MB * row[kind] for row in layers]
+        megabytes = [numbers.MEGABYTES * row[kind] for row in layers]
         bars = axis.bar(places + shift, megabytes, 0.4, label=kind)
         axis.bar_label(bars, fmt="%.3g", fontsize=7)
     names = ["x".join(map(str, row["shape"])) for row in layers]
@@ -182,8 +181,8 @@ def draw_pool(axis, pool: str, window: int, stride: int) -> None:
     title = f"{pool}, {window}x{window}, stride {stride}\n{kind}"
     if window == 1:
         title = "the map, two windows framed"
-    pooled = numbers.POOLS[pool](numbers.plane(numbers.MAP), window, stride)
-    cells(axis, pooled[0, :, :, 0], title, vmin=0, vmax=12)
+    pooled = numbers.POOLS[pool](one_channel(MAP), window, stride)
+    cells(axis, plane(pooled), title, vmin=0, vmax=12)
     # Two 2x2 windows on the map, and the places of their results.
     if window < 3:
         outline(axis, 0, 0, 3 - window)
@@ -220,7 +219,7 @@ def font_size(values: np.ndarray) -> float:
     if len(values) > 12:
         return 0
     whole = (values == values.round()).all()
-    return 8 if len(values) == numbers.WIDTH and whole else 6
+    return 8 if len(values) == SIZE and whole else 6
 
 
 def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
@@ -239,26 +238,26 @@ def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
     return figure
 
 
-def draw_sizes(kernel: int = 3) -> Figure:
-    """Draws the output size by input size and stride.
+def draw_sizes() -> Figure:
+    """Draws the output size of 3x3 windows by input size and stride.
 
     Colors show the number of pixels that no window reads.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     sizes, strides = range(3, 17), range(1, 5)
     for axis, padding in zip(figure.subplots(2, 1), (0, 1)):
-        rest = np.array(sizes)[None] + 2 * padding - kernel
+        rest = np.array(sizes)[None] + 2 * padding - 3
         unread = rest % np.array(strides)[:, None]
         axis.imshow(unread, cmap="Oranges", vmin=0, vmax=5, aspect="auto")
         for (row, s), (column, n) in itertools.product(enumerate(strides), enumerate(sizes)):
-            text = f"{numbers.computed_size(n, padding, kernel, s)}"
+            text = f"{numbers.computed_size(n, padding, 3, s)}"
             if unread[row, column]:
-                text += f"\n({numbers.formula(n, padding, kernel, s):.2f})"
+                text += f"\n({numbers.formula(n, padding, 3, s):.2f})"
             axis.text(column, row, text, ha="center", va="center", fontsize=8)
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_yticks(range(len(strides)), strides)
         axis.set(xlabel="n", ylabel="stride")
-        title = f"{kernel}x{kernel} windows, p = {padding}: number of positions"
+        title = f"3x3 windows, p = {padding}: number of positions"
         axis.set_title(
             f"{title}; colored where the formula (in brackets) is no integer", fontsize=10
         )

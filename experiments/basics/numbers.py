@@ -15,12 +15,11 @@ from cnnjax.data import photographs
 from cnnjax.models import create_model
 from cnnjax.nn import FILLS, avg_pool, conv, max_pool, output_size, pad
 from cnnjax.nn.parameters import eval_shape
+from experiments.claims.operations import MAP, convolved_size, one_channel, plane
+from experiments.claims.position import SHIFT, SIZE, example_images
 
-
-def plane(image) -> jnp.ndarray:
-    """Returns one map [height, width] as a batch [1, height, width, 1]."""
-    return jnp.asarray(image, jnp.float32)[None, :, :, None]
-
+# Megabytes of one float32 value.
+MEGABYTES = 4e-6
 
 # ---------------------------------------------------------------------------------------------
 # Edges: the Sobel pair (A39)
@@ -36,7 +35,7 @@ def sobel(image: np.ndarray, fill: str = "replicate") -> dict[str, np.ndarray]:
     angle in degrees in which the image grows brighter (0 to the right, 90 downwards).
     """
     kernel = jnp.asarray(np.stack([SOBEL, SOBEL.T], -1)[:, :, None])
-    responses = np.asarray(conv(plane(image), kernel, padding=1, fill=fill)[0])
+    responses = np.asarray(conv(one_channel(image), kernel, padding=1, fill=fill)[0])
     down, right = np.moveaxis(responses, -1, 0)
     return {
         "down": down,
@@ -46,15 +45,14 @@ def sobel(image: np.ndarray, fill: str = "replicate") -> dict[str, np.ndarray]:
     }
 
 
-def edge(degrees: float, size: int = 33, softness: float = 1.0) -> np.ndarray:
-    """Draws an edge through the center of an image [size, size], from 0 to 255.
+def edge(degrees: float) -> np.ndarray:
+    """Draws an edge through the center of an image [33, 33], from 0 to 255.
 
-    The image is brighter towards `degrees` (0 right, 90 down). `softness` is the width of the edge
-    in pixels.
+    The image is brighter towards `degrees` (0 right, 90 down), along a logistic curve.
     """
-    rows, columns = np.mgrid[:size, :size] - size // 2
+    rows, columns = np.mgrid[:33, :33] - 16
     along = columns * np.cos(np.radians(degrees)) + rows * np.sin(np.radians(degrees))
-    return (255 / (1 + np.exp(-along / softness))).astype(np.float32)
+    return (255 / (1 + np.exp(-along))).astype(np.float32)
 
 
 def direction_error(degrees: float) -> float:
@@ -94,13 +92,13 @@ def sobel_numbers(gray: np.ndarray) -> dict:
 # One convolution, step by step, and as a matrix product (A7, A40)
 
 
-def worked_example(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def worked_example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws a worked example with UTSA's sizes and random numbers.
 
     Returns an image [7, 7, 3] of 0 to 2 inside a ring of zeros, two filters [3, 3, 3, 2] of -1 to
     1, and biases [2].
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     image = np.pad(generator.integers(0, 3, (5, 5, 3)), ((1, 1), (1, 1), (0, 0)))
     kernels = generator.integers(-1, 2, (3, 3, 3, 2))
     bias = np.array([1, 0], np.float32)
@@ -172,19 +170,6 @@ def growth() -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # Pooling (A6, A33)
 
-# NUS CS5242, lecture 8: a map, and its 2x2 max-pool as printed.
-MAP = np.array(
-    [
-        [3, 3, 0, 1, 1, 1],
-        [7, 2, 1, 1, 5, 2],
-        [7, 9, 1, 0, 5, 6],
-        [5, 6, 1, 0, 3, 2],
-        [9, 7, 0, 0, 0, 0],
-        [4, 7, 0, 0, 0, 1],
-    ],
-    np.float32,
-)
-POOLED = np.array([[7, 1, 5], [9, 1, 6], [9, 0, 1]])
 POOLS = {"max": max_pool, "average": avg_pool}
 # (window, stride); the overlapping 3x3 at stride 2 is AlexNet's.
 WINDOWS = {
@@ -209,7 +194,7 @@ def moved(gray: np.ndarray) -> list[dict]:
     top, left = (n // 2 - size // 2 for n in gray.shape)
 
     def crop(shift):
-        return plane(gray[top : top + size, left - shift : left - shift + size])
+        return one_channel(gray[top : top + size, left - shift : left - shift + size])
 
     result = []
     for pool, (name, (window, stride)) in itertools.product(POOLS, WINDOWS.items()):
@@ -217,9 +202,7 @@ def moved(gray: np.ndarray) -> list[dict]:
         if window == 1 and pool != "max":
             continue
         pooled = jax.jit(functools.partial(POOLS[pool], window=window, stride=stride))
-        still, one, whole = (
-            np.asarray(pooled(crop(shift)))[0, :, :, 0] for shift in (0, 1, stride)
-        )
+        still, one, whole = (plane(pooled(crop(shift))) for shift in (0, 1, stride))
         result.append(
             {
                 "pool": "none" if window == 1 else pool,
@@ -235,10 +218,6 @@ def moved(gray: np.ndarray) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 # The shift network (section B)
 
-# UBC CPSC 532S, lecture 6; its bias is 1.
-SHIFT = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], np.float32)
-LAYERS = WIDTH = 7
-
 
 @functools.partial(jax.jit, static_argnames="fill")
 def shifted(images: jnp.ndarray, fill: str, key: jnp.ndarray) -> list[jnp.ndarray]:
@@ -249,7 +228,7 @@ def shifted(images: jnp.ndarray, fill: str, key: jnp.ndarray) -> list[jnp.ndarra
     """
     kernel = jnp.asarray(SHIFT)[:, :, None, None]
     maps = [images[..., None]]
-    for layer in range(LAYERS):
+    for layer in range(SIZE):
         layer_key = jax.random.fold_in(key, layer)
         maps.append(conv(maps[-1], kernel, padding=1, fill=fill, key=layer_key) + 1)
     return [y[..., 0] for y in maps]
@@ -260,12 +239,12 @@ def shift_maps(fill: str, images: np.ndarray) -> list[np.ndarray]:
 
     'none' gets the whole image, and the center of its output is returned.
     """
-    margin = 0 if fill == "none" else LAYERS
+    margin = 0 if fill == "none" else SIZE
     height, width = images.shape[1:]
     inner = images[:, margin : height - margin, margin : width - margin]
     result = []
     for y in shifted(jnp.asarray(inner, jnp.float32), fill, jax.random.key(0)):
-        cut = (y.shape[1] - WIDTH) // 2 if fill == "none" else 0
+        cut = (y.shape[1] - SIZE) // 2 if fill == "none" else 0
         result.append(np.asarray(y)[:, cut : y.shape[1] - cut, cut : y.shape[2] - cut])
     return result
 
@@ -275,8 +254,7 @@ def shift_images() -> np.ndarray:
 
     Each has 7x7 pixels inside a margin, which 'none' uses up.
     """
-    side = WIDTH + 2 * LAYERS
-    images = np.random.default_rng(0).integers(0, 10, (257, side, side))
+    images = example_images(257)
     images[-1] = 4
     return images
 
@@ -331,10 +309,8 @@ def formula(n: int, p: int, k: int, s: int) -> float:
 
 def computed_size(n: int, p: int, k: int, s: int) -> int:
     """Returns the output size of `cnnjax.nn.conv`, or 0 if it refuses the case."""
-    kernel = jnp.zeros((k, k, 1, 1))
-    image = jax.ShapeDtypeStruct((1, n, n, 1), jnp.float32)
     try:
-        return eval_shape(lambda x: conv(x, kernel, stride=s, padding=p), image).shape[1]
+        return convolved_size(n, k, s, p)
     except ValueError:
         return 0
 
@@ -380,7 +356,7 @@ def compute(gray: np.ndarray, example: tuple, fills=FILLS, cases=CASES) -> dict:
     convolved = np.asarray(conv(batch, filters, stride=2)).reshape(values.shape) + bias
     dense = np.asarray(conv(batch, filters))[0, ::2, ::2].reshape(values.shape) + bias
     multiplied = np.asarray(product(batch, filters, 2)) + bias
-    pooled = np.asarray(max_pool(plane(MAP), 2))[0, :, :, 0]
+    pooled = plane(max_pool(one_channel(MAP), 2))
     return {
         "sobel": sobel_numbers(gray),
         "steps": {

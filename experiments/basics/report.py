@@ -1,10 +1,8 @@
 """The report: a sentence or two beside each figure, made from the numbers."""
 
 from cnnjax.runtime import tables
-from experiments.basics.numbers import POOLED
-
-# Megabytes of one float32 value.
-_MB = 4e-6
+from experiments.basics.numbers import MEGABYTES
+from experiments.claims.operations import POOLED
 
 
 def holds(truth: bool) -> str:
@@ -44,7 +42,7 @@ def im2col(numbers: dict) -> str:
     layers = numbers["vgg16"]
 
     def megabytes(rows, key):
-        return f"{_MB * sum(row[key] for row in rows):.3g} MB"
+        return f"{MEGABYTES * sum(row[key] for row in rows):.3g} MB"
 
     difference = numbers["differs from conv"]
     return (
@@ -119,7 +117,8 @@ def sizes(numbers: dict) -> str:
         lines.append([row["layer"], case, *values])
         if row["printed"] != row["computed"]:
             different.append(row["layer"])
-    fits, equal = numbers["with an output"], numbers["equal"]
+    fits = numbers["with an output"]
+    equal = numbers["equal"]
     rounded = numbers["equal when rounded down"]
     header = ["layer", "n, p, k, s", "formula", "printed", "computed"]
     return (

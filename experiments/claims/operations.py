@@ -313,20 +313,27 @@ def worked_padding() -> Verdict:
     )
 
 
-@OPERATIONS.claim(
-    "A6", "NUS", "2x2 max-pooling turns the 6x6 example map into [7 1 5; 9 1 6; 9 0 1]"
-)
-def worked_pooling() -> Verdict:
-    image = [
+# NUS CS5242, lecture 8: a map, and its 2x2 max-pool as printed.
+MAP = np.array(
+    [
         [3, 3, 0, 1, 1, 1],
         [7, 2, 1, 1, 5, 2],
         [7, 9, 1, 0, 5, 6],
         [5, 6, 1, 0, 3, 2],
         [9, 7, 0, 0, 0, 0],
         [4, 7, 0, 0, 0, 1],
-    ]
-    pooled = plane(max_pool(one_channel(image), 2)).astype(int).tolist()
-    return judge(pooled == [[7, 1, 5], [9, 1, 6], [9, 0, 1]], {"pooled": pooled})
+    ],
+    np.float32,
+)
+POOLED = np.array([[7, 1, 5], [9, 1, 6], [9, 0, 1]])
+
+
+@OPERATIONS.claim(
+    "A6", "NUS", "2x2 max-pooling turns the 6x6 example map into [7 1 5; 9 1 6; 9 0 1]"
+)
+def worked_pooling() -> Verdict:
+    pooled = plane(max_pool(one_channel(MAP), 2)).astype(int).tolist()
+    return judge(pooled == POOLED.tolist(), {"pooled": pooled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -606,7 +613,8 @@ def shrinking() -> Verdict:
     layers = {}
     for size in (28, 32, 224):
         for kernel in (3, 5, 7):
-            count, left = 0, size
+            count = 0
+            left = size
             while left > kernel - 1:
                 left = convolved_size(left, kernel, 1, 0)
                 count += 1
@@ -624,9 +632,9 @@ def shrinking() -> Verdict:
 # Pooling
 
 
-def smooth_image(size: int = 64) -> np.ndarray:
-    """Draws an image as smooth as a feature map: noise averaged over 5x5 pixels."""
-    noise = jax.random.normal(jax.random.key(0), (1, size + 4, size + 4, 1))
+def smooth_image() -> np.ndarray:
+    """Draws an image [64, 64] as smooth as a feature map: noise averaged over 5x5 pixels."""
+    noise = jax.random.normal(jax.random.key(0), (1, 68, 68, 1))
     return plane(avg_pool(noise, 5, 1))
 
 
@@ -749,10 +757,10 @@ def dropout() -> Verdict:
     layer = nn.Dropout(0.5, deterministic=False)
     y = np.asarray(layer.apply({}, x, rngs={"dropout": jax.random.key(0)}))
     zero = float((y == 0).mean())
-    kept = float(y.max())
+    largest = float(y.max())
     return judge(
         abs(zero - 0.5) < 0.02,
-        {"share of zeros at rate 0.5": zero, "value of the units that stay": kept},
+        {"share of zeros at rate 0.5": zero, "value of the units that stay": largest},
         note="in training; the units that stay are multiplied by 2, so that nothing changes at "
         "test time",
     )

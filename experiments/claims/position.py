@@ -13,7 +13,10 @@ POSITION = Section("The convolution that learns where it is")
 FILLS = ("zeros", "none", "reflect", "replicate", "circular", "partial")
 # Quarter turns of the filter.
 DIRECTIONS = {"from the left": 0, "from the bottom": 1, "from the right": 2, "from the top": 3}
+# The lecture's image is 7x7 pixels, and its network has seven layers.
 SIZE = 7
+# The filter of lecture 6 of UBC CPSC 532S takes the left neighbor; its bias is 1.
+SHIFT = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], np.float32)
 EXPECTED = np.tile(np.arange(1, SIZE + 1), (SIZE, 1))
 
 # The lecture's image, and the maps after layers 1, 2, and 7 as printed on its slides.
@@ -59,9 +62,7 @@ def count_columns(
     image: np.ndarray, layers: int, direction: str = "from the left", fill: str = "zeros"
 ) -> np.ndarray:
     """Applies `layers` 3x3 convolutions that move the image by one pixel and add 1."""
-    kernel = np.rot90(
-        np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0]], np.float32), DIRECTIONS[direction]
-    )
+    kernel = np.rot90(SHIFT, DIRECTIONS[direction])
     weights = jnp.asarray(kernel)[:, :, None, None]
     y = one_channel(image)
     for _ in range(layers):

@@ -210,8 +210,10 @@ def gradient_by_planes(
 
     Returns the input's gradient, of the shape `x_shape`.
     """
-    stride, padding = window.stride, window.padding
-    batch, channels = dy.shape[0], x_shape[3]
+    stride = window.stride
+    padding = window.padding
+    batch = dy.shape[0]
+    channels = x_shape[3]
     size = [-(-x_shape[axis + 1] // stride[axis]) for axis in (0, 1)]
 
     def plane(*place):
