@@ -624,6 +624,7 @@ def shrinking() -> Verdict:
 # Pooling
 
 
+@functools.cache
 def smooth_image(size: int = 64) -> np.ndarray:
     """Draws an image as smooth as a feature map: noise averaged over 5x5 pixels."""
     noise = jax.random.normal(jax.random.key(0), (1, size + 4, size + 4, 1))
