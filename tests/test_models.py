@@ -249,8 +249,7 @@ def assert_every_parameter_receives_a_finite_gradient(model, x, heads=1):
     variables = quick.variables(model, x)
     params = variables.pop("params")
 
-    # Images and statistics are arguments; as constants, they would be copied into the program.
-    def loss(params, variables, x):
+    def loss(params):
         logits, new = model.apply(
             {"params": params, **variables},
             x,
@@ -262,7 +261,7 @@ def assert_every_parameter_receives_a_finite_gradient(model, x, heads=1):
         assert [output.shape for output in outputs] == heads * [(len(x), 7)]
         return sum(jnp.square(output).sum() for output in outputs)
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params, variables, x)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     test_torchvision.assert_gradients(grads)
 
