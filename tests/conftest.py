@@ -18,6 +18,10 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+# Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a
+# quarter of the time.
+gc.set_threshold(50_000)
+
 # Of modules whose annotations name shapes they are checked at every call, an int being a float as
 # everywhere in Python. It works on what is imported after it. Over the whole package the tests took
 # a quarter longer.
@@ -42,26 +46,29 @@ import quick  # noqa: E402
 
 from cnnjax.runtime import backend  # noqa: E402
 
-jax.config.update(
-    "jax_num_cpu_devices", 8
-)  # for what runs on many devices; the rest uses the first
-# OpenBLAS's threads wait for each other in busy loops, which several workers on few cores make many
-# times longer. NumPy's copy is loaded by now; the variable is for SciPy's, and for commands.
-threadpoolctl.threadpool_limits(1, user_api="blas")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Commands of the tests choose for themselves.
-inherited = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
-contexts.share()
-quick.draw_once()
-backend.start()
-jax.devices()
-os.environ["XLA_FLAGS"] = inherited
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Tracing makes objects by the million, few of them garbage: looking for it every 700 takes a
-# quarter of the time. What is imported by now is no garbage at all.
-gc.set_threshold(50_000)
-gc.freeze()
+
+def pytest_configure(config):
+    """Prepares a process that runs tests, not one that only hands them out to workers."""
+    if config.getoption("dist", "no") != "no":
+        return
+    # For what runs on many devices; the rest uses the first.
+    jax.config.update("jax_num_cpu_devices", 8)
+    # OpenBLAS's threads wait for each other in busy loops, which several workers on few cores make
+    # many times longer. NumPy's copy is loaded by now; the variable is for SciPy's, and for
+    # commands.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Commands of the tests choose for themselves.
+    inherited = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = f"{inherited} {quick.FLAGS}"
+    contexts.share()
+    quick.draw_once()
+    backend.start()
+    jax.devices()
+    os.environ["XLA_FLAGS"] = inherited
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # What is imported by now is no garbage at all.
+    gc.freeze()
 
 
 def pytest_itemcollected(item):

@@ -80,7 +80,14 @@ NOT_COMPUTED = {"A28.1", "D6.1", "D6.2", "D6.3", "D11", *(f"E{number}" for numbe
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("claims") / "new"
-    done = forked.run("experiments.claims", "--workdir", folder, flags=quick.FLAGS)
+    # Most of its many small programs run in no other test, and to keep them takes a while.
+    done = forked.run(
+        "experiments.claims",
+        "--workdir",
+        folder,
+        flags=quick.FLAGS,
+        config={"jax_enable_compilation_cache": False},
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

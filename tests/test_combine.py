@@ -15,8 +15,8 @@ from cnnjax import combine, transfer, weights
 from cnnjax.combine import combination, runs
 from cnnjax.combine.methods import ENSEMBLES
 from cnnjax.data import arrays
-from cnnjax.models import Network, base, create_model
-from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool
+from cnnjax.models import Network, base
+from cnnjax.nn import BatchNorm, Conv, Dense, flatten, global_avg_pool, max_pool
 from cnnjax.runtime import files, workdir
 from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
@@ -525,11 +525,28 @@ def test_another_batch_norm_is_not_averaged(method, tmp_path):
 # ------------------------------------------------------------------ whole commands
 
 
+class SmallLeNet(Network):
+    """LeNet with a third of its channels, which has 14,000 parameters for digits."""
+
+    num_classes: int = 10
+    input_shape: tuple[int, int, int] = (8, 8, 1)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        for number, features in enumerate((16, 32), 1):
+            x = nn.relu(Conv(features, 3, padding=1, name=f"conv{number}")(x))
+            x = yield f"conv{number}", x
+            x = max_pool(x, 2)
+        x = nn.relu(Dense(64, name="linear1")(flatten(x)))
+        yield "logits", Dense(self.num_classes, name="linear2")(x)
+
+
 def train(folder: pathlib.Path, **changes) -> pathlib.Path:
     """Trains without drawing figures; returns the work directory."""
     config = defaults.get_config()
     config.update_from_flattened_dict(
         {
+            "model": f"{__name__}:SmallLeNet",
             "epochs": 2,
             "n_validation": 200,
             "parallel": "jit",
@@ -597,7 +614,7 @@ def errors_of(folder: pathlib.Path):
     """
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalization(data.train.images)
-    apply = jax.jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
+    apply = jax.jit(SmallLeNet().apply)
 
     def error(params, name="validation"):
         split = getattr(data, name)
@@ -701,7 +718,7 @@ def test_ensembles_of_several_runs(finished, tmp_path):
     )
     data = arrays.load("digits", n_validation=200)
     mean, std = arrays.normalization(data.train.images)
-    apply = jax.jit(create_model("lenet", input_shape=(8, 8, 1)).apply)
+    apply = jax.jit(SmallLeNet().apply)
     logits = np.stack(
         [
             apply({"params": params}, (data.test.images / np.float32(255) - mean) / std)

@@ -87,7 +87,7 @@ def at(owner, name, *numbers, nth=1):
         if len(calls) == nth:
             for number in numbers:
                 os.kill(os.getpid(), number)
-                time.sleep(0.2)
+                time.sleep(0.05)
         return whole(*arguments, **options)
     setattr(owner, name, signaled)
 """

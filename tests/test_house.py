@@ -126,12 +126,15 @@ def test_an_option_given_twice_adds_to_the_first():
 
     Options that replace a default list are left out: they would be added to the default.
     """
+    count = 0
     for folder in ("cnnjax", "experiments"):
         for path in (ROOT / folder).rglob("*.py"):
             for keywords in keywords_of_lists(path):
+                count += 1
                 default = keywords.get("default")
                 if default is None or ast.unparse(default) in ("[]", "()", "None"):
                     assert "action" in keywords, path
+    assert count > 0
 
 
 def test_requirements_are_the_package_and_all_its_extras():

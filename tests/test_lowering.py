@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -381,7 +382,7 @@ class Small(nn.Module):
 def case():
     """Returns a loss of a batch, images, parameters, and the loss's gradient."""
     images = draw(0, 8, 8, 8, 2)
-    variables = Small().init(jax.random.key(0), images)
+    variables = quick.variables(Small(), images)
 
     def loss(params, images, axis_name=None):
         y, new = Small(axis_name).apply(

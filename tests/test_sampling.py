@@ -471,8 +471,11 @@ def test_the_study_enlarges_images_for_a_larger_window():
     assert study.enlarge(photographs, 32).images.shape == (10, 43, 43, 3)
 
 
-def test_the_study_refuses_a_padding_that_small_maps_cannot_have(data_dir, tmp_path, capsys):
-    arguments = ["--workdir", str(tmp_path / "run"), "--data_dir", str(data_dir)]
+def test_the_study_refuses_a_padding_that_small_maps_cannot_have(tmp_path, capsys, monkeypatch):
+    split = arrays.Split(np.zeros((1000, 32, 32, 3), np.uint8), np.zeros(1000, np.int32))
+    data = arrays.Dataset(split, None, split, tuple("0123456789"))
+    monkeypatch.setattr(study.arrays, "load", lambda name, data_dir: data)
+    arguments = ["--workdir", str(tmp_path / "run"), "--train", "1000"]
     arguments += ["--networks", "resnet18", "--paddings", "zeros", "reflect"]
     assert study.main(arguments) == 2
     assert "reflect" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet import sow_logits
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
-from cnnjax.runtime import claims, files, workdir
+from cnnjax.runtime import backend, claims, files, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
@@ -600,6 +600,18 @@ def train_here(folder: pathlib.Path, **changes) -> dict:
     loop.check(config)
     loop.train(config, workdir.prepare(folder, config.to_dict()))
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_write_leaves_only_checkpoints(tmp_path, monkeypatch):
+    """Of several processes, each saves its part of a checkpoint and one writes the other files."""
+    monkeypatch.setattr(backend, "writes", lambda: False)
+    config = defaults.get_config()
+    config.update_from_flattened_dict({**QUICK, "epochs": 2})
+    workdir.prepare(tmp_path, config.to_dict())
+    loop.train(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.fixture

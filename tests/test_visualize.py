@@ -289,13 +289,14 @@ def test_a_network_given_its_own_map_is_the_network(name, stage):
     image = jax.random.normal(jax.random.key(0), (1, 48, 48, 3))
     variables = quick.variables(model)
 
+    # The variables are an argument; as constants, they would be copied into the program.
     @jax.jit
-    def logits(image):
+    def logits(variables, image):
         maps = model.apply(variables, image, method="stages", last=stage)[stage]
         head = lambda y: model.apply(variables, 0 * image, replace={stage: lambda _: y})
         return model.apply(variables, image), head(maps), head(2 * maps)
 
-    whole, joined, changed = logits(image)
+    whole, joined, changed = logits(variables, image)
     np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
     # Another map changes the logits.
     assert jnp.abs(changed - whole).max() > 0.1 * jnp.abs(whole).max() > 0

@@ -9,8 +9,10 @@ from experiments.claims import operations, position
 def annotate(axis, values: np.ndarray, colors: np.ndarray, size: float = 7) -> None:
     """Writes each value of a map into its cell."""
     for (row, column), value in np.ndenumerate(values):
-        color = colors[row, column]
-        axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=size, color=color)
+        text = axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=size)
+        text.set_color(colors[row, column])
+        # Texts within the axes need no space of their own; to measure them takes seconds.
+        text.set_in_layout(False)
     axis.set(xticks=[], yticks=[])
 
 

@@ -632,6 +632,7 @@ def shrinking() -> Verdict:
 # Pooling
 
 
+@functools.cache
 def smooth_image() -> np.ndarray:
     """Draws an image [64, 64] as smooth as a feature map: noise averaged over 5x5 pixels."""
     noise = jax.random.normal(jax.random.key(0), (1, 68, 68, 1))

@@ -5,7 +5,6 @@ import numpy as np
 
 from cnnjax.nn import conv
 from experiments.claims.ledger import Section, Verdict, judge
-from experiments.claims.operations import one_channel, plane
 
 POSITION = Section("The convolution that learns where it is")
 
@@ -59,15 +58,18 @@ PRINTED_LAYERS = {
 
 
 def count_columns(
-    image: np.ndarray, layers: int, direction: str = "from the left", fill: str = "zeros"
+    images: np.ndarray, layers: int, direction: str = "from the left", fill: str = "zeros"
 ) -> np.ndarray:
-    """Applies `layers` 3x3 convolutions that move the image by one pixel and add 1."""
+    """Applies `layers` 3x3 convolutions that move the images by one pixel and add 1.
+
+    The images may be one matrix [height, width] or several [..., height, width].
+    """
     kernel = np.rot90(SHIFT, DIRECTIONS[direction])
     weights = jnp.asarray(kernel)[:, :, None, None]
-    y = one_channel(image)
+    y = jnp.asarray(images, jnp.float32).reshape(-1, *images.shape[-2:], 1)
     for _ in range(layers):
         y = conv(y, weights, padding=1, fill=fill) + 1
-    return plane(y)
+    return np.asarray(y).reshape(*images.shape[:-2], *y.shape[1:3])
 
 
 def example_images(number: int = 5) -> np.ndarray:
@@ -76,14 +78,14 @@ def example_images(number: int = 5) -> np.ndarray:
     return generator.integers(0, 10, (number, 3 * SIZE, 3 * SIZE)).astype(np.float32)
 
 
-def middle(image: np.ndarray) -> np.ndarray:
-    """Returns the central 7x7 pixels of an example image."""
-    return image[SIZE:-SIZE, SIZE:-SIZE]
+def middle(images: np.ndarray) -> np.ndarray:
+    """Returns the central 7x7 pixels of example images."""
+    return images[..., SIZE:-SIZE, SIZE:-SIZE]
 
 
-def demo(image: np.ndarray, direction: str, fill: str) -> np.ndarray:
-    """Returns the central 7x7 pixels of an example image after seven layers."""
-    return count_columns(image if fill == "none" else middle(image), SIZE, direction, fill)
+def demo(images: np.ndarray, direction: str, fill: str) -> np.ndarray:
+    """Returns the central 7x7 pixels of example images after seven layers."""
+    return count_columns(images if fill == "none" else middle(images), SIZE, direction, fill)
 
 
 @POSITION.claim(
@@ -95,10 +97,9 @@ def demo(image: np.ndarray, direction: str, fill: str) -> np.ndarray:
 )
 def counting() -> Verdict:
     holds = True
-    for image in example_images():
-        for layers in (1, 2, 7):
-            y = count_columns(middle(image), layers)
-            holds &= np.array_equal(y[:, :layers], EXPECTED[:, :layers])
+    for layers in (1, 2, 7):
+        y = count_columns(middle(example_images()), layers)
+        holds &= bool((y[..., :layers] == EXPECTED[:, :layers]).all())
     wide = count_columns(example_images(1)[0], SIZE)
     everywhere = np.array_equal(wide[0], np.arange(1, wide.shape[1] + 1))
     rows = {layers: count_columns(PRINTED_IMAGE, layers)[0].tolist() for layers in (1, 2, 7)}
@@ -128,8 +129,8 @@ def printed_numbers() -> Verdict:
 def other_sides() -> Verdict:
     holds = True
     for direction, turns in DIRECTIONS.items():
-        for image in example_images():
-            holds &= np.array_equal(np.rot90(demo(image, direction, "zeros"), -turns), EXPECTED)
+        turned = np.rot90(demo(example_images(), direction, "zeros"), -turns, axes=(1, 2))
+        holds &= bool((turned == EXPECTED).all())
     top = demo(example_images(1)[0], "from the top", "zeros")
     return judge(holds, {"from the top, first column": top[:, 0].tolist()}, note="from all four")
 
@@ -140,8 +141,7 @@ def without_zeros() -> Verdict:
     for fill in FILLS:
         spreads = []
         for direction in DIRECTIONS:
-            outputs = [demo(image, direction, fill) for image in example_images()]
-            spreads.append(np.ptp(outputs, axis=0))
+            spreads.append(np.ptp(demo(example_images(), direction, fill), axis=0))
         least[fill] = float(np.min(spreads))
         greatest[fill] = float(np.max(spreads))
     fails = all(least[fill] > 0 for fill in ("reflect", "replicate", "circular", "none"))
