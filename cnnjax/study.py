@@ -205,10 +205,10 @@ class Study:
                 options.environment = record.get("environment", options.environment)
             try:
                 results = self._measure_missing(dict(zip(points, paths)), options)
-                # Colors that color-blind readers can tell apart.
+                # Colors that color-blind readers can tell apart. Some are looked up while the
+                # figure is written.
                 with matplotlib.style.context("petroff10"):
-                    report = self.report(results, options)
-                self._write(folder, results, report)
+                    self._write(folder, results, self.report(results, options))
             except KeyboardInterrupt as stop:
                 raise workdir.Interrupted(
                     "stopped; the same command goes on after the last finished point"

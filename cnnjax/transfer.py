@@ -255,7 +255,8 @@ def load_initial_weights(
     if head_keys:
         # A scalar has no axis, and `load_torchvision` says so.
         (classes,) = tensors[head_keys[0]].shape[:1] or (classes,)
-    absent = sorted(key for key in keys if key not in tensors)
+    # A file without any of the model's names is refused by its names.
+    absent = sorted(set(keys) - set(tensors)) if set(keys) & set(tensors) else []
     file_model = model.clone(num_classes=classes)
     loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
 

@@ -418,16 +418,17 @@ def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
         runs.check_runs(configs, "uniform")
 
 
-def test_averages_are_of_runs_that_froze_the_same(tmp_path):
-    configs = {}
-    for name, freeze in (("a", ()), ("b", ("conv1",))):
-        (tmp_path / name).mkdir()
-        files.write_json(tmp_path / name / "results.json", {})
-        configs[tmp_path / name] = defaults.get_config().to_dict() | {"freeze": freeze}
-    runs.check_runs(configs, "ensemble")
-    message = r"cannot be combined: freeze=\(\) and freeze=\('conv1',\); method='uniform' keeps"
+def test_averages_are_of_runs_that_froze_the_same_norms():
+    def check(*freeze):
+        default = defaults.get_config().to_dict()
+        configs = {pathlib.Path(name): default | {"freeze": parts} for name, parts in freeze}
+        combination._check_frozen(Tiny(), configs, "uniform")
+
+    check(("a", ()), ("b", ("conv1.*",)))
+    check(("a", ("bn1.*",)), ("b", ("bn1.*", "conv1.*")))
+    message = r"a and b cannot be combined: freeze=\(\) and freeze=\('bn1.\*',\); method='uniform'"
     with pytest.raises(ValueError, match=message):
-        runs.check_runs(configs, "uniform")
+        check(("a", ()), ("b", ("bn1.*",)))
 
 
 def test_runs_on_other_images_than_those_of_today_are_refused(tmp_path):

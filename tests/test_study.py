@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import PIL.Image
 import pytest
+from matplotlib.figure import Figure
 from quick import exit_code
 
 from cnnjax import study
@@ -53,17 +55,21 @@ def test_the_example_writes_a_table_and_a_figure(example, tmp_path, capsys):
 
 
 def test_colors_of_figures_can_be_told_apart(example, tmp_path):
-    """The colors are those of Petroff (arXiv 2107.02270), and matplotlib's own return."""
-    cycles = []
+    """Lines and bars have Petroff's colors (arXiv 2107.02270), and matplotlib's own return."""
 
     def report(results, options):
-        cycles.append(matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])
-        return example.report(results, options)
+        figure = Figure()
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color="C0", lw=20)
+        axis.bar([2], [1], color="C1")
+        return example.report(results, options)._replace(figures={"colors.png": figure})
 
     before = matplotlib.rcParams["axes.prop_cycle"]
     again = dataclasses.replace(example.STUDY, report=report)
     assert again.main(["--workdir", str(tmp_path), "--seeds", "1"]) == 0
-    assert cycles[0][:3] == ["#3f90da", "#ffa90e", "#bd1f01"]
+    with PIL.Image.open(tmp_path / "colors.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(image.width * image.height)}
+    assert {(0x3F, 0x90, 0xDA), (0xFF, 0xA9, 0x0E)} <= colors
     assert matplotlib.rcParams["axes.prop_cycle"] == before
 
 

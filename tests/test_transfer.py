@@ -337,6 +337,14 @@ def test_a_file_may_lack_a_part_of_a_module_that_is_not_loaded(tmp_path):
         transfer.load_initial_weights(file, model, ("*",))
 
 
+def test_a_file_of_other_names_is_told_how_to_rename_them(tmp_path):
+    params = {"classifier.first": {"bias": np.zeros(3, np.float32)}}
+    weights.save_torchvision({"params": params}, tmp_path / "w.safetensors")
+    advice = "none of the file's names .* are like classifier.first.bias, the model's like"
+    with pytest.raises(ValueError, match=advice):
+        transfer.load_initial_weights(tmp_path / "w.safetensors", TwoDense(num_classes=3))
+
+
 def test_a_scalar_in_place_of_the_heads_bias_is_named(tmp_path):
     params = TwoDense(num_classes=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
     params["classifier.2"]["bias"] = np.float32(0)

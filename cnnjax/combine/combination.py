@@ -20,6 +20,7 @@ from cnnjax.combine.networks import (
     reestimate_statistics,
 )
 from cnnjax.combine.runs import (
+    Configs,
     Member,
     check_data,
     check_runs,
@@ -28,6 +29,7 @@ from cnnjax.combine.runs import (
     share_validation,
 )
 from cnnjax.data import arrays, augment
+from cnnjax.models import Network
 from cnnjax.runtime import files, tables, workdir
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
@@ -71,6 +73,7 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
     networks = Networks(first, members, data)
     if method in AVERAGES:
         transfer.check_statistics(networks.model, f"method={method!r}")
+        _check_frozen(networks.model, configs, method)
     record = {"kind": "combine", "method": method, "runs": names}
     with workdir.prepared(folder, record) as folder:
         # --------------------------------------------------------- the combination
@@ -112,6 +115,23 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
         )
 
 
+def _check_frozen(model: Network, configs: Configs, method: str) -> None:
+    """Checks that all runs froze the same BatchNorms, whose statistics the average keeps."""
+    first, *others = configs
+    frozen = {}
+    for folder, config in configs.items():
+        paths = transfer.select(model, tuple(complete(config).freeze), "freeze")
+        frozen[folder] = {path for path in paths if path[0] == "batch_stats"}
+    for folder in others:
+        if frozen[folder] != frozen[first]:
+            raise ValueError(
+                f"{first} and {folder} cannot be combined: "
+                f"freeze={tuple(complete(configs[first]).freeze)!r} and "
+                f"freeze={tuple(complete(configs[folder]).freeze)!r}; method={method!r} keeps the "
+                "statistics of frozen BatchNorms, so all must freeze the same ones"
+            )
+
+
 # ------------------------------------------------------------------ the members' networks
 
 
@@ -137,7 +157,7 @@ class Networks:
         shape = self.data.train.images.shape[1:]
         axis_name = self.parallel.axis_name if config.sync_batch_norm else None
         self.model = build_model(config, len(self.data.classes), shape, axis_name)
-        # `check_runs` refuses averages of runs that differ in this.
+        # `_check_frozen` refuses averages of runs that froze other statistics.
         self.frozen = transfer.select(self.model, tuple(config.freeze), "freeze")
         trees = [(member.variables, member.moments) for member in members]
         variables, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

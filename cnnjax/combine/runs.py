@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.combine.methods import AVERAGES, OF_ONE_RUN, SELECTING
+from cnnjax.combine.methods import OF_ONE_RUN, SELECTING
 from cnnjax.data import arrays, sources, splits
 from cnnjax.runtime import files
 from cnnjax.train import defaults, step
@@ -139,8 +139,6 @@ def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, me
     keys = [*_SHARED_KEYS, *(f"model_fields.{field}" for field in fields)]
     if method in SELECTING:
         keys.append("n_validation")
-    if method in AVERAGES:
-        keys.append("freeze")
     expected = flax.traverse_util.flatten_dict(configs[first], sep=".")
     values = flax.traverse_util.flatten_dict(configs[folder], sep=".")
     for key in keys:
@@ -151,11 +149,6 @@ def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, me
             reason = (
                 f"; method={method!r} chooses by validation images that no run was trained on, so "
                 "all must hold out the same"
-            )
-        if key == "freeze":
-            reason = (
-                f"; method={method!r} keeps the statistics of frozen BatchNorms, so all must "
-                "freeze the same parts"
             )
         raise ValueError(
             f"{first} and {folder} cannot be combined: {key}={expected.get(key)!r} and "

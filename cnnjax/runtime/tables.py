@@ -46,8 +46,7 @@ def half_width(values: Sequence[float]) -> float:
     n = len(values)
     if n == 1:
         return math.inf
-    deviation = np.std(values, ddof=1)
-    return float(scipy.stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n))
+    return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def direction(values: Sequence[float]) -> int:
