@@ -619,10 +619,7 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path, monkeypatch):
     )
     results.save("~/new.npz", measurement)
     results.save(tmp_path / "old.npz", dataclasses.replace(measurement, strengths=None))
-    loaded = [
-        results.load(f"~/{name}.npz", point, ["H"], ["black"])
-        for name in "new old".split()
-    ]
+    loaded = [results.load(f"~/{name}.npz", point, ["H"], ["black"]) for name in "new old".split()]
     results.save_maps("~/maps.npz", {"H": np.eye(2)}, {}, [measurement])
     np.testing.assert_array_equal(results.MapsFile("~/maps.npz").target("H"), np.eye(2))
     (row,) = results.summarize([loaded[0], loaded[0]], 1, 1)
