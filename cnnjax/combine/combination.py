@@ -53,8 +53,8 @@ def run(
       folder: the work directory; `~` is expanded.
 
     Raises:
-      ValueError: for an unknown method, for no runs, for runs that the method cannot combine, and for
-        a work directory that another process is using.
+      ValueError: for an unknown method, for no runs, for runs that the method cannot combine, and
+        for a work directory that another process is using.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")

@@ -58,7 +58,8 @@ def find_runs(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> Conf
     configs: Configs = {}
     # By the resolved folder, since a link or another spelling names the same run.
     names: dict[pathlib.Path, pathlib.Path] = {}
-    for pattern in map(os.fspath, patterns):
+    for name in patterns:
+        pattern = os.fspath(name)
         matches = _read_matches(pattern)
         if not matches:
             raise ValueError(f"runs={pattern!r} matches no work directory of a training run")
