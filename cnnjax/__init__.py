@@ -1,8 +1,47 @@
 """Convolutional networks in JAX and Flax, and studies of what padding does."""
 
+from typing import TYPE_CHECKING
+
 from cnnjax.runtime import backend, lazy
 
+# For editors and type checkers: `lazy.attributes` imports these names at their first use.
+if TYPE_CHECKING:
+    from cnnjax import (
+        combine,
+        data,
+        inspect,
+        models,
+        nn,
+        position,
+        study,
+        summary,
+        train,
+        transfer,
+        visualize,
+        weights,
+    )
+    from cnnjax.models import create_model, list_models
+    from cnnjax.weights import load_pretrained
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "combine",
+    "create_model",
+    "data",
+    "inspect",
+    "list_models",
+    "load_pretrained",
+    "models",
+    "nn",
+    "position",
+    "study",
+    "summary",
+    "train",
+    "transfer",
+    "visualize",
+    "weights",
+]
 
 # Before jax starts: names that need jax are imported on first use.
 backend.set_flags()
@@ -12,11 +51,14 @@ __getattr__, __dir__ = lazy.attributes(
     {"create_model": "models", "list_models": "models", "load_pretrained": "weights"},
     submodules=(
         "combine",
+        "data",
         "inspect",
         "models",
         "nn",
         "position",
+        "study",
         "summary",
+        "train",
         "transfer",
         "visualize",
         "weights",

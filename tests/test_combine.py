@@ -383,7 +383,15 @@ def test_a_run_of_two_spellings_is_listed_once(sweep_folder, tmp_path):
 
 
 def test_a_single_pattern_is_not_read_letter_by_letter(sweep_folder):
-    assert runs.find_runs(f"{sweep_folder}/seed=*") == runs.find_runs([f"{sweep_folder}/seed=*"])
+    single = runs.find_runs(f"{sweep_folder}/seed=*")
+    assert single == runs.find_runs([f"{sweep_folder}/seed=*"])
+    assert single == runs.find_runs(sweep_folder / "seed=*")
+    assert single == runs.find_runs([sweep_folder / "seed=2"])
+
+
+def test_no_pattern_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^runs=\[\] names no training run$"):
+        combine.run([], "uniform", tmp_path / "out")
 
 
 def test_an_unknown_method_is_refused_before_anything_is_read(tmp_path):
@@ -509,8 +517,8 @@ class OtherNorm(Network):
         yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
 
 
-@pytest.mark.parametrize("method", ["uniform", "learned"])
-def test_another_batch_norm_is_not_averaged(method, tmp_path):
+def runs_of_another_norm(tmp_path) -> str:
+    """Writes two runs that look finished; returns a pattern that matches them."""
     config = defaults.get_config()
     config.update({"model": f"{__name__}:OtherNorm", "n_validation": 200, "parallel": "jit"})
     for seed in (0, 1):
@@ -518,9 +526,30 @@ def test_another_batch_norm_is_not_averaged(method, tmp_path):
         weights.save_torchvision(some(OtherNorm(), seed), folder / "weights.safetensors")
         classes = list("0123456789")
         files.write_json(folder / "results.json", {"final": {"step": 1}, "classes": classes})
+    return str(tmp_path / "run*")
+
+
+@pytest.mark.parametrize("method", ["uniform", "learned"])
+def test_another_batch_norm_is_not_averaged(method, tmp_path):
+    pattern = runs_of_another_norm(tmp_path)
     with pytest.raises(ValueError, match=f"^method='{method}' needs .* keep statistics: norm$"):
-        combine.run([str(tmp_path / "run*")], method, tmp_path / "out")
+        combine.run([pattern], method, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_results_may_go_to_the_home_folder(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(folder, record):
+        raise Stop(folder)
+
+    pattern = runs_of_another_norm(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(combination.workdir, "prepared", stop)
+    with pytest.raises(Stop) as stopped:
+        combine.run(pattern, "ensemble", "~/out")
+    assert stopped.value.args == (tmp_path / "out",)
 
 
 # ------------------------------------------------------------------ whole commands

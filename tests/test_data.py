@@ -317,12 +317,19 @@ def test_wrong_slices_are_named():
             arrays.check_name(name)
 
 
+@pytest.mark.parametrize("name", ["folder", "tfds:mnist"])
+def test_a_streamed_data_set_is_not_read_whole(name):
+    with pytest.raises(ValueError, match=f"^dataset='{name}' is streamed and cannot be read whol"):
+        arrays.load(name)
+
+
 def test_a_saved_data_set_is_read_as_it_was(tmp_path):
     whole = arrays.load("digits")
     file = tmp_path / "own.npz"
     # NumPy's own labels are int64, and a path may be a string.
     train = arrays.Split(whole.train.images, whole.train.labels.astype(np.int64))
     arrays.save(dataclasses.replace(whole, train=train), str(file))
+    assert len(arrays.load(file).train.labels) == len(whole.train.labels)
     again = arrays.load(f"{file}[:300]")
     np.testing.assert_array_equal(again.train.images, whole.train.images[:300])
     np.testing.assert_array_equal(again.train.labels, whole.train.labels[:300])

@@ -137,6 +137,33 @@ def test_an_option_given_twice_adds_to_the_first():
     assert count > 0
 
 
+def test_editors_see_what_packages_import_at_its_first_use():
+    """`TYPE_CHECKING` imports the names of `lazy.attributes`, from the same modules."""
+    count = 0
+    for path in (ROOT / "cnnjax").rglob("__init__.py"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        static = {}
+        at_first_use = {}
+        exported = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                for statement in node.body:
+                    for alias in statement.names:
+                        static[alias.name] = f"{statement.module}.{alias.name}"
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                exported = ast.literal_eval(node.value)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy.attributes":
+                count += 1
+                for name, module in ast.literal_eval(node.args[1]).items():
+                    at_first_use[name] = f"{package}.{module}.{name}"
+                for keyword in node.keywords:
+                    for name in ast.literal_eval(keyword.value):
+                        at_first_use[name] = f"{package}.{name}"
+        assert static == at_first_use, path
+        assert set(static) <= set(exported), path
+    assert count > 0
+
+
 def test_requirements_are_the_package_and_all_its_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]

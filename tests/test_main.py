@@ -227,7 +227,8 @@ def test_modules_of_the_package_are_there_at_their_first_use():
     code = (
         "import sys, cnnjax\n"
         "cnnjax.weights.find, cnnjax.nn.lowering, cnnjax.models.Network, cnnjax.inspect.layers\n"
-        "cnnjax.visualize.occlusion, cnnjax.transfer, cnnjax.combine, cnnjax.position\n"
+        "cnnjax.visualize.occlusion, cnnjax.transfer, cnnjax.combine, cnnjax.study\n"
+        "cnnjax.position.targets, cnnjax.data.arrays, cnnjax.train.schedules\n"
         "assert not hasattr(cnnjax, 'nowhere')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

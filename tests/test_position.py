@@ -163,8 +163,10 @@ def test_exact_readout_of_nothing_is_a_constant():
     assert abs(scores(maps[:, 0], target("H", 9))["r2"].mean()) < 0.05
     dead = np.zeros((4, 9, 9, 3), np.float32)
     assert np.isfinite(fit_exact(dead, dead, target("H", 9)[None])(jnp.asarray(dead))).all()
-    with pytest.raises(ValueError, match="kernel=10 does not fit 9x9 features"):
+    with pytest.raises(ValueError, match="size=10 of the kernel does not fit 9x9 features"):
         fit_exact(noise(2), noise(2), target("H", 9)[None], size=10)
+    with pytest.raises(ValueError, match="^held_out has features of no image; expected at least"):
+        fit_exact(noise(2), noise(0), target("H", 9)[None])
 
 
 def test_readouts_of_float16_features_are_those_of_float32():
@@ -240,7 +242,7 @@ def test_deeper_readouts_are_the_definition_and_learn():
     test = features_with_position(4, 1, noise=0.3)
     goals = np.stack([target("H", 9), target("HS", 9)])
     widths = (5, 4, 1)
-    readout = fit_sgd(train, goals, 3, steps=150, hidden=widths[:2])
+    readout = fit_sgd(train, goals, 3, steps=150, hidden=list(widths[:2]))
     maps = readout(jnp.asarray(test))
     assert maps.shape == (4, 2, 3, 3)
     shapes = [layer["kernel"].shape[2:] for layer in readout.layers]
@@ -266,7 +268,7 @@ def test_deeper_readouts_are_the_definition_and_learn():
     # A single value has no variance.
     single = fit_sgd(train, goals, 9, steps=2)(jnp.asarray(test[:1]))
     assert single.shape == (1, 2, 1, 1)
-    with pytest.raises(ValueError, match="kernel=3 does not fit 9x9 features 5 times"):
+    with pytest.raises(ValueError, match="size=3 of the kernel does not fit 9x9 features 5 times"):
         fit_sgd(train, goals, 3, hidden=(5,) * 4)
 
 
@@ -316,6 +318,33 @@ def test_images_of_a_later_call_have_noise_of_their_own():
     later = encode(model, variables, images[8:], ["conv1"], first=8)
     assert np.array_equal(later, features[8:])
     assert not np.array_equal(later, features[:8])
+    # A single name is not read letter by letter.
+    assert np.array_equal(features, encode(model, variables, images, "conv1"))
+
+
+def test_stages_and_grids_are_checked():
+    model = SmallConvNet(input_shape=(28, 28, 3), layers=((4, 1),))
+    images = np.zeros((1, 28, 28, 3), np.uint8)
+    for call in (
+        lambda: encode(model, {}, images, []),
+        lambda: encoder.encode_once("unused", model, {}, images, []),
+    ):
+        with pytest.raises(ValueError, match=r"^stages=\[\] names no stage$"):
+            call()
+    for grids, wrong in ((("corners", "shifted"), "shifted"), ("corners", "c")):
+        message = f"^grids=.*: '{wrong}' is not one of corners, registered$"
+        with pytest.raises(ValueError, match=message):
+            encoder.encode_on_grids(model, {}, images, ["conv1"], grids)
+
+
+def test_features_are_cached_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = SmallConvNet(input_shape=(28, 28, 3), layers=((4, 1),))
+    variables = initialize(model, 28, "conv1")
+    images = np.full((2, 28, 28, 3), 90, np.uint8)
+    features = encoder.encode_once("~/features", model, variables, images, "conv1")
+    assert np.array_equal(features, encode(model, variables, images, ["conv1"]))
+    assert len(list((tmp_path / "features").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -571,8 +600,12 @@ def _scores(values: list[float]) -> results.Scores:
     return results.Scores("exact", "H", "black", spc=r2, mae=r2, r2=r2)
 
 
-def test_medians_and_strengths_stand_beside_the_means(tmp_path):
-    """Files of earlier versions, which have no strengths, can still be read."""
+def test_medians_and_strengths_stand_beside_the_means(tmp_path, monkeypatch):
+    """Files of earlier versions, which have no strengths, can still be read.
+
+    A path may be a string, and `~` is the home folder.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path))
     point = results.Point("vgg11", "random", "zeros", ("a",), 0)
     rings = np.zeros((1, study.RINGS))
     measurement = results.Measurement(
@@ -584,12 +617,11 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path):
         seconds=1.0,
         strengths={"H": 0.01},
     )
-    results.save(tmp_path / "new.npz", measurement)
+    results.save("~/new.npz", measurement)
     results.save(tmp_path / "old.npz", dataclasses.replace(measurement, strengths=None))
-    loaded = [
-        results.load(tmp_path / f"{name}.npz", point, ["H"], ["black"])
-        for name in "new old".split()
-    ]
+    loaded = [results.load(f"~/{name}.npz", point, ["H"], ["black"]) for name in "new old".split()]
+    results.save_maps("~/maps.npz", {"H": np.eye(2)}, {}, [measurement])
+    np.testing.assert_array_equal(results.MapsFile("~/maps.npz").target("H"), np.eye(2))
     (row,) = results.summarize([loaded[0], loaded[0]], 1, 1)
     assert row.r2_median == 0.5
     assert row.r2 == pytest.approx(-2.6)

@@ -8,6 +8,7 @@ import pathlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from quick import exit_code
@@ -18,7 +19,7 @@ from cnnjax.inspect import Window, receptive_fields, windows
 from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
-from cnnjax.position import patterns
+from cnnjax.position import encoder, patterns
 from cnnjax.position.encoder import normalize, registered, stage_shapes
 from experiments import position_patterns, position_quadrant
 
@@ -281,6 +282,44 @@ def test_stages_out_of_order_are_named(tiny):
     message = "stage='layer3' is not a stage of this network up to 'layer2'"
     with pytest.raises(ValueError, match=message):
         patterns.features(model, variables_of(model), images(32), ["layer3", "layer2"])
+
+
+def test_one_stage_may_stand_alone_and_no_stage_is_refused(tiny):
+    model = tiny()
+    variables = variables_of(model)
+    alone = patterns.features(model, variables, images(32), "layer2")
+    listed = patterns.features(model, variables, images(32), ["layer2"])
+    np.testing.assert_array_equal(alone["layer2"], listed["layer2"])
+    assert patterns.common_margin(model, "layer4", 40) == 8
+    for call in (
+        lambda: patterns.features(model, variables, images(32), []),
+        lambda: patterns.features_inside(model, variables, images(56), 40, []),
+        lambda: patterns.common_margin(model, [], 40),
+    ):
+        with pytest.raises(ValueError, match=r"^stages=\[\] names no stage$"):
+            call()
+
+
+def test_images_that_are_not_uint8_are_refused(tiny, monkeypatch):
+    """Floats of 0 to 1 would be divided by 255 once more."""
+    # Users' programs run without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model = tiny()
+    variables = variables_of(model)
+    floats = images(32).astype(np.float32) / np.float32(255)
+    for call in (
+        lambda x: patterns.features(model, variables, x, "layer2"),
+        lambda x: patterns.features_inside(model, variables, x, 24, "layer2"),
+        lambda x: encoder.encode(model, variables, x, "layer2"),
+        lambda x: encoder.encode_once("unused", model, variables, x, "layer2"),
+        lambda x: encoder.encode_on_grids(model, variables, x, "layer2", encoder.GRIDS),
+        encoder.image_features,
+    ):
+        message = r"^images are float32 \[3, 32, 32, 3\]; expected uint8 \[n, height, width, 3\]$"
+        with pytest.raises(ValueError, match=message):
+            call(floats)
+        with pytest.raises(ValueError, match=r"^images are uint8 \[32, 32, 3\]; expected"):
+            call(images(32)[0])
 
 
 def test_unequal_strides_are_refused():

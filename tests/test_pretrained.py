@@ -427,6 +427,9 @@ def test_an_image_is_a_path_or_pillows():
     assert weights.preprocess(Path(), record).shape == (224, 224, 3)
     with pytest.raises(ValueError, match="^image=ndarray is neither a path nor an image of Pillow"):
         weights.preprocess(np.zeros((300, 300, 3), np.uint8), record)
+    message = r"^record='resnet50' is not a record of weights; cnnjax\.weights\.find\(NAME\) ret"
+    with pytest.raises(ValueError, match=message):
+        weights.preprocess(PHOTOGRAPHS / "chelsea.png", "resnet50")
 
 
 @pytest.mark.slow
@@ -682,6 +685,10 @@ def test_names_that_begin_with_a_tilde_are_names(tmp_path, monkeypatch, capsys):
     PIL.Image.new("L", (8, 8)).save("~photo.png")
     assert exit_code(predict.main, ["~run", "~photo.png"]) == 0
     assert capsys.readouterr().out.startswith("~photo.png\n")
+    run = train.open_run("~run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.testing.assert_array_equal(run.read("~/~photo.png"), run.read(tmp_path / "~photo.png"))
+    assert train.read_config("~/~run").model == run.config.model
     assert transfer.weights_file("~run") == pathlib.Path("~run") / transfer.WEIGHTS
     weights.preprocess("~photo.png", weights.find("resnet50"))
     weights.save_torchvision({}, "~w.safetensors")

@@ -41,6 +41,33 @@ def test_subcommands_and_experiments_list_their_options():
         assert "  --workdir " in section.partition("\n#")[0]
 
 
+def public(nodes: list[ast.stmt]) -> list[ast.FunctionDef | ast.ClassDef]:
+    """Returns the functions and classes without an underscore at their start."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node for node in nodes if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def test_everything_on_a_reference_page_has_a_docstring():
+    """The pages leave out what has none."""
+    paths = set()
+    for page in (FOLDER / "reference").glob("*.md"):
+        for entry in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            value = pkgutil.resolve_name(entry)
+            path = pathlib.Path(inspect.getfile(value))
+            is_package = path.name == "__init__.py"
+            paths |= set(path.parent.glob("[!_]*.py")) if is_package else {path}
+    missing = []
+    for path in paths:
+        for node in public(ast.parse(path.read_text()).body):
+            members = public(node.body) if isinstance(node, ast.ClassDef) else []
+            missing += [
+                f"{path.name}: {node.name}, {each.name}"
+                for each in (node, *members)
+                if not ast.get_docstring(each)
+            ]
+    assert paths and not missing
+
+
 def names_for_users() -> set[str]:
     """Returns the names of the package that pages use in code, except commands."""
     names = set()

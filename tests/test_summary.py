@@ -492,6 +492,8 @@ def test_fields_of_a_list_of_stages_and_of_no_stage():
         receptive_fields(model, ("second", "first"))
     with pytest.raises(ValueError, match="stages=.. names no stage"):
         receptive_fields(model, ())
+    # A single name is not read letter by letter.
+    assert receptive_fields(model, "first") == receptive_fields(model, ["first"])
 
 
 def test_the_three_formats_hold_the_same_table(capsys):

@@ -11,6 +11,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -260,6 +261,27 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     np.testing.assert_allclose(
         visualize.grad_cam(model, variables, images, classes, "maps"), expected, atol=1e-6
     )
+
+
+def test_grad_cam_takes_one_class_for_all_images():
+    model = Pooled()
+    variables = quick.variables(model)
+    images = jax.random.normal(jax.random.key(1), (3, *model.input_shape))
+    np.testing.assert_array_equal(
+        visualize.grad_cam(model, variables, images, 2, "maps"),
+        visualize.grad_cam(model, variables, images, np.array([2, 2, 2]), "maps"),
+    )
+
+
+def test_images_of_another_rank_or_of_integers_are_refused(monkeypatch):
+    # Users' programs run without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    image = jnp.ones((1, 2, 2, 1))
+    message = r"^an image of shape \(1, 2, 2, 1\) is not \[height, width, channels\], without"
+    with pytest.raises(ValueError, match=message):
+        visualize.occlusion(Chain(), CHAIN, image, 1, 1)
+    with pytest.raises(ValueError, match="^x of dtype int32 is not of floating point"):
+        visualize.saliency(Chain(), CHAIN, image.astype(jnp.int32), "hidden", 0, "gradient")
 
 
 @pytest.mark.slow

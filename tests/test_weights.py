@@ -506,6 +506,14 @@ def test_variables_that_no_file_would_hold_are_refused(resnet, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_a_missing_folder_is_named(name, tmp_path):
+    path = tmp_path / "missing" / name
+    with pytest.raises(FileNotFoundError) as error:
+        weights.save_torchvision({"params": {"fc": {"bias": np.ones(2)}}}, path)
+    assert error.value.filename == str(path)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_a_users_own_partial_file_is_left_alone(name, tmp_path):
     own = tmp_path / f"{name}.partial"
     own.write_text("mine")

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-import pathlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from cnnjax.combine.runs import (
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
 from cnnjax.runtime import files, tables, workdir
+from cnnjax.runtime.paths import expand_user
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 from cnnjax.train.run import build_model, complete
@@ -39,7 +40,11 @@ _LOG = logging.getLogger("cnnjax")
 _LEARNED_STEPS = 200
 
 
-def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> None:
+def run(
+    patterns: str | os.PathLike | Sequence[str | os.PathLike],
+    method: str,
+    folder: str | os.PathLike,
+) -> None:
     """Combines training runs, and writes results.json and report.md.
 
     Methods that make one network write its weights, too. The test set is scored once, at the end.
@@ -47,11 +52,11 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
     Args:
       patterns: folders, or patterns that match them, or a single one; `~` is expanded.
       method: one of `METHODS`.
-      folder: the work directory.
+      folder: the work directory; `~` is expanded.
 
     Raises:
-      ValueError: for an unknown method, for runs that the method cannot combine, and for a work
-        directory that another process is using.
+      ValueError: for an unknown method, for no runs, for runs that the method cannot combine, and
+        for a work directory that another process is using.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
@@ -75,7 +80,7 @@ def run(patterns: str | Sequence[str], method: str, folder: pathlib.Path) -> Non
         transfer.check_statistics(networks.model, f"method={method!r}")
         _check_frozen(networks.model, configs, method)
     record = {"kind": "combine", "method": method, "runs": names}
-    with workdir.prepared(folder, record) as folder:
+    with workdir.prepared(expand_user(folder), record) as folder:
         # --------------------------------------------------------- the combination
         choice = choose(networks, method, ema)
 

@@ -40,7 +40,7 @@ class Member(NamedTuple):
     moments: tuple[np.ndarray, np.ndarray]
 
 
-def find_runs(patterns: str | Sequence[str]) -> Configs:
+def find_runs(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> Configs:
     """Reads the configurations of training runs, by folder.
 
     Args:
@@ -48,14 +48,18 @@ def find_runs(patterns: str | Sequence[str]) -> Configs:
         pattern are passed over. A run that is matched twice is listed once.
 
     Raises:
-      ValueError: for a path that is not a training run, and for a pattern that matches none.
+      ValueError: for no pattern, for a path that is not a training run, and for a pattern that
+        matches none.
     """
-    if isinstance(patterns, str):
+    if isinstance(patterns, (str, os.PathLike)):
         patterns = [patterns]
+    if not patterns:
+        raise ValueError(f"runs={patterns!r} names no training run")
     configs: Configs = {}
     # By the resolved folder, since a link or another spelling names the same run.
     names: dict[pathlib.Path, pathlib.Path] = {}
-    for pattern in patterns:
+    for name in patterns:
+        pattern = os.fspath(name)
         matches = _read_matches(pattern)
         if not matches:
             raise ValueError(f"runs={pattern!r} matches no work directory of a training run")

@@ -128,7 +128,9 @@ def _check_parts(parts: dict[str, Split], count: int, loss: str, place: str) -> 
         splits.check_labels(labels, count, subject, loss)
 
 
-def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> Dataset:
+def load(
+    name: str | os.PathLike, data_dir: str | os.PathLike = "", n_validation: int = 0
+) -> Dataset:
     """Reads a data set from its original files, downloading those that are absent.
 
     Args:
@@ -139,11 +141,17 @@ def load(name: str, data_dir: str | os.PathLike = "", n_validation: int = 0) -> 
         set with a validation split it is the size of this split, or 0 to leave the split out.
 
     Raises:
-      ValueError: for an unknown name, for more training images than there are, for files that are
-        absent and cannot be downloaded, for files other than the published ones, for splits
-        without images or with images of other shapes than the training set's, for labels that
-        belong to no class, and for classes that are neither text nor numbers.
+      ValueError: for an unknown name, for a data set that is streamed (folder, tfds:NAME), for more
+        training images than there are, for an `n_validation` that cannot be held out or is not the
+        size of the data set's own split, for files that are absent and cannot be downloaded, for
+        files other than the published ones, for splits without images or with images of other
+        shapes than the training set's, for labels that belong to no class, and for classes that
+        are neither text nor numbers.
     """
+    name = os.fspath(name)
+    base, _ = _parse(name)
+    if base == "folder" or base.startswith("tfds:"):
+        raise ValueError(f"dataset={name!r} is streamed and cannot be read whole")
     source = _find_source(name)
     train, test, *rest = source.read(expand_user(data_dir or "data"))
     validation = rest[0] if rest else None

@@ -11,6 +11,7 @@ from cnnjax.inspect.fields import (
     located,
     receptive_field,
     receptive_fields,
+    stage_names,
 )
 from cnnjax.inspect.layers import Layer, layers, totals
 from cnnjax.inspect.windows import Window, windows
@@ -25,6 +26,7 @@ __all__ = [
     "located",
     "receptive_field",
     "receptive_fields",
+    "stage_names",
     "totals",
     "windows",
 ]

@@ -210,6 +210,17 @@ def _seen_by_concatenation(
     return field.shifted((before, 0) if axis == 1 else (0, before))
 
 
+def stage_names(stages: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of stages as a tuple; a string is a single name.
+
+    Raises `ValueError` if there are none.
+    """
+    names = (stages,) if isinstance(stages, str) else tuple(stages)
+    if not names:
+        raise ValueError(f"stages={stages!r} names no stage")
+    return names
+
+
 def check_stages(maps: Collection[str], stages: Sequence[str]) -> None:
     """Raises `ValueError` if a stage has no map among those up to the last stage."""
     for stage in stages:
@@ -221,7 +232,7 @@ def check_stages(maps: Collection[str], stages: Sequence[str]) -> None:
 
 
 def receptive_fields(
-    model, stages: Sequence[str], shape: Sequence[int] | None = None
+    model, stages: str | Sequence[str], shape: Sequence[int] | None = None
 ) -> tuple[tuple[Field | Unlocated, tuple[int, ...]], ...]:
     """Finds the largest part of the image that a position of each stage sees.
 
@@ -229,15 +240,13 @@ def receptive_fields(
 
     Args:
       model: a `cnnjax.models.Network`.
-      stages: names of stages, the deepest last.
+      stages: names of stages, the deepest last, or a single one.
       shape: [height, width, channels] of the image; the publication's unless given.
 
-    Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if there is no
-    such stage or the image is too small.
+    Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if no stage is
+    named, there is no such stage, or the image is too small.
     """
-    if not stages:
-        raise ValueError(f"stages={stages!r} names no stage")
-    return _receptive_fields(model, tuple(stages), tuple(shape or model.input_shape))
+    return _receptive_fields(model, stage_names(stages), tuple(shape or model.input_shape))
 
 
 @functools.cache

@@ -81,6 +81,7 @@ class Network(nn.Module):
     def walk(
         self, x: Float[AnyArray, "batch height width channels"], train: bool
     ) -> Generator[tuple[str, Array], Array, None]:
+        """Yields (stage name, map), one stage after the other, and ("logits", logits) last."""
         raise NotImplementedError
 
     def __call__(

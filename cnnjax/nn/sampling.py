@@ -66,7 +66,8 @@ def sample(
       like: a dense map by which 'aps' chooses the grid and to whose size `x` is cut, for a skip
         that is added to that map.
 
-    Returns [batch, height', width', channels], the size divided by the stride and rounded up.
+    Returns [batch, height', width', channels]: the size divided by the stride and rounded up. A
+    filter with fill='none' first takes its border, 2 or 4 positions, off the size.
     Raises `ValueError` if the policy is unknown, `x` is not a batch of maps of floating point, or
     the map is too small for the filter's border.
     """

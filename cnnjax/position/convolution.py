@@ -29,7 +29,7 @@ def check_kernel(features: Float[AnyArray, "n height width channels"], size: int
     height, width = features.shape[1:3]
     if size < 1 or layers * (size - 1) >= min(height, width):
         times = f" {layers} times" if layers > 1 else ""
-        raise ValueError(f"kernel={size} does not fit {height}x{width} features{times}")
+        raise ValueError(f"size={size} of the kernel does not fit {height}x{width} features{times}")
 
 
 def window_taps(size: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Shaped, UInt8
 
 from cnnjax.data import augment
-from cnnjax.inspect import check_stages, receptive_field
+from cnnjax.inspect import check_stages, receptive_field, stage_names
 from cnnjax.models import Network, create_model
 from cnnjax.nn import resize
 from cnnjax.nn.parameters import ParameterShapeError, eval_shape
 from cnnjax.runtime import files
+from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
 
@@ -49,6 +51,14 @@ def normalize(
     if pixels not in PIXELS:
         raise ValueError(f"pixels={pixels!r} is not one of {', '.join(PIXELS)}")
     return augment.normalize(images, *_MOMENTS[pixels])
+
+
+def check_images(images: AnyArray) -> None:
+    """Raises `ValueError` if images are not uint8 RGB, which `normalize` scales from 0 to 255."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(
+            f"images are {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3]"
+        )
 
 
 def stage_shapes(model: Network, size: int, last: str | None = None) -> dict[str, tuple[int, ...]]:
@@ -127,7 +137,10 @@ def image_features(
       images: uint8 RGB.
       pixels: as in `normalize`.
       coordinates: whether two channels with each position's column and row are appended.
+
+    Raises `ValueError` if the images are not uint8 RGB.
     """
+    check_images(images)
     features = np.asarray(_resized(images, pixels))
     if not coordinates:
         return features
@@ -228,7 +241,7 @@ def encode(
     model: Network,
     variables: dict,
     images: UInt8[np.ndarray, "n height width 3"],
-    stages: Sequence[str],
+    stages: str | Sequence[str],
     pixels: str = "imagenet",
     is_registered: bool = False,
     first: int = 0,
@@ -241,14 +254,15 @@ def encode(
       model: the network.
       variables: its variables.
       images: uint8 RGB.
-      stages: names in the network's order: nothing after the last is computed.
+      stages: names in the network's order, or a single one: nothing after the last is computed.
       pixels: as in `normalize`.
       is_registered: whether all stages are sampled at the same pixels, instead of aligning their
         corners; for 'none' and for fills that keep every position where it is.
       first: the number of the first image, if images are encoded in several calls; the noise of
         padding='random' depends on it.
 
-    Raises `ValueError` if a stage is unknown or comes after the last one.
+    Raises `ValueError` if the images are not uint8 RGB, no stage is named, or a stage is unknown or
+    comes after the last one.
     """
     grid = "registered" if is_registered else "corners"
     features = encode_on_grids(
@@ -261,13 +275,20 @@ def encode_on_grids(
     model: Network,
     variables: dict,
     images: UInt8[np.ndarray, "n height width 3"],
-    stages: Sequence[str],
+    stages: str | Sequence[str],
     grids: Sequence[str],
     pixels: str = "imagenet",
     first: int = 0,
 ) -> dict[str, Float[np.ndarray, "n 28 28 channels"]]:
-    """Encodes like `encode`, on each of several `GRIDS`, in one run of the encoder."""
-    stages = tuple(stages)
+    """Encodes like `encode`, on each of several `GRIDS`, in one run of the encoder.
+
+    Raises `ValueError` as `encode`, and for a grid that is not one of `GRIDS`.
+    """
+    check_images(images)
+    stages = stage_names(stages)
+    for grid in grids:
+        if grid not in GRIDS:
+            raise ValueError(f"grids={grids!r}: {grid!r} is not one of {', '.join(GRIDS)}")
     samplers = [_samplers(model, images.shape[1], stages, grid) for grid in grids]
     features: dict[str, np.ndarray] = {}
     for grid in grids:
@@ -301,17 +322,28 @@ def _samplers(model, size, stages, grid):
 
 
 def encode_once(
-    folder: pathlib.Path,
+    folder: str | os.PathLike,
     model: Network,
     variables: dict,
     images: UInt8[np.ndarray, "n height width 3"],
-    stages: Sequence[str],
+    stages: str | Sequence[str],
     pixels: str = "imagenet",
 ) -> Float[np.ndarray, "n 28 28 channels"]:
     """Encodes like `encode`, with an on-disk cache per stage.
 
-    Raises `ValueError` if a file in the cache is damaged.
+    Args:
+      folder: the cache; `~` is expanded.
+      model: the network.
+      variables: its variables.
+      images: uint8 RGB.
+      stages: as in `encode`.
+      pixels: as in `normalize`.
+
+    Raises `ValueError` as `encode`, and if a file in the cache is damaged.
     """
+    check_images(images)
+    stages = stage_names(stages)
+    folder = expand_user(folder)
     paths = {}
     for stage in stages:
         digest = _stage_digest(model, variables, images, stage, pixels)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from cnnjax.inspect import Window, check_stages, receptive_field
+from cnnjax.inspect import Window, check_stages, receptive_field, stage_names
 from cnnjax.models import Network
 from cnnjax.nn import check_fill, conv, output_size
-from cnnjax.position.encoder import in_batches, normalize, stage_shapes
+from cnnjax.position.encoder import check_images, in_batches, normalize, stage_shapes
 from cnnjax.position.metrics import border_distance
 
 # The fills that keep every position in place; under the others maps shrink, grow, or are stretched
@@ -73,18 +73,19 @@ def _stride(model: Network, stage: str) -> int:
     return down
 
 
-def common_margin(model: Network, stages: Sequence[str], size: int) -> int:
+def common_margin(model: Network, stages: str | Sequence[str], size: int) -> int:
     """Finds the least margin that is wide enough for several stages.
 
     It is a multiple of the last one's stride, and so of every stage's.
 
     Args:
       model: the network.
-      stages: names of stages, the deepest last.
+      stages: names of stages, the deepest last, or a single one.
       size: side of the crop in pixels.
 
-    Returns pixels. Raises `ValueError` as `margin`.
+    Returns pixels. Raises `ValueError` as `margin`, and if no stage is named.
     """
+    stages = stage_names(stages)
     widest = max(margin(model, stage, size) for stage in stages)
     step = _stride(model, stages[-1])
     return -(-widest // step) * step
@@ -103,12 +104,24 @@ def features(
     model: Network,
     variables: dict,
     images: UInt8[np.ndarray, "n height width 3"],
-    stages: Sequence[str],
+    stages: str | Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
-    """Computes the named stages of images; `stages` are in the network's order."""
+    """Computes the named stages of images, which are normalized by ImageNet's moments.
+
+    Args:
+      model: the network.
+      variables: its variables.
+      images: uint8 RGB.
+      stages: names of stages, in the network's order, or a single one.
+
+    Raises `ValueError` if the images are not uint8 RGB, no stage is named, or a stage is unknown or
+    comes after the last one.
+    """
+    check_images(images)
+    stages = stage_names(stages)
     parts = []
     for start, count, batch in in_batches(images, _BATCH):
-        maps = _stages(model, variables, batch, tuple(stages), jax.random.key(start))
+        maps = _stages(model, variables, batch, stages, jax.random.key(start))
         parts.append([np.asarray(y)[:count] for y in maps])
     return {stage: np.concatenate(maps) for stage, maps in zip(stages, zip(*parts))}
 
@@ -118,7 +131,7 @@ def features_inside(
     variables: dict,
     context: UInt8[np.ndarray, "n height width 3"],
     size: int,
-    stages: Sequence[str],
+    stages: str | Sequence[str],
 ) -> dict[str, Float[np.ndarray, "n _ _ _"]]:
     """Computes what `features` of the central crop would be if it had no border.
 
@@ -129,11 +142,13 @@ def features_inside(
       variables: its variables.
       context: the photographs, square.
       size: side of the crop in pixels.
-      stages: names of stages, in the network's order.
+      stages: names of stages, in the network's order, or a single one.
 
-    Raises `ValueError` if `context` is not square or too small, or if its margin is not a multiple
-    of a stage's stride.
+    Raises `ValueError` as `features`, if `context` is not square or too small, or if its margin is
+    not a multiple of a stage's stride.
     """
+    check_images(context)
+    stages = stage_names(stages)
     have = (context.shape[1] - size) // 2
     for stage in stages:
         least = margin(model, stage, size)

@@ -94,9 +94,13 @@ def fit_exact(
       size: k of the k x k kernel.
       align_corners: whether the targets' corners lie on the grid's.
 
-    Raises `ValueError` if the kernel is larger than the map.
+    Raises `ValueError` if the kernel is larger than the map, or if there are no images to fit to or
+    to hold out.
     """
     check_kernel(train, size, layers=1)
+    for name, features in (("train", train), ("held_out", held_out)):
+        if not len(features):
+            raise ValueError(f"{name} has features of no image; expected at least one")
     train = jnp.asarray(train)
     scaler = fit_scaler(train)
     train = apply_scaler(scaler, train)

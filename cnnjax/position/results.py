@@ -7,7 +7,7 @@ there, image by image. Each has a file, so that an interrupted study continues a
 
 import dataclasses
 import itertools
-import pathlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from cnnjax.position.metrics import METRICS, RING_METRICS
 from cnnjax.runtime import files, tables
+from cnnjax.runtime.paths import expand_user
 
 READOUTS = ("exact", "sgd")
 
@@ -99,8 +100,8 @@ def _key(*names: str) -> str:
     return "/".join(names)
 
 
-def save(path: pathlib.Path, measurement: Measurement) -> None:
-    """Writes a measurement as an npz file."""
+def save(path: str | os.PathLike, measurement: Measurement) -> None:
+    """Writes a measurement as an npz file; `~` is expanded."""
     arrays = {
         "residual": np.asarray(measurement.residual),
         "seconds": np.asarray(measurement.seconds),
@@ -116,14 +117,14 @@ def save(path: pathlib.Path, measurement: Measurement) -> None:
             arrays[_key("rings", rings.target, rings.data, metric)] = getattr(rings, metric)
     for maps in measurement.maps:
         arrays[_key("maps", maps.readout, maps.data)] = maps.values
-    files.write_arrays(path, arrays)
+    files.write_arrays(expand_user(path), arrays)
 
 
 def load(
-    path: pathlib.Path, point: Point, targets: Sequence[str], data: Sequence[str]
+    path: str | os.PathLike, point: Point, targets: Sequence[str], data: Sequence[str]
 ) -> Measurement:
     """Reads the measurement of a point, for the study's targets and kinds of images."""
-    with np.load(path) as archive:
+    with np.load(expand_user(path)) as archive:
         arrays = dict(archive)
     scores = []
     rings = []
@@ -309,12 +310,12 @@ def _by_setting(measurements: list[Measurement]) -> list[tuple[Point, list[Measu
 
 
 def save_maps(
-    path: pathlib.Path,
+    path: str | os.PathLike,
     targets: dict[str, Float[np.ndarray, "size size"]],
     images: dict[str, np.ndarray],
     measurements: list[Measurement],
 ) -> None:
-    """Writes the targets, an image of each kind and the maps read from it."""
+    """Writes the targets, an image of each kind and the maps read from it, as an npz file."""
     arrays = {_key("target", name): values for name, values in targets.items()}
     arrays |= {_key("image", kind): image for kind, image in images.items()}
     for measurement in measurements:
@@ -322,14 +323,14 @@ def save_maps(
         for maps in measurement.maps:
             key = _key(point.encoder, point.padding, maps.readout, maps.data)
             arrays[key] = maps.values
-    files.write_arrays(path, arrays)
+    files.write_arrays(expand_user(path), arrays)
 
 
 class MapsFile:
     """The contents of maps.npz."""
 
-    def __init__(self, path: pathlib.Path):
-        with np.load(path) as archive:
+    def __init__(self, path: str | os.PathLike):
+        with np.load(expand_user(path)) as archive:
             self._arrays = dict(archive)
 
     def target(self, name: str) -> Float[np.ndarray, "size size"]:

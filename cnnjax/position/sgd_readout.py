@@ -58,7 +58,7 @@ def fit_sgd(
     size: int = 1,
     steps: int = 540,
     seed: int = 0,
-    hidden: tuple[int, ...] = (),
+    hidden: Sequence[int] = (),
     standardize: bool = True,
     align_corners: bool = True,
 ) -> Sgd:
@@ -91,7 +91,7 @@ def fit_sgd(
         jax.random.key(seed),
         size=size,
         steps=steps,
-        hidden=hidden,
+        hidden=tuple(hidden),
         align_corners=align_corners,
     )
     return Sgd(scaler=scaler, layers=layers, moments=moments)

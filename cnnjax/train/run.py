@@ -125,6 +125,7 @@ class TrainedRun:
 
     @property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the standard deviation that pixels of 0 to 1 are normalized by."""
         return self.mean, self.std
 
     @property
@@ -132,11 +133,11 @@ class TrainedRun:
         """Whether an image may have several classes."""
         return self.config.loss == "sigmoid"
 
-    def read(self, file: pathlib.Path, times: int = 1) -> np.ndarray:
+    def read(self, file: str | os.PathLike, times: int = 1) -> np.ndarray:
         """Reads a photograph as the run's test images were read.
 
         Args:
-          file: an image file.
+          file: an image file; `~` is expanded.
           times: a multiple of the height and width of `image_shape` to read the image at.
 
         Returns:
@@ -146,7 +147,7 @@ class TrainedRun:
           ValueError: as `photographs.open_rgb`.
         """
         height, width = (times * side for side in self.image_shape[:2])
-        image = photographs.open_rgb(file)
+        image = photographs.open_rgb(expand_user(file))
         if height == width:
             image = crops.center(image, height, times * self.resize)
         else:
@@ -158,7 +159,7 @@ class TrainedRun:
         return np.asarray(image).reshape(height, width, channels)
 
 
-def open_run(folder: str | pathlib.Path) -> TrainedRun:
+def open_run(folder: str | os.PathLike) -> TrainedRun:
     """Reopens the work directory of a finished training run.
 
     If its results.json is of a version that did not record the normalization of images, it is
@@ -200,14 +201,18 @@ def open_run(folder: str | pathlib.Path) -> TrainedRun:
     )
 
 
-def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
+def read_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads the configuration of a training run, finished or not.
 
     Keys that were introduced after the run have the value that was in effect before.
 
+    Args:
+      folder: the work directory; `~` is expanded.
+
     Raises:
       ValueError: if the folder is not the work directory of a training run.
     """
+    folder = expand_user(folder)
     recorded = read_recorded(folder)
     if recorded is None:
         raise ValueError(

@@ -183,6 +183,7 @@ class Plateau:
 
     @property
     def scale(self) -> float:
+        """Returns the present rate as a multiple of the schedule's `learning_rate`."""
         return self.rate / self.learning_rate if self.learning_rate else 1.0
 
     def _improves(self, metric: float) -> bool:

@@ -8,7 +8,45 @@
 [batch, height, width, channels] as the network takes them, `stage` is the name of a stage.
 """
 
+from typing import TYPE_CHECKING
+
 from cnnjax.runtime import lazy
+
+if TYPE_CHECKING:
+    from cnnjax.visualize.__main__ import main
+    from cnnjax.visualize.ascent import maximize
+    from cnnjax.visualize.borders import equivariance_error
+    from cnnjax.visualize.class_maps import grad_cam
+    from cnnjax.visualize.fields import effective_receptive_field, effective_size, frame
+    from cnnjax.visualize.gradients import RULES, saliency
+    from cnnjax.visualize.occluders import occlusion
+    from cnnjax.visualize.stages import (
+        activations,
+        first_filters,
+        network_input,
+        peaks,
+        receptive_field,
+        stage_channels,
+    )
+
+__all__ = [
+    "RULES",
+    "activations",
+    "effective_receptive_field",
+    "effective_size",
+    "equivariance_error",
+    "first_filters",
+    "frame",
+    "grad_cam",
+    "main",
+    "maximize",
+    "network_input",
+    "occlusion",
+    "peaks",
+    "receptive_field",
+    "saliency",
+    "stage_channels",
+]
 
 __getattr__, __dir__ = lazy.attributes(
     __name__,

@@ -16,7 +16,7 @@ def grad_cam(
     model: Network,
     variables: dict,
     images: Float[AnyArray, "batch height width channels"],
-    classes: Sequence[int] | Int[AnyArray, " batch"],
+    classes: int | Sequence[int] | Int[AnyArray, " batch"],
     stage: str,
 ) -> Float[Array, "batch rows columns"]:
     """Weights a stage's maps by the mean gradients of the class's logit.

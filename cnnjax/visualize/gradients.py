@@ -15,6 +15,7 @@ from cnnjax.inspect.trace import operations, trace
 from cnnjax.models import Network
 from cnnjax.nn import relu_rule
 from cnnjax.nn.activation import RELU
+from cnnjax.nn.geometry import check_map
 from cnnjax.runtime.types import AnyArray
 from cnnjax.visualize.stages import check_stage, stage_maps
 
@@ -42,9 +43,11 @@ def saliency(
       channel: one for all images, or one for each.
       rule: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
 
-    Raises `ValueError` if the stage, a channel or the rule is unknown. Rules other than "gradient"
-    need `cnnjax.nn.relu`; they are refused if the network has none, or also calls `jax.nn.relu`.
+    Raises `ValueError` if the images are not a batch or are integers, or the stage, a channel or
+    the rule is unknown. Rules other than "gradient" need `cnnjax.nn.relu`; they are refused if the
+    network has none, or also calls `jax.nn.relu`.
     """
+    check_map(images)
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
     check_stage(model, stage, channel)

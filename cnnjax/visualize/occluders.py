@@ -34,10 +34,16 @@ def occlusion(
       stride: pixels from one square to the next.
       value: what the square is filled with; 0 is the mean color of a normalized image.
 
-    Raises `ValueError` if the square does not fit into the image or the network labels pixels.
+    Raises `ValueError` if the image has a batch axis, the square does not fit into it, or the
+    network labels pixels.
 
     Source: Zeiler and Fergus 2014 (arXiv 1311.2901), section 4.2.
     """
+    if image.ndim != 3:
+        raise ValueError(
+            f"an image of shape {image.shape} is not [height, width, channels], without the batch "
+            "axis"
+        )
     shortest = min(image.shape[:2])
     if not 1 <= size <= shortest:
         raise ValueError(

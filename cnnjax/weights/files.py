@@ -13,7 +13,7 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 
-from cnnjax.runtime.files import replacing
+from cnnjax.runtime.files import naming, replacing
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import pth, records
 
@@ -128,7 +128,7 @@ def write(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
     The file appears whole or not at all.
     """
-    with replacing(path) as partial:
+    with naming(path), replacing(path) as partial:
         if path.suffix in _PTH_SUFFIXES:
             pth.write(tensors, partial)
         else:

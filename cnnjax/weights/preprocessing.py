@@ -44,11 +44,15 @@ def preprocess(image: PIL.Image.Image | str | os.PathLike, record: Record) -> np
 
     Args:
       image: a file's path, or an image of Pillow's in memory.
-      record: the weights' record.
+      record: the weights' record, as `find` returns it.
 
-    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if `image` is neither, a file
-    cannot be read, or the pixels of a gray image have more than 8 bits.
+    Returns float32 [crop, crop, 3], normalized. Raises `ValueError` if `image` is neither, `record`
+    is no record, a file cannot be read, or the pixels of a gray image have more than 8 bits.
     """
+    if not isinstance(record, Record):
+        raise ValueError(
+            f"record={record!r} is not a record of weights; cnnjax.weights.find(NAME) returns one"
+        )
     if isinstance(image, (str, os.PathLike)):
         image = photographs.open_rgb(expand_user(image))
     if not isinstance(image, PIL.Image.Image):

@@ -35,11 +35,13 @@ def load_pretrained(
       padding: field of the network; it does not change the weights.
       sampling: likewise.
       dtype: likewise; the weights stay float32.
-      path: a file to read the weights from, instead of looking for them (see `fetch`).
+      path: a file to read the weights from, instead of looking for them (see `fetch`); `~` is
+        expanded.
       seed: of a new head.
 
     Returns (model, variables). Raises `ValueError` if the weights are unknown, an argument is not
-    accepted, or a file does not fit, and `RuntimeError` if the weights cannot be obtained.
+    accepted, or a file does not fit, `FileNotFoundError` if there is no file at `path`, and
+    `RuntimeError` if the weights cannot be obtained.
     """
     # All arguments are checked before a download.
     record = records.find(name, tag)

@@ -41,6 +41,7 @@ class Record:
 
     @property
     def url(self) -> str:
+        """Returns the address of the file on torchvision's server."""
         return f"https://download.pytorch.org/models/{self.file}"
 
     @property
