@@ -102,6 +102,10 @@ def _work(
         code = deep_calls.call(command.main, arguments=arguments)
     except SystemExit as stop:
         code = stop.code
+    if not code:
+        # As at Python's own end. Without it, a process that is still ending aborts when the first
+        # one, which the others are connected to, is gone.
+        jax.distributed.shutdown()
     leave(code or 0)
 
 
