@@ -49,18 +49,5 @@ backend.set_flags()
 __getattr__, __dir__ = lazy.attributes(
     __name__,
     {"create_model": "models", "list_models": "models", "load_pretrained": "weights"},
-    submodules=(
-        "combine",
-        "data",
-        "inspect",
-        "models",
-        "nn",
-        "position",
-        "study",
-        "summary",
-        "train",
-        "transfer",
-        "visualize",
-        "weights",
-    ),
+    submodules=__all__,
 )

@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["arrays", "splits"]
 
-__getattr__, __dir__ = lazy.attributes(__name__, {}, submodules=("arrays", "splits"))
+__getattr__, __dir__ = lazy.attributes(__name__, {}, submodules=__all__)

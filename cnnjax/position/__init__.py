@@ -9,8 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["encoder", "metrics", "patterns", "readout", "results", "targets"]
 
-__getattr__, __dir__ = lazy.attributes(
-    __name__,
-    {},
-    submodules=("encoder", "metrics", "patterns", "readout", "results", "targets"),
-)
+__getattr__, __dir__ = lazy.attributes(__name__, {}, submodules=__all__)

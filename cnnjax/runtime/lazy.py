@@ -17,15 +17,16 @@ def attributes(
     Args:
       package: the name of the package.
       modules: the module of the package that has each attribute.
-      submodules: modules of the package that are attributes themselves.
+      submodules: modules of the package that are attributes themselves; names that are in
+        `modules`, too, are passed over.
     """
 
     def get_attribute(name: str) -> Any:
+        if name in modules:
+            return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
         if name in submodules:
             return importlib.import_module(f"{package}.{name}")
-        if name not in modules:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def list_attributes() -> list[str]:
         return sorted({*vars(sys.modules[package]), *modules, *submodules})

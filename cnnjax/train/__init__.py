@@ -9,8 +9,4 @@ if TYPE_CHECKING:
 
 __all__ = ["defaults", "optimizers", "run", "schedules", "step", "training"]
 
-__getattr__, __dir__ = lazy.attributes(
-    __name__,
-    {},
-    submodules=("defaults", "optimizers", "run", "schedules", "step", "training"),
-)
+__getattr__, __dir__ = lazy.attributes(__name__, {}, submodules=__all__)
