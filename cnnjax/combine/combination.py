@@ -122,18 +122,18 @@ def run(
 
 def _check_frozen(model: Network, configs: Configs, method: str) -> None:
     """Checks that all runs froze the same BatchNorms, whose statistics the average keeps."""
-    first, *others = configs
+    freeze = {folder: tuple(complete(config).freeze) for folder, config in configs.items()}
     frozen = {}
-    for folder, config in configs.items():
-        paths = transfer.select(model, tuple(complete(config).freeze), "freeze")
+    for folder, parts in freeze.items():
+        paths = transfer.select(model, parts, "freeze")
         frozen[folder] = {path for path in paths if path[0] == "batch_stats"}
+    first, *others = configs
     for folder in others:
         if frozen[folder] != frozen[first]:
             raise ValueError(
-                f"{first} and {folder} cannot be combined: "
-                f"freeze={tuple(complete(configs[first]).freeze)!r} and "
-                f"freeze={tuple(complete(configs[folder]).freeze)!r}; method={method!r} keeps the "
-                "statistics of frozen BatchNorms, so all must freeze the same ones"
+                f"{first} and {folder} cannot be combined: freeze={freeze[first]!r} and "
+                f"freeze={freeze[folder]!r}; method={method!r} keeps the statistics of frozen "
+                "BatchNorms, so all must freeze the same ones"
             )
 
 
