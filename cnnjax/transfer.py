@@ -25,6 +25,7 @@ from cnnjax.nn import BatchNorm
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
+from cnnjax.weights.torchvision import AUXILIARY
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
@@ -39,7 +40,8 @@ Path = tuple[str, ...]  # of a variable in a network's tree
 def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     """Returns the paths of the parameters that each stage adds to the stages before it.
 
-    "logits" is the last one. Nothing is computed.
+    "logits" is the last one. It includes the auxiliary classifiers, which are heads too. Nothing is
+    computed.
     """
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
@@ -53,7 +55,8 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
 
         def record(name):
             params = flatten_dict(network.variables.get("params", {}))
-            paths = {("params", *path) for path in params}
+            heads = () if name == "logits" else AUXILIARY
+            paths = {("params", *path) for path in params if path[0] not in heads}
             added[name] = frozenset(paths - seen)
             seen.update(paths)
 

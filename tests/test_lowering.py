@@ -132,6 +132,20 @@ def derivatives(function):
     return everything
 
 
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name.startswith("BatchNorm")])
+def test_a_plain_sum_has_second_derivatives(name):
+    """The derivative of a plain sum in the output is constant; only the images have a tangent."""
+    function, shapes = OPERATIONS[name]
+    x, *parameters = (draw(seed, *shape) for seed, shape in enumerate(shapes))
+    gradient = jax.grad(lambda x: jax.tree.leaves(function(x, *parameters))[0].sum())
+
+    results = []
+    for form in ("cpu", "reference"):
+        with cnn.lowering(form):
+            results.append(jax.jvp(gradient, (x,), (jnp.cos(3 * x),)))
+    assert_close(*results)
+
+
 def assert_close(one, other, relative=1e-4):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         scale = max(1.0, float(np.abs(b).max()))

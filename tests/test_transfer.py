@@ -110,6 +110,16 @@ def test_a_stage_is_what_it_adds_and_a_pattern_is_torchvisions_names():
         transfer.select(resnet, ("layer1", "layer5"), "freeze")
 
 
+def test_auxiliary_classifiers_are_no_part_of_a_stage():
+    googlenet = create_model("googlenet", num_classes=10)
+    names = set(weights.torchvision_keys(weights.variable_shapes(googlenet)))
+    auxiliary = {name for name in names if name.startswith(("aux1.", "aux2."))}
+    assert auxiliary
+    inception4 = {name for name in names if name.startswith("inception4")}
+    assert keys(googlenet, ("inception4e",)) == inception4
+    assert keys(googlenet, ("logits",)) == {"fc.weight", "fc.bias"} | auxiliary
+
+
 class OtherNorm(base.Network):
     """A network with Flax's BatchNorm beside cnnjax's."""
 

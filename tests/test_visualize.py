@@ -1135,6 +1135,22 @@ def test_weights_that_lack_what_a_command_needs(data_dir, folder, tmp_path, caps
     assert (tmp_path / "b" / "activations.png").exists()
 
 
+@pytest.mark.parametrize("padding", ["none", "full"])
+def test_random_weights_fit_the_padding(padding):
+    """A dense layer on a flattened map has another shape under these two."""
+    network = create_model("lenet", padding=padding)
+    options = argparse.Namespace(model="lenet", weights="random")
+    variables = subject._variables(network, options)
+    network.apply(variables, jnp.ones((1, *network.input_shape)))
+
+
+def test_first_filters_of_a_network_without_room_for_none():
+    network = create_model("resnet50", padding="none")
+    variables = {"params": {"conv1": {"kernel": np.ones((7, 7, 3, 64))}}}
+    name, filters = stages.first_filters(network, variables)
+    assert name == "conv1" and filters.shape == (7, 7, 3, 64)
+
+
 @pytest.mark.slow
 def test_a_work_directory_is_one_configurations(folder, tmp_path, capsys):
     arguments = ["filters", "--model", "lenet", "--weights", "random", "--workdir", str(tmp_path)]

@@ -105,7 +105,9 @@ def first_filters(
 
     Raises `ValueError` if the network has no convolution.
     """
-    names = [layer.name for layer in inspect.layers(model) if layer.kind == "Conv"]
+    names = [
+        layer.name for layer in inspect.layers(model.clone(padding="zeros")) if layer.kind == "Conv"
+    ]
     if not names:
         raise ValueError("the network has no convolution, and so no filters to show")
     keys = weights.torchvision_keys(weights.variable_shapes(model))

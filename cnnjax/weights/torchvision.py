@@ -32,7 +32,7 @@ _LEAVES = {
 }
 # Heads that only training uses (GoogLeNet's and Inception's). Files hold them; a network built
 # with `aux_logits=False` does not.
-_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
 _MOST_PROBLEMS = 5  # problems that an error names
 
 
@@ -263,7 +263,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
     _check_missing(missing, keys)
     tensors = files.read(path, keys)
     if not getattr(model, "aux_logits", True):
-        tensors = tensors.without(_AUXILIARY)
+        tensors = tensors.without(AUXILIARY)
     try:
         shapes = _fitting_shapes(tensors, model, missing)
     except ValueError as error:

@@ -75,9 +75,21 @@ def channel_sums(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
     count = _count_parts(batch)
     if count > 1:
         maps = [x.reshape(count, batch // count, *x.shape[1:]) for x in maps]
-        zeros = [np.zeros((), x.dtype) for x in maps]
-        maps = lax.reduce(maps, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
+        maps = _add_parts(maps)
     return _sum_columns(maps)
+
+
+@jax.custom_jvp
+def _add_parts(maps):
+    """Sums each map over its first axis, all in one pass."""
+    zeros = [np.zeros((), x.dtype) for x in maps]
+    return lax.reduce(maps, zeros, lambda a, b: list(map(operator.add, a, b)), (0,))
+
+
+@_add_parts.defjvp
+def _add_parts_tangent(primals, tangents):
+    # JAX's own rule fails where only some of the maps have a tangent.
+    return _add_parts(*primals), [tangent.sum(0) for tangent in tangents[0]]
 
 
 @jax.jit
