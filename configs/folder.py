@@ -3,8 +3,8 @@
     python -m cnnjax.main --config configs/folder.py --config.data_dir=FOLDER --workdir runs/mine
 
 The model is a narrow VGG with BatchNorm on crops of 128 pixels, small enough for a laptop. With few
-images, start from ImageNet weights instead: `--config.model=resnet18
---config.initial_weights=FILE`.
+images, start from ImageNet weights instead, with a higher rate for the new head:
+`--config.model=resnet18 --config.initial_weights=FILE --config.rates="(('*',0.1),('fc.*',1.0))"`.
 """
 
 from cnnjax.train import defaults

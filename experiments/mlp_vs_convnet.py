@@ -1,12 +1,12 @@
 """The lectures' networks on their data: perceptrons against convolutional networks.
 
     python -m experiments.mlp_vs_convnet --workdir runs/mlp_vs_convnet \\
-        --config.data_dir=FOLDER [--networks mlp1_cifar10 ...]
+        --config.data_dir=FOLDER [--networks mlp1_cifar10 ...] [--config.KEY=VALUE ...]
 
 For each network, runs the sweep over seeds of its configuration in configs/, and compares the
-errors with those that the lectures print. Further arguments, such as --config.epochs=2, are passed
-to every sweep. The perceptrons and LeNet take minutes per seed on two CPU cores, the ConvNet an
-hour.
+errors with those that the lectures print. Every --config.KEY=VALUE, such as --config.epochs=2, is
+passed on to every sweep. The perceptrons and LeNet take minutes per seed on two CPU cores, the
+ConvNet an hour.
 
 The same command continues an interrupted call. Writes report.md, comparison.json, and curves.png of
 all finished runs.
@@ -177,7 +177,11 @@ end.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.Parser(prog="python -m experiments.mlp_vs_convnet", description=__doc__)
+    parser = command.Parser(
+        prog="python -m experiments.mlp_vs_convnet",
+        description=__doc__,
+        epilog="Every --config.KEY=VALUE is passed on to every sweep.",
+    )
     parser.add_workdir("runs/mlp_vs_convnet")
     parser.add_argument(
         "--networks",

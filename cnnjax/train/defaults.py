@@ -47,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.initial_parts = ()
     # Parts that stay fixed, their BatchNorm in evaluation mode.
     config.freeze = ()
-    # Pairs of a part and a factor of its learning rate: (("conv1", 0.1),); the last pair counts.
+    # Pairs of a part and a factor of its learning rate: (("conv1", 0.1),); if several match, the
+    # last one applies.
     config.rates = ()
     # The type of the computation: "float32" or "bfloat16". Parameters are float32.
     config.dtype = "float32"
