@@ -82,6 +82,15 @@ def without(variables: dict, channels: np.ndarray) -> dict:
     return variables | {"params": variables["params"] | {"head": head | {"kernel": kernel}}}
 
 
+def rank(features: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Orders channels by how much mirroring changes them, the most first.
+
+    Channels that encode position change most from |f(x)| to |f(mirrored x)|, both [n, channels].
+    """
+    change = np.abs(features - mirrored).mean(0)
+    return np.argsort(-change)
+
+
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains one network; measures its accuracy whole, by readouts, and without channels."""
     network, task, seed = point
@@ -110,10 +119,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     if permute:
         return result
 
-    # Channels that encode position change most from |f(x)| to |f(mirrored x)|.
-    mirrored_features = pooled_features(model, variables, train[:, :, ::-1])
-    change = np.abs(features - mirrored_features).mean(0)
-    ranked = np.argsort(-change)
+    ranked = rank(features, pooled_features(model, variables, train[:, :, ::-1]))
     generators = [np.random.default_rng([seed, number]) for number in range(_DRAWS)]
     orders = [generator.permutation(len(ranked)) for generator in generators]
     result |= {"channels": len(ranked), "ranked": [], "random": []}

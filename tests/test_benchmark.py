@@ -173,6 +173,31 @@ def test_two_processes_take_turns_and_agree(monkeypatch):
         assert ours["utilisation"] == pytest.approx(ours["gflop_per_s"] / ours["peak_gflop_per_s"])
 
 
+def test_rates_and_ratios_follow_from_the_times():
+    """The ratio is the median of the rounds' own; a step counts as three forward passes."""
+    facts = {"cnnjax": {}, "stock": {}}
+    ms = {"cnnjax": [1.0, 2.0, 4.0], "stock": [3.0, 4.0, 16.0]}
+    times = {(side, key): ms[side] for key in cases.PASSES["cpu"] for side in ms}
+    times["cnnjax", "product"] = [2.0, 1.0]
+    rows = turns.rows_of("cpu", "lenet", 8, 1e9, facts, times)
+    assert [row["over_cnnjax"] for row in rows] == [1, 3] * 3
+    assert [row["images_per_s"] for row in rows] == [4000, 2000] * 3
+    rates = {"forward": [500, 250], "step": [1500, 750], "training": [1500, 750]}
+    for key, expected in rates.items():
+        assert [row["gflop_per_s"] for row in rows if row["pass"] == key] == expected
+    assert rows[0]["peak_gflop_per_s"] == pytest.approx(2 * 2048**3 * 1e3 / 1e9)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sizes": [1.0, 2.1]}, {"parameters": 8}], ids=["sizes", "parameters"]
+)
+def test_sides_that_compute_something_else_are_refused(change):
+    facts = {"parameters": 7, "sizes": [1.0, 2.0]}
+    turns._check_agreement("lenet", {"cnnjax": facts, "stock": facts | {"sizes": [1.0, 2.01]}})
+    with pytest.raises(RuntimeError, match="the sides of lenet do not compute the same: cnnjax"):
+        turns._check_agreement("lenet", {"cnnjax": facts, "stock": facts | change})
+
+
 @pytest.mark.slow
 def test_compilation_is_of_the_training_step_and_starts_anew(monkeypatch):
     """Each run traces the network again, and compiles what a training step of `network` is."""
@@ -463,6 +488,23 @@ def test_each_parameter_is_trained_as_in_the_record():
     singular = np.linalg.svd(np.asarray(moved).reshape(-1, 8), compute_uv=False) / 0.24
     # Three Newton-Schulz steps bring the singular values near 1.
     assert 0.3 < singular.min() and singular.max() < 1.3
+
+
+@pytest.mark.parametrize("number, is_mirrored", [(0, True), (1, True), (2, False), (4, True)])
+def test_training_views_are_mirrored_in_turn(number, is_mirrored):
+    """An epoch has two steps here; the second image's views are the first's, mirrored."""
+    config = ml_collections.ConfigDict({"batch_size": 2, "n_train": 4, "crop": 0})
+    image = jnp.arange(4 * 4 * 3, dtype=jnp.float32).reshape(4, 4, 3)
+    views = speedrun._training_views(
+        config,
+        jnp.stack([image, image]),
+        jnp.array([True, False]),
+        (jnp.zeros(3), jnp.ones(3)),
+        number,
+        jax.random.key(0),
+    )
+    expected = [image[:, ::-1], image] if is_mirrored else [image, image[:, ::-1]]
+    np.testing.assert_allclose(views, jnp.stack(expected) / 255, rtol=1e-6)
 
 
 def test_six_views_are_weighted_and_shifted():

@@ -28,7 +28,11 @@ FLOORS = (
 def import_statements(path: pathlib.Path) -> list[ast.Import | ast.ImportFrom]:
     """Returns the import statements of a file, wherever they stand."""
     nodes = ast.walk(ast.parse(path.read_text()))
-    return [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    statements = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in statements:
+        # A relative import's module has no package's name, which all rules here look for.
+        assert not getattr(node, "level", 0), f"{path}:{node.lineno} is a relative import"
+    return statements
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def test_targets_are_the_official_maps():
     assert np.ptp(maps["HS"], axis=1).max() == 0
     assert maps["HS"][0, 0] > 0.99
     assert maps["HS"][-1, 0] < 0.01
+    assert np.count_nonzero(np.diff(np.sign(maps["HS"][:, 0] - 0.5))) == 5
     np.testing.assert_allclose(maps["G"], maps["G"][::-1, ::-1], atol=1e-6)
     at = np.arange(224) + 0.5
     bell = np.exp(-((at[:, None] - 112) ** 2 + (at - 112) ** 2) / (2 * (0.495 * 224) ** 2))
@@ -73,6 +74,8 @@ def test_scores_are_scipys_and_the_definitions():
         correlation = scipy.stats.spearmanr(prediction.ravel(), goal.ravel()).statistic
         assert result["spc"][i] == pytest.approx(correlation, abs=1e-6)
         assert result["mae"][i] == pytest.approx(np.abs(prediction - goal).mean(), abs=1e-6)
+        unexplained = np.square(prediction - goal).mean() / goal.var(dtype=np.float64)
+        assert result["r2"][i] == pytest.approx(1 - unexplained, abs=1e-6)
     assert result["spc"][2] == pytest.approx(-1, abs=1e-3)
     assert result["r2"][2] < 0
     # A constant map scores 0, not NaN, and so does a map that varies only by rounding errors.
@@ -81,6 +84,10 @@ def test_scores_are_scipys_and_the_definitions():
     assert abs(flat["r2"][0]) < 1e-6
     with pytest.raises(ValueError, match="does not fit a target"):
         scores(predictions, target("H", 13))
+
+
+def test_the_best_constant_is_the_median():
+    assert study.best_constant(np.float32([[0, 0], [0, 1]])) == 0.25
 
 
 def test_scores_of_nothing_to_score():
@@ -219,6 +226,38 @@ def test_sgd_readout_learns_from_any_seed(size):
     assert not np.allclose(maps[0], maps[1], atol=1e-6)
     # A second fit gives the same result.
     assert np.array_equal(maps[0], fit(seed=0))
+
+
+@pytest.mark.slow
+def test_sgd_readouts_take_pytorchs_steps():
+    """Compares three steps, the last at a tenth of the rate, and their running moments."""
+    train = features_with_position(4, 0)
+    goal = target("H", 9)
+    start = fit_sgd(train, goal[None], steps=0)
+    x = start.scaler(train)
+
+    def forward(layer):
+        z = lax.dot_general(x, layer["kernel"][0, 0], (((3,), (0,)), ((), ())))
+        y = (z - z.mean()) / jnp.sqrt(z.var() + 1e-5) * layer["scale"] + layer["bias"]
+        error = jnp.square(jax.nn.sigmoid(y[..., 0]) - goal).mean()
+        return error, jnp.stack([z.mean(), z.var() * z.size / (z.size - 1)])
+
+    gradient = jax.jit(jax.grad(forward, has_aux=True))
+    (layer,) = start.layers
+    velocity = dict.fromkeys(layer, 0.0)
+    running = np.array([0.0, 1.0])
+    for rate in (0.1, 0.1, 0.01):
+        gradients, moments = gradient(layer)
+        for name in layer:
+            decayed = gradients[name] + 1e-4 * layer[name]
+            velocity[name] = 0.9 * velocity[name] + decayed
+        layer = {name: layer[name] - rate * velocity[name] for name in layer}
+        running = 0.9 * running + 0.1 * np.asarray(moments)
+
+    readout = fit_sgd(train, goal[None], steps=3)
+    for name in layer:
+        np.testing.assert_allclose(readout.layers[0][name], layer[name], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.ravel(readout.moments[0]), running, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -625,6 +664,9 @@ def test_medians_and_strengths_stand_beside_the_means(tmp_path, monkeypatch):
     (row,) = results.summarize([loaded[0], loaded[0]], 1, 1)
     assert row.r2_median == 0.5
     assert row.r2 == pytest.approx(-2.6)
+    # Deviations are the sample's, over seeds and images.
+    deviation = np.std([0.5, -9.0, 0.7, 0.5, -9.0, 0.7], ddof=1)
+    assert [row.spc_std, row.mae_std, row.r2_std] == pytest.approx([deviation] * 3)
     assert row.strengths == [0.01, 0.01]
     (row,) = results.summarize(loaded, 1, 1)
     assert row.strengths is None
@@ -720,6 +762,16 @@ def test_a_wrong_configuration_is_refused_before_anything_is_computed(
         config.update(change)
     with pytest.raises(ValueError, match=message):
         study.check(config)
+
+
+@pytest.mark.parametrize("moments", [(), (100.0, 20.0)])
+def test_noise_has_the_moments_that_are_named(moments):
+    noise = photographs.synthetic("noise", 4, 64, 0, *moments)
+    mean, deviation = moments or (127.5, 64.0)
+    assert np.mean(noise) == pytest.approx(mean, abs=1)
+    # Clipping takes 2 of 64.
+    assert np.std(noise) == pytest.approx(deviation, abs=3)
+    assert np.std(noise.mean((1, 2))) < 2
 
 
 @pytest.mark.slow

@@ -121,6 +121,13 @@ def test_permutation_hides_the_order_of_channels_and_nothing_else():
     )
 
 
+def test_channels_that_change_most_under_mirroring_come_first():
+    """The second channel's changes would cancel in a mean."""
+    features = np.array([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0]])
+    mirrored = np.array([[1.0, 9.0, 5.0], [1.0, 1.0, 5.0]])
+    assert position_channels.rank(features, mirrored).tolist() == [1, 2, 0]
+
+
 def test_a_blind_head_is_a_channel_set_to_zero():
     x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8))
@@ -429,6 +436,27 @@ def test_a_run_probes_tests_reports_and_goes_on_where_it_stopped(tmp_path, data_
     assert run(position_training, *arguments, 1, **changes) == 0
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         run(position_training, *arguments, 2, **changes)
+
+
+def test_shifted_windows_are_compared_with_the_labels_and_with_the_middle(monkeypatch):
+    """The network names the value of a window's first pixel."""
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    images[1, 4, 4] = 1
+    images[:, (0, 0, 8, 8), (0, 8, 0, 8)] = 1
+    images[0, 8, 8] = 0
+    split = arrays.Split(images, np.zeros(2, np.int32))
+    data = arrays.Dataset(train=split, validation=None, test=split, classes=())
+    for name in ("build", "probe"):
+        monkeypatch.setattr(position_training, name, lambda *arguments: [])
+    monkeypatch.setattr(position_training, "train_epochs", lambda *arguments, **options: [{}])
+    classify = lambda model, variables, windows: windows[:, 0, 0, 0]
+    monkeypatch.setattr(position_training, "classify", classify)
+    options = argparse.Namespace(enlarge=1, train=2, epochs=0, test=2)
+    point = position_training.Point("network", "zeros", 0)
+    result = position_training.measure(point, options, position_training.Shared(data, []))
+    assert result["accuracy"] == 1 / 2
+    assert result["shifted"] == 1 / 8
+    assert result["agreement"] == 5 / 8
 
 
 # Networks for CIFAR-10; without padding, the second has no output.

@@ -780,6 +780,17 @@ def test_evaluate_scores_a_run_on_other_photographs(shape, tmp_path, capsys):
     assert printed == [f"{tmp_path / 'run'}, 6 photographs", "top-1  66.67 %"]
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_evaluate_counts_a_class_among_the_first_five(monkeypatch):
+    """The labels have the ranks 1, 5, and 6 of eleven; ten classes have no such score."""
+    ascending = np.tile(np.arange(11, dtype=np.float32), (3, 1))
+    monkeypatch.setattr(classifier, "logits", lambda *arguments: [ascending])
+    accuracies = evaluate.evaluate(None, ["a", "b", "c"], np.array([10, 6, 5]))
+    assert accuracies == pytest.approx({"top-1": 100 / 3, "top-5": 200 / 3})
+    monkeypatch.setattr(classifier, "logits", lambda *arguments: [ascending[:, :10]])
+    assert set(evaluate.evaluate(None, ["a", "b", "c"], np.array([9, 5, 4]))) == {"top-1"}
+
+
 @pytest.mark.parametrize(
     "options, title, published, resize",
     [

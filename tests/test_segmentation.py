@@ -386,6 +386,11 @@ def test_scores_are_their_definitions(standard_promotion):
     assert evaluate.score("pixelwise", 9 * masks, np.array([[[0, 1], [1, 255]]]))[
         "mean_iou"
     ] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    # The labels have the ranks 1, 5, and 6 of eleven.
+    ascending = np.tile(np.arange(11, dtype=np.float32), (3, 1))
+    scores = evaluate.score("cross_entropy", ascending, np.array([10, 6, 5]))
+    assert scores["error"] == pytest.approx(2 / 3)
+    assert scores["top5_error"] == pytest.approx(1 / 3)
 
 
 # ------------------------------------------------------------------ the engine
@@ -460,6 +465,22 @@ def test_rings_and_the_part_that_is_reached():
         and not inside[47].any()
         and not inside[:, 177].any()
     )
+
+
+def test_masks_are_scored_by_place_and_class():
+    """Masks of two classes are right 10 pixels away from the border, and swapped outside."""
+    inside = np.zeros((40, 60), bool)
+    inside[10:-10, 10:-10] = True
+    labels = np.zeros((2, 40, 60), np.uint8)
+    labels[:, :, 30:] = 1
+    scores = segmentation.score(np.where(inside, labels, 1 - labels), labels, inside)
+    assert scores["inside"] == 1
+    assert scores["outside"] == 0
+    assert scores["by_ring"] == [0, 1]
+    # Each class is right on 400 pixels, and belongs to 1,200 in the mask and as many in the other.
+    assert scores["by_class"][:2] == [400 / 2000] * 2
+    assert set(scores["by_class"][2:]) == {None}
+    assert scores["miou"] == 400 / 2000
 
 
 def test_the_verdict_follows_the_numbers():

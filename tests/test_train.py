@@ -342,6 +342,9 @@ def test_losses_are_their_formulas():
     np.testing.assert_allclose(
         errors, [wrong[0].ravel()[1:].mean(), 0, wrong[2].mean(), wrong[3].mean()], rtol=1e-5
     )
+    losses, _ = step.loss_and_errors("pixelwise", logits[2:], labels[2:], 0.1)
+    each = -(logs[2:] * smooth(labels[2:])).sum(-1)
+    np.testing.assert_allclose(losses, each.mean((1, 2)), rtol=1e-5)
     many = generator.integers(0, 2, (4, 5))
     probability = 1 / (1 + np.exp(-logits[:, 0, 0]))
     losses, errors = step.loss_and_errors("sigmoid", logits[:, 0, 0], many)
@@ -349,6 +352,11 @@ def test_losses_are_their_formulas():
         losses, -np.where(many, np.log(probability), np.log(1 - probability)).mean(-1), rtol=1e-5
     )
     np.testing.assert_allclose(errors, ((probability > 0.5) != many).mean(-1), rtol=1e-6)
+    # Smoothed, each class has 0.1 of its probability spread over its two answers.
+    losses, _ = step.loss_and_errors("sigmoid", logits[:, 0, 0], many, 0.1)
+    soft = 0.9 * many + 0.05
+    each = -(soft * np.log(probability) + (1 - soft) * np.log(1 - probability))
+    np.testing.assert_allclose(losses, each.mean(-1), rtol=1e-5)
 
 
 def test_an_unknown_loss_is_named():
