@@ -194,7 +194,8 @@ class LeNet(Network):
     """The LeNet of NUS CS5242, lecture 8: 50-100-100.
 
     It has 500 + 45,100 + 490,100 + 1,010 parameters. The stages are `conv1` and `conv2`, before
-    each pool.
+    each pool. The slide prints no ReLU between the linear layers; we apply one, as the lecture's
+    VGG does.
     """
 
     num_classes: int = 10

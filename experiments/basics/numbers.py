@@ -283,7 +283,7 @@ def shift_numbers(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> dict[st
 
 
 # ---------------------------------------------------------------------------------------------
-# Sizes (A1)
+# Sizes (A1, A1.1)
 
 # (layer, n, p, k, s, the printed size). AlexNet's paper (Krizhevsky et al. 2012) prints 224 pixels
 # and, in figure 2, maps of 55; the lectures correct it (A14).

@@ -138,7 +138,7 @@ def sections(numbers: dict, photograph: str) -> list[tuple[str, str, str]]:
         ("The same as one matrix product (A7)", "im2col.png", im2col(numbers["im2col"])),
         ("Pooling (A6, A33)", "pooling.png", pooling(numbers["pooling"])),
         ("The shift network (section B)", "shift.png", shift(numbers["shift"])),
-        ("Sizes: (n + 2p - k) / s + 1 (A1)", "sizes.png", sizes(numbers["sizes"])),
+        ("Sizes: (n + 2p - k) / s + 1 (A1, A1.1)", "sizes.png", sizes(numbers["sizes"])),
     ]
 
 

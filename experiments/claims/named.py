@@ -90,6 +90,25 @@ STATEMENTS = (
         "Perceptrons with many layers are hard to train",
         "depends on initialization and normalization, which the lecture does not name",
     ),
+    (
+        "E17",
+        "UBC UTSA",
+        "AlexNet was the first network to use ReLUs",
+        "history; AlexNet's authors cite Nair and Hinton (2010) for ReLUs, and Jarrett et al. "
+        "(2009) for another rectifier; Fukushima's of 1969 is older still",
+    ),
+    (
+        "E18",
+        "UBC",
+        "You need a lot of data to train a CNN",
+        'the lecture itself calls this "common wisdom" and answers with transfer (D9.1)',
+    ),
+    (
+        "E19",
+        "UBC",
+        "Puddle is a framework by Baidu",
+        "a name; the framework is called Paddle",
+    ),
 )
 
 for _id, _sources, _statement, _reason in STATEMENTS:

@@ -11,7 +11,7 @@ from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet_2014 import Inception, NaiveInception
 from cnnjax.nn import Conv, conv, local_response_norm, max_pool
 from cnnjax.nn.parameters import eval_shape
-from cnnjax.weights import variable_shapes
+from cnnjax.weights import list_weights, variable_shapes
 from experiments.claims.ledger import Section, Verdict, judge
 from experiments.claims.operations import layers, module_shape, pooled_size
 
@@ -66,7 +66,12 @@ def lenet_shapes() -> Verdict:
     shapes = [row.output[1:] for row in table("lenet") if len(row.output) == 4]
     flat = math.prod(shapes[-1])
     expected = [(28, 28, 50), (14, 14, 50), (14, 14, 100), (7, 7, 100)]
-    return judge(shapes == expected and flat == 4900, {"shapes": shapes, "flattened": flat})
+    return judge(
+        shapes == expected and flat == 4900,
+        {"shapes": shapes, "flattened": flat},
+        note="the slide prints a ReLU after each convolution, both of which it calls CL1, and none "
+        "between the linear layers; ours has one there, as the lecture's VGG has",
+    )
 
 
 @NETWORKS.claim("A50", "NUS", "LeNet-5 takes 28x28 images and has 0.6 M parameters")
@@ -90,18 +95,21 @@ def lenet5_size() -> Verdict:
     "stride 2",
 )
 def lenet5_layers() -> Verdict:
-    shapes = variable_shapes(create_model("lenet5"))["params"]
-    kernels = {
-        name: value["kernel"].shape[:2] for name, value in shapes.items() if "kernel" in value
-    }
-    weight_layers = list(kernels)
-    convolutions = [name for name, kernel in kernels.items() if kernel == (5, 5)]
+    model = create_model("lenet5")
+    shapes = variable_shapes(model)["params"]
+    kernels = {name: value["kernel"].shape for name, value in shapes.items() if "kernel" in value}
+    after_pools = {"c5": kernels["c5"][-1], "f6": kernels["f6"][-1], "output": model.num_classes}
+    pools = {name: sorted(value) for name, value in shapes.items() if "kernel" not in value}
+    as_drawn = kernels["c1"][:2] == kernels["c3"][:2] == (5, 5)
+    as_drawn &= pools == {"s2": ["bias", "scale"], "s4": ["bias", "scale"]}
+    units = ", ".join(str(count) for count in after_pools.values())
     return judge(
         False,
-        {"kernels": kernels},
-        as_read=convolutions[:2] == ["c1", "c3"],
-        note=f"5x5 and 2x2 hold; after the second pool LeNet-5 has {len(weight_layers) - 2} more "
-        "layers (120, 84, and 10 units), where NUS draws two and UBC one",
+        {"kernels": kernels, "parameters of the pools": pools, "units after them": after_pools},
+        as_read=as_drawn,
+        note=f"5x5 and 2x2 hold; after the second pool LeNet-5 has {len(after_pools)} layers "
+        f"({units} units), where NUS draws two and UBC one. Its pools sum each 2x2 square with "
+        "trained coefficients, where NUS has max-pools",
     )
 
 
@@ -192,6 +200,28 @@ def convnet_misprint() -> Verdict:
         inputs == 216,
         {"kernel": (outputs, inputs, rows, columns)},
         note=f"{outputs}x{inputs}x{rows}x{columns}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Perceptrons
+
+
+@NETWORKS.claim("A59.1", "NUS", "A one-layer perceptron for CIFAR-10 has 0.03 M parameters")
+def one_layer_perceptron() -> Verdict:
+    count = parameters("mlp1")
+    return judge(round(count / 1e6, 2) == 0.03, {"parameters": count})
+
+
+@NETWORKS.claim("A59.2", "NUS", "A three-layer perceptron for CIFAR-10 has 2 M parameters")
+def three_layer_perceptron() -> Verdict:
+    count = parameters("mlp3")
+    return judge(
+        False,
+        {"parameters": count},
+        as_read=millions(count) == 2,
+        note=f"rounded, for two hidden layers of 512 units ({count / 1e6:.2f} M); the lecture "
+        "prints no widths",
     )
 
 
@@ -530,25 +560,57 @@ def configurations() -> Verdict:
     return judge(list(depth.values()) == [11, 11, 13, 16, 16, 19], depth)
 
 
-@NETWORKS.claim("A57", "UTSA", "VGG's configuration table, printed twice")
-def configuration_tables() -> Verdict:
-    right = {}
-    for column, name in CONFIGURATIONS.items():
-        convolutions = [row for row in table(name) if row.kind == "Conv"]
-        blocks = [0] * 5
-        for row in convolutions:
+def convolutions_by_block(name: str) -> tuple[int, ...]:
+    """Returns the numbers of convolutions in the five blocks of a VGG."""
+    blocks = [0] * 5
+    for row in table(name):
+        if row.kind == "Conv":
             # The stride doubles from block to block.
             blocks[int(math.log2(row.stride[0]))] += 1
-        right[column] = tuple(blocks)
-    different = {}
+    return tuple(blocks)
+
+
+@NETWORKS.claim("A57", "UTSA", "VGG's configuration table, printed twice")
+def configuration_tables() -> Verdict:
+    right = {column: convolutions_by_block(name) for column, name in CONFIGURATIONS.items()}
+    # Names of the columns by table and block.
+    lacking: dict[str, dict[int, list[str]]] = {}
     for printed, columns in UTSA_TABLES.items():
-        different[printed] = [column for column in columns if columns[column] != right[column]]
+        lacking[printed] = {}
+        for column, blocks in columns.items():
+            for number, (ours, theirs) in enumerate(zip(right[column], blocks), 1):
+                if theirs != ours:
+                    lacking[printed].setdefault(number, []).append(column)
+    different = {}
+    for printed, rows in lacking.items():
+        different[printed] = [column for column in right if column in sum(rows.values(), [])]
+    wrong_rows = "; ".join(
+        f"row {number} of {', '.join(columns)}"
+        for number, columns in sorted(lacking["second table"].items())
+    )
     return judge(
         not any(different.values()),
         {"convolutions by block": right, "columns that differ": different},
         note="the two differ: the first lacks one 3x3-128 in column B; the second, as its text "
         "reads, is right only in column "
-        f"{', '.join(c for c in right if c not in different['second table'])}",
+        f"{', '.join(c for c in right if c not in different['second table'])} and lacks one "
+        f"convolution each in {wrong_rows} (rows of convolutions, from the top)",
+    )
+
+
+@NETWORKS.claim("A57.1", "UBC", "VGG16 and VGG19, as drawn: two 3x3 convolutions of 256 channels")
+def drawn_vgg() -> Verdict:
+    # Convolutions by block, as drawn.
+    drawn = {"vgg16": (2, 2, 2, 3, 3), "vgg19": (2, 2, 2, 4, 4)}
+    right = {name: convolutions_by_block(name) for name in drawn}
+    # A VGG ends in three linear layers.
+    depth = {name: sum(blocks) + 3 for name, blocks in drawn.items()}
+    return judge(
+        drawn == right,
+        {"convolutions by block": right, "weight layers as drawn": depth},
+        note=f"{right['vgg16'][2]} in VGG16, as the same lecture's table has it, and "
+        f"{right['vgg19'][2]} in VGG19; the drawn networks have {depth['vgg16']} and "
+        f"{depth['vgg19']} weight layers",
     )
 
 
@@ -648,15 +710,15 @@ def linear_layers(auxiliary: bool) -> int:
     return sum(leaf.ndim == 2 for leaf in jax.tree.leaves(shapes))
 
 
-@NETWORKS.claim("A19.2", "UBC", "GoogLeNet has no (hidden) fully connected layers")
+@NETWORKS.claim("A19.2", "UBC", "GoogLeNet has no fully connected layers")
 def googlenet_linear() -> Verdict:
     main, full = linear_layers(False), linear_layers(True)
     return judge(
-        full == 1,
+        main == full == 0,
         {"linear layers without auxiliary heads": main, "with": full},
         as_read=main == 1,
-        note="in the network that is used; each auxiliary head, used in training only, has a "
-        "hidden layer of 1024 units",
+        note="no hidden ones: one linear layer of 1000 outputs remains. Each auxiliary head, used "
+        "in training only, has a hidden layer of 1024 units",
     )
 
 
@@ -721,12 +783,13 @@ def bottlenecks() -> Verdict:
     # The figure that is often quoted counts the 3x3 convolution twice.
     twice = macs[64] + 28 * 28 * 192 * 9 * 64
     return judge(
-        0.55 < saved[64] < 0.65,
+        False,
         {"naive": naive, "with bottlenecks of": macs, "saved": saved},
-        note=f"{saved[64]:.0%} with bottlenecks of 64 channels: {naive / 1e6:.0f} M "
-        "multiply-adds become "
-        f"{macs[64] / 1e6:.0f} M; counting the 3x3 convolution twice gives {twice / 1e6:.0f} M, "
-        f"{1 - twice / naive:.0%} less; 80 channels would save {saved[80]:.0%}",
+        as_read=0.55 < saved[80] < 0.65,
+        note=f"{saved[80]:.0%} with bottlenecks of 80 channels; the text gives no width. With the "
+        f"usual 64, {naive / 1e6:.0f} M multiply-adds become {macs[64] / 1e6:.0f} M, "
+        f"{saved[64]:.0%} less (counting the 3x3 convolution twice gives {twice / 1e6:.0f} M, "
+        f"{1 - twice / naive:.0%} less)",
     )
 
 
@@ -785,17 +848,19 @@ def resnet152() -> Verdict:
 
 @NETWORKS.claim("A21.4", "Inha", "A ResNet can be trained on images of any size")
 def any_size() -> Verdict:
-    sizes = (32, 75, 224, 300)
+    sizes = (32, 75, 224, 227, 258, 259, 300)
     works = {}
     for name in ("resnet18", "vgg16", "alexnet", "alexnet_2012"):
         model = create_model(name)
         variables = variable_shapes(model)
         works[name] = [size for size in sizes if accepts(model, variables, size)]
+    fixed = works["alexnet_2012"]
     return judge(
         works["resnet18"] == list(sizes),
         works,
         note="as its last pool is global; torchvision's VGG and AlexNet take other sizes too, by "
-        "adaptive pooling, as long as anything is left; the AlexNet of 2012 takes only 227",
+        f"adaptive pooling, as long as anything is left; the AlexNet of 2012 takes {fixed[0]} to "
+        f"{fixed[-1]}",
     )
 
 
@@ -807,6 +872,20 @@ def accepts(model: Network, variables: dict, size: int) -> bool:
     except Exception:
         # Flax and lax raise errors of several types for a wrong size.
         return False
+
+
+@NETWORKS.claim(
+    "A60", "UBC", "Transfer to C classes, as drawn: the re-initialized last layer is FC-1000"
+)
+def transferred_head() -> Verdict:
+    classes = 10
+    head = variable_shapes(create_model("vgg16", num_classes=classes))["params"]["classifier.6"]
+    inputs, outputs = head["kernel"].shape
+    return judge(
+        outputs == 1000,
+        {"classes": classes, "kernel of VGG-16's last layer": (inputs, outputs)},
+        note="FC-C: the new last layer has as many outputs as there are classes",
+    )
 
 
 TORCHVISION = {
@@ -832,4 +911,18 @@ def torchvision_networks() -> Verdict:
         counts == TORCHVISION,
         counts,
         note="each with torchvision's number of parameters, auxiliary heads included",
+    )
+
+
+@NETWORKS.claim(
+    "A22.1", "Inha", "`pretrained=True` gives each of the twelve networks trained weights"
+)
+def pretrained_networks() -> Verdict:
+    known = {record.network for record in list_weights() if record.tag == "imagenet1k_v1"}
+    missing = [name for name in TORCHVISION if name not in known]
+    return judge(
+        not missing,
+        {"networks without weights": missing},
+        note="torchvision now calls these weights IMAGENET1K_V1; here, they are the tag "
+        "imagenet1k_v1",
     )

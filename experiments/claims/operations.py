@@ -82,18 +82,36 @@ def filtered(
 # Output sizes and parameter counts
 
 
-@OPERATIONS.claim(
-    "A1", "NUS Inha UTSA", "A convolution has floor((n + 2p - f) / s + 1) output positions"
-)
-def convolution_size() -> Verdict:
-    cases = []
+@functools.cache
+def convolution_sizes() -> dict[str, int]:
+    """Compares sizes of outputs with the formula: counts the cases, and those that are equal."""
+    counts = {"cases": 0, "equal": 0, "equal when rounded down": 0}
     for n, p, f, s in itertools.product((5, 6, 7, 16, 32), range(4), (1, 3, 5, 7), (1, 2, 3, 4)):
-        if n + 2 * p >= f:
-            cases.append((n, p, f, s))
-    different = 0
-    for n, p, f, s in cases:
-        different += convolved_size(n, f, s, p) != math.floor((n + 2 * p - f) / s + 1)
-    return judge(different == 0, {"cases": len(cases), "cases that differ": different})
+        if n + 2 * p < f:
+            continue
+        size = convolved_size(n, f, s, p)
+        formula = (n + 2 * p - f) / s + 1
+        counts["cases"] += 1
+        counts["equal"] += size == formula
+        counts["equal when rounded down"] += size == math.floor(formula)
+    return counts
+
+
+@OPERATIONS.claim("A1", "NUS", "A convolution has floor((n + 2p - f) / s + 1) output positions")
+def convolution_size() -> Verdict:
+    counts = convolution_sizes()
+    return judge(counts["equal when rounded down"] == counts["cases"], counts)
+
+
+@OPERATIONS.claim("A1.1", "Inha UTSA", "A convolution has (N + 2P - F) / S + 1 output positions")
+def unrounded_convolution_size() -> Verdict:
+    counts = convolution_sizes()
+    return judge(
+        counts["equal"] == counts["cases"],
+        counts,
+        as_read=counts["equal when rounded down"] == counts["cases"],
+        note="rounded down where S does not divide N + 2P - F, as NUS prints it",
+    )
 
 
 @OPERATIONS.claim(
@@ -153,6 +171,22 @@ def pooling_size() -> Verdict:
         {"cases": len(cases), "equal": exact, "equal when rounded down": floored},
         as_read=floored == len(cases) and not parameters,
         note="rounded down where S does not divide W - F, as for convolutions",
+    )
+
+
+@OPERATIONS.claim(
+    "A4.1", "Inha", "A convolutional layer needs two hyperparameters, the extent F and the stride S"
+)
+def hyperparameters() -> Verdict:
+    outputs = {}
+    for filters, padding in itertools.product((4, 8), (0, 1)):
+        layer = Conv(filters, 3, stride=2, padding=padding)
+        outputs[f"{filters} filters, padding {padding}"] = module_shape(layer, 1, 7, 7, 3)[1:]
+    return judge(
+        len(set(outputs.values())) == 1,
+        {"outputs of 3x3 at stride 2 on 7x7x3": outputs},
+        note="four, with the number of filters and the padding; the slide is about pooling, which "
+        "needs these two",
     )
 
 
@@ -229,6 +263,17 @@ def cifar_counts() -> Verdict:
     shape = create_model("convnet").input_shape
     holds = (train, test) == (50_000, 10_000) and shape == (32, 32, 3)
     return judge(holds, {"training": train, "test": test, "image": shape})
+
+
+@OPERATIONS.claim(
+    "A46.3",
+    "WPI",
+    "CIFAR-10's classes: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck",
+)
+def cifar_classes() -> Verdict:
+    classes = " ".join(sources.DATASETS["cifar10"].classes)
+    printed = "airplane automobile bird cat deer dog frog horse ship truck"
+    return judge(classes == printed, {"classes": classes})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,7 +433,9 @@ def worked_layer() -> Verdict:
     return judge(
         sums == [9, 1, -2] and whole == 9,
         {"sums by channel": sums, "with bias": whole, "position": [1, 2]},
-        note="at row 1, column 2 of the output; the weights that meet zero pixels do not matter",
+        note="at row 1, column 2 of the output; the weights that meet zero pixels do not matter. "
+        "The two further printed outputs, 2 and 0, are not checked: the slide's text lacks weights "
+        "that they need",
     )
 
 
@@ -410,24 +457,25 @@ def matrix_product() -> Verdict:
 
 
 @OPERATIONS.claim(
-    "A37",
-    "UTSA",
-    "A convolutional layer computes the convolution f[n] g[x - n], which flips the filter",
+    "A37", "UTSA", "Convolution is the sum of f[n] g[x - n]; a convolutional layer is one"
 )
 def flipped() -> Verdict:
     image = np.arange(25.0).reshape(5, 5) % 7
     layer = filtered(image, FILTER)
     convolution = scipy.signal.convolve2d(image, FILTER, mode="valid").round().astype(int)
     correlation = scipy.signal.correlate2d(image, FILTER, mode="valid").round().astype(int)
+    is_correlation = np.array_equal(layer, correlation)
     return judge(
         np.array_equal(layer, convolution),
         {
             "layer": layer[0].tolist(),
             "convolution as defined": convolution[0].tolist(),
             "cross-correlation": correlation[0].tolist(),
-            "layer is the cross-correlation": np.array_equal(layer, correlation),
+            "layer is the cross-correlation": is_correlation,
         },
-        note="a convolutional layer does not flip the filter: it computes the cross-correlation",
+        as_read=is_correlation,
+        note="with the filter flipped: the definition is right, but a convolutional layer, as the "
+        "lecture's worked one (A40), does not flip its filter; it computes the cross-correlation",
     )
 
 
@@ -514,6 +562,27 @@ def equivariance() -> Verdict:
     )
 
 
+@OPERATIONS.claim("A24.1", "UBC", "A convolution is not invariant to any transformation")
+def no_invariance() -> Verdict:
+    x = jax.random.normal(jax.random.key(0), (1, 12, 12, 1))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 1))
+    transformed = {
+        "shift": jnp.roll(x, 1, 1),
+        "mirror image": x[:, :, ::-1],
+        "quarter turn": jnp.rot90(x, axes=(1, 2)),
+        "contrast": 2 * x,
+    }
+    still = conv(x, kernel, padding=1)
+    changes = {}
+    for name, image in transformed.items():
+        changes[name] = float(jnp.abs(conv(image, kernel, padding=1) - still).max())
+    return judge(
+        min(changes.values()) > 0.1,
+        {"greatest change of the output": changes},
+        note="shown with a random filter; special filters have invariances, such as one of zeros",
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Inputs of several channels
 
@@ -528,6 +597,35 @@ def one_map() -> Verdict:
     weights = parameter_count(layer, 1, 5, 5, 3)
     shape = module_shape(layer, 1, 5, 5, 3)
     return judge(weights == 27 and shape == (1, 5, 5, 1), {"weights": weights, "output": shape})
+
+
+@OPERATIONS.claim("A28.2", "NUS", "An N-D filter on an N-D input gives a 1-D activation map")
+def one_dimensional_map() -> Verdict:
+    shapes = {}
+    for channels in (3, 4):
+        layer = Conv(1, 3, padding=1, use_bias=False)
+        shapes[f"{channels} channels"] = module_shape(layer, 1, 5, 5, channels)[1:]
+    return judge(
+        False,
+        {"output": shapes},
+        as_read=set(shapes.values()) == {(5, 5, 1)},
+        note="if N and 1 count channels: the result is one map with two dimensions, the 5x5 tensor "
+        "that the lecture draws",
+    )
+
+
+@OPERATIONS.claim(
+    "A28.3", "NUS", "PyTorch's Conv2d(2, 5, kernel_size=3, padding=1) takes a 1x2x6x6 tensor"
+)
+def lab_convolution() -> Verdict:
+    layer = Conv(5, 3, padding=1)
+    shape = module_shape(layer, 1, 6, 6, 2)
+    size = parameter_count(layer, 1, 6, 6, 2)
+    return judge(
+        shape == (1, 6, 6, 5) and size == 95,
+        {"output": shape, "parameters": size},
+        note="the output, which is not printed, is 1x5x6x6; the layer has 95 parameters",
+    )
 
 
 @OPERATIONS.claim(
@@ -610,21 +708,24 @@ def collapse_error(fill: str) -> np.ndarray:
     "A32", "NUS", "Without padding, maps shrink to 1x1 quickly when layers are stacked"
 )
 def shrinking() -> Verdict:
-    layers = {}
+    stacks = {}
     for size in (28, 32, 224):
         for kernel in (3, 5, 7):
             count = 0
             left = size
-            while left > kernel - 1:
+            while left >= kernel:
                 left = convolved_size(left, kernel, 1, 0)
                 count += 1
-            layers[f"{kernel}x{kernel} from {size}"] = count
+            stacks[f"{kernel}x{kernel} from {size}"] = {"layers": count, "pixels left": left}
+    small, large = stacks["3x3 from 28"], stacks["3x3 from 224"]
+    left = small["pixels left"]
     return judge(
         False,
-        layers,
-        as_read=layers["3x3 from 28"] == 13,
-        note="after 13 layers of 3x3 from 28 pixels, but only after 111 from 224; pooling and "
-        "strides shrink maps far sooner",
+        stacks,
+        as_read=small == {"layers": 13, "pixels left": 2},
+        note=f"from 28 pixels, {small['layers']} layers of 3x3 leave {left}x{left}, where no "
+        f"further one fits; from 224, {large['layers']} layers fit. Pooling and strides shrink "
+        "maps far sooner",
     )
 
 
