@@ -1,7 +1,9 @@
 """Claims about trained networks, judged by the committed results in measured.json.
 
 Nothing is trained here: measured.json holds each mean, its sample standard deviation, n, and the
-command that measures it. A difference counts if its 95 % interval (Student's t) excludes zero.
+command that measures it. A difference counts if its 95 % interval (Welch's) excludes zero. The
+deviations of the position study are over images and seeds together, and n counts the seeds alone,
+so its intervals are too wide rather than too narrow.
 """
 
 import functools
@@ -130,7 +132,7 @@ def larger_kernels() -> Verdict:
     for target in ("h", "g"):
         large, small = f"vgg_{target}_7x7", f"vgg_{target}_1x1"
         gaps[target] = mean(large) - mean(small)
-        certain[target] = abs(gaps[target]) > interval(large) + interval(small)
+        certain[target] = abs(gaps[target]) > difference_interval(large, small)
     computed = evidence("vgg_h_1x1", "vgg_h_3x3", "vgg_h_7x7", "vgg_g_1x1", "vgg_g", "vgg_g_7x7")
     if not all(certain.values()):
         note = "with random weights the three are within their spread"
@@ -151,7 +153,7 @@ def deeper_layers() -> Verdict:
         blocks = [f"vgg_{target}_f{number}" for number in range(1, 6)]
         means = [mean(name) for name in blocks]
         gap = means[-1] - means[0]
-        grows &= means == sorted(means) and gap > interval(blocks[0]) + interval(blocks[-1])
+        grows &= means == sorted(means) and gap > difference_interval(blocks[0], blocks[-1])
         names += blocks
     return judge(False, evidence(*names), as_read=grows, note=RANDOM)
 
@@ -166,7 +168,7 @@ def padding_contributes() -> Verdict:
     certain = True
     for target in ("h", "g"):
         padded, without = f"vgg_{target}_1x1", f"vgg_{target}_without"
-        certain &= mean(padded) - mean(without) > interval(padded) + interval(without)
+        certain &= mean(padded) - mean(without) > difference_interval(padded, without)
         names += [padded, without]
     note = "to nothing for a linear readout fitted to 24 crops, with random weights"
     return judge(False, evidence(*names), as_read=certain, note=note)
@@ -192,7 +194,7 @@ def mean_absolute_errors() -> Verdict:
 )
 def segmentation() -> Verdict:
     gain = mean("miou_zeros") - mean("miou_none")
-    certain = gain > interval("miou_zeros") + interval("miou_none")
+    certain = gain > difference_interval("miou_zeros", "miou_none")
     reflect = mean("miou_reflect") - mean("miou_none")
     half = difference_interval("miou_reflect", "miou_none")
     return judge(
@@ -344,7 +346,7 @@ def redundancy() -> Verdict:
 def freeze() -> Verdict:
     computed = evidence("frozen_50", "tuned_50", "frozen_5000", "tuned_5000")
     gap = mean("tuned_50") - mean("frozen_50")
-    if abs(gap) <= interval("tuned_50") + interval("frozen_50"):
+    if abs(gap) <= difference_interval("tuned_50", "frozen_50"):
         note = (
             "with 50 labels freezing and gentle fine-tuning are not told apart (n=3); with 5,000 "
             "fine-tuning wins"
