@@ -410,7 +410,7 @@ def test_predictions_run_the_same_three_ways(way):
         (evaluate.logits, logits(variables, x)),
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
-        predicted = evaluate.predict(
+        predicted = evaluate.predict_batches(
             parallel,
             model,
             placed,
@@ -419,7 +419,7 @@ def test_predictions_run_the_same_three_ways(way):
             batch_size=16,
             output=output,
         )
-        np.testing.assert_allclose(predicted, want, atol=1e-5)
+        np.testing.assert_allclose(np.concatenate([*predicted]), want, atol=1e-5)
 
 
 class LastPixel(Network):
