@@ -71,8 +71,8 @@ def run(
     check_data(configs, data, first)
     members: list[Member] = []
     ema = None
-    for path, config in configs.items():
-        of_run, ema = read_members(path, complete(config), method)
+    for path in configs:
+        of_run, ema = read_members(path, method)
         members += of_run
     names = [str(path) for path in configs]
     networks = Networks(first, members, data)
