@@ -169,7 +169,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         else:
             chosen = choose_weights(config, history, checkpoints)
         if chosen["step"] != steps_done:
-            state = parallel.replicate(checkpoints.restore_best(like)[1])
+            state = parallel.replicate(checkpoints.restore_step(chosen["step"], like)[0])
     # A signal may have come while the last checkpoint was written.
     if number := stop_signal or (received[0] if received else 0):
         raise workdir.Interrupted(
