@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.runtime import backend, files, signals, workdir
-from cnnjax.train import report, results, step
+from cnnjax.train import report, results, schedules, step
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
@@ -67,7 +67,9 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     every = config.checkpoint_every_steps
     total = len(current.rates)
     history = results.History(folder)
-    plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
+    plateau = None
+    if config.schedule.name == "plateau":
+        plateau = Plateau.of(schedules.settings(config.schedule))
 
     with (
         _collect_signals() as received,
