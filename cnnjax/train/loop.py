@@ -5,6 +5,7 @@ directory stopped, bit for bit.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import pathlib
@@ -109,7 +110,9 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _check_processes(current, origin)
         state = parallel.replicate(state)
         scale = 1.0
-        rates = parallel.replicate(current.rates)
+        constants = parallel.replicate(
+            step.Constants(moments=current.data.moments, rates=current.rates)
+        )
         epoch_began = time.monotonic() - epoch_seconds
         stop_signal = 0
         if steps_done < total:
@@ -120,13 +123,14 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             if plateau and plateau.scale != scale:
                 scale = plateau.scale
                 rates = parallel.replicate(current.rates * np.float32(scale))
+                constants = dataclasses.replace(constants, rates=rates)
             # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
             epoch_end = steps_done - steps_done % per_epoch + per_epoch
             next_checkpoint = steps_done - steps_done % every + every
             state, steps_done = current.data.advance(
                 recipe=current.recipe,
                 numbers=current.numbers,
-                rates=rates,
+                constants=constants,
                 state=state,
                 steps=range(steps_done, min(epoch_end, next_checkpoint)),
             )
