@@ -297,15 +297,14 @@ def choose_weights(
     last = history.entries[-1]
     best = history.best()
     chosen = last
+    reason = "the end of training"
     if config.final_weights == "best" and best is not None:
-        chosen = best
-        if best is not last and best["step"] not in checkpoints.steps():
+        if best is last or best["step"] in checkpoints.steps():
+            chosen = best
+            reason = "the smallest validation error"
+        else:
             _LOG.warning("the checkpoint of the best epoch is damaged: the last weights are kept")
-            chosen = last
     _LOG.info("weights of epoch %d of %d are kept", chosen["epoch"], last["epoch"])
-    reason = "the smallest validation error"
-    if config.final_weights == "last" or chosen is not best:
-        reason = "the end of training"
     return {"epoch": chosen["epoch"], "step": chosen["step"], "chosen_by": reason}
 
 
