@@ -59,6 +59,9 @@ class Run:
     is_checked: bool = False
     # Whether the log says that its network's file has another content than that of another run.
     is_warned_of: bool = False
+    # Why it cannot start with its data or in its folder. Its folder does not record this, so the
+    # next call tries it again.
+    refusal: str = ""
 
     @property
     def name(self) -> str:
@@ -82,6 +85,11 @@ class Run:
         # The report comes last; a run that was interrupted before writes it when it is run again.
         is_finished = self.results.exists() and (self.folder / "report.md").exists()
         return is_finished or self.has_failed
+
+    @property
+    def is_refused(self) -> bool:
+        # Another machine may have finished it since.
+        return bool(self.refusal) and not self.is_done
 
 
 def name_of(overrides: dict) -> str:
@@ -164,7 +172,7 @@ def check_record(run: Run) -> None:
 # ------------------------------------------------------------------ starting them
 
 
-def finish_runs(runs: list[Run], folder: pathlib.Path, refused: dict[str, str]) -> None:
+def finish_runs(runs: list[Run], folder: pathlib.Path) -> None:
     """Starts every run that is not done, and waits for those that other processes hold.
 
     If another process stops, its run is taken over. So all runs are done or refused when this
@@ -173,8 +181,6 @@ def finish_runs(runs: list[Run], folder: pathlib.Path, refused: dict[str, str]) 
     Args:
         runs: all runs of the sweep.
         folder: the work directory of the sweep.
-        refused: receives the reason, by name, of each run that cannot start with its data or in
-            its folder. It is not recorded in the folder, so the next call tries the run again.
 
     Raises:
         workdir.OtherConfiguration: if another process has begun or finished a run with another
@@ -204,11 +210,11 @@ def finish_runs(runs: list[Run], folder: pathlib.Path, refused: dict[str, str]) 
                 raise
             except (ValueError, FileNotFoundError) as error:
                 _LOG.warning("run %s cannot start: %s", run.name, error)
-                refused[run.name] = str(error)
+                run.refusal = str(error)
                 continue
-            write_table(folder, runs, refused)
+            write_table(folder, runs)
         if claimed and is_first_round:
-            write_table(folder, runs, refused)
+            write_table(folder, runs)
             _LOG.info("waiting for %d runs of other processes", len(claimed))
         if claimed:
             time.sleep(pause)
@@ -246,7 +252,7 @@ def launch(options: argparse.Namespace, runs: list[Run]) -> None:
         settings=options.slurm,
     )
     # Written even if no job ever runs: it lists the unfinished runs.
-    write_table(options.workdir, runs, {})
+    write_table(options.workdir, runs)
     started = ", ".join(f"job {name}" for name in names)
     _LOG.info("started %s; their output is in %s", started, folder)
 
@@ -307,7 +313,7 @@ def summarize(values: list[float]) -> dict:
     }
 
 
-def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
+def summarize_settings(runs: list[Run]) -> list[dict]:
     """Summarizes each setting in one row: all runs that differ in their seed only."""
     groups = defaultdict(list)
     for run in runs:
@@ -319,9 +325,8 @@ def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
         # "cell" is what earlier versions call a setting, for those who read sweep.json.
         row: dict = {"cell": name, "failed": [], "unfinished": []}
         for run in members:
-            # A run that was refused here may have been finished on another machine since.
-            if run.name in refused and not run.is_done:
-                row["failed"].append(f"{run.name}: {refused[run.name]}")
+            if run.is_refused:
+                row["failed"].append(f"{run.name}: {run.refusal}")
             elif run.results.exists():
                 finals.append(files.read_json(run.results)["final"])
             elif run.has_failed:
@@ -337,13 +342,12 @@ def summarize_settings(runs: list[Run], refused: dict[str, str]) -> list[dict]:
     return rows
 
 
-def write_table(folder: pathlib.Path, runs: list[Run], refused: dict[str, str]) -> None:
+def write_table(folder: pathlib.Path, runs: list[Run]) -> None:
     """Writes sweep.json and sweep.md from the results that the runs' folders hold.
 
     Args:
         folder: the work directory of the sweep.
         runs: its runs.
-        refused: the reason, by name, of each run that was refused.
 
     Raises:
         workdir.OtherConfiguration: if another process has finished a run with another
@@ -358,7 +362,7 @@ def write_table(folder: pathlib.Path, runs: list[Run], refused: dict[str, str]) 
             check_record(run)
     check_files(runs)
 
-    rows = summarize_settings(runs, refused)
+    rows = summarize_settings(runs)
     files.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
     header = ["setting", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
@@ -411,25 +415,19 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
     if options.launcher:
         launch(options, runs)
         return
-    refused: dict[str, str] = {}
     try:
-        finish_runs(runs, options.workdir, refused)
+        finish_runs(runs, options.workdir)
     except (workdir.Interrupted, KeyboardInterrupt) as stop:
         # A refusal of the table must not hide that the sweep was stopped; the next call repeats it.
         with contextlib.suppress(ValueError):
-            write_table(options.workdir, runs, refused)
+            write_table(options.workdir, runs)
         if isinstance(stop, workdir.Interrupted):
             raise
         raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
-    for run in runs:
-        # Another machine has finished it since.
-        if run.is_done:
-            refused.pop(run.name, None)
-    if len(refused) == len(runs):
-        first = runs[0].name
-        raise ValueError(f"no run can start; {first}: {refused[first]}")
-    write_table(options.workdir, runs, refused)
-    failed = [run for run in runs if run.has_failed or run.name in refused]
+    if all(run.is_refused for run in runs):
+        raise ValueError(f"no run can start; {runs[0].name}: {runs[0].refusal}")
+    write_table(options.workdir, runs)
+    failed = [run for run in runs if run.has_failed or run.is_refused]
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(runs)} runs failed: see {options.workdir / 'sweep.md'}"

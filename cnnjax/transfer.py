@@ -53,18 +53,16 @@ def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     def run(network: Network, image: jax.Array) -> None:
         """Runs the network and records the parameters that exist by the end of each stage."""
 
-        def record(name):
+        def record(name, y=None):
+            """Records what has been added by the end of a stage, and returns the stage's map."""
             params = flatten_dict(network.variables.get("params", {}))
             heads = () if name == "logits" else AUXILIARY
             paths = {("params", *path) for path in params if path[0] not in heads}
             added[name] = frozenset(paths - seen)
             seen.update(paths)
-
-        def record_stage(name, y):
-            record(name)
             return y
 
-        network(image, replace={name: functools.partial(record_stage, name) for name in stages})
+        network(image, replace={name: functools.partial(record, name) for name in stages})
         record("logits")
 
     eval_shape(nn.init(run, model), jax.random.key(0), image)

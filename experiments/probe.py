@@ -127,7 +127,7 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
                 yield batch
                 advance(len(batch))
 
-        return evaluate.predict(
+        features = evaluate.predict_batches(
             parallel,
             model,
             variables,
@@ -136,6 +136,7 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
             batch_size=_BATCH,
             output=on_resized(size),
         )
+        return np.concatenate([*features])
 
 
 def measure(point: Point, options, shared: Shared) -> dict:

@@ -194,29 +194,29 @@ def test_one_program_of_many_networks_is_each_of_them(way):
         (np.full(1, 0.3 + 0.1 * number, np.float32), np.full(1, 0.2 + 0.1 * number, np.float32))
         for number in range(3)
     ]
+
+    def predict(variables, moments, output):
+        outputs = evaluate.predict_batches(
+            parallel,
+            model,
+            variables,
+            moments,
+            batches=evaluate.batches_of(images, 16),
+            batch_size=16,
+            output=output,
+        )
+        return np.concatenate([*outputs])
+
     want = np.stack(
         [
-            evaluate.predict(
-                parallel,
-                model,
-                *parallel.replicate((variables, own_moments)),
-                batches=evaluate.batches_of(images, 16),
-                batch_size=16,
-            )
+            predict(*parallel.replicate((variables, own_moments)), evaluate.logits)
             for variables, own_moments in zip(networks, moments)
         ],
         1,
     )
     stacked, (mean, std) = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(networks, moments))
     placed = parallel.replicate((stacked, (mean[:, None, None, None], std[:, None, None, None])))
-    together = evaluate.predict(
-        parallel,
-        model,
-        *placed,
-        batches=evaluate.batches_of(images, 16),
-        batch_size=16,
-        output=combine.member_logits(evaluate.logits),
-    )
+    together = predict(*placed, combine.member_logits(evaluate.logits))
     assert together.shape == (37, 3, 10) and np.abs(want[:, 0] - want[:, 1]).max() > 0.01
     np.testing.assert_allclose(together, want, rtol=1e-6, atol=1e-6)
 

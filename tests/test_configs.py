@@ -266,7 +266,8 @@ def test_the_comparison_has_the_failures_of_the_sweeps_table(tmp_path):
         failed.folder.mkdir(parents=True)
         failed.failure.write_text('{"error": "the loss is not finite at step 3"}')
     swept[0].results.write_text(json.dumps(run))
-    sweep.write_table(folder, swept, {"seed=2": "batch_size=100 is more than the 50 images"})
+    swept[2].refusal = "batch_size=100 is more than the 50 images"
+    sweep.write_table(folder, swept)
     (row,) = mlp_vs_convnet.compare(tmp_path)
     assert row["n"] == 1 and row["failed"] == [
         "seed=1: the loss is not finite at step 3",

@@ -192,6 +192,14 @@ def test_wrong_schedules(schedule, message):
         settings(schedule)
 
 
+def test_the_plateau_rule_has_the_settings_of_its_schedule():
+    schedule = {"name": "plateau", "learning_rate": 0.5, "factor": 0.25, "patience": 2}
+    rule = Plateau.of(settings(schedule))
+    assert (rule.rate, rule.factor, rule.patience, rule.mode) == (0.5, 0.25, 2, "min")
+    with pytest.raises(ValueError, match="schedule.factor=1.0 is not between 0 and 1"):
+        Plateau.of(settings(schedule) | {"factor": 1.0})
+
+
 @pytest.mark.parametrize("case", range(len(GOLDEN["plateaus"])))
 def test_plateau_decides_as_pytorch_and_resumes_anywhere(case):
     case = GOLDEN["plateaus"][case]

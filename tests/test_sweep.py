@@ -355,7 +355,7 @@ def test_errors_that_only_some_runs_have_are_not_averaged(tmp_path):
         {"final": {"test_error": 0.75}},
     )
     for order in (runs, runs[::-1]):
-        (row,) = sweep.summarize_settings(order, {})
+        (row,) = sweep.summarize_settings(order)
         assert row["test_error"]["mean"] == 0.5 and "validation_error" not in row
 
 

@@ -32,7 +32,7 @@ from cnnjax.models.googlenet import sow_logits
 from cnnjax.models.small import SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
 from cnnjax.runtime import backend, claims, files, workdir
-from cnnjax.train import adopt, defaults, evaluate, loop, step
+from cnnjax.train import adopt, defaults, evaluate, loop, schedules, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
@@ -418,7 +418,7 @@ def test_predictions_run_the_same_three_ways(way):
         (evaluate.logits, logits(variables, x)),
         (evaluate.averaged(2), jnp.log((upright + mirrored) / 2)),
     ):
-        predicted = evaluate.predict(
+        predicted = evaluate.predict_batches(
             parallel,
             model,
             placed,
@@ -427,7 +427,7 @@ def test_predictions_run_the_same_three_ways(way):
             batch_size=16,
             output=output,
         )
-        np.testing.assert_allclose(predicted, want, atol=1e-5)
+        np.testing.assert_allclose(np.concatenate([*predicted]), want, atol=1e-5)
 
 
 class LastPixel(Network):
@@ -753,6 +753,20 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
         del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path).final_weights == "last"
+
+
+@pytest.mark.parametrize("name", schedules.NAMES)
+def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs(name):
+    shorter = defaults.get_config()
+    shorter.epochs = 5
+    shorter.schedule.update(name=name, learning_rate=0.5, warmup_epochs=0.5, every=2)
+    longer = shorter.copy_and_resolve_references()
+    longer.epochs = 8
+    rates = [schedules.learning_rates(run.schedule, 10, run.epochs) for run in (shorter, longer)]
+    are_equal = np.array_equal(rates[0], rates[1][:50])
+    recorded = [json.loads(json.dumps(run.to_dict())) for run in (shorter, longer)]
+    assert adopt._is_longer(recorded[0], longer) == are_equal == (name != "cosine")
+    assert not adopt._is_longer(recorded[1], shorter)
 
 
 @pytest.mark.slow

@@ -71,8 +71,8 @@ def run(
     check_data(configs, data, first)
     members: list[Member] = []
     ema = None
-    for path, config in configs.items():
-        of_run, ema = read_members(path, complete(config), method)
+    for path in configs:
+        of_run, ema = read_members(path, method)
         members += of_run
     names = [str(path) for path in configs]
     networks = Networks(first, members, data)
@@ -173,7 +173,7 @@ class Networks:
     def logits(self, member: Member, images: np.ndarray, output: Callable) -> np.ndarray:
         """Computes a member's outputs, or those of `self.all` by `member_logits`."""
         variables, moments = self.parallel.replicate((member.variables, member.moments))
-        return evaluate.predict(
+        outputs = evaluate.predict_batches(
             parallel=self.parallel,
             model=self.model,
             variables=variables,
@@ -182,6 +182,7 @@ class Networks:
             batch_size=self.batch_size,
             output=output,
         )
+        return np.concatenate([*outputs])
 
     def average(self, numbers: Sequence[int], weights=None, params=None) -> Member:
         """Averages some members, with BatchNorm statistics estimated for the average.
@@ -235,7 +236,7 @@ class Networks:
           averaged: the network that is the combination; None for the ensemble of all members.
           split: "validation" or "test".
           mean_of: as in `ensemble_logits`.
-          output: what to compute with a network, as in `evaluate.predict`.
+          output: what to compute with a network, as in `evaluate.predict_batches`.
         """
         images, labels = getattr(self.data, split)
         # [batch, members, classes]

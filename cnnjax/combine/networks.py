@@ -20,7 +20,7 @@ from cnnjax.transfer import Path
 
 @functools.cache
 def member_logits(output: Callable) -> Callable:
-    """Returns a function that computes all members' outputs, for `evaluate.predict`.
+    """Returns a function that computes all members' outputs, for `predict_batches`.
 
     Args:
       output: what to compute for one member, a function of (model, variables, images), such as

@@ -194,9 +194,7 @@ def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.Co
             )
 
 
-def read_members(
-    folder: pathlib.Path, config: ml_collections.ConfigDict, method: str
-) -> tuple[list[Member], dict | None]:
+def read_members(folder: pathlib.Path, method: str) -> tuple[list[Member], dict | None]:
     """Reads a run's network as it was scored; for a method of one run, that of every checkpoint.
 
     Returns:
@@ -209,7 +207,7 @@ def read_members(
     trained = open_run(folder)
     if method not in OF_ONE_RUN:
         return [Member(str(folder), trained.variables, trained.moments)], None
-    steps, states = _read_checkpoints(folder, config, method, trained)
+    steps, states = _read_checkpoints(folder, method, trained)
     members = []
     for number, state in zip(steps, states):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -218,9 +216,10 @@ def read_members(
 
 
 def _read_checkpoints(
-    folder: pathlib.Path, config: ml_collections.ConfigDict, method: str, trained: TrainedRun
+    folder: pathlib.Path, method: str, trained: TrainedRun
 ) -> tuple[list[int], list[step.State]]:
     """Reads the steps and the states of the checkpoints that a method combines."""
+    config = trained.config
     recipe = build_recipe(config, trained.model)
     numbers = build_numbers(config)
     like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))

@@ -6,7 +6,6 @@ import os
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from cnnjax.models import list_models
 from cnnjax.models.base import name_with_file
@@ -14,7 +13,6 @@ from cnnjax.runtime import backend, files, workdir
 from cnnjax.train import defaults
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.run import find_network
-from cnnjax.train.schedules import learning_rates
 from cnnjax.train.training import build_run
 
 _LOG = logging.getLogger("cnnjax")
@@ -158,12 +156,9 @@ def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
 
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     """Tells whether a run only has more epochs, at the same learning rates so far."""
-    if _differences(recorded, config) != {"epochs"} or recorded["epochs"] >= config.epochs:
-        return False
-    # The comparison does not depend on the number of steps in an epoch, here 10.
-    shorter = learning_rates(config.schedule, 10, recorded["epochs"])
-    longer = learning_rates(config.schedule, 10, config.epochs)
-    return np.array_equal(shorter, longer[: len(shorter)])
+    has_more = _differences(recorded, config) == {"epochs"} and recorded["epochs"] < config.epochs
+    # Cosine's rates depend on the number of epochs.
+    return has_more and config.schedule.name != "cosine"
 
 
 def _was_finished(folder: pathlib.Path) -> bool:

@@ -75,8 +75,9 @@ class NotWritten(RuntimeError):
 class _SmallestMetric:
     """Preserves the checkpoint of the smallest metric; the first one, if several have it.
 
-    orbax's own policy knows the metrics of its process only, and would delete the best checkpoint
-    of a run that was resumed.
+    orbax's own policy, `BestN`, ranks by what orbax itself writes of metrics, which it does only if
+    `best_fn` is set. Here the metric is in the header of a checkpoint. So `BestN` would not know
+    those of existing work directories, and would delete their best checkpoint or keep all of them.
 
     Attributes:
       metrics: the metric of every checkpoint that has one, by step.
@@ -85,14 +86,10 @@ class _SmallestMetric:
     def __init__(self):
         self.metrics: dict[int, float] = {}
 
-    def choose(self, steps: list[int]) -> int | None:
-        """Chooses the step of the smallest metric; None if none of them has one."""
-        measured = [step for step in steps if step in self.metrics]
-        return min(measured, key=self.metrics.__getitem__, default=None)
-
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Tells orbax which checkpoints to keep."""
-        best = self.choose([info.step for info in checkpoints])
+        measured = [info.step for info in checkpoints if info.step in self.metrics]
+        best = min(measured, key=self.metrics.__getitem__, default=None)
         return [info.step == best for info in checkpoints]
 
 
@@ -294,20 +291,3 @@ class Checkpoints:
         if steps:
             _LOG.warning("no checkpoint was ever written to its end: starting from the beginning")
         return None
-
-    def restore_best(self, like):
-        """Reads the checkpoint of the smallest metric among those that are not damaged.
-
-        Args:
-          like: a tree of the state's structure, shapes and dtypes.
-
-        Returns:
-          The step, the state (host arrays) and the record.
-
-        Raises:
-          ValueError: if no such checkpoint has a metric.
-        """
-        best = self._best.choose(self.steps())
-        if best is None:
-            raise ValueError(f"no checkpoint in {self.folder} has a metric")
-        return best, *self.restore_step(best, like)

@@ -56,7 +56,7 @@ class TrainingData(Protocol):
         *,
         recipe: step.Recipe,
         numbers: step.Numbers,
-        rates: np.ndarray,
+        constants: step.Constants,
         state: step.State,
         steps: range,
     ) -> tuple[step.State, int]:
@@ -65,7 +65,7 @@ class TrainingData(Protocol):
         Args:
           recipe: what a step is.
           numbers: its numbers.
-          rates: the learning rates of all steps of the run.
+          constants: what all steps of the run share, replicated.
           state: the replicated state before the first of the steps; its memory is reused.
           steps: the steps to take, all of one epoch.
 
@@ -200,7 +200,6 @@ class Resident:
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.digest = digest_arrays(train, validation)
         self.moments = moments_of(config, *arrays.normalization(train.images))
-        self._placed_moments = parallel.replicate(self.moments)
         # A device may report only later that it has no room.
         self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
         self._epoch: int | None = None
@@ -208,7 +207,7 @@ class Resident:
         # The seconds that a step took in the last calls.
         self._step_seconds: list[float] = []
 
-    def advance(self, *, recipe, numbers, rates, state, steps):
+    def advance(self, *, recipe, numbers, constants, state, steps):
         batch_size = self._config.batch_size
         epoch = steps.start // (self.n_train // batch_size)
         if self._epoch != epoch:
@@ -221,7 +220,7 @@ class Resident:
         call_began = time.monotonic()
         state = take_steps(
             state,
-            step.Constants(moments=self._placed_moments, rates=rates),
+            constants,
             step.Images(images=images, labels=labels, order=self._order),
             numbers,
             np.int32(stop),
@@ -265,7 +264,6 @@ class Streamed:
         uses = [use for use in ("train", "validation") if use in self._sources]
         self.digest = files.digest({use: self._sources[use].digest() for use in uses})
         self.moments = moments_of(config, *augment.IMAGENET)
-        self._placed_moments = parallel.replicate(self.moments)
         self._batches: Iterator | None = None
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()
@@ -286,7 +284,7 @@ class Streamed:
             skip_damaged=config.skip_damaged,
         )
 
-    def advance(self, *, recipe, numbers, rates, state, steps):
+    def advance(self, *, recipe, numbers, constants, state, steps):
         if self._batches is None:
             batches = self._training_batches(steps.start)
             self._batches = stream.iterate(batches, self._config.workers)
@@ -295,7 +293,7 @@ class Streamed:
             self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
         state = step.streamed_step(self._parallel, recipe)(
             state,
-            step.Constants(moments=self._placed_moments, rates=rates),
+            constants,
             self._parallel.share((images, labels)),
             numbers,
             np.int32(self.n_train // self._config.batch_size),

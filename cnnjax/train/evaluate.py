@@ -126,33 +126,6 @@ def predict_batches(
         raise failure
 
 
-def predict(
-    parallel: Parallel,
-    model: Network,
-    variables,
-    moments,
-    *,
-    batches: Iterable[UInt8[np.ndarray, "batch height width channels"]],
-    batch_size: int,
-    output: Callable = logits,
-) -> Shaped[np.ndarray, "n ..."]:
-    """Runs a frozen network over images; arguments as `predict_batches`.
-
-    Returns:
-      The output of every image, in order.
-    """
-    outputs = predict_batches(
-        parallel,
-        model,
-        variables,
-        moments,
-        batches=batches,
-        batch_size=batch_size,
-        output=output,
-    )
-    return np.concatenate([*outputs])
-
-
 def class_probabilities(
     logits: Float[AnyArray, "*images classes"], multi_label: bool
 ) -> Float[np.ndarray, "*images classes"]:

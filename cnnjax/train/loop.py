@@ -5,6 +5,7 @@ directory stopped, bit for bit.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import pathlib
@@ -17,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from cnnjax.runtime import backend, files, signals, workdir
-from cnnjax.train import report, results, step
+from cnnjax.train import report, results, schedules, step
 from cnnjax.train.adopt import adopt_changes, complete_record, is_equivalent
 from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
@@ -67,7 +68,9 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     every = config.checkpoint_every_steps
     total = len(current.rates)
     history = results.History(folder)
-    plateau = Plateau.of(config.schedule) if config.schedule.name == "plateau" else None
+    plateau = None
+    if config.schedule.name == "plateau":
+        plateau = Plateau.of(schedules.settings(config.schedule))
 
     with (
         _collect_signals() as received,
@@ -107,7 +110,9 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _check_processes(current, origin)
         state = parallel.replicate(state)
         scale = 1.0
-        rates = parallel.replicate(current.rates)
+        constants = parallel.replicate(
+            step.Constants(moments=current.data.moments, rates=current.rates)
+        )
         epoch_began = time.monotonic() - epoch_seconds
         stop_signal = 0
         if steps_done < total:
@@ -118,13 +123,14 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             if plateau and plateau.scale != scale:
                 scale = plateau.scale
                 rates = parallel.replicate(current.rates * np.float32(scale))
+                constants = dataclasses.replace(constants, rates=rates)
             # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
             epoch_end = steps_done - steps_done % per_epoch + per_epoch
             next_checkpoint = steps_done - steps_done % every + every
             state, steps_done = current.data.advance(
                 recipe=current.recipe,
                 numbers=current.numbers,
-                rates=rates,
+                constants=constants,
                 state=state,
                 steps=range(steps_done, min(epoch_end, next_checkpoint)),
             )
@@ -169,7 +175,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         else:
             chosen = choose_weights(config, history, checkpoints)
         if chosen["step"] != steps_done:
-            state = parallel.replicate(checkpoints.restore_best(like)[1])
+            state = parallel.replicate(checkpoints.restore_step(chosen["step"], like)[0])
     # A signal may have come while the last checkpoint was written.
     if number := stop_signal or (received[0] if received else 0):
         raise workdir.Interrupted(
@@ -291,15 +297,14 @@ def choose_weights(
     last = history.entries[-1]
     best = history.best()
     chosen = last
+    reason = "the end of training"
     if config.final_weights == "best" and best is not None:
-        chosen = best
-        if best is not last and best["step"] not in checkpoints.steps():
+        if best is last or best["step"] in checkpoints.steps():
+            chosen = best
+            reason = "the smallest validation error"
+        else:
             _LOG.warning("the checkpoint of the best epoch is damaged: the last weights are kept")
-            chosen = last
     _LOG.info("weights of epoch %d of %d are kept", chosen["epoch"], last["epoch"])
-    reason = "the smallest validation error"
-    if config.final_weights == "last" or chosen is not best:
-        reason = "the end of training"
     return {"epoch": chosen["epoch"], "step": chosen["step"], "chosen_by": reason}
 
 

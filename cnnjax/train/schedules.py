@@ -50,7 +50,7 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
 
 
 def _check_plateau(complete: dict) -> None:
-    _build_plateau(complete)
+    Plateau.of(complete)
     metric = complete["metric"]
     mode = complete["mode"]
     if _MODES.get(metric) != mode:
@@ -177,9 +177,10 @@ class Plateau:
         self.cooling = 0
 
     @classmethod
-    def of(cls, schedule: Mapping | ml_collections.ConfigDict) -> "Plateau":
-        """Builds the rule from a schedule's settings; raises `ValueError` if they are wrong."""
-        return _build_plateau(settings(schedule))
+    def of(cls, complete: dict) -> "Plateau":
+        """Builds the rule from what `settings` returns; raises `ValueError` for wrong values."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: complete[name] for name in names})
 
     @property
     def scale(self) -> float:
@@ -230,8 +231,3 @@ class Plateau:
         self.cooling = state["cooling"]
         if state["best"] is not None:
             self.best = state["best"]
-
-
-def _build_plateau(complete: dict) -> Plateau:
-    fields = [field.name for field in dataclasses.fields(Plateau)]
-    return Plateau(**{name: complete[name] for name in fields})

@@ -11,7 +11,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.nn import global_avg_pool
-from cnnjax.train import step
+from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
 _TEST_BATCH = 200
@@ -90,8 +90,7 @@ def pooled_features(
     *_, last_stage, _ = transfer.stage_paths(model)
     variables = jax.device_put(variables)
     parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
+    for batch in evaluate.batches_of(images, batch_size):
         parts.append(_pooled(model, variables, batch, last_stage))
     return np.concatenate(parts)
 

@@ -146,7 +146,7 @@ class Training:
                 label_batches.append(labels)
                 yield images
 
-        outputs = evaluate.predict(
+        output_batches = evaluate.predict_batches(
             parallel=self.parallel,
             model=self.model,
             variables=state.evaluated(),
@@ -155,6 +155,7 @@ class Training:
             batch_size=self.config.batch_size,
             output=evaluate.averaged(views),
         )
+        outputs = np.concatenate([*output_batches])
         labels = np.concatenate(label_batches)
         scores = evaluate.score(self.config.loss, outputs, labels)
         for name, value in scores.items():
