@@ -447,9 +447,8 @@ def test_a_network_of_a_file_names_files():
     assert first != second
 
 
-def test_an_edited_network_of_finished_points_is_named(example, tmp_path, caplog):
+def test_an_edited_network_of_finished_points_is_named(example, tmp_path, capfd):
     """Points of the network before and after would be averaged."""
-    caplog.set_level("WARNING", "cnnjax")
     file = tmp_path / "own.py"
     file.write_text("# before")
     place = tmp_path / "run"
@@ -462,17 +461,14 @@ def test_an_edited_network_of_finished_points_is_named(example, tmp_path, caplog
     command = ["--workdir", str(place), "--seeds"]
     assert changed.main([*command, "2"]) == 0
     assert changed.main([*command, "3"]) == 0
-    assert not caplog.messages
+    assert "has changed" not in capfd.readouterr().err
 
     file.write_text("# after")
     assert changed.main([*command, "4"]) == 0
-    (message,) = caplog.messages
-    assert message == (
-        f"{file} has changed since points were measured; the results may mix two networks"
-    )
+    message = f"{file} has changed since points were measured; the results may mix two networks"
+    assert capfd.readouterr().err.count(message) == 1
 
     # A report needs no network, and earlier versions recorded no digests.
-    caplog.clear()
     file.unlink()
     assert changed.main([*command, "4"]) == 0
     file.write_text("# again")
@@ -481,7 +477,7 @@ def test_an_edited_network_of_finished_points_is_named(example, tmp_path, caplog
         del result["networks"]
         files.write_json(path, result)
     assert changed.main([*command, "4"]) == 0
-    assert not caplog.messages
+    assert "has changed" not in capfd.readouterr().err
 
 
 def test_results_are_selected_by_their_fields():
