@@ -135,7 +135,7 @@ def avg_pool(
         mean = total / jnp.asarray(inside, total.dtype)[None, :, :, None]
     else:
         mean = total / (size[0] * size[1])
-    return mean.astype(jnp.result_type(x))
+    return jnp.asarray(mean, jnp.result_type(x))
 
 
 def _widened(x):

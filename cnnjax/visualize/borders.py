@@ -30,10 +30,10 @@ def equivariance_error(
     # No fill changes the stride. Under 'none', an image of the publication's size, in which fields
     # are traced, may be too small for a stage that these images reach.
     down, right = receptive_field(model.clone(padding="zeros"), stage).step
-    late = activations(model, variables, images[:, down:, right:], stage)
-    early = activations(model, variables, images[:, :-down, :-right], stage)
-    late = np.asarray(late, np.float64)[:, :-1, :-1]
-    early = np.asarray(early, np.float64)[:, 1:, 1:]
+    late = np.asarray(activations(model, variables, images[:, down:, right:], stage), np.float64)
+    early = np.asarray(activations(model, variables, images[:, :-down, :-right], stage), np.float64)
+    late = late[:, :-1, :-1]
+    early = early[:, 1:, 1:]
     if not early.size:
         raise ValueError(
             f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of "

@@ -16,7 +16,7 @@ from cnnjax.runtime.types import AnyArray
 Widths = tuple[tuple[int, int], ...]
 
 
-def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> AnyArray:
     """Sums each window as a sum of shifted views.
 
     The plain form is `lax.reduce_window`.
@@ -27,7 +27,7 @@ def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def max_windows(
     x: AnyArray, size: tuple[int, int], stride: tuple[int, int], widths: Widths
-) -> jax.Array:
+) -> AnyArray:
     """Takes the maximum of each window as a maximum of shifted views.
 
     `widths` is the border of each axis, (low, high); it never wins.
