@@ -71,7 +71,7 @@ def published(
         classes=records.imagenet_classes(),
         multi_label=False,
         read=lambda file: resize_and_crop(open_rgb(file), resized),
-        moments=(np.asarray(imagenet.MEAN, np.float32), np.asarray(imagenet.STD, np.float32)),
+        moments=imagenet.MOMENTS,
         load=lambda: load_pretrained(name, tag=record.tag, path=path),
     )
 

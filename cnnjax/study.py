@@ -7,7 +7,8 @@ the report. The frame does what all studies share:
 - Each point's result is a JSON file in `points/` of the work directory. After Ctrl-C, the same
   command measures what is missing.
 - The work directory belongs to one set of options, and to the contents of the files that they
-  name; a call with others is refused, and so is a second process.
+  name; a call with others is refused, and so is a second process. If the file of a user's network
+  (FILE.py:NAME) has changed since a point was measured, a call logs a warning.
 - The report is written from the results alone, and printed. The frame adds the environment that
   measured them.
 
@@ -96,8 +97,10 @@ A complete study, one file in `experiments/`:
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -109,12 +112,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax.data import photographs
+from cnnjax.models.base import digest_network
 from cnnjax.runtime import backend, command, files, tables, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.report import describe_environments
 from cnnjax.transfer import WEIGHTS
 
+_LOG = logging.getLogger("cnnjax")
 Options = argparse.Namespace
 # Options that do not change any number.
 _PLACES = ("workdir", "data_dir", "debug")
@@ -219,6 +224,7 @@ class Study:
     ) -> list[dict]:
         """Measures the points whose files are missing; returns the results of all points."""
         shared: tuple = ()
+        _warn_of_edits(paths, options)
         # A report alone may be written where the data and the weights are not.
         if self.load and not all(path.exists() for path in paths.values()):
             shared = (self.load(options),)
@@ -306,7 +312,10 @@ class Study:
         return {}
 
     def _result(self, point: NamedTuple, options: Options, *shared) -> dict:
-        return point._asdict() | self.measure(point, options, *shared)
+        # Before the measurement, which may take hours.
+        networks = _digest_networks(point, options)
+        result = point._asdict() | self.measure(point, options, *shared)
+        return result | {"networks": networks} if networks else result
 
     def _write(self, folder: pathlib.Path, results: list[dict], report: Report) -> None:
         files.write_json(folder / self.results, results)
@@ -389,6 +398,35 @@ def _digest_weights(path: pathlib.Path) -> str:
         # What reads it tells why.
         return _ABSENT
     return f"SHA-256 {sha256(file)[:16]}"
+
+
+def _digest_networks(point: NamedTuple, options: Options) -> dict[str, str]:
+    """Hashes the files of the user's own networks that a point or an option names, by name."""
+    digests = {}
+    for value in (*point, *vars(options).values()):
+        # A report alone may be written where the networks' files are not.
+        with contextlib.suppress(OSError):
+            if isinstance(value, str) and (digest := digest_network(value)):
+                digests[value] = digest
+    return digests
+
+
+def _warn_of_edits(paths: dict[NamedTuple, pathlib.Path], options: Options) -> None:
+    """Logs a warning for each user's network whose file has changed since a point was measured.
+
+    Points of earlier versions recorded no digests.
+    """
+    edited = set()
+    for point, path in paths.items():
+        digests = _digest_networks(point, options)
+        if digests and path.exists():
+            recorded = files.read_json(path).get("networks", {})
+            edited |= {name for name, now in digests.items() if recorded.get(name, now) != now}
+    for name in sorted(edited):
+        _LOG.warning(
+            "%s has changed since points were measured; the results may mix two networks",
+            name.rpartition(":")[0],
+        )
 
 
 def _check_distinct(points: list[NamedTuple]) -> None:

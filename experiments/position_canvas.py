@@ -4,9 +4,10 @@
         [--seeds 3] [--paddings zeros ...]
 
 After Islam et al. 2021, arXiv 2101.12322. A CIFAR-10 image lies in one of the 3x3 cells of a 96x96
-canvas that is black, white or of CIFAR-10's mean color. A network of four strided convolutions and
-a global average is trained to name the cell or, on the first canvas only, the object. Convolutions
-and a global average alone cannot tell the cell, so accuracy above chance comes from the border.
+canvas that is black, white or of ImageNet's mean color, which normalization turns into zero. A
+network of four strided convolutions and a global average is trained to name the cell or, on the
+first canvas only, the object. Convolutions and a global average alone cannot tell the cell, so
+accuracy above chance comes from the border.
 Finished networks are not trained again. Writes report.md, canvas.json and canvas.png.
 """
 

@@ -5,6 +5,7 @@ import functools
 import json
 
 import flax.linen as nn
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -43,6 +44,17 @@ def test_registered_stages_show_the_same_pixels(monkeypatch):
     np.testing.assert_allclose(pixels["registered"][:, 1], np.linspace(5, 217, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 0], np.linspace(1, 221, 28), atol=0.01)
     np.testing.assert_allclose(pixels["corners"][:, 1], np.linspace(5, 217, 28), atol=0.01)
+
+
+def test_registered_stages_may_need_images_larger_than_the_publication_s(monkeypatch):
+    monkeypatch.setattr(encoder, "normalize", lambda images, pixels: images / 255)
+    # Its own image of 8 pixels leaves no position of the stage "b", which sees 11.
+    model = Averages(input_shape=(8, 8, 3))
+    ramp = np.broadcast_to(np.arange(224, dtype=np.uint8)[:, None], (1, 224, 224, 3))
+    variables = Averages().init(jax.random.key(0), ramp.astype(np.float32))
+    features = encoder.encode(model, variables, ramp, ("a", "b"), is_registered=True)
+    np.testing.assert_allclose(255 * features[0, 0, :, 1], np.linspace(5, 217, 28), atol=0.01)
+    np.testing.assert_allclose(features[..., 0], features[..., 1], atol=1e-4)
 
 
 def test_fewer_images_than_photographs_are_nested_random_choices():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import PIL.Image
 import pytest
 from quick import exit_code
 
@@ -19,7 +20,7 @@ from cnnjax.inspect import Window, receptive_fields, windows
 from cnnjax.models import base, create_model
 from cnnjax.models.mobilenet import MobileNetV2
 from cnnjax.nn import Conv, max_pool
-from cnnjax.position import encoder, patterns
+from cnnjax.position import encoder, patterns, subjects
 from cnnjax.position.encoder import normalize, registered, stage_shapes
 from experiments import position_patterns, position_quadrant
 
@@ -131,6 +132,10 @@ def test_the_difference_is_zero_where_the_padding_is_what_surrounds_the_crop(tin
     assert differences(model, variables, flat, size, "zeros")["layer4"].any()
 
 
+def rms(strength):
+    return np.sqrt(np.square(strength.pattern).mean())
+
+
 def test_strength_finds_what_was_put_in():
     rng = np.random.default_rng(0)
     inside = rng.standard_normal((400, 9, 9, 5)).astype(np.float32)
@@ -138,7 +143,7 @@ def test_strength_finds_what_was_put_in():
     pattern[0] = 2.0
     noise = rng.standard_normal(inside.shape).astype(np.float32)
     pure = patterns.strength(inside + pattern + 1e-6 * noise, inside)
-    assert pure.shared == pytest.approx(1, abs=1e-5) and pure.rms == pytest.approx(2 / 3, rel=1e-2)
+    assert pure.shared == pytest.approx(1, abs=1e-5) and rms(pure) == pytest.approx(2 / 3, rel=1e-2)
     assert pure.mae == pytest.approx(2 / 9 / np.sqrt(2 / np.pi), rel=1e-2)
     assert (
         pure.pattern[0] == pytest.approx(np.full(9, 2.0), rel=1e-2)
@@ -154,8 +159,8 @@ def test_strength_finds_what_was_put_in():
     half = patterns.strength(inside + pattern + 2 / 3 * noise, inside)
     assert half.shared == pytest.approx(0.5, abs=0.01)
     shrunk = patterns.strength(1e-25 * (inside + pattern), 1e-25 * inside)
-    assert shrunk.rms == pytest.approx(2 / 3, rel=1e-2)
-    assert patterns.strength(inside, inside)[:4] == (0, 0, 0, 0)
+    assert rms(shrunk) == pytest.approx(2 / 3, rel=1e-2)
+    assert patterns.strength(inside, inside)[:3] == (0, 0, 0)
     with pytest.raises(ValueError, match="of 2 images or more"):
         patterns.strength(inside[:1], inside[:1])
 
@@ -334,7 +339,19 @@ def test_unequal_strides_are_refused():
     with pytest.raises(ValueError, match=message):
         patterns.margin(model, "wide", 16)
     with pytest.raises(ValueError, match="stage='wide' has a receptive field that differs"):
-        registered(model, ("wide",), [16])
+        registered(model, ("wide",), 16)
+
+
+def test_a_network_without_a_margin_shows_whole_crops(tmp_path):
+    """Crops are as large as the photographs that they are cut out of."""
+    paths = []
+    for number, image in enumerate(images(32, count=2)):
+        paths.append(tmp_path / f"{number}.png")
+        PIL.Image.fromarray(image).save(paths[-1])
+    subject = subjects.Subject("tutorial_net", 32, None, ())
+    assert subject.margin == 0
+    inside = subjects.look_inside(subject, 0, tuple(paths))
+    np.testing.assert_array_equal(inside.crop, images(32, count=2))
 
 
 class Beside(base.Network):

@@ -447,6 +447,39 @@ def test_a_network_of_a_file_names_files():
     assert first != second
 
 
+def test_an_edited_network_of_finished_points_is_named(example, tmp_path, capfd):
+    """Points of the network before and after would be averaged."""
+    file = tmp_path / "own.py"
+    file.write_text("# before")
+    place = tmp_path / "run"
+    changed = dataclasses.replace(
+        example.STUDY,
+        points=lambda options: [Point(f"{file}:Own", 0.5, n) for n in range(options.seeds)],
+        measure=lambda point, options: {"error": 1.0},
+        report=lambda results, options: study.Report("", {}),
+    )
+    command = ["--workdir", str(place), "--seeds"]
+    assert changed.main([*command, "2"]) == 0
+    assert changed.main([*command, "3"]) == 0
+    assert "has changed" not in capfd.readouterr().err
+
+    file.write_text("# after")
+    assert changed.main([*command, "4"]) == 0
+    message = f"{file} has changed since points were measured; the results may mix two networks"
+    assert capfd.readouterr().err.count(message) == 1
+
+    # A report needs no network, and earlier versions recorded no digests.
+    file.unlink()
+    assert changed.main([*command, "4"]) == 0
+    file.write_text("# again")
+    for path in (place / "points").iterdir():
+        result = read(path)
+        del result["networks"]
+        files.write_json(path, result)
+    assert changed.main([*command, "4"]) == 0
+    assert "has changed" not in capfd.readouterr().err
+
+
 def test_results_are_selected_by_their_fields():
     results = [
         {"name": "a", "seed": 0, "scores": [1, 2]},

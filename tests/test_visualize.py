@@ -20,7 +20,7 @@ import quick
 from cnnjax import classifier, predict, summary, visualize
 from cnnjax.data import photographs
 from cnnjax.models import Network, create_model
-from cnnjax.models.small import SmallResNet
+from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import FILLS, Conv, Dense, global_avg_pool, max_pool, relu, relu_rule
 from cnnjax.runtime import files, workdir
 from cnnjax.train.run import open_run
@@ -414,6 +414,14 @@ def test_equivariance_error_by_padding(fill):
     assert len(error) == {"none": 10, "full": 14}.get(fill, 12)
     assert (error[: BORDER[fill]] > 0.01).all()
     assert fill == "interpolate" or (error[BORDER[fill] :] < 1e-6).all()
+
+
+def test_a_stage_that_only_larger_images_reach_is_compared():
+    """Without padding, nothing is left of an image of the publication's 8 pixels."""
+    model = SmallConvNet(padding="none", input_shape=(8, 8, 3), layers=((2, 2), (2, 2), (2, 2)))
+    variables = quick.variables(model.clone(padding="zeros"))
+    error = visualize.equivariance_error(model, variables, quick.normal(0, 1, 40, 40, 3), "conv3")
+    assert (error < 1e-5).all()
 
 
 @pytest.mark.slow

@@ -69,6 +69,14 @@ def test_json_has_no_nan(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_json_holds_what_is_converted_to_it(tmp_path):
+    value = {"rows": [np.arange(2), (np.float32(0.5), np.int64(3))], "name": None}
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        files.write_json(tmp_path / "a.json", value)
+    files.write_json(tmp_path / "a.json", value, default=lambda array: array.tolist())
+    assert files.read_json(tmp_path / "a.json") == {"rows": [[0, 1], [0.5, 3]], "name": None}
+
+
 def test_the_environments_of_a_run_started_several_times_are_all_recorded(tmp_path, monkeypatch):
     file = tmp_path / "environment.json"
 

@@ -51,13 +51,14 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
     model = create_model(name, dtype=dtype)
     batches = _random_batches(batch, model.input_shape, min(10, model.num_classes))
     images, labels = (part[0] for part in batches)
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    # Without the auxiliary logits that a network such as GoogLeNet leaves.
+    initial = jax.jit(model.init)(jax.random.key(0), images[:1])
+    variables = {"params": initial["params"], "batch_stats": initial.get("batch_stats", {})}
     optimizer = optax.sgd(cases.RATE, momentum=cases.MOMENTUM)
     step = _make_step(model, optimizer)
-    params = variables["params"]
-    stats = variables.get("batch_stats", {})
-    # A copy of the parameters, since steps consume their state.
-    state = [jax.tree.map(jnp.copy, params), stats, jax.jit(optimizer.init)(params)]
+    # Copies, since steps consume their state.
+    params, stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
+    state = [params, stats, jax.jit(optimizer.init)(params)]
 
     key = jax.random.key(1)
 
@@ -65,7 +66,6 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
     lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*state, images, labels, key)
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    variables = {"params": params, "batch_stats": jax.tree.map(jnp.copy, stats)}
 
     def one_by_one(n):
         for _ in range(n):

@@ -13,7 +13,6 @@ import functools
 import os
 import threading
 import traceback
-from collections.abc import Iterator
 from ctypes import POINTER, c_int, c_int64, c_size_t, c_void_p
 
 import flax.linen as nn
@@ -411,8 +410,6 @@ def _replace(next_method, arguments, options, context):
     return add_bias(y, layer.get_variable("params", "bias")) if layer.use_bias else y
 
 
-@contextlib.contextmanager
-def replaced() -> Iterator[None]:
-    """Traces every convolution of a network as a call of oneDNN."""
-    with nn.intercept_methods(_replace):
-        yield
+def replaced() -> contextlib.AbstractContextManager[None]:
+    """Traces every convolution of a network as a call of oneDNN, within the context."""
+    return nn.intercept_methods(_replace)

@@ -5,7 +5,6 @@ Each image has its own key, so results do not depend on how a batch is divided o
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from cnnjax.data.splits import IGNORED
@@ -20,7 +19,7 @@ _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.583
 FILLS = {"zeros": "constant", "reflect": "reflect"}
 _VIEWS = (1, 2, 10)
 # Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
-IMAGENET = np.array(imagenet.MEAN, np.float32), np.array(imagenet.STD, np.float32)
+IMAGENET = imagenet.MOMENTS
 
 
 def normalize(

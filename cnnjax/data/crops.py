@@ -12,21 +12,20 @@ def resized_window(
     size: tuple[int, int],
     place: tuple[int, int],
     window: int,
-    filter: PIL.Image.Resampling,
 ) -> PIL.Image.Image:
-    """Resizes an image and cuts a square window out of it, in bounded memory.
+    """Resizes an image bilinearly and cuts a square window out of it, in bounded memory.
 
     Args:
       image: any image.
       size: width and height of the resized image.
       place: left and top of the window in the resized image.
       window: the window's side in pixels.
-      filter: Pillow's filter for resizing.
     """
+    bilinear = PIL.Image.Resampling.BILINEAR
     width, height = size
     left, top = place
     if width * height <= _MOST_RESIZED:
-        resized = image.resize(size, filter)
+        resized = image.resize(size, bilinear)
         return resized.crop((left, top, left + window, top + window))
     # A strip of 20,000 x 1 pixels would become 5,120,000 x 256, so only the window is resized. This
     # is not done for all images, since Pillow keeps the box in single precision: some pixels differ
@@ -35,7 +34,7 @@ def resized_window(
     down = image.height / height
     right = min((left + window) * across, image.width)
     bottom = min((top + window) * down, image.height)
-    return image.resize((window, window), filter, box=(left * across, top * down, right, bottom))
+    return image.resize((window, window), bilinear, box=(left * across, top * down, right, bottom))
 
 
 def area_crop(image: PIL.Image.Image, size: int, generator: np.random.Generator) -> PIL.Image.Image:
@@ -83,13 +82,7 @@ def resized_crop(
         top = (height - size) // 2
     else:
         left, top = generator.integers(0, (width - size + 1, height - size + 1)).tolist()
-    return resized_window(
-        image,
-        size=(width, height),
-        place=(left, top),
-        window=size,
-        filter=PIL.Image.Resampling.BILINEAR,
-    )
+    return resized_window(image, size=(width, height), place=(left, top), window=size)
 
 
 def shorter_side(size: int, resize: int) -> int:

@@ -12,11 +12,21 @@ import string
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
 from cnnjax.inspect import located, receptive_fields
 from cnnjax.models.base import Network, create_model, register
-from cnnjax.nn import BatchNorm, Conv, Dense, conv_stride, global_avg_pool, max_pool, relu, sample
+from cnnjax.nn import (
+    BatchNorm,
+    Conv,
+    Dense,
+    conv_stride,
+    global_avg_pool,
+    linear_interpolation,
+    max_pool,
+    relu,
+    sample,
+)
 
 
 class SceneNet(Network):
@@ -80,16 +90,6 @@ def grids(
     return tuple(places)
 
 
-def _bilinear(
-    to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]
-) -> Float[np.ndarray, "to known"]:
-    """Returns the matrix [to, known] of linear interpolation at positions `to`.
-
-    Beyond the first and the last known position, the nearest one counts.
-    """
-    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1)
-
-
 def place(
     x: Float[Array, "batch height width channels"],
     known: tuple[np.ndarray, np.ndarray],
@@ -99,7 +99,8 @@ def place(
 
     Interpolation is bilinear; beyond the map, the nearest position on its edge counts.
     """
-    rows, columns = (jnp.asarray(_bilinear(*axis), x.dtype) for axis in zip(to, known))
+    rows = jnp.asarray(linear_interpolation(to[0], known[0]), x.dtype)
+    columns = jnp.asarray(linear_interpolation(to[1], known[1]), x.dtype)
     # An accelerator would interpolate in TF32 or bfloat16 by default, which have three digits.
     lines = jnp.einsum("ah,nhwc->nawc", rows, x, precision="highest")
     return jnp.einsum("bw,nawc->nabc", columns, lines, precision="highest")

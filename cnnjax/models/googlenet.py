@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from cnnjax.models.base import Network, register
@@ -156,8 +155,7 @@ def normalize_by_half(x):
             f"an input of shape {x.shape} does not have the 3 channels that transform_input=True "
             "converts"
         )
-    mean = np.array(imagenet.MEAN, np.float32)
-    std = np.array(imagenet.STD, np.float32)
+    mean, std = imagenet.MOMENTS
     scale = jnp.asarray(std / 0.5, x.dtype)
     shift = jnp.asarray((mean - 0.5) / 0.5, x.dtype)
     return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(shift, x.shape)

@@ -67,12 +67,11 @@ class Block(nn.Module):
             y = keep(y, stride)
         # At most one convolution of a branch has a stride; under other samplings than 'stride', the
         # skip is sampled above.
-        strides = [conv_stride(stride, self.sampling) for _, _, stride, _ in self.layers]
-        skip_stride = max(strides)
+        stride = max(stride for _, _, stride, _ in self.layers)
+        skip_stride = conv_stride(stride, self.sampling)
         x = fit_to_branch(x, y, skip_stride)
         # As in torchvision. Parameters depend on neither the sampling nor the size of the map.
-        is_strided = any(stride > 1 for _, _, stride, _ in self.layers)
-        if is_strided or x.shape[-1] != y.shape[-1]:
+        if stride > 1 or x.shape[-1] != y.shape[-1]:
             x = conv(y.shape[-1], 1, skip_stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)
         return relu(x + y)

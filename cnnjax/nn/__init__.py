@@ -11,7 +11,7 @@ from cnnjax.nn.lowering import lowering
 from cnnjax.nn.norm import BatchNorm, local_response_norm
 from cnnjax.nn.padding import FILLS, align, center, check_fill, concatenate, fit_to_branch, pad
 from cnnjax.nn.pooling import adaptive_avg_pool, avg_pool, flatten, global_avg_pool, max_pool
-from cnnjax.nn.resize import resize
+from cnnjax.nn.resize import linear_interpolation, resize
 from cnnjax.nn.sampling import SAMPLINGS, check_sampling, conv_stride, sample
 from cnnjax.nn.sums import add_bias
 
@@ -35,6 +35,7 @@ __all__ = [
     "flatten",
     "global_avg_pool",
     "he_normal_fan_out",
+    "linear_interpolation",
     "local_response_norm",
     "lowering",
     "max_pool",

@@ -27,11 +27,8 @@ class Window:
 
     def output_shape(self, x_shape: tuple, kernel_size: tuple) -> tuple[int, int]:
         """Returns the height and width of the output for a map of shape `x_shape`, NHWC."""
-        height, width = (
-            output_size(size, kernel, stride, padding, dilation)
-            for size, kernel, stride, padding, dilation in zip(
-                x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
-            )
+        height, width = map(
+            output_size, x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
         )
         return height, width
 
@@ -39,11 +36,8 @@ class Window:
         self, x_shape: tuple, kernel_size: tuple
     ) -> Int[np.ndarray, "height_out width_out"]:
         """Counts the taps of each window that lie inside a map of shape `x_shape`, NHWC."""
-        rows, columns = (
-            valid_counts(size, kernel, stride, padding, dilation)
-            for size, kernel, stride, padding, dilation in zip(
-                x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
-            )
+        rows, columns = map(
+            valid_counts, x_shape[1:3], kernel_size, self.stride, self.padding, self.dilation
         )
         return np.multiply.outer(rows, columns)
 

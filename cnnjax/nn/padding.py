@@ -64,11 +64,10 @@ _NUMPY_MODES = {
 }
 
 
-def check_fill(fill: str) -> str:
-    """Returns `fill`. Raises `ValueError` if it is not one of `FILLS`."""
+def check_fill(fill: str) -> None:
+    """Raises `ValueError` if `fill` is not one of `FILLS`."""
     if fill not in FILLS:
         raise ValueError(f"padding={fill!r} is not one of {', '.join(FILLS)}")
-    return fill
 
 
 def pad(

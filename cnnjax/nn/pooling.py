@@ -135,7 +135,7 @@ def avg_pool(
         mean = total / jnp.asarray(inside, total.dtype)[None, :, :, None]
     else:
         mean = total / (size[0] * size[1])
-    return mean.astype(jnp.result_type(x))
+    return jnp.asarray(mean, jnp.result_type(x))
 
 
 def _widened(x):
@@ -196,12 +196,11 @@ def _geometry(x, window, stride, padding, fill, ceil=False):
     # As in PyTorch. A window that lies in the border has nothing of the map.
     if any(2 * amount > length for amount, length in zip(padding, size)):
         raise ValueError(f"padding={padding} is more than half of the window, {size}")
-    axes = list(zip(x.shape[1:3], size, stride, padding))
     missing = (0, 0)
     if ceil and fill != "none":
-        missing = tuple(_missing(*axis) for axis in axes)
-    outputs = [output_size(length + more, *rest) for more, (length, *rest) in zip(missing, axes)]
-    if min(outputs) < 1:
+        missing = tuple(map(_missing, x.shape[1:3], size, stride, padding))
+    lengths = [length + more for length, more in zip(x.shape[1:3], missing)]
+    if min(map(output_size, lengths, size, stride, padding)) < 1:
         raise ValueError(
             f"a {size[0]}x{size[1]} pool with padding={fill!r} has no output on a "
             f"{x.shape[1]}x{x.shape[2]} map: the image is too small for this network"

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from cnnjax.nn.geometry import Both, check_map, pair
 from cnnjax.runtime.types import AnyArray
@@ -37,3 +37,17 @@ def resize(
         second = jnp.take(x, np.minimum(low + 1, last), axis)
         x = first + fraction * (second - first)
     return x
+
+
+def linear_interpolation(
+    to: Real[np.ndarray, " to"], known: Real[np.ndarray, " known"]
+) -> Float[np.ndarray, "to known"]:
+    """Returns the matrix of linear interpolation along one axis, [to, known].
+
+    Beyond the first and the last known position, the nearest one counts.
+
+    Args:
+      to: positions to interpolate at.
+      known: positions of the known values, in ascending order.
+    """
+    return np.stack([np.interp(to, known, unit) for unit in np.eye(len(known))], 1)

@@ -33,11 +33,10 @@ FILTERS = {"blur": 3, "blur5": 5}
 SAMPLINGS = ("stride", *FILTERS, "aps")
 
 
-def check_sampling(sampling: str) -> str:
-    """Returns `sampling`. Raises `ValueError` if it is not one of `SAMPLINGS`."""
+def check_sampling(sampling: str) -> None:
+    """Raises `ValueError` if `sampling` is not one of `SAMPLINGS`."""
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} is not one of {', '.join(SAMPLINGS)}")
-    return sampling
 
 
 def conv_stride(stride: int, sampling: str) -> int:

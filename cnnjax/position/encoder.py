@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 
 from cnnjax.data import augment
-from cnnjax.inspect import check_stages, receptive_field, stage_names
+from cnnjax.inspect import check_stages, located, receptive_fields, stage_names
 from cnnjax.models import Network, create_model
-from cnnjax.nn import resize
+from cnnjax.nn import linear_interpolation, resize
 from cnnjax.nn.parameters import ParameterShapeError, eval_shape
 from cnnjax.runtime import files
 from cnnjax.runtime.paths import expand_user
@@ -170,22 +170,24 @@ def in_batches(
 # ------------------------------------------------------------------ encoding
 
 
-def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> list[np.ndarray]:
-    """Finds where to sample each stage so that all stages show the same pixels.
+def registered(
+    model: Network, stages: tuple[str, ...], size: int
+) -> list[Float32[np.ndarray, "28 _"]]:
+    """Makes the matrices that sample all stages at the same pixels.
 
     The grid spans the part of the image that the centers of all stages' receptive fields cover.
 
     Args:
       model: the network.
-      stages: names of stages.
-      sides: positions along a side of each stage's map.
+      stages: names of stages, in the network's order.
+      size: side of the square images.
 
-    Returns the 28 places of each stage, in its own positions. Raises `ValueError` if a stage's
-    field down differs from that to the right.
+    Returns a matrix of linear interpolation for each stage. Raises `ValueError` if a stage is
+    unknown, its positions have no known field, or its field down differs from that to the right.
     """
     centers = []
-    for stage, side in zip(stages, sides):
-        field = receptive_field(model, stage)
+    for stage, (field, shape) in zip(stages, receptive_fields(model, stages, (size, size, 3))):
+        field = located(field, stage)
         down, right = zip(field.step, field.low, field.high)
         if down != right:
             raise ValueError(
@@ -193,17 +195,11 @@ def registered(model: Network, stages: tuple[str, ...], sides: list[int]) -> lis
                 f"size {field.size()} and stride {field.step}; expected equal ones"
             )
         middle = (field.low[1] + field.high[1]) / 2
-        centers.append(middle + field.step[1] * np.arange(side))
+        centers.append(middle + field.step[1] * np.arange(shape[2]))
     first = max(of_stage[0] for of_stage in centers)
     last = min(of_stage[-1] for of_stage in centers)
     pixels = np.linspace(first, last, FEATURE_SIZE)
-    return [np.interp(pixels, of_stage, np.arange(len(of_stage))) for of_stage in centers]
-
-
-def interpolation(places: np.ndarray, side: int) -> np.ndarray:
-    """Returns the matrix [places, side] of linear interpolation along a line."""
-    distances = np.abs(places[:, None] - np.arange(side))
-    return np.maximum(0, 1 - distances).astype(np.float32)
+    return [linear_interpolation(pixels, of_stage).astype(np.float32) for of_stage in centers]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
@@ -289,7 +285,8 @@ def encode_on_grids(
     for grid in grids:
         if grid not in GRIDS:
             raise ValueError(f"grids={grids!r}: {grid!r} is not one of {', '.join(GRIDS)}")
-    samplers = [_samplers(model, images.shape[1], stages, grid) for grid in grids]
+    size = images.shape[1]
+    samplers = [None if grid == "corners" else registered(model, stages, size) for grid in grids]
     features: dict[str, np.ndarray] = {}
     for grid in grids:
         features[grid] = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
@@ -305,17 +302,6 @@ def encode_on_grids(
                 features[grid] = np.empty((len(images), *part.shape[1:]), np.float32)
             features[grid][start : start + count] = np.asarray(part)[:count]
     return features
-
-
-def _samplers(model, size, stages, grid):
-    """Returns a matrix of interpolation for each stage; None for aligned corners."""
-    if grid == "corners":
-        return None
-    shapes = stage_shapes(model, size, stages[-1])
-    check_stages(shapes, stages)
-    sides = [shapes[stage][1] for stage in stages]
-    places = registered(model, stages, sides)
-    return [interpolation(*line) for line in zip(places, sides)]
 
 
 # ------------------------------------------------------------------ encoding with an on-disk cache

@@ -175,18 +175,17 @@ class Strength(NamedTuple):
 
     Attributes:
       mae: mean absolute difference, over that of the features.
-      rms: root mean square difference, over that of the features.
       snr: mean absolute mean over images of a difference, over their mean standard deviation; about
         0.8 / sqrt(n) for n images without any pattern.
       shared: share of the differences' energy that all images have in common, without that bias: 1
         if every image has the same difference, 0 if they have nothing in common.
-      profile: [distances], `rms` by the distance to the border in positions.
-      pattern: [height, width], root mean square over channels of the mean difference, relative like
-        `rms`.
+      profile: [distances], root mean square difference over that of the features, by the distance
+        to the border in positions.
+      pattern: [height, width], root mean square over channels of the mean difference, over that of
+        the features.
     """
 
     mae: float
-    rms: float
     snr: float
     shared: float
     profile: Float[np.ndarray, " distances"]
@@ -226,7 +225,6 @@ def strength(
         snr = float(np.abs(mean).mean() / np.sqrt(variance).mean())
     return Strength(
         mae=float(np.abs(delta).mean() / np.abs(inside).mean()),
-        rms=float(np.sqrt(energy.mean())) / size,
         snr=snr,
         shared=shared,
         profile=np.sqrt(ring / whole),
@@ -282,7 +280,8 @@ def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{
 
     Raises `ValueError` if the fill is unknown or 'random', which depends on the image.
     """
-    if check_fill(fill) == "random":
+    check_fill(fill)
+    if fill == "random":
         raise ValueError(
             "padding='random' depends on the image: how often a pixel is read is not defined"
         )

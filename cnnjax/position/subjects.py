@@ -151,7 +151,7 @@ class Inside(NamedTuple):
 def look_inside(subject: Subject, seed: int, paths: tuple[pathlib.Path, ...]) -> Inside:
     """Computes the features of crops that see the photographs around them."""
     context = photographs.fit_squares(paths, subject.size + 2 * subject.margin)
-    middle = slice(subject.margin, -subject.margin)
+    middle = slice(subject.margin, subject.margin + subject.size)
     variables = subject.variables(seed)
     inside = patterns.features_inside(
         subject.model, variables, context, subject.size, subject.stages

@@ -52,14 +52,19 @@ def naming(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-def write_json(path: pathlib.Path, value) -> None:
+def write_json(path: pathlib.Path, value, default: Callable[[Any], Any] | None = None) -> None:
     """Writes a value as JSON.
+
+    Args:
+        path: the file.
+        value: what JSON holds, and what `default` converts to it.
+        default: converts what JSON does not hold, as that of `json.dumps`.
 
     Raises:
         FloatingPointError: for a NaN or an infinity, since JSON has neither.
     """
     try:
-        text = json.dumps(value, indent=1, allow_nan=False)
+        text = json.dumps(value, indent=1, allow_nan=False, default=default)
     except ValueError as error:
         raise FloatingPointError(
             f"{path}: a number is not finite, so nothing is written ({error})"

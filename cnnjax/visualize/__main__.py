@@ -142,13 +142,7 @@ def _check_subject(parser, options):
 
 
 def _add_photographs(parser, images):
-    parser.add_argument(
-        "--photographs",
-        type=os.path.expanduser,
-        default="",
-        metavar="FOLDER",
-        help="default: those that scikit-image and scikit-learn carry",
-    )
+    parser.add_photographs()
     parser.add_argument(
         "--images",
         type=command.whole_number(1),
@@ -186,13 +180,7 @@ def _add_channels(parser):
 
 
 def _add_ascent(parser):
-    parser.add_argument(
-        "--steps",
-        type=command.whole_number(1),
-        default=256,
-        metavar="N",
-        help="of gradient ascent (default: %(default)s)",
-    )
+    parser.add_count("steps", 256, "of gradient ascent")
     parser.add_argument(
         "--jitter",
         type=command.whole_number(0),
@@ -244,6 +232,8 @@ def _share(text):
 
 def _work(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    import numpy as np
+
     from cnnjax.runtime import backend, files, workdir
     from cnnjax.visualize.subject import Subject
 
@@ -255,8 +245,9 @@ def _work(options: argparse.Namespace) -> None:
         figure, numbers = _look(subject)
         files.write_figure(folder / f"{options.command}.png", figure)
         seconds = round(time.monotonic() - started, 1)
-        results = {"kind": options.command} | _plain(numbers) | {"seconds": seconds}
-        files.write_json(folder / "results.json", results)
+        results = {"kind": options.command} | numbers | {"seconds": seconds}
+        # Arrays, and numbers of NumPy, become lists and numbers.
+        files.write_json(folder / "results.json", results, lambda value: np.asarray(value).tolist())
     print(f"see {folder / options.command}.png")
 
 
@@ -307,20 +298,6 @@ def _record(options):
         del config["run"]
         config["padding"] = options.padding or "zeros"
     return config
-
-
-def _plain(value):
-    """Converts arrays and NumPy's numbers to what JSON holds."""
-    import jax
-    import numpy as np
-
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return np.asarray(value).tolist()
-    return value
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ def equivariance_error(
 
     Raises `ValueError` as `receptive_field`, or if the images are too small to compare.
     """
-    step = receptive_field(model, stage).step
-    late, early = (
-        np.asarray(activations(model, variables, window, stage), np.float64)
-        for window in (images[:, step[0] :, step[1] :], images[:, : -step[0], : -step[1]])
-    )
+    # No fill changes the stride. Under 'none', an image of the publication's size, in which fields
+    # are traced, may be too small for a stage that these images reach.
+    down, right = receptive_field(model.clone(padding="zeros"), stage).step
+    late = np.asarray(activations(model, variables, images[:, down:, right:], stage), np.float64)
+    early = np.asarray(activations(model, variables, images[:, :-down, :-right], stage), np.float64)
     late = late[:, :-1, :-1]
     early = early[:, 1:, 1:]
     if not early.size:
@@ -41,7 +41,6 @@ def equivariance_error(
             "use larger ones or another stage"
         )
     distance = border_distance(*early.shape[1:3]).ravel()
-    different, whole = (
-        np.bincount(distance, np.square(maps).sum((0, 3)).ravel()) for maps in (late - early, early)
-    )
+    different = np.bincount(distance, np.square(late - early).sum((0, 3)).ravel())
+    whole = np.bincount(distance, np.square(early).sum((0, 3)).ravel())
     return np.sqrt(different / np.maximum(whole, np.finfo(np.float64).tiny))

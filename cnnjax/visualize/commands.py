@@ -256,8 +256,7 @@ def fields(subject: Subject):
         field = receptive_field(subject.model, stage)
         height, width = field.size()
         rows, columns = activations(subject.model, subject.variables, x[:1], stage).shape[1:3]
-        top = field.low[0] + field.step[0] * (rows // 2)
-        left = field.low[1] + field.step[1] * (columns // 2)
+        top, left = field.shifted((rows // 2, columns // 2)).low
         axis.imshow(effective, cmap="gray", vmin=0, vmax=1)
         axis.add_patch(_square(left - 0.5, top - 0.5, width, height, "red"))
         axis.add_patch(

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from cnnjax import weights
+from cnnjax import inspect
 from cnnjax.models import Network
-from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.types import AnyArray
 from cnnjax.visualize.stages import check_stage, receptive_field, stage_maps
 
@@ -29,21 +28,13 @@ def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...],
     """
     field = receptive_field(model, stage)
     unit = tuple(-(low // step) for low, step in zip(field.low, field.step))
-    first, last = (
-        tuple(step * place + side for step, place, side in zip(field.step, unit, sides))
-        for sides in (field.low, field.high)
-    )
-    size = tuple(end + 1 for end in last)
+    seen = field.shifted(unit)
+    size = tuple(high + 1 for high in seen.high)
     height, width, _ = model.input_shape
     if size[0] <= height and size[1] <= width:
-        return size, unit, tuple(slice(start, end + 1) for start, end in zip(first, last))
-    image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    maps = eval_shape(
-        lambda variables, image: stage_maps(model, variables, image, stage),
-        weights.variable_shapes(model),
-        image,
-    )
-    central = tuple(n // 2 for n in maps.shape[1:3])
+        return size, unit, tuple(map(slice, seen.low, size))
+    ((_, map_shape),) = inspect.receptive_fields(model, (stage,))
+    central = tuple(n // 2 for n in map_shape[1:3])
     return (height, width), central, (slice(None), slice(None))
 
 

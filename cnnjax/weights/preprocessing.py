@@ -29,14 +29,7 @@ def resize_and_crop(image: PIL.Image.Image, record: Record) -> np.ndarray:
     # To the nearest pixel, and halves to the even one.
     left = round((size[0] - record.crop) / 2)
     top = round((size[1] - record.crop) / 2)
-    window = resized_window(
-        image,
-        size=size,
-        place=(left, top),
-        window=record.crop,
-        filter=PIL.Image.Resampling.BILINEAR,
-    )
-    return np.asarray(window)
+    return np.asarray(resized_window(image, size=size, place=(left, top), window=record.crop))
 
 
 def preprocess(image: PIL.Image.Image | str | os.PathLike, record: Record) -> np.ndarray:
@@ -61,6 +54,5 @@ def preprocess(image: PIL.Image.Image | str | os.PathLike, record: Record) -> np
             "PIL.Image.fromarray makes one of a uint8 array [height, width, 3]"
         )
     pixels = resize_and_crop(image, record)
-    mean = np.asarray(imagenet.MEAN, np.float32)
-    std = np.asarray(imagenet.STD, np.float32)
+    mean, std = imagenet.MOMENTS
     return (pixels / np.float32(255) - mean) / std

@@ -216,15 +216,17 @@ def gradient_by_planes(
     channels = x_shape[3]
     size = [-(-x_shape[axis + 1] // stride[axis]) for axis in (0, 1)]
 
-    def plane(*place):
-        # Input position place + q * stride meets tap `first` with the output at q + `ahead`.
-        ahead, first = zip(*(divmod(place[axis] + padding[axis], stride[axis]) for axis in (0, 1)))
-        taps = kernel[first[0] :: stride[0], first[1] :: stride[1]]
+    def plane(row, column):
+        # Input row `row + q * stride` meets tap `top` with the output's row `q + down`, and columns
+        # are as rows.
+        down, top = divmod(row + padding[0], stride[0])
+        across, left = divmod(column + padding[1], stride[1])
+        taps = kernel[top :: stride[0], left :: stride[1]]
         if not taps.size:
             return jnp.zeros((batch, *size, channels), dy.dtype)
         widths = [
-            (taps.shape[axis] - 1 - ahead[axis], size[axis] + ahead[axis] - dy.shape[axis + 1])
-            for axis in (0, 1)
+            (taps.shape[0] - 1 - down, size[0] + down - dy.shape[1]),
+            (taps.shape[1] - 1 - across, size[1] + across - dy.shape[2]),
         ]
         return correlate(dy, taps, widths)
 
@@ -297,7 +299,7 @@ def _kernel_gradient_by_rows(x, kernel_shape, window, dy):
     side is transposed. 1x1: 1.2 to 5 times faster; strided, up to 3 rows: 0.9 to 1.7. A row's
     matrix has about `width / prod(stride)` times as many values as the map.
     """
-    views = list(taps(x, kernel_shape[:2], window, dy.shape[1:3]))
+    views = list(taps(x, kernel_shape[:2], window))
     positions = math.prod(dy.shape[:3])
     columns = dy.reshape(positions, kernel_shape[3])
     products = []
@@ -331,7 +333,7 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     batch, height, width, channels = x.shape
     planes = x.transpose(3, 0, 1, 2).reshape(channels * batch, height, width, 1)
     positions = math.prod(dy.shape[:3])
-    views = taps(planes, kernel_shape[:2], window, dy.shape[1:3])
+    views = taps(planes, kernel_shape[:2], window)
     patches = jnp.concatenate([view.reshape(channels, positions) for view in views])
     return (patches @ dy.reshape(positions, kernel_shape[3])).reshape(kernel_shape)
 
@@ -385,13 +387,12 @@ def batch_last(x: AnyArray) -> jax.Array:
     return rows.reshape(*rest, batch).transpose(2, 0, 1, 3)
 
 
-def taps(
-    x: AnyArray, kernel_size: tuple, window: Window, size: tuple[int, int]
-) -> Iterator[AnyArray]:
+def taps(x: AnyArray, kernel_size: tuple, window: Window) -> Iterator[AnyArray]:
     """Yields a strided view of the padded map for each tap of a kernel, row by row.
 
-    `size` is the output's (height, width), and so that of each view.
+    Each view has the output's height and width.
     """
+    height, width = window.output_shape(x.shape, kernel_size)
     widths = [(0, 0), *((amount, amount) for amount in window.padding), (0, 0)]
     padded = x if window.padding == (0, 0) else jnp.pad(x, widths)
     for row, column in np.ndindex(*kernel_size):
@@ -399,8 +400,8 @@ def taps(
         left = column * window.dilation[1]
         yield padded[
             :,
-            top : top + (size[0] - 1) * window.stride[0] + 1 : window.stride[0],
-            left : left + (size[1] - 1) * window.stride[1] + 1 : window.stride[1],
+            top : top + (height - 1) * window.stride[0] + 1 : window.stride[0],
+            left : left + (width - 1) * window.stride[1] + 1 : window.stride[1],
         ]
 
 

@@ -64,8 +64,7 @@ def _add_taps(padded, kernel, window):
 
 
 def _views(padded, kernel_size, window) -> Iterator[AnyArray]:
-    unpadded = Window(stride=window.stride, dilation=window.dilation)
-    return taps(padded, kernel_size, unpadded, unpadded.output_shape(padded.shape, kernel_size))
+    return taps(padded, kernel_size, Window(stride=window.stride, dilation=window.dilation))
 
 
 def _input_gradient(x_shape, kernel, window, dy):

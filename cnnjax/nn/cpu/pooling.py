@@ -16,18 +16,18 @@ from cnnjax.runtime.types import AnyArray
 Widths = tuple[tuple[int, int], ...]
 
 
-def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+def sum_windows(x: AnyArray, size: tuple[int, int], stride: tuple[int, int]) -> AnyArray:
     """Sums each window as a sum of shifted views.
 
     The plain form is `lax.reduce_window`.
     """
-    return functools.reduce(operator.add, _views(x, size, stride))
+    return functools.reduce(operator.add, taps(x, size, Window(stride)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def max_windows(
     x: AnyArray, size: tuple[int, int], stride: tuple[int, int], widths: Widths
-) -> jax.Array:
+) -> AnyArray:
     """Takes the maximum of each window as a maximum of shifted views.
 
     `widths` is the border of each axis, (low, high); it never wins.
@@ -36,7 +36,8 @@ def max_windows(
     slower on the CPU. This gradient is the same bit for bit: a window's whole gradient goes to its
     first maximum, row by row.
     """
-    return functools.reduce(jnp.maximum, _views(pad_constant(x, widths, -np.inf), size, stride))
+    padded = pad_constant(x, widths, -np.inf)
+    return functools.reduce(jnp.maximum, taps(padded, size, Window(stride)))
 
 
 @max_windows.defjvp
@@ -57,7 +58,7 @@ _compiled = functools.partial(jax.jit, static_argnames=("size", "stride", "width
 def _select_tangents(residuals, dx, *, size, stride, widths):
     (x,) = residuals
     first = _first_maxima(pad_constant(x, widths, -np.inf), size, stride)
-    views = _views(pad_constant(dx, widths, 0), size, stride)
+    views = taps(pad_constant(dx, widths, 0), size, Window(stride))
     shares = (jnp.where(first == tap, view, 0) for tap, view in enumerate(views))
     return functools.reduce(operator.add, shares)
 
@@ -71,18 +72,13 @@ def _scatter_cotangents(residuals, dy, *, size, stride, widths):
     return (pad_constant(dx, [(-low, -high) for low, high in widths], 0),)
 
 
-def _views(x, size, stride):
-    window = Window(stride=stride)
-    return taps(x, size, window, window.output_shape(x.shape, size))
-
-
 def _first_maxima(x, size, stride):
     """Returns the tap of each window's first maximum, row by row, int32.
 
     Comparing with the maximum itself would save a pass, but XLA may compute `x` twice and round it
     differently, and then no tap would be equal.
     """
-    largest, *views = _views(x, size, stride)
+    largest, *views = taps(x, size, Window(stride))
     first = jnp.zeros(largest.shape, jnp.int32)
     for tap, view in enumerate(views, 1):
         # Like select-and-scatter, moves on from a NaN.
