@@ -344,6 +344,10 @@ def test_inception_v3_compiled_equals_eager(small_inception_v3):
 DEMANDING = ("none", "full", "zeros", "reflect", "one-sided")
 
 
+# Fills that put no zeros around a map, not even to compute others from them.
+WITHOUT_ZEROS = ("none", "reflect", "replicate", "circular", "symmetric", "interpolate")
+
+
 # Networks without a padded convolution or pool.
 UNPADDED = {"mlp1", "mlp3", "lenet5", "tutorial_net", "keras_convnet"}
 
@@ -374,7 +378,7 @@ def test_fills_reach_every_layer_and_bfloat16_every_stage(name, monkeypatch):
 
     Stages have the shapes of zero padding, except with the fills "none" and "full". Three networks
     are tested under all fills, the others under the most demanding ones. A layer that dropped the
-    fill would put zeros around its map under "none" and "reflect".
+    fill would put zeros around its map under those of `WITHOUT_ZEROS`.
     """
     fills = DEMANDING
     # The other networks' layers draw the noise; this one also calls a convolution itself.
@@ -392,7 +396,7 @@ def test_fills_reach_every_layer_and_bfloat16_every_stage(name, monkeypatch):
         x = jax.ShapeDtypeStruct((2, size, size, model.input_shape[2]), jnp.float32)
         whole = {"method": "_run", "train": False, "last": "logits"}
         # Plain lax operations state their padding.
-        form = "reference" if fill in ("zeros", "none", "reflect") else "auto"
+        form = "reference" if fill in ("zeros", *WITHOUT_ZEROS) else "auto"
         with lowering(form):
             # Other fills have the parameters of zero padding.
             if fill in ("zeros", "none", "full"):
