@@ -407,34 +407,11 @@ def configuration(folder: pathlib.Path) -> dict:
     }
 
 
-def test_a_flipped_bit_in_a_checkpoint(stopped, tmp_path):
-    """Flips a bit in each of its files in turn: the other checkpoint is restored."""
-    generator = random.Random(0)
-    with Checkpoints(stopped / "checkpoints") as checkpoints:
-        steps = checkpoints.steps()
-        whole = {at: contents((at, *checkpoints.restore_step(at, like()))) for at in steps}
-    assert steps == [8, 10]
-    for harmed, other in (steps, steps[::-1]):
-        paths = sorted((stopped / "checkpoints" / str(harmed)).rglob("*"))
-        names = [path.relative_to(stopped) for path in paths if path.is_file()]
-        names = [name for name in names if (stopped / name).stat().st_size]
-        assert len(names) > 5
-        for name in names:
-            folder = tmp_path / "run"
-            shutil.copytree(stopped, folder)
-            flip(folder / name, generator)
-            with Checkpoints(folder / "checkpoints") as checkpoints:
-                assert checkpoints.steps() == [other], name
-                assert contents(checkpoints.restore(like())) == whole[other], name
-            shutil.rmtree(folder)
-
-
 def test_a_flipped_bit_in_a_run_under_way(stopped, finished, run_here, tmp_path):
     """Flips a bit in each file in turn: the run is refused or reaches the same end.
 
-    Of each checkpoint it is one file, since each is known to be restored whole or not at all. A
-    damaged metrics.jsonl is rewritten from the checkpoint, which contains the same entries and has
-    a hash.
+    Of each checkpoint it is one file, since test_checkpoints.py damages every file. A damaged
+    metrics.jsonl is rewritten from the checkpoint, which contains the same entries and has a hash.
     """
     generator, folder, config, want = (
         random.Random(0),

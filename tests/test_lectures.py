@@ -148,19 +148,6 @@ def test_stages(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lenet5", "convnet", "alexnet_2012"])
-def test_bfloat16_computes_near_float32_with_float32_parameters(name):
-    x = images(name)
-    models = create_model(name), create_model(name, dtype=jnp.bfloat16)
-    variables = quick.variables(models[0], x)
-    exact, half = (jax.jit(model.apply)(variables, x) for model in models)
-    assert {leaf.dtype for leaf in (half, *jax.tree.leaves(variable_shapes(models[1])))} == {
-        jnp.dtype(jnp.float32)
-    }
-    assert 0 < float(jnp.abs(half - exact).max() / jnp.abs(exact).max()) < 0.1
-
-
-@pytest.mark.slow
 def test_torchs_names_of_the_tutorial_net():
     keys = set(torchvision_keys(variable_shapes(create_model("tutorial_net"))))
     assert keys == {

@@ -1064,12 +1064,14 @@ def test_adaptive_pools_have_the_digits_of_float64():
     np.testing.assert_allclose(y, means, rtol=1e-12, atol=1e-14)
 
 
-def test_local_response_norm_of_large_values_in_float16_is_finite():
-    x = jnp.array([300.0, 1.0], jnp.float16)
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float16, 1e-3), (jnp.bfloat16, 2e-2)])
+def test_local_response_norm_in_16_bits_is_near_float32(dtype, tolerance):
+    """The square of the larger value is more than float16 holds."""
+    x = jnp.array([300.0, 1.0], dtype)
     found = cnn.local_response_norm(x)
-    assert found.dtype == jnp.float16
+    assert found.dtype == dtype
     exact = cnn.local_response_norm(x.astype(jnp.float32))
-    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=tolerance)
 
 
 @pytest.mark.parametrize("window, stride, count", [(2, 2, 8), (3, 2, 18)])

@@ -373,11 +373,12 @@ def test_the_nearest_file_of_a_moved_network_is_logged_once(own, tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "without_figures")
-@pytest.mark.parametrize("fill", ["none", "full", "random", "mean", "one-sided", "partial"])
+@pytest.mark.parametrize("fill", ["none", "random"])
 def test_fills_are_trained(fill, own, tmp_path):
     """Runs the whole command for one step, without drawing figures.
 
-    The other fills only copy or stretch the map, and "zeros" is what other runs have.
+    One fill changes the size of maps, the other draws numbers. The derivatives of all are tested
+    in test_lowering.py, and "zeros" is what other runs have.
     """
     path, _ = own
     changes = {"model_fields.padding": fill, "batch_size": 1400, "parallel": "jit"}

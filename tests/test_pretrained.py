@@ -887,13 +887,19 @@ def test_evaluate_counts_the_same_in_every_layout(data_dir, tmp_path, capsys):
         (tmp_path / "flat" / file.name).symlink_to(file)
         (tmp_path / "numbers" / str(int(number))).mkdir(parents=True, exist_ok=True)
         (tmp_path / "numbers" / str(int(number)) / file.name).symlink_to(file)
+    labels_by_name = {}
     for layout in ("flat", "numbers"):
-        arguments = ["squeezenet1_1", "--data_dir", str(tmp_path / layout), "--resize", "224"]
-        assert exit_code(evaluate.main, [*arguments, *real(data_dir)]) == 0
-        out = capsys.readouterr().out
-        # The file is not one of torchvision's, so nothing is published of it.
-        assert f"squeezenet1_1 {real(data_dir)[1]}, 40 photographs" in out
-        assert "top-1  67.50 %\n" in out
+        listed, labels = evaluate.list_imagenet(tmp_path / layout)
+        names = [file.name for file in listed]
+        labels_by_name[layout] = dict(zip(names, labels.tolist(), strict=True))
+    assert labels_by_name["numbers"] == labels_by_name["flat"]
+    assert len(labels_by_name["flat"]) == 40
+    arguments = ["squeezenet1_1", "--data_dir", str(tmp_path / "numbers"), "--resize", "224"]
+    assert exit_code(evaluate.main, [*arguments, *real(data_dir)]) == 0
+    out = capsys.readouterr().out
+    # The file is not one of torchvision's, so nothing is published of it.
+    assert f"squeezenet1_1 {real(data_dir)[1]}, 40 photographs" in out
+    assert "top-1  67.50 %\n" in out
 
 
 @pytest.mark.parametrize(
