@@ -220,7 +220,14 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
     """
     folder = run_folder(options)
     if folder is not None:
-        return trained(folder)
+        try:
+            return trained(folder)
+        except ValueError as error:
+            if options.model not in {record.network for record in records.list_weights()}:
+                raise
+            raise ValueError(
+                f"{error}; a folder of this name is taken before the network {options.model}"
+            ) from error
     return published(
         options.model,
         tag=options.tag,

@@ -124,7 +124,7 @@ def evaluate(
     network: classifier.Classifier,
     files: list[pathlib.Path],
     labels: np.ndarray,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Scores a network on labeled photographs.
 
@@ -132,7 +132,8 @@ def evaluate(
       network: the network.
       files: the photographs.
       labels: int32 [n], one class each.
-      batch_size: the most photographs per batch, over all devices.
+      batch_size: the most photographs per batch, over all devices, which share it evenly; by
+        default 64, rounded up to a multiple of the devices.
 
     Returns accuracies in percent: "top-1" and, with more than ten classes, "top-5". Raises
     `ValueError` if the devices cannot share a batch evenly.
@@ -141,6 +142,8 @@ def evaluate(
     from cnnjax.train.parallel import Parallel
 
     parallel = Parallel()
+    if batch_size is None:
+        batch_size = parallel.round_up(64)
     if batch_size % parallel.size:
         raise ValueError(f"batch_size={batch_size} is not a multiple of {parallel.size} devices")
     outputs = []
@@ -195,9 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch_size",
         type=command.whole_number(1),
-        default=64,
         metavar="N",
-        help="photographs in a batch, over all devices (default: %(default)s)",
+        help="photographs in a batch, over all devices (default: 64, or the next number that they "
+        "share evenly)",
     )
     options = parser.parse_args(arguments)
     return command.run(lambda: _work(options))

@@ -419,7 +419,8 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
         finish_runs(runs, options.workdir)
     except (workdir.Interrupted, KeyboardInterrupt) as stop:
         # A refusal of the table must not hide that the sweep was stopped; the next call repeats it.
-        with contextlib.suppress(ValueError):
+        # Before the first run has begun, there is no folder to write it to.
+        with contextlib.suppress(ValueError, OSError):
             write_table(options.workdir, runs)
         if isinstance(stop, workdir.Interrupted):
             raise

@@ -271,6 +271,11 @@ CASES = [
         (*STUDY, "--config.photographs=BOMB"),
         "a.png is not a readable image: Image size (900000000 pixels) exceeds limit",
     ),
+    # Pillow only warns of up to twice its limit.
+    (
+        (*STUDY, "--config.photographs=LARGE"),
+        "a.png is not a readable image: Image size (100000000 pixels) exceeds limit",
+    ),
     # Weights.
     (
         (*WEIGHTS, "--config.weights=FILES/nothing.safetensors"),
@@ -397,6 +402,10 @@ CASES = [
         "data_dir='FILES/one_class' has no folder test or val or validation or valid of images",
     ),
     (
+        CLASSES,
+        "dataset='folder' in data_dir='CLASSES' has one class, 'cat'; loss='cross_entropy' takes",
+    ),
+    (
         (*CLASSES, "--config.resize=144", "--config.image_size=160"),
         "resize=144 is not 0 or at least image_size=160",
     ),
@@ -434,6 +443,7 @@ CASES = [
     (("summary", "vgg16", "--padding=mirror"), "padding='mirror' is not one of"),
     (("summary", "vgg16", "--format=html"), "format='html' is not one of text, markdown, json"),
     ((*LEVELS, "--weights=FILES/nothing.safetensors"), "nothing.safetensors' is not a file"),
+    ((*LEVELS, "--weights=random", "--workdir="), "argument --workdir: '' is not a path"),
     (("visualize", "films", "--model=vgg16", "--workdir=OUT"), "invalid choice: 'films'"),
     (
         ("visualize", "filters", "--model=vgg61", "--weights=random", "--workdir=OUT"),
@@ -444,10 +454,11 @@ CASES = [
 
 def place(folder: pathlib.Path) -> dict[str, str]:
     """Creates the faulty files; returns the path for each word in capitals."""
-    files, empty, broken, bomb, photographs, classes = (
-        folder / name for name in ("files", "empty", "broken", "bomb", "photographs", "classes")
+    files, empty, broken, bomb, large, photographs, classes = (
+        folder / name
+        for name in ("files", "empty", "broken", "bomb", "large", "photographs", "classes")
     )
-    for made in (files, empty, broken, bomb, photographs, classes):
+    for made in (files, empty, broken, bomb, large, photographs, classes):
         made.mkdir()
     (files / "file").write_text("")
     (files / "empty.py").write_text("")
@@ -510,11 +521,15 @@ def place(folder: pathlib.Path) -> dict[str, str]:
     PIL.Image.new("1", (30_000, 30_000)).save(bomb / "bomb.png")
     for name in "ab":
         (bomb / f"{name}.png").write_bytes((bomb / "bomb.png").read_bytes())
+    PIL.Image.new("1", (10_000, 10_000)).save(large / "a.png")
+    for name in "bc":
+        (large / f"{name}.png").write_bytes((large / "a.png").read_bytes())
     return {
         "FILES": str(files),
         "EMPTY": str(empty),
         "BROKEN": str(broken),
         "BOMB": str(bomb),
+        "LARGE": str(large),
         "PHOTOGRAPHS": str(photographs),
         "CLASSES": str(classes),
         "OUT": str(folder / "out"),

@@ -489,6 +489,9 @@ def test_snapshots_are_taken_at_the_ends_of_cycles():
     ):
         with pytest.raises(ValueError, match=f"^run kept the checkpoints of steps {message}"):
             select(steps)
+    # A configuration may leave out keys of a schedule, such as that there is no warmup.
+    config.schedule = {"name": "restarts", "learning_rate": 0.1, "every": 2}
+    assert select([9, 18, 27, 36]) == [18, 36]
 
 
 @pytest.mark.parametrize("averaged", [None, combination.Member("average", {}, ())])

@@ -43,9 +43,9 @@ STEPS = 30  # three epochs of 1337 // 128
 # everything but computed nothing. The code in `beforehand` causes the fault.
 DRIVER = """
 import json, os, signal, sys, tempfile, traceback
-# What a shell runs in the background inherits that it is ignored.
+# What a shell runs in the background, or nohup runs, inherits what is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for number in (signal.SIGUSR1, signal.SIGUSR2):
+for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_DFL)
 import deep_calls, imported, quick
 from cnnjax import combine, main, sweep
@@ -680,10 +680,15 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
     assert record(tmp_path) == record(finished)
 
 
-@pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR2"])
-def test_a_signal_that_the_system_repeats_changes_nothing(first, machine, tmp_path):
-    """Slurm sends SIGTERM twice to a job that is canceled or out of time."""
-    repeated = f'at(step, "resident_steps", signal.{first}, signal.SIGTERM, signal.SIGTERM)'
+@pytest.mark.parametrize(
+    "first, second", [("SIGTERM", "SIGTERM"), ("SIGUSR2", "SIGTERM"), ("SIGHUP", "SIGHUP")]
+)
+def test_a_signal_that_the_system_repeats_changes_nothing(first, second, machine, tmp_path):
+    """Slurm sends SIGTERM twice to a job that is canceled or out of time.
+
+    SIGHUP comes from a closed terminal and from its shell.
+    """
+    repeated = f'at(step, "resident_steps", signal.{first}, signal.{second}, signal.SIGTERM)'
     code, errors = machine.train(tmp_path, SIGNAL + repeated)
     assert code == 75, errors
     assert f"stopped by {first} after step 1 of 30, which is saved" in line(errors)

@@ -114,6 +114,30 @@ def test_a_command_without_an_output_works(closed):
     assert subprocess.run(shell, cwd=ROOT).returncode == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("output", ["stdout", "stderr"])
+def test_an_output_on_a_full_disk_is_one_error(output):
+    """Nothing can be said on standard error itself, and a log that is lost is no failure."""
+    work = {"stdout": "print('done')", "stderr": "logging.getLogger('cnnjax').info('done')"}
+    program = f"""
+import logging
+from cnnjax.runtime import command
+exit(command.run(lambda: {work[output]}))
+"""
+    # As a user's Python, which tries to write at its end what it has kept.
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, output: full}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, text=True, **outputs
+        )
+    if output == "stderr":
+        assert (done.returncode, done.stdout) == (0, "")
+    else:
+        assert done.returncode == 1
+        assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_an_interrupted_command_keeps_its_exit_code_if_nobody_reads_its_errors():
     """As after Ctrl-C in `command 2>&1 | tee log`, which ends tee, too."""
     read_end, write_end = os.pipe()

@@ -810,7 +810,10 @@ def test_listing_and_wrong_names():
         "model='vgg61' is not known; did you mean vgg19 or vgg16 or vgg13": lambda: create_model(
             "vgg61"
         ),
-        "model='zzz' is not known; known models: ": lambda: create_model("zzz"),
+        "model='zzz' is not known; known models: .*, or FILE.py:NAME$": lambda: create_model("zzz"),
+        "model='my_nets.py' is not known; expected my_nets.py:NAME$": lambda: create_model(
+            "my_nets.py"
+        ),
         "fill='zeros' is not a field of vgg16; it accepts num_classes, padding": lambda: (
             create_model("vgg16", fill="zeros")
         ),

@@ -618,6 +618,16 @@ def test_an_interrupted_study_goes_on_from_the_files_of_its_points(
     with np.load(path) as old, np.load(tmp_path / "copy.npz") as new:
         assert all(np.array_equal(old[name], new[name]) for name in names)
 
+    # What is left of a measurement on a disk that lost its end is named.
+    whole = path.read_bytes()
+    for length in (0, 30, len(whole) // 2):
+        (tmp_path / "copy.npz").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="copy.npz is damaged: remove it, and the same"):
+            results.load(tmp_path / "copy.npz", point, TARGETS, study.DATA)
+    np.savez(tmp_path / "copy.npz", spc=np.zeros(1))
+    with pytest.raises(ValueError, match="copy.npz is damaged: remove it, and the same"):
+        results.load(tmp_path / "copy.npz", point, TARGETS, study.DATA)
+
     # Interrupted before its end, the study measures only the points without a file.
     folder = shutil.copytree(finished, tmp_path / "again")
     (folder / "results.json").unlink()

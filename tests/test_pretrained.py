@@ -668,12 +668,14 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(channels, tmp_path):
         (["run", "--weights", "a.pth"], "weights='a.pth' is for published weights"),
         (["run/none"], "run/none is neither a network's name nor a run's work directory"),
         (["resnet5"], "model='resnet5' has no published ImageNet weights; did you mean resnet"),
+        (["resnet50"], "a folder of this name is taken before the network resnet50"),
         (["squeezenet1_1", "--resize", "8"], "resize=8 is not at least 224"),
     ],
 )
 def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run", loss="pixelwise")
+    (tmp_path / "resnet50").mkdir()
     model, *options = arguments
     assert exit_code(predict.main, [model, "photo.jpg", *options]) == 2
     assert message in capsys.readouterr().err
@@ -789,6 +791,25 @@ def test_evaluate_counts_a_class_among_the_first_five(monkeypatch):
     assert accuracies == pytest.approx({"top-1": 100 / 3, "top-5": 200 / 3})
     monkeypatch.setattr(classifier, "logits", lambda *arguments: [ascending[:, :10]])
     assert set(evaluate.evaluate(None, ["a", "b", "c"], np.array([9, 5, 4]))) == {"top-1"}
+
+
+def test_evaluate_divides_batches_over_any_number_of_devices(monkeypatch):
+    """By default; a size that is given is kept or refused."""
+    sizes = []
+
+    def logits(network, files, parallel, batch_size):
+        sizes.append(batch_size)
+        yield np.eye(2, dtype=np.float32)
+
+    three = Parallel("jit")
+    three.size = 3
+    monkeypatch.setattr("cnnjax.train.parallel.Parallel", lambda: three)
+    monkeypatch.setattr(classifier, "logits", logits)
+    score = functools.partial(evaluate.evaluate, None, [None] * 2, np.arange(2, dtype=np.int32))
+    assert score() == score(batch_size=9) == {"top-1": 100}
+    assert sizes == [66, 9]
+    with pytest.raises(ValueError, match="batch_size=64 is not a multiple of 3 devices"):
+        score(batch_size=64)
 
 
 @pytest.mark.parametrize(

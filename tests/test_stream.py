@@ -495,6 +495,16 @@ def test_held_out_images_are_told(tmp_path, caplog):
     assert told(caplog)[-1] == "validation: 2 of the training images"
 
 
+def test_folders_beside_the_splits_are_told(tmp_path, caplog):
+    """Such as a misspelled one, and a test set without labels."""
+    for split in ("train", "valid", "dev", ".git"):
+        write(tmp_path / split, a=[ramp(8, 8)], b=[ramp(8, 8)])
+    write(tmp_path, test=[ramp(8, 8)])
+    with caplog.at_level("INFO", "cnnjax"):
+        folders.open_splits("folder", str(tmp_path))
+    assert f"{tmp_path}: 2 folders passed over: dev, test" in told(caplog)
+
+
 # ------------------------------------------------------------------ tensorflow-datasets
 
 
@@ -1016,7 +1026,7 @@ if __name__ == "__main__":
     next(one), next(two)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for worker in workers:
             os.kill(worker.pid, number)
     time.sleep(0.5)

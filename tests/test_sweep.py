@@ -428,7 +428,7 @@ def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
 @pytest.fixture
 def handlers():
     """A command that a signal stops leaves SIGUSR1 and SIGUSR2 ignored until its process ends."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before):
@@ -458,6 +458,19 @@ def test_a_sweep_that_is_stopped_in_its_first_run_says_what_is_unfinished(run_sw
     assert run_sweep(stop) == 75
     (row,) = read_rows(tmp_path / "runs")
     assert row["unfinished"] == [f"seed={seed}" for seed in range(4)]
+
+
+def test_a_sweep_that_is_stopped_before_its_first_run_has_no_table(
+    run_sweep, tmp_path, monkeypatch, capfd
+):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "finish_runs", stop)
+    assert run_sweep() == 75
+    told = capfd.readouterr().err.splitlines()
+    assert told[-1] == "stopped; the same command goes on with the sweep"
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

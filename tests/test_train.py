@@ -622,6 +622,16 @@ def test_a_process_that_does_not_write_leaves_only_checkpoints(tmp_path, monkeyp
     assert not list(tmp_path.rglob("manifest.json"))
 
 
+@pytest.mark.slow
+def test_a_schedule_of_few_keys_has_the_defaults_of_the_others(tmp_path):
+    config = defaults.get_config()
+    config.update({**QUICK, "epochs": 1})
+    config.schedule = {"name": "plateau", "learning_rate": 0.1}
+    loop.check(config)
+    loop.train(config, workdir.prepare(tmp_path, config.to_dict()))
+    assert json.loads((tmp_path / "results.json").read_text())["final"]["epoch"] == 1
+
+
 @pytest.fixture
 def worse_after_first_epoch(monkeypatch):
     """Makes validation errors rise from the first epoch on, whatever is learned."""

@@ -182,7 +182,7 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
     file = tmp_path / "results.json"
     file.write_text("{}")
     config = ml_collections.ConfigDict({"kind": "train"})
-    message = f"^workdir='{tmp_path}' holds a results.json that no run wrote; choose another"
+    message = f"^workdir='{tmp_path}' holds results.json, which no run wrote; choose another"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             workdir.run_once(pytest.fail, config, tmp_path, adopt=pytest.fail)
@@ -190,6 +190,39 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
     # The user removed a damaged config.json, as `check_config` advises.
     (tmp_path / "environment.json").write_text("{}")
     assert workdir.run_once(pytest.fail, config, tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("results.json", "{}"),
+        ("manifest.json", "{}"),
+        ("weights.safetensors", ""),
+        ("tensorboard/events.out.tfevents.1", ""),
+        ("config.json", '{"model_type": "resnet"}'),
+        ("config.json", "[]"),
+        ("config.json", "{ torn"),
+    ],
+)
+def test_files_that_no_run_wrote_stay_as_they_are(name, content, tmp_path):
+    """Also beside a log, which starts no run."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    (tmp_path / "train.log").touch()
+    before = sorted(tmp_path.rglob("*"))
+    config = {"kind": "train", "seed": 0}
+    message = f"^workdir='{tmp_path}' holds {name}, which no run wrote; choose another --workdir$"
+    with pytest.raises(ValueError, match=message):
+        workdir.run_once(pytest.fail, ml_collections.ConfigDict(config), tmp_path)
+    with pytest.raises(ValueError, match=message), workdir.prepared(tmp_path, config):
+        pytest.fail("the work began")
+    assert sorted(tmp_path.rglob("*")) == before and file.read_text() == content
+    # What a process left that was killed before it recorded its environment.
+    file.unlink()
+    (tmp_path / "config.json").write_text('{"kind": "train", "seed": 1}')
+    with workdir.prepared(tmp_path, config):
+        assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("name", ["log.txt", ".DS_Store", "seed=0/config.json"])

@@ -19,6 +19,7 @@ from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.data import digest_arrays
 from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, read_recorded
+from cnnjax.train.schedules import settings
 
 Configs = dict[pathlib.Path, dict]
 
@@ -255,8 +256,9 @@ def select_ends_of_cycles(
     Raises:
       ValueError: if there are fewer than two.
     """
-    first = round(config.schedule.warmup_epochs * per_epoch)
-    period = max(1, round(config.schedule.every * per_epoch))
+    schedule = settings(config.schedule)
+    first = round(schedule["warmup_epochs"] * per_epoch)
+    period = max(1, round(schedule["every"] * per_epoch))
     ends = [at for at in steps if at > first and (at - first) % period == 0]
     if len(ends) < 2:
         # The largest interval between checkpoints that meets the end of every cycle.
@@ -264,7 +266,7 @@ def select_ends_of_cycles(
         raise ValueError(
             f"{folder} kept the checkpoints of steps {_join(steps)}, of which at the end of a "
             f"cycle: {_join(ends) or 'none'}; method='snapshot' takes at least two: train two or "
-            f"more cycles of schedule.every={config.schedule.every} epochs with "
+            f"more cycles of schedule.every={schedule['every']} epochs with "
             f"--config.checkpoint_every_steps={interval} and --config.keep_checkpoints=N"
         )
     return ends

@@ -3,6 +3,7 @@
 A source gives an image and its label by number; its splits are found by their names.
 """
 
+import collections
 import logging
 import os
 import pathlib
@@ -356,6 +357,12 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
             )
     if names["test"] != "test":
         _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
+
+    if dataset == "folder":
+        root = pathlib.Path(data_dir)
+        unused = [path for path in list_folder(root).folders if path.name not in names.values()]
+        if passed_over := describe_passed_over(root, collections.Counter(), unused):
+            _LOG.info("%s: %s", root, passed_over)
 
     # Training images are held out only where the data set has no validation split.
     if not n_validation:

@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from multiprocessing.shared_memory import SharedMemory
@@ -254,9 +255,11 @@ def _start_worker(index: int, count: int) -> None:
       index: the number of the worker, which grain passes.
       count: the number of workers.
     """
-    # Ctrl-C sends its signal to all processes of a group.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    # Ctrl-C and a closed terminal send their signal to all processes of a group.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # As in the parent (`command.run`).
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -311,8 +311,10 @@ def _builder(name: str) -> Callable[..., Network]:
         return _users_builder(name)
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name, _REGISTRY, n=3)
-        hint = f"known models: {', '.join(list_models())}"
-        if near:
+        hint = f"known models: {', '.join(list_models())}, or FILE.py:NAME"
+        if name.endswith(".py"):
+            hint = f"expected {name}:NAME"
+        elif near:
             hint = f"did you mean {' or '.join(near)}?"
         raise ValueError(f"model={name!r} is not known; {hint}")
     return _REGISTRY[name]

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,9 +123,18 @@ def save(path: str | os.PathLike, measurement: Measurement) -> None:
 def load(
     path: str | os.PathLike, point: Point, targets: Sequence[str], data: Sequence[str]
 ) -> Measurement:
-    """Reads the measurement of a point, for the study's targets and kinds of images."""
-    with np.load(expand_user(path)) as archive:
-        arrays = dict(archive)
+    """Reads the measurement of a point, for the study's targets and kinds of images.
+
+    Raises `ValueError` if the file is damaged.
+    """
+    with files.open_arrays(expand_user(path)) as archive:
+        return _collect(archive, point, targets, data)
+
+
+def _collect(
+    arrays: Mapping[str, np.ndarray], point: Point, targets: Sequence[str], data: Sequence[str]
+) -> Measurement:
+    """Collects a measurement from the arrays of its file."""
     scores = []
     rings = []
     maps = []

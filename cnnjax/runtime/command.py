@@ -8,6 +8,7 @@ import os
 import pathlib
 import select
 import sys
+import warnings
 from collections.abc import Callable
 
 from cnnjax.runtime import signals, workdir
@@ -130,12 +131,26 @@ def _is_output_closed() -> bool:
 
 
 def _discard(stream: int) -> None:
-    """Sends what is left of an output without a reader into the null device.
+    """Sends what is left of an output that cannot be written into the null device.
 
     Python flushes its buffers when it ends, which cannot fail there.
     """
     with open(os.devnull, "wb") as null:
         os.dup2(null.fileno(), stream)
+
+
+def _flush_or_discard() -> None:
+    """Flushes both outputs, and discards what cannot be written, as on a full disk.
+
+    Python would try again when it ends, report the failure in lines of its own, and exit with 120.
+    """
+    for output, stream in ((sys.stdout, _STANDARD_OUTPUT), (sys.stderr, _STANDARD_ERROR)):
+        # A closed output is None.
+        if output is not None:
+            try:
+                output.flush()
+            except OSError:
+                _discard(stream)
 
 
 def _print_error(message: object) -> None:
@@ -185,6 +200,9 @@ def run(work: Callable[[], None]) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     _print_every_name()
+    # Pillow's warning of a large image, which `photographs.opened` refuses with an error. Filters
+    # are the whole process's, and threads open images, so it is not hidden there.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         with signals.catch_stop_signals(_interrupt):
             work()
@@ -207,7 +225,6 @@ def run(work: Callable[[], None]) -> int:
         return 1
     except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
-            _discard(_STANDARD_OUTPUT)
             return UNREAD
         if "--debug" in sys.argv:
             raise
@@ -215,4 +232,6 @@ def run(work: Callable[[], None]) -> int:
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
         _print_error(f"error: {first}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    finally:
+        _flush_or_discard()
     return 0

@@ -6,7 +6,9 @@ import io
 import json
 import pathlib
 import uuid
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cnnjax.runtime import backend
@@ -81,6 +83,26 @@ def write_arrays(path: pathlib.Path, arrays: dict, compress: bool = True) -> Non
     save = np.savez_compressed if compress else np.savez
     save(buffer, allow_pickle=False, **arrays)
     write(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def open_arrays(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+    """Opens an npz file, whose arrays are read in the context, by their names.
+
+    Raises:
+        ValueError: with the file's name, if it is damaged or lacks an array.
+    """
+    # Imported when needed: every --help imports this module.
+    import numpy as np
+
+    try:
+        # Opened here, since np.load leaves a damaged file open.
+        with path.open("rb") as file, np.load(file) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged: remove it, and the same command computes it again"
+        ) from error
 
 
 def read_json(path: pathlib.Path, **options):

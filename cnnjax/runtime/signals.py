@@ -6,27 +6,29 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-# A person or a system asks the process to stop.
-_STOP = (signal.SIGINT, signal.SIGTERM)
+# A person or a system asks the process to stop; SIGHUP comes when its terminal is closed.
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # A scheduler announces the end of a job's time.
 _ANNOUNCE = (signal.SIGUSR1, signal.SIGUSR2)
 # What a system sends, perhaps more than once.
-_SYSTEM = (signal.SIGTERM, *_ANNOUNCE)
+_SYSTEM = (signal.SIGTERM, signal.SIGHUP, *_ANNOUNCE)
 
 
 @contextlib.contextmanager
 def catch_stop_signals(
     handler: Callable, on_first: Callable[[int], None] = lambda number: None
 ) -> Iterator[None]:
-    """Handles SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 while the context is active.
+    """Handles SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 while the context is active.
 
     Each of them calls `handler`, with three exceptions:
 
-    - SIGINT after SIGINT or SIGTERM ends the process at once, and so does SIGTERM after SIGINT.
-    - After SIGTERM, SIGUSR1 or SIGUSR2, more of these three change nothing. A system may repeat
-      its signals: Slurm sends SIGTERM twice within a moment, perhaps after SIGUSR1.
+    - SIGINT after SIGINT, SIGTERM or SIGHUP ends the process at once, and so does SIGTERM or SIGHUP
+      after SIGINT.
+    - After SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, more of these four change nothing. A system may
+      repeat its signals: Slurm sends SIGTERM twice within a moment, perhaps after SIGUSR1, and
+      systemd may send SIGHUP right after SIGTERM.
     - A signal that is ignored already stays ignored, such as SIGINT in a command that a shell runs
-      in the background.
+      in the background, or SIGHUP under nohup.
 
     Args:
         handler: called with number and frame, as by `signal.signal`. Python calls it in the main
@@ -60,7 +62,7 @@ def catch_stop_signals(
             if number not in previous_handlers:
                 continue
             if number in _STOP:
-                is_repeated = number == stopped_by == signal.SIGTERM
+                is_repeated = number in _SYSTEM and stopped_by in _SYSTEM
                 if stopped_by and not is_repeated:
                     os._exit(128 + number)
                 stopped_by = number
@@ -75,9 +77,9 @@ def catch_stop_signals(
         yield
     finally:
         for number, previous in previous_handlers.items():
-            # What `handle` has set to be ignored stays ignored: SIGTERM until the outermost context
-            # ends, whose previous handler is no function of Python, and announcements until the
-            # process ends.
+            # What `handle` has set to be ignored stays ignored: SIGTERM and SIGHUP until the
+            # outermost context ends, whose previous handler is no function of Python, and
+            # announcements until the process ends.
             stays_ignored = number in _ANNOUNCE or callable(previous)
             if not stays_ignored or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, previous)

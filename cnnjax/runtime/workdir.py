@@ -51,6 +51,8 @@ _SEALED = frozenset(
         "weights.safetensors",
     )
 )
+# Files whose names a run takes, besides its record.
+_RESULTS = sorted({*_SEALED, _MANIFEST} - {*_RECORD})
 # What reports print of an environment.
 _REPORTED_KEYS = frozenset(
     ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
@@ -321,13 +323,13 @@ def run_once(
         the others an empty dict.
 
     Raises:
-        ValueError: as `prepare` and `claims.claim`, and for a results.json that no run wrote. A run
-            that is refused leaves no folder.
+        ValueError: as `prepare` and `claims.claim`, and for files that no run wrote and that this
+            one would overwrite. A run that is refused leaves no folder.
     """
     folder = pathlib.Path(folder)
     # Claimed before config.json is written, which must not change under a run of another process.
     with _removed_if_empty(folder), claims.claim(folder):
-        _check_results(folder)
+        _check_foreign(folder, config.to_dict())
         with _undone_if_refused(folder):
             if adopt:
                 adopt(config, folder)
@@ -344,18 +346,45 @@ def run_once(
         return files.read_json(folder / "results.json") if backend.writes() else {}
 
 
-def _check_results(folder: pathlib.Path) -> None:
-    """Raises `ValueError` if a work directory holds a results.json that no run wrote.
-
-    A run records its configuration and environment before it has results. The user may have removed
-    a damaged record of the configuration.
-    """
-    is_recorded = any((folder / name).exists() for name in _RECORD)
-    if (folder / "results.json").exists() and not is_recorded:
+def _check_foreign(folder: pathlib.Path, config: dict) -> None:
+    """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own."""
+    if foreign := _find_foreign(folder, config):
         raise ValueError(
-            f"workdir={str(folder)!r} holds a results.json that no run wrote; choose another "
-            "--workdir"
+            f"workdir={str(folder)!r} holds {foreign}, which no run wrote; choose another --workdir"
         )
+
+
+def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
+    """Finds a file in a work directory that has a name of a run's, but that no run wrote.
+
+    A run records its configuration and environment before it writes results. The user may have
+    removed a damaged record of the configuration.
+    """
+    if (folder / "environment.json").exists():
+        return None
+    if (folder / "config.json").exists():
+        # `check_config` compares the record of a run that has started.
+        is_own = has_started(folder) or _has_keys_of(folder / "config.json", config)
+        return None if is_own else "config.json"
+    for name in _RESULTS:
+        if (folder / name).exists():
+            return name
+    # Training removes earlier events.
+    for path in (folder / "tensorboard").glob("events.*"):
+        return f"tensorboard/{path.name}"
+    return None
+
+
+def _has_keys_of(path: pathlib.Path, config: dict) -> bool:
+    """Tells whether a file is JSON with the keys of a configuration.
+
+    A process that was killed at its start may have left the record of other values.
+    """
+    try:
+        recorded = files.read_json(path)
+    except ValueError:
+        return False
+    return isinstance(recorded, dict) and recorded.keys() >= config.keys() - {*_MEASURED_KEYS}
 
 
 @contextlib.contextmanager
@@ -367,13 +396,15 @@ def prepared(
     The arguments are those of `prepare`.
 
     Raises:
-        ValueError: as `claims.claim` and `prepare`. Work that is refused before it writes leaves no
-            folder.
+        ValueError: as `claims.claim` and `prepare`, and for files that no run wrote. Work that is
+            refused before it writes leaves no folder.
     """
     folder = pathlib.Path(folder)
-    with _removed_if_empty(folder), claims.claim(folder), _undone_if_refused(folder):
-        prepare(folder, config, computes)
-        yield folder
+    with _removed_if_empty(folder), claims.claim(folder):
+        _check_foreign(folder, config)
+        with _undone_if_refused(folder):
+            prepare(folder, config, computes)
+            yield folder
 
 
 @contextlib.contextmanager

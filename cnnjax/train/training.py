@@ -181,6 +181,11 @@ def build_run(config: ml_collections.ConfigDict) -> Training:
             f"accumulate={config.accumulate}"
         )
     data = open_data(config, parallel)
+    if config.loss == "cross_entropy" and len(data.classes) < 2:
+        raise ValueError(
+            f"dataset={config.dataset!r} in data_dir={config.data_dir!r} has one class, "
+            f"{splits.class_name(data.classes[0])!r}; loss='cross_entropy' takes at least two"
+        )
     steps_per_epoch = data.n_train // config.batch_size
     if not steps_per_epoch:
         raise ValueError(

@@ -117,7 +117,7 @@ def _add_subject(parser):
     )
     add(
         "--workdir",
-        type=os.path.expanduser,
+        type=command.path,
         required=True,
         metavar="FOLDER",
         help="where the figure and the numbers are written",
