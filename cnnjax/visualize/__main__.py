@@ -6,7 +6,6 @@ registered network with weights (--model, --weights) or a finished training run 
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 
