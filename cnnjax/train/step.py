@@ -239,7 +239,7 @@ def loss_and_errors(
         counted = labels != IGNORED
     one_hot = jax.nn.one_hot(jnp.where(counted, labels, 0), logits.shape[-1], dtype=jnp.float32)
     losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
-    errors = logits.argmax(-1) != labels
+    errors = (logits.argmax(-1) != labels).astype(jnp.float32)
     axes = tuple(range(1, labels.ndim))
     n_counted = jnp.maximum(counted.sum(axes, keepdims=True), 1)
     share = counted.astype(jnp.float32) / n_counted.astype(jnp.float32)
