@@ -11,6 +11,8 @@ from cnnjax.train import defaults
 
 def get_config():
     config = defaults.get_config()
+    config.model = "lenet"
+    config.dataset = "digits"
     config.epochs = 30
     return config
 

@@ -15,6 +15,7 @@ from cnnjax.train import defaults
 
 def get_config():
     config = defaults.get_config()
+    config.model = "lenet"
     config.dataset = "mnist"
     config.epochs = 20
     config.momentum = 0.0  # the lecture mentions no momentum

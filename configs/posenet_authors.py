@@ -10,9 +10,11 @@ configuration follows that code in these settings:
 - predictions upsampled without aligned corners;
 - dark noise images.
 
-These differences remain. Weights are random; the authors use ImageNet weights
-(`--config.weights=imagenet`). Photographs are other ones, cropped to squares; the authors squash
-whole images. Position maps are formulas fitted to the authors' image files.
+These differences remain:
+
+- Weights are random; the authors use ImageNet weights (`--config.weights=imagenet`).
+- Photographs are other ones, cropped to squares; the authors squash whole images.
+- Position maps are formulas fitted to the authors' image files.
 
 To read the authors' stages of a ResNet, use `--config.encoders="('resnet18',)"
 --config.stages="('layer1','layer2','layer3','layer4')"
@@ -29,13 +31,17 @@ def get_config() -> ml_collections.ConfigDict:
     config = defaults.get_config()
     config.encoders = ("vgg16",)
     config.paddings = ("zeros", "none")
+    # Photograph crops to fit to, to choose the exact readout's strength on, and to score on.
     config.n_train = 96
     config.n_held_out = 32
     config.n_test = 32
+    # Dark noise: mean and standard deviation of the pixels, from 0 to 255.
     config.noise = (25.0, 24.0)
+    # Pixels from 0 to 1, and features that are not standardized.
     config.pixels = "unit"
     config.standardize = False
-    config.align_corners = False
+    # The readout is a 3x3 convolution, whose predictions are upsampled without aligned corners.
     config.kernel = 3
+    config.align_corners = False
     config.sgd_steps = 5000
     return config

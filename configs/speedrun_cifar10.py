@@ -2,7 +2,9 @@
 
 Published: 94.01 % in 2.59 s on an A100 (n=200).
 
-    python -m experiments.speedrun --data_dir FOLDER [--runs 200] [--epochs=8 ...: any key below]
+    python -m experiments.speedrun --data_dir FOLDER [--runs 200] [--KEY VALUE ...]
+
+KEY is any key of this file, such as `--epochs 8`.
 """
 
 import ml_collections
@@ -22,7 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.bias_rate = 0.053
     config.head_rate = 0.67
     config.momentum = 0.85
-    config.weight_decay = 2e-6  # times the batch size, per unit of learning rate
+    # Times the batch size. It does not depend on the learning rate's peak.
+    config.weight_decay = 2e-6
     config.whiten_epochs = 3  # epochs in which the first layer's bias is trained
     config.label_smoothing = 0.2
     config.crop = 2  # pixels that a crop moves at most, over a reflected border

@@ -40,7 +40,7 @@ SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # shares of units
 WAYS = {
     "fc1": "units of the first layer removed",
     "fc2": "units of the second layer removed",
-    "refitted": "the same, readout refitted",
+    "refitted": "units of the second layer removed, readout refitted",
 }
 _FITTED = 10_000  # training images that a readout is refitted to
 _STRENGTH = 1e-3  # ridge strength of that fit, relative to the mean square of the units
@@ -58,7 +58,7 @@ def add_options(parser):
     parser.add_data_dir("MNIST's files")
     parser.add_workdir("runs/dropout")
     parser.add_count("seeds", 3, "networks with, and as many without dropout")
-    parser.add_count("epochs", 5, "of training")
+    parser.add_count("epochs", 5, "training epochs")
     parser.add_count("removals", 5, "random choices of the removed units")
 
 
@@ -145,6 +145,7 @@ def refitted(
     x = train - mean
     targets = np.eye(10, dtype=np.float32)[labels]
     base = targets.mean(0)
+    # The Gram matrix of the remaining units is a block of that of all units, computed once.
     gram = np.float64(x.T @ x)
     products = np.float64(x.T @ (targets - base))
     results = []
@@ -210,7 +211,10 @@ def losses(results: list[dict], way: str, rate: float) -> np.ndarray:
 
 
 def saved(results: list[dict], way: str) -> np.ndarray:
-    """Returns how many of these points dropout saves, seed by seed, [seeds, shares]."""
+    """Returns the points that dropout saves: the loss without it minus the loss with it.
+
+    The array is [seeds, shares].
+    """
     return losses(results, way, RATES[0]) - losses(results, way, RATES[1])
 
 
@@ -231,12 +235,17 @@ def verdict(results: list[dict]) -> str:
     for (way, text), share in itertools.product(WAYS.items(), (0.5, 0.9)):
         number = SHARES.index(share)
         gains = saved(results, way)[:, number]
-        without_, with_ = (losses(results, way, rate)[:, number].mean() for rate in RATES)
-        sentence = f"- D10, {text}, {share:.0%}: it costs {without_:.2f} points without and "
-        sentence += f"{with_:.2f} with dropout"
+        cost_without = losses(results, way, RATES[0])[:, number].mean()
+        cost_with = losses(results, way, RATES[1])[:, number].mean()
+        sentence = f"- D10, {text}, {share:.0%}: it costs {cost_without:.2f} points without and "
+        sentence += f"{cost_with:.2f} with dropout"
         if len(gains) > 1:
-            comparison = "less" if gains.mean() >= 0 else "more"
-            difference = tables.spread(np.copysign(1, gains.mean()) * gains, 2)
+            if gains.mean() >= 0:
+                comparison = "less"
+                difference = tables.spread(gains, 2)
+            else:
+                comparison = "more"
+                difference = tables.spread(-gains, 2)
             sentence += f", {difference} {comparison} (n={len(gains)}): that units are made "
             sentence += f"redundant {tables.judge(gains)}"
         sentences.append(f"{sentence}.\n")
@@ -256,7 +265,8 @@ def draw(results: list[dict]) -> Figure:
             (line,) = axis.plot(removed, errors.mean(1), ".-", label=label)
             color = line.get_color()
             axis.fill_between(removed, errors.min(1), errors.max(1), alpha=0.2, color=color)
-        axis.set(title=text, xlabel="units removed, %", yscale="log")
+        axis.set(xlabel="units removed, %", yscale="log")
+        axis.set_title(text, fontsize=9)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("test error, %: mean and range")
@@ -271,9 +281,10 @@ def report(results: list[dict], options) -> study.Report:
 
 {SETTINGS["model"]} on {SETTINGS["dataset"]}, {options.epochs} epochs; mean ± sample standard
 deviation over seeds of the test accuracy, itself the mean over {options.removals} random removals.
-What dropout saves is how much less the removal costs, each network compared with itself with all
-its units. With a refitted readout the units are judged apart from what the readout expects.
-Training error: {spreads[0]} % without and {spreads[1]} % with dropout.
+The loss is the accuracy of the whole network minus that without the removed units. Dropout saves
+the loss without dropout minus the loss with it. A refitted readout shows what the remaining units
+contain, whatever the original readout expects. Training error: {spreads[0]} % without and
+{spreads[1]} % with dropout.
 
 {tabulate(results)}
 {verdict(results)}

@@ -44,7 +44,7 @@ RATES = (0.02, 0.014, 0.01, 0.007)
 EMA_DECAY = 0.99  # the average is over about a hundred steps
 SINGLE = "single, mean"
 LAST = "last iterate"
-# Methods by group of networks. The first method of a group is the baseline of the others.
+# Methods by group of networks. In each group, the first method is the baseline of the others.
 METHODS = {
     "fine-tuned": (
         SINGLE,
@@ -80,12 +80,12 @@ def add_options(parser):
         default=SETTINGS["model"],
         help="a registered network for 32x32 images (default: %(default)s)",
     )
-    parser.add_count("repetitions", 3, "how often all is done, with other seeds")
+    parser.add_count("repetitions", 3, "repetitions of the whole study, each with its own seeds")
     parser.add_count("members", 8, "networks that are fine-tuned", 4)
     parser.add_count("train", 10_000, "training images", SETTINGS["batch_size"])
-    parser.add_count("validation", 2_000, "images that methods choose by", 10)
+    parser.add_count("validation", 2_000, "validation images, by which methods choose", 10)
     parser.add_count("start_epochs", 9, "epochs of the common start")
-    parser.add_count("epochs", 3, "epochs of fine-tuning, and of a cycle")
+    parser.add_count("epochs", 3, "epochs of fine-tuning, and of one learning-rate cycle")
 
 
 def points(options):
@@ -99,9 +99,8 @@ def points(options):
             f"start_epochs={options.start_epochs} is less than epochs={options.epochs}: the "
             "network that restarts trains for the sum, and needs two cycles of `epochs`"
         )
-    # The start is the first network. The other networks need its weights before they can be
-    # checked.
-    start, *_ = plan(folder_of(options, 0), options, 0).values()
+    # Only the start can be checked now: the other networks need its weights.
+    start = next(iter(plan(folder_of(options, 0), options, 0).values()))
     loop.check(start)
     result = []
     for repetition in range(options.repetitions):
@@ -153,6 +152,7 @@ def plan(
     def add(group: str, number: int, settings: dict) -> None:
         config = defaults.get_config()
         config.update_from_flattened_dict(settings)
+        # The networks are numbered in the order of these calls, so each has its own seed.
         config.seed = 1000 * repetition + len(configs)
         configs[folder / group / f"{number:02}"] = config
 
@@ -198,7 +198,10 @@ def single_accuracy(group: str, options, repetition: int) -> float:
     """
     if group == "restarts":
         group = "independent"
-    results = combined(group, METHODS[group][1], options, repetition)
+    # Each method's result also has the errors of the single networks, so any method will do. The
+    # baseline itself is not combined.
+    method = METHODS[group][1]
+    results = combined(group, method, options, repetition)
     if group == "start":
         # Its ingredients are the checkpoints of one run.
         error = results["individual"][-1]["test"]["error"]
@@ -277,11 +280,11 @@ def gain_sentences(results: list[dict], options) -> list[str]:
     snapshot = gain("restarts", "snapshot")
     polyak = gain("start", "polyak")
     count = study.values(results, "passes", method="snapshot").mean()
-    about = "is" if 1 <= ensemble.mean() <= 3 else "is not"
+    verb = "is" if 1 <= ensemble.mean() <= 3 else "is not"
     return [
         f'D7, "ensembling independent models gains about 2 %": {options.members // 2} gain '
         f"{tables.spread(ensemble, 2)} points. That they gain {tables.judge(ensemble)}; the mean "
-        f"{about} between 1 and 3.",
+        f"{verb} between 1 and 3.",
         f'D7, "snapshots of one run are a cheaper ensemble": {count:.0f} of one run gain '
         f"{tables.spread(snapshot, 2)} points over one independent network of the same length; a "
         f"gain {tables.judge(snapshot)}.",

@@ -1,4 +1,4 @@
-"""The lectures' networks on their data: perceptrons against convolutional networks.
+"""Do the lectures' perceptrons and ConvNets reach the errors that are printed?
 
     python -m experiments.mlp_vs_convnet --workdir runs/mlp_vs_convnet \\
         --config.data_dir=FOLDER [--networks mlp1_cifar10 ...] [--config.KEY=VALUE ...]
@@ -49,7 +49,9 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
             # Python returns the number of a signal as a negative one.
-            return 128 - code if code < 0 else code
+            if code < 0:
+                return 128 - code
+            return code
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -111,7 +113,9 @@ def by_epoch(curves: list[list[float]]) -> list[list[float]]:
 
 
 def show_claimed(error: dict) -> str:
-    return "" if error["claimed"] is None else f"{error['claimed']:g}"
+    if error["claimed"] is None:
+        return ""
+    return f"{error['claimed']:g}"
 
 
 def show_measured(error: dict) -> str:
@@ -135,7 +139,9 @@ def tabulate(rows: list[dict]) -> str:
         errors = []
         for split in ("train", "test"):
             errors += [show_claimed(row[split]), show_measured(row[split])]
-        failed = str(len(row["failed"]) or "")
+        failed = ""
+        if row["failed"]:
+            failed = str(len(row["failed"]))
         lines.append([row["network"], parameters, epochs, *errors, str(row["n"]), failed, minutes])
     header = ["configuration", "parameters", "epochs", "train error, lecture", "measured"]
     header += ["test error, lecture", "measured", "n", "failed", "minutes a run"]
@@ -176,6 +182,13 @@ end.
     print(table)
 
 
+def report(folder: pathlib.Path) -> None:
+    """Writes and prints the comparison of all finished runs."""
+    rows = compare(folder)
+    if rows:
+        write_report(folder, rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(
         prog="python -m experiments.mlp_vs_convnet",
@@ -202,12 +215,6 @@ def main(arguments: list[str] | None = None) -> int:
             break
     # What has failed is in the report, too.
     return command.run(lambda: report(folder)) or code
-
-
-def report(folder: pathlib.Path) -> None:
-    """Writes and prints the comparison of all finished runs."""
-    if rows := compare(folder):
-        write_report(folder, rows)
 
 
 if __name__ == "__main__":

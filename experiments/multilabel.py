@@ -9,10 +9,10 @@ pooled last stage of frozen networks. The frozen networks have ImageNet weights 
 names, from the files in --weights) or random weights.
 
 The score is the average precision of each class on 233 test scenes. A random ranking scores the
-prevalence of the class. Classes that fewer than ten scenes of a part (training or test) show, or
-fewer than ten lack, say little and are left out of the mean. For the trained network, a seed draws
-the weights and the order of the images. For a frozen network, it draws a bootstrap of the training
-scenes and the random weights. Writes report.md, multilabel.json, and multilabel.png.
+prevalence of the class. A class counts if at least ten scenes of each part (training and test) show
+it and at least ten do not. The mean leaves out the other classes. For the trained network, a seed
+draws the weights and the order of the images. For a frozen network, it draws a bootstrap of the
+training scenes and the random weights. Writes report.md, multilabel.json, and multilabel.png.
 """
 
 import argparse
@@ -36,9 +36,10 @@ from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.small import pooled_features
 
 _BATCH = 16
-_STRENGTH = 0.01  # the inverse of the ridge penalty, on standardized features; it was not tuned
+_INVERSE_PENALTY = 0.01  # scikit-learn's C, on standardized features; not tuned
 _LEAST = 10  # scenes of each part that must show a class for it to count, and must lack it
-BASELINE, SCRATCH = "prevalence", "scene_net, trained from scratch"
+BASELINE = "prevalence"
+SCRATCH = "scene_net, trained from scratch"
 
 
 # --- Options and points ---------------------------------------------------------------------------
@@ -74,10 +75,10 @@ def add_options(parser):
         default=[],
         type=named_file,
         metavar="MODEL=FILE",
-        help="networks whose features are read",
+        help="frozen networks and the files of their ImageNet weights",
     )
     parser.add_count("seeds", 3, "repetitions")
-    parser.add_count("epochs", 12, "of the network trained from scratch")
+    parser.add_count("epochs", 12, "training epochs of the network trained from scratch")
 
 
 def points(options):
@@ -96,6 +97,19 @@ class Shared(NamedTuple):
     features: Callable[[str, str | None, int], list[np.ndarray]]
 
 
+def counted_classes(data: arrays.Dataset) -> np.ndarray:
+    """Returns the indices of classes that enough scenes show, and enough scenes lack."""
+    scenes = []
+    for split in (data.train, data.test):
+        scenes += [split.labels.sum(0), (1 - split.labels).sum(0)]
+    counted = np.flatnonzero(np.min(scenes, axis=0) >= _LEAST)
+    if not len(counted):
+        raise ValueError(
+            f"dataset='camvid_scenes' has no class that {_LEAST} scenes show and {_LEAST} lack"
+        )
+    return counted
+
+
 def load(options) -> Shared:
     for name, file in options.weights:
         transfer.weights_file(file)
@@ -106,6 +120,7 @@ def load(options) -> Shared:
             )
     loop.check(configure(options, 0))
     data = arrays.load("camvid_scenes", options.data_dir)
+    # Without a class that counts, this refuses the data before anything is trained.
     counted_classes(data)
 
     @functools.cache
@@ -159,7 +174,7 @@ def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) 
     for number, label in enumerate(labels.T):
         # If every scene of the sample shows a class, or none does, its score stays constant.
         if 0 < label.sum() < len(label):
-            model = sklearn.linear_model.LogisticRegression(C=_STRENGTH, max_iter=1000)
+            model = sklearn.linear_model.LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000)
             model.fit(scaler(train), label)
             scores[:, number] = model.decision_function(scaler(test))
     return scores
@@ -181,19 +196,6 @@ def measure(point: Point, options, shared: Shared) -> dict:
 
 
 # --- Report ---------------------------------------------------------------------------------------
-
-
-def counted_classes(data: arrays.Dataset) -> np.ndarray:
-    """Returns the indices of classes that enough scenes show, and enough scenes lack."""
-    scenes = []
-    for split in (data.train, data.test):
-        scenes += [split.labels.sum(0), (1 - split.labels).sum(0)]
-    counted = np.flatnonzero(np.min(scenes, axis=0) >= _LEAST)
-    if not len(counted):
-        raise ValueError(
-            f"dataset='camvid_scenes' has no class that {_LEAST} scenes show and {_LEAST} lack"
-        )
-    return counted
 
 
 def precision_by_method(results: list[dict], counted: np.ndarray) -> dict[str, np.ndarray]:
@@ -223,7 +225,8 @@ def draw(by_method: dict, prevalence: np.ndarray, names: list[str]) -> Figure:
     for method, values in by_method.items():
         series[f"{method} (n={len(values)})"] = list(100 * values.T)
     study.draw_bars(axis, series)
-    left, right = np.arange(len(names)) - 0.45, np.arange(len(names)) + 0.45
+    left = np.arange(len(names)) - 0.45
+    right = np.arange(len(names)) + 0.45
     axis.hlines(100 * prevalence, left, right, color="black", lw=1, label=BASELINE)
     axis.set_xticks(range(len(names)), names)
     axis.set(ylabel="average precision on the test, %", ylim=(0, 100))
@@ -239,7 +242,7 @@ def report(results: list[dict], options) -> study.Report:
     by_method = precision_by_method(results, counted)
     left_out = ", ".join(name for name in data.classes if name not in names)
     if left_out:
-        left_out = f"Left out, because hardly a scene of a part lacks or shows them: {left_out}."
+        left_out = f"Left out, because too few scenes of a part show or lack them: {left_out}."
     else:
         left_out = "All classes count."
     text = f"""# Which classes appear in a scene

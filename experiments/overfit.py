@@ -101,8 +101,10 @@ def measure(point: Point, options, batch: arrays.Split) -> dict:
 
     state = step.init(recipe, model.input_shape, numbers)
     take_step = step.streamed_step(Parallel("jit"), recipe)
+    # An epoch is one step, so the state's totals are those of the last step.
+    steps_per_epoch = np.int32(1)
     for _ in range(_STEPS):
-        state = take_step(state, constants, (images, batch.labels), numbers, np.int32(1))
+        state = take_step(state, constants, (images, batch.labels), numbers, steps_per_epoch)
         loss = float(state.totals["loss"]) / _COUNT
         if loss < GOAL:
             break

@@ -46,15 +46,21 @@ def add_options(parser):
     paddings = ["zeros", "none", "reflect", "replicate", "circular"]
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_argument("--canvases", nargs="+", choices=CANVASES, default=list(CANVASES))
-    parser.add_count("seeds", 3, "networks per cell of the table")
-    for name, least, default in (("train", _BATCH, [2000, 5000]), ("epochs", 1, [6, 6])):
-        parser.add_argument(
-            f"--{name}",
-            nargs=2,
-            type=command.whole_number(least),
-            default=default,
-            help="for the location and for the object (default: %(default)s)",
-        )
+    parser.add_count("seeds", 3, "networks per task, canvas, and padding")
+    parser.add_argument(
+        "--train",
+        nargs=2,
+        type=command.whole_number(_BATCH),
+        default=[2000, 5000],
+        help="training images of the two tasks, location and object (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        nargs=2,
+        type=command.whole_number(1),
+        default=[6, 6],
+        help="training epochs of the two tasks (default: %(default)s)",
+    )
     parser.add_count("test", 2000, "test images")
 
 

@@ -55,7 +55,7 @@ def add_options(parser):
     parser.add_data_dir()
     parser.add_count("seeds", 3, "networks of each kind")
     parser.add_count("train", 4000, "training images of a network", _BATCH)
-    parser.add_count("epochs", 6, "of training")
+    parser.add_count("epochs", 6, "training epochs")
     parser.add_count("test", 1000, "test images")
 
 
@@ -85,7 +85,8 @@ def without(variables: dict, channels: np.ndarray) -> dict:
 def rank(features: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """Orders channels by how much mirroring changes them, the most first.
 
-    Channels that encode position change most from |f(x)| to |f(mirrored x)|, both [n, channels].
+    `features` and `mirrored` are the averaged channels f(x) and f(mirrored x), [n, channels]. The
+    change is the mean of |f(x) - f(mirrored x)| over the images.
     """
     change = np.abs(features - mirrored).mean(0)
     return np.argsort(-change)
@@ -114,8 +115,8 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     test_features = pooled_features(model, variables, test)
     result = {"accuracy": accuracy(variables)}
     for name in TASKS:
-        probe = linear_probe(features, train_labels[name], test_features, labels[name])
-        result[f"read_{name}"] = probe[0]
+        read, _ = linear_probe(features, train_labels[name], test_features, labels[name])
+        result[f"read_{name}"] = read
     if permute:
         return result
 

@@ -6,8 +6,8 @@
 The position study fits a linear readout of horizontal position (H) to 24 crops of photographs. Here
 a readout is fitted to photographs, to the same photographs with their pixels shuffled, or to noise
 images, and is scored on unseen images of the same kind. The encoders have random weights.
-With fewer images than there are photographs to fit to, each seed draws photographs at random, and
-a smaller number of them is part of a larger one.
+If fewer images are fitted to than there are photographs for it, each seed draws photographs at
+random; a seed's smaller draw is part of its larger one.
 
 A nonlinear readout has one hidden layer. All stages are resized to one grid, in one of two ways:
 
@@ -66,7 +66,7 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/position_fitted")
     parser.add_photographs()
-    parser.add_count("seeds", 3, "of weights, photographs and crops")
+    parser.add_count("seeds", 3, "repetitions, each with its own weights, photographs and crops")
     paddings = ["zeros", "none", "reflect", "replicate", "circular", "random"]
     parser.add_argument("--paddings", nargs="+", choices=PADDINGS, default=paddings)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["resnet18"])
@@ -76,9 +76,12 @@ def add_options(parser):
         nargs="+",
         type=command.whole_number(2),
         default=[24, 96, 256],
-        help="images to fit to; the nonlinear readout takes the most (default: 24 96 256)",
+        help="numbers of images to fit to; the nonlinear readout uses the largest "
+        "(default: 24 96 256)",
     )
-    parser.add_count("hidden", 64, "channels of the nonlinear readout; 0 for none of it", least=0)
+    parser.add_count(
+        "hidden", 64, "hidden channels of the nonlinear readout; 0 leaves it out", least=0
+    )
     parser.add_count("steps", 300, "SGD steps of the nonlinear readout")
 
 
@@ -93,12 +96,12 @@ def load(options) -> list[pathlib.Path]:
         return []
     paths = photographs.list_photographs(options.photographs)
     # Too few are refused here.
-    photographs.split(paths, list_sizes(options), 0)
+    photographs.split(paths, image_counts(options), 0)
     photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
     return paths
 
 
-def list_sizes(options) -> tuple[int, int, int]:
+def image_counts(options) -> tuple[int, int, int]:
     """Lists the numbers of images to fit to, to hold out, and to test on."""
     return max(options.counts), _HELD_OUT, _TEST
 
@@ -108,7 +111,7 @@ def draws(point: Point, options) -> bool:
     if point.images == "noise":
         return False
     paths, _ = photographs.find_photographs(options.photographs)
-    parts = photographs.split(paths, list_sizes(options), 0)
+    parts = photographs.split(paths, image_counts(options), 0)
     return photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST))
 
 
@@ -123,22 +126,22 @@ def points(options):
 
 def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     """Fits readouts of H to images of one kind, and scores them on unseen images of that kind."""
-    sizes = list_sizes(options)
-    most = sizes[0]
+    counts = image_counts(options)
+    most = counts[0]
     # Noise alone comes without photographs.
     parts: list[list[pathlib.Path]] = [[], [], []]
     if paths:
-        parts = photographs.split(paths, sizes, point.seed)
-    features = encode_grids(point, np.concatenate(draw_images(point, parts, sizes)))
-    cropped = [min(len(part), size) for part, size in zip(parts, sizes)]
+        parts = photographs.split(paths, counts, point.seed)
+    features = encode_grids(point, np.concatenate(draw_images(point, parts, counts)))
+    n_photographs = [min(len(part), count) for part, count in zip(parts, counts)]
     goal = target("H", FEATURE_SIZE)
     readouts = []
     for grid, joined in features.items():
         train, held_out, test = np.split(joined, [most, most + _HELD_OUT])
-        for count in options.counts:
-            chosen = train[choose_images(point, count, cropped[0])]
+        for n_fitted in options.counts:
+            chosen = train[choose_images(point, n_fitted, n_photographs[0])]
             readout = fit_exact(chosen, held_out, goal[None])
-            readouts.append(scored("linear", grid, count, readout(test)))
+            readouts.append(scored("linear", grid, n_fitted, readout(test)))
         if options.hidden:
             nonlinear = fit_sgd(
                 train,
@@ -150,7 +153,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
             readouts.append(scored("nonlinear", grid, most, nonlinear(test)))
     return {
         "readouts": readouts,
-        "photographs": cropped,
+        "photographs": n_photographs,
         "border": border(point.padding, point.seed),
     }
 
@@ -158,8 +161,8 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
 def choose_images(point: Point, count: int, available: int) -> slice | list[int]:
     """Chooses which images to fit to.
 
-    The first images are crops of different photographs, `available` ones. Fewer than these are
-    drawn at random; a smaller number of them is part of a larger one.
+    The first `available` images are crops of different photographs. If fewer are needed, they are
+    drawn at random; a seed's smaller draw is part of its larger one.
     """
     if point.images == "noise" or count >= available:
         return slice(count)
@@ -167,16 +170,16 @@ def choose_images(point: Point, count: int, available: int) -> slice | list[int]
 
 
 def draw_images(
-    point: Point, parts: list[list[pathlib.Path]], sizes: tuple[int, ...]
+    point: Point, parts: list[list[pathlib.Path]], counts: tuple[int, ...]
 ) -> list[np.ndarray]:
     """Draws images to fit to, to choose the penalty on, and to test on, all of one kind."""
     images = []
-    for number, (part, size) in enumerate(zip(parts, sizes)):
-        seed = len(sizes) * point.seed + number
+    for number, (part, count) in enumerate(zip(parts, counts)):
+        seed = len(counts) * point.seed + number
         if point.images == "noise":
-            drawn = photographs.synthetic("noise", size, _SIZE, seed)
+            drawn = photographs.synthetic("noise", count, _SIZE, seed)
         else:
-            drawn = photographs.crops(part, size, _SIZE, seed)
+            drawn = photographs.crops(part, count, _SIZE, seed)
         if point.images == "shuffled":
             drawn = shuffled(drawn, seed)
         images.append(drawn)
@@ -262,6 +265,7 @@ def tabulate(results: list[dict]) -> str:
     """
     paddings = study.unique(results, "padding")
     kinds = results[0]["readouts"]
+    seeds = str(len(study.unique(results, "seed")))
     lines = []
     grid = itertools.product(
         study.unique(results, "encoder"), study.unique(results, "images"), kinds
@@ -274,7 +278,7 @@ def tabulate(results: list[dict]) -> str:
             rows = rows_of(results, point, **fields)
             cells.append(tables.spread(study.values(rows, "median_r2"), 2))
         label = [encoder, images, str(kind["count"]), kind["readout"], kind["grid"]]
-        lines.append([*label, *cells, str(len(rows))])
+        lines.append([*label, *cells, seeds])
     header = ["encoder", "fitted to", "images", "readout", "grid", *paddings, "n"]
     return tables.table(header, lines)
 
@@ -324,7 +328,7 @@ def draw(results: list[dict]) -> Figure:
 
 
 def describe_photographs(results: list[dict]) -> str:
-    """Describes of how many photographs the images are crops; empty for noise alone."""
+    """Tells how many photographs the images are cropped from; empty if all images are noise."""
     # Results of earlier versions do not count them.
     of_photographs = [result for result in results if result["images"] != "noise"]
     if not of_photographs or "photographs" not in of_photographs[0]:

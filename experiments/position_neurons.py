@@ -69,7 +69,7 @@ def add_options(parser):
         "--encoders",
         nargs="*",
         default=["squeezenet1_1", "mobilenet_v2", "resnet18"],
-        help="with random weights",
+        help="networks with random weights",
     )
     parser.add_trained()
     paddings = [INSIDE, "zeros", "partial", "reflect", "replicate", "circular"]
@@ -78,7 +78,7 @@ def add_options(parser):
     )
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 64, "photographs of one seed, at most", _LEAST)
-    parser.add_count("seeds", 3, "of random weights and photographs")
+    parser.add_count("seeds", 3, "repetitions, each with its own random weights and photographs")
 
 
 def load(options) -> Shared:
@@ -124,7 +124,7 @@ def measure(point: Trace, options, shared: Shared) -> dict:
                 "stage": stage,
                 "channels": maps.shape[3],
                 "share": aware_share(maps, inside.features[stage]),
-                "r2": readable(maps),
+                "r2": read_position(maps),
             }
         )
     return {"images": len(paths), "stages": stages}
@@ -139,8 +139,10 @@ def aware_share(maps: np.ndarray, borderless: np.ndarray) -> float:
         chosen on the borderless features of the other half.
     """
     half = len(maps) // 2
+    first = slice(half)
+    second = slice(half, None)
     shares = []
-    for chosen, counted in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+    for chosen, counted in ((first, second), (second, first)):
         threshold = np.quantile(border_statistic(borderless[chosen]), 1 - _FALSE_POSITIVES)
         shares.append((border_statistic(maps[counted]) > threshold).mean())
     return float(np.mean(shares))
@@ -187,7 +189,7 @@ def distance(sample: np.ndarray, reference: np.ndarray) -> float:
     return largest
 
 
-def readable(maps: np.ndarray) -> float:
+def read_position(maps: np.ndarray) -> float:
     """Returns the exact linear readout's R2 of H in a stage, median over images.
 
     Args:
@@ -197,6 +199,7 @@ def readable(maps: np.ndarray) -> float:
     half = len(maps) // 2
     goal = target("H", FEATURE_SIZE)
     resized = np.asarray(resize(jnp.asarray(maps), FEATURE_SIZE))
+    # The first half of the images fits the readout; its last quarter chooses the ridge strength.
     train, held_out, test = np.split(resized, [3 * half // 4, half])
     predicted = fit_exact(train, held_out, goal[None])(test)
     # R2 has no lower bound: one image with rare features would decide a mean.

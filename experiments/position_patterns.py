@@ -79,13 +79,13 @@ def add_options(parser):
         "--encoders",
         nargs="*",
         default=["squeezenet1_1", "mobilenet_v2", "resnet18"],
-        help="with random weights",
+        help="networks with random weights",
     )
     parser.add_trained()
     parser.add_argument("--paddings", nargs="+", choices=patterns.ALIGNED, default=list(PADDINGS))
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 12, "photographs of one seed, at most", 2)
-    parser.add_count("seeds", 3, "of random weights and photographs")
+    parser.add_count("seeds", 3, "repetitions, each with its own random weights and photographs")
 
 
 def draws(point: Trace | Windows, options) -> bool:
@@ -143,12 +143,12 @@ def traces(
     subject: Subject, padding: str, seed: int, paths: tuple[pathlib.Path, ...]
 ) -> list[dict]:
     """Measures the trace of a padding in each stage."""
-    shared = look_inside(subject, seed, paths)
+    inside = look_inside(subject, seed, paths)
     model = subject.model.clone(padding=padding)
-    padded = patterns.features(model, shared.variables, shared.crop, subject.stages)
+    padded = patterns.features(model, inside.variables, inside.crop, subject.stages)
     results = []
     for stage in subject.stages:
-        strength = patterns.strength(padded[stage], shared.features[stage])
+        strength = patterns.strength(padded[stage], inside.features[stage])
         small = len(strength.pattern) <= _LARGEST_MAP
         results.append(
             strength._asdict()
@@ -306,8 +306,11 @@ def draw_reads(network: str) -> Figure:
 
 def report(results: list[dict], options) -> study.Report:
     traced = study.select(results, part="patterns")
-    windows = study.select(results, part="reads")
+    networks = study.select(results, part="reads")
     count = min(study.unique(traced, "images"))
+    # The mean of n values without a pattern is normal with deviation 1 / sqrt(n); its mean absolute
+    # value is sqrt(2 / pi), about 0.8, of that.
+    without_pattern = 0.8 / count**0.5
     text = f"""# What padding does without a readout
 
 ## Patterns
@@ -315,7 +318,7 @@ def report(results: list[dict], options) -> study.Report:
 Mean ± sample standard deviation over n seeds of photographs, and of weights where they are random;
 {count} photographs or more each. MAE is the mean absolute difference that the padding makes,
 relative to the features. SNR is its mean over photographs, absolute, over its standard deviation
-(with no pattern at all {0.8 / count**0.5:.2f}). Shared is the part of its energy that all
+(with no pattern at all {without_pattern:.2f}). Shared is the part of its energy that all
 photographs have in common, from 0 to 1.
 
 {tabulate_patterns(traced)}
@@ -326,12 +329,12 @@ photographs have in common, from 0 to 1.
 ## Blind spots
 
 A strided window reads a size evenly if it leaves no row and column at the far side unread. The
-second table is the share of all reading, in percent, that differs between the left and the right
-half. Ways through skips are left out, and without padding also the windows behind the one that has
-nothing left to read.
+second table shows the asymmetry: the percentage of reads that differs between the left and the
+right half. Skip connections are left out. Without padding, so are the first window that does not
+fit its map and all windows after it.
 
-{tabulate_sizes(windows)}
-{tabulate_asymmetry(windows)}
+{tabulate_sizes(networks)}
+{tabulate_asymmetry(networks)}
 ![reads](reads.png)
 """
     figures = {

@@ -66,7 +66,7 @@ def add_options(parser):
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_count("seeds", 5, "networks of each kind")
     parser.add_count("train", 4000, "training digits of a network", _BATCH)
-    parser.add_count("epochs", 6, "of training")
+    parser.add_count("epochs", 6, "training epochs")
     parser.add_count("test", 400, "test digits")
 
 
@@ -148,17 +148,18 @@ def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     phase of the stride.
     """
     rows, columns = np.indices((PLACES, PLACES))
-    far = np.maximum(abs(rows - rows.mean()), abs(columns - columns.mean()))
-    border = far == far.max()
-    steps = _STRIDE // _STEP
-    whole = ((rows - trained[0]) % steps == 0) & ((columns - trained[1]) % steps == 0)
-    elsewhere = np.ones_like(border)
+    inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
+    steps_per_stride = _STRIDE // _STEP
+    whole_rows = (rows - trained[0]) % steps_per_stride == 0
+    whole_columns = (columns - trained[1]) % steps_per_stride == 0
+    whole = whole_rows & whole_columns
+    elsewhere = np.ones_like(inside)
     elsewhere[trained] = False
     return {
         "elsewhere": elsewhere,
-        "whole strides away, inside": elsewhere & whole & ~border,
-        "whole strides away, border": elsewhere & whole & border,
-        "other places, inside": elsewhere & ~whole & ~border,
+        "whole strides away, inside": elsewhere & whole & inside,
+        "whole strides away, border": elsewhere & whole & ~inside,
+        "other places, inside": elsewhere & ~whole & inside,
     }
 
 
@@ -170,9 +171,9 @@ def half_strides(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     """
     rows, columns = np.indices((PLACES, PLACES))
     inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
-    steps = _STRIDE // _STEP
-    off_rows = (rows - trained[0]) % steps != 0
-    off_columns = (columns - trained[1]) % steps != 0
+    steps_per_stride = _STRIDE // _STEP
+    off_rows = (rows - trained[0]) % steps_per_stride != 0
+    off_columns = (columns - trained[1]) % steps_per_stride != 0
     return {
         "half a stride up or down": inside & off_rows & ~off_columns,
         "half a stride to the side": inside & off_columns & ~off_rows,
@@ -199,12 +200,13 @@ def groups_of(results: list[dict]):
 
 
 def tabulate(results: list[dict]) -> str:
+    headings = list(summarize(results[0]))
     lines = []
     for fields in groups_of(results):
         numbers = [summarize(result) for result in study.select(results, **fields)]
-        cells = [tables.spread(study.values(numbers, name), 1) for name in numbers[0]]
+        cells = [tables.spread(study.values(numbers, name), 1) for name in headings]
         lines.append([*fields.values(), *cells, str(len(numbers))])
-    return tables.table(["trained at", "sampling", "padding", *numbers[0], "n"], lines)
+    return tables.table(["trained at", "sampling", "padding", *headings, "n"], lines)
 
 
 def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
@@ -221,12 +223,12 @@ def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
         study.unique(results, "place"), study.unique(results, fixed)
     ):
         line = [place, choice]
-        means = {}
+        by_name = {}
         for name in study.unique(results, axis):
             networks = study.select(results, **{"place": place, fixed: choice, axis: name})
-            means[name] = np.array([summarize(network)[kind] for network in networks])
+            by_name[name] = np.array([summarize(network)[kind] for network in networks])
         for first, second in pairs:
-            line.append(tables.interval(means[second] - means[first], 1, "+"))
+            line.append(tables.interval(by_name[second] - by_name[first], 1, "+"))
         lines.append(line)
     headings = [f"{second} - {first}" for first, second in pairs]
     return tables.table(["trained at", fixed, *headings], lines)

@@ -8,8 +8,9 @@ channel's largest response over the whole map should not be able to tell the two
 
 There are two experiments:
 
-- The rook: one 5x5 convolution is trained on two images. Of 1,000 untrained
-  convolutions, those are counted that respond differently to the two images.
+- The rook (the chess piece) stands at the top left of one image and at the bottom right of the
+  other. One 5x5 convolution is trained to tell them apart. Of 1,000 untrained convolutions, the
+  study counts those whose largest responses to the two differ.
 - The quadrants: ResNet-18 with random frozen weights sees photographs of 56 pixels in two corners
   of an empty 120x120 canvas, with a border of empty pixels around the canvas. Ridge regression
   reads the place from every stage; it is trained on one half of the photographs and tested on the
@@ -93,7 +94,7 @@ def add_options(parser):
     parser.add_workdir("runs/quadrant")
     parser.add_photographs()
     parser.add_count("images", 32, "photographs of one encoder at most, half to train on", 4)
-    parser.add_count("seeds", 5, "of weights and photographs")
+    parser.add_count("seeds", 5, "repetitions, each with its own random weights and photographs")
     paddings = ["zeros", "none", "reflect", "replicate", "circular"]
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_argument(
@@ -278,6 +279,8 @@ def measure_quadrant(point: Quadrant, paths: list[pathlib.Path], images: int) ->
     The difference is relative to the mean response.
     """
     model = create_model("resnet18", padding=point.padding)
+    # Drawn with zero padding, so that all paddings share weights. Without padding, 64 pixels would
+    # not reach layer4.
     variables = initialize(create_model("resnet18"), jax.random.key(point.seed))
     last = reachable_stages(model, _CANVAS + 2 * point.border)[-1]
     content = []

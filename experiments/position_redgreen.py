@@ -42,21 +42,24 @@ PUBLISHED = {
 }
 KINDS = ("similar", "dissimilar")
 _SPLITS = {
-    "own": "Every seed has images of its own, which all paddings share, and those of validation "
-    "and test are drawn anew, where the published figures are of training images.",
+    "own": "Every seed draws its own images, which all paddings share. Validation and test images "
+    "are drawn separately; in the authors' code, those of validation and of the similar test are "
+    "training images.",
     "published": "As in the authors' code, all networks have the same images, and those of "
     "validation and of the similar test are training images.",
 }
 
-# The side of an image, the side of a box, and the numbers of training and test images.
+# Sides of an image and of a box, in pixels.
 _SIZE = 32
 _BOX = 4
+# Numbers of training images, and of images for the validation and for each test.
 _TRAIN = 2000
 _TEST = 1000
-# First rows of the boxes, to which -4 to 3 are added; columns of the left box; least distance of
-# the right box.
+# First rows of high and low boxes, to which -4 to 3 are added.
 _TOPS = (7, 23)
+# The first column of the left box is below this.
 _LEFT = 10
+# The right box begins at least this many columns after the left one.
 _APART = 5
 
 # The recipe of the authors' code: Adadelta, with batches in the same order in every epoch. The
@@ -104,7 +107,7 @@ def points(options):
 # --- Images ---------------------------------------------------------------------------------------
 
 
-def draw(
+def draw_images(
     generator: np.random.Generator, count: int, dissimilar: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws images of both classes in alternation.
@@ -128,18 +131,24 @@ def draw(
     return images, labels
 
 
-def split(seed: int, splits: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def first_images(part: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns as many images and labels as a test has."""
+    images, labels = part
+    return images[:_TEST], labels[:_TEST]
+
+
+def draw_parts(seed: int, splits: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draws images and labels for training, validation, similar and dissimilar test."""
     if splits == "published":
-        train = draw(np.random.default_rng([0, 0]), _TRAIN)
-        moved = draw(np.random.default_rng([0, 0]), _TRAIN, dissimilar=True)
-        parts = [train, train, moved]
-    else:
-        train = draw(np.random.default_rng([seed, 0]), _TRAIN)
-        parts = []
-        for part in (1, 2, 3):
-            parts.append(draw(np.random.default_rng([seed, part]), _TEST, dissimilar=part == 3))
-    return [train, *((images[:_TEST], labels[:_TEST]) for images, labels in parts)]
+        # With one seed for all, validation and similar test are the first training images.
+        train = draw_images(np.random.default_rng([0, 0]), _TRAIN)
+        dissimilar = draw_images(np.random.default_rng([0, 0]), _TRAIN, dissimilar=True)
+        return [train, first_images(train), first_images(train), first_images(dissimilar)]
+    train = draw_images(np.random.default_rng([seed, 0]), _TRAIN)
+    validation = draw_images(np.random.default_rng([seed, 1]), _TEST)
+    similar = draw_images(np.random.default_rng([seed, 2]), _TEST)
+    dissimilar = draw_images(np.random.default_rng([seed, 3]), _TEST, dissimilar=True)
+    return [train, validation, similar, dissimilar]
 
 
 # --- One network ----------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ def train_and_test(padding, key, train, validation, tests):
 
 def measure(point: Point, options) -> dict:
     """Trains one network from its own initial weights, and tests it."""
-    parts = split(point.seed, point.splits)
+    parts = draw_parts(point.seed, point.splits)
     train, validation, *tests = jax.tree.map(jnp.asarray, parts)
     key = jax.random.key(point.seed)
     accuracies, epochs = train_and_test(point.padding, key, train, validation, tests)
@@ -267,12 +276,12 @@ def tabulate(results: list[dict]) -> str:
     return tables.table(header, lines)
 
 
-def draw_figure(results: list[dict]) -> Figure:
+def draw(results: list[dict]) -> Figure:
     """Draws both classes of both kinds of images, and the accuracies."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     *examples, bars = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
     for axis, title in zip(examples, ("trained on, similar", "dissimilar")):
-        images, labels = draw(np.random.default_rng(0), 20, dissimilar=title == "dissimilar")
+        images, labels = draw_images(np.random.default_rng(0), 20, dissimilar=title == "dissimilar")
         gap = np.ones((_SIZE, 2, 3))
         pair = [images[labels == 0][0], gap, images[labels == 1][0]]
         axis.imshow(np.concatenate(pair, 1))
@@ -298,7 +307,7 @@ all paddings share. Published: Kayhan and van Gemert 2020. {_SPLITS[options.spli
 {tabulate(results)}
 ![Red/Green](redgreen.png)
 """
-    return study.Report(text, {"redgreen.png": draw_figure(results)})
+    return study.Report(text, {"redgreen.png": draw(results)})
 
 
 STUDY = study.Study(

@@ -50,8 +50,8 @@ _SHIFTS = tuple(range(0, _SIZE - _OBJECT + 1, 32))
 # out, and for the test.
 _COUNTS = (24, 6)
 _PARTS = (6, 2, 5)
-# The number of test photographs whose scenes are encoded together, which limits the memory: as many
-# as the photographs that packages carry leave for the test.
+# Test photographs whose scenes are encoded together, to limit memory. Without --photographs, there
+# are five.
 _TOGETHER = 5
 ENCODERS = ("resnet18", "vgg11")
 KINDS = ("photograph", "object")
@@ -69,7 +69,7 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/position_shift")
     parser.add_photographs()
-    parser.add_count("seeds", 3, "of weights, photographs and crops")
+    parser.add_count("seeds", 3, "repetitions, each with its own weights, photographs and crops")
     paddings = ["zeros", "none", "reflect", "replicate", "circular"]
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
@@ -156,23 +156,6 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
     return float(frame), float(content)
 
 
-def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
-    """Fits the readout of an encoder with random weights, and tests it on every scene."""
-    *fitting, test = photographs.split(paths, _PARTS, point.seed)
-    images = []
-    for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
-        images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
-    groups = [test[start : start + _TOGETHER] for start in range(0, len(test), _TOGETHER)]
-    features = encode_all(point, images, groups)
-    train, held_out = itertools.islice(features, 2)
-    readout = fit_exact(train, held_out, target("H", _SIZE)[None])
-    followed: dict[str, list[dict]] = {kind: [] for kind in KINDS}
-    for group in groups:
-        for kind, path in itertools.product(KINDS, group):
-            followed[kind].append(follow(readout, kind, path, next(features)))
-    return {"scenes": list(itertools.chain(*followed.values()))}
-
-
 def encode_all(
     point: Point, images: list[np.ndarray], groups: list[list[pathlib.Path]]
 ) -> Iterator[np.ndarray]:
@@ -180,10 +163,11 @@ def encode_all(
 
     Args:
       point: the encoder, which has random weights.
-      images: lists of images, each uint8 [n, size, size, 3]; encoded with the first group.
+      images: arrays of images, each uint8 [n, size, size, 3]; encoded with the first group.
       groups: the photographs whose scenes are encoded together.
 
-    Yields the features of each list, then of each scene: group by group, kind by kind.
+    Yields one array [images, 28, 28, channels] for each array of `images`, then one for each scene:
+    group by group, in a group kind by kind, in a kind photograph by photograph.
     """
     model, variables, stages = random_encoder(point.encoder, point.padding, _SIZE, point.seed)
     parts = list(images)
@@ -215,6 +199,25 @@ def follow(readout, kind: str, path: pathlib.Path, features: np.ndarray) -> dict
         "scene": scene,
         "profile": maps.mean(1)[:, ::8].tolist(),
     }
+
+
+def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
+    """Fits the readout of an encoder with random weights, and tests it on every scene."""
+    *fitting, test = photographs.split(paths, _PARTS, point.seed)
+    images = []
+    for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
+        images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
+    groups = [test[start : start + _TOGETHER] for start in range(0, len(test), _TOGETHER)]
+    # It yields the crops to fit to, the held-out crops, then the scenes in the order of the loops
+    # below.
+    features = encode_all(point, images, groups)
+    train, held_out = itertools.islice(features, 2)
+    readout = fit_exact(train, held_out, target("H", _SIZE)[None])
+    followed: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+    for group in groups:
+        for kind, path in itertools.product(KINDS, group):
+            followed[kind].append(follow(readout, kind, path, next(features)))
+    return {"scenes": list(itertools.chain(*followed.values()))}
 
 
 # --- Report ---------------------------------------------------------------------------------------

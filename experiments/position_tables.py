@@ -1,11 +1,11 @@
-"""The tables of Islam, Jia and Bruce (ICLR 2020), each by one command.
+"""The tables of Islam, Jia and Bruce (ICLR 2020): how much position do CNNs hold?
 
     python -m experiments.position_tables [main kernels depth stages readout_padding
         encoder_padding controls weights photographs] --workdir runs/tables [--photographs FOLDER]
         [--weights random|imagenet] [--trained NAME FILE [MODULE ...]] [--seeds 5]
         [--set KEY=VALUE ...]
 
-Without a name, all tables are made. The paper's numbers (arXiv 2001.08248) stand beside the
+Without names, the command makes all tables. The paper's numbers (arXiv 2001.08248) stand beside the
 measured ones. Each table consists of several studies: runs of configs/posenet.py with a few keys
 changed. Finished studies are not run again, and the features of an encoder are cached in
 `features/` for the other studies. `--set` changes a key of configs/posenet.py for all studies; keys
@@ -42,7 +42,7 @@ READOUTS = ("sgd", "exact")
 
 # SPC (Spearman's rank correlation) and MAE (mean absolute error), as printed in the paper.
 
-# Table 1: a line for each target, a column for each kind of images.
+# Table 1: lines H, V, G, HS, VS; columns photographs, black, white, noise.
 _POSENET = """
      .012/.251  .0/.251   .0/.251   .001/.251
      .131/.248  .0/.251   .0/.251   .053/.250
@@ -281,23 +281,27 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     return config.lock()
 
 
-def check_settings(name: str, options: argparse.Namespace) -> None:
-    """Raises `ValueError` if `--set` changes a key that distinguishes a table's rows."""
-    for row in TABLES[name]:
-        config = configure(row, options)
+def check_readouts(name: str, options: argparse.Namespace) -> None:
+    """Raises `ValueError` if the rows' readouts do not fit their depth or `hidden`."""
+    configs = [configure(row, options) for row in TABLES[name]]
+    for row, config in zip(TABLES[name], configs):
         has_sgd = row.encoder in position_study.CONTROLS or row.padding in config.sgd_paddings
         if config.depth > 1 and not has_sgd:
             raise ValueError(
                 f"depth={config.depth} of row {row.label!r} needs an SGD readout, and its study "
                 f"has them for sgd_paddings={tuple(config.sgd_paddings)}"
             )
-    configs = [configure(row, options) for row in TABLES[name]]
     if configs[0].hidden and all(config.depth == 1 for config in configs):
         raise ValueError(
             f"hidden={configs[0].hidden}: no row of table {name!r} has hidden layers, for which "
             "depth is above 1"
         )
-    unset = argparse.Namespace(**(vars(options) | {"set": []}))
+
+
+def check_overrides(name: str, options: argparse.Namespace) -> None:
+    """Raises `ValueError` if `--set` changes a key that distinguishes a table's rows."""
+    unset = argparse.Namespace(**vars(options))
+    unset.set = []
     configs = [configure(row, unset) for row in TABLES[name]]
     for setting in options.set:
         key = setting.partition("=")[0]
@@ -335,6 +339,16 @@ def check_photographs(row: Row, config: ml_collections.ConfigDict) -> None:
             f"row {row.label!r} needs {needed} photographs, {config.n_train} of them to fit to; "
             f"photographs={config.photographs!r} has {len(paths)}, {count} of them to fit to"
         )
+
+
+def check_weights(configs: list[ml_collections.ConfigDict]) -> None:
+    """Loads each file of weights once; raises `ValueError` if one does not fit its network."""
+    checked = set()
+    for config in configs:
+        key = (config.encoders, config.weights, config.missing, config.stages)
+        if key not in checked:
+            position_study.check_weights(config)
+            checked.add(key)
 
 
 def study_name(
@@ -378,14 +392,14 @@ class Plan(NamedTuple):
     Attributes:
       row: the row.
       config: the study's configuration.
-      study: the study's name.
-      settings: its name for any number of seeds.
+      name: the study's name.
+      name_for_any_seeds: its name for any number of seeds.
     """
 
     row: Row
     config: ml_collections.ConfigDict
-    study: str
-    settings: str
+    name: str
+    name_for_any_seeds: str
 
 
 def check_page(name: str, folder: pathlib.Path, plans: list[Plan]) -> None:
@@ -395,7 +409,7 @@ def check_page(name: str, folder: pathlib.Path, plans: list[Plan]) -> None:
         return
     # Records of earlier versions do not name their settings.
     earlier = {record.get("settings") for record in files.read_json(path)} - {None}
-    settings = [plan.settings for plan in plans]
+    settings = [plan.name_for_any_seeds for plan in plans]
     by_paths = [study_name(plan.config, any_seeds=True) for plan in plans]
     if not earlier <= {*settings, *by_paths}:
         raise ValueError(
@@ -405,6 +419,11 @@ def check_page(name: str, folder: pathlib.Path, plans: list[Plan]) -> None:
 
 
 # --- Report ---------------------------------------------------------------------------------------
+
+
+def targets_and_data(records: list[dict]) -> list[tuple[str, str]]:
+    """Returns the pairs of target and kind of images, in order."""
+    return list(dict.fromkeys((record["target"], record["data"]) for record in records))
 
 
 def compare(row: Row, config: ml_collections.ConfigDict, results: dict) -> list[dict]:
@@ -419,7 +438,7 @@ def compare(row: Row, config: ml_collections.ConfigDict, results: dict) -> list[
             f"depth={config.depth} on {row.encoder} with padding {row.padding!r}"
         )
     records = []
-    for target, data in dict.fromkeys((record["target"], record["data"]) for record in shown):
+    for target, data in targets_and_data(shown):
         paper = row.paper.get((target, data))
         if paper and target in ("HS", "VS"):
             # The paper's stripes span -1 to 1, these 0 to 1.
@@ -437,7 +456,7 @@ def tabulate(records: list[dict]) -> str:
     lines = []
     for row in unique(records, "row"):
         shown = select(records, row=row)
-        for target, data in dict.fromkeys((record["target"], record["data"]) for record in shown):
+        for target, data in targets_and_data(shown):
             measured = select(shown, target=target, data=data)
             cells = dict.fromkeys(READOUTS, "")
             for record in measured:
@@ -475,7 +494,7 @@ def describe_settings(configs: list[ml_collections.ConfigDict]) -> str:
     return "\n".join(lines)
 
 
-def write(
+def write_table(
     name: str,
     folder: pathlib.Path,
     records: list[dict],
@@ -499,12 +518,16 @@ The studies behind the rows have these keys of configs/posenet.py:
     print(table)
 
 
+# --- Running the studies --------------------------------------------------------------------------
+
+
 def plan_tables(options: argparse.Namespace) -> dict[str, list[Plan]]:
     """Plans the rows of each table, and checks all that can be checked before the first study."""
     names = options.tables if options.tables else list(TABLES)
     check_trained(set(options.trained), names)
     for name in names:
-        check_settings(name, options)
+        check_readouts(name, options)
+        check_overrides(name, options)
     plans: dict[str, list[Plan]] = {}
     checked = set()
     # A file of weights may be large, so each is hashed once.
@@ -519,9 +542,14 @@ def plan_tables(options: argparse.Namespace) -> dict[str, list[Plan]]:
                 position_study.check(config)
                 checked.add(digest)
             contents = digest_files(config.photographs, config.weights)
-            study = study_name(config, contents)
-            settings = study_name(config, contents, any_seeds=True)
-            plans[name].append(Plan(row, config, study, settings))
+            plans[name].append(
+                Plan(
+                    row=row,
+                    config=config,
+                    name=study_name(config, contents),
+                    name_for_any_seeds=study_name(config, contents, any_seeds=True),
+                )
+            )
         check_page(name, options.workdir, plans[name])
     for plan in plans.get("photographs", ()):
         check_photographs(plan.row, plan.config)
@@ -537,25 +565,15 @@ def measure(options: argparse.Namespace) -> None:
     results: dict[str, dict] = {}
     for name, plans in plans_by_table.items():
         records = []
-        for row, config, study, settings in plans:
-            if study not in results:
-                folder = find_folder(options.workdir, study, config)
-                results[study] = workdir.run_once(
-                    run, config, folder, position_study.complete_record
+        for plan in plans:
+            if plan.name not in results:
+                folder = find_folder(options.workdir, plan.name, plan.config)
+                results[plan.name] = workdir.run_once(
+                    run, plan.config, folder, position_study.complete_record
                 )
-            for record in compare(row, config, results[study]):
-                records.append(record | {"settings": settings})
-        write(name, options.workdir, records, [plan.config for plan in plans])
-
-
-def check_weights(configs: list[ml_collections.ConfigDict]) -> None:
-    """Loads each file of weights once; raises `ValueError` if one does not fit its network."""
-    checked = set()
-    for config in configs:
-        key = (config.encoders, config.weights, config.missing, config.stages)
-        if key not in checked:
-            position_study.check_weights(config)
-            checked.add(key)
+            for record in compare(plan.row, plan.config, results[plan.name]):
+                records.append(record | {"settings": plan.name_for_any_seeds})
+        write_table(name, options.workdir, records, [plan.config for plan in plans])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -567,17 +585,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--weights",
         default="random",
         choices=("random", "imagenet"),
-        help="where a row names none (default: %(default)s)",
+        help="weights of the rows that do not name their own (default: %(default)s)",
     )
     parser.add_trained()
-    parser.add_count("seeds", 5, "of weights, photographs and crops")
+    parser.add_count("seeds", 5, "repetitions, each with its own weights, photographs and crops")
     parser.add_argument(
         "--set",
         nargs="*",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="changes to every study's configuration",
+        help="keys of configs/posenet.py to change in every study",
     )
     options = parser.parse_args(arguments)
     return command.run(lambda: measure(options))

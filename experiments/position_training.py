@@ -77,14 +77,14 @@ def add_options(parser):
         "--network",
         default="",
         metavar="NAME",
-        help="a registered one (default: one of four convolutions)",
+        help="name of a registered network (default: a ConvNet of four convolutions)",
     )
-    parser.add_count("enlarge", 1, "pixels that each pixel becomes, in both directions")
+    parser.add_count("enlarge", 1, "factor by which height and width are enlarged")
     paddings = ["zeros", "partial", "none", "reflect", "replicate", "circular"]
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
-    parser.add_count("epochs", 8, "of training")
+    parser.add_count("epochs", 8, "training epochs")
     parser.add_count("test", 4000, "test images")
     # Work directories that were begun before this option existed continue with None.
     parser.add_argument(
@@ -262,12 +262,13 @@ def measure(point: Point, options, shared: Shared) -> dict:
                 traces += [{"epoch": epoch} | row for row in rows]
     # The loop ends with the variables of the last epoch, which are tested.
     labels = data.test.labels[: options.test]
-    there = classify(model, variables, middle[: options.test])
-    moved = np.stack([classify(model, variables, part[: options.test]) for part in shifted])
+    unshifted_classes = classify(model, variables, middle[: options.test])
+    by_shift = [classify(model, variables, part[: options.test]) for part in shifted]
+    shifted_classes = np.stack(by_shift)
     return {
-        "accuracy": float((there == labels).mean()),
-        "shifted": float((moved == labels).mean()),
-        "agreement": float((moved == there).mean()),
+        "accuracy": float((unshifted_classes == labels).mean()),
+        "shifted": float((shifted_classes == labels).mean()),
+        "agreement": float((shifted_classes == unshifted_classes).mean()),
         "probes": probes,
         "patterns": traces,
     }
@@ -277,7 +278,14 @@ def measure(point: Point, options, shared: Shared) -> dict:
 
 
 class Curve(NamedTuple):
-    """A field of probes or patterns that is followed over the epochs, by stage."""
+    """A field of probes or patterns that is followed over the epochs, by stage.
+
+    Attributes:
+      title: what is measured, in the titles of the figure's panels.
+      kind: "probes" or "patterns".
+      name: the field with the measurement.
+      fields: the values of other fields that select one measurement of each stage and epoch.
+    """
 
     title: str
     kind: str
@@ -344,6 +352,7 @@ def tabulate_differences(results: list[dict], last: int, options) -> str:
     """Tabulates the difference of each padding from the first one, paired by seed."""
     first, *others = study.unique(results, "padding")
     read = {"epoch": last, "stage": "all", "data": "natural"}
+    seeds = str(len(study.unique(results, "seed")))
     lines = []
     for padding in others:
         line = [f"{padding} - {first}"]
@@ -355,7 +364,7 @@ def tabulate_differences(results: list[dict], last: int, options) -> str:
             here = by_seed(results, padding, "probes", "r2", target=name, **read)
             there = by_seed(results, first, "probes", "r2", target=name, **read)
             line.append(tables.interval(here - there, 2, "+"))
-        lines.append([*line, str(len(here))])
+        lines.append([*line, seeds])
     header = [
         "padding",
         "accuracy, %",
@@ -371,6 +380,7 @@ def tabulate_differences(results: list[dict], last: int, options) -> str:
 def tabulate_training(results: list[dict], last: int) -> str:
     """Tabulates the change of position in all stages by training, paired by network."""
     readouts = [("H", "natural"), ("V", "natural"), ("H", "black")]
+    seeds = str(len(study.unique(results, "seed")))
     lines = []
     for padding in study.unique(results, "padding"):
         line = [padding]
@@ -379,7 +389,7 @@ def tabulate_training(results: list[dict], last: int) -> str:
             after = by_seed(results, padding, "probes", "r2", epoch=last, **read)
             before = by_seed(results, padding, "probes", "r2", epoch=0, **read)
             line.append(tables.interval(after - before, 2, "+"))
-        lines.append([*line, str(len(after))])
+        lines.append([*line, seeds])
     return tables.table(["padding", "R2 of H", "R2 of V", "H on black", "n"], lines)
 
 

@@ -29,7 +29,8 @@ from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
 from cnnjax.transfer import linear_probe
 
-_BATCH, _FEATURES = 128, 1280
+_BATCH = 128
+_FEATURES = 1280
 
 
 class Point(NamedTuple):
@@ -74,7 +75,8 @@ def load(options) -> Shared:
     networks = {"ImageNet": open_features(options.weights), "untrained": open_features(None)}
     data = arrays.load("cifar10", options.data_dir)
     count = options.train * options.repeats
-    n_train, n_test = len(data.train.images), len(data.test.images)
+    n_train = len(data.train.images)
+    n_test = len(data.test.images)
     if count > n_train or options.test > n_test:
         raise ValueError(
             f"train={options.train} times repeats={options.repeats} and test={options.test} do not "

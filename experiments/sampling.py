@@ -78,7 +78,7 @@ def add_options(parser):
     parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
     parser.add_count("seeds", 5, "networks of each kind")
     parser.add_count("train", 5000, "training images of a network", _BATCH)
-    parser.add_count("epochs", 3, "of training")
+    parser.add_count("epochs", 3, "training epochs")
     parser.add_count("test", 1000, "test images")
 
 
@@ -112,10 +112,12 @@ def window(model: Network) -> int:
     return model.input_shape[0]
 
 
-def enlarge(images: arrays.Split, size: int) -> arrays.Split:
+def enlarge(split: arrays.Split, size: int) -> arrays.Split:
     """Resizes images so that a window of `size` pixels a side shows the same share of each."""
     side = round(size / _SHARE)
-    return images if side == images.images.shape[1] else resize(images, side)
+    if side == split.images.shape[1]:
+        return split
+    return resize(split, side)
 
 
 def middle(images: np.ndarray, size: int) -> np.ndarray:
@@ -168,6 +170,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     test = enlarge(data.test.take(slice(options.test)), size)
     probed = enlarge(data.test.take(slice(-sum(_PROBE), None)), size)
     probed = middle(probed.images, size)
+    # Epoch 0 yields the initial variables. The loop ends with the trained ones.
     for epoch, variables in enumerate(
         train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
     ):
@@ -204,6 +207,7 @@ def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
     fixed = "padding" if axis == "sampling" else "sampling"
     header = ["network", fixed, axis, *(heading for _, heading, _, _ in COLUMNS), "n"]
     first, *others = study.unique(results, axis)
+    seeds = str(len(study.unique(results, "seed")))
     lines = []
     groups = itertools.product(
         study.unique(results, "network"), study.unique(results, fixed), others
@@ -214,9 +218,8 @@ def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
         for name, _, factor, digits in COLUMNS:
             here = study.values(results, name, **fields, **{axis: other})
             there = study.values(results, name, **fields, **{axis: first})
-            difference = factor * (here - there)
-            cells.append(tables.interval(difference, digits, "+"))
-        lines.append([network, choice, f"{other} - {first}", *cells, str(len(difference))])
+            cells.append(tables.interval(factor * (here - there), digits, "+"))
+        lines.append([network, choice, f"{other} - {first}", *cells, seeds])
     return tables.table(header, lines)
 
 

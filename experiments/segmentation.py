@@ -52,7 +52,7 @@ def add_options(parser):
     parser.add_workdir("runs/segmentation")
     parser.add_data_dir("camvid/")
     parser.add_count("seeds", 3, "networks per padding")
-    parser.add_count("epochs", 16, "of training")
+    parser.add_count("epochs", 16, "training epochs")
     parser.add_argument(
         "--paddings",
         nargs="+",

@@ -76,14 +76,19 @@ def _group(path, _) -> str:
 
 
 def _as_matrices(filters):
+    """Tells Muon to read filters [height, width, in, out] as matrices [height width in, out]."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3), filters)
 
 
 def _renormalized(updates, params):
-    """Before each update, rescales filter banks to the norm of one with unit filters."""
+    """Adds to each update a rescaling of its filters, which comes before it.
+
+    Filters [height, width, in, out] get the norm sqrt(out), as if each had the norm 1.
+    """
 
     def renormalized(update, kernel):
         factor = kernel.shape[3] ** 0.5 / jnp.linalg.norm(kernel.ravel())
+        # optax adds the result to the kernel, which becomes factor * kernel + update.
         return update + kernel * (factor - 1)
 
     return jax.tree.map(renormalized, updates, params)
@@ -96,12 +101,18 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
     `whiten_steps`.
     """
 
-    def sgd(rate, steps):
+    def sgd(peak, duration):
+        # The schedule multiplies the decay by the learning rate. The division makes the decay at
+        # the peak weight_decay times the batch size, whatever the peak is.
+        decay = config.weight_decay * config.batch_size / peak
         return optax.chain(
-            optax.add_decayed_weights(config.weight_decay * config.batch_size / rate),
+            optax.add_decayed_weights(decay),
             optax.trace(config.momentum, nesterov=True),
-            optax.scale_by_learning_rate(optax.linear_schedule(rate, 0, steps)),
+            optax.scale_by_learning_rate(optax.linear_schedule(peak, 0, duration)),
         )
+
+    def group_names(params):
+        return jax.tree_util.tree_map_with_path(_group, params)
 
     filters = optax.chain(
         optax.contrib.scale_by_muon(
@@ -117,7 +128,7 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
         "whiten": sgd(config.bias_rate, whiten_steps),
         "frozen": optax.set_to_zero(),
     }
-    return optax.partition(groups, functools.partial(jax.tree_util.tree_map_with_path, _group))
+    return optax.partition(groups, group_names)
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -434,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m experiments.speedrun", description=__doc__)
     parser.add_workdir("runs/speedrun")
     parser.add_data_dir()
-    parser.add_count("runs", 200, "runs, of the seeds from 0")
+    parser.add_count("runs", 200, "training runs, with seeds 0, 1, 2, ...")
     for key, value in config.items():
         parser.add_argument(
             f"--{key}", type=type(value), default=value, help="default: %(default)s"

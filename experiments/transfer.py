@@ -96,24 +96,29 @@ def add_options(parser):
         "--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: both"
     )
     parser.add_argument(
-        "--weights", type=command.path, help="the folder of ImageNet's weights, which labels needs"
+        "--weights",
+        type=command.path,
+        help="folder of ImageNet weights; needed by the study labels",
     )
     parser.add_argument(
         "--networks",
         nargs="+",
         choices=("squeezenet1_1", "mobilenet_v2"),
         default=["squeezenet1_1"],
-        help="of labels (default: squeezenet1_1)",
+        help="study labels: networks (default: squeezenet1_1)",
     )
     parser.add_count("seeds", 3, "repetitions")
     parser.add_count(
-        "images", 5000, "of labels: training images that are 100 percent", 100 * _BATCH
+        "images",
+        5000,
+        "study labels: size of the whole training set, of which 1, 10, and 100 %% are used",
+        100 * _BATCH,
     )
-    parser.add_count("test", 2000, "of labels: test images")
-    parser.add_count("size", 64, "of labels: pixels that images are resized to", 32)
-    parser.add_count("steps", 200, "of labels: training steps of every run")
-    parser.add_count("half_images", 10_000, "of halves: training images", _BATCH)
-    parser.add_count("epochs", 6, "of halves")
+    parser.add_count("test", 2000, "study labels: test images")
+    parser.add_count("size", 64, "study labels: side of the resized images in pixels", 32)
+    parser.add_count("steps", 200, "study labels: training steps of each network")
+    parser.add_count("half_images", 10_000, "study halves: training images", _BATCH)
+    parser.add_count("epochs", 6, "study halves: training epochs")
 
 
 def points(options):

@@ -64,9 +64,9 @@ class Frameworks(NamedTuple):
 
 def add_options(parser):
     parser.add_workdir("runs/zoo")
-    parser.add_argument("--models", default="*", help="shell pattern of names")
+    parser.add_argument("--models", default="*", help="shell pattern of network names")
     # BatchNorm in training mode needs two values, and some maps have a single position.
-    parser.add_count("batch", 4, "images", 2)
+    parser.add_count("batch", 4, "images per batch", 2)
     parser.add_count("repeats", 5, "timings, of which the fastest counts")
 
 

@@ -220,7 +220,7 @@ def test_reflections_gain_has_its_interval():
     reflect = 38.7 + 0.2 * np.array([-1, 0, 1])
     none = 36.7 + 0.6 * np.array([-1, 0, 1])
     low, high = scipy.stats.ttest_ind(reflect, none, equal_var=False).confidence_interval()
-    half = trained.difference_interval("miou_reflect", "miou_none")
+    half = trained.difference_half_width("miou_reflect", "miou_none")
     assert half == pytest.approx((high - low) / 2)
     assert trained.segmentation().note.endswith("reflected borders give 2.0 ± 1.3 of them")
 
@@ -241,7 +241,7 @@ def test_a_verdict_follows_from_its_check(literally, as_read, verdict):
         computed = {"n": 1_000, "list": [1, 0.5]}
         return ledger.judge(literally, computed, as_read=as_read, note="note")
 
-    judged = ledger.find(section.claims)
+    judged = ledger.check_claims(section.claims)
     assert [finding.verdict for finding in judged] == [verdict]
     row = f"| X | WPI | a \\| b | **{verdict}** | note | n: 1,000, list: [1, 0.5] |"
     assert row in report.render((section,), judged).splitlines()
@@ -285,8 +285,8 @@ def test_measured_values_are_those_of_the_pages():
 
 def test_a_difference_counts_only_outside_its_interval():
     # Student's t with 2 degrees of freedom: 4.303 * 0.28 / sqrt(3).
-    assert trained.interval("ensemble_gain") == pytest.approx(0.6955, abs=1e-3)
-    assert trained.interval("convnet_test") == float("inf")
+    assert trained.half_width("ensemble_gain") == pytest.approx(0.6955, abs=1e-3)
+    assert trained.half_width("convnet_test") == float("inf")
 
 
 DIRECTIONS = position.DIRECTIONS.items()

@@ -1230,7 +1230,8 @@ def test_a_setting_that_all_rows_share_is_allowed(name, setting):
     options = argparse.Namespace(
         photographs="", weights="random", trained={}, seeds=1, set=[setting]
     )
-    position_tables.check_settings(name, options)
+    position_tables.check_readouts(name, options)
+    position_tables.check_overrides(name, options)
 
 
 def test_settings_may_be_given_one_by_one(tmp_path, monkeypatch):

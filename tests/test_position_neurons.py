@@ -81,9 +81,9 @@ def test_all_four_sides_count_and_the_corners_do_not():
 
 def test_h_is_read_where_a_channel_shows_it():
     maps = noise((16, 12, 12, 2))
-    assert study.readable(maps) < 0.2
+    assert study.read_position(maps) < 0.2
     maps[..., 1] += 10 * np.linspace(0, 1, 12, dtype=np.float32)
-    assert study.readable(maps) > 0.8
+    assert study.read_position(maps) > 0.8
 
 
 def test_features_without_a_border_have_few_aware_channels_and_zeros_have_many():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("dissimilar", [False, True])
 def test_order_and_rows(dissimilar):
     """Images have every place of the authors' code, and no other."""
-    images, labels = position_redgreen.draw(np.random.default_rng(0), 4000, dissimilar)
+    images, labels = position_redgreen.draw_images(np.random.default_rng(0), 4000, dissimilar)
     assert images.sum((1, 2)).tolist() == [[16, 16, 0]] * 4000 and labels.tolist() == [0, 1] * 2000
     seen = {0: set(), 1: set()}
     for image, label in zip(images, labels):
@@ -45,7 +45,8 @@ def test_splits():
     The published dissimilar test has the same images with moved rows.
     """
     train, *others = (
-        [image.tobytes() for image in images] for images, _ in position_redgreen.split(3, "own")
+        [image.tobytes() for image in images]
+        for images, _ in position_redgreen.draw_parts(3, "own")
     )
     # Training uses 2,000 of some 24,000 different images.
     assert (
@@ -53,9 +54,9 @@ def test_splits():
         and len(set(others[0]) & set(others[1])) < 100
     )
     (train, labels), (validation, _), (similar, similar_labels), (dissimilar, dissimilar_labels) = (
-        position_redgreen.split(3, "published")
+        position_redgreen.draw_parts(3, "published")
     )
-    assert np.array_equal(train, position_redgreen.split(4, "published")[0][0])
+    assert np.array_equal(train, position_redgreen.draw_parts(4, "published")[0][0])
     assert (
         np.array_equal(validation, train[:1000])
         and np.array_equal(similar, validation)

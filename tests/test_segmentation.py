@@ -572,7 +572,7 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
     report = (tmp_path / "run" / "report.md").read_text()
     counted = report.partition("| mean AP | ")[2].partition(" | n |")[0].split(" | ")
     assert counted and set(counted) <= {"sky", "building"}
-    assert "| prevalence |" in report and "Left out, because hardly a scene of a part" in report
+    assert "| prevalence |" in report and "Left out, because too few scenes of a part" in report
     assert (tmp_path / "run" / "multilabel.png").stat().st_size > 1000
 
 
@@ -598,7 +598,7 @@ def test_wrong_weights_of_multilabel_are_named(given, message, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "counted, sentence",
     [
-        ([0], "Left out, because hardly a scene of a part lacks or shows them: car."),
+        ([0], "Left out, because too few scenes of a part show or lack them: car."),
         ([0, 1], "All"),
     ],
 )

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--photograph",
         choices=known,
         default="camera",
-        help="of those inside scikit-image and scikit-learn",
+        help="a photograph from scikit-image or scikit-learn",
     )
     options = parser.parse_args(arguments)
 

@@ -13,18 +13,20 @@ from experiments.claims.operations import MAP, one_channel, plane
 from experiments.claims.position import SIZE
 
 
-def cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
+def draw_cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
     """Draws a map [rows, columns] with its numbers.
 
     NaN is an empty cell; `size` 0 leaves the numbers out.
     """
     values = np.asarray(values, float)
-    image = axis.imshow(values, **{"cmap": "Blues"} | colors)
-    dark = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1) < 0.5
+    image = axis.imshow(values, **({"cmap": "Blues"} | colors))
+    # Numbers on dark cells are white. The weights of red, green and blue give their brightness.
+    brightness = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1)
+    is_dark = brightness < 0.5
     for (row, column), value in np.ndenumerate(values):
         if not size or np.isnan(value):
             continue
-        color = "white" if dark[row, column] else "black"
+        color = "white" if is_dark[row, column] else "black"
         # Adding 0.0 turns -0 into 0.
         text = f"{value + 0.0:.3g}"
         axis.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
@@ -77,7 +79,8 @@ def draw_sobel(gray: np.ndarray) -> Figure:
 def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
     """Draws one row per window: its frame on each channel, products, maps so far."""
     windows = numbers.steps(image, kernels, bias, stride)
-    channels, filters = image.shape[2], kernels.shape[3]
+    channels = image.shape[2]
+    filters = kernels.shape[3]
     values = np.stack([step["values"] for step in windows])
     size = [output_size(image.shape[axis], kernels.shape[axis], stride, 0) for axis in (0, 1)]
     maps = np.full((filters, *size), np.nan)
@@ -85,29 +88,30 @@ def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride:
     result = {"cmap": "Oranges", "vmin": values.min(), "vmax": 2 * values.max()}
 
     figure = Figure(figsize=(19, 2 * (len(windows) + 1)))
+    # Columns: the channels of the input; then, for each filter, its channels and its map.
     axes = figure.subplots(len(windows) + 1, channels + filters * (channels + 1))
-    # The first row shows the input and the filters.
+    # The first row shows the input and the filters, each further row one window.
     for channel in range(channels):
-        cells(axes[0, channel], image[:, :, channel], f"input, channel {channel}", 7, vmax=8)
+        draw_cells(axes[0, channel], image[:, :, channel], f"input, channel {channel}", 7, vmax=8)
     for number, panels in enumerate(axes[0, channels:].reshape(filters, channels + 1)):
         for channel in range(channels):
             title = f"filter {number}, channel {channel}"
-            cells(panels[channel], kernels[:, :, channel, number], title, 9, **signed)
+            draw_cells(panels[channel], kernels[:, :, channel, number], title, 9, **signed)
         panels[-1].set_axis_off()
         text = f"bias {bias[number]:g}"
         panels[-1].text(0.5, 0.5, text, ha="center", va="center", fontsize=11)
     for index, (step, line) in enumerate(zip(windows, axes[1:])):
         line[0].set_ylabel(f"window {index + 1}", fontsize=9)
         for channel in range(channels):
-            cells(line[channel], image[:, :, channel], "", 7, vmax=8)
+            draw_cells(line[channel], image[:, :, channel], "", 7, vmax=8)
             outline(line[channel], step["row"], step["column"], kernels.shape[0])
         for number, panels in enumerate(line[channels:].reshape(filters, channels + 1)):
             for channel in range(channels):
                 part = step["products"][:, :, channel, number]
-                cells(panels[channel], part, f"products: sum {part.sum():g}", 9, **signed)
+                draw_cells(panels[channel], part, f"products: sum {part.sum():g}", 9, **signed)
             value = step["values"][number]
             maps[number].flat[index] = value
-            cells(panels[-1], maps[number], f"with bias: {value:g}", 9, **result)
+            draw_cells(panels[-1], maps[number], f"with bias: {value:g}", 9, **result)
             outline(panels[-1], *np.unravel_index(index, maps[number].shape), 1)
     return figure
 
@@ -127,12 +131,12 @@ def draw_product(axes, image, kernels, bias, stride: int) -> None:
     columns = kernels.reshape(-1, kernels.shape[3])
     height, width = rows.shape
     title = f"unfolded input, {height} x {width}: a window per row, its 3 x 3 cells of 3 channels"
-    cells(axes[0], rows, title, vmax=6, aspect="auto")
+    draw_cells(axes[0], rows, title, vmax=6, aspect="auto")
     axes[0].set_ylabel("window")
     title = f"filters, {columns.shape[0]} x {columns.shape[1]}"
-    cells(axes[1], columns, title, cmap="PiYG", vmin=-4, vmax=4, aspect="auto")
+    draw_cells(axes[1], columns, title, cmap="PiYG", vmin=-4, vmax=4, aspect="auto")
     title = f"product + bias ({bias[0]:g}, {bias[1]:g})"
-    cells(axes[2], rows @ columns + bias, title, 9, cmap="Oranges", vmax=40, aspect="auto")
+    draw_cells(axes[2], rows @ columns + bias, title, 9, cmap="Oranges", vmax=40, aspect="auto")
     # Lines between the rows of a window.
     cells_in_a_row = kernels.shape[1] * kernels.shape[2]
     for place in range(cells_in_a_row, width, cells_in_a_row):
@@ -182,11 +186,14 @@ def draw_pool(axis, pool: str, window: int, stride: int) -> None:
     if window == 1:
         title = "the map, two windows framed"
     pooled = numbers.POOLS[pool](one_channel(MAP), window, stride)
-    cells(axis, plane(pooled), title, vmin=0, vmax=12)
-    # Two 2x2 windows on the map, and the places of their results.
-    if window < 3:
-        outline(axis, 0, 0, 3 - window)
-        outline(axis, 0, 2 // stride, 3 - window, "orange")
+    draw_cells(axis, plane(pooled), title, vmin=0, vmax=12)
+    # The frames are two 2x2 windows on the map itself, and their results on maps pooled by 2x2.
+    if window <= 2:
+        side = 2 if window == 1 else 1
+        # The second window begins at column 2 of the map.
+        second = 2 // stride
+        outline(axis, 0, 0, side)
+        outline(axis, 0, second, side, "orange")
 
 
 def draw_bars(axis, rows: list[dict], key: str) -> None:
@@ -202,7 +209,7 @@ def draw_bars(axis, rows: list[dict], key: str) -> None:
 
 # --- Shift and sizes ------------------------------------------------------------------------------
 
-# Title -> (image, layers)
+# Panels by title: the number of the image, where -1 is the constant one, and the number of layers.
 PANELS = {
     "noise": (0, 0),
     "1 layer": (0, 1),
@@ -233,7 +240,7 @@ def draw_shift(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> Figure:
             values = maps[layers][image]
             heading = title if fill == fills[0] else ""
             colors = {"cmap": "viridis_r", "vmin": 0, "vmax": 16}
-            cells(axis, values, heading, font_size(values), **colors)
+            draw_cells(axis, values, heading, font_size(values), **colors)
         line[0].set_ylabel(fill, fontsize=11)
     return figure
 
@@ -244,7 +251,8 @@ def draw_sizes() -> Figure:
     Colors show the number of pixels that no window reads.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
-    sizes, strides = range(3, 17), range(1, 5)
+    sizes = range(3, 17)
+    strides = range(1, 5)
     for axis, padding in zip(figure.subplots(2, 1), (0, 1)):
         rest = np.array(sizes)[None] + 2 * padding - 3
         unread = rest % np.array(strides)[:, None]

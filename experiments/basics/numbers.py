@@ -76,7 +76,8 @@ def sobel_numbers(gray: np.ndarray) -> dict:
     flat_magnitude = {}
     for fill in ("replicate", "zeros"):
         flat_magnitude[fill] = float(sobel(flat, fill)["magnitude"].max())
-    along, across = np.abs(vertical["down"]).max(), np.abs(vertical["right"]).max()
+    along = np.abs(vertical["down"]).max()
+    across = np.abs(vertical["right"]).max()
     return {
         "greatest error of direction, degrees": max(map(direction_error, range(0, 360, 5))),
         "response along an edge, share of that across": float(along / across),
@@ -352,7 +353,8 @@ def compute(gray: np.ndarray, example: tuple, fills=FILLS, cases=CASES) -> dict:
     """
     image, kernels, bias = example
     values = np.stack([step["values"] for step in steps(image, kernels, bias, 2)])
-    batch, filters = jnp.asarray(image)[None], jnp.asarray(kernels)
+    batch = jnp.asarray(image)[None]
+    filters = jnp.asarray(kernels)
     convolved = np.asarray(conv(batch, filters, stride=2)).reshape(values.shape) + bias
     dense = np.asarray(conv(batch, filters))[0, ::2, ::2].reshape(values.shape) + bias
     multiplied = np.asarray(product(batch, filters, 2)) + bias

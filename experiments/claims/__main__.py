@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         backend.start()
         # Imported late, because these import jax and --help does not need it.
         from experiments.claims import figures, report
-        from experiments.claims.ledger import find
+        from experiments.claims.ledger import check_claims
         from experiments.claims.sections import SECTIONS
 
-        findings = find(claim for section in SECTIONS for claim in section.claims)
+        findings = check_claims(claim for section in SECTIONS for claim in section.claims)
         folder.mkdir(parents=True, exist_ok=True)
         records = [dataclasses.asdict(finding) for finding in findings]
         files.write_json(folder / "claims.json", records)

@@ -76,7 +76,15 @@ class Section:
 
 
 def judge(literally: bool, computed: dict, *, as_read: bool = False, note: str = "") -> Verdict:
-    """Returns a verdict: a claim holds as stated, as the note reads it, or not."""
+    """Returns a verdict: a claim holds as stated, as the note reads it, or not.
+
+    Args:
+      literally: whether the claim holds as stated.
+      computed: the numbers behind the verdict, by what they are.
+      as_read: whether the claim holds in the sense that `note` states; counts only if it does not
+        hold literally.
+      note: the sense in which the claim holds, or the right value of a wrong claim.
+    """
     if literally:
         return Verdict(HOLDS, note, computed)
     return Verdict(READING if as_read else WRONG, note, computed)
@@ -87,8 +95,8 @@ def not_computed(reason: str) -> Verdict:
     return Verdict(NOT_COMPUTED, reason, {})
 
 
-def find(claims: Iterable[Claim]) -> list[Finding]:
-    """Checks each claim; returns the findings."""
+def check_claims(claims: Iterable[Claim]) -> list[Finding]:
+    """Checks each claim, and returns the findings."""
     findings = []
     for claim in claims:
         verdict = claim.check()

@@ -18,7 +18,7 @@ from experiments.claims.operations import layers, module_shape, pooled_size
 NETWORKS = Section("Networks: shapes, parameters, memory, operations")
 
 
-def table(name: str, **fields) -> tuple[summary.Layer, ...]:
+def layers_without_input(name: str, **fields) -> tuple[summary.Layer, ...]:
     """Returns a network's layers without the input."""
     return layers(name, **fields)[1:]
 
@@ -30,7 +30,7 @@ def parameters(name: str, **fields) -> int:
 
 def by_layer(name: str) -> dict[str, int]:
     """Returns the parameters of each layer."""
-    return {row.name: row.parameters for row in table(name) if row.parameters}
+    return {row.name: row.parameters for row in layers_without_input(name) if row.parameters}
 
 
 def kernel_shape(name: str, layer: str) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ def lenet_parameters() -> Verdict:
     "A52", "NUS", "The lecture's LeNet: 50x28x28, 50x14x14, 100x14x14, 100x7x7, then 4,900 values"
 )
 def lenet_shapes() -> Verdict:
-    shapes = [row.output[1:] for row in table("lenet") if len(row.output) == 4]
+    shapes = [row.output[1:] for row in layers_without_input("lenet") if len(row.output) == 4]
     flat = math.prod(shapes[-1])
     expected = [(28, 28, 50), (14, 14, 50), (14, 14, 100), (7, 7, 100)]
     return judge(
@@ -121,19 +121,20 @@ def lenet5_layers() -> Verdict:
     "A53", "NUS", "VGG for CIFAR: blocks end at 64x16x16, 128x8x8, 256x4x4, and 512x2x2"
 )
 def convnet_shapes() -> Verdict:
-    shapes = [row.output[1:] for row in table("convnet") if row.kind == "max-pool"]
+    shapes = [row.output[1:] for row in layers_without_input("convnet") if row.kind == "max-pool"]
     expected = [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512)]
     return judge(shapes == expected, {"shapes": shapes})
 
 
 @NETWORKS.claim("A55", "NUS", "VGG for CIFAR has four convolutional layers")
 def convnet_depth() -> Verdict:
-    convolutions = [row.name for row in table("convnet") if row.kind == "Conv"]
+    kinds = [row.kind for row in layers_without_input("convnet")]
+    convolutions = kinds.count("Conv")
     return judge(
-        len(convolutions) == 4,
-        {"convolutions": len(convolutions)},
-        as_read=len([row for row in table("convnet") if row.kind == "max-pool"]) == 4,
-        note=f"four blocks, with {len(convolutions)} convolutions",
+        convolutions == 4,
+        {"convolutions": convolutions},
+        as_read=kinds.count("max-pool") == 4,
+        note=f"four blocks, with {convolutions} convolutions",
     )
 
 
@@ -160,8 +161,8 @@ def convnet_blocks() -> Verdict:
 def convnet_fourth_block() -> Verdict:
     counts = {}
     for name in ("convnet", "convnet_512x2"):
-        layers = by_layer(name).items()
-        counts[name] = sum(count for layer, count in layers if layer.startswith("conv4"))
+        counts_by_layer = by_layer(name).items()
+        counts[name] = sum(count for layer, count in counts_by_layer if layer.startswith("conv4"))
     printed = 512 * 216 * 9 + 512 + 512 * 512 * 9 + 512
     return judge(
         math.floor(counts["convnet_512x2"] / 1e5) == 33,
@@ -178,10 +179,11 @@ def convnet_fourth_block() -> Verdict:
 
 @NETWORKS.claim("A10.2", "NUS", "VGG for CIFAR has ten layers and 30 M parameters")
 def convnet_total() -> Verdict:
-    one, two = parameters("convnet"), parameters("convnet_512x2")
+    one = parameters("convnet")
+    two = parameters("convnet_512x2")
     depth = {}
     for name in ("convnet", "convnet_512x2"):
-        depth[name] = sum(row.kind in ("Conv", "Dense") for row in table(name))
+        depth[name] = sum(row.kind in ("Conv", "Dense") for row in layers_without_input(name))
     return judge(
         millions(one) == 30 and depth["convnet"] == 10,
         {"one convolution": one, "two convolutions": two, "layers": depth},
@@ -250,7 +252,7 @@ def tutorial_net() -> Verdict:
     "3,453,121 in total; maps of 148, 74, 72, 36, 34, 17, 15, and 7 pixels; 6272 values flattened",
 )
 def keras_convnet() -> Verdict:
-    rows = table("keras_convnet")
+    rows = layers_without_input("keras_convnet")
     counts = [row.parameters for row in rows if row.parameters]
     maps = [row.output for row in rows if len(row.output) == 4]
     sizes = [shape[1] for shape in maps]
@@ -346,7 +348,7 @@ def alexnet_parameters() -> Verdict:
     "A48", "NUS", "AlexNet has 7 convolutional layers, 3 max-pools, and 2 fully connected layers"
 )
 def alexnet_layers() -> Verdict:
-    kinds = [row.kind for row in table("alexnet_2012")]
+    kinds = [row.kind for row in layers_without_input("alexnet_2012")]
     counts = {kind: kinds.count(kind) for kind in ("Conv", "max-pool", "Dense")}
     return judge(
         counts == {"Conv": 7, "max-pool": 3, "Dense": 2},
@@ -377,7 +379,7 @@ def zfnet() -> Verdict:
     def convolutions(name):
         return {f"conv{n}": kernel_shape(name, f"conv{n}") for n in range(1, 6)}
 
-    first = next(row for row in table("zfnet") if row.kind == "Conv")
+    first = next(row for row in layers_without_input("zfnet") if row.kind == "Conv")
     ours = convolutions("zfnet")
     changed = (
         ours["conv1"][:2] == (7, 7)
@@ -385,7 +387,7 @@ def zfnet() -> Verdict:
         and [ours[f"conv{n}"][3] for n in (3, 4, 5)] == [512, 1024, 512]
     )
     # AlexNet with only these changes.
-    literally = table(
+    literally = layers_without_input(
         "alexnet_2012",
         convolutions=(
             (96, 7, 2, 0),
@@ -450,26 +452,6 @@ def weights_without_biases(row: summary.Layer) -> int:
     return row.parameters - row.output[-1] if row.parameters else 0
 
 
-def add_vgg16_row(number: int, row: tuple) -> None:
-    """Adds the claim of one row of the table."""
-    name, shape, memory, weights = row
-
-    @NETWORKS.claim(
-        f"A16.4.{number + 1}",
-        "WPI UBC UTSA Inha",
-        f"VGG-16, {name}: output {'x'.join(map(str, shape))}, {memory:,.0f} values, {weights:,} "
-        "weights",
-    )
-    def vgg16_row() -> Verdict:
-        layer = layers("vgg16")[number]
-        values = math.prod(layer.output)
-        ours = weights_without_biases(layer)
-        # The table rounds memory to two digits.
-        near = abs(values - memory) < 0.01 * memory
-        holds = layer.output[1:] == shape and near and ours == weights
-        return judge(holds, {"output": layer.output[1:], "values": values, "weights": ours})
-
-
 @NETWORKS.claim(
     "A16.1", "WPI UBC Inha NUS", "VGG-16 has 138 M parameters and 16 layers with weights"
 )
@@ -499,6 +481,26 @@ def vgg16_memory() -> Verdict:
     )
 
 
+def add_vgg16_row(number: int, row: tuple) -> None:
+    """Adds the claim of one row of the table."""
+    name, shape, memory, weights = row
+
+    @NETWORKS.claim(
+        f"A16.4.{number + 1}",
+        "WPI UBC UTSA Inha",
+        f"VGG-16, {name}: output {'x'.join(map(str, shape))}, {memory:,.0f} values, {weights:,} "
+        "weights",
+    )
+    def vgg16_row() -> Verdict:
+        layer = layers("vgg16")[number]
+        values = math.prod(layer.output)
+        ours = weights_without_biases(layer)
+        # The table rounds memory to two digits.
+        near = abs(values - memory) < 0.01 * memory
+        holds = layer.output[1:] == shape and near and ours == weights
+        return judge(holds, {"output": layer.output[1:], "values": values, "weights": ours})
+
+
 for _number, _row in enumerate(VGG16_TABLE):
     add_vgg16_row(_number, _row)
 
@@ -509,7 +511,7 @@ for _number, _row in enumerate(VGG16_TABLE):
     "Most memory is in the early convolutions, most parameters in the late fully connected layers",
 )
 def vgg16_where() -> Verdict:
-    rows = table("vgg16")
+    rows = layers_without_input("vgg16")
     total = summary.totals(rows)
     early = [row.memory for row in rows if row.kind == "Conv" and row.stride[0] <= 2]
     late = [row.parameters for row in rows if row.kind == "Dense"]
@@ -563,7 +565,7 @@ def configurations() -> Verdict:
 def convolutions_by_block(name: str) -> tuple[int, ...]:
     """Returns the numbers of convolutions in the five blocks of a VGG."""
     blocks = [0] * 5
-    for row in table(name):
+    for row in layers_without_input(name):
         if row.kind == "Conv":
             # The stride doubles from block to block.
             blocks[int(math.log2(row.stride[0]))] += 1
@@ -573,20 +575,17 @@ def convolutions_by_block(name: str) -> tuple[int, ...]:
 @NETWORKS.claim("A57", "UTSA", "VGG's configuration table, printed twice")
 def configuration_tables() -> Verdict:
     right = {column: convolutions_by_block(name) for column, name in CONFIGURATIONS.items()}
-    # Names of the columns by table and block.
-    lacking: dict[str, dict[int, list[str]]] = {}
-    for printed, columns in UTSA_TABLES.items():
-        lacking[printed] = {}
-        for column, blocks in columns.items():
-            for number, (ours, theirs) in enumerate(zip(right[column], blocks), 1):
-                if theirs != ours:
-                    lacking[printed].setdefault(number, []).append(column)
     different = {}
-    for printed, rows in lacking.items():
-        different[printed] = [column for column in right if column in sum(rows.values(), [])]
+    for printed, columns in UTSA_TABLES.items():
+        different[printed] = [column for column in right if columns[column] != right[column]]
+    # Columns that differ in the second table, by block.
+    wrong: dict[int, list[str]] = {}
+    for column, blocks in UTSA_TABLES["second table"].items():
+        for number, (ours, theirs) in enumerate(zip(right[column], blocks), 1):
+            if theirs != ours:
+                wrong.setdefault(number, []).append(column)
     wrong_rows = "; ".join(
-        f"row {number} of {', '.join(columns)}"
-        for number, columns in sorted(lacking["second table"].items())
+        f"row {number} of {', '.join(columns)}" for number, columns in sorted(wrong.items())
     )
     return judge(
         not any(different.values()),
@@ -691,7 +690,7 @@ def stacked() -> Verdict:
 
 @NETWORKS.claim("A19.1", "UBC NUS", "GoogLeNet has 22 layers")
 def googlenet_depth() -> Verdict:
-    rows = table("googlenet_2014", aux_logits=False)
+    rows = layers_without_input("googlenet_2014", aux_logits=False)
     names = [row.name for row in rows if row.parameters]
     modules = {name.split(".")[0] for name in names if name.startswith("inception")}
     outside = [name for name in names if not name.startswith("inception")]
@@ -712,7 +711,8 @@ def linear_layers(auxiliary: bool) -> int:
 
 @NETWORKS.claim("A19.2", "UBC", "GoogLeNet has no fully connected layers")
 def googlenet_linear() -> Verdict:
-    main, full = linear_layers(False), linear_layers(True)
+    main = linear_layers(False)
+    full = linear_layers(True)
     return judge(
         main == full == 0,
         {"linear layers without auxiliary heads": main, "with": full},
@@ -804,7 +804,7 @@ def bottlenecks() -> Verdict:
     "FC-1000 at the end",
 )
 def resnet_structure() -> Verdict:
-    rows = table("resnet34")
+    rows = layers_without_input("resnet34")
     stages = {}
     for name in ("layer1", "layer2", "layer3", "layer4"):
         row = next(row for row in rows if row.name == f"{name}.0.conv2")
@@ -836,7 +836,7 @@ def residual_blocks() -> Verdict:
 
 @NETWORKS.claim("A21.3", "NUS", "ResNet-152 has 152 layers and 60 M parameters")
 def resnet152() -> Verdict:
-    rows = [row for row in table("resnet152") if row.kind in ("Conv", "Dense")]
+    rows = [row for row in layers_without_input("resnet152") if row.kind in ("Conv", "Dense")]
     depth = sum("downsample" not in row.name for row in rows)
     total = parameters("resnet152")
     return judge(

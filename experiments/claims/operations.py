@@ -743,9 +743,11 @@ def smooth_image() -> np.ndarray:
 def survivors(shift: int, *, pools: int = 1) -> float:
     """Returns the share of max-pool outputs that survive a shift by `shift` pixels."""
     image = smooth_image()
-    x, moved = one_channel(image), one_channel(np.roll(image, shift, 1))
+    x = one_channel(image)
+    moved = one_channel(np.roll(image, shift, 1))
     for _ in range(pools):
-        x, moved = max_pool(x, 2), max_pool(moved, 2)
+        x = max_pool(x, 2)
+        moved = max_pool(moved, 2)
     return float((plane(x) == plane(moved)).mean())
 
 
@@ -771,7 +773,8 @@ def local_invariance() -> Verdict:
     image = smooth_image()
     moved = np.roll(image, 1, 1)
     change = float(np.abs(image - moved).mean() / image.std())
-    pooled, pooled_moved = (plane(max_pool(one_channel(x), 2)) for x in (image, moved))
+    pooled = plane(max_pool(one_channel(image), 2))
+    pooled_moved = plane(max_pool(one_channel(moved), 2))
     pooled_change = float(np.abs(pooled - pooled_moved).mean() / pooled.std())
     return judge(
         False,
@@ -801,17 +804,18 @@ def controlled_computation() -> Verdict:
         if row.kind == "Conv":
             size = f"{row.output[1]} px"
             macs[size] = macs.get(size, 0) + row.macs
-    per_layer = {}
+    # The layers of a block share a key, so its last convolution stays. Unlike the first, it reads
+    # as many channels as it writes.
+    last_of_block = {}
     for row in layers("vgg16"):
         if row.kind == "Conv":
-            per_layer[f"{row.output[1]} px, {row.output[3]} channels"] = row.macs
-    last = [per_layer[key] for key in per_layer]
-    constant = len(set(last[:4])) == 1
+            last_of_block[f"{row.output[1]} px, {row.output[3]} channels"] = row.macs
+    constant = len(set(list(last_of_block.values())[:4])) == 1
     return judge(
         constant,
         {
             "multiply-adds of VGG-16's convolutions by map size": macs,
-            "of a block's last one": per_layer,
+            "of a block's last one": last_of_block,
         },
         note="a 3x3 convolution inside each of VGG-16's first four blocks costs the same 1.85 G "
         "multiply-adds; in the fifth, where channels no longer double, a quarter",

@@ -137,7 +137,8 @@ def other_sides() -> Verdict:
 
 @POSITION.claim("B3", "UBC", "It is the padding that allows a convolution to encode position")
 def without_zeros() -> Verdict:
-    least, greatest = {}, {}
+    least = {}
+    greatest = {}
     for fill in FILLS:
         spreads = []
         for direction in DIRECTIONS:

@@ -12,12 +12,12 @@ PICTURES = {
 }
 
 
-def text(value) -> str:
+def format_value(value) -> str:
     """Returns a computed value for a table's cell."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {text(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {format_value(item)}" for key, item in value.items())
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(text(item) for item in value) + "]"
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, int):
@@ -65,7 +65,7 @@ def wrong_claims(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def rows(section: Section, findings: dict[str, Finding]) -> str:
+def render_section(section: Section, findings: dict[str, Finding]) -> str:
     """Returns one section's claims as a table, with their figures below."""
     lines = []
     pictures = []
@@ -78,7 +78,7 @@ def rows(section: Section, findings: dict[str, Finding]) -> str:
                 cell(finding.statement),
                 f"**{finding.verdict}**",
                 cell(finding.note),
-                cell(text(finding.computed)),
+                cell(format_value(finding.computed)),
             ]
         )
         if finding.verdict != WRONG and finding.id in PICTURES:
@@ -97,5 +97,5 @@ def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
         "## Wrong as printed",
         wrong_claims(findings),
     ]
-    parts += [rows(section, by_id) for section in sections]
+    parts += [render_section(section, by_id) for section in sections]
     return "\n\n".join(parts) + "\n"

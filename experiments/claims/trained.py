@@ -31,7 +31,7 @@ def mean(name: str) -> float:
     return measured()["values"][name]["mean"]
 
 
-def interval(name: str) -> float:
+def half_width(name: str) -> float:
     """Returns half of the 95 % interval of a mean over n runs; infinite for one run."""
     value = measured()["values"][name]
     if not value["n"] or value["n"] < 2 or value["std"] is None:
@@ -40,7 +40,7 @@ def interval(name: str) -> float:
     return float(quantile * value["std"] / math.sqrt(value["n"]))
 
 
-def difference_interval(first: str, second: str) -> float:
+def difference_half_width(first: str, second: str) -> float:
     """Returns half of Welch's 95 % interval of the difference of two means."""
     variances = []
     degrees = []
@@ -82,8 +82,9 @@ RANDOM = "the direction; our encoders have random weights, so sizes are not comp
 )
 def image_alone() -> Verdict:
     names = ("image_alone_h", "image_alone_v")
-    holds = all(abs(mean(name)) < interval(name) for name in names)
-    holds &= mean("image_alone_plain") == interval("image_alone_plain") == 0
+    holds = all(abs(mean(name)) < half_width(name) for name in names)
+    # On black and white images every run gives exactly 0.
+    holds &= mean("image_alone_plain") == 0 and half_width("image_alone_plain") == 0
     return judge(holds, evidence(*names, "image_alone_plain"))
 
 
@@ -105,8 +106,8 @@ def vgg_reads() -> Verdict:
 def resnet_reads_more() -> Verdict:
     gap = mean("resnet_h") - mean("vgg_h")
     gap_v = mean("resnet_v") - mean("vgg_v")
-    half = difference_interval("resnet_h", "vgg_h")
-    half_v = difference_interval("resnet_v", "vgg_v")
+    half = difference_half_width("resnet_h", "vgg_h")
+    half_v = difference_half_width("resnet_v", "vgg_v")
     certain_v = "too" if gap_v > half_v else "not certain"
     return judge(
         False,
@@ -128,11 +129,13 @@ def one_by_one() -> Verdict:
     "Larger readout kernels read more: H .54, .74, .83 and G .72, .81, .82 with 1x1, 3x3, 7x7",
 )
 def larger_kernels() -> Verdict:
-    gaps, certain = {}, {}
+    gaps = {}
+    certain = {}
     for target in ("h", "g"):
-        large, small = f"vgg_{target}_7x7", f"vgg_{target}_1x1"
+        large = f"vgg_{target}_7x7"
+        small = f"vgg_{target}_1x1"
         gaps[target] = mean(large) - mean(small)
-        certain[target] = abs(gaps[target]) > difference_interval(large, small)
+        certain[target] = abs(gaps[target]) > difference_half_width(large, small)
     computed = evidence("vgg_h_1x1", "vgg_h_3x3", "vgg_h_7x7", "vgg_g_1x1", "vgg_g", "vgg_g_7x7")
     if not all(certain.values()):
         note = "with random weights the three are within their spread"
@@ -153,7 +156,7 @@ def deeper_layers() -> Verdict:
         blocks = [f"vgg_{target}_f{number}" for number in range(1, 6)]
         means = [mean(name) for name in blocks]
         gap = means[-1] - means[0]
-        grows &= means == sorted(means) and gap > difference_interval(blocks[0], blocks[-1])
+        grows &= means == sorted(means) and gap > difference_half_width(blocks[0], blocks[-1])
         names += blocks
     return judge(False, evidence(*names), as_read=grows, note=RANDOM)
 
@@ -167,8 +170,9 @@ def padding_contributes() -> Verdict:
     names = []
     certain = True
     for target in ("h", "g"):
-        padded, without = f"vgg_{target}_1x1", f"vgg_{target}_without"
-        certain &= mean(padded) - mean(without) > difference_interval(padded, without)
+        padded = f"vgg_{target}_1x1"
+        without = f"vgg_{target}_without"
+        certain &= mean(padded) - mean(without) > difference_half_width(padded, without)
         names += [padded, without]
     note = "to nothing for a linear readout fitted to 24 crops, with random weights"
     return judge(False, evidence(*names), as_read=certain, note=note)
@@ -194,9 +198,9 @@ def mean_absolute_errors() -> Verdict:
 )
 def segmentation() -> Verdict:
     gain = mean("miou_zeros") - mean("miou_none")
-    certain = gain > difference_interval("miou_zeros", "miou_none")
+    certain = gain > difference_half_width("miou_zeros", "miou_none")
     reflect = mean("miou_reflect") - mean("miou_none")
-    half = difference_interval("miou_reflect", "miou_none")
+    half = difference_half_width("miou_reflect", "miou_none")
     return judge(
         False,
         evidence("miou_zeros", "miou_none", "miou_reflect"),
@@ -217,14 +221,14 @@ def printed_error(name: str, printed: float, *, within: float) -> bool:
 @TRAINED.claim("D1", "NUS", "LeNet on MNIST: training error 0 %, test error 0.78 %")
 def lenet_result() -> Verdict:
     holds = mean("lenet_train") < 0.005
-    holds &= printed_error("lenet_test", 0.78, within=interval("lenet_test"))
+    holds &= printed_error("lenet_test", 0.78, within=half_width("lenet_test"))
     return judge(holds, evidence("lenet_train", "lenet_test"))
 
 
 @TRAINED.claim("D1.1", "NUS", "LeNet-5's accuracy on MNIST is 99.6 %")
 def lenet5_accuracy() -> Verdict:
     accuracy = 100 - mean("lenet_test")
-    near = abs(accuracy - 99.6) <= interval("lenet_test")
+    near = abs(accuracy - 99.6) <= half_width("lenet_test")
     return judge(
         near,
         evidence("lenet_test"),
@@ -291,7 +295,8 @@ def convnet_beats_mlp() -> Verdict:
 
 @TRAINED.claim("D7.1", "UBC", "Averaging independent models gains about 2 %")
 def ensembles() -> Verdict:
-    gain, half = mean("ensemble_gain"), interval("ensemble_gain")
+    gain = mean("ensemble_gain")
+    half = half_width("ensemble_gain")
     return judge(
         abs(gain - 2) <= half,
         evidence("ensemble_gain"),
@@ -304,7 +309,8 @@ def ensembles() -> Verdict:
     "D7.2", "UBC", "Snapshots of one training run are an alternative to independent models"
 )
 def snapshots() -> Verdict:
-    gain, half = mean("snapshot_gain"), interval("snapshot_gain")
+    gain = mean("snapshot_gain")
+    half = half_width("snapshot_gain")
     computed = evidence("snapshot_gain")
     if abs(gain) <= half:
         note = "three repetitions do not tell whether four snapshots gain or lose at 12 epochs"
@@ -317,7 +323,7 @@ def snapshots() -> Verdict:
 )
 def polyak() -> Verdict:
     return judge(
-        mean("polyak_gain") > interval("polyak_gain"),
+        mean("polyak_gain") > half_width("polyak_gain"),
         evidence("polyak_gain"),
         note="at a constant learning rate",
     )
@@ -332,7 +338,7 @@ def soups() -> Verdict:
 @TRAINED.claim("D10", "UTSA", "Dropout forces a network to have a redundant representation")
 def redundancy() -> Verdict:
     names = ("dropout_half_first", "dropout_half_second")
-    saves = all(mean(name) > interval(name) for name in names)
+    saves = all(mean(name) > half_width(name) for name in names)
     return judge(
         False,
         evidence(*names),
@@ -346,7 +352,7 @@ def redundancy() -> Verdict:
 def freeze() -> Verdict:
     computed = evidence("frozen_50", "tuned_50", "frozen_5000", "tuned_5000")
     gap = mean("tuned_50") - mean("frozen_50")
-    if abs(gap) <= difference_interval("tuned_50", "frozen_50"):
+    if abs(gap) <= difference_half_width("tuned_50", "frozen_50"):
         note = (
             "with 50 labels freezing and gentle fine-tuning are not told apart (n=3); with 5,000 "
             "fine-tuning wins"
@@ -358,14 +364,15 @@ def freeze() -> Verdict:
 @TRAINED.claim("D9.2", "UBC", "Lower layers of a CNN are independent of the task")
 def lower_layers() -> Verdict:
     computed = evidence("transfer_conv1", "transfer_all")
-    first, everything = mean("transfer_conv1"), mean("transfer_all")
-    if abs(everything) <= interval("transfer_all"):
+    first = mean("transfer_conv1")
+    everything = mean("transfer_all")
+    if abs(everything) <= half_width("transfer_all"):
         note = (
             "the means fall as published, from one layer of a network for other classes to four; "
             "three seeds tell neither from nothing"
         )
         return Verdict(UNDECIDED, note, computed)
-    is_first_free = abs(first) <= interval("transfer_conv1")
+    is_first_free = abs(first) <= half_width("transfer_conv1")
     return judge(is_first_free and everything < first, computed)
 
 
@@ -377,7 +384,7 @@ def retrain_more() -> Verdict:
     return judge(
         False,
         evidence("frozen_5000", "last_stage_5000", "tuned_5000"),
-        as_read=gain > difference_interval("tuned_5000", "frozen_5000"),
+        as_read=gain > difference_half_width("tuned_5000", "frozen_5000"),
         note=f"with 5,000 labels, fine-tuning all layers gains {gain:.1f} points over a frozen "
         "network if the body learns at a tenth of the head's rate; training the last stage at the "
         f"full rate is no better ({last:.1f} points, from an accuracy of {spread})",
@@ -402,7 +409,7 @@ def levels() -> Verdict:
 def problem_kinds() -> Verdict:
     gain = mean("squeezenet_labels") - mean("prevalence_labels")
     return judge(
-        gain > interval("squeezenet_labels"),
+        gain > half_width("squeezenet_labels"),
         evidence("squeezenet_labels", "prevalence_labels", "miou_zeros"),
         note="all three are built here (losses cross_entropy, sigmoid, pixelwise)",
     )
