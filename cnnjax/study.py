@@ -216,7 +216,7 @@ class Study:
                     self._write(folder, results, self.report(results, options))
             except KeyboardInterrupt as stop:
                 raise workdir.Interrupted(
-                    "stopped; the same command goes on after the last finished point"
+                    "stopped; run the same command again to continue after the last finished point"
                 ) from stop
 
     def _measure_missing(

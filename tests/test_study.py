@@ -98,7 +98,10 @@ def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path, capsys)
         return example.measure(point, options)
 
     assert dataclasses.replace(example.STUDY, measure=stop).main(command) == 75
-    assert "the same command goes on after the last finished point" in capsys.readouterr().err
+    assert (
+        "run the same command again to continue after the last finished point"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in (tmp_path / "a" / "points").iterdir()] == [
         "fill=zeros,seed=0.json"
     ]

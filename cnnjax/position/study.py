@@ -77,7 +77,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
 def _check_inputs(
     config: ml_collections.ConfigDict, folder: pathlib.Path, recorded: dict
 ) -> dict[str, str]:
-    """Checks that a study goes on with the photographs and weights that it was begun with.
+    """Checks that a study continues with the photographs and weights it was begun with.
 
     Other files elsewhere are left to `workdir.check_config`. Returns the present paths, by key, of
     the same files elsewhere.
@@ -165,7 +165,8 @@ def run(
         _write_results(config, folder, targets, measurements)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
-            "stopped; the same command goes on after the last encoder that was read out"
+            "stopped; run the same command again to continue after the last encoder that was "
+            "read out"
         ) from stop
 
 

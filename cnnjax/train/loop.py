@@ -88,7 +88,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             current.check_data(record.get("data", {}))
             warn_if_edited(config.model, record.get("network_sha256"))
             initial_sha256 = record.get("initial_weights_sha256")
-            _LOG.info("going on from step %d of %d", steps_done, total)
+            _LOG.info("resuming from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
                 plateau.restore(record["plateau"])
@@ -180,7 +180,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if number := stop_signal or (received[0] if received else 0):
         raise workdir.Interrupted(
             f"stopped by {signal.Signals(number).name} after step {steps_done} of {total}, which "
-            "is saved; the same command goes on from there"
+            "is saved; run the same command again to continue from there"
         )
 
     # -------------------------------------------------------------- final evaluation
@@ -354,9 +354,9 @@ def _explain_lost_peers() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, NotWritten) or is_exhausted(error):
             raise
         raise RuntimeError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely "
-            f"because another is gone ({str(error).splitlines()[0]}); start them all again, and "
-            "the run goes on from its last checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} cannot continue, most "
+            f"likely because another has died ({str(error).splitlines()[0]}); start all of them "
+            "again, and the run continues from its last checkpoint"
         ) from error
 
 
@@ -368,7 +368,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
     except KeyboardInterrupt as stop:
         # It came before or after the steps, where `_collect_signals` is not active.
         raise workdir.Interrupted(
-            "stopped; the same command goes on from the last checkpoint"
+            "stopped; run the same command again to continue from the last checkpoint"
         ) from stop
     except DatasetTooLarge:
         raise
@@ -381,7 +381,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
             )
             # A run that has started is bound to its configuration.
             if workdir.has_started(folder):
-                advice += ", in another --workdir; in this one, the same command goes on"
+                advice += ", in another --workdir; this one continues only with its own settings"
             raise MemoryError(
                 f"batch_size={config.batch_size} does not fit into memory ({first}); {advice}"
             ) from error
@@ -389,7 +389,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
         if "Worker process was terminated" in first:
             raise RuntimeError(
                 f"one of workers={config.workers} processes that decode images was killed, as "
-                "systems do when memory or /dev/shm runs out; the same command goes on from the "
-                "last checkpoint, also with --config.workers=0"
+                "systems do when memory or /dev/shm runs out; run the same command again to "
+                "continue from the last checkpoint, with --config.workers=0 if it happens again"
             ) from error
         raise
