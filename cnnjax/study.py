@@ -382,7 +382,7 @@ def _digest_contents(
 
 
 def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
-    """Describes a folder of photographs by its digest; "" is for those that packages carry."""
+    """Describes a folder of photographs by its digest; "" is for those included in packages."""
     try:
         return photographs.digest(folder)
     except ValueError:

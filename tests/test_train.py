@@ -944,7 +944,7 @@ EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory alloca
         (
             EXHAUSTED,
             MemoryError,
-            "batch_size=128 does not .*, in another --workdir; this one continues only with its own",
+            "batch_size=128 does not .*, in another --workdir; this one continues only with",
         ),
     ],
 )

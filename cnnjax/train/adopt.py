@@ -182,7 +182,8 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
         if not last.is_dir():
             raise ValueError(
                 f"epochs={config.epochs}: there is no {last}, from which the run of "
-                f"{recorded['epochs']} epochs could continue; put it back, or train in another folder"
+                f"{recorded['epochs']} epochs could continue; put it back, or train in another "
+                "folder"
             )
         _check_can_continue(folder, config)
         if not backend.writes():
