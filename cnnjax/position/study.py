@@ -92,9 +92,11 @@ def _check_inputs(
                     f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
                     f"({before[key]} there, {now} now); choose another --workdir"
                 )
-            # The photographs of packages ("") have an order of their own.
-            is_path = bool(recorded.get(key)) and bool(config[key])
-            if is_path and before.get(key) == now:
+            is_same = before.get(key) == now
+            # photographs="" stands for the packages' photographs in a fixed order. The same files in
+            # a folder are sorted by name and give other crops, so the two are not exchanged.
+            has_both_paths = bool(recorded.get(key)) and bool(config[key])
+            if is_same and has_both_paths:
                 moved[key] = config[key]
         _warn_of_edits(config, before.get("networks", {}))
         return moved
