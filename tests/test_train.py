@@ -871,7 +871,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        current=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        training=types.SimpleNamespace(data=data, config=defaults.get_config()),
         origin={},
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),

@@ -93,8 +93,8 @@ def _check_inputs(
                     f"({before[key]} there, {now} now); choose another --workdir"
                 )
             is_same = before.get(key) == now
-            # photographs="" stands for the packages' photographs in a fixed order. The same files in
-            # a folder are sorted by name and give other crops, so the two are not exchanged.
+            # photographs="" stands for the packages' photographs in a fixed order. The same files
+            # in a folder are sorted by name and give other crops, so the two are not exchanged.
             has_both_paths = bool(recorded.get(key)) and bool(config[key])
             if is_same and has_both_paths:
                 moved[key] = config[key]

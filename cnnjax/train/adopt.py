@@ -199,7 +199,7 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
 
 def _check_can_continue(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Checks that a run can continue with the present data and devices. Raises `ValueError`."""
-    current = build_run(config)
+    training = build_run(config)
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         # `Checkpoints.restore` would rename those that are damaged.
         steps = checkpoints.steps()
@@ -208,5 +208,5 @@ def _check_can_continue(folder: pathlib.Path, config: ml_collections.ConfigDict)
                 f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
                 "could continue; train in another folder"
             )
-        _, record = checkpoints.restore_step(steps[-1], current.state_shapes())
-    current.check_data(record.get("data", {}))
+        _, record = checkpoints.restore_step(steps[-1], training.state_shapes())
+    training.check_data(record.get("data", {}))
