@@ -232,7 +232,7 @@ def finished(machine, tmp_path_factory):
 def stopped(machine, tmp_path_factory):
     """Trains a run that is stopped after one epoch; returns its folder."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict", signal.SIGTERM)')
+    code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict_batches", signal.SIGTERM)')
     assert (
         code == 75
         and "SIGTERM after step 10 of 30" in line(errors)
@@ -644,17 +644,17 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
             "from step 2 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGTERM)',
+            'at(evaluate, "predict_batches", signal.SIGTERM)',
             "stopped by SIGTERM after step 10 of 30",
             "from step 3 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGINT, nth=2)',
+            'at(evaluate, "predict_batches", signal.SIGINT, nth=2)',
             "stopped by SIGINT after step 30 of 30",
             "from step 10 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGTERM)',
+            'at(evaluate, "predict_batches", signal.SIGTERM)',
             "stopped; run the same command again to continue",
             "from step 30 of 30",
         ),
