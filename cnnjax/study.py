@@ -216,7 +216,7 @@ class Study:
                     self._write(folder, results, self.report(results, options))
             except KeyboardInterrupt as stop:
                 raise workdir.Interrupted(
-                    "stopped; the same command goes on after the last finished point"
+                    "stopped; run the same command again to continue after the last finished point"
                 ) from stop
 
     def _measure_missing(
@@ -259,11 +259,11 @@ class Study:
         A call that measures nothing does not need it.
         """
         contents = settings.get("contents", {})
-        earlier = recorded.get("contents") or {}
-        places = _list_files(recorded, self.files)
+        recorded_digests = recorded.get("contents") or {}
+        recorded_paths = _list_files(recorded, self.files)
         for name, file in _list_files(settings, self.files).items():
-            was_there = earlier.get(name, _ABSENT) != _ABSENT
-            is_named_anew = places.get(name) != file
+            was_there = recorded_digests.get(name, _ABSENT) != _ABSENT
+            is_named_anew = recorded_paths.get(name) != file
             if was_there and contents[name] == _ABSENT and (computes or is_named_anew):
                 raise ValueError(
                     f"{name}={file!r} is neither a file of weights nor a finished training run"
@@ -271,29 +271,35 @@ class Study:
 
     def _keep_paths(self, settings: dict, recorded: dict) -> dict:
         """Returns the recorded paths of files that are elsewhere now, with the same contents."""
-        earlier = recorded.get("contents") or {}
-        places = _list_files(recorded, self.files)
+        recorded_digests = recorded.get("contents") or {}
+        recorded_paths = _list_files(recorded, self.files)
         paths = _list_files(settings, self.files)
-        for name, text in settings.get("contents", {}).items():
-            # The photographs of packages ("") have an order of their own.
-            if earlier.get(name) == text != _ABSENT and paths[name] and places.get(name):
-                paths[name] = places[name]
-        kept: dict[str, Any] = {}
+        for name, digest in settings.get("contents", {}).items():
+            is_same = digest != _ABSENT and recorded_digests.get(name) == digest
+            # photographs="" stands for the packages' photographs in a fixed order. The same files
+            # in a folder are sorted by name and give other crops, so the two are not exchanged.
+            has_both_paths = bool(paths[name]) and bool(recorded_paths.get(name))
+            if is_same and has_both_paths:
+                paths[name] = recorded_paths[name]
+        options: dict[str, Any] = {}
         # Options that are axes are in the points, not in the settings.
         for option in set(self.files) & set(settings):
             value = settings[option]
             if isinstance(value, dict):
-                kept[option] = {name: [paths[name], *rest] for name, (_, *rest) in value.items()}
+                options[option] = {name: [paths[name], *rest] for name, (_, *rest) in value.items()}
             elif isinstance(value, list):
-                kept[option] = [[name, paths[name]] for name, _ in value]
+                options[option] = [[name, paths[name]] for name, _ in value]
             else:
-                kept[option] = paths.get(option)
-        return kept
+                options[option] = paths.get(option)
+        return options
 
     def _record_drawing(
         self, options: Options, missing: list[NamedTuple], recorded: dict
     ) -> dict[str, str]:
-        """Returns the record that photographs are drawn at random, which stays as it was begun.
+        """Returns {"photographs_drawn": "at random"}, or {}.
+
+        It is {} for a directory begun by a version that took the first photographs, and for a study
+        that draws none.
 
         Raises `ValueError` if such a point is missing in a directory without this record.
         """
@@ -327,15 +333,15 @@ class Study:
         print(text)
 
 
-def take_places(
+def update_recorded_paths(
     config: ml_collections.ConfigDict,
     folder: pathlib.Path,
     keys: Iterable[str] = ("data_dir", "dataset", "initial_weights"),
 ) -> None:
-    """Brings the record of a study's network into line with where its files are now.
+    """Records where a trained network's files are now.
 
-    The study's own work directory is checked before. It may have been moved since, and `--data_dir`
-    may change from call to call.
+    The project may have been moved since, and `--data_dir` may change from call to call. The caller
+    has checked the study's own work directory.
 
     Args:
       config: the configuration of the network.
@@ -346,9 +352,9 @@ def take_places(
     recorded = workdir.read_record(folder, config.kind)
     if recorded is None:
         return
-    places = {name: config[name] for name in keys}
-    if recorded | places != recorded:
-        files.write_json(folder / "config.json", recorded | places)
+    paths = {name: config[name] for name in keys}
+    if recorded | paths != recorded:
+        files.write_json(folder / "config.json", recorded | paths)
 
 
 def _list_files(settings: dict, options: tuple[str, ...]) -> dict[str, str | os.PathLike]:
@@ -382,7 +388,7 @@ def _digest_contents(
 
 
 def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
-    """Describes a folder of photographs by its digest; "" is for those that packages carry."""
+    """Describes a folder of photographs by its digest; "" is for those included in packages."""
     try:
         return photographs.digest(folder)
     except ValueError:

@@ -51,7 +51,7 @@ def render(table: "Sequence[Layer]", style: str = "text") -> str:
       table: the rows, from `cnnjax.inspect.layers`.
       style: "text", "markdown" or "json".
 
-    Raises `ValueError` if the style is another.
+    Raises `ValueError` if `style` is none of these.
     """
     _check_style(style)
     from cnnjax.inspect import totals

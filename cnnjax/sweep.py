@@ -13,7 +13,7 @@ this machine.
 Writes sweep.json and sweep.md: for each setting, the mean, sample standard deviation, n and 95 %
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
 finite, if its batch does not fit into memory, or if it does not fit its data (a batch larger than
-the data set). The other runs go on all the same; the exit code is then 1, and the table has the
+the data set). The other runs continue; the exit code is then 1, and the table has the
 reason. If no run can start, the exit code is 2, and no table is written.
 """
 
@@ -424,7 +424,9 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
             write_table(options.workdir, runs)
         if isinstance(stop, workdir.Interrupted):
             raise
-        raise workdir.Interrupted("stopped; the same command goes on with the sweep") from stop
+        raise workdir.Interrupted(
+            "stopped; run the same command again to continue the sweep"
+        ) from stop
     if all(run.is_refused for run in runs):
         raise ValueError(f"no run can start; {runs[0].name}: {runs[0].refusal}")
     write_table(options.workdir, runs)

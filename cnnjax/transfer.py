@@ -122,7 +122,7 @@ def _select(model: Network, parts: tuple[str, ...], argument: str) -> frozenset[
 
 
 def split(tree: dict, paths: frozenset[Path], collection: str = "params") -> tuple[dict, dict]:
-    """Divides a collection's tree into what is not in `paths` and what is."""
+    """Splits a collection's tree into (leaves outside `paths`, leaves in `paths`)."""
     outside: dict = {}
     inside: dict = {}
     for path, leaf in flatten_dict(tree).items():

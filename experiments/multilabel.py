@@ -185,7 +185,7 @@ def measure(point: Point, options, shared: Shared) -> dict:
     if point.weights == "scratch":
         folder = options.workdir / f"scene_net,seed={point.seed}"
         config = configure(options, point.seed)
-        result = workdir.run_once(loop.run, config, folder, study.take_places)
+        result = workdir.run_once(loop.run, config, folder, study.update_recorded_paths)
         return {"method": point.method(), "ap": result["by_class"]}
     # ImageNet weights are the same in all repetitions; random weights are drawn by the seed.
     file = dict(options.weights)[point.network] if point.weights == "imagenet" else None

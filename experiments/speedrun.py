@@ -320,7 +320,7 @@ def run_all(config, data: arrays.Dataset, runs: int, folder: pathlib.Path) -> li
                 advance(1)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
-            "stopped; the same command goes on after the last finished run"
+            "stopped; run the same command again to continue after the last finished run"
         ) from stop
     return rows
 

@@ -275,8 +275,8 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     # call, so an unfinished network stays bound to it.
     if pathlib.Path(config.initial_weights).is_dir():
         keys.append("initial_weights")
-    take_places = functools.partial(study.take_places, keys=keys)
-    results = workdir.run_once(loop.run, config, folder, take_places)
+    update_paths = functools.partial(study.update_recorded_paths, keys=keys)
+    results = workdir.run_once(loop.run, config, folder, update_paths)
     return 1 - results["final"]["test_error"]
 
 

@@ -79,13 +79,13 @@ def test_one_that_is_killed_stops_the_others_and_the_run_goes_on_with_fewer(tmp_
     error = first.communicate(timeout=60)[1]
     assert first.returncode == 1 and "Traceback" not in error
     assert re.search(
-        r"error: process 0 of 2 cannot go on, most likely because another is gone \(.*\); "
-        r"start them all again",
+        r"error: process 0 of 2 cannot continue, most likely because another has died \(.*\); "
+        r"start all of them again",
         error.splitlines()[-1],
     ), error
     # One process goes on from the checkpoint of two.
     again = forked.Popen(*TRAIN, "--workdir", tmp_path, "--config.epochs=3000", flags=quick.FLAGS)
-    assert any("going on from step" in line for line in again.stderr)
+    assert any("resuming from step" in line for line in again.stderr)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
     assert again.returncode == 75

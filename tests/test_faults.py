@@ -232,7 +232,7 @@ def finished(machine, tmp_path_factory):
 def stopped(machine, tmp_path_factory):
     """Trains a run that is stopped after one epoch; returns its folder."""
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict", signal.SIGTERM)')
+    code, errors = machine.train(folder, SIGNAL + 'at(evaluate, "predict_batches", signal.SIGTERM)')
     assert (
         code == 75
         and "SIGTERM after step 10 of 30" in line(errors)
@@ -307,10 +307,10 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_done(machine, finished, 
             and message in line(errors)
             and NO_SPACE in line(errors)
         ), errors
-        going_on = {None: "", "finished": "holds the finished run"}.get(
-            reached, f"going on from step {reached} of {STEPS}\n"
+        resuming = {None: "", "finished": "holds the finished run"}.get(
+            reached, f"resuming from step {reached} of {STEPS}\n"
         )
-        assert going_on in errors and ("going on" in errors) == isinstance(reached, int), errors
+        assert resuming in errors and ("resuming" in errors) == isinstance(reached, int), errors
         assert not left_over(outside)
         (outside.parent / "ballast").unlink()
     code, errors = machine.train(folder)
@@ -356,7 +356,7 @@ files.write = turned
     code, errors = machine.train(folder)
     assert (
         code == 0
-        and f"going on from step {STEPS} of {STEPS}" in errors
+        and f"resuming from step {STEPS} of {STEPS}" in errors
         and record(outside_path) == record(finished)
     )
     machine.mount("-o", "remount,ro", disk)
@@ -624,7 +624,7 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
     for where, message, log in (
         (
             'at(data.arrays, "load", signal.SIGTERM)',
-            "stopped; the same command goes on from the last checkpoint",
+            "stopped; run the same command again to continue from the last checkpoint",
             "running in",
         ),
         (
@@ -644,23 +644,23 @@ def test_signals_outside_of_the_steps(machine, finished, tmp_path):
             "from step 2 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGTERM)',
+            'at(evaluate, "predict_batches", signal.SIGTERM)',
             "stopped by SIGTERM after step 10 of 30",
             "from step 3 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGINT, nth=2)',
+            'at(evaluate, "predict_batches", signal.SIGINT, nth=2)',
             "stopped by SIGINT after step 30 of 30",
             "from step 10 of 30",
         ),
         (
-            'at(evaluate, "predict", signal.SIGTERM)',
-            "stopped; the same command goes on",
+            'at(evaluate, "predict_batches", signal.SIGTERM)',
+            "stopped; run the same command again to continue",
             "from step 30 of 30",
         ),
         (
             'at(files, "write_figure", signal.SIGINT)',
-            "stopped; the same command goes on",
+            "stopped; run the same command again to continue",
             "from step 30 of 30",
         ),
         (
@@ -813,7 +813,8 @@ data.Streamed.advance = killed
     assert (
         code == 1
         and "error: one of workers=1 processes that decode images was killed" in errors
-        and "goes on from the last checkpoint, also with --config.workers=0" in errors
+        and "continue from the last checkpoint, with --config.workers=0 if it happens again"
+        in errors
         and "Traceback" not in errors
     ), errors
     assert time.monotonic() - began < 120 and not left_over(tmp_path)

@@ -209,7 +209,7 @@ def test_interrupted_in_the_middle_goes_on_from_there(tmp_path):
     _, error = process.communicate(timeout=60)
     assert (
         process.returncode == 75
-        and error.splitlines()[-1].startswith("stopped; the same command goes on")
+        and error.splitlines()[-1].startswith("stopped; run the same command again to continue")
         and "Traceback" not in error
     )
     assert sorted(path.name for path in folder.iterdir()) == [

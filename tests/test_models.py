@@ -711,8 +711,8 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(name, shape):
         ("mlp1", {"hidden": [8, -3]}, "hidden=(8, -3) are not all positive numbers"),
         ("resnet18", {"depths": (2, 2, 2, -1)}, "depths=(2, 2, 2, -1) are not all positive"),
         ("lenet", {"input_shape": (0, 8, 1)}, "input_shape=(0, 8, 1) are not all positive"),
-        ("lenet", {"dtype": "int8"}, "dtype='int8' is not a type of floating point"),
-        ("lenet", {"dtype": "flaot32"}, "dtype='flaot32' is not a type of floating point"),
+        ("lenet", {"dtype": "int8"}, "dtype='int8' is not a floating-point type"),
+        ("lenet", {"dtype": "flaot32"}, "dtype='flaot32' is not a floating-point type"),
         ("shufflenet_v2_x0_5", {"widths": (48, 97, 192)}, "widths=(48, 97, 192) are not all even"),
         ("resnet18", {"block": "basic"}, "block='basic' is not of the type Callable"),
         (
@@ -757,7 +757,7 @@ def test_images_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = create_model("lenet")
     variables = quick.variables(model)
-    with pytest.raises(ValueError, match="x of dtype uint8 is not of floating point; convert it"):
+    with pytest.raises(ValueError, match="x has dtype uint8; convert it to a floating-point type"):
         model.apply(variables, np.zeros((1, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match="shape .28, 28, 1. is not .batch, height"):
         model.apply(variables, np.zeros((28, 28, 1), np.float32))

@@ -1012,7 +1012,7 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
         lambda: cnn.BatchNorm().init(key, x),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=f"x of dtype {dtype} is not of floating point"):
+        with pytest.raises(ValueError, match=f"^x has dtype {dtype}; convert it to a floating"):
             call()
 
 

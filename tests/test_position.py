@@ -892,7 +892,10 @@ def test_a_study_stopped_at_its_report_goes_on(gray_config, tmp_path, monkeypatc
     monkeypatch.setattr(study, "_measure_missing", lambda *arguments: [])
     monkeypatch.setattr(study.results, "save_maps", stop)
     assert command.run(lambda: study.run(gray_config, tmp_path)) == 75
-    assert "goes on after the last encoder that was read out" in capsys.readouterr().err
+    assert (
+        "run the same command again to continue after the last encoder that was read out"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config, tmp_path):

@@ -64,7 +64,7 @@ def sweep():
     return [{{"epochs": {LONG}}}, {{"epochs": 1}}]
 """
 STOPPED = re.compile(r"stopped by (\w+) after step (\d+) of")
-RESUMED = re.compile(r"going on from step (\d+) of")
+RESUMED = re.compile(r"resuming from step (\d+) of")
 
 
 @dataclasses.dataclass(frozen=True)

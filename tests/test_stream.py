@@ -1252,6 +1252,6 @@ def test_damaged_images_end_a_run_or_are_counted_named_and_passed_over(colors, t
     # of workers may change.
     shutil.rmtree(folder / "checkpoints" / "6")
     done = forked.run(*skipping, "--config.workers=0", flags=quick.FLAGS)
-    assert done.returncode == 0 and "going on from step 4" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from step 4" in done.stderr, done.stderr
     results = json.loads((folder / "results.json").read_text())
     assert [line["damaged"] for line in results["history"]] == [2, 2]

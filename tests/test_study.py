@@ -98,7 +98,10 @@ def test_an_interrupted_call_goes_on_where_it_stopped(example, tmp_path, capsys)
         return example.measure(point, options)
 
     assert dataclasses.replace(example.STUDY, measure=stop).main(command) == 75
-    assert "the same command goes on after the last finished point" in capsys.readouterr().err
+    assert (
+        "run the same command again to continue after the last finished point"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in (tmp_path / "a" / "points").iterdir()] == [
         "fill=zeros,seed=0.json"
     ]
@@ -365,19 +368,19 @@ def test_a_network_of_a_study_may_find_its_files_elsewhere(tmp_path):
     def train(config, folder):
         files.write_json(folder / "results.json", results)
 
-    workdir.run_once(train, trained, folder, study.take_places)
+    workdir.run_once(train, trained, folder, study.update_recorded_paths)
     trained.update(initial_weights="/new/run/start", data_dir="/new/data")
-    assert workdir.run_once(pytest.fail, trained, folder, study.take_places) == results
+    assert workdir.run_once(pytest.fail, trained, folder, study.update_recorded_paths) == results
     assert read(folder / "config.json")["data_dir"] == "/new/data"
     # The directory of a study whose weights may change is not bound to their contents.
     trained.initial_weights = "/other"
     with pytest.raises(ValueError, match="initial_weights='/new/run/start' there, '/other' now"):
-        adopt = functools.partial(study.take_places, keys=("data_dir", "dataset"))
+        adopt = functools.partial(study.update_recorded_paths, keys=("data_dir", "dataset"))
         workdir.run_once(pytest.fail, trained, folder, adopt)
     # A refused call leaves the record as it was.
     trained.epochs += 1
     with pytest.raises(ValueError, match="another configuration"):
-        workdir.run_once(pytest.fail, trained, folder, study.take_places)
+        workdir.run_once(pytest.fail, trained, folder, study.update_recorded_paths)
     assert read(folder / "config.json")["initial_weights"] == "/new/run/start"
 
 

@@ -469,7 +469,7 @@ def test_a_sweep_that_is_stopped_before_its_first_run_has_no_table(
     monkeypatch.setattr(sweep, "finish_runs", stop)
     assert run_sweep() == 75
     told = capfd.readouterr().err.splitlines()
-    assert told[-1] == "stopped; the same command goes on with the sweep"
+    assert told[-1] == "stopped; run the same command again to continue the sweep"
     assert not (tmp_path / "runs").exists()
 
 

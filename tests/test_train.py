@@ -844,7 +844,7 @@ def test_a_run_that_cannot_be_extended_stays_finished(tmp_path):
     arrays.save(digits, file)
     for path in manifests:
         path.write_text("{}")
-    refuse("no whole checkpoint from which the run could go on; train in another folder")
+    refuse("no whole checkpoint from which the run could continue; train in another folder")
     for path, content in zip(manifests, whole, strict=True):
         path.write_bytes(content)
     file.unlink()
@@ -871,7 +871,7 @@ def test_a_given_up_extension_leaves_the_earlier_ones(epoch, kept, tmp_path):
     )
     training_results.write_results(
         tmp_path,
-        current=types.SimpleNamespace(data=data, config=defaults.get_config()),
+        training=types.SimpleNamespace(data=data, config=defaults.get_config()),
         origin={},
         state=types.SimpleNamespace(params={}),
         history=types.SimpleNamespace(entries=[], seconds=1.0),
@@ -940,8 +940,12 @@ EXHAUSTED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory alloca
 @pytest.mark.parametrize(
     ("error", "explained", "message"),
     [
-        (KeyboardInterrupt(), workdir.Interrupted, "the same command goes on"),
-        (EXHAUSTED, MemoryError, "batch_size=128 does not .*, in another --workdir; in this one"),
+        (KeyboardInterrupt(), workdir.Interrupted, "run the same command again to continue"),
+        (
+            EXHAUSTED,
+            MemoryError,
+            "batch_size=128 does not .*, in another --workdir; this one continues only with",
+        ),
     ],
 )
 def test_a_failure_while_an_extension_is_checked_is_explained(
@@ -989,7 +993,7 @@ def test_of_several_processes_one_that_fails_says_why(error, is_lost, monkeypatc
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(RuntimeError) as raised, loop._explain_lost_peers():
         raise error
-    assert ("another is gone" in str(raised.value)) == is_lost
+    assert ("another has died" in str(raised.value)) == is_lost
 
 
 def test_of_several_processes_all_decide_by_the_scores_of_the_first(monkeypatch):
@@ -1164,7 +1168,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     last = command("--workdir", folder)
-    assert last.returncode == 0 and "going on from step" in last.stderr
+    assert last.returncode == 0 and "resuming from step" in last.stderr
     assert parameters(folder) == parameters(finished)
 
 
@@ -1239,7 +1243,7 @@ def test_a_run_that_is_stopped_while_it_compiles_saves_and_goes_on(finished, tmp
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 75
-    assert "the same command goes on from there" in rest
+    assert "run the same command again to continue from there" in rest
     assert "Traceback" not in rest
     assert forked.run(*stopped).returncode == 0
     assert parameters(tmp_path) == parameters(finished)

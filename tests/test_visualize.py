@@ -280,7 +280,7 @@ def test_images_of_another_rank_or_of_integers_are_refused(monkeypatch):
     message = r"^an image of shape \(1, 2, 2, 1\) is not \[height, width, channels\], without"
     with pytest.raises(ValueError, match=message):
         visualize.occlusion(Chain(), CHAIN, image, 1, 1)
-    with pytest.raises(ValueError, match="^x of dtype int32 is not of floating point"):
+    with pytest.raises(ValueError, match="^x has dtype int32; convert it to a floating-point type"):
         visualize.saliency(Chain(), CHAIN, image.astype(jnp.int32), "hidden", 0, "gradient")
 
 
@@ -612,7 +612,7 @@ def test_bad_arguments_are_named(call, message):
     ],
 )
 def test_a_stage_that_sees_the_whole_image_is_named(call):
-    with pytest.raises(ValueError, match="stage='maps' sees the whole image, as behind GroupNorm"):
+    with pytest.raises(ValueError, match="stage='maps' sees the whole image, as after GroupNorm"):
         call(Gated(), {}, jnp.ones((2, 8, 12, 3)))
 
 

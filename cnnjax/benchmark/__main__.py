@@ -264,11 +264,11 @@ def compare_sides(what: str, rounds: int, only: list[str], sides: list[str], sav
 def _forward_flops(what: str, name: str, batch: int) -> float:
     if what == "layers":
         return LAYERS[name].flops
-    from cnnjax import summary
+    from cnnjax.inspect import layers, totals
     from cnnjax.models import create_model
 
-    table = summary.layers(create_model(name), batch=batch)
-    return 2.0 * summary.totals(table)["macs"]
+    table = layers(create_model(name), batch=batch)
+    return 2.0 * totals(table)["macs"]
 
 
 def _explain(what: str, rounds: int, rows: list[dict]) -> str:
@@ -453,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--workdir", type=command.path, help="where to write (default: runs/benchmark_WHAT)"
     )
-    parser.add_count("rounds", 9, "turns of each side")
+    parser.add_count("rounds", 9, "times that each side is measured")
     parser.add_argument(
         "--only",
         nargs="+",

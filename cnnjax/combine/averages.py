@@ -14,11 +14,13 @@ _RATE = 0.05
 
 
 def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
-    """Computes a weighted sum of trees of arrays, in float64.
+    """Computes a weighted sum of trees of arrays.
 
     Args:
       trees: trees of the same structure and shapes.
       weights: a weight for each tree, or by layer name a weight for each tree.
+
+    Returns a tree with the leaves' own types; sums are taken in float64.
     """
 
     def combine_leaves(path, *leaves):
@@ -115,7 +117,7 @@ def ensemble_logits(logits: np.ndarray, mean_of: str = "probabilities") -> np.nd
       The logarithm of the mean probability, or the mean of the logits; [..., classes].
 
     Raises:
-      ValueError: if `mean_of` is another word.
+      ValueError: if `mean_of` is neither.
     """
     if mean_of not in ("probabilities", "logits"):
         raise ValueError(f"mean_of={mean_of!r} is not one of probabilities, logits")

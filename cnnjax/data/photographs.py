@@ -139,7 +139,7 @@ def find_photographs(folder: str | os.PathLike = "") -> tuple[list[pathlib.Path]
     """Lists the image files of a folder and its subfolders.
 
     Args:
-      folder: the folder; empty for the photographs that scikit-image and scikit-learn carry.
+      folder: the folder; empty for the photographs included in scikit-image and scikit-learn.
 
     Returns:
       The paths in order, without what is in hidden folders; and a description of the files and
@@ -449,7 +449,7 @@ def synthetic(
       uint8 [count, size, size, 3].
 
     Raises:
-      ValueError: if the kind is another.
+      ValueError: if `kind` is none of these.
     """
     shape = (count, size, size, 3)
     if kind == "black":

@@ -399,33 +399,33 @@ DATASETS: dict[str, Source] = {
     "digits": Digits(),
     # The hashes are those of torchvision's lists.
     "mnist": Idx(
-        ("mnist", "MNIST/raw"),
-        _idx_files(
-            (
+        folders=("mnist", "MNIST/raw"),
+        files=_idx_files(
+            urls=(
                 "https://ossci-datasets.s3.amazonaws.com/mnist/",
                 "https://storage.googleapis.com/cvdf-datasets/mnist/",
             ),
-            (
+            hashes=(
                 "f68b3c2dcbeaaa9fbdd348bbdeb94873",
                 "d53e105ee54ea40749a09fcbcd1e9432",
                 "9fb629c4189551a2d022fa330f9573f3",
                 "ec29112dd5afa0611ce80d1b7f02629c",
             ),
         ),
-        _DIGITS,
+        classes=_DIGITS,
     ),
     "fashion_mnist": Idx(
-        ("fashion_mnist", "FashionMNIST/raw"),
-        _idx_files(
-            ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-            (
+        folders=("fashion_mnist", "FashionMNIST/raw"),
+        files=_idx_files(
+            urls=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+            hashes=(
                 "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
                 "25c81989df183df01b3e8a0aad5dffbe",
                 "bef4ecab320f06d8554ea6380940ec79",
                 "bb300cfdad3c16e7a12a480ee83cd310",
             ),
         ),
-        (
+        classes=(
             "T-shirt/top",
             "Trouser",
             "Pullover",

@@ -59,7 +59,7 @@ class Unlocated:
 
 
 # Flattened, globally pooled, or combined with such a value at every position.
-WHOLE_IMAGE = Unlocated("sees the whole image, as behind GroupNorm or squeeze-and-excitation")
+WHOLE_IMAGE = Unlocated("sees the whole image, as after GroupNorm or squeeze-and-excitation")
 UPSAMPLED = Unlocated("is upsampled by a transposed convolution, whose field is not followed")
 REARRANGED = Unlocated("is resized or rearranged, and its field is not followed")
 IN_LOOP = Unlocated("is computed in a loop or a branch of jax, whose field is not followed")

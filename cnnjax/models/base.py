@@ -44,7 +44,7 @@ class Network(nn.Module):
     Attributes:
       num_classes: number of logits.
       padding: fill of every convolution and pool (`cnnjax.nn.padding`).
-      sampling: how every strided convolution and pool keeps positions (`cnnjax.nn.sampling`).
+      sampling: how strided convolutions and pools reduce the resolution (`cnnjax.nn.sampling`).
       dtype: type of the computation; parameters stay float32.
       axis_name: device axis over which BatchNorm takes its statistics.
       input_shape: height, width and channels of the publication's images.
@@ -188,7 +188,7 @@ def _check_dtype(dtype: DTypeLike) -> None:
         is_floating = False
     if not is_floating:
         raise ValueError(
-            f"dtype={dtype!r} is not a type of floating point, such as 'float32' or 'bfloat16'"
+            f"dtype={dtype!r} is not a floating-point type, such as 'float32' or 'bfloat16'"
         )
 
 

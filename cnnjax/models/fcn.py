@@ -75,8 +75,8 @@ def grids(
     They are followed through the traced network, so that maps that the fill 'none' shrinks are
     placed where they belong.
 
-    Returns for each stage the rows and the columns, in pixels, of its fields' centers. Raises
-    `ValueError` if the positions of a stage have no places, such as behind GroupNorm.
+    Returns for each stage the rows and the columns, in pixels, of its fields' centers.
+    Raises `ValueError` if a stage's positions cannot be located in the image, as after GroupNorm.
     """
     places = []
     for stage, (field, output) in zip(stages, receptive_fields(encoder, stages, shape)):

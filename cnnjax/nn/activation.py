@@ -57,7 +57,7 @@ def relu_rule(rule: str) -> contextlib.AbstractContextManager:
     Args:
       rule: "gradient" (the derivative), "deconvnet", "guided" or "redirected".
 
-    Raises `ValueError` if the rule is another.
+    Raises `ValueError` if `rule` is none of these.
     """
     if rule not in _PASSES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(_PASSES)}")

@@ -45,8 +45,10 @@ def conv(
       fill: what the border is filled with (`cnnjax.nn.padding`).
       key: source of the noise of 'random'.
 
-    Returns [batch, height', width', out]. Raises `ValueError` if shapes do not fit, `x` and
-    `kernel` are not of one type of floating point, or the output would be empty.
+    Returns [batch, height', width', out].
+    Raises `ValueError` if shapes do not fit, `x` and `kernel` are not of the same floating-point
+    type, `fill` is unknown, 'random' has no key, a number is out of range, a map is too small for
+    its border, or the output would be empty.
     """
     check_fill(fill)
     check_map(x)
@@ -216,8 +218,8 @@ class Dense(nn.Module):
       bias_init: initializer of the bias; PyTorch's default unless given.
       dtype: type of the computation.
 
-    Raises `ValueError` if `features` is below 1, there are no inputs, or they are not of floating
-    point.
+    Raises `ValueError` if `features` is below 1, there are no inputs, or they do not have
+    a floating-point type.
     """
 
     features: int

@@ -56,7 +56,7 @@ def pair(value: Both, name: str, least: int) -> tuple[int, int]:
 
 
 def check_map(x: AnyArray) -> None:
-    """Raises `ValueError` if `x` is not a batch of maps of floating point.
+    """Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
 
     An image without a batch axis would be treated along the wrong axes.
     """
@@ -66,13 +66,14 @@ def check_map(x: AnyArray) -> None:
 
 
 def check_floating(x: AnyArray) -> None:
-    """Raises `ValueError` if a map is not of floating point.
+    """Raises `ValueError` if `x` does not have a floating-point type.
 
     Means and fractions of integers would be cut off, and sums of uint8 wrap around.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x of dtype {x.dtype} is not of floating point; convert it, as by x.astype('float32')"
+            f"x has dtype {x.dtype}; convert it to a floating-point type, for example with "
+            "x.astype('float32')"
         )
 
 

@@ -20,7 +20,7 @@ def lowering(form: str) -> contextlib.AbstractContextManager:
       form: "auto" takes the forms of `cnnjax.nn.cpu` where jax's default backend is the CPU,
         "reference" plain lax calls everywhere, "cpu" the forms of `cnnjax.nn.cpu` everywhere.
 
-    Raises `ValueError` if the form is another.
+    Raises `ValueError` if `form` is none of these.
     """
     if form not in FORMS:
         raise ValueError(f"lowering={form!r} is not one of {', '.join(FORMS)}")

@@ -26,7 +26,7 @@ class BatchNorm(nn.Module):
       dtype: type of the output. Parameters and running statistics are float32.
 
     Raises `ValueError` if it is trained on a single value per channel, which has no variance, or
-    if its input is not of floating point.
+    if its input does not have a floating-point type.
     """
 
     momentum: float = 0.1
@@ -115,7 +115,7 @@ def local_response_norm(
     the first and last channel; for an even `size` it reaches one channel further down than up, as
     in PyTorch.
 
-    Raises `ValueError` if `size` is below 1 or the map is not of floating point.
+    Raises `ValueError` if `size` is below 1 or `x` does not have a floating-point type.
     """
     check_floating(x)
     if size < 1:

@@ -84,8 +84,10 @@ def pad(
       fill: one of `FILLS`.
       key: source of the noise of 'random'.
 
-    Raises `ValueError` if the fill is unknown, if `x` is not a batch of maps of floating point, if
-    'random' has no key, or if a map is too small for its own border to be mirrored or wrapped.
+    Returns [batch, height + 2 * rows, width + 2 * columns, channels]; `x` itself under 'none'.
+    Raises `ValueError` if the fill is unknown, if `x` is not a floating-point array
+    [batch, height, width, channels], if 'random' has no key, or if a map is too small for its own
+    border to be mirrored or wrapped.
     """
     check_fill(fill)
     check_map(x)
@@ -161,7 +163,17 @@ def _check_border(x, amount, fill):
 def center(
     x: Float[AnyArray, "batch _ _ channels"], height: int, width: int
 ) -> Float[AnyArray, "batch {height} {width} channels"]:
-    """Crops or zero-pads maps about their centers to a height and width."""
+    """Crops or zero-pads maps about their centers to a height and width.
+
+    An odd remainder is cropped at the far side and padded at the near side.
+
+    Args:
+      x: [batch, rows, columns, channels].
+      height: rows of the result.
+      width: columns of the result.
+
+    Returns [batch, height, width, channels].
+    """
     for axis, size in ((1, height), (2, width)):
         excess = x.shape[axis] - size
         if excess > 0:
@@ -179,6 +191,12 @@ def align(
     """Crops or zero-pads maps about their centers to one size.
 
     The size is that of the smallest map, or of the largest under 'full'.
+
+    Args:
+      branches: maps [batch, rows, columns, channels], whose sizes and channels may differ.
+      fill: one of `FILLS`, the one under which the maps were computed.
+
+    Returns the maps in the same order, each [batch, height, width, channels].
     """
     choose = max if fill == "full" else min
     height = choose(y.shape[1] for y in branches)
@@ -192,6 +210,12 @@ def concatenate(
     """Joins maps along their channels.
 
     `align` comes first, as sizes differ under 'none' and 'full'.
+
+    Args:
+      branches: as in `align`.
+      fill: as in `align`.
+
+    Returns [batch, height, width, channels], with the channels of all maps in their order.
     """
     joined = jnp.concatenate(align(branches, fill), axis=3)
     return materialize_gradient(joined) if fast_on_cpu() else joined
@@ -205,8 +229,15 @@ def fit_to_branch(
     """Fits a residual block's input to its branch, center on center.
 
     A 1x1 convolution of `stride` on the result has the size of the branch's map. The input is
-    cropped under 'none' and zero-padded under 'full'; under any other fill, nothing changes that
-    the strided convolution reads.
+    cropped where the branch has shrunk ('none') and zero-padded where it has grown ('full');
+    otherwise it is returned unchanged.
+
+    Args:
+      x: the input, [batch, rows, columns, channels].
+      branch: the branch's map, of which only height and width count.
+      stride: the branch's stride.
+
+    Returns [batch, rows', columns', channels].
     """
     height, width = ((size - 1) * stride + 1 for size in branch.shape[1:3])
     fits_rows = height <= x.shape[1] < height + stride

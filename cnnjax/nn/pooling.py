@@ -42,10 +42,13 @@ def max_pool(
         missing values never win. Under 'none' no window is incomplete.
       fill: what the border is filled with (`cnnjax.nn.padding`). Under fills of zeros, and
         'random', the border never wins, as in PyTorch; under other fills it takes part.
-      sampling: how a stride keeps positions (`cnnjax.nn.sampling`).
+      sampling: how a stride reduces the resolution (`cnnjax.nn.sampling`).
 
-    Returns [batch, height', width', channels]. Raises `ValueError` if `x` is not a batch of maps of
-    floating point, the padding is more than half of the window, or the output would be empty.
+    Returns [batch, height', width', channels].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels],
+    `fill` or `sampling` is unknown, a number is out of range, a map is too small for its border,
+    the output would be empty, or the padding is more than half of the window or, under
+    'one-sided', half of it.
     """
     check_sampling(sampling)
     size, step, border, missing = _geometry(x, window, stride, padding, fill, ceil)
@@ -118,7 +121,8 @@ def avg_pool(
     1, the filter of a `sampling` such as 'blur' replaces the mean; an axis of stride 1 is then not
     averaged. Types below 32 bits are summed in float32.
 
-    Raises `ValueError` as `max_pool` does.
+    Raises `ValueError` as `max_pool` does; under 'one-sided' too, the padding may be half of the
+    window.
     """
     check_sampling(sampling)
     size, step, border, _ = _geometry(x, window, stride, padding, fill)
@@ -227,7 +231,13 @@ def adaptive_avg_pool(
     Bins are a matrix product with the whole map, so that one infinite value or NaN of a channel
     makes all its bins NaN; in PyTorch, only those that cover it.
 
-    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    Args:
+      x: [batch, height, width, channels].
+      size: rows and columns of the grid, an integer or a (height, width) pair.
+
+    Returns [batch, *size, channels].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels]
+    or `size` is not positive.
     """
     check_map(x)
     size = pair(size, "size", 1)
@@ -258,7 +268,8 @@ def global_avg_pool(
 ) -> Float[AnyArray, "batch channels"]:
     """Takes the mean over all positions.
 
-    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    Returns [batch, channels].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
     """
     check_map(x)
     return x.mean((1, 2))
@@ -269,7 +280,8 @@ def flatten(
 ) -> Float[AnyArray, "batch values"]:
     """Flattens each map with its channels first, in PyTorch's order.
 
-    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    Returns [batch, channels * height * width].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
     """
     check_map(x)
     batch, height, width, channels = x.shape

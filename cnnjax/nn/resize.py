@@ -18,9 +18,11 @@ def resize(
     Args:
       x: [batch, height, width, channels].
       size: an integer or a (height, width) pair.
-      align_corners: whether corner pixels keep their places; otherwise the image's edges do.
+      align_corners: True aligns the centers of the corner pixels, False the outer edges, as in
+        PyTorch.
 
-    Raises `ValueError` if `x` is not a batch of maps of floating point.
+    Returns [batch, *size, channels].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
     """
     check_map(x)
     for axis, out in zip((1, 2), pair(size, "size", 1)):

@@ -67,8 +67,8 @@ def sample(
 
     Returns [batch, height', width', channels]: the size divided by the stride and rounded up. A
     filter with fill='none' first takes its border, 2 or 4 positions, off the size.
-    Raises `ValueError` if the policy is unknown, `x` is not a batch of maps of floating point, or
-    the map is too small for the filter's border.
+    Raises `ValueError` if the policy is unknown, `x` is not a floating-point array
+    [batch, height, width, channels], or the map is too small for the filter's border.
     """
     check_sampling(sampling)
     check_map(x)

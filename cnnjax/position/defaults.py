@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.targets = ("H", "V", "G", "HS", "VS")
     # Images that readouts are scored on.
     config.data = ("natural", "black", "white", "noise")
-    # A folder; empty: the photographs that scikit-image and scikit-learn carry.
+    # A folder; empty: the photographs included in scikit-image and scikit-learn.
     config.photographs = ""
     # Height and width of the crops, in pixels.
     config.image_size = 224

@@ -173,16 +173,18 @@ def features_inside(
 class Strength(NamedTuple):
     """The strength of the padding's trace in a stage, relative to the features.
 
+    Let d = padded - inside, m and s its mean and standard deviation (with n - 1) over the n images,
+    and f = inside. Where no axis is named, means are over all of them. Without any difference, snr
+    and shared are 0.
+
     Attributes:
-      mae: mean absolute difference, over that of the features.
-      snr: mean absolute mean over images of a difference, over their mean standard deviation; about
-        0.8 / sqrt(n) for n images without any pattern.
-      shared: share of the differences' energy that all images have in common, without that bias: 1
-        if every image has the same difference, 0 if they have nothing in common.
-      profile: [distances], root mean square difference over that of the features, by the distance
-        to the border in positions.
-      pattern: [height, width], root mean square over channels of the mean difference, over that of
-        the features.
+      mae: mean(|d|) / mean(|f|).
+      snr: mean(|m|) / mean(s); about 0.8 / sqrt(n) without any pattern.
+      shared: mean(m^2 - s^2 / n) / mean(d^2): 1 if every image has the same difference, 0 if they
+        have nothing in common. Subtracting s^2 / n removes the bias of m^2.
+      profile: [distances], sqrt(sum(d^2) / sum(f^2)) over the positions at one distance to the
+        border.
+      pattern: [height, width], the root mean square of m over channels, divided by that of all f.
     """
 
     mae: float
@@ -214,10 +216,10 @@ def strength(
     mean = delta.mean(0)
     variance = delta.var(0, ddof=1)
     energy = np.square(delta).mean(0)
-    size = float(np.sqrt(np.square(inside).mean()))
+    features_rms = float(np.sqrt(np.square(inside).mean()))
     distance = border_distance(*mean.shape[:2]).ravel()
-    ring = np.bincount(distance, energy.mean(-1).ravel())
-    whole = np.bincount(distance, np.square(inside).mean(0).mean(-1).ravel())
+    difference_energy = np.bincount(distance, energy.mean(-1).ravel())
+    feature_energy = np.bincount(distance, np.square(inside).mean(0).mean(-1).ravel())
     shared = 0.0
     snr = 0.0
     if energy.any():
@@ -227,8 +229,8 @@ def strength(
         mae=float(np.abs(delta).mean() / np.abs(inside).mean()),
         snr=snr,
         shared=shared,
-        profile=np.sqrt(ring / whole),
-        pattern=np.sqrt(np.square(mean).mean(-1)) / size,
+        profile=np.sqrt(difference_energy / feature_energy),
+        pattern=np.sqrt(np.square(mean).mean(-1)) / features_rms,
     )
 
 
@@ -236,26 +238,27 @@ def strength(
 
 
 def unread(chain: Sequence[Window], size: int) -> dict[str, int]:
-    """Counts the padded rows that each strided window leaves unread at the far side.
+    """Counts the rows of the padded map that each strided window never reads.
 
-    Columns are as rows. At 0 a window uses its padding, or without padding the image, as much below
-    as above and right as left.
+    They are at the bottom; the same number of columns is unread on the right. At 0, a window reads
+    as much padding below as above.
 
     Args:
       chain: the windows.
       size: side of the image in pixels.
 
+    Returns the number of rows by the window's name.
     Raises `ValueError` if the image is too small.
     """
-    left = {}
+    unread_rows = {}
     n = size
     for window in chain:
         if window.stride > 1:
-            left[window.name] = (n + 2 * window.padding - window.kernel) % window.stride
+            unread_rows[window.name] = (n + 2 * window.padding - window.kernel) % window.stride
         n = output_size(n, window.kernel, window.stride, window.padding)
         if n < 1:
             raise ValueError(f"size={size} is too small: nothing is left of it after {window.name}")
-    return left
+    return unread_rows
 
 
 @functools.partial(jax.jit, static_argnames=("chain", "size", "fill"))
@@ -263,8 +266,8 @@ def _reads(chain, size, fill):
     def total(x):
         for window in chain:
             kernel = jnp.full((window.kernel, window.kernel, 1, 1), 1 / window.kernel**2)
-            # A max-pool's border never wins under these fills, and pools are not padded any
-            # further.
+            # 'partial' and 'full' change how a convolution treats its border; a max-pool pads as
+            # under 'zeros'.
             own = "zeros" if window.pool and fill in ("partial", "full") else fill
             x = conv(x, kernel, stride=window.stride, padding=window.padding, fill=own)
         return x.sum()

@@ -206,6 +206,8 @@ def full_size_error(
     size = targets.shape[1]
     identity = jnp.eye(side)[None, :, :, None]
     up = resize(identity, (size, side), align_corners)[0, :, :, 0]
+    # `overlap` is K / size and `pull` is U' t U / size^2, since the error is a mean over size^2
+    # pixels.
     overlap = up.T @ up / size
     pull = jnp.einsum("ya,tyx,xb->abt", up, targets, up) / size**2
     square = jnp.square(targets).mean((1, 2))

@@ -77,7 +77,7 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
 def _check_inputs(
     config: ml_collections.ConfigDict, folder: pathlib.Path, recorded: dict
 ) -> dict[str, str]:
-    """Checks that a study goes on with the photographs and weights that it was begun with.
+    """Checks that a study continues with the photographs and weights it was begun with.
 
     Other files elsewhere are left to `workdir.check_config`. Returns the present paths, by key, of
     the same files elsewhere.
@@ -92,9 +92,11 @@ def _check_inputs(
                     f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
                     f"({before[key]} there, {now} now); choose another --workdir"
                 )
-            # The photographs of packages ("") have an order of their own.
-            is_path = bool(recorded.get(key)) and bool(config[key])
-            if is_path and before.get(key) == now:
+            is_same = before.get(key) == now
+            # photographs="" stands for the packages' photographs in a fixed order. The same files
+            # in a folder are sorted by name and give other crops, so the two are not exchanged.
+            has_both_paths = bool(recorded.get(key)) and bool(config[key])
+            if is_same and has_both_paths:
                 moved[key] = config[key]
         _warn_of_edits(config, before.get("networks", {}))
         return moved
@@ -165,7 +167,8 @@ def run(
         _write_results(config, folder, targets, measurements)
     except KeyboardInterrupt as stop:
         raise workdir.Interrupted(
-            "stopped; the same command goes on after the last encoder that was read out"
+            "stopped; run the same command again to continue after the last encoder that was "
+            "read out"
         ) from stop
 
 

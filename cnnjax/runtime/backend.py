@@ -243,7 +243,7 @@ def _versions() -> dict[str, str]:
     versions = {}
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
     # Installations without extras lack these: studies fit with scikit-learn, and read photographs
-    # that both carry.
+    # included in it and in scikit-image.
     extras = ("scikit-learn", "scikit-image", "pillow")
     for name in packages + extras:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -93,7 +93,8 @@ class Parser(argparse.ArgumentParser):
             "--photographs",
             type=os.path.expanduser,
             default="",
-            help="a folder; default: those that scikit-image and scikit-learn carry",
+            help="a folder of photographs (default: those included in scikit-image and "
+            "scikit-learn)",
         )
 
     def add_trained(self) -> None:
@@ -102,8 +103,9 @@ class Parser(argparse.ArgumentParser):
             nargs="+",
             action=_Trained,
             default={},
-            metavar=("NAME", "FILE"),
-            help="an encoder, a file of its ImageNet weights, and modules that the file lacks",
+            metavar=("NAME", "FILE_OR_MODULE"),
+            help="an encoder, one file of its ImageNet weights, then any top-level modules that "
+            "the file lacks; may be repeated",
         )
 
     def add_count(self, name: str, default: int, text: str, least: int = 1) -> None:

@@ -77,7 +77,7 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     """Adopts a configuration under which a run would have reached the same state.
 
     - A finished run continues for more epochs if its learning rates so far are those of the longer
-      run and it can go on from its last checkpoint with the images that are there now;
+      run and it can continue from its last checkpoint with the images that are there now;
       extended.json then records the earlier results.
     - A run continues with another `data_dir` if it holds the same images.
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
@@ -124,7 +124,7 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
     build_run(config).check_data(images)
     moved = recorded | {"data_dir": config.data_dir}
     files.write_json(folder / "config.json", moved)
-    _LOG.info("%s goes on with data_dir=%r, whose images agree", folder, config.data_dir)
+    _LOG.info("%s continues with data_dir=%r, which holds the same images", folder, config.data_dir)
     return moved
 
 
@@ -172,7 +172,7 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
     If this is interrupted between two files, the next call completes it.
 
     Raises:
-      ValueError: if the run cannot go on; nothing is changed then.
+      ValueError: if the run cannot continue; nothing is changed then.
     """
     path = folder / "results.json"
     if path.exists():
@@ -182,9 +182,10 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
         if not last.is_dir():
             raise ValueError(
                 f"epochs={config.epochs}: there is no {last}, from which the run of "
-                f"{recorded['epochs']} epochs could go on; put it back, or train in another folder"
+                f"{recorded['epochs']} epochs could continue; put it back, or train in another "
+                "folder"
             )
-        _check_going_on(folder, config)
+        _check_can_continue(folder, config)
         if not backend.writes():
             return
         earlier = [*results.get("extended_from", []), results["final"]]
@@ -196,16 +197,16 @@ def _add_epochs(folder: pathlib.Path, recorded: dict, config: ml_collections.Con
     _LOG.info("extending the run from %d to %d epochs", recorded["epochs"], config.epochs)
 
 
-def _check_going_on(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Checks that a run can go on with the present data and devices. Raises `ValueError`."""
-    current = build_run(config)
+def _check_can_continue(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run can continue with the present data and devices. Raises `ValueError`."""
+    training = build_run(config)
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         # `Checkpoints.restore` would rename those that are damaged.
         steps = checkpoints.steps()
         if not steps:
             raise ValueError(
                 f"epochs={config.epochs}: {folder} has no whole checkpoint from which the run "
-                "could go on; train in another folder"
+                "could continue; train in another folder"
             )
-        _, record = checkpoints.restore_step(steps[-1], current.state_shapes())
-    current.check_data(record.get("data", {}))
+        _, record = checkpoints.restore_step(steps[-1], training.state_shapes())
+    training.check_data(record.get("data", {}))

@@ -62,11 +62,11 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     began = time.monotonic()
 
     # -------------------------------------------------------------- data, network, training step
-    current = build_run(config)
-    parallel = current.parallel
-    per_epoch = current.steps_per_epoch
+    training = build_run(config)
+    parallel = training.parallel
+    per_epoch = training.steps_per_epoch
     every = config.checkpoint_every_steps
-    total = len(current.rates)
+    total = len(training.rates)
     history = results.History(folder)
     plateau = None
     if config.schedule.name == "plateau":
@@ -78,40 +78,40 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints,
     ):
         # ---------------------------------------------------------- state: new, or the last saved
-        like = current.state_shapes()
+        state_shapes = training.state_shapes()
         epoch_seconds = 0.0
         # Of the starts before this one, up to the checkpoint.
         earlier_seconds = 0.0
         steps_done = 0
-        if restored := checkpoints.restore(like):
+        if restored := checkpoints.restore(state_shapes):
             steps_done, state, record = restored
-            current.check_data(record.get("data", {}))
+            training.check_data(record.get("data", {}))
             warn_if_edited(config.model, record.get("network_sha256"))
             initial_sha256 = record.get("initial_weights_sha256")
-            _LOG.info("going on from step %d of %d", steps_done, total)
+            _LOG.info("resuming from step %d of %d", steps_done, total)
             history.restore(record["history"], record["seconds"])
             if plateau:
                 plateau.restore(record["plateau"])
             # The count is that of all processes; None if `skip_damaged` was not set then.
-            if current.data.damaged is not None and jax.process_index() == 0:
-                current.data.damaged = record["damaged"] or 0
+            if training.data.damaged is not None and jax.process_index() == 0:
+                training.data.damaged = record["damaged"] or 0
             epoch_seconds = record.get("epoch_seconds", 0.0)
             # Checkpoints of earlier versions have the seconds of whole epochs only.
             earlier_seconds = record.get("run_seconds", record["seconds"])
         else:
-            state = current.initial_state()
-            initial_sha256 = current.digest_initial_weights()
+            state = training.initial_state()
+            initial_sha256 = training.digest_initial_weights()
         # What the weights come from besides the configuration, for checkpoints and results.
         origin = {
-            "data": current.data_record(),
-            "network_sha256": current.network_sha256,
+            "data": training.data_record(),
+            "network_sha256": training.network_sha256,
             "initial_weights_sha256": initial_sha256,
         }
-        _check_processes(current, origin)
+        _check_processes(training, origin)
         state = parallel.replicate(state)
         scale = 1.0
         constants = parallel.replicate(
-            step.Constants(moments=current.data.moments, rates=current.rates)
+            step.Constants(moments=training.data.moments, rates=training.rates)
         )
         epoch_began = time.monotonic() - epoch_seconds
         stop_signal = 0
@@ -122,27 +122,27 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             # ------------------------------------------------------ steps
             if plateau and plateau.scale != scale:
                 scale = plateau.scale
-                rates = parallel.replicate(current.rates * np.float32(scale))
+                rates = parallel.replicate(training.rates * np.float32(scale))
                 constants = dataclasses.replace(constants, rates=rates)
             # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
             epoch_end = steps_done - steps_done % per_epoch + per_epoch
             next_checkpoint = steps_done - steps_done % every + every
-            state, steps_done = current.data.advance(
-                recipe=current.recipe,
-                numbers=current.numbers,
+            state, steps_done = training.data.advance(
+                recipe=training.recipe,
+                numbers=training.numbers,
                 constants=constants,
                 state=state,
                 steps=range(steps_done, min(epoch_end, next_checkpoint)),
             )
-            _check_finite(current, state, steps_done, scale, checkpoints)
+            _check_finite(training, state, steps_done, scale, checkpoints)
 
             # ------------------------------------------------------ evaluation
             smallest_error = None
             if steps_done % per_epoch == 0:
                 seconds = time.monotonic() - epoch_began
-                entry = _evaluate_epoch(current, state, steps_done, scale)
+                entry = _evaluate_epoch(training, state, steps_done, scale)
                 history.append(entry, seconds)
-                _log_epoch(current, history, seconds)
+                _log_epoch(training, history, seconds)
                 if plateau:
                     metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
                     plateau.update(metrics[f"validation_{settings(config.schedule)['metric']}"])
@@ -152,7 +152,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
             # ------------------------------------------------------ checkpoint
             # A signal may reach one process only: all must stop after the same step.
-            stop_signal = max(parallel.gather(received[0] if received else 0))
+            own_signal = received[0] if received else 0
+            stop_signal = max(parallel.gather(own_signal))
             is_last = steps_done == total or _stops_early(config, history)
             is_due = steps_done % every == 0 or smallest_error is not None
             if is_due or is_last or stop_signal:
@@ -162,7 +163,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                     "seconds": history.seconds,
                     "epoch_seconds": time.monotonic() - epoch_began,
                     "run_seconds": earlier_seconds + time.monotonic() - began,
-                    "damaged": _sum_damaged(current),
+                    "damaged": _sum_damaged(training),
                     **origin,
                 }
                 checkpoints.save(steps_done, parallel.fetch(state), record, smallest_error)
@@ -175,17 +176,20 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         else:
             chosen = choose_weights(config, history, checkpoints)
         if chosen["step"] != steps_done:
-            state = parallel.replicate(checkpoints.restore_step(chosen["step"], like)[0])
+            state, _ = checkpoints.restore_step(chosen["step"], state_shapes)
+            state = parallel.replicate(state)
     # A signal may have come while the last checkpoint was written.
-    if number := stop_signal or (received[0] if received else 0):
+    if not stop_signal and received:
+        stop_signal = received[0]
+    if stop_signal:
         raise workdir.Interrupted(
-            f"stopped by {signal.Signals(number).name} after step {steps_done} of {total}, which "
-            "is saved; the same command goes on from there"
+            f"stopped by {signal.Signals(stop_signal).name} after step {steps_done} of {total}, "
+            "which is saved; run the same command again to continue from there"
         )
 
     # -------------------------------------------------------------- final evaluation
-    tested = current.score(state, "test", config.test_views)
-    trained = current.score(state, "train")
+    tested = training.score(state, "test", config.test_views)
+    trained = training.score(state, "train")
     assert tested is not None
     entry = history.entries[chosen["epoch"] - 1]
     final = results.final_scores(entry, history.entries[-1], trained, tested)
@@ -197,10 +201,10 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if not backend.writes():
         return
     results.write_weights(folder, state)
-    results.write_predictions(folder, current, tested)
+    results.write_predictions(folder, training, tested)
     results.write_results(
         folder,
-        current=current,
+        training=training,
         origin=origin,
         state=state,
         history=history,
@@ -214,15 +218,15 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 # ------------------------------------------------------------------ several processes
 
 
-def _check_processes(current: Training, origin: dict) -> None:
+def _check_processes(training: Training, origin: dict) -> None:
     """Checks that all processes that compute together train the same.
 
     Raises:
       ValueError: if their configuration, images, network or initial weights differ.
     """
-    digest = files.digest({"config": current.config.to_dict(), **origin})
+    digest = files.digest({"config": training.config.to_dict(), **origin})
     # 28 bits, which fit into an int32.
-    digests = current.parallel.gather(int(digest[:7], 16))
+    digests = training.parallel.gather(int(digest[:7], 16))
     for process, other in enumerate(digests):
         if other != digests[0]:
             raise ValueError(
@@ -234,37 +238,37 @@ def _check_processes(current: Training, origin: dict) -> None:
 # ------------------------------------------------------------------ parts of an epoch
 
 
-def _evaluate_epoch(current: Training, state: step.State, steps_done: int, scale: float) -> dict:
+def _evaluate_epoch(training: Training, state: step.State, steps_done: int, scale: float) -> dict:
     """Builds the record of an epoch: means while training, and validation scores."""
-    sums = {name: float(value) for name, value in current.parallel.fetch(state.totals).items()}
+    sums = {name: float(value) for name, value in training.parallel.fetch(state.totals).items()}
     entry = {
-        "epoch": steps_done // current.steps_per_epoch,
+        "epoch": steps_done // training.steps_per_epoch,
         "step": steps_done,
-        "learning_rate": float(current.rates[steps_done - 1] * scale),
+        "learning_rate": float(training.rates[steps_done - 1] * scale),
         "train_loss": sums["loss"] / sums["count"],
         "train_error": sums["errors"] / sums["count"],
     }
-    damaged = _sum_damaged(current)
+    damaged = _sum_damaged(training)
     if damaged is not None:
         entry["damaged"] = damaged
-        current.data.damaged = 0
-    validated = current.score(state, "validation")
+        training.data.damaged = 0
+    validated = training.score(state, "validation")
     if validated:
-        values = current.parallel.of_first(list(validated.scores.values()))
+        values = training.parallel.of_first(list(validated.scores.values()))
         entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
     return entry
 
 
-def _sum_damaged(current: Training) -> int | None:
+def _sum_damaged(training: Training) -> int | None:
     """Counts the epoch's damaged images of all processes; None if none are passed over."""
-    if current.data.damaged is None:
+    if training.data.damaged is None:
         return None
-    return sum(current.parallel.gather(current.data.damaged))
+    return sum(training.parallel.gather(training.data.damaged))
 
 
-def _log_epoch(current: Training, history: results.History, seconds: float) -> None:
+def _log_epoch(training: Training, history: results.History, seconds: float) -> None:
     entry = history.entries[-1]
-    remaining_epochs = current.config.epochs - entry["epoch"]
+    remaining_epochs = training.config.epochs - entry["epoch"]
     remaining_seconds = history.seconds / entry["epoch"] * remaining_epochs
     errors = [
         f"{name.replace('_', ' ')} {100 * value:.2f} %"
@@ -273,11 +277,11 @@ def _log_epoch(current: Training, history: results.History, seconds: float) -> N
     ]
     if entry.get("damaged"):
         errors.append(f"{entry['damaged']} damaged images passed over")
-    images = current.steps_per_epoch * current.config.batch_size
+    images = training.steps_per_epoch * training.config.batch_size
     _LOG.info(
         "epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left",
         entry["epoch"],
-        current.config.epochs,
+        training.config.epochs,
         entry["train_loss"],
         ", ".join(errors),
         entry["learning_rate"],
@@ -309,20 +313,20 @@ def choose_weights(
 
 
 def _check_finite(
-    current: Training, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
+    training: Training, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
 ) -> None:
     """Raises `FloatingPointError` for a loss or a parameter that is not finite."""
-    bad_step = int(current.parallel.fetch(state.bad_step))
+    bad_step = int(training.parallel.fetch(state.bad_step))
     where = f"the loss is not finite at step {bad_step}"
     if bad_step < 0:
-        if current.parallel.fetch(step.finiteness(current.parallel)(state)):
+        if training.parallel.fetch(step.finiteness(training.parallel)(state)):
             return
         bad_step = steps_done - 1
         where = f"a parameter is not finite after step {steps_done}"
     advice = "there is no checkpoint yet"
     if saved := checkpoints.steps():
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
-    rate = current.rates[bad_step] * scale
+    rate = training.rates[bad_step] * scale
     raise FloatingPointError(f"{where} (learning rate {rate:g}); {advice}")
 
 
@@ -354,9 +358,9 @@ def _explain_lost_peers() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, NotWritten) or is_exhausted(error):
             raise
         raise RuntimeError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely "
-            f"because another is gone ({str(error).splitlines()[0]}); start them all again, and "
-            "the run goes on from its last checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} cannot continue, most "
+            f"likely because another has died ({str(error).splitlines()[0]}); start all of them "
+            "again, and the run continues from its last checkpoint"
         ) from error
 
 
@@ -368,7 +372,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
     except KeyboardInterrupt as stop:
         # It came before or after the steps, where `_collect_signals` is not active.
         raise workdir.Interrupted(
-            "stopped; the same command goes on from the last checkpoint"
+            "stopped; run the same command again to continue from the last checkpoint"
         ) from stop
     except DatasetTooLarge:
         raise
@@ -381,7 +385,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
             )
             # A run that has started is bound to its configuration.
             if workdir.has_started(folder):
-                advice += ", in another --workdir; in this one, the same command goes on"
+                advice += ", in another --workdir; this one continues only with its own settings"
             raise MemoryError(
                 f"batch_size={config.batch_size} does not fit into memory ({first}); {advice}"
             ) from error
@@ -389,7 +393,7 @@ def _explain_failures(config: ml_collections.ConfigDict, folder: pathlib.Path) -
         if "Worker process was terminated" in first:
             raise RuntimeError(
                 f"one of workers={config.workers} processes that decode images was killed, as "
-                "systems do when memory or /dev/shm runs out; the same command goes on from the "
-                "last checkpoint, also with --config.workers=0"
+                "systems do when memory or /dev/shm runs out; run the same command again to "
+                "continue from the last checkpoint, with --config.workers=0 if it happens again"
             ) from error
         raise

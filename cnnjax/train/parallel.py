@@ -7,7 +7,7 @@ on one device) and then arguments of three kinds:
 - shared: divided over the devices along their first axis (batches); `share` places them.
 - plain: host values.
 
-In all three, each device has its own gradients until the function averages them.
+Whichever way is used, each device has its own gradients until the function averages them.
 """
 
 import functools

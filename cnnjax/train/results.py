@@ -148,13 +148,13 @@ def write_weights(folder: pathlib.Path, state: step.State) -> None:
     """Writes the weights that were scored, of host arrays, as weights.safetensors."""
     path = folder / transfer.WEIGHTS
     try:
-        weights.save_torchvision(state.evaluated(), path)
+        weights.save_torchvision(state.variables_to_score(), path)
     except safetensors.SafetensorError as error:
         # safetensors raises this in place of an `OSError`.
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def write_predictions(folder: pathlib.Path, current: Training, tested: Scored) -> None:
+def write_predictions(folder: pathlib.Path, training: Training, tested: Scored) -> None:
     """Writes the predictions on the test set, and the worst mistakes, as test.npz.
 
     The worst mistakes are the most confident ones; for masks, those with most wrong pixels. For
@@ -163,9 +163,9 @@ def write_predictions(folder: pathlib.Path, current: Training, tested: Scored) -
     outputs = tested.outputs
     labels = tested.labels
     arrays: dict[str, Any] = {"labels": labels}
-    if current.config.loss == "sigmoid":
+    if training.config.loss == "sigmoid":
         arrays["outputs"] = outputs
-    elif current.config.loss == "pixelwise":
+    elif training.config.loss == "pixelwise":
         predicted = outputs.argmax(-1).astype(np.uint8)
         wrong_share = ((predicted != labels) & (labels != augment.IGNORED)).mean((1, 2))
         arrays |= {"predicted": predicted, "shown": np.argsort(-wrong_share)[:_SCENES]}
@@ -179,14 +179,14 @@ def write_predictions(folder: pathlib.Path, current: Training, tested: Scored) -
     if "shown" in arrays:
         arrays["images"] = np.zeros((0, 1, 1, 1), np.uint8)
         if len(arrays["shown"]):
-            arrays["images"] = current.data.test_images(arrays["shown"])
+            arrays["images"] = training.data.test_images(arrays["shown"])
     files.write_arrays(folder / "test.npz", arrays)
 
 
 def write_results(
     folder: pathlib.Path,
     *,
-    current: Training,
+    training: Training,
     origin: dict,
     state: step.State,
     history: History,
@@ -205,10 +205,10 @@ def write_results(
         "final": final,
         "weights": chosen,
         "history": history.entries,
-        "classes": list(current.data.classes),
-        "image_shape": list(current.data.image_shape),
-        "mean": current.data.moments[0].tolist(),
-        "std": current.data.moments[1].tolist(),
+        "classes": list(training.data.classes),
+        "image_shape": list(training.data.image_shape),
+        "mean": training.data.moments[0].tolist(),
+        "std": training.data.moments[1].tolist(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         **origin,
     }
@@ -217,12 +217,12 @@ def write_results(
         recorded = files.read_json(folder / EXTENDED)
         if earlier := [scores for scores in recorded if scores["epoch"] < final["epoch"]]:
             results["extended_from"] = earlier
-    loss = current.config.loss
+    loss = training.config.loss
     if loss != "cross_entropy":
         results["by_class"] = evaluate.by_class(loss, tested.outputs, tested.labels)
     results |= {
-        "n_train": current.data.n_train,
-        "n_validation": current.data.n_validation,
+        "n_train": training.data.n_train,
+        "n_validation": training.data.n_validation,
         "n_test": len(tested.labels),
         "training_seconds": round(history.seconds, 1),
         "seconds": round(seconds, 1),

@@ -116,8 +116,11 @@ class State:
     totals: dict
     bad_step: Leaf
 
-    def evaluated(self) -> dict:
-        """Returns the variables that scores are of: the average of the parameters, if any."""
+    def variables_to_score(self) -> dict:
+        """Returns the variables to score.
+
+        They are BatchNorm's statistics and the parameters, averaged if the recipe averages them.
+        """
         params = self.params if self.ema is None else self.ema
         return {"params": params, "batch_stats": self.batch_stats}
 
@@ -300,13 +303,13 @@ def _prepare(recipe: Recipe, batch: Batch, key: jax.Array, rank) -> tuple[AnyArr
 def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, rank) -> _Gradients:
     """Computes the gradients of a device's images, in `recipe.accumulate` parts one by one."""
 
-    def keys(purpose):
+    def part_keys(purpose):
         """Returns a key for each part."""
         device_key = jax.random.fold_in(_key(state, numbers, purpose), rank)
         return jax.random.split(device_key, recipe.accumulate)
 
-    dropout_keys = keys(_DROPOUT)
-    mixup_keys = keys(_MIXUP)
+    dropout_keys = part_keys(_DROPOUT)
+    mixup_keys = part_keys(_MIXUP)
     if recipe.accumulate == 1:
         return _gradients(
             recipe=recipe,
@@ -318,7 +321,7 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
         )
 
     def add_part(total: _Gradients, part):
-        images, labels, *keys = part
+        images, labels, dropout_key, mixup_key = part
         gradients = _gradients(
             recipe=recipe,
             # BatchNorm's statistics pass from part to part.
@@ -326,7 +329,7 @@ def _accumulate(recipe: Recipe, state: State, numbers: Numbers, images, labels, 
             numbers=numbers,
             images=images,
             labels=labels,
-            keys=keys,
+            keys=(dropout_key, mixup_key),
         )
         total = _Gradients(
             grads=jax.tree.map(jnp.add, total.grads, gradients.grads),

@@ -54,7 +54,7 @@ class Training:
       recipe: what a training step is.
       numbers: its numbers.
       rates: the learning rate of every step, float32 [steps].
-      steps_per_epoch: an epoch drops the images that fill no batch.
+      steps_per_epoch: the full batches of an epoch; the remaining images are dropped.
       network_sha256: as `digest_network` returns it.
     """
 
@@ -149,7 +149,7 @@ class Training:
         output_batches = evaluate.predict_batches(
             parallel=self.parallel,
             model=self.model,
-            variables=state.evaluated(),
+            variables=state.variables_to_score(),
             moments=self.parallel.replicate(self.data.moments),
             batches=image_batches(),
             batch_size=self.config.batch_size,

@@ -112,7 +112,7 @@ def _add_subject(parser):
     add(
         "--every-layer",
         action="store_true",
-        help="names the stages of a VGG by convolution: conv1_1, conv1_2, ...",
+        help="for a VGG, make every convolution a stage: conv1_1, conv1_2, ...",
     )
     add(
         "--workdir",
@@ -157,7 +157,7 @@ def _add_stages(parser):
         nargs="+",
         action="extend",
         metavar="STAGE",
-        help="default: all, or three evenly spread for levels",
+        help="stages to look at (default: all; for levels, three evenly spread)",
     )
 
 
@@ -179,19 +179,21 @@ def _add_channels(parser):
 
 
 def _add_ascent(parser):
-    parser.add_count("steps", 256, "of gradient ascent")
+    parser.add_count("steps", 256, "steps of gradient ascent")
     parser.add_argument(
         "--jitter",
         type=command.whole_number(0),
         metavar="PIXELS",
-        help="default: a quarter of the stage's stride",
+        help="most pixels by which the image is shifted at each step (default: a quarter of the "
+        "stage's stride)",
     )
     parser.add_argument(
         "--total-variation",
         type=_share,
         default=0.02,
         metavar="SHARE",
-        help="of the activation, what an edge across the image costs (default: %(default)s)",
+        help="penalty on edges: the share of the activation that one black-to-white edge across "
+        "the image costs (default: %(default)s)",
     )
 
 
@@ -206,7 +208,8 @@ def _add_square(parser):
         "--stride",
         type=command.whole_number(1),
         metavar="PIXELS",
-        help="of the square (default: 16 for images of 224 pixels, others in proportion)",
+        help="step between positions of the square (default: 16 for images of 224 pixels, others "
+        "in proportion)",
     )
 
 

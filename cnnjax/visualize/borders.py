@@ -17,9 +17,8 @@ def equivariance_error(
 ) -> Float[np.ndarray, " distances"]:
     """Compares a shifted image's features with the shifted features.
 
-    The image is shifted by the stage's stride along both axes: two windows that much smaller are
-    cut out of `images`, at two opposite corners, so that a feature lies one position further in the
-    other.
+    Two windows, smaller than `images` by the stage's stride, are cut out at the upper left and at
+    the lower right. The same content then lies one position further up and left in the second map.
 
     Returns the relative error by distance to the border, in positions; 0 is the border. It is the
     root of the squared differences over that of the squared features, of all images, channels and

@@ -155,7 +155,7 @@ def _ask(urls: list[str], seconds: float) -> tuple[dict[str, str], list[str]]:
     end = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0, end - time.monotonic()))
-    # Copies, since late threads go on.
+    # Copies, since late threads keep running.
     return dict(refusals), [url for url in urls if url in slow]
 
 

@@ -95,6 +95,8 @@ def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
       path: the file; `~` is expanded.
       known: names that stay as they are, such as those of the model.
 
+    Returns a `StateDict`: arrays by torchvision's names, whose `names` maps these to the file's
+    own.
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
     path = expand_user(path)

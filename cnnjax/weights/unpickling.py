@@ -144,7 +144,7 @@ _NAMES = {*_FUNCTIONS, *DTYPES, *_CONSTANTS}
 def _checked_key(key: Any) -> str | int:
     """Returns a dictionary's key, which is text or a small number.
 
-    Hashing other keys can take forever. Raises `ValueError` if the key is another.
+    Hashing other keys can take forever. Raises `ValueError` for any other key.
     """
     if isinstance(key, str) or (_is_count(key) and key < _MOST_KEY):
         return key
