@@ -250,7 +250,7 @@ def _evaluate_epoch(current: Training, state: step.State, steps_done: int, scale
         current.data.damaged = 0
     validated = current.score(state, "validation")
     if validated:
-        values = current.parallel.of_first(list(validated.scores.values()))
+        values = current.parallel.from_first_process(list(validated.scores.values()))
         entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
     return entry
 
