@@ -85,12 +85,12 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
     if path is None:
         return record, True
     # A file of another network is refused when it is loaded.
-    of_file = records.of_file(path)
-    if of_file is None or of_file.network != record.network:
+    file_record = records.of_file(path)
+    if file_record is None or file_record.network != record.network:
         return record, False
-    if tag is not None and record != of_file:
-        raise ValueError(f"tag={tag!r} is not that of weights={path!r}, {of_file.tag}")
-    return of_file, True
+    if tag is not None and record != file_record:
+        raise ValueError(f"tag={tag!r} is not that of weights={path!r}, {file_record.tag}")
+    return file_record, True
 
 
 def trained(folder: pathlib.Path) -> Classifier:

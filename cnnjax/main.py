@@ -174,12 +174,14 @@ def _default_workdir(
     if not options.overrides:
         return folder
     keys = config.to_dict()
-    # Earlier versions also hashed the folder of a user's network.
-    earlier = folder.with_name(f"{folder.name}-{files.digest(keys)}")
+    # The hash leaves out the folder of a user's network, so that a moved project finds its runs.
+    # Earlier versions hashed it too; their work directories are found first.
+    with_folder = folder.with_name(f"{folder.name}-{files.digest(keys)}")
+    if with_folder.is_dir():
+        return with_folder
     model = str(keys.get("model"))
-    if earlier.is_dir() or not os.path.isabs(model):
-        return earlier
-    keys["model"] = os.path.basename(model)
+    if os.path.isabs(model):
+        keys["model"] = os.path.basename(model)
     return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
 

@@ -254,10 +254,14 @@ def load_initial_weights(
     head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
     classes = model.num_classes
     if head_keys:
+        head_shape = tensors[head_keys[0]].shape
         # A scalar has no axis, and `load_torchvision` says so.
-        (classes,) = tensors[head_keys[0]].shape[:1] or (classes,)
+        if head_shape:
+            classes = head_shape[0]
     # A file without any of the model's names is refused by its names.
-    absent = sorted(set(keys) - set(tensors)) if set(keys) & set(tensors) else []
+    absent = []
+    if set(keys) & set(tensors):
+        absent = sorted(set(keys) - set(tensors))
     file_model = model.clone(num_classes=classes)
     loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
 

@@ -1004,7 +1004,9 @@ def test_of_several_processes_all_decide_by_the_scores_of_the_first(monkeypatch)
     monkeypatch.setattr(jax.experimental.multihost_utils, "process_allgather", gather)
     scored = types.SimpleNamespace(scores={"loss": 0.1, "error": 0.25})
     current = types.SimpleNamespace(
-        parallel=types.SimpleNamespace(fetch=lambda tree: tree, of_first=Parallel.of_first),
+        parallel=types.SimpleNamespace(
+            fetch=lambda tree: tree, from_first_process=Parallel.from_first_process
+        ),
         steps_per_epoch=1,
         rates=[0.1],
         data=types.SimpleNamespace(damaged=None),

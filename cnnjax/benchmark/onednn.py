@@ -94,19 +94,25 @@ class Primitive:
         }
         memories = {name: self._memory(form) for name, form in formats.items()}
         weights = names[2] if convolution_pass == _KERNEL_GRADIENT else _WEIGHTS
-        own_order = formats[weights]
-        hwio = self._kernel_format(kernel_shape, groups)
-        # The kernel is put into the library's order in memory of this primitive.
-        self._kernel = np.empty(self._library.dnnl_memory_desc_get_size(own_order), np.uint8)
+        library_format = formats[weights]
+        hwio_format = self._kernel_format(kernel_shape, groups)
+        # The kernel is put into the library's format in memory of this primitive.
+        self._kernel = np.empty(self._library.dnnl_memory_desc_get_size(library_format), np.uint8)
         self._set(memories[weights], self._kernel.ctypes.data)
-        reordered = self._memory(hwio)
+        callers_kernel = self._memory(hwio_format)
+        # The caller's kernel is HWIO. It is reordered for the library before a pass that reads it,
+        # and back after the pass that writes its gradient.
         steps = [self._step(description, memories)]
         if convolution_pass == _KERNEL_GRADIENT:
-            steps.append(self._reorder(own_order, hwio, memories[weights], reordered))
+            steps.append(
+                self._reorder(library_format, hwio_format, memories[weights], callers_kernel)
+            )
         else:
-            steps.insert(0, self._reorder(hwio, own_order, reordered, memories[weights]))
+            steps.insert(
+                0, self._reorder(hwio_format, library_format, callers_kernel, memories[weights])
+            )
         self._steps = steps
-        self._memories = [reordered if name == weights else memories[name] for name in names]
+        self._memories = [callers_kernel if name == weights else memories[name] for name in names]
 
     def __call__(self, *addresses: int) -> None:
         """Computes from two inputs into a result, all float32.

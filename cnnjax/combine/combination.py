@@ -72,8 +72,8 @@ def run(
     members: list[Member] = []
     ema = None
     for path in configs:
-        of_run, ema = read_members(path, method)
-        members += of_run
+        run_members, ema = read_members(path, method)
+        members += run_members
     names = [str(path) for path in configs]
     networks = Networks(first, members, data)
     if method in AVERAGES:
@@ -148,7 +148,19 @@ class Scores(NamedTuple):
 
 
 class Networks:
-    """The members of a combination, with the data and the network to score them."""
+    """The members of a combination, with the data and the network to score them.
+
+    Attributes:
+      config: the configuration of the first run. All agree in what a combination depends on.
+      members: the networks to combine.
+      data: the data set of all runs.
+      parallel: how networks run on the devices.
+      batch_size: the number of images of a batch, a multiple of the devices.
+      model: the network that all members share.
+      frozen: the paths of the frozen variables.
+      all: all members in one, their variables and moments stacked [members, ...]; for
+        `member_logits`.
+    """
 
     def __init__(
         self, config: ml_collections.ConfigDict, members: list[Member], data: arrays.Dataset
@@ -194,11 +206,14 @@ class Networks:
         """
         members = [self.members[number] for number in numbers]
         uniform = [1 / len(members)] * len(members)
+        if weights is None:
+            weights = uniform
         if params is None:
             if len(members) == 1:
                 return members[0]
             trees = [member.variables["params"] for member in members]
-            params = average(trees, weights or uniform)
+            params = average(trees, weights)
+        # Frozen BatchNorms keep the last member's statistics.
         variables = members[-1].variables | {"params": params}
         moments = average([member.moments for member in members], uniform)
         # In random order, since each batch is normalized by its own statistics.
@@ -376,11 +391,11 @@ def _report(results: dict) -> str:
     """Formats the errors of the members and of their combination as Markdown."""
 
     def errors(row):
-        errors = []
+        cells = []
         for split in ("validation", "test"):
             error = row[split]["error"] if row[split] else None
-            errors.append(_percent(error))
-        return errors
+            cells.append(_percent(error))
+        return cells
 
     individual = results["individual"]
     lines = [[row["name"], *errors(row), "1"] for row in individual]

@@ -239,7 +239,7 @@ def _read_checkpoints(
                 f"{folder} kept one checkpoint, and method={method!r} takes at least two: train "
                 "with --config.keep_checkpoints=N and --config.checkpoint_every_steps=M"
             )
-        return steps, [checkpoints.restore_step(at, like)[0] for at in steps]
+        return steps, [checkpoints.restore_step(number, like)[0] for number in steps]
 
 
 def select_ends_of_cycles(
@@ -259,7 +259,7 @@ def select_ends_of_cycles(
     schedule = settings(config.schedule)
     first = round(schedule["warmup_epochs"] * per_epoch)
     period = max(1, round(schedule["every"] * per_epoch))
-    ends = [at for at in steps if at > first and (at - first) % period == 0]
+    ends = [number for number in steps if number > first and (number - first) % period == 0]
     if len(ends) < 2:
         # The largest interval between checkpoints that meets the end of every cycle.
         interval = math.gcd(first, period)

@@ -23,16 +23,20 @@ class Window(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
-    """A value's way from the image: its field and the windows passed.
+class _Path:
+    """A value's path from the image.
 
-    `field_behind` and `size_behind` are those of the map after the last window.
+    Attributes:
+      field: the value's field.
+      windows: the windows passed.
+      field_after_window: the field of the map after the last window.
+      size_after_window: that map's (height, width).
     """
 
     field: Field | Unlocated
     windows: tuple[Window, ...] = ()
-    field_behind: Field = Field()
-    size_behind: tuple[int, int] = (0, 0)
+    field_after_window: Field = Field()
+    size_after_window: tuple[int, int] = (0, 0)
 
 
 def windows(model) -> tuple[Window, ...]:
@@ -42,7 +46,7 @@ def windows(model) -> tuple[Window, ...]:
     convolution has its layer's name; pools are counted: pool1, pool2, ...
 
     Raises `ValueError` if the network has different windows side by side, one that is dilated, not
-    square or padded unequally, one behind a map whose field is not known, or maps in a loop.
+    square or padded unequally, one after a map whose field is not known, or maps in a loop.
     """
     name = type(model).__name__
     model = with_local_fill(model)
@@ -50,30 +54,30 @@ def windows(model) -> tuple[Window, ...]:
     variables = eval_shape(model.init, jax.random.key(0), image)
     program = trace(functools.partial(apply, model), variables, image)
 
-    def visit(equation, ways):
-        field = seen(equation, [None if way is None else way.field for way in ways])
+    def visit(equation, paths):
+        field = seen(equation, [None if path is None else path.field for path in paths])
         if field is None:
             return None
-        _check_is_followed(name, equation, ways)
-        way = _joined(name, [way for way in ways if way is not None])
-        way = dataclasses.replace(way, field=field)
+        _check_is_followed(name, equation, paths)
+        path = _joined(name, [path for path in paths if path is not None])
+        path = dataclasses.replace(path, field=field)
         if is_pool(equation):
-            count = sum(window.pool for window in way.windows)
-            return _extended(name, way, f"pool{count + 1}", True, equation)
+            count = sum(window.pool for window in path.windows)
+            return _extended(name, path, f"pool{count + 1}", True, equation)
         if equation.primitive.name == "name":
-            return _extended(name, way, equation.params["name"], False, equation)
-        return way
+            return _extended(name, path, equation.params["name"], False, equation)
+        return path
 
-    start = _Way(Field(), size_behind=model.input_shape[:2])
+    start = _Path(Field(), size_after_window=model.input_shape[:2])
     constants = [None] * (len(program.invars) - 1)
-    (way,) = follow(program, [*constants, start], visit)
-    return way.windows
+    (path,) = follow(program, [*constants, start], visit)
+    return path.windows
 
 
-def _check_is_followed(network, equation, ways):
+def _check_is_followed(network, equation, paths):
     """Raises `ValueError` for an operation whose windows cannot be read from fields."""
     operation = equation.primitive.name
-    inputs = [operand for way, operand in zip(ways, equation.invars) if way is not None]
+    inputs = [operand for path, operand in zip(paths, equation.invars) if path is not None]
     if operation in LOOPS and any(operand.aval.ndim > 3 for operand in inputs):
         raise ValueError(
             f"model={network} passes maps to a {operation} of jax, whose windows are not followed"
@@ -90,47 +94,47 @@ def _check_is_followed(network, equation, ways):
         return
     if max(dilations) > 1:
         raise ValueError(f"model={network} has a window of dilation {max(dilations)}; expected 1")
-    # A layer behind a map that is upsampled or rearranged is named in `_extended`.
+    # A layer after a map that is upsampled or rearranged is named in `_extended`.
     is_window = max(*kernel, *strides) > 1
-    if is_window and ways[0] is not None and ways[0].field == WHOLE_IMAGE:
+    if is_window and paths[0] is not None and paths[0].field == WHOLE_IMAGE:
         raise ValueError(
             f"model={network} has a window of {kernel[0]}x{kernel[1]} on a map that "
             f"{WHOLE_IMAGE.reason}"
         )
 
 
-def _joined(network, ways):
-    """Returns the way with most windows.
+def _joined(network, paths):
+    """Returns the path with most windows.
 
-    Raises `ValueError` if another way is not a shorter form of it (a skip).
+    Raises `ValueError` if another path is not a shorter form of it (a skip).
     """
-    longest, *others = sorted(ways, key=lambda way: -len(_shapes(way)))
-    for way in others:
-        shapes = _shapes(way)
+    longest, *others = sorted(paths, key=lambda path: -len(_shapes(path)))
+    for path in others:
+        shapes = _shapes(path)
         if shapes != _shapes(longest)[: len(shapes)]:
             raise ValueError(
-                f"model={network} has windows side by side, {way.windows[-1].name} and "
+                f"model={network} has windows side by side, {path.windows[-1].name} and "
                 f"{longest.windows[-1].name}: they form no chain"
             )
     return longest
 
 
-def _shapes(way):
+def _shapes(path):
     """Returns the shapes of the windows of more than one position."""
-    return [window[1:] for window in way.windows if window.kernel > 1]
+    return [window[1:] for window in path.windows if window.kernel > 1]
 
 
-def _extended(network, way, name, is_pool, equation):
-    """Returns the way after a layer.
+def _extended(network, path, name, is_pool, equation):
+    """Returns the path after a layer.
 
     It has one more window if the layer widened or strode the field.
     """
-    before = way.field_behind
-    after = way.field
+    before = path.field_after_window
+    after = path.field
     if after in (REARRANGED, UPSAMPLED):
         raise ValueError(f"model={network} has a layer, {name}, whose map {after.reason}")
     if isinstance(after, Unlocated) or after == before:
-        return way
+        return path
     size = equation.outvars[0].aval.shape[1:3]
     by_axis = []
     for axis in (0, 1):
@@ -144,8 +148,11 @@ def _extended(network, way, name, is_pool, equation):
             pool=is_pool,
         )
         by_axis.append(window)
-        if output_size(way.size_behind[axis], *window[1:4]) != size[axis]:
+        expected = output_size(
+            path.size_after_window[axis], window.kernel, window.stride, window.padding
+        )
+        if expected != size[axis]:
             raise ValueError(f"model={network} has a window, {name}, with unequal padding")
     if by_axis[0] != by_axis[1]:
         raise ValueError(f"model={network} has a window, {name}, that is not square")
-    return _Way(after, (*way.windows, by_axis[0]), after, size)
+    return _Path(after, (*path.windows, by_axis[0]), after, size)

@@ -24,7 +24,7 @@ from cnnjax.runtime.configuration import is_number, is_whole, to_tuples
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.types import AnyArray
 
-# By the name of a stage, a function of its map; the network goes on with the result.
+# By the name of a stage, a function of its map; the network continues with the result.
 Replacements = Mapping[str, Callable[[Array], Array]]
 
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
     """An image classifier, written as a walk through its stages.
 
     A subclass defines `walk`, a generator: at falling resolution it yields (stage name, map) and
-    takes back the map with which it goes on, as in `x = yield "layer1", x`; last it yields
+    takes back the map to continue with, as in `x = yield "layer1", x`; last it yields
     ("logits", logits). Modules are named so that a parameter's path, joined with dots, is
     torchvision's key (`cnnjax.weights`); a name may itself hold dots.
 
@@ -95,7 +95,7 @@ class Network(nn.Module):
         Args:
           x: images [batch, height, width, channels].
           train: turns on dropout and BatchNorm's batch statistics.
-          replace: functions of a stage's map, by the name of the stage. The network goes on with
+          replace: functions of a stage's map, by the name of the stage. The network continues with
             what the function returns: `{"layer1": lambda y: y.at[..., 3].set(0)}` switches off one
             unit.
 

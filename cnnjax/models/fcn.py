@@ -149,25 +149,34 @@ class FCN(Network):
         maps = {}
         shape = x.shape[1:]
         walk = encoder.walk(x, train)  # the encoder's modules become this network's own
+        scored_so_far = []
         name, y = next(walk)
         while name != "logits":
             maps[name] = yield name, y
-            if [stage for stage in maps if stage in self.scored] == list(self.scored):
+            scored_so_far = [stage for stage in maps if stage in self.scored]
+            # What follows the last scored stage is not computed.
+            if scored_so_far == list(self.scored):
                 break
             name, y = walk.send(maps[name])
-        else:
+        if scored_so_far != list(self.scored):
             raise ValueError(
                 f"scored={self.scored!r} are not stages of {self.encoder}, in their order; "
                 f"they are {', '.join(maps)}"
             )
-        places = grids(encoder, shape, tuple(self.scored))
+        stage_grids = dict(zip(self.scored, grids(encoder, shape, tuple(self.scored))))
+        # From the deepest stage on, the sum is interpolated to the grid of the next finer stage.
         scores = None
-        known = None
-        for stage, here in reversed(list(zip(self.scored, places))):
+        grid = None
+        for stage in reversed(self.scored):
             score = Conv(self.num_classes, 1, dtype=self.dtype, name=f"score.{stage}")(maps[stage])
-            scores = score if scores is None else score + place(scores, known, here)
-            known = here
-        yield "logits", place(scores, known, tuple(np.arange(n) for n in shape[:2]))
+            if scores is None:
+                scores = score
+            else:
+                scores = score + place(scores, grid, stage_grids[stage])
+            grid = stage_grids[stage]
+        height, width = shape[:2]
+        pixels = (np.arange(height), np.arange(width))
+        yield "logits", place(scores, grid, pixels)
 
 
 register("scene_net", SceneNet)

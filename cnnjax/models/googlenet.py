@@ -200,7 +200,7 @@ class GoogLeNet(Network):
             if name in _POOLED:
                 x = yield name, x
                 x = pool(x, _POOLED[name])
-        x = yield name, x
+        x = yield "inception5b", x
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         yield "logits", Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")(x)
 

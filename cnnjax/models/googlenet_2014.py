@@ -147,7 +147,7 @@ class GoogLeNet2014(Network):
             if name in ("inception3b", "inception4e"):
                 x = yield name, x
                 x = pool(x)
-        x = yield name, x
+        x = yield "inception5b", x
         x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 

@@ -26,10 +26,13 @@ from cnnjax.nn.geometry import pair
 # torchvision truncates at +-2, twenty standard deviations away.
 _normal = nn.initializers.normal(0.1)
 
-# A block is a tuple of branches side by side; a branch is a tuple of steps, a step (name, filters,
-# kernel[, stride]), a pool, or a tuple of steps side by side. A strided step is the last of its
-# branch and, unlike the others, is never padded.
-_AVERAGE, _MAXIMUM = "3x3 average, stride 1", "3x3 maximum, stride 2"
+# A block is a tuple of branches side by side, and a branch is a tuple of steps. A step is one of:
+#   - a convolution, (name, filters, kernel) or (name, filters, kernel, stride);
+#   - a pool, `_AVERAGE` or `_MAXIMUM`;
+#   - a tuple of steps side by side.
+# A strided step is unpadded and comes last in its branch.
+_AVERAGE = "3x3 average, stride 1"
+_MAXIMUM = "3x3 maximum, stride 2"
 
 
 def block_a(pool: int) -> tuple:
@@ -117,10 +120,10 @@ class Block(nn.Module):
     axis_name: str | None
 
     @nn.nowrap
-    def take(self, step, x, train):
-        """Takes one step of a branch."""
+    def apply_step(self, step, x, train):
+        """Applies one step of a branch."""
         if isinstance(step[0], tuple):
-            return concatenate([self.take(part, x, train) for part in step], self.fill)
+            return concatenate([self.apply_step(part, x, train) for part in step], self.fill)
         if step == _AVERAGE:
             return avg_pool(x, 3, 1, padding=1, fill=self.fill)
         if step == _MAXIMUM:
@@ -151,14 +154,15 @@ class Block(nn.Module):
         for branch in self.branches:
             y = x
             for step in branch[:-1]:
-                y = self.take(step, y, train)
+                y = self.apply_step(step, y, train)
             maps.append(y)
         strided = self.branches[-1] == (_MAXIMUM,)
         if strided:
             # The strided last steps must see the same positions; an unpadded branch lost some.
             maps = align(maps, self.fill)
         y = concatenate(
-            [self.take(branch[-1], y, train) for branch, y in zip(self.branches, maps)], self.fill
+            [self.apply_step(branch[-1], y, train) for branch, y in zip(self.branches, maps)],
+            self.fill,
         )
         # All branches keep the same positions.
         return sample(y, 2 if strided else 1, sampling=self.sampling, fill=self.fill)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float32
 
 from cnnjax.models.base import Network, register
 from cnnjax.nn import Conv, Dense, add_bias, avg_pool, conv, flatten, max_pool, relu
@@ -23,7 +24,7 @@ _TABLE = """
     ..XXX..XXXX.XX.X
     ...XXX..XXXX.XXX
 """
-CONNECTIONS = np.array([[cell == "X" for cell in row] for row in _TABLE.split()])
+CONNECTIONS = np.array([list(row) for row in _TABLE.split()]) == "X"
 
 # The output units' target codes: digits drawn on 7x12 bitmaps, as section II.B describes them (its
 # own drawings are printed only in part, in figure 3; these are new).
@@ -41,13 +42,20 @@ _DIGITS = """
     .#...#. ...#... #...... #.....# .....#. #.....# #.....# ..#.... #.....# .....#.
     ..###.. .#####. ####### .#####. .....#. .#####. .#####. ..#.... .#####. .####..
 """
-CODES = np.array(
-    [
-        [1.0 if cell == "#" else -1.0 for row in _DIGITS.split()[digit::10] for cell in row]
-        for digit in range(10)
-    ],
-    np.float32,
-)
+
+
+def _draw_codes() -> Float32[np.ndarray, "digits pixels"]:
+    """Returns the digits' codes: 1 where a pixel is drawn, -1 elsewhere."""
+    # Twelve rows of ten digits each.
+    lines = _DIGITS.split()
+    codes = []
+    for digit in range(10):
+        bitmap = "".join(lines[digit::10])
+        codes.append([1.0 if pixel == "#" else -1.0 for pixel in bitmap])
+    return np.array(codes, np.float32)
+
+
+CODES = _draw_codes()
 
 
 def squash(x: jnp.ndarray) -> jnp.ndarray:

@@ -76,7 +76,10 @@ class InvertedResidual(nn.Module):
         y = relu(norm(name="layers.4")(y, train))
         y = sample(y, self.stride, sampling=self.sampling, fill=self.fill)
         y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
-        return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
+        has_skip = self.stride == 1 and x.shape[-1] == self.features
+        if not has_skip:
+            return y
+        return fit_to_branch(x, y) + y
 
 
 class MNASNet(Network):

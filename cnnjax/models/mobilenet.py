@@ -73,7 +73,10 @@ class InvertedResidual(nn.Module):
         y = norm(name=f"conv.{index + 2}")(
             conv(self.features, 1, name=f"conv.{index + 1}")(y), train
         )
-        return fit_to_branch(x, y) + y if self.stride == 1 and x.shape[-1] == self.features else y
+        has_skip = self.stride == 1 and x.shape[-1] == self.features
+        if not has_skip:
+            return y
+        return fit_to_branch(x, y) + y
 
 
 class MobileNetV2(Network):

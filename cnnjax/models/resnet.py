@@ -48,7 +48,7 @@ class Block(nn.Module):
             Conv, fill=self.fill, dtype=self.dtype, use_bias=False, kernel_init=he_normal_fan_out
         )
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        keep = functools.partial(sample, sampling=self.sampling, fill=self.fill)
+        downsample = functools.partial(sample, sampling=self.sampling, fill=self.fill)
         y = x
         for number, (features, size, stride, groups) in enumerate(self.layers, 1):
             y = conv(
@@ -63,8 +63,8 @@ class Block(nn.Module):
             if number < len(self.layers):
                 y = relu(y)
             # The skip keeps the positions that the branch keeps.
-            x = keep(x, stride, like=y)
-            y = keep(y, stride)
+            x = downsample(x, stride, like=y)
+            y = downsample(y, stride)
         # At most one convolution of a branch has a stride; under other samplings than 'stride', the
         # skip is sampled above.
         stride = max(stride for _, _, stride, _ in self.layers)

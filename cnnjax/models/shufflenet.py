@@ -55,7 +55,9 @@ class Unit(nn.Module):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
 
-        keep = functools.partial(sample, stride=self.stride, sampling=self.sampling, fill=self.fill)
+        downsample = functools.partial(
+            sample, stride=self.stride, sampling=self.sampling, fill=self.fill
+        )
         stride = conv_stride(self.stride, self.sampling)
 
         def depthwise(y, name):
@@ -67,13 +69,13 @@ class Unit(nn.Module):
             dense = None
         else:
             dense = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
-            left = keep(dense)
+            left = downsample(dense)
             left = relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
             right = x
         right = relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
         right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
         # Both branches keep the same positions.
-        right = keep(right, like=dense)
+        right = downsample(right, like=dense)
         right = relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
         return channel_shuffle(concatenate([left, right], self.fill))
 

@@ -62,14 +62,18 @@ class SqueezeNet(Network):
         stride = conv_stride(2, self.sampling)
         x = relu(_conv(features, size, stride, name="features.0", **shared)(x))
         x = sample(x, 2, **policy)
-        index = 2  # torchvision numbers convolution, ReLU, pools and fire modules alike
-        for number, widths in enumerate((None, *_FIRES), 1):
-            if widths:
-                x = Fire(*widths, name=f"features.{index}", **shared)(x)
+        # torchvision numbers convolution, ReLU, pools and fire modules alike.
+        index = 2
+        # Layer 1 of table 1 is the convolution; layers 2 to 9 are the fire modules.
+        for layer in range(1, 10):
+            name = "conv1"
+            if layer > 1:
+                name = f"fire{layer}"
+                x = Fire(*_FIRES[layer - 2], name=f"features.{index}", **shared)(x)
                 index += 1
-            if number in self.pools or number == 9:
-                x = yield (f"fire{number}" if widths else "conv1"), x
-            if number in self.pools:
+            if layer in self.pools or layer == 9:
+                x = yield name, x
+            if layer in self.pools:
                 x = max_pool(x, 3, 2, ceil=True, **policy)
                 index += 1
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

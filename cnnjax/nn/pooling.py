@@ -154,18 +154,18 @@ def _sampled_mean(x, size, stride, border, fill, sampling):
     """Filters a map instead of averaging it, or samples a grid of its dense means."""
     if sampling in FILTERS:
         height, width = Window(stride, border).output_shape(x.shape, size)
-        # Windows that their border centers on positions 0, s, 2s, ... of the map: the filter is
-        # centered there by itself, and has a border of its own.
+        # An odd window whose border is half of it is centered on positions 0, s, 2s, ... So is the
+        # filter with its own border, and the pool's border is dropped.
         border = tuple(
             0 if length == 2 * amount + 1 else amount for length, amount in zip(size, border)
         )
         if border != (0, 0) and fill in ("partial", "random"):
-            # The filter's share inside the image takes the place of the zeros around it.
+            # Partial convolution: divide by the weights that lie inside the image.
             inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-            zeros = {"stride": stride, "sampling": sampling, "fill": "zeros"}
-            filtered = sample(pad(x, border, "zeros"), **zeros)
-            share = sample(pad(inside, border, "zeros"), **zeros)
-            # A filter that reaches no pixel sums to 0.
+            settings = {"stride": stride, "sampling": sampling, "fill": "zeros"}
+            filtered = sample(pad(x, border, "zeros"), **settings)
+            share = sample(pad(inside, border, "zeros"), **settings)
+            # Where the filter reaches no pixel, both are 0.
             filtered /= jnp.where(share > 0, share, 1)
         else:
             filtered = sample(pad(x, border, fill), stride, sampling=sampling, fill=fill)

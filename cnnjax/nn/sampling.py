@@ -1,19 +1,19 @@
 """Sampling as a policy: how a strided convolution or pool gets its smaller map.
 
-A convolution or pool of stride s is a dense one, of stride 1, of which every s-th position is kept.
-One word for a whole model says how the dense map becomes the small one:
+A convolution or pool of stride s is a dense one (stride 1) followed by taking every s-th position.
+One word for a whole model says how the dense map is reduced:
 
     stride    every s-th position, as published: only these are computed
     blur      a binomial filter, 1 2 1 along each axis, then every s-th position (Zhang 2019,
               arXiv 1904.11486)
     blur5     the same with 1 4 6 4 1
-    aps       adaptive polyphase sampling: of the s x s grids of every s-th position, the one with
-              the largest norm, image by image (Chaman and Dokmanic 2021, arXiv 2011.14214)
+    aps       adaptive polyphase sampling: for each image, the one of the s x s grids of every s-th
+              position that has the largest norm (Chaman and Dokmanic 2021, arXiv 2011.14214)
 
 As in the authors' code, a convolution is sampled after its activation, a max-pool is computed
-densely, and under the filters an average pool is the filter alone. The small map has the same size
-as under 'stride'; only under the fill 'none', which cuts the filter's border as well, are filtered
-maps smaller. Parameters do not depend on the policy.
+densely, and under the filters an average pool is the filter alone. The small map has the size that
+'stride' gives. Only under the fill 'none', which also drops the filter's border, is a filtered map
+smaller. Parameters do not depend on the policy.
 """
 
 import math
@@ -102,8 +102,12 @@ def _blur(x, stride, taps, fill):
         if step > 1:
             y = _filter(y, weights, step, axis)
             if fill == "partial":
-                inside = np.convolve(np.ones(x.shape[axis]), weights)[taps // 2 :][: x.shape[axis]]
-                y /= jnp.asarray(inside[::step], y.dtype).reshape([-1] + [1] * (3 - axis))
+                # The sum of the filter's weights that lie inside the map, for each position.
+                sums = np.convolve(np.ones(x.shape[axis]), weights)
+                inside = sums[taps // 2 : taps // 2 + x.shape[axis]]
+                # Followed by axes of length 1, it broadcasts along `axis` of the map.
+                later_axes = [1] * (3 - axis)
+                y /= jnp.asarray(inside[::step], y.dtype).reshape(-1, *later_axes)
     return y
 
 

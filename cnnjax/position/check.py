@@ -172,4 +172,5 @@ def common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ..
                     f"image_size={config.image_size}; it reaches {', '.join(names) or 'none'}"
                 )
     # In the order of the network, not of the configuration.
-    return tuple(stage for stage in names if stage in config.stages)
+    in_order = next(iter(reachable.values()))
+    return tuple(stage for stage in in_order if stage in config.stages)

@@ -195,10 +195,11 @@ def registered(
             )
         middle = (field.low[1] + field.high[1]) / 2
         centers.append(middle + field.step[1] * np.arange(shape[2]))
-    first = max(of_stage[0] for of_stage in centers)
-    last = min(of_stage[-1] for of_stage in centers)
+    first = max(stage_centers[0] for stage_centers in centers)
+    last = min(stage_centers[-1] for stage_centers in centers)
     pixels = np.linspace(first, last, FEATURE_SIZE)
-    return [linear_interpolation(pixels, of_stage).astype(np.float32) for of_stage in centers]
+    matrices = [linear_interpolation(pixels, stage_centers) for stage_centers in centers]
+    return [matrix.astype(np.float32) for matrix in matrices]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
@@ -225,9 +226,9 @@ def _join(maps, samplers):
         if samplers is None:
             resized.append(resize(features, FEATURE_SIZE))
         else:
-            lines = samplers[number]
+            matrix = samplers[number]
             resized.append(
-                jnp.einsum("iy,nyxc,jx->nijc", lines, features, lines, precision="highest")
+                jnp.einsum("iy,nyxc,jx->nijc", matrix, features, matrix, precision="highest")
             )
     return jnp.concatenate(resized, -1)
 

@@ -274,7 +274,8 @@ def _spatial_correlation(
     height, width = features.shape[1:3]
     gap = size - 1
     around = jnp.pad(features, ((0, 0), (gap, gap), (0, gap), (0, 0)))
-    # The correlation at an offset is that at its opposite: half of the offsets are enough.
+    # The correlation at an offset is that at its opposite: half of the offsets are enough. `shifts`
+    # lists the offset (row, column) at (row + gap) * size + column, for columns of 0 or more.
     shifts = np.array(list(itertools.product(range(-gap, size), range(size))))
 
     def total(shift):
@@ -289,6 +290,10 @@ def _spatial_correlation(
 
     taps = np.array(window_taps(size))
     offsets = taps[:, None] - taps
+    # An offset with a negative column is looked up at its opposite.
     offsets = np.where(offsets[..., 1:] < 0, -offsets, offsets)
-    center = gap * size
-    return means[(offsets[..., 0] + gap) * size + offsets[..., 1]] / means[center]
+    rows = offsets[..., 0]
+    columns = offsets[..., 1]
+    # The correlation of each feature with itself.
+    no_offset = gap * size
+    return means[(rows + gap) * size + columns] / means[no_offset]

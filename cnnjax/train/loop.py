@@ -254,7 +254,7 @@ def _evaluate_epoch(training: Training, state: step.State, steps_done: int, scal
         training.data.damaged = 0
     validated = training.score(state, "validation")
     if validated:
-        values = training.parallel.of_first(list(validated.scores.values()))
+        values = training.parallel.from_first_process(list(validated.scores.values()))
         entry |= {f"validation_{name}": value for name, value in zip(validated.scores, values)}
     return entry
 

@@ -97,7 +97,7 @@ class Parallel:
         return _gather_arrays(np.int32(number)).ravel().tolist()
 
     @staticmethod
-    def of_first(numbers: list[float]) -> list[float]:
+    def from_first_process(numbers: list[float]) -> list[float]:
         """Returns the numbers of the first process, on every process.
 
         Every process computes the scores by itself, and their last bits may differ. What depends on

@@ -78,14 +78,14 @@ def _to_ours(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
     return np.array(array.reshape(shape).transpose(axes), np.float32, order="C")
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Tells whether a tensor of shape `found` can fill torchvision's shape `wanted`.
+def _fits(file_shape: tuple[int, ...], model_shape: tuple[int, ...]) -> bool:
+    """Tells whether a tensor of `file_shape` can fill torchvision's `model_shape`.
 
     A convolution over the whole map fills the dense layer of the same numbers, as timm stores VGG.
     """
-    if len(found) == 4 and len(wanted) == 2:
-        return (found[0], int(np.prod(found[1:]))) == wanted
-    return found == wanted
+    if len(file_shape) == 4 and len(model_shape) == 2:
+        return (file_shape[0], int(np.prod(file_shape[1:]))) == model_shape
+    return file_shape == model_shape
 
 
 def variable_shapes(model: Network) -> dict:

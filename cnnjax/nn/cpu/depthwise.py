@@ -22,7 +22,8 @@ from cnnjax.nn.cpu.sums import channel_sums
 from cnnjax.nn.geometry import Window
 from cnnjax.runtime.types import AnyArray
 
-_TOGETHER = 9  # taps whose sums are taken in one pass; more do not fit into the registers
+# Taps whose sums are taken in one pass; more do not fit into the registers.
+_TAPS_PER_PASS = 9
 
 Range = tuple[int, int]  # positions along an axis, (first, end)
 Piece = tuple[Range, Range]  # rows and columns of the output
@@ -93,16 +94,16 @@ def _kernel_gradient(x, kernel_shape, window, dy):
     One pass per tap would read both maps from memory every time.
     """
     kernel_size = kernel_shape[:2]
-    of_pieces = []
+    piece_gradients = []
     for piece in itertools.chain(*_pieces(x, kernel_size, window, dy.shape[1:3])):
         (top, bottom), (left, right) = piece
         padded = _read(x, kernel_size, window, piece)
         dy_piece = dy[:, top:bottom, left:right]
         products = [view * dy_piece for view in _views(padded, kernel_size, window)]
-        starts = range(0, len(products), _TOGETHER)
-        sums = [channel_sums(products[start : start + _TOGETHER]) for start in starts]
-        of_pieces.append(jnp.concatenate(sums))
-    return functools.reduce(operator.add, of_pieces).reshape(kernel_shape)
+        starts = range(0, len(products), _TAPS_PER_PASS)
+        sums = [channel_sums(products[start : start + _TAPS_PER_PASS]) for start in starts]
+        piece_gradients.append(jnp.concatenate(sums))
+    return functools.reduce(operator.add, piece_gradients).reshape(kernel_shape)
 
 
 _depthwise = with_gradients(_shift_and_add, _input_gradient, _kernel_gradient)

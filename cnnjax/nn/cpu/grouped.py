@@ -12,7 +12,8 @@ from cnnjax.nn.cpu.depthwise import convolve_depthwise
 from cnnjax.nn.geometry import Window
 from cnnjax.runtime.types import AnyArray
 
-_TOGETHER = 32  # channels of an ungrouped convolution that stands for several groups
+# Channels of an ungrouped convolution that stands for several groups.
+_BLOCK_CHANNELS = 32
 
 
 def convolve_grouped(x: AnyArray, kernel: AnyArray, window: Window, groups: int) -> jax.Array:
@@ -37,11 +38,11 @@ def convolve_block_diagonal(
     """
     depth = kernel.shape[2]
     width = kernel.shape[3] // groups
-    together = max(
-        count
-        for count in range(1, groups + 1)
-        if groups % count == 0 and (count == 1 or count * max(depth, width) <= _TOGETHER)
-    )
+    # The most groups that divide all groups evenly and fit into one block.
+    together = 1
+    for count in range(2, groups + 1):
+        if groups % count == 0 and count * max(depth, width) <= _BLOCK_CHANNELS:
+            together = count
     blocks = groups // together
     diagonal = np.kron(np.eye(together), np.ones((depth, width))) > 0
     outputs = []

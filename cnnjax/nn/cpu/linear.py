@@ -43,21 +43,24 @@ def linear_call(
     """
     given = tuple(not isinstance(argument, SymbolicZero) for argument in arguments)
 
-    def of_given(residuals, *nonzero):
+    def call_with_zeros_as_none(residuals, *nonzero):
         remaining = iter(nonzero)
-        return function(residuals, *(next(remaining) if is_given else None for is_given in given))
+        all_arguments = []
+        for is_given in given:
+            all_arguments.append(next(remaining) if is_given else None)
+        return function(residuals, *all_arguments)
 
     def transpose_to_given(residuals, cotangent):
         cotangents = transpose(residuals, cotangent)
-        of_arguments = (value for value, is_given in zip(cotangents, given) if is_given)
-        return vary_alike(cotangent, *of_arguments)[1:]
+        nonzero = [value for value, is_given in zip(cotangents, given) if is_given]
+        return vary_alike(cotangent, *nonzero)[1:]
 
     operands = vary_alike(
         *residuals, *(value for value, is_given in zip(arguments, given) if is_given)
     )
     return _linear_call.bind(
         *operands,
-        function=of_given,
+        function=call_with_zeros_as_none,
         transpose=transpose_to_given,
         residual_count=len(residuals),
         result=None if like is None else jax.typeof(like),
@@ -133,14 +136,14 @@ def _batch(axis, operands, dimensions, **parameters):
         return _linear_call.bind(*operands, **parameters), None
     residual_count = parameters["residual_count"]
     residuals = operands[:residual_count]
-    of_residuals = tuple(dimensions[:residual_count])
+    residual_axes = tuple(dimensions[:residual_count])
     arguments = [
         batching.bdim_at_front(operand, dimension, axis.size)
         for operand, dimension in zip(operands[residual_count:], dimensions[residual_count:])
     ]
     over = functools.partial(jax.vmap, axis_name=axis.name, axis_size=axis.size)
-    mapped = over(parameters["function"], in_axes=(of_residuals, *(0 for _ in arguments)))
-    mapped_transpose = over(parameters["transpose"], in_axes=(of_residuals, 0))
+    mapped = over(parameters["function"], in_axes=(residual_axes, *(0 for _ in arguments)))
+    mapped_transpose = over(parameters["transpose"], in_axes=(residual_axes, 0))
     result = _linear_call.bind(
         *residuals,
         *arguments,

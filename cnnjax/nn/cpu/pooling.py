@@ -110,7 +110,7 @@ def _scatter(first, dy, shape, size, stride):
     first = pad_constant(first, widths, -1)
     dy = pad_constant(dy, widths, 0)
 
-    def of_blocks(values, down, across):
+    def windows_before(values, down, across):
         """Returns the values of the windows that begin so many blocks earlier.
 
         There is one window for each block.
@@ -125,8 +125,8 @@ def _scatter(first, dy, shape, size, stride):
     for down in reversed(range(reach[0])):
         for across in reversed(range(reach[1])):
             own_tap = _taps_of_block(size, stride, down, across)
-            is_first = of_blocks(first, down, across) == own_tap
-            dx += jnp.where(is_first, of_blocks(dy, down, across), 0)
+            is_first = windows_before(first, down, across) == own_tap
+            dx += jnp.where(is_first, windows_before(dy, down, across), 0)
     batch, height, width, channels = shape
     dx = dx.reshape(batch, blocks[0] * stride[0], blocks[1] * stride[1], channels)
     return dx[:, :height, :width]
