@@ -89,7 +89,7 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
     if of_file is None or of_file.network != record.network:
         return record, False
     if tag is not None and record != of_file:
-        raise ValueError(f"tag={tag!r} is not that of weights={path!r}, {of_file.tag}")
+        raise ValueError(f"tag={tag!r} does not fit weights={path!r}, which holds {of_file.tag}")
     return of_file, True
 
 
@@ -228,6 +228,10 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
             raise ValueError(
                 f"{error}; a folder of this name is taken before the network {options.model}"
             ) from error
+    try:
+        records.find(options.model)
+    except ValueError as error:
+        raise ValueError(f"there is no folder {options.model!r}, and {error}") from error
     return published(
         options.model,
         tag=options.tag,
