@@ -397,7 +397,7 @@ def test_a_run_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_pat
     assert taken_up == ["seed=2"]
 
 
-def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
+def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path, capfd):
     """A job on another machine holds a run, and is cancelled while this one waits for it."""
     left = tmp_path / "runs" / "seed=2"
     left.mkdir(parents=True)
@@ -420,6 +420,9 @@ def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
     assert run_sweep(lambda config, folder: ran.append(config.seed)) == 0
     thread.join()
     assert ran == [0, 1, 3, 2]
+    told = capfd.readouterr().err
+    assert "run seed=2 is left for later: workdir=" in told
+    assert "waiting for 1 run of other processes" in told
     assert "seed=2" in unfinished
     (row,) = read_rows(tmp_path / "runs")
     assert row["test_error"]["n"] == 4
