@@ -89,7 +89,9 @@ def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.
     if file_record is None or file_record.network != record.network:
         return record, False
     if tag is not None and record != file_record:
-        raise ValueError(f"tag={tag!r} is not that of weights={path!r}, {file_record.tag}")
+        raise ValueError(
+            f"tag={tag!r} does not fit weights={path!r}, which holds {file_record.tag}"
+        )
     return file_record, True
 
 
@@ -228,6 +230,10 @@ def open_classifier(options: argparse.Namespace) -> Classifier:
             raise ValueError(
                 f"{error}; a folder of this name is taken before the network {options.model}"
             ) from error
+    try:
+        records.find(options.model)
+    except ValueError as error:
+        raise ValueError(f"there is no folder {options.model!r}, and {error}") from error
     return published(
         options.model,
         tag=options.tag,

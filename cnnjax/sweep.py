@@ -24,7 +24,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import ml_collections
 
@@ -118,11 +118,13 @@ def read_runs(path: str, config: ml_collections.ConfigDict, folder: pathlib.Path
         )
     with source.running(path):
         settings = [dict(overrides) for overrides in module.sweep()]
-    names = {name_of(overrides) for overrides in settings}
-    if not settings or len(names) < len(settings):
+    if not settings:
+        raise ValueError(f"sweep() of config={path!r} lists no run; expected at least one")
+    names = [name_of(overrides) for overrides in settings]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
         raise ValueError(
-            f"sweep() of config={path!r} must list at least one run, each once; it lists "
-            f"{len(settings)}"
+            f"sweep() of config={path!r} lists {repeated[0]} more than once; expected each run once"
         )
     runs = []
     for overrides in settings:
@@ -204,18 +206,19 @@ def finish_runs(runs: list[Run], folder: pathlib.Path) -> None:
             except claims.Claimed as error:
                 claimed.append(run)
                 if is_first_round:
-                    _LOG.info("run %s is left out: %s", run.name, error)
+                    _LOG.info("run %s is left for later: %s", run.name, error)
                 continue
             except workdir.OtherConfiguration:
                 raise
             except (ValueError, FileNotFoundError) as error:
-                _LOG.warning("run %s cannot start: %s", run.name, error)
+                _LOG.warning("run %s is left out: %s", run.name, error)
                 run.refusal = str(error)
                 continue
             write_table(folder, runs)
         if claimed and is_first_round:
             write_table(folder, runs)
-            _LOG.info("waiting for %d runs of other processes", len(claimed))
+            noun = "run" if len(claimed) == 1 else "runs"
+            _LOG.info("waiting for %d %s of other processes", len(claimed), noun)
         if claimed:
             time.sleep(pause)
             pause = min(2 * pause, _POLLING_SECONDS)
@@ -428,7 +431,7 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
             "stopped; run the same command again to continue the sweep"
         ) from stop
     if all(run.is_refused for run in runs):
-        raise ValueError(f"no run can start; {runs[0].name}: {runs[0].refusal}")
+        raise ValueError(f"every run was refused; {runs[0].name}: {runs[0].refusal}")
     write_table(options.workdir, runs)
     failed = [run for run in runs if run.has_failed or run.is_refused]
     if failed:

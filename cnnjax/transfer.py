@@ -6,11 +6,12 @@ A part is named by a stage or by a shell pattern on torchvision's names of the p
 is every variable whose shape depends on the number of classes; it is loaded only if it is named.
 """
 
+import contextlib
 import fnmatch
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -194,11 +195,12 @@ def check_statistics(model: Network, purpose: str) -> None:
 # ------------------------------------------------------------------ from another network
 
 
-def weights_file(path: str | os.PathLike) -> pathlib.Path:
+def weights_file(path: str | os.PathLike, argument: str = "initial_weights") -> pathlib.Path:
     """Finds the file of initial weights.
 
     Args:
       path: a weights file, or the work directory of a finished training run; `~` is expanded.
+      argument: the name of the argument that gives the path, for the error.
 
     Raises:
       ValueError: if there is no such file, or if a file of the run has changed since.
@@ -209,7 +211,7 @@ def weights_file(path: str | os.PathLike) -> pathlib.Path:
     is_unfinished = place.is_dir() and not (place / "results.json").is_file()
     if is_unfinished or not file.is_file():
         raise ValueError(
-            f"initial_weights={str(path)!r} is neither a safetensors or .pth file nor the work "
+            f"{argument}={str(path)!r} is neither a safetensors or .pth file nor the work "
             "directory of a finished training run"
         )
     if place.is_dir():
@@ -250,7 +252,8 @@ def load_initial_weights(
     # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
     # file: with the file's number of classes, and without the parameters that the file lacks. The
     # first axis of a head's tensors has the length of the number of classes.
-    tensors = weights.read(file, keys)
+    with _naming_weights(path):
+        tensors = weights.read(file, keys)
     head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
     classes = model.num_classes
     if head_keys:
@@ -263,7 +266,8 @@ def load_initial_weights(
     if set(keys) & set(tensors):
         absent = sorted(set(keys) - set(tensors))
     file_model = model.clone(num_classes=classes)
-    loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
+    with _naming_weights(path):
+        loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
 
     # What is selected must be there, in the shapes of the model itself.
     for key, variable in sorted(keys.items()):
@@ -281,6 +285,15 @@ def load_initial_weights(
             f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
         )
     return unflatten_dict({variable: loaded[variable] for variable in selected})
+
+
+@contextlib.contextmanager
+def _naming_weights(path: str | os.PathLike) -> Iterator[None]:
+    """Names `initial_weights` in errors about its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"initial_weights={str(path)!r}: {error}") from error
 
 
 def _check_fields(file: pathlib.Path, model: Network) -> None:

@@ -112,7 +112,7 @@ def counted_classes(data: arrays.Dataset) -> np.ndarray:
 
 def load(options) -> Shared:
     for name, file in options.weights:
-        transfer.weights_file(file)
+        transfer.weights_file(file, f"weights={name}")
         # Besides "logits", which every network has.
         if len(transfer.stage_paths(create_model(name))) < 2:
             raise ValueError(

@@ -85,7 +85,10 @@ def load(options) -> Shared:
     """Loads the encoders, and draws each seed's photographs in random order."""
     paths = list_large(options)
     if len(paths) < _LEAST:
-        raise ValueError(f"photographs: expected at least {_LEAST}, found {len(paths)}")
+        raise ValueError(
+            f"photographs={options.photographs!r} has {len(paths)} photographs; at least {_LEAST} "
+            "are needed"
+        )
     drawn = []
     for seed in range(options.seeds):
         order = np.random.default_rng(seed).permutation(len(paths))

@@ -116,6 +116,11 @@ def load(options) -> Shared:
 def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
     """Divides the photographs into disjoint parts, one for each seed."""
     paths = list_large(options)
+    if len(paths) < options.seeds:
+        raise ValueError(
+            f"seeds={options.seeds} need at least {options.seeds} photographs, one for each; "
+            f"photographs={options.photographs!r} has {len(paths)}"
+        )
     parts = photographs.split(paths, (1,) * options.seeds, 0)
     chosen = []
     for seed, part in enumerate(parts):

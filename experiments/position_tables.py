@@ -276,6 +276,8 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     if row.changes.get("weights") != "random" and name in options.trained:
         config.weights, config.missing = options.trained[name]
     for setting in options.set:
+        if "=" not in setting:
+            raise ValueError(f"--set {setting} is not KEY=VALUE")
         settings = configuration.parse_overrides(config, [f"--config.{setting}"])
         config = configuration.override(config, settings)
     return config.lock()

@@ -116,7 +116,9 @@ def load(options) -> Shared:
         paths = photographs.list_photographs(options.photographs)
         photographs.check_sizes(paths, _SIZE, f"the crops of {_SIZE} px")
         if len(paths) < 2:
-            raise ValueError("photographs: 1 is too few to find what they share; expected 2")
+            raise ValueError(
+                f"photographs={options.photographs!r} has 1 photograph; at least 2 are needed"
+            )
     return Shared(data, paths)
 
 

@@ -14,6 +14,7 @@ one file per run in runs/.
 """
 
 import functools
+import math
 import pathlib
 import sys
 import time
@@ -259,7 +260,7 @@ def check(config) -> None:
         "bias_rate",
         "head_rate",
     ):
-        if config[key] <= 0:
+        if not 0 < config[key] < math.inf:
             raise ValueError(f"{key}={config[key]} is not a positive number")
     for key in ("label_smoothing", "momentum", "filter_momentum"):
         if not 0 <= config[key] < 1:

@@ -166,8 +166,13 @@ def load(options) -> Shared:
 
 def find_weights(folder: pathlib.Path | None, network: str) -> pathlib.Path:
     """Returns the one file of a network's weights in a folder."""
+    if folder is None:
+        raise ValueError(
+            "weights is not given; expected the folder of ImageNet's weights, which "
+            "--studies labels needs"
+        )
     paths = []
-    for file in sorted(folder.glob(f"{network}*")) if folder else ():
+    for file in sorted(folder.glob(f"{network}*")):
         if file.suffix in (".safetensors", ".pth", ".pt"):
             paths.append(file)
     if len(paths) != 1:

@@ -154,7 +154,7 @@ CASES = [
     ),
     (
         (*STUDY, "--config.paddings=('zeros',)", "--config.sgd_paddings=('reflect',)"),
-        "sgd_paddings=('reflect',) must be of paddings=('zeros',)",
+        "sgd_paddings=('reflect',) must all be among paddings=('zeros',)",
     ),
     ((*STUDY, "--wrkdir=x"), "--wrkdir is not an option; there are --debug, --config, --workdir"),
     ((*STUDY, "surplus"), "unexpected argument 'surplus'"),
@@ -200,11 +200,16 @@ CASES = [
         "freeze=({'conv1'},) is not a string, a number, or a tuple of them",
     ),
     ((*TRAIN, "--config.initial_parts=1"), "initial_parts=1 is not a name; initial_parts accepts"),
-    ((*TRAIN, "--config.rates=0.1"), "rates=0.1 is not a pair of a part and a positive number"),
-    ((*TRAIN, "--config.rates=None"), "rates=None is not a pair of a part and a positive number"),
+    ((*TRAIN, "--config.rates=0.1"), "rates=(0.1,) is not a tuple of pairs of a part and a"),
+    ((*TRAIN, "--config.rates=None"), "rates=(None,) is not a tuple of pairs of a part and a"),
+    (
+        (*TRAIN, "--config.rates=('conv1',0.1)"),
+        "rates=('conv1', 0.1) is not a tuple of pairs of a part and a positive number, such as "
+        "(('conv1', 0.1),)",
+    ),
     (
         (*TRAIN, "--config.schedule.name=step", "--config.schedule.epochs=10-14"),
-        "schedule.epochs=('10-14',) are not rising positive numbers",
+        "schedule.epochs=('10-14',) are not rising numbers of at least 1",
     ),
     (
         (*TRAIN, "--config.model_fields.padding.x=1"),
@@ -274,7 +279,7 @@ CASES = [
     # Pillow only warns of up to twice its limit.
     (
         (*STUDY, "--config.photographs=LARGE"),
-        "a.png is not a readable image: Image size (100000000 pixels) exceeds limit",
+        "a.png is not a readable image: it has 100,000,000 pixels; at most 89,478,485 are",
     ),
     # Weights.
     (
@@ -325,7 +330,7 @@ CASES = [
         (*TRAIN, "--config.model_fields.num_classes=5"),
         "model_fields.num_classes=5: the data and the keys of the configuration decide this field",
     ),
-    ((*TRAIN, "--config.model=FILES/nothing.py:Net"), "nothing.py' is not a Python file"),
+    ((*TRAIN, "--config.model=FILES/nothing.py:Net"), "nothing.py:Net': there is no Python file '"),
     ((*TRAIN, "--config.model=FILES/undefined.py:Net"), "line 3: NameError: name 'missing'"),
     ((*TRAIN, "--config.model=FILES/empty.py:Net"), "empty.py has no network 'Net'"),
     ((*TRAIN, "--config.model=nowhere.at_all:Net"), "ModuleNotFoundError: No module named"),

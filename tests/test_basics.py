@@ -315,3 +315,15 @@ def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
     ):
         assert exit_code(basics.main, arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_photographs_that_cannot_be_listed_are_one_line(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise ValueError("scikit-image has no photographs")
+
+    monkeypatch.setattr(photographs, "list_photographs", fail)
+    assert exit_code(basics.main, ["--workdir", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err == "error: scikit-image has no photographs\n"
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    assert [path.stem for path in photographs.list_photographs()] == list(photographs.EMBEDDED)

@@ -314,6 +314,14 @@ def test_an_option_that_a_benchmark_does_not_use_is_refused(arguments, message, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "run_input", pytest.fail)
+    (tmp_path / "file").touch()
+    assert quick.exit_code(benchmark.main, ["input", "--workdir", str(tmp_path / "file")]) == 2
+    message = f"error: workdir='{tmp_path / 'file'}' cannot be written to: File exists\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
 def test_the_study_measures_the_photographs_that_are_named(tmp_path, monkeypatch):
     folders = []
 
@@ -547,6 +555,15 @@ def test_the_speedrun_refuses_what_is_no_amount(key, value):
     # The configuration's own key accepts values of its type only.
     changed = ml_collections.ConfigDict(config.to_dict() | {key: value})
     with pytest.raises(ValueError, match=f"^{key}={value} is not a "):
+        speedrun.check(changed)
+
+
+@pytest.mark.parametrize("key", ["epochs", "filter_rate"])
+@pytest.mark.parametrize("value", [0, float("nan"), float("inf")])
+def test_the_speedrun_refuses_what_is_not_positive(key, value):
+    config = speedrun.speedrun_cifar10.get_config()
+    changed = ml_collections.ConfigDict(config.to_dict() | {key: value})
+    with pytest.raises(ValueError, match=f"^{key}={value} is not a positive number$"):
         speedrun.check(changed)
 
 

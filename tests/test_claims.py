@@ -11,6 +11,7 @@ import quick
 import scipy.stats
 from PIL import Image
 
+from experiments.claims import __main__ as claims
 from experiments.claims import ledger, networks, operations, position, report, trained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -281,6 +282,14 @@ def test_measured_values_are_those_of_the_pages():
         shown = f"{mean} ± {value['std']:.{digits}f}"
         short = re.sub(r"\b0\.", ".", shown)
         assert shown in text or short in text, f"{name}: {shown}"
+
+
+def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ledger, "find", pytest.fail)
+    (tmp_path / "file").touch()
+    assert claims.main(["--workdir", str(tmp_path / "file")]) == 2
+    message = f"error: workdir='{tmp_path / 'file'}' cannot be written to: File exists\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_a_difference_counts_only_outside_its_interval():

@@ -426,6 +426,14 @@ def test_runs_of_other_labels_than_classes_are_refused(loss, tmp_path):
         runs.check_runs(configs, "uniform")
 
 
+def test_runs_on_streamed_images_are_refused():
+    config = defaults.get_config().to_dict() | {"dataset": "folder"}
+    configs = {pathlib.Path(name): config for name in "ab"}
+    message = "^a has dataset='folder', which is streamed; it must be one of .*, .* or FILE.npz$"
+    with pytest.raises(ValueError, match=message):
+        runs.check_runs(configs, "uniform")
+
+
 def test_averages_are_of_runs_that_froze_the_same_norms():
     def check(*freeze):
         default = defaults.get_config().to_dict()

@@ -405,7 +405,7 @@ def test_what_cannot_be_trained_on_is_neither_saved_nor_loaded(
         test_labels=wrong.test.labels,
         classes=wrong.classes,
     )
-    with pytest.raises(ValueError, match=f"{subject} in data_dir='' {message}"):
+    with pytest.raises(ValueError, match=f"{subject} in data_dir='data' {message}"):
         arrays.load(str(file))
     with pytest.raises(ValueError, match="own.np' does not end in .npz$"):
         arrays.save(good, tmp_path / "own.np")
@@ -480,7 +480,7 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
         with pytest.raises(
             ValueError,
             match=f"^{path} has the MD5 hash .*, and the published file has c32a1d4a.*: it is "
-            "damaged or another",
+            "damaged or another file; remove or rename it$",
         ):
             SMALL.read(tmp_path)
 
@@ -559,7 +559,8 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, 
     with pytest.raises(
         ValueError,
         match="train-images-idx3-ubyte.gz is not in .*mnist and could not be downloaded "
-        rf"\(http://localhost[^ ]*: [^;]*{reason}.*\); put it there by hand",
+        rf"\(http://localhost[^ ]*: [^;]*{reason}.*\); put it there by hand, "
+        "or name the folder that has it with data_dir$",
     ) as caught:
         source.read(data_dir)
     assert "\n" not in str(caught.value)

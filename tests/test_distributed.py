@@ -113,3 +113,11 @@ def test_a_wrong_address_is_one_line(given, tmp_path):
         f"error: distributed={given!r} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX with an "
         "INDEX below PROCESSES\n"
     )
+
+
+def test_no_cluster_is_one_line(tmp_path):
+    done = forked.run(*TRAIN, "--workdir", tmp_path, "--distributed=auto")
+    assert done.returncode == 2 and done.stderr == (
+        "error: distributed='auto' found no cluster (Slurm, Cloud TPU, GKE, Open MPI); give "
+        "HOST:PORT,PROCESSES,INDEX\n"
+    )

@@ -515,7 +515,7 @@ def test_a_claim_that_cannot_be_read_is_one(tmp_path):
     for content in (b"", b"\xff", b"{}", b"[]"):
         (tmp_path / "run.claim").write_bytes(content)
         with (
-            pytest.raises(claims.Claimed, match="in use by process unknown on a machine"),
+            pytest.raises(claims.Claimed, match="in use by another process, whose claim cannot be"),
             claims.claim(tmp_path),
         ):
             pass

@@ -761,6 +761,8 @@ def test_images_that_do_not_fit_are_refused(monkeypatch):
         model.apply(variables, np.zeros((1, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match="shape .28, 28, 1. is not .batch, height"):
         model.apply(variables, np.zeros((28, 28, 1), np.float32))
+    with pytest.raises(ValueError, match="^an input of type list is not an array, .batch, height"):
+        model.apply(variables, [[[[0.0]]]])
     message = r"parameter conv1/kernel has the shape \(3, 3, 1, 50\), and this input .* channels"
     with pytest.raises(ValueError, match=message):
         model.apply(variables, np.zeros((1, 28, 28, 3), np.float32))

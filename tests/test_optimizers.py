@@ -149,6 +149,10 @@ def test_fractions_of_epochs_are_rounded_to_steps():
         ({"name": "step", "learning_rate": 0.1, "every": 2, "epochs": (3,)}, "give one of them"),
         ({"name": "step", "learning_rate": 0.1, "epochs": (3, 2)}, "are not rising"),
         (
+            {"name": "step", "learning_rate": 0.1, "epochs": (0.5, 2)},
+            "are not rising numbers of at least 1$",
+        ),
+        (
             {"name": "plateau", "learning_rate": 0.1, "factor": 1.0},
             "schedule.factor=1.0 is not between 0 and 1",
         ),

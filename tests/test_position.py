@@ -754,8 +754,9 @@ def test_the_shuffled_control_could_succeed(kernel, padding, align_corners, smal
         ({"photographs": "nowhere"}, "photographs='nowhere' is not a folder"),
         (
             {"encoders": ("resnet18",), "image_size": 6, "shuffled": True},
-            "image_size=6 leaves nothing of any stage of resnet18",
+            "image_size=6 leaves nothing of any stage of resnet18 under padding='none'; take a",
         ),
+        ({"encoders": ("mlp1",), "image_size": 32}, "^encoders='mlp1' has no stages$"),
         ({"image_size": 12}, "image_size=12 is not a number of pixels of at least 13"),
         ({"missing": ("fc",)}, r"missing=\('fc',\) names modules that a file of weights lacks"),
         (
@@ -801,7 +802,8 @@ def test_photographs_from_a_folder(tmp_path):
     assert [int(image[0, 0, 0]) for image in images] == [0, 10, 20, 30, 40, 0, 10]
     with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than size=21"):
         photographs.crops(paths, 7, 21, 0)
-    with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
+    message = "^photographs: 2 files; expected at least 3, one for each of the disjoint parts$"
+    with pytest.raises(ValueError, match=message):
         photographs.split(paths[:2], (1, 1, 1), 0)
     halves = np.zeros((10, 40, 3), np.uint8)
     halves[:, 20:] = 200
@@ -1216,6 +1218,7 @@ def test_numbers_are_printed_without_the_zero_before_the_point(value, text):
         ("stages", "encoders=('vgg16',)", "the rows of a table name their own encoders"),
         ("kernels", "hidden=8", "hidden=8: no row of table 'kernels' has hidden layers"),
         ("main", "depth=None", "depth=None is not of the type int"),
+        ("main", "depth", "--set depth is not KEY=VALUE"),
     ],
 )
 def test_a_setting_that_tells_rows_apart_is_refused(name, setting, message, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_bad_counts_and_photographs_are_refused_before_anything_is_written(tmp_p
         PIL.Image.new("RGB", (300, 200)).save(small / f"{name}.png")
     few = ["--photographs", str(small)]
     assert position_fitted.main(["--workdir", str(folder), *few]) == 2
-    message = "2 photographs cannot be divided into 3 disjoint parts"
+    message = "photographs: 2 files; expected at least 3, one for each of the disjoint parts"
     assert capsys.readouterr().err == f"error: {message}\n"
     PIL.Image.new("RGB", (300, 200)).save(small / "c.png")
     for wrong, message in (

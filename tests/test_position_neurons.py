@@ -148,7 +148,9 @@ def test_channels_are_counted_for_random_and_trained_weights(
     arguments += ["--workdir", str(tmp_path / "other")]
     refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
     assert quick.exit_code(study.main, refused) == 2
-    assert "expected at least 8, found 7" in capsys.readouterr().err
+    assert (
+        f"photographs='{few}' has 7 photographs; at least 8 are needed" in capsys.readouterr().err
+    )
     reflected = [*arguments, "--size", "2", "--paddings", "zeros", "reflect", "--seeds", "1"]
     assert quick.exit_code(study.main, [*reflected, "--workdir", str(tmp_path / "new")]) == 2
     assert "reflect" in capsys.readouterr().err

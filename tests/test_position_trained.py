@@ -232,7 +232,8 @@ def test_moved_photographs_are_checked_by_their_headers(tmp_path, monkeypatch):
     options = argparse.Namespace(photographs=str(tmp_path))
     for name in "ab":
         PIL.Image.new("RGB", (320, 192)).save(tmp_path / f"{name}.png")
-    with pytest.raises(ValueError, match="2 photographs cannot be divided into 3 disjoint parts"):
+    message = "^photographs: 2 files; expected at least 3, one for each of the disjoint parts$"
+    with pytest.raises(ValueError, match=message):
         position_shift.load(options)
     PIL.Image.new("RGB", (320, 192)).save(tmp_path / "c.png")
     assert len(position_shift.load(options)) == 3
@@ -504,7 +505,7 @@ def test_a_registered_network_is_probed_in_its_stages(tmp_path, data_dir, capsys
 
     (photographs / "020.png").unlink()
     assert probe("narrow", tmp_path / "b", "--paddings", "zeros", *patterns) == 2
-    assert "photographs: 1 is too few to find what they share" in capsys.readouterr().err
+    assert "' has 1 photograph; at least 2 are needed" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

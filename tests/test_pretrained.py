@@ -379,6 +379,11 @@ def test_servers_that_refuse_are_told_from_slow_ones(direct):
     assert list(refusals) == [refusing] and "refused" in refusals[refusing]
 
 
+def test_an_address_that_is_none_refuses(direct):
+    refusals, waiting = download._ask(["localhost/hub"], 5)
+    assert waiting == [] and "unknown url type" in refusals["localhost/hub"]
+
+
 def test_a_hub_that_is_offline_is_not_asked(servers, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert weights.fetch("vgg16").endswith("vgg16-397923af.pth")
@@ -668,6 +673,7 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(channels, tmp_path):
         (["run", "--weights", "a.pth"], "weights='a.pth' is for published weights"),
         (["run/none"], "run/none is neither a network's name nor a run's work directory"),
         (["resnet5"], "model='resnet5' has no published ImageNet weights; did you mean resnet"),
+        (["runs_mien"], "there is no folder 'runs_mien', and model='runs_mien' has no published"),
         (["resnet50"], "a folder of this name is taken before the network resnet50"),
         (["squeezenet1_1", "--resize", "8"], "resize=8 is not at least 224"),
     ],
@@ -840,7 +846,10 @@ def test_photographs_are_prepared_as_the_file_of_weights_expects(
 
 
 def test_a_tag_that_is_not_the_files_is_refused():
-    message = "^tag='imagenet1k_v1' is not that of weights='resnet50-11ad3fa6.pth', imagenet1k_v2$"
+    message = (
+        "^tag='imagenet1k_v1' does not fit weights='resnet50-11ad3fa6.pth', which holds "
+        "imagenet1k_v2$"
+    )
     with pytest.raises(ValueError, match=message):
         classifier.published("resnet50", tag="imagenet1k_v1", path="resnet50-11ad3fa6.pth")
 

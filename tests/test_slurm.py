@@ -238,7 +238,7 @@ def record(tmp_path_factory):
         wait_until(lambda: has_checkpoint(long) and (runs / "epochs=1" / "results.json").exists())
         if f"running in {long}" not in first.read_log():
             first, second = second, first
-        wait_until(lambda: "waiting for 1 runs of other processes" in second.read_log())
+        wait_until(lambda: "waiting for 1 run of other processes" in second.read_log())
         # The one that waited takes up the run of a canceled job.
         first_ended = cluster.cancel(first)
         wait_until(lambda: RESUMED.search(second.read_log()))

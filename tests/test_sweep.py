@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import quick
 import scipy.stats
+import submitit
 
 from cnnjax import sweep
 from cnnjax.data import arrays
@@ -170,7 +171,7 @@ def test_a_run_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_pat
 
     assert run_sweep(refuse) == 2
     told = capfd.readouterr().err.splitlines()
-    assert told[-1].startswith("error: no run can start; seed=0: batch_size=9999 is more than")
+    assert told[-1].startswith("error: every run was refused; seed=0: batch_size=9999 is more than")
     assert not (tmp_path / "runs").exists()
 
     def refuse_one(config, folder):
@@ -182,7 +183,7 @@ def test_a_run_that_is_refused_is_named_and_the_sweep_goes_on(run_sweep, tmp_pat
     assert row["failed"] == ["seed=1: batch_size=9999 is more than the 1437 training images"]
     assert row["test_error"]["n"] == 3 and row["unfinished"] == []
     told = capfd.readouterr().err
-    assert "run seed=1 cannot start: batch_size=9999" in told
+    assert "run seed=1 is left out: batch_size=9999" in told
     assert told.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     # The next call, perhaps with other data, tries it again.
     assert run_sweep() == 0
@@ -396,7 +397,7 @@ def test_a_run_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_pat
     assert taken_up == ["seed=2"]
 
 
-def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
+def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path, capfd):
     """A job on another machine holds a run, and is cancelled while this one waits for it."""
     left = tmp_path / "runs" / "seed=2"
     left.mkdir(parents=True)
@@ -419,6 +420,9 @@ def test_a_run_that_another_job_leaves_is_taken_up(run_sweep, tmp_path):
     assert run_sweep(lambda config, folder: ran.append(config.seed)) == 0
     thread.join()
     assert ran == [0, 1, 3, 2]
+    told = capfd.readouterr().err
+    assert "run seed=2 is left for later: workdir=" in told
+    assert "waiting for 1 run of other processes" in told
     assert "seed=2" in unfinished
     (row,) = read_rows(tmp_path / "runs")
     assert row["test_error"]["n"] == 4
@@ -477,8 +481,11 @@ def test_a_sweep_that_is_stopped_before_its_first_run_has_no_table(
     "body, message",
     [
         ("", "has no sweep(): define one"),
-        ("def sweep(): return []", "must list at least one run"),
-        ("def sweep(): return [{'seed': 1}, {'seed': 1}]", "each once"),
+        ("def sweep(): return []", "lists no run; expected at least one"),
+        (
+            "def sweep(): return [{'seed': 0}, {'seed': 1}, {'seed': 1}]",
+            "lists seed=1 more than once; expected each run once",
+        ),
         ("def sweep(): return [{'sede': 1}]", "sets {'sede': 1}, which does not fit"),
         ("def sweep(): return [{'sede': 1}]", "sede is not a key of the configuration; did you"),
         ("def sweep(): return [{'seed': 'x'}]", "seed='x' is not of the type int"),
@@ -590,6 +597,16 @@ def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
 def test_a_value_that_submitit_does_not_take_is_named(setting, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=[setting])
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_what_submitit_raises_of_a_value_is_one_line(error, tmp_path, monkeypatch):
+    def refuse(executor, **parameters):
+        raise error("mem_gb\nis odd")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", refuse)
+    with pytest.raises(ValueError, match=r"^slurm=\['mem_gb=x'\]: mem_gb is odd$"):
+        jobs.submit(["true"], folder=tmp_path, cluster="local", count=1, settings=["mem_gb=x"])
 
 
 @pytest.mark.parametrize(

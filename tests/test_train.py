@@ -687,7 +687,8 @@ def test_training_ends_early(worse_after_first_epoch, tmp_path):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 def test_a_diverged_last_step_is_one_line_and_leaves_no_weights(tmp_path):
     """The only step has a finite loss but breaks the parameters."""
-    with pytest.raises(FloatingPointError, match="a parameter is not finite after step 1 "):
+    message = "a parameter is not finite after step 1 .* lower schedule.learning_rate, in another"
+    with pytest.raises(FloatingPointError, match=message):
         train_here(
             tmp_path,
             epochs=1,

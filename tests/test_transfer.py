@@ -318,8 +318,11 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         transfer.load_initial_weights(file, MODEL, ("*",))
-    with pytest.raises(ValueError, match="not in the model: bn1"):
+    message = "^initial_weights='.*seven.safetensors': .* not in the model: bn1"
+    with pytest.raises(ValueError, match=message) as caught:
         transfer.load_initial_weights(file, create_model("lenet"))
+    # A training run has no argument `missing`.
+    assert "missing" not in str(caught.value)
 
 
 class TwoDense(base.Network):
@@ -416,6 +419,15 @@ def test_a_run_that_is_not_finished_gives_no_weights(tmp_path):
     assert transfer.weights_file(file) == file
     (tmp_path / "results.json").touch()
     assert transfer.weights_file(tmp_path) == file
+    with pytest.raises(ValueError, match="^weights=net='absent' is neither a safetensors or .pth"):
+        transfer.weights_file("absent", "weights=net")
+
+
+def test_a_damaged_file_of_initial_weights_is_named(tmp_path):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=f"^initial_weights='{file}': .* is not a readable"):
+        transfer.load_initial_weights(file, MODEL)
 
 
 def test_parts_are_a_list_or_a_single_one(tmp_path):
@@ -548,7 +560,8 @@ def changed_config(**settings):
         ({"rates": (("linear.*", 0.1),)}, "rates='linear.*' names no parameters"),
         (
             {"rates": (("conv1", -1.0),)},
-            r"rates=\('conv1', -1.0\) is not a pair of a part and a positive number",
+            r"rates=\(\('conv1', -1.0\),\) is not a tuple of pairs of a part and a positive "
+            r"number, such as \(\('conv1', 0.1\),\)",
         ),
         (
             {"initial_weights": "absent"},
@@ -652,7 +665,11 @@ def test_each_network_of_the_study_has_its_images_and_parts(
     [
         ("--images 5050", "images=5050 and steps=200 do not fit: images is a multiple of 5000"),
         ("--steps 150", "images=5000 and steps=150 do not fit"),
-        ("--studies labels", "weights='None' is not a folder with one file squeezenet1_1*"),
+        ("--studies labels", "weights is not given; expected the folder of ImageNet's weights"),
+        (
+            "--studies labels --weights nowhere",
+            "weights='nowhere' is not a folder with one file squeezenet1_1*",
+        ),
     ],
 )
 def test_wrong_options_of_the_study_are_named(options, message, tmp_path, capsys):

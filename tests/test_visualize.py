@@ -594,6 +594,10 @@ def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
             lambda m, v, x: visualize.first_filters(create_model("mlp1"), v),
             "the network has no convolution",
         ),
+        (
+            lambda m, v, x: visualize.first_filters(m, {"params": {}}),
+            "the weights do not hold conv1, whose filters are to be shown",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -48,7 +48,7 @@ from cnnjax.benchmark.cases import (
     SPECIFICATIONS,
 )
 from cnnjax.data import photographs
-from cnnjax.runtime import backend, command, files, tables
+from cnnjax.runtime import backend, command, files, tables, workdir
 
 WHAT = ("cpu", "gpu", "layers", "compile", "study", "seeds", "input")
 # Options that only these benchmarks use.
@@ -423,7 +423,7 @@ def _work(options, folder: pathlib.Path) -> None:
     if options.what in _USED_BY["photographs"]:
         photographs.find_photographs(options.photographs)
     backend.start()
-    folder.mkdir(parents=True, exist_ok=True)
+    workdir.create(folder)
     device = backend.describe()
 
     def save(text, results):

@@ -121,7 +121,7 @@ def check_runs(configs: Configs, method: str) -> None:
     if not arrays.is_known(reference["dataset"]):
         raise ValueError(
             f"{first} has dataset={reference['dataset']!r}, which is streamed; it must be one of "
-            f"{', '.join(sources.DATASETS)}"
+            f"{', '.join(sources.DATASETS)} or FILE.npz"
         )
     if method in SELECTING and not reference["n_validation"]:
         raise ValueError(

@@ -149,11 +149,12 @@ def load(
         are neither text nor numbers.
     """
     name = os.fspath(name)
+    data_dir = data_dir or "data"
     base, _ = _parse(name)
     if base == "folder" or base.startswith("tfds:"):
         raise ValueError(f"dataset={name!r} is streamed and cannot be read whole")
     source = _find_source(name)
-    train, test, *rest = source.read(expand_user(data_dir or "data"))
+    train, test, *rest = source.read(expand_user(data_dir))
     validation = rest[0] if rest else None
     parts = {"training": train, "test": test}
     if validation is not None:

@@ -5,6 +5,7 @@ Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, si
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -38,6 +39,7 @@ _SKIMAGE = (
     "gravel",
 )
 _SKLEARN = ("china", "flower")
+EMBEDDED = (*_SKIMAGE, *_SKLEARN)
 
 
 class Listing(NamedTuple):
@@ -168,8 +170,14 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
     """Lists photographs like `find_photographs`, and logs what is passed over."""
     paths, passed_over = find_photographs(folder)
     if passed_over:
-        _LOG.info("%s: %s", folder, passed_over)
+        _log_passed_over(str(folder), passed_over)
     return paths
+
+
+# Cached, since a command of many studies lists the same folder for each.
+@functools.cache
+def _log_passed_over(folder: str, passed_over: str) -> None:
+    _LOG.info("%s: %s", folder, passed_over)
 
 
 def check_channels(channels: int, subject: str) -> None:
@@ -207,10 +215,7 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
             pixels = image.width * image.height
             limit = PIL.Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
-                raise ValueError(
-                    f"Image size ({pixels} pixels) exceeds limit of {limit} pixels, could be "
-                    "decompression bomb DOS attack."
-                )
+                raise ValueError(f"it has {pixels:,} pixels; at most {limit:,} are accepted")
             yield image
     except Exception as error:
         # Any exception, because a damaged image raises nearly anything.
@@ -291,7 +296,8 @@ def split(
     """
     if len(paths) < len(shares):
         raise ValueError(
-            f"{len(paths)} photographs cannot be divided into {len(shares)} disjoint parts"
+            f"photographs: {len(paths)} files; expected at least {len(shares)}, one for each of "
+            "the disjoint parts"
         )
     order = np.random.default_rng(seed).permutation(len(paths))
     ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)

@@ -59,7 +59,7 @@ def download(file: File, folder: pathlib.Path) -> pathlib.Path:
             path.rmdir()
     raise ValueError(
         f"{file.name} is not in {folder} and could not be downloaded ({'; '.join(failures)}); "
-        "put it there by hand"
+        "put it there by hand, or name the folder that has it with data_dir"
     )
 
 
@@ -70,7 +70,7 @@ def check_hash(path: pathlib.Path, file: File) -> None:
     if digest != file.md5:
         raise ValueError(
             f"{path} has the MD5 hash {digest}, and the published file has {file.md5}: it is "
-            "damaged or another file"
+            "damaged or another file; remove or rename it"
         )
 
 

@@ -323,13 +323,11 @@ def _builder(name: str) -> Callable[..., Network]:
 def _users_builder(name: str) -> Callable[..., Network]:
     """Returns the builder of the network FILE.py:NAME or package.module:NAME."""
     place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        module = source.import_file(place)
-    else:
-        try:
-            module = source.import_module(place)
-        except ValueError as error:
-            raise ValueError(f"model={name!r}: {error}") from error
+    import_network = source.import_file if place.endswith(".py") else source.import_module
+    try:
+        module = import_network(place)
+    except ValueError as error:
+        raise ValueError(f"model={name!r}: {error}") from error
     if attribute in _FILES and _FILES[attribute] == module.__file__:
         return _REGISTRY[attribute]
     build = getattr(module, attribute, None)

@@ -60,6 +60,10 @@ def check_map(x: AnyArray) -> None:
 
     An image without a batch axis would be treated along the wrong axes.
     """
+    if not hasattr(x, "ndim"):
+        raise ValueError(
+            f"an input of type {type(x).__name__} is not an array, [batch, height, width, channels]"
+        )
     if x.ndim != 4:
         raise ValueError(f"an input of shape {x.shape} is not [batch, height, width, channels]")
     check_floating(x)

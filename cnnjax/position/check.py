@@ -61,10 +61,11 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     unread = set(config.sgd_paddings) - set(config.paddings)
     if unread and config.sgd_paddings != defaults.get_config().sgd_paddings:
         raise ValueError(
-            f"sgd_paddings={tuple(config.sgd_paddings)} must be of paddings={config.paddings}"
+            f"sgd_paddings={tuple(config.sgd_paddings)} must all be among "
+            f"paddings={tuple(config.paddings)}"
         )
-    for fill in config.paddings if config.registered else ():
-        if fill not in ("none", *ALIGNED):
+    for fill in config.paddings:
+        if config.registered and fill not in ("none", *ALIGNED):
             raise ValueError(
                 f"padding={fill!r} moves positions, so that stages cannot be registered=True; "
                 f"expected none, {', '.join(ALIGNED)}"
@@ -157,11 +158,13 @@ def common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ..
     for fill in config.paddings:
         reachable[fill] = reachable_stages(create_model(name, padding=fill), config.image_size)
     if not config.stages:
-        common = min(reachable.values(), key=len)
+        fill, common = min(reachable.items(), key=lambda item: len(item[1]))
+        if not common and not reachable_stages(create_model(name), config.image_size):
+            raise ValueError(f"encoders={name!r} has no stages")
         if not common:
             raise ValueError(
-                f"image_size={config.image_size} leaves nothing of any stage of {name} under some "
-                "padding; take a larger one"
+                f"image_size={config.image_size} leaves nothing of any stage of {name} under "
+                f"padding={fill!r}; take a larger one"
             )
         return tuple(common)
     for fill, names in reachable.items():

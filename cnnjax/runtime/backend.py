@@ -171,7 +171,7 @@ def join(how: str) -> None:
         "HOST:PORT,PROCESSES,INDEX".
 
     Raises:
-      ValueError: for anything else.
+      ValueError: for anything else, and for "auto" without a cluster.
       RuntimeError: if the other processes cannot be reached.
     """
     import jax
@@ -190,6 +190,12 @@ def join(how: str) -> None:
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
+        # jax lacks the coordinator's address, which it asks the cluster for.
+        if not settings and isinstance(error, ValueError):
+            raise ValueError(
+                "distributed='auto' found no cluster (Slurm, Cloud TPU, GKE, Open MPI); give "
+                "HOST:PORT,PROCESSES,INDEX"
+            ) from error
         raise RuntimeError(
             f"distributed={how!r}: the processes could not be joined: "
             f"{' '.join(str(error).split())}"

@@ -135,7 +135,7 @@ def _describe_holder(path: pathlib.Path, content: bytes, own_claim: pathlib.Path
             )
     # A damaged claim is not renewed, and so it is stale before long.
     except (ValueError, KeyError, TypeError, OverflowError):
-        description = "process unknown on a machine"
+        description = "another process, whose claim cannot be read"
         is_running = None
     if is_running is None:
         is_running = age <= _STALE_SECONDS

@@ -75,8 +75,8 @@ def submit(
     )
     try:
         executor.update_parameters(**parameters)
-    # submitit raises `AssertionError` for a value of another type.
-    except (NameError, AssertionError) as error:
+    # submitit raises `NameError` for an unknown parameter, and the others for wrong values.
+    except (NameError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
     jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
     return [str(job.job_id) for job in jobs]

@@ -41,7 +41,7 @@ def _import_resolved(path: pathlib.Path) -> types.ModuleType:
     name = f"cnnjax_file_{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"{str(path)!r} is not a Python file")
+        raise ValueError(f"there is no Python file {str(path)!r}")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by its name.
     sys.modules[name] = module

@@ -22,6 +22,7 @@ directory belong to the user and do not start a run; a seal covers the run's own
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -184,6 +185,22 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     if isinstance(recorded, dict) and recorded.get("kind") == kind:
         return recorded
     return None
+
+
+def create(folder: pathlib.Path) -> None:
+    """Creates a work directory, so that a wrong one is refused before anything is computed.
+
+    Raises:
+        ValueError: if it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
+        ) from error
 
 
 def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:

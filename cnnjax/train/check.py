@@ -122,12 +122,11 @@ def _check_parts(config: ml_collections.ConfigDict, model: Network) -> None:
             f"initial_parts={config.initial_parts} needs initial_weights, a file or a run that "
             "they are taken from"
         )
-    for pair in config.rates:
-        if not _is_rate(pair):
-            raise ValueError(
-                f"rates={pair} is not a pair of a part and a positive number, such as "
-                "('conv1', 0.1)"
-            )
+    if not all(_is_rate(pair) for pair in config.rates):
+        raise ValueError(
+            f"rates={config.rates} is not a tuple of pairs of a part and a positive number, such "
+            "as (('conv1', 0.1),)"
+        )
     rated = tuple(part for part, _ in config.rates)
     transfer.select(model, tuple(config.initial_parts), "initial_parts")
     transfer.select(model, rated, "rates")

@@ -327,7 +327,10 @@ def _check_finite(
     if saved := checkpoints.steps():
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
     rate = training.rates[bad_step] * scale
-    raise FloatingPointError(f"{where} (learning rate {rate:g}); {advice}")
+    raise FloatingPointError(
+        f"{where} (learning rate {rate:g}); {advice}; lower schedule.learning_rate, in another "
+        "--workdir"
+    )
 
 
 # ------------------------------------------------------------------ signals and failures

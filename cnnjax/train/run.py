@@ -60,10 +60,13 @@ def warn_if_edited(model: str, recorded: str | None) -> None:
       recorded: as `digest_network` returned it; None in records of earlier versions.
     """
     if recorded is not None and recorded != digest_network(model):
-        _LOG.warning(
-            "%s has changed since the run was trained; its network may differ",
-            model.rpartition(":")[0],
-        )
+        _log_edited(model.rpartition(":")[0], recorded)
+
+
+# Cached, since a command may open many runs of one network.
+@functools.cache
+def _log_edited(place: str, recorded: str) -> None:
+    _LOG.warning("%s has changed since the run was trained; its network may differ", place)
 
 
 def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:

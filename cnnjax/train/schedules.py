@@ -73,7 +73,7 @@ def _check_steps(complete: dict) -> None:
         )
     are_numbers = all(configuration.is_number(epoch) for epoch in epochs)
     if epochs and not (are_numbers and epochs == sorted(set(epochs)) and epochs[0] >= 1):
-        raise ValueError(f"schedule.epochs={tuple(epochs)} are not rising positive numbers")
+        raise ValueError(f"schedule.epochs={tuple(epochs)} are not rising numbers of at least 1")
 
 
 def learning_rates(

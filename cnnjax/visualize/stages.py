@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, Shaped
 
 from cnnjax import inspect, weights
@@ -103,7 +104,7 @@ def first_filters(
 ) -> tuple[str, Float[np.ndarray, "height width in filters"]]:
     """Returns the name and the kernels of the convolution that runs first.
 
-    Raises `ValueError` if the network has no convolution.
+    Raises `ValueError` if the network has no convolution, or if its weights lack it.
     """
     names = [
         layer.name for layer in inspect.layers(model.clone(padding="zeros")) if layer.kind == "Conv"
@@ -111,10 +112,11 @@ def first_filters(
     if not names:
         raise ValueError("the network has no convolution, and so no filters to show")
     keys = weights.torchvision_keys(weights.variable_shapes(model))
-    kernel = variables["params"]
-    for key in keys[f"{names[0]}.weight"][1:]:
-        kernel = kernel[key]
-    return names[0], np.asarray(kernel)
+    path = keys[f"{names[0]}.weight"][1:]
+    params = flatten_dict(variables["params"])
+    if path not in params:
+        raise ValueError(f"the weights do not hold {names[0]}, whose filters are to be shown")
+    return names[0], np.asarray(params[path])
 
 
 def activations(

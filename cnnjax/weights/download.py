@@ -137,12 +137,13 @@ def _ask(urls: list[str], seconds: float) -> tuple[dict[str, str], list[str]]:
     slow = set(urls)
 
     def ask(url: str) -> None:
-        request = urllib.request.Request(url, method="HEAD")
         try:
+            request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=seconds).close()
         except urllib.error.HTTPError as error:  # an answer too
             error.close()
-        except (OSError, http.client.HTTPException) as error:
+        # `ValueError` is of an address that is none, such as one without "https://".
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, TimeoutError):
                 return

@@ -178,7 +178,11 @@ def _describe(
 
 
 def _advice(
-    misfits: _Misfits, tensors: files.StateDict, wanted: dict[str, tuple[int, ...]], model: Network
+    misfits: _Misfits,
+    tensors: files.StateDict,
+    wanted: dict[str, tuple[int, ...]],
+    model: Network,
+    missing: Sequence[str],
 ) -> str:
     """Returns advice about a file that does not fit."""
     if tensors and wanted and not set(tensors) & set(wanted):
@@ -188,17 +192,16 @@ def _advice(
             f"model's like {min(wanted)}: choose the network of the file, or rename its tensors"
         )
     if misfits.foreign:
-        return (
-            "the file holds tensors that the model lacks: it is of another network or other "
-            "fields, or `missing` names modules that it holds"
+        advice = (
+            "the file holds tensors that the model lacks: it is of another network or other fields"
         )
+        if any(key in missing or key.split(".")[0] in missing for key in misfits.foreign):
+            advice += ", or `missing` names modules that it holds"
+        return advice
     if misfits.misshapen:
         classes = None if misfits.absent else _count_classes(misfits, tensors, wanted, model)
         if classes:
-            return (
-                f"the file is of {classes} classes: load it with `load_torchvision` into a model "
-                f"with num_classes={classes}"
-            )
+            return f"the file is of {classes} classes, the model of {model.num_classes}"
         return "the file is of another network or other fields"
     held = {key.split(".")[0] for key in tensors}
     lacking = {key.split(".")[0] for key in misfits.absent}
@@ -294,7 +297,7 @@ def _fitting_shapes(
         padded = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
         if not any(_misfits(tensors, padded)):
             return padded
-    advice = _advice(misfits, tensors, wanted, model)
+    advice = _advice(misfits, tensors, wanted, model, missing)
     raise ValueError(f"({advice}): {_describe(misfits, tensors, wanted)}")
 
 

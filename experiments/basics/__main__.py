@@ -42,10 +42,9 @@ def run(folder, photograph: str, path, example: tuple, fills=FILLS, cases=number
 def main(arguments: list[str] | None = None) -> int:
     parser = command.Parser(prog="python -m experiments.basics", description=__doc__)
     parser.add_workdir("runs/basics")
-    known = {path.stem: path for path in photographs.list_photographs()}
     parser.add_argument(
         "--photograph",
-        choices=known,
+        choices=photographs.EMBEDDED,
         default="camera",
         help="a photograph from scikit-image or scikit-learn",
     )
@@ -53,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         backend.start()
+        paths = {path.stem: path for path in photographs.list_photographs()}
         folder = workdir.prepare(options.workdir, {"photograph": options.photograph})
         name = options.photograph
-        run(folder, name, known[name], numbers.worked_example())
+        run(folder, name, paths[name], numbers.worked_example())
         print(f"6 figures: see {folder / 'report.md'}")
 
     return command.run(work)

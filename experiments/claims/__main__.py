@@ -11,7 +11,7 @@ trained.
 import dataclasses
 import sys
 
-from cnnjax.runtime import backend, command, files
+from cnnjax.runtime import backend, command, files, workdir
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         from experiments.claims.ledger import check_claims
         from experiments.claims.sections import SECTIONS
 
+        workdir.create(folder)
         findings = check_claims(claim for section in SECTIONS for claim in section.claims)
-        folder.mkdir(parents=True, exist_ok=True)
         records = [dataclasses.asdict(finding) for finding in findings]
         files.write_json(folder / "claims.json", records)
         for name, draw in figures.FIGURES.items():
