@@ -13,8 +13,8 @@ this machine.
 Writes sweep.json and sweep.md: for each setting, the mean, sample standard deviation, n and 95 %
 interval (Student's t) of the final errors over its seeds. A run fails if its numbers are no longer
 finite, if its batch does not fit into memory, or if it does not fit its data (a batch larger than
-the data set). The other runs continue; the exit code is then 1, and the table has the
-reason. If no run can start, the exit code is 2, and no table is written.
+the data set). The other runs continue; the exit code is then 1, and the table has the reason. If
+every run is refused, the exit code is 2, and no table is written.
 """
 
 import argparse

@@ -281,10 +281,10 @@ def report(results: list[dict], options) -> study.Report:
 
 {SETTINGS["model"]} on {SETTINGS["dataset"]}, {options.epochs} epochs; mean ± sample standard
 deviation over seeds of the test accuracy, itself the mean over {options.removals} random removals.
-The loss is the accuracy of the whole network minus that without the removed units. Dropout saves
-the loss without dropout minus the loss with it. A refitted readout shows what the remaining units
-contain, whatever the original readout expects. Training error: {spreads[0]} % without and
-{spreads[1]} % with dropout.
+The loss is the accuracy of the whole network minus that without the removed units. What
+dropout saves is the loss without it minus the loss with it. A refitted readout shows what the
+remaining units contain, whatever the original readout expects. Training error: {spreads[0]} %
+without and {spreads[1]} % with dropout.
 
 {tabulate(results)}
 {verdict(results)}

@@ -118,7 +118,7 @@ def divide_photographs(options) -> list[tuple[pathlib.Path, ...]]:
     paths = list_large(options)
     if len(paths) < options.seeds:
         raise ValueError(
-            f"seeds={options.seeds} need at least {options.seeds} photographs, one for each; "
+            f"seeds={options.seeds} needs at least {options.seeds} photographs, one for each; "
             f"photographs={options.photographs!r} has {len(paths)}"
         )
     parts = photographs.split(paths, (1,) * options.seeds, 0)

@@ -285,7 +285,7 @@ def test_measured_values_are_those_of_the_pages():
 
 
 def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ledger, "find", pytest.fail)
+    monkeypatch.setattr(ledger, "check_claims", pytest.fail)
     (tmp_path / "file").touch()
     assert claims.main(["--workdir", str(tmp_path / "file")]) == 2
     message = f"error: workdir='{tmp_path / 'file'}' cannot be written to: File exists\n"

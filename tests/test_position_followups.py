@@ -518,7 +518,7 @@ def test_each_seed_s_photographs_are_drawn_at_random(monkeypatch):
         tuple(part) for part in photographs.split(paths, (1, 1, 1), 0)
     ]
     options = argparse.Namespace(images=12, seeds=301, photographs="few")
-    message = "^seeds=301 need at least 301 photographs, one for each; photographs='few' has 300$"
+    message = "^seeds=301 needs at least 301 photographs, one for each; photographs='few' has 300$"
     with pytest.raises(ValueError, match=message):
         position_patterns.divide_photographs(options)
 

@@ -29,22 +29,26 @@ from cnnjax.weights import variable_shapes
 GIGA_MACS = {
     "alexnet": 0.714,
     "densenet121": 2.834,
+    "densenet161": 7.728,
     "googlenet": 1.498,
     "inception_v3": 5.713,
     "mnasnet1_0": 0.314,
     "mobilenet_v2": 0.301,
     "resnet18": 1.814,
     "resnet50": 4.089,
+    "resnet152": 11.514,
     "resnext50_32x4d": 4.230,
     "shufflenet_v2_x1_0": 0.145,
     "squeezenet1_0": 0.819,
     "squeezenet1_1": 0.349,
     "vgg11": 7.609,
     "vgg16": 15.470,
+    "vgg16_bn": 15.470,
+    "vgg19": 19.632,
+    "wide_resnet50_2": 11.398,
 }
 # Networks of other depths or widths than one of the above.
 SIBLINGS = {
-    "densenet161",
     "densenet169",
     "densenet201",
     "mnasnet0_5",
@@ -52,17 +56,13 @@ SIBLINGS = {
     "mnasnet1_3",
     "resnet34",
     "resnet101",
-    "resnet152",
     "shufflenet_v2_x0_5",
     "shufflenet_v2_x1_5",
     "shufflenet_v2_x2_0",
     "vgg11_bn",
     "vgg13",
     "vgg13_bn",
-    "vgg16_bn",
-    "vgg19",
     "vgg19_bn",
-    "wide_resnet50_2",
 }
 # Araujo, Norris and Sim 2019, "Computing receptive fields of convolutional neural networks"
 # (distill.pub), table 1.

@@ -24,7 +24,7 @@ from cnnjax.train.check import check
 from cnnjax.train.checkpoints import Checkpoints, NotWritten
 from cnnjax.train.data import DatasetTooLarge, is_exhausted
 from cnnjax.train.run import warn_if_edited
-from cnnjax.train.schedules import Plateau, settings
+from cnnjax.train.schedules import Plateau
 from cnnjax.train.training import Training, build_run
 
 # `cnnjax.main` and `cnnjax.sweep` call these: they make this module a job.
@@ -145,7 +145,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                 _log_epoch(training, history, seconds)
                 if plateau:
                     metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
-                    plateau.update(metrics[f"validation_{settings(config.schedule)['metric']}"])
+                    metric = schedules.settings(config.schedule)["metric"]
+                    plateau.update(metrics[f"validation_{metric}"])
                 if history.best() is entry:
                     smallest_error = entry["validation_error"]
                 epoch_began = time.monotonic()

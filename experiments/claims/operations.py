@@ -717,7 +717,8 @@ def shrinking() -> Verdict:
                 left = convolved_size(left, kernel, 1, 0)
                 count += 1
             stacks[f"{kernel}x{kernel} from {size}"] = {"layers": count, "pixels left": left}
-    small, large = stacks["3x3 from 28"], stacks["3x3 from 224"]
+    small = stacks["3x3 from 28"]
+    large = stacks["3x3 from 224"]
     left = small["pixels left"]
     return judge(
         False,

@@ -1,7 +1,8 @@
 """Claims about trained networks, judged by the committed results in measured.json.
 
 Nothing is trained here: measured.json holds each mean, its sample standard deviation, n, and the
-command that measures it. A difference counts if its 95 % interval (Welch's) excludes zero. The
+command that measures it. A difference counts if its 95 % interval excludes
+zero: Welch's for two means, Student's t for a mean such as a gain. The
 deviations of the position study are over images and seeds together, and n counts the seeds alone,
 so its intervals are too wide rather than too narrow.
 """
