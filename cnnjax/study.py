@@ -149,7 +149,7 @@ class Study:
       measure: `measure(point, options)`, or `measure(point, options, shared)` if there is a `load`,
         returns the fields of a result, as JSON holds them.
       report: `report(results, options)` makes the report; a result is a dictionary of the point's
-        fields and the measured ones.
+        fields and the measured ones. The name `network_sha256` is taken, for a user's networks.
       axes: names of the options that choose points. They may change from call to call in one work
         directory; all other options except `data_dir` may not.
       files: names of the options that name files, to which the work directory is bound. The files
@@ -321,7 +321,7 @@ class Study:
         # Before the measurement, which may take hours.
         networks = _digest_networks(point, options)
         result = point._asdict() | self.measure(point, options, *shared)
-        return result | {"networks": networks} if networks else result
+        return result | {"network_sha256": networks} if networks else result
 
     def _write(self, folder: pathlib.Path, results: list[dict], report: Report) -> None:
         files.write_json(folder / self.results, results)
@@ -426,7 +426,7 @@ def _warn_of_edits(paths: dict[NamedTuple, pathlib.Path], options: Options) -> N
     for point, path in paths.items():
         digests = _digest_networks(point, options)
         if digests and path.exists():
-            recorded = files.read_json(path).get("networks", {})
+            recorded = files.read_json(path).get("network_sha256", {})
             edited |= {name for name, now in digests.items() if recorded.get(name, now) != now}
     for name in sorted(edited):
         _LOG.warning(

@@ -6,12 +6,11 @@ A part is named by a stage or by a shell pattern on torchvision's names of the p
 is every variable whose shape depends on the number of classes; it is loaded only if it is named.
 """
 
-import contextlib
 import fnmatch
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -252,8 +251,7 @@ def load_initial_weights(
     # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
     # file: with the file's number of classes, and without the parameters that the file lacks. The
     # first axis of a head's tensors has the length of the number of classes.
-    with _naming_weights(path):
-        tensors = weights.read(file, keys)
+    tensors = weights.read(file, keys, "initial_weights")
     head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
     classes = model.num_classes
     if head_keys:
@@ -266,8 +264,9 @@ def load_initial_weights(
     if set(keys) & set(tensors):
         absent = sorted(set(keys) - set(tensors))
     file_model = model.clone(num_classes=classes)
-    with _naming_weights(path):
-        loaded = flatten_dict(weights.load_torchvision(file, file_model, absent))
+    loaded = flatten_dict(
+        weights.load_torchvision(file, file_model, absent, argument="initial_weights")
+    )
 
     # What is selected must be there, in the shapes of the model itself.
     for key, variable in sorted(keys.items()):
@@ -285,15 +284,6 @@ def load_initial_weights(
             f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
         )
     return unflatten_dict({variable: loaded[variable] for variable in selected})
-
-
-@contextlib.contextmanager
-def _naming_weights(path: str | os.PathLike) -> Iterator[None]:
-    """Names `initial_weights` in errors about its file."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"initial_weights={str(path)!r}: {error}") from error
 
 
 def _check_fields(file: pathlib.Path, model: Network) -> None:

@@ -94,7 +94,7 @@ def add_options(parser):
         type=os.path.expanduser,
         metavar="FOLDER",
         help="measure patterns of the padding, too, in a folder's photographs; without FOLDER, in "
-        "those that scikit-image and scikit-learn carry",
+        "those included in scikit-image and scikit-learn",
     )
 
 

@@ -182,7 +182,9 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
     file = tmp_path / "results.json"
     file.write_text("{}")
     config = ml_collections.ConfigDict({"kind": "train"})
-    message = f"^workdir='{tmp_path}' holds results.json, which no run wrote; choose another"
+    message = (
+        f"^workdir='{tmp_path}' holds results.json of something else; remove it or choose another"
+    )
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             workdir.run_once(pytest.fail, config, tmp_path, adopt=pytest.fail)
@@ -212,7 +214,8 @@ def test_files_that_no_run_wrote_stay_as_they_are(name, content, tmp_path):
     (tmp_path / "train.log").touch()
     before = sorted(tmp_path.rglob("*"))
     config = {"kind": "train", "seed": 0}
-    message = f"^workdir='{tmp_path}' holds {name}, which no run wrote; choose another --workdir$"
+    message = f"^workdir='{tmp_path}' holds {name} of something else; remove it or choose "
+    message += "another --workdir$"
     with pytest.raises(ValueError, match=message):
         workdir.run_once(pytest.fail, ml_collections.ConfigDict(config), tmp_path)
     with pytest.raises(ValueError, match=message), workdir.prepared(tmp_path, config):

@@ -220,6 +220,8 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
     except Exception as error:
         # Any exception, because a damaged image raises nearly anything.
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, PIL.Image.DecompressionBombError):
+            reason = f"at most {PIL.Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
         is_of_the_system = isinstance(error, OSError) and error.errno is not None
         if is_of_the_system or isinstance(error, MemoryError):
             raise ValueError(f"{path} cannot be read: {reason or 'out of memory'}") from error

@@ -367,7 +367,8 @@ def _check_foreign(folder: pathlib.Path, config: dict) -> None:
     """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own."""
     if foreign := _find_foreign(folder, config):
         raise ValueError(
-            f"workdir={str(folder)!r} holds {foreign}, which no run wrote; choose another --workdir"
+            f"workdir={str(folder)!r} holds {foreign} of something else; remove it or choose "
+            "another --workdir"
         )
 
 

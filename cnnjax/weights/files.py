@@ -83,7 +83,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(str(error)) from error
 
 
-def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
+def read(
+    path: str | os.PathLike, known: Collection[str] = (), argument: str = "weights"
+) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
     Nothing in a file can run code. The names may have the prefixes of DataParallel and
@@ -94,6 +96,7 @@ def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
     Args:
       path: the file; `~` is expanded.
       known: names that stay as they are, such as those of the model.
+      argument: what errors call `path`.
 
     Returns a `StateDict`: arrays by torchvision's names, whose `names` maps these to the file's
     own.
@@ -102,7 +105,7 @@ def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
     path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={str(path)!r} is not a file; expected a safetensors or .pth file with "
+            f"{argument}={str(path)!r} is not a file; expected a safetensors or .pth file with "
             "torchvision's names"
         )
     record = records.of_file(path)
@@ -121,7 +124,7 @@ def read(path: str | os.PathLike, known: Collection[str] = ()) -> StateDict:
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         kind = "readable .pth file" if is_pth else "readable safetensors or .pth file"
-        raise ValueError(f"weights={str(path)!r} is not a {kind} ({reason})") from error
+        raise ValueError(f"{argument}={str(path)!r} is not a {kind} ({reason})") from error
     return StateDict({name: tensors[own] for name, own in names.items()}, names)
 
 

@@ -242,7 +242,12 @@ def _check_values(key: str, value: np.ndarray) -> None:
         raise ValueError(f"{key} holds a negative variance, {least:g}; the file is damaged")
 
 
-def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[str] = ()) -> dict:
+def load_torchvision(
+    path: str | os.PathLike,
+    model: Network,
+    missing: Sequence[str] = (),
+    argument: str = "weights",
+) -> dict:
     """Reads a file with torchvision's names into a model's variables.
 
     The file is safetensors or .pth. Every tensor must be used, every parameter filled, every shape
@@ -255,6 +260,7 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
       model: the network.
       missing: top-level modules, such as ("layer4", "fc"), and complete names of tensors, such as
         "classifier.6.bias", that the file is known not to hold; the result lacks them.
+      argument: what errors call `path`.
 
     Returns {"params": ..., "batch_stats": ...}, float32 host arrays.
 
@@ -264,20 +270,20 @@ def load_torchvision(path: str | os.PathLike, model: Network, missing: Sequence[
         missing = (missing,)
     keys = torchvision_keys(variable_shapes(model))
     _check_missing(missing, keys)
-    tensors = files.read(path, keys)
+    tensors = files.read(path, keys, argument)
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(AUXILIARY)
     try:
         shapes = _fitting_shapes(tensors, model, missing)
     except ValueError as error:
-        raise ValueError(f"weights={str(path)!r} do not fit the model {error}") from error
+        raise ValueError(f"{argument}={str(path)!r} does not fit the model {error}") from error
     loaded = {}
     for key, shape in shapes.items():
         value = _to_ours(keys[key], tensors[key], shape)
         try:
             _check_values(tensors.names[key], value)
         except ValueError as error:
-            raise ValueError(f"weights={str(path)!r}: {error}") from error
+            raise ValueError(f"{argument}={str(path)!r}: {error}") from error
         loaded[keys[key]] = value
     return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
 
