@@ -90,7 +90,7 @@ def open_arrays(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
     """Opens an npz file, whose arrays are read in the context, by their names.
 
     Raises:
-        ValueError: with the file's name, if it is damaged.
+        ValueError: with the file's name, if it is damaged or lacks an array.
     """
     # Imported when needed: every --help imports this module.
     import numpy as np
@@ -99,6 +99,8 @@ def open_arrays(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
         # Opened here, since np.load leaves a damaged file open.
         with path.open("rb") as file, np.load(file) as archive:
             yield archive
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]}") from error
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise ValueError(
             f"{path} is damaged: remove it, and the same command computes it again"
