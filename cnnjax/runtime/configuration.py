@@ -236,7 +236,10 @@ def _parse_value(text: str, current: Any) -> Any:
     else:
         value = parse_literal(text)
     if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
-        return (value,)
+        takes_text = all(isinstance(element, str) for element in current)
+        # Text is no element of a tuple of numbers: it is refused as it is, such as "(nan, 1)".
+        if takes_text or not isinstance(value, str):
+            return (value,)
     return value
 
 
