@@ -160,10 +160,11 @@ def test_text_that_is_no_literal_stays_text():
     assert parsed == {"schedule.learning_rate": np.inf}
 
 
-def test_text_is_no_element_of_a_tuple_of_numbers():
-    """`nan` is no literal, so "(nan, 1)" is text."""
+def test_a_tuple_that_is_no_literal_is_no_element_of_a_tuple_of_numbers():
+    """`nan` is no literal of Python."""
     config = ml_collections.ConfigDict({"noise": (127.5, 64.0)})
-    for text, value in (("(nan, 1)", "(nan, 1)"), ("1", (1,)), ("(1, 2)", (1, 2))):
+    cases = (("(nan, 1)", "(nan, 1)"), ("1-2", ("1-2",)), ("(1)", (1,)), ("(1, 2)", (1, 2)))
+    for text, value in cases:
         changes = configuration.parse_overrides(config, [f"--config.noise={text}"])
         assert changes == {"noise": value}
     with pytest.raises(ValueError, match=r"^noise='\(nan, 1\)' is not of the type tuple$"):

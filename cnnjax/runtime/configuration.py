@@ -236,10 +236,11 @@ def _parse_value(text: str, current: Any) -> Any:
     else:
         value = parse_literal(text)
     if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
-        takes_text = all(isinstance(element, str) for element in current)
-        # Text is no element of a tuple of numbers: it is refused as it is, such as "(nan, 1)".
-        if takes_text or not isinstance(value, str):
-            return (value,)
+        # "(nan, 1)" is no literal and stays text. For a tuple of numbers, it is refused as it is.
+        is_tuple = isinstance(value, str) and value.startswith(("(", "["))
+        if is_tuple and any(is_number(element) for element in current):
+            return value
+        return (value,)
     return value
 
 
