@@ -199,8 +199,11 @@ def add_options(parser: command.Parser) -> None:
 def run_folder(options: argparse.Namespace) -> pathlib.Path | None:
     """Returns the work directory that the options name; None if they name a network.
 
-    Raises `ValueError` if an option does not apply to a run, or if a path is not a folder.
+    Raises `ValueError` if an option does not apply to a run, or if a path is empty or not
+    a folder.
     """
+    if not options.model:
+        raise ValueError("model='' is not a path")
     folder = expand_user(options.model)
     if folder.is_dir():
         for name in ("tag", "weights", "resize"):

@@ -82,7 +82,10 @@ def list_classes(
     from cnnjax.data import folders
 
     classes = [splits.class_name(name) for name in classes]
-    source = folders.Folder(folder)
+    try:
+        source = folders.Folder(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advise_split(folder)}") from error
     if source.passed_over:
         _LOG.info("%s: %s", folder, source.passed_over)
     names = source.classes
@@ -93,6 +96,17 @@ def list_classes(
         labels_by_folder = [_label(name, classes) for name in names]
     files = [path for path, _ in source.files]
     return files, np.array([labels_by_folder[number] for _, number in source.files], np.int32)
+
+
+def _advise_split(folder: pathlib.Path) -> str:
+    """Returns a hint if a folder holds a split of class folders; otherwise ""."""
+    from cnnjax.data.photographs import list_folder
+
+    for name in ("val", "train"):
+        split = folder / name
+        if split.is_dir() and list_folder(split).folders:
+            return f"; did you mean {split}?"
+    return ""
 
 
 def _label(name: str, classes: Sequence[str]) -> int:

@@ -893,6 +893,25 @@ def test_a_combination_without_its_data_leaves_no_folder(finished, tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_failed_is_told_from_an_unfinished_one(tmp_path):
+    config = defaults.get_config()
+    folders = (tmp_path / "a", tmp_path / "b")
+    for folder in folders:
+        workdir.prepare(folder, config.to_dict())
+    files.write_json(folders[0] / "results.json", {"final": {"step": 1}})
+    configs = runs.find_runs(folders)
+    with pytest.raises(ValueError, match=f"^{folders[1]} is not finished, for it has no results"):
+        runs.check_runs(configs, "uniform")
+    # A sweep records why a run failed.
+    files.write_json(folders[1] / "failure.json", {"error": "the loss is not finite\nand more"})
+    message = rf"^{folders[1]} failed \(the loss is not finite\); leave it out of --runs$"
+    with pytest.raises(ValueError, match=message):
+        runs.check_runs(configs, "uniform")
+    # It has been run again since, by itself.
+    files.write_json(folders[1] / "results.json", {"final": {"step": 1}})
+    runs.check_runs(configs, "uniform")
+
+
 @pytest.mark.slow
 def test_runs_that_do_not_combine_are_named(finished, tmp_path, capsys):
     def fake(name, **changes):

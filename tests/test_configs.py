@@ -9,6 +9,7 @@ import signal
 import types
 
 import forked
+import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
@@ -157,6 +158,17 @@ def test_text_that_is_no_literal_stays_text():
         assert value == (text,)
     parsed = configuration.parse_overrides(config, ["--config.schedule.learning_rate=inf"])
     assert parsed == {"schedule.learning_rate": np.inf}
+
+
+def test_a_tuple_that_is_no_literal_is_no_element_of_a_tuple_of_numbers():
+    """`nan` is no literal of Python."""
+    config = ml_collections.ConfigDict({"noise": (127.5, 64.0)})
+    cases = (("(nan, 1)", "(nan, 1)"), ("1-2", ("1-2",)), ("(1)", (1,)), ("(1, 2)", (1, 2)))
+    for text, value in cases:
+        changes = configuration.parse_overrides(config, [f"--config.noise={text}"])
+        assert changes == {"noise": value}
+    with pytest.raises(ValueError, match=r"^noise='\(nan, 1\)' is not of the type tuple$"):
+        configuration.override(config, {"noise": "(nan, 1)"})
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import tarfile
 import threading
 
@@ -317,6 +318,20 @@ def test_wrong_slices_are_named():
             arrays.check_name(name)
 
 
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("digts", "; did you mean digits?"),
+        ("digit[:5]", "; did you mean digits?"),
+        ("folders", "; did you mean folder?"),
+        ("words", ""),
+    ],
+)
+def test_a_data_set_of_a_similar_name_is_suggested(name, hint):
+    with pytest.raises(ValueError, match=re.escape(f"such as cifar10[:12000]{hint}") + "$"):
+        arrays.check_name(name)
+
+
 @pytest.mark.parametrize("name", ["folder", "tfds:mnist"])
 def test_a_streamed_data_set_is_not_read_whole(name):
     with pytest.raises(ValueError, match=f"^dataset='{name}' is streamed and cannot be read whol"):
@@ -367,6 +382,10 @@ def test_a_file_that_is_no_saved_data_set_is_named(tmp_path, monkeypatch):
             arrays.load(str(file))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{refused}BadZipFile"):
+        arrays.load(str(file))
+    # NumPy takes text for a pickle, which is not to be read.
+    file.write_text("no data set")
+    with pytest.raises(ValueError, match="is not a file that cnnjax.data.arrays.save wrote$"):
         arrays.load(str(file))
 
 
@@ -436,6 +455,36 @@ def test_classes_are_a_list_of_text_or_numbers(classes, value, tmp_path):
         np.savez(file, **{**members, "classes": classes})
     with pytest.raises(ValueError, match=f"^dataset='{file}'{message}"):
         arrays.load(str(file))
+
+
+@pytest.mark.parametrize(
+    "first, second, name", [("a", "a", "a"), (7, 7, "7"), ("\u00c4", "A\u0308", "\u00c4")]
+)
+def test_two_classes_of_one_name_are_not_saved(first, second, name, tmp_path):
+    """Files that earlier versions have written are loaded, so that their runs go on."""
+    file = tmp_path / "own.npz"
+    good = arrays.load("digits[:10]")
+    others = tuple(type(first)(number) for number in range(10, 18))
+    classes = (first, second, *others)
+    with pytest.raises(ValueError, match=f"^{file} has 2 classes named '{name}'; expected one$"):
+        arrays.save(dataclasses.replace(good, classes=classes), file)
+    assert not file.exists()
+    arrays.save(good, file)
+    with np.load(file) as members:
+        np.savez(file, **{**members, "classes": classes})
+    assert arrays.load(file).classes == classes
+
+
+def test_lists_are_saved_as_arrays_or_refused_by_name(tmp_path):
+    good = arrays.load("digits[:10]")
+    train = arrays.Split(good.train.images, good.train.labels.tolist())
+    arrays.save(dataclasses.replace(good, train=train), tmp_path / "own.npz")
+    assert arrays.load(tmp_path / "own.npz").train.labels.tolist() == train.labels
+    # Python's numbers have 64 bits.
+    train = arrays.Split(good.train.images.tolist(), train.labels)
+    message = r"has images of int64 \[10, 8, 8, 1\]; expected uint8"
+    with pytest.raises(ValueError, match=f"^the training set of .*own.npz {message}"):
+        arrays.save(dataclasses.replace(good, train=train), tmp_path / "own.npz")
 
 
 def test_classes_may_be_numbers(tmp_path):

@@ -16,6 +16,7 @@ import quick
 
 from cnnjax import main as single
 from cnnjax import sweep
+from cnnjax.data import arrays
 from cnnjax.runtime import command, files, jobs
 from experiments import mlp_vs_convnet
 
@@ -190,3 +191,12 @@ def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
     (block,) = re.findall(r"```python\n(from scipy.*?)```", text, re.DOTALL)
     exec(block, {})
     assert f"zeros: {capsys.readouterr().out.strip()}." in block
+
+
+def test_the_data_set_of_the_page_about_extending_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "extend.md").read_text()
+    (block,) = re.findall(r"```python\n(import numpy.*?)```", text, re.DOTALL)
+    exec(block, {})
+    data = arrays.load("own.npz", n_validation=6)
+    assert len(data.validation.labels) == 6 and data.classes == ("cat", "dog", "bird")

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import errno
 import json
 import os
 import pathlib
@@ -135,7 +136,16 @@ exit(command.run(lambda: {work[output]}))
         assert (done.returncode, done.stdout) == (0, "")
     else:
         assert done.returncode == 1
-        assert done.stderr == "error: [Errno 28] No space left on device\n"
+        assert done.stderr == "error: standard output: [Errno 28] No space left on device\n"
+
+
+def test_a_full_disk_elsewhere_is_not_said_of_standard_output(capfd):
+    def write():
+        print("done")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert command.run(write) == 1
+    assert capfd.readouterr() == ("done\n", "error: [Errno 28] No space left on device\n")
 
 
 def test_an_interrupted_command_keeps_its_exit_code_if_nobody_reads_its_errors():

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import pathlib
+import re
 import socket
 import threading
 import time
@@ -289,6 +290,8 @@ def test_without_a_network_one_line_says_what_to_put_where(name, caches):
     record = weights.find(name)
     for part in (record.file, record.url, f"put it into {caches}/torch/hub/checkpoints"):
         assert part in str(error.value)
+    assert str(error.value).startswith(f"no weights of '{name}' were found or downloaded (")
+    assert str(error.value).endswith("(--weights FILE, path=FILE or --config.initial_weights=FILE)")
     assert "\n" not in str(error.value)
 
 
@@ -671,6 +674,9 @@ def test_a_run_on_images_that_are_no_photographs_is_refused(channels, tmp_path):
         (["run", "--resize", "224"], "resize=224 is for published weights; run is a run"),
         (["run", "--tag", "imagenet1k_v2"], "tag='imagenet1k_v2' is for published weights"),
         (["run", "--weights", "a.pth"], "weights='a.pth' is for published weights"),
+        # It would be the current folder.
+        ([""], "error: model='' is not a path"),
+        (["squeezenet1_1", "--weights", ""], "error: weights='' is not a path"),
         (["run/none"], "run/none is neither a network's name nor a run's work directory"),
         (["resnet5"], "model='resnet5' has no published ImageNet weights; did you mean resnet"),
         (["runs_mien"], "there is no folder 'runs_mien', and model='runs_mien' has no published"),
@@ -682,6 +688,7 @@ def test_predict_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run", loss="pixelwise")
     (tmp_path / "resnet50").mkdir()
+    PIL.Image.new("L", (8, 8)).save(tmp_path / "photo.jpg")
     model, *options = arguments
     assert exit_code(predict.main, [model, "photo.jpg", *options]) == 2
     assert message in capsys.readouterr().err
@@ -904,6 +911,24 @@ def test_evaluate_refuses_what_it_cannot_score(folder, settings, message, tmp_pa
     arguments = [str(tmp_path / "run"), "--data_dir", str(tmp_path / "new")]
     assert exit_code(evaluate.main, arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "files, hint",
+    [
+        (["val/cat/a.png", "train/cat/a.png"], "; did you mean {}/val?"),
+        (["dev/cat/a.png", "train/cat/a.png"], "; did you mean {}/train?"),
+        # A class may have the name of a split.
+        (["train/a.png", "plane/old/a.png"], ""),
+    ],
+)
+def test_evaluate_suggests_the_folder_of_a_split(files, hint, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    hint = re.escape(hint.format(tmp_path))
+    with pytest.raises(ValueError, match=rf"^the class folder .* has no images; .*\){hint}$"):
+        evaluate.list_imagenet(tmp_path)
 
 
 @pytest.mark.slow

@@ -354,6 +354,8 @@ def test_splits_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"^{where} has no folder train of images by class$"):
         folders.open_splits("folder", str(tmp_path))
     write(tmp_path / "train", a=[ramp(8, 8)] * 3, b=[ramp(8, 8)])
+    with pytest.raises(ValueError, match=rf"by class; did you mean {tmp_path}\?$"):
+        folders.open_splits("folder", str(tmp_path / "train"))
     with pytest.raises(
         ValueError,
         match=f"^{where} has no folder test or val or validation or valid of images by class$",

@@ -1,6 +1,8 @@
 """Small data sets, read whole into memory: loaded by name, checked, and saved."""
 
+import collections
 import dataclasses
+import difflib
 import os
 import re
 
@@ -31,27 +33,42 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
 
     Args:
       data: the data set. Its validation images are not written: `load` holds some out. Labels may
-        be integers of any type.
+        be integers of any type, and in a list.
       path: the file, whose name ends in ".npz"; `~` is expanded.
 
     Raises:
-      ValueError: for a file of another name, and for a data set that `load` would refuse.
+      ValueError: for a file of another name, for two classes of one name, and for a data set that
+        `load` would refuse.
     """
     path = expand_user(path)
     if path.suffix != ".npz":
         raise ValueError(f"path={str(path)!r} does not end in .npz")
     classes = np.array(data.classes)
     check_classes(classes, str(path))
-    parts = {"training": data.train, "test": data.test}
-    _check_parts(parts, len(classes), "cross_entropy", str(path))
+    _check_distinct(classes, str(path))
+    # A user may give lists.
+    train = Split(*map(np.asarray, data.train))
+    test = Split(*map(np.asarray, data.test))
+    _check_parts({"training": train, "test": test}, len(classes), "cross_entropy", str(path))
     members = {
-        "train_images": data.train.images,
-        "train_labels": data.train.labels.astype(np.int32),
-        "test_images": data.test.images,
-        "test_labels": data.test.labels.astype(np.int32),
+        "train_images": train.images,
+        "train_labels": train.labels.astype(np.int32),
+        "test_images": test.images,
+        "test_labels": test.labels.astype(np.int32),
         "classes": classes,
     }
     files.write_arrays(path, members, compress=False)
+
+
+def _check_distinct(classes: np.ndarray, subject: str) -> None:
+    """Raises `ValueError`, which begins with `subject`, if two classes have one name.
+
+    `load` accepts such a file, which earlier versions have written: its runs can go on.
+    """
+    counts = collections.Counter(splits.class_name(name) for name in classes.tolist())
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(f"{subject} has {count} classes named {name!r}; expected one")
 
 
 def _parse(name: str) -> tuple[str, int | None]:
@@ -72,9 +89,12 @@ def check_name(name: str) -> None:
     """Raises `ValueError` for a name that `load` does not accept."""
     if not is_known(name):
         names = ", ".join(DATASETS)
+        base, _ = _parse(name)
+        near = difflib.get_close_matches(base, [*DATASETS, "folder"], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
             f"dataset={name!r} is not one of {names}, tfds:NAME, folder, FILE.npz, or a slice such "
-            "as cifar10[:12000]"
+            f"as cifar10[:12000]{hint}"
         )
 
 

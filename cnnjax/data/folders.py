@@ -298,6 +298,9 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     validation = [name for name in names if name in _VALIDATION]
     if "train" not in names:
         hint = "" if data_dir else "; name the folder that holds train with --config.data_dir"
+        parent = pathlib.Path(data_dir).parent
+        if data_dir and dataset == "folder" and (parent / "train").is_dir():
+            hint = f"; did you mean {parent}?"
         raise ValueError(f"{place} has no {kind} train of images by class{hint}")
     if len(validation) > 1:
         raise ValueError(f"{place} has {' and '.join(validation)}; expected one of them")

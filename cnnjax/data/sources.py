@@ -310,10 +310,11 @@ class Npz:
             if isinstance(error, OSError) and error.errno is not None:
                 raise ValueError(f"{subject} cannot be read: {error.strerror}") from error
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{subject} is not a file that cnnjax.data.arrays.save wrote: "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+            message = f"{subject} is not a file that cnnjax.data.arrays.save wrote"
+            # NumPy takes other files for pickles, and advises to unpickle them.
+            if "allow_pickle" not in reason:
+                message += f": {type(error).__name__}: {reason}"
+            raise ValueError(message) from error
 
     @property
     def classes(self) -> tuple[str, ...]:

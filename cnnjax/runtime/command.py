@@ -141,6 +141,16 @@ def _discard(stream: int) -> None:
         os.dup2(null.fileno(), stream)
 
 
+def _is_output_lost() -> bool:
+    """Tells whether what was printed last cannot be written to standard output."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
 def _flush_or_discard() -> None:
     """Flushes both outputs, and discards what cannot be written, as on a full disk.
 
@@ -232,6 +242,9 @@ def run(work: Callable[[], None]) -> int:
             raise
         # XLA's messages have many lines.
         first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        # The system's error names a file that cannot be written, but not an output.
+        if isinstance(error, OSError) and error.filename is None and _is_output_lost():
+            first = f"standard output: {first}"
         _print_error(f"error: {first}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     finally:

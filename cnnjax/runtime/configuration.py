@@ -236,6 +236,10 @@ def _parse_value(text: str, current: Any) -> Any:
     else:
         value = parse_literal(text)
     if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
+        # "(nan, 1)" is no literal and stays text. For a tuple of numbers, it is refused as it is.
+        is_tuple = isinstance(value, str) and value.startswith(("(", "["))
+        if is_tuple and any(is_number(element) for element in current):
+            return value
         return (value,)
     return value
 

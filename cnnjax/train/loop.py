@@ -277,7 +277,8 @@ def _log_epoch(training: Training, history: results.History, seconds: float) -> 
         if name.endswith("_error")
     ]
     if entry.get("damaged"):
-        errors.append(f"{entry['damaged']} damaged images passed over")
+        noun = "image" if entry["damaged"] == 1 else "images"
+        errors.append(f"{entry['damaged']} damaged {noun} passed over")
     images = training.steps_per_epoch * training.config.batch_size
     _LOG.info(
         "epoch %d/%d: train loss %.4f, %s, rate %.3g, %s img/s, %s left",
@@ -329,8 +330,7 @@ def _check_finite(
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
     rate = training.rates[bad_step] * scale
     raise FloatingPointError(
-        f"{where} (learning rate {rate:g}); {advice}; lower schedule.learning_rate, in another "
-        "--workdir"
+        f"{where} (learning rate {rate:g}); {advice}; lower schedule.learning_rate"
     )
 
 

@@ -82,9 +82,9 @@ def fetch(name: str, tag: str = records.V1) -> str:
     failures |= dict.fromkeys(waiting, f"no answer within {_STALLED_SECONDS:g} s")
     reasons = [f"{urlsplit(address).netloc}: {reason}" for address, reason in failures.items()]
     raise RuntimeError(
-        f"weights='imagenet': {record.file} is not on this machine and cannot be downloaded "
-        f"({'; '.join(reasons)}); download {record.url} on another machine, and put it into "
-        f"{cached.parent} or give its path as the weights, such as --weights FILE"
+        f"no weights of {name!r} were found or downloaded ({'; '.join(reasons)}); download "
+        f"{record.url} on another machine and put it into {cached.parent}, or give the path of a "
+        "file that you have (--weights FILE, path=FILE or --config.initial_weights=FILE)"
     )
 
 

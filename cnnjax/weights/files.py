@@ -102,6 +102,8 @@ def read(
     own.
     Raises `FileNotFoundError` if there is no such file, and `ValueError` if it cannot be read.
     """
+    if not os.fspath(path):
+        raise ValueError(f"{argument}='' is not a path")
     path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(
