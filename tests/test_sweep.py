@@ -219,6 +219,7 @@ def test_a_sweep_with_a_started_run_of_another_configuration_is_refused(
 def test_a_sweep_in_the_folder_of_a_training_run_is_refused(run_sweep, tmp_path, capfd):
     """Earlier versions let them share a folder; such a sweep continues."""
     folder = tmp_path / "runs"
+    folder.mkdir()
     files.write_json(folder / "config.json", {"kind": "train"})
     assert run_sweep() == 2
     message = f"error: workdir='{folder}' holds a training run; choose another --workdir"
