@@ -411,9 +411,9 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
                 f"{name}={getattr(options, name)} is for jobs, which --launcher=slurm or "
                 "--launcher=local starts"
             )
+    holds_run = workdir.read_record(options.workdir, "train") is not None
     # Earlier versions let both share a folder, where the table tells that a sweep began.
-    has_table = (options.workdir / "sweep.json").exists()
-    if workdir.read_record(options.workdir, "train") and not has_table:
+    if holds_run and not (options.workdir / "sweep.json").exists():
         raise ValueError(
             f"workdir={str(options.workdir)!r} holds a training run; choose another --workdir"
         )

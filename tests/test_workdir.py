@@ -147,6 +147,9 @@ def test_a_refusal_lists_what_differs(tmp_path):
     for change, listed in (
         ({"data_dir": "here"}, "data_dir='there' there, 'here' now"),
         ({"data_dir": "here", "seed": 1}, "seed=0 there, 1 now"),
+        # A key that the record lacks is named where no recorded one is the reason.
+        ({"data_dir": "here", "extra": 1}, "extra=None there, 1 now"),
+        ({"seed": 1, "extra": 1}, "seed=0 there, 1 now"),
         ({"seed": 1, "steps": 2}, "seed=0 there, 1 now; steps=1 there, 2 now"),
         (
             {"data_dir": "here", "seed": 1, "steps": 2, "width": 2, "zoom": 2},

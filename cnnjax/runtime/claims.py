@@ -221,7 +221,8 @@ def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
 
 def unusable(folder: pathlib.Path, error: OSError) -> ValueError:
     """Describes why a work directory cannot be created or written to."""
-    if folder.is_file():
+    # Unlike `Path.is_file`, this never raises, whatever keeps the folder from being seen.
+    if os.path.isfile(folder):
         return ValueError(f"workdir={str(folder)!r} is a file; expected a folder")
     return ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}")
 

@@ -108,13 +108,23 @@ def _git_revision() -> str | None:
 # ------------------------------------------------------------------ one configuration
 
 
-def _list_differences(old, new, prefix: str = "") -> dict[str, str]:
-    """Describes, by key, where two nested configurations differ."""
+def _list_differences(old, new, introduced: bool, prefix: str = "") -> dict[str, str]:
+    """Describes, by key, where two nested configurations differ.
+
+    Args:
+        old: a configuration or a value in it.
+        new: what is compared with it.
+        introduced: whether keys count that only `new` has.
+        prefix: what the keys begin with.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        differences = {}
-        # A changed value says more than a key that was introduced since, which comes last.
-        for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
-            differences |= _list_differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        differences: dict[str, str] = {}
+        keys = sorted(old)
+        if introduced:
+            keys += sorted(new.keys() - old.keys())
+        for key in keys:
+            name = f"{prefix}{key}."
+            differences |= _list_differences(old.get(key), new.get(key), introduced, name)
         return differences
     key = prefix[:-1]
     return {} if old == new else {key: f"{key}={old!r} there, {new!r} now"}
@@ -122,7 +132,10 @@ def _list_differences(old, new, prefix: str = "") -> dict[str, str]:
 
 def _describe_difference(recorded, current: dict) -> str | None:
     """Says what of a recorded configuration differs from the current one; None if nothing does."""
-    differences = _list_differences(recorded, current)
+    # A changed value says more than keys that were introduced since, which may be many.
+    differences = _list_differences(recorded, current, introduced=False)
+    if not differences.keys() - {"data_dir"}:
+        differences = _list_differences(recorded, current, introduced=True)
     if not differences:
         return None
     if isinstance(recorded, dict):
