@@ -318,7 +318,7 @@ def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, caps
     monkeypatch.setattr(benchmark, "run_input", pytest.fail)
     (tmp_path / "file").touch()
     assert quick.exit_code(benchmark.main, ["input", "--workdir", str(tmp_path / "file")]) == 2
-    message = f"error: workdir='{tmp_path / 'file'}' cannot be written to: File exists\n"
+    message = f"error: workdir='{tmp_path / 'file'}' is a file; expected a folder\n"
     assert capsys.readouterr().err.endswith(message)
 
 

@@ -12,7 +12,16 @@ import scipy.stats
 from PIL import Image
 
 from experiments.claims import __main__ as claims
-from experiments.claims import ledger, networks, operations, position, report, trained
+from experiments.claims import (
+    figures,
+    ledger,
+    networks,
+    operations,
+    position,
+    report,
+    sections,
+    trained,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -265,7 +274,8 @@ def test_report_and_figures(workdir, findings):
             assert min(figure.size) > 300
             assert len(figure.convert("RGB").getcolors(2**24)) > 50
     names = sorted(path.name for path in workdir.iterdir())
-    assert names == sorted(["claims.json", "report.md", *pictures])
+    record = ["config.json", "environment.json"]
+    assert names == sorted(["claims.json", "report.md", *record, *pictures])
 
 
 @pytest.mark.slow
@@ -288,8 +298,37 @@ def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, caps
     monkeypatch.setattr(ledger, "check_claims", pytest.fail)
     (tmp_path / "file").touch()
     assert claims.main(["--workdir", str(tmp_path / "file")]) == 2
-    message = f"error: workdir='{tmp_path / 'file'}' cannot be written to: File exists\n"
+    message = f"error: workdir='{tmp_path / 'file'}' is a file; expected a folder\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+@pytest.fixture
+def no_claims(monkeypatch):
+    """Replaces the claims and the figures by none."""
+    monkeypatch.setattr(sections, "SECTIONS", ())
+    monkeypatch.setattr(figures, "FIGURES", {})
+
+
+@pytest.mark.usefixtures("no_claims")
+def test_the_report_of_another_run_is_kept(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"kind": "train"}')
+    report_file = tmp_path / "report.md"
+    report_file.write_text("theirs")
+    assert claims.main(["--workdir", str(tmp_path)]) == 2
+    message = f"error: workdir='{tmp_path}' holds a training run; choose another --workdir\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert report_file.read_text() == "theirs"
+
+
+@pytest.mark.usefixtures("no_claims")
+def test_a_folder_of_an_earlier_version_is_taken(tmp_path):
+    """It has no record."""
+    (tmp_path / "claims.json").write_text("[]")
+    (tmp_path / "report.md").write_text("of before")
+    for _ in range(2):
+        assert claims.main(["--workdir", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() != "of before"
+    assert json.loads((tmp_path / "config.json").read_text()) == {"command": "claims"}
 
 
 def test_a_difference_counts_only_outside_its_interval():

@@ -791,6 +791,28 @@ def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs
     assert not adopt._is_longer(recorded[1], shorter)
 
 
+@pytest.mark.parametrize(
+    "schedule, name, reason",
+    [
+        ("cosine", "results.json", "a run with the cosine schedule cannot be extended; choose"),
+        ("cosine", "metrics.jsonl", "a run with the cosine schedule cannot be extended; choose"),
+        ("constant", "metrics.jsonl", "finish it with epochs=6 first, or choose"),
+    ],
+)
+def test_a_refused_extension_names_its_reason(schedule, name, reason, tmp_path):
+    config = defaults.get_config()
+    config.epochs = 6
+    config.schedule.name = schedule
+    files.write_json(tmp_path / "config.json", config.to_dict())
+    config.epochs = 8
+    # A run that has not started may become another.
+    adopt_changes(config, tmp_path)
+    (tmp_path / name).touch()
+    message = rf"configuration \(epochs=6 there, 8 now\); {reason} another --workdir$"
+    with pytest.raises(workdir.OtherConfiguration, match=message):
+        adopt_changes(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     """Results are equal bit for bit; a cosine schedule is refused."""
@@ -820,9 +842,8 @@ def test_a_finished_run_extended_is_the_longer_run(tmp_path, monkeypatch):
     config.update_from_flattened_dict({"epochs": 6, "schedule.name": "cosine"})
     files.write_json(folder / "config.json", config.to_dict())
     config.epochs = 8
-    adopt_changes(config, folder)
     with pytest.raises(ValueError, match="another configuration .epochs=6 there, 8 now"):
-        workdir.prepare(folder, config.to_dict())
+        adopt_changes(config, folder)
 
 
 @pytest.mark.slow

@@ -139,6 +139,76 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
         workdir.prepare(folder, config)
 
 
+def test_a_refusal_lists_what_differs(tmp_path):
+    """Another `data_dir` is no reason where other keys differ."""
+    config = {"data_dir": "there", "seed": 0, "steps": 1, "width": 1, "zoom": 1}
+    workdir.prepare(tmp_path, config)
+    (tmp_path / "metrics.jsonl").touch()
+    for change, listed in (
+        ({"data_dir": "here"}, "data_dir='there' there, 'here' now"),
+        ({"data_dir": "here", "seed": 1}, "seed=0 there, 1 now"),
+        # A key that the record lacks is named where no recorded one is the reason.
+        ({"data_dir": "here", "extra": 1}, "extra=None there, 1 now"),
+        ({"seed": 1, "extra": 1}, "seed=0 there, 1 now"),
+        ({"seed": 1, "steps": 2}, "seed=0 there, 1 now; steps=1 there, 2 now"),
+        (
+            {"data_dir": "here", "seed": 1, "steps": 2, "width": 2, "zoom": 2},
+            "seed=0 there, 1 now; steps=1 there, 2 now; width=1 there, 2 now; and 1 more",
+        ),
+    ):
+        with pytest.raises(workdir.OtherConfiguration, match=rf"configuration \({listed}\); "):
+            workdir.prepare(tmp_path, config | change)
+
+
+@pytest.mark.parametrize(
+    "recorded, name",
+    [
+        ({"kind": "train", "accumulate": 1}, "a training run"),
+        ({"kind": "position"}, "a position study"),
+        ({"kind": "combine"}, "a combination of runs"),
+        ({"command": "occlusion"}, "a run of the command 'occlusion'"),
+        (
+            {"kind": "dance"},
+            r"a run of another configuration \(kind='dance' there, .*\)",
+        ),
+    ],
+)
+def test_a_refusal_names_the_command_of_a_folder(recorded, name, tmp_path):
+    workdir.prepare(tmp_path, recorded)
+    (tmp_path / "results.json").touch()
+    message = f"^workdir='{tmp_path}' holds {name}; choose another --workdir$"
+    with pytest.raises(workdir.OtherConfiguration, match=message):
+        workdir.prepare(tmp_path, {"kind": "other", "command": "another", "size": 3})
+
+
+def test_a_file_is_no_work_directory(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("mine")
+
+    def begin():
+        with workdir.prepared(file, {}):
+            pytest.fail("the work began")
+
+    message = f"^workdir='{file}' is a file; expected a folder$"
+    for use in (begin, lambda: workdir.prepare(file, {}), lambda: workdir.create(file)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert file.read_text() == "mine"
+
+
+def test_a_run_in_the_folder_of_a_sweep_is_refused(tmp_path):
+    """Earlier versions let them share a folder; such a run continues."""
+    (tmp_path / "sweep.json").write_text('{"kind": "sweep", "rows": []}')
+    config = {"kind": "train"}
+    message = f"^workdir='{tmp_path}' holds a sweep; choose another --workdir$"
+    with pytest.raises(ValueError, match=message), workdir.prepared(tmp_path, config):
+        pytest.fail("the work began")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+    workdir.prepare(tmp_path, config)
+    with workdir.prepared(tmp_path, config):
+        pass
+
+
 def test_a_report_needs_results(tmp_path):
     with pytest.raises(
         ValueError,
@@ -190,7 +260,10 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
             workdir.run_once(pytest.fail, config, tmp_path, adopt=pytest.fail)
         assert list(tmp_path.iterdir()) == [file]
     # The user removed a damaged config.json, as `check_config` advises.
-    (tmp_path / "environment.json").write_text("{}")
+    file.unlink()
+    workdir.prepare(tmp_path, config.to_dict())
+    (tmp_path / "config.json").unlink()
+    file.write_text("{}")
     assert workdir.run_once(pytest.fail, config, tmp_path) == {}
 
 
@@ -200,6 +273,9 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
         ("results.json", "{}"),
         ("manifest.json", "{}"),
         ("weights.safetensors", ""),
+        ("report.md", "mine"),
+        ("environment.json", '{"mine": 1}'),
+        ("environment.json", "name: mine"),
         ("tensorboard/events.out.tfevents.1", ""),
         ("config.json", '{"model_type": "resnet"}'),
         ("config.json", "[]"),

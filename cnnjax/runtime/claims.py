@@ -219,13 +219,21 @@ def _renewed(path: pathlib.Path, own_claim: pathlib.Path) -> Iterator[None]:
         done.set()
 
 
+def unusable(folder: pathlib.Path, error: OSError) -> ValueError:
+    """Describes why a work directory cannot be created or written to."""
+    # Unlike `Path.is_file`, this never raises, whatever keeps the folder from being seen.
+    if os.path.isfile(folder):
+        return ValueError(f"workdir={str(folder)!r} is a file; expected a folder")
+    return ValueError(f"workdir={str(folder)!r} cannot be written to: {error.strerror}")
+
+
 @contextlib.contextmanager
 def claim(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other processes out of a work directory, which is created, while the context lasts.
 
     Raises:
         Claimed: if another process is using the directory.
-        ValueError: if the directory cannot be written to.
+        ValueError: if the directory is a file, or cannot be written to.
     """
     if not backend.writes():
         yield
@@ -245,9 +253,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         files.write(own_claim, json.dumps(holder))
     except OSError as error:
-        raise ValueError(
-            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
-        ) from error
+        raise unusable(folder, error) from error
     try:
         _acquire(path, own_claim)
         try:

@@ -37,6 +37,14 @@ _MANIFEST = "manifest.json"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
+# What messages call the runs of a kind.
+_KINDS = {
+    "combine": "a combination of runs",
+    "position": "a position study",
+    "train": "a training run",
+}
+# The number of differing keys that a refusal lists.
+_LISTED_KEYS = 3
 # Logs of the user, such as what `tee`, nohup or Slurm have written of the output; runs write none.
 _LOG_SUFFIXES = (".log", ".txt", ".out", ".err")
 # Files of finished runs that reports, figures and other commands are made from. config.json is not
@@ -53,7 +61,7 @@ _SEALED = frozenset(
     )
 )
 # Files whose names a run takes, besides its record.
-_RESULTS = sorted({*_SEALED, _MANIFEST} - {*_RECORD})
+_RESULTS = sorted({*_SEALED, _MANIFEST, "report.md"} - {*_RECORD})
 # What reports print of an environment.
 _REPORTED_KEYS = frozenset(
     ("backend", "cpus", "devices", "git_revision", "packages", "platform", "python", "xla_flags")
@@ -100,16 +108,49 @@ def _git_revision() -> str | None:
 # ------------------------------------------------------------------ one configuration
 
 
-def _difference(old, new, prefix: str = "") -> str | None:
-    """Describes the first key in which two nested configurations differ."""
+def _list_differences(old, new, introduced: bool, prefix: str = "") -> dict[str, str]:
+    """Describes, by key, where two nested configurations differ.
+
+    Args:
+        old: a configuration or a value in it.
+        new: what is compared with it.
+        introduced: whether keys count that only `new` has.
+        prefix: what the keys begin with.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        # A changed value says more than a key that was introduced since, which comes last.
-        for key in [*sorted(old), *sorted(new.keys() - old.keys())]:
-            difference = _difference(old.get(key), new.get(key), f"{prefix}{key}.")
-            if difference:
-                return difference
+        differences: dict[str, str] = {}
+        keys = sorted(old)
+        if introduced:
+            keys += sorted(new.keys() - old.keys())
+        for key in keys:
+            name = f"{prefix}{key}."
+            differences |= _list_differences(old.get(key), new.get(key), introduced, name)
+        return differences
+    key = prefix[:-1]
+    return {} if old == new else {key: f"{key}={old!r} there, {new!r} now"}
+
+
+def _describe_difference(recorded, current: dict) -> str | None:
+    """Says what of a recorded configuration differs from the current one; None if nothing does."""
+    # A changed value says more than keys that were introduced since, which may be many.
+    differences = _list_differences(recorded, current, introduced=False)
+    if not differences.keys() - {"data_dir"}:
+        differences = _list_differences(recorded, current, introduced=True)
+    if not differences:
         return None
-    return None if old == new else f"{prefix[:-1]}={old!r} there, {new!r} now"
+    if isinstance(recorded, dict):
+        kind = str(recorded.get("kind"))
+        if "kind" in differences and kind in _KINDS:
+            return _KINDS[kind]
+        if "command" in differences and "command" in recorded:
+            return f"a run of the command {recorded['command']!r}"
+    # Another `data_dir` is accepted if its images are the same, so it is the reason only by itself.
+    if len(differences) > 1:
+        differences.pop("data_dir", None)
+    texts = [*differences.values()]
+    if len(texts) > _LISTED_KEYS:
+        texts[_LISTED_KEYS:] = [f"and {len(texts) - _LISTED_KEYS} more"]
+    return f"a run of another configuration ({'; '.join(texts)})"
 
 
 def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> None:
@@ -142,10 +183,9 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
         for key in _MEASURED_KEYS:
             if key not in recorded or not computes:
                 recorded[key] = current.get(key)
-    if difference := _difference(recorded, current):
+    if difference := _describe_difference(recorded, current):
         raise OtherConfiguration(
-            f"workdir={str(folder)!r} holds a run of another configuration ({difference}); choose "
-            "another --workdir"
+            f"workdir={str(folder)!r} holds {difference}; choose another --workdir"
         )
 
 
@@ -198,9 +238,7 @@ def create(folder: pathlib.Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ValueError(
-            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
-        ) from error
+        raise claims.unusable(folder, error) from error
 
 
 def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:
@@ -227,9 +265,7 @@ def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> p
         if computes or not (folder / "config.json").exists():
             files.write_json(folder / "config.json", config)
     except OSError as error:
-        raise ValueError(
-            f"workdir={str(folder)!r} cannot be written to: {error.strerror}"
-        ) from error
+        raise claims.unusable(folder, error) from error
     if computes:
         files.write_json(folder / "environment.json", _environment(folder, config))
     return folder
@@ -364,12 +400,27 @@ def run_once(
 
 
 def _check_foreign(folder: pathlib.Path, config: dict) -> None:
-    """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own."""
+    """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own.
+
+    A sweep's folder is refused, too, unless it has the record of a run from earlier versions.
+    """
     if foreign := _find_foreign(folder, config):
         raise ValueError(
             f"workdir={str(folder)!r} holds {foreign} of something else; remove it or choose "
             "another --workdir"
         )
+    is_recorded = (folder / "config.json").exists() or (folder / "environment.json").exists()
+    if _holds_sweep(folder) and not is_recorded:
+        raise ValueError(f"workdir={str(folder)!r} holds a sweep; choose another --workdir")
+
+
+def _holds_sweep(folder: pathlib.Path) -> bool:
+    """Tells whether a folder has the table of a sweep, whose runs have folders in it."""
+    try:
+        table = files.read_json(folder / "sweep.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and table.get("kind") == "sweep"
 
 
 def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
@@ -378,13 +429,14 @@ def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
     A run records its configuration and environment before it writes results. The user may have
     removed a damaged record of the configuration.
     """
-    if (folder / "environment.json").exists():
+    # Others may have files of this name, but not with the keys of ours.
+    if read_environments(folder):
         return None
     if (folder / "config.json").exists():
         # `check_config` compares the record of a run that has started.
         is_own = has_started(folder) or _has_keys_of(folder / "config.json", config)
         return None if is_own else "config.json"
-    for name in _RESULTS:
+    for name in ("environment.json", *_RESULTS):
         if (folder / name).exists():
             return name
     # Training removes earlier events.

@@ -83,13 +83,16 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     - A run continues with `skip_damaged`, since a damaged image would have ended it before.
     - A run continues with other `workers`, which change no result.
 
-    All other differences stay in the record, and are refused later.
+    All other differences stay in the record, and are refused later; more epochs are refused here,
+    where the reason is known.
 
     Args:
       config: the configuration to run.
       folder: the work directory, which may not exist yet.
 
     Raises:
+      OtherConfiguration: if a run cannot have more epochs: one that is not finished, or has the
+        cosine schedule.
       ValueError: if `data_dir` holds other images, or if a finished run cannot be continued; its
         results stay as they are.
     """
@@ -98,6 +101,8 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
         return
     recorded = _take_data_dir(folder, recorded, config)
     adopted = recorded | {key: config[key] for key in _equivalent_keys(config)}
+    if _has_more_epochs(adopted, config) and workdir.has_started(folder):
+        _check_extension(folder, adopted["epochs"], config)
     if _is_longer(adopted, config) and _was_finished(folder):
         _add_epochs(folder, adopted, config)
     elif adopted != recorded and not _differences(adopted, config):
@@ -154,11 +159,31 @@ def _differences(recorded: dict, config: ml_collections.ConfigDict) -> set[str]:
     return {key for key in recorded.keys() | new.keys() if recorded.get(key) != new.get(key)}
 
 
+def _has_more_epochs(recorded: dict, config: ml_collections.ConfigDict) -> bool:
+    """Tells whether a run has more epochs, and differs in nothing else."""
+    return _differences(recorded, config) == {"epochs"} and recorded["epochs"] < config.epochs
+
+
 def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     """Tells whether a run only has more epochs, at the same learning rates so far."""
-    has_more = _differences(recorded, config) == {"epochs"} and recorded["epochs"] < config.epochs
     # Cosine's rates depend on the number of epochs.
-    return has_more and config.schedule.name != "cosine"
+    return _has_more_epochs(recorded, config) and config.schedule.name != "cosine"
+
+
+def _check_extension(folder: pathlib.Path, epochs: int, config: ml_collections.ConfigDict) -> None:
+    """Raises `OtherConfiguration` if a run cannot have more than its `epochs`."""
+    refusal = (
+        f"workdir={str(folder)!r} holds a run of another configuration (epochs={epochs} there, "
+        f"{config.epochs} now); "
+    )
+    if config.schedule.name == "cosine":
+        raise workdir.OtherConfiguration(
+            f"{refusal}a run with the cosine schedule cannot be extended; choose another --workdir"
+        )
+    if not _was_finished(folder):
+        raise workdir.OtherConfiguration(
+            f"{refusal}finish it with epochs={epochs} first, or choose another --workdir"
+        )
 
 
 def _was_finished(folder: pathlib.Path) -> bool:

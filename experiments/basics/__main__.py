@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     def work():
         backend.start()
         paths = {path.stem: path for path in photographs.list_photographs()}
-        folder = workdir.prepare(options.workdir, {"photograph": options.photograph})
         name = options.photograph
-        run(folder, name, paths[name], numbers.worked_example())
+        with workdir.prepared(options.workdir, {"photograph": name}) as folder:
+            run(folder, name, paths[name], numbers.worked_example())
         print(f"6 figures: see {folder / 'report.md'}")
 
     return command.run(work)

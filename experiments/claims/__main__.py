@@ -26,13 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
         from experiments.claims.ledger import check_claims
         from experiments.claims.sections import SECTIONS
 
-        workdir.create(folder)
-        findings = check_claims(claim for section in SECTIONS for claim in section.claims)
-        records = [dataclasses.asdict(finding) for finding in findings]
-        files.write_json(folder / "claims.json", records)
-        for name, draw in figures.FIGURES.items():
-            files.write_figure(folder / name, draw())
-        files.write(folder / "report.md", report.render(SECTIONS, findings))
+        record = {"command": "claims"}
+        # Earlier versions left no record beside their results.
+        if (folder / "claims.json").exists() and not (folder / "config.json").exists():
+            workdir.prepare(folder, record)
+        with workdir.prepared(folder, record):
+            findings = check_claims(claim for section in SECTIONS for claim in section.claims)
+            records = [dataclasses.asdict(finding) for finding in findings]
+            files.write_json(folder / "claims.json", records)
+            for name, draw in figures.FIGURES.items():
+                files.write_figure(folder / name, draw())
+            files.write(folder / "report.md", report.render(SECTIONS, findings))
         print(f"{report.summary(findings)}\n{len(findings)} claims: see {folder / 'report.md'}")
 
     return command.run(work)
