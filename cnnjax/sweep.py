@@ -411,12 +411,6 @@ def sweep(options: argparse.Namespace, config: ml_collections.ConfigDict) -> Non
                 f"{name}={getattr(options, name)} is for jobs, which --launcher=slurm or "
                 "--launcher=local starts"
             )
-    holds_run = workdir.read_record(options.workdir, "train") is not None
-    # Earlier versions let both share a folder, where the table tells that a sweep began.
-    if holds_run and not (options.workdir / "sweep.json").exists():
-        raise ValueError(
-            f"workdir={str(options.workdir)!r} holds a training run; choose another --workdir"
-        )
     runs = read_runs(options.config, config, options.workdir)
     _check_overrides(options, runs)
     backend.reach_devices()

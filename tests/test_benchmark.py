@@ -314,12 +314,17 @@ def test_an_option_that_a_benchmark_does_not_use_is_refused(arguments, message, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_as_a_work_directory_is_refused_first(tmp_path, monkeypatch, capsys):
+def test_a_file_or_the_folder_of_another_is_no_work_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "run_input", pytest.fail)
     (tmp_path / "file").touch()
     assert quick.exit_code(benchmark.main, ["input", "--workdir", str(tmp_path / "file")]) == 2
     message = f"error: workdir='{tmp_path / 'file'}' is a file; expected a folder\n"
     assert capsys.readouterr().err.endswith(message)
+    (tmp_path / "report.md").write_text("my own")
+    assert quick.exit_code(benchmark.main, ["input", "--workdir", str(tmp_path)]) == 2
+    message = f"error: workdir='{tmp_path}' holds report.md of something else; choose another "
+    assert capsys.readouterr().err.endswith(f"{message}--workdir\n")
+    assert (tmp_path / "report.md").read_text() == "my own"
 
 
 def test_the_study_measures_the_photographs_that_are_named(tmp_path, monkeypatch):

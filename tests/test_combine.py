@@ -904,7 +904,8 @@ def test_a_run_that_failed_is_told_from_an_unfinished_one(tmp_path):
         runs.check_runs(configs, "uniform")
     # A sweep records why a run failed.
     files.write_json(folders[1] / "failure.json", {"error": "the loss is not finite\nand more"})
-    message = rf"^{folders[1]} failed \(the loss is not finite\); leave it out of --runs$"
+    message = rf"^{folders[1]} failed \(the loss is not finite\): leave it out of --runs, or "
+    message += "run its own command again$"
     with pytest.raises(ValueError, match=message):
         runs.check_runs(configs, "uniform")
     # It has been run again since, by itself.

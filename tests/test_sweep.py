@@ -216,19 +216,6 @@ def test_a_sweep_with_a_started_run_of_another_configuration_is_refused(
     assert ran == [0, 1, 2, 3]
 
 
-def test_a_sweep_in_the_folder_of_a_training_run_is_refused(run_sweep, tmp_path, capfd):
-    """Earlier versions let them share a folder; such a sweep continues."""
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    files.write_json(folder / "config.json", {"kind": "train"})
-    assert run_sweep() == 2
-    message = f"error: workdir='{folder}' holds a training run; choose another --workdir"
-    assert capfd.readouterr().err.splitlines()[-1] == message
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
-    files.write_json(folder / "sweep.json", {"kind": "sweep", "rows": []})
-    assert run_sweep() == 0
-
-
 def test_runs_that_another_configuration_finishes_meanwhile_end_the_sweep(
     run_sweep, tmp_path, capfd
 ):

@@ -424,6 +424,10 @@ def _work(options, folder: pathlib.Path) -> None:
         photographs.find_photographs(options.photographs)
     backend.start()
     workdir.create(folder)
+    if (folder / "report.md").exists() and not (folder / "benchmark.json").exists():
+        raise ValueError(
+            f"workdir={str(folder)!r} holds report.md of something else; choose another --workdir"
+        )
     device = backend.describe()
 
     def save(text, results):

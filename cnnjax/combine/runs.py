@@ -132,11 +132,14 @@ def check_runs(configs: Configs, method: str) -> None:
         _check_alike(first, folder, configs, method)
     for folder in configs:
         if not (folder / "results.json").is_file():
-            # A sweep records why a run failed; its own command would fail again.
+            # A sweep records why a run failed.
             failure = folder / "failure.json"
             if failure.is_file():
                 reason, *_ = files.read_json(failure)["error"].splitlines() or ["no reason given"]
-                raise ValueError(f"{folder} failed ({reason}); leave it out of --runs")
+                raise ValueError(
+                    f"{folder} failed ({reason}): leave it out of --runs, or run its own command "
+                    "again"
+                )
             raise ValueError(
                 f"{folder} is not finished, for it has no results.json: run its own command "
                 "again, or leave it out of --runs"

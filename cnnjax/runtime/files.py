@@ -100,7 +100,10 @@ def open_arrays(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
         with path.open("rb") as file, np.load(file) as archive:
             yield archive
     except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]}") from error
+        raise ValueError(
+            f"{path} lacks an array ({error.args[0]}); remove it, and the same command computes it "
+            "again"
+        ) from error
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise ValueError(
             f"{path} is damaged: remove it, and the same command computes it again"

@@ -144,9 +144,9 @@ def _describe_difference(recorded, current: dict) -> str | None:
             return _KINDS[kind]
         if "command" in differences and "command" in recorded:
             return f"a run of the command {recorded['command']!r}"
-    # Another `data_dir` is accepted if its images are the same, so it is the reason only by itself.
-    if len(differences) > 1:
-        differences.pop("data_dir", None)
+    # Another `data_dir` is accepted if its images are the same, so it is seldom the reason.
+    if "data_dir" in differences:
+        differences["data_dir"] = differences.pop("data_dir")
     texts = [*differences.values()]
     if len(texts) > _LISTED_KEYS:
         texts[_LISTED_KEYS:] = [f"and {len(texts) - _LISTED_KEYS} more"]
@@ -400,27 +400,12 @@ def run_once(
 
 
 def _check_foreign(folder: pathlib.Path, config: dict) -> None:
-    """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own.
-
-    A sweep's folder is refused, too, unless it has the record of a run from earlier versions.
-    """
+    """Raises `ValueError` if a file that a run would overwrite or remove is not a run's own."""
     if foreign := _find_foreign(folder, config):
         raise ValueError(
             f"workdir={str(folder)!r} holds {foreign} of something else; remove it or choose "
             "another --workdir"
         )
-    is_recorded = (folder / "config.json").exists() or (folder / "environment.json").exists()
-    if _holds_sweep(folder) and not is_recorded:
-        raise ValueError(f"workdir={str(folder)!r} holds a sweep; choose another --workdir")
-
-
-def _holds_sweep(folder: pathlib.Path) -> bool:
-    """Tells whether a folder has the table of a sweep, whose runs have folders in it."""
-    try:
-        table = files.read_json(folder / "sweep.json")
-    except (OSError, ValueError):
-        return False
-    return isinstance(table, dict) and table.get("kind") == "sweep"
 
 
 def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
