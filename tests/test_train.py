@@ -1159,7 +1159,8 @@ def test_a_run_goes_on_with_other_workers(tmp_path):
     assert (folder / "config.json").read_bytes() == record
     # Nor do keys change whose run is refused for another one that a run may adopt.
     config.update(seed=0, epochs=config.epochs + 1)
-    adopt_changes(config, folder)
+    with pytest.raises(workdir.OtherConfiguration, match="finish it with epochs=10 first"):
+        adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == record
 
 
