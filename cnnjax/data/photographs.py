@@ -5,7 +5,6 @@ Images are uint8 [height, width, 3]; batches of crops are uint8 [batch, size, si
 
 import collections
 import contextlib
-import functools
 import logging
 import os
 import pathlib
@@ -18,8 +17,8 @@ import PIL.ImageOps
 
 from cnnjax.runtime import files
 from cnnjax.runtime.paths import package_folder
+from cnnjax.runtime.progress import log_once
 
-_LOG = logging.getLogger("cnnjax")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 # The suffixes of image files, in either case, for every reader of folders.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -170,14 +169,8 @@ def list_photographs(folder: str | os.PathLike = "") -> list[pathlib.Path]:
     """Lists photographs like `find_photographs`, and logs what is passed over."""
     paths, passed_over = find_photographs(folder)
     if passed_over:
-        _log_passed_over(str(folder), passed_over)
+        log_once(logging.INFO, f"{folder}: {passed_over}")
     return paths
-
-
-# Cached, since a command of many studies lists the same folder for each.
-@functools.cache
-def _log_passed_over(folder: str, passed_over: str) -> None:
-    _LOG.info("%s: %s", folder, passed_over)
 
 
 def check_channels(channels: int, subject: str) -> None:

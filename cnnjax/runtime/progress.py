@@ -1,6 +1,10 @@
-"""Progress of long work: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a log line now and then elsewhere.
+
+Also lines that are logged once.
+"""
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -30,3 +34,12 @@ def progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
             logging.getLogger("cnnjax").info("%d of %d %s, %.0f s", done, total, unit, now - start)
 
     yield update
+
+
+@functools.cache
+def log_once(level: int, text: str) -> None:
+    """Logs a line, unless this process has logged it before.
+
+    A command may open one run, or list one folder, several times.
+    """
+    logging.getLogger("cnnjax").log(level, text)

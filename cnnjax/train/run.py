@@ -1,7 +1,6 @@
 """The parts of a training run, and finished runs reopened from their folders."""
 
 import dataclasses
-import functools
 import logging
 import os
 import pathlib
@@ -20,10 +19,9 @@ from cnnjax.models.base import digest_network
 from cnnjax.runtime import files, workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved
+from cnnjax.runtime.progress import log_once
 from cnnjax.train import defaults, step
 from cnnjax.train.data import is_streamed, moments_of
-
-_LOG = logging.getLogger("cnnjax")
 
 # ------------------------------------------------------------------ a run's parts
 
@@ -60,13 +58,11 @@ def warn_if_edited(model: str, recorded: str | None) -> None:
       recorded: as `digest_network` returned it; None in records of earlier versions.
     """
     if recorded is not None and recorded != digest_network(model):
-        _log_edited(model.rpartition(":")[0], recorded)
-
-
-# Cached, since a command may open many runs of one network.
-@functools.cache
-def _log_edited(place: str, recorded: str) -> None:
-    _LOG.warning("%s has changed since the run was trained; its network may differ", place)
+        place = model.rpartition(":")[0]
+        log_once(
+            logging.WARNING,
+            f"{place} has changed since the run was trained; its network may differ",
+        )
 
 
 def build_recipe(config: ml_collections.ConfigDict, model: Network) -> step.Recipe:
@@ -252,14 +248,8 @@ def find_network(recorded: dict[str, Any], folder: pathlib.Path) -> dict[str, An
     moved = find_moved(pathlib.Path(place), near, elsewhere=pathlib.Path.cwd())
     if moved is None:
         return recorded
-    _log_moved(place, moved)
+    log_once(logging.WARNING, f"there is no {place} any more: the network is that of {moved}")
     return recorded | {"model": f"{moved}:{attribute}"}
-
-
-# Cached, since a command reads the record of a run more than once.
-@functools.cache
-def _log_moved(place: str, moved: pathlib.Path) -> None:
-    _LOG.warning("there is no %s any more: the network is that of %s", place, moved)
 
 
 def complete(recorded: dict[str, Any]) -> ml_collections.ConfigDict:
