@@ -1,7 +1,6 @@
 """The subject of a command: a network, its variables and stages, and photographs."""
 
 import argparse
-import contextlib
 import functools
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -142,20 +141,19 @@ def _with_every_layer(model, name):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _draw(model):
-    """Draws the variables of a network.
-
-    Only the policies `none` and `full` change shapes, and only in shallow networks. Deep ones have
-    no pixel left at their own image size under `none`.
-    """
-    key, image = jax.random.key(0), jnp.zeros((1, *model.input_shape))
-    if model.padding in ("none", "full"):
-        with contextlib.suppress(ValueError):
-            return model.init(key, image)
-    return model.clone(padding="zeros").init(key, image)
+    """Draws the variables of a network."""
+    image = jnp.zeros((1, *model.input_shape))
+    return model.init(jax.random.key(0), image)
 
 
 def _variables(model, options):
     if options.weights == "random":
-        return _draw(model)
+        # Deep networks have no pixel left under `none`. So all are drawn under `zeros`, except
+        # those whose shapes depend on the padding.
+        padded = model.clone(padding="zeros")
+        if model.padding in ("none", "full"):
+            if weights.variable_shapes(model) != weights.variable_shapes(padded):
+                return _draw(model)
+        return _draw(padded)
     file = weights.fetch(options.model) if options.weights == "imagenet" else options.weights
     return weights.load_torchvision(file, model, options.missing)
