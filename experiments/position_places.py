@@ -140,6 +140,11 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 # --- Report ---------------------------------------------------------------------------------------
 
 
+def is_inside(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Tells which places do not lie at the border of the canvas."""
+    return (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
+
+
 def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns masks [9, 9] of kinds of places, without the trained place.
 
@@ -148,7 +153,7 @@ def kinds_of_places(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     phase of the stride.
     """
     rows, columns = np.indices((PLACES, PLACES))
-    inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
+    inside = is_inside(rows, columns)
     steps_per_stride = _STRIDE // _STEP
     whole_rows = (rows - trained[0]) % steps_per_stride == 0
     whole_columns = (columns - trained[1]) % steps_per_stride == 0
@@ -170,7 +175,7 @@ def half_strides(trained: tuple[int, int]) -> dict[str, np.ndarray]:
     other axis, a whole number of strides.
     """
     rows, columns = np.indices((PLACES, PLACES))
-    inside = (np.minimum(rows, columns) > 0) & (np.maximum(rows, columns) < PLACES - 1)
+    inside = is_inside(rows, columns)
     steps_per_stride = _STRIDE // _STEP
     off_rows = (rows - trained[0]) % steps_per_stride != 0
     off_columns = (columns - trained[1]) % steps_per_stride != 0

@@ -430,6 +430,13 @@ def test_what_cannot_be_trained_on_is_neither_saved_nor_loaded(
         arrays.save(good, tmp_path / "own.np")
 
 
+def save_with_classes(data, classes, file):
+    """Writes a file with classes that `arrays.save` refuses."""
+    arrays.save(data, file)
+    with np.load(file) as members:
+        np.savez(file, **{**members, "classes": classes})
+
+
 @pytest.mark.parametrize(
     "classes, value",
     [
@@ -450,9 +457,7 @@ def test_classes_are_a_list_of_text_or_numbers(classes, value, tmp_path):
     with pytest.raises(ValueError, match=f"^{file}{message}"):
         arrays.save(dataclasses.replace(good, classes=classes), file)
     assert not file.exists()
-    arrays.save(good, file)
-    with np.load(file) as members:
-        np.savez(file, **{**members, "classes": classes})
+    save_with_classes(good, classes, file)
     with pytest.raises(ValueError, match=f"^dataset='{file}'{message}"):
         arrays.load(str(file))
 
@@ -469,9 +474,7 @@ def test_two_classes_of_one_name_are_not_saved(first, second, name, tmp_path):
     with pytest.raises(ValueError, match=f"^{file} has 2 classes named '{name}'; expected one$"):
         arrays.save(dataclasses.replace(good, classes=classes), file)
     assert not file.exists()
-    arrays.save(good, file)
-    with np.load(file) as members:
-        np.savez(file, **{**members, "classes": classes})
+    save_with_classes(good, classes, file)
     assert arrays.load(file).classes == classes
 
 

@@ -68,9 +68,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     every = config.checkpoint_every_steps
     total = len(training.rates)
     history = results.History(folder)
-    plateau = None
-    if config.schedule.name == "plateau":
-        plateau = Plateau.of(schedules.settings(config.schedule))
+    schedule = schedules.settings(config.schedule)
+    plateau = Plateau.of(schedule) if schedule["name"] == "plateau" else None
 
     with (
         _collect_signals() as received,
@@ -145,8 +144,7 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                 _log_epoch(training, history, seconds)
                 if plateau:
                     metrics = entry | {"validation_accuracy": 1 - entry["validation_error"]}
-                    metric = schedules.settings(config.schedule)["metric"]
-                    plateau.update(metrics[f"validation_{metric}"])
+                    plateau.update(metrics[f"validation_{schedule['metric']}"])
                 if history.best() is entry:
                     smallest_error = entry["validation_error"]
                 epoch_began = time.monotonic()
