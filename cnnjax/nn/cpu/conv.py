@@ -6,8 +6,10 @@ that JAX derives have other forms: a training step inside `lax.scan` ran on a na
 27 times slower. So this module states both gradients in the fast form.
 """
 
+import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 
 import jax
@@ -82,13 +84,13 @@ def with_gradients(
 # ------------------------------------------------------------------ forward
 
 
-def packed_outputs(x: AnyArray, kernel: AnyArray, window: Window) -> int:
+def packed_outputs(x: AnyArray, kernel_shape: tuple, window: Window) -> int:
     """Returns how many neighboring outputs of a row are packed as channels."""
-    many_channels = kernel.shape[2] > _FEW_IN and kernel.shape[3] > _FEW_OUT
+    many_channels = kernel_shape[2] > _FEW_IN and kernel_shape[3] > _FEW_OUT
     if many_channels or window.stride != (1, 1) or window.dilation != (1, 1):
         return 1
-    _, width = window.output_shape(x.shape, kernel.shape[:2])
-    best = 4 if kernel.shape[2] <= _FEW_IN and kernel.shape[3] < 64 else 2
+    _, width = window.output_shape(x.shape, kernel_shape[:2])
+    best = 4 if kernel_shape[2] <= _FEW_IN and kernel_shape[3] < 64 else 2
     return next(count for count in (best, 2, 1) if width % count == 0)
 
 
@@ -100,7 +102,7 @@ def _forward(x, kernel, window):
     stride computes two or four neighbors of a row as if they were channels: 1.1 to 1.3 times faster
     with 64 outputs, 5 times with 6.
     """
-    count = packed_outputs(x, kernel, window)
+    count = packed_outputs(x, kernel.shape, window)
     if count == 1:
         return _plain(x, kernel, window)
     shifted = [
@@ -325,17 +327,26 @@ def _sum_outer_products(left, right):
 
 
 def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
-    """Takes one matrix product of the patches (im2col), with positions last.
+    """Takes one matrix product of the patches (im2col), packed as in the forward pass.
 
     The plain form transposes the output's gradient, by far the larger side if the kernel sees few
-    values. Channel by channel, a tap's view is read and written in order.
+    values. Neighboring outputs of a row count as channels of one output: their patches overlap, so
+    one patch for all of them has fewer values, and the product has more columns. The filters of
+    the neighbors are cut out of the result and added. 1.2 to 3 times faster than one patch for
+    each output.
     """
-    batch, height, width, channels = x.shape
-    planes = x.transpose(3, 0, 1, 2).reshape(channels * batch, height, width, 1)
-    positions = math.prod(dy.shape[:3])
-    views = taps(planes, kernel_shape[:2], window)
-    patches = jnp.concatenate([view.reshape(channels, positions) for view in views])
-    return (patches @ dy.reshape(positions, kernel_shape[3])).reshape(kernel_shape)
+    height, width, channels, filters = kernel_shape
+    count = packed_outputs(x, kernel_shape, window)
+    patch = (height, width + count - 1)
+    strides = (window.stride[0], window.stride[1] * count)
+    views = taps(x, patch, dataclasses.replace(window, stride=strides))
+    patches = jnp.concatenate(list(views), axis=3)
+    positions = math.prod(patches.shape[:3])
+    rows = patches.reshape(positions, patches.shape[3])
+    product = _sum_outer_products(rows, dy.reshape(positions, count * filters))
+    product = product.reshape(*patch, channels, count, filters)
+    parts = [product[:, place : place + width, :, place] for place in range(count)]
+    return functools.reduce(operator.add, parts)
 
 
 def _kernel_gradient_by_convolution(x, kernel_shape, window, dy):
