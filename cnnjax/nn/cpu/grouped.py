@@ -33,10 +33,9 @@ def convolve_block_diagonal(
     """Convolves by block-diagonal grouping.
 
     The plain form is one convolution with `feature_group_count`, a naive loop nest (585 ms instead
-    of 7 ms for 32 groups). Here ungrouped convolutions of some 8 channels, or 32 with a stride, have
-    kernels that hold several groups on their diagonal. More channels waste more time on zeros.
-    Matrix products of fewer channels are slow, unless neighboring outputs are packed as channels,
-    which they are with a stride of 1.
+    of 7 ms for 32 groups). Here the kernels of ungrouped convolutions of some 8 channels, or 32 if
+    strided, hold several groups on their diagonal. More channels waste time on zeros. Fewer make
+    the matrix products slow, unless neighboring outputs are packed as channels (stride 1).
     """
     most = _BLOCK_CHANNELS if window.stride == (1, 1) else _BLOCK_CHANNELS_STRIDED
     depth = kernel.shape[2]
