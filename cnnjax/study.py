@@ -276,10 +276,8 @@ class Study:
         paths = _list_files(settings, self.files)
         for name, digest in settings.get("contents", {}).items():
             is_same = digest != _ABSENT and recorded_digests.get(name) == digest
-            # photographs="" stands for the packages' photographs in a fixed order. The same files
-            # in a folder are sorted by name and give other crops, so the two are not exchanged.
-            has_both_paths = bool(paths[name]) and bool(recorded_paths.get(name))
-            if is_same and has_both_paths:
+            recorded_path = recorded_paths.get(name, "")
+            if is_same and photographs.are_exchangeable(paths[name], recorded_path):
                 paths[name] = recorded_paths[name]
         options: dict[str, Any] = {}
         # Options that are axes are in the points, not in the settings.

@@ -31,6 +31,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cnnjax import study
+from cnnjax.data import photographs
 from cnnjax.nn import resize
 from cnnjax.position import patterns
 from cnnjax.position.encoder import FEATURE_SIZE
@@ -91,8 +92,7 @@ def load(options) -> Shared:
         )
     drawn = []
     for seed in range(options.seeds):
-        order = np.random.default_rng(seed).permutation(len(paths))
-        drawn.append(tuple(paths[number] for number in order[: options.images]))
+        drawn.append(tuple(photographs.shuffle(paths, options.images, seed)))
     subjects = load_subjects(options)
     padded = [padding for padding in options.paddings if padding != INSIDE]
     check_fills(subjects, padded)

@@ -127,9 +127,7 @@ def accuracy_map(
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains a network on digits of its seed's choice at one place, and tests it at all."""
     model = build(point)
-    generator = np.random.default_rng(point.seed)
-    chosen = generator.permutation(len(data.train.labels))[: options.train]
-    images, labels = data.train.take(chosen)
+    images, labels = data.train.draw(options.train, point.seed)
     train = arrays.Split(lay(reduce(images), *TRAINED[point.place]), labels)
     *_, variables = train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
     digits = reduce(data.test.images[: options.test])

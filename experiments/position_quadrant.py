@@ -284,8 +284,8 @@ def measure_quadrant(point: Quadrant, paths: list[pathlib.Path], images: int) ->
     variables = initialize(create_model("resnet18"), jax.random.key(point.seed))
     last = reachable_stages(model, _CANVAS + 2 * point.border)[-1]
     content = []
-    for number in np.random.default_rng(point.seed).permutation(len(paths))[:images]:
-        image = PIL.Image.fromarray(photographs.read_image(paths[number]))
+    for path in photographs.shuffle(paths, images, point.seed):
+        image = PIL.Image.fromarray(photographs.read_image(path))
         content.append(image.resize((_PHOTOGRAPH, _PHOTOGRAPH), PIL.Image.Resampling.BILINEAR))
     features = maxima(model, variables, canvases(np.stack(content), point.border), last)
     half = images // 2

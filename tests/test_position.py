@@ -840,6 +840,22 @@ def test_photographs_are_drawn_at_random_where_there_are_more_than_crops(tmp_pat
     assert [paths[gray] for gray in grays] == drawn[10]
 
 
+def test_photographs_are_shuffled_by_their_seed():
+    paths = [pathlib.Path(f"{number:02}.jpg") for number in range(30)]
+    # Studies of earlier versions drew so.
+    order = np.random.default_rng(2).permutation(30)
+    assert photographs.shuffle(paths, 7, 2) == [paths[number] for number in order[:7]]
+    assert sorted(photographs.shuffle(paths, 99, 2)) == paths
+    assert photographs.shuffle(paths, 99, 2) != paths
+
+
+@pytest.mark.parametrize(
+    "path, other, answer", [("a", "b", True), ("", "b", False), ("a", "", False)]
+)
+def test_the_packages_photographs_are_not_exchanged_for_a_folder(path, other, answer):
+    assert photographs.are_exchangeable(path, other) is answer
+
+
 def test_all_photographs_are_cropped_in_turn_where_there_are_no_more_than_crops(tmp_path):
     paths = save_grays(tmp_path / "three", 3)
     assert photographs.choose(paths, 3, 0) == photographs.choose(paths, 7, 1) == paths

@@ -9,6 +9,7 @@ import pytest
 import quick
 
 from cnnjax.data import augment
+from cnnjax.runtime import imagenet
 from experiments import position_places as study
 from experiments.position_places import PLACES, Point
 
@@ -70,7 +71,7 @@ def test_what_padding_and_sampling_make_equal(small, sampling, padding, equal):
     images = digits(40)
     canvases = study.lay(images, 4, 4)
     # Random weights would give all digits one class, so the mean logits are subtracted.
-    logits = jax.jit(model.apply)(variables, augment.normalize(canvases, *augment.IMAGENET))
+    logits = jax.jit(model.apply)(variables, augment.normalize(canvases, *imagenet.MOMENTS))
     head = variables["params"]["fc"]
     head["bias"] = head["bias"] - logits.mean(0)
     # With the answers at the center as labels, accuracy is agreement with the center.

@@ -21,6 +21,7 @@ from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import global_avg_pool
 from cnnjax.nn.conv import conv
 from cnnjax.position import canvas as canvases
+from cnnjax.runtime import imagenet
 from cnnjax.train.small import pooled_features
 from experiments import position_canvas, position_channels, position_shift, position_training
 
@@ -148,7 +149,7 @@ def test_features_are_the_pooled_last_stage():
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     model = position_channels.SmallResNet(9, input_shape=(32, 32, 3), widths=(4, 8))
     variables = _init(model)
-    x = augment.normalize(images, *augment.IMAGENET)
+    x = augment.normalize(images, *imagenet.MOMENTS)
     stages = jax.jit(lambda v: model.apply(v, x, method="stages", last="layer2"))(variables)
     variables["params"].pop("head")
     pooled = pooled_features(model, variables, images, batch_size=2)

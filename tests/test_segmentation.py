@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, sources
+from cnnjax.data import arrays, augment, sources, splits
 from cnnjax.models import Network, base, create_model, fcn
 from cnnjax.nn import Conv, Dense, global_avg_pool, max_pool
 from cnnjax.nn.parameters import eval_shape
@@ -94,7 +94,7 @@ def test_camvid_is_what_was_published(data_dir):
         assert (
             split.images.shape[1:] == (180, 240, 3) and split.labels.shape == split.images.shape[:3]
         )
-        assert np.unique(split.labels).tolist() == [*range(11), augment.IGNORED]
+        assert np.unique(split.labels).tolist() == [*range(11), splits.IGNORED]
     # Sky is above road in every scene.
     rows = np.arange(180)[:, None]
     for mask in camvid.test.labels:
@@ -150,8 +150,8 @@ def test_masks_move_with_their_images(fill):
             keys, jnp.asarray(masks), flip=True, crop=3, fill=fill, cutout=2, colour=0.1
         )
     )
-    assert (moved != masks).any() and (np.where(moved == augment.IGNORED, 0, moved) == images).all()
-    assert (moved == augment.IGNORED).any() == (fill == "zeros")
+    assert (moved != masks).any() and (np.where(moved == splits.IGNORED, 0, moved) == images).all()
+    assert (moved == splits.IGNORED).any() == (fill == "zeros")
 
 
 # ------------------------------------------------------------------ the network

@@ -605,7 +605,8 @@ def test_what_is_not_prepared_is_told_with_the_command(prepared, name, folder, s
 def imagenets_way(prepared, tmp_path):
     """Copies `prepared` with the names of ImageNet's splits, train and validation.
 
-    Returns (folder, dataset_info.json, function that adds a test split with given labels).
+    Returns (folder, dataset_info.json, function that adds a test split with given labels and
+    encoded images).
     """
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
@@ -615,14 +616,16 @@ def imagenets_way(prepared, tmp_path):
     info.write_text(info.read_text().replace('"name": "test"', '"name": "validation"'))
     (where / shard.format("test")).rename(where / shard.format("validation"))
 
-    def add_test(labels):
+    def add_test(labels, images=()):
         examples = array_record_module.ArrayRecordReader(str(where / shard.format("validation")))
         writer = array_record_module.ArrayRecordWriter(
             str(where / shard.format("test")), "group_size:1"
         )
-        for content, label in zip(examples.read_all(), labels, strict=True):
-            example = tf_example_pb2.Example.FromString(content)
+        for number, label in enumerate(labels):
+            example = tf_example_pb2.Example.FromString(examples.read([number])[0])
             example.features.feature["label"].int64_list.value[:] = [label]
+            if images:
+                example.features.feature["image"].bytes_list.value[:] = [images[number]]
             writer.write(example.SerializeToString())
         writer.close()
         examples.close()
@@ -703,6 +706,54 @@ def test_a_data_set_of_more_than_8_bits_is_refused(pixels, imagenets_way):
     message = f"^dataset='{DATASET}' has images of {pixels}; expected uint8$"
     with pytest.raises(ValueError, match=message):
         folders.open_splits(DATASET, str(copy))
+
+
+def test_several_labels_for_an_image_are_refused(imagenets_way):
+    copy, info, _ = imagenets_way
+    features = info.with_name("features.json")
+    content = json.loads(features.read_text())
+    names = content["featuresDict"]["features"]
+    sequence = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+    names["label"] = {
+        "pythonClassName": sequence,
+        "sequence": {"feature": names["label"], "length": "-1"},
+    }
+    features.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^dataset='{DATASET}' is not of labeled images: "):
+        folders.open_splits(DATASET, str(copy))
+
+
+def test_encoded_images_are_read_like_files(imagenets_way, tmp_path):
+    """tensorflow-datasets would return a palette's numbers as gray, and CMYK as RGBA."""
+    copy, _, add_test = imagenets_way
+    image = PIL.Image.fromarray(ramp(8, 8, number=200, x=20, y=20))
+    kinds = [("RGB", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG")]
+    paths = []
+    for mode, image_format in [*kinds, ("CMYK", "JPEG")]:
+        paths.append(tmp_path / mode)
+        image.convert(mode).save(paths[-1], image_format)
+    add_test([0, 1, 2, 0, 1, 2], [path.read_bytes() for path in paths])
+    source = folders.Tfds(make_tfds.NAME, str(copy), "test")
+    for number, path in enumerate(paths):
+        np.testing.assert_array_equal(source[number][0], photographs.read_image(path))
+
+
+def test_encoded_images_that_cannot_be_read_are_named(imagenets_way, tmp_path):
+    copy, _, add_test = imagenets_way
+    path = tmp_path / "deep.png"
+    PIL.Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(path)
+    add_test([0, 0], [path.read_bytes(), b"no image"])
+    source = folders.Tfds(make_tfds.NAME, str(copy), "test")
+    reasons = (
+        r"pixels of more than 8 bits \(Pillow's mode I;16\); expected 8",
+        "cannot identify image file; expected JPEG, PNG, WEBP, BMP",
+    )
+    for number, reason in enumerate(reasons):
+        name = f"record {number} of dataset='{DATASET}', split 'test'"
+        with pytest.raises(
+            photographs.Damaged, match=f"^{name} is not a readable image: {reason}$"
+        ):
+            source[number]
 
 
 # ------------------------------------------------------------------ which images, in which order

@@ -17,10 +17,10 @@ from test_train import MOMENTS, Tiny, some_data
 import configs.lenet_digits
 from cnnjax import study as frame
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays
 from cnnjax.models import base, create_model
 from cnnjax.nn import BatchNorm
-from cnnjax.runtime import files, workdir
+from cnnjax.runtime import files, imagenet, workdir
 from cnnjax.runtime.paths import sha256
 from cnnjax.train import check, defaults, loop, step
 from cnnjax.train.data import moments_of
@@ -578,7 +578,7 @@ def test_bad_settings_are_named(settings, message):
 
 def test_imagenets_moments_are_for_colors():
     config = changed_config(pixels="imagenet")
-    assert np.allclose(moments_of(config, *np.full((2, 3), 0.5)), augment.IMAGENET)
+    assert np.allclose(moments_of(config, *np.full((2, 3), 0.5)), imagenet.MOMENTS)
     message = "pixels='imagenet' is for three channels; the images of dataset='digits' have 1"
     with pytest.raises(ValueError, match=message):
         moments_of(config, np.ones(1), np.ones(1))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from cnnjax.data.splits import IGNORED
-from cnnjax.runtime import imagenet
 from cnnjax.runtime.types import AnyArray
 
 # The principal components of ImageNet's RGB values between 0 and 1 (Krizhevsky et al. 2012, section
@@ -17,9 +16,8 @@ _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 FILLS = {"zeros": "constant", "reflect": "reflect"}
-_VIEWS = (1, 2, 10)
-# Mean and standard deviation of ImageNet's training set, RGB in [0, 1], for torchvision's weights.
-IMAGENET = imagenet.MOMENTS
+# The numbers of views that `views` cuts.
+VIEWS = (1, 2, 10)
 
 
 def normalize(
@@ -162,8 +160,8 @@ def views(
       ValueError: for another count, or for views larger than the images.
     """
     height, width = size
-    if count not in _VIEWS:
-        raise ValueError(f"count={count!r} is not one of {', '.join(map(str, _VIEWS))}")
+    if count not in VIEWS:
+        raise ValueError(f"count={count!r} is not one of {', '.join(map(str, VIEWS))}")
     if height > images.shape[1] or width > images.shape[2]:
         raise ValueError(
             f"views of {height}x{width} are larger than the images, "

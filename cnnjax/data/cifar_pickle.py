@@ -11,6 +11,7 @@ import numpy as np
 
 from cnnjax.data.published import from_planes
 from cnnjax.data.splits import Split
+from cnnjax.runtime.errors import one_line
 
 
 class _Inert:
@@ -106,7 +107,7 @@ def read_cifar_pickle(data: bytes, name: str, count: int, key: bytes = b"labels"
             raise ValueError(f"its labels are not a list of {count} whole numbers from 0 to 255")
     except Exception as error:
         # A damaged pickle can raise any exception.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(
             f"{name} is not a CIFAR batch in the Python layout: {type(error).__name__}: {reason}"
         ) from error

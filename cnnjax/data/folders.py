@@ -4,6 +4,7 @@ A source gives an image and its label by number; its splits are found by their n
 """
 
 import collections
+import io
 import logging
 import os
 import pathlib
@@ -15,6 +16,7 @@ import PIL.Image
 from cnnjax.data import splits
 from cnnjax.data.photographs import SUFFIXES, Damaged, describe_passed_over, list_folder, open_rgb
 from cnnjax.runtime import files
+from cnnjax.runtime.errors import one_line
 
 _LOG = logging.getLogger("cnnjax")
 # Names of the validation split. ImageNet's labeled test split has such a name, too.
@@ -56,9 +58,13 @@ class Folder:
                 reason = f"no class folders, and images outside one ({len(top.images):,})"
             raise ValueError(f"{root} has {reason}; {expected}")
         self.place = str(root)
-        places = {name: place for place, name in enumerate(order)}
-        place_of = lambda folder: places.get(splits.class_name(folder.name), len(places))
-        folders = sorted(top.folders, key=place_of)
+        ranks = {name: rank for rank, name in enumerate(order)}
+
+        def rank_of(folder: pathlib.Path) -> int:
+            return ranks.get(splits.class_name(folder.name), len(ranks))
+
+        # Classes of `order` come first; `sorted` keeps the others by name.
+        folders = sorted(top.folders, key=rank_of)
         self.classes = tuple(splits.class_name(folder.name) for folder in folders)
         _check_names(folders)
         self.files: list[tuple[pathlib.Path, int]] = []
@@ -137,12 +143,14 @@ class Tfds:
         import tensorflow_datasets as tfds
 
         self.place = f"dataset='tfds:{name}', split {split!r}"
-        self._name = name
-        self._data_dir = data_dir or None
         self._split = split
         try:
-            builder = tfds.builder(name, data_dir=self._data_dir)
-            self._records = builder.as_data_source(split=split)
+            builder = tfds.builder(name, data_dir=data_dir or None)
+            keys = builder.info.supervised_keys
+            # Images stay encoded: tensorflow-datasets would return the numbers of a palette's
+            # colors as gray, and CMYK as RGBA.
+            decoders = {keys[0]: tfds.decode.SkipDecoding()} if keys else None
+            self._records = builder.as_data_source(split=split, decoders=decoders)
         except Exception as error:
             # It raises many kinds of errors, one of them if TensorFlow is not installed.
             reason = str(error).strip().partition("\n")[0][:200]
@@ -152,10 +160,9 @@ class Tfds:
                 f"be read ({type(error).__name__}: {reason}); prepare it, where TensorFlow is "
                 f"installed, with: tfds build {name} --file_format=array_record{where}"
             ) from error
-        keys = builder.info.supervised_keys
         features = builder.info.features
         is_image = keys and isinstance(features[keys[0]], tfds.features.Image)
-        if not is_image or not hasattr(features[keys[1]], "names"):
+        if not is_image or not isinstance(features[keys[1]], tfds.features.ClassLabel):
             raise ValueError(
                 f"dataset='tfds:{name}' is not of labeled images: its supervised keys are {keys}"
             )
@@ -171,30 +178,22 @@ class Tfds:
     def __len__(self):
         return len(self._records)
 
-    def _read_record(self, records, index: int):
+    def _read_record(self, index: int) -> tuple[bytes, int]:
+        """Reads an encoded image and its label, which may be of no class."""
         try:
-            return records[index]
+            record = self._records[index]
         except Exception as error:
-            # It comes from array_record, from the example's decoder, or from the image's.
-            reason = " ".join(str(error).split())[:200]
-            raise Damaged(f"record {index} of {self.place} cannot be decoded: {reason}") from error
+            # It comes from array_record, or from the example's decoder.
+            raise Damaged(
+                f"record {index} of {self.place} cannot be decoded: {one_line(error)}"
+            ) from error
+        return record[self._image], int(record[self._label])
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        record = self._read_record(self._records, index)
-        pixels = record[self._image]
-        label = int(record[self._label])
-        splits.check_labels(np.array([label]), len(self.classes), f"record {index} of {self.place}")
-        if pixels.shape[-1] == 1:
-            pixels = pixels[..., 0]
-        return PIL.Image.fromarray(pixels).convert("RGB"), label
-
-    def _open_undecoded(self):
-        """Opens the records with their images as encoded bytes, which saves decoding them."""
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder(self._name, data_dir=self._data_dir)
-        decoders = {self._image: tfds.decode.SkipDecoding()}
-        return builder.as_data_source(split=self._split, decoders=decoders)
+        name = f"record {index} of {self.place}"
+        encoded, label = self._read_record(index)
+        splits.check_labels(np.array([label]), len(self.classes), name)
+        return open_rgb(io.BytesIO(encoded), name), label
 
     def labels(self) -> np.ndarray:
         """Reads the labels of all images, int32 [n].
@@ -204,9 +203,7 @@ class Tfds:
         Raises:
           ValueError: for a label that belongs to no class.
         """
-        records = self._open_undecoded()
-        numbers = range(len(self))
-        labels = [int(self._read_record(records, index)[self._label]) for index in numbers]
+        labels = [self._read_record(index)[1] for index in range(len(self))]
         splits.check_labels(np.array(labels), len(self.classes), self.place)
         return np.array(labels, np.int32)
 
@@ -215,11 +212,11 @@ class Tfds:
         if not len(self):
             return False
         try:
-            record = self._read_record(self._open_undecoded(), 0)
+            _, label = self._read_record(0)
         except Damaged:
             # Whatever reads the image later reports it, or passes it over.
             return True
-        return int(record[self._label]) >= 0
+        return label >= 0
 
     def digest(self) -> str:
         """Describes the records by the data set's configuration and version, and the split."""

@@ -9,13 +9,14 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
 from cnnjax.runtime import files
+from cnnjax.runtime.errors import one_line
 from cnnjax.runtime.paths import package_folder
 from cnnjax.runtime.progress import log_once
 
@@ -192,18 +193,23 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
-    """Opens an image file: JPEG, PNG, WebP or BMP, whatever its suffix.
+def opened(file: pathlib.Path | BinaryIO, name: str = "") -> Iterator[PIL.Image.Image]:
+    """Opens an image: JPEG, PNG, WebP or BMP, whatever its suffix.
 
     Pillow would hand other formats to outside programs (EPS to Ghostscript).
+
+    Args:
+      file: the image's path, or a stream of its bytes.
+      name: how errors begin; empty for the path.
 
     Raises:
       Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`, or if
         the caller raises an error while it is open.
       ValueError: if the file cannot be read.
     """
+    name = name or str(file)
     try:
-        with PIL.Image.open(path, formats=_FORMATS) as image:
+        with PIL.Image.open(file, formats=_FORMATS) as image:
             # Up to twice the limit, Pillow only warns of a decompression bomb.
             pixels = image.width * image.height
             limit = PIL.Image.MAX_IMAGE_PIXELS
@@ -212,14 +218,17 @@ def opened(path: pathlib.Path) -> Iterator[PIL.Image.Image]:
             yield image
     except Exception as error:
         # Any exception, because a damaged image raises nearly anything.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
+        if isinstance(error, PIL.UnidentifiedImageError):
+            # Pillow's own message would name a stream by its place in memory.
+            reason = f"cannot identify image file; expected {', '.join(_FORMATS)}"
         if isinstance(error, PIL.Image.DecompressionBombError):
             reason = f"at most {PIL.Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
         is_of_the_system = isinstance(error, OSError) and error.errno is not None
         if is_of_the_system or isinstance(error, MemoryError):
-            raise ValueError(f"{path} cannot be read: {reason or 'out of memory'}") from error
+            raise ValueError(f"{name} cannot be read: {reason or 'out of memory'}") from error
         raise Damaged(
-            f"{path} is not a readable image: {reason or type(error).__name__}"
+            f"{name} is not a readable image: {reason or type(error).__name__}"
         ) from error
 
 
@@ -251,16 +260,20 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def open_rgb(path: pathlib.Path) -> PIL.Image.Image:
-    """Decodes an image file to RGB.
+def open_rgb(file: pathlib.Path | BinaryIO, name: str = "") -> PIL.Image.Image:
+    """Decodes an image to RGB.
 
     As in torchvision, transparency is dropped and an orientation in the metadata is not applied.
+
+    Args:
+      file: as in `opened`.
+      name: as in `opened`.
 
     Raises:
       Damaged: if it cannot be decoded whole, or is gray of more than 8 bits.
       ValueError: if the file cannot be read.
     """
-    with opened(path) as image:
+    with opened(file, name) as image:
         image.load()
         # Pillow drops the transparency of a palette with a warning.
         image.info.pop("transparency", None)
@@ -299,7 +312,10 @@ def split(
     last = 0
     for i in range(len(ends)):
         # At least one photograph for this part, and for each part after it.
-        ends[i] = min(max(ends[i], last + 1), len(paths) - len(ends) + i + 1)
+        earliest = last + 1
+        parts_after = len(ends) - i - 1
+        latest = len(paths) - parts_after
+        ends[i] = np.clip(ends[i], earliest, latest)
         last = ends[i]
     parts = []
     for part in np.split(order, ends[:-1]):
@@ -327,6 +343,12 @@ def choose(paths: Sequence, count: int, seed: int) -> list:
     return [paths[number] for number in order[:count]]
 
 
+def shuffle(paths: Sequence, count: int, seed: int) -> list:
+    """Returns at most `count` photographs in a seed's random order, even if it takes all."""
+    order = np.random.default_rng(seed).permutation(len(paths))
+    return [paths[number] for number in order[:count]]
+
+
 def draws(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
     """Tells whether `choose` draws from a part that has more photographs than are needed."""
     return any(count < len(part) for part, count in zip(parts, counts, strict=True))
@@ -343,6 +365,13 @@ def digest(folder: str | os.PathLike = "") -> str:
         name = str(path.relative_to(folder)) if folder else path.name
         sizes[name] = path.stat().st_size
     return f"{len(paths)} file(s), digest {files.digest(sizes)}"
+
+
+def are_exchangeable(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Tells whether two paths to the same files give the same results."""
+    # photographs="" stands for the packages' photographs in a fixed order. The same files in a
+    # folder are sorted by name and give other crops, so the two are not exchanged.
+    return bool(path) and bool(other)
 
 
 def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:

@@ -14,6 +14,7 @@ import pooch
 import requests
 
 from cnnjax.data.splits import Split
+from cnnjax.runtime.errors import one_line
 
 # ------------------------------------------------------------------ files: found or downloaded
 
@@ -33,7 +34,7 @@ def _first_cause(error: BaseException) -> str:
     """
     while error.__context__:
         error = error.__context__
-    return " ".join(str(error).split())[:300]
+    return one_line(error)
 
 
 def download(file: File, folder: pathlib.Path) -> pathlib.Path:

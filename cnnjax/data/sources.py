@@ -19,6 +19,7 @@ from cnnjax.data.cifar_pickle import read_cifar_pickle
 from cnnjax.data.photographs import list_folder, opened, read_image
 from cnnjax.data.published import File, read_cifar_binary
 from cnnjax.data.splits import IGNORED, Split
+from cnnjax.runtime.errors import one_line
 from cnnjax.runtime.paths import package_folder
 
 _DIGITS = tuple("0123456789")
@@ -309,7 +310,7 @@ class Npz:
             # A damaged file can raise any exception; only those of the system have a number.
             if isinstance(error, OSError) and error.errno is not None:
                 raise ValueError(f"{subject} cannot be read: {error.strerror}") from error
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             message = f"{subject} is not a file that cnnjax.data.arrays.save wrote"
             # NumPy takes other files for pickles, and advises to unpickle them.
             if "allow_pickle" not in reason:

@@ -32,6 +32,10 @@ class Split(NamedTuple):
         """Returns some images and their labels, by a slice, a mask, or their numbers."""
         return Split(self.images[numbers], self.labels[numbers])
 
+    def draw(self, count: int, seed: int) -> "Split":
+        """Returns at most `count` images and their labels in a seed's random order."""
+        return self.take(np.random.default_rng(seed).permutation(len(self.labels))[:count])
+
 
 def class_name(name: str | int) -> str:
     """Returns a class's name in one Unicode form, by which it is compared.

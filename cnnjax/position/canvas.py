@@ -6,7 +6,8 @@ Source: Islam et al. 2021 (arXiv 2101.12322).
 import numpy as np
 from jaxtyping import Integer, UInt8
 
-from cnnjax.data import arrays, augment
+from cnnjax.data import arrays
+from cnnjax.runtime import imagenet
 
 GRID = 3  # cells along a side
 SIDE = 32  # pixels of an image's side
@@ -16,7 +17,7 @@ TASKS = {"location": GRID**2, "object": 10}
 CANVASES = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
-    "mean": tuple(round(255 * value) for value in augment.IMAGENET[0]),
+    "mean": tuple(round(255 * value) for value in imagenet.MOMENTS[0]),
 }
 
 

@@ -18,7 +18,7 @@ from cnnjax.inspect import check_stages, located, receptive_fields, stage_names
 from cnnjax.models import Network, create_model
 from cnnjax.nn import linear_interpolation, resize
 from cnnjax.nn.parameters import ParameterShapeError, eval_shape
-from cnnjax.runtime import files
+from cnnjax.runtime import files, imagenet
 from cnnjax.runtime.paths import expand_user
 from cnnjax.runtime.types import AnyArray
 from cnnjax.weights import variable_shapes
@@ -28,7 +28,7 @@ _BATCH = 8
 # Where stages are sampled: with aligned corners, as the authors do, or all at the same pixels.
 GRIDS = ("corners", "registered")
 # The mean and standard deviation by which `normalize` standardizes pixels from 0 to 1.
-_MOMENTS = {"imagenet": augment.IMAGENET, "unit": (np.zeros(3, np.float32), np.ones(3, np.float32))}
+_MOMENTS = {"imagenet": imagenet.MOMENTS, "unit": (np.zeros(3, np.float32), np.ones(3, np.float32))}
 PIXELS = tuple(_MOMENTS)
 
 

@@ -93,10 +93,7 @@ def _check_inputs(
                     f"({before[key]} there, {now} now); choose another --workdir"
                 )
             is_same = before.get(key) == now
-            # photographs="" stands for the packages' photographs in a fixed order. The same files
-            # in a folder are sorted by name and give other crops, so the two are not exchanged.
-            has_both_paths = bool(recorded.get(key)) and bool(config[key])
-            if is_same and has_both_paths:
+            if is_same and photographs.are_exchangeable(recorded.get(key, ""), config[key]):
                 moved[key] = config[key]
         _warn_of_edits(config, before.get("networks", {}))
         return moved

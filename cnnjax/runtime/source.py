@@ -11,6 +11,7 @@ import traceback
 import types
 from collections.abc import Iterator
 
+from cnnjax.runtime.errors import one_line
 from cnnjax.runtime.paths import expand_user
 
 # The user's file whose code is running. `register` records it with a network, so that the network
@@ -87,8 +88,7 @@ def running(path: str | pathlib.Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Describes an error in one line; the messages of libraries may have many."""
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _place_of(error: Exception) -> str:

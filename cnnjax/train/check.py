@@ -34,7 +34,7 @@ _CHOICES = {
     "loss": step.LOSSES,
     "optimizer": tuple(OPTIMIZERS),
     "dtype": ("float32", "bfloat16"),
-    "test_views": (1, 2, 10),
+    "test_views": augment.VIEWS,
     "parallel": WAYS,
     "final_weights": ("best", "last"),
     "pixels": ("standardised", "imagenet", "centred"),

@@ -13,8 +13,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from cnnjax.data import arrays, augment, crops, folders, photographs, stream
-from cnnjax.runtime import files
+from cnnjax.data import arrays, crops, folders, photographs, stream
+from cnnjax.runtime import files, imagenet
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
@@ -156,7 +156,7 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
                 f"pixels='imagenet' is for three channels; the images of "
                 f"dataset={config.dataset!r} have {len(mean)}"
             )
-        mean, std = augment.IMAGENET
+        mean, std = imagenet.MOMENTS
     if config.pixels == "centred":
         std = np.full(len(std), 1 / 255)
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -263,7 +263,7 @@ class Streamed:
         self.n_validation = len(self._sources.get("validation", ()))
         uses = [use for use in ("train", "validation") if use in self._sources]
         self.digest = files.digest({use: self._sources[use].digest() for use in uses})
-        self.moments = moments_of(config, *augment.IMAGENET)
+        self.moments = moments_of(config, *imagenet.MOMENTS)
         self._batches: Iterator | None = None
         self.damaged = 0 if config.skip_damaged else None
         self._reported: set[int] = set()

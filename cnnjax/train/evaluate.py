@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Shaped, UInt8
 
 from cnnjax.data import splits
-from cnnjax.data.augment import IGNORED, normalize, views
+from cnnjax.data.augment import normalize, views
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray
@@ -150,7 +150,7 @@ def confusion(
     Pixels of masks whose label is 255 are left out.
     """
     if labels.ndim > 1:
-        counted = labels != IGNORED
+        counted = labels != splits.IGNORED
         labels = labels[counted]
         predicted = predicted[counted]
     pairs = labels.astype(np.int64) * classes + predicted

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from cnnjax.data.augment import IGNORED
+from cnnjax.data.splits import IGNORED
 from cnnjax.runtime import files, report, tables
 from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from cnnjax import transfer, weights
-from cnnjax.data import augment
+from cnnjax.data.splits import IGNORED
 from cnnjax.runtime import backend, files
 from cnnjax.train import evaluate, report, step
 from cnnjax.train.adopt import EXTENDED
@@ -167,7 +167,7 @@ def write_predictions(folder: pathlib.Path, training: Training, tested: Scored) 
         arrays["outputs"] = outputs
     elif training.config.loss == "pixelwise":
         predicted = outputs.argmax(-1).astype(np.uint8)
-        wrong_share = ((predicted != labels) & (labels != augment.IGNORED)).mean((1, 2))
+        wrong_share = ((predicted != labels) & (labels != IGNORED)).mean((1, 2))
         arrays |= {"predicted": predicted, "shown": np.argsort(-wrong_share)[:_SCENES]}
     else:
         predicted = outputs.argmax(-1)

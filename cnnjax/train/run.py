@@ -13,10 +13,10 @@ import PIL.Image
 import PIL.ImageOps
 
 from cnnjax import transfer, weights
-from cnnjax.data import arrays, augment, crops, photographs
+from cnnjax.data import arrays, crops, photographs
 from cnnjax.models import Network, create_model
 from cnnjax.models.base import digest_network
-from cnnjax.runtime import files, workdir
+from cnnjax.runtime import files, imagenet, workdir
 from cnnjax.runtime.configuration import to_tuples
 from cnnjax.runtime.paths import expand_user, find_moved
 from cnnjax.runtime.progress import log_once
@@ -282,7 +282,7 @@ def _image_settings(
         }
     if is_streamed(config):
         shape = (config.image_size, config.image_size, 3)
-        mean, std = moments_of(config, *augment.IMAGENET)
+        mean, std = moments_of(config, *imagenet.MOMENTS)
         return {"image_shape": shape, "mean": mean, "std": std}
     try:
         images = arrays.load(config.dataset, config.data_dir, config.n_validation).train.images

@@ -11,6 +11,7 @@ from cnnjax.data import arrays, augment
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.nn import global_avg_pool
+from cnnjax.runtime import imagenet
 from cnnjax.train import evaluate, step
 from cnnjax.train.parallel import Parallel
 
@@ -40,7 +41,7 @@ def train_epochs(
     steps = len(data.labels) // batch_size
     take_steps = step.resident_steps(Parallel("jit"), recipe, batch_size)
     rates = np.linspace(_RATE, 0, epochs * steps, dtype=np.float32)
-    constants = step.Constants(moments=augment.IMAGENET, rates=rates)
+    constants = step.Constants(moments=imagenet.MOMENTS, rates=rates)
     state = step.init(recipe, data.images.shape[1:], numbers)
     resident = jax.device_put(tuple(data))
     for epoch in range(epochs + 1):
@@ -54,7 +55,7 @@ def train_epochs(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _classes(model, variables, images, key):
-    x = augment.normalize(images, *augment.IMAGENET)
+    x = augment.normalize(images, *imagenet.MOMENTS)
     return model.apply(variables, x, rngs={"padding": key, "dropout": key}).argmax(1)
 
 
@@ -72,7 +73,7 @@ def classify(model: Network, variables: dict, images: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("model", "stage"))
 def _pooled(model, variables, images, stage):
-    x = augment.normalize(images, *augment.IMAGENET)
+    x = augment.normalize(images, *imagenet.MOMENTS)
     return global_avg_pool(apply(model, variables, x, method="stages", last=stage)[stage])
 
 

@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Integer
 
 from cnnjax import transfer
-from cnnjax.data.augment import IGNORED, augment, augment_masks, normalize
+from cnnjax.data.augment import augment, augment_masks, normalize
+from cnnjax.data.splits import IGNORED
 from cnnjax.models import Network
 from cnnjax.runtime.types import AnyArray, Leaf
 from cnnjax.train.optimizers import optimizer

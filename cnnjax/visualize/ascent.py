@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from cnnjax.data import augment
 from cnnjax.models import Network
 from cnnjax.nn import relu_rule
+from cnnjax.runtime import imagenet
 from cnnjax.visualize.fields import frame
 from cnnjax.visualize.stages import (
     Moments,
@@ -56,7 +56,7 @@ def maximize(
     jitter: int | None = None,
     total_variation: float = 0.02,
     seed: int = 0,
-    moments: Moments = augment.IMAGENET,
+    moments: Moments = imagenet.MOMENTS,
 ) -> tuple[Float[np.ndarray, "units height width 3"], Float[np.ndarray, "2 units"]]:
     """Finds images that excite a unit of each channel by gradient ascent.
 

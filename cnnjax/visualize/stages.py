@@ -14,6 +14,7 @@ from cnnjax.data import augment
 from cnnjax.inspect.trace import apply
 from cnnjax.models import Network
 from cnnjax.nn.parameters import eval_shape
+from cnnjax.runtime import imagenet
 from cnnjax.runtime.types import AnyArray
 
 # Mean and standard deviation of each color, in units of 0 to 1.
@@ -152,7 +153,7 @@ def peaks(
 def network_input(
     model: Network,
     images: Shaped[AnyArray, "batch height width 3"],
-    moments: Moments = augment.IMAGENET,
+    moments: Moments = imagenet.MOMENTS,
 ) -> Float[AnyArray, "batch height width channels"]:
     """Normalizes RGB from 0 to 255 for a network.
 

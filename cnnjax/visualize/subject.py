@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cnnjax import weights
-from cnnjax.data import augment, photographs
+from cnnjax.data import photographs
 from cnnjax.models import create_model
-from cnnjax.runtime import command
+from cnnjax.runtime import command, imagenet
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
 from cnnjax.train.run import TrainedRun, open_run
@@ -37,7 +37,7 @@ class Subject:
         if options.run is None:
             self.name = options.model
             self.model = _registered(options)
-            self.moments = augment.IMAGENET
+            self.moments = imagenet.MOMENTS
             self.classes = _class_names(self.model, options.weights)
             # A softmax of one logit would be 1.
             self.multi_label = self.model.num_classes == 1

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 
+from cnnjax.runtime.errors import one_line
 from cnnjax.runtime.files import naming, replacing
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import pth, records
@@ -124,7 +125,7 @@ def read(
                 )
         names = _torchvision_names(list(tensors), known)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         kind = "readable .pth file" if is_pth else "readable safetensors or .pth file"
         raise ValueError(f"{argument}={str(path)!r} is not a {kind} ({reason})") from error
     return StateDict({name: tensors[own] for name, own in names.items()}, names)
