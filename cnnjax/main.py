@@ -19,6 +19,8 @@ import ml_collections
 from cnnjax.runtime import backend, command, configuration, files, workdir
 
 _LOG = logging.getLogger("cnnjax")
+# Keys that do not name the default work directory, since a run may continue with other values.
+_UNNAMED_KEYS = {"skip_damaged", "workers"}
 
 
 # ------------------------------------------------------------------ what is run
@@ -173,16 +175,24 @@ def _default_workdir(
     folder = pathlib.Path("runs", pathlib.Path(options.config).stem)
     if not options.overrides:
         return folder
-    keys = config.to_dict()
-    # The hash leaves out the folder of a user's network, so that a moved project finds its runs.
-    # Earlier versions hashed it too; their work directories are found first.
-    with_folder = folder.with_name(f"{folder.name}-{files.digest(keys)}")
-    if with_folder.is_dir():
-        return with_folder
-    model = str(keys.get("model"))
+
+    def named_after(keys):
+        return folder.with_name(f"{folder.name}-{files.digest(keys)}")
+
+    with_path = config.to_dict()
+    # Without the folder of a user's network, so that a moved project finds its runs.
+    with_workers = dict(with_path)
+    model = str(with_path.get("model"))
     if os.path.isabs(model):
-        keys["model"] = os.path.basename(model)
-    return folder.with_name(f"{folder.name}-{files.digest(keys)}")
+        with_workers["model"] = os.path.basename(model)
+    # Earlier versions hashed more keys; their work directories are found first.
+    for earlier in (named_after(with_path), named_after(with_workers)):
+        if earlier.is_dir():
+            return earlier
+    if options.overrides.keys() <= _UNNAMED_KEYS:
+        return folder
+    named = {key: value for key, value in with_workers.items() if key not in _UNNAMED_KEYS}
+    return named_after(named)
 
 
 def run_command(
@@ -211,12 +221,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--distributed",
         metavar="HOW",
-        help="make this process one of several: auto (Slurm, Cloud TPU, GKE), or "
-        "HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0",
+        help="make this process one of several that train together: auto (Slurm, Cloud TPU, GKE), "
+        "or HOST:PORT,PROCESSES,INDEX, where HOST:PORT is that of process 0",
     )
 
     def join_and_run(options, config):
         if options.distributed is not None:
+            if config.get("kind") != "train":
+                raise ValueError(
+                    f"distributed={options.distributed!r} is for training; this configuration is "
+                    f"of kind={config.get('kind')!r}"
+                )
             backend.join(options.distributed)
         run(config, options.workdir)
 

@@ -153,18 +153,19 @@ class Study:
       axes: names of the options that choose points. They may change from call to call in one work
         directory; all other options except `data_dir` may not.
       files: names of the options that name files, to which the work directory is bound. The files
-        may be moved from call to call. `photographs` is a folder, of which names and sizes count
-        (`add_photographs`). The others name weights, of which the contents count: a file or a
-        training run, a list of pairs of a name and one of these, or names as in `add_trained`.
+        may be moved from call to call.
+        - `photographs` is a folder, of which names and sizes count (`add_photographs`).
+        - All others name weights, of which the contents count. Their value is a file or a training
+          run, a list of pairs of a name and one of these, or names as in `add_trained`.
       load: `load(options)` checks the options and loads what all points share; optional. It runs
         after the work directory has been checked, and only if a point is missing.
       environment: `environment(options)` describes what else the results depend on, as JSON holds
         it, such as the machine whose times are measured; optional. It becomes
-        `options.environment`, and the work directory is bound to it. A call that measures nothing
-        is not, and has the recorded one.
+        `options.environment`. The work directory is bound to it. A call that measures nothing
+        ignores the current machine and reports the recorded one.
       draws: `draws(point, options)` tells whether the photographs of a point are drawn at random
-        from more; optional. A directory that was begun by a version that took the first ones gets
-        no more such points.
+        from more; optional. Work directories of versions that took the first photographs accept
+        no further points of this kind.
     """
 
     description: str
@@ -181,9 +182,10 @@ class Study:
 
     def main(self, arguments: list[str] | None = None) -> int:
         """Runs the command line and returns its exit code."""
-        # The script's module, which is __main__ while it runs, knows the name it was called by.
-        script = self.add_options.__globals__["__spec__"]
-        prog = script and f"python -m {script.name}"
+        # The spec of a module that runs as __main__ still has the module's name. A file that runs
+        # without -m has no spec.
+        spec = self.add_options.__globals__["__spec__"]
+        prog = f"python -m {spec.name}" if spec else None
         parser = command.Parser(prog=prog, description=self.description)
         self.add_options(parser)
         options = parser.parse_args(arguments)
@@ -399,7 +401,7 @@ def _digest_weights(path: pathlib.Path) -> str:
     """Describes a file of weights, or that of a training run, by its digest."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
-        # What reads it tells why.
+        # The loader reports the reason.
         return _ABSENT
     return f"SHA-256 {sha256(file)[:16]}"
 

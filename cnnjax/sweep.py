@@ -73,11 +73,11 @@ class Run:
 
     @property
     def failure(self) -> pathlib.Path:
-        return self.folder / "failure.json"
+        return self.folder / workdir.FAILURE
 
     @property
     def has_failed(self) -> bool:
-        # It may have been run again since, by itself.
+        # Runs of earlier versions kept the record when they were started again by themselves.
         return self.failure.exists() and not self.results.exists()
 
     @property
@@ -357,9 +357,6 @@ def write_table(folder: pathlib.Path, runs: list[Run]) -> None:
             configuration, whose results the table would mix with those of this one.
         ValueError: as `check_files`.
     """
-    # Imported when needed: --help does not wait for NumPy.
-    from cnnjax.runtime import tables
-
     for run in runs:
         if run.is_done:
             check_record(run)
@@ -367,6 +364,14 @@ def write_table(folder: pathlib.Path, runs: list[Run]) -> None:
 
     rows = summarize_settings(runs)
     files.write_json(folder / "sweep.json", {"kind": "sweep", "rows": rows})
+    files.write(folder / "sweep.md", _format_table(rows))
+
+
+def _format_table(rows: list[dict]) -> str:
+    """Formats the rows of a sweep as Markdown, with the runs that are failed or unfinished."""
+    # Imported when needed: --help does not wait for NumPy.
+    from cnnjax.runtime import tables
+
     metrics = [metric for metric in _METRICS if any(metric in row for row in rows)]
     header = ["setting", *(metric.replace("_", " ") for metric in metrics), "failed", "unfinished"]
     lines = []
@@ -382,7 +387,7 @@ def write_table(folder: pathlib.Path, runs: list[Run]) -> None:
         "Final errors in percent: mean ± half-width of its 95 % interval "
         "(sample standard deviation), n.\n\n"
     )
-    files.write(folder / "sweep.md", text + tables.table(header, lines) + notes)
+    return text + tables.table(header, lines) + notes
 
 
 def _format(summary: dict | None) -> str:

@@ -571,7 +571,7 @@ def measure(options: argparse.Namespace) -> None:
             if plan.name not in results:
                 folder = find_folder(options.workdir, plan.name, plan.config)
                 results[plan.name] = workdir.run_once(
-                    run, plan.config, folder, position_study.complete_record
+                    run, plan.config, folder, position_study.adopt
                 )
             for record in compare(plan.row, plan.config, results[plan.name]):
                 records.append(record | {"settings": plan.name_for_any_seeds})

@@ -902,15 +902,23 @@ def test_a_run_that_failed_is_told_from_an_unfinished_one(tmp_path):
     configs = runs.find_runs(folders)
     with pytest.raises(ValueError, match=f"^{folders[1]} is not finished, for it has no results"):
         runs.check_runs(configs, "uniform")
-    # A sweep records why a run failed.
-    files.write_json(folders[1] / "failure.json", {"error": "the loss is not finite\nand more"})
-    message = rf"^{folders[1]} failed \(the loss is not finite\): leave it out of --runs, or "
-    message += "run its own command again$"
+    # A sweep records why a run failed, and does not start it again.
+    failure = folders[1] / "failure.json"
+    files.write_json(failure, {"error": "the loss is not finite\nand more"})
+    message = rf"^{folders[1]} failed \(the loss is not finite\): remove {failure} and run the "
+    message += "sweep again, or leave it out of --runs$"
     with pytest.raises(ValueError, match=message):
         runs.check_runs(configs, "uniform")
     # It has been run again since, by itself.
     files.write_json(folders[1] / "results.json", {"final": {"step": 1}})
     runs.check_runs(configs, "uniform")
+
+
+def test_a_run_without_checkpoints_is_named_and_gets_no_folder(tmp_path):
+    files.write_json(tmp_path / "results.json", {"final": {"step": 3}})
+    with pytest.raises(ValueError, match="has no whole checkpoint of its last step, 3"):
+        runs._read_checkpoints(tmp_path, "polyak", None)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow

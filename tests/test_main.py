@@ -13,7 +13,8 @@ import forked
 import pytest
 import quick
 
-from cnnjax.runtime import command
+from cnnjax import main
+from cnnjax.runtime import command, configuration, files
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
@@ -190,6 +191,37 @@ def test_a_pipe_to_a_dead_process_is_an_error(capsys):
 
     assert command.run(work) == 1
     assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+def test_only_training_is_distributed(capsys, monkeypatch):
+    """Every process of a position study would measure everything and write the same files."""
+    monkeypatch.setattr(main.backend, "join", pytest.fail)
+    assert main.main(["--config", "configs/posenet.py", "--distributed=auto"]) == 2
+    assert capsys.readouterr().err == (
+        "error: distributed='auto' is for training; this configuration is of kind='position'\n"
+    )
+
+
+def test_keys_that_a_run_may_change_do_not_name_its_folder(tmp_path, monkeypatch):
+    config = str(ROOT / "configs" / "lenet_digits.py")
+    monkeypatch.chdir(tmp_path)
+    parser = main.build_parser("cnnjax.main", "")
+
+    def folder(*changes):
+        options, _ = main.parse(parser, ["--config", config, *changes])
+        return str(options.workdir)
+
+    changed = ("--config.workers=0", "--config.skip_damaged=True")
+    assert folder() == folder(*changed) == "runs/lenet_digits"
+    other = folder("--config.seed=1")
+    assert other != "runs/lenet_digits"
+    assert other == folder("--config.seed=1", *changed) != folder("--config.seed=2", *changed)
+    # The folder of an earlier version, which hashed all keys.
+    keys = configuration.load(config).to_dict()
+    earlier = f"runs/lenet_digits-{files.digest(keys | {'workers': 0, 'skip_damaged': True})}"
+    pathlib.Path(earlier).mkdir(parents=True)
+    assert folder(*changed) == earlier
+    assert folder() == "runs/lenet_digits"
 
 
 @pytest.mark.slow

@@ -591,10 +591,10 @@ def test_a_study_of_before_goes_on_under_the_keys_added_since(tmp_path):
     (tmp_path / "cells" / "vgg16-zeros-0.npz").touch()
     (tmp_path / "config.json").write_text(json.dumps(before))
     config.align_corners = False
-    study.complete_record(config, tmp_path)
+    study.adopt(config, tmp_path)
     with pytest.raises(ValueError, match="align_corners=True there, False now"):
         workdir.prepare(tmp_path, config.to_dict())
-    study.complete_record(defaults.get_config(), tmp_path)
+    study.adopt(defaults.get_config(), tmp_path)
     workdir.prepare(tmp_path, defaults.get_config().to_dict())
 
 
@@ -920,21 +920,21 @@ def test_a_study_goes_on_with_the_photographs_that_it_was_begun_with(gray_config
     folder = tmp_path / "work"
     begin(gray_config, folder, "posenet-none-0.npz")
     # Earlier versions recorded no digests.
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     files.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     # The folder may be moved.
     (tmp_path / "grays").rename(tmp_path / "moved grays")
     gray_config.photographs = str(tmp_path / "moved grays")
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     workdir.check_config(folder, gray_config.to_dict())
     (tmp_path / "moved grays" / "029.png").rename(tmp_path / "moved grays" / "other.png")
     message = "was begun with other files of photographs='.*grays' .*, digest .* there, .* now"
     with pytest.raises(ValueError, match=message):
-        study.complete_record(gray_config, folder)
+        study.adopt(gray_config, folder)
     # Another folder is reported as a change of the configuration.
     gray_config.photographs = ""
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     with pytest.raises(ValueError, match="photographs='.*grays' there, '' now"):
         workdir.prepare(folder, gray_config.to_dict())
 
@@ -946,11 +946,11 @@ def test_a_study_goes_on_with_the_weights_that_it_was_begun_with(gray_config, tm
     folder = tmp_path / "work"
     begin(gray_config, folder)
     files.write_json(folder / "inputs.json", study.digest_inputs(gray_config))
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     # Of the same size.
     file.write_bytes(b"same")
     with pytest.raises(ValueError, match="was begun with other files of weights='.*weights.pth'"):
-        study.complete_record(gray_config, folder)
+        study.adopt(gray_config, folder)
 
 
 def test_a_study_that_goes_on_with_an_edited_network_says_so(gray_config, tmp_path, caplog):
@@ -965,15 +965,15 @@ def test_a_study_that_goes_on_with_an_edited_network_says_so(gray_config, tmp_pa
     networks = study.digest_networks(gray_config)
     assert networks.keys() == {f"{file}:Own"}
     files.write_json(folder / "inputs.json", inputs | {"networks": networks})
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     assert not caplog.messages
     file.write_text("# after")
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     (message,) = caplog.messages
     assert message.startswith(f"{file} has changed since the study was begun; its points may mix")
     caplog.clear()
     files.write_json(folder / "inputs.json", inputs)
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     assert not caplog.messages
 
 
@@ -982,13 +982,13 @@ def test_a_study_of_the_first_photographs_does_not_go_on_with_others(gray_config
     gray_config.n_train = 4
     folder = tmp_path / "work"
     begin(gray_config, folder)
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
     (folder / "cells" / "posenet-none-0.npz").touch()
     with pytest.raises(ValueError, match="did not draw the photographs of photographs='.*grays'"):
-        study.complete_record(gray_config, folder)
+        study.adopt(gray_config, folder)
     # A finished study is reported as it is.
     (folder / "results.json").touch()
-    study.complete_record(gray_config, folder)
+    study.adopt(gray_config, folder)
 
 
 @pytest.mark.parametrize("counts", [(24, 6, 12), (1, 1, 1), (100, 1, 1)])

@@ -13,7 +13,9 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import warnings
+import weakref
 import zlib
 
 import forked
@@ -1265,6 +1267,28 @@ def test_an_evaluation_of_few_images_starts_no_processes(colors):
     images, _ = next(Streamed(config, Parallel("jit")).evaluation("test"))
     assert images.shape == (9, 32, 32, 3)
     assert {*multiprocessing.active_children()} <= before
+
+
+def test_test_images_are_cropped_one_by_one():
+    """Photographs are much larger than their crops."""
+    whole = []
+    counts = []
+
+    class Photographs:
+        def __getitem__(self, number):
+            image = PIL.Image.new("RGB", (64, 48), (number, 0, 0))
+            whole.append(weakref.ref(image))
+            counts.append(sum(reference() is not None for reference in whole))
+            return image, 0
+
+    data = object.__new__(Streamed)
+    data._sources = {"test": Photographs()}
+    data._config = types.SimpleNamespace(image_size=16, resize=20)
+    images = data.test_images(np.arange(6))
+    assert images.shape == (6, 16, 16, 3)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    # The last one may still be there.
+    assert max(counts) <= 2
 
 
 def harm(path: pathlib.Path) -> pathlib.Path:

@@ -24,6 +24,7 @@ from cnnjax import sweep
 from cnnjax.data import arrays
 from cnnjax.runtime import files, jobs, workdir
 from cnnjax.train import defaults, loop
+from cnnjax.train.run import read_config
 
 pytestmark = pytest.mark.slow
 
@@ -385,6 +386,23 @@ def test_a_run_with_results_has_not_failed(run_sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.single, "run", lambda config, folder: None)
     assert run_sweep() == 0
     assert not failure.exists()
+
+
+def test_a_failed_run_that_was_run_again_by_itself_and_stopped_goes_on(run_sweep, tmp_path):
+    def diverge(config, folder):
+        if config.seed == 1:
+            raise FloatingPointError("the loss is not finite")
+
+    def stop(config, folder):
+        (folder / "metrics.jsonl").touch()
+        raise workdir.Interrupted
+
+    assert run_sweep(diverge) == 1
+    folder = tmp_path / "runs" / "seed=1"
+    with pytest.raises(workdir.Interrupted):
+        workdir.run_once(stop, read_config(folder), folder)
+    assert run_sweep() == 0
+    assert read_rows(tmp_path / "runs")[0]["test_error"]["n"] == 4
 
 
 def test_a_run_that_was_stopped_before_its_report_is_taken_up(run_sweep, tmp_path, monkeypatch):

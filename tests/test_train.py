@@ -573,12 +573,25 @@ def test_a_folder_that_is_no_finished_training_run_is_named(finished, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} is not a finished training run: it has no"):
         open_run(tmp_path)
     shutil.copy(finished / "config.json", tmp_path / "config.json")
-    with pytest.raises(ValueError, match="weights.safetensors; the command that began it finishes"):
+    shutil.copy(finished / "results.json", tmp_path / "results.json")
+    with pytest.raises(ValueError, match="training run: it has no weights.safetensors$"):
         open_run(tmp_path)
     for name in ("results.json", "weights.safetensors"):
         shutil.copy(finished / name, tmp_path / name)
     (tmp_path / "config.json").write_text('{"kind": "position"}')
     with pytest.raises(ValueError, match=f"{tmp_path} is not a training run"):
+        open_run(tmp_path)
+
+
+def test_an_unfinished_run_and_a_failed_one_are_not_reopened(tmp_path):
+    workdir.prepare(tmp_path, defaults.get_config().to_dict())
+    with pytest.raises(ValueError, match=f"{tmp_path} is not finished, .*: run its own command"):
+        open_run(tmp_path)
+    # A sweep does not start it again.
+    failure = tmp_path / "failure.json"
+    files.write_json(failure, {"error": "the loss is not finite"})
+    message = rf"{tmp_path} failed \(the loss is not finite\): remove {failure} and run the sweep"
+    with pytest.raises(ValueError, match=message):
         open_run(tmp_path)
 
 
@@ -1016,6 +1029,7 @@ def test_a_data_set_that_does_not_fit_is_named(tmp_path):
     "error, is_lost",
     [
         (RuntimeError("connection reset"), True),
+        (RuntimeError(), True),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: no heartbeat"), True),
         (EXHAUSTED, False),
         (NotWritten("a checkpoint could not be written to runs/a"), False),
@@ -1122,6 +1136,30 @@ def test_a_run_goes_on_with_its_images_in_another_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "record", lambda self, step: {"data": {"n_train": 1337}})
     adopt_changes(config, folder)
     assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_finished_run_without_checkpoints_accepts_its_images_elsewhere(tmp_path, monkeypatch):
+    """Its results tell which images they were."""
+    checked = []
+    run = types.SimpleNamespace(check_data=checked.append)
+    monkeypatch.setattr(adopt, "build_run", lambda config: run)
+    config = defaults.get_config()
+    workdir.prepare(tmp_path, config.to_dict())
+    images = {"n_train": 1337, "digest": "0a1b2c3d"}
+    files.write_json(tmp_path / "results.json", {"data": images})
+    config.data_dir = "/elsewhere"
+    adopt_changes(config, tmp_path)
+    workdir.check_config(tmp_path, config.to_dict())
+    assert checked == [images]
+
+
+def test_a_finished_run_is_reported_again_without_its_images(tmp_path):
+    config = defaults.get_config()
+    config.update(dataset="folder", data_dir=str(tmp_path / "gone"), early_stopping=2)
+    with pytest.raises(ValueError, match="gone"):
+        loop.check(config, tmp_path)
+    (tmp_path / "results.json").touch()
+    loop.check(config, tmp_path)
 
 
 @pytest.mark.slow
@@ -1246,6 +1284,29 @@ def test_class_names_are_no_formulas(tmp_path):
         ("mistakes", report._mistakes_figure(test, classes)),
     ):
         figure.savefig(tmp_path / f"{name}.png")
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_class_names_that_the_font_lacks_are_numbers_in_figures(tmp_path):
+    # As above.
+    from cnnjax.train import report
+
+    entry = {"epoch": 1, "train_loss": 1.0, "train_error": 0.5, "learning_rate": 0.1}
+    config = {"loss": "cross_entropy"}
+    results = {"history": [entry], "classes": ["cat", "\u732b", "k\xe4lber"]}
+    np.savez(
+        tmp_path / "test.npz",
+        shown=np.array([0]),
+        images=np.zeros((1, 4, 4, 3), np.uint8),
+        labels=np.array([1]),
+        predicted=np.array([2]),
+        confidence=np.ones(1),
+    )
+    report._write_figures(tmp_path, config, results)
+    assert report._figure_labels(results["classes"]) == ["cat", "1", "k\xe4lber"]
+    line = "In the figures, numbers stand for classes: 1 = \u732b.\n\n"
+    assert report._describe_labels(config, results) == line
+    assert report._describe_labels(config, {"classes": ["cat"]}) == ""
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def finish(config, folder):
 def test_only_what_runs_write_is_sealed(tmp_path):
     """Other files may change; a manifest of before, which has their hashes, too, stays valid."""
     config = ml_collections.ConfigDict({"kind": "train"})
-    foreign = ("sweep.json", "notes.json", "failure.json", "._results.json")
+    foreign = ("sweep.json", "notes.json", "._results.json")
     for name in foreign:
         (tmp_path / name).write_text("{}")
     workdir.run_once(finish, config, tmp_path)
@@ -239,6 +239,24 @@ def test_only_what_runs_write_is_sealed(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ValueError, match="results.json is not as it was written"):
         workdir.run_once(finish, config, tmp_path)
+
+
+def test_a_failed_run_that_begins_again_has_not_failed(tmp_path):
+    """A sweep leaves the record of a failure, and does not start the run again."""
+    config = ml_collections.ConfigDict({"kind": "train"})
+    folder = workdir.prepare(tmp_path, config.to_dict())
+    failure = folder / "failure.json"
+    failure.write_text("{}")
+
+    def stop(config, folder):
+        raise workdir.Interrupted
+
+    with pytest.raises(workdir.OtherConfiguration):
+        workdir.run_once(stop, ml_collections.ConfigDict({"kind": "position"}), folder)
+    assert failure.exists()
+    with pytest.raises(workdir.Interrupted):
+        workdir.run_once(stop, config, folder)
+    assert not failure.exists()
 
 
 def test_results_that_no_run_wrote_are_refused(tmp_path):

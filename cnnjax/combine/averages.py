@@ -80,7 +80,9 @@ def learned(
     paths = jax.tree_util.tree_leaves_with_path(trees[0])
     layers = sorted({_layer(path) for path, _ in paths})
     # The row of each layer in the scores, [rows, trees].
-    row = {layer: number if by_layer else 0 for number, layer in enumerate(layers)}
+    row = dict.fromkeys(layers, 0)
+    if by_layer:
+        row = {layer: number for number, layer in enumerate(layers)}
     optimizer = optax.adam(_RATE)
 
     def mix(scores, stacked):

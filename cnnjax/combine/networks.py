@@ -136,8 +136,9 @@ def reestimate_statistics(
         batch_moments.append(parallel.fetch_shared(compute(*replicated, parallel.share(batch))))
     statistics: dict[tuple[str, ...], np.ndarray] = {}
     for path in batch_moments[0]:
-        by_kind = zip(*(by_path[path] for by_path in batch_moments))
-        means, variances, counts = (np.concatenate(x).astype(np.float64) for x in by_kind)
+        # One triple for each batch: mean and variance [1, channels], number of values [1].
+        triples = [moments[path] for moments in batch_moments]
+        means, variances, counts = (np.concatenate(x).astype(np.float64) for x in zip(*triples))
         # All batches have one size. So the variance of all values is the mean of the variances
         # within batches plus the variance of their means, here made unbiased.
         mean = means.mean(0)

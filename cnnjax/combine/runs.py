@@ -18,7 +18,14 @@ from cnnjax.runtime import files
 from cnnjax.train import defaults, step
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.data import digest_arrays
-from cnnjax.train.run import TrainedRun, build_numbers, build_recipe, open_run, read_recorded
+from cnnjax.train.run import (
+    TrainedRun,
+    build_numbers,
+    build_recipe,
+    open_run,
+    read_recorded,
+    why_unfinished,
+)
 from cnnjax.train.schedules import settings
 
 Configs = dict[pathlib.Path, dict]
@@ -132,18 +139,7 @@ def check_runs(configs: Configs, method: str) -> None:
         _check_alike(first, folder, configs, method)
     for folder in configs:
         if not (folder / "results.json").is_file():
-            # A sweep records why a run failed.
-            failure = folder / "failure.json"
-            if failure.is_file():
-                reason, *_ = files.read_json(failure)["error"].splitlines() or ["no reason given"]
-                raise ValueError(
-                    f"{folder} failed ({reason}): leave it out of --runs, or run its own command "
-                    "again"
-                )
-            raise ValueError(
-                f"{folder} is not finished, for it has no results.json: run its own command "
-                "again, or leave it out of --runs"
-            )
+            raise ValueError(f"{folder} {why_unfinished(folder)}, or leave it out of --runs")
 
 
 def _check_alike(first: pathlib.Path, folder: pathlib.Path, configs: Configs, method: str) -> None:
@@ -228,16 +224,20 @@ def _read_checkpoints(
     folder: pathlib.Path, method: str, trained: TrainedRun
 ) -> tuple[list[int], list[step.State]]:
     """Reads the steps and the states of the checkpoints that a method combines."""
+    results = files.read_json(folder / "results.json")
+    last = results["final"]["step"]
+    absent = ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
+    # `Checkpoints` would create the folder.
+    if not (folder / "checkpoints").is_dir():
+        raise absent
     config = trained.config
     recipe = build_recipe(config, trained.model)
     numbers = build_numbers(config)
     like = jax.eval_shape(lambda: step.init(recipe, trained.image_shape, numbers))
-    results = files.read_json(folder / "results.json")
-    last = results["final"]["step"]
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         steps = checkpoints.steps()
         if last not in steps:
-            raise ValueError(f"{folder} has no whole checkpoint of its last step, {last}")
+            raise absent
         if method == "snapshot" and config.schedule.name == "restarts":
             per_epoch = last // results["final"]["epoch"]
             steps = select_ends_of_cycles(steps, config, per_epoch, folder)

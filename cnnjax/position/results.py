@@ -144,10 +144,14 @@ def _collect(
             continue
         maps.append(Maps(readout, kind, arrays[key]))
         for target in targets:
-            columns = {m: arrays[_key("scores", readout, target, kind, m)] for m in METRICS}
+            columns = {
+                metric: arrays[_key("scores", readout, target, kind, metric)] for metric in METRICS
+            }
             scores.append(Scores(readout, target, kind, **columns))
     for kind in data:
-        columns = {m: arrays[_key("rings", targets[0], kind, m)] for m in RING_METRICS}
+        columns = {
+            metric: arrays[_key("rings", targets[0], kind, metric)] for metric in RING_METRICS
+        }
         rings.append(RingScores(targets[0], kind, **columns))
     strengths = None
     if _key("strength", targets[0]) in arrays:

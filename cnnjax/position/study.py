@@ -30,11 +30,11 @@ from cnnjax.position.metrics import by_ring, scores
 from cnnjax.position.readout import Exact, Sgd, fit_exact, fit_sgd
 from cnnjax.position.results import Maps, Measurement, Point, Results, RingScores, Scores
 from cnnjax.position.targets import target
-from cnnjax.runtime import backend, files, workdir
+from cnnjax.runtime import files, workdir
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.progress import progress
 
-__all__ = ["adopt", "check", "complete_record", "report", "run"]
+__all__ = ["adopt", "check", "report", "run"]
 
 _LOG = logging.getLogger("cnnjax")
 # The file of a work directory with the digests of photographs, weights and networks' files.
@@ -48,12 +48,6 @@ CONTROLS = {"posenet": ("image",), "coordinates": ("image", "coordinates")}
 
 
 def adopt(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Completes a study's record; of several processes, the one that writes does so last."""
-    with backend.writer_last("the record is read"):
-        complete_record(config, folder)
-
-
-def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Adds keys introduced after a study to its record, and checks its files' digests.
 
     Files that have been moved are recorded where they are now.

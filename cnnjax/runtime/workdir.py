@@ -34,6 +34,8 @@ from cnnjax.runtime import backend, claims, files
 from cnnjax.runtime.paths import sha256
 
 _MANIFEST = "manifest.json"
+# A sweep records here why a run failed, and does not start it again.
+FAILURE = "failure.json"
 _RECORD = ("config.json", "environment.json")
 # Keys of a study's record that say what was measured and where; the others are options.
 _MEASURED_KEYS = ("contents", "environment")
@@ -332,6 +334,12 @@ def unseal(folder: pathlib.Path) -> None:
         (folder / _MANIFEST).unlink(missing_ok=True)
 
 
+def _forget_failure(folder: pathlib.Path) -> None:
+    """Removes a sweep's record of why a run failed, since the run begins again."""
+    if backend.writes():
+        (folder / FAILURE).unlink(missing_ok=True)
+
+
 def check_seal(folder: pathlib.Path) -> None:
     """Checks that the files of a finished run are as they were when it was sealed.
 
@@ -392,6 +400,7 @@ def run_once(
                 check_seal(folder)
             else:
                 unseal(folder)
+                _forget_failure(folder)
                 run(config, folder)
         # A seal is not renewed: what has changed since must be noticed.
         if not (folder / _MANIFEST).exists():
@@ -488,7 +497,9 @@ def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError):
-        if backend.writes() and _list_times(folder).items() <= before.items():
+        # No file was added or written since; some may have been removed.
+        is_untouched = _list_times(folder).items() <= before.items()
+        if backend.writes() and is_untouched:
             # On a disk that can no longer be written to, the refusal itself is reported.
             with contextlib.suppress(OSError):
                 for path, content in record.items():

@@ -114,8 +114,8 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
     """Returns a run's record with the present `data_dir`, where its images are elsewhere now.
 
-    The record stays as it is if the configurations differ otherwise, or if no checkpoint can tell
-    which images they were, as in runs of earlier versions.
+    The record stays as it is if the configurations differ otherwise, or if neither results nor a
+    checkpoint can tell which images they were, as in runs of earlier versions.
 
     Raises:
       ValueError: if these are other images.
@@ -134,7 +134,14 @@ def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.
 
 
 def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -> dict:
-    """Reads what the last whole checkpoint says of the images; empty if there is none."""
+    """Reads what the results, or else the last whole checkpoint, say of the images.
+
+    It is empty if neither says anything.
+    """
+    # The checkpoints of a finished run may have been removed.
+    results = folder / "results.json"
+    if results.exists() and (recorded := files.read_json(results).get("data")):
+        return recorded
     if not (folder / "checkpoints").is_dir():
         return {}
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:

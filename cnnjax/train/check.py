@@ -57,7 +57,7 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None)
     configuration.check_seed(config)
     _check_values(config)
     schedules.settings(config.schedule)
-    _check_validation(config)
+    _check_validation(config, folder)
     _check_model(config)
     _check_initial_weights(config, folder)
     _check_loss(config)
@@ -84,11 +84,20 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"augment.fill={fill!r} is not one of {', '.join(augment.FILLS)}")
 
 
-def _check_validation(config: ml_collections.ConfigDict) -> None:
-    """Checks that there are validation images if anything needs them."""
+def _is_finished(folder: pathlib.Path | None) -> bool:
+    return folder is not None and (folder / "results.json").exists()
+
+
+def _check_validation(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
+    """Checks that there are validation images if anything needs them.
+
+    A finished run has had them, and is reported again without its data set.
+    """
     are_needed = config.schedule.name == "plateau" or config.early_stopping
-    # `has_validation` comes last: it reads the folder of a streamed data set.
-    if not are_needed or has_validation(config):
+    if not are_needed or _is_finished(folder):
+        return
+    # This reads the folder of a streamed data set.
+    if has_validation(config):
         return
     cause = f"early_stopping={config.early_stopping}"
     if config.schedule.name == "plateau":
@@ -143,10 +152,8 @@ def _check_initial_weights(config: ml_collections.ConfigDict, folder: pathlib.Pa
     """Checks that there are initial weights, unless a run in the folder has started from them."""
     if not config.initial_weights:
         return
-    if folder is not None:
-        is_finished = (folder / "results.json").exists()
-        if is_finished or was_completed(folder / "checkpoints"):
-            return
+    if folder is not None and (_is_finished(folder) or was_completed(folder / "checkpoints")):
+        return
     transfer.weights_file(config.initial_weights)
 
 

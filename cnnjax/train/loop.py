@@ -359,10 +359,11 @@ def _explain_lost_peers() -> Iterator[None]:
         # A full disk or memory is no sign that a process is gone.
         if jax.process_count() == 1 or isinstance(error, NotWritten) or is_exhausted(error):
             raise
+        first = str(error).partition("\n")[0]
         raise RuntimeError(
             f"process {jax.process_index()} of {jax.process_count()} cannot continue, most "
-            f"likely because another has died ({str(error).splitlines()[0]}); start all of them "
-            "again, and the run continues from its last checkpoint"
+            f"likely because another has died ({first}); start all of them again, and the run "
+            "continues from its last checkpoint"
         ) from error
 
 

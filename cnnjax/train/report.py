@@ -3,6 +3,7 @@
 import pathlib
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -77,6 +78,23 @@ def _curves_figure(history: list[dict]) -> Figure:
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
     """Draws the curves of a run, finished or not, as curves.png."""
     files.write_figure(folder / "curves.png", _curves_figure(history))
+
+
+def _figure_labels(classes: list[str]) -> list[str]:
+    """Returns the classes' names; the class's number where the font lacks a character of its name.
+
+    matplotlib would draw an empty box for it, and warn each time.
+    """
+    drawable: set[int] = set()
+    # All but the first are fallbacks, which the user's matplotlibrc may name.
+    for family in font_manager.FontProperties().get_family():
+        file = font_manager.findfont(font_manager.FontProperties(family=[family]))
+        drawable |= font_manager.get_font(file).get_charmap().keys()
+    labels = []
+    for number, name in enumerate(classes):
+        is_drawable = drawable.issuperset(map(ord, name))
+        labels.append(name if is_drawable else str(number))
+    return labels
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> Figure:
@@ -179,15 +197,14 @@ def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[st
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
     write_curves(folder, results["history"])
+    classes = _figure_labels(results["classes"])
     figures = {}
     if config["loss"] != "sigmoid":
-        figures["confusion.png"] = _confusion_figure(
-            test["labels"], test["predicted"], results["classes"]
-        )
+        figures["confusion.png"] = _confusion_figure(test["labels"], test["predicted"], classes)
     if config["loss"] == "pixelwise":
         figures["mistakes.png"] = _scenes_figure(test)
     elif config["loss"] == "cross_entropy":
-        figures["mistakes.png"] = _mistakes_figure(test, results["classes"])
+        figures["mistakes.png"] = _mistakes_figure(test, classes)
     for name, figure in figures.items():
         files.write_figure(folder / name, figure)
     return ["curves.png", *figures]
@@ -240,6 +257,19 @@ def _describe_training_error(config: dict, results: dict) -> str:
     return f"the mean over the steps of epoch {epoch}"
 
 
+def _describe_labels(config: dict, results: dict) -> str:
+    """Lists the classes that the figures show by number; empty if all have their names."""
+    # The figures of several classes per image show none.
+    if config["loss"] == "sigmoid":
+        return ""
+    classes = results["classes"]
+    pairs = zip(_figure_labels(classes), classes)
+    numbered = [f"{label} = {name}" for label, name in pairs if label != name]
+    if not numbered:
+        return ""
+    return f"In the figures, numbers stand for classes: {', '.join(numbered)}.\n\n"
+
+
 def _body(config: dict, results: dict, figures: list[str]) -> str:
     final = results["final"]
     return (
@@ -251,6 +281,7 @@ def _body(config: dict, results: dict, figures: list[str]) -> str:
         + f"\nThe training error is {_describe_training_error(config, results)}; the curve's is "
         f"the mean over each epoch while training.{_describe_test(results)}"
         f"{_describe_weights(results)}\n\n"
+        + _describe_labels(config, results)
         + "\n\n".join(f"![{name}]({name})" for name in figures)
         + "\n"
     )

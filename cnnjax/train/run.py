@@ -177,12 +177,10 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
         for name in ("config.json", "results.json", transfer.WEIGHTS)
         if not (folder / name).is_file()
     ]
+    if "results.json" in missing and read_recorded(folder) is not None:
+        raise ValueError(f"{folder} {why_unfinished(folder)}")
     if missing:
-        is_unfinished = "results.json" in missing and read_recorded(folder) is not None
-        hint = "; the command that began it finishes it" if is_unfinished else ""
-        raise ValueError(
-            f"{folder} is not a finished training run: it has no {', '.join(missing)}{hint}"
-        )
+        raise ValueError(f"{folder} is not a finished training run: it has no {', '.join(missing)}")
     config = read_config(folder)
     results = files.read_json(folder / "results.json")
     workdir.check_seal(folder)
@@ -198,6 +196,22 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
         resize=_resize(config, image_shape),
         **image_settings,
     )
+
+
+def why_unfinished(folder: pathlib.Path) -> str:
+    """Says why a training run has no results, and what gives it some.
+
+    Args:
+      folder: the work directory of a run without results.json.
+
+    Returns:
+      A sentence without its subject, the folder.
+    """
+    failure = folder / workdir.FAILURE
+    if not failure.is_file():
+        return "is not finished, for it has no results.json: run its own command again"
+    reason = files.read_json(failure)["error"].partition("\n")[0] or "no reason given"
+    return f"failed ({reason}): remove {failure} and run the sweep again"
 
 
 def read_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:

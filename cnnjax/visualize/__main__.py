@@ -278,7 +278,7 @@ def _look(subject):
     try:
         return COMMANDS[options.command](subject)
     except unfit as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         origin = f"weights={options.weights!r}"
         if options.run is not None:
             origin = f"the weights of run={str(options.run)!r}"

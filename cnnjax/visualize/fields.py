@@ -64,7 +64,8 @@ def effective_receptive_field(
 def _central_gradients(model, variables, images, key, stage):
     maps, pull_back = jax.vjp(lambda images: stage_maps(model, variables, images, stage), images)
     signs = jax.random.rademacher(key, (len(maps), maps.shape[3]), maps.dtype)
-    row, column = maps.shape[1] // 2, maps.shape[2] // 2
+    row = maps.shape[1] // 2
+    column = maps.shape[2] // 2
     (gradient,) = pull_back(jnp.zeros_like(maps).at[:, row, column].set(signs))
     return jnp.sqrt(jnp.square(gradient.astype(jnp.float32)).mean((0, 3)))
 
