@@ -87,7 +87,10 @@ def _cells(layer):
 
 def _extent(pixels):
     """Formats a (height, width) pair as "3" or "3x5"; empty for None."""
-    return "x".join(map(str, dict.fromkeys(pixels or ())))
+    if pixels is None:
+        return ""
+    height, width = pixels
+    return str(height) if height == width else f"{height}x{width}"
 
 
 def _markdown(rows):
@@ -122,6 +125,8 @@ def _work(options: argparse.Namespace) -> None:
     try:
         table = layers(model, (height, width, channels), options.batch)
     except ValueError as error:
+        if options.input is None:
+            raise
         raise ValueError(f"input={height}x{width}: {error}") from error
     print(render(table, options.format))
 

@@ -25,12 +25,11 @@ from cnnjax.nn import BatchNorm
 from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime import workdir
 from cnnjax.runtime.paths import expand_user
-from cnnjax.weights.torchvision import AUXILIARY
+from cnnjax.weights.files import StateDict
+from cnnjax.weights.torchvision import AUXILIARY, Path, fill, fits, read_for, wanted_shapes
 
 WEIGHTS = "weights.safetensors"  # what a training run leaves in its work directory
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
-
-Path = tuple[str, ...]  # of a variable in a network's tree
 
 
 # ------------------------------------------------------------------ parts of a network
@@ -223,8 +222,8 @@ def load_initial_weights(
 ) -> dict:
     """Loads parts of a network from a weights file or a training run.
 
-    The file may be of another number of classes, and may lack parameters that are not loaded. It
-    must hold nothing that the model lacks.
+    Parameters that are not loaded may have another shape in the file, or be absent. The file must
+    hold nothing that the model lacks.
 
     Args:
       path: as in `weights_file`.
@@ -241,49 +240,51 @@ def load_initial_weights(
     """
     file = weights_file(path)
     _check_fields(file, model)
-    shapes = flatten_dict(weights.variable_shapes(model))
-    keys = weights.torchvision_keys(weights.variable_shapes(model))
+    shapes = weights.variable_shapes(model)
+    keys = weights.torchvision_keys(shapes)
     if parts:
         selected = select(model, parts, "initial_parts")
     else:
-        selected = frozenset(shapes) - weights.head(model)
-
-    # `load_torchvision` refuses a file that does not fit its model. So it is given the model of the
-    # file: with the file's number of classes, and without the parameters that the file lacks. The
-    # first axis of a head's tensors has the length of the number of classes.
-    tensors = weights.read(file, keys, "initial_weights")
-    head_keys = sorted(key for key in keys if key in tensors and keys[key] in weights.head(model))
-    classes = model.num_classes
-    if head_keys:
-        head_shape = tensors[head_keys[0]].shape
-        # A scalar has no axis, and `load_torchvision` says so.
-        if head_shape:
-            classes = head_shape[0]
-    # A file without any of the model's names is refused by its names.
-    absent = []
-    if set(keys) & set(tensors):
-        absent = sorted(set(keys) - set(tensors))
-    file_model = model.clone(num_classes=classes)
-    loaded = flatten_dict(
-        weights.load_torchvision(file, file_model, absent, argument="initial_weights")
+        selected = frozenset(flatten_dict(shapes)) - weights.head(model)
+    not_loaded = {key for key, variable in keys.items() if variable not in selected}
+    tensors = read_for(model, file, "initial_weights")
+    # A file that holds what the model lacks is of another network: no choice of parts helps, and
+    # `fill` refuses it.
+    if tensors.keys() <= keys.keys():
+        _check_parts(path, model, tensors, wanted_shapes(shapes, not_loaded))
+    loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
+    return fill(
+        model,
+        StateDict(loaded, tensors.names),
+        missing=not_loaded,
+        path=file,
+        argument="initial_weights",
     )
 
-    # What is selected must be there, in the shapes of the model itself.
-    for key, variable in sorted(keys.items()):
-        if variable not in selected:
+
+def _check_parts(
+    path: str | os.PathLike,
+    model: Network,
+    tensors: StateDict,
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises `ValueError` if a file lacks a wanted tensor or has it in another shape."""
+    keys = weights.torchvision_keys(weights.variable_shapes(model))
+    for key, shape in sorted(wanted.items()):
+        if key not in tensors:
+            problem = "absent there"
+        elif fits(tensors[key].shape, shape):
             continue
-        if variable not in loaded:
-            problem = "absent"
-        elif loaded[variable].shape != shapes[variable].shape:
-            is_head = variable in weights.head(model)
-            problem = f"of {classes} classes" if is_head else "of another shape"
         else:
-            continue
+            file_shape = tensors[key].shape
+            problem = f"of another shape there, {file_shape} instead of {shape}"
+            # The first axis of a head's tensors has the length of the number of classes.
+            if keys[key] in weights.head(model) and file_shape and file_shape[0] != shape[0]:
+                problem = f"of {file_shape[0]} classes there"
         raise ValueError(
-            f"initial_weights={str(path)!r}: {key} is {problem} there; name what is to be taken in "
+            f"initial_weights={str(path)!r}: {key} is {problem}; name what is to be taken in "
             f"initial_parts, such as {next(iter(stage_paths(model)))!r}"
         )
-    return unflatten_dict({variable: loaded[variable] for variable in selected})
 
 
 def _check_fields(file: pathlib.Path, model: Network) -> None:

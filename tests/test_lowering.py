@@ -159,6 +159,18 @@ def assert_close(one, other, relative=1e-4):
 PADDED_ALIKE = {f"conv, fill {fill}" for fill in ("replicate", "circular", "symmetric")}
 
 
+def test_transposes_hold_no_tracer():
+    """JAX's check of leaks finds a tracer in the closure of a function."""
+
+    def loss(x, scale, bias):
+        y, _ = norm_values(x, scale, bias, True)
+        return jnp.sin(cnn.conv(y, jnp.ones((1, 1, 2, 2)))).sum()
+
+    x = draw(0, 4, 3, 3, 2)
+    with jax.checking_leaks(), cnn.lowering("cpu"):
+        jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, jnp.ones(2), jnp.ones(2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in PADDED_ALIKE])
 def test_both_forms_have_the_same_values_and_derivatives(name):

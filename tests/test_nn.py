@@ -1016,6 +1016,21 @@ def test_maps_of_integers_are_refused(dtype, monkeypatch):
             call()
 
 
+def test_a_list_in_place_of_an_array_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    key = jax.random.key(0)
+    calls = [
+        cnn.local_response_norm,
+        lambda x: cnn.Dense(4).init(key, x),
+        lambda x: cnn.BatchNorm().init(key, x),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="^x has type list; expected a floating-point array"):
+            call([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="an input of type list is not an array, .batch, height"):
+        cnn.flatten([[1.0, 2.0]])
+
+
 def test_an_image_without_a_batch_axis_is_refused(monkeypatch):
     """Its height would be taken for the batch."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
@@ -1054,6 +1069,45 @@ def test_averages_of_narrow_types_are_summed_in_float32(form, fill):
             for mean, exact in zip(pools(narrow), pools(narrow.astype(jnp.float32))):
                 assert mean.dtype == dtype
                 assert np.array_equal(mean, exact.astype(dtype))
+
+
+def test_means_of_numpys_bfloat16_are_summed_in_float32():
+    """NumPy's own sum of ones in bfloat16 stops at 256."""
+    x = np.full((1, 100, 100, 1), 3, jnp.bfloat16)
+    assert cnn.global_avg_pool(x).item() == 3
+    assert cnn.adaptive_avg_pool(x, 1).item() == 3
+    for fill in ("mean", "random"):
+        border = cnn.pad(x, 1, fill, key=jax.random.key(0))[:, 0]
+        np.testing.assert_array_equal(border, np.full_like(border, 3))
+
+
+def test_many_taps_in_bfloat16_are_summed_in_float32():
+    """In bfloat16, adding ones one by one stops at 256."""
+    x = jnp.ones((1, 17, 17, 2), jnp.bfloat16)
+    with cnn.lowering("cpu"):
+        y = cnn.conv(x, x.reshape(17, 17, 1, 2), groups=2)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.ravel(), np.full(2, 17 * 17, jnp.bfloat16))
+
+
+def test_maps_of_numpys_float64_are_taken_as_float32():
+    """As everywhere in JAX, unless jax_enable_x64 is set. A warning would fail the test."""
+    x = np.random.default_rng(0).standard_normal((1, 5, 5, 2))
+    kernel = np.ones((3, 3, 2, 3))
+    norm = cnn.BatchNorm()
+    statistics = norm.init(jax.random.key(0), x)
+    calls = {
+        "BatchNorm": lambda x: norm.apply(statistics, x),
+        "conv, partial": lambda x: cnn.conv(x, kernel.astype(x.dtype), padding=1, fill="partial"),
+        "local_response_norm": cnn.local_response_norm,
+        "resize": lambda x: cnn.resize(x, 7),
+        "pad, mean": lambda x: cnn.pad(x, 1, "mean"),
+        "pad, random": lambda x: cnn.pad(x, 1, "random", key=jax.random.key(0)),
+    }
+    for name, call in calls.items():
+        y = call(x)
+        assert jnp.result_type(y) == jnp.float32, name
+        np.testing.assert_array_equal(y, call(x.astype(np.float32)), err_msg=name)
 
 
 def test_adaptive_pools_have_the_digits_of_float64():

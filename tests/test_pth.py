@@ -172,6 +172,16 @@ def test_the_attacks_begin_from_files_that_are_read(tmp_path):
         assert pth.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
 
 
+def test_a_checkpoint_may_hold_a_counter(tmp_path):
+    """The state of MultiStepLR counts its milestones in one; no number of it is read."""
+    scheduler = {"milestones": collections.Counter([30, 30, 60]), "gamma": 0.1}
+    pickled = b"\x80\x02}(" + plain("state_dict") + state(tensor())[2:-1]
+    pickled += plain("lr_scheduler") + plain(scheduler) + b"u."
+    path = tmp_path / "w.pth"
+    path.write_bytes(archive(pickled, {"0": NUMBERS}))
+    assert weights.read(path)["t0"].tolist() == [[0, 1], [2, 3]]
+
+
 def test_a_file_of_python_2_is_read(tmp_path):
     """PyTorch 0.1 to 0.3 wrote such files.
 

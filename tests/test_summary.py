@@ -459,6 +459,42 @@ def test_borders_and_shuffled_channels_do_not_change_a_field():
         assert receptive_field(Shuffled(padding=fill), "shuffled") == field, fill
 
 
+def test_operations_without_outputs_or_axes_do_not_change_a_field():
+    class Printed(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = Conv(4, 3, 2, padding=1, name="conv")(x)
+            jax.debug.print("mean {}", x.mean())
+            x = yield "conv", jax.lax.reduce_precision(x, 8, 7)
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    assert receptive_field(Printed(), "conv") == receptive_field(Upsampled(), "conv")
+    assert [layer.name for layer in summary.layers(Printed())] == ["", "conv", "fc"]
+    assert [window.name for window in windows(Printed())] == ["conv"]
+
+
+def test_the_field_of_a_dilated_pool():
+    class Dilated(Upsampled):
+        @nn.nowrap
+        def walk(self, x, train):
+            x = yield (
+                "pool",
+                jax.lax.reduce_window(
+                    x,
+                    -np.inf,
+                    jax.lax.max,
+                    window_dimensions=(1, 3, 2, 1),
+                    window_strides=(1, 2, 1, 1),
+                    padding=((0, 0), (2, 2), (0, 0), (0, 0)),
+                    window_dilation=(1, 2, 3, 1),
+                ),
+            )
+            yield "logits", Dense(self.num_classes, name="fc")(global_avg_pool(x))
+
+    field = receptive_field(Dilated(), "pool")
+    assert (field.low, field.high, field.step) == ((-2, 0), (2, 3), (2, 1))
+
+
 def test_a_map_joined_with_a_larger_constant():
     """The field is that of the map, wherever the constant stands."""
 
@@ -494,6 +530,24 @@ def test_fields_of_a_list_of_stages_and_of_no_stage():
         receptive_fields(model, ())
     # A single name is not read letter by letter.
     assert receptive_fields(model, "first") == receptive_fields(model, ["first"])
+
+
+class TooDeep(Network):
+    """A network without an output at its own image size."""
+
+    input_shape: tuple[int, int, int] = (4, 4, 3)
+
+    @nn.nowrap
+    def walk(self, x, train):
+        yield "pool", max_pool(x, 5)
+
+
+def test_the_input_is_named_in_an_error_only_if_it_is_given(capsys):
+    network = f"{__name__}:TooDeep"
+    assert summary.main([network]) == 2
+    assert capsys.readouterr().err.startswith("error: a 5x5 pool with padding='zeros' has no")
+    assert summary.main([network, "--input=3"]) == 2
+    assert capsys.readouterr().err.startswith("error: input=3x3: a 5x5 pool with padding='zeros'")
 
 
 def test_the_three_formats_hold_the_same_table(capsys):

@@ -362,10 +362,35 @@ def test_a_scalar_in_place_of_the_heads_bias_is_named(tmp_path):
     params = TwoDense(num_classes=3).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
     params["classifier.2"]["bias"] = np.float32(0)
     weights.save_torchvision({"params": params}, tmp_path / "w.safetensors")
-    with pytest.raises(
-        ValueError, match=r"classifier.2.bias is \(\) in the file and \(3,\) in the"
-    ):
-        transfer.load_initial_weights(tmp_path / "w.safetensors", TwoDense(num_classes=3))
+    message = r"classifier.2.bias is of another shape there, \(\) instead of \(3,\); name what"
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(tmp_path / "w.safetensors", TwoDense(num_classes=3), ("*",))
+    # The head is not loaded unless it is named.
+    loaded = transfer.load_initial_weights(tmp_path / "w.safetensors", TwoDense(num_classes=3))
+    assert loaded["params"].keys() == {"classifier.0"}
+
+
+@pytest.mark.parametrize(
+    "name, shapes, parts, others",
+    [
+        ("lenet", ((28, 28, 1), (8, 8, 1)), ("conv1", "conv2"), "linear1.weight"),
+        ("resnet18", ((32, 32, 3), (32, 32, 1)), ("layer1",), "conv1.weight"),
+    ],
+    ids=["lenet", "resnet18"],
+)
+def test_what_is_not_loaded_may_have_another_shape(name, shapes, parts, others, tmp_path):
+    """Parts of a network for other images start one of the user's."""
+    source, model = (create_model(name, input_shape=shape) for shape in shapes)
+    ones = jax.tree.map(
+        lambda leaf: np.ones(leaf.shape, np.float32), weights.variable_shapes(source)
+    )
+    weights.save_torchvision(ones, tmp_path / "w.safetensors")
+    loaded = flatten_dict(transfer.load_initial_weights(tmp_path / "w.safetensors", model, parts))
+    assert set(loaded) == transfer.select(model, parts)
+    assert all(np.all(value == 1) for value in loaded.values())
+    message = f"w.safetensors': {others} is of another shape there, .* instead of .*; name what"
+    with pytest.raises(ValueError, match=message):
+        transfer.load_initial_weights(tmp_path / "w.safetensors", model, (*parts, others))
 
 
 @pytest.mark.slow

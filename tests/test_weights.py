@@ -288,6 +288,30 @@ def test_wrappers_in_any_order_are_understood(prefix, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda key: key.replace("features.", "features.module."), id="a part"),
+        pytest.param(lambda key: f"module.{key}", id="the average"),
+    ],
+)
+def test_wrappers_of_a_part_and_of_an_average_are_understood(wrap, tmp_path):
+    """PyTorch's ImageNet example wraps VGG's `features`; `AveragedModel` adds a counter."""
+    names = ("features.0.weight", "classifier.6.bias")
+    tensors = {wrap(name): np.full(1, number) for number, name in enumerate(names)}
+    tensors["n_averaged"] = np.array(5)
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(tensors, path)
+    assert weights.read(path) == {name: number for number, name in enumerate(names)}
+    # A name of the model stays, under another wrapper too, and two of one name are refused.
+    known = (*map(wrap, names), "n_averaged")
+    safetensors.numpy.save_file({f"_orig_mod.{wrap(names[0])}": np.zeros(1)}, path)
+    assert set(weights.read(path, known)) == {wrap(names[0])}
+    safetensors.numpy.save_file({wrap(names[0]): np.zeros(1), names[0]: np.zeros(1)}, path)
+    with pytest.raises(ValueError, match="are both 'features.0.weight'"):
+        weights.read(path)
+
+
 class OtherLeaves(Network):
     """A network with parameters that torchvision lacks: Flax's and some of its own."""
 

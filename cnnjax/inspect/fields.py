@@ -125,7 +125,8 @@ def seen(equation, fields: list[Field | Unlocated | None]) -> Field | Unlocated 
             return _seen_by_convolution(equation, field)
         if operation.startswith("reduce_window"):
             return _seen_by_pool(equation, field)
-        if operation.startswith("reduce_") and {1, 2} & set(equation.params["axes"]):
+        # `reduce_precision` has no axes.
+        if operation.startswith("reduce_") and {1, 2} & set(equation.params.get("axes", ())):
             return WHOLE_IMAGE
         if operation in ("pad", "slice") and equation.invars[0].aval.ndim == 4:
             return _seen_by_border(equation, field)
@@ -187,7 +188,9 @@ def _seen_by_convolution(equation, field: Field) -> Field | Unlocated:
 
 
 def _seen_by_pool(equation, field: Field) -> Field:
-    reach = [size - 1 for size in equation.params["window_dimensions"][1:3]]
+    window = equation.params["window_dimensions"][1:3]
+    dilation = equation.params["window_dilation"][1:3]
+    reach = [(size - 1) * step for size, step in zip(window, dilation)]
     before = [-low for low, _ in equation.params["padding"][1:3]]
     return field.shifted(before).widened(reach).strided(equation.params["window_strides"][1:3])
 

@@ -94,7 +94,8 @@ def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list
     Args:
       program: a jaxpr.
       inputs: a fact for each input; None is that of a constant.
-      visit: (operation, facts of its operands) -> fact of its outputs.
+      visit: (operation, facts of its operands) -> fact of its outputs. Operations without outputs
+        are not visited.
 
     Returns the facts of the program's outputs.
     """
@@ -105,6 +106,9 @@ def follow(program, inputs: Sequence, visit: Callable[[Any, list], Any]) -> list
         return None if is_literal else facts.get(variable)
 
     for equation in program.eqns:
+        # Callbacks, such as `jax.debug.print`, have no outputs.
+        if not equation.outvars:
+            continue
         operands = [fact(variable) for variable in equation.invars]
         inner = inner_program(equation)
         if inner is None:

@@ -94,7 +94,7 @@ def _check_is_followed(network, equation, paths):
         return
     if max(dilations) > 1:
         raise ValueError(f"model={network} has a window of dilation {max(dilations)}; expected 1")
-    # A layer after a map that is upsampled or rearranged is named in `_extended`.
+    # Upsampled and rearranged maps are refused in `_extended`, which knows the layer's name.
     is_window = max(*kernel, *strides) > 1
     if is_window and paths[0] is not None and paths[0].field == WHOLE_IMAGE:
         raise ValueError(

@@ -24,7 +24,8 @@ from cnnjax.runtime.configuration import is_number, is_whole, to_tuples
 from cnnjax.runtime.paths import expand_user, sha256
 from cnnjax.runtime.types import AnyArray
 
-# By the name of a stage, a function of its map; the network continues with the result.
+# Maps a stage's name to a function of its map; the network continues with what the function
+# returns.
 Replacements = Mapping[str, Callable[[Array], Array]]
 
 
@@ -395,4 +396,6 @@ def _is_annotated(value: Any, annotation: Any) -> bool:
         return len(kinds) == len(value) and all(map(_is_annotated, value, kinds))
     if annotation is int:
         return is_whole(value)
-    return annotation is not str or isinstance(value, str)
+    if annotation is str:
+        return isinstance(value, str)
+    return True

@@ -65,12 +65,13 @@ class Block(nn.Module):
             # The skip keeps the positions that the branch keeps.
             x = downsample(x, stride, like=y)
             y = downsample(y, stride)
-        # At most one convolution of a branch has a stride; under other samplings than 'stride', the
-        # skip is sampled above.
+        # The branch's stride; at most one of its convolutions has one.
         stride = max(stride for _, _, stride, _ in self.layers)
+        # Samplings other than 'stride' have reduced the skip already, in the loop.
         skip_stride = conv_stride(stride, self.sampling)
         x = fit_to_branch(x, y, skip_stride)
-        # As in torchvision. Parameters depend on neither the sampling nor the size of the map.
+        # The published stride decides, as in torchvision, so that parameters depend on neither the
+        # sampling nor the map's size.
         if stride > 1 or x.shape[-1] != y.shape[-1]:
             x = conv(y.shape[-1], 1, skip_stride, name="downsample.0")(x)
             x = norm(name="downsample.1")(x, train)

@@ -59,7 +59,7 @@ def conv(
         return _convolve(x, kernel, window, groups)
     if fill == "partial":
         inside = window.valid_taps(x.shape, kernel.shape[:2]).clip(1)
-        ratio = jnp.asarray(kernel.shape[0] * kernel.shape[1] / inside, x.dtype)
+        ratio = jnp.asarray(kernel.shape[0] * kernel.shape[1] / inside, jnp.result_type(x))
         return _convolve(x, kernel, window, groups) * ratio[None, :, :, None]
     padded = pad(x, window.padding, fill, key=key)
     if fast_on_cpu():
@@ -99,7 +99,7 @@ def _check_shapes(x, kernel, groups):
             f"shape {x.shape}; expected [batch, height, width, in] and "
             "[height, width, in / groups, out], out divisible by groups"
         )
-    # As jax takes them: NumPy's float64 is float32 unless jax_enable_x64 is set.
+    # `result_type`, because JAX reads NumPy's float64 as float32 unless jax_enable_x64 is set.
     dtypes = jnp.result_type(x), jnp.result_type(kernel)
     if dtypes[0] != dtypes[1]:
         raise ValueError(

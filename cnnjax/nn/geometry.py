@@ -70,10 +70,12 @@ def check_map(x: AnyArray) -> None:
 
 
 def check_floating(x: AnyArray) -> None:
-    """Raises `ValueError` if `x` does not have a floating-point type.
+    """Raises `ValueError` if `x` is not an array of a floating-point type.
 
     Means and fractions of integers would be cut off, and sums of uint8 wrap around.
     """
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"x has type {type(x).__name__}; expected a floating-point array")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x has dtype {x.dtype}; convert it to a floating-point type, for example with "

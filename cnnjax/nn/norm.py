@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         scale = parameter(self, "scale", nn.initializers.ones, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, shape)
-        wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        wide = x.astype(jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
         axis_name = None if self.is_initializing() else self.axis_name
         # In evaluation, the layer may run outside the device axis.
         count = _count(x, axis_name) if train else 0
@@ -125,4 +125,4 @@ def local_response_norm(
     wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
     squares = jnp.pad(jnp.square(wide), [(0, 0)] * (x.ndim - 1) + [(size // 2, (size - 1) // 2)])
     total = sum(squares[..., start : start + channels] for start in range(size))
-    return (wide / (k + alpha * total) ** beta).astype(x.dtype)
+    return (wide / (k + alpha * total) ** beta).astype(jnp.result_type(x))

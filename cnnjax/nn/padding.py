@@ -99,7 +99,7 @@ def pad(
         return resize(x, (x.shape[1] + 2 * height, x.shape[2] + 2 * width))
     widths = ((0, 0), *border_widths(amount, fill), (0, 0))
     if fill == "mean":
-        return _set_into(x.mean((1, 2), keepdims=True), x, widths)
+        return _set_into(_mean(x), x, widths)
     if fill == "random":
         return _set_into(_noise(x, amount, key), x, widths)
     if fill in _NUMPY_MODES:
@@ -127,7 +127,12 @@ def border_widths(amount: tuple[int, int], fill: str) -> tuple[tuple[int, int], 
 def _set_into(frame: AnyArray, x: AnyArray, widths) -> Array:
     """Places `x` inside `frame`, a larger map or one value for each channel."""
     inside = jnp.pad(jnp.ones((1, *x.shape[1:3], 1), bool), widths)
-    return jnp.where(inside, jnp.pad(x, widths), frame.astype(x.dtype))
+    return jnp.where(inside, jnp.pad(x, widths), frame.astype(jnp.result_type(x)))
+
+
+def _mean(x: AnyArray) -> Array:
+    # NumPy's own mean sums bfloat16 in bfloat16.
+    return jnp.mean(x, (1, 2), keepdims=True)
 
 
 def _noise(x, amount, key) -> Array:
@@ -138,12 +143,12 @@ def _noise(x, amount, key) -> Array:
         )
     batch, height, width, channels = x.shape
     shape = (batch, height + 2 * amount[0], width + 2 * amount[1], channels)
-    mean = x.mean((1, 2), keepdims=True)
-    variance = x.var((1, 2), keepdims=True)
+    mean = _mean(x)
+    variance = jnp.var(x, (1, 2), keepdims=True)
     # The derivative of a root is infinite at 0, the variance of a map of one pixel.
     is_constant = variance == 0
     deviation = jnp.where(is_constant, 0, jnp.sqrt(jnp.where(is_constant, 1, variance)))
-    return mean + deviation * jax.random.normal(key, shape, x.dtype)
+    return mean + deviation * jax.random.normal(key, shape, mean.dtype)
 
 
 def _check_border(x, amount, fill):

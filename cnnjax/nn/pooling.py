@@ -244,7 +244,7 @@ def adaptive_avg_pool(
     if x.shape[1:3] == size:
         return x
     if size == (1, 1):
-        return x.mean((1, 2), keepdims=True)
+        return jnp.mean(x, (1, 2), keepdims=True)
     wide = _widened(x)
     rows, columns = (jnp.asarray(_bins(n, m), wide.dtype) for n, m in zip(x.shape[1:3], size))
     # The default precision of an accelerator, TF32 or bfloat16, has three digits.
@@ -272,7 +272,8 @@ def global_avg_pool(
     Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
     """
     check_map(x)
-    return x.mean((1, 2))
+    # NumPy's own mean would sum bfloat16 in bfloat16.
+    return jnp.mean(x, (1, 2))
 
 
 def flatten(

@@ -33,7 +33,7 @@ def resize(
             position = (np.arange(out) + 0.5) * x.shape[axis] / out - 0.5
             position = position.clip(0, last)
         low = np.minimum(position.astype(int), max(last - 1, 0))
-        fraction = jnp.asarray(position - low, x.dtype)
+        fraction = jnp.asarray(position - low, jnp.result_type(x))
         fraction = jnp.expand_dims(fraction, [other for other in range(4) if other != axis])
         first = jnp.take(x, low, axis)
         second = jnp.take(x, np.minimum(low + 1, last), axis)

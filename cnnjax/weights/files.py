@@ -19,8 +19,10 @@ from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import pth, records
 
 _PTH_SUFFIXES = (".pth", ".pt")
-# The prefixes that DataParallel and torch.compile add to every name, in the order of their use.
-_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
+# What DataParallel, torch.compile and AveragedModel add to the names inside the module they wrap.
+_WRAPPER = re.compile(r"\b(?:module|_orig_mod)\.")
+# Numbers that BatchNorm and AveragedModel count for themselves.
+_COUNTERS = ("num_batches_tracked", "n_averaged")
 # DenseNets: PyTorch 0.3 writes `denselayer1.norm.1.weight`, later ones `denselayer1.norm1.weight`.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 # timm stores torchvision's VGG with a convolutional classifier of the same numbers.
@@ -45,8 +47,15 @@ class StateDict(dict[str, np.ndarray]):
         return StateDict(tensors, self.names)
 
 
+def _unwrapped(name: str, known: Collection[str]) -> str:
+    """Removes wrappers from a name, the outermost first, until it is `known` or none is left."""
+    while name not in known and _WRAPPER.search(name):
+        name = _WRAPPER.sub("", name, count=1)
+    return name
+
+
 def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str]:
-    """Maps torchvision's names to a file's own, leaving out BatchNorm's counters.
+    """Maps torchvision's names to a file's own, leaving out counters.
 
     Names that are `known` stay as they are.
 
@@ -54,15 +63,13 @@ def _torchvision_names(keys: list[str], known: Collection[str]) -> dict[str, str
     """
     is_timm_vgg = any(key.startswith("pre_logits.") for key in keys)
     renamed = _TIMM_VGG if is_timm_vgg else {}
-    wrappers = _WRAPPERS.match(os.path.commonprefix(keys))
-    prefix = wrappers.group() if wrappers else ""
     names: dict[str, str] = {}
     for own in keys:
-        if own.endswith("num_batches_tracked"):
+        if own not in known and own.split(".")[-1] in _COUNTERS:
             continue
-        name = own
-        if own not in known:
-            name = _OLD_DENSENET.sub(r"\1\2", own.removeprefix(prefix))
+        name = _unwrapped(own, known)
+        if name not in known:
+            name = _OLD_DENSENET.sub(r"\1\2", name)
             for theirs, ours in renamed.items():
                 if name.startswith(theirs):
                     name = ours + name.removeprefix(theirs)
@@ -89,10 +96,10 @@ def read(
 ) -> StateDict:
     """Reads the tensors of a safetensors or .pth file by torchvision's names.
 
-    Nothing in a file can run code. The names may have the prefixes of DataParallel and
-    torch.compile, be DenseNet's old names or timm's names of VGG, and lie under `state_dict`,
-    `model_state_dict` or `model` in a checkpoint. BatchNorm's counters are left out. A file with
-    the name of a published one must have its hash.
+    Nothing in a file can run code. The names may hold the wrappers of DataParallel, torch.compile
+    and AveragedModel, be DenseNet's old names or timm's names of VGG, and lie under `state_dict`,
+    `model_state_dict` or `model` in a checkpoint. Counters, such as BatchNorm's, are left out. A
+    file with the name of a published one must have its hash.
 
     Args:
       path: the file; `~` is expanded.

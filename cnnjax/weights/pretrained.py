@@ -73,4 +73,4 @@ def _with_fresh_head(model: Network, variables: dict, seed: int) -> dict:
 
     flat = flax.traverse_util.flatten_dict(variables)
     flat |= jax.device_get(draw(jax.random.key(seed)))
-    return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(flat)}
+    return torchvision.nested(flat)

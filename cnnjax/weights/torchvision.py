@@ -10,8 +10,8 @@ leaves as they are.
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -22,7 +22,7 @@ from cnnjax.nn.parameters import eval_shape
 from cnnjax.runtime.paths import expand_user
 from cnnjax.weights import files
 
-Path = tuple[str, ...]
+Path = tuple[str, ...]  # of a variable in a network's tree
 
 # By collection, torchvision's names of leaves. Others keep their own, such as those that a user's
 # network gives to `self.param`.
@@ -78,7 +78,7 @@ def _to_ours(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
     return np.array(array.reshape(shape).transpose(axes), np.float32, order="C")
 
 
-def _fits(file_shape: tuple[int, ...], model_shape: tuple[int, ...]) -> bool:
+def fits(file_shape: tuple[int, ...], model_shape: tuple[int, ...]) -> bool:
     """Tells whether a tensor of `file_shape` can fill torchvision's `model_shape`.
 
     A convolution over the whole map fills the dense layer of the same numbers, as timm stores VGG.
@@ -154,7 +154,7 @@ def _misfits(tensors: files.StateDict, wanted: dict[str, tuple[int, ...]]) -> _M
         absent=[key for key in wanted if key not in tensors],
         foreign=[key for key in tensors if key not in wanted],
         misshapen=[
-            key for key in wanted if key in tensors and not _fits(tensors[key].shape, wanted[key])
+            key for key in wanted if key in tensors and not fits(tensors[key].shape, wanted[key])
         ],
     )
 
@@ -182,7 +182,7 @@ def _advice(
     tensors: files.StateDict,
     wanted: dict[str, tuple[int, ...]],
     model: Network,
-    missing: Sequence[str],
+    missing: Collection[str],
 ) -> str:
     """Returns advice about a file that does not fit."""
     if tensors and wanted and not set(tensors) & set(wanted):
@@ -220,7 +220,7 @@ def _count_classes(
     for key in misfits.misshapen:
         found = tensors[key].shape
         # torchvision's first axis is the output's.
-        if not found or not _fits(found, (found[0], *wanted[key][1:])):
+        if not found or not fits(found, (found[0], *wanted[key][1:])):
             return None
         if paths[key] not in head(model):
             return None
@@ -268,11 +268,34 @@ def load_torchvision(
     """
     if isinstance(missing, str):
         missing = (missing,)
-    keys = torchvision_keys(variable_shapes(model))
-    _check_missing(missing, keys)
-    tensors = files.read(path, keys, argument)
+    _check_missing(missing, torchvision_keys(variable_shapes(model)))
+    tensors = read_for(model, path, argument)
+    return fill(model, tensors, missing, path, argument)
+
+
+def read_for(model: Network, path: str | os.PathLike, argument: str) -> files.StateDict:
+    """Reads a file's tensors, without auxiliary heads that the model was built without.
+
+    The names of the model stay as they are. Arguments and errors are those of `load_torchvision`.
+    """
+    tensors = files.read(path, torchvision_keys(variable_shapes(model)), argument)
     if not getattr(model, "aux_logits", True):
         tensors = tensors.without(AUXILIARY)
+    return tensors
+
+
+def fill(
+    model: Network,
+    tensors: files.StateDict,
+    missing: Collection[str],
+    path: str | os.PathLike,
+    argument: str,
+) -> dict:
+    """Turns a file's tensors into a model's variables.
+
+    `path` and `argument` name the file in errors. Otherwise as `load_torchvision`.
+    """
+    keys = torchvision_keys(variable_shapes(model))
     try:
         shapes = _fitting_shapes(tensors, model, missing)
     except ValueError as error:
@@ -285,29 +308,34 @@ def load_torchvision(
         except ValueError as error:
             raise ValueError(f"{argument}={str(path)!r}: {error}") from error
         loaded[keys[key]] = value
-    return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(loaded)}
+    return nested(loaded)
+
+
+def nested(flat: dict[Path, Any]) -> dict:
+    """Returns the tree of variables by their paths; both collections are there, if only empty."""
+    return {"params": {}, "batch_stats": {}, **flax.traverse_util.unflatten_dict(flat)}
 
 
 def _fitting_shapes(
-    tensors: files.StateDict, model: Network, missing: Sequence[str]
+    tensors: files.StateDict, model: Network, missing: Collection[str]
 ) -> dict[str, tuple[int, ...]]:
     """Maps the keys to read to torchvision's shapes.
 
     Raises `ValueError` if the file does not fit, naming all that does not fit.
     """
-    wanted = _wanted(variable_shapes(model), missing)
+    wanted = wanted_shapes(variable_shapes(model), missing)
     misfits = _misfits(tensors, wanted)
     if not any(misfits):
         return wanted
     if model.padding in ("none", "full"):
-        padded = _wanted(variable_shapes(model.clone(padding="zeros")), missing)
+        padded = wanted_shapes(variable_shapes(model.clone(padding="zeros")), missing)
         if not any(_misfits(tensors, padded)):
             return padded
     advice = _advice(misfits, tensors, wanted, model, missing)
     raise ValueError(f"({advice}): {_describe(misfits, tensors, wanted)}")
 
 
-def _wanted(shapes: dict, missing: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def wanted_shapes(shapes: dict, missing: Collection[str]) -> dict[str, tuple[int, ...]]:
     """Maps the keys that a file must hold to torchvision's shapes."""
     flat = flax.traverse_util.flatten_dict(shapes)
     wanted = {}

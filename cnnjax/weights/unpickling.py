@@ -130,7 +130,16 @@ def _size(lengths=(), *rest) -> tuple:
     return tuple(lengths)
 
 
+def _counter(*rest) -> dict:
+    """Stands for a counter, of which nothing is read.
+
+    The state of MultiStepLR, in a checkpoint of a whole training, holds its milestones in one.
+    """
+    return {}
+
+
 _FUNCTIONS: dict[str, Callable] = {
+    "collections.Counter": _counter,
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,

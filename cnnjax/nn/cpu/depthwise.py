@@ -58,10 +58,12 @@ def _join(arrays, axis):
 
 
 def _add_taps(padded, kernel, window):
-    scales = kernel.reshape(kernel.shape[0] * kernel.shape[1], kernel.shape[3])
-    views = _views(padded, kernel.shape[:2], window)
+    # Sums of 16-bit types lose their digits: in bfloat16, 256 + 1 is 256.
+    dtype = jnp.float32 if jnp.finfo(padded.dtype).bits < 32 else padded.dtype
+    scales = kernel.reshape(kernel.shape[0] * kernel.shape[1], kernel.shape[3]).astype(dtype)
+    views = _views(padded.astype(dtype), kernel.shape[:2], window)
     scaled = (view * jnp.broadcast_to(scale, view.shape) for view, scale in zip(views, scales))
-    return functools.reduce(operator.add, scaled)
+    return functools.reduce(operator.add, scaled).astype(padded.dtype)
 
 
 def _views(padded, kernel_size, window) -> Iterator[AnyArray]:

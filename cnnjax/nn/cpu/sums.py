@@ -34,8 +34,10 @@ def channel_sum(*factors: Float[AnyArray, "*positions channels"]) -> Float[Array
     if factors[0].ndim == 1:
         return product(factors)
     count = _count_parts(factors[0].shape[0])
-    parts = zip(*(jnp.split(factor, count) for factor in factors))
-    return _sum_columns([functools.reduce(operator.add, map(product, parts))])[0]
+    split = [jnp.split(factor, count) for factor in factors]
+    products = (product(parts) for parts in zip(*split))
+    added = functools.reduce(operator.add, products)
+    return _sum_columns([added])[0]
 
 
 def _sum_columns(maps: Sequence[AnyArray]) -> Float[Array, "maps channels"]:
@@ -98,7 +100,9 @@ def total(x: Float[AnyArray, "*positions channels"]) -> Float[Array, " channels"
 
     The values are those of `channel_sum`.
     """
-    return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, x.shape),), (), x)
+    # The transpose holds the shape alone: a tracer would leak.
+    shape = x.shape
+    return linear_call(lambda _, x: channel_sum(x), lambda _, sums: (spread(sums, shape),), (), x)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -123,7 +127,7 @@ def _squared_deviation_tangent(primals, tangents):
     centered = x - spread(mean, x.shape)
     tangent = linear_call(
         lambda residuals, dx: 2 * channel_sum(residuals[0], dx),
-        lambda residuals, dy: (spread(2 * dy, x.shape) * residuals[0],),
+        lambda residuals, dy: (spread(2 * dy, residuals[0].shape) * residuals[0],),
         (centered,),
         dx,
         like=mean,
