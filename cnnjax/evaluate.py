@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy on a folder of labeled photographs.
+"""Measure top-1 and top-5 accuracy on a folder of labeled photographs.
 
     python -m cnnjax.evaluate resnet50 --data_dir FOLDER [--tag imagenet1k_v2] [--weights FILE]
     python -m cnnjax.evaluate runs/mine --data_dir FOLDER

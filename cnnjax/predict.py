@@ -1,4 +1,4 @@
-"""The five likeliest classes of photographs.
+"""Print the five most likely classes of photographs.
 
     python -m cnnjax.predict resnet50 photo.jpg ... [--tag imagenet1k_v2] [--weights FILE]
     python -m cnnjax.predict runs/mine photo.jpg folder ...

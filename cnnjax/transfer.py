@@ -39,8 +39,8 @@ STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10_000.0, 100_000.0)
 def stage_paths(model: Network) -> dict[str, frozenset[Path]]:
     """Returns the paths of the parameters that each stage adds to the stages before it.
 
-    "logits" is the last one. It includes the auxiliary classifiers, which are heads too. Nothing is
-    computed.
+    A path is a tuple such as ("params", "conv1", "kernel"). "logits" is the last stage. It includes
+    the auxiliary classifiers, which are heads too. Nothing is computed.
     """
     model = model.clone(padding="zeros")
     image = jax.ShapeDtypeStruct((1, *model.input_shape), np.float32)
@@ -85,6 +85,8 @@ def _with_statistics(model: Network, selected: set[Path]) -> frozenset[Path]:
 
 def select(model: Network, parts: str | Sequence[str], argument: str = "parts") -> frozenset[Path]:
     """Returns the paths of the named parts' variables.
+
+    A path is a tuple such as ("params", "conv1", "kernel").
 
     Args:
       model: the network.
@@ -322,8 +324,9 @@ def linear_probe(
     """Fits a linear classifier to features by ridge regression.
 
     The targets are one-hot labels; the solution is exact. The strength of the penalty is the one of
-    `STRENGTHS` that is most accurate on the last fifth of the training features after a fit of the
-    others. So the training features must be in random order. The final fit uses all of them.
+    1, 10, 100, 1,000, 10,000 and 100,000 (`STRENGTHS`) that is most accurate on the last fifth of
+    the training features after a fit of the others. So the training features must be in random
+    order. The final fit uses all of them.
 
     Returns:
       The test accuracy and the strength.

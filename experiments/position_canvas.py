@@ -44,8 +44,16 @@ def add_options(parser):
     parser.add_workdir("runs/position_canvas")
     parser.add_data_dir()
     paddings = ["zeros", "none", "reflect", "replicate", "circular"]
-    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
-    parser.add_argument("--canvases", nargs="+", choices=CANVASES, default=list(CANVASES))
+    parser.add_argument(
+        "--paddings",
+        nargs="+",
+        choices=FILLS,
+        default=paddings,
+        help=f"default: {' '.join(paddings)}",
+    )
+    parser.add_argument(
+        "--canvases", nargs="+", choices=CANVASES, default=list(CANVASES), help="default: all"
+    )
     parser.add_count("seeds", 3, "networks per task, canvas, and padding")
     parser.add_argument(
         "--train",

@@ -81,7 +81,13 @@ def add_options(parser):
     )
     parser.add_count("enlarge", 1, "factor by which height and width are enlarged")
     paddings = ["zeros", "partial", "none", "reflect", "replicate", "circular"]
-    parser.add_argument("--paddings", nargs="+", choices=FILLS, default=paddings)
+    parser.add_argument(
+        "--paddings",
+        nargs="+",
+        choices=FILLS,
+        default=paddings,
+        help=f"default: {' '.join(paddings)}",
+    )
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)
     parser.add_count("epochs", 8, "training epochs")

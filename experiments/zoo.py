@@ -44,9 +44,9 @@ COLUMNS = {
     "train": ("train error", ".0e"),
     "their_train": ("torchvision's", ".0e"),
     "forward_ms": ("forward, ms", ".0f"),
-    "forward_ratio": ("over torch", ".2f"),
+    "forward_ratio": ("PyTorch's time / ours", ".2f"),
     "step_ms": ("training step, ms", ".0f"),
-    "step_ratio": ("over torch", ".2f"),
+    "step_ratio": ("PyTorch's time / ours", ".2f"),
 }
 
 
@@ -64,7 +64,9 @@ class Frameworks(NamedTuple):
 
 def add_options(parser):
     parser.add_workdir("runs/zoo")
-    parser.add_argument("--models", default="*", help="shell pattern of network names")
+    parser.add_argument(
+        "--models", default="*", help="shell pattern of network names (default: %(default)s)"
+    )
     # BatchNorm in training mode needs two values, and some maps have a single position.
     parser.add_count("batch", 4, "images per batch", 2)
     parser.add_count("repeats", 5, "timings, of which the fastest counts")
@@ -290,7 +292,10 @@ def fastest(passes: dict, repeats: int) -> dict[str, float]:
 def report(results: list[dict], options) -> study.Report:
     lines = []
     for result in results:
-        lines.append([format(result[name], style) for name, (_, style) in COLUMNS.items()])
+        # Results hold our time over PyTorch's; in the report, above 1 is faster than PyTorch.
+        inverse = {name: 1 / result[name] for name in ("forward_ratio", "step_ratio")}
+        row = result | inverse
+        lines.append([format(row[name], style) for name, (_, style) in COLUMNS.items()])
     table = tables.table([heading for heading, _ in COLUMNS.values()], lines)
     measured_on = options.environment
     text = f"""# The networks beside torchvision's

@@ -113,16 +113,38 @@ def test_no_study_imports_the_script_of_another():
                 assert root != "experiments" or inner[0] not in scripts, path
 
 
-def keywords_of_lists(path: pathlib.Path) -> Iterator[dict[str, ast.expr]]:
-    """Yields the keywords of each option --NAME in a file that takes a list of any length."""
+def options_of_commands(path: pathlib.Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
+    """Yields each option --NAME that a file adds to a parser, with its keywords."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         name = node.args[0]
         is_option = isinstance(name, ast.Constant) and str(name.value).startswith("--")
-        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-        if is_option and ast.unparse(keywords.get("nargs", name)) in ("'+'", "'*'"):
+        if is_option and ast.unparse(node.func).rpartition(".")[2] in ("add", "add_argument"):
+            yield name.value, {keyword.arg: keyword.value for keyword in node.keywords}
+
+
+def keywords_of_lists(path: pathlib.Path) -> Iterator[dict[str, ast.expr]]:
+    """Yields the keywords of each option --NAME in a file that takes a list of any length."""
+    for _, keywords in options_of_commands(path):
+        if ast.unparse(keywords.get("nargs", ast.Constant(None))) in ("'+'", "'*'"):
             yield keywords
+
+
+def test_options_have_underscores_and_their_help_names_the_default():
+    count = 0
+    for folder in ("cnnjax", "experiments"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name, keywords in options_of_commands(path):
+                count += 1
+                assert "-" not in name.removeprefix("--"), f"{path}: {name}"
+                assert "help" in keywords, f"{path}: {name} has no help"
+                # An empty default needs no words: nothing is given.
+                default = ast.unparse(keywords.get("default", ast.Constant(None)))
+                if default not in ("None", "()", "[]", "{}", "''", "False", "argparse.SUPPRESS"):
+                    explanation = ast.unparse(keywords["help"])
+                    assert "default" in explanation, f"{path}: {name}'s help has no default"
+    assert count > 0
 
 
 def test_an_option_given_twice_adds_to_the_first():

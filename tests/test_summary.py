@@ -519,7 +519,7 @@ def test_a_network_that_draws_in_evaluation_has_a_table_and_fields():
 def test_fields_of_a_list_of_stages_and_of_no_stage():
     model = Twice()
     assert receptive_fields(model, ["first", "second"]) == receptive_fields(
-        model, ("first", "second"), [8, 8, 3]
+        model, ("first", "second"), input_shape=[8, 8, 3]
     )
     for stage in ("logits", "", "third"):
         with pytest.raises(ValueError, match=f"={stage!r} is not a stage of this network"):

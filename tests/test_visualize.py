@@ -259,7 +259,7 @@ def test_grad_cam_is_class_activation_mapping_behind_global_average_pooling():
     expected = np.maximum(np.einsum("nhwk,kn->nhw", maps, weights) / (8 * 6), 0)
     assert expected.max() > 0
     np.testing.assert_allclose(
-        visualize.grad_cam(model, variables, images, classes, "maps"), expected, atol=1e-6
+        visualize.grad_cam(model, variables, images, "maps", classes), expected, atol=1e-6
     )
 
 
@@ -268,8 +268,8 @@ def test_grad_cam_takes_one_class_for_all_images():
     variables = quick.variables(model)
     images = jax.random.normal(jax.random.key(1), (3, *model.input_shape))
     np.testing.assert_array_equal(
-        visualize.grad_cam(model, variables, images, 2, "maps"),
-        visualize.grad_cam(model, variables, images, np.array([2, 2, 2]), "maps"),
+        visualize.grad_cam(model, variables, images, "maps", 2),
+        visualize.grad_cam(model, variables, images, "maps", np.array([2, 2, 2])),
     )
 
 
@@ -300,7 +300,7 @@ def test_grad_cam_through_layers_that_are_not_linear():
     expected = jnp.maximum((jax.grad(logit)(maps).mean((0, 1)) * maps).sum(-1), 0)
     assert expected.max() > 1e-4
     np.testing.assert_allclose(
-        visualize.grad_cam(model, variables, image, [7], "conv2")[0], expected, atol=1e-6
+        visualize.grad_cam(model, variables, image, "conv2", [7])[0], expected, atol=1e-6
     )
 
 
@@ -563,7 +563,7 @@ def test_a_unit_that_sees_more_than_the_image_is_the_central_one():
             "rule='redirected' is not one of gradient, deconvnet, guided",
         ),
         (
-            lambda m, v, x: visualize.grad_cam(m, v, x, [0, 10], "conv1"),
+            lambda m, v, x: visualize.grad_cam(m, v, x, "conv1", [0, 10]),
             r"classes=\[0, 10\] are not all between 0 and 9",
         ),
         (
@@ -664,7 +664,7 @@ class Labels(Network):
     "call",
     [
         lambda model, variables, x: visualize.occlusion(model, variables, x[0], 4, 2),
-        lambda model, variables, x: visualize.grad_cam(model, variables, x, [0, 1], "maps"),
+        lambda model, variables, x: visualize.grad_cam(model, variables, x, "maps", [0, 1]),
         stages.logits,
     ],
 )
@@ -992,8 +992,8 @@ GOOD = {"--model": "lenet", "--weights": "random", "--workdir": "WORK"}
         ("patches", {}, "the following arguments are required: --stage"),
         (
             "levels",
-            {"--total-variation": "nan"},
-            "argument --total-variation: 'nan' is not a number of at least 0",
+            {"--total_variation": "nan"},
+            "argument --total_variation: 'nan' is not a number of at least 0",
         ),
         (
             "levels",

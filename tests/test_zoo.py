@@ -40,6 +40,17 @@ def test_times_of_two_environments_are_not_mixed(tmp_path, monkeypatch, capsys):
     assert "torch\n2.13.0, torchvision 0.28.0" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_the_report_divides_as_the_pages_do():
+    """Above 1, cnnjax is faster. Results, also those of earlier versions, hold the inverse."""
+    result = dict.fromkeys(zoo.COLUMNS, 1)
+    result |= {"model": "vgg11", "forward_ms": 10, "forward_ratio": 0.5, "step_ratio": 4}
+    machine = dict.fromkeys(("threads", "processor", "torch", "torchvision", "jax", "device"), "")
+    options = types.SimpleNamespace(batch=4, environment=machine)
+    text = zoo.report([result], options).text
+    assert text.count("| PyTorch's time / ours |") == 2
+    assert text.endswith("| 10 | 2.00 | 1 | 0.25 |\n")
+
+
 def test_a_batch_of_one_image_is_refused(capsys):
     """Some networks' BatchNorm would have a single value, which PyTorch refuses."""
     assert exit_code(zoo.main, ["--batch", "1"]) == 2

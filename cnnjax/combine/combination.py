@@ -41,7 +41,7 @@ _LEARNED_STEPS = 200
 
 
 def run(
-    patterns: str | os.PathLike | Sequence[str | os.PathLike],
+    runs: str | os.PathLike | Sequence[str | os.PathLike],
     method: str,
     folder: str | os.PathLike,
 ) -> None:
@@ -50,8 +50,9 @@ def run(
     Methods that make one network write its weights, too. The test set is scored once, at the end.
 
     Args:
-      patterns: folders, or patterns that match them, or a single one; `~` is expanded.
-      method: one of `METHODS`.
+      runs: folders, or patterns that match them, or a single one; `~` is expanded.
+      method: "best", "ensemble", "ensemble-logits", "uniform", "greedy", "learned",
+        "learned-by-layer", "snapshot" or "polyak" (see docs/combine.md).
       folder: the work directory; `~` is expanded.
 
     Raises:
@@ -63,7 +64,7 @@ def run(
     began = time.monotonic()
 
     # ------------------------------------------------------------- members
-    configs = find_runs(patterns)
+    configs = find_runs(runs)
     check_runs(configs, method)
     first = complete(next(iter(configs.values())))
     # Read before the work directory is made, since the data may be missing.

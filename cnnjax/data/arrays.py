@@ -154,8 +154,9 @@ def load(
     """Reads a data set from its original files, downloading those that are absent.
 
     Args:
-      name: one of `DATASETS`, or a file that `save` wrote. A number of training images may follow:
-        "cifar10[:12000]" has the first 12,000, and the whole test set. `~` is expanded.
+      name: digits, mnist, fashion_mnist, cifar10, cifar100, camvid or camvid_scenes, or a file that
+        `save` wrote. A number of training images may follow: "cifar10[:12000]" has the first
+        12,000, and the whole test set. `~` is expanded.
       data_dir: the folder of the files; empty for "data"; `~` is expanded.
       n_validation: the number of training images to hold out, balanced over the classes. For a data
         set with a validation split it is the size of this split, or 0 to leave the split out.

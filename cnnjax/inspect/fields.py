@@ -235,7 +235,7 @@ def check_stages(maps: Collection[str], stages: Sequence[str]) -> None:
 
 
 def receptive_fields(
-    model, stages: str | Sequence[str], shape: Sequence[int] | None = None
+    model, stages: str | Sequence[str], input_shape: Sequence[int] | None = None
 ) -> tuple[tuple[Field | Unlocated, tuple[int, ...]], ...]:
     """Finds the largest part of the image that a position of each stage sees.
 
@@ -244,12 +244,12 @@ def receptive_fields(
     Args:
       model: a `cnnjax.models.Network`.
       stages: names of stages, the deepest last, or a single one.
-      shape: [height, width, channels] of the image; the publication's unless given.
+      input_shape: [height, width, channels] of the image; the publication's unless given.
 
     Returns (field, shape of the stage's map) for each stage. Raises `ValueError` if no stage is
     named, there is no such stage, or the image is too small.
     """
-    return _receptive_fields(model, stage_names(stages), tuple(shape or model.input_shape))
+    return _receptive_fields(model, stage_names(stages), tuple(input_shape or model.input_shape))
 
 
 @functools.cache

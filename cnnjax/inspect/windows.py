@@ -13,7 +13,15 @@ from cnnjax.nn.parameters import eval_shape
 
 
 class Window(NamedTuple):
-    """A square convolution or pool, with its padding on each side."""
+    """A square convolution or pool.
+
+    Attributes:
+      name: the layer's name of a convolution; pool1, pool2, ... of pools.
+      kernel: side of the kernel.
+      stride: positions from one window to the next.
+      padding: positions added on each side of the map.
+      pool: whether it is a pool.
+    """
 
     name: str
     kernel: int

@@ -48,10 +48,11 @@ class Network(nn.Module):
       sampling: how strided convolutions and pools reduce the resolution (`cnnjax.nn.sampling`).
       dtype: type of the computation; parameters stay float32.
       axis_name: device axis over which BatchNorm takes its statistics.
-      input_shape: height, width and channels of the publication's images.
+      input_shape: height, width and channels of its images; the publication's by default.
 
-    Raises `ValueError` if a field does not fit: a size that is not above 0, or a rate of dropout
-    that is not between 0 and 1.
+    Raises `ValueError` if a field does not fit: an unknown padding or sampling, a dtype that is not
+    floating point, fewer classes than 1, a size that is not above 0, or a rate of dropout that is
+    not at least 0 and below 1.
     """
 
     # Names of further fields that hold sizes.
@@ -274,10 +275,11 @@ def create_model(name: str, **fields) -> Network:
     Args:
       name: a registered name, or FILE.py:NAME or package.module:NAME, where NAME is a subclass of
         `Network`, a function that returns one, or a name that the file registers.
-      fields: `num_classes`, `padding`, `sampling`, `dtype`, `axis_name` and the family's own.
+      fields: `num_classes`, `padding`, `sampling`, `dtype`, `axis_name`, `input_shape` and the
+        family's own.
 
     Raises `ValueError` if the model is unknown, naming the nearest names, if it does not have a
-    field, or if a value has another type.
+    field, or if a value has another type or does not fit (`Network`).
     """
     # Configuration files and command lines may give lists, which flax cannot hash.
     fields = {field: to_tuples(value) for field, value in fields.items()}

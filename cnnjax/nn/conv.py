@@ -1,4 +1,8 @@
-"""Convolution and dense layers with PyTorch's semantics and initialization."""
+"""Convolution and dense layers with PyTorch's semantics and initialization.
+
+`uniform_fan_in` is PyTorch's own initializer and the default of the layers; `he_normal_fan_out` is
+that of torchvision's VGG and ResNet, among others.
+"""
 
 import functools
 import math

@@ -22,7 +22,8 @@ def resize(
         PyTorch.
 
     Returns [batch, *size, channels].
-    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels].
+    Raises `ValueError` if `x` is not a floating-point array [batch, height, width, channels], or
+    `size` is not positive.
     """
     check_map(x)
     for axis, out in zip((1, 2), pair(size, "size", 1)):

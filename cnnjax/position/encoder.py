@@ -276,9 +276,12 @@ def encode_on_grids(
     pixels: str = "imagenet",
     first: int = 0,
 ) -> dict[str, Float[np.ndarray, "n 28 28 channels"]]:
-    """Encodes like `encode`, on each of several `GRIDS`, in one run of the encoder.
+    """Encodes like `encode`, on each of several grids, in one run of the encoder.
 
-    Raises `ValueError` as `encode`, and for a grid that is not one of `GRIDS`.
+    A grid is "corners", with aligned corners as in `encode`, or "registered", with all stages at
+    the same pixels.
+
+    Raises `ValueError` as `encode`, and for any other grid.
     """
     check_images(images)
     stages = stage_names(stages)

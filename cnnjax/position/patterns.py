@@ -48,8 +48,8 @@ def margin(model: Network, stage: str, size: int) -> int:
       stage: name of the stage.
       size: side of the crop in pixels.
 
-    Returns pixels. Raises `ValueError` if there is no such stage, or if its stride down differs
-    from that to the right.
+    Returns pixels. Raises `ValueError` if there is no such stage, if its positions have no known
+    field, or if its stride down differs from that to the right.
     """
     step = _stride(model, stage)
     field = receptive_field(model, stage)

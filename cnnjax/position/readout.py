@@ -89,7 +89,8 @@ def fit_exact(
 
     Args:
       train: features to fit to; they also set the scaler.
-      held_out: features whose squared error chooses each target's strength, of `STRENGTHS`.
+      held_out: features whose squared error chooses each target's strength, one of the powers of
+        ten from 10^-3 to 10^3 (`STRENGTHS`).
       targets: the position maps.
       size: k of the k x k kernel.
       align_corners: whether the targets' corners lie on the grid's.

@@ -70,9 +70,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str):
+        """Prints a one-line error and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_workdir(self, default: str) -> None:
+        """Adds --workdir, the folder to write to, as a path."""
         self.add_argument(
             "--workdir",
             type=path,
@@ -81,6 +83,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_data_dir(self, files: str = "CIFAR-10's files") -> None:
+        """Adds --data_dir, the folder of `files`, as a string; the default is "data"."""
         self.add_argument(
             "--data_dir",
             type=os.path.expanduser,
@@ -89,6 +92,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_photographs(self) -> None:
+        """Adds --photographs, a folder as a string; empty for those that are included."""
         self.add_argument(
             "--photographs",
             type=os.path.expanduser,
@@ -98,6 +102,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_trained(self) -> None:
+        """Adds --trained, a dictionary of (file, modules that it lacks) by encoder."""
         self.add_argument(
             "--trained",
             nargs="+",

@@ -97,7 +97,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.label_smoothing = 0.0
     # "sgd", "nesterov", "adam", "adamw", or "muon".
     config.optimizer = "sgd"
-    # Momentum of SGD, and the first decay rate of Adam.
+    # Momentum of "sgd" and "nesterov", the first beta of "adam" and "adamw" (the second is 0.999),
+    # and the beta of "muon".
     config.momentum = 0.9
     # The factor of the L2 penalty, or of decoupled decay in "adamw" and "muon".
     config.weight_decay = 0.0

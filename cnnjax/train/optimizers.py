@@ -81,7 +81,8 @@ def optimizer(
     Args:
       name: one of `OPTIMIZERS`.
       learning_rate: of this step.
-      momentum: the first beta of "adam" and "adamw", whose second is 0.999.
+      momentum: momentum of "sgd" and "nesterov", the first beta of "adam" and "adamw" (the second
+        is 0.999), and the beta of "muon".
       weight_decay: the factor of the parameters.
       decay_all: whether biases and normalization parameters decay, too.
 

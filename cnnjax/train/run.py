@@ -124,12 +124,12 @@ class TrainedRun:
 
     @property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mean and the standard deviation that pixels of 0 to 1 are normalized by."""
+        """Returns the mean and standard deviation that pixels of 0 to 1 are normalized by."""
         return self.mean, self.std
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have several classes."""
+        """Tells whether an image may have several classes."""
         return self.config.loss == "sigmoid"
 
     def read(self, file: str | os.PathLike, times: int = 1) -> np.ndarray:
@@ -143,7 +143,7 @@ class TrainedRun:
           uint8 [times * height, times * width, channels]. There must be 1 channel, gray, or 3.
 
         Raises:
-          ValueError: as `photographs.open_rgb`.
+          ValueError: if the file cannot be read, or is not an image that can be decoded.
         """
         height, width = (times * side for side in self.image_shape[:2])
         image = photographs.open_rgb(expand_user(file))

@@ -85,10 +85,10 @@ def learning_rates(
     - "step": multiplied by `factor` after each of `epochs` (10: the first 10 epochs have the rate
       before), or every `every` epochs. The lectures' schedules are every=5 with factor=1/1.5, and
       epochs=(10, 14, 18) with factor=1/2.
-    - "cosine": falls to zero at the last step.
-    - "restarts": falls to zero along a cosine in `every` epochs and starts anew (Loshchilov and
-      Hutter 2017, arXiv 1608.03983). Snapshots (Huang et al. 2017, arXiv 1704.00109) are taken
-      where it is zero.
+    - "cosine": falls to almost zero at the last step.
+    - "restarts": falls to almost zero along a cosine in `every` epochs and starts anew (Loshchilov
+      and Hutter 2017, arXiv 1608.03983). Snapshots (Huang et al. 2017, arXiv 1704.00109) are taken
+      where it is lowest.
     - "plateau": constant; `Plateau` scales it.
 
     The rate first rises linearly from zero for `warmup_epochs`. A cosine then takes the rest.
@@ -148,6 +148,10 @@ class Plateau:
       threshold_mode: "rel", relative to the best, or "abs".
       cooldown: the number of checks after a reduction that do not count.
       min_lr: the smallest rate.
+
+    Raises:
+      ValueError: for an unknown `mode` or `threshold_mode`, a `factor` that is not between 0 and 1,
+        or a negative `patience`, `threshold`, `cooldown` or `min_lr`.
     """
 
     learning_rate: float

@@ -47,7 +47,7 @@ class Recipe:
       optimizer: one of `cnnjax.train.optimizers.OPTIMIZERS`.
       decay_all: whether weight decay applies to biases and normalization, too.
       loss: one of `LOSSES`.
-      augment: arguments of `cnnjax.data.augment.augment`.
+      augment: arguments of `cnnjax.data.augment.augment`, as sorted pairs.
       mixup: whether images are mixed.
       ema: whether an average of the parameters is kept.
       accumulate: parts of a device's batch that are computed one after the other.

@@ -110,7 +110,7 @@ def _add_subject(parser):
         help="how strides downsample: stride, blur, blur5 or aps (default: stride, or the run's)",
     )
     add(
-        "--every-layer",
+        "--every_layer",
         action="store_true",
         help="for a VGG, make every convolution a stage: conv1_1, conv1_2, ...",
     )
@@ -163,7 +163,12 @@ def _add_stages(parser):
 
 def _add_stage(parser):
     parser.add_argument(
-        "--stage", dest="stages", nargs=1, required=True, help="a stage of the network"
+        "--stage",
+        dest="stages",
+        nargs=1,
+        required=True,
+        metavar="STAGE",
+        help="a stage of the network",
     )
 
 
@@ -188,7 +193,7 @@ def _add_ascent(parser):
         "stage's stride)",
     )
     parser.add_argument(
-        "--total-variation",
+        "--total_variation",
         type=_share,
         default=0.02,
         metavar="SHARE",

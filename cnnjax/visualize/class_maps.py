@@ -16,8 +16,8 @@ def grad_cam(
     model: Network,
     variables: dict,
     images: Float[AnyArray, "batch height width channels"],
-    classes: int | Sequence[int] | Int[AnyArray, " batch"],
     stage: str,
+    classes: int | Sequence[int] | Int[AnyArray, " batch"],
 ) -> Float[Array, "batch rows columns"]:
     """Weights a stage's maps by the mean gradients of the class's logit.
 
@@ -25,8 +25,8 @@ def grad_cam(
       model: the network.
       variables: its variables.
       images: as the network takes them.
-      classes: one for all images, or one for each.
       stage: name of the stage.
+      classes: one for all images, or one for each.
 
     Raises `ValueError` if the stage or a class is unknown or the network labels pixels.
 
@@ -39,11 +39,11 @@ def grad_cam(
             f"classes={chosen.tolist()} are not all between 0 and {model.num_classes - 1}, "
             "the network's classes"
         )
-    return _grad_cam(model, variables, images, chosen, stage)
+    return _grad_cam(model, variables, images, stage, chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stage"))
-def _grad_cam(model, variables, images, classes, stage):
+def _grad_cam(model, variables, images, stage, classes):
     maps = stage_maps(model, variables, images, stage)
 
     def evidence(maps):

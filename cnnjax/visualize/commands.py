@@ -212,7 +212,7 @@ def class_maps(subject: Subject):
     x = subject.input(images)
     probabilities = _probabilities(subject, logits(subject.model, subject.variables, x))
     labels = probabilities.argmax(1)
-    heat = np.asarray(grad_cam(subject.model, subject.variables, x, labels, stage))
+    heat = np.asarray(grad_cam(subject.model, subject.variables, x, stage, labels))
     first, steps = map_grid(subject.model, stage)
     figure, axes = grid(2, len(images), 2.4)
     numbers = []

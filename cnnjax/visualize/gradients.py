@@ -41,7 +41,8 @@ def saliency(
       images: as the network takes them.
       stage: name of the stage.
       channel: one for all images, or one for each.
-      rule: how ReLUs pass the signal, one of `RULES` (`cnnjax.nn.relu_rule`).
+      rule: how ReLUs pass the signal: "gradient", "deconvnet" or "guided" (see
+        `cnnjax.nn.relu_rule`).
 
     Raises `ValueError` if the images are not a batch or are integers, or the stage, a channel or
     the rule is unknown. Rules other than "gradient" need `cnnjax.nn.relu`; they are refused if the

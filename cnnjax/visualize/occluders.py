@@ -34,8 +34,8 @@ def occlusion(
       stride: pixels from one square to the next.
       value: what the square is filled with; 0 is the mean color of a normalized image.
 
-    Raises `ValueError` if the image has a batch axis, the square does not fit into it, or the
-    network labels pixels.
+    Raises `ValueError` if the image has a batch axis or is of integers, the square does not fit
+    into it, `stride` is not positive, or the network labels pixels.
 
     Source: Zeiler and Fergus 2014 (arXiv 1311.2901), section 4.2.
     """

@@ -54,7 +54,7 @@ def check_stage(model: Network, stage: str, channels=()) -> None:
 def receptive_field(model: Network, stage: str) -> inspect.Field:
     """Finds the largest part of the image that a position of a stage sees.
 
-    Raises `ValueError` if there is no such stage, or if its positions see the whole image.
+    Raises `ValueError` as `cnnjax.inspect.receptive_field`.
     """
     check_stage(model, stage)
     return inspect.receptive_field(model, stage)

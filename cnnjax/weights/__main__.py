@@ -50,7 +50,9 @@ def text() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code (`cnnjax.runtime.command.run`)."""
     parser = command.Parser(prog="python -m cnnjax.weights", description=__doc__)
-    parser.add_argument("--format", default="text", choices=("text", "markdown"))
+    parser.add_argument(
+        "--format", default="text", choices=("text", "markdown"), help="default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     table = {"text": text, "markdown": markdown}[options.format]
     return command.run(lambda: print(table()))

@@ -154,19 +154,20 @@ def list_weights() -> list[Record]:
     return weights
 
 
-def find(network: str, tag: str = V1) -> Record:
+def find(name: str, tag: str = V1) -> Record:
     """Returns the record of a network's weights.
 
-    Raises `ValueError` if the network or tag is unknown, naming the known ones.
+    Raises `ValueError` if the network or tag is unknown, naming near networks or the network's
+    tags.
     """
-    if not isinstance(network, str) or network not in _V1:
-        near = difflib.get_close_matches(str(network), _V1, n=3)
+    if not isinstance(name, str) or name not in _V1:
+        near = difflib.get_close_matches(str(name), _V1, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see python -m cnnjax.weights"
-        raise ValueError(f"model={network!r} has no published ImageNet weights; {hint}")
-    tags = [V1, V2] if network in _V2 else [V1]
+        raise ValueError(f"model={name!r} has no published ImageNet weights; {hint}")
+    tags = [V1, V2] if name in _V2 else [V1]
     if not isinstance(tag, str) or tag.lower() not in tags:
-        raise ValueError(f"tag={tag!r} is not one of {network}'s: {', '.join(tags)}")
-    return _record(network, tag.lower())
+        raise ValueError(f"tag={tag!r} is not one of {name}'s: {', '.join(tags)}")
+    return _record(name, tag.lower())
 
 
 def of_file(path: str | os.PathLike) -> Record | None:
@@ -192,13 +193,13 @@ def check_sha256(path: pathlib.Path, prefix: str) -> None:
         )
 
 
-def fields_for(network: str, source: str | os.PathLike) -> dict[str, bool]:
+def fields_for(name: str, source: str | os.PathLike) -> dict[str, bool]:
     """Returns the fields that a network needs for weights from `source`.
 
     `source` is "imagenet" or a file, which is recognized as in `of_file`.
     """
-    record = find(network) if source == "imagenet" else of_file(source)
-    return record.fields if record and record.network == network else {}
+    record = find(name) if source == "imagenet" else of_file(source)
+    return record.fields if record and record.network == name else {}
 
 
 @functools.cache

@@ -39,6 +39,8 @@ _MOST_PROBLEMS = 5  # problems that an error names
 def torchvision_keys(variables: dict) -> dict[str, Path]:
     """Maps torchvision's keys to paths in the tree of variables.
 
+    A path is a tuple such as ("params", "conv1", "kernel").
+
     Raises `ValueError` if two parameters have one key.
     """
     collections = {name: variables.get(name, {}) for name in _LEAVES}
@@ -116,7 +118,7 @@ def _variable_shapes(model: Network) -> dict:
 def head(model: Network) -> frozenset[Path]:
     """Returns the paths of the variables whose shape depends on the number of classes.
 
-    Auxiliary classifiers are among them.
+    A path is a tuple such as ("params", "fc", "kernel"). Auxiliary classifiers are among them.
     """
     # Any other number of classes; the shapes of the model's own are needed elsewhere, too.
     other = model.clone(num_classes=1 if model.num_classes > 1 else 2)

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--photograph",
         choices=photographs.EMBEDDED,
         default="camera",
-        help="a photograph from scikit-image or scikit-learn",
+        help="a photograph from scikit-image or scikit-learn (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
 
