@@ -66,13 +66,15 @@ def evidence(*names: str) -> dict:
     """Returns measured values for the report: mean, deviation, n, command, device, and date."""
     shown = {}
     commands = []
+    dates = []
     for name in names:
         value = measured()["values"][name]
         spread = "" if value["std"] is None else f" ± {value['std']}"
         shown[value["what"]] = f"{value['mean']}{spread} (n={value['n']})"
         commands.append(measured()["commands"][value["command"]])
+        dates.append(value.get("date", measured()["date"]))
     shown["command"] = "; ".join(dict.fromkeys(commands))
-    shown["measured"] = f"{measured()['device']}, {measured()['date']}"
+    shown["measured"] = f"{measured()['device']}, {'; '.join(dict.fromkeys(dates))}"
     return shown
 
 
@@ -181,11 +183,14 @@ def deeper_layers() -> Verdict:
     "Padding contributes to it: without padding H falls from .74 to .38 and G from .81 to .36",
 )
 def padding_contributes() -> Verdict:
+    return judge_padding(("vgg_h_1x1", "vgg_h_without"), ("vgg_g_1x1", "vgg_g_without"))
+
+
+def judge_padding(*pairs: tuple[str, str]) -> Verdict:
+    """Judges whether position falls from the first to the second value of each pair."""
     names = []
     certain = True
-    for target in ("h", "g"):
-        padded = f"vgg_{target}_1x1"
-        without = f"vgg_{target}_without"
+    for padded, without in pairs:
         certain &= mean(padded) - mean(without) > difference_half_width(padded, without)
         names += [padded, without]
     note = "to nothing for a linear readout fitted to 24 crops, with random weights"
@@ -194,7 +199,7 @@ def padding_contributes() -> Verdict:
 
 @POSITION_STUDY.claim("C7.1", "UBC", "Without padding, HS falls from .41 to .01")
 def stripes_without_padding() -> Verdict:
-    return not_computed("no committed result has HS without padding")
+    return judge_padding(("vgg_hs_1x1", "vgg_hs_without"))
 
 
 @POSITION_STUDY.claim(
