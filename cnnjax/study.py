@@ -253,7 +253,9 @@ class Study:
             settings["contents"] = contents
         self._check_weights(settings, recorded, bool(missing))
         settings |= self._keep_paths(settings, recorded)
-        return settings | self._record_drawing(options, missing, recorded)
+        settings |= self._record_drawing(options, missing, recorded)
+        # Earlier versions recorded some of the options that are axes now.
+        return settings | {name: recorded[name] for name in self.axes if name in recorded}
 
     def _check_weights(self, settings: dict, recorded: dict, computes: bool) -> None:
         """Raises `ValueError` if a file of weights is missing that the study was begun with.

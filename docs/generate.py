@@ -38,7 +38,12 @@ COMMANDS = (
 
 
 def comment_of(lines: list[str], first: int, last: int) -> str:
-    """The comment behind the statement on lines `first` to `last`, or else the block above it."""
+    """Returns the comment behind a statement, or the comment block above it.
+
+    Args:
+      lines: of the file.
+      first, last: the statement's, counted from 1.
+    """
     behind = lines[last - 1].partition("  # ")[2]
     if behind:
         return behind
@@ -52,18 +57,23 @@ def comment_of(lines: list[str], first: int, last: int) -> str:
 
 
 def keys(path: pathlib.Path) -> list[tuple[str, str, str]]:
-    """Each assignment to `config.KEY` in a file -> (key, default as it is written, comment)."""
+    """Lists (key, default as written, comment) for each assignment to `config.KEY`."""
     text = path.read_text()
     lines = text.splitlines()
-    found = []
+    rows = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Assign):
             continue
         name = ast.unparse(node.targets[0])
         if name.startswith("config."):
             comment = comment_of(lines, node.lineno, node.end_lineno or node.lineno)
-            found.append((name.removeprefix("config."), ast.unparse(node.value), comment))
-    return found
+            rows.append((name.removeprefix("config."), ast.unparse(node.value), comment))
+    return rows
+
+
+def cell(text: str) -> str:
+    """Escapes a text for a table's cell."""
+    return text.replace("|", "\\|")
 
 
 def configuration() -> str:
@@ -74,8 +84,7 @@ def configuration() -> str:
         sections.append(f"## {title}\n\nFrom `{path}`.\n")
         sections.append("| key | default | meaning |\n| --- | --- | --- |")
         for name, default, comment in keys(ROOT / path):
-            default = default.replace("|", "\\|")
-            sections.append(f"| `{name}` | `{default}` | {comment.replace('|', chr(92) + '|')} |")
+            sections.append(f"| `{name}` | `{cell(default)}` | {cell(comment)} |")
         sections.append("")
     return "\n".join(sections)
 

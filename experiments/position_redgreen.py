@@ -188,7 +188,6 @@ def train_and_test(padding, key, train, validation, tests):
     Returns the accuracies on the tests, and the number of epochs.
     """
     model = Net(padding)
-    optimizer = optax.chain(optax.add_decayed_weights(_DECAY), optax.adadelta(_RATE))
     init_key, noise = jax.random.split(key)
 
     def apply(params, images):
@@ -199,13 +198,31 @@ def train_and_test(padding, key, train, validation, tests):
         losses = optax.softmax_cross_entropy_with_integer_labels(apply(params, images), labels)
         return losses.mean()
 
+    images, _ = train
+    params = model.init(init_key, images[:1])["params"]
+    best, epochs = minimize(loss, params, train, validation)
+    accuracies = [(apply(best, images).argmax(1) == labels).mean() for images, labels in tests]
+    return accuracies, epochs
+
+
+def minimize(loss, params, train, validation) -> tuple[dict, jax.Array]:
+    """Minimizes a loss on batches of the training images, with early stopping.
+
+    Args:
+      loss: a function of (params, (images, labels)).
+      params: the initial parameters.
+      train, validation: images and labels of each.
+
+    Returns the parameters with the lowest loss on `validation`, and the number of epochs.
+    """
+    optimizer = optax.chain(optax.add_decayed_weights(_DECAY), optax.adadelta(_RATE))
+    batches = jax.tree.map(lambda a: a.reshape(-1, _BATCH, *a.shape[1:]), train)
+
     def take_step(carry, batch):
         params, opt_state = carry
         gradients = jax.grad(loss)(params, batch)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
-
-    batches = jax.tree.map(lambda a: a.reshape(-1, _BATCH, *a.shape[1:]), train)
 
     def take_epoch(state):
         carry = (state.params, state.opt_state)
@@ -225,8 +242,6 @@ def train_and_test(padding, key, train, validation, tests):
     def goes_on(state):
         return (state.epoch < _EPOCHS) & (state.waited < _PATIENCE)
 
-    images, _ = train
-    params = model.init(init_key, images[:1])["params"]
     start = Training(
         params=params,
         opt_state=optimizer.init(params),
@@ -236,8 +251,7 @@ def train_and_test(padding, key, train, validation, tests):
         waited=0,
     )
     end = jax.lax.while_loop(goes_on, take_epoch, start)
-    accuracies = [(apply(end.best, images).argmax(1) == labels).mean() for images, labels in tests]
-    return accuracies, end.epoch
+    return end.best, end.epoch
 
 
 def measure(point: Point, options) -> dict:

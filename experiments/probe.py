@@ -172,6 +172,7 @@ STUDY = study.Study(
     description=__doc__,
     results="probe.json",
     add_options=add_options,
+    axes=("repeats",),
     files=("weights",),
     load=load,
     points=points,

@@ -48,13 +48,23 @@ NETWORKS = {
     "resnet": SmallResNet(num_classes=10, input_shape=(24, 24, 3), widths=(16, 32, 64)),
     "resnet18": create_model("resnet18", num_classes=10, input_shape=(32, 32, 3)),
 }
-# Columns of the table: the field of a result, its heading, factor and digits.
+
+
+class Column(NamedTuple):
+    """A column of the tables: a field of the results, and how it is shown."""
+
+    field: str
+    heading: str
+    factor: int
+    digits: int
+
+
 COLUMNS = (
-    ("accuracy", "accuracy, %", 100, 1),
-    ("circular", "consistency, circular shifts, %", 100, 1),
-    ("crops", "consistency, two crops, %", 100, 1),
-    ("before", "R2 of H, random weights", 1, 2),
-    ("after", "R2 of H, trained", 1, 2),
+    Column("accuracy", "accuracy, %", factor=100, digits=1),
+    Column("circular", "consistency, circular shifts, %", factor=100, digits=1),
+    Column("crops", "consistency, two crops, %", factor=100, digits=1),
+    Column("before", "R2 of H, random weights", factor=1, digits=2),
+    Column("after", "R2 of H, trained", factor=1, digits=2),
 )
 
 
@@ -206,22 +216,23 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
 
 
 def tabulate(results: list[dict]) -> str:
-    header = ["network", "sampling", "padding", *(heading for _, heading, _, _ in COLUMNS), "n"]
+    headings = [column.heading for column in COLUMNS]
     lines = []
     names = ("network", "sampling", "padding")
     for group in itertools.product(*(study.unique(results, name) for name in names)):
         fields = dict(zip(names, group))
         cells = []
-        for name, _, factor, digits in COLUMNS:
-            cells.append(tables.interval(factor * study.values(results, name, **fields), digits))
+        for column in COLUMNS:
+            values = column.factor * study.values(results, column.field, **fields)
+            cells.append(tables.interval(values, column.digits))
         lines.append([*group, *cells, str(len(study.select(results, **fields)))])
-    return tables.table(header, lines)
+    return tables.table([*names, *headings, "n"], lines)
 
 
 def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
     """Tabulates differences of each sampling (or padding) from the first, paired by seed."""
     fixed = "padding" if axis == "sampling" else "sampling"
-    header = ["network", fixed, axis, *(heading for _, heading, _, _ in COLUMNS), "n"]
+    headings = [column.heading for column in COLUMNS]
     first, *others = study.unique(results, axis)
     seeds = str(len(study.unique(results, "seed")))
     lines = []
@@ -231,12 +242,13 @@ def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
     for network, choice, other in groups:
         fields = {"network": network, fixed: choice}
         cells = []
-        for name, _, factor, digits in COLUMNS:
-            here = study.values(results, name, **fields, **{axis: other})
-            there = study.values(results, name, **fields, **{axis: first})
-            cells.append(tables.interval(factor * (here - there), digits, "+"))
+        for column in COLUMNS:
+            here = study.values(results, column.field, **fields, **{axis: other})
+            there = study.values(results, column.field, **fields, **{axis: first})
+            differences = column.factor * (here - there)
+            cells.append(tables.interval(differences, column.digits, "+"))
         lines.append([network, choice, f"{other} - {first}", *cells, seeds])
-    return tables.table(header, lines)
+    return tables.table(["network", fixed, axis, *headings, "n"], lines)
 
 
 def draw(results: list[dict]) -> Figure:
@@ -244,21 +256,21 @@ def draw(results: list[dict]) -> Figure:
     networks = study.unique(results, "network")
     paddings = study.unique(results, "padding")
     figure = Figure(figsize=(11, 2.6 * len(networks)), layout="constrained")
-    shown = [column for column in COLUMNS if column[0] in ("circular", "crops", "after")]
+    shown = [column for column in COLUMNS if column.field in ("circular", "crops", "after")]
     axes = figure.subplots(len(networks), len(shown), squeeze=False)
     for network, row in zip(networks, axes):
-        for axis, (name, heading, factor, _) in zip(row, shown):
+        for axis, column in zip(row, shown):
             series = {}
             for sampling in study.unique(results, "sampling"):
                 fields = {"network": network, "sampling": sampling}
                 series[sampling] = [
-                    factor * study.values(results, name, padding=padding, **fields)
+                    column.factor * study.values(results, column.field, padding=padding, **fields)
                     for padding in paddings
                 ]
             study.draw_bars(axis, series)
             axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
-            axis.set_title(f"{network}: {heading}", fontsize=9)
-            if factor == 100:
+            axis.set_title(f"{network}: {column.heading}", fontsize=9)
+            if column.factor == 100:
                 axis.set_ylim(0, 102)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

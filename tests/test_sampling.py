@@ -498,7 +498,7 @@ def test_the_study_reports_every_column():
     results = []
     for sampling, seed in itertools.product(("stride", "aps"), range(3)):
         point = study.Point("convnet", sampling, "zeros", seed)
-        row = {name: 0.5 + 0.1 * seed for name, *_ in study.COLUMNS} | {"circular": 1.0}
+        row = {column.field: 0.5 + 0.1 * seed for column in study.COLUMNS} | {"circular": 1.0}
         results.append(point._asdict() | row)
     table = study.tabulate(results)
     # Student's t of 2 degrees of freedom is 4.303; the deviation is 10, of n = 3.

@@ -20,7 +20,7 @@ from cnnjax import study
 from cnnjax.runtime import claims, files, workdir
 from cnnjax.runtime.command import Parser
 from cnnjax.train import defaults
-from experiments import sampling
+from experiments import position_neurons, probe, sampling
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,25 @@ def test_a_work_directory_belongs_to_its_options(example, tmp_path, capsys):
     assert example.main(command) == 0
     assert example.main([*command, "--size", "8"]) == 2
     assert "another configuration (size=16 there, 8 now)" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_bound_to_an_axis_takes_more_points(example, tmp_path, capsys):
+    """Earlier versions recorded options that choose points, such as the number of seeds."""
+    bound = dataclasses.replace(example.STUDY, axes=())
+    command = ["--workdir", str(tmp_path), "--seeds"]
+    assert bound.main([*command, "1"]) == 0
+    assert read(tmp_path / "config.json")["seeds"] == 1
+    assert bound.main([*command, "2"]) == 2
+    assert example.main([*command, "2"]) == 0
+    assert len(read(tmp_path / "blur.json")) == 6
+    # All other options still bind it.
+    assert example.main([*command, "2", "--size", "8"]) == 2
+    assert "another configuration (size=16 there, 8 now)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study_, axis", [(position_neurons, "seeds"), (probe, "repeats")])
+def test_more_repetitions_join_those_of_a_work_directory(study_, axis):
+    assert axis in study_.STUDY.axes
 
 
 def test_the_work_directory_is_checked_before_anything_is_loaded(example, tmp_path):

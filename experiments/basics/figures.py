@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 
 from cnnjax.nn import FILLS, output_size
 from experiments.basics import numbers
+from experiments.claims.figures import annotate
 from experiments.claims.operations import MAP, one_channel, plane
 from experiments.claims.position import SIZE
 
@@ -22,14 +23,8 @@ def draw_cells(axis, values, title: str = "", size: float = 8, **colors) -> None
     image = axis.imshow(values, **({"cmap": "Blues"} | colors))
     # Numbers on dark cells are white. The weights of red, green and blue give their brightness.
     brightness = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1)
-    is_dark = brightness < 0.5
-    for (row, column), value in np.ndenumerate(values):
-        if not size or np.isnan(value):
-            continue
-        color = "white" if is_dark[row, column] else "black"
-        # Adding 0.0 turns -0 into 0.
-        text = f"{value + 0.0:.3g}"
-        axis.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+    if size:
+        annotate(axis, values, np.where(brightness < 0.5, "white", "black"), size)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
 

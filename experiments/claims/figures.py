@@ -7,9 +7,12 @@ from experiments.claims import operations, position
 
 
 def annotate(axis, values: np.ndarray, colors: np.ndarray, size: float = 7) -> None:
-    """Writes each value of a map into its cell."""
+    """Writes each value of a map into its cell. NaN is an empty cell."""
     for (row, column), value in np.ndenumerate(values):
-        text = axis.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=size)
+        if np.isnan(value):
+            continue
+        # Adding 0.0 turns -0 into 0.
+        text = axis.text(column, row, f"{value + 0.0:.3g}", ha="center", va="center", fontsize=size)
         text.set_color(colors[row, column])
         # Texts within the axes need no space of their own; to measure them takes seconds.
         text.set_in_layout(False)

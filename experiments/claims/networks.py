@@ -2,6 +2,7 @@
 
 import math
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -88,28 +89,43 @@ def lenet5_size() -> Verdict:
     )
 
 
-@NETWORKS.claim(
-    "A51",
-    "NUS UBC",
-    "LeNet-5 is conv, pool, conv, pool, and fully connected layers; 5x5 filters, 2x2 pools of "
-    "stride 2",
-)
+@NETWORKS.claim("A51", "NUS UBC", "LeNet-5 is conv, pool, conv, pool, and fully connected layers")
 def lenet5_layers() -> Verdict:
     model = create_model("lenet5")
+    kinds = {row.name: row.kind for row in layers_without_input("lenet5")}
     shapes = variable_shapes(model)["params"]
-    kernels = {name: value["kernel"].shape for name, value in shapes.items() if "kernel" in value}
-    after_pools = {"c5": kernels["c5"][-1], "f6": kernels["f6"][-1], "output": model.num_classes}
-    pools = {name: sorted(value) for name, value in shapes.items() if "kernel" not in value}
-    as_drawn = kernels["c1"][:2] == kernels["c3"][:2] == (5, 5)
-    as_drawn &= pools == {"s2": ["bias", "scale"], "s4": ["bias", "scale"]}
+    after_pools = {
+        "c5": shapes["c5"]["kernel"].shape[-1],
+        "f6": shapes["f6"]["kernel"].shape[-1],
+        "output": model.num_classes,
+    }
+    first_layers = list(kinds.values())[:4]
     units = ", ".join(str(count) for count in after_pools.values())
     return judge(
         False,
-        {"kernels": kernels, "parameters of the pools": pools, "units after them": after_pools},
-        as_read=as_drawn,
-        note=f"5x5 and 2x2 hold; after the second pool LeNet-5 has {len(after_pools)} layers "
-        f"({units} units), where NUS draws two and UBC one. Its pools sum each 2x2 square with "
-        "trained coefficients, where NUS has max-pools",
+        {"layers": kinds, "units after the pools": after_pools},
+        as_read=first_layers == ["Conv", "Subsample", "TableConv", "Subsample"],
+        note=f"after the second pool LeNet-5 has {len(after_pools)} layers ({units} units), where "
+        "NUS draws two and UBC one. Its pools sum each 2x2 square with trained coefficients, where "
+        "NUS has max-pools",
+    )
+
+
+@NETWORKS.claim("A51.1", "UBC", "LeNet-5 has 5x5 filters at stride 1 and 2x2 pools at stride 2")
+def lenet5_sizes() -> Verdict:
+    rows = {row.name: row for row in layers_without_input("lenet5")}
+    ours = {}
+    expected = {}
+    field, stride = 1, 1
+    for name, size, step in (("c1", 5, 1), ("s2", 2, 2), ("c3", 5, 1), ("s4", 2, 2)):
+        field += (size - 1) * stride
+        stride *= step
+        expected[name] = {"field": field, "stride": stride}
+        ours[name] = {"field": rows[name].receptive_field[0], "stride": rows[name].stride[0]}
+    return judge(
+        ours == expected,
+        {"receptive field and stride after each layer": ours},
+        note="these sizes and strides follow from the receptive fields",
     )
 
 
@@ -676,11 +692,20 @@ def stacked() -> Verdict:
     three = summary.layers(Stack(sizes=(3, 3, 3)))
     one = summary.layers(Stack(sizes=(7,)))
     fields = [three[-1].receptive_field, one[-1].receptive_field]
-    counts = [summary.totals(three)["parameters"], summary.totals(one)["parameters"]]
-    depth = [len(three) - 1, len(one) - 1]
-    holds = fields == [(7, 7), (7, 7)] and counts[0] < counts[1] and depth[0] > depth[1]
+    three_parameters = summary.totals(three)["parameters"]
+    one_parameters = summary.totals(one)["parameters"]
+    # Each layer but the input ends in a ReLU.
+    three_relus = len(three) - 1
+    one_relus = len(one) - 1
+    has_fewer_parameters = three_parameters < one_parameters
+    holds = fields == [(7, 7), (7, 7)] and has_fewer_parameters and three_relus > one_relus
     return judge(
-        holds, {"fields": fields, "parameters at 64 channels": counts, "nonlinearities": depth}
+        holds,
+        {
+            "fields": fields,
+            "parameters at 64 channels": [three_parameters, one_parameters],
+            "nonlinearities": [three_relus, one_relus],
+        },
     )
 
 
@@ -869,8 +894,8 @@ def accepts(model: Network, variables: dict, size: int) -> bool:
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     try:
         return eval_shape(model.apply, variables, image).shape == (1, 1000)
-    except Exception:
-        # Flax and lax raise errors of several types for a wrong size.
+    except (ValueError, TypeError, flax.errors.FlaxError):
+        # A wrong size.
         return False
 
 
