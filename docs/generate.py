@@ -4,7 +4,8 @@
 
 `configuration.md` lists every configuration key with its default and comment, read from the two
 files that define them. `commands.md` holds what each command prints for `--help`, `networks.md` the
-registered networks, and `experiments.md` the commands of `experiments/` and their options. A test
+registered networks, and `experiments.md` the commands of `experiments/` and their options.
+`statements.md` has the statements of the lectures; to compute them takes about a minute. A test
 fails if a page is out of date.
 """
 
@@ -177,14 +178,26 @@ def experiments() -> str:
     )
 
 
+def statements() -> str:
+    """Computes and judges what the lectures state."""
+    from experiments.claims import report
+    from experiments.claims.ledger import check_claims
+    from experiments.claims.sections import SECTIONS
+
+    findings = check_claims(claim for section in SECTIONS for claim in section.claims)
+    return report.render_page(SECTIONS, findings)
+
+
 PAGES = {
     "configuration.md": configuration,
     "commands.md": commands,
     "networks.md": networks,
     "experiments.md": experiments,
 }
+# Compared with the computed ledger in tests/test_claims.py.
+COMPUTED_PAGES = {"statements.md": statements}
 
 
 if __name__ == "__main__":
-    for name, make in PAGES.items():
+    for name, make in (PAGES | COMPUTED_PAGES).items():
         (ROOT / "docs" / "reference" / name).write_text(make())

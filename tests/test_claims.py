@@ -45,7 +45,6 @@ WRONG = {
     "A49": "224x224x3",
     "A50": "32x32 and has 60,000",
     "A54": "3.54 M",
-    "A57": "row 3 of A, A-LRN, C, D, E; row 4 of A, C; row 5 of A (",
     "A57.1": "15 and 17 weight layers",
     "A60": "FC-C",
     "D1.1": "99.26 %",
@@ -63,6 +62,7 @@ NOTES = {
     "A40": "2 and 0, are not checked",
     "A51": "3 layers (120, 84, 10 units)",
     "A52": "none between the linear layers",
+    "A57": "row 3 of A, A-LRN, C, D, E; row 4 of A, C; row 5 of A (",
     "A59.2": "1.84 M",
     "C1": "by R2",
     "C3": "for V (0.08 ± 0.09, n=5) not certain",
@@ -118,12 +118,20 @@ COMPUTED = {
             "first table": ["B"],
             "second table": ["A", "A-LRN", "C", "D", "E"],
         },
+        "weight layers in both headers": {
+            "A": 11,
+            "A-LRN": 11,
+            "B": 13,
+            "C": 16,
+            "D": 16,
+            "E": 19,
+        },
     },
 }
 READ_IN_ONE_SENSE = {
     *("A1.1", "A4", "A7.1", "A8", "A24", "A28.2", "A31", "A32", "A34", "A36", "A37", "A42"),
     *("A10.2", "A14.2", "A14.3", "A15.1", "A19.1", "A19.2", "A20.2", "A21.2", "A51", "A55"),
-    *("A56", "A59.2"),
+    *("A56", "A57", "A59.2"),
     "B1",
     *("C1", "C2", "C3", "C4", "C6", "C7", "C7.1", "C8", "C9"),
     *("D2", "D3", "D4", "D7.1", "D9.3", "D10"),
@@ -269,6 +277,24 @@ def test_the_pages_count_the_findings(findings):
         of_lecture = [f["verdict"] for f in findings.values() if lecture in f["sources"]]
         counts = " | ".join(str(of_lecture.count(verdict)) for verdict in ledger.VERDICTS)
         assert re.search(rf"^\| {lecture}[^|]*\| {re.escape(counts)} \|$", page, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_page_has_every_finding(findings):
+    """Run `PYTHONPATH=. python docs/generate.py` after a change of the ledger.
+
+    Computed values are left out, since their last digits differ between processors.
+    """
+    text = (ROOT / "docs" / "reference" / "statements.md").read_text()
+    rows = [line.rsplit(" | ", 1)[0] for line in text.splitlines() if " | **" in line]
+    expected = []
+    for finding in findings.values():
+        statement, note = (finding[key].replace("|", "\\|") for key in ("statement", "note"))
+        sources = ", ".join(finding["sources"])
+        verdict = finding["verdict"]
+        expected.append(f"| {finding['id']} | {sources} | {statement} | **{verdict}** | {note}")
+    assert rows == expected
+    assert f"All {len(findings)} statements" in text
 
 
 @pytest.mark.slow

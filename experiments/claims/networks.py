@@ -566,6 +566,8 @@ UTSA_TABLES = {
         "E": (2, 2, 3, 4, 4),
     },
 }
+# As the headers of both tables have them.
+UTSA_WEIGHT_LAYERS = {"A": 11, "A-LRN": 11, "B": 13, "C": 16, "D": 16, "E": 19}
 
 
 @NETWORKS.claim(
@@ -603,11 +605,20 @@ def configuration_tables() -> Verdict:
     wrong_rows = "; ".join(
         f"row {number} of {', '.join(columns)}" for number, columns in sorted(wrong.items())
     )
+    # A VGG ends in three linear layers.
+    depth = {column: sum(blocks) + 3 for column, blocks in right.items()}
     return judge(
         not any(different.values()),
-        {"convolutions by block": right, "columns that differ": different},
-        note="the two differ: the first lacks one 3x3-128 in column B; the second, as its text "
-        "reads, is right only in column "
+        {
+            "convolutions by block": right,
+            "columns that differ": different,
+            "weight layers in both headers": UTSA_WEIGHT_LAYERS,
+        },
+        as_read=depth == UTSA_WEIGHT_LAYERS,
+        note="by the headers of its columns, which give the right numbers of weight layers. The "
+        "rows, as their text reads, contradict these headers, probably because repeated lines "
+        "were lost when the text was extracted: the first table lacks one 3x3-128 in column B; "
+        "the second is right only in column "
         f"{', '.join(c for c in right if c not in different['second table'])} and lacks one "
         f"convolution each in {wrong_rows} (rows of convolutions, from the top)",
     )

@@ -358,7 +358,9 @@ def worked_padding() -> Verdict:
             "printed": printed.tolist(),
             "printed is the 3x3 filter with one ring": np.array_equal(printed, smaller),
         },
-        note=f"{right.tolist()}; the printed map is that of the 3x3 filter with one ring of zeros",
+        note=f"{right.tolist()}; the printed map is that of the 3x3 filter with one ring of zeros. "
+        "The slide's text has only zeros as the input, so the 6x6 image of an earlier slide is "
+        "taken, which gives the printed map",
     )
 
 

@@ -65,10 +65,9 @@ def wrong_claims(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def render_section(section: Section, findings: dict[str, Finding]) -> str:
-    """Returns one section's claims as a table, with their figures below."""
+def table_of_section(section: Section, findings: dict[str, Finding]) -> str:
+    """Returns one section's claims as a table, under the section's title."""
     lines = []
-    pictures = []
     for claim in section.claims:
         finding = findings[claim.id]
         lines.append(
@@ -81,10 +80,17 @@ def render_section(section: Section, findings: dict[str, Finding]) -> str:
                 cell(format_value(finding.computed)),
             ]
         )
-        if finding.verdict != WRONG and finding.id in PICTURES:
-            pictures.append(f"\n![{finding.id}]({PICTURES[finding.id]})\n")
     header = ["", "lectures", "claim", "verdict", "note", "computed"]
-    return f"## {section.title}\n\n{tables.table(header, lines)}{''.join(pictures)}"
+    return f"## {section.title}\n\n{tables.table(header, lines)}"
+
+
+def render_section(section: Section, findings: dict[str, Finding]) -> str:
+    """Returns one section's claims as a table, with their figures below."""
+    pictures = []
+    for claim in section.claims:
+        if findings[claim.id].verdict != WRONG and claim.id in PICTURES:
+            pictures.append(f"\n![{claim.id}]({PICTURES[claim.id]})\n")
+    return table_of_section(section, findings) + "".join(pictures)
 
 
 def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
@@ -98,4 +104,18 @@ def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
         wrong_claims(findings),
     ]
     parts += [render_section(section, by_id) for section in sections]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_page(sections: tuple[Section, ...], findings: list[Finding]) -> str:
+    """Returns docs/reference/statements.md: all claims in tables, without figures."""
+    by_id = {finding.id: finding for finding in findings}
+    introduction = (
+        f"All {len(findings)} statements of [the lectures](../lectures.md), in our words, as\n"
+        "`python -m experiments.claims` judges them. The note says in which sense a statement\n"
+        "holds, or what is right. For statements about trained networks, the last column has the\n"
+        "command that measured the values."
+    )
+    parts = ["# Statements of the lectures", introduction]
+    parts += [table_of_section(section, by_id).rstrip("\n") for section in sections]
     return "\n\n".join(parts) + "\n"
