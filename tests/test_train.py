@@ -950,6 +950,7 @@ def test_an_extended_run_used_the_test_set_more_than_once():
         "training_seconds": 1.0,
         "n_train": 1,
         "n_test": 1,
+        "classes": ["cat", "dog"],
     }
     config = defaults.get_config().to_dict()
     once = "The test set was used once, at the end. The scores are"

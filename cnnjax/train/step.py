@@ -395,7 +395,7 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
                 rngs={"dropout": dropout_key, "padding": dropout_key},
             )
         losses, errors = losses_of(logits)
-        auxiliary_loss: float | jax.Array = 0.0
+        auxiliary_loss = 0.0
         for head_logits in jax.tree.leaves(updated.get("auxiliary", {})):
             head_losses, _ = losses_of(head_logits)
             auxiliary_loss += head_losses.mean()
