@@ -19,7 +19,7 @@ import ml_collections
 from cnnjax.runtime import backend, command, configuration, files, workdir
 
 _LOG = logging.getLogger("cnnjax")
-# Keys that do not name the default work directory, since a run may continue with other values.
+# Keys left out of the default work directory's name, since a run may continue with other values.
 _UNNAMED_KEYS = {"skip_damaged", "workers"}
 
 
@@ -29,8 +29,8 @@ _UNNAMED_KEYS = {"skip_damaged", "workers"}
 def job_of(config: ml_collections.ConfigDict) -> types.ModuleType:
     """Returns the module that does what the configuration's `kind` says.
 
-    It has `check`, `adopt`, `run` and `report.write`. That of training, which sweeps repeat, also
-    has `complete_record` and `is_equivalent`.
+    It has `check`, `adopt`, `run` and `report.write`. The training module also has
+    `complete_record` and `is_equivalent`, which sweeps use.
 
     Raises `ValueError` if there is no job of that kind.
     """
@@ -58,20 +58,20 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     job.check(config, folder)
     backend.start()
 
-    is_new = False
+    was_finished = True
 
     def adopt(config, folder):
         job.adopt(config, folder)
         backend.wait_for_others("the record is adopted")
 
     def begin(config, folder):
-        nonlocal is_new
-        is_new = True
+        nonlocal was_finished
+        was_finished = False
         _LOG.info("running in %s", folder)
         job.run(config, folder)
 
     workdir.run_once(begin, config, folder, adopt)
-    if not is_new:
+    if was_finished:
         _LOG.info("%s holds the finished run", folder)
         job.report.write(folder)
     _LOG.info("finished: see %s", folder / "report.md")
@@ -176,23 +176,23 @@ def _default_workdir(
     if not options.overrides:
         return folder
 
-    def named_after(keys):
+    def folder_for(keys):
         return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
-    with_path = config.to_dict()
-    # Without the folder of a user's network, so that a moved project finds its runs.
-    with_workers = dict(with_path)
-    model = str(with_path.get("model"))
+    all_keys = config.to_dict()
+    # A user's network is named without its folder, so that a moved project finds its runs.
+    movable_keys = dict(all_keys)
+    model = str(all_keys.get("model"))
     if os.path.isabs(model):
-        with_workers["model"] = os.path.basename(model)
+        movable_keys["model"] = os.path.basename(model)
     # Earlier versions hashed more keys; their work directories are found first.
-    for earlier in (named_after(with_path), named_after(with_workers)):
+    for earlier in (folder_for(all_keys), folder_for(movable_keys)):
         if earlier.is_dir():
             return earlier
     if options.overrides.keys() <= _UNNAMED_KEYS:
         return folder
-    named = {key: value for key, value in with_workers.items() if key not in _UNNAMED_KEYS}
-    return named_after(named)
+    naming_keys = {key: value for key, value in movable_keys.items() if key not in _UNNAMED_KEYS}
+    return folder_for(naming_keys)
 
 
 def run_command(
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None:
         arguments = sys.argv[1:]
     parser = build_parser("cnnjax.main", __doc__)
-    # No option of sweeps: of processes that compute together, each would take a run of its own.
+    # Sweeps lack this option: each process of a sweep takes runs of its own.
     parser.add_argument(
         "--distributed",
         metavar="HOW",

@@ -57,7 +57,7 @@ class Run:
     folder: pathlib.Path
     # Whether it is finished and known to be of this configuration.
     is_checked: bool = False
-    # Whether the log says that its network's file has another content than that of another run.
+    # Whether a warning about its network's file has been logged.
     is_warned_of: bool = False
     # Why it cannot start with its data or in its folder. Its folder does not record this, so the
     # next call tries it again.
@@ -77,12 +77,14 @@ class Run:
 
     @property
     def has_failed(self) -> bool:
-        # Runs of earlier versions kept the record when they were started again by themselves.
+        # Earlier versions kept failure.json when a failed run was later run on its own and
+        # finished.
         return self.failure.exists() and not self.results.exists()
 
     @property
     def is_done(self) -> bool:
-        # The report comes last; a run that was interrupted before writes it when it is run again.
+        # The report is written last: a run that stopped before it is not done, and its next start
+        # writes it.
         is_finished = self.results.exists() and (self.folder / "report.md").exists()
         return is_finished or self.has_failed
 
@@ -159,6 +161,7 @@ def check_record(run: Run) -> None:
         workdir.OtherConfiguration: if it is of another one.
         ValueError: if its config.json is not JSON.
     """
+    # Read first: another process may finish the run while its record is checked.
     is_done = run.is_done
     is_recorded = (run.folder / "config.json").exists()
     if run.is_checked or not (is_recorded and workdir.has_started(run.folder)):
@@ -193,6 +196,7 @@ def finish_runs(runs: list[Run], folder: pathlib.Path) -> None:
     pending = [run for run in runs if not run.is_done]
     # The first round takes what is free. Further rounds try the other runs again, without logging.
     is_first_round = True
+    # A test shortens `_POLLING_SECONDS` to less than the first pause.
     pause = min(_FIRST_PAUSE, _POLLING_SECONDS)
     while pending:
         claimed = []
@@ -202,19 +206,14 @@ def finish_runs(runs: list[Run], folder: pathlib.Path) -> None:
             if is_first_round:
                 _LOG.info("run %d of %d: %s", numbers[run.name], len(runs), run.name)
             try:
-                start_run(run)
+                _start_or_refuse(run)
             except claims.Claimed as error:
                 claimed.append(run)
                 if is_first_round:
                     _LOG.info("run %s is left for later: %s", run.name, error)
                 continue
-            except workdir.OtherConfiguration:
-                raise
-            except (ValueError, FileNotFoundError) as error:
-                _LOG.warning("run %s is left out: %s", run.name, error)
-                run.refusal = str(error)
-                continue
-            write_table(folder, runs)
+            if not run.refusal:
+                write_table(folder, runs)
         if claimed and is_first_round:
             write_table(folder, runs)
             noun = "run" if len(claimed) == 1 else "runs"
@@ -224,6 +223,23 @@ def finish_runs(runs: list[Run], folder: pathlib.Path) -> None:
             pause = min(2 * pause, _POLLING_SECONDS)
         is_first_round = False
         pending = claimed
+
+
+def _start_or_refuse(run: Run) -> None:
+    """Starts one run; if it is refused, notes the reason in the run.
+
+    Raises:
+        claims.Claimed: if another process holds it.
+        workdir.OtherConfiguration: if its folder holds a run of another configuration.
+    """
+    try:
+        start_run(run)
+    # Both are `ValueError`s that are no refusal.
+    except (claims.Claimed, workdir.OtherConfiguration):
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        _LOG.warning("run %s is left out: %s", run.name, error)
+        run.refusal = str(error)
 
 
 def start_run(run: Run) -> None:
@@ -272,18 +288,20 @@ def check_files(runs: list[Run]) -> None:
     Raises:
         ValueError: if two runs have read other images or initial weights.
     """
-    first: dict[tuple, tuple[Run, object]] = {}
+    # The first run that read some files, and what it recorded of their contents.
+    first_reads: dict[tuple, tuple[Run, object]] = {}
     for run in runs:
         results = files.read_json(run.results) if run.results.exists() else {}
         for name, keys in _FILES.items():
             if results.get(name) is None:
                 continue
-            named = (name, *(run.config[key] for key in keys))
-            other, contents = first.setdefault(named, (run, results[name]))
-            if results[name] == contents:
+            contents = results[name]
+            file_names = (name, *(run.config[key] for key in keys))
+            first_run, first_contents = first_reads.setdefault(file_names, (run, contents))
+            if contents == first_contents:
                 continue
             difference = (
-                f"{other.name} and {run.name} were trained with different contents of "
+                f"{first_run.name} and {run.name} were trained with different contents of "
                 + ", ".join(f"{key}={run.config[key]!r}" for key in keys)
             )
             if name != "network_sha256":
@@ -339,6 +357,7 @@ def summarize_settings(runs: list[Run]) -> list[dict]:
                 row["unfinished"].append(run.name)
         for metric in _METRICS:
             values = [final[metric] for final in finals if metric in final]
+            # A metric that only some of the runs have is left out.
             if values and len(values) == len(finals):
                 row[metric] = summarize(values)
         rows.append(row)
@@ -377,7 +396,10 @@ def _format_table(rows: list[dict]) -> str:
     lines = []
     notes = ""
     for row in rows:
-        counts = [str(len(row[key]) or "") for key in ("failed", "unfinished")]
+        counts = []
+        for key in ("failed", "unfinished"):
+            count = len(row[key])
+            counts.append(str(count) if count else "")
         lines.append([row["cell"], *(_format(row.get(metric)) for metric in metrics), *counts])
         for reason in row["failed"]:
             notes += f"\nFailed, {reason}\n"

@@ -1,5 +1,6 @@
 """The training engine: one step in three parallel modes, and resumed runs."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -791,7 +792,7 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", schedules.NAMES)
-def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs(name):
+def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs(name, tmp_path):
     shorter = defaults.get_config()
     shorter.epochs = 5
     shorter.schedule.update(name=name, learning_rate=0.5, warmup_epochs=0.5, every=2)
@@ -800,8 +801,15 @@ def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs
     rates = [schedules.learning_rates(run.schedule, 10, run.epochs) for run in (shorter, longer)]
     are_equal = np.array_equal(rates[0], rates[1][:50])
     recorded = [json.loads(json.dumps(run.to_dict())) for run in (shorter, longer)]
-    assert adopt._is_longer(recorded[0], longer) == are_equal == (name != "cosine")
-    assert not adopt._is_longer(recorded[1], shorter)
+    (tmp_path / "results.json").touch()
+    refusal = contextlib.nullcontext()
+    if name == "cosine":
+        refusal = pytest.raises(workdir.OtherConfiguration, match="cosine schedule cannot be")
+    with refusal:
+        adopt._check_extension(tmp_path, 5, longer)
+    assert are_equal == (name != "cosine")
+    assert adopt._has_more_epochs(recorded[0], longer)
+    assert not adopt._has_more_epochs(recorded[1], shorter)
 
 
 @pytest.mark.parametrize(
@@ -942,6 +950,7 @@ def test_an_extended_run_used_the_test_set_more_than_once():
         "training_seconds": 1.0,
         "n_train": 1,
         "n_test": 1,
+        "classes": ["cat", "dog"],
     }
     config = defaults.get_config().to_dict()
     once = "The test set was used once, at the end. The scores are"

@@ -52,7 +52,7 @@ def set_flags() -> None:
 
 
 def check_numerics() -> None:
-    """Compares a reduction and a convolution that are known to break with NumPy.
+    """Checks a reduction and a convolution, both known to break, against NumPy.
 
     Raises:
       RuntimeError: if the results differ.
@@ -115,7 +115,9 @@ def _cache_dir() -> pathlib.Path | None:
         return None
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        host = "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+        # All cores repeat these lines.
+        models = {line for line in lines if line.startswith(("model name", "flags"))}
+        host = "".join(sorted(models))
     except OSError:
         host = platform.processor()
     key = hashlib.sha256(f"{platform.machine()}{host}".encode()).hexdigest()[:12]
@@ -190,7 +192,7 @@ def join(how: str) -> None:
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
-        # jax lacks the coordinator's address, which it asks the cluster for.
+        # With "auto", jax raises `ValueError` if no cluster tells it the coordinator's address.
         if not settings and isinstance(error, ValueError):
             raise ValueError(
                 "distributed='auto' found no cluster (Slurm, Cloud TPU, GKE, Open MPI); give "
@@ -231,9 +233,10 @@ def wait_for_others(point: str) -> None:
 
 @contextlib.contextmanager
 def writer_last(point: str) -> Iterator[None]:
-    """Of several processes, lets the one that writes files do the context's work after the others.
+    """Runs the context in the writing process only after all others have left it.
 
-    So all of them read the same files. The first one does not wait for those that fail.
+    So all processes read the files before one changes them. A process that fails has left the
+    context, too, so the writer does not wait for it.
     """
     if writes():
         wait_for_others(point)

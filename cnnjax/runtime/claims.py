@@ -71,7 +71,8 @@ def _started_at(process: int) -> int | None:
         # It is another user's, and running.
         pass
     content = pathlib.Path(f"/proc/{process}/stat").read_bytes()
-    # The fields after the name, which is in brackets and may hold spaces and brackets.
+    # The fields after the name, which is in brackets and may hold spaces and brackets: the state is
+    # field 3 of proc(5), and the start time field 22.
     state, *fields = content.rpartition(b")")[2].split()
     # A zombie has ended, and waits for its parent to notice.
     return None if state in (b"Z", b"X") else int(fields[18])
@@ -94,6 +95,7 @@ def _is_running(holder: dict) -> bool | None:
     # Claims of earlier versions name neither their namespace nor the start of their system.
     here = {"host": platform.node(), "namespace": _pid_namespace(), "boot": _boot_id()}
     is_here = all(holder.get(name, value) == value for name, value in here.items())
+    # A /proc that does not show this process cannot be asked about others.
     if not is_here or _own_start() is None:
         return None
     try:
@@ -235,6 +237,7 @@ def claim(folder: pathlib.Path) -> Iterator[None]:
         Claimed: if another process is using the directory.
         ValueError: if the directory is a file, or cannot be written to.
     """
+    # Of several processes that compute together, the first one claims for all.
     if not backend.writes():
         yield
         return

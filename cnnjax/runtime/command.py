@@ -21,8 +21,8 @@ UNREAD = 141
 
 _STANDARD_OUTPUT = 1
 _STANDARD_ERROR = 2
-# Python's handlers of characters that an encoding lacks; the second is that of the C locale.
-_LOSSY_HANDLERS = ("strict", "surrogateescape")
+# Python's default error handlers of standard output; the second is that of the C locale.
+_DEFAULT_HANDLERS = ("strict", "surrogateescape")
 
 
 def path(text: str) -> pathlib.Path:
@@ -181,7 +181,10 @@ def _print_error(message: object) -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Writes what an encoding lacks: bytes of file names as they are, characters as \\x or \\u."""
+    """Handles an encoding error: keeps raw bytes of file names, escapes other characters.
+
+    They become \\x or \\u with their number.
+    """
     # One character at a time: a byte of a name may follow a character that has no byte.
     if isinstance(error, UnicodeEncodeError):
         error.end = error.start + 1
@@ -191,14 +194,14 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.backslashreplace_errors(error)
 
 
-def _print_every_name() -> None:
-    """Makes standard output write names that its encoding lacks, as of files and classes.
+def _escape_unencodable_output() -> None:
+    """Lets standard output print names that its encoding lacks, such as those of files and classes.
 
     The bytes of a file name that is not UTF-8 are written as they are, so a program that reads the
     output from a pipe gets the true name. Standard error prints all such names with backslashes.
     """
     # Notebooks and tests replace standard output by other objects.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _LOSSY_HANDLERS:
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in _DEFAULT_HANDLERS:
         codecs.register_error("cnnjax", _escape)
         sys.stdout.reconfigure(errors="cnnjax")
 
@@ -216,9 +219,10 @@ def run(work: Callable[[], None]) -> int:
     # Imported libraries may have set another format.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
-    _print_every_name()
-    # Pillow's warning of a large image, which `photographs.opened` refuses with an error. Filters
-    # are the whole process's, and threads open images, so it is not hidden there.
+    _escape_unencodable_output()
+    # Pillow warns of large images, which `photographs` refuses with an error anyway. The filter is
+    # set here, not where images are opened: filters apply to the whole process, and images are
+    # opened in threads.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         with signals.catch_stop_signals(_interrupt):
@@ -245,9 +249,10 @@ def run(work: Callable[[], None]) -> int:
             return UNREAD
         if "--debug" in sys.argv:
             raise
-        # XLA's messages have many lines.
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        # The system's error names a file that cannot be written, but not an output.
+        # XLA's messages have many lines; some errors have no message.
+        lines = str(error).strip().splitlines()
+        first = lines[0] if lines else type(error).__name__
+        # An `OSError` about a file names it; one about standard output names nothing.
         if isinstance(error, OSError) and error.filename is None and _is_output_lost():
             first = f"standard output: {first}"
         _print_error(f"error: {first}")

@@ -184,7 +184,7 @@ def is_whole(value: Any) -> bool:
 
 
 def check_names(config: ml_collections.ConfigDict, keys: Iterable[str]) -> None:
-    """Raises `ValueError` if a key that is a tuple of names has an element that is no string."""
+    """Raises `ValueError` if a tuple of names holds anything but strings."""
     for key in keys:
         for name in config[key]:
             if not isinstance(name, str):
@@ -236,9 +236,10 @@ def _parse_value(text: str, current: Any) -> Any:
     else:
         value = parse_literal(text)
     if isinstance(current, tuple) and not isinstance(value, (tuple, list)):
-        # "(nan, 1)" is no literal and stays text. For a tuple of numbers, it is refused as it is.
-        is_tuple = isinstance(value, str) and value.startswith(("(", "["))
-        if is_tuple and any(is_number(element) for element in current):
+        # Text such as "(nan, 1)" looks like a tuple but is no literal. Where numbers are expected,
+        # it stays text, which is refused later.
+        looks_like_tuple = isinstance(value, str) and value.startswith(("(", "["))
+        if looks_like_tuple and any(is_number(element) for element in current):
             return value
         return (value,)
     return value
@@ -248,7 +249,7 @@ def parse_literal(text: str) -> Any:
     """Parses a literal of Python; other text is returned as it is."""
     try:
         return ast.literal_eval(text)
-    # `TypeError` is of sets such as {[1]}. The last two are of literals that are nested too deeply.
+    # Sets such as {[1]} raise `TypeError`; literals nested too deeply raise the last two.
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
@@ -307,6 +308,10 @@ def _has_type_of(value: Any, default: Any) -> bool:
 def _describe_unknown(key: str, known: Mapping[str, Any]) -> str:
     # By similarity alone, "padding" would suggest any short key before model_fields.padding.
     near = [name for name in known if name.endswith(f".{key}")]
-    near = near or difflib.get_close_matches(key, known, n=1)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"its keys are {', '.join(known)}"
+    if not near:
+        near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = f"its keys are {', '.join(known)}"
     return f"{key} is not a key of the configuration; {advice}"

@@ -46,7 +46,7 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path) -> Iterator[None]:
-    """Adds a path to errors of the system; that of a full disk names no file."""
+    """Adds a path to an `OSError`; that of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -59,8 +59,8 @@ def write_json(path: pathlib.Path, value, default: Callable[[Any], Any] | None =
 
     Args:
         path: the file.
-        value: what JSON holds, and what `default` converts to it.
-        default: converts what JSON does not hold, as that of `json.dumps`.
+        value: a JSON value, in which `default` may convert what JSON cannot hold.
+        default: as that of `json.dumps`.
 
     Raises:
         FloatingPointError: for a NaN or an infinity, since JSON has neither.
@@ -145,7 +145,9 @@ def file_label(name: str) -> str:
     """
     if "/" not in name:
         return name
-    return f"{name.rpartition('/')[2]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    base = name.rpartition("/")[2]
+    suffix = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{base}-{suffix}"
 
 
 def digest(value: Any) -> str:

@@ -16,7 +16,7 @@ def attributes(
 
     Args:
       package: the name of the package.
-      modules: the module of the package that has each attribute.
+      modules: for each attribute, the module that defines it.
       submodules: modules of the package that are attributes themselves; names that are in
         `modules`, too, are passed over.
     """

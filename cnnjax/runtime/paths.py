@@ -43,10 +43,10 @@ def find_moved(
     Returns:
         The new path; None if there is no such file.
     """
-    bare_name = len(path.parts) - 1
+    bare_name_start = len(path.parts) - 1
     for start in range(1, len(path.parts)):
         folders = [*near, elsewhere]
-        if start == bare_name:
+        if start == bare_name_start:
             folders = list(near[:_BARE_NAME_FOLDERS])
         for folder in folders:
             # Spelled as in configurations (`models.base.name_with_file`).

@@ -77,12 +77,14 @@ def catch_stop_signals(
         yield
     finally:
         for number, previous in previous_handlers.items():
-            # What `handle` has set to be ignored stays ignored: SIGTERM and SIGHUP until the
-            # outermost context ends, whose previous handler is no function of Python, and
-            # announcements until the process ends.
-            stays_ignored = number in _ANNOUNCE or callable(previous)
-            if not stays_ignored or signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, previous)
+            # `handle` may have set a signal to be ignored. Inside another context of this kind,
+            # whose handler is a function, it stays ignored; the outermost context restores SIGTERM
+            # and SIGHUP. Announcements stay ignored until the process ends.
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            is_nested = callable(previous)
+            if is_ignored and (is_nested or number in _ANNOUNCE):
+                continue
+            signal.signal(number, previous)
         signal.set_wakeup_fd(previous_descriptor)
         os.write(writer, bytes(1))
         thread.join()

@@ -34,7 +34,7 @@ def deviation(values: Sequence[float] | np.ndarray) -> float | None:
 def bar(values) -> np.ndarray:
     """Computes an error bar's half length, the standard deviation; 0 for one value."""
     if len(values) > 1:
-        return np.std(values, 0, ddof=1)
+        return np.std(values, axis=0, ddof=1)
     return np.zeros_like(np.asarray(values)[0])
 
 

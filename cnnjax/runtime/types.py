@@ -7,5 +7,6 @@ import numpy as np
 
 # On the host or on a device; a traced array is a `jax.Array`.
 AnyArray = np.ndarray | jax.Array
-# An array or a number of a tree; a shape or a marker where jax rebuilds the tree of those.
+# A leaf of a pytree: an array or a number. `Any`, since jax also builds these classes with shapes
+# or placeholders as leaves.
 Leaf = Any

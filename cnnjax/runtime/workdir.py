@@ -116,7 +116,7 @@ def _list_differences(old, new, introduced: bool, prefix: str = "") -> dict[str,
     Args:
         old: a configuration or a value in it.
         new: what is compared with it.
-        introduced: whether keys count that only `new` has.
+        introduced: whether to list keys that only `new` has.
         prefix: what the keys begin with.
     """
     if isinstance(old, dict) and isinstance(new, dict):
@@ -134,7 +134,8 @@ def _list_differences(old, new, introduced: bool, prefix: str = "") -> dict[str,
 
 def _describe_difference(recorded, current: dict) -> str | None:
     """Says what of a recorded configuration differs from the current one; None if nothing does."""
-    # A changed value says more than keys that were introduced since, which may be many.
+    # Changed values say more than keys that later versions added, which may be many. So added keys
+    # are listed only if nothing but `data_dir` has changed.
     differences = _list_differences(recorded, current, introduced=False)
     if not differences.keys() - {"data_dir"}:
         differences = _list_differences(recorded, current, introduced=True)
@@ -146,10 +147,11 @@ def _describe_difference(recorded, current: dict) -> str | None:
             return _KINDS[kind]
         if "command" in differences and "command" in recorded:
             return f"a run of the command {recorded['command']!r}"
-    # Another `data_dir` is accepted if its images are the same, so it is seldom the reason.
+    # Moved to the end: another `data_dir` is accepted if its images are the same, so it is seldom
+    # the reason.
     if "data_dir" in differences:
         differences["data_dir"] = differences.pop("data_dir")
-    texts = [*differences.values()]
+    texts = list(differences.values())
     if len(texts) > _LISTED_KEYS:
         texts[_LISTED_KEYS:] = [f"and {len(texts) - _LISTED_KEYS} more"]
     return f"a run of another configuration ({'; '.join(texts)})"
@@ -192,9 +194,10 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
 
 
 def has_started(folder: pathlib.Path) -> bool:
-    """Tells whether a work directory holds more than a record and what is no result.
+    """Tells whether a run has left anything but its record.
 
-    Empty folders do not count: a refused run may leave that of its checkpoints.
+    Logs and hidden files do not count, nor do empty folders: a refused run may leave an empty
+    checkpoints/.
     """
     if not folder.is_dir():
         return False
@@ -376,8 +379,8 @@ def run_once(
         run: called with the configuration and the folder.
         config: a `ConfigDict`.
         folder: the work directory.
-        adopt: called with the configuration and the folder before these are compared, to bring
-            into line the directory of an earlier version.
+        adopt: called with the configuration and the folder before they are compared, to update the
+            record of an earlier version.
 
     Returns:
         The content of results.json; of several processes that compute together, one returns it and
@@ -423,7 +426,7 @@ def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
     A run records its configuration and environment before it writes results. The user may have
     removed a damaged record of the configuration.
     """
-    # Others may have files of this name, but not with the keys of ours.
+    # Another program may write a file of this name, but not with our keys.
     if read_environments(folder):
         return None
     if (folder / "config.json").exists():
@@ -487,12 +490,14 @@ def _removed_if_empty(folder: pathlib.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
     """Undoes the record of a start that the context refuses before it has computed anything."""
-    record: dict[pathlib.Path, bytes | None] = {}
+    # The content to restore; None removes the file. A run that has not started keeps no record.
+    earlier: dict[pathlib.Path, bytes | None] = {}
     was_started = has_started(folder)
     for name in (*_RECORD, _MANIFEST):
         path = folder / name
-        # The record of a run that has not started is not worth keeping.
-        record[path] = path.read_bytes() if was_started and path.is_file() else None
+        earlier[path] = None
+        if was_started and path.is_file():
+            earlier[path] = path.read_bytes()
     before = _list_times(folder)
     try:
         yield
@@ -502,7 +507,7 @@ def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
         if backend.writes() and is_untouched:
             # On a disk that can no longer be written to, the refusal itself is reported.
             with contextlib.suppress(OSError):
-                for path, content in record.items():
+                for path, content in earlier.items():
                     _restore(path, content)
             # Training creates it before its first step; `rmdir` removes it only if it is empty.
             with contextlib.suppress(OSError):
@@ -513,7 +518,8 @@ def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
 def _list_times(folder: pathlib.Path) -> dict[str, int]:
     """Lists when each file of results, in subfolders, too, was last written.
 
-    Records are left out: a refusal restores those of networks in a study's folder as well.
+    Records do not count as results. This includes those of the networks in a study's folder, which
+    a refusal restores as well.
     """
     times = {}
     for root, _, names in os.walk(folder):

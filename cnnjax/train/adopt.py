@@ -31,8 +31,8 @@ def complete_record(config: ml_collections.ConfigDict, folder: pathlib.Path) -> 
     the path that its file has in this configuration, if it is the same file.
 
     Args:
-      config: the configuration to run; where it has the default of such a key, it gets the earlier
-        value, too.
+      config: the configuration to run. It is changed in place: a key that the record lacks and
+        that has its default here gets the earlier value.
       folder: the work directory, which may not exist yet.
     """
     recorded = workdir.read_record(folder, "train")
@@ -103,7 +103,6 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
     adopted = recorded | {key: config[key] for key in _equivalent_keys(config)}
     if _has_more_epochs(adopted, config) and workdir.has_started(folder):
         _check_extension(folder, adopted["epochs"], config)
-    if _is_longer(adopted, config) and _was_finished(folder):
         _add_epochs(folder, adopted, config)
     elif adopted != recorded and not _differences(adopted, config):
         files.write_json(folder / "config.json", adopted)
@@ -112,9 +111,9 @@ def adopt_changes(config: ml_collections.ConfigDict, folder: pathlib.Path) -> No
 
 
 def _take_data_dir(folder: pathlib.Path, recorded: dict, config: ml_collections.ConfigDict) -> dict:
-    """Returns a run's record with the present `data_dir`, where its images are elsewhere now.
+    """Records the present `data_dir` if the run's images have moved there; returns the record.
 
-    The record stays as it is if the configurations differ otherwise, or if neither results nor a
+    Nothing is written if the configurations differ otherwise, or if neither results nor a
     checkpoint can tell which images they were, as in runs of earlier versions.
 
     Raises:
@@ -140,13 +139,17 @@ def _read_data_record(folder: pathlib.Path, config: ml_collections.ConfigDict) -
     """
     # The checkpoints of a finished run may have been removed.
     results = folder / "results.json"
-    if results.exists() and (recorded := files.read_json(results).get("data")):
-        return recorded
+    if results.exists():
+        recorded = files.read_json(results).get("data")
+        if recorded:
+            return recorded
     if not (folder / "checkpoints").is_dir():
         return {}
     with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
         steps = checkpoints.steps()
-        return checkpoints.record(steps[-1]).get("data", {}) if steps else {}
+        if not steps:
+            return {}
+        return checkpoints.record(steps[-1]).get("data", {})
 
 
 def is_equivalent(config: ml_collections.ConfigDict, folder: pathlib.Path) -> bool:
@@ -171,18 +174,13 @@ def _has_more_epochs(recorded: dict, config: ml_collections.ConfigDict) -> bool:
     return _differences(recorded, config) == {"epochs"} and recorded["epochs"] < config.epochs
 
 
-def _is_longer(recorded: dict, config: ml_collections.ConfigDict) -> bool:
-    """Tells whether a run only has more epochs, at the same learning rates so far."""
-    # Cosine's rates depend on the number of epochs.
-    return _has_more_epochs(recorded, config) and config.schedule.name != "cosine"
-
-
 def _check_extension(folder: pathlib.Path, epochs: int, config: ml_collections.ConfigDict) -> None:
     """Raises `OtherConfiguration` if a run cannot have more than its `epochs`."""
     refusal = (
         f"workdir={str(folder)!r} holds a run of another configuration (epochs={epochs} there, "
         f"{config.epochs} now); "
     )
+    # Cosine's rates depend on the number of epochs.
     if config.schedule.name == "cosine":
         raise workdir.OtherConfiguration(
             f"{refusal}a run with the cosine schedule cannot be extended; choose another --workdir"

@@ -104,11 +104,11 @@ def _check_validation(config: ml_collections.ConfigDict, folder: pathlib.Path | 
         cause = "schedule.name='plateau'"
     problem = "n_validation=0 is not a positive number"
     if is_streamed(config):
-        test = folders.find_splits(config.dataset, config.data_dir)["test"]
-        problem = "there is no labeled split named val; add one"
-        if test != "test":
-            problem = f"{test} is the test set, as there is no labeled split named test; add one"
-        problem += ", or hold out images with n_validation=N"
+        test_split = folders.find_splits(config.dataset, config.data_dir)["test"]
+        absence = "there is no labeled split named val"
+        if test_split != "test":
+            absence = f"{test_split} is the test set, as there is no labeled split named test"
+        problem = f"{absence}; add one, or hold out images with n_validation=N"
     raise ValueError(f"{cause} watches the validation error: {problem}")
 
 

@@ -116,7 +116,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         for step in self._manager.all_steps():
-            # A damaged one is put aside by `restore`, whatever it raises here.
+            # A damaged checkpoint may raise anything here; `restore` puts it aside later.
             with contextlib.suppress(Exception):
                 self._note_metric(step, self._header(step)["metric"])
         self._writing: threading.Thread | None = None
@@ -195,7 +195,7 @@ class Checkpoints:
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), header=ocp.args.JsonSave(header)
         )
-        # Saving also deletes what is not preserved.
+        # Noted first, since saving deletes the checkpoints that are not preserved.
         self._note_metric(step, metric)
         try:
             self._manager.save(step, args=contents, force=True)
@@ -271,7 +271,8 @@ class Checkpoints:
             folder = self._path(step)
             damage = _damage(folder)
             if damage is None:
-                return step, *self.restore_step(step, like)
+                state, record = self.restore_step(step, like)
+                return step, state, record
             _LOG.warning(
                 "checkpoint %s is damaged: %s; it is put aside, and the one before is used",
                 folder,

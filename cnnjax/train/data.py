@@ -3,6 +3,7 @@
 Both kinds have one interface, `TrainingData`; `open_data` chooses between them.
 """
 
+import collections
 import hashlib
 import logging
 import time
@@ -36,8 +37,8 @@ class TrainingData(Protocol):
       image_shape: height, width and channels of the network's input.
       n_train: the number of training images.
       n_validation: the number of validation images.
-      digest: tells training and validation images from others: by their content, or, if they are
-        streamed, by their names.
+      digest: a hash of the training and validation images: of their content or, if streamed, of
+        their names.
       moments: the mean and standard deviation that pixels of 0 to 1 are normalized by.
       damaged: the number of damaged images that this process passed over in this epoch; None if
         they end the run instead.
@@ -162,12 +163,12 @@ def moments_of(config: ml_collections.ConfigDict, mean: np.ndarray, std: np.ndar
     return np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
 
-def _check_colour(config: ml_collections.ConfigDict, channels: int) -> None:
+def _check_color(config: ml_collections.ConfigDict, channels: int) -> None:
     """Raises `ValueError` for a color shift of images that do not have three channels."""
-    colour = config.augment.get("colour", 0.0)
-    if colour and channels != 3:
+    shift = config.augment.get("colour", 0.0)
+    if shift and channels != 3:
         raise ValueError(
-            f"augment.colour={colour} is for images of three channels; the images of "
+            f"augment.colour={shift} is for images of three channels; the images of "
             f"dataset={config.dataset!r} have {channels}"
         )
 
@@ -195,7 +196,7 @@ class Resident:
         validation = self._dataset.validation
         self.classes = self._dataset.classes
         self.image_shape = train.images.shape[1:]
-        _check_colour(config, self.image_shape[-1])
+        _check_color(config, self.image_shape[-1])
         self.n_train = len(train.images)
         self.n_validation = 0 if validation is None else len(validation.labels)
         self.digest = digest_arrays(train, validation)
@@ -204,8 +205,8 @@ class Resident:
         self._placed = jax.block_until_ready(parallel.replicate(tuple(train)))
         self._epoch: int | None = None
         self._order = None
-        # The seconds that a step took in the last calls.
-        self._step_seconds: list[float] = []
+        # The seconds of a step in each of the last three calls.
+        self._step_seconds: collections.deque[float] = collections.deque(maxlen=3)
 
     def advance(self, *, recipe, numbers, constants, state, steps):
         batch_size = self._config.batch_size
@@ -227,7 +228,7 @@ class Resident:
         )
         jax.block_until_ready(state)
         seconds = (time.monotonic() - call_began) / (stop - steps.start)
-        self._step_seconds = [*self._step_seconds, seconds][-3:]
+        self._step_seconds.append(seconds)
         return state, stop
 
     def _steps_a_call(self) -> int:
@@ -288,9 +289,10 @@ class Streamed:
         if self._batches is None:
             batches = self._training_batches(steps.start)
             self._batches = stream.iterate(batches, self._config.workers)
-        images, labels, *damaged = next(self._batches)
-        if damaged:
-            self._count_damaged(damaged[0][damaged[0] >= 0].tolist())
+        # With `skip_damaged`, a third array has the number of each damaged image, or -1.
+        images, labels, *third = next(self._batches)
+        for damaged in third:
+            self._count_damaged(damaged[damaged >= 0].tolist())
         state = step.streamed_step(self._parallel, recipe)(
             state,
             constants,
@@ -317,7 +319,8 @@ class Streamed:
         size = self._config.image_size
         resize = self._config.resize
         if views == 10:
-            # The corners are those of the square around the center, at the scale of one view.
+            # Ten views include corner crops, so the whole center square is kept, at the scale of
+            # one view.
             resize = crops.shorter_side(size, resize)
             size = resize
         source = self._sources[split]

@@ -9,12 +9,12 @@ import ml_collections
 SCHEDULE: dict[str, Any] = {
     "learning_rate": None,
     "warmup_epochs": 0.0,
-    # Of step and plateau.
+    # Of "step" and "plateau".
     "factor": 0.1,
-    # Of step: one of the two; of restarts: `every`.
+    # "step" needs one of these two; "restarts" needs `every`.
     "epochs": (),
     "every": 0,
-    # Of plateau.
+    # Of "plateau".
     "metric": "error",
     "patience": 10,
     "mode": "min",
@@ -24,7 +24,7 @@ SCHEDULE: dict[str, Any] = {
     "min_lr": 0.0,
 }
 
-# Keys introduced since, and what was in force before: for work directories that lack them.
+# Keys of later versions, with the behavior before them, for work directories that lack them.
 BEFORE = {"final_weights": "last", "early_stopping": 0}
 
 

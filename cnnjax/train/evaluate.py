@@ -178,8 +178,11 @@ def average_precision(
 
     precisions: list[float | None] = []
     for output, label in zip(outputs.T, labels.T):
-        is_defined = 0 < label.sum() < len(label)
-        precisions.append(float(average_precision_score(label, output)) if is_defined else None)
+        precision: float | None = None
+        # It is undefined for a class that all images have, or no image.
+        if 0 < label.sum() < len(label):
+            precision = float(average_precision_score(label, output))
+        precisions.append(precision)
     return precisions
 
 
@@ -188,7 +191,8 @@ def by_class(
 ) -> list[float | None]:
     """Scores each class: its IoU for masks ("pixelwise"), its average precision for "sigmoid"."""
     if kind == "pixelwise":
-        return intersection_over_union(confusion(outputs.argmax(-1), labels, outputs.shape[-1]))
+        counts = confusion(outputs.argmax(-1), labels, outputs.shape[-1])
+        return intersection_over_union(counts)
     return average_precision(outputs, labels)
 
 
@@ -222,12 +226,14 @@ def score(
         compute(kind, outputs[at : at + size], labels[at : at + size])
         for at in range(0, len(labels), size)
     ]
-    losses, errors = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
+    losses = np.concatenate([loss for loss, _ in parts]).astype(np.float64)
+    errors = np.concatenate([error for _, error in parts]).astype(np.float64)
     scores = {"loss": float(losses.mean()), "error": float(errors.mean())}
     if kind == "cross_entropy":
         if outputs.shape[-1] > 10:
             top5 = np.argpartition(outputs, -5, axis=-1)[:, -5:]
-            scores["top5_error"] = float(np.mean((top5 != labels[:, None]).all(1)))
+            is_missed = (top5 != labels[:, None]).all(1)
+            scores["top5_error"] = float(np.mean(is_missed))
         return scores
     mean = mean_of_known(by_class(kind, outputs, labels))
     if mean is not None:

@@ -108,7 +108,8 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         }
         _check_processes(training, origin)
         state = parallel.replicate(state)
-        scale = 1.0
+        # The factor of the schedule "plateau" that `constants` contains so far.
+        rate_scale = 1.0
         constants = parallel.replicate(
             step.Constants(moments=training.data.moments, rates=training.rates)
         )
@@ -119,13 +120,13 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
         while steps_done < total and not _stops_early(config, history):
             # ------------------------------------------------------ steps
-            if plateau and plateau.scale != scale:
-                scale = plateau.scale
-                rates = parallel.replicate(training.rates * np.float32(scale))
+            if plateau and plateau.scale != rate_scale:
+                rate_scale = plateau.scale
+                rates = parallel.replicate(training.rates * np.float32(rate_scale))
                 constants = dataclasses.replace(constants, rates=rates)
             # Up to the end of the epoch or to the next checkpoint; one call may take fewer steps.
-            epoch_end = steps_done - steps_done % per_epoch + per_epoch
-            next_checkpoint = steps_done - steps_done % every + every
+            epoch_end = (steps_done // per_epoch + 1) * per_epoch
+            next_checkpoint = (steps_done // every + 1) * every
             state, steps_done = training.data.advance(
                 recipe=training.recipe,
                 numbers=training.numbers,
@@ -133,13 +134,13 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                 state=state,
                 steps=range(steps_done, min(epoch_end, next_checkpoint)),
             )
-            _check_finite(training, state, steps_done, scale, checkpoints)
+            _check_finite(training, state, steps_done, rate_scale, checkpoints)
 
             # ------------------------------------------------------ evaluation
             smallest_error = None
             if steps_done % per_epoch == 0:
                 seconds = time.monotonic() - epoch_began
-                entry = _evaluate_epoch(training, state, steps_done, scale)
+                entry = _evaluate_epoch(training, state, steps_done, rate_scale)
                 history.append(entry, seconds)
                 _log_epoch(training, history, seconds)
                 if plateau:
@@ -170,13 +171,12 @@ def train(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                 break
 
         # ---------------------------------------------------------- the weights to keep
-        if stop_signal:
-            chosen = {"step": steps_done}
-        else:
+        # A stopped run has no weights to choose yet.
+        if not stop_signal:
             chosen = choose_weights(config, history, checkpoints)
-        if chosen["step"] != steps_done:
-            state, _ = checkpoints.restore_step(chosen["step"], state_shapes)
-            state = parallel.replicate(state)
+            if chosen["step"] != steps_done:
+                state, _ = checkpoints.restore_step(chosen["step"], state_shapes)
+                state = parallel.replicate(state)
     # A signal may have come while the last checkpoint was written.
     if not stop_signal and received:
         stop_signal = received[0]
@@ -237,13 +237,15 @@ def _check_processes(training: Training, origin: dict) -> None:
 # ------------------------------------------------------------------ parts of an epoch
 
 
-def _evaluate_epoch(training: Training, state: step.State, steps_done: int, scale: float) -> dict:
+def _evaluate_epoch(
+    training: Training, state: step.State, steps_done: int, rate_scale: float
+) -> dict:
     """Builds the record of an epoch: means while training, and validation scores."""
     sums = {name: float(value) for name, value in training.parallel.fetch(state.totals).items()}
     entry = {
         "epoch": steps_done // training.steps_per_epoch,
         "step": steps_done,
-        "learning_rate": float(training.rates[steps_done - 1] * scale),
+        "learning_rate": float(training.rates[steps_done - 1] * rate_scale),
         "train_loss": sums["loss"] / sums["count"],
         "train_error": sums["errors"] / sums["count"],
     }
@@ -291,6 +293,7 @@ def _log_epoch(training: Training, history: results.History, seconds: float) -> 
 
 
 def _stops_early(config: ml_collections.ConfigDict, history: results.History) -> bool:
+    """Tells whether the validation error has not fallen for `early_stopping` epochs (0: never)."""
     return 0 < config.early_stopping <= history.epochs_since_best()
 
 
@@ -313,22 +316,26 @@ def choose_weights(
 
 
 def _check_finite(
-    training: Training, state: step.State, steps_done: int, scale: float, checkpoints: Checkpoints
+    training: Training,
+    state: step.State,
+    steps_done: int,
+    rate_scale: float,
+    checkpoints: Checkpoints,
 ) -> None:
     """Raises `FloatingPointError` for a loss or a parameter that is not finite."""
     bad_step = int(training.parallel.fetch(state.bad_step))
-    where = f"the loss is not finite at step {bad_step}"
+    problem = f"the loss is not finite at step {bad_step}"
     if bad_step < 0:
         if training.parallel.fetch(step.finiteness(training.parallel)(state)):
             return
         bad_step = steps_done - 1
-        where = f"a parameter is not finite after step {steps_done}"
+        problem = f"a parameter is not finite after step {steps_done}"
     advice = "there is no checkpoint yet"
     if saved := checkpoints.steps():
         advice = f"the last checkpoint is that of step {saved[-1]}, in {checkpoints.folder}"
-    rate = training.rates[bad_step] * scale
+    rate = training.rates[bad_step] * rate_scale
     raise FloatingPointError(
-        f"{where} (learning rate {rate:g}); {advice}; lower schedule.learning_rate"
+        f"{problem} (learning rate {rate:g}); {advice}; lower schedule.learning_rate"
     )
 
 

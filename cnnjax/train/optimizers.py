@@ -30,7 +30,7 @@ def _as_matrices(params):
 def _sgd(rate, momentum, decay, mask, nesterov=False):
     return optax.chain(
         optax.add_decayed_weights(decay, mask),
-        optax.trace(momentum, nesterov),
+        optax.trace(decay=momentum, nesterov=nesterov),
         optax.scale_by_learning_rate(rate),
     )
 
@@ -38,13 +38,13 @@ def _sgd(rate, momentum, decay, mask, nesterov=False):
 def _adam(rate, momentum, decay, mask):
     return optax.chain(
         optax.add_decayed_weights(decay, mask),
-        optax.scale_by_adam(momentum),
+        optax.scale_by_adam(b1=momentum),
         optax.scale_by_learning_rate(rate),
     )
 
 
 def _adamw(rate, momentum, decay, mask):
-    return optax.adamw(rate, momentum, weight_decay=decay, mask=mask)
+    return optax.adamw(rate, b1=momentum, weight_decay=decay, mask=mask)
 
 
 def _muon(rate, momentum, decay, mask):

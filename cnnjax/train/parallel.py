@@ -130,7 +130,7 @@ class Parallel:
         """Divides this process's part of a batch over its devices.
 
         Args:
-          tree: host arrays, whose first axis is a multiple of the number of devices.
+          tree: host arrays; the length of their first axis is a multiple of the number of devices.
         """
         if self.way == "jit":
             return jax.device_put(tree)

@@ -1,5 +1,6 @@
 """The training report: tables and figures from the files of a work directory."""
 
+import math
 import pathlib
 
 import numpy as np
@@ -129,7 +130,7 @@ def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[s
 def _mistakes_figure(test: dict, classes: list[str]) -> Figure:
     """Draws the wrongly classified test images with the highest confidence."""
     columns = 9
-    rows = max(1, -(-len(test["shown"]) // columns))
+    rows = max(1, math.ceil(len(test["shown"]) / columns))
     # One plot holds all images, at positions in inches: drawing one plot for each takes longer.
     cell_width = 1.3
     cell_height = 1.6
@@ -142,7 +143,9 @@ def _mistakes_figure(test: dict, classes: list[str]) -> Figure:
         row, column = divmod(place, columns)
         center = (column + 0.5) * cell_width
         bottom = (row + 1) * cell_height
-        height, width = image_size * np.array(image.shape[:2]) / max(image.shape[:2])
+        longer_side = max(image.shape[:2])
+        height = image_size * image.shape[0] / longer_side
+        width = image_size * image.shape[1] / longer_side
         top = bottom - height
         edges = (center - width / 2, center + width / 2, bottom, top)
         # Only three channels are colors; others are drawn as their mean, in gray.
@@ -272,19 +275,23 @@ def _describe_labels(config: dict, results: dict) -> str:
 
 def _body(config: dict, results: dict, figures: list[str]) -> str:
     final = results["final"]
-    return (
-        f"# {config['model']} on {config['dataset']}\n\n{results['parameters']:,} parameters, "
-        f"{final['epoch']} epochs, "
-        f"{final['step']:,} steps, {results['training_seconds']:,.0f} s of training.\n\n"
-        + _scores_table(config, results)
-        + _class_table(config, results)
-        + f"\nThe training error is {_describe_training_error(config, results)}; the curve's is "
-        f"the mean over each epoch while training.{_describe_test(results)}"
-        f"{_describe_weights(results)}\n\n"
-        + _describe_labels(config, results)
-        + "\n\n".join(f"![{name}]({name})" for name in figures)
-        + "\n"
-    )
+    images = [f"![{name}]({name})" for name in figures]
+    parts = [
+        f"# {config['model']} on {config['dataset']}\n\n",
+        f"{results['parameters']:,} parameters, {final['epoch']} epochs, {final['step']:,} steps, ",
+        f"{results['training_seconds']:,.0f} s of training.\n\n",
+        _scores_table(config, results),
+        _class_table(config, results),
+        f"\nThe training error is {_describe_training_error(config, results)}; ",
+        "the curve's is the mean over each epoch while training.",
+        _describe_test(results),
+        _describe_weights(results),
+        "\n\n",
+        _describe_labels(config, results),
+        "\n\n".join(images),
+        "\n",
+    ]
+    return "".join(parts)
 
 
 def write(folder: pathlib.Path) -> None:

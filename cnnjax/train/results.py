@@ -117,10 +117,13 @@ def append_events(folder: pathlib.Path, entries: list[dict]) -> None:
 
 def _record(event: event_pb2.Event) -> bytes:
     """Encodes an event as a TFRecord: its length and its bytes, each with a checksum."""
+
+    def checksum(content: bytes) -> bytes:
+        return struct.pack("<I", masked_crc32c(content))
+
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
-    parts = (length, struct.pack("<I", masked_crc32c(length)))
-    return b"".join((*parts, data, struct.pack("<I", masked_crc32c(data))))
+    return length + checksum(length) + data + checksum(data)
 
 
 # ------------------------------------------------------------------ at the end
@@ -171,8 +174,9 @@ def write_predictions(folder: pathlib.Path, training: Training, tested: Scored) 
         arrays |= {"predicted": predicted, "shown": np.argsort(-wrong_share)[:_SCENES]}
     else:
         predicted = outputs.argmax(-1)
-        shifted = np.exp(outputs - outputs.max(-1, keepdims=True))
-        confidence = shifted.max(-1) / shifted.sum(-1)
+        # The largest softmax probability; without the shift, large logits would overflow.
+        exponentials = np.exp(outputs - outputs.max(-1, keepdims=True))
+        confidence = exponentials.max(-1) / exponentials.sum(-1)
         wrong = np.flatnonzero(predicted != labels)
         shown = wrong[np.argsort(-confidence[wrong])][:_MISTAKES]
         arrays |= {"predicted": predicted, "confidence": confidence, "shown": shown}

@@ -15,7 +15,8 @@ from cnnjax.runtime import configuration
 from cnnjax.train.defaults import SCHEDULE
 
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
-# The metrics of the validation images that "plateau" may follow, and where each is better.
+# The metrics of the validation images that "plateau" may follow, and whether smaller or larger is
+# better.
 _MODES = {"error": "min", "loss": "min", "accuracy": "max"}
 
 
@@ -72,7 +73,8 @@ def _check_steps(complete: dict) -> None:
             "of epochs or a positive number of epochs"
         )
     are_numbers = all(configuration.is_number(epoch) for epoch in epochs)
-    if epochs and not (are_numbers and epochs == sorted(set(epochs)) and epochs[0] >= 1):
+    is_rising = are_numbers and epochs == sorted(set(epochs))
+    if epochs and not (is_rising and epochs[0] >= 1):
         raise ValueError(f"schedule.epochs={tuple(epochs)} are not rising numbers of at least 1")
 
 
@@ -110,23 +112,26 @@ def learning_rates(
     warmup = round(complete["warmup_epochs"] * steps_per_epoch)
     name = schedule["name"]
     if name == "step":
-        changes = complete["epochs"] or np.arange(complete["every"], epochs, complete["every"])
+        epochs_of_change = complete["epochs"]
+        if not epochs_of_change:
+            epochs_of_change = np.arange(complete["every"], epochs, complete["every"])
         factors: dict[int, float] = {}
-        for epoch in changes:
+        for epoch in epochs_of_change:
+            # Counted from the end of the warmup, as `join_schedules` does.
             step = round(epoch * steps_per_epoch) - warmup
             # Several epochs may round to one step.
             factors[step] = factors.get(step, 1.0) * complete["factor"]
-        after = optax.piecewise_constant_schedule(rate, factors)
+        after_warmup = optax.piecewise_constant_schedule(rate, factors)
     elif name == "cosine":
-        after = optax.cosine_decay_schedule(rate, max(1, total - warmup))
+        after_warmup = optax.cosine_decay_schedule(rate, max(1, total - warmup))
     elif name == "restarts":
         period = max(1, round(complete["every"] * steps_per_epoch))
         cycle = optax.cosine_decay_schedule(rate, period)
-        after = lambda count: cycle(count % period)
+        after_warmup = lambda count: cycle(count % period)
     else:
-        after = optax.constant_schedule(rate)
-    rise = optax.linear_schedule(0.0, rate, max(1, warmup))
-    joined = optax.join_schedules([rise, after], [warmup])
+        after_warmup = optax.constant_schedule(rate)
+    warmup_schedule = optax.linear_schedule(0.0, rate, max(1, warmup))
+    joined = optax.join_schedules([warmup_schedule, after_warmup], [warmup])
     rates = joined(np.arange(total, dtype=np.float32))
     # A constant schedule gives one number for all steps.
     return np.broadcast_to(np.asarray(rates, np.float32), total)
@@ -143,7 +148,7 @@ class Plateau:
       learning_rate: the schedule's; `scale` times it is the rate to use.
       factor: between 0 and 1.
       patience: a number of checks.
-      mode: "min" or "max", where the metric is better.
+      mode: "min" if a smaller metric is better, "max" if a larger one is.
       threshold: an improvement is by more than this.
       threshold_mode: "rel", relative to the best, or "abs".
       cooldown: the number of checks after a reduction that do not count.

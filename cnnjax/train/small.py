@@ -48,9 +48,9 @@ def train_epochs(
         yield {"params": state.params, "batch_stats": state.batch_stats}
         if epoch < epochs:
             order = step.epoch_order(len(data.labels), epoch, seed)
-            last = (epoch + 1) * steps
+            stop = (epoch + 1) * steps
             images = step.Images(images=resident[0], labels=resident[1], order=order)
-            state = take_steps(state, constants, images, numbers, last)
+            state = take_steps(state, constants, images, numbers, stop)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -87,8 +87,8 @@ def pooled_features(
 
     The variables of the head may be absent.
     """
-    # "logits" is after the last stage.
-    *_, last_stage, _ = transfer.stage_paths(model)
+    # The stages are in order; "logits" follows the last one of features.
+    last_stage = list(transfer.stage_paths(model))[-2]
     variables = jax.device_put(variables)
     parts = []
     for batch in evaluate.batches_of(images, batch_size):
@@ -105,5 +105,6 @@ def resize(split: arrays.Split, size: int) -> arrays.Split:
         enlarged = jax.image.resize(images.astype(np.float32), shape, "bilinear")
         return enlarged.round().astype(np.uint8)
 
+    # In ten parts, since float32 images take four times the memory of uint8 ones.
     parts = [np.asarray(resized(part)) for part in np.array_split(split.images, 10)]
     return arrays.Split(np.concatenate(parts), split.labels)

@@ -246,8 +246,10 @@ def loss_and_errors(
     errors = (logits.argmax(-1) != labels).astype(jnp.float32)
     axes = tuple(range(1, labels.ndim))
     n_counted = jnp.maximum(counted.sum(axes, keepdims=True), 1)
-    share = counted.astype(jnp.float32) / n_counted.astype(jnp.float32)
-    return (losses * share).sum(axes), (errors * share).sum(axes)
+    # The weight of each pixel in its image's mean. With one class per image there are no pixel
+    # axes, and the weight is 1.
+    weight = counted.astype(jnp.float32) / n_counted.astype(jnp.float32)
+    return (losses * weight).sum(axes), (errors * weight).sum(axes)
 
 
 # ------------------------------------------------------------------ the step
@@ -383,6 +385,7 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
             "params": transfer.merge(trained, frozen),
             "batch_stats": state.batch_stats,
         }
+        # BatchNorms of frozen parts normalize by their stored statistics and leave them unchanged.
         with nn.intercept_methods(transfer.in_evaluation_mode(recipe.frozen_paths())):
             logits, updated = recipe.model.apply(
                 variables,
@@ -392,11 +395,12 @@ def _gradients(recipe: Recipe, state: State, numbers: Numbers, images, labels, k
                 rngs={"dropout": dropout_key, "padding": dropout_key},
             )
         losses, errors = losses_of(logits)
-        auxiliary_logits = jax.tree.leaves(updated.get("auxiliary", {}))
-        auxiliary_loss = sum(losses_of(head)[0].mean() for head in auxiliary_logits)
-        sums = (losses.sum(), errors.sum())
+        auxiliary_loss = 0.0
+        for head_logits in jax.tree.leaves(updated.get("auxiliary", {})):
+            head_losses, _ = losses_of(head_logits)
+            auxiliary_loss += head_losses.mean()
         loss = losses.mean() + recipe.model.auxiliary_weight * auxiliary_loss
-        return loss, (updated.get("batch_stats", {}), *sums)
+        return loss, (updated.get("batch_stats", {}), losses.sum(), errors.sum())
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     (_, (batch_stats, loss, errors)), grads = value_and_grad(trained)
@@ -456,6 +460,7 @@ def _scale_parts(recipe: Recipe, numbers: Numbers, updates: dict) -> dict:
     """
     rates: dict = {}
     for part, rate in zip(recipe.rates, numbers.rates):
+        # `select` returns paths that begin with "params"; those of updates do not.
         paths = transfer.select(recipe.model, (part,))
         rates |= {path[1:]: rate for path in paths}
     scaled = {path: leaf * rates.get(path, 1.0) for path, leaf in flatten_dict(updates).items()}
@@ -508,11 +513,12 @@ def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Calla
     program.
 
     Returns:
-      A function of (state, `Constants`, `Images`, `Numbers`, last) that takes steps from the
-      state's own step to `last`, all in one epoch. The first three are replicated.
+      A function of (state, `Constants`, `Images`, `Numbers`, stop) that takes the steps from the
+      state's own step up to `stop`, which is excluded, all in one epoch. The first three are
+      replicated.
     """
 
-    def take_steps(axis_name, state, constants, data, numbers, last):
+    def take_steps(axis_name, state, constants, data, numbers, stop):
         steps_per_epoch = len(data.order) // batch_size
         size = batch_size
         rank = 0
@@ -532,7 +538,7 @@ def resident_steps(parallel: Parallel, recipe: Recipe, batch_size: int) -> Calla
             )
             return batch_step(recipe, state, batch, numbers, axis_name=axis_name)
 
-        return jax.lax.fori_loop(state.step, last, take_step, state)
+        return jax.lax.fori_loop(state.step, stop, take_step, state)
 
     return parallel.compile(take_steps, replicated=3, plain=2, donate=True)
 

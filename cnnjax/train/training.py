@@ -1,4 +1,4 @@
-"""A training run under way: all that its configuration says, built, and its scores."""
+"""A training run in memory: its data, network and training step, and how to score it."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Everything that a configuration says about training, built.
+    """What a training configuration describes, built.
 
     Attributes:
       config: the configuration.
@@ -69,7 +69,7 @@ class Training:
     network_sha256: str | None
 
     def data_record(self) -> dict[str, Any]:
-        """Describes what a run's steps and labels depend on in the data, as JSON."""
+        """Describes the data that a run depends on, as JSON."""
         return {
             "classes": [splits.class_name(name) for name in self.data.classes],
             "n_train": self.data.n_train,
@@ -111,7 +111,8 @@ class Training:
     def state_shapes(self) -> step.State:
         """Returns the shapes and types of the state, without computing it."""
         init = functools.partial(step.init, self.recipe, self.data.image_shape, self.numbers)
-        # `build_run` has traced the network under zeros. Under other fills, maps may be too small.
+        # `_check_network` has traced the network with zero padding. With other padding, feature
+        # maps may become too small, which raises here.
         with _name_network(self.config.model, self.model):
             return jax.eval_shape(init)
 
@@ -155,7 +156,7 @@ class Training:
             batch_size=self.config.batch_size,
             output=evaluate.averaged(views),
         )
-        outputs = np.concatenate([*output_batches])
+        outputs = np.concatenate(list(output_batches))
         labels = np.concatenate(label_batches)
         scores = evaluate.score(self.config.loss, outputs, labels)
         for name, value in scores.items():
@@ -214,7 +215,7 @@ def _count_parameters(variables: dict) -> str:
 
 @contextlib.contextmanager
 def _name_network(name: str, model: Network) -> Iterator[None]:
-    """Names the network and its image size in a `ValueError` of its layers."""
+    """Adds the network's name and image size to a `ValueError` from its layers."""
     try:
         yield
     except ValueError as error:
@@ -227,6 +228,8 @@ def _name_network(name: str, model: Network) -> Iterator[None]:
 def _output_and_variables(model: Network) -> tuple:
     """Returns the shapes of the output for one image and of the variables."""
     image = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    # With zero padding, since only the shape of the output and the names of the variables are
+    # checked, which no padding changes. `state_shapes` traces the network with its own.
     init = model.clone(padding="zeros").init_with_output
     return eval_shape(init, jax.random.key(0), image)
 
