@@ -212,8 +212,8 @@ def run(work: Callable[[], None]) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("cnnjax").setLevel(logging.INFO)
     _print_every_name()
-    # Pillow's warning of a large image, which `photographs.opened` refuses with an error. Filters
-    # are the whole process's, and threads open images, so it is not hidden there.
+    # Pillow's warning of a large image, which `photographs.open_image` refuses with an error.
+    # Filters are the whole process's, and threads open images, so it is not hidden there.
     warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")
     try:
         with signals.catch_stop_signals(_interrupt):
