@@ -1011,6 +1011,11 @@ def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
         assert sorted(sum(parts, [])) == paths
 
 
+def test_synthetic_images_are_of_three_kinds():
+    with pytest.raises(ValueError, match="^kind='natural' is not one of black, white, noise$"):
+        photographs.synthetic("natural", 1, 8, 0)
+
+
 def test_no_crops_are_cut_of_no_photographs():
     with pytest.raises(ValueError, match=r"paths=\[\]: 6 crops need at least one photograph"):
         photographs.random_crops([], 6, 8, 0)
