@@ -392,7 +392,7 @@ def _digest_contents(
 def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
     """Describes a folder of photographs by its digest; "" is for those included in packages."""
     try:
-        return photographs.digest(folder)
+        return photographs.describe_files(folder)
     except ValueError:
         if is_needed:
             raise

@@ -126,7 +126,7 @@ def draws(point: Point, options) -> bool:
         return False
     paths, _ = photographs.find_photographs(options.photographs)
     parts = photographs.split(paths, image_counts(options), 0)
-    return photographs.draws(parts, (min(options.counts), _HELD_OUT, _TEST))
+    return photographs.is_random_choice(parts, (min(options.counts), _HELD_OUT, _TEST))
 
 
 def points(options):
@@ -193,7 +193,7 @@ def draw_images(
         if point.images == "noise":
             drawn = photographs.synthetic("noise", count, _SIZE, seed)
         else:
-            drawn = photographs.crops(part, count, _SIZE, seed)
+            drawn = photographs.random_crops(part, count, _SIZE, seed)
         if point.images == "shuffled":
             drawn = shuffled(drawn, seed)
         images.append(drawn)

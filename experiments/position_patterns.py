@@ -100,7 +100,7 @@ def draws(point: Trace | Windows, options) -> bool:
         return False
     paths, _ = photographs.find_photographs(options.photographs)
     parts = photographs.split(paths, (1,) * options.seeds, 0)
-    return photographs.draws(parts, (options.images,) * options.seeds)
+    return photographs.is_random_choice(parts, (options.images,) * options.seeds)
 
 
 def points(options):

@@ -104,7 +104,7 @@ def draws(point: Point, options) -> bool:
     """Tells whether a point has more photographs to fit to than crops, and draws from them."""
     paths, _ = photographs.find_photographs(options.photographs)
     *fitting, _ = photographs.split(paths, _PARTS, point.seed)
-    return photographs.draws(fitting, _COUNTS)
+    return photographs.is_random_choice(fitting, _COUNTS)
 
 
 def points(options):
@@ -214,7 +214,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     *fitting, test = photographs.split(paths, _PARTS, point.seed)
     images = []
     for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
-        images.append(photographs.crops(part, count, _SIZE, 2 * point.seed + number))
+        images.append(photographs.random_crops(part, count, _SIZE, 2 * point.seed + number))
     groups = [test[start : start + _TOGETHER] for start in range(0, len(test), _TOGETHER)]
     # It yields the crops to fit to, the held-out crops, then the scenes in the order of the loops
     # below.

@@ -268,7 +268,7 @@ def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "Name:\tpython\n")
     monkeypatch.setattr(pathlib.Path, "write_text", refuse)
-    assert sides._resident("VmRSS") is None
+    assert sides._memory_mb("VmRSS") is None
     assert sides._peak_memory("cnnjax", "cpu", lambda n: None, 1.0) is None
 
 

@@ -797,11 +797,11 @@ def test_photographs_from_a_folder(tmp_path):
     assert [len(part) for part in parts] == [3, 1, 1]
     assert sorted(sum(parts, [])) == paths
     # Photographs are cropped in turn.
-    images = photographs.crops(paths, 7, 20, 0)
+    images = photographs.random_crops(paths, 7, 20, 0)
     assert images.shape == (7, 20, 20, 3)
     assert [int(image[0, 0, 0]) for image in images] == [0, 10, 20, 30, 40, 0, 10]
     with pytest.raises(ValueError, match=r"0.png is 20x30, smaller than size=21"):
-        photographs.crops(paths, 7, 21, 0)
+        photographs.random_crops(paths, 7, 21, 0)
     message = "^photographs: 2 files; expected at least 3, one for each of the disjoint parts$"
     with pytest.raises(ValueError, match=message):
         photographs.split(paths[:2], (1, 1, 1), 0)
@@ -836,7 +836,7 @@ def test_photographs_are_drawn_at_random_where_there_are_more_than_crops(tmp_pat
     assert set(drawn[10]) != set(paths[:10])
     assert max(paths.index(path) for path in drawn[10]) > 50
     assert set(photographs.choose(paths, 10, 1)) != set(drawn[10])
-    grays = photographs.crops(paths, 10, 4, 0)[:, 0, 0, 0]
+    grays = photographs.random_crops(paths, 10, 4, 0)[:, 0, 0, 0]
     assert [paths[gray] for gray in grays] == drawn[10]
 
 
@@ -859,7 +859,7 @@ def test_the_packages_photographs_are_not_exchanged_for_a_folder(path, other, an
 def test_all_photographs_are_cropped_in_turn_where_there_are_no_more_than_crops(tmp_path):
     paths = save_grays(tmp_path / "three", 3)
     assert photographs.choose(paths, 3, 0) == photographs.choose(paths, 7, 1) == paths
-    grays = photographs.crops(paths, 7, 4, 5)[:, 0, 0, 0]
+    grays = photographs.random_crops(paths, 7, 4, 5)[:, 0, 0, 0]
     assert grays.tolist() == [0, 1, 2, 0, 1, 2, 0]
     pixels = np.arange(13 * 13 * 3, dtype=np.uint8).reshape(13, 13, 3)
     PIL.Image.fromarray(pixels).save(paths[0])
@@ -869,7 +869,7 @@ def test_all_photographs_are_cropped_in_turn_where_there_are_no_more_than_crops(
     for _ in range(2):
         top, left = rng.integers(0, 10), rng.integers(0, 10)
         expected.append(pixels[top : top + 4, left : left + 4])
-    assert np.array_equal(photographs.crops(paths[:1], 2, 4, 5), expected)
+    assert np.array_equal(photographs.random_crops(paths[:1], 2, 4, 5), expected)
 
 
 @pytest.fixture
@@ -1011,9 +1011,14 @@ def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
         assert sorted(sum(parts, [])) == paths
 
 
+def test_synthetic_images_are_of_three_kinds():
+    with pytest.raises(ValueError, match="^kind='natural' is not one of black, white, noise$"):
+        photographs.synthetic("natural", 1, 8, 0)
+
+
 def test_no_crops_are_cut_of_no_photographs():
     with pytest.raises(ValueError, match=r"paths=\[\]: 6 crops need at least one photograph"):
-        photographs.crops([], 6, 8, 0)
+        photographs.random_crops([], 6, 8, 0)
 
 
 @pytest.mark.slow
@@ -1028,7 +1033,7 @@ def test_imagenet_weights_on_real_photographs(data_dir):
     parts = photographs.split(paths, tuple(counts.values()), 0)
     images = {}
     for name, part in zip(counts, parts):
-        images[name] = photographs.crops(part, counts[name], 224, 0)
+        images[name] = photographs.random_crops(part, counts[name], 224, 0)
     # A black image goes through the network with the last photographs.
     black = photographs.synthetic("black", 1, 224, 0)
     images["tested"] = np.concatenate([images.pop("natural"), black])

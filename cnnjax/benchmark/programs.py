@@ -63,7 +63,7 @@ def study(
     model = create_model(encoder)
     stages = reachable_stages(model, size)
     paths = photographs.list_photographs(folder)
-    pictures = photographs.crops(paths, images, size, 0)
+    pictures = photographs.random_crops(paths, images, size, 0)
     goals = np.stack([target(name, size) for name in TARGETS])
     variables = draw_variables(model, size, stages[-1], jax.random.key(0))
     features = encode(model, variables, pictures, stages)

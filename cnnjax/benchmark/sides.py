@@ -3,6 +3,8 @@
 It is a process because XLA's flags cannot change within one. It first prints facts as a line of
 JSON; then it answers each line of input, the name of a pass, with the milliseconds of one run in a
 burst.
+
+Libraries are imported late: a side must not load another's.
 """
 
 import contextlib
@@ -17,15 +19,17 @@ from collections.abc import Callable
 from cnnjax.benchmark import cases
 from cnnjax.runtime import backend
 
-BURST = 0.5  # seconds
-TRAINING_BURST = 2.0  # seconds, as one call of `cnnjax.train.loop` takes
+# The length of a burst, in seconds.
+BURST = 0.5
+# That of a burst of training, as one call of `cnnjax.train.loop` takes.
+TRAINING_BURST = 2.0
 
 
 def layer_passes(side: str, case: cases.Convolution) -> tuple[dict[str, Callable], dict]:
     """Prepares the three passes of a convolution on the same numbers for every side.
 
-    Returns functions of a number of runs, by pass, and facts: the mean sizes of the results, which
-    show that sides compute the same.
+    Returns, by pass, a function that runs it n times; and the mean absolute value of each result,
+    which shows that sides agree.
     """
     import numpy as np
 
@@ -43,11 +47,12 @@ def layer_passes(side: str, case: cases.Convolution) -> tuple[dict[str, Callable
 
         passes = jax_side.layer(side, case, x, kernel, dy)
     results = [np.asarray(run(1), np.float64) for run in passes.values()]
-    return passes, {"sizes": [float(np.abs(result).mean()) for result in results]}
+    magnitudes = [float(np.abs(result).mean()) for result in results]
+    return passes, {"sizes": magnitudes}
 
 
-def _network_passes(side: str, what: str, name: str, batch: int):
-    on_gpu = what == "gpu"
+def _network_passes(side: str, benchmark: str, name: str, batch: int):
+    on_gpu = benchmark == "gpu"
     if side.startswith("torch"):
         from cnnjax.benchmark import torch_side
 
@@ -60,14 +65,14 @@ def _network_passes(side: str, what: str, name: str, batch: int):
     return jax_side.network(name, batch, dtype, looped=side != "stock")
 
 
-def _product(side: str, what: str) -> Callable:
+def _product(side: str, benchmark: str) -> Callable:
     if side.startswith("torch"):
         from cnnjax.benchmark import torch_side
 
-        return torch_side.product(what)
+        return torch_side.product(benchmark)
     from cnnjax.benchmark import jax_side
 
-    return jax_side.product(what)
+    return jax_side.product(benchmark)
 
 
 def _start(side: str) -> contextlib.AbstractContextManager:
@@ -89,7 +94,7 @@ def _start(side: str) -> contextlib.AbstractContextManager:
 # ------------------------------------------------------------------ memory
 
 
-def _resident(field: str) -> float | None:
+def _memory_mb(field: str) -> float | None:
     """Reads this process's memory in MB from Linux: "VmRSS" now, "VmHWM" at its peak.
 
     It is None where Linux, or a sandbox in its place, does not say.
@@ -104,13 +109,13 @@ def _resident(field: str) -> float | None:
     return None
 
 
-def _peak_memory(side: str, what: str, run: Callable, before: float | None) -> float | None:
+def _peak_memory(side: str, benchmark: str, run: Callable, before: float | None) -> float | None:
     """Measures the peak memory of a step in MB.
 
     On a GPU it is the allocator's highest mark; elsewhere it is the growth of the process since its
     libraries were loaded, when it had `before`.
     """
-    if what == "gpu":
+    if benchmark == "gpu":
         run(1)
         return _peak_gpu_memory(side)
     if before is None:
@@ -120,7 +125,7 @@ def _peak_memory(side: str, what: str, run: Callable, before: float | None) -> f
     except OSError:
         return None
     run(1)
-    peak = _resident("VmHWM")
+    peak = _memory_mb("VmHWM")
     return None if peak is None else peak - before
 
 
@@ -137,28 +142,29 @@ def _peak_gpu_memory(side: str) -> float:
 # ------------------------------------------------------------------ the process
 
 
-def _work(side: str, what: str, name: str, batch: int, burst: float) -> None:
+def _work(side: str, benchmark: str, name: str, batch: int, burst: float) -> None:
     """Prepares a side, prints its facts and answers requests."""
-    before = _resident("VmRSS")
-    if what == "layers":
+    before = _memory_mb("VmRSS")
+    if benchmark == "layers":
         passes, facts = layer_passes(side, cases.LAYERS[name])
-    elif what == "compile":
+    elif benchmark == "compile":
         from cnnjax.benchmark import jax_side
 
         passes, facts = jax_side.compilation(name, batch)
     else:
-        passes, facts = _network_passes(side, what, name, batch)
+        passes, facts = _network_passes(side, benchmark, name, batch)
         passes["step"](1)
-        memory = _peak_memory(side, what, passes["step"], before)
+        memory = _peak_memory(side, benchmark, passes["step"], before)
         facts["memory_mb"] = None if memory is None else round(memory)
-    if what in cases.PRODUCT:
-        passes["product"] = _product(side, what)
+    if benchmark in cases.PRODUCT:
+        passes["product"] = _product(side, benchmark)
     counts = {}
     for key, run in passes.items():
         if key == "compile":
             counts[key] = 1
         else:
-            counts[key] = _burst_count(run, TRAINING_BURST if key == "training" else burst)
+            seconds = TRAINING_BURST if key == "training" else burst
+            counts[key] = _burst_count(run, seconds)
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         key = line.strip()
@@ -176,7 +182,12 @@ def _burst_count(run: Callable, burst: float) -> int:
     return max(1, math.ceil(burst / seconds))
 
 
+def main(arguments: list[str]) -> None:
+    """Runs a side; `arguments` are its name, the benchmark, the case, the batch and the burst."""
+    side, benchmark, name, batch, burst = arguments
+    with _start(side):
+        _work(side, benchmark, name, int(batch), float(burst))
+
+
 if __name__ == "__main__":
-    own_side, own_what, own_name, own_batch, own_burst = sys.argv[1:]
-    with _start(own_side):
-        _work(own_side, own_what, own_name, int(own_batch), float(own_burst))
+    main(sys.argv[1:])

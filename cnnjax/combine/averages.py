@@ -10,7 +10,7 @@ import optax
 import scipy.special
 
 # The learning rate of `learned`, as in the code of Wortsman et al. 2022, appendix I.
-_RATE = 0.05
+_LEARNING_RATE = 0.05
 
 
 def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float]]):
@@ -18,44 +18,49 @@ def average(trees: Sequence, weights: Sequence[float] | dict[str, Sequence[float
 
     Args:
       trees: trees of the same structure and shapes.
-      weights: a weight for each tree, or by layer name a weight for each tree.
+      weights: one weight per tree, or, by layer, a list of one weight per tree.
 
     Returns a tree with the leaves' own types; sums are taken in float64.
     """
 
     def combine_leaves(path, *leaves):
-        coefficients = weights[_layer(path)] if isinstance(weights, dict) else weights
+        coefficients = weights
+        if isinstance(weights, dict):
+            coefficients = weights[_module_name(path)]
         total = np.tensordot(np.asarray(coefficients, np.float64), np.stack(leaves), 1)
         return total.astype(leaves[0].dtype)
 
     return jax.tree_util.tree_map_with_path(combine_leaves, *trees)
 
 
-def _layer(path) -> str:
+def _module_name(path) -> str:
     """Returns the name of the module that a parameter belongs to."""
     return ".".join(key.key for key in path[:-1])
 
 
-def greedy(accuracies: Sequence[float], accuracy: Callable[[list[int]], float]) -> list[int]:
+def greedy(
+    single_accuracies: Sequence[float], accuracy_of_average: Callable[[list[int]], float]
+) -> list[int]:
     """Chooses the ingredients of a soup: recipe 1 of Wortsman et al. 2022 (arXiv 2203.05482).
 
     Models are tried from the best one down; each is added if the average does not get worse.
 
     Args:
-      accuracies: the accuracy of each model alone, on validation images.
-      accuracy: a function of some models' numbers that returns the accuracy of their average.
+      single_accuracies: the accuracy of each model alone, on validation images.
+      accuracy_of_average: accuracy of the average of the models with these indices.
 
     Returns:
-      The numbers of the models, in the order in which they were added.
+      The indices of the models, in the order in which they were added.
     """
     ingredients: list[int] = []
     best = -np.inf
     # The sort is stable: of equally accurate models the first comes first.
-    from_best_down = sorted(range(len(accuracies)), key=lambda number: -accuracies[number])
-    for number in from_best_down:
-        candidate = accuracy([*ingredients, number])
+    indices = range(len(single_accuracies))
+    from_best_down = sorted(indices, key=lambda index: -single_accuracies[index])
+    for index in from_best_down:
+        candidate = accuracy_of_average([*ingredients, index])
         if candidate >= best:
-            ingredients = [*ingredients, number]
+            ingredients = [*ingredients, index]
             best = candidate
     return ingredients
 
@@ -78,18 +83,18 @@ def learned(
       By layer name, the weight of each tree.
     """
     paths = jax.tree_util.tree_leaves_with_path(trees[0])
-    layers = sorted({_layer(path) for path, _ in paths})
+    layers = sorted({_module_name(path) for path, _ in paths})
     # The row of each layer in the scores, [rows, trees].
-    row = dict.fromkeys(layers, 0)
-    if by_layer:
-        row = {layer: number for number, layer in enumerate(layers)}
-    optimizer = optax.adam(_RATE)
+    rows = len(layers) if by_layer else 1
+    row = {layer: index if by_layer else 0 for index, layer in enumerate(layers)}
+    optimizer = optax.adam(_LEARNING_RATE)
 
     def mix(scores, stacked):
         weights = jax.nn.softmax(scores)
 
         def mix_leaves(path, leaves):
-            return jnp.tensordot(weights[row[_layer(path)]], leaves, 1, precision="highest")
+            # An accelerator would add in TF32 or bfloat16 by default, which have three digits.
+            return jnp.tensordot(weights[row[_module_name(path)]], leaves, 1, precision="highest")
 
         return jax.tree_util.tree_map_with_path(mix_leaves, stacked)
 
@@ -100,7 +105,7 @@ def learned(
         return scores + changes, state
 
     stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees))
-    scores = jnp.zeros((len(set(row.values())), len(trees)))
+    scores = jnp.zeros((rows, len(trees)))
     state = optimizer.init(scores)
     for batch in batches:
         scores, state = update(scores, state, stacked, batch)

@@ -47,8 +47,8 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
     check_classes(classes, str(path))
     _check_distinct(classes, str(path))
     # A user may give lists.
-    train = Split(*map(np.asarray, data.train))
-    test = Split(*map(np.asarray, data.test))
+    train = Split(images=np.asarray(data.train.images), labels=np.asarray(data.train.labels))
+    test = Split(images=np.asarray(data.test.images), labels=np.asarray(data.test.labels))
     _check_parts({"training": train, "test": test}, len(classes), "cross_entropy", str(path))
     members = {
         "train_images": train.images,
@@ -63,7 +63,7 @@ def save(data: Dataset, path: str | os.PathLike) -> None:
 def _check_distinct(classes: np.ndarray, subject: str) -> None:
     """Raises `ValueError`, which begins with `subject`, if two classes have one name.
 
-    `load` accepts such a file, which earlier versions have written: its runs can go on.
+    `load` still accepts such files: earlier versions wrote them, and their runs may be resumed.
     """
     counts = collections.Counter(splits.class_name(name) for name in classes.tolist())
     for name, count in counts.items():
@@ -138,8 +138,12 @@ def _check_parts(parts: dict[str, Split], count: int, loss: str, place: str) -> 
                 f"{subject} has images of {list(images.shape[1:])}; those of the training set are "
                 f"{list(shape)}"
             )
-        expected = {"pixelwise": images.shape[:3], "sigmoid": (len(images), count)}
-        labels_shape = expected.get(loss, (len(images),))
+        if loss == "pixelwise":
+            labels_shape = images.shape[:3]
+        elif loss == "sigmoid":
+            labels_shape = (len(images), count)
+        else:
+            labels_shape = (len(images),)
         if labels.dtype.kind not in "iu" or labels.shape != labels_shape:
             raise ValueError(
                 f"{subject} has labels of {labels.dtype} {list(labels.shape)}; expected integers "
@@ -162,12 +166,14 @@ def load(
         set with a validation split it is the size of this split, or 0 to leave the split out.
 
     Raises:
-      ValueError: for an unknown name, for a data set that is streamed (folder, tfds:NAME), for more
-        training images than there are, for an `n_validation` that cannot be held out or is not the
-        size of the data set's own split, for files that are absent and cannot be downloaded, for
-        files other than the published ones, for splits without images or with images of other
-        shapes than the training set's, for labels that belong to no class, and for classes that
-        are neither text nor numbers.
+      ValueError: for each of these:
+        - an unknown name, or a data set that is streamed (folder, tfds:NAME);
+        - more training images than there are;
+        - an `n_validation` that cannot be held out, or is not the size of the data set's own split;
+        - files that are absent and cannot be downloaded, or are not the published ones;
+        - splits without images, or with images of other shapes than the training set's;
+        - labels that belong to no class;
+        - classes that are neither text nor numbers.
     """
     name = os.fspath(name)
     data_dir = data_dir or "data"
@@ -187,17 +193,17 @@ def load(
         train = Split(train.images, train.labels.astype(np.int32))
         test = Split(test.images, test.labels.astype(np.int32))
     train = _slice(train, name)
-    if validation is not None and n_validation not in (0, len(validation.images)):
-        raise ValueError(
-            f"n_validation={n_validation} is not 0 or {len(validation.images)}, the validation "
-            f"images that {name} has of its own"
-        )
     if not n_validation:
         return Dataset(train, None, test, source.classes)
-    if validation is not None:
+    if validation is None:
+        mask = splits.hold_out(train.labels, n_validation)
+        return Dataset(train.take(~mask), train.take(mask), test, source.classes)
+    if n_validation == len(validation.images):
         return Dataset(train, validation, test, source.classes)
-    mask = splits.hold_out(train.labels, n_validation)
-    return Dataset(train.take(~mask), train.take(mask), test, source.classes)
+    raise ValueError(
+        f"n_validation={n_validation} is not 0 or {len(validation.images)}, the validation images "
+        f"that {name} has of its own"
+    )
 
 
 def _slice(train: Split, name: str) -> Split:

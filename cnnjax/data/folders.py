@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -33,7 +33,8 @@ class Folder:
 
     Args:
       root: the folder.
-      order: classes whose folders come first, in this order; the others follow by name.
+      order: classes of the training split, so that labels mean the same. They come first, in this
+        order; others follow by name.
 
     Attributes:
       place: the folder, for messages.
@@ -69,7 +70,7 @@ class Folder:
         _check_names(folders)
         self.files: list[tuple[pathlib.Path, int]] = []
         # Counts of what is passed over, by its kind.
-        others = top.others
+        others = collections.Counter(top.others)
         if top.images:
             others["outside a class folder"] = len(top.images)
         nested: list[pathlib.Path] = []
@@ -152,7 +153,8 @@ class Tfds:
             decoders = {keys[0]: tfds.decode.SkipDecoding()} if keys else None
             self._records = builder.as_data_source(split=split, decoders=decoders)
         except Exception as error:
-            # It raises many kinds of errors, one of them if TensorFlow is not installed.
+            # tensorflow-datasets raises many kinds of errors, one of them if TensorFlow is not
+            # installed.
             reason = str(error).strip().partition("\n")[0][:200]
             where = f" --data_dir={data_dir}" if data_dir else ""
             raise ValueError(
@@ -183,7 +185,7 @@ class Tfds:
         try:
             record = self._records[index]
         except Exception as error:
-            # It comes from array_record, or from the example's decoder.
+            # array_record raises it, or the example's decoder.
             raise Damaged(
                 f"record {index} of {self.place} cannot be decoded: {one_line(error)}"
             ) from error
@@ -214,7 +216,7 @@ class Tfds:
         try:
             _, label = self._read_record(0)
         except Damaged:
-            # Whatever reads the image later reports it, or passes it over.
+            # The image is reported or skipped when it is read.
             return True
         return label >= 0
 
@@ -320,7 +322,7 @@ def _describe(source: Folder | Tfds) -> str:
     return counts
 
 
-def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str, Source]:
+def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> Mapping[str, Source]:
     """Opens the splits of a data set and logs the number of images and classes.
 
     Args:
@@ -345,8 +347,16 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
             sources[use] = Folder(pathlib.Path(data_dir) / name, order)
         else:
             sources[use] = Tfds(dataset.removeprefix("tfds:"), data_dir, name)
+    _check_classes(sources, data_dir)
+    if names["test"] != "test":
+        _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
+    if dataset == "folder":
+        _log_unused_folders(pathlib.Path(data_dir), names.values())
+    return _with_validation(sources, data_dir, n_validation)
 
-    # A label means the same class in every split.
+
+def _check_classes(sources: Mapping[str, Folder | Tfds], data_dir: str) -> None:
+    """Logs each split's images and checks that a label means the same class in all splits."""
     classes = sources["train"].classes
     for use, source in sources.items():
         _LOG.info("%s: %s", use, _describe(source))
@@ -355,18 +365,24 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
                 f"data_dir={data_dir!r}: the {use} split has other classes than the training "
                 f"split ({change}); expected the same"
             )
-    if names["test"] != "test":
-        _LOG.info("%s is the test set, as there is no labeled split named test", names["test"])
 
-    if dataset == "folder":
-        root = pathlib.Path(data_dir)
-        unused = [path for path in list_folder(root).folders if path.name not in names.values()]
-        if passed_over := describe_passed_over(root, collections.Counter(), unused):
-            _LOG.info("%s: %s", root, passed_over)
 
-    # Training images are held out only where the data set has no validation split.
+def _log_unused_folders(root: pathlib.Path, used: Collection[str]) -> None:
+    unused = [path for path in list_folder(root).folders if path.name not in used]
+    if passed_over := describe_passed_over(root, collections.Counter(), unused):
+        _LOG.info("%s: %s", root, passed_over)
+
+
+def _with_validation(
+    sources: Mapping[str, Folder | Tfds], data_dir: str, n_validation: int
+) -> Mapping[str, Source]:
+    """Holds out training images for validation if the data set has no validation split.
+
+    Raises:
+      ValueError: if `n_validation` is not the size of the data set's own validation split.
+    """
     if not n_validation:
-        return {**sources}
+        return sources
     if "validation" in sources:
         count = len(sources["validation"])
         if n_validation != count:
@@ -374,7 +390,7 @@ def open_splits(dataset: str, data_dir: str, n_validation: int = 0) -> dict[str,
                 f"n_validation={n_validation} is not 0 or {count}, the validation images that "
                 f"data_dir={data_dir!r} has of its own"
             )
-        return {**sources}
+        return sources
     rest, held_out = hold_out(sources["train"], n_validation)
     _LOG.info("validation: %s of the training images", f"{n_validation:,}")
     return {**sources, "train": rest, "validation": held_out}

@@ -55,7 +55,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        # A link that leads to itself; reading it as a file names it in the error.
+        # `is_dir` fails for a link to itself. Treat it as a file, so that the error of opening it
+        # names it.
         return False
 
 
@@ -86,8 +87,8 @@ def list_folder(folder: pathlib.Path) -> Listing:
 def describe_others(others: collections.Counter[str]) -> str:
     """Describes files that are passed over: "12 files passed over: 8 .gif, 4 .txt"."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-    files = "file" if others.total() == 1 else "files"
-    return f"{others.total():,} {files} passed over: {kinds}"
+    noun = "file" if others.total() == 1 else "files"
+    return f"{others.total():,} {noun} passed over: {kinds}"
 
 
 def describe_passed_over(
@@ -179,7 +180,7 @@ def check_channels(channels: int, subject: str) -> None:
 
     Args:
       channels: the channels of the network's input.
-      subject: how the error begins.
+      subject: start of the error, such as "resnet18 takes images".
 
     Raises:
       ValueError: unless there are 1 or 3.
@@ -193,18 +194,21 @@ class Damaged(ValueError):
 
 
 @contextlib.contextmanager
-def opened(file: pathlib.Path | BinaryIO, name: str = "") -> Iterator[PIL.Image.Image]:
+def open_image(file: pathlib.Path | BinaryIO, name: str = "") -> Iterator[PIL.Image.Image]:
     """Opens an image: JPEG, PNG, WebP or BMP, whatever its suffix.
 
-    Pillow would hand other formats to outside programs (EPS to Ghostscript).
+    Any exception in the body of `with` becomes `Damaged`, because Pillow decodes an image there,
+    when its pixels are first used. Errors of the system and of memory become a plain `ValueError`.
+
+    Other formats are refused, because Pillow passes some of them to external programs (EPS to
+    Ghostscript).
 
     Args:
       file: the image's path, or a stream of its bytes.
       name: how errors begin; empty for the path.
 
     Raises:
-      Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`, or if
-        the caller raises an error while it is open.
+      Damaged: if it cannot be decoded or has more pixels than Pillow's `MAX_IMAGE_PIXELS`.
       ValueError: if the file cannot be read.
     """
     name = name or str(file)
@@ -224,8 +228,8 @@ def opened(file: pathlib.Path | BinaryIO, name: str = "") -> Iterator[PIL.Image.
             reason = f"cannot identify image file; expected {', '.join(_FORMATS)}"
         if isinstance(error, PIL.Image.DecompressionBombError):
             reason = f"at most {PIL.Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
-        is_of_the_system = isinstance(error, OSError) and error.errno is not None
-        if is_of_the_system or isinstance(error, MemoryError):
+        is_os_error = isinstance(error, OSError) and error.errno is not None
+        if is_os_error or isinstance(error, MemoryError):
             raise ValueError(f"{name} cannot be read: {reason or 'out of memory'}") from error
         raise Damaged(
             f"{name} is not a readable image: {reason or type(error).__name__}"
@@ -238,7 +242,7 @@ def image_size(path: pathlib.Path) -> tuple[int, int]:
     Raises:
       ValueError: if it is not a readable image.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         return image.height, image.width
 
 
@@ -252,7 +256,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
       ValueError: if the pixels of a gray image have more than 8 bits.
     """
     # Pillow's modes "I", "I;16" and "F", which it would clip to 255.
-    if image.mode[0] in "IF":
+    if image.mode.startswith(("I", "F")):
         raise ValueError(f"pixels of more than 8 bits (Pillow's mode {image.mode}); expected 8")
     # Converting an image that is RGB already would copy it.
     if image.mode == "RGB":
@@ -266,14 +270,14 @@ def open_rgb(file: pathlib.Path | BinaryIO, name: str = "") -> PIL.Image.Image:
     As in torchvision, transparency is dropped and an orientation in the metadata is not applied.
 
     Args:
-      file: as in `opened`.
-      name: as in `opened`.
+      file: as in `open_image`.
+      name: as in `open_image`.
 
     Raises:
       Damaged: if it cannot be decoded whole, or is gray of more than 8 bits.
       ValueError: if the file cannot be read.
     """
-    with opened(file, name) as image:
+    with open_image(file, name) as image:
         image.load()
         # Pillow drops the transparency of a palette with a warning.
         image.info.pop("transparency", None)
@@ -297,7 +301,7 @@ def split(
     Args:
       paths: the photographs.
       shares: the parts' sizes in proportion; each part gets at least one photograph.
-      seed: of the random order.
+      seed: random seed of the order.
 
     Raises:
       ValueError: if there are fewer photographs than parts.
@@ -310,54 +314,55 @@ def split(
     order = np.random.default_rng(seed).permutation(len(paths))
     ends = np.round(np.cumsum(shares) / sum(shares) * len(paths)).astype(int)
     last = 0
-    for i in range(len(ends)):
+    for index in range(len(ends)):
         # At least one photograph for this part, and for each part after it.
         earliest = last + 1
-        parts_after = len(ends) - i - 1
+        parts_after = len(ends) - index - 1
         latest = len(paths) - parts_after
-        ends[i] = np.clip(ends[i], earliest, latest)
-        last = ends[i]
+        ends[index] = np.clip(ends[index], earliest, latest)
+        last = ends[index]
     parts = []
     for part in np.split(order, ends[:-1]):
-        parts.append([paths[number] for number in sorted(part)])
+        parts.append([paths[index] for index in sorted(part)])
     return parts
 
 
 def choose(paths: Sequence, count: int, seed: int) -> list:
     """Chooses photographs at random, if there are more than are needed.
 
-    A smaller choice of the same seed is a prefix of a larger one, unless this takes all of them.
+    With one seed, a smaller choice is the start of a larger one, unless the larger one is the whole
+    list.
 
     Args:
       paths: the photographs, or their numbers.
       count: how many are needed.
-      seed: of the choice.
+      seed: random seed of the choice.
 
     Returns:
       `count` photographs in random order; all of them, in their own order, if there are no more.
     """
     if count >= len(paths):
         return list(paths)
-    # The second number sets this choice apart from what else is drawn from the same seed.
+    # The 1 gives this choice a random stream of its own.
     order = np.random.default_rng([seed, 1]).permutation(len(paths))
-    return [paths[number] for number in order[:count]]
+    return [paths[index] for index in order[:count]]
 
 
 def shuffle(paths: Sequence, count: int, seed: int) -> list:
     """Returns at most `count` photographs in a seed's random order, even if it takes all."""
     order = np.random.default_rng(seed).permutation(len(paths))
-    return [paths[number] for number in order[:count]]
+    return [paths[index] for index in order[:count]]
 
 
-def draws(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
-    """Tells whether `choose` draws from a part that has more photographs than are needed."""
+def is_random_choice(parts: list[list[pathlib.Path]], counts: tuple[int, ...]) -> bool:
+    """Tells whether `choose` is random for a part, which has more photographs than are needed."""
     return any(count < len(part) for part, count in zip(parts, counts, strict=True))
 
 
-def digest(folder: str | os.PathLike = "") -> str:
+def describe_files(folder: str | os.PathLike = "") -> str:
     """Describes the files that `find_photographs` lists.
 
-    Returns their number, and a digest of their names and sizes.
+    Returns, in words, their number and a digest of their names and sizes.
     """
     paths, _ = find_photographs(folder)
     sizes = {}
@@ -380,7 +385,7 @@ def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
     Args:
       paths: the photographs.
       size: the crops' side in pixels.
-      limit: what the error calls it.
+      limit: how the error names the size, such as "image_size=224".
 
     Raises:
       ValueError: if one is smaller than `size` or cannot be read.
@@ -391,7 +396,7 @@ def check_sizes(paths: list[pathlib.Path], size: int, limit: str) -> None:
             raise ValueError(f"photographs: {path} is {height}x{width}, smaller than {limit}")
 
 
-def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
+def random_crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.ndarray:
     """Cuts random squares from photographs, taken in turn.
 
     If there are more photographs than crops, they are chosen at random.
@@ -400,7 +405,7 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
       paths: the photographs.
       count: how many crops.
       size: their side in pixels.
-      seed: of their places, and of the choice.
+      seed: random seed of their places, and of the choice.
 
     Returns:
       uint8 [count, size, size, 3].
@@ -412,21 +417,21 @@ def crops(paths: list[pathlib.Path], count: int, size: int, seed: int) -> np.nda
         raise ValueError(f"paths=[]: {count} crops need at least one photograph")
     paths = choose(paths, count, seed)
     rng = np.random.default_rng(seed)
-    out = np.empty((count, size, size, 3), np.uint8)
-    for number, path in enumerate(paths):
+    squares = np.empty((count, size, size, 3), np.uint8)
+    for first, path in enumerate(paths):
         image = read_image(path)
         height, width = image.shape[:2]
         if min(height, width) < size:
             raise ValueError(f"{path} is {height}x{width}, smaller than size={size}")
-        for i in range(number, count, len(paths)):
+        for index in range(first, count, len(paths)):
             top = rng.integers(0, height - size + 1)
             left = rng.integers(0, width - size + 1)
-            out[i] = image[top : top + size, left : left + size]
-    return out
+            squares[index] = image[top : top + size, left : left + size]
+    return squares
 
 
 def fit(path: pathlib.Path, height: int, width: int) -> np.ndarray:
-    """Scales a photograph, up if need be, and cuts its middle to a shape.
+    """Resizes a photograph to cover a shape and crops its center.
 
     Returns:
       uint8 [height, width, 3].
@@ -439,7 +444,7 @@ def fit(path: pathlib.Path, height: int, width: int) -> np.ndarray:
 
 
 def fit_squares(paths: Sequence[pathlib.Path], side: int) -> np.ndarray:
-    """Scales photographs, up if need be, and cuts their middles to squares.
+    """Resizes photographs to cover a square and crops their centers.
 
     Args:
       paths: the photographs.
@@ -452,8 +457,8 @@ def fit_squares(paths: Sequence[pathlib.Path], side: int) -> np.ndarray:
       ValueError: as `open_rgb`.
     """
     squares = np.empty((len(paths), side, side, 3), np.uint8)
-    for number, path in enumerate(paths):
-        squares[number] = fit(path, side, side)
+    for index, path in enumerate(paths):
+        squares[index] = fit(path, side, side)
     return squares
 
 
@@ -471,8 +476,8 @@ def synthetic(
       kind: "black" (0), "white" (255), or "noise" (Gaussian, clipped).
       count: how many images.
       size: their side in pixels.
-      seed: of the noise.
-      mean: of the noise before it is clipped to 0 to 255.
+      seed: random seed of the noise.
+      mean: mean of the noise before it is clipped to 0 to 255.
       deviation: standard deviation of the noise before it is clipped.
 
     Returns:
@@ -489,4 +494,4 @@ def synthetic(
     if kind == "noise":
         noise = np.random.default_rng(seed).normal(mean, deviation, shape)
         return np.clip(np.round(noise), 0, 255).astype(np.uint8)
-    raise ValueError(f"data={kind!r} is not one of natural, black, white, noise")
+    raise ValueError(f"kind={kind!r} is not one of black, white, noise")

@@ -16,7 +16,7 @@ import numpy as np
 
 from cnnjax.data import published
 from cnnjax.data.cifar_pickle import read_cifar_pickle
-from cnnjax.data.photographs import list_folder, opened, read_image
+from cnnjax.data.photographs import list_folder, open_image, read_image
 from cnnjax.data.published import File, read_cifar_binary
 from cnnjax.data.splits import IGNORED, Split
 from cnnjax.runtime.errors import one_line
@@ -244,7 +244,7 @@ class CamVid:
     present: int = 50
 
     def _mask(self, path: pathlib.Path) -> np.ndarray:
-        with opened(path) as image:
+        with open_image(path) as image:
             mask = np.array(image)
             image_format = image.format
         void = len(self.classes)

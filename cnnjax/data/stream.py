@@ -30,6 +30,7 @@ from cnnjax.data.photographs import Damaged
 FEW_IMAGES = 500
 
 
+# Two epochs, so that batches around the turn of an epoch can be read in any order.
 @functools.lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -45,8 +46,8 @@ class TrainingBatches:
     Attributes:
       source: the images.
       batch_size: the number of images in a batch, over all processes.
-      steps: the steps.
-      seed: of the order and the crops.
+      steps: training steps to produce batches for.
+      seed: random seed of the order and the crops.
       size: the side of the square crops, in pixels.
       resize: the image's shorter side before the crop; 0 for crops of random area and aspect.
       process_index: the number of this process.
@@ -80,7 +81,6 @@ class TrainingBatches:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        # Every epoch has an order of its own, and each process its part of every batch.
         count = len(self.source)
         epoch, step_in_epoch = divmod(self.steps[index], count // self.batch_size)
         order = _epoch_order(self.seed, epoch, count)
@@ -92,11 +92,11 @@ class TrainingBatches:
         for place in range(start, start + process_size):
             image, label, damaged_number = self._decode(order, place)
             # The crop depends on the epoch and the image, not on the process or the worker.
-            generator = np.random.default_rng([self.seed, epoch, int(order[place])])
+            rng = np.random.default_rng([self.seed, epoch, int(order[place])])
             if self.resize:
-                crop = resized_crop(image, self.size, self.resize, generator)
+                crop = resized_crop(image, self.size, self.resize, rng)
             else:
-                crop = area_crop(image, self.size, generator)
+                crop = area_crop(image, self.size, rng)
             images.append(np.asarray(crop))
             labels.append(label)
             damaged.append(damaged_number)
@@ -116,15 +116,16 @@ class TrainingBatches:
           ValueError: if all images are damaged.
         """
         for offset in range(len(order)):
+            number = int(order[(place + offset) % len(order)])
             try:
-                image, label = self.source[int(order[(place + offset) % len(order)])]
+                image, label = self.source[number]
             except Damaged as error:
                 if not self.skip_damaged:
                     raise Damaged(f"{error}; skip_damaged=True trains without it") from error
                 last_error = error
-            else:
-                damaged_number = int(order[place]) if offset else -1
-                return image, label, damaged_number
+                continue
+            damaged_number = int(order[place]) if offset else -1
+            return image, label, damaged_number
         raise ValueError(
             f"skip_damaged=True: none of the {len(order)} images can be decoded; {last_error}"
         )
@@ -138,7 +139,7 @@ class EvaluationBatches:
       source: the images.
       batch_size: the number of images in a batch.
       size: the side of the square crops, in pixels.
-      resize: as in `shorter_side`.
+      resize: the image's shorter side before the crop; 0 for 256/224 of `size`.
     """
 
     source: Source
@@ -153,8 +154,8 @@ class EvaluationBatches:
         images = []
         labels = []
         start = index * self.batch_size
-        for number in range(start, min(start + self.batch_size, len(self.source))):
-            image, label = self.source[number]
+        for place in range(start, min(start + self.batch_size, len(self.source))):
+            image, label = self.source[place]
             images.append(np.asarray(center(image, self.size, self.resize)))
             labels.append(label)
         return np.stack(images), np.asarray(labels, np.int32)
@@ -211,10 +212,12 @@ def _iterate_and_close(iterator, count: int, has_workers: bool) -> Iterator:
         for number in range(1, count + 1):
             batch = next(iterator)
             if has_workers:
-                # Its arrays lie in shared memory, which must not outlive the workers: they are
-                # copied. grain closes the memory in a thread, some time after the array is gone.
+                # Forget blocks that grain has closed. It does so in a thread, some time after the
+                # array is gone.
                 shared = [memory for memory in shared if memory.buf]
                 shared += [array.shm for array in batch if getattr(array, "shm", None)]
+                # Copy the batch: its arrays lie in shared memory, which must not outlive the
+                # workers.
                 batch = tuple(map(np.array, batch))
             if number < count:
                 yield batch

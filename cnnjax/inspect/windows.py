@@ -31,8 +31,8 @@ class Window(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Path:
-    """A value's path from the image.
+class _Chain:
+    """The windows between the image and a value.
 
     Attributes:
       field: the value's field.
@@ -62,30 +62,43 @@ def windows(model) -> tuple[Window, ...]:
     variables = eval_shape(model.init, jax.random.key(0), image)
     program = trace(functools.partial(apply, model), variables, image)
 
-    def visit(equation, paths):
-        field = seen(equation, [None if path is None else path.field for path in paths])
+    def visit(equation, chains):
+        field = seen(equation, [None if chain is None else chain.field for chain in chains])
         if field is None:
             return None
-        _check_is_followed(name, equation, paths)
-        path = _joined(name, [path for path in paths if path is not None])
-        path = dataclasses.replace(path, field=field)
+        _check_is_followed(name, equation, chains)
+        chain = _joined(name, [chain for chain in chains if chain is not None])
+        chain = dataclasses.replace(chain, field=field)
         if is_pool(equation):
-            count = sum(window.pool for window in path.windows)
-            return _extended(name, path, f"pool{count + 1}", True, equation)
+            count = sum(window.pool for window in chain.windows)
+            return _extended(
+                network=name,
+                chain=chain,
+                name=f"pool{count + 1}",
+                is_pool=True,
+                equation=equation,
+            )
+        # `trace` marks each layer's output with `checkpoint_name`.
         if equation.primitive.name == "name":
-            return _extended(name, path, equation.params["name"], False, equation)
-        return path
+            return _extended(
+                network=name,
+                chain=chain,
+                name=equation.params["name"],
+                is_pool=False,
+                equation=equation,
+            )
+        return chain
 
-    start = _Path(Field(), size_after_window=model.input_shape[:2])
+    start = _Chain(Field(), size_after_window=model.input_shape[:2])
     constants = [None] * (len(program.invars) - 1)
-    (path,) = follow(program, [*constants, start], visit)
-    return path.windows
+    (chain,) = follow(program, [*constants, start], visit)
+    return chain.windows
 
 
-def _check_is_followed(network, equation, paths):
+def _check_is_followed(network, equation, chains):
     """Raises `ValueError` for an operation whose windows cannot be read from fields."""
     operation = equation.primitive.name
-    inputs = [operand for path, operand in zip(paths, equation.invars) if path is not None]
+    inputs = [operand for chain, operand in zip(chains, equation.invars) if chain is not None]
     if operation in LOOPS and any(operand.aval.ndim > 3 for operand in inputs):
         raise ValueError(
             f"model={network} passes maps to a {operation} of jax, whose windows are not followed"
@@ -102,65 +115,76 @@ def _check_is_followed(network, equation, paths):
         return
     if max(dilations) > 1:
         raise ValueError(f"model={network} has a window of dilation {max(dilations)}; expected 1")
-    # Upsampled and rearranged maps are refused in `_extended`, which knows the layer's name.
+    # An upsampled or rearranged map is refused in `_extended`, which knows the layer's name.
     is_window = max(*kernel, *strides) > 1
-    if is_window and paths[0] is not None and paths[0].field == WHOLE_IMAGE:
+    if is_window and chains[0] is not None and chains[0].field == WHOLE_IMAGE:
         raise ValueError(
             f"model={network} has a window of {kernel[0]}x{kernel[1]} on a map that "
             f"{WHOLE_IMAGE.reason}"
         )
 
 
-def _joined(network, paths):
-    """Returns the path with most windows.
+def _joined(network, chains):
+    """Returns the chain with most windows.
 
-    Raises `ValueError` if another path is not a shorter form of it (a skip).
+    Raises `ValueError` if another chain is not a shorter form of it (a skip).
     """
-    longest, *others = sorted(paths, key=lambda path: -len(_shapes(path)))
-    for path in others:
-        shapes = _shapes(path)
+    longest, *others = sorted(chains, key=lambda chain: -len(_shapes(chain)))
+    for chain in others:
+        shapes = _shapes(chain)
         if shapes != _shapes(longest)[: len(shapes)]:
             raise ValueError(
-                f"model={network} has windows side by side, {path.windows[-1].name} and "
+                f"model={network} has windows side by side, {chain.windows[-1].name} and "
                 f"{longest.windows[-1].name}: they form no chain"
             )
     return longest
 
 
-def _shapes(path):
+def _shapes(chain):
     """Returns the shapes of the windows of more than one position."""
-    return [window[1:] for window in path.windows if window.kernel > 1]
+    return [
+        (window.kernel, window.stride, window.padding, window.pool)
+        for window in chain.windows
+        if window.kernel > 1
+    ]
 
 
-def _extended(network, path, name, is_pool, equation):
-    """Returns the path after a layer.
+def _extended(network, chain, name, is_pool, equation):
+    """Returns the chain after a layer.
 
     It has one more window if the layer widened or strode the field.
     """
-    before = path.field_after_window
-    after = path.field
+    before = chain.field_after_window
+    after = chain.field
     if after in (REARRANGED, UPSAMPLED):
         raise ValueError(f"model={network} has a layer, {name}, whose map {after.reason}")
     if isinstance(after, Unlocated) or after == before:
-        return path
+        return chain
+    # A window of k positions widens the field by (k - 1) steps, its stride multiplies the step, and
+    # its padding p moves the start by p steps.
     size = equation.outvars[0].aval.shape[1:3]
     by_axis = []
     for axis in (0, 1):
         step = before.step[axis]
-        widened = after.size()[axis] - before.size()[axis]
+        growth = after.size()[axis] - before.size()[axis]
         window = Window(
             name=name,
-            kernel=widened // step + 1,
+            kernel=growth // step + 1,
             stride=after.step[axis] // step,
             padding=(before.low[axis] - after.low[axis]) // step,
             pool=is_pool,
         )
         by_axis.append(window)
         expected = output_size(
-            path.size_after_window[axis], window.kernel, window.stride, window.padding
+            chain.size_after_window[axis], window.kernel, window.stride, window.padding
         )
         if expected != size[axis]:
             raise ValueError(f"model={network} has a window, {name}, with unequal padding")
     if by_axis[0] != by_axis[1]:
         raise ValueError(f"model={network} has a window, {name}, that is not square")
-    return _Path(after, (*path.windows, by_axis[0]), after, size)
+    return _Chain(
+        field=after,
+        windows=(*chain.windows, by_axis[0]),
+        field_after_window=after,
+        size_after_window=size,
+    )

@@ -29,28 +29,28 @@ class AlexNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         for number, (index, features, size, stride, padding, pooled) in enumerate(_TABLE, 1):
-            x = relu(
-                Conv(
-                    features,
-                    size,
-                    conv_stride(stride, self.sampling),
-                    padding,
-                    fill=self.padding,
-                    dtype=self.dtype,
-                    name=f"features.{index}",
-                )(x)
-            )
-            x = sample(x, stride, **policy)
+            x = Conv(
+                features,
+                size,
+                conv_stride(stride, self.sampling),
+                padding,
+                fill=self.padding,
+                dtype=self.dtype,
+                name=f"features.{index}",
+            )(x)
+            x = relu(x)
+            x = sample(x, stride, **fill_and_sampling)
             if pooled:
                 x = yield f"conv{number}", x
-                x = max_pool(x, 3, 2, **policy)
+                x = max_pool(x, 3, 2, **fill_and_sampling)
         x = adaptive_avg_pool(x, 6)
         x = flatten(x)
         for layer in (1, 4):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = relu(Dense(4096, dtype=self.dtype, name=f"classifier.{layer}")(x))
+            x = Dense(4096, dtype=self.dtype, name=f"classifier.{layer}")(x)
+            x = relu(x)
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="classifier.6")(x)
 
 

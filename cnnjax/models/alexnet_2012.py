@@ -60,33 +60,34 @@ class AlexNet2012(Network):
                 "dtype": self.dtype,
             }
 
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         pools = dict(zip((1, 2, 5), self.pool_padding))
         for number, (features, size, stride, padding) in enumerate(self.convolutions, 1):
             groups = self.groups if number in _SPLIT else 1
-            x = relu(
-                Conv(
-                    features,
-                    size,
-                    conv_stride(stride, self.sampling),
-                    padding,
-                    groups=groups,
-                    fill=self.padding,
-                    name=f"conv{number}",
-                    **shared(number),
-                )(x)
-            )
-            x = sample(x, stride, **policy)
+            x = Conv(
+                features,
+                size,
+                conv_stride(stride, self.sampling),
+                padding,
+                groups=groups,
+                fill=self.padding,
+                name=f"conv{number}",
+                **shared(number),
+            )(x)
+            x = relu(x)
+            x = sample(x, stride, **fill_and_sampling)
             if number in pools:
                 x = yield f"conv{number}", x
-                x = max_pool(x, 3, 2, pools[number], **policy)
+                x = max_pool(x, 3, 2, pools[number], **fill_and_sampling)
             if number <= 2:
                 x = local_response_norm(x)
         x = flatten(x)
         for number in (6, 7):
-            x = relu(Dense(4096, name=f"fc{number}", **shared(number))(x))
+            x = Dense(4096, name=f"fc{number}", **shared(number))(x)
+            x = relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        yield "logits", Dense(self.num_classes, name="fc8", **shared(8))(x)
+        head = Dense(self.num_classes, name="fc8", **shared(8))
+        yield "logits", head(x)
 
 
 register("alexnet_2012", AlexNet2012)

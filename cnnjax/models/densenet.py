@@ -43,9 +43,14 @@ class DenseLayer(nn.Module):
     def __call__(self, x, train):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        y = conv(4 * self.growth, 1, name="conv1")(relu(norm(name="norm1")(x, train)))
-        y = conv(self.growth, 3, padding=1, name="conv2")(relu(norm(name="norm2")(y, train)))
-        return concatenate([x, nn.Dropout(self.dropout, deterministic=not train)(y)], self.fill)
+        y = norm(name="norm1")(x, train)
+        y = relu(y)
+        y = conv(4 * self.growth, 1, name="conv1")(y)
+        y = norm(name="norm2")(y, train)
+        y = relu(y)
+        y = conv(self.growth, 3, padding=1, name="conv2")(y)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return concatenate([x, y], self.fill)
 
 
 class DenseNet(Network):
@@ -60,23 +65,26 @@ class DenseNet(Network):
       dropout: rate after each layer.
     """
 
+    # Checked to be positive, with the fields of all networks.
     _sizes = ("growth",)
 
     depths: tuple[int, int, int, int] = (6, 12, 24, 16)
     growth: int = 32
-    dropout: float = 0.0  # the publication's 0.2 is for data without augmentation
+    # 0.2 in the publication, for data without augmentation.
+    dropout: float = 0.0
 
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         stride = conv_stride(2, self.sampling)
         x = _conv(2 * self.growth, 7, stride, padding=3, name="features.conv0", **shared)(x)
-        x = relu(norm(name="features.norm0")(x, train))
-        x = sample(x, 2, **policy)
+        x = norm(name="features.norm0")(x, train)
+        x = relu(x)
+        x = sample(x, 2, **fill_and_sampling)
         x = yield "stem", x
-        x = max_pool(x, 3, 2, padding=1, **policy)
+        x = max_pool(x, 3, 2, padding=1, **fill_and_sampling)
         for block, depth in enumerate(self.depths, 1):
             for layer in range(1, depth + 1):
                 x = DenseLayer(
@@ -88,19 +96,20 @@ class DenseNet(Network):
                 )(x, train)
             x = yield f"denseblock{block}", x
             if block < len(self.depths):
-                x = relu(norm(name=f"features.transition{block}.norm")(x, train))
+                x = norm(name=f"features.transition{block}.norm")(x, train)
+                x = relu(x)
                 x = _conv(x.shape[-1] // 2, 1, name=f"features.transition{block}.conv", **shared)(x)
-                x = avg_pool(x, 2, **policy)
-        x = global_avg_pool(relu(norm(name="features.norm5")(x, train)))
-        yield (
-            "logits",
-            Dense(
-                self.num_classes,
-                bias_init=nn.initializers.zeros,
-                dtype=self.dtype,
-                name="classifier",
-            )(x),
+                x = avg_pool(x, 2, **fill_and_sampling)
+        x = norm(name="features.norm5")(x, train)
+        x = relu(x)
+        x = global_avg_pool(x)
+        head = Dense(
+            self.num_classes,
+            bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="classifier",
         )
+        yield "logits", head(x)
 
 
 register("densenet121", functools.partial(DenseNet, depths=(6, 12, 24, 16)))

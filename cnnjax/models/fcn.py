@@ -40,9 +40,9 @@ class SceneNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         for number, block in enumerate(self.blocks, 1):
-            x = x if number == 1 else max_pool(x, 2, **policy)
+            x = x if number == 1 else max_pool(x, 2, **fill_and_sampling)
             for index, features in enumerate(block):
                 letter = string.ascii_lowercase[index]
                 # The first convolution halves the map, as the pools do before the other blocks.
@@ -57,14 +57,15 @@ class SceneNet(Network):
                     dtype=self.dtype,
                     name=f"conv{number}{letter}",
                 )(x)
-                x = relu(
-                    BatchNorm(
-                        axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}"
-                    )(x, train)
+                norm = BatchNorm(
+                    axis_name=self.axis_name, dtype=self.dtype, name=f"bn{number}{letter}"
                 )
-                x = sample(x, stride, **policy)
+                x = norm(x, train)
+                x = relu(x)
+                x = sample(x, stride, **fill_and_sampling)
             x = yield f"block{number}", x
-        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+        x = global_avg_pool(x)
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 
 
 def grids(

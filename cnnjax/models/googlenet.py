@@ -75,9 +75,9 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = relu(
-            BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")(x, train)
-        )
+        norm = BatchNorm(eps=1e-3, axis_name=self.axis_name, dtype=self.dtype, name="bn")
+        x = norm(x, train)
+        x = relu(x)
         return sample(x, self.stride, sampling=self.sampling, fill=self.fill)
 
 
@@ -96,19 +96,13 @@ class Inception(nn.Module):
         )
         one, reduce3, three, reduce5, five, projection = self.widths
         pooled = max_pool(x, 3, 1, padding=1, fill=self.fill)
-        return concatenate(
-            [
-                conv(one, 1, name="branch1")(x, train),
-                conv(three, 3, padding=1, name="branch2.1")(
-                    conv(reduce3, 1, name="branch2.0")(x, train), train
-                ),
-                conv(five, 3, padding=1, name="branch3.1")(
-                    conv(reduce5, 1, name="branch3.0")(x, train), train
-                ),
-                conv(projection, 1, name="branch4.1")(pooled, train),
-            ],
-            self.fill,
-        )
+        branch1 = conv(one, 1, name="branch1")(x, train)
+        branch2 = conv(reduce3, 1, name="branch2.0")(x, train)
+        branch2 = conv(three, 3, padding=1, name="branch2.1")(branch2, train)
+        branch3 = conv(reduce5, 1, name="branch3.0")(x, train)
+        branch3 = conv(five, 3, padding=1, name="branch3.1")(branch3, train)
+        branch4 = conv(projection, 1, name="branch4.1")(pooled, train)
+        return concatenate([branch1, branch2, branch3, branch4], self.fill)
 
 
 def sow_logits(classifier: nn.Module, logits: jnp.ndarray) -> None:
@@ -140,8 +134,11 @@ class Auxiliary(nn.Module):
             128, 1, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name, name="conv"
         )(x, train)
         x = flatten(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(relu(dense(1024, name="fc1")(x)))
-        sow_logits(self, dense(self.num_classes, name="fc2")(x))
+        x = dense(1024, name="fc1")(x)
+        x = relu(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = dense(self.num_classes, name="fc2")(x)
+        sow_logits(self, logits)
 
 
 def normalize_by_half(x):
@@ -187,22 +184,26 @@ class GoogLeNet(Network):
         stem = ConvNorm(64, 7, 2, padding=3, sampling=self.sampling, name="conv1", **shared)
         x = stem(x, train)
         x = yield "conv1", x
-        x = ConvNorm(64, 1, name="conv2", **shared)(pool(x, 3), train)
+        x = pool(x, 3)
+        x = ConvNorm(64, 1, name="conv2", **shared)(x, train)
         x = ConvNorm(192, 3, padding=1, name="conv3", **shared)(x, train)
         x = yield "conv3", x
         x = pool(x, 3)
         for name, widths in TABLE.items():
             x = Inception(widths, name=name, **shared)(x, train)
             if name in AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(self.num_classes, self.dropout_aux, name=AUXILIARY[name], **shared)(
-                    x, train
+                auxiliary = Auxiliary(
+                    self.num_classes, self.dropout_aux, name=AUXILIARY[name], **shared
                 )
+                auxiliary(x, train)
             if name in _POOLED:
                 x = yield name, x
                 x = pool(x, _POOLED[name])
         x = yield "inception5b", x
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
-        yield "logits", Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")(x)
+        x = global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        head = Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")
+        yield "logits", head(x)
 
 
 register("googlenet", GoogLeNet)

@@ -37,20 +37,19 @@ class NaiveInception(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        branches = [
-            relu(
-                Conv(
-                    features,
-                    size,
-                    padding=size // 2,
-                    fill=self.fill,
-                    dtype=self.dtype,
-                    name=f"branch{number}",
-                )(x)
-            )
-            for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1)
-        ]
-        return concatenate([*branches, max_pool(x, 3, 1, padding=1, fill=self.fill)], self.fill)
+        branches = []
+        for number, (features, size) in enumerate(zip(self.widths, (1, 3, 5)), 1):
+            y = Conv(
+                features,
+                size,
+                padding=size // 2,
+                fill=self.fill,
+                dtype=self.dtype,
+                name=f"branch{number}",
+            )(x)
+            branches.append(relu(y))
+        branches.append(max_pool(x, 3, 1, padding=1, fill=self.fill))
+        return concatenate(branches, self.fill)
 
 
 class Inception(nn.Module):
@@ -66,22 +65,20 @@ class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
         def conv(x, features, size, name):
-            return relu(
-                Conv(
-                    features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name
-                )(x)
-            )
+            x = Conv(
+                features, size, padding=size // 2, fill=self.fill, dtype=self.dtype, name=name
+            )(x)
+            return relu(x)
 
         one, reduce3, three, reduce5, five, projection = self.widths
-        return concatenate(
-            [
-                conv(x, one, 1, "branch1"),
-                conv(conv(x, reduce3, 1, "branch2.0"), three, 3, "branch2.1"),
-                conv(conv(x, reduce5, 1, "branch3.0"), five, 5, "branch3.1"),
-                conv(max_pool(x, 3, 1, padding=1, fill=self.fill), projection, 1, "branch4.1"),
-            ],
-            self.fill,
-        )
+        branch1 = conv(x, one, 1, "branch1")
+        branch2 = conv(x, reduce3, 1, "branch2.0")
+        branch2 = conv(branch2, three, 3, "branch2.1")
+        branch3 = conv(x, reduce5, 1, "branch3.0")
+        branch3 = conv(branch3, five, 5, "branch3.1")
+        branch4 = max_pool(x, 3, 1, padding=1, fill=self.fill)
+        branch4 = conv(branch4, projection, 1, "branch4.1")
+        return concatenate([branch1, branch2, branch3, branch4], self.fill)
 
 
 class Auxiliary(nn.Module):
@@ -95,16 +92,15 @@ class Auxiliary(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = relu(
-            Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(
-                avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling)
-            )
-        )
+        x = avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling)
+        x = Conv(128, 1, dtype=self.dtype, fill=self.fill, name="conv")(x)
+        x = relu(x)
         x = flatten(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(
-            relu(Dense(1024, dtype=self.dtype, name="fc1")(x))
-        )
-        sow_logits(self, Dense(self.num_classes, dtype=self.dtype, name="fc2")(x))
+        x = Dense(1024, dtype=self.dtype, name="fc1")(x)
+        x = relu(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        logits = Dense(self.num_classes, dtype=self.dtype, name="fc2")(x)
+        sow_logits(self, logits)
 
 
 class GoogLeNet2014(Network):
@@ -123,32 +119,40 @@ class GoogLeNet2014(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         # Table 1's 56, 28, 14 and 7.
-        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, **policy)
-        x = relu(Conv(64, 7, conv_stride(2, self.sampling), padding=3, name="conv1", **shared)(x))
-        x = sample(x, 2, **policy)
+        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, **fill_and_sampling)
+        stride = conv_stride(2, self.sampling)
+        x = Conv(64, 7, stride, padding=3, name="conv1", **shared)(x)
+        x = relu(x)
+        x = sample(x, 2, **fill_and_sampling)
         x = yield "conv1", x
-        x = local_response_norm(pool(x))
-        x = relu(Conv(64, 1, name="conv2", **shared)(x))
-        x = relu(Conv(192, 3, padding=1, name="conv3", **shared)(x))
+        x = pool(x)
+        x = local_response_norm(x)
+        x = Conv(64, 1, name="conv2", **shared)(x)
+        x = relu(x)
+        x = Conv(192, 3, padding=1, name="conv3", **shared)(x)
+        x = relu(x)
         x = yield "conv3", x
-        x = pool(local_response_norm(x))
+        x = local_response_norm(x)
+        x = pool(x)
         for name, widths in TABLE.items():
             x = Inception(widths, name=name, **shared)(x)
             if name in AUXILIARY and self.aux_logits and (train or self.is_initializing()):
-                Auxiliary(
+                auxiliary = Auxiliary(
                     self.num_classes,
                     self.dropout_aux,
                     sampling=self.sampling,
                     name=AUXILIARY[name],
                     **shared,
-                )(x, train)
+                )
+                auxiliary(x, train)
             if name in ("inception3b", "inception4e"):
                 x = yield name, x
                 x = pool(x)
         x = yield "inception5b", x
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
+        x = global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 
 

@@ -182,14 +182,14 @@ class Auxiliary(nn.Module):
         conv = functools.partial(
             ConvNorm, fill=self.fill, dtype=self.dtype, axis_name=self.axis_name
         )
-        x = conv(128, 1, kernel_init=_normal, name="conv0")(
-            avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling), train
-        )
+        x = avg_pool(x, 5, 3, fill=self.fill, sampling=self.sampling)
+        x = conv(128, 1, kernel_init=_normal, name="conv0")(x, train)
         x = conv(768, 5, kernel_init=_normal, name="conv1")(x, train)
-        dense = Dense(
+        x = global_avg_pool(x)
+        head = Dense(
             self.num_classes, kernel_init=nn.initializers.normal(0.001), dtype=self.dtype, name="fc"
         )
-        sow_logits(self, dense(global_avg_pool(x)))
+        sow_logits(self, head(x))
 
 
 class InceptionV3(Network):
@@ -214,25 +214,28 @@ class InceptionV3(Network):
     def walk(self, x, train):
         if self.transform_input:
             x = normalize_by_half(x)
-        policy = {"fill": self.padding, "sampling": self.sampling}
-        shared = {**policy, "dtype": self.dtype, "axis_name": self.axis_name}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
+        shared = {**fill_and_sampling, "dtype": self.dtype, "axis_name": self.axis_name}
         conv = functools.partial(ConvNorm, kernel_init=_normal, **shared)
         x = conv(32, 3, 2, name="Conv2d_1a_3x3")(x, train)
         x = conv(32, 3, name="Conv2d_2a_3x3")(x, train)
         x = conv(64, 3, padding=1, name="Conv2d_2b_3x3")(x, train)
         x = yield "Conv2d_2b_3x3", x
-        x = conv(80, 1, name="Conv2d_3b_1x1")(max_pool(x, 3, 2, **policy), train)
+        x = max_pool(x, 3, 2, **fill_and_sampling)
+        x = conv(80, 1, name="Conv2d_3b_1x1")(x, train)
         x = conv(192, 3, name="Conv2d_4a_3x3")(x, train)
         x = yield "Conv2d_4a_3x3", x
-        x = max_pool(x, 3, 2, **policy)
+        x = max_pool(x, 3, 2, **fill_and_sampling)
         for name, branches in TABLE.items():
             x = Block(branches, name=name, **shared)(x, train)
             if name in ("Mixed_5d", "Mixed_6e", "Mixed_7c"):
                 x = yield name, x
             if name == "Mixed_6e" and self.aux_logits and (train or self.is_initializing()):
                 Auxiliary(self.num_classes, name="AuxLogits", **shared)(x, train)
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
-        yield "logits", Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")(x)
+        x = global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        head = Dense(self.num_classes, kernel_init=_normal, dtype=self.dtype, name="fc")
+        yield "logits", head(x)
 
 
 register("inception_v3", InceptionV3)

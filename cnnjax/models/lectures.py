@@ -26,14 +26,14 @@ class TutorialNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((6, 16), 1):
-            x = relu(
-                Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x)
-            )
+            x = Conv(features, 5, fill=self.padding, dtype=self.dtype, name=f"conv{number}")(x)
+            x = relu(x)
             x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         for number, features in enumerate((120, 84), 1):
-            x = relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+            x = Dense(features, dtype=self.dtype, name=f"fc{number}")(x)
+            x = relu(x)
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc3")(x)
 
 
@@ -51,11 +51,13 @@ class KerasConvNet(Network):
     def walk(self, x, train):
         shared = {**_KERAS, "dtype": self.dtype}
         for number, features in enumerate((32, 64, 128, 128), 1):
-            x = relu(Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x))
+            x = Conv(features, 3, fill=self.padding, name=f"conv{number}", **shared)(x)
+            x = relu(x)
             x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
-        x = relu(Dense(512, name="fc1", **shared)(x))
+        x = Dense(512, name="fc1", **shared)(x)
+        x = relu(x)
         yield "logits", Dense(self.num_classes, name="fc2", **shared)(x)
 
 
@@ -80,21 +82,21 @@ class ConvNet(Network):
         for number, block in enumerate(self.blocks, 1):
             for index, features in enumerate(block):
                 letter = string.ascii_lowercase[index]
-                x = relu(
-                    Conv(
-                        features,
-                        3,
-                        padding=1,
-                        fill=self.padding,
-                        name=f"conv{number}{letter}",
-                        **shared,
-                    )(x)
-                )
+                x = Conv(
+                    features,
+                    3,
+                    padding=1,
+                    fill=self.padding,
+                    name=f"conv{number}{letter}",
+                    **shared,
+                )(x)
+                x = relu(x)
             x = yield f"block{number}", x
             x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
         for number in (1, 2):
-            x = relu(Dense(4096, name=f"linear{number}", **shared)(x))
+            x = Dense(4096, name=f"linear{number}", **shared)(x)
+            x = relu(x)
         yield "logits", Dense(self.num_classes, name="linear3", **shared)(x)
 
 

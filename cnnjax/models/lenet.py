@@ -63,15 +63,17 @@ def squash(x: jnp.ndarray) -> jnp.ndarray:
     return 1.7159 * jnp.tanh(x * (2 / 3))
 
 
-def uniform(fan_in):
+def uniform_initializer(fan_in):
     """Returns the initializer of appendix A, uniform in +-2.4 / fan-in.
 
-    An array of fan-ins holds one for each unit along the last axis.
+    `fan_in` may be an array, with one value per output unit.
     """
     bound = jnp.asarray(2.4 / np.asarray(fan_in), jnp.float32)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
+
+    def initialize(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
 
 
 class Subsample(nn.Module):
@@ -83,16 +85,20 @@ class Subsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", uniform(4), (x.shape[-1],)).astype(self.dtype)
-        bias = self.param("bias", uniform(4), (x.shape[-1],)).astype(self.dtype)
+        scale = self.param("scale", uniform_initializer(4), (x.shape[-1],)).astype(self.dtype)
+        bias = self.param("bias", uniform_initializer(4), (x.shape[-1],)).astype(self.dtype)
+        # Four times the average is the sum.
         sums = 4 * avg_pool(x, 2, fill=self.fill, sampling=self.sampling)
-        return add_bias(sums * jnp.broadcast_to(scale, sums.shape), bias)
+        # Broadcast explicitly, because JAX can be set to refuse operands of different ranks
+        # (`jax_numpy_rank_promotion`).
+        scale = jnp.broadcast_to(scale, sums.shape)
+        return add_bias(sums * scale, bias)
 
 
 class TableConv(nn.Module):
     """A 5x5 convolution along the table's connections only.
 
-    `kernel` [5, 5, connections] has one plane for each connection.
+    The parameter `kernel` [5, 5, connections] has one plane for each connection.
     """
 
     fill: str
@@ -102,23 +108,22 @@ class TableConv(nn.Module):
     def __call__(self, x):
         sources, targets = np.nonzero(CONNECTIONS)
         fan_in = 25 * CONNECTIONS.sum(0)
-        planes = self.param("kernel", uniform(fan_in[targets]), (5, 5, len(sources)))
-        bias = self.param("bias", uniform(fan_in), (CONNECTIONS.shape[1],))
-        kernel = (
-            jnp.zeros((5, 5, *CONNECTIONS.shape), planes.dtype)
-            .at[:, :, sources, targets]
-            .set(planes)
-        )
-        y = conv(x, kernel.astype(self.dtype), fill=self.fill)
+        initializer = uniform_initializer(fan_in[targets])
+        connected = self.param("kernel", initializer, (5, 5, len(sources)))
+        bias = self.param("bias", uniform_initializer(fan_in), (CONNECTIONS.shape[1],))
+        # A 5x5 kernel with zeros where the table has no connection.
+        full_kernel = jnp.zeros((5, 5, *CONNECTIONS.shape), connected.dtype)
+        full_kernel = full_kernel.at[:, :, sources, targets].set(connected)
+        y = conv(x, full_kernel.astype(self.dtype), fill=self.fill)
         return add_bias(y, bias.astype(self.dtype))
 
 
 class LeNet5(Network):
     """The network of 1998, figure 2: 60,000 trainable parameters.
 
-    The stages are `c1`, `c3` and `c5`, before each subsampling. As published, convolutions are not
-    padded. `padding` fills the border of a `sampling`'s filter; 'full' also pads every convolution
-    by 4.
+    The stages are `c1`, `c3` and `c5`, before each subsampling. Convolutions are not padded, as
+    published, so `padding` affects only the filters of `sampling`. Exception: 'full' pads each
+    convolution by 4.
 
     Attributes:
       output: "rbf", the published units, whose logit is minus the squared distance of F6 to the
@@ -144,55 +149,53 @@ class LeNet5(Network):
         subsample = functools.partial(
             Subsample, fill=self.padding, sampling=self.sampling, dtype=self.dtype
         )
-        x = squash(
-            Conv(
-                6,
-                5,
-                kernel_init=uniform(25),
-                bias_init=uniform(25),
-                dtype=self.dtype,
-                fill=self.padding,
-                name="c1",
-            )(x)
-        )
+        x = Conv(
+            6,
+            5,
+            kernel_init=uniform_initializer(25),
+            bias_init=uniform_initializer(25),
+            dtype=self.dtype,
+            fill=self.padding,
+            name="c1",
+        )(x)
+        x = squash(x)
         x = yield "c1", x
-        x = squash(subsample(name="s2")(x))
-        x = squash(TableConv(self.padding, self.dtype, name="c3")(x))
+        x = subsample(name="s2")(x)
+        x = squash(x)
+        x = TableConv(self.padding, self.dtype, name="c3")(x)
+        x = squash(x)
         x = yield "c3", x
-        x = squash(subsample(name="s4")(x))
-        x = squash(
-            Conv(
-                120,
-                5,
-                kernel_init=uniform(400),
-                bias_init=uniform(400),
-                dtype=self.dtype,
-                fill=self.padding,
-                name="c5",
-            )(x)
-        )
+        x = subsample(name="s4")(x)
+        x = squash(x)
+        x = Conv(
+            120,
+            5,
+            kernel_init=uniform_initializer(400),
+            bias_init=uniform_initializer(400),
+            dtype=self.dtype,
+            fill=self.padding,
+            name="c5",
+        )(x)
+        x = squash(x)
         x = yield "c5", x
         x = flatten(x)
-        x = squash(
-            Dense(
-                84,
-                kernel_init=uniform(x.shape[1]),
-                bias_init=uniform(x.shape[1]),
-                dtype=self.dtype,
-                name="f6",
-            )(x)
-        )
+        x = Dense(
+            84,
+            kernel_init=uniform_initializer(x.shape[1]),
+            bias_init=uniform_initializer(x.shape[1]),
+            dtype=self.dtype,
+            name="f6",
+        )(x)
+        x = squash(x)
         if self.output == "linear":
-            yield (
-                "logits",
-                Dense(
-                    self.num_classes,
-                    kernel_init=uniform(84),
-                    bias_init=uniform(84),
-                    dtype=self.dtype,
-                    name="output",
-                )(x),
+            head = Dense(
+                self.num_classes,
+                kernel_init=uniform_initializer(84),
+                bias_init=uniform_initializer(84),
+                dtype=self.dtype,
+                name="output",
             )
+            yield "logits", head(x)
         else:
             codes = jnp.asarray(CODES[: self.num_classes], x.dtype)
             yield "logits", -jnp.square(x[:, None] - codes[None]).sum(-1)
@@ -212,20 +215,20 @@ class LeNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         for number, features in enumerate((50, 100), 1):
-            x = relu(
-                Conv(
-                    features,
-                    3,
-                    padding=1,
-                    fill=self.padding,
-                    dtype=self.dtype,
-                    name=f"conv{number}",
-                )(x)
-            )
+            x = Conv(
+                features,
+                3,
+                padding=1,
+                fill=self.padding,
+                dtype=self.dtype,
+                name=f"conv{number}",
+            )(x)
+            x = relu(x)
             x = yield f"conv{number}", x
             x = max_pool(x, 2, fill=self.padding, sampling=self.sampling)
         x = flatten(x)
-        x = relu(Dense(100, dtype=self.dtype, name="linear1")(x))
+        x = Dense(100, dtype=self.dtype, name="linear1")(x)
+        x = relu(x)
         yield "logits", Dense(self.num_classes, dtype=self.dtype, name="linear2")(x)
 
 

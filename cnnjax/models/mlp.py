@@ -30,12 +30,11 @@ class MLP(Network):
     def walk(self, x, train):
         x = flatten(x)
         for number, features in enumerate(self.hidden, 1):
-            x = relu(Dense(features, dtype=self.dtype, name=f"fc{number}")(x))
+            x = Dense(features, dtype=self.dtype, name=f"fc{number}")(x)
+            x = relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        yield (
-            "logits",
-            Dense(self.num_classes, dtype=self.dtype, name=f"fc{len(self.hidden) + 1}")(x),
-        )
+        last = len(self.hidden) + 1
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name=f"fc{last}")(x)
 
 
 register("mlp1", MLP)

@@ -70,12 +70,16 @@ class InvertedResidual(nn.Module):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
         width = self.expansion * x.shape[-1]
-        y = relu(norm(name="layers.1")(conv(width, 1, name="layers.0")(x), train))
+        y = conv(width, 1, name="layers.0")(x)
+        y = norm(name="layers.1")(y, train)
+        y = relu(y)
         stride = conv_stride(self.stride, self.sampling)
         y = conv(width, self.size, stride, padding=self.size // 2, groups=width, name="layers.3")(y)
-        y = relu(norm(name="layers.4")(y, train))
+        y = norm(name="layers.4")(y, train)
+        y = relu(y)
         y = sample(y, self.stride, sampling=self.sampling, fill=self.fill)
-        y = norm(name="layers.7")(conv(self.features, 1, name="layers.6")(y), train)
+        y = conv(self.features, 1, name="layers.6")(y)
+        y = norm(name="layers.7")(y, train)
         has_skip = self.stride == 1 and x.shape[-1] == self.features
         if not has_skip:
             return y
@@ -92,6 +96,7 @@ class MNASNet(Network):
       dropout: rate before the head.
     """
 
+    # Checked to be positive, with the fields of all networks.
     _sizes = ("width",)
 
     width: float = 1.0
@@ -101,46 +106,51 @@ class MNASNet(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(_norm, axis_name=self.axis_name, dtype=self.dtype)
-        first, second = scaled(32, self.width), scaled(16, self.width)
-        x = _conv(first, 3, conv_stride(2, self.sampling), padding=1, name="layers.0", **shared)(x)
-        x = relu(norm(name="layers.1")(x, train))
+        first = scaled(32, self.width)
+        second = scaled(16, self.width)
+        stem_stride = conv_stride(2, self.sampling)
+        x = _conv(first, 3, stem_stride, padding=1, name="layers.0", **shared)(x)
+        x = norm(name="layers.1")(x, train)
+        x = relu(x)
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
-        x = relu(
-            norm(name="layers.4")(
-                _conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x), train
-            )
-        )
-        x = norm(name="layers.7")(_conv(second, 1, name="layers.6", **shared)(x), train)
+        x = _conv(first, 3, padding=1, groups=first, name="layers.3", **shared)(x)
+        x = norm(name="layers.4")(x, train)
+        x = relu(x)
+        x = _conv(second, 1, name="layers.6", **shared)(x)
+        x = norm(name="layers.7")(x, train)
         stage = 1
-        for index, (features, size, stride, expansion, repetitions) in enumerate(TABLE, 8):
-            if stride == 2:
+        for layer, (features, size, first_stride, expansion, repetitions) in enumerate(TABLE, 8):
+            # The map before a stride ends a stage.
+            if first_stride == 2:
                 x = yield f"stage{stage}", x
                 stage += 1
-            for number in range(repetitions):
-                x = InvertedResidual(
+            for index in range(repetitions):
+                stride = first_stride if index == 0 else 1
+                block = InvertedResidual(
                     scaled(features, self.width),
                     size,
-                    stride if number == 0 else 1,
-                    expansion,
+                    stride=stride,
+                    expansion=expansion,
                     sampling=self.sampling,
                     axis_name=self.axis_name,
-                    name=f"layers.{index}.{number}",
+                    name=f"layers.{layer}.{index}",
                     **shared,
-                )(x, train)
+                )
+                x = block(x, train)
         x = yield f"stage{stage}", x
-        x = relu(norm(name="layers.15")(_conv(1280, 1, name="layers.14", **shared)(x), train))
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
-        uniform = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
-        yield (
-            "logits",
-            Dense(
-                self.num_classes,
-                kernel_init=uniform,
-                bias_init=nn.initializers.zeros,
-                dtype=self.dtype,
-                name="classifier.1",
-            )(x),
+        x = _conv(1280, 1, name="layers.14", **shared)(x)
+        x = norm(name="layers.15")(x, train)
+        x = relu(x)
+        x = global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        head = Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.variance_scaling(1.0, "fan_out", "uniform"),
+            bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="classifier.1",
         )
+        yield "logits", head(x)
 
 
 for _width in (0.5, 0.75, 1.0, 1.3):

@@ -60,19 +60,22 @@ class InvertedResidual(nn.Module):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
         width = self.expansion * x.shape[-1]
-        # torchvision numbers the convolutions of a block; the first is left out without expansion.
-        index = 0
+        # torchvision numbers the layers of a block; the first is left out without expansion.
+        depthwise = 0 if self.expansion == 1 else 1
+        project = depthwise + 1
+        last_norm = depthwise + 2
         y = x
         if self.expansion > 1:
-            y = relu6(norm(name="conv.0.1")(conv(width, 1, name="conv.0.0")(y), train))
-            index = 1
+            y = conv(width, 1, name="conv.0.0")(y)
+            y = norm(name="conv.0.1")(y, train)
+            y = relu6(y)
         stride = conv_stride(self.stride, self.sampling)
-        y = conv(width, 3, stride, padding=1, groups=width, name=f"conv.{index}.0")(y)
-        y = relu6(norm(name=f"conv.{index}.1")(y, train))
+        y = conv(width, 3, stride, padding=1, groups=width, name=f"conv.{depthwise}.0")(y)
+        y = norm(name=f"conv.{depthwise}.1")(y, train)
+        y = relu6(y)
         y = sample(y, self.stride, sampling=self.sampling, fill=self.fill)
-        y = norm(name=f"conv.{index + 2}")(
-            conv(self.features, 1, name=f"conv.{index + 1}")(y), train
-        )
+        y = conv(self.features, 1, name=f"conv.{project}")(y)
+        y = norm(name=f"conv.{last_norm}")(y, train)
         has_skip = self.stride == 1 and x.shape[-1] == self.features
         if not has_skip:
             return y
@@ -82,8 +85,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(Network):
     """MobileNetV2.
 
-    The stages `stage1` ... `stage5` are the maps of the last rows of table 2 at strides 2, 4, 8,
-    16 and 32.
+    The stages `stage1` to `stage5` are the last maps at strides 2, 4, 8, 16 and 32.
     """
 
     dropout: float = 0.2
@@ -92,44 +94,47 @@ class MobileNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        stride = conv_stride(2, self.sampling)
-        x = _conv(32, 3, stride, padding=1, name="features.0.0", **shared)(x)
-        x = relu6(norm(name="features.0.1")(x, train))
+        stem_stride = conv_stride(2, self.sampling)
+        x = _conv(32, 3, stem_stride, padding=1, name="features.0.0", **shared)(x)
+        x = norm(name="features.0.1")(x, train)
+        x = relu6(x)
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
-        index = 1
+        # torchvision numbers the stem, the blocks and the last convolution alike.
+        layer = 1
         stage = 1
-        for expansion, features, repetitions, first in TABLE:
-            if first == 2:
+        for expansion, features, repetitions, first_stride in TABLE:
+            # The map before a stride ends a stage.
+            if first_stride == 2:
                 x = yield f"stage{stage}", x
                 stage += 1
-            for number in range(repetitions):
-                x = InvertedResidual(
+            for index in range(repetitions):
+                stride = first_stride if index == 0 else 1
+                block = InvertedResidual(
                     features,
-                    first if number == 0 else 1,
-                    expansion,
+                    stride=stride,
+                    expansion=expansion,
                     sampling=self.sampling,
                     axis_name=self.axis_name,
-                    name=f"features.{index}",
+                    name=f"features.{layer}",
                     **shared,
-                )(x, train)
-                index += 1
+                )
+                x = block(x, train)
+                layer += 1
         x = yield f"stage{stage}", x
-        x = relu6(
-            norm(name=f"features.{index}.1")(
-                _conv(1280, 1, name=f"features.{index}.0", **shared)(x), train
-            )
+        # 1280: table 2, second last convolution.
+        x = _conv(1280, 1, name=f"features.{layer}.0", **shared)(x)
+        x = norm(name=f"features.{layer}.1")(x, train)
+        x = relu6(x)
+        x = global_avg_pool(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        head = Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.normal(0.01),
+            bias_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="classifier.1",
         )
-        x = nn.Dropout(self.dropout, deterministic=not train)(global_avg_pool(x))
-        yield (
-            "logits",
-            Dense(
-                self.num_classes,
-                kernel_init=nn.initializers.normal(0.01),
-                bias_init=nn.initializers.zeros,
-                dtype=self.dtype,
-                name="classifier.1",
-            )(x),
-        )
+        yield "logits", head(x)
 
 
 register("mobilenet_v2", MobileNetV2)

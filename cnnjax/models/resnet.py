@@ -109,7 +109,7 @@ class ResNet(Network):
 
     @nn.nowrap
     def walk(self, x, train):
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         x = Conv(
             64,
             7,
@@ -121,22 +121,26 @@ class ResNet(Network):
             dtype=self.dtype,
             name="conv1",
         )(x)
-        x = relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train))
-        x = sample(x, 2, **policy)
+        x = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")(x, train)
+        x = relu(x)
+        x = sample(x, 2, **fill_and_sampling)
         x = yield "stem", x
-        x = max_pool(x, 3, 2, padding=1, **policy)
+        x = max_pool(x, 3, 2, padding=1, **fill_and_sampling)
         for stage, depth in enumerate(self.depths):
-            for number in range(depth):
-                layers = self.block(64 * 2**stage, 2 if stage > 0 and number == 0 else 1)
-                x = Block(
-                    layers,
+            for index in range(depth):
+                width = 64 * 2**stage
+                stride = 2 if stage > 0 and index == 0 else 1
+                block = Block(
+                    self.block(width, stride),
                     dtype=self.dtype,
                     axis_name=self.axis_name,
-                    name=f"layer{stage + 1}.{number}",
-                    **policy,
-                )(x, train)
+                    name=f"layer{stage + 1}.{index}",
+                    **fill_and_sampling,
+                )
+                x = block(x, train)
             x = yield f"layer{stage + 1}", x
-        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+        x = global_avg_pool(x)
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 
 
 register("resnet18", functools.partial(ResNet, depths=(2, 2, 2, 2), block=basic))

@@ -37,8 +37,13 @@ def channel_shuffle(x: jnp.ndarray) -> jnp.ndarray:
     return x.reshape(*shape, 2, channels // 2).swapaxes(-1, -2).reshape(x.shape)
 
 
+def _depthwise(channels: int, **fields) -> Conv:
+    """Returns a 3x3 convolution of each channel by itself."""
+    return _conv(channels, 3, padding=1, groups=channels, **fields)
+
+
 class Unit(nn.Module):
-    """Two branches: at stride 2 both see all channels, at stride 1 one half passes by.
+    """Two branches: at stride 2 both see all channels, at stride 1 one half passes unchanged.
 
     Source: figures 3d and 3c.
     """
@@ -52,32 +57,40 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
+        shared = {"fill": self.fill, "dtype": self.dtype}
+        conv = functools.partial(_conv, **shared)
+        depthwise = functools.partial(
+            _depthwise, stride=conv_stride(self.stride, self.sampling), **shared
+        )
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-
         downsample = functools.partial(
             sample, stride=self.stride, sampling=self.sampling, fill=self.fill
         )
-        stride = conv_stride(self.stride, self.sampling)
-
-        def depthwise(y, name):
-            return conv(y.shape[-1], 3, stride, padding=1, groups=y.shape[-1], name=name)(y)
-
         half = self.features // 2
         if self.stride == 1:
-            left, right = jnp.split(x, 2, axis=3)
-            dense = None
+            branch1, branch2 = jnp.split(x, 2, axis=3)
+            unsampled = None
         else:
-            dense = norm(name="branch1.1")(depthwise(x, "branch1.0"), train)
-            left = downsample(dense)
-            left = relu(norm(name="branch1.3")(conv(half, 1, name="branch1.2")(left), train))
-            right = x
-        right = relu(norm(name="branch2.1")(conv(half, 1, name="branch2.0")(right), train))
-        right = norm(name="branch2.4")(depthwise(right, "branch2.3"), train)
-        # Both branches keep the same positions.
-        right = downsample(right, like=dense)
-        right = relu(norm(name="branch2.6")(conv(half, 1, name="branch2.5")(right), train))
-        return channel_shuffle(concatenate([left, right], self.fill))
+            unsampled = depthwise(x.shape[-1], name="branch1.0")(x)
+            unsampled = norm(name="branch1.1")(unsampled, train)
+            branch1 = downsample(unsampled)
+            branch1 = conv(half, 1, name="branch1.2")(branch1)
+            branch1 = norm(name="branch1.3")(branch1, train)
+            branch1 = relu(branch1)
+            branch2 = x
+        branch2 = conv(half, 1, name="branch2.0")(branch2)
+        branch2 = norm(name="branch2.1")(branch2, train)
+        branch2 = relu(branch2)
+        branch2 = depthwise(half, name="branch2.3")(branch2)
+        branch2 = norm(name="branch2.4")(branch2, train)
+        # Under 'aps', branch 2 keeps the grid that branch 1 chose; without a downsampling branch,
+        # `like` is None.
+        branch2 = downsample(branch2, like=unsampled)
+        branch2 = conv(half, 1, name="branch2.5")(branch2)
+        branch2 = norm(name="branch2.6")(branch2, train)
+        branch2 = relu(branch2)
+        joined = concatenate([branch1, branch2], self.fill)
+        return channel_shuffle(joined)
 
 
 class ShuffleNetV2(Network):
@@ -91,6 +104,7 @@ class ShuffleNetV2(Network):
       last: channels of the convolution before the head.
     """
 
+    # Checked to be positive, with the fields of all networks.
     _sizes = ("last",)
 
     widths: tuple[int, int, int] = (116, 232, 464)
@@ -108,26 +122,32 @@ class ShuffleNetV2(Network):
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
         norm = functools.partial(BatchNorm, axis_name=self.axis_name, dtype=self.dtype)
-        policy = {"fill": self.padding, "sampling": self.sampling}
-        stride = conv_stride(2, self.sampling)
-        x = _conv(24, 3, stride, padding=1, name="conv1.0", **shared)(x)
-        x = relu(norm(name="conv1.1")(x, train))
-        x = sample(x, 2, **policy)
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
+        stem_stride = conv_stride(2, self.sampling)
+        x = _conv(24, 3, stem_stride, padding=1, name="conv1.0", **shared)(x)
+        x = norm(name="conv1.1")(x, train)
+        x = relu(x)
+        x = sample(x, 2, **fill_and_sampling)
         x = yield "conv1", x
-        x = max_pool(x, 3, 2, padding=1, **policy)
+        x = max_pool(x, 3, 2, padding=1, **fill_and_sampling)
         for stage, depth, width in zip((2, 3, 4), DEPTHS, self.widths):
-            for number in range(depth):
-                x = Unit(
+            for index in range(depth):
+                stride = 2 if index == 0 else 1
+                unit = Unit(
                     width,
-                    2 if number == 0 else 1,
+                    stride=stride,
                     sampling=self.sampling,
                     axis_name=self.axis_name,
-                    name=f"stage{stage}.{number}",
+                    name=f"stage{stage}.{index}",
                     **shared,
-                )(x, train)
+                )
+                x = unit(x, train)
             x = yield f"stage{stage}", x
-        x = relu(norm(name="conv5.1")(_conv(self.last, 1, name="conv5.0", **shared)(x), train))
-        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+        x = _conv(self.last, 1, name="conv5.0", **shared)(x)
+        x = norm(name="conv5.1")(x, train)
+        x = relu(x)
+        x = global_avg_pool(x)
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 
 
 register("shufflenet_v2_x0_5", functools.partial(ShuffleNetV2, widths=(48, 96, 192)))

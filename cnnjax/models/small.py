@@ -41,10 +41,12 @@ class SmallConvNet(Network):
                 dtype=self.dtype,
                 name=name,
             )
-            x = relu(conv(x))
+            x = conv(x)
+            x = relu(x)
             x = sample(x, stride, sampling=self.sampling, fill=self.padding)
             x = yield name, x
-        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(global_avg_pool(x))
+        x = global_avg_pool(x)
+        yield "logits", Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
 
 
 class SmallResNet(Network):
@@ -75,7 +77,9 @@ class SmallResNet(Network):
             name="conv1",
         )
         norm = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn1")
-        x = relu(norm(stem(x), train))
+        x = stem(x)
+        x = norm(x, train)
+        x = relu(x)
         x = sample(x, 2, sampling=self.sampling, fill=self.padding)
         for number, width in enumerate(self.widths, 1):
             stride = 1 if number == 1 else 2
@@ -91,10 +95,13 @@ class SmallResNet(Network):
             x = block(x, train)
             x = yield name, x
         if self.permute:
-            pooled = jax.random.permutation(self.make_rng("dropout"), global_avg_pool(x), axis=1)
-            yield "logits", Dense(self.num_classes, dtype=self.dtype, name="head")(pooled)
+            key = self.make_rng("dropout")
+            x = global_avg_pool(x)
+            x = jax.random.permutation(key, x, axis=1)
+            yield "logits", Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         else:
             head = Conv(
                 self.num_classes, 3, padding=1, fill=self.padding, dtype=self.dtype, name="head"
             )
-            yield "logits", global_avg_pool(head(x))
+            x = head(x)
+            yield "logits", global_avg_pool(x)

@@ -15,7 +15,8 @@ _conv = functools.partial(
     Conv, kernel_init=nn.initializers.he_uniform(), bias_init=nn.initializers.zeros
 )
 
-# (squeeze, expand) filters of the fire modules 2 ... 9, each of the two expanding convolutions.
+# (squeeze, expand) filters of fire modules 2 to 9; both expanding convolutions have `expand`
+# filters.
 _FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
 
 
@@ -30,12 +31,14 @@ class Fire(nn.Module):
     @nn.compact
     def __call__(self, x):
         conv = functools.partial(_conv, fill=self.fill, dtype=self.dtype)
-        x = relu(conv(self.squeeze, 1, name="squeeze")(x))
+        x = conv(self.squeeze, 1, name="squeeze")(x)
+        x = relu(x)
         expanded = [
             conv(self.expand, 1, name="expand1x1")(x),
             conv(self.expand, 3, padding=1, name="expand3x3")(x),
         ]
-        return relu(concatenate(expanded, self.fill))
+        x = concatenate(expanded, self.fill)
+        return relu(x)
 
 
 class SqueezeNet(Network):
@@ -57,35 +60,38 @@ class SqueezeNet(Network):
     @nn.nowrap
     def walk(self, x, train):
         shared = {"fill": self.padding, "dtype": self.dtype}
-        policy = {"fill": self.padding, "sampling": self.sampling}
+        fill_and_sampling = {"fill": self.padding, "sampling": self.sampling}
         features, size = self.stem
         stride = conv_stride(2, self.sampling)
-        x = relu(_conv(features, size, stride, name="features.0", **shared)(x))
-        x = sample(x, 2, **policy)
+        x = _conv(features, size, stride, name="features.0", **shared)(x)
+        x = relu(x)
+        x = sample(x, 2, **fill_and_sampling)
+        pool = functools.partial(max_pool, window=3, stride=2, ceil=True, **fill_and_sampling)
         # torchvision numbers convolution, ReLU, pools and fire modules alike.
         index = 2
-        # Layer 1 of table 1 is the convolution; layers 2 to 9 are the fire modules.
-        for layer in range(1, 10):
-            name = "conv1"
-            if layer > 1:
-                name = f"fire{layer}"
-                x = Fire(*_FIRES[layer - 2], name=f"features.{index}", **shared)(x)
-                index += 1
+        if 1 in self.pools:
+            x = yield "conv1", x
+            x = pool(x)
+            index += 1
+        # In table 1, the fire modules are layers 2 to 9.
+        for layer, (squeeze, expand) in enumerate(_FIRES, 2):
+            x = Fire(squeeze, expand, name=f"features.{index}", **shared)(x)
+            index += 1
             if layer in self.pools or layer == 9:
-                x = yield name, x
+                x = yield f"fire{layer}", x
             if layer in self.pools:
-                x = max_pool(x, 3, 2, ceil=True, **policy)
+                x = pool(x)
                 index += 1
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = relu(
-            _conv(
-                self.num_classes,
-                1,
-                kernel_init=nn.initializers.normal(0.01),
-                name="classifier.1",
-                **shared,
-            )(x)
+        head = _conv(
+            self.num_classes,
+            1,
+            kernel_init=nn.initializers.normal(0.01),
+            name="classifier.1",
+            **shared,
         )
+        x = head(x)
+        x = relu(x)
         yield "logits", global_avg_pool(x)
 
 

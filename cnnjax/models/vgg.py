@@ -89,9 +89,10 @@ class VGG(Network):
                 )(x)
                 index += 1
                 if self.batch_norm:
-                    x = BatchNorm(
+                    norm = BatchNorm(
                         axis_name=self.axis_name, dtype=self.dtype, name=f"features.{index}"
-                    )(x, train)
+                    )
+                    x = norm(x, train)
                     index += 1
                 x = relu(x)
                 index += 1
@@ -111,7 +112,8 @@ class VGG(Network):
             dtype=self.dtype,
         )
         for layer in (0, 3):
-            x = relu(dense(4096, name=f"classifier.{layer}")(x))
+            x = dense(4096, name=f"classifier.{layer}")(x)
+            x = relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         yield "logits", dense(self.num_classes, name="classifier.6")(x)
 

@@ -127,7 +127,7 @@ def digest_inputs(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 def digest_files(folder: str, file: str) -> dict[str, str]:
     """Hashes photographs and, if there is such a file, weights, by a configuration's keys."""
-    digests = {"photographs": photographs.digest(folder)}
+    digests = {"photographs": photographs.describe_files(folder)}
     path = expand_user(file)
     if file != "random" and path.is_file():
         digests["weights"] = sha256(path)[:8]
@@ -360,7 +360,7 @@ def count_photographs(config: ml_collections.ConfigDict) -> dict[str, int]:
 def draws(config: ml_collections.ConfigDict) -> bool:
     """Tells whether a part has more photographs than are needed, which are drawn at random."""
     parts = divide_photographs(config, config.seed)
-    return photographs.draws(list(parts.values()), tuple(_count_crops(config).values()))
+    return photographs.is_random_choice(list(parts.values()), tuple(_count_crops(config).values()))
 
 
 def draw_images(
@@ -371,7 +371,7 @@ def draw_images(
     counts = _count_crops(config)
     images = {}
     for number, (name, part) in enumerate(divide_photographs(config, seed).items()):
-        images[name] = photographs.crops(part, counts[name], size, seed * 3 + number)
+        images[name] = photographs.random_crops(part, counts[name], size, seed * 3 + number)
     for kind in DATA[1:]:
         count = config.n_noise if kind == "noise" else 1
         images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)

@@ -16,7 +16,7 @@ from cnnjax.visualize.ascent import maximize
 from cnnjax.visualize.borders import equivariance_error
 from cnnjax.visualize.class_maps import grad_cam
 from cnnjax.visualize.fields import effective_receptive_field, effective_size
-from cnnjax.visualize.figures import brighten, grid, mosaic, overlay, patches, set_title
+from cnnjax.visualize.figures import grid, mosaic, overlay, patches, set_title, signals_to_rgb
 from cnnjax.visualize.gradients import saliency
 from cnnjax.visualize.occluders import occlusion
 from cnnjax.visualize.stages import (
@@ -41,7 +41,7 @@ def filters(subject: Subject):
     kernels = kernel.transpose(3, 0, 1, 2)
     height, width = kernel.shape[:2]
     figure, ((axis,),) = grid(1, 1, 6.0)
-    axis.imshow(mosaic(brighten(kernels)))
+    axis.imshow(mosaic(signals_to_rgb(kernels)))
     axis.set_title(f"{subject.name}: the {len(kernels)} filters of {name}, {height}x{width}")
     norms = np.linalg.norm(kernels.reshape(len(kernels), -1), axis=1)
     return figure, {"layer": name, "shape": kernel.shape, "norms": norms}
@@ -160,7 +160,7 @@ def _seen_and_signals(subject, units, rules):
     rows = [patches(images / np.float32(255), places, field, 1.0)]
     for rule in rules:
         signals = saliency(subject.model, subject.variables, x, stage, units["channel"], rule)
-        rows.append(brighten(patches(np.asarray(signals), places, field, 0.0)))
+        rows.append(signals_to_rgb(patches(np.asarray(signals), places, field, 0.0)))
     return rows
 
 

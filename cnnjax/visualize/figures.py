@@ -1,17 +1,22 @@
 """Drawing: images side by side, signals as colors, heat over photographs."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 
 from cnnjax.inspect import Field
 
-_CELL = 48  # pixels, the least height of an image in a mosaic
+# The least height of an image in a mosaic.
+_LEAST_PIXELS = 48
 
 
-def grid(rows: int, columns: int, cell: float = 2.0):
-    """Makes a figure and its axes [rows, columns], without ticks; `cell` is in inches."""
-    figure = Figure(figsize=(cell * columns, cell * rows + 0.5), layout="constrained")
+def grid(rows: int, columns: int, inches: float = 2.0):
+    """Makes a figure and its axes [rows, columns], squares of `inches` without ticks."""
+    # Room for a title.
+    height = inches * rows + 0.5
+    figure = Figure(figsize=(inches * columns, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
@@ -30,12 +35,12 @@ def set_title(axis, text: str, fontsize: float) -> None:
     axis.set_title(drawable, fontsize=fontsize, parse_math=False)
 
 
-def brighten(
+def signals_to_rgb(
     signals: Float[np.ndarray, "n height width channels"],
 ) -> Float[np.ndarray, "n height width 3"]:
     """Shows signals of either sign as RGB in [0, 1] about gray.
 
-    Each signal is scaled by its strongest half percent.
+    Each signal is divided by the 99.5th percentile of its absolute values.
     """
     strong = np.quantile(np.abs(signals), 0.995, (1, 2, 3), keepdims=True)
     colors = np.clip(0.5 + 0.5 * signals / np.maximum(strong, 1e-12), 0, 1)
@@ -44,7 +49,8 @@ def brighten(
 
 def mosaic(images: Shaped[np.ndarray, "n height width *colors"]) -> Shaped[np.ndarray, "..."]:
     """Joins images into one, in a square of rows and columns with white lines between."""
-    zoom = -(-_CELL // images.shape[1])  # pixels of small images as squares
+    # Enlarge small images by whole pixels.
+    zoom = math.ceil(_LEAST_PIXELS / images.shape[1])
     images = images.repeat(zoom, 1).repeat(zoom, 2)
     side = int(np.ceil(np.sqrt(len(images))))
     gap = images.shape[1] // 24
@@ -53,6 +59,7 @@ def mosaic(images: Shaped[np.ndarray, "n height width *colors"]) -> Shaped[np.nd
     colors = [(0, 0)] * (images.ndim - 3)
     cells = np.pad(cells, [(0, 0), (0, gap), (0, gap), *colors], constant_values=1)
     height, width = cells.shape[1:3]
+    # [side, side, height, width] -> one image; the last gap is cut off.
     cells = cells.reshape(side, side, *cells.shape[1:]).swapaxes(1, 2)
     return cells.reshape(side * height, side * width, *images.shape[3:])[:-gap, :-gap]
 
@@ -65,17 +72,17 @@ def patches(
 ) -> Shaped[np.ndarray, "n _ _ *colors"]:
     """Cuts out what the units at `places` see; `blank` fills the rest."""
     height, width = field.size()
-    cut = []
+    result = []
     for image, place in zip(images, places):
-        low = np.array(field.low) + np.array(field.step) * place
-        high = np.array(field.high) + np.array(field.step) * place
-        before = np.maximum(-low, 0)
-        after = np.maximum(high + 1 - image.shape[:2], 0)
+        first_pixel = np.array(field.low) + np.array(field.step) * place
+        last_pixel = np.array(field.high) + np.array(field.step) * place
+        before = np.maximum(-first_pixel, 0)
+        after = np.maximum(last_pixel + 1 - image.shape[:2], 0)
         colors = [(0, 0)] * (image.ndim - 2)
         padded = np.pad(image, [*zip(before, after), *colors], constant_values=blank)
-        top, left = low + before
-        cut.append(padded[top : top + height, left : left + width])
-    return np.stack(cut)
+        top, left = first_pixel + before
+        result.append(padded[top : top + height, left : left + width])
+    return np.stack(result)
 
 
 def overlay(axis, image: np.ndarray, heat: np.ndarray, first, steps, **limits):
