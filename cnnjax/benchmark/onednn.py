@@ -127,9 +127,9 @@ class Primitive:
 
     def _describe(self, convolution_pass, x_shape, kernel_shape, window, groups) -> c_void_p:
         batch, height, width, inputs = x_shape
-        outputs = window.output_shape(x_shape, kernel_shape[:2])
+        rows_out, columns_out = window.output_shape(x_shape, kernel_shape[:2])
         x = self._map_format(batch, height, width, inputs)
-        y = self._map_format(batch, *outputs, kernel_shape[3])
+        y = self._map_format(batch, rows_out, columns_out, kernel_shape[3])
         kernel_dims = _kernel_dims(kernel_shape, groups)
         kernel = self._create(
             "dnnl_memory_desc_create_with_tag",
@@ -138,7 +138,7 @@ class Primitive:
             _FLOAT32,
             _ANY_FORMAT,
         )
-        after = _padding_after((height, width), kernel_shape[:2], outputs, window)
+        after = _padding_after((height, width), kernel_shape[:2], (rows_out, columns_out), window)
         dilation = [amount - 1 for amount in window.dilation]
         geometry = [_dims(part) for part in (window.stride, dilation, window.padding, after)]
         name = "dnnl_convolution_{}_primitive_desc_create"

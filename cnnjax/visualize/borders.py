@@ -29,10 +29,11 @@ def equivariance_error(
     # No fill changes the stride. Under 'none', an image of the publication's size, in which fields
     # are traced, may be too small for a stage that these images reach.
     down, right = receptive_field(model.clone(padding="zeros"), stage).step
-    lower_right = activations(model, variables, images[:, down:, right:], stage)
-    upper_left = activations(model, variables, images[:, :-down, :-right], stage)
-    lower_right = np.asarray(lower_right, np.float64)[:, :-1, :-1]
-    upper_left = np.asarray(upper_left, np.float64)[:, 1:, 1:]
+    lower_right_maps = activations(model, variables, images[:, down:, right:], stage)
+    upper_left_maps = activations(model, variables, images[:, :-down, :-right], stage)
+    # The positions that both windows have.
+    lower_right = np.asarray(lower_right_maps, np.float64)[:, :-1, :-1]
+    upper_left = np.asarray(upper_left_maps, np.float64)[:, 1:, 1:]
     if not upper_left.size:
         raise ValueError(
             f"images of {images.shape[1]}x{images.shape[2]} leave no two positions of "
