@@ -77,7 +77,7 @@ def published(
 
 
 def _find_record(name: str, tag: str | None, path: str | None) -> tuple[records.Record, bool]:
-    """Finds the record that photographs are prepared by, and whether the weights are its own.
+    """Returns the record whose preprocessing applies, and whether the weights are published ones.
 
     Arguments as `published`.
     """
@@ -132,8 +132,8 @@ def logits(
       parallel: how the network is run on the devices.
       batch_size: the most photographs per batch, over all devices, which share it evenly.
 
-    Raises `ValueError` if a file is no image, before anything is computed; if one cannot be decoded
-    whole, after the batches before it.
+    Raises `ValueError` before anything is computed if a file is not an image, and, after the
+    batches before it, if an image cannot be decoded completely.
     """
     from cnnjax.train.evaluate import predict_batches
 

@@ -32,16 +32,18 @@ class Scaler(NamedTuple):
 def fit_scaler(features: Float[AnyArray, "*positions features"]) -> Scaler:
     """Fits a scaler to training features, with NumPy or inside `jax.jit`.
 
-    A feature whose standard deviation is below 1e-6 of the largest counts as constant. In features
-    of float32, the deviation of a constant is rounding noise of that size, which dividing by it
-    would amplify. So features of very different units need to be brought to one unit first.
+    A feature whose standard deviation is below 1e-6 of the largest counts as constant. In float32,
+    rounding gives a constant feature a deviation of about that size; dividing by it would amplify
+    noise. Bring features of very different units to one unit first.
     """
     xp = features.__array_namespace__()
     axes = tuple(range(features.ndim - 1))
     mean = features.mean(axes)
     std = features.std(axes)
     varies = std > 1e-6 * std.max()
-    return Scaler(mean, xp.where(varies, 1 / xp.where(varies, std, 1), 0))
+    # The inner `where` avoids a division by 0.
+    scale = xp.where(varies, 1 / xp.where(varies, std, 1), 0)
+    return Scaler(mean, scale)
 
 
 class Factors(NamedTuple):

@@ -206,7 +206,7 @@ class Study:
         paths = [options.workdir / "points" / f"{label(point)}.json" for point in points]
         missing = [point for point, path in zip(points, paths) if not path.exists()]
         settings = self._settings(options, missing)
-        with workdir.prepared(options.workdir, settings, bool(missing)) as folder:
+        with workdir.prepared(options.workdir, settings, computes=bool(missing)) as folder:
             if self.environment and not missing:
                 record = files.read_json(folder / "config.json")
                 options.environment = record.get("environment", options.environment)
@@ -251,7 +251,7 @@ class Study:
         is_needed = bool(missing) or recorded.get("photographs") != paths.get("photographs")
         if contents := _digest_contents(paths, is_needed):
             settings["contents"] = contents
-        self._check_weights(settings, recorded, bool(missing))
+        self._check_weights(settings, recorded, computes=bool(missing))
         settings |= self._keep_paths(settings, recorded)
         settings |= self._record_drawing(options, missing, recorded)
         # Earlier versions recorded some of the options that are axes now.
@@ -268,13 +268,14 @@ class Study:
         for name, file in _list_files(settings, self.files).items():
             was_there = recorded_digests.get(name, _ABSENT) != _ABSENT
             is_named_anew = recorded_paths.get(name) != file
+            # Needed to measure, or to tell whether a file at another path is the same.
             if was_there and contents[name] == _ABSENT and (computes or is_named_anew):
                 raise ValueError(
                     f"{name}={file!r} is neither a file of weights nor a finished training run"
                 )
 
     def _keep_paths(self, settings: dict, recorded: dict) -> dict:
-        """Returns the recorded paths of files that are elsewhere now, with the same contents."""
+        """Returns the options that name files, with the recorded paths of moved files."""
         recorded_digests = recorded.get("contents") or {}
         recorded_paths = _list_files(recorded, self.files)
         paths = _list_files(settings, self.files)
@@ -288,7 +289,10 @@ class Study:
         for option in set(self.files) & set(settings):
             value = settings[option]
             if isinstance(value, dict):
-                options[option] = {name: [paths[name], *rest] for name, (_, *rest) in value.items()}
+                # As in `add_trained`: {name: [file, *the modules that it lacks]}.
+                options[option] = {}
+                for name, (_, *missing) in value.items():
+                    options[option][name] = [paths[name], *missing]
             elif isinstance(value, list):
                 options[option] = [[name, paths[name]] for name, _ in value]
             else:
@@ -298,18 +302,19 @@ class Study:
     def _record_drawing(
         self, options: Options, missing: list[NamedTuple], recorded: dict
     ) -> dict[str, str]:
-        """Returns {"photographs_drawn": "at random"}, or {}.
+        """Returns the record that photographs are drawn at random, or {}.
 
-        It is {} for a directory begun by a version that took the first photographs, and for a study
-        that draws none.
+        It is {} for a study that draws none, and for a directory begun by a version that took the
+        first photographs.
 
-        Raises `ValueError` if such a point is missing in a directory without this record.
+        Raises `ValueError` if a point that draws is missing in such a directory.
         """
         if self.draws is None:
             return {}
         key = "photographs_drawn"
         is_begun = any((options.workdir / "points").glob("*.json"))
-        if key in recorded or not recorded or not is_begun:
+        took_first = bool(recorded) and is_begun and key not in recorded
+        if not took_first:
             return {key: recorded.get(key, "at random")}
         if any(self.draws(point, options) for point in missing):
             raise ValueError(
@@ -323,7 +328,9 @@ class Study:
         # Before the measurement, which may take hours.
         networks = _digest_networks(point, options)
         result = point._asdict() | self.measure(point, options, *shared)
-        return result | {"network_sha256": networks} if networks else result
+        if networks:
+            result |= {"network_sha256": networks}
+        return result
 
     def _write(self, folder: pathlib.Path, results: list[dict], report: Report) -> None:
         files.write_json(folder / self.results, results)
@@ -390,7 +397,10 @@ def _digest_contents(
 
 
 def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
-    """Describes a folder of photographs by its digest; "" is for those included in packages."""
+    """Returns the digest of a folder of photographs, or `_ABSENT`.
+
+    The folder "" stands for the photographs included in packages.
+    """
     try:
         return photographs.describe_files(folder)
     except ValueError:
@@ -400,7 +410,7 @@ def _digest_photographs(folder: str | os.PathLike, is_needed: bool) -> str:
 
 
 def _digest_weights(path: pathlib.Path) -> str:
-    """Describes a file of weights, or that of a training run, by its digest."""
+    """Returns the digest of a file of weights, or of a training run's, or `_ABSENT`."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         # The loader reports the reason.
@@ -431,9 +441,10 @@ def _warn_of_edits(paths: dict[NamedTuple, pathlib.Path], options: Options) -> N
             recorded = files.read_json(path).get("network_sha256", {})
             edited |= {name for name, now in digests.items() if recorded.get(name, now) != now}
     for name in sorted(edited):
+        # FILE.py of FILE.py:NAME
+        file = name.rpartition(":")[0]
         _LOG.warning(
-            "%s has changed since points were measured; the results may mix two networks",
-            name.rpartition(":")[0],
+            "%s has changed since points were measured; the results may mix two networks", file
         )
 
 
@@ -489,6 +500,7 @@ def draw_bars(axis, series: dict[str, list[np.ndarray]]) -> None:
       axis: matplotlib's axes.
       series: by label, the values of each group; each series has a bar in each group.
     """
+    # Together, the bars of a group are 0.8 wide, centered on its place.
     width = 0.8 / len(series)
     for number, (name, groups) in enumerate(series.items()):
         shift = (number + 0.5) * width - 0.4

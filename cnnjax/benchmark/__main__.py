@@ -142,11 +142,13 @@ def _check_torch(what: str, only: list[str]) -> None:
             f"{what} compares with PyTorch, which cannot be imported ({error}): "
             "pip install torch torchvision"
         ) from error
-    for name in only if what == "cpu" else ():
-        if name not in SPECIFICATIONS and not hasattr(torchvision.models, name):
-            raise ValueError(
-                f"only={name!r}: torchvision has no such network; --sides cnnjax stock measures it"
-            )
+    if what == "cpu":
+        for name in only:
+            if name not in SPECIFICATIONS and not hasattr(torchvision.models, name):
+                raise ValueError(
+                    f"only={name!r}: torchvision has no such network; --sides cnnjax stock "
+                    "measures it"
+                )
     if what == "gpu":
         import jax
 

@@ -63,6 +63,7 @@ NETWORKS = {  # name -> images in a batch
     "gpu": {"resnet50": 256, "vgg16": 128, "convnet": 64},
 }
 BATCH = 8  # of other networks
+# Batch, size, inputs, outputs, kernel, stride, padding, groups.
 LAYERS = {
     "tutorial_net.conv1": Convolution(64, 32, 3, 6, 5, 1, 0, 1),
     "lenet.conv1": Convolution(128, 28, 1, 50, 3, 1, 1, 1),

@@ -81,6 +81,7 @@ def _loader(crops: _Crops, workers: int) -> Iterator:
     """Makes PyTorch's DataLoader of the same crops, which yields tensors of bytes."""
     import torch
 
+    # More images than a burst reads.
     sampler = torch.utils.data.RandomSampler(crops, replacement=True, num_samples=10**6)
     return torch.utils.data.DataLoader(
         crops,
@@ -93,6 +94,7 @@ def _loader(crops: _Crops, workers: int) -> Iterator:
 
 def _stream(source: folders.Folder, workers: int, train: bool) -> Iterator:
     """Makes cnnjax's stream of the same crops."""
+    # More images, and more steps, than a burst reads.
     part = folders.Part(source, np.arange(10**6) % len(source))
     batches: stream.TrainingBatches | stream.EvaluationBatches
     if train:
@@ -112,13 +114,15 @@ def _ways(
     ways: dict[tuple[str, int], Callable[[], float]] = {
         ("Pillow in a loop", 0): functools.partial(_rate, lambda: _loop(crops), 1)
     }
+    # Batches made while each worker process starts, which do not count.
+    skipped = {count: 4 + 4 * count for count in workers}
     for count in workers:
         make = functools.partial(_stream, source, count, train)
-        ways["cnnjax", count] = functools.partial(_rate, make, 4 + 4 * count)
+        ways["cnnjax", count] = functools.partial(_rate, make, skipped[count])
     if importlib.util.find_spec("torch"):
         for count in workers:
             make = functools.partial(_loader, crops, count)
-            ways["PyTorch", count] = functools.partial(_rate, make, 4 + 4 * count)
+            ways["PyTorch", count] = functools.partial(_rate, make, skipped[count])
     return ways
 
 

@@ -46,7 +46,8 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
       dtype: type of the computation.
       looped: whether training takes its steps in one call, a loop inside the program.
 
-    Returns functions of a number of runs, by pass, and facts of the network.
+    Returns a function for each pass, called with the number of runs; and {"parameters",
+    "compile_s"}, the number of parameters and the seconds of compiling a step.
     """
     model = create_model(name, dtype=dtype)
     batches = _random_batches(batch, model.input_shape, min(10, model.num_classes))
@@ -69,6 +70,7 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
 
     def one_by_one(n):
         for _ in range(n):
+            # In place: "step" and "training" share the state, and each call consumes the last one.
             state[:] = compiled(*state, images, labels, key)
         return jax.block_until_ready(state)
 
@@ -96,7 +98,8 @@ def network(name: str, batch: int, dtype: str, looped: bool = False) -> tuple[di
 def compilation(name: str, batch: int) -> tuple[dict, dict]:
     """Prepares the compilation of a network's training step.
 
-    Returns a function of a number of runs, as "compile", and facts of the network.
+    Returns {"compile": a function, called with the number of runs}, and {"parameters"}, their
+    number.
     """
     model = create_model(name)
     optimizer = optax.sgd(cases.RATE, momentum=cases.MOMENTUM)

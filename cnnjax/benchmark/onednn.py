@@ -100,18 +100,15 @@ class Primitive:
         self._kernel = np.empty(self._library.dnnl_memory_desc_get_size(library_format), np.uint8)
         self._set(memories[weights], self._kernel.ctypes.data)
         callers_kernel = self._memory(hwio_format)
-        # The caller's kernel is HWIO. It is reordered for the library before a pass that reads it,
-        # and back after the pass that writes its gradient.
-        steps = [self._step(description, memories)]
+        convolution = self._step(description, memories)
+        # The caller's kernel is HWIO: it is reordered before a pass that reads it, and the gradient
+        # after the pass that writes it.
         if convolution_pass == _KERNEL_GRADIENT:
-            steps.append(
-                self._reorder(library_format, hwio_format, memories[weights], callers_kernel)
-            )
+            reorder = self._reorder(library_format, hwio_format, memories[weights], callers_kernel)
+            self._steps = [convolution, reorder]
         else:
-            steps.insert(
-                0, self._reorder(hwio_format, library_format, callers_kernel, memories[weights])
-            )
-        self._steps = steps
+            reorder = self._reorder(hwio_format, library_format, callers_kernel, memories[weights])
+            self._steps = [reorder, convolution]
         self._memories = [callers_kernel if name == weights else memories[name] for name in names]
 
     def __call__(self, *addresses: int) -> None:
@@ -141,19 +138,7 @@ class Primitive:
             _FLOAT32,
             _ANY_FORMAT,
         )
-        # The library wants outputs, strides and padding to fit exactly: positions that no window
-        # reaches make the padding at the end smaller, or negative.
-        after = [
-            (out - 1) * stride + dilation * (taps - 1) + 1 - size - before
-            for out, stride, dilation, taps, size, before in zip(
-                (rows_out, columns_out),
-                window.stride,
-                window.dilation,
-                kernel_shape,
-                (height, width),
-                window.padding,
-            )
-        ]
+        after = _padding_after((height, width), kernel_shape[:2], (rows_out, columns_out), window)
         dilation = [amount - 1 for amount in window.dilation]
         geometry = [_dims(part) for part in (window.stride, dilation, window.padding, after)]
         name = "dnnl_convolution_{}_primitive_desc_create"
@@ -221,7 +206,28 @@ class Primitive:
             raise RuntimeError(f"{name} of oneDNN failed with status {status}")
 
 
+def _padding_after(shape, taps, outputs, window: Window) -> list[int]:
+    """Returns the padding below and to the right that fits the outputs exactly.
+
+    The library demands it: where no window reaches the last positions, it is less than that above
+    and to the left, or negative.
+
+    Args:
+      shape: (height, width) of the input.
+      taps: (rows, columns) of the kernel.
+      outputs: (height, width) of the output.
+      window: the kernel's stride, padding and dilation.
+    """
+    after = []
+    for axis in range(2):
+        kernel_reach = window.dilation[axis] * (taps[axis] - 1) + 1
+        reach = (outputs[axis] - 1) * window.stride[axis] + kernel_reach
+        after.append(reach - shape[axis] - window.padding[axis])
+    return after
+
+
 def _dims(values) -> ctypes.Array:
+    # DNNL_MAX_NDIMS
     return (c_int64 * 12)(*values)
 
 
@@ -304,6 +310,7 @@ class _Frame(ctypes.Structure):
 def _primitive(case: str, thread: int) -> Primitive:
     """Returns a thread's own primitive, since one must not run twice at the same time."""
     convolution_pass, *numbers = map(int, case.split())
+    # Stride, padding and dilation, each for rows and columns.
     s_rows, s_columns, p_rows, p_columns, d_rows, d_columns, groups = numbers[8:]
     window = Window(
         stride=(s_rows, s_columns), padding=(p_rows, p_columns), dilation=(d_rows, d_columns)

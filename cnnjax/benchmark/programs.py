@@ -106,16 +106,20 @@ def seeds(rounds: int, configurations: int) -> list[dict]:
     Raises `RuntimeError` if the losses of two ways differ.
     """
     take_step, states, numbers, rates = _configurations(configurations)
+
+    def map_steps(*stacked):
+        return jax.lax.map(lambda one: take_step(*one), stacked)
+
+    def unroll_steps(states, numbers, rates):
+        return [take_step(*one) for one in zip(states, numbers, rates)]
+
     each = list(zip(states, numbers, rates))
     stacked = (_stack(states), _stack(numbers), rates)
     programs: dict[str, tuple[Callable, tuple]] = {
         "one after the other": (take_step, each[0]),
         "vmap": (jax.vmap(take_step), stacked),
-        "lax.map": (lambda *all_of: jax.lax.map(lambda one: take_step(*one), all_of), stacked),
-        "unrolled": (
-            lambda *all_of: list(map(take_step, *all_of)),
-            (states, numbers, list(rates)),
-        ),
+        "lax.map": (map_steps, stacked),
+        "unrolled": (unroll_steps, (states, numbers, list(rates))),
     }
     ways: dict[str, Callable] = {}
     seconds = {}

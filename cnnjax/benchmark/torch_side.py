@@ -18,7 +18,8 @@ from cnnjax.runtime import backend
 def network(name: str, batch: int, device: str, compiled: bool) -> tuple[dict, dict]:
     """Prepares the passes of a network.
 
-    Returns functions of a number of runs, by pass, and facts of the network.
+    Returns a function for each pass, called with the number of runs; and {"parameters",
+    "compile_s"}, the number of parameters and the seconds of the first step.
     """
     height, width, channels = create_model(name).input_shape
     model = _model(name).to(device, memory_format=torch.channels_last)
@@ -80,6 +81,7 @@ def _model(name: str):
             channels = features
             side += 2 * padding - kernel + 1
         else:
+            # The first linear layer flattens the maps; a side of 0 marks that they are flat.
             if side:
                 modules.append(torch.nn.Flatten())
                 channels *= side * side

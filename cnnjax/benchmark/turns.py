@@ -96,6 +96,7 @@ def rows_of(what: str, name: str, batch: int, flops: float, facts: dict, times: 
     as one.
     """
     products = [min(values) for (_, key), values in times.items() if key == "product"]
+    # A product of n x n matrices takes 2 n^3 operations; times are in milliseconds.
     peak = 2 * PRODUCT[what] ** 3 / min(products) * 1e3
     rows = []
     for key in PASSES[what]:

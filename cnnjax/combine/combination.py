@@ -66,20 +66,9 @@ def run(
     # ------------------------------------------------------------- members
     configs = find_runs(runs)
     check_runs(configs, method)
-    first = complete(next(iter(configs.values())))
-    # Read before the work directory is made, since the data may be missing.
-    data = arrays.load(first.dataset, first.data_dir, first.n_validation)
-    check_data(configs, data, first)
-    members: list[Member] = []
-    ema = None
-    for path in configs:
-        run_members, ema = read_members(path, method)
-        members += run_members
+    # Before the work directory is made, since the data may be missing.
+    networks, ema = _read_networks(configs, method)
     names = [str(path) for path in configs]
-    networks = Networks(first, members, data)
-    if method in AVERAGES:
-        transfer.check_statistics(networks.model, f"method={method!r}")
-        _check_frozen(networks.model, configs, method)
     record = {"kind": "combine", "method": method, "runs": names}
     with workdir.prepared(expand_user(folder), record) as folder:
         # --------------------------------------------------------- the combination
@@ -91,7 +80,7 @@ def run(
             choice.average,
             mean_of="logits" if method == "ensemble-logits" else "probabilities",
         )
-        validation = Scores([None] * len(members), None)
+        validation = Scores([None] * len(networks.members), None)
         if share_validation(configs):
             validation = score(split="validation")
         test = score(split="test", output=evaluate.averaged(networks.config.test_views))
@@ -103,8 +92,8 @@ def run(
             "runs": names,
             "ingredients": choice.ingredients,
             "coefficients": choice.coefficients,
-            **_summarize(members, validation, test),
-            "forward_passes": 1 if choice.average else len(members),
+            **_summarize(networks.members, validation, test),
+            "forward_passes": 1 if choice.average else len(networks.members),
             "seconds_per_image": _time(networks, choice.average),
             "seconds": round(time.monotonic() - began, 1),
         }
@@ -119,6 +108,29 @@ def run(
             100 * results["mean_error"]["test"],
             folder / "report.md",
         )
+
+
+def _read_networks(configs: Configs, method: str) -> tuple["Networks", dict | None]:
+    """Reads the runs' networks and data, and checks that the method can combine them.
+
+    Returns the networks, and the average of parameters (ema) that a single run kept.
+
+    Raises `ValueError` as `check_data`, `read_members`, `transfer.check_statistics` and
+    `_check_frozen`.
+    """
+    first = complete(next(iter(configs.values())))
+    data = arrays.load(first.dataset, first.data_dir, first.n_validation)
+    check_data(configs, data, first)
+    members: list[Member] = []
+    ema = None
+    for path in configs:
+        run_members, ema = read_members(path, method)
+        members += run_members
+    networks = Networks(first, members, data)
+    if method in AVERAGES:
+        transfer.check_statistics(networks.model, f"method={method!r}")
+        _check_frozen(networks.model, configs, method)
+    return networks, ema
 
 
 def _check_frozen(model: Network, configs: Configs, method: str) -> None:

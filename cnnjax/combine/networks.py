@@ -130,15 +130,15 @@ def reestimate_statistics(
         )
     compute = evaluate.compiled(parallel, model, _input_moments(frozen))
     replicated = parallel.replicate((variables, moments))
-    in_full_batches = images[: len(images) // batch_size * batch_size]
+    full_batches = images[: len(images) // batch_size * batch_size]
     batch_moments = []
-    for batch in evaluate.batches_of(in_full_batches, batch_size):
+    for batch in evaluate.batches_of(full_batches, batch_size):
         batch_moments.append(parallel.fetch_shared(compute(*replicated, parallel.share(batch))))
     statistics: dict[tuple[str, ...], np.ndarray] = {}
     for path in batch_moments[0]:
-        # One triple for each batch: mean and variance [1, channels], number of values [1].
-        triples = [moments[path] for moments in batch_moments]
-        means, variances, counts = (np.concatenate(x).astype(np.float64) for x in zip(*triples))
+        # A triple for each batch: mean and variance [1, channels], number of values [1].
+        of_batches = [by_path[path] for by_path in batch_moments]
+        means, variances, counts = (np.concatenate(x).astype(np.float64) for x in zip(*of_batches))
         # All batches have one size. So the variance of all values is the mean of the variances
         # within batches plus the variance of their means, here made unbiased.
         mean = means.mean(0)

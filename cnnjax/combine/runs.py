@@ -64,15 +64,16 @@ def find_runs(patterns: str | os.PathLike | Sequence[str | os.PathLike]) -> Conf
     if not patterns:
         raise ValueError(f"runs={patterns!r} names no training run")
     configs: Configs = {}
-    # By the resolved folder, since a link or another spelling names the same run.
-    names: dict[pathlib.Path, pathlib.Path] = {}
+    # A link or another spelling names the same run.
+    resolved: set[pathlib.Path] = set()
     for name in patterns:
         pattern = os.fspath(name)
         matches = _read_matches(pattern)
         if not matches:
             raise ValueError(f"runs={pattern!r} matches no work directory of a training run")
         for path in sorted(matches):
-            if names.setdefault(path.resolve(), path) == path:
+            if path.resolve() not in resolved:
+                resolved.add(path.resolve())
                 configs[path] = matches[path]
     return dict(sorted(configs.items()))
 
@@ -109,8 +110,10 @@ def check_runs(configs: Configs, method: str) -> None:
     """Raises `ValueError` for runs that the method cannot combine."""
     first, *others = configs
     reference = configs[first]
-    if (method in OF_ONE_RUN) == bool(others):
-        expected = "the checkpoints of one run" if others else "at least two runs"
+    takes_one = method in OF_ONE_RUN
+    has_one = not others
+    if takes_one != has_one:
+        expected = "the checkpoints of one run" if takes_one else "at least two runs"
         raise ValueError(
             f"method={method!r} takes {expected}, and --runs matches {', '.join(map(str, configs))}"
         )
@@ -174,7 +177,7 @@ def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.Co
       loaded: the configuration that it was loaded for.
 
     Raises:
-      ValueError: with what a run's results.json records otherwise.
+      ValueError: if a run's results.json records other images; the error says what changed.
     """
     now = {
         "classes": data.classes,
@@ -184,6 +187,7 @@ def check_data(configs: Configs, data: arrays.Dataset, loaded: ml_collections.Co
     }
     for folder, config in configs.items():
         results = files.read_json(folder / "results.json")
+        # The digest is in "data"; the other fields are beside it.
         recorded = results.get("data", {}) | results
         # Runs of earlier versions recorded less.
         then = {name: recorded[name] for name in now if name in recorded}

@@ -183,6 +183,7 @@ def _seen_by_convolution(equation, field: Field) -> Field | Unlocated:
     window = equation.invars[1].aval.shape[:2]
     dilation = equation.params["rhs_dilation"]
     reach = [(size - 1) * step for size, step in zip(window, dilation)]
+    # Negative: padding adds positions in front (`Field.shifted`).
     before = [-low for low, _ in equation.params["padding"]]
     return field.shifted(before).widened(reach).strided(equation.params["window_strides"])
 
@@ -191,6 +192,7 @@ def _seen_by_pool(equation, field: Field) -> Field:
     window = equation.params["window_dimensions"][1:3]
     dilation = equation.params["window_dilation"][1:3]
     reach = [(size - 1) * step for size, step in zip(window, dilation)]
+    # Negative: padding adds positions in front (`Field.shifted`).
     before = [-low for low, _ in equation.params["padding"][1:3]]
     return field.shifted(before).widened(reach).strided(equation.params["window_strides"][1:3])
 
@@ -203,10 +205,16 @@ def _seen_by_concatenation(
     together = union([field for field in fields if field != REARRANGED])
     if axis not in (1, 2) or not isinstance(together, Field):
         return union(fields)
-    # The map is larger than its border.
     sizes = [variable.aval.shape[axis] for variable in equation.invars]
-    maps = [(number, field) for number, field in enumerate(fields) if field is not None]
-    inner, field = max(maps, key=lambda item: (sizes[item[0]], isinstance(item[1], Field)))
+
+    # The map is larger than its border; of parts of one size, the one with a known field is the
+    # map.
+    def rank(number):
+        return sizes[number], isinstance(fields[number], Field)
+
+    seeing = [number for number, field in enumerate(fields) if field is not None]
+    inner = max(seeing, key=rank)
+    field = fields[inner]
     if not isinstance(field, Field):
         return field
     before = -sum(sizes[:inner])
@@ -268,6 +276,7 @@ def _receptive_fields(model, stages, shape):
 
     variables = eval_shape(initialize, jax.random.key(0), image)
     program = trace(maps, variables, image)
+    # The last input is the image; the others, the network's variables, see nothing of it.
     constants = [None] * (len(program.invars) - 1)
     fields = follow(program, [*constants, Field()], seen)
     shapes = [output.aval.shape for output in program.outvars]

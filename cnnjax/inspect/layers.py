@@ -81,6 +81,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
     program = trace(run, variables, images, report=report)
     rows = [_measured(Layer("", "input", None), program.invars[-1].aval, Field())]
 
+    # The latest convolution: a layer's operation "name" follows its convolution.
     convolution = None
 
     def visit(equation, fields):
@@ -103,6 +104,7 @@ def layers(model, input_shape: tuple[int, int, int] | None = None, batch: int = 
             reported[name] = dataclasses.replace(reported[name], parameters=0)
         return field
 
+    # The last input is the images; the others, the network's variables, see nothing of them.
     constants = [None] * (len(program.invars) - 1)
     follow(program, [*constants, Field()], visit)
     return rows + _in_training_only(variables["params"], reported)
@@ -144,6 +146,7 @@ def _measured(layer, output, field):
 
 
 def _in_training_only(parameters, reported):
+    """Lists layers that have parameters but did not run in evaluation mode."""
     sizes: dict[str, int] = {}
     for path, value in jax.tree.leaves_with_path(parameters):
         name = ".".join(key.key for key in path[:-1])

@@ -85,6 +85,7 @@ def inner_program(equation):
     if equation.primitive.name in (*LOOPS, *_REDUCTIONS):
         return None
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    # A closed jaxpr (a program with its constants) holds the program; some operations hold it bare.
     return getattr(inner, "jaxpr", inner)
 
 

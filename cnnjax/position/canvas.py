@@ -36,8 +36,10 @@ def place(
     outside = cells[(cells < 0) | (cells >= GRID**2)]
     if outside.size:
         raise ValueError(f"cells: {outside[0]} is not the number of a cell, 0 to {GRID**2 - 1}")
+    # [image, row of cells, row of pixels, column of cells, column of pixels, color]
     out = np.empty((len(images), GRID, SIDE, GRID, SIDE, 3), np.uint8)
     out[:] = np.array(CANVASES[canvas], np.uint8)
+    # The two cell numbers choose one [pixel row, pixel column, color] block per image.
     out[np.arange(len(images)), cells // GRID, :, cells % GRID] = images
     return out.reshape(len(images), GRID * SIDE, GRID * SIDE, 3)
 

@@ -16,7 +16,7 @@ from cnnjax.runtime import configuration
 from cnnjax.runtime.paths import expand_user
 
 DATA = ("natural", "black", "white", "noise")
-RINGS = 7  # of the profile by the distance to the border
+RINGS = 7  # from the border to the center, for scores by distance to the border
 # Keys of a configuration that are tuples of names.
 _NAMES = ("encoders", "missing", "paddings", "stages", "targets", "data", "sgd_paddings")
 
@@ -58,6 +58,8 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"encoders={tuple(config.encoders)} must name each once")
     for fill in (*config.paddings, *config.sgd_paddings):
         check_fill(fill)
+    # The default names paddings that a study may leave out; only an explicit choice must be among
+    # them.
     unread = set(config.sgd_paddings) - set(config.paddings)
     if unread and config.sgd_paddings != defaults.get_config().sgd_paddings:
         raise ValueError(
@@ -73,6 +75,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     if config.pixels not in PIXELS:
         raise ValueError(f"pixels={config.pixels!r} is not one of {', '.join(PIXELS)}")
     for name in config.encoders:
+        # Refuses unknown names.
         create_model(name)
     is_file = expand_user(config.weights).is_file()
     if config.weights not in ("random", "imagenet") and not is_file:
@@ -107,7 +110,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             f"hidden={config.hidden} is not a number of channels, or 0 for as many as the "
             "features have"
         )
-    # Each ring of the targets' map has a position; shuffled targets have the readout's own grid.
+    # The targets' map needs a position in each ring. Shuffled targets are made on the readout's
+    # grid, which is checked below.
     least = 2 if config.shuffled else 2 * RINGS - 1
     if config.image_size < least:
         raise ValueError(
@@ -128,6 +132,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             f"depth={config.depth} is not a number of {config.kernel}x{config.kernel} "
             f"convolutions, at least 1, that leave something of {side}x{side} features"
         )
+    # Whether the readout's maps have a single position.
     is_single = side - config.depth * (config.kernel - 1) == 1
     if is_single and config.n_train == 1 and not config.mirrored:
         raise ValueError(
@@ -158,6 +163,7 @@ def common_stages(config: ml_collections.ConfigDict, name: str) -> tuple[str, ..
     for fill in config.paddings:
         reachable[fill] = reachable_stages(create_model(name, padding=fill), config.image_size)
     if not config.stages:
+        # Each padding reaches the network's first stages; the one that reaches fewest decides.
         fill, common = min(reachable.items(), key=lambda item: len(item[1]))
         if not common and not reachable_stages(create_model(name), config.image_size):
             raise ValueError(f"encoders={name!r} has no stages")

@@ -51,6 +51,7 @@ def convolve(
     channels = features.shape[3]
     matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
     products = features.reshape(-1, channels) @ matrix
+    # [n, height, width, k, k, columns]
     products = products.reshape(*features.shape[:3], size, size, -1)
     height = features.shape[1] - size + 1
     width = features.shape[2] - size + 1
@@ -73,7 +74,7 @@ def correlate(
     for i, j in window_taps(size):
         shifted.append(jnp.pad(maps, ((0, 0), (i, gap - i), (j, gap - j), (0, 0))))
     columns = jnp.stack(shifted, 3).reshape(-1, size * size * maps.shape[3])
-    # Columns first: XLA's CPU backend multiplies features' @ maps, which JAX would derive, at
+    # Columns first: on CPUs, XLA computes features.T @ maps, the form that JAX would derive, at
     # half the speed.
     product = columns.T @ features.reshape(-1, channels)
     return product.reshape(size, size, maps.shape[3], channels).transpose(0, 1, 3, 2)

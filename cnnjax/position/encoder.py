@@ -184,9 +184,11 @@ def registered(
     Returns a matrix of linear interpolation for each stage. Raises `ValueError` if a stage is
     unknown, its positions have no known field, or its field down differs from that to the right.
     """
+    # The centers of the columns' fields; those of the rows are the same.
     centers = []
     for stage, (field, shape) in zip(stages, receptive_fields(model, stages, (size, size, 3))):
         field = located(field, stage)
+        # (step, low, high) along each axis
         down, right = zip(field.step, field.low, field.high)
         if down != right:
             raise ValueError(
@@ -203,10 +205,10 @@ def registered(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stages", "pixels"))
-def _joined_stages(model, variables, images, stages, pixels, key, grids=(None,)):
-    """Runs the encoder, and joins its stages on each grid.
+def _joined_stages(model, variables, images, stages, pixels, key, samplers=(None,)):
+    """Runs the encoder, and joins its stages on the grid of each sampler.
 
-    A grid is a matrix of interpolation for each stage, or None for aligned corners.
+    A sampler has a matrix of interpolation for each stage, or is None for aligned corners.
     """
     maps = model.apply(
         variables,
@@ -216,17 +218,19 @@ def _joined_stages(model, variables, images, stages, pixels, key, grids=(None,))
         rngs={"padding": key},
     )
     check_stages(maps, stages)
-    return [_join([maps[stage] for stage in stages], samplers) for samplers in grids]
+    stage_maps = [maps[stage] for stage in stages]
+    return [_join(stage_maps, matrices) for matrices in samplers]
 
 
-def _join(maps, samplers):
+def _join(maps, matrices):
+    """Samples the stages on one grid, and joins their channels."""
     resized = []
     for number, features in enumerate(maps):
         features = features.astype(jnp.float32)
-        if samplers is None:
+        if matrices is None:
             resized.append(resize(features, FEATURE_SIZE))
         else:
-            matrix = samplers[number]
+            matrix = matrices[number]
             resized.append(
                 jnp.einsum("iy,nyxc,jx->nijc", matrix, features, matrix, precision="highest")
             )
@@ -292,11 +296,12 @@ def encode_on_grids(
     samplers = [None if grid == "corners" else registered(model, stages, size) for grid in grids]
     features: dict[str, np.ndarray] = {}
     for grid in grids:
+        # Stays if there are no images: only a batch tells the number of channels.
         features[grid] = np.empty((len(images), FEATURE_SIZE, FEATURE_SIZE, 0), np.float32)
     for start, count, batch in in_batches(images, _BATCH):
         key = jax.random.key(first + start)
         encoded = _joined_stages(
-            model, variables, batch, stages, pixels=pixels, key=key, grids=samplers
+            model, variables, batch, stages, pixels=pixels, key=key, samplers=samplers
         )
         for grid, part in zip(grids, encoded):
             if start == 0:

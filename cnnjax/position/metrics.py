@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 
 METRICS = ("spc", "mae", "r2")
 RING_METRICS = ("spc", "mae")
-# A map with less than this range is called constant, where its target spans [0, 1]: ranking
-# rounding errors would give correlations of up to 0.1 that mean nothing.
+# A map with a smaller range counts as constant, where targets span 0 to 1: the ranks of its
+# rounding errors would give meaningless correlations of up to 0.1.
 CONSTANT = 1e-4
 
 
@@ -90,7 +90,10 @@ def by_ring(
     where = rings(len(target), count)
     by_number = []
     for number in range(count):
-        ring = where == number
+        is_inside = where == number
         # `scores` takes maps of two dimensions: a ring's pixels are a map of one row.
-        by_number.append(scores(prediction[:, ring][:, None], target[ring][None]))
-    return {name: np.stack([ring[name] for ring in by_number], 1) for name in RING_METRICS}
+        by_number.append(scores(prediction[:, is_inside][:, None], target[is_inside][None]))
+    result = {}
+    for name in RING_METRICS:
+        result[name] = np.stack([ring_scores[name] for ring_scores in by_number], 1)
+    return result

@@ -54,9 +54,13 @@ def margin(model: Network, stage: str, size: int) -> int:
     step = _stride(model, stage)
     field = receptive_field(model, stage)
     positions = stage_shapes(model.clone(padding="zeros"), size, stage)[stage][1:3]
+    # How far fields reach beyond the crop: that of the first position up and to the left, that of
+    # the last position down and to the right.
     before = [-low for low in field.low]
     after = [step * (n - 1) + high - (size - 1) for n, high in zip(positions, field.high)]
-    return -(-max(before + after) // step) * step
+    reach = max(*before, *after)
+    # Rounded up to a multiple of the stride.
+    return -(-reach // step) * step
 
 
 def _stride(model: Network, stage: str) -> int:
@@ -149,11 +153,13 @@ def features_inside(
     """
     check_images(context)
     stages = stage_names(stages)
-    have = (context.shape[1] - size) // 2
+    border = (context.shape[1] - size) // 2
+    side = size + 2 * border
+    is_square = context.shape[1:3] == (side, side)
     for stage in stages:
         least = margin(model, stage, size)
         step = _stride(model, stage)
-        if have < least or have % step or context.shape[1:3] != (size + 2 * have,) * 2:
+        if border < least or border % step or not is_square:
             raise ValueError(
                 f"a context of {context.shape[1]}x{context.shape[2]} about a crop of size={size} "
                 f"does not fit stage={stage!r}; expected a square with a margin of at least "
@@ -164,7 +170,7 @@ def features_inside(
     maps = features(model.clone(padding="zeros"), variables, context, stages)
     cut = {}
     for stage, y in maps.items():
-        start = have // _stride(model, stage)
+        start = border // _stride(model, stage)
         height, width = shapes[stage][1:3]
         cut[stage] = y[:, start : start + height, start : start + width]
     return cut
@@ -179,7 +185,7 @@ class Strength(NamedTuple):
 
     Attributes:
       mae: mean(|d|) / mean(|f|).
-      snr: mean(|m|) / mean(s); about 0.8 / sqrt(n) without any pattern.
+      snr: mean(|m|) / mean(s); about sqrt(2 / pi) / sqrt(n) = 0.8 / sqrt(n) without any pattern.
       shared: mean(m^2 - s^2 / n) / mean(d^2): 1 if every image has the same difference, 0 if they
         have nothing in common. Subtracting s^2 / n removes the bias of m^2.
       profile: [distances], sqrt(sum(d^2) / sum(f^2)) over the positions at one distance to the
@@ -218,6 +224,7 @@ def strength(
     energy = np.square(delta).mean(0)
     features_rms = float(np.sqrt(np.square(inside).mean()))
     distance = border_distance(*mean.shape[:2]).ravel()
+    # Sums over the positions at each distance; their number cancels in the ratio.
     difference_energy = np.bincount(distance, energy.mean(-1).ravel())
     feature_energy = np.bincount(distance, np.square(inside).mean(0).mean(-1).ravel())
     shared = 0.0
@@ -240,8 +247,8 @@ def strength(
 def unread(chain: Sequence[Window], size: int) -> dict[str, int]:
     """Counts the rows of the padded map that each strided window never reads.
 
-    They are at the bottom; the same number of columns is unread on the right. At 0, a window reads
-    as much padding below as above.
+    They are at the bottom; the same number of columns is unread on the right. If the number is 0,
+    the window reads as much padding below as above.
 
     Args:
       chain: the windows.
@@ -268,8 +275,8 @@ def _reads(chain, size, fill):
             kernel = jnp.full((window.kernel, window.kernel, 1, 1), 1 / window.kernel**2)
             # 'partial' and 'full' change how a convolution treats its border; a max-pool pads as
             # under 'zeros'.
-            own = "zeros" if window.pool and fill in ("partial", "full") else fill
-            x = conv(x, kernel, stride=window.stride, padding=window.padding, fill=own)
+            window_fill = "zeros" if window.pool and fill in ("partial", "full") else fill
+            x = conv(x, kernel, stride=window.stride, padding=window.padding, fill=window_fill)
         return x.sum()
 
     return jax.grad(total)(jnp.zeros((1, size, size, 1)))[0, :, :, 0]
@@ -278,8 +285,8 @@ def _reads(chain, size, fill):
 def reads(chain: Sequence[Window], size: int, fill: str) -> Float[np.ndarray, "{size} {size}"]:
     """Counts how often a chain of windows reads each pixel, relative to the mean.
 
-    All weights of a window are equal and pools sum, so that the gradient of the last map's sum
-    counts the ways to a pixel.
+    Every window, pools included, averages what it reads. The gradient of the last map's sum is
+    therefore proportional to the number of paths from each pixel.
 
     Raises `ValueError` if the fill is unknown or 'random', which depends on the image.
     """

@@ -117,6 +117,7 @@ def fit_exact(
         intercept, error = _intercept_and_error(train, held_out, kernel, goal)
 
     best = np.asarray(error).reshape(len(STRENGTHS), len(targets)).argmin(0)
+    # The column of strength i and target j is i * len(targets) + j.
     chosen = best * len(targets) + np.arange(len(targets))
     return Exact(
         scaler=scaler,
@@ -165,11 +166,15 @@ def _center(
 
 
 def _solve_pointwise(features, goal, size):
-    """Solves a 1x1 readout by factoring its channels' Gram matrix (`cnnjax.ridge`)."""
+    """Solves a 1x1 readout by factoring its channels' Gram matrix (`cnnjax.ridge`).
+
+    `size` is 1. Returns the kernel, and residuals of 0, since the system is factored.
+    """
     channels = features.shape[3]
     positions = len(features) * goal.shape[0] * goal.shape[1]
     products = np.asarray(_target_products(features, goal), np.float64) / positions
     weights = ridge.solve(_factor_channels(features), products, np.asarray(STRENGTHS))
+    # [strengths, channels, targets] -> [1, 1, channels, strengths * targets]
     kernel = weights.transpose(1, 0, 2).reshape(1, 1, channels, -1)
     return jnp.asarray(kernel, jnp.float32), np.zeros(kernel.shape[3])
 
@@ -209,19 +214,32 @@ class _Descent(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="size")
 def _conjugate_gradients(features, goal, *, strengths, values, basis, size):
+    """Solves the ridge systems of all columns by preconditioned conjugate gradients.
+
+    Args:
+      features: standardized, [n, height, width, channels].
+      goal: [rows, columns, columns of the kernel].
+      strengths: the ridge strength of each column.
+      values: the eigenvalues of the channels' Gram matrix.
+      basis: its eigenvectors, [channels, channels].
+      size: k of the k x k kernel.
+
+    Returns the kernel [k, k, channels, columns] and each column's relative residual.
+    """
     positions = len(features) * goal.shape[0] * goal.shape[1]
 
     def dot(a, b):
         return (a * b).sum((0, 1, 2))
 
+    # The matrix of the normal equations, applied to a kernel.
     def system(kernel):
         maps = convolve(features, kernel)
         gradient = correlate(features, maps - maps.mean((0, 1, 2)), size)
         return gradient / positions + strengths * kernel
 
-    # The preconditioner is the inverse of the system of features whose correlation between
-    # channels does not depend on the offset between positions, nor that between positions on the
-    # channel. Its Gram matrix is a Kronecker product, so its eigenvectors are products too.
+    # The preconditioner inverts a simpler system: the correlation of two features is that of their
+    # channels times that of their offset. Its Gram matrix is a Kronecker product (taps x channels),
+    # so its eigenvectors are products of the two factors' eigenvectors.
     tap_values, tap_basis = jnp.linalg.eigh(_spatial_correlation(features, size))
     spectrum = jnp.maximum(tap_values, 1e-6)[:, None] * values  # [taps, channels]
 
@@ -241,9 +259,9 @@ def _conjugate_gradients(features, goal, *, strengths, values, basis, size):
         return (relative(state.residual).max() > _TOLERANCE) & (state.steps < _MAX_STEPS)
 
     def step(state):
-        image = system(state.direction)
-        rate = state.energy / jnp.maximum(dot(state.direction, image), 1e-30)
-        residual = state.residual - rate * image
+        product = system(state.direction)
+        rate = state.energy / jnp.maximum(dot(state.direction, product), 1e-30)
+        residual = state.residual - rate * product
         preconditioned = precondition(residual)
         energy = dot(residual, preconditioned)
         momentum = energy / jnp.maximum(state.energy, 1e-30)
@@ -275,9 +293,12 @@ def _spatial_correlation(
     height, width = features.shape[1:3]
     gap = size - 1
     around = jnp.pad(features, ((0, 0), (gap, gap), (0, gap), (0, 0)))
-    # The correlation at an offset is that at its opposite: half of the offsets are enough. `shifts`
-    # lists the offset (row, column) at (row + gap) * size + column, for columns of 0 or more.
+    # The correlation at an offset is that at its opposite: half of the offsets are enough.
     shifts = np.array(list(itertools.product(range(-gap, size), range(size))))
+
+    def index(row, column):
+        """Returns where `shifts` lists an offset; columns are 0 or more."""
+        return (row + gap) * size + column
 
     def total(shift):
         start = (0, gap + shift[0], shift[1], 0)
@@ -295,6 +316,5 @@ def _spatial_correlation(
     offsets = np.where(offsets[..., 1:] < 0, -offsets, offsets)
     rows = offsets[..., 0]
     columns = offsets[..., 1]
-    # The correlation of each feature with itself.
-    no_offset = gap * size
-    return means[(rows + gap) * size + columns] / means[no_offset]
+    # Relative to the correlation of each feature with itself.
+    return means[index(rows, columns)] / means[index(0, 0)]

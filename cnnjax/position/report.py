@@ -191,6 +191,7 @@ def _draw_scores(results: Results) -> Figure:
     There is a panel for each encoder and kind of image, with a bar for each target.
     """
     rows = _select(results.rows, readout="exact")
+    # The image itself, read without an encoder.
     control = _select(rows, stages=["image"])
     encoders = [name for name in _values(rows, "encoder") if name != control[0].encoder]
     targets = _values(rows, "target")

@@ -222,8 +222,8 @@ class Results:
       chance_mae: the error of the best constant, by target.
       ridge_residual: the largest relative residual of all ridge systems.
       decisions: what the study decided where the literature is silent or the code departs from it.
-      photographs: how many were cropped to fit to ("train"), to hold out ("held_out") and to score
-        on ("natural"); None in older results.
+      photographs: the number of photographs behind the crops: to fit ("train"), to choose strengths
+        ("held_out"), to score ("natural"); None in older results.
     """
 
     kind: str = "position"
@@ -250,14 +250,16 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
     """
     rows = []
     for point, group in _by_setting(measurements):
-        for seeds in zip(*(measurement.scores for measurement in group)):
-            first = seeds[0]
+        # All seeds list the same readouts, targets and data in the same order.
+        for scores_by_seed in zip(*(measurement.scores for measurement in group)):
+            first = scores_by_seed[0]
             columns: dict[str, Any] = {}
-            columns["r2_median"] = float(np.median(np.concatenate([each.r2 for each in seeds])))
+            all_r2 = np.concatenate([scores.r2 for scores in scores_by_seed])
+            columns["r2_median"] = float(np.median(all_r2))
             if first.readout == "exact":
                 columns["strengths"] = _strengths(group, first.target)
             for metric in METRICS:
-                values = np.concatenate([getattr(scores, metric) for scores in seeds])
+                values = np.concatenate([getattr(scores, metric) for scores in scores_by_seed])
                 columns[metric] = float(values.mean())
                 columns[f"{metric}_std"] = tables.deviation(values)
             rows.append(
@@ -272,7 +274,7 @@ def summarize(measurements: list[Measurement], kernel: int, depth: int) -> list[
                     data=first.data,
                     depth=depth if first.readout == "sgd" else 1,
                     n_images=len(first.spc),
-                    n_seeds=len(seeds),
+                    n_seeds=len(scores_by_seed),
                     **columns,
                 )
             )
@@ -293,18 +295,19 @@ def ring_profiles(measurements: list[Measurement]) -> list[RingProfile]:
     """Averages the scores by ring over images and seeds."""
     profiles = []
     for point, group in _by_setting(measurements):
-        for seeds in zip(*(measurement.rings for measurement in group)):
+        # All seeds list the same targets and data in the same order.
+        for rings_by_seed in zip(*(measurement.rings for measurement in group)):
             columns = {}
             for metric in RING_METRICS:
-                values = np.concatenate([getattr(rings, metric) for rings in seeds])
+                values = np.concatenate([getattr(rings, metric) for rings in rings_by_seed])
                 columns[metric] = values.mean(0).tolist()
             profiles.append(
                 RingProfile(
                     encoder=point.encoder,
                     weights=point.weights,
                     padding=point.padding,
-                    target=seeds[0].target,
-                    data=seeds[0].data,
+                    target=rings_by_seed[0].target,
+                    data=rings_by_seed[0].data,
                     **columns,
                 )
             )

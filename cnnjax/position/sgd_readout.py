@@ -99,6 +99,7 @@ def fit_sgd(
 
 @functools.partial(jax.jit, static_argnames=("size", "steps", "hidden", "align_corners"))
 def _train(features, targets, key, *, size, steps, hidden, align_corners):
+    """Trains the layers of all outputs; returns them and their running moments."""
     widths = (features.shape[3], *hidden, 1)
     side = features.shape[1] - (len(hidden) + 1) * (size - 1)
     batch_size = min(_BATCH, len(features))
@@ -111,6 +112,7 @@ def _train(features, targets, key, *, size, steps, hidden, align_corners):
         return error(maps).sum(), moments
 
     def learning_rate(step):
+        # Two thirds of the steps, as the authors' epoch 10 of 15.
         return jnp.where(step < steps * 2 // 3, _LEARNING_RATE, _LEARNING_RATE / 10)
 
     def draw_batch(step):
@@ -120,13 +122,13 @@ def _train(features, targets, key, *, size, steps, hidden, align_corners):
         chosen = jax.random.choice(step_key, len(features), (batch_size,), replace=False)
         return features[chosen]
 
+    def average(running, new):
+        return running + _BN_MOMENTUM * (new - running)
+
     optimizer = optax.chain(
         optax.add_decayed_weights(_WEIGHT_DECAY),
         optax.sgd(learning_rate, momentum=_MOMENTUM),
     )
-
-    def average(running, new):
-        return running + _BN_MOMENTUM * (new - running)
 
     def train_step(carry, step):
         layers, state, running = carry

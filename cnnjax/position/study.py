@@ -73,32 +73,39 @@ def _check_inputs(
 ) -> dict[str, str]:
     """Checks that a study continues with the photographs and weights it was begun with.
 
-    Other files elsewhere are left to `workdir.check_config`. Returns the present paths, by key, of
-    the same files elsewhere.
+    Returns the configured paths, by key, of the files that are the same, which may have been moved.
+    If both the path and the digest differ, `workdir.check_config` refuses the configuration.
     """
-    moved = {}
     path = folder / _INPUTS
-    if path.exists():
-        before = files.read_json(path)
-        for key, now in digest_inputs(config).items():
-            if recorded.get(key) == config[key] and before.get(key, now) != now:
-                raise ValueError(
-                    f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
-                    f"({before[key]} there, {now} now); choose another --workdir"
-                )
-            is_same = before.get(key) == now
-            if is_same and photographs.are_exchangeable(recorded.get(key, ""), config[key]):
-                moved[key] = config[key]
-        _warn_of_edits(config, before.get("networks", {}))
-        return moved
-    # Earlier versions recorded no digests, and took the first photographs of each part.
+    if not path.exists():
+        _check_older_version(config, folder)
+        return {}
+    moved = {}
+    before = files.read_json(path)
+    for key, now in digest_inputs(config).items():
+        if recorded.get(key) == config[key] and before.get(key, now) != now:
+            raise ValueError(
+                f"workdir={str(folder)!r} was begun with other files of {key}={config[key]!r} "
+                f"({before[key]} there, {now} now); choose another --workdir"
+            )
+        is_same = before.get(key) == now
+        if is_same and photographs.are_exchangeable(recorded.get(key, ""), config[key]):
+            moved[key] = config[key]
+    _warn_of_edits(config, before.get("networks", {}))
+    return moved
+
+
+def _check_older_version(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Refuses an unfinished study that took the first photographs of each part.
+
+    Versions that took them recorded no digests.
+    """
     is_unfinished = not (folder / "results.json").exists()
     if is_unfinished and any(_results_folder(config, folder).glob("*.npz")) and draws(config):
         raise ValueError(
             f"workdir={str(folder)!r} was begun by a version that did not draw the photographs of "
             f"photographs={config.photographs!r} at random; choose another --workdir"
         )
-    return moved
 
 
 def _warn_of_edits(config: ml_collections.ConfigDict, recorded: dict[str, str]) -> None:
@@ -108,9 +115,10 @@ def _warn_of_edits(config: ml_collections.ConfigDict, recorded: dict[str, str]) 
     """
     for name, now in digest_networks(config).items():
         if recorded.get(name, now) != now:
+            # FILE.py of FILE.py:NAME
+            file = name.rpartition(":")[0]
             _LOG.warning(
-                "%s has changed since the study was begun; its points may mix two networks",
-                name.rpartition(":")[0],
+                "%s has changed since the study was begun; its points may mix two networks", file
             )
 
 
@@ -193,6 +201,7 @@ def _write_results(
 def list_points(config: ml_collections.ConfigDict) -> list[Point]:
     """Lists a study's points: for every seed the controls, then encoders and paddings."""
     controls = CONTROLS if config.coordinates else ("posenet",)
+    # Encoder, weights, padding and stages: a control has neither weights nor padding.
     subjects = [(name, "none", "none", CONTROLS[name]) for name in controls]
     for name in config.encoders:
         stages = common_stages(config, name)
@@ -371,7 +380,9 @@ def draw_images(
     counts = _count_crops(config)
     images = {}
     for number, (name, part) in enumerate(divide_photographs(config, seed).items()):
+        # A seed of its own for each of the three parts.
         images[name] = photographs.random_crops(part, counts[name], size, seed * 3 + number)
+    # All kinds but "natural".
     for kind in DATA[1:]:
         count = config.n_noise if kind == "noise" else 1
         images[kind] = photographs.synthetic(kind, count, size, seed, *config.noise)

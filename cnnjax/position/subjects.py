@@ -1,6 +1,6 @@
-"""Networks whose features are compared with those inside photographs, and their photographs.
+"""Encoders and photographs for studies of features inside and at the border of photographs.
 
-The studies of patterns and of padding-aware channels have such points, and share the features.
+Shared by the studies of patterns and of padding-aware channels.
 """
 
 import functools
@@ -24,7 +24,10 @@ from cnnjax.position.encoder import draw_variables, stage_shapes
 
 
 class Trace(NamedTuple):
-    """One encoder, whose `weights` are "random" or "trained"."""
+    """One point of such a study.
+
+    `part` names the study, `weights` is "random" or "trained".
+    """
 
     part: str
     encoder: str
@@ -129,6 +132,7 @@ def load_subjects(options) -> dict[tuple[str, str], Subject]:
 def check_fills(subjects: dict[tuple[str, str], Subject], paddings: list[str]) -> None:
     """Raises `ValueError` if a padding does not fit an encoder's maps."""
     for subject, padding in itertools.product(subjects.values(), paddings):
+        # Raises if a map is too small.
         stage_shapes(subject.model.clone(padding=padding), subject.size, subject.stages[-1])
 
 

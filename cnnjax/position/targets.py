@@ -41,5 +41,6 @@ def target(name: str, size: int) -> Float32[np.ndarray, "{size} {size}"]:
         profile = 0.5 + 0.5 * np.cos(2 * np.pi * _PERIODS * (offset + 0.5))
     else:
         profile = np.linspace(0, 1, size)
-    rows = np.broadcast_to(profile, (size, size))
-    return (rows if name in ("H", "VS") else rows.T).astype(np.float32)
+    # Every row is the profile: values change from left to right.
+    across = np.broadcast_to(profile, (size, size))
+    return (across if name in ("H", "VS") else across.T).astype(np.float32)

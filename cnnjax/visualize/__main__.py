@@ -295,7 +295,8 @@ def _look(subject):
 def _record(options):
     """Returns the configuration that the work directory keeps.
 
-    It has the fields that it always had.
+    Options that were added later are left out if they are not set, so that older work directories
+    still match.
     """
     unrecorded = ("debug", "workdir")
     config = {key: value for key, value in vars(options).items() if key not in unrecorded}

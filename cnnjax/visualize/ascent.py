@@ -32,9 +32,9 @@ _COLORS /= np.linalg.norm(_COLORS, axis=0).max()
 # Lucid's standard deviation of the first spectrum, and its Adam's learning rate.
 _START = 0.01
 _RATE = 0.05
-# In pixels. In a smaller image so few waves add up to a pixel that the rate must grow (to 0.5 for a
-# 3x3 filter).
-_RATED = 32
+# Shortest side in pixels for which `_RATE` is meant. In smaller images, fewer waves add up in a
+# pixel, so the rate grows in proportion (to 0.5 for a 3x3 filter).
+_RATE_SIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ def maximize(
     unit = _Unit(model, stage, size, place)
     units = jnp.atleast_1d(jnp.asarray(channels))
     start, roll = jax.random.split(jax.random.key(seed))
+    # Real and imaginary parts of each unit's spectrum.
     shape = (2, len(units), *_frequencies(size).shape, model.input_shape[2])
     spectrum = _START * jax.random.normal(start, shape)
 
@@ -122,7 +123,7 @@ def _climb(unit, variables, spectrum, *, channels, moments, keys, total_variatio
     The objective is the activations of their images, less the price of edges.
     """
     shortest = min(unit.size)
-    optimizer = optax.adam(_RATE * max(1, _RATED / shortest))
+    optimizer = optax.adam(_RATE * max(1, _RATE_SIDE / shortest))
 
     def worth(spectrum, shift):
         pixels = _paint(spectrum, unit.size)
@@ -131,13 +132,15 @@ def _climb(unit, variables, spectrum, *, channels, moments, keys, total_variatio
             unit, variables, rolled, channels=channels, moments=moments, rule="redirected"
         )
         edges = sum(jnp.abs(jnp.diff(pixels, axis=axis)).sum((1, 2, 3)) for axis in (1, 2))
+        # A black-to-white edge across the image adds up to 3 colors x the shortest side.
         price = total_variation * edges / (3 * shortest)
         return (score - price * jax.lax.stop_gradient(jnp.abs(score))).sum()
 
     def step(state, key):
         spectrum, memory = state
         shift = jax.random.randint(key, (2,), -jitter, jitter + 1)
-        # Negated only after the ReLUs, since their rule is about ascent.
+        # Adam descends, so the gradient is negated. Negating `worth` instead would flip the signals
+        # at the ReLUs, whose rule depends on their sign.
         gradient = -jax.grad(worth)(spectrum, shift)
         updates, memory = optimizer.update(gradient, memory)
         return (optax.apply_updates(spectrum, updates), memory), None
@@ -164,6 +167,8 @@ def _paint(spectrum, size):
       size: the images' (height, width).
     """
     frequencies = np.maximum(_frequencies(size), 1 / max(size))
+    # Lucid's scale: 1 / frequency, as in photographs; the root of the number of pixels, which makes
+    # the transform unitary; and a constant, 1 / 4.
     scale = np.sqrt(size[0] * size[1]) / frequencies / 4
     spectrum = spectrum * jnp.asarray(scale[:, :, None], jnp.float32)
     image = jnp.fft.irfft2(jax.lax.complex(spectrum[0], spectrum[1]), size, axes=(1, 2))

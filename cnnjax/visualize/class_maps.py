@@ -21,6 +21,8 @@ def grad_cam(
 ) -> Float[Array, "batch rows columns"]:
     """Weights a stage's maps by the mean gradients of the class's logit.
 
+    Returns the weighted sum of the maps over channels, with negative values set to 0.
+
     Args:
       model: the network.
       variables: its variables.

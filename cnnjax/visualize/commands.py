@@ -127,10 +127,10 @@ def _strongest(subject, stage, channels, count):
 
     Each comes with the place of its strongest unit.
     """
-    strongest = []
+    batch_peaks = []
     for batch in subject.batches():
-        strongest.append(peaks(subject.model, subject.variables, subject.input(batch), stage))
-    values, places = (np.concatenate(parts) for parts in zip(*strongest))
+        batch_peaks.append(peaks(subject.model, subject.variables, subject.input(batch), stage))
+    values, places = (np.concatenate(parts) for parts in zip(*batch_peaks))
     best = np.argsort(-values, axis=0, kind="stable")[:count]
     rows = []
     for channel in channels:
@@ -189,7 +189,8 @@ def occluded(subject: Subject):
             shares = _probabilities(subject, hidden)[..., label]
             name = subject.class_name(label)
             _show_photograph(column[0], image, f"{path.stem}\n{name}: {probability[label]:.2f}")
-            first = ((size - 1) / 2,) * 2
+            center = (size - 1) / 2
+            first = (center, center)
             heat = overlay(column[1], image, shares, first, (stride, stride), vmin=0, vmax=1)
             set_title(column[1], f"{name} with a square hidden there", fontsize=7)
             numbers.append(
@@ -258,6 +259,8 @@ def fields(subject: Subject):
         rows, columns = activations(subject.model, subject.variables, x[:1], stage).shape[1:3]
         top, left = field.shifted((rows // 2, columns // 2)).low
         axis.imshow(effective, cmap="gray", vmin=0, vmax=1)
+        # imshow puts pixel centers on whole numbers: a box from pixel `left` on begins at
+        # left - 0.5.
         axis.add_patch(_square(left - 0.5, top - 0.5, width, height, "red"))
         axis.add_patch(
             _square(

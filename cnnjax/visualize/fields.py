@@ -27,6 +27,7 @@ def frame(model: Network, stage: str) -> tuple[tuple[int, ...], tuple[int, ...],
     the unit sees. Raises `ValueError` as `receptive_field`.
     """
     field = receptive_field(model, stage)
+    # The first unit whose field begins inside the image.
     unit = tuple(-(low // step) for low, step in zip(field.low, field.step))
     seen = field.shifted(unit)
     size = tuple(high + 1 for high in seen.high)
@@ -47,8 +48,8 @@ def effective_receptive_field(
 ) -> Float[np.ndarray, "height width"]:
     """Measures how much each pixel moves the central unit of a stage.
 
-    The measure is relative to the strongest pixel: the root mean square of the gradient over
-    images, colors and the stage's channels, whose signals go back together under random signs.
+    Returns the root mean square of each pixel's gradient over images and colors, relative to the
+    strongest pixel. All channels of the unit send signals back at once, with random signs.
 
     Raises `ValueError` if there is no such stage.
 

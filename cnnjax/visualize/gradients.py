@@ -100,5 +100,6 @@ def _relus(model, stage) -> tuple[int, int]:
         for operation in operations(program.eqns)
         if operation.params.get("name") == RELU
     ]
-    # That of jax is a compiled function of the same name.
+    # cnnjax.nn.relu leaves an operation "name"; jax.nn.relu is itself compiled, so it leaves a
+    # "jit".
     return named.count("name"), named.count("jit")

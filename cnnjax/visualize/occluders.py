@@ -52,8 +52,10 @@ def occlusion(
     if stride < 1:
         raise ValueError(f"stride={stride} is not a positive number of pixels")
     rows, columns = ((side - size) // stride + 1 for side in image.shape[:2])
+    # (row, column) of each square's upper left corner: [squares, 2]
     corners = np.stack(np.divmod(np.arange(rows * columns), columns), -1) * stride
-    # The last batch is filled up, so that all are of one shape and compiled once.
+    # [batches, _BATCH, 2]. The last batch is filled up, so that all are of one shape and compiled
+    # once.
     batches = -(-len(corners) // _BATCH)
     filled = np.resize(corners, (batches * _BATCH, 2)).reshape(batches, _BATCH, 2)
     fill = jnp.asarray(value, image.dtype)
@@ -66,9 +68,11 @@ def occlusion(
 
 @functools.partial(jax.jit, static_argnames=("model", "size"))
 def _occluded_logits(model, variables, image, *, corners, value, size):
+    # Relative to each square's corner: [batch, height] and [batch, width]
     rows = jnp.arange(image.shape[0]) - corners[:, :1]
     columns = jnp.arange(image.shape[1]) - corners[:, 1:]
     hidden_rows = (rows >= 0) & (rows < size)
     hidden_columns = (columns >= 0) & (columns < size)
+    # [batch, height, width, 1]
     hidden = hidden_rows[:, :, None, None] & hidden_columns[:, None, :, None]
     return class_logits(model, variables, jnp.where(hidden, value, image))

@@ -165,6 +165,8 @@ def network_input(
       moments: mean and standard deviation; ImageNet's unless given.
     """
     gray = model.input_shape[2] == 1
+    # Moments of one channel: it was trained on gray images. With those of three, colors are
+    # normalized first and averaged after.
     if gray and len(moments[0]) == 1:
         images = images.astype(jnp.float32).mean(3, keepdims=True)
     x = augment.normalize(images, *moments)

@@ -36,7 +36,7 @@ class Subject:
         self.run: TrainedRun | None = None
         if options.run is None:
             self.name = options.model
-            self.model = _registered(options)
+            self.model = _create_model(options)
             self.moments = imagenet.MOMENTS
             self.classes = _class_names(self.model, options.weights)
             # A softmax of one logit would be 1.
@@ -119,7 +119,7 @@ class Subject:
         return self.options.channels or spread(range(stage_channels(self.model)[stage]), count)
 
 
-def _registered(options):
+def _create_model(options):
     fields = weights.fields_for(options.model, options.weights)
     if options.every_layer:
         fields = {"every_layer": True, **fields}
