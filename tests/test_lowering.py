@@ -361,6 +361,9 @@ def test_no_infinity_or_nan_is_met(flag):
         vjp(y)
         y, vjp = jax.vjp(functools.partial(norm_values, train=True), x, draw(1, 2), draw(2, 2))
         vjp(y)
+        # The mode would have raised an error.
+        with pytest.raises(FloatingPointError, match="encountered in "):
+            jnp.log(jnp.zeros(2)) - jnp.log(jnp.zeros(2))
 
 
 @pytest.mark.parametrize("form", ["cpu", "reference"])

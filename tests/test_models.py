@@ -84,10 +84,10 @@ for _sibling in ("squeezenet1_0", "convnet_512x2"):
     KINDS.remove(_sibling)
 
 # Fields of networks with the same layers at a smaller size, for tests that trace or compile each
-# layer: two layers per block instead of up to 24 equal ones, and an eighth of a VGG's filters,
-# which leaves a quarter of its parameters. ResNet-18 stays whole.
+# layer: one or two layers per block instead of up to 24 equal ones, and an eighth of a VGG's
+# filters, which leaves a quarter of its parameters. ResNet-18 stays whole.
 SMALL_FIELDS = {
-    "densenet121": {"depths": (2, 2, 2, 2)},
+    "densenet121": {"depths": (2, 1, 1, 1)},
     "resnet50": {"depths": (2, 1, 1, 1)},
     # Its blocks without a projection are those of resnet50. Its narrower groups are convolved
     # several at once, the others one by one.
