@@ -51,6 +51,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
         "cnnjax.sweep",
         "--config",
         config,
+        "--config.model=mlp3",
         "--config.epochs=2",
         "--workdir",
         str(runs),
