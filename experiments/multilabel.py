@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import sklearn.linear_model
 from matplotlib.figure import Figure
 
 from cnnjax import ridge, study, transfer
@@ -167,6 +166,9 @@ def features(name: str, file: str | None, seed: int, images: np.ndarray) -> np.n
 
 def regress(train: np.ndarray, labels: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     """Fits each class to a bootstrap of the training features; returns test scores [n, classes]."""
+    # Imported here, since it takes a second, and a wrong argument should be named at once.
+    import sklearn.linear_model
+
     chosen = np.random.default_rng(seed).integers(0, len(train), len(train))
     train, labels = train[chosen], labels[chosen]
     scaler = ridge.fit_scaler(train)

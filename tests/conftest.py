@@ -94,12 +94,8 @@ def pytest_collection_modifyitems(items):
 _TOGETHER = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "bad_input",
         "basics",
-        "claims",
         "combine",
-        "configs",
-        "distributed",
         "docs",
         "ensemble",
         "faults",
@@ -107,9 +103,28 @@ _TOGETHER = tuple(
         "position",
         "position_trained",
         "slurm",
-        "train",
         "visualize",
         "weights",
+    )
+)
+
+
+# Modules whose tests run commands in forked processes (forked.py). Each worker with one of them
+# would import the commands and compile their programs anew.
+_FORKED = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        "backend",
+        "bad_input",
+        "checkpoints",
+        "claims",
+        "configs",
+        "distributed",
+        "main",
+        "own_models",
+        "stream",
+        "sweep",
+        "train",
     )
 )
 
@@ -123,6 +138,8 @@ class _Scheduling(LoadScopeScheduling):
     """Hands out tests one by one, but those that share something all to one worker."""
 
     def _split_scope(self, nodeid):
+        if nodeid.startswith(_FORKED):
+            return "forked"
         if nodeid.startswith(_TOGETHER):
             return nodeid.split("::")[0]
         network = _BY_NETWORK.match(nodeid)

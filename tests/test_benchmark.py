@@ -157,7 +157,7 @@ def test_steps_in_one_call_are_those_one_by_one(monkeypatch, standard_promotion)
 
 @pytest.mark.slow
 def test_two_processes_take_turns_and_agree(monkeypatch):
-    """Measures one small layer: utilization and ratios follow from the times."""
+    """Measures one small layer: rates and utilization follow from the times."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as the command sets it
     both = ("cnnjax", "stock")
     facts, times = turns.measure("layers", both, "lenet.conv1", 128, 2, burst=0.01)
@@ -165,10 +165,7 @@ def test_two_processes_take_turns_and_agree(monkeypatch):
     assert [(row["pass"], row["side"]) for row in rows] == [
         (key, side) for key in cases.PASSES["layers"] for side in both
     ]
-    for ours, stock in zip(rows[::2], rows[1::2]):
-        assert ours["over_cnnjax"] == 1
-        assert stock["min_ms"] <= stock["ms"] <= stock["max_ms"]
-        assert stock["over_cnnjax"] > 0
+    for ours in rows[::2]:
         assert ours["gflop_per_s"] == pytest.approx(1e3 / ours["ms"])
         assert ours["utilisation"] == pytest.approx(ours["gflop_per_s"] / ours["peak_gflop_per_s"])
 
@@ -404,8 +401,9 @@ def test_seeds_in_one_program_agree_and_are_reported(
     ways = ["one after the other", "vmap", "lax.map", "unrolled"]
     assert [row["way"] for row in rows] == ways
     for row in rows:
-        assert row["configurations"] == 2 and row["ms"] > 0 and row["compile_s"] > 0
-    assert rows[0]["speedup"] == 1
+        assert row["configurations"] == 2
+        # Of one round, the median is its only value.
+        assert row["speedup"] == pytest.approx(rows[0]["ms"] / row["ms"])
     assert "| unrolled | " in (tmp_path / "report.md").read_text()
     assert "of 2 LeNets" in capsys.readouterr().out
 

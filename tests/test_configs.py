@@ -211,7 +211,6 @@ def test_the_recipe_of_2012_runs_from_end_to_end(colors, tmp_path):
         "--workdir",
         tmp_path,
         flags=quick.FLAGS,
-        figures=True,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -306,6 +305,8 @@ def test_the_comparison_tells_of_runs_and_of_failures(tmp_path, monkeypatch, cap
         "mlp1_cifar10",
         "--config.dataset=digits",
         "--config.epochs=2",
+        # The tests' own process has eight devices.
+        "--config.parallel=jit",
     ]
     with monkeypatch.context() as patch:
         patch.setattr(mlp_vs_convnet, "run_sweep", run_sweep)

@@ -14,7 +14,6 @@ import threading
 import numpy as np
 import PIL.Image
 import pytest
-import sklearn.datasets
 
 from cnnjax.data import arrays, published, sources, splits
 from cnnjax.data.cifar_pickle import read_cifar_pickle
@@ -51,6 +50,9 @@ def test_the_default_needs_no_file():
         1,
     )
     assert digits.train.images.max() == 255 and digits.validation is None
+    # Imported here, since every worker of the tests collects this module.
+    import sklearn.datasets
+
     original = sklearn.datasets.load_digits()
     images = np.concatenate([digits.train.images, digits.test.images])
     np.testing.assert_array_equal(images[..., 0], np.round(original.images * (255 / 16)))

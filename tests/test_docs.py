@@ -95,9 +95,10 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
     instead of runs/."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jobs, "submit", run_a_job)
-    # The figures of training are drawn for the page about it.
-    if page != "docs/train.md":
-        quick.without_figures(monkeypatch.setattr)
+    quick.without_figures(monkeypatch.setattr)
+    # The figures of studies and of training are looked at in test_position.py and test_train.py.
+    if page == "docs/study.md":
+        monkeypatch.setattr(files, "write_figure", lambda path, figure: None)
     swept = tmp_path / "swept.py"
     swept.write_text(SWEEP)
     for words in commands(page):
@@ -111,15 +112,11 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
                     if not word.startswith("--config") or word.partition("=")[0] not in given
                 ]
         # No page's command reads scores.
-        words = [re.sub(r"^(--config\.epochs)=\d+$", r"\1=1", word) for word in words]
+        words = [re.sub(r"^(--config\.(?:epochs|seeds))=\d+$", r"\1=1", word) for word in words]
         words = [word.replace("runs/", f"{tmp_path}/") for word in words[2:]]
         if words[0] == "cnnjax.sweep":
             words[words.index("configs/lenet_digits.py")] = str(swept)
-        with monkeypatch.context() as patch:
-            # Each study of a table draws its figures; those of one study are drawn before.
-            if words[0] == "experiments.position_tables":
-                patch.setattr(files, "write_figure", lambda path, figure: None)
-            code = quick.exit_code(find_main(words[0]), words[1:])
+        code = quick.exit_code(find_main(words[0]), words[1:])
         assert code == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
     for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(block.replace("runs/", f"{tmp_path}/"), {})

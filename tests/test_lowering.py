@@ -303,7 +303,7 @@ def test_parameters_and_statistics_stay_float32_under_x64():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in PADDED_ALIKE])
 def test_an_empty_batch_has_an_empty_output_and_no_gradient(name):
     function, shapes = OPERATIONS[name]
     empty = draw(0, 0, *shapes[0][1:])
@@ -333,7 +333,7 @@ def test_an_empty_batch_leaves_running_statistics_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in PADDED_ALIKE])
 def test_programs_are_exported_for_every_batch_size(name):
     function, shapes = OPERATIONS[name]
     (batch,) = jax.export.symbolic_shape("batch")
@@ -373,6 +373,9 @@ def test_no_infinity_or_nan_is_met(flag):
         vjp(y)
         y, vjp = jax.vjp(functools.partial(norm_values, train=True), x, draw(1, 2), draw(2, 2))
         vjp(y)
+        # The mode would have raised an error.
+        with pytest.raises(FloatingPointError, match="encountered in "):
+            jnp.log(jnp.zeros(2)) - jnp.log(jnp.zeros(2))
 
 
 @pytest.mark.parametrize("form", ["cpu", "reference"])

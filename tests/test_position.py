@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
+import quick
 import scipy.stats
 from jax import lax
 
@@ -23,7 +24,7 @@ from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import base, create_model
 from cnnjax.models.small import SmallConvNet
-from cnnjax.position import defaults, encoder, results, study
+from cnnjax.position import defaults, encoder, report, results, study
 from cnnjax.position.encoder import encode, image_features, reachable_stages
 from cnnjax.position.metrics import METRICS, by_ring, rings, scores
 from cnnjax.position.readout import STRENGTHS, fit_exact, fit_sgd, full_size_error
@@ -198,7 +199,7 @@ def test_sgd_readouts_of_features_that_are_not_square_are_refused():
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_small_grid_loss_is_the_error_at_full_size(align_corners):
     goals = jnp.stack([jnp.asarray(target(name, 50)) for name in TARGETS])
-    maps = jax.random.uniform(jax.random.key(0), (3, 7, 7, 5))
+    maps = quick.normal(0, 3, 7, 7, 5)
     upsampled = cnn.resize(maps, 50, align_corners)
     direct = jnp.square(upsampled - goals.transpose(1, 2, 0)).mean((0, 1, 2))
     np.testing.assert_allclose(full_size_error(goals, 7, align_corners)(maps), direct, rtol=1e-4)
@@ -321,11 +322,9 @@ def test_stages_that_survive_without_padding():
     assert reachable_stages(create_model("vgg11", padding="random"), 64) == blocks
 
 
-def initialize(model, size: int, last: str, seed: int = 0) -> dict:
+def initialize(model, size: int, last: str) -> dict:
     """Returns random variables of a network up to the stage `last`."""
-    image = jnp.zeros((1, size, size, 3))
-    init = jax.jit(lambda key: model.init(key, image, method="stages", last=last))
-    return init(jax.random.key(seed))
+    return quick.variables(model, jnp.zeros((1, size, size, 3)), method="stages", last=last)
 
 
 def test_encoding_is_the_stages_resized_and_joined():
@@ -410,7 +409,7 @@ def test_features_are_cached_by_what_makes_them(tmp_path, monkeypatch):
     assert np.array_equal(both, once(model, variables, images, two))
     assert runs == [two]
     # Features of other weights, images, paddings, or pixel scales are computed.
-    once(model, initialize(model, 32, "block1", seed=1), images, one)
+    once(model, jax.tree.map(lambda leaf: 2 * leaf, first), images, one)
     once(model, variables, images[:, ::-1], one)
     once(model.clone(padding="reflect"), variables, images, one)
     once(model, variables, images, one, "unit")
@@ -457,6 +456,8 @@ def small_config() -> Iterator[ml_collections.ConfigDict]:
 def without_figure_files(monkeypatch):
     """For studies whose figures nobody looks at."""
     monkeypatch.setattr(files, "write_figure", lambda path, figure: None)
+    for name in ("_draw_scores", "_draw_rings", "_draw_maps"):
+        monkeypatch.setattr(report, name, lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")

@@ -50,9 +50,7 @@ def cifar(a_small_cifar, data_dir):
 
 
 def _init(model, **options):
-    return jax.jit(lambda key: model.init(key, jnp.zeros((1, *model.input_shape)), **options))(
-        jax.random.key(0)
-    )
+    return quick.variables(model, jnp.zeros((1, *model.input_shape)), **options)
 
 
 # ------------------------------------------------------------------ canvases

@@ -2,7 +2,6 @@
 
 import json
 
-import forked
 import numpy as np
 import pytest
 import quick
@@ -72,15 +71,12 @@ def test_splits():
     )
 
 
-def test_the_experiment_reports_every_network(tmp_path):
-    done = forked.run(
-        "experiments.position_redgreen",
-        *("--workdir", tmp_path, "--seeds", 2, "--paddings", "zeros", "random"),
-        *("--splits", "published"),
-        flags=quick.FLAGS,
-        changes={"_TRAIN": 100, "_TEST": 50, "_BATCH": 50, "_EPOCHS": 2},
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_experiment_reports_every_network(tmp_path, monkeypatch):
+    for name, value in {"_TRAIN": 100, "_TEST": 50, "_BATCH": 50, "_EPOCHS": 2}.items():
+        monkeypatch.setattr(position_redgreen, name, value)
+    arguments = ["--workdir", str(tmp_path), "--seeds", "2", "--paddings", "zeros", "random"]
+    assert position_redgreen.main([*arguments, "--splits", "published"]) == 0
     rows = json.loads((tmp_path / "redgreen.json").read_text())
     assert [(row["padding"], row["seed"], row["epochs"]) for row in rows] == [
         (p, s, 2) for p in ("zeros", "random") for s in (0, 1)

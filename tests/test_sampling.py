@@ -23,7 +23,7 @@ from cnnjax.inspect import layers, receptive_field
 from cnnjax.models import create_model, list_models
 from cnnjax.models.resnet import Block, basic, bottleneck
 from cnnjax.models.small import SmallConvNet, SmallResNet
-from cnnjax.nn import FILLS, SAMPLINGS, avg_pool, lowering, max_pool, sample
+from cnnjax.nn import FILLS, SAMPLINGS, avg_pool, lowering, max_pool, parameters, sample
 from experiments import sampling as study
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "sampling.npz")
@@ -275,8 +275,8 @@ def outputs(model, shape):
     """Returns the shapes of stages and logits, those of parameters, and whether layers stride."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     run = functools.partial(model.init_with_output, method="_run", train=False, last="logits")
-    # Plain lax operations state their strides.
-    with lowering("reference"):
+    # Plain lax operations state their strides. Random numbers take time to trace.
+    with lowering("reference"), parameters._SHAPES_ONLY(True):
         program, (maps, variables) = jax.make_jaxpr(run, return_shape=True)(jax.random.key(0), x)
     strides = {
         step

@@ -547,9 +547,8 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
     monkeypatch.setattr(training, "Parallel", lambda way: Parallel("jit"))
     monkeypatch.setattr(multilabel, "_LEAST", 1)
     file = tmp_path / "weights.safetensors"
-    weights.save_torchvision(
-        create_model("scene_net").init(jax.random.key(5), jnp.zeros((1, *SIZE, 3))), file
-    )
+    drawn = quick.variables(create_model("scene_net"), jnp.zeros((1, *SIZE, 3)))
+    weights.save_torchvision(drawn, file)
     arguments = [
         "--workdir",
         str(tmp_path / "run"),

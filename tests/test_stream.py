@@ -24,8 +24,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import quick
-from array_record.python import array_record_module
-from tensorflow_datasets.proto import tf_example_pb2
 
 from cnnjax.benchmark import decoding, jax_side
 from cnnjax.data import crops, folders, photographs, splits, stream
@@ -610,6 +608,10 @@ def imagenets_way(prepared, tmp_path):
     Returns (folder, dataset_info.json, function that adds a test split with given labels and
     encoded images).
     """
+    # Imported here, since every worker of the tests collects this module.
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2
+
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     where = copy / make_tfds.NAME / "1.0.0"
@@ -860,7 +862,7 @@ def test_the_next_whole_image_of_the_order_takes_a_damaged_ones_place(folder, ha
                 np.testing.assert_array_equal(theirs[place], images[place])
     for start in (1, 3, 4):
         assert_same(read(harmed, steps=range(start, 12), skip_damaged=True), skipping[start:])
-    assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=2), skipping[2:])
+    assert_same(read(harmed, steps=range(2, 12), skip_damaged=True, workers=1), skipping[2:])
     parts = [
         read(harmed, steps=range(12), skip_damaged=True, process_index=index, process_count=2)
         for index in (0, 1)
@@ -1050,7 +1052,8 @@ def test_the_benchmark_measures_every_way(monkeypatch):
     )
     (results,) = decoding.measure("", 1, workers=(0,))
     assert results["photographs"] == 13 and results["step_batch"] == 8
-    assert 200 < results["step_images_per_s"] < 401
+    # A pause may be longer than asked for on a busy machine, but never shorter.
+    assert 50 < results["step_images_per_s"] < 401
     for row in results["rows"]:
         assert row["min"] <= row["images_per_s"] <= row["max"] and row["images_per_s"] > 1
         assert row["over_step"] == pytest.approx(row["images_per_s"] / results["step_images_per_s"])
@@ -1101,6 +1104,10 @@ if __name__ == "__main__":
     del one
     assert time.monotonic() - began < 15
     assert len(multiprocessing.active_children()) == 1
+    # This stream is read to its end, and the other one is open when the program ends.
+    batches = stream.TrainingBatches(source, 36, range(8), seed=0, **options)
+    for images, _ in stream.iterate(batches, workers=2):
+        print(images.shape)
     print(time.monotonic())
 """
 
@@ -1109,8 +1116,8 @@ if __name__ == "__main__":
 def test_workers_outlive_signals_and_end_at_once(colors, tmp_path):
     """Workers ignore signals, which the parent handles, and end quietly with their stream.
 
-    A stream ends when it is exhausted or let go of, and with the program. Workers that waited until
-    their last batches are read would be killed after 25 s.
+    A stream ends when it is exhausted or let go of, and with the program, which leaves nothing.
+    Workers that waited until their last batches are read would be killed after 25 s.
     """
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
@@ -1122,8 +1129,11 @@ def test_workers_outlive_signals_and_end_at_once(colors, tmp_path):
         timeout=300,
     )
     ended = time.monotonic()
+    # Python would report shared memory as leaked if grain freed it in a thread.
     assert (done.returncode, done.stderr) == (0, "")
-    assert ended - float(done.stdout) < 15
+    *shapes, end = done.stdout.splitlines()
+    assert shapes == ["(36, 224, 224, 3)"] * 8
+    assert ended - float(end) < 15
 
 
 def is_running(process: int) -> bool:
@@ -1233,30 +1243,6 @@ def test_a_run_on_a_folder(colors, tmp_path):
         assert saved["labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         error = (saved["labels"] != saved["predicted"]).mean()
     assert error == pytest.approx(results["final"]["test_error"])
-
-
-@pytest.mark.slow
-def test_a_program_that_ends_with_its_stream_leaves_nothing(colors, tmp_path):
-    """Python would report shared memory as leaked if grain freed it in a thread."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys\n"
-        "from cnnjax.data import folders, stream\n"
-        "if __name__ == '__main__':\n"
-        "    source = folders.Folder(sys.argv[1])\n"
-        "    batches = stream.TrainingBatches(source, 36, range(8), seed=0, size=224, resize=0)\n"
-        "    for images, _ in stream.iterate(batches, workers=2):\n"
-        "        print(images.shape)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, program, colors / "train"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=300,
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.splitlines() == ["(36, 224, 224, 3)"] * 8
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import quick
 import scipy.stats
-import submitit
 
 from cnnjax import sweep
 from cnnjax.data import arrays
@@ -53,6 +52,7 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
         "cnnjax.sweep",
         "--config",
         config,
+        "--config.model=mlp3",
         "--config.epochs=2",
         "--workdir",
         str(runs),
@@ -93,8 +93,12 @@ def test_a_sweep_survives_being_killed_and_fills_one_table(tmp_path):
 
 def test_workers_share_a_sweep(tmp_path):
     """Two jobs of the local launcher: every run is done by one of them, once."""
+    # The jobs are processes of their own, which read the configuration.
     config = write_config(
-        tmp_path, "def sweep():\n    return [{'seed': seed} for seed in range(3)]"
+        tmp_path,
+        "import quick\n"
+        "quick.without_figures()\n"
+        "def sweep():\n    return [{'seed': seed} for seed in range(3)]",
     )
     runs = tmp_path / "runs"
     done = forked.run(
@@ -619,6 +623,9 @@ def test_a_value_that_submitit_does_not_take_is_named(setting, message, tmp_path
 
 @pytest.mark.parametrize("error", [TypeError, ValueError])
 def test_what_submitit_raises_of_a_value_is_one_line(error, tmp_path, monkeypatch):
+    # Imported here, since every worker of the tests collects this module.
+    import submitit
+
     def refuse(executor, **parameters):
         raise error("mem_gb\nis odd")
 

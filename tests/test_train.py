@@ -30,7 +30,7 @@ import cnnjax.main
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet import sow_logits
-from cnnjax.models.small import SmallResNet
+from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
 from cnnjax.runtime import backend, claims, files, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, schedules, step
@@ -86,7 +86,9 @@ def losses(
     constants = parallel.replicate(step.Constants(moments=MOMENTS, rates=rates))
     run, step_losses, previous_total = step.resident_steps(parallel, recipe, batch_size), [], 0.0
     for number in range(steps):
-        order = parallel.replicate(step.epoch_order(64, number // 4, NUMBERS.seed))
+        # An epoch has four steps.
+        if number % 4 == 0:
+            order = parallel.replicate(step.epoch_order(64, number // 4, NUMBERS.seed))
         images = step.Images(images=data[0], labels=data[1], order=order)
         state = run(state, constants, images, NUMBERS, np.int32(number + 1))
         total = float(parallel.fetch(state.totals)["loss"])
@@ -277,8 +279,7 @@ def test_the_weights_of_the_published_auxiliary_losses():
 def test_accumulated_parts_are_the_whole_batch():
     images, labels = some_data(16)
     # This network has no BatchNorm, whose statistics would be those of a part.
-    model = create_model("tutorial_net", num_classes=5, input_shape=(32, 32, 3))
-    images = np.tile(images, (1, 4, 4, 1))
+    model = SmallConvNet(num_classes=5, input_shape=(8, 8, 3), layers=((8, 1), (8, 2)))
     whole, parts = (
         one_step(step.Recipe(model, accumulate=count), NUMBERS, images, labels)[1]
         for count in (1, 4)
