@@ -21,7 +21,7 @@ def get_config():
     config.model = "resnet50"
     config.dtype = "bfloat16"
     config.dataset = "folder"
-    # Training crops have random area and aspect.
+    # 0 selects training crops of random area and aspect.
     config.resize = 0
     config.workers = 8
     config.augment.flip = True

@@ -24,7 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.bias_rate = 0.053
     config.head_rate = 0.67
     config.momentum = 0.85
-    # Times the batch size. It does not depend on the learning rate's peak.
+    # At the peak of the learning rate, whatever the peak is, the decay of a step is this times the
+    # batch size.
     config.weight_decay = 2e-6
     config.whiten_epochs = 3  # epochs in which the first layer's bias is trained
     config.label_smoothing = 0.2

@@ -42,8 +42,8 @@ def comment_of(lines: list[str], first: int, last: int) -> str:
     """Returns the comment behind a statement, or the comment block above it.
 
     Args:
-      lines: of the file.
-      first, last: the statement's, counted from 1.
+      lines: the lines of the file.
+      first, last: the numbers of the statement's first and last line, counted from 1.
     """
     behind = lines[last - 1].partition("  # ")[2]
     if behind:
@@ -111,7 +111,9 @@ def commands() -> str:
     for name in COMMANDS:
         text = help_of(f"cnnjax.{name}")
         sections.append(f"## python -m cnnjax.{name}\n\n```text\n{text}\n```\n")
-        for subcommand in VISUALIZE if name == "visualize" else ():
+        if name != "visualize":
+            continue
+        for subcommand in VISUALIZE:
             title = f"### python -m cnnjax.{name} {subcommand}"
             text = help_of(f"cnnjax.{name}", subcommand)
             sections.append(f"{title}\n\n```text\n{text}\n```\n")

@@ -86,8 +86,9 @@ def masks(units: int, removals: int, share: float, seed: int) -> np.ndarray:
     A removal with a larger share removes the same units and further ones.
     """
     generators = [np.random.default_rng([seed, number]) for number in range(removals)]
-    order = np.stack([generator.permutation(units) for generator in generators])
-    return (order >= round(share * units)).astype(np.float32)
+    # ranks[r, u] is the place of unit u in removal r: the first `share` of the places is removed.
+    ranks = np.stack([generator.permutation(units) for generator in generators])
+    return (ranks >= round(share * units)).astype(np.float32)
 
 
 def without(params: dict, layer: str, kept: jnp.ndarray) -> dict:
@@ -95,6 +96,7 @@ def without(params: dict, layer: str, kept: jnp.ndarray) -> dict:
 
     `kept` [units] is 0 for a removed unit and 1 for others.
     """
+    # The layer after "fc1" is "fc2", and so on.
     reader = f"fc{int(layer[2:]) + 1}"
     kernel = params[reader]["kernel"] * kept[:, None]
     return params | {reader: params[reader] | {"kernel": kernel}}
@@ -181,19 +183,19 @@ def measure(point: Point, options) -> dict:
     for layer in ("fc1", "fc2"):
         units = len(params[layer]["bias"])
         layer_masks[layer] = [masks(units, options.removals, share, point.seed) for share in SHARES]
-        measured = [
-            accuracies(model, layer, params, mask, test, data.test.labels)
-            for mask in layer_masks[layer]
-        ]
+        measured = []
+        for kept in layer_masks[layer]:
+            measured.append(accuracies(model, layer, params, kept, test, data.test.labels))
         result[layer] = np.stack(measured).tolist()
-    again = refitted(
+    refitted_accuracies = refitted(
         np.asarray(second_layer(model, params, train)),
         data.train.labels[:_FITTED],
         np.asarray(second_layer(model, params, test)),
         data.test.labels,
         np.concatenate(layer_masks["fc2"]),
     )
-    return result | {"refitted": np.reshape(again, (len(SHARES), options.removals)).tolist()}
+    shape = (len(SHARES), options.removals)
+    return result | {"refitted": np.reshape(refitted_accuracies, shape).tolist()}
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -230,7 +232,10 @@ def tabulate(results: list[dict]) -> str:
 
 
 def verdict(results: list[dict]) -> str:
-    """Judges the claim at half of the units, which dropout removed too, and at nine tenths."""
+    """Judges the claim at half of the units, which dropout removed too, and at nine tenths.
+
+    "D10" is its identifier in the ledger of claims (`experiments.claims`).
+    """
     sentences = []
     for (way, text), share in itertools.product(WAYS.items(), (0.5, 0.9)):
         number = SHARES.index(share)
@@ -260,6 +265,7 @@ def draw(results: list[dict]) -> Figure:
     for axis, (way, text) in zip(axes, WAYS.items()):
         for rate in RATES:
             errors = 100 - 100 * study.values(results, way, dropout=rate)
+            # [seeds, shares, removals] -> [shares, seeds x removals]
             errors = errors.transpose(1, 0, 2).reshape(len(SHARES), -1)
             label = f"trained with dropout {rate:g}" if rate else "without"
             (line,) = axis.plot(removed, errors.mean(1), ".-", label=label)

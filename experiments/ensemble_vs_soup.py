@@ -99,8 +99,8 @@ def points(options):
             f"start_epochs={options.start_epochs} is less than epochs={options.epochs}: the "
             "network that restarts trains for the sum, and needs two cycles of `epochs`"
         )
-    # Only the start can be checked now: the other networks need its weights.
-    start = next(iter(plan(folder_of(options, 0), options, 0).values()))
+    # Only the start, which comes first, can be checked now: the others need its weights.
+    start, *_ = plan(folder_of(options, 0), options, 0).values()
     loop.check(start)
     result = []
     for repetition in range(options.repetitions):
@@ -271,7 +271,10 @@ def tabulate(results: list[dict]) -> str:
 
 
 def gain_sentences(results: list[dict], options) -> list[str]:
-    """Judges the lecture's statements on ensembles, snapshots, and averages."""
+    """Judges the lecture's statements on ensembles, snapshots, and averages.
+
+    "D7" is a claim's identifier in the ledger (`experiments.claims`), and so is "D8" below.
+    """
 
     def gain(group, method):
         return study.values(results, "gain", group=group, method=method)

@@ -44,14 +44,15 @@ def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
     """
     words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
     process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
-    while True:
-        # Ctrl-C also reaches the sweep; wait until the sweep has saved.
+    code = None
+    while code is None:
+        # Ctrl-C also reaches the sweep; keep waiting until the sweep has saved.
         with contextlib.suppress(KeyboardInterrupt):
             code = process.wait()
-            # Python returns the number of a signal as a negative one.
-            if code < 0:
-                return 128 - code
-            return code
+    # The code is -N if signal N ended the process.
+    if code < 0:
+        return 128 - code
+    return code
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -85,10 +86,11 @@ def compare(folder: pathlib.Path) -> list[dict]:
 
 
 def describe(runs: list[dict]) -> dict:
-    """Returns what the runs of one network have in common, and their mean learning curve.
+    """Summarizes the runs of one network: size, epochs, mean time, and mean learning curve.
 
-    Runs that stop early have fewer epochs than others: "epochs" are those of the longest, and the
-    curve's mean of an epoch is that of the runs that reached it.
+    Runs that stop early have fewer epochs than others: "epochs" and "fewest_epochs" are those of
+    the longest and the shortest run, and the curve's mean of an epoch is over the runs that reached
+    it.
     """
     curves = []
     for run in runs:
@@ -106,7 +108,10 @@ def describe(runs: list[dict]) -> dict:
 def by_epoch(curves: list[list[float]]) -> list[list[float]]:
     """Returns, for each epoch, the values of the curves that reach it."""
     longest = max(len(curve) for curve in curves)
-    return [[curve[epoch] for curve in curves if epoch < len(curve)] for epoch in range(longest)]
+    values = []
+    for epoch in range(longest):
+        values.append([curve[epoch] for curve in curves if epoch < len(curve)])
+    return values
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -166,8 +171,8 @@ def write_report(folder: pathlib.Path, rows: list[dict]) -> None:
     table = tabulate(rows)
     failures = ""
     for row in rows:
-        for error in row["failed"][:1]:
-            failures += f"\n{row['network']}: {error}\n"
+        if row["failed"]:
+            failures += f"\n{row['network']}: {row['failed'][0]}\n"
     text = f"""# Perceptrons against convolutional networks
 
 Errors in percent, mean ± sample standard deviation over seeds; the test set is scored once, at the
@@ -213,8 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
         code = max(code, result)
         if result not in (0, 1):
             break
-    # What has failed is in the report, too.
-    return command.run(lambda: report(folder)) or code
+    # The report is written after failures, too, because it names them.
+    report_code = command.run(lambda: report(folder))
+    if report_code:
+        return report_code
+    return code
 
 
 if __name__ == "__main__":

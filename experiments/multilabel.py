@@ -36,7 +36,8 @@ from cnnjax.train.small import pooled_features
 
 _BATCH = 16
 _INVERSE_PENALTY = 0.01  # scikit-learn's C, on standardized features; not tuned
-_LEAST = 10  # scenes of each part that must show a class for it to count, and must lack it
+# A class counts if this many scenes of each part show it, and this many lack it.
+_LEAST = 10
 BASELINE = "prevalence"
 SCRATCH = "scene_net, trained from scratch"
 
@@ -112,7 +113,7 @@ def counted_classes(data: arrays.Dataset) -> np.ndarray:
 def load(options) -> Shared:
     for name, file in options.weights:
         transfer.weights_file(file, f"weights={name}")
-        # Besides "logits", which every network has.
+        # Every network has the stage "logits"; the features need another one.
         if len(transfer.stage_paths(create_model(name))) < 2:
             raise ValueError(
                 f"weights={name}={file}: {name} has no stages whose features could be read"
@@ -189,9 +190,13 @@ def measure(point: Point, options, shared: Shared) -> dict:
         config = configure(options, point.seed)
         result = workdir.run_once(loop.run, config, folder, study.update_recorded_paths)
         return {"method": point.method(), "ap": result["by_class"]}
-    # ImageNet weights are the same in all repetitions; random weights are drawn by the seed.
-    file = dict(options.weights)[point.network] if point.weights == "imagenet" else None
-    train, test = shared.features(point.network, file, 0 if file else point.seed)
+    file = None
+    weights_seed = point.seed
+    if point.weights == "imagenet":
+        # These weights are the same in all repetitions, so their features are computed once.
+        file = dict(options.weights)[point.network]
+        weights_seed = 0
+    train, test = shared.features(point.network, file, weights_seed)
     scores = regress(train, shared.data.train.labels, test, point.seed)
     ap = evaluate.average_precision(scores, shared.data.test.labels)
     return {"method": point.method(), "ap": ap}
@@ -205,7 +210,9 @@ def precision_by_method(results: list[dict], counted: np.ndarray) -> dict[str, n
     by_method = {}
     for method in study.unique(results, "method"):
         rows = study.select(results, method=method)
-        by_method[method] = np.array([[row["ap"][number] for number in counted] for row in rows])
+        # Classes that do not count may have no precision, None, which becomes NaN here.
+        precisions = np.array([row["ap"] for row in rows], float)
+        by_method[method] = precisions[:, counted]
     return by_method
 
 

@@ -81,7 +81,10 @@ def load(options) -> arrays.Split:
 
 
 def without_dropout(name: str) -> Network:
-    """Builds a network for ten classes, at the smallest image size that its layers allow."""
+    """Builds a network without dropout, for ten classes and images of at most 64 px.
+
+    The networks in `_SIZES` get larger images.
+    """
     published = create_model(name)
     size = _SIZES.get(name, min(published.input_shape[0], 64))
     fields = [field for field in ("dropout", "dropout_aux") if hasattr(published, field)]

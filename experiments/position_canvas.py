@@ -21,7 +21,8 @@ from cnnjax import study
 from cnnjax.data import arrays
 from cnnjax.models.small import SmallConvNet
 from cnnjax.nn import FILLS
-from cnnjax.position.canvas import CANVASES, GRID, TASKS, draw
+from cnnjax.position.canvas import CANVASES, GRID, TASKS
+from cnnjax.position.canvas import draw as draw_canvases
 from cnnjax.runtime import command, tables
 from cnnjax.train.small import classify, train_epochs
 
@@ -91,15 +92,19 @@ def points(options):
 
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains one network on one task; the seed chooses images and cells of training and test."""
+    # --train and --epochs have one value for each task, in the order of TASKS.
     number = list(TASKS).index(point.task)
-    images, labels = draw(data.train, options.train[number], 2 * point.seed, point.canvas)
+    # Training and test draw with different seeds.
+    train_seed = 2 * point.seed
+    test_seed = 2 * point.seed + 1
+    images, labels = draw_canvases(data.train, options.train[number], train_seed, point.canvas)
     model = SmallConvNet(
         TASKS[point.task], point.padding, input_shape=images.shape[1:], layers=LAYERS
     )
     split = arrays.Split(images, labels[point.task])
     epochs = options.epochs[number]
     *_, variables = train_epochs(model, split, epochs, point.seed, batch_size=_BATCH)
-    images, labels = draw(data.test, options.test, 2 * point.seed + 1, point.canvas)
+    images, labels = draw_canvases(data.test, options.test, test_seed, point.canvas)
     correct = classify(model, variables, images) == labels[point.task]
     return {"accuracy": float(correct.mean())}
 
@@ -113,7 +118,7 @@ def columns(results: list[dict]) -> list[tuple[str, str]]:
 
 
 def accuracies(results: list[dict], column: tuple[str, str], padding: str):
-    """Returns the accuracies of a cell of the table, in percent, by seed."""
+    """Returns the accuracies of one task, canvas and padding in percent, by seed."""
     task, canvas = column
     return 100 * study.values(results, "accuracy", task=task, canvas=canvas, padding=padding)
 
@@ -122,8 +127,8 @@ def tabulate(results: list[dict]) -> str:
     seeds = str(len(study.unique(results, "seed")))
     lines = []
     for padding in study.unique(results, "padding"):
-        cells = [accuracies(results, column, padding) for column in columns(results)]
-        lines.append([padding, *(tables.spread(cell, 1) for cell in cells), seeds])
+        by_column = [accuracies(results, column, padding) for column in columns(results)]
+        lines.append([padding, *(tables.spread(values, 1) for values in by_column), seeds])
     names = [f"{task}, {canvas}, %" for task, canvas in columns(results)]
     return tables.table(["padding", *names, "n"], lines)
 

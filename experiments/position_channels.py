@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from cnnjax import study
 from cnnjax.data import arrays
 from cnnjax.models.small import SmallResNet
-from cnnjax.position.canvas import GRID, TASKS, draw
+from cnnjax.position.canvas import GRID, TASKS
+from cnnjax.position.canvas import draw as draw_canvases
 from cnnjax.runtime import tables
 from cnnjax.train.small import classify, pooled_features, train_epochs
 from cnnjax.transfer import linear_probe
@@ -95,8 +96,9 @@ def rank(features: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
 def measure(point: Point, options, data: arrays.Dataset) -> dict:
     """Trains one network; measures its accuracy whole, by readouts, and without channels."""
     network, task, seed = point
-    train, train_labels = draw(data.train, options.train, 2 * seed)
-    test, labels = draw(data.test, options.test, 2 * seed + 1)
+    # Training and test draw with different seeds.
+    train, train_labels = draw_canvases(data.train, options.train, 2 * seed)
+    test, labels = draw_canvases(data.test, options.test, 2 * seed + 1)
     permute = network == "permutenet"
     model = SmallResNet(TASKS[task], input_shape=train.shape[1:], permute=permute)
     *_, variables = train_epochs(

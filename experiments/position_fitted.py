@@ -5,9 +5,9 @@
 
 The position study fits a linear readout of horizontal position (H) to 24 crops of photographs. Here
 a readout is fitted to photographs, to the same photographs with their pixels shuffled, or to noise
-images, and is scored on unseen images of the same kind. The encoders have random weights.
-If fewer images are fitted to than there are photographs for it, each seed draws photographs at
-random; a seed's smaller draw is part of its larger one.
+images, and is scored on unseen images of the same kind. The encoders have random weights. If there
+are more photographs than images to fit to, each seed draws photographs at random; a seed's smaller
+draw is part of its larger one.
 
 A nonlinear readout has one hidden layer. All stages are resized to one grid, in one of two ways:
 
@@ -263,10 +263,10 @@ def _first_column(maps) -> tuple[float, float]:
 # --- Report ---------------------------------------------------------------------------------------
 
 
-def rows_of(results: list[dict], point: dict, **fields) -> list[dict]:
-    """Returns the selected readouts of the selected points."""
+def rows_of(results: list[dict], point_fields: dict, **fields) -> list[dict]:
+    """Returns readouts with the values `fields`, of points with the values `point_fields`."""
     rows = []
-    for result in study.select(results, **point):
+    for result in study.select(results, **point_fields):
         rows += study.select(result["readouts"], **fields)
     return rows
 
@@ -288,8 +288,8 @@ def tabulate(results: list[dict]) -> str:
         fields = {name: kind[name] for name in ("readout", "grid", "count")}
         cells = []
         for padding in paddings:
-            point = {"encoder": encoder, "images": images, "padding": padding}
-            rows = rows_of(results, point, **fields)
+            point_fields = {"encoder": encoder, "images": images, "padding": padding}
+            rows = rows_of(results, point_fields, **fields)
             cells.append(tables.spread(study.values(rows, "median_r2"), 2))
         label = [encoder, images, str(kind["count"]), kind["readout"], kind["grid"]]
         lines.append([*label, *cells, seeds])
@@ -322,10 +322,11 @@ def draw(results: list[dict]) -> Figure:
     axes = figure.subplots(len(encoders), len(kinds), squeeze=False, sharex=True, sharey=True)
     for axis, (encoder, images) in zip(axes.flat, itertools.product(encoders, kinds)):
         for padding in paddings:
-            point = {"encoder": encoder, "images": images, "padding": padding}
+            point_fields = {"encoder": encoder, "images": images, "padding": padding}
             curve = []
             for count in counts:
-                rows = rows_of(results, point, readout="linear", grid="corners", count=count)
+                fields = {"readout": "linear", "grid": "corners", "count": count}
+                rows = rows_of(results, point_fields, **fields)
                 curve.append(study.values(rows, "median_r2"))
             study.draw_curve(axis, counts, curve, marker="o", ms=3, lw=1, label=padding)
         axis.axhline(0, color="black", lw=0.5)

@@ -66,7 +66,7 @@ _DRAWN_DISTANCES = 7
 
 
 class Windows(NamedTuple):
-    """The windows of one network, without any images."""
+    """A point of the second part: how often a network reads each pixel; `part` is "reads"."""
 
     part: str
     network: str
@@ -224,7 +224,10 @@ def tabulate_patterns(results: list[dict]) -> str:
 
 
 def shown_stage(records: list[dict]) -> list[dict]:
-    """Returns the records of the last stage with distances enough to draw, or with the most."""
+    """Returns the records of the last stage whose map is large enough to draw.
+
+    If no map is, these are the records of the last of the largest maps.
+    """
     most = max(len(record["profile"]) for record in records)
     least = min(most, _DRAWN_DISTANCES)
     large = [record for record in records if len(record["profile"]) >= least]
@@ -279,9 +282,11 @@ def draw_distances(results: list[dict]) -> Figure:
 def tabulate_sizes(results: list[dict]) -> str:
     lines = []
     for result in results:
+        # The number of unread rows by size and by strided window.
         unread = result["unread"]
-        even = [size for size in unread if not any(unread[size].values())]
-        line = [result["network"], str(len(unread[str(SHOWN[0])])), ", ".join(even)]
+        even = [size for size, by_window in unread.items() if not any(by_window.values())]
+        n_windows = len(unread[str(SHOWN[0])])
+        line = [result["network"], str(n_windows), ", ".join(even)]
         for size in SHOWN:
             uneven = [window for window, count in unread[str(size)].items() if count]
             line.append(", ".join(uneven) or "none")

@@ -226,29 +226,31 @@ def tabulate(results: list[dict]) -> str:
     return tables.table(["trained at", "sampling", "padding", *headings, "n"], lines)
 
 
-def tabulate_differences(results: list[dict], axis: str, kind: str) -> str:
+def tabulate_differences(results: list[dict], varied: str, kind: str) -> str:
     """Tabulates differences between all pairs of samplings or paddings, paired by seed.
 
     Args:
-      axis: "sampling" or "padding".
+      varied: what the networks of a pair differ in, "sampling" or "padding".
       kind: the places that are compared, as in `summarize`.
     """
-    fixed = "padding" if axis == "sampling" else "sampling"
-    pairs = list(itertools.combinations(study.unique(results, axis), 2))
+    # What the networks of a pair share.
+    shared = "padding" if varied == "sampling" else "sampling"
+    pairs = list(itertools.combinations(study.unique(results, varied), 2))
     lines = []
-    for place, choice in itertools.product(
-        study.unique(results, "place"), study.unique(results, fixed)
+    for place, shared_name in itertools.product(
+        study.unique(results, "place"), study.unique(results, shared)
     ):
-        line = [place, choice]
+        line = [place, shared_name]
         by_name = {}
-        for name in study.unique(results, axis):
-            networks = study.select(results, **{"place": place, fixed: choice, axis: name})
+        for name in study.unique(results, varied):
+            fields = {"place": place, shared: shared_name, varied: name}
+            networks = study.select(results, **fields)
             by_name[name] = np.array([summarize(network)[kind] for network in networks])
         for first, second in pairs:
             line.append(tables.interval(by_name[second] - by_name[first], 1, "+"))
         lines.append(line)
     headings = [f"{second} - {first}" for first, second in pairs]
-    return tables.table(["trained at", fixed, *headings], lines)
+    return tables.table(["trained at", shared, *headings], lines)
 
 
 def tabulate_half_strides(results: list[dict]) -> str:

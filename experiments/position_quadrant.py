@@ -59,7 +59,7 @@ _BATCH = 8
 # Strengths of the ridge penalty, relative to the mean eigenvalue of the Gram matrix.
 _STRENGTHS = 10.0 ** np.arange(-4, 3)
 # A rook like the one in the authors' images: 12 columns and 16 rows, as pairs of a row and its
-# repetitions.
+# repetitions. Brightness is from 0 to 9.
 _ROOK = (
     ([9, 9, 0, 0, 9, 9, 9, 9, 0, 0, 9, 9], 2),
     ([9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9], 1),
@@ -169,10 +169,11 @@ def train_rook(padding, key):
     model = RookNet(padding)
     optimizer = optax.sgd(_RATE, _MOMENTUM)
     images = jnp.asarray(rooks())
-    init_key, noise = jax.random.split(key)
+    # The padding 'random' draws its values with `fill_key`.
+    init_key, fill_key = jax.random.split(key)
 
     def apply(params, x):
-        return model.apply({"params": params}, x, rngs={"padding": noise})
+        return model.apply({"params": params}, x, rngs={"padding": fill_key})
 
     def loss(params, label):
         logits = apply(params, images[label][None])
@@ -190,9 +191,9 @@ def train_rook(padding, key):
 
 def kernels_that_differ(padding: str, seed: int) -> float:
     """Returns the share of untrained kernels whose largest responses to the images differ."""
-    kernel_key, noise = jax.random.split(jax.random.key(seed))
+    kernel_key, fill_key = jax.random.split(jax.random.key(seed))
     kernels = uniform_fan_in(25)(kernel_key, (5, 5, 1, _KERNELS))
-    responses = conv(jnp.asarray(rooks()), kernels, padding=2, fill=padding, key=noise)
+    responses = conv(jnp.asarray(rooks()), kernels, padding=2, fill=padding, key=fill_key)
     largest = nn.relu(responses).max((1, 2))
     return float((jnp.abs(largest[0] - largest[1]) > 1e-5 * largest.max()).mean())
 
@@ -285,8 +286,8 @@ def measure_quadrant(point: Quadrant, paths: list[pathlib.Path], images: int) ->
     The difference is relative to the mean response.
     """
     model = create_model("resnet18", padding=point.padding)
-    # Drawn with zero padding, so that all paddings share weights. Without padding, 64 pixels would
-    # not reach layer4.
+    # Drawn with zero padding, so that all paddings share weights. `initialize` uses 64 pixels,
+    # which would not reach layer4 without padding.
     variables = initialize(create_model("resnet18"), jax.random.key(point.seed))
     last = reachable_stages(model, _CANVAS + 2 * point.border)[-1]
     content = []
@@ -323,8 +324,8 @@ def tabulate_rook(results: list[dict]) -> str:
 def draw_rook(results: list[dict]) -> Figure:
     """Draws the two images, and bars by padding."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    *images, axis = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
-    for image_axis, image, title in zip(images, rooks(), ("top left", "bottom right")):
+    *image_axes, bar_axis = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
+    for image_axis, image, title in zip(image_axes, rooks(), ("top left", "bottom right")):
         image_axis.imshow(image[..., 0], cmap="gray")
         image_axis.set(title=title, xticks=[], yticks=[])
     paddings = study.unique(results, "padding")
@@ -334,11 +335,11 @@ def draw_rook(results: list[dict]) -> Figure:
         ("differ", "untrained: kernels that respond differently"),
     ):
         series[label] = [100 * study.values(results, name, padding=padding) for padding in paddings]
-    study.draw_bars(axis, series)
-    axis.axhline(50, color="black", lw=0.5)
-    axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
-    axis.set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
-    axis.legend(fontsize=8, loc="upper left")
+    study.draw_bars(bar_axis, series)
+    bar_axis.axhline(50, color="black", lw=0.5)
+    bar_axis.set_xticks(range(len(paddings)), paddings, fontsize=8)
+    bar_axis.set(ylabel="%", ylim=(0, 150), yticks=(0, 50, 100))
+    bar_axis.legend(fontsize=8, loc="upper left")
     return figure
 
 

@@ -116,6 +116,7 @@ def draw_images(
     Such boxes are in the upper part, or in the lower part if `dissimilar`.
     """
     labels = np.arange(count) % 2
+    # Class 1 is in the lower part; in dissimilar images, the parts are exchanged.
     is_low = (labels == 1) != dissimilar
     tops = np.where(is_low, _TOPS[1], _TOPS[0])
     rows = tops[:, None] + generator.integers(-4, 4, (count, 2))
@@ -188,10 +189,11 @@ def train_and_test(padding, key, train, validation, tests):
     Returns the accuracies on the tests, and the number of epochs.
     """
     model = Net(padding)
-    init_key, noise = jax.random.split(key)
+    # The padding 'random' draws its values with `fill_key`.
+    init_key, fill_key = jax.random.split(key)
 
     def apply(params, images):
-        return model.apply({"params": params}, images, rngs={"padding": noise})
+        return model.apply({"params": params}, images, rngs={"padding": fill_key})
 
     def loss(params, data):
         images, labels = data
@@ -294,8 +296,9 @@ def draw(results: list[dict]) -> Figure:
     """Draws both classes of both kinds of images, and the accuracies."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     *examples, bars = figure.subplots(1, 3, width_ratios=(1, 1, 2.5))
-    for axis, title in zip(examples, ("trained on, similar", "dissimilar")):
-        images, labels = draw_images(np.random.default_rng(0), 20, dissimilar=title == "dissimilar")
+    titles = {"trained on, similar": False, "dissimilar": True}
+    for axis, (title, dissimilar) in zip(examples, titles.items()):
+        images, labels = draw_images(np.random.default_rng(0), 20, dissimilar)
         gap = np.ones((_SIZE, 2, 3))
         pair = [images[labels == 0][0], gap, images[labels == 1][0]]
         axis.imshow(np.concatenate(pair, 1))

@@ -157,10 +157,12 @@ def slopes(maps: np.ndarray, kind: str) -> tuple[float, float]:
     scene = place + np.reshape(_SHIFTS, (-1, 1))
     mask = np.ones(rows.shape, bool)
     if kind == "object":
+        # The object covers these places of the scene, whatever the shift.
         mask = (scene >= _SIZE - _OBJECT) & (scene < _SIZE)
-    columns = [place[mask] / (_SIZE - 1), scene[mask] / (_SIZE - 1), np.ones(mask.sum())]
+    regressors = [place[mask] / (_SIZE - 1), scene[mask] / (_SIZE - 1), np.ones(mask.sum())]
     values = rows[mask].astype(np.float64)
-    (frame, content, _), *_ = np.linalg.lstsq(np.stack(columns, 1), values, rcond=None)
+    coefficients, *_ = np.linalg.lstsq(np.stack(regressors, 1), values, rcond=None)
+    frame, content, _ = coefficients
     return float(frame), float(content)
 
 
@@ -214,10 +216,11 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     *fitting, test = photographs.split(paths, _PARTS, point.seed)
     images = []
     for number, (part, count) in enumerate(zip(fitting, _COUNTS)):
+        # Crops to fit to and held-out crops are drawn with different seeds.
         images.append(photographs.random_crops(part, count, _SIZE, 2 * point.seed + number))
     groups = [test[start : start + _TOGETHER] for start in range(0, len(test), _TOGETHER)]
-    # It yields the crops to fit to, the held-out crops, then the scenes in the order of the loops
-    # below.
+    # `encode_all` yields the crops to fit to, the held-out crops, then the scenes in the order of
+    # the loops below.
     features = encode_all(point, images, groups)
     train, held_out = itertools.islice(features, 2)
     readout = fit_exact(train, held_out, target("H", _SIZE)[None])
@@ -225,6 +228,7 @@ def measure(point: Point, options, paths: list[pathlib.Path]) -> dict:
     for group in groups:
         for kind, path in itertools.product(KINDS, group):
             followed[kind].append(follow(readout, kind, path, next(features)))
+    # All photographs come first, then all objects.
     return {"scenes": list(itertools.chain(*followed.values()))}
 
 

@@ -135,6 +135,8 @@ def changes(
 
 
 def main_rows() -> Iterator[Row]:
+    # Every study also reads the image alone, which is the paper's PosENet. So the first two rows
+    # share a study, and `changes(())` below is a study without any network.
     for label, changed, text, encoder, padding in (
         ("PosENet", changes(), _POSENET, "posenet", "none"),
         ("VGG-16", changes(), _VGG16, "vgg16", "zeros"),
@@ -272,6 +274,8 @@ def configure(row: Row, options: argparse.Namespace) -> ml_collections.ConfigDic
     config.seeds = options.seeds
     for key, value in row.changes.items():
         config[key] = value
+    # A row's study has at most one network. `--trained` replaces its weights, unless the row is
+    # about random ones.
     name = next(iter(config.encoders), None)
     if row.changes.get("weights") != "random" and name in options.trained:
         config.weights, config.missing = options.trained[name]
@@ -446,10 +450,10 @@ def compare(row: Row, config: ml_collections.ConfigDict, results: dict) -> list[
             # The paper's stripes span -1 to 1, these 0 to 1.
             spc, mae = paper
             paper = (spc, mae / 2)
+        added = {"row": row.label, "paper": paper, "photographs": results.get("photographs")}
         for readout in READOUTS:
             for record in select(shown, target=target, data=data, readout=readout):
-                record = record | {"row": row.label, "paper": paper}
-                records.append(record | {"photographs": results.get("photographs")})
+                records.append(record | added)
     return records
 
 

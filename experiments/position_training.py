@@ -188,9 +188,10 @@ def probe(model: Network | None, variables: dict, images: np.ndarray) -> list[di
     goals = np.stack([target(name, FEATURE_SIZE) for name in _TARGETS])
     rows = []
     for stage, maps in features.items():
-        train, held_out, *parts = np.split(maps, np.cumsum(_PROBE))
+        # The black image comes after the test images.
+        train, held_out, natural, black_maps = np.split(maps, np.cumsum(_PROBE))
         readout = fit_exact(train, held_out, goals)
-        for data, part in zip(("natural", "black"), parts):
+        for data, part in (("natural", natural), ("black", black_maps)):
             predicted = readout(part)
             for number, name in enumerate(_TARGETS):
                 scored = scores(predicted[:, number], goals[number])
@@ -239,6 +240,28 @@ def trace(model: Network, variables: dict, context: np.ndarray, size: int) -> li
     return rows
 
 
+def score_shifts(
+    model: Network, variables: dict, middle: np.ndarray, shifted: np.ndarray, labels: np.ndarray
+) -> dict:
+    """Scores a network on unshifted and on shifted windows of the same test images.
+
+    Args:
+      middle: unshifted windows, uint8 [n, height, width, 3].
+      shifted: windows by shift, uint8 [shifts, n, height, width, 3].
+      labels: the classes [n].
+
+    Returns the accuracy on both, and the share of shifted windows that get the same class as the
+    unshifted one.
+    """
+    unshifted_classes = classify(model, variables, middle)
+    shifted_classes = np.stack([classify(model, variables, images) for images in shifted])
+    return {
+        "accuracy": float((unshifted_classes == labels).mean()),
+        "shifted": float((shifted_classes == labels).mean()),
+        "agreement": float((shifted_classes == unshifted_classes).mean()),
+    }
+
+
 def measure(point: Point, options, shared: Shared) -> dict:
     """Trains a network on images chosen by its seed, probes it during training, and tests it."""
     data = shared.data
@@ -266,17 +289,11 @@ def measure(point: Point, options, shared: Shared) -> dict:
                 rows = trace(model, variables, context, middle.shape[1])
                 traces += [{"epoch": epoch} | row for row in rows]
     # The loop ends with the variables of the last epoch, which are tested.
-    labels = data.test.labels[: options.test]
-    unshifted_classes = classify(model, variables, middle[: options.test])
-    by_shift = [classify(model, variables, part[: options.test]) for part in shifted]
-    shifted_classes = np.stack(by_shift)
-    return {
-        "accuracy": float((unshifted_classes == labels).mean()),
-        "shifted": float((shifted_classes == labels).mean()),
-        "agreement": float((shifted_classes == unshifted_classes).mean()),
-        "probes": probes,
-        "patterns": traces,
-    }
+    count = options.test
+    result = score_shifts(
+        model, variables, middle[:count], shifted[:, :count], data.test.labels[:count]
+    )
+    return result | {"probes": probes, "patterns": traces}
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -305,7 +322,7 @@ SHARED = Curve("shared change", "patterns", "shared", {})
 
 
 def by_seed(results: list[dict], padding: str, kind: str, name: str, **fields) -> np.ndarray:
-    """Returns one measurement of all networks with one padding.
+    """Returns one measurement of every network with a padding, [seeds].
 
     Args:
       kind: "probes" or "patterns", among which `fields` select one of each network.
@@ -451,7 +468,7 @@ def draw(results: list[dict], epochs: list[int], stages: list[str]) -> Figure:
             axis_row[0].set(ylabel="R2 of H", ylim=(-0.6, 1))
     if traced(results):
         axes[-1, 0].set(ylabel="shared change", ylim=(-0.1, 1))
-        # There is no panel below it that could carry the label.
+        # The column "all" has no panel of patterns, so its lowest panel carries the label.
         axes[-2, -1].set_xlabel("epoch")
         axes[-2, -1].tick_params(labelbottom=True)
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -105,7 +105,7 @@ def open_features(path: pathlib.Path | None) -> tuple[Network, dict]:
     return model, variables | {"params": variables["params"] | {"classifier.1": identity}}
 
 
-# Cached, since a program is compiled for each function (`evaluate.compiled`).
+# Cached, because `evaluate.compiled` compiles a program for each function object.
 @functools.cache
 def on_resized(size: int) -> Callable:
     """Returns a function of (model, variables, images) that resizes the images first."""
@@ -137,7 +137,7 @@ def extract(model: Network, variables: dict, images: np.ndarray, size: int) -> n
             batch_size=_BATCH,
             output=on_resized(size),
         )
-        return np.concatenate([*features])
+        return np.concatenate(list(features))
 
 
 def measure(point: Point, options, shared: Shared) -> dict:

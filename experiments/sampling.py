@@ -196,12 +196,10 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     test = enlarge(data.test.take(slice(options.test)), size)
     probed = enlarge(data.test.take(slice(-sum(_PROBE), None)), size)
     probed = middle(probed.images, size)
-    # Epoch 0 yields the initial variables. The loop ends with the trained ones.
-    for epoch, variables in enumerate(
-        train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
-    ):
-        if epoch == 0:
-            before = position(model, variables, probed)
+    # The first variables are the initial ones, the last ones are trained.
+    epochs = train_epochs(model, train, options.epochs, point.seed, batch_size=_BATCH)
+    before = position(model, next(epochs), probed)
+    *_, variables = epochs
     predicted = classify(model, variables, middle(test.images, size))
     return {
         "accuracy": float((predicted == test.labels).mean()),
@@ -229,26 +227,27 @@ def tabulate(results: list[dict]) -> str:
     return tables.table([*names, *headings, "n"], lines)
 
 
-def tabulate_differences(results: list[dict], axis: str = "sampling") -> str:
+def tabulate_differences(results: list[dict], varied: str = "sampling") -> str:
     """Tabulates differences of each sampling (or padding) from the first, paired by seed."""
-    fixed = "padding" if axis == "sampling" else "sampling"
+    # What both networks of a difference share.
+    shared = "padding" if varied == "sampling" else "sampling"
     headings = [column.heading for column in COLUMNS]
-    first, *others = study.unique(results, axis)
+    first, *others = study.unique(results, varied)
     seeds = str(len(study.unique(results, "seed")))
     lines = []
     groups = itertools.product(
-        study.unique(results, "network"), study.unique(results, fixed), others
+        study.unique(results, "network"), study.unique(results, shared), others
     )
-    for network, choice, other in groups:
-        fields = {"network": network, fixed: choice}
+    for network, shared_name, other in groups:
+        fields = {"network": network, shared: shared_name}
         cells = []
         for column in COLUMNS:
-            here = study.values(results, column.field, **fields, **{axis: other})
-            there = study.values(results, column.field, **fields, **{axis: first})
+            here = study.values(results, column.field, **fields, **{varied: other})
+            there = study.values(results, column.field, **fields, **{varied: first})
             differences = column.factor * (here - there)
             cells.append(tables.interval(differences, column.digits, "+"))
-        lines.append([network, choice, f"{other} - {first}", *cells, seeds])
-    return tables.table(["network", fixed, axis, *headings, "n"], lines)
+        lines.append([network, shared_name, f"{other} - {first}", *cells, seeds])
+    return tables.table(["network", shared, varied, *headings, "n"], lines)
 
 
 def draw(results: list[dict]) -> Figure:

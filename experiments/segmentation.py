@@ -181,7 +181,7 @@ def measure(point: Point, options, data: arrays.Dataset) -> dict:
     config = configure(options, point)
     if options.weights and not encoder_file(options).exists():
         weights.save_torchvision(read_encoder(options.weights), encoder_file(options))
-    file = predictions_file(options, *point)
+    file = predictions_file(options, point.padding, point.seed)
     workdir.run_once(loop.run, config, file.parent, study.update_recorded_paths)
     inside = reached(config, data.test.images.shape[1:])
     with np.load(file) as arrays_of_run:

@@ -73,6 +73,7 @@ def _group(path, _) -> str:
         return "whiten" if name == "bias" else "frozen"
     if name == "kernel":
         return "head" if module == "fc" else "filters"
+    # BatchNorm's scales stay 1.
     return {"bias": "biases", "scale": "frozen"}[name]
 
 
@@ -82,9 +83,10 @@ def _as_matrices(filters):
 
 
 def _renormalized(updates, params):
-    """Adds to each update a rescaling of its filters, which comes before it.
+    """Makes each update first rescale its filters, then change them.
 
-    Filters [height, width, in, out] get the norm sqrt(out), as if each had the norm 1.
+    All filters of a layer together, [height, width, in, out], get the norm sqrt(out), as if each
+    had the norm 1.
     """
 
     def renormalized(update, kernel):
@@ -103,8 +105,8 @@ def _optimizer(config, steps: int, whiten_steps: int) -> optax.GradientTransform
     """
 
     def sgd(peak, duration):
-        # The schedule multiplies the decay by the learning rate. The division makes the decay at
-        # the peak weight_decay times the batch size, whatever the peak is.
+        # The decay is later multiplied by the learning rate. Divided by the peak of this rate, it
+        # is weight_decay times the batch size at the peak, whatever the peak is.
         decay = config.weight_decay * config.batch_size / peak
         return optax.chain(
             optax.add_decayed_weights(decay),
@@ -151,9 +153,10 @@ def _training_views(config, images, mirrored, moments, number, key):
     step_key = jax.random.fold_in(jax.random.fold_in(key, _AUGMENT), number)
     keys = jax.random.split(step_key, config.batch_size)
     images = normalize(augment(keys, images, crop=config.crop, fill="reflect"), *moments)
-    # The first view of an image is mirrored at random; after that, every second view is mirrored.
-    per_epoch = config.n_train // config.batch_size
-    flip = mirrored ^ (number // per_epoch % 2 == 1)
+    # Alternating flip, as in airbench: `mirrored` decides in the first epoch; each further epoch
+    # mirrors the images that the one before did not.
+    epoch = number // (config.n_train // config.batch_size)
+    flip = mirrored ^ (epoch % 2 == 1)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -167,7 +170,9 @@ def _views(images):
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shifted = [images, padded[:, :size, :size], padded[:, 2:, 2:]]
     mirrored = [view[:, :, ::-1] for view in shifted]
-    return shifted + mirrored, (0.25, 0.125, 0.125) * 2
+    # The unchanged images and their mirror images count twice as much as the others.
+    weights = (0.25, 0.125, 0.125, 0.25, 0.125, 0.125)
+    return shifted + mirrored, weights
 
 
 def _test_batch(n_test: int, most: int) -> int:
@@ -214,26 +219,28 @@ def train_and_test(config, train, test, moments, seed):
     mirrored = jax.random.bernoulli(jax.random.fold_in(key, _FLIP), shape=(config.n_train,))
 
     def step(carry, batch):
-        params, stats, state = carry
+        """Takes one step; `batch` is its number and the numbers of its images."""
+        params, stats, opt_state = carry
         number, chosen = batch
         views = _training_views(config, images[chosen], mirrored[chosen], moments, number, key)
 
         def loss(params):
-            logits, new = model.apply(
+            logits, new_state = model.apply(
                 {"params": params, "batch_stats": stats}, views, train=True, mutable=["batch_stats"]
             )
             losses, _ = loss_and_errors(
                 "cross_entropy", logits, labels[chosen], config.label_smoothing
             )
-            return losses.sum(), new["batch_stats"]
+            return losses.sum(), new_state["batch_stats"]
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), stats, state), value / size
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), value / size
 
     def order(epoch):
         return epoch_order(config.n_train, epoch, seed)[: per_epoch * size]
 
+    # The images of all steps: the order of each epoch, cut into batches.
     numbers = jnp.arange(config.epochs * per_epoch)
     orders = jax.lax.map(order, jnp.arange(config.epochs)).reshape(-1, size)
     params = variables["params"]

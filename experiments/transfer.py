@@ -146,12 +146,14 @@ class Shared(NamedTuple):
 
 
 def load(options) -> Shared:
-    epoch = options.images // _BATCH  # steps per epoch
-    if options.images % (100 * _BATCH) or options.images > 50_000 or options.steps % epoch:
+    steps_per_epoch = options.images // _BATCH
+    # Even 1 % of the images are whole batches.
+    is_bad_size = options.images % (100 * _BATCH) or options.images > 50_000
+    if is_bad_size or options.steps % steps_per_epoch:
         raise ValueError(
             f"images={options.images} and steps={options.steps} do not fit: images is a multiple "
-            f"of {100 * _BATCH} of at most 50000, and steps one of images / {_BATCH}, the steps of "
-            "an epoch"
+            f"of {100 * _BATCH}, at most 50000, and steps a multiple of images / {_BATCH}, the "
+            "steps of one epoch"
         )
     networks = options.networks if "labels" in options.studies else ()
     files = {network: find_weights(options.weights, network) for network in networks}
@@ -212,11 +214,16 @@ def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
     for label in np.unique(labels):
         members = order[labels[order] == label]
         rank[members] = np.arange(len(members))
+    # An image's rank is its place among the images of its class. Sorted by rank, the order has the
+    # first image of every class, then the second of every class, and so on.
     return order[np.argsort(rank[order], kind="stable")]
 
 
 def enlarge(data: arrays.Dataset, options, seed: int) -> arrays.Dataset:
-    """Returns the images for few labels; the first ones are balanced over the classes."""
+    """Draws and resizes the images for few labels.
+
+    In every prefix of the training images, the classes are balanced as far as possible.
+    """
     chosen = balanced(data.train.labels, seed)[: options.images]
     train = resize(data.train.take(chosen), options.size)
     test = resize(data.test.take(slice(options.test)), options.size)
@@ -276,8 +283,9 @@ def train(folder: pathlib.Path, settings: dict[str, Any]) -> float:
     config.update_from_flattened_dict(settings)
     loop.check(config)
     keys = ["data_dir", "dataset"]
-    # A run of this study moves with it. A file is one of `--weights`, which may change from call to
-    # call, so an unfinished network stays bound to it.
+    # `initial_weights` is the folder of a base network, which moves with this study, or a file of
+    # `--weights`. A network that was begun with one file must not continue with another, so the
+    # path of a file is not updated.
     if pathlib.Path(config.initial_weights).is_dir():
         keys.append("initial_weights")
     update_paths = functools.partial(study.update_recorded_paths, keys=keys)
@@ -327,10 +335,14 @@ def measure_labels(point: FewLabels, options, shared: Shared) -> dict:
 
 
 def halves_folder(options, treatment: str, cut: int, seed: int) -> pathlib.Path:
-    # Such as "A2B+", "baseB", and "longB".
-    name = "longB" if treatment == LONG else treatment
     if treatment in TREATMENTS:
+        # Such as "A2B+".
         name = treatment.replace("n", str(cut))
+    elif treatment == LONG:
+        name = "longB"
+    else:
+        # "baseA" or "baseB".
+        name = treatment
     return options.workdir.absolute() / "halves" / f"{name}-{seed}"
 
 
@@ -441,7 +453,7 @@ def tabulate_gains(results: list[dict]) -> str:
     lines = []
     for name, control in controls.items():
         published = f"{PUBLISHED[name]:+.1f}" if name in PUBLISHED else ""
-        lines.append([name, *spreads([transferred - control], "+"), published])
+        lines.append([name, tables.spread(transferred - control, 1, "+"), published])
     return tables.table(["over", "here", "published"], lines)
 
 
@@ -473,8 +485,13 @@ def draw_halves(results: list[dict]) -> Figure:
 def report_halves(results: list[dict], options) -> study.Report:
     base = accuracies(results, treatment="baseB")
     longer = accuracies(results, treatment=LONG)
-    header = ["", *(f"n = {cut} ({layer.removesuffix('.*')})" for cut, layer in zip(CUTS, LAYERS))]
-    lines = [["baseB", *spreads([base] * len(CUTS))], [LONG, *spreads([longer] * len(CUTS))]]
+    header = [""]
+    for cut, layer in zip(CUTS, LAYERS):
+        header.append(f"n = {cut} ({layer.removesuffix('.*')})")
+    # The base networks have no cut, so they show the same value in every column.
+    lines = []
+    for name, column in (("baseB", base), (LONG, longer)):
+        lines.append([name, *spreads([column] * len(CUTS))])
     differences = []
     for treatment in TREATMENTS:
         columns = by_cut(results, treatment)

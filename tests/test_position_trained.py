@@ -206,7 +206,7 @@ def test_the_largest_batch_does_not_grow_with_the_photographs(monkeypatch, count
 
     moved = dict.fromkeys(position_shift.KINDS, blank(5))
     crops = lambda part, number, size, seed: blank(number)
-    monkeypatch.setattr(position_shift.photographs, "crops", crops)
+    monkeypatch.setattr(position_shift.photographs, "random_crops", crops)
     monkeypatch.setattr(position_shift, "scenes", lambda path: moved)
     monkeypatch.setattr(position_shift, "random_encoder", lambda *arguments: (None, {}, ()))
     monkeypatch.setattr(position_shift, "encode", encode)

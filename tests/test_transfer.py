@@ -688,7 +688,7 @@ def test_each_network_of_the_study_has_its_images_and_parts(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--images 5050", "images=5050 and steps=200 do not fit: images is a multiple of 5000"),
+        ("--images 5050", "images=5050 and steps=200 do not fit: images is a multiple of 5000, at"),
         ("--steps 150", "images=5000 and steps=150 do not fit"),
         ("--studies labels", "weights is not given; expected the folder of ImageNet's weights"),
         (

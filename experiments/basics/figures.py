@@ -13,6 +13,9 @@ from experiments.claims.figures import annotate
 from experiments.claims.operations import MAP, one_channel, plane
 from experiments.claims.position import SIZE
 
+# Colors of maps with positive and negative numbers.
+SIGNED = {"cmap": "PiYG", "vmin": -4, "vmax": 4}
+
 
 def draw_cells(axis, values, title: str = "", size: float = 8, **colors) -> None:
     """Draws a map [rows, columns] with its numbers.
@@ -20,7 +23,8 @@ def draw_cells(axis, values, title: str = "", size: float = 8, **colors) -> None
     NaN is an empty cell; `size` 0 leaves the numbers out.
     """
     values = np.asarray(values, float)
-    image = axis.imshow(values, **({"cmap": "Blues"} | colors))
+    colors.setdefault("cmap", "Blues")
+    image = axis.imshow(values, **colors)
     # Numbers on dark cells are white. The weights of red, green and blue give their brightness.
     brightness = image.to_rgba(values)[..., :3] @ (0.3, 0.6, 0.1)
     if size:
@@ -71,6 +75,20 @@ def draw_sobel(gray: np.ndarray) -> Figure:
 # --- Convolution ----------------------------------------------------------------------------------
 
 
+def draw_operands(axes, image: np.ndarray, kernels: np.ndarray, bias: np.ndarray) -> None:
+    """Draws in a row the channels of the input, then those of each filter, and its bias."""
+    channels, filters = kernels.shape[2:]
+    for channel in range(channels):
+        draw_cells(axes[channel], image[:, :, channel], f"input, channel {channel}", 7, vmax=8)
+    for number, panels in enumerate(axes[channels:].reshape(filters, channels + 1)):
+        for channel in range(channels):
+            title = f"filter {number}, channel {channel}"
+            draw_cells(panels[channel], kernels[:, :, channel, number], title, 9, **SIGNED)
+        panels[-1].set_axis_off()
+        text = f"bias {bias[number]:g}"
+        panels[-1].text(0.5, 0.5, text, ha="center", va="center", fontsize=11)
+
+
 def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride: int) -> Figure:
     """Draws one row per window: its frame on each channel, products, maps so far."""
     windows = numbers.steps(image, kernels, bias, stride)
@@ -79,22 +97,13 @@ def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride:
     values = np.stack([step["values"] for step in windows])
     size = [output_size(image.shape[axis], kernels.shape[axis], stride, 0) for axis in (0, 1)]
     maps = np.full((filters, *size), np.nan)
-    signed = {"cmap": "PiYG", "vmin": -4, "vmax": 4}
     result = {"cmap": "Oranges", "vmin": values.min(), "vmax": 2 * values.max()}
 
     figure = Figure(figsize=(19, 2 * (len(windows) + 1)))
     # Columns: the channels of the input; then, for each filter, its channels and its map.
     axes = figure.subplots(len(windows) + 1, channels + filters * (channels + 1))
     # The first row shows the input and the filters, each further row one window.
-    for channel in range(channels):
-        draw_cells(axes[0, channel], image[:, :, channel], f"input, channel {channel}", 7, vmax=8)
-    for number, panels in enumerate(axes[0, channels:].reshape(filters, channels + 1)):
-        for channel in range(channels):
-            title = f"filter {number}, channel {channel}"
-            draw_cells(panels[channel], kernels[:, :, channel, number], title, 9, **signed)
-        panels[-1].set_axis_off()
-        text = f"bias {bias[number]:g}"
-        panels[-1].text(0.5, 0.5, text, ha="center", va="center", fontsize=11)
+    draw_operands(axes[0], image, kernels, bias)
     for index, (step, line) in enumerate(zip(windows, axes[1:])):
         line[0].set_ylabel(f"window {index + 1}", fontsize=9)
         for channel in range(channels):
@@ -103,7 +112,7 @@ def draw_steps(image: np.ndarray, kernels: np.ndarray, bias: np.ndarray, stride:
         for number, panels in enumerate(line[channels:].reshape(filters, channels + 1)):
             for channel in range(channels):
                 part = step["products"][:, :, channel, number]
-                draw_cells(panels[channel], part, f"products: sum {part.sum():g}", 9, **signed)
+                draw_cells(panels[channel], part, f"products: sum {part.sum():g}", 9, **SIGNED)
             value = step["values"][number]
             maps[number].flat[index] = value
             draw_cells(panels[-1], maps[number], f"with bias: {value:g}", 9, **result)
@@ -129,7 +138,7 @@ def draw_product(axes, image, kernels, bias, stride: int) -> None:
     draw_cells(axes[0], rows, title, vmax=6, aspect="auto")
     axes[0].set_ylabel("window")
     title = f"filters, {columns.shape[0]} x {columns.shape[1]}"
-    draw_cells(axes[1], columns, title, cmap="PiYG", vmin=-4, vmax=4, aspect="auto")
+    draw_cells(axes[1], columns, title, **SIGNED, aspect="auto")
     title = f"product + bias ({bias[0]:g}, {bias[1]:g})"
     draw_cells(axes[2], rows @ columns + bias, title, 9, cmap="Oranges", vmax=40, aspect="auto")
     # Lines between the rows of a window.

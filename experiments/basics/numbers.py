@@ -203,14 +203,16 @@ def moved(gray: np.ndarray) -> list[dict]:
         if window == 1 and pool != "max":
             continue
         pooled = jax.jit(functools.partial(POOLS[pool], window=window, stride=stride))
-        still, one, whole = (plane(pooled(crop(shift))) for shift in (0, 1, stride))
+        still = plane(pooled(crop(0)))
+        by_one = plane(pooled(crop(1)))
+        by_stride = plane(pooled(crop(stride)))
         result.append(
             {
                 "pool": "none" if window == 1 else pool,
                 "window": name,
-                "changed": float((still != one).mean()),
-                "difference": float(np.sqrt(((still - one) ** 2).mean()) / still.std()),
-                "by the stride": float(np.abs(whole[:, 1:] - still[:, :-1]).max()),
+                "changed": float((still != by_one).mean()),
+                "difference": float(np.sqrt(((still - by_one) ** 2).mean()) / still.std()),
+                "by the stride": float(np.abs(by_stride[:, 1:] - still[:, :-1]).max()),
             }
         )
     return result
@@ -272,9 +274,12 @@ def shift_numbers(images: np.ndarray, fills: tuple[str, ...] = FILLS) -> dict[st
         middle = maps[-1, maps.shape[1] // 2].round(3)
         maps = maps[:-1]
         spread = np.ptp(maps, axis=0)
+        # What the position leaves unexplained: the variance over images at one position, relative
+        # to that of all values.
+        unexplained = maps.var(0, ddof=1).mean() / maps.var()
         result[fill] = {
             "size": list(maps.shape[1:]),
-            "explained by the position": float(1 - maps.var(0, ddof=1).mean() / maps.var()),
+            "explained by the position": float(1 - unexplained),
             "greatest spread": float(spread.max()),
             "pixels without spread": float((spread == 0).mean()),
             "columns told apart": len(np.unique(middle)),

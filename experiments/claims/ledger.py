@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
-WPI, UBC, UTSA, NUS, INHA = "WPI", "UBC", "UTSA", "NUS", "Inha"
 LECTURES = {
-    WPI: "WPI CS 539, Machine Learning",
-    UBC: "UBC CPSC 532S, lecture 6",
-    UTSA: "UTSA EE 6973, Applied Machine Learning with Big Data",
-    NUS: "NUS CS5242, lecture 8",
-    INHA: "Inha, Machine Learning",
+    "WPI": "WPI CS 539, Machine Learning",
+    "UBC": "UBC CPSC 532S, lecture 6",
+    "UTSA": "UTSA EE 6973, Applied Machine Learning with Big Data",
+    "NUS": "NUS CS5242, lecture 8",
+    "Inha": "Inha, Machine Learning",
 }
 
 HOLDS = "holds"

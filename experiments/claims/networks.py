@@ -30,7 +30,7 @@ def parameters(name: str, **fields) -> int:
 
 
 def by_layer(name: str) -> dict[str, int]:
-    """Returns the parameters of each layer."""
+    """Returns the number of parameters by layer; layers without parameters are left out."""
     return {row.name: row.parameters for row in layers_without_input(name) if row.parameters}
 
 
@@ -529,6 +529,7 @@ for _number, _row in enumerate(VGG16_TABLE):
 def vgg16_where() -> Verdict:
     rows = layers_without_input("vgg16")
     total = summary.totals(rows)
+    # The first two blocks have two convolutions each; their maps have strides 1 and 2.
     early = [row.memory for row in rows if row.kind == "Conv" and row.stride[0] <= 2]
     late = [row.parameters for row in rows if row.kind == "Dense"]
     shares = {
@@ -605,6 +606,7 @@ def configuration_tables() -> Verdict:
     wrong_rows = "; ".join(
         f"row {number} of {', '.join(columns)}" for number, columns in sorted(wrong.items())
     )
+    right_columns = [column for column in right if column not in different["second table"]]
     # A VGG ends in three linear layers.
     depth = {column: sum(blocks) + 3 for column, blocks in right.items()}
     return judge(
@@ -619,8 +621,8 @@ def configuration_tables() -> Verdict:
         "rows, as their text reads, contradict these headers, probably because repeated lines "
         "were lost when the text was extracted: the first table lacks one 3x3-128 in column B; "
         "the second is right only in column "
-        f"{', '.join(c for c in right if c not in different['second table'])} and lacks one "
-        f"convolution each in {wrong_rows} (rows of convolutions, from the top)",
+        f"{', '.join(right_columns)} and lacks one convolution each in {wrong_rows} (rows of "
+        "convolutions, from the top)",
     )
 
 
@@ -859,8 +861,8 @@ def residual_blocks() -> Verdict:
     blocks = {}
     for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
         params = variable_shapes(create_model(name))["params"]["layer1.0"]
-        kernels = [params[key]["kernel"].shape[:2] for key in sorted(params) if key[:4] == "conv"]
-        blocks[name] = kernels
+        convolutions = [key for key in sorted(params) if key.startswith("conv")]
+        blocks[name] = [params[key]["kernel"].shape[:2] for key in convolutions]
     pairs = [name for name in blocks if blocks[name] == [(3, 3), (3, 3)]]
     return judge(
         len(pairs) == len(blocks),

@@ -456,6 +456,7 @@ def matrix_product() -> Verdict:
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(x, np.float64), (3, 3), (1, 2))
+    # im2col: [batch, height, width, in, 3, 3] becomes one row of 3 x 3 x in values per window.
     patches = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 27)
     product = patches @ np.asarray(kernel, np.float64).reshape(27, 5)
     difference = float(np.abs(np.asarray(conv(x, kernel)).reshape(-1, 5) - product).max())
@@ -509,8 +510,7 @@ def commutative() -> Verdict:
     f, g = IMAGE, FILTER
     one = scipy.signal.convolve2d(f, g)
     other = scipy.signal.convolve2d(g, f)
-    # A layer computes the same with the filter flipped, and padding for the filter to reach every
-    # pixel.
+    # A layer with the flipped filter, and 2 pixels of padding, computes the same full convolution.
     ours = filtered(f, g[::-1, ::-1], padding=2)
     holds = np.array_equal(one, other) and np.array_equal(one, ours)
     return judge(holds, {"f * g, first row": one[0].tolist()})
@@ -538,6 +538,21 @@ def sobel() -> Verdict:
     return judge(holds, responses, note="each of the two finds the edges of one direction")
 
 
+def closest_shift(x: jnp.ndarray, moved: jnp.ndarray) -> float:
+    """Compares a dense layer's outputs for an image and the moved image, read as maps.
+
+    Returns their greatest difference under the shift that brings the maps closest.
+    """
+    dense = Dense(144)
+    variables = dense.init(jax.random.key(2), x.reshape(1, -1))
+    before = np.asarray(dense.apply(variables, x.reshape(1, -1))).reshape(12, 12)
+    after = np.asarray(dense.apply(variables, moved.reshape(1, -1))).reshape(12, 12)
+    distances = []
+    for shift in np.ndindex(12, 12):
+        distances.append(np.abs(np.roll(before, shift, (0, 1)) - after).max())
+    return float(min(distances))
+
+
 @OPERATIONS.claim(
     "A24",
     "UBC",
@@ -549,16 +564,8 @@ def equivariance() -> Verdict:
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 1))
     moved = jnp.roll(x, (2, 3), (1, 2))
 
-    # The dense layer's output is read as a map. No shift of it comes near the output for the moved
-    # image.
-    dense = Dense(144)
-    variables = dense.init(jax.random.key(2), x.reshape(1, -1))
-    before = np.asarray(dense.apply(variables, x.reshape(1, -1))).reshape(12, 12)
-    after = np.asarray(dense.apply(variables, moved.reshape(1, -1))).reshape(12, 12)
-    distances = []
-    for shift in np.ndindex(12, 12):
-        distances.append(np.abs(np.roll(before, shift, (0, 1)) - after).max())
-    closest = float(min(distances))
+    # No shift of the dense layer's output comes near the output for the moved image.
+    closest = closest_shift(x, moved)
 
     difference = {}
     for fill in ("circular", "zeros"):
@@ -825,13 +832,14 @@ def controlled_computation() -> Verdict:
         if row.kind == "Conv":
             size = f"{row.output[1]} px"
             macs[size] = macs.get(size, 0) + row.macs
-    # The layers of a block share a key, so its last convolution stays. Unlike the first, it reads
-    # as many channels as it writes.
+    # The layers of a block share a key, so the last one overwrites the others. It reads as many
+    # channels as it writes; the first does not.
     last_of_block = {}
     for row in layers("vgg16"):
         if row.kind == "Conv":
             last_of_block[f"{row.output[1]} px, {row.output[3]} channels"] = row.macs
-    constant = len(set(list(last_of_block.values())[:4])) == 1
+    first_four = list(last_of_block.values())[:4]
+    constant = len(set(first_four)) == 1
     return judge(
         constant,
         {

@@ -1,11 +1,10 @@
 """Claims about trained networks, judged by the committed results in measured.json.
 
 Nothing is trained here: measured.json holds each mean, its sample standard deviation, n, and the
-command that measures it. A difference counts if its 95 % interval excludes
-zero: Welch's for two means, Student's t for a mean such as a gain. The
-deviations of the position study are over images and seeds together, and n counts the seeds alone,
-so its intervals are too wide rather than too narrow. Wide intervals include zero easily, so a claim
-of *no* effect is not judged by them.
+command that measures it. A difference counts if its 95 % interval excludes zero: Welch's for two
+means, Student's t for a mean such as a gain. The deviations of the position study are over images
+and seeds together, and n counts the seeds alone, so its intervals are too wide rather than too
+narrow. Wide intervals include zero easily, so a claim of *no* effect is not judged by them.
 """
 
 import decimal
@@ -82,7 +81,7 @@ def evidence(*names: str) -> dict:
 # The position study. The paper's encoders have ImageNet weights, ours random ones, so only the
 # directions of effects are judged, not their sizes.
 
-RANDOM = "the direction; our encoders have random weights, so sizes are not compared"
+DIRECTION_ONLY = "the direction; our encoders have random weights, so sizes are not compared"
 
 
 @POSITION_STUDY.claim(
@@ -112,7 +111,7 @@ def image_alone() -> Verdict:
 def vgg_reads() -> Verdict:
     names = ["vgg_h", "vgg_h_black", "vgg_h_white", "vgg_v", "vgg_v_black", "vgg_v_white"]
     holds = min(mean(name) for name in names) > 0.5
-    return judge(False, evidence(*names), as_read=holds, note=RANDOM)
+    return judge(False, evidence(*names), as_read=holds, note=DIRECTION_ONLY)
 
 
 @POSITION_STUDY.claim(
@@ -128,7 +127,7 @@ def resnet_reads_more() -> Verdict:
         False,
         evidence("resnet_h", "vgg_h", "resnet_v", "vgg_v"),
         as_read=gap > half,
-        note=f"{RANDOM}; for V ({gap_v:.2f} ± {half_v:.2f}, n=5) {certain_v}",
+        note=f"{DIRECTION_ONLY}; for V ({gap_v:.2f} ± {half_v:.2f}, n=5) {certain_v}",
     )
 
 
@@ -136,7 +135,7 @@ def resnet_reads_more() -> Verdict:
 def one_by_one() -> Verdict:
     names = ("vgg_h_1x1", "vgg_g_1x1")
     suffices = all(mean(name) > 0.5 for name in names)
-    return judge(False, evidence(*names), as_read=suffices, note=RANDOM)
+    return judge(False, evidence(*names), as_read=suffices, note=DIRECTION_ONLY)
 
 
 @POSITION_STUDY.claim(
@@ -156,7 +155,7 @@ def larger_kernels() -> Verdict:
     if not all(certain.values()):
         note = "with random weights the three are within their spread"
         return Verdict(UNDECIDED, note, computed)
-    return judge(False, computed, as_read=min(gaps.values()) > 0, note=RANDOM)
+    return judge(False, computed, as_read=min(gaps.values()) > 0, note=DIRECTION_ONLY)
 
 
 @POSITION_STUDY.claim(
@@ -174,7 +173,7 @@ def deeper_layers() -> Verdict:
         gap = means[-1] - means[0]
         grows &= means == sorted(means) and gap > difference_half_width(blocks[0], blocks[-1])
         names += blocks
-    return judge(False, evidence(*names), as_read=grows, note=RANDOM)
+    return judge(False, evidence(*names), as_read=grows, note=DIRECTION_ONLY)
 
 
 @POSITION_STUDY.claim(
@@ -238,14 +237,15 @@ def segmentation() -> Verdict:
 # Training results of NUS
 
 
-def printed_error(name: str, printed: float, *, within: float) -> bool:
+def is_near_printed(name: str, printed: float, *, within: float) -> bool:
+    """Tells whether a measured mean is within so many points of the printed error."""
     return abs(mean(name) - printed) <= within
 
 
 @TRAINED.claim("D1", "NUS", "LeNet on MNIST: training error 0 %, test error 0.78 %")
 def lenet_result() -> Verdict:
     holds = mean("lenet_train") < 0.005
-    holds &= printed_error("lenet_test", 0.78, within=half_width("lenet_test"))
+    holds &= is_near_printed("lenet_test", 0.78, within=half_width("lenet_test"))
     return judge(holds, evidence("lenet_train", "lenet_test"))
 
 
@@ -283,7 +283,8 @@ def lenet5_accuracy() -> Verdict:
     "D2", "NUS", "A one-layer perceptron on CIFAR-10: training error 59 %, test error 65 %"
 )
 def mlp1_result() -> Verdict:
-    near = printed_error("mlp1_train", 59, within=1) and printed_error("mlp1_test", 65, within=1)
+    near = is_near_printed("mlp1_train", 59, within=1)
+    near &= is_near_printed("mlp1_test", 65, within=1)
     return judge(
         near,
         evidence("mlp1_train", "mlp1_test"),
@@ -297,7 +298,8 @@ def mlp1_result() -> Verdict:
     "D3", "NUS", "A three-layer perceptron on CIFAR-10: training error 0 %, test error 46 %"
 )
 def mlp3_result() -> Verdict:
-    near = printed_error("mlp3_train", 0, within=0.5) and printed_error("mlp3_test", 46, within=1)
+    near = is_near_printed("mlp3_train", 0, within=0.5)
+    near &= is_near_printed("mlp3_test", 46, within=1)
     return judge(
         near,
         evidence("mlp3_train", "mlp3_test"),
@@ -310,8 +312,8 @@ def mlp3_result() -> Verdict:
     "D4", "NUS", "The ten-layer ConvNet on CIFAR-10: training error 0 %, test error 20 %"
 )
 def convnet_result() -> Verdict:
-    near = printed_error("convnet_train", 0, within=0.5)
-    near &= printed_error("convnet_test", 20, within=1)
+    near = is_near_printed("convnet_train", 0, within=0.5)
+    near &= is_near_printed("convnet_test", 20, within=1)
     computed = evidence("convnet_train", "convnet_test")
     if not near:
         return judge(False, computed)
@@ -379,6 +381,31 @@ def soups() -> Verdict:
     return judge(holds, evidence("ensemble_time", "soup_time"))
 
 
+def follow_recipe(averages: dict[frozenset[int], int]) -> frozenset[int]:
+    """Follows the lecture's recipe for a greedy soup of four models, line by line.
+
+    `averages` is the accuracy of the average of each set of models.
+    """
+    # The sort is stable: equally accurate models keep their order.
+    models = sorted(range(4), key=lambda model: averages[frozenset([model])], reverse=True)
+    ingredients: frozenset[int] = frozenset()
+    for model in models:
+        joined = ingredients | {model}
+        if not ingredients or averages[joined] >= averages[ingredients]:
+            ingredients = joined
+    return ingredients
+
+
+def choose_soup(averages: dict[frozenset[int], int]) -> frozenset[int]:
+    """Returns the models that `combine.greedy` chooses."""
+
+    def accuracy(models):
+        return averages[frozenset(models)]
+
+    alone = [accuracy([model]) for model in range(4)]
+    return frozenset(combine.greedy(alone, accuracy))
+
+
 @TRAINED.claim(
     "D8.1",
     "UBC",
@@ -386,8 +413,7 @@ def soups() -> Verdict:
     "average if its accuracy does not fall",
 )
 def greedy_soup() -> Verdict:
-    # One number for each of four models and for the accuracy of each average of them, coarse
-    # enough for ties.
+    # A random accuracy, 0 to 3, for each set of four models; so few values give ties.
     generator = np.random.default_rng(0)
     cases = 100
     equal = 0
@@ -396,15 +422,7 @@ def greedy_soup() -> Verdict:
         for count in range(1, 5):
             for models in itertools.combinations(range(4), count):
                 averages[frozenset(models)] = int(generator.integers(4))
-        alone = [averages[frozenset([model])] for model in range(4)]
-        # The recipe, line by line. Equally accurate models keep their order.
-        ingredients: frozenset[int] = frozenset()
-        for model in sorted(range(4), key=alone.__getitem__, reverse=True):
-            joined = ingredients | {model}
-            if not ingredients or averages[joined] >= averages[ingredients]:
-                ingredients = joined
-        ours = combine.greedy(alone, lambda models, table=averages: table[frozenset(models)])
-        equal += frozenset(ours) == ingredients
+        equal += choose_soup(averages) == follow_recipe(averages)
     return judge(
         equal == cases,
         {"cases": cases, "equal": equal},
