@@ -145,11 +145,11 @@ def parse(
             f"config={options.config!r} is not a file; name a configuration file, such as "
             "configs/posenet.py"
         )
-    config = configuration.load(options.config)
-    options.overrides = configuration.parse_overrides(config, rest)
-    config = name_model_file(configuration.override(config, options.overrides))
+    original = configuration.load(options.config)
+    options.overrides = configuration.parse_overrides(original, rest)
+    config = name_model_file(configuration.override(original, options.overrides))
     if options.workdir is None:
-        options.workdir = _default_workdir(options, config)
+        options.workdir = _default_workdir(options, original)
     return options, config
 
 
@@ -166,11 +166,15 @@ def print_help(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def _default_workdir(
-    options: argparse.Namespace, config: ml_collections.ConfigDict
+    options: argparse.Namespace, original: ml_collections.ConfigDict
 ) -> pathlib.Path:
     """Returns runs/NAME, or runs/NAME-DIGEST for a changed configuration.
 
     So a changed configuration has its own folder, which does not depend on where the project is.
+
+    Args:
+      options: as `parse` returns them.
+      original: the configuration without the changes.
     """
     folder = pathlib.Path("runs", pathlib.Path(options.config).stem)
     if not options.overrides:
@@ -179,20 +183,26 @@ def _default_workdir(
     def folder_for(keys):
         return folder.with_name(f"{folder.name}-{files.digest(keys)}")
 
-    all_keys = config.to_dict()
-    # A user's network is named without its folder, so that a moved project finds its runs.
-    movable_keys = dict(all_keys)
-    model = str(all_keys.get("model"))
-    if os.path.isabs(model):
-        movable_keys["model"] = os.path.basename(model)
-    # Earlier versions hashed more keys; their work directories are found first.
-    for earlier in (folder_for(all_keys), folder_for(movable_keys)):
+    def keys_of(changes):
+        return name_model_file(configuration.override(original, changes)).to_dict()
+
+    all_keys = keys_of(options.overrides)
+    # Earlier versions hashed more; their work directories are found first.
+    for earlier in (folder_for(all_keys), folder_for(_movable(all_keys))):
         if earlier.is_dir():
             return earlier
-    if options.overrides.keys() <= _UNNAMED_KEYS:
+    naming = {key: value for key, value in options.overrides.items() if key not in _UNNAMED_KEYS}
+    if not naming:
         return folder
-    naming_keys = {key: value for key, value in movable_keys.items() if key not in _UNNAMED_KEYS}
-    return folder_for(naming_keys)
+    return folder_for(_movable(keys_of(naming)))
+
+
+def _movable(keys: dict) -> dict:
+    """Names a user's network without its folder, so that a moved project finds its runs."""
+    model = str(keys.get("model"))
+    if not os.path.isabs(model):
+        return keys
+    return keys | {"model": os.path.basename(model)}
 
 
 def run_command(
