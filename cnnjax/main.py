@@ -19,7 +19,8 @@ import ml_collections
 from cnnjax.runtime import backend, command, configuration, files, workdir
 
 _LOG = logging.getLogger("cnnjax")
-# Keys left out of the default work directory's name, since a run may continue with other values.
+# Keys left out of the default work directory's name, since a run may continue with other values:
+# those of `cnnjax.train.adopt`, which takes long to import.
 _UNNAMED_KEYS = {"skip_damaged", "workers"}
 
 

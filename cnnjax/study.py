@@ -254,7 +254,8 @@ class Study:
         self._check_weights(settings, recorded, computes=bool(missing))
         settings |= self._keep_paths(settings, recorded)
         settings |= self._record_drawing(options, missing, recorded)
-        # Earlier versions recorded some of the options that are axes now.
+        # Earlier versions recorded some of the options that are axes now. These values stay as they
+        # were, and say nothing of later points.
         return settings | {name: recorded[name] for name in self.axes if name in recorded}
 
     def _check_weights(self, settings: dict, recorded: dict, computes: bool) -> None:

@@ -251,17 +251,12 @@ def load_initial_weights(
     not_loaded = {key for key, variable in keys.items() if variable not in selected}
     tensors = read_for(model, file, "initial_weights")
     # A file that holds what the model lacks is of another network: no choice of parts helps, and
-    # `fill` refuses it.
+    # `fill` refuses the whole file.
     if tensors.keys() <= keys.keys():
         _check_parts(path, model, tensors, wanted_shapes(shapes, not_loaded))
-    loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
-    return fill(
-        model,
-        StateDict(loaded, tensors.names),
-        missing=not_loaded,
-        path=file,
-        argument="initial_weights",
-    )
+        loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
+        tensors = StateDict(loaded, tensors.names)
+    return fill(model, tensors, not_loaded, path=file, argument="initial_weights")
 
 
 def _check_parts(

@@ -293,6 +293,8 @@ def test_a_split_draws_the_same_images_of_a_seed():
     numbers = np.random.default_rng(3).permutation(50)[:9]
     assert drawn.images.ravel().tolist() == drawn.labels.tolist() == numbers.tolist()
     assert sorted(split.draw(99, 3).labels) == list(range(50))
+    # A study of more repetitions keeps the images of the first ones.
+    assert split.draw(4, 3).labels.tolist() == numbers[:4].tolist()
 
 
 def test_a_librarys_error_becomes_one_short_line():

@@ -203,6 +203,10 @@ def test_only_training_is_distributed(capsys, monkeypatch):
 
 
 def test_keys_that_a_run_may_change_do_not_name_its_folder(tmp_path, monkeypatch):
+    # Imported here: most tests of this file need no training.
+    from cnnjax.train import adopt
+
+    assert main._UNNAMED_KEYS == adopt._EQUIVALENT
     config = str(ROOT / "configs" / "lenet_digits.py")
     monkeypatch.chdir(tmp_path)
     parser = main.build_parser("cnnjax.main", "")

@@ -133,7 +133,7 @@ def test_a_folder_that_was_bound_to_an_axis_takes_more_points(example, tmp_path,
 
 
 @pytest.mark.parametrize("study_, axis", [(position_neurons, "seeds"), (probe, "repeats")])
-def test_more_repetitions_join_those_of_a_work_directory(study_, axis):
+def test_the_number_of_repetitions_is_an_axis(study_, axis):
     assert axis in study_.STUDY.axes
 
 

@@ -1313,8 +1313,8 @@ def test_class_names_that_the_font_lacks_are_numbers_in_figures(tmp_path):
         confidence=np.ones(1),
     )
     report._write_figures(tmp_path, config, results)
-    assert report._figure_labels(results["classes"]) == ["cat", "1", "k\xe4lber"]
-    line = "In the figures, numbers stand for classes: 1 = \u732b.\n\n"
+    assert report._figure_labels(results["classes"]) == ["cat", "#1", "k\xe4lber"]
+    line = "In the figures, numbers stand for classes: #1 = \u732b.\n\n"
     assert report._describe_labels(config, results) == line
     assert report._describe_labels(config, {"classes": ["cat"]}) == ""
 

@@ -254,6 +254,14 @@ def test_a_failed_run_that_begins_again_has_not_failed(tmp_path):
     with pytest.raises(workdir.OtherConfiguration):
         workdir.run_once(stop, ml_collections.ConfigDict({"kind": "position"}), folder)
     assert failure.exists()
+
+    def refuse(config, folder):
+        raise ValueError
+
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError):
+        workdir.run_once(refuse, config, folder)
+    assert failure.exists()
     with pytest.raises(workdir.Interrupted):
         workdir.run_once(stop, config, folder)
     assert not failure.exists()
@@ -283,6 +291,7 @@ def test_results_that_no_run_wrote_are_refused(tmp_path):
     [
         ("results.json", "{}"),
         ("manifest.json", "{}"),
+        ("failure.json", "{}"),
         ("weights.safetensors", ""),
         ("report.md", "mine"),
         ("environment.json", '{"mine": 1}'),

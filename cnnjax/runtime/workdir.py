@@ -433,7 +433,7 @@ def _find_foreign(folder: pathlib.Path, config: dict) -> str | None:
         # `check_config` compares the record of a run that has started.
         is_own = has_started(folder) or _has_keys_of(folder / "config.json", config)
         return None if is_own else "config.json"
-    for name in ("environment.json", *_RESULTS):
+    for name in ("environment.json", FAILURE, *_RESULTS):
         if (folder / name).exists():
             return name
     # Training removes earlier events.
@@ -493,7 +493,7 @@ def _undone_if_refused(folder: pathlib.Path) -> Iterator[None]:
     # The content to restore; None removes the file. A run that has not started keeps no record.
     earlier: dict[pathlib.Path, bytes | None] = {}
     was_started = has_started(folder)
-    for name in (*_RECORD, _MANIFEST):
+    for name in (*_RECORD, _MANIFEST, FAILURE):
         path = folder / name
         earlier[path] = None
         if was_started and path.is_file():

@@ -82,7 +82,7 @@ def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
 
 
 def _figure_labels(classes: list[str]) -> list[str]:
-    """Returns the classes' names; the class's number where the font lacks a character of its name.
+    """Returns the classes' names; #NUMBER where the font lacks a character of a name.
 
     matplotlib would draw an empty box for it, and warn each time.
     """
@@ -94,7 +94,7 @@ def _figure_labels(classes: list[str]) -> list[str]:
     labels = []
     for number, name in enumerate(classes):
         is_drawable = drawable.issuperset(map(ord, name))
-        labels.append(name if is_drawable else str(number))
+        labels.append(name if is_drawable else f"#{number}")
     return labels
 
 

@@ -790,9 +790,10 @@ def global_invariance() -> Verdict:
     return judge(
         min(shares.values()) == 1,
         {"share of 2x2 outputs unchanged, by shift": shares},
-        note=f"of 2x2 max-pools, {shares[1]:.0%} of the outputs keep their value when the image "
-        "moves by one pixel and almost none for larger shifts; only a maximum over the whole map "
-        "is invariant, as long as no content leaves it",
+        note="of the outputs of a 2x2 max-pool on a smooth random image, "
+        f"{100 * shares[1]:.0f} % keep their value when the image moves by one pixel, and none "
+        "when it moves by two or more; only a maximum over the whole map is invariant, as long as no "
+        "content leaves it",
     )
 
 

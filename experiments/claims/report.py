@@ -80,7 +80,7 @@ def table_of_section(section: Section, findings: dict[str, Finding]) -> str:
                 cell(format_value(finding.computed)),
             ]
         )
-    header = ["", "lectures", "claim", "verdict", "note", "computed"]
+    header = ["no.", "lectures", "claim", "verdict", "note", "computed"]
     return f"## {section.title}\n\n{tables.table(header, lines)}"
 
 
@@ -107,15 +107,30 @@ def render(sections: tuple[Section, ...], findings: list[Finding]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_VERDICTS = """\
+- **holds**: as stated.
+- **holds under a stated reading**: the lecture leaves something open, or is right in one sense
+  only; the note says in which.
+- **wrong**: the note says what is right.
+- **undecided**: measured, but the spread over seeds is too large for a verdict.
+- **not computed**: the note says why."""
+
+_COMPUTED = """\
+The last column has what was computed. Maps have their channels last: [1, 6, 6, 5] is PyTorch's
+1x5x6x6. ± is the sample standard deviation over n seeds (in the position study, over seeds and
+images). H, V, G, HS and SPC are [terms of the position study](../position.md#terms); f1 to f5 are
+the blocks of VGG-16. For statements about trained networks, the column ends with the command that
+measured the values. In these commands, DATA is a folder for data sets, FOLDER one of photographs,
+and WEIGHTS one of ImageNet weights."""
+
+
 def render_page(sections: tuple[Section, ...], findings: list[Finding]) -> str:
     """Returns docs/reference/statements.md: all claims in tables, without figures."""
     by_id = {finding.id: finding for finding in findings}
     introduction = (
         f"All {len(findings)} statements of [the lectures](../lectures.md), in our words, as\n"
-        "`python -m experiments.claims` judges them. The note says in which sense a statement\n"
-        "holds, or what is right. For statements about trained networks, the last column has the\n"
-        "command that measured the values."
+        "`python -m experiments.claims` judges them. The number of a statement only names it."
     )
-    parts = ["# Statements of the lectures", introduction]
+    parts = ["# Statements of the lectures", introduction, _VERDICTS, _COMPUTED]
     parts += [table_of_section(section, by_id).rstrip("\n") for section in sections]
     return "\n\n".join(parts) + "\n"
