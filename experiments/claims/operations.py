@@ -792,8 +792,8 @@ def global_invariance() -> Verdict:
         {"share of 2x2 outputs unchanged, by shift": shares},
         note="of the outputs of a 2x2 max-pool on a smooth random image, "
         f"{100 * shares[1]:.0f} % keep their value when the image moves by one pixel, and none "
-        "when it moves by two or more; only a maximum over the whole map is invariant, as long as no "
-        "content leaves it",
+        "when it moves by two or more; only a maximum over the whole map is invariant, as long as "
+        "no content leaves it",
     )
 
 
