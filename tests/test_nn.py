@@ -17,6 +17,7 @@ from quick import normal
 from cnnjax import nn as cnn
 from cnnjax.models.densenet import DenseLayer
 from cnnjax.nn.cpu import conv as cpu_conv
+from cnnjax.nn.cpu import grouped
 from cnnjax.nn.cpu.barrier import materialize
 from cnnjax.nn.cpu.conv import input_gradient, kernel_gradient, packed_outputs
 from cnnjax.nn.cpu.sums import channel_sum, channel_sums
@@ -286,6 +287,17 @@ def test_kernel_gradients_of_large_maps_are_the_same(monkeypatch, kernel_size, s
 
     for one, other in zip(gradients(large=x.size + 1), gradients(large=0)):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("dilation, channels", [(1, 8), (2, 32)])
+def test_groups_of_large_maps_are_computed_in_smaller_blocks(monkeypatch, dilation, channels):
+    monkeypatch.setattr(grouped, "_WORTH_PACKING", 0)
+    x, kernel = normal(0, 2, 6, 10, 32), normal(1, 3, 3, 4, 32)
+    ours = functools.partial(cnn.conv, groups=8, dilation=dilation)
+    native = functools.partial(native_conv, groups=8, dilation=(dilation, dilation))
+    assert_native(ours, native, x, kernel)
+    text = jax.jit(ours).lower(x, kernel).as_text()
+    assert f"tensor<3x3x{channels}x{channels}xf32>" in text
 
 
 POOLS = [

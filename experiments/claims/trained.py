@@ -139,7 +139,7 @@ def one_by_one() -> Verdict:
         False,
         evidence(*names),
         as_read=suffices,
-        note="for encoders with random weights; ours were not compared with ImageNet's",
+        note="our encoders have random weights; ImageNet's were not tried",
     )
 
 

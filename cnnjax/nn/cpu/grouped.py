@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnnjax.nn.cpu.barrier import materialize
-from cnnjax.nn.cpu.conv import convolve
+from cnnjax.nn.cpu.conv import convolve, is_below
 from cnnjax.nn.cpu.depthwise import convolve_depthwise
 from cnnjax.nn.geometry import Window
 from cnnjax.runtime.types import AnyArray
@@ -15,6 +15,8 @@ from cnnjax.runtime.types import AnyArray
 # Channels of an ungrouped convolution that stands for several groups.
 _BLOCK_CHANNELS = 32
 _BLOCK_CHANNELS_PACKED = 8
+# Elements of a map for which the gain is worth compiling more convolutions.
+_WORTH_PACKING = 2**19
 
 
 def convolve_grouped(x: AnyArray, kernel: AnyArray, window: Window, groups: int) -> jax.Array:
@@ -38,8 +40,10 @@ def convolve_block_diagonal(
     products slow. With 8 channels, neighboring outputs are packed as channels, unless the
     convolution is strided or dilated.
     """
+    most = _BLOCK_CHANNELS
     can_pack = window.stride == (1, 1) and window.dilation == (1, 1)
-    most = _BLOCK_CHANNELS_PACKED if can_pack else _BLOCK_CHANNELS
+    if can_pack and not is_below(x.size, _WORTH_PACKING):
+        most = _BLOCK_CHANNELS_PACKED
     depth = kernel.shape[2]
     width = kernel.shape[3] // groups
     # The most groups that divide all groups evenly and fit into one block.
