@@ -332,8 +332,7 @@ def _kernel_gradient_by_im2col(x, kernel_shape, window, dy):
     The plain form transposes the output's gradient, by far the larger side if the kernel sees few
     values. Neighboring outputs of a row count as channels of one output: their patches overlap, so
     one patch for all of them has fewer values, and the product has more columns. The filters of
-    the neighbors are cut out of the result and added. 1.2 to 3 times faster than one patch for
-    each output.
+    the neighbors are cut out of the result and added.
     """
     height, width, channels, filters = kernel_shape
     count = packed_outputs(x, kernel_shape, window)
