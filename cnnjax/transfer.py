@@ -224,8 +224,8 @@ def load_initial_weights(
 ) -> dict:
     """Loads parts of a network from a weights file or a training run.
 
-    Parameters that are not loaded may have another shape in the file, or be absent. The file must
-    hold nothing that the model lacks.
+    Parameters that are not loaded may have another shape in the file, or be absent. Only if `parts`
+    are named may the file hold what the model lacks.
 
     Args:
       path: as in `weights_file`.
@@ -250,13 +250,14 @@ def load_initial_weights(
         selected = frozenset(flatten_dict(shapes)) - weights.head(model)
     not_loaded = {key for key, variable in keys.items() if variable not in selected}
     tensors = read_for(model, file, "initial_weights")
-    # A file that holds what the model lacks is of another network: no choice of parts helps, and
-    # `fill` refuses the whole file.
-    if tensors.keys() <= keys.keys():
+    # Of a file that holds what the model lacks, only parts that are named are taken: without them,
+    # `fill` refuses it as a file of another network.
+    considered = keys.keys() if parts else tensors.keys()
+    loaded = {key: tensors[key] for key in tensors if key in considered and key not in not_loaded}
+    if loaded.keys() <= keys.keys():
         _check_parts(path, model, tensors, wanted_shapes(shapes, not_loaded))
-        loaded = {key: value for key, value in tensors.items() if key not in not_loaded}
-        tensors = StateDict(loaded, tensors.names)
-    return fill(model, tensors, not_loaded, path=file, argument="initial_weights")
+    selected_tensors = StateDict(loaded, tensors.names)
+    return fill(model, selected_tensors, not_loaded, path=file, argument="initial_weights")
 
 
 def _check_parts(

@@ -32,7 +32,7 @@ from cnnjax.models import Network, create_model
 from cnnjax.models.googlenet import sow_logits
 from cnnjax.models.small import SmallConvNet, SmallResNet
 from cnnjax.nn import BatchNorm, Conv, Dense, global_avg_pool, lowering
-from cnnjax.runtime import backend, claims, files, workdir
+from cnnjax.runtime import backend, claims, figures, files, workdir
 from cnnjax.train import adopt, defaults, evaluate, loop, schedules, step
 from cnnjax.train import data as training_data
 from cnnjax.train import results as training_results
@@ -1313,7 +1313,7 @@ def test_class_names_that_the_font_lacks_are_numbers_in_figures(tmp_path):
         confidence=np.ones(1),
     )
     report._write_figures(tmp_path, config, results)
-    assert report._figure_labels(results["classes"]) == ["cat", "#1", "k\xe4lber"]
+    assert figures.label_classes(results["classes"]) == ["cat", "#1", "k\xe4lber"]
     line = "In the figures, numbers stand for classes: #1 = \u732b.\n\n"
     assert report._describe_labels(config, results) == line
     assert report._describe_labels(config, {"classes": ["cat"]}) == ""

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
 from test_train import MOMENTS, Tiny, some_data
 
@@ -323,6 +325,19 @@ def test_a_file_of_other_classes_gives_all_but_its_head(tmp_path):
         transfer.load_initial_weights(file, create_model("lenet"))
     # A training run has no argument `missing`.
     assert "missing" not in str(caught.value)
+
+
+def test_named_parts_are_taken_from_a_file_of_a_larger_network(tmp_path):
+    """Without names, the file is refused for what the model lacks, not for its head."""
+    file = tmp_path / "larger.safetensors"
+    variables = quick.variables(MODEL, jnp.zeros((1, 8, 8, 3)))
+    weights.save_torchvision(jax.tree.map(np.asarray, variables), file)
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(tensors | {"conv3.weight": np.ones(3, np.float32)}, file)
+    loaded = transfer.load_initial_weights(file, MODEL, ("conv1",))
+    assert np.array_equal(loaded["params"]["bn1"]["bias"], tensors["bn1.bias"])
+    with pytest.raises(ValueError, match=r": not in the model: conv3.weight \(3,\)$"):
+        transfer.load_initial_weights(file, MODEL)
 
 
 class TwoDense(base.Network):

@@ -295,6 +295,8 @@ def find_splits(dataset: str, data_dir: str) -> dict[str, str]:
     is_labeled = _known_splits(dataset, data_dir)
     names = [name for name in is_labeled if is_labeled[name]]
     validation = [name for name in names if name in _VALIDATION]
+    if dataset == "folder" and data_dir and not os.path.isdir(data_dir):
+        raise ValueError(f"{place} is not a folder")
     if "train" not in names:
         hint = "" if data_dir else "; name the folder that holds train with --config.data_dir"
         parent = pathlib.Path(data_dir).parent

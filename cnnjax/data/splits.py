@@ -124,6 +124,11 @@ def hold_out(labels: np.ndarray, count: int) -> np.ndarray:
       ValueError: if `count` images cannot be held out while every class keeps one to train on.
     """
     classes, sizes = np.unique(labels, return_counts=True)
+    if len(labels) == len(classes):
+        raise ValueError(
+            f"n_validation={count}: no training image can be held out, since each of the "
+            f"{len(classes)} classes has only one"
+        )
     if not 0 < count <= len(labels) - len(classes):
         raise ValueError(
             f"n_validation={count} is not between 1 and {len(labels) - len(classes)}: of the "

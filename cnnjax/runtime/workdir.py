@@ -364,9 +364,10 @@ def check_seal(folder: pathlib.Path) -> None:
     # Earlier versions also recorded files that are not a run's, such as a sweep's or the user's.
     for name in sorted(hashes.keys() | (_SEALED & recorded.keys())):
         if hashes.get(name) != recorded.get(name):
+            problem = "is not as it was written" if name in hashes else "is missing"
             raise ValueError(
-                f"{folder / name} is not as it was written: remove results.json, and run the "
-                "command again to recompute everything"
+                f"{folder / name} {problem}: remove results.json, and run the command again to "
+                "recompute everything"
             )
 
 

@@ -270,7 +270,9 @@ def _sum_damaged(training: Training) -> int | None:
 def _log_epoch(training: Training, history: results.History, seconds: float) -> None:
     entry = history.entries[-1]
     remaining_epochs = training.config.epochs - entry["epoch"]
-    remaining_seconds = history.seconds / entry["epoch"] * remaining_epochs
+    # The mean includes compiling, and the last epoch may have been slowed by other work.
+    seconds_per_epoch = min(history.seconds / entry["epoch"], seconds)
+    remaining_seconds = seconds_per_epoch * remaining_epochs
     errors = [
         f"{name.replace('_', ' ')} {100 * value:.2f} %"
         for name, value in entry.items()

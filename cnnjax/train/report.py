@@ -4,12 +4,12 @@ import math
 import pathlib
 
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from cnnjax.data.splits import IGNORED
 from cnnjax.runtime import files, report, tables
+from cnnjax.runtime.figures import label_classes
 from cnnjax.train import evaluate
 from cnnjax.train.data import is_streamed
 
@@ -79,23 +79,6 @@ def _curves_figure(history: list[dict]) -> Figure:
 def write_curves(folder: pathlib.Path, history: list[dict]) -> None:
     """Draws the curves of a run, finished or not, as curves.png."""
     files.write_figure(folder / "curves.png", _curves_figure(history))
-
-
-def _figure_labels(classes: list[str]) -> list[str]:
-    """Returns the classes' names; #NUMBER where the font lacks a character of a name.
-
-    matplotlib would draw an empty box for it, and warn each time.
-    """
-    drawable: set[int] = set()
-    # All but the first are fallbacks, which the user's matplotlibrc may name.
-    for family in font_manager.FontProperties().get_family():
-        file = font_manager.findfont(font_manager.FontProperties(family=[family]))
-        drawable |= font_manager.get_font(file).get_charmap().keys()
-    labels = []
-    for number, name in enumerate(classes):
-        is_drawable = drawable.issuperset(map(ord, name))
-        labels.append(name if is_drawable else f"#{number}")
-    return labels
 
 
 def _confusion_figure(labels: np.ndarray, predicted: np.ndarray, classes: list[str]) -> Figure:
@@ -200,7 +183,7 @@ def _write_figures(folder: pathlib.Path, config: dict, results: dict) -> list[st
     with np.load(folder / "test.npz") as archive:
         test = dict(archive)
     write_curves(folder, results["history"])
-    classes = _figure_labels(results["classes"])
+    classes = label_classes(results["classes"])
     figures = {}
     if config["loss"] != "sigmoid":
         figures["confusion.png"] = _confusion_figure(test["labels"], test["predicted"], classes)
@@ -266,7 +249,7 @@ def _describe_labels(config: dict, results: dict) -> str:
     if config["loss"] == "sigmoid":
         return ""
     classes = results["classes"]
-    pairs = zip(_figure_labels(classes), classes)
+    pairs = zip(label_classes(classes), classes)
     numbered = [f"{label} = {name}" for label, name in pairs if label != name]
     if not numbered:
         return ""

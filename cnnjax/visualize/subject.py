@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from cnnjax import weights
 from cnnjax.data import photographs
 from cnnjax.models import create_model
-from cnnjax.runtime import command, imagenet
+from cnnjax.runtime import command, figures, imagenet
 from cnnjax.runtime.progress import progress
 from cnnjax.runtime.types import AnyArray
 from cnnjax.train.run import TrainedRun, open_run
@@ -78,8 +78,10 @@ class Subject:
         return path.relative_to(folder).as_posix() if folder else path.name
 
     def class_name(self, label: int) -> str:
-        """Returns the name of a class if it is known, or else its number."""
-        return self.classes[label] if self.classes else f"class {label}"
+        """Returns a class's name for a figure, or its number if it is not known."""
+        if not self.classes:
+            return f"class {label}"
+        return figures.label_classes(self.classes)[label]
 
     def read(
         self, paths: Sequence[pathlib.Path], times: int = 1
