@@ -1,6 +1,7 @@
 """Every operation's fast and plain form, under JAX's transformations and modes."""
 
 import functools
+import gc
 import math
 import re
 
@@ -166,8 +167,14 @@ def test_transposes_hold_no_tracer():
     def loss(x, bias):
         return jnp.sin(squared_deviation(cnn.add_bias(x, bias), bias)).sum()
 
-    with jax.checking_leaks(), cnn.lowering("cpu"):
-        jax.jit(jax.grad(loss, (0, 1))).trace(draw(0, 4, 3, 3, 2), jnp.ones(2))
+    x = draw(0, 4, 3, 3, 2)
+    # The check collects garbage for every trace, which takes long among a whole suite's objects.
+    gc.freeze()
+    try:
+        with jax.checking_leaks(), cnn.lowering("cpu"):
+            jax.jit(jax.grad(loss, (0, 1))).trace(x, jnp.ones(2))
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.slow
