@@ -44,17 +44,8 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/position_canvas")
     parser.add_data_dir()
-    paddings = ["zeros", "none", "reflect", "replicate", "circular"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
-    )
-    parser.add_argument(
-        "--canvases", nargs="+", choices=CANVASES, default=list(CANVASES), help="default: all"
-    )
+    parser.add_names("paddings", FILLS, ["zeros", "none", "reflect", "replicate", "circular"])
+    parser.add_names("canvases", CANVASES)
     parser.add_count("seeds", 3, "networks per task, canvas, and padding")
     parser.add_argument(
         "--train",

@@ -67,24 +67,11 @@ def add_options(parser):
     parser.add_workdir("runs/position_fitted")
     parser.add_photographs()
     parser.add_count("seeds", 3, "repetitions, each with its own weights, photographs and crops")
-    paddings = ["zeros", "none", "reflect", "replicate", "circular", "random"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=PADDINGS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
+    parser.add_names(
+        "paddings", PADDINGS, ["zeros", "none", "reflect", "replicate", "circular", "random"]
     )
-    parser.add_argument(
-        "--encoders",
-        nargs="+",
-        choices=ENCODERS,
-        default=["resnet18"],
-        help="default: resnet18",
-    )
-    parser.add_argument(
-        "--images", nargs="+", choices=IMAGES, default=list(IMAGES), help="default: all"
-    )
+    parser.add_names("encoders", ENCODERS, ["resnet18"])
+    parser.add_names("images", IMAGES)
     parser.add_argument(
         "--counts",
         nargs="+",

@@ -73,13 +73,10 @@ def add_options(parser):
         help="networks with random weights (default: squeezenet1_1 mobilenet_v2 resnet18)",
     )
     parser.add_trained()
-    paddings = [INSIDE, "zeros", "partial", "reflect", "replicate", "circular"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=(INSIDE, *patterns.ALIGNED),
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
+    parser.add_names(
+        "paddings",
+        (INSIDE, *patterns.ALIGNED),
+        [INSIDE, "zeros", "partial", "reflect", "replicate", "circular"],
     )
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 64, "photographs of one seed, at most", _LEAST)

@@ -82,13 +82,7 @@ def add_options(parser):
         help="networks with random weights (default: squeezenet1_1 mobilenet_v2 resnet18)",
     )
     parser.add_trained()
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=patterns.ALIGNED,
-        default=list(PADDINGS),
-        help=f"default: {' '.join(PADDINGS)}",
-    )
+    parser.add_names("paddings", patterns.ALIGNED, PADDINGS)
     parser.add_count("size", 224, "pixels of the crop")
     parser.add_count("images", 12, "photographs of one seed, at most", 2)
     parser.add_count("seeds", 3, "repetitions, each with its own random weights and photographs")

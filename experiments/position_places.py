@@ -59,25 +59,9 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/position_places")
     parser.add_data_dir("MNIST's files")
-    parser.add_argument(
-        "--places", nargs="+", choices=TRAINED, default=list(TRAINED), help="default: all"
-    )
-    samplings = ["stride", "blur", "aps"]
-    parser.add_argument(
-        "--samplings",
-        nargs="+",
-        choices=SAMPLINGS,
-        default=samplings,
-        help=f"default: {' '.join(samplings)}",
-    )
-    paddings = ["zeros", "none", "reflect", "circular", "partial"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
-    )
+    parser.add_names("places", TRAINED)
+    parser.add_names("samplings", SAMPLINGS, ["stride", "blur", "aps"])
+    parser.add_names("paddings", FILLS, ["zeros", "none", "reflect", "circular", "partial"])
     parser.add_count("seeds", 5, "networks of each kind")
     parser.add_count("train", 4000, "training digits of a network", _BATCH)
     parser.add_count("epochs", 6, "training epochs")

@@ -95,14 +95,7 @@ def add_options(parser):
     parser.add_photographs()
     parser.add_count("images", 32, "photographs of one encoder at most, half to train on", 4)
     parser.add_count("seeds", 5, "repetitions, each with its own random weights and photographs")
-    paddings = ["zeros", "none", "reflect", "replicate", "circular"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
-    )
+    parser.add_names("paddings", FILLS, ["zeros", "none", "reflect", "replicate", "circular"])
     parser.add_argument(
         "--borders",
         nargs="+",

@@ -70,17 +70,8 @@ def add_options(parser):
     parser.add_workdir("runs/position_shift")
     parser.add_photographs()
     parser.add_count("seeds", 3, "repetitions, each with its own weights, photographs and crops")
-    paddings = ["zeros", "none", "reflect", "replicate", "circular"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
-    )
-    parser.add_argument(
-        "--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="default: all"
-    )
+    parser.add_names("paddings", FILLS, ["zeros", "none", "reflect", "replicate", "circular"])
+    parser.add_names("encoders", ENCODERS)
 
 
 def load(options) -> list[pathlib.Path]:

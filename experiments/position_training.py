@@ -80,13 +80,8 @@ def add_options(parser):
         help="name of a registered network (default: a ConvNet of four convolutions)",
     )
     parser.add_count("enlarge", 1, "factor by which height and width are enlarged")
-    paddings = ["zeros", "partial", "none", "reflect", "replicate", "circular"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
+    parser.add_names(
+        "paddings", FILLS, ["zeros", "partial", "none", "reflect", "replicate", "circular"]
     )
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("train", 10_000, "training images of a network", _BATCH)

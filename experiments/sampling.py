@@ -81,29 +81,9 @@ class Point(NamedTuple):
 def add_options(parser):
     parser.add_workdir("runs/sampling")
     parser.add_data_dir()
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        choices=NETWORKS,
-        default=["convnet", "resnet"],
-        help="default: convnet resnet",
-    )
-    samplings = ["stride", "blur", "aps"]
-    parser.add_argument(
-        "--samplings",
-        nargs="+",
-        choices=SAMPLINGS,
-        default=samplings,
-        help=f"default: {' '.join(samplings)}",
-    )
-    paddings = ["zeros", "symmetric", "reflect", "circular", "partial"]
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=paddings,
-        help=f"default: {' '.join(paddings)}",
-    )
+    parser.add_names("networks", NETWORKS, ["convnet", "resnet"])
+    parser.add_names("samplings", SAMPLINGS, ["stride", "blur", "aps"])
+    parser.add_names("paddings", FILLS, ["zeros", "symmetric", "reflect", "circular", "partial"])
     parser.add_count("seeds", 5, "networks of each kind")
     parser.add_count("train", 5000, "training images of a network", _BATCH)
     parser.add_count("epochs", 3, "training epochs")

@@ -53,13 +53,7 @@ def add_options(parser):
     parser.add_data_dir("camvid/")
     parser.add_count("seeds", 3, "networks per padding")
     parser.add_count("epochs", 16, "training epochs")
-    parser.add_argument(
-        "--paddings",
-        nargs="+",
-        choices=FILLS,
-        default=["zeros", "none", "reflect", "circular"],
-        help="default: zeros none reflect circular",
-    )
+    parser.add_names("paddings", FILLS, ["zeros", "none", "reflect", "circular"])
     parser.add_argument(
         "--weights",
         type=command.path,

@@ -9,7 +9,7 @@ import pathlib
 import select
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from cnnjax.runtime import signals, workdir
 from cnnjax.runtime.paths import expand_user
@@ -120,6 +120,18 @@ class Parser(argparse.ArgumentParser):
             type=whole_number(least),
             default=default,
             help=f"{text} (default: %(default)s)",
+        )
+
+    def add_names(
+        self, name: str, choices: Collection[str], default: Sequence[str] | None = None
+    ) -> None:
+        """Adds an option that is one or more of `choices`; by default it is all of them."""
+        self.add_argument(
+            f"--{name}",
+            nargs="+",
+            choices=choices,
+            default=list(choices if default is None else default),
+            help="default: " + ("all" if default is None else " ".join(default)),
         )
 
 
