@@ -81,7 +81,11 @@ class Subject:
         """Returns a class's name for a figure, or its number if it is not known."""
         if not self.classes:
             return f"class {label}"
-        return figures.label_classes(self.classes)[label]
+        return self._class_labels[label]
+
+    @functools.cached_property
+    def _class_labels(self) -> list[str]:
+        return figures.label_classes(self.classes)
 
     def read(
         self, paths: Sequence[pathlib.Path], times: int = 1
