@@ -80,6 +80,14 @@ def operations():
     )
     table["conv, 1x1"] = (cnn.conv, [(3, 4, 5, 4), (1, 1, 4, 20)])
     table["conv, 1x1, fewer outputs"] = (cnn.conv, [(3, 4, 5, 20), (1, 1, 20, 4)])
+    # More padding than the kernel reaches, and less.
+    for name, options in {
+        "padded": {"padding": (3, 1)},
+        "dilated": {"padding": (1, 4), "dilation": (2, 3)},
+        "unpadded": {},
+    }.items():
+        convolve = functools.partial(cnn.conv, **options)
+        table[f"conv, fewer outputs, {name}"] = (convolve, [(3, 6, 7, 5), (3, 2, 5, 4)])
     table["conv, small map"] = (
         functools.partial(cnn.conv, padding=1),
         [(3, 2, 2, 4), (3, 3, 4, 20)],

@@ -78,6 +78,7 @@ LAYERS = {
     "resnet18.layer2.0.downsample.0": Convolution(8, 56, 64, 128, 1, 2, 0, 1),
     "resnet50.layer1.1.conv1": Convolution(8, 56, 256, 64, 1, 1, 0, 1),
     "resnet50.layer1.1.conv3": Convolution(8, 56, 64, 256, 1, 1, 0, 1),
+    "densenet121.features.denseblock1.denselayer1.conv2": Convolution(8, 56, 128, 32, 3, 1, 1, 1),
     "resnext50_32x4d.layer1.0.conv2": Convolution(8, 56, 128, 128, 3, 1, 1, 32),
     "mobilenet_v2.features.2.conv.1.0": Convolution(8, 112, 96, 96, 3, 2, 1, 96),
     "mobilenet_v2.features.3.conv.1.0": Convolution(8, 56, 144, 144, 3, 1, 1, 144),

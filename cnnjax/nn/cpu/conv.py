@@ -163,13 +163,18 @@ def spread_cotangent(x_shape: tuple, kernel_shape: tuple, window: Window, dy: An
     The plain form is a convolution with input dilation, which leaves the fast form (jax issue
     23783), so interior padding is an operation of its own.
     """
+    return _pad(dy, _spread_widths(x_shape, kernel_shape, window, dy.shape), kernel_shape[:2])
+
+
+def _spread_widths(x_shape, kernel_shape, window, dy_shape):
+    """Returns by how much `spread_cotangent` pads rows and columns, as (low, high, interior)."""
     widths = []
     for axis in (0, 1):
         reach = window.dilation[axis] * (kernel_shape[axis] - 1)
         low = reach - window.padding[axis]
-        size = (dy.shape[axis + 1] - 1) * window.stride[axis] + 1
+        size = (dy_shape[axis + 1] - 1) * window.stride[axis] + 1
         widths.append((low, x_shape[axis + 1] + reach - size - low, window.stride[axis] - 1))
-    return _pad(dy, widths, kernel_shape[:2])
+    return widths
 
 
 def _flip(kernel):
@@ -291,6 +296,8 @@ def kernel_gradient(x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArr
     patch = math.prod(kernel_shape[:3])
     if kernel_shape[2] <= _FEW_IN and patch <= kernel_shape[3]:
         return _kernel_gradient_by_im2col(x, kernel_shape, window, dy)
+    if kernel_shape[3] < kernel_shape[2] and window.stride == (1, 1):
+        return _kernel_gradient_from_outputs(x, kernel_shape, window, dy)
     return _kernel_gradient_by_convolution(x, kernel_shape, window, dy)
 
 
@@ -361,19 +368,36 @@ def _kernel_gradient_by_convolution(x, kernel_shape, window, dy):
         needed += window.dilation[axis] * (kernel_shape[axis] - 1)
         low = window.padding[axis]
         widths.append((low, needed - low - x.shape[axis + 1], 0))
+    gradient = _convolve_over_batch(x, dy, widths, window.dilation, window.stride)
+    return gradient.transpose(1, 2, 0, 3)
+
+
+def _kernel_gradient_from_outputs(x, kernel_shape, window, dy):
+    """Convolves the output's gradient with the image, batch and channels exchanged.
+
+    The plain form is `_kernel_gradient_by_convolution`, which transposes the image and gathers its
+    patches. Here it is the output's gradient that is transposed and gathered, which has fewer
+    channels.
+    """
+    widths = _spread_widths(x.shape, kernel_shape, window, dy.shape)
+    gradient = _convolve_over_batch(dy, x, widths, window.dilation)
+    return _flip(gradient.transpose(1, 2, 0, 3))
+
+
+def _convolve_over_batch(x, kernel, widths, stride, dilation=(1, 1)):
+    """Convolves maps with maps, summing over the batch: [channels of x, height, width, others]."""
     if is_below(x.size, LARGE):
-        x = _pad(x, widths, dy.shape[1:3]).transpose(3, 1, 2, 0)
+        x = _pad(x, widths, kernel.shape[1:3]).transpose(3, 1, 2, 0)
     else:
-        x = _pad(batch_last(x), widths, dy.shape[1:3])
-    gradient = lax.conv_general_dilated(
+        x = _pad(batch_last(x), widths, kernel.shape[1:3])
+    return lax.conv_general_dilated(
         x,
-        dy.transpose(1, 2, 0, 3),
-        window_strides=window.dilation,
+        kernel.transpose(1, 2, 0, 3),
+        window_strides=stride,
         padding="VALID",
-        rhs_dilation=window.stride,
+        rhs_dilation=dilation,
         dimension_numbers=_LAYOUT,
     )
-    return gradient.transpose(1, 2, 0, 3)
 
 
 def is_below(size, bound: int) -> bool:
