@@ -267,11 +267,14 @@ def test_convolutions_of_few_channels_are_the_same(width, channels, features, pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kernel_size, stride, dilation", [(3, 1, 1), (4, 2, 1), (5, 3, 1), (2, 1, 2)]
+    "kernel_size, stride, dilation, outputs",
+    [(3, 1, 1, 8), (4, 2, 1, 8), (5, 3, 1, 8), (2, 1, 2, 8), (3, 1, 1, 3)],
 )
-def test_kernel_gradients_of_large_maps_are_the_same(monkeypatch, kernel_size, stride, dilation):
+def test_kernel_gradients_of_large_maps_are_the_same(
+    monkeypatch, kernel_size, stride, dilation, outputs
+):
     """A transposition in two steps changes nothing, also under vmap and in a loop."""
-    x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, 8)
+    x, kernel = normal(0, 3, 2, 14, 13, 4), normal(1, kernel_size, kernel_size, 4, outputs)
     window = Window((stride, stride), (1, 1), (dilation, dilation))
 
     def gradients(large):
@@ -866,23 +869,27 @@ def test_compiled_training_step_has_only_fast_operations(in_scan):
     jax.default_backend() != "cpu", reason="the guard is on the CPU backend's fast path"
 )
 @pytest.mark.parametrize(
-    "shape, kernel_size, stride, fill",
+    "shape, outputs, kernel_size, stride, fill",
     [
-        ((4, 1, 1, 32), 3, 1, "zeros"),
-        ((4, 2, 2, 32), 3, 1, "zeros"),
-        ((4, 2, 2, 32), 3, 2, "zeros"),
-        ((4, 4, 4, 32), 5, 1, "zeros"),
-        ((4, 2, 2, 32), 3, 1, "one-sided"),
-        ((100, 24, 24, 32), 3, 1, "full"),
+        ((4, 1, 1, 32), 32, 3, 1, "zeros"),
+        ((4, 2, 2, 32), 32, 3, 1, "zeros"),
+        ((4, 2, 2, 32), 24, 3, 1, "zeros"),
+        ((4, 2, 2, 32), 32, 3, 2, "zeros"),
+        ((4, 4, 4, 32), 32, 5, 1, "zeros"),
+        ((4, 2, 2, 32), 32, 3, 1, "one-sided"),
+        ((100, 24, 24, 32), 32, 3, 1, "full"),
+        ((100, 24, 24, 32), 24, 3, 1, "full"),
+        ((100, 24, 24, 32), 24, 3, 1, "none"),
     ],
 )
-def test_windows_larger_than_the_map_are_fast(shape, kernel_size, stride, fill):
+def test_windows_larger_than_the_map_are_fast(shape, outputs, kernel_size, stride, fill):
     """XLA exchanges image and kernel if the kernel is larger.
 
-    In the kernel gradients of full padding, the output gradient is such a kernel.
+    In the kernel gradients of full padding, the output gradient is such a kernel. With fewer
+    outputs than inputs, the image takes the kernel's place.
     """
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, 32, 32), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, 32, outputs), jnp.float32)
     convolve = functools.partial(cnn.conv, stride=stride, padding=kernel_size // 2, fill=fill)
 
     def step(x, kernel, dy):

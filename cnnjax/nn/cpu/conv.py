@@ -296,7 +296,8 @@ def kernel_gradient(x: AnyArray, kernel_shape: tuple, window: Window, dy: AnyArr
     patch = math.prod(kernel_shape[:3])
     if kernel_shape[2] <= _FEW_IN and patch <= kernel_shape[3]:
         return _kernel_gradient_by_im2col(x, kernel_shape, window, dy)
-    if kernel_shape[3] < kernel_shape[2] and window.stride == (1, 1):
+    keeps_size = math.prod(dy.shape[1:3]) >= math.prod(x.shape[1:3])
+    if kernel_shape[3] < kernel_shape[2] and window.stride == (1, 1) and keeps_size:
         return _kernel_gradient_from_outputs(x, kernel_shape, window, dy)
     return _kernel_gradient_by_convolution(x, kernel_shape, window, dy)
 
@@ -377,7 +378,8 @@ def _kernel_gradient_from_outputs(x, kernel_shape, window, dy):
 
     The plain form is `_kernel_gradient_by_convolution`, which transposes the image and gathers its
     patches. Here it is the output's gradient that is transposed and gathered, which has fewer
-    channels.
+    channels. The sum runs over all positions of the image, more than the output's if the kernel is
+    not padded.
     """
     widths = _spread_widths(x.shape, kernel_shape, window, dy.shape)
     gradient = _convolve_over_batch(dy, x, widths, window.dilation)
