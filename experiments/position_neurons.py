@@ -13,9 +13,10 @@ the two distributions; the largest of the four sides counts.
 The content of photographs also differs between their edges and their middles. The threshold
 therefore comes from features without a border: the crops see the photograph around them (column
 "inside"; photographs are scaled as in `position_patterns`). The threshold is chosen on one half of
-the photographs such that 1 % of a stage's channels are beyond it, and channels are counted on the
-other half. Then the halves are swapped, and the two results are averaged. The share under "inside"
-is thus the rate of false positives, with which all other shares must be compared.
+the photographs such that 1 % of a stage's channels, and at least one channel, are beyond it, and
+channels are counted on the other half. Then the halves are swapped, and the two results are
+averaged. The share under "inside" is thus the rate of false positives, with which all other shares
+must be compared.
 
 The exact readout of H is fitted to the first half of the same features and scored on the second.
 Each seed draws the random weights, and `--images` photographs in random order; if there are no
@@ -270,9 +271,9 @@ def report(results: list[dict], options) -> study.Report:
 
 Crops of {options.size} px of {count} photographs. Mean ± sample standard deviation over n seeds of
 weights, where they are random, and of photographs; {describe_draw(count, options)}.
-"Inside" has no border: its column is the rate of false positives. The thresholds leave
-{_FALSE_POSITIVES:.0%} of channels on the half of the photographs that they were chosen on, not
-necessarily on the other.
+"Inside" has no border: its column is the rate of false positives. On the half of the photographs
+that a threshold was chosen on, {_FALSE_POSITIVES:.0%} of a stage's channels exceed it, and at least
+one channel; on the other half, it can be more or fewer.
 
 ## Share of channels that tell the border, %
 

@@ -208,25 +208,30 @@ def tabulate(results: list[dict]) -> str:
 
 
 def tabulate_differences(results: list[dict], varied: str = "sampling") -> str:
-    """Tabulates differences of each sampling (or padding) from the first, paired by seed."""
-    # What both networks of a difference share.
+    """Tabulates differences between all pairs of samplings or paddings, paired by seed.
+
+    Args:
+      results: the networks' results.
+      varied: what the networks of a pair differ in, "sampling" or "padding".
+    """
+    # What the networks of a pair share.
     shared = "padding" if varied == "sampling" else "sampling"
     headings = [column.heading for column in COLUMNS]
-    first, *others = study.unique(results, varied)
+    pairs = list(itertools.combinations(study.unique(results, varied), 2))
     seeds = str(len(study.unique(results, "seed")))
     lines = []
     groups = itertools.product(
-        study.unique(results, "network"), study.unique(results, shared), others
+        study.unique(results, "network"), study.unique(results, shared), pairs
     )
-    for network, shared_name, other in groups:
+    for network, shared_name, (first, second) in groups:
         fields = {"network": network, shared: shared_name}
         cells = []
         for column in COLUMNS:
-            here = study.values(results, column.field, **fields, **{varied: other})
-            there = study.values(results, column.field, **fields, **{varied: first})
-            differences = column.factor * (here - there)
+            first_values = study.values(results, column.field, **fields, **{varied: first})
+            second_values = study.values(results, column.field, **fields, **{varied: second})
+            differences = column.factor * (second_values - first_values)
             cells.append(tables.interval(differences, column.digits, "+"))
-        lines.append([network, shared_name, f"{other} - {first}", *cells, seeds])
+        lines.append([network, shared_name, f"{second} - {first}", *cells, seeds])
     return tables.table(["network", shared, varied, *headings, "n"], lines)
 
 

@@ -100,6 +100,14 @@ def test_features_without_a_border_have_few_aware_channels_and_zeros_have_many()
     assert study.aware_share(padded["zeros"], borderless) > 0.95
 
 
+@pytest.mark.parametrize("channels, beyond", [(16, 1), (99, 1), (300, 3)])
+def test_one_percent_of_channels_but_at_least_one_exceeds_its_own_threshold(channels, beyond):
+    half = noise((8, 16, 16, channels))
+    # Equal halves: the threshold is counted on what it was chosen on.
+    maps = np.concatenate([half, half])
+    assert study.aware_share(maps, maps) == pytest.approx(beyond / channels)
+
+
 @pytest.mark.slow
 def test_channels_are_counted_for_random_and_trained_weights(
     tmp_path, data_dir, monkeypatch, capsys

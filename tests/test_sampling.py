@@ -521,6 +521,23 @@ def test_the_study_reports_every_column():
     assert line in study.tabulate_differences(results, "padding")
 
 
+@pytest.mark.parametrize("varied", ["sampling", "padding"])
+def test_the_study_reports_every_pair_of_samplings_and_of_paddings(varied):
+    names = {"sampling": ["stride", "blur", "aps"], "padding": ["zeros", "circular", "partial"]}
+    first, second, third = names[varied]
+    results = []
+    for step, name in enumerate(names[varied]):
+        point = study.Point("convnet", "stride", "zeros", 0)._replace(**{varied: name})
+        # 0, 10 and 40 points of accuracy, so that all differences differ.
+        row = {column.field: 0.5 for column in study.COLUMNS} | {"accuracy": 0.1 * step**2}
+        results.append(point._asdict() | row)
+    table = study.tabulate_differences(results, varied)
+    assert f" | {second} - {first} | +10.0 | " in table
+    assert f" | {third} - {first} | +40.0 | " in table
+    assert f" | {third} - {second} | +30.0 | " in table
+    assert len(table.splitlines()) == 2 + 3
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_study_trains_tests_and_reports(data_dir, tmp_path):
