@@ -66,7 +66,9 @@ def keys(path: pathlib.Path) -> list[tuple[str, str, str]]:
         if not isinstance(node, ast.Assign):
             continue
         name = ast.unparse(node.targets[0])
-        if name.startswith("config."):
+        # The keys of a nested configuration follow it, each in an assignment of its own.
+        is_parent = ast.unparse(node.value) == "ml_collections.ConfigDict()"
+        if name.startswith("config.") and not is_parent:
             comment = comment_of(lines, node.lineno, node.end_lineno or node.lineno)
             rows.append((name.removeprefix("config."), ast.unparse(node.value), comment))
     return rows
@@ -103,20 +105,45 @@ def help_of(module: str, *words: str) -> str:
     return printed.getvalue().strip()
 
 
-def commands() -> str:
-    """Shows the help of every command and of every subcommand."""
+def options_of(text: str) -> list[str]:
+    """Lists the entries below "options:" of a help, each with its explanation."""
+    _, _, options = text.partition("\noptions:\n")
+    return re.findall(r"^  -.*(?:\n {3,}.*)*", options, re.MULTILINE)
+
+
+def visualizations() -> list[str]:
+    """Shows the options that all commands of `cnnjax.visualize` share, then each one's own."""
     from cnnjax.visualize.commands import COMMANDS as VISUALIZE
 
+    helps = {name: help_of("cnnjax.visualize", name) for name in VISUALIZE}
+    options = {name: options_of(text) for name, text in helps.items()}
+    shared = [
+        entry for entry in options["filters"] if all(entry in each for each in options.values())
+    ]
+    joined = "\n".join(shared)
+    sections = [
+        "Every COMMAND takes these options. `--workdir` is required, and so are `--model` and\n"
+        f"`--weights`, unless `--run` is given.\n\n```text\n{joined}\n```\n"
+    ]
+    for name, text in helps.items():
+        # The description stands between the usage and the options.
+        _, description, _ = text.split("\n\n", 2)
+        own = [entry for entry in options[name] if entry not in shared]
+        if own:
+            description += "\n\n" + "\n".join(own)
+        title = f"### python -m cnnjax.visualize {name}"
+        sections.append(f"{title}\n\n```text\n{description}\n```\n")
+    return sections
+
+
+def commands() -> str:
+    """Shows the help of every command and of every subcommand."""
     sections = ["# Commands\n\nWhat each command prints for `--help`.\n"]
     for name in COMMANDS:
         text = help_of(f"cnnjax.{name}")
         sections.append(f"## python -m cnnjax.{name}\n\n```text\n{text}\n```\n")
-        if name != "visualize":
-            continue
-        for subcommand in VISUALIZE:
-            title = f"### python -m cnnjax.{name} {subcommand}"
-            text = help_of(f"cnnjax.{name}", subcommand)
-            sections.append(f"{title}\n\n```text\n{text}\n```\n")
+        if name == "visualize":
+            sections += visualizations()
     return "\n".join(sections)
 
 
@@ -143,7 +170,8 @@ def networks() -> str:
         "The names that `cnnjax.create_model` and `--config.model` accept. Size and classes are\n"
         "the defaults; most networks take other sizes, and all but `lenet5` any number of\n"
         "classes. `python -m cnnjax.summary NAME` prints a network's layers, and\n"
-        "`cnnjax.list_models()` these names. The files name their sources.\n\n"
+        "`cnnjax.list_models()` these names. The files name their sources. [Compared with\n"
+        "torchvision](../zoo.md) has parameters and speed of 33 of them.\n\n"
         "| names | network | image | classes | file |\n| --- | --- | --- | --- | --- |\n"
         + "\n".join(lines)
         + "\n"

@@ -226,9 +226,14 @@ def tabulate(results: list[dict]) -> str:
         accuracy = [means(results, way, rate)[:, number] for rate in RATES]
         columns = [*accuracy, saved(results, way)[:, number]]
         spreads = [tables.spread(column, 2) for column in columns]
-        lines.append([text, f"{share:.0%}", *spreads, str(len(columns[0]))])
+        count = len(columns[0])
+        bounds = ""
+        if count > 1:
+            half = tables.half_width(columns[2])
+            bounds = f"{columns[2].mean() - half:.2f} to {columns[2].mean() + half:.2f}"
+        lines.append([text, f"{share:.0%}", *spreads, bounds, str(count)])
     header = ["way", "removed", "without dropout, %", f"dropout {RATES[1]:g}, %"]
-    return tables.table([*header, "saved by dropout, points", "n"], lines)
+    return tables.table([*header, "saved by dropout, points", "95 % interval", "n"], lines)
 
 
 def verdict(results: list[dict]) -> str:
@@ -288,7 +293,8 @@ def report(results: list[dict], options) -> study.Report:
 {SETTINGS["model"]} on {SETTINGS["dataset"]}, {options.epochs} epochs; mean ± sample standard
 deviation over seeds of the test accuracy, itself the mean over {options.removals} random removals.
 The loss is the accuracy of the whole network minus that without the removed units. What
-dropout saves is the loss without it minus the loss with it. A refitted readout shows what the
+dropout saves is the loss without it minus the loss with it, for networks of one seed; its 95 %
+interval is paired by seed (Student's t). A refitted readout shows what the
 remaining units contain, whatever the original readout expects. Training error: {spreads[0]} %
 without and {spreads[1]} % with dropout.
 

@@ -203,6 +203,20 @@ def test_what_dropout_saves_or_costs_has_no_sign():
         assert lines[0].startswith(f"{start} {100 * cost:.2f} with dropout, {words} (n=2)")
 
 
+def test_what_dropout_saves_has_a_paired_interval():
+    """Without dropout, removing units costs 20 and 21 points; with it, 10."""
+    results = []
+    for seed, rate in itertools.product(range(2), dropout.RATES):
+        left = 0.9 if rate else 0.8 - 0.01 * seed
+        curve = [[1.0]] + [[left]] * (len(dropout.SHARES) - 1)
+        results.append({"dropout": rate, "seed": seed} | dict.fromkeys(dropout.WAYS, curve))
+    # Student's t with one degree of freedom: 12.706 * 0.7071 / sqrt(2) = 6.35.
+    row = "| 79.50 ± 0.71 | 90.00 ± 0.00 | 10.50 ± 0.71 | 4.15 to 16.85 | 2 |"
+    assert row in dropout.tabulate(results)
+    of_one_seed = [result for result in results if result["seed"] == 0]
+    assert "| 10.00 |  | 1 |" in dropout.tabulate(of_one_seed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_a_removed_unit_is_silent(layer):

@@ -139,7 +139,7 @@ def test_fractions_of_epochs_are_rounded_to_steps():
         ({"name": "constant"}, "schedule.learning_rate=None"),
         (
             {"name": "constant", "learning_rate": 0.1, "gamma": 2},
-            "schedule.gamma=2 is not a key of schedules; they have learning_rate, warmup",
+            "schedule.gamma=2 is not a key of schedules; they have cooldown, epochs, every",
         ),
         (
             {"name": "restarts", "learning_rate": 0.1},

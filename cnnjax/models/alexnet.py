@@ -20,7 +20,7 @@ _TABLE = (
 
 
 class AlexNet(Network):
-    """AlexNet of one tower.
+    """AlexNet as in torchvision: one tower, no local response normalization.
 
     The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16.
     """

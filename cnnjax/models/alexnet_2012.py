@@ -3,8 +3,6 @@
 Sources: Krizhevsky, Sutskever and Hinton 2012; Zeiler and Fergus 2013 (arXiv 1311.2901).
 """
 
-import functools
-
 import flax.linen as nn
 
 from cnnjax.models.base import Network, register
@@ -23,11 +21,11 @@ _SPLIT, _BIASED = (2, 4, 5), (2, 4, 5, 6, 7)
 
 
 class AlexNet2012(Network):
-    """AlexNet, and with other fields ZFNet.
+    """AlexNet of 2012 as lectures print it, with local response normalization.
 
-    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16 (ZFNet:
-    2, 8 and 16). Pools overlap (3x3, stride 2) and come before LRN, as in the lectures and in
-    Caffe's CaffeNet (the publication normalizes first).
+    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 4, 8 and 16. Pools
+    overlap (3x3, stride 2) and come before LRN, as in the lectures and in Caffe's CaffeNet (the
+    publication normalizes first).
 
     Attributes:
       convolutions: (filters, kernel, stride, padding) of each convolution.
@@ -90,14 +88,17 @@ class AlexNet2012(Network):
         yield "logits", head(x)
 
 
+class ZFNet(AlexNet2012):
+    """ZFNet as lectures print it: AlexNet with smaller first filters and more maps.
+
+    The stages `conv1`, `conv2` and `conv5`, before each max-pool, have strides 2, 8 and 16.
+    """
+
+    input_shape: tuple[int, int, int] = (224, 224, 3)
+    convolutions: tuple[tuple[int, int, int, int], ...] = _ZFNET
+    pool_padding: tuple[int, int, int] = (1, 1, 0)
+    biased: tuple[int, ...] = ()
+
+
 register("alexnet_2012", AlexNet2012)
-register(
-    "zfnet",
-    functools.partial(
-        AlexNet2012,
-        convolutions=_ZFNET,
-        pool_padding=(1, 1, 0),
-        biased=(),
-        input_shape=(224, 224, 3),
-    ),
-)
+register("zfnet", ZFNet)

@@ -54,7 +54,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(Network):
-    """DenseNet-BC.
+    """DenseNet-BC: each layer reads all earlier maps of its block.
 
     The stages `stem` (before the max-pool) and `denseblock1` ... `denseblock4` have strides 2, 4,
     8, 16 and 32.

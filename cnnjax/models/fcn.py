@@ -108,7 +108,7 @@ def place(
 
 
 class FCN(Network):
-    """Scores of each pixel from stages of a network.
+    """Segmentation: scores of each pixel from stages of another network.
 
     The output is [batch, height, width, num_classes]. The stages are those of the encoder, whose
     parameters keep their names. If padding leaves a map smaller than the image ('none'), the map

@@ -159,7 +159,7 @@ def normalize_by_half(x):
 
 
 class GoogLeNet(Network):
-    """GoogLeNet with BatchNorm.
+    """GoogLeNet as in torchvision, with BatchNorm.
 
     The stages `conv1`, `conv3`, `inception3b`, `inception4e` and `inception5b` have strides 2, 4,
     8, 16 and 32. In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...}

@@ -104,7 +104,7 @@ class Auxiliary(nn.Module):
 
 
 class GoogLeNet2014(Network):
-    """GoogLeNet as published.
+    """GoogLeNet as published, with local response normalization.
 
     The stages `conv1`, `conv3`, `inception3b`, `inception4e` and `inception5b` have strides 2, 4,
     8, 16 and 32. In training the auxiliary classifiers leave {"aux1": {"logits": ...}, "aux2": ...}

@@ -193,7 +193,7 @@ class Auxiliary(nn.Module):
 
 
 class InceptionV3(Network):
-    """Inception v3.
+    """Inception v3: larger than GoogLeNet, with 7x7 convolutions split into 1x7 and 7x1.
 
     The stages `Conv2d_2b_3x3`, `Conv2d_4a_3x3`, `Mixed_5d`, `Mixed_6e` and `Mixed_7c` have strides
     2, 4, 8, 16 and 32. In training the auxiliary classifier leaves {"AuxLogits": {"logits": ...}}

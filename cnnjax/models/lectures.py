@@ -62,7 +62,7 @@ class KerasConvNet(Network):
 
 
 class ConvNet(Network):
-    """The VGG for CIFAR-10 of NUS CS5242, lecture 8.
+    """The VGG for CIFAR-10 of NUS CS5242, lecture 8; `_512x2` has two convolutions in block 4.
 
     The stages `block1` to `block4`, before each pool, have strides 1, 2, 4 and 8.
 

@@ -119,7 +119,7 @@ class TableConv(nn.Module):
 
 
 class LeNet5(Network):
-    """The network of 1998, figure 2: 60,000 trainable parameters.
+    """LeNet-5 of 1998, figure 2: 60,000 trainable parameters.
 
     The stages are `c1`, `c3` and `c5`, before each subsampling. Convolutions are not padded, as
     published, so `padding` affects only the filters of `sampling`. Exception: 'full' pads each
@@ -202,7 +202,7 @@ class LeNet5(Network):
 
 
 class LeNet(Network):
-    """The LeNet of NUS CS5242, lecture 8: 50-100-100.
+    """The LeNet for MNIST of NUS CS5242, lecture 8: 50-100-100.
 
     It has 500 + 45,100 + 490,100 + 1,010 parameters. The stages are `conv1` and `conv2`, before
     each pool. The slide prints no ReLU between the linear layers; we apply one, as the lecture's

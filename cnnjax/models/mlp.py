@@ -12,9 +12,10 @@ from cnnjax.nn import Dense, flatten, relu
 
 
 class MLP(Network):
-    """Fully connected layers `fc1`, `fc2`, ... with ReLUs and dropout between them.
+    """Perceptron: `mlp1` has one layer, `mlp3` three.
 
-    There are no stages, since there are no maps.
+    ReLUs and dropout stand between the layers `fc1`, `fc2`, ... There are no stages, since there
+    are no maps.
 
     Attributes:
       hidden: features of each layer but the last.

@@ -87,7 +87,7 @@ class InvertedResidual(nn.Module):
 
 
 class MNASNet(Network):
-    """MNASNet-B1.
+    """MNASNet-B1, for mobile devices: MobileNetV2's blocks, arranged by a search.
 
     The stages `stage1` ... `stage5` are the maps of the last blocks at strides 2, 4, 8, 16 and 32.
 

@@ -83,7 +83,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Network):
-    """MobileNetV2.
+    """MobileNetV2, for mobile devices: inverted residuals, depthwise convolutions.
 
     The stages `stage1` to `stage5` are the last maps at strides 2, 4, 8, 16 and 32.
     """

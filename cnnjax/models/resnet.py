@@ -93,7 +93,7 @@ def bottleneck(width: int, stride: int, inner: int = 1, groups: int = 1) -> tupl
 
 
 class ResNet(Network):
-    """ResNet, and with other blocks ResNeXt and Wide ResNet.
+    """ResNet; with other blocks ResNeXt (grouped convolutions) and Wide ResNet.
 
     The stages `stem` (before the max-pool) and `layer1` ... `layer4` have strides 2, 4, 8, 16 and
     32.

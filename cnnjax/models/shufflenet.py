@@ -94,7 +94,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV2(Network):
-    """ShuffleNetV2.
+    """ShuffleNetV2, for mobile devices: depthwise convolutions and channel shuffles.
 
     The stages `conv1` (before the max-pool), `stage2`, `stage3` and `stage4` have strides 2, 8, 16
     and 32.

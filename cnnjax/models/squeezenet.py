@@ -42,7 +42,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(Network):
-    """SqueezeNet.
+    """SqueezeNet, of few parameters: 1x1 and 3x3 convolutions side by side.
 
     The stages are `conv1` and the last fire module before each max-pool and at the end, with
     strides 2, 4, 8 and 16.

@@ -34,7 +34,7 @@ _TABLE = {
 
 
 class VGG(Network):
-    """VGG.
+    """VGG of 11 to 19 layers: `_bn` has BatchNorm, `_lrn` and `_c` are columns A-LRN and C.
 
     The stages `block1` ... `block5` are each block's last activation, before its max-pool, with
     strides 1, 2, 4, 8 and 16. With `every_layer` the stages are the activations of all convolutions

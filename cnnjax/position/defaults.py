@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     # What the configuration is for: "position".
     config.kind = "position"
-    # Names of registered networks.
+    # Names of registered networks, or FILE.py:NAME for your own.
     config.encoders = ("vgg16", "resnet18")
     # "random", "imagenet", or the path of a safetensors or .pth file.
     config.weights = "random"

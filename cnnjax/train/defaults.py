@@ -1,28 +1,8 @@
 """The keys of every training configuration; a file in configs/ changes those that define it."""
 
 import itertools
-from typing import Any
 
 import ml_collections
-
-# Keys of all schedules, so that a configuration can change from one to another; each reads its own.
-SCHEDULE: dict[str, Any] = {
-    "learning_rate": None,
-    "warmup_epochs": 0.0,
-    # Of "step" and "plateau".
-    "factor": 0.1,
-    # "step" needs one of these two; "restarts" needs `every`.
-    "epochs": (),
-    "every": 0,
-    # Of "plateau".
-    "metric": "error",
-    "patience": 10,
-    "mode": "min",
-    "threshold": 1e-4,
-    "threshold_mode": "rel",
-    "cooldown": 0,
-    "min_lr": 0.0,
-}
 
 # Keys of later versions, with the behavior before them, for work directories that lack them.
 BEFORE = {"final_weights": "last", "early_stopping": 0}
@@ -37,8 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
     # ---- Network
     # The name of a registered network, FILE.py:NAME, or package.module:NAME.
     config.model = "lenet"
-    # Fields of the network, such as padding, sampling or dropout.
-    config.model_fields = ml_collections.ConfigDict({"padding": "zeros"})
+    config.model_fields = ml_collections.ConfigDict()
+    # The network's padding. Its other fields are set in the same way: model_fields.sampling,
+    # model_fields.dropout, ...
+    config.model_fields.padding = "zeros"
     # A safetensors or .pth file with torchvision's names, or a finished run's work directory;
     # empty for random weights.
     config.initial_weights = ""
@@ -77,12 +59,17 @@ def get_config() -> ml_collections.ConfigDict:
     # "standardised" uses the data's mean and deviation (ImageNet's for folder and tfds:NAME),
     # "imagenet" those of ImageNet; "centred" leaves 0 to 255 minus the mean.
     config.pixels = "standardised"
-    # flip: mirror half of the images. crop: largest random shift, in pixels. fill: what a shift
-    # brings in, "zeros" or "reflect". cutout: side of a black square, in pixels. colour: standard
-    # deviation of the color shift.
-    config.augment = ml_collections.ConfigDict(
-        {"flip": False, "crop": 0, "fill": "zeros", "cutout": 0, "colour": 0.0}
-    )
+    config.augment = ml_collections.ConfigDict()
+    # Whether half of the training images are mirrored.
+    config.augment.flip = False
+    # The largest random shift, in pixels; 0 for none.
+    config.augment.crop = 0
+    # What a shift brings in: "zeros" or "reflect".
+    config.augment.fill = "zeros"
+    # The side of a black square at a random place, in pixels; 0 for none.
+    config.augment.cutout = 0
+    # The standard deviation of the color shift; 0 for none.
+    config.augment.colour = 0.0
     # Both parameters of mixup's Beta distribution; 0 for none.
     config.mixup = 0.0
     # Views averaged per test image: 1; 2 (plus the mirror image); 10 (center and corners, each also
@@ -104,12 +91,34 @@ def get_config() -> ml_collections.ConfigDict:
     config.weight_decay = 0.0
     # Whether biases and normalization decay, too.
     config.decay_all = True
-    # name: "constant", "step", "cosine", "restarts", or "plateau". All read learning_rate and
-    # warmup_epochs; step also factor, and epochs or every; restarts also every; plateau also
-    # factor, metric, patience, mode, threshold, threshold_mode, cooldown, and min_lr.
-    config.schedule = ml_collections.ConfigDict(
-        {"name": "constant", **SCHEDULE, "learning_rate": 0.1}
-    )
+    # The keys of all schedules, so that a configuration can change from one to another.
+    config.schedule = ml_collections.ConfigDict()
+    # "constant", "step", "cosine", "restarts", or "plateau".
+    config.schedule.name = "constant"
+    # The learning rate after the warmup.
+    config.schedule.learning_rate = 0.1
+    # Epochs in which the rate grows linearly from 0.
+    config.schedule.warmup_epochs = 0.0
+    # "step", "plateau": the factor of the rate at each step.
+    config.schedule.factor = 0.1
+    # "step": the epochs of the steps, such as (30, 60); or set `schedule.every`.
+    config.schedule.epochs = ()
+    # "step": epochs between steps. "restarts": epochs between restarts.
+    config.schedule.every = 0
+    # "plateau": what is followed on the validation images, "error", "loss" or "accuracy".
+    config.schedule.metric = "error"
+    # "plateau": epochs without an improvement before a step.
+    config.schedule.patience = 10
+    # "plateau": "min" for "error" and "loss", "max" for "accuracy".
+    config.schedule.mode = "min"
+    # "plateau": the least change that counts as an improvement.
+    config.schedule.threshold = 1e-4
+    # "plateau": "rel" if the threshold is a share of the best value, "abs" if it is a difference.
+    config.schedule.threshold_mode = "rel"
+    # "plateau": epochs after a step in which none are counted.
+    config.schedule.cooldown = 0
+    # "plateau": the smallest rate.
+    config.schedule.min_lr = 0.0
     # Decay of the moving average of the parameters. Above 0, the average is scored and saved
     # instead.
     config.ema_decay = 0.0

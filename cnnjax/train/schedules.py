@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from cnnjax.runtime import configuration
-from cnnjax.train.defaults import SCHEDULE
+from cnnjax.train import defaults
 
 NAMES = ("constant", "step", "cosine", "restarts", "plateau")
 # The metrics of the validation images that "plateau" may follow, and whether smaller or larger is
@@ -29,13 +29,15 @@ def settings(schedule: Mapping | ml_collections.ConfigDict) -> dict:
     name = schedule.get("name")
     if name not in NAMES:
         raise ValueError(f"schedule.name={name!r} is not one of {', '.join(NAMES)}")
+    # A learning rate must be given.
+    complete = defaults.get_config().schedule.to_dict() | {"learning_rate": None}
     for key in schedule:
-        if key != "name" and key not in SCHEDULE:
+        if key not in complete:
             raise ValueError(
                 f"schedule.{key}={schedule[key]!r} is not a key of schedules; they have "
-                f"{', '.join(SCHEDULE)}"
+                f"{', '.join(complete)}"
             )
-    complete = SCHEDULE | dict(schedule)
+    complete |= dict(schedule)
     for key in ("learning_rate", "warmup_epochs", "every"):
         configuration.check_least(f"schedule.{key}", complete[key], 0)
     if name == "plateau":

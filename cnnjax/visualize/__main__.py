@@ -168,7 +168,7 @@ def _add_stage(parser):
         nargs=1,
         required=True,
         metavar="STAGE",
-        help="a stage of the network",
+        help="a stage of the network (required)",
     )
 
 
