@@ -6,9 +6,10 @@ the report. The frame does what all studies share:
 - `--help` shows the script's docstring, and an error is one line.
 - Each point's result is a JSON file in `points/` of the work directory. After Ctrl-C, the same
   command measures what is missing.
-- The work directory belongs to one set of options, and to the contents of the files that they
-  name; a call with others is refused, and so is a second process. If the file of a user's network
-  (FILE.py:NAME) has changed since a point was measured, a call logs a warning.
+- The work directory belongs to one study, told by the name of its results, to one set of options,
+  and to the contents of the files that they name; a call with others is refused, and so is a second
+  process. If the file of a user's network (FILE.py:NAME) has changed since a point was measured, a
+  call logs a warning.
 - The report is written from the results alone, and printed. The frame adds the environment that
   measured them.
 
@@ -142,7 +143,7 @@ class Study:
 
     Attributes:
       description: the script's docstring.
-      results: the name of the JSON file of all results.
+      results: the name of the JSON file of all results, of which each study has one of its own.
       add_options: `add_options(parser)` adds the command line's options; `--workdir` is one of
         them.
       points: `points(options)` returns the points, each a `NamedTuple` of strings and numbers.
@@ -238,13 +239,14 @@ class Study:
         return results
 
     def _settings(self, options: Options, missing: list[NamedTuple]) -> dict:
-        """Returns the options, and the contents of files, to which the work directory is bound.
+        """Returns the study, the options and the contents of files that bind the work directory.
 
         Raises `ValueError` if a missing point cannot be combined with the finished ones.
         """
         unbound = (*_PLACES, *self.axes)
         settings = {name: value for name, value in vars(options).items() if name not in unbound}
         settings = json.loads(json.dumps(settings, default=str))
+        settings["study"] = pathlib.Path(self.results).stem
         recorded = workdir.read_record(options.workdir, settings.get("kind")) or {}
         paths = _list_files(settings, self.files)
         # A call that measures nothing needs no photographs, if it names those of the record.

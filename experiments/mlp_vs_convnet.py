@@ -12,15 +12,15 @@ The same command continues an interrupted call. Writes report.md, comparison.jso
 all finished runs.
 """
 
-import contextlib
 import pathlib
+import signal
 import subprocess
 import sys
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnnjax.runtime import command, files, tables
+from cnnjax.runtime import command, files, signals, tables, workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Training and test errors in percent, as the lecture prints them (NUS CS5242, lecture 8). The
@@ -37,21 +37,47 @@ CLAIMS = {
 # --- Training -------------------------------------------------------------------------------------
 
 
+def bind(folder: pathlib.Path) -> None:
+    """Records in the work directory that it is this command's.
+
+    It is not claimed while the sweeps run, which several processes may share.
+
+    Raises `ValueError` if the folder holds something else, such as a training run.
+    """
+    record = {"command": "mlp_vs_convnet"}
+    # Earlier versions left no record beside their results.
+    if (folder / "comparison.json").exists() and not (folder / "config.json").exists():
+        workdir.prepare(folder, record, computes=False)
+    # Nothing is computed in this process, which must not take the sweeps' devices.
+    with workdir.prepared(folder, record, computes=False):
+        pass
+
+
 def run_sweep(name: str, folder: pathlib.Path, arguments: list[str]) -> int:
     """Runs the sweep of one configuration in its own process; returns the exit code.
 
-    If a signal ended it, the code is a shell's: 128 and the number of the signal.
+    The sweep gets the signals that stop this process, and saves. If a signal ended it, the code is
+    a shell's: 128 and the number of the signal.
     """
     words = [sys.executable, "-m", "cnnjax.sweep", "--config", f"configs/{name}.py"]
     process = subprocess.Popen([*words, "--workdir", str(folder), *arguments], cwd=ROOT)
-    code = None
-    while code is None:
-        # Ctrl-C also reaches the sweep; keep waiting until the sweep has saved.
-        with contextlib.suppress(KeyboardInterrupt):
-            code = process.wait()
+    is_stopped = False
+
+    def forward(number, frame):
+        nonlocal is_stopped
+        is_stopped = True
+        # Ctrl-C also reaches the sweep. Its second SIGINT would end it before it has saved.
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    with signals.catch_stop_signals(forward):
+        code = process.wait()
     # The code is -N if signal N ended the process.
     if code < 0:
         return 128 - code
+    # The sweep may have ended at the same moment: the next one must not begin.
+    if is_stopped and code in (0, 1):
+        return command.RESUMABLE
     return code
 
 
@@ -210,7 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options, more = parser.parse_known_args(arguments)
     folder = options.workdir.absolute()
-    code = 0
+    code = command.run(lambda: bind(folder))
+    if code:
+        return code
     for name in options.networks:
         # A sweep that ends with an error has already printed the reason. If only some of its runs
         # have failed, with the code 1, the next network is trained all the same.

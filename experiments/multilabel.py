@@ -113,11 +113,14 @@ def counted_classes(data: arrays.Dataset) -> np.ndarray:
 def load(options) -> Shared:
     for name, file in options.weights:
         transfer.weights_file(file, f"weights={name}")
+        model = create_model(name)
         # Every network has the stage "logits"; the features need another one.
-        if len(transfer.stage_paths(create_model(name))) < 2:
+        if len(transfer.stage_paths(model)) < 2:
             raise ValueError(
                 f"weights={name}={file}: {name} has no stages whose features could be read"
             )
+        # A file of another network is refused now, not after the training from scratch.
+        transfer.load_initial_weights(file, model)
     loop.check(configure(options, 0))
     data = arrays.load("camvid_scenes", options.data_dir)
     # Without a class that counts, this refuses the data before anything is trained.

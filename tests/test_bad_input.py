@@ -361,6 +361,16 @@ CASES = [
     ),
     ((*TRAIN, "--config.schedule.name=stairs"), "schedule.name='stairs' is not one of constant"),
     (
+        (*TRAIN, "--config.schedule.every=5"),
+        "schedule.every=5 is for schedule.name='step' or 'restarts'; schedule.name='constant' "
+        "accepts 0, the default",
+    ),
+    (
+        (*TRAIN, "--config.image_size=32"),
+        "image_size=32 is for streamed images, of dataset='folder' or 'tfds:NAME'; "
+        "dataset='digits' accepts 224, the default",
+    ),
+    (
         (*TRAIN, "--config.schedule.warmup_epochs=nan"),
         "schedule.warmup_epochs=nan is not a number of at least 0",
     ),

@@ -27,7 +27,7 @@ from cnnjax.data import arrays
 from cnnjax.models import Network, base, create_model
 from cnnjax.models.speedrun import _partly_identity, whitening_filters
 from cnnjax.nn import BatchNorm, Conv, Dense, conv, flatten, max_pool
-from cnnjax.runtime import backend
+from cnnjax.runtime import backend, files
 from cnnjax.train import data
 from experiments import speedrun
 
@@ -319,9 +319,28 @@ def test_a_file_or_the_folder_of_another_is_no_work_directory(tmp_path, monkeypa
     assert capsys.readouterr().err.endswith(message)
     (tmp_path / "report.md").write_text("my own")
     assert quick.exit_code(benchmark.main, ["input", "--workdir", str(tmp_path)]) == 2
-    message = f"error: workdir='{tmp_path}' holds report.md of something else; choose another "
-    assert capsys.readouterr().err.endswith(f"{message}--workdir\n")
+    message = f"error: workdir='{tmp_path}' holds report.md of something else; remove it or choose "
+    assert capsys.readouterr().err.endswith(f"{message}another --workdir\n")
     assert (tmp_path / "report.md").read_text() == "my own"
+
+
+def test_a_folder_belongs_to_one_set_of_options(tmp_path, monkeypatch, capsys):
+    def run_seeds(rounds, configurations, save):
+        save(f"{configurations} networks", [])
+        # Nobody else may use the folder meanwhile.
+        assert (tmp_path / "run.claim").exists()
+
+    monkeypatch.setattr(benchmark, "run_seeds", run_seeds)
+    command = ["seeds", "--workdir", str(tmp_path), "--configurations"]
+    # An earlier version left no record.
+    (tmp_path / "report.md").write_text("an earlier report")
+    files.write_json(tmp_path / "benchmark.json", {"what": "seeds"})
+    assert benchmark.main([*command, "4"]) == 0
+    assert quick.exit_code(benchmark.main, [*command, "2"]) == 2
+    assert "configurations=4 there, 2 now); choose another" in capsys.readouterr().err
+    assert "4 networks" in (tmp_path / "report.md").read_text()
+    # The same command measures anew.
+    assert benchmark.main([*command, "4"]) == 0
 
 
 def test_the_study_measures_the_photographs_that_are_named(tmp_path, monkeypatch):

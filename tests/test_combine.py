@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import combine, transfer, weights
+from cnnjax import classifier, combine, transfer, weights
 from cnnjax.combine import combination, runs
 from cnnjax.combine.methods import ENSEMBLES
 from cnnjax.data import arrays
@@ -22,7 +22,7 @@ from cnnjax.train import defaults, evaluate, loop
 from cnnjax.train.checkpoints import Checkpoints
 from cnnjax.train.data import digest_arrays
 from cnnjax.train.parallel import Parallel
-from cnnjax.train.run import read_config
+from cnnjax.train.run import open_run, read_config
 from cnnjax.train.training import build_run
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -580,6 +580,65 @@ class SmallLeNet(Network):
             x = max_pool(x, 2)
         x = nn.relu(Dense(64, name="linear1")(flatten(x)))
         yield "logits", Dense(self.num_classes, name="linear2")(x)
+
+
+@pytest.fixture
+def runs_of_random_weights(tmp_path) -> list[pathlib.Path]:
+    """Writes two runs that look finished, with images normalized by other moments in each."""
+    folders = []
+    for seed in (0, 1):
+        config = defaults.get_config()
+        config.update({"model": f"{__name__}:SmallLeNet", "parallel": "jit"})
+        config.freeze = ("conv1.*",)
+        folder = workdir.prepare(tmp_path / f"run{seed}", config.to_dict())
+        weights.save_torchvision(some(SmallLeNet(), seed), folder / "weights.safetensors")
+        results = {
+            "final": {"step": 1},
+            "classes": list("0123456789"),
+            "image_shape": [8, 8, 1],
+            "mean": [0.2 + 0.4 * seed],
+            "std": [0.5 + 0.2 * seed],
+        }
+        files.write_json(folder / "results.json", results)
+        folders.append(folder)
+    return folders
+
+
+def test_a_soup_opens_as_a_trained_network(runs_of_random_weights, tmp_path):
+    """Its network and moments give the score of the combination."""
+    folder = tmp_path / "soup"
+    combine.run(runs_of_random_weights, "uniform", folder)
+    run = open_run(folder)
+    assert run.classes == tuple("0123456789") and run.image_shape == (8, 8, 1)
+    assert run.model == SmallLeNet() and run.config.freeze == ("conv1.*",)
+    np.testing.assert_allclose((run.mean, run.std), [[0.4], [0.6]], rtol=1e-6)
+    data = arrays.load("digits")
+    logits = jax.jit(run.model.apply)(
+        run.variables, (data.test.images / np.float32(255) - run.mean) / run.std
+    )
+    losses = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), data.test.labels]
+    scored = files.read_json(folder / "results.json")["test"]
+    assert scored["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    # As `predict` and `evaluate` open it.
+    assert classifier.trained(folder).classes == run.classes
+    results = files.read_json(folder / "results.json")
+    # An earlier version left this.
+    del results["config"]
+    files.write_json(folder / "results.json", results)
+    with pytest.raises(ValueError, match=f"^{folder} was written before .* its own command again$"):
+        open_run(folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match=f"^{folder} is not finished, for it has no results.json"):
+        open_run(folder)
+
+
+def test_an_ensemble_is_no_network_to_open(tmp_path):
+    record = {"kind": "combine", "method": "ensemble", "runs": ["a", "b"]}
+    workdir.prepare(tmp_path, record)
+    files.write_json(tmp_path / "results.json", record)
+    message = f"^{tmp_path} holds scores only, since method='ensemble' makes no network of its own"
+    with pytest.raises(ValueError, match=message):
+        open_run(tmp_path)
 
 
 def train(folder: pathlib.Path, **changes) -> pathlib.Path:

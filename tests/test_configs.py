@@ -3,9 +3,12 @@
 import ast
 import importlib
 import json
+import os
 import pathlib
 import re
 import signal
+import threading
+import time
 import types
 
 import forked
@@ -16,7 +19,7 @@ import pytest
 import quick
 
 from cnnjax import main, sweep
-from cnnjax.runtime import configuration
+from cnnjax.runtime import configuration, files, workdir
 from cnnjax.train import defaults, loop
 from cnnjax.train.data import Streamed
 from cnnjax.train.parallel import Parallel
@@ -350,6 +353,59 @@ def test_a_network_with_a_failed_run_does_not_keep_the_next_from_training(tmp_pa
     monkeypatch.setattr(mlp_vs_convnet, "run_sweep", run_sweep)
     assert mlp_vs_convnet.main(["--workdir", str(tmp_path), "--networks", *codes]) == 75
     assert trained == ["mlp1_cifar10", "mlp3_cifar10", "lenet_mnist"]
+
+
+# Ends at SIGTERM, or with 3 after five seconds.
+SAVING = """#!/bin/sh
+trap 'exit CODE' TERM
+touch begun
+for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 0.5; done
+exit 3
+"""
+
+
+@pytest.mark.parametrize("code", [75, 0])
+def test_a_signal_reaches_the_sweep(code, tmp_path, monkeypatch):
+    """The sweep saves and ends with 75, or has just finished."""
+    program = tmp_path / "program"
+    program.write_text(SAVING.replace("CODE", str(code)))
+    program.chmod(0o755)
+    monkeypatch.setattr(mlp_vs_convnet.sys, "executable", str(program))
+    monkeypatch.setattr(mlp_vs_convnet, "ROOT", tmp_path)
+    # The test's process must outlive the signal in any case.
+    previous = signal.signal(signal.SIGTERM, lambda *arguments: None)
+
+    def stop():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        assert mlp_vs_convnet.run_sweep("mlp1_cifar10", tmp_path / "sweep", []) == 75
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_the_comparison_takes_no_folder_of_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mlp_vs_convnet, "run_sweep", pytest.fail)
+    arguments = ["--workdir", str(tmp_path), "--networks", "mlp1_cifar10"]
+    workdir.prepare(tmp_path, {"kind": "train"}, computes=False)
+    (tmp_path / "report.md").write_text("a training run's")
+    assert mlp_vs_convnet.main(arguments) == 2
+    message = f"error: workdir='{tmp_path}' holds a training run; choose another --workdir\n"
+    assert capsys.readouterr().err.endswith(message)
+    (tmp_path / "config.json").unlink()
+    assert mlp_vs_convnet.main(arguments) == 2
+    assert "holds report.md of something else" in capsys.readouterr().err
+    # An earlier version left no record beside its results.
+    (tmp_path / "comparison.json").touch()
+    monkeypatch.setattr(mlp_vs_convnet, "run_sweep", lambda *arguments: 0)
+    assert mlp_vs_convnet.main(arguments) == 0
+    assert files.read_json(tmp_path / "config.json") == {"command": "mlp_vs_convnet"}
+    assert mlp_vs_convnet.main(arguments) == 0
 
 
 def test_a_sweep_that_a_signal_ends_fails(tmp_path, monkeypatch):

@@ -581,6 +581,7 @@ def test_the_multilabel_experiment(scenes, small, tmp_path, monkeypatch, standar
         (["squeezenet1_1"], "argument --weights: 'squeezenet1_1' is not MODEL=FILE"),
         (["=FILE"], "argument --weights: '=FILE' is not MODEL=FILE"),
         (["scene_net=nowhere"], "weights=scene_net='nowhere' is neither a safetensors or .pth"),
+        (["scene_net=FILE"], "'FILE' is not a readable safetensors or .pth file"),
         (["mlp3=FILE"], "mlp3 has no stages whose features could be read"),
         (["mlp3=FILE", "--weights", "scene_net=FILE"], "mlp3 has no stages whose features"),
         (["scene_net=FILE", "scene_net=FILE"], "seed=0 is asked for 2 times; name each once"),

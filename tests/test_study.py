@@ -54,6 +54,25 @@ def test_the_example_writes_a_table_and_a_figure(example, tmp_path, capsys):
     assert (tmp_path / "blur.png").stat().st_size > 1000
 
 
+def test_the_folder_of_another_study_is_refused(example, tmp_path, capsys):
+    """Both studies have the same options and points."""
+    command = ["--workdir", str(tmp_path), "--seeds", "1"]
+    assert example.main(command) == 0
+    record = read(tmp_path / "config.json")
+    other = dataclasses.replace(example.STUDY, results="sharp.json")
+    assert other.main(command) == 2
+    message = "holds a run of another configuration (study='blur' there, 'sharp' now); choose"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sharp.json").exists()
+    # An earlier version did not record the study.
+    del record["study"]
+    files.write_json(tmp_path / "config.json", record)
+    assert example.main(command) == 0
+    # Its name is recorded with the next point.
+    assert example.main([*command[:-1], "2"]) == 0
+    assert other.main(command) == 2
+
+
 def test_colors_of_figures_can_be_told_apart(example, tmp_path):
     """Lines and bars have Petroff's colors (arXiv 2107.02270), and matplotlib's own return."""
 

@@ -597,6 +597,32 @@ def test_a_job_whose_command_fails_has_failed(tmp_path):
         job()
 
 
+@pytest.mark.parametrize("devices", ["3", None])
+def test_local_jobs_see_the_gpus_of_the_command(devices, tmp_path, monkeypatch):
+    import submitit
+
+    submitted = []
+
+    def submit(executor, job):
+        submitted.append(job)
+        return types.SimpleNamespace(job_id="1")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", submit)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    program = f"import os; assert os.environ.get('CUDA_VISIBLE_DEVICES') == {devices!r}"
+    words = [sys.executable, "-c", program]
+    for settings in ([], ["gpus_per_node=1"]):
+        jobs.submit(words, folder=tmp_path, cluster="local", count=1, settings=settings)
+    own, asking = submitted
+    # submitit sets this in a job that asks for no GPUs.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert own() == 0
+    # submitit chooses the GPUs of a job that asks for some.
+    assert asking.words == words
+
+
 def test_a_parameter_that_submitit_does_not_have_is_named(tmp_path):
     with pytest.raises(ValueError, match="slurm=.'slurm_partitoin=gpu'.: .*slurm_partitoin"):
         jobs.submit(

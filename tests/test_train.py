@@ -792,6 +792,18 @@ def test_a_record_of_before_is_read_with_what_was_in_force(finished, tmp_path):
     assert read_config(tmp_path).final_weights == "last"
 
 
+@pytest.mark.parametrize("changes", [{"schedule.factor": 0.5}, {"resize": 300}])
+def test_a_run_that_has_started_keeps_keys_without_effect(changes, tmp_path):
+    """Earlier versions accepted them."""
+    config = defaults.get_config()
+    config.update_from_flattened_dict(changes)
+    files.write_json(tmp_path / "config.json", config.to_dict())
+    with pytest.raises(ValueError, match="is for .* accepts .*, the default$"):
+        loop.check(config, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    loop.check(config, tmp_path)
+
+
 @pytest.mark.parametrize("name", schedules.NAMES)
 def test_a_run_may_be_extended_if_its_learning_rates_do_not_depend_on_the_epochs(name, tmp_path):
     shorter = defaults.get_config()

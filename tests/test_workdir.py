@@ -196,7 +196,7 @@ def test_a_file_is_no_work_directory(tmp_path):
             pytest.fail("the work began")
 
     message = f"^workdir='{file}' is a file; expected a folder$"
-    for use in (begin, lambda: workdir.prepare(file, {}), lambda: workdir.create(file)):
+    for use in (begin, lambda: workdir.prepare(file, {})):
         with pytest.raises(ValueError, match=message):
             use()
     assert file.read_text() == "mine"

@@ -28,7 +28,8 @@ one more side, which is measured only if it is named: oneDNN, which is cnnjax wi
 of that library. The environment variable ONEDNN_LIBRARY names the library's file (libdnnl.so.3).
 Under `cpu` and `compile`, `--only` takes every network; those that are not measured by default get
 batches of 8. Inputs are random numbers, except those of `study` and `input`, which take
-`--photographs`. Writes report.md and benchmark.json.
+`--photographs`. Writes report.md and benchmark.json. A folder belongs to one set of options: the
+same command measures anew, and another is refused.
 """
 
 import importlib.metadata
@@ -425,11 +426,25 @@ def _work(options, folder: pathlib.Path) -> None:
     if options.what in _USED_BY["photographs"]:
         photographs.find_photographs(options.photographs)
     backend.start()
-    workdir.create(folder)
-    if (folder / "report.md").exists() and not (folder / "benchmark.json").exists():
-        raise ValueError(
-            f"workdir={str(folder)!r} holds report.md of something else; choose another --workdir"
-        )
+    record = {
+        "command": "benchmark",
+        "what": options.what,
+        "rounds": options.rounds,
+        "only": options.only,
+        "sides": sides,
+        "configurations": options.configurations,
+        "photographs": options.photographs,
+    }
+    # Earlier versions left no record beside their results.
+    if (folder / "benchmark.json").exists() and not (folder / "config.json").exists():
+        workdir.prepare(folder, record)
+    with workdir.prepared(folder, record):
+        _measure(options, sides, folder)
+    print((folder / "report.md").read_text())
+
+
+def _measure(options, sides: list[str], folder: pathlib.Path) -> None:
+    """Measures, and writes report.md and benchmark.json."""
     device = backend.describe()
 
     def save(text, results):
@@ -449,7 +464,6 @@ def _work(options, folder: pathlib.Path) -> None:
         run_input(options.rounds, options.photographs, save)
     else:
         run_seeds(options.rounds, options.configurations or _CONFIGURATIONS, save)
-    print((folder / "report.md").read_text())
 
 
 def main(arguments: list[str] | None = None) -> int:

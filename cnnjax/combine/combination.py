@@ -30,6 +30,7 @@ from cnnjax.combine.runs import (
 )
 from cnnjax.data import arrays, augment
 from cnnjax.models import Network
+from cnnjax.models.base import digest_network
 from cnnjax.runtime import files, tables, workdir
 from cnnjax.runtime.paths import expand_user
 from cnnjax.train import evaluate, step
@@ -47,7 +48,8 @@ def run(
 ) -> None:
     """Combines training runs, and writes results.json and report.md.
 
-    Methods that make one network write its weights, too. The test set is scored once, at the end.
+    Methods that make one network write its weights, too, and `open_run` opens the folder. The test
+    set is scored once, at the end.
 
     Args:
       runs: folders, or patterns that match them, or a single one; `~` is expanded.
@@ -98,6 +100,7 @@ def run(
             "seconds": round(time.monotonic() - began, 1),
         }
         if choice.average:
+            results |= networks.describe(choice.average)
             weights.save_torchvision(choice.average.variables, folder / transfer.WEIGHTS)
         files.write_json(folder / "results.json", results)
         files.write(folder / "report.md", _report(results))
@@ -278,6 +281,18 @@ class Networks:
         for number in range(len(self.members)):
             members.append(score(logits[:, number]))
         return Scores(members, score(combined))
+
+    def describe(self, member: Member) -> dict[str, Any]:
+        """Returns what `open_run` needs to open a network of the members' kind."""
+        mean, std = member.moments
+        return {
+            "config": self.config.to_dict(),
+            "classes": list(self.data.classes),
+            "image_shape": list(self.data.train.images.shape[1:]),
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "network_sha256": digest_network(self.config.model),
+        }
 
     def learn(self, by_layer: bool) -> dict[str, list[float]]:
         """Learns the coefficients of an average on the validation images."""

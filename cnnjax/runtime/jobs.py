@@ -9,8 +9,11 @@ from typing import Any
 
 from cnnjax.runtime.configuration import parse_literal
 
-# In effect unlimited: a run continues from its checkpoint, so a long one just takes more jobs.
+# In effect unlimited on Slurm: a run continues from its checkpoint, so a long one just takes more
+# jobs. submitit starts a local job six times at most, whatever this number is.
 _MOST_REQUEUES = 10_000
+# Chooses the GPUs that a process sees.
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class CommandJob:
@@ -49,6 +52,8 @@ def submit(
 ) -> list[str]:
     """Submits jobs that each run a command in the current folder.
 
+    Local jobs see the GPUs that this process sees, unless `settings` have "gpus_per_node=N".
+
     Args:
         words: the command and its arguments.
         folder: where submitit keeps the jobs' files and output.
@@ -78,8 +83,18 @@ def submit(
     # submitit raises `NameError` for an unknown parameter, and the others for wrong values.
     except (NameError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"slurm={settings}: {' '.join(str(error).split())}") from error
+    # submitit hides all GPUs from local jobs that do not ask for some (`start_controller`).
+    if cluster == "local" and "gpus_per_node" not in parameters:
+        words = _with_own_gpus(words)
     jobs = [executor.submit(CommandJob(words, os.getcwd())) for _ in range(count)]
     return [str(job.job_id) for job in jobs]
+
+
+def _with_own_gpus(words: list[str]) -> list[str]:
+    """Returns a command that sees the GPUs that this process sees, wherever it is started."""
+    if _VISIBLE in os.environ:
+        return ["env", f"{_VISIBLE}={os.environ[_VISIBLE]}", *words]
+    return ["env", "-u", _VISIBLE, *words]
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:

@@ -22,7 +22,6 @@ directory belong to the user and do not start a run; a seal covers the run's own
 """
 
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -183,7 +182,10 @@ def check_config(folder: pathlib.Path, config: dict, computes: bool = True) -> N
         # Earlier records of `cnnjax.visualize` name their own folder, which may have been renamed.
         if "workdir" not in current:
             recorded.pop("workdir", None)
-        # Earlier records of studies lack the digests of their files, and their machine.
+        # Earlier records of studies lack the study's name.
+        if "study" in current:
+            recorded.setdefault("study", current["study"])
+        # They also lack the digests of their files, and their machine.
         for key in _MEASURED_KEYS:
             if key not in recorded or not computes:
                 recorded[key] = current.get(key)
@@ -230,20 +232,6 @@ def read_record(folder: pathlib.Path, kind: str) -> dict | None:
     if isinstance(recorded, dict) and recorded.get("kind") == kind:
         return recorded
     return None
-
-
-def create(folder: pathlib.Path) -> None:
-    """Creates a work directory, so that a wrong one is refused before anything is computed.
-
-    Raises:
-        ValueError: if it cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise claims.unusable(folder, error) from error
 
 
 def prepare(folder: str | os.PathLike, config: dict, computes: bool = True) -> pathlib.Path:

@@ -7,7 +7,7 @@ import ml_collections
 from cnnjax import transfer, weights
 from cnnjax.data import arrays, augment, crops, folders
 from cnnjax.models import Network, create_model
-from cnnjax.runtime import configuration
+from cnnjax.runtime import configuration, workdir
 from cnnjax.train import defaults, schedules, step
 from cnnjax.train.checkpoints import was_completed
 from cnnjax.train.data import has_validation, is_streamed
@@ -39,6 +39,8 @@ _CHOICES = {
     "final_weights": ("best", "last"),
     "pixels": ("standardised", "imagenet", "centred"),
 }
+# The schedules that read a key; all read learning_rate and warmup_epochs, and "plateau" the rest.
+_READERS = {"factor": "'step' or 'plateau'", "epochs": "'step'", "every": "'step' or 'restarts'"}
 # Fields of the model that other keys or the data decide.
 _DECIDED_FIELDS = ("num_classes", "dtype", "axis_name", "input_shape")
 
@@ -64,6 +66,7 @@ def check(config: ml_collections.ConfigDict, folder: pathlib.Path | None = None)
     if is_streamed(config):
         crops.check_resize(config.resize, config.image_size)
     _check_views(config)
+    _check_unread(config, folder)
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
@@ -191,3 +194,26 @@ def _check_views(config: ml_collections.ConfigDict) -> None:
             f"image_size: dataset={config.dataset!r}, resize={config.resize}, "
             f"image_size={config.image_size}"
         )
+
+
+def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None) -> None:
+    """Refuses changed keys that have no effect here; a run that has started may keep them."""
+    if folder is not None and workdir.has_started(folder):
+        return
+    if not is_streamed(config):
+        for key in ("image_size", "resize"):
+            default = defaults.get_config()[key]
+            if config[key] != default:
+                raise ValueError(
+                    f"{key}={config[key]} is for streamed images, of dataset='folder' or "
+                    f"'tfds:NAME'; dataset={config.dataset!r} accepts {default}, the default"
+                )
+    if config.schedule.name == "constant":
+        for key, default in defaults.SCHEDULE.items():
+            value = configuration.to_tuples(config.schedule.get(key, default))
+            if key not in ("learning_rate", "warmup_epochs") and value != default:
+                reader = _READERS.get(key, "'plateau'")
+                raise ValueError(
+                    f"schedule.{key}={value!r} is for schedule.name={reader}; "
+                    f"schedule.name='constant' accepts {default!r}, the default"
+                )

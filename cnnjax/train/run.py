@@ -101,8 +101,10 @@ def build_numbers(config: ml_collections.ConfigDict) -> step.Numbers:
 class TrainedRun:
     """A finished training run, ready to use without its data set.
 
+    It may also be the network that a combination of runs made (`cnnjax.combine`).
+
     Attributes:
-      config: the run's configuration.
+      config: the run's configuration; that of the first run for a combination.
       model: its network.
       variables: the trained variables, host arrays.
       classes: the classes' names.
@@ -159,7 +161,7 @@ class TrainedRun:
 
 
 def open_run(folder: str | os.PathLike) -> TrainedRun:
-    """Reopens the work directory of a finished training run.
+    """Reopens the work directory of a finished training run, or of a combination with one network.
 
     If its results.json is of a version that did not record the normalization of images, it is
     computed from the data set.
@@ -168,21 +170,28 @@ def open_run(folder: str | os.PathLike) -> TrainedRun:
       folder: the work directory; `~` is expanded.
 
     Raises:
-      ValueError: if it is not a finished training run, if its files have changed since, or if the
-        data set is needed and cannot be read.
+      ValueError: if it is neither a finished training run nor a combination with one network, if
+        its files have changed since, or if the data set is needed and cannot be read.
     """
     folder = expand_user(folder)
+    combination = workdir.read_record(folder, "combine")
     missing = [
         name
         for name in ("config.json", "results.json", transfer.WEIGHTS)
         if not (folder / name).is_file()
     ]
-    if "results.json" in missing and read_recorded(folder) is not None:
+    is_started = combination is not None or read_recorded(folder) is not None
+    if "results.json" in missing and is_started:
         raise ValueError(f"{folder} {why_unfinished(folder)}")
+    if combination is not None and missing:
+        raise ValueError(
+            f"{folder} holds scores only, since method={combination['method']!r} makes no network "
+            "of its own; open one of the runs that it combined"
+        )
     if missing:
         raise ValueError(f"{folder} is not a finished training run: it has no {', '.join(missing)}")
-    config = read_config(folder)
     results = files.read_json(folder / "results.json")
+    config = read_config(folder) if combination is None else _read_combined_config(folder)
     workdir.check_seal(folder)
     image_settings = _image_settings(folder, config, results)
     image_shape = image_settings["image_shape"]
@@ -232,6 +241,20 @@ def read_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
             f"{folder} is not a training run: its config.json is missing or of another kind"
         )
     return complete(recorded)
+
+
+def _read_combined_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads the configuration of the network that a combination of runs made.
+
+    Raises `ValueError` if the combination is of a version that did not record it.
+    """
+    results = files.read_json(folder / "results.json", object_hook=_with_tuples)
+    if "config" not in results:
+        raise ValueError(
+            f"{folder} was written before results.json of a combination recorded the network: run "
+            "its own command again"
+        )
+    return complete(find_network(results["config"], folder))
 
 
 def read_recorded(folder: pathlib.Path) -> dict[str, Any] | None:
