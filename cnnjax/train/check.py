@@ -200,20 +200,20 @@ def _check_unread(config: ml_collections.ConfigDict, folder: pathlib.Path | None
     """Refuses changed keys that have no effect here; a run that has started may keep them."""
     if folder is not None and workdir.has_started(folder):
         return
+    default = defaults.get_config()
     if not is_streamed(config):
         for key in ("image_size", "resize"):
-            default = defaults.get_config()[key]
-            if config[key] != default:
+            if config[key] != default[key]:
                 raise ValueError(
                     f"{key}={config[key]} is for streamed images, of dataset='folder' or "
-                    f"'tfds:NAME'; dataset={config.dataset!r} accepts {default}, the default"
+                    f"'tfds:NAME'; dataset={config.dataset!r} accepts {default[key]}, the default"
                 )
     if config.schedule.name == "constant":
-        for key, default in defaults.SCHEDULE.items():
-            value = configuration.to_tuples(config.schedule.get(key, default))
-            if key not in ("learning_rate", "warmup_epochs") and value != default:
+        is_read = {"name", "learning_rate", "warmup_epochs"}
+        for key, value in configuration.to_tuples(schedules.settings(config.schedule)).items():
+            if key not in is_read and value != default.schedule[key]:
                 reader = _READERS.get(key, "'plateau'")
                 raise ValueError(
                     f"schedule.{key}={value!r} is for schedule.name={reader}; "
-                    f"schedule.name='constant' accepts {default!r}, the default"
+                    f"schedule.name='constant' accepts {default.schedule[key]!r}, the default"
                 )
