@@ -1013,8 +1013,27 @@ def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
 
 
 def test_synthetic_images_are_of_three_kinds():
+    """Black, white, and noise, which differs by image and by seed."""
+    black, white, noise = (
+        photographs.synthetic(kind, 2, 8, 0) for kind in ("black", "white", "noise")
+    )
+    for images in (black, white, noise):
+        assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
+    assert (black == 0).all() and (white == 255).all()
+    first, second = noise
+    assert (first != second).mean() > 0.9
+    np.testing.assert_array_equal(photographs.synthetic("noise", 2, 8, 0), noise)
+    assert (photographs.synthetic("noise", 2, 8, 1) != noise).mean() > 0.9
     with pytest.raises(ValueError, match="^kind='natural' is not one of black, white, noise$"):
         photographs.synthetic("natural", 1, 8, 0)
+
+
+def test_noise_has_its_mean_and_deviation_and_is_clipped():
+    noise = photographs.synthetic("noise", 1, 64, 0, 100.0, 20.0)
+    assert abs(noise.mean() - 100) < 1 and abs(noise.std() - 20) < 1
+    # Half of these lie outside 0 to 255, a quarter on either side.
+    wide = photographs.synthetic("noise", 1, 64, 0, 127.5, 190.0)
+    assert abs((wide == 0).mean() - 0.25) < 0.02 and abs((wide == 255).mean() - 0.25) < 0.02
 
 
 def test_no_crops_are_cut_of_no_photographs():
