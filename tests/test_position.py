@@ -1028,14 +1028,6 @@ def test_synthetic_images_are_of_three_kinds():
         photographs.synthetic("natural", 1, 8, 0)
 
 
-def test_noise_has_its_mean_and_deviation_and_is_clipped():
-    noise = photographs.synthetic("noise", 1, 64, 0, 100.0, 20.0)
-    assert abs(noise.mean() - 100) < 1 and abs(noise.std() - 20) < 1
-    # Half of these lie outside 0 to 255, a quarter on either side.
-    wide = photographs.synthetic("noise", 1, 64, 0, 127.5, 190.0)
-    assert abs((wide == 0).mean() - 0.25) < 0.02 and abs((wide == 255).mean() - 0.25) < 0.02
-
-
 def test_no_crops_are_cut_of_no_photographs():
     with pytest.raises(ValueError, match=r"paths=\[\]: 6 crops need at least one photograph"):
         photographs.random_crops([], 6, 8, 0)
