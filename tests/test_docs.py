@@ -214,8 +214,10 @@ def python_block(page: str, beginning: str) -> str:
 
 def test_no_python_block_is_left_out():
     assert {page: len(PYTHON[page]) for page in OWN_TESTS} == OWN_TESTS
+    assert {page for page in PYTHON if "```py\n" in (ROOT / page).read_text()} <= {*PAGES}
 
 
+# What makes the Python of the other pages small.
 SMALLER = {
     '"resnet18"': '"squeezenet1_1"',
     '"resnet50"': '"squeezenet1_1"',
@@ -228,7 +230,7 @@ SMALLER = {
     "page", [page for page, blocks in PYTHON.items() if blocks and page not in OWN_TESTS]
 )
 def test_python_runs(page, tmp_path, monkeypatch):
-    """In the page's order, with a small network, small images, and weights of no download."""
+    """In the page's order, with random weights in place of a download."""
     monkeypatch.chdir(tmp_path)
     PIL.Image.new("RGB", (300, 250), "green").save("photo.jpg")
     for name, classes in (("published.safetensors", 1000), ("mine.pth", 5)):
