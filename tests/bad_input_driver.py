@@ -53,13 +53,14 @@ def run(command: str, arguments: list[str]) -> tuple[int, str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Reads commands from the first file and writes what `run` returns of each to the second.
+    """Runs the commands of a file in a folder; writes what `run` returns of each to another file.
 
     Each outcome is a line of JSON, written as it comes: after a crash, the next command is named.
     """
     # No __pycache__ beside configuration files: the test checks that commands leave no files.
     sys.dont_write_bytecode = True
-    cases, found = arguments
+    folder, cases, found = arguments
+    os.chdir(folder)
     with open(cases) as file:
         commands = json.load(file)
     with open(found, "w") as file:

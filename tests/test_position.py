@@ -1013,6 +1013,17 @@ def test_each_part_has_a_photograph_even_if_its_share_is_tiny(shares):
 
 
 def test_synthetic_images_are_of_three_kinds():
+    """Black, white, and noise, which differs by image and by seed."""
+    black, white, noise = (
+        photographs.synthetic(kind, 2, 8, 0) for kind in ("black", "white", "noise")
+    )
+    for images in (black, white, noise):
+        assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
+    assert (black == 0).all() and (white == 255).all()
+    first, second = noise
+    assert (first != second).mean() > 0.9
+    np.testing.assert_array_equal(photographs.synthetic("noise", 2, 8, 0), noise)
+    assert (photographs.synthetic("noise", 2, 8, 1) != noise).mean() > 0.9
     with pytest.raises(ValueError, match="^kind='natural' is not one of black, white, noise$"):
         photographs.synthetic("natural", 1, 8, 0)
 

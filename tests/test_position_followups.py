@@ -435,15 +435,13 @@ def test_leaving_photographs_out_is_done_exactly(monkeypatch):
 
 @pytest.mark.slow
 def test_the_quadrants_go_on_where_they_stopped(
-    tiny, tmp_path, data_dir, monkeypatch, standard_promotion, capsys
+    tiny, tmp_path, monkeypatch, standard_promotion, capsys
 ):
     monkeypatch.setattr(position_quadrant, "STAGES", STAGES)
     monkeypatch.setattr(position_quadrant, "train_rook", lambda padding, key: 1.0)
     command = [
         "--workdir",
         str(tmp_path),
-        "--photographs",
-        str(data_dir / "imagenet_sample"),
         "--images",
         "8",
         "--borders",
@@ -531,7 +529,7 @@ def test_the_study_knows_whether_photographs_are_drawn(monkeypatch, images, is_d
 
 @pytest.mark.slow
 def test_the_patterns_are_reported_for_random_and_trained_weights(
-    tiny, tmp_path, data_dir, monkeypatch, capsys
+    tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(position_patterns, "READ_BY", ("tiny",))
     monkeypatch.setattr(position_patterns, "SIZES", range(24, 28))
@@ -545,8 +543,6 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
     command = [
         "--workdir",
         str(tmp_path / "run"),
-        "--photographs",
-        str(data_dir / "bsds500"),
         "--encoders",
         "tiny",
         "--size",
@@ -588,7 +584,7 @@ def test_the_patterns_are_reported_for_random_and_trained_weights(
         assert (tmp_path / "run" / name).stat().st_size > 1000
     command = ["--workdir", str(tmp_path / "other"), *command[2:]]
     for wrong, message in (
-        (["--seeds", "60"], "leave a seed fewer than 2 of 100"),
+        (["--seeds", "7"], "leave a seed fewer than 2 of 13"),
         (["--trained", "tiny"], "trained=tiny names no file"),
         (["--size", "1", "--paddings", "zeros", "reflect"], "reflect"),
     ):

@@ -109,9 +109,7 @@ def test_one_percent_of_channels_but_at_least_one_exceeds_its_own_threshold(chan
 
 
 @pytest.mark.slow
-def test_channels_are_counted_for_random_and_trained_weights(
-    tmp_path, data_dir, monkeypatch, capsys
-):
+def test_channels_are_counted_for_random_and_trained_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(base._REGISTRY, "small", Small)
     compiled = jax.jit(patterns._stages.__wrapped__, static_argnames=("model", "stages"))
     monkeypatch.setattr(patterns, "_stages", compiled)
@@ -120,8 +118,6 @@ def test_channels_are_counted_for_random_and_trained_weights(
     arguments = [
         "--workdir",
         str(tmp_path / "run"),
-        "--photographs",
-        str(data_dir / "bsds500"),
         "--encoders",
         "small",
         "--trained",
@@ -151,7 +147,7 @@ def test_channels_are_counted_for_random_and_trained_weights(
     assert (tmp_path / "run" / "neurons.png").stat().st_size > 1000
     few = tmp_path / "few"
     few.mkdir()
-    for path in sorted((data_dir / "bsds500").iterdir())[:7]:
+    for path in photographs.list_photographs("")[:7]:
         (few / path.name).symlink_to(path)
     arguments += ["--workdir", str(tmp_path / "other")]
     refused = [*arguments, "--seeds", "1", "--photographs", str(few)]
@@ -165,7 +161,7 @@ def test_channels_are_counted_for_random_and_trained_weights(
     assert not (tmp_path / "new").exists()
     large = [*arguments, "--size", "5000"]
     assert quick.exit_code(study.main, large) == 2
-    assert "101085.jpg is 481x321, smaller than size=5000" in capsys.readouterr().err
+    assert "astronaut.png is 512x512, smaller than size=5000" in capsys.readouterr().err
 
 
 def test_the_report_says_whether_seeds_draw_photographs():

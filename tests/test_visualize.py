@@ -704,8 +704,18 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def folder(data_dir, tmp_path_factory):
+def folder(tmp_path_factory):
+    """Four of scikit-image's photographs."""
     folder = tmp_path_factory.mktemp("photographs")
+    for path in photographs.list_photographs("")[:4]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(data_dir, tmp_path_factory):
+    """Four photographs of the ImageNet sample, whose names begin with their classes."""
+    folder = tmp_path_factory.mktemp("known")
     for number in ("000", "200", "400", "798"):
         shutil.copy(next((data_dir / "imagenet_sample").glob(f"{number}_*")), folder)
     return folder
@@ -713,7 +723,7 @@ def folder(data_dir, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
+def test_commands(command, data_dir, known, tmp_path, monkeypatch):
     assert COMMANDS.keys() == commands.COMMANDS.keys() == options._COMMANDS.keys()
     arguments = [
         command,
@@ -726,7 +736,7 @@ def test_commands(command, data_dir, folder, tmp_path, monkeypatch):
         *COMMANDS[command],
     ]
     if command not in ("filters", "maximise"):
-        arguments += ["--photographs", str(folder)]
+        arguments += ["--photographs", str(known)]
     # Each fill is compiled, so only three are run here; all are tested above.
     monkeypatch.setattr(commands, "FILLS", ("zeros", "none", "mean"))
     assert visualize.main(arguments) == 0
@@ -1170,7 +1180,7 @@ def test_first_filters_of_a_network_without_room_for_none():
 
 
 @pytest.mark.slow
-def test_a_work_directory_is_one_configurations(folder, tmp_path, capsys):
+def test_a_work_directory_is_one_configurations(tmp_path, capsys):
     arguments = ["filters", "--model", "lenet", "--weights", "random", "--workdir", str(tmp_path)]
     visualize.main(arguments)
     visualize.main(arguments)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pooch
-import requests
 
 from cnnjax.data.splits import Split
 from cnnjax.runtime.errors import one_line
@@ -53,7 +52,8 @@ def download(file: File, folder: pathlib.Path) -> pathlib.Path:
         try:
             path = pooch.retrieve(url, known_hash, file.name, folder, downloader=downloader)
             return pathlib.Path(path)
-        except (requests.RequestException, ValueError, OSError) as error:
+        # The errors of requests, which pooch downloads with, are `OSError`s.
+        except (ValueError, OSError) as error:
             failures.append(f"{url}: {_first_cause(error)}")
     with contextlib.suppress(OSError):
         for path in new_folders:
