@@ -197,7 +197,7 @@ OWN_TESTS = {
     "docs/nnx.md": 2,
     "docs/position_methods.md": 2,
     "docs/pytorch.md": 2,
-    "docs/study.md": 1,
+    "docs/study.md": 2,
     "docs/train.md": 1,
 }
 PYTHON = {
@@ -277,6 +277,15 @@ def test_the_interval_of_a_difference_is_as_its_comment_says(capsys):
     block = python_block("docs/position_methods.md", "from scipy")
     exec(block, {})
     assert f"zeros: {capsys.readouterr().out.strip()}." in block
+
+
+def test_the_networks_of_the_page_about_the_study_have_other_fields():
+    names: dict = {}
+    exec(python_block("docs/study.md", "# my_nets.py"), names)
+    trained = names["trained"](padding="reflect")
+    blurred = names["blurred"](padding="reflect")
+    assert (trained.num_classes, trained.padding, trained.sampling) == (10, "reflect", "stride")
+    assert (blurred.num_classes, blurred.padding, blurred.sampling) == (1000, "reflect", "blur")
 
 
 def test_camvid_is_reduced_as_the_page_about_training_says(tmp_path, monkeypatch):
