@@ -136,7 +136,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Steps between checkpoints; one is also written when the validation error falls, and at the
     # end.
     config.checkpoint_every_steps = 1000
-    # The number of last checkpoints to keep, besides the best.
+    # The number of last checkpoints to keep, at least 2, besides the best.
     config.keep_checkpoints = 2
     return config
 
