@@ -1095,7 +1095,7 @@ if __name__ == "__main__":
     received = []
     for number in signals:
         signal.signal(number, lambda number, frame: received.append(number))
-    threading.Thread(target=disturb).start()
+    threading.Thread(target=disturb, daemon=True).start()
     one = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=0, **options), 1)
     two = stream.iterate(stream.TrainingBatches(source, 36, range(1000), seed=1, **options), 1)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()

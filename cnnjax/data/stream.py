@@ -258,7 +258,7 @@ def _wait_until_closed(memories: list[SharedMemory]) -> None:
         time.sleep(0.001)
 
 
-def _start_workers(iterator: Iterator) -> tuple[np.ndarray, ...]:
+def _start_workers(iterator: Iterator) -> tuple:
     """Takes the first batch of one of grain's iterators, which starts its worker processes.
 
     Workers never get the signals that stop a run, which the parent handles. They inherit the

@@ -121,7 +121,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Epochs without a smaller validation error after which training ends; 0 never ends it early.
     config.early_stopping = 0
     # Epochs to train. A larger number continues a finished run, but not one with the schedule
-    # "cosine", whose learning rates depend on the number.
+    # "cosine", whose learning rates depend on the number, nor one that `early_stopping` ended.
     config.epochs = 10
     # Images of a step, over all devices.
     config.batch_size = 128
