@@ -216,7 +216,7 @@ def test_a_first_checkpoint_that_was_not_finished_is_none(tmp_path, caplog, monk
 @pytest.mark.slow
 def test_another_models_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, a_state(1), {}, metric=None)
+        checkpoints.save(1, a_state(1), {})
         other = a_state(1)
         other["params"]["features.0"]["kernel"] = jnp.zeros((3, 3, 1, 4))
         with pytest.raises(
